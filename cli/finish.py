@@ -1,0 +1,118 @@
+"""What a run leaves behind: sample answers before and after, an adapter or a model folder, a report, a summary."""
+
+from typing import Any
+
+import torch
+
+from treetune.cli import report, rundir, setup
+from treetune.cli.errors import BadInput
+from treetune.cli.screen import Screen, clock
+from treetune.core import lora, shard, tree
+from treetune.core.state import TrainState
+from treetune.models import Model, adapter, decode, hf
+
+
+def chat_ids(tokenizer, text: str, *, system: str | None = None) -> list[int]:
+    """Token ids of a one-question chat up to where the answer begins; plain text for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(text)["input_ids"]
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
+    """The model and adapter as trained so far (whole leaves: a collective when they are sharded)."""
+    trained = tree.map(shard.full, state.params)
+    base = tree.map(shard.full, state.frozen.get("model", {}))
+    weights = tree.merge(base, trained.get("model", {}))
+    return model._replace(params=weights), None if used is None else used._replace(tree=trained["lora"], dropout=0.0)
+
+
+def _prompt(config: Any, row: dict | None) -> str | None:
+    """The prompt to sample: the option, else the question of the first held-out row."""
+    asked = config.run.sample_prompt
+    if asked is not None or row is None:
+        return asked or None
+    if "instruction" in row:
+        return "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    if "text" in row:
+        return " ".join(str(row["text"]).split(" ")[:16])
+    turns = row.get("messages") or row.get("conversations") or []
+    questions = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
+    return questions[0] if questions and isinstance(questions[0], str) else None
+
+
+def sampler(config: Any, made: Any):
+    """A function `(state, when, screen)` that answers the sample prompt, prints it and appends it to samples.jsonl."""
+    prompt = _prompt(config, made.corpus.first_row)
+    tokenizer = made.tokenizer
+    is_text = made.corpus.first_row is not None and "text" in made.corpus.first_row
+
+    def show(state: TrainState, when: str, screen: Screen) -> None:
+        if prompt is None or (when == "before" and made.meta is not None):
+            return
+        model, used = current(state, made.model, made.trees.lora)
+        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt)
+        room = min(config.run.sample_tokens, model.cfg.max_positions - len(ids))
+        if room < 1:
+            return
+        stop = setup.stop_ids(config.model, tokenizer)
+        drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
+        answer = tokenizer.decode(drawn.tokens[0, : int(drawn.lens[0])].tolist(), skip_special_tokens=True)
+        screen.line(f"sample answer {when} training", "bold")
+        screen.line(f"  prompt: {prompt}\n  answer: {answer.strip()}\n")
+        if made.job.rank == 0:
+            rundir.append(made.where.samples, {"step": int(state.step), "prompt": prompt, "answer": answer})
+
+    return show
+
+
+def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
+    """Save the adapter (or the model), write the report, print where everything is and what changed."""
+    model, used = current(outcome.state, made.model, made.trees.lora)
+    if made.job.rank == 0:
+        try:
+            saved = _save(config, made, model, used, outcome)
+            report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
+        except OSError as error:
+            raise BadInput(f"could not write the results of {made.where.root}: {error}; its checkpoints are intact") from error
+        screen.table("", _summary(made, outcome, saved))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, outcome: Any):
+    if used is None:
+        path = made.where.root / "model"
+        dtype = model.cfg.dtype
+        kept = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), model.params))
+        hf.save(path, kept, tokenizer=made.tokenizer)
+        return path
+    info, path = made.trees.info, made.where.root / "adapter"
+    trained = tree.map(shard.full, outcome.state.params)
+    adapter.save(
+        path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
+        rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,
+    )  # fmt: skip
+    return path
+
+
+def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
+    history = outcome.history
+    held = [record["eval/loss"] for record in history if "eval/loss" in record]
+    steps = [record for record in history if "train/loss" in record]
+    seconds = sum(record["step_seconds"] for record in steps)
+    rows = {"done": f"step {int(outcome.state.step)} of {made.job.total_steps} in {clock(seconds)}"}
+    if outcome.stopped:
+        rows["stopped"] = outcome.stopped + (": continue with --resume auto" if outcome.stopped == "interrupted" else "")
+    if len(held) > 1:
+        rows["held-out loss"] = (
+            f"{held[0]:.4f} -> {held[-1]:.4f} ({100 * (held[-1] / held[0] - 1):+.1f} %), best at step {outcome.progress.best_step}"
+        )
+    if seconds:
+        rate = sum(record["supervised_tokens"] for record in steps) / seconds
+        rows["speed"] = f"{rate:.0f} supervised tokens/s, peak memory {steps[-1]['memory_gib']:.1f} GiB"
+    rows["saved"] = f"{saved}, {made.where.root}/report.html"
+    if made.trees.lora is not None:
+        rows["try it"] = f"treetune chat --adapter {saved}"
+    return rows

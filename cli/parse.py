@@ -1,0 +1,155 @@
+"""From a command line and a YAML file to a typed config; every mistake is one line and exit code 2.
+
+`--config run.yaml` is read first, flags win. Unknown keys and flags are errors that name the nearest known one.
+Importing this imports no torch.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from treetune.cli.errors import BadInput
+
+Parsed = tuple[Any, frozenset[str]]
+
+
+def fields(config: type) -> dict[str, tuple[str | None, dataclasses.Field]]:
+    """{option: (group, field)} of a config class, whose groups are its fields that are dataclasses."""
+    known: dict[str, tuple[str | None, dataclasses.Field]] = {}
+    hints = typing.get_type_hints(config)
+    for entry in dataclasses.fields(config):
+        kind = hints[entry.name]
+        if dataclasses.is_dataclass(kind):
+            known |= {inner.name: (entry.name, inner) for inner in dataclasses.fields(kind)}
+        else:
+            known[entry.name] = (None, entry)
+    return known
+
+
+def parse(command: str, config: type, argv: list[str]) -> Parsed:
+    """The config, and the names of the options that the user set (in the file or by flag). `--help` prints and exits."""
+    known = fields(config)
+    argv, path = _take_config(argv)
+    given = _flags(command, argv, known)
+    from_file = _read_yaml(path, known) if path else {}
+    args = [arg for key, value in from_file.items() if key not in given for arg in _as_args(key, value, path)]
+    return _run_tyro(command, config, args + argv), frozenset(from_file) | given
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path, i = [], None, 0
+    while i < len(argv):
+        if argv[i] == "--config" or argv[i].startswith("--config="):
+            _, equals, value = argv[i].partition("=")
+            if not equals and i + 1 == len(argv):
+                raise BadInput("--config needs a file name")
+            path, i = (value, i + 1) if equals else (argv[i + 1], i + 2)
+        else:
+            rest.append(argv[i])
+            i += 1
+    return rest, path
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ " (did you mean X?)" for the closest known word, or nothing when none is close."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _flags(command: str, argv: list[str], known: dict) -> set[str]:
+    """Names of the options given as flags; an unknown or repeated one is an error."""
+    given: set[str] = set()
+    for arg in argv:
+        if not arg.startswith("--") or arg in ("--help", "--"):
+            continue
+        flag = arg.partition("=")[0]
+        name = flag[2:].replace("-", "_")
+        name = name.removeprefix("no_") if name not in known else name
+        if name not in known:
+            raise BadInput(
+                f"unknown option {flag}{nearest(flag, ['--' + key.replace('_', '-') for key in known])}; see treetune {command} --help"
+            )
+        if name in given:
+            raise BadInput(f"option {flag} is given twice")
+        given.add(name)
+    return given
+
+
+def _read_yaml(path: str, known: dict) -> dict[str, Any]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise BadInput(f"config file {path} does not exist")
+    try:
+        found = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} must hold `option: value` lines, got a {type(found).__name__}")
+    for key in found:
+        if key not in known:
+            raise BadInput(f"{path}: unknown key {key!r}{nearest(str(key), list(known))}")
+    return found
+
+
+def _as_args(key: str, value: Any, path: str) -> list[str]:
+    """A YAML value as the flag that says the same."""
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, dict):
+        raise BadInput(f"{path}: {key} must be a value or a list, got a mapping")
+    return [flag, *(str(item) for item in value)] if isinstance(value, list) else [flag, str(value)]
+
+
+def _run_tyro(command: str, config: type, args: list[str]) -> Any:
+    import tyro
+
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(tyro.conf.OmitArgPrefixes[config], prog=f"treetune {command}", args=args)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise BadInput(f"{_one_line(shown.getvalue())}; see treetune {command} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's error box."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] in "│|"]
+    body = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─-]{5,}", line)), len(lines))
+    return " ".join(lines[:body]) or " ".join(box.split())
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The config as one flat mapping, option -> value, in the order of the help."""
+    out: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        out |= flatten(value) if dataclasses.is_dataclass(value) else {entry.name: list(value) if isinstance(value, tuple) else value}
+    return out
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump({key: value for key, value in flatten(config).items() if value is not None}, sort_keys=False)
+
+
+def refuse_ignored(given: frozenset[str], ignored: dict[str, str]) -> None:
+    """Raise BadInput for an option that the user set and this run would ignore; `ignored` maps it to the reason."""
+    for name in sorted(given & ignored.keys()):
+        raise BadInput(f"--{name.replace('_', '-')} would be ignored: {ignored[name]}")
+
+
+def warn_stderr(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,76 @@
+"""What a person sees: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+
+import resource
+import sys
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the allocator on CUDA, of the process on CPU (GiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Screen:
+    """The console of a run; `quiet` is for ranks above 0."""
+
+    def __init__(self, *, quiet: bool = False, every: int = 1):
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.every, self.bar, self.task = every, None, None
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line of plain text."""
+        self.console.print(Text(text), style=style)
+
+    def warn(self, text: str) -> None:
+        """One line that should be noticed."""
+        self.line(f"! {text}", "yellow")
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        """Two columns of names and values."""
+        table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column()
+        for name, value in rows.items():
+            table.add_row(name, Text(value))
+        self.console.print(table)
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar of a run of `total` steps, of which `done` are behind us."""
+        self.total = total
+        if self.console.is_terminal:
+            columns = [TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}")]
+            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console)
+            self.task = self.bar.add_task("", total=total, completed=done)
+            self.bar.start()
+
+    def step(self, record: dict, eta_s: float) -> None:
+        """The metrics of one finished step."""
+        text = (
+            f"loss {record['train/loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
+            f"{record['supervised_tokens_per_second']:.0f} tok/s  {record['memory_gib']:.1f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record["step"], description=text)
+        elif record["step"] % self.every == 0 or record["step"] == self.total:
+            self.line(f"step {record['step']:>4}/{self.total}  {text}  eta {clock(eta_s)}")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,221 @@
+"""From options to a model, a tokenizer, trees of trained and frozen weights, and the functions over them."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import fetch
+from treetune.cli.options import AdapterOptions, LossOptions, ModelOptions, OptimOptions
+from treetune.core import lora, optim, param, shard, tree
+from treetune.core.state import Objective, Params
+from treetune.losses import sft, supervised
+from treetune.models import Model, adapter, gguf, hf, logprobs
+from treetune.models.dense import Neftune
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started; one of one without it."""
+
+    rank: int
+    world: int
+    mesh: Any
+
+
+class Trees(NamedTuple):
+    """What trains, what does not, how the adapter is applied, and what its folder will say (None without one)."""
+
+    params: Params
+    frozen: Params
+    lora: lora.Lora | None
+    info: adapter.Info | None
+
+
+def device(name: str) -> torch.device:
+    """The torch device for an option; under torchrun each rank takes its own CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but this machine or this torch has no CUDA; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def ranks(on: torch.device) -> Ranks:
+    """Join the other processes of torchrun, if any, on a mesh with one axis `data`."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Ranks(0, 1, None)
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on.type == "cuda" else "gloo")
+    return Ranks(torch.distributed.get_rank(), world, shard.mesh(on.type, data=world))
+
+
+def compute_dtype(name: str, on: torch.device) -> torch.dtype:
+    """The dtype for an option: auto is bfloat16 on CUDA, float32 on CPU."""
+    return DTYPES.get(name, torch.bfloat16 if on.type == "cuda" else torch.float32)
+
+
+def load_model(options: ModelOptions, *, on: torch.device, say=print) -> tuple[Model, str]:
+    """The model an option names, in its compute dtype, and the path it came from."""
+    path, dtype = fetch.resolve(options.model, say=say, revision=options.revision), compute_dtype(options.dtype, on)
+    load = gguf.load if str(path).endswith(".gguf") else hf.load
+    return load(path, dtype=dtype, device=on), str(path)
+
+
+def load_tokenizer(options: ModelOptions, *, say=print):
+    """The tokenizer of the model an option names."""
+    path = fetch.resolve(options.model, say=say, revision=options.revision)
+    return (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+
+
+def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int) -> Trees:
+    """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them."""
+    if options.lora_model_dir is not None:
+        found, whole, info = adapter.load(options.lora_model_dir, model)
+    else:
+        found, whole, info = _fresh(model, options, name=name, seed=seed)
+    whole = tree.merge(whole_modules(model, options.lora_modules_to_save), whole)
+    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)])
+    params = {"lora": tree.map(_trained, on_device(found.tree, model))} | ({"model": tree.map(_trained, whole)} if whole else {})
+    return Trees(params, {"model": model.params}, found._replace(dropout=options.lora_dropout), info)
+
+
+def _fresh(model: Model, options: AdapterOptions, *, name: str, seed: int) -> tuple[lora.Lora, Params, adapter.Info]:
+    sizes = hf.abstract_of(model, head=True)
+    targets = "all-linear" if options.lora_target_modules == ("all-linear",) else options.lora_target_modules
+    paths = lora.match(sizes, targets, layers=options.lora_layers or None)
+    scale = lora.scale(rank=options.lora_r, alpha=options.lora_alpha, rslora=options.lora_rslora)
+    info = adapter.Info(options.lora_r, options.lora_alpha, options.lora_rslora, options.lora_dropout, name, paths)
+    return lora.Lora(lora.init(sizes, paths, rank=options.lora_r, seed=seed), scale), {}, info
+
+
+def _trained(leaf: torch.Tensor) -> torch.Tensor:
+    """A float32 copy that an optimiser may change in place."""
+    return leaf.detach().float().clone()
+
+
+def stop_ids(options: ModelOptions, tokenizer) -> list[int]:
+    """Ids that end an answer of the model an option names."""
+    return hf.stop_ids(fetch.resolve(options.model, revision=options.revision), tokenizer)
+
+
+def on_device(params: Params, model: Model) -> Params:
+    """A tree moved to where the model is."""
+    where = model.params["embed_tokens"].device
+    return tree.map(lambda leaf: leaf.to(where), params)
+
+
+def whole_modules(model: Model, regexes: tuple[str, ...]) -> Params:
+    """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
+    leaves = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params))
+    for regex in regexes:
+        tree.require_match(regex, list(leaves))
+    chosen = [(path, leaf) for path, leaf in leaves.items() if any(re.search(regex, path) for regex in regexes)]
+    return tree.from_items(chosen)
+
+
+def full(model: Model) -> Trees:
+    """Trained and frozen trees when the model itself trains: float32 weights, nothing frozen."""
+    return Trees({"model": tree.map(_trained, model.params)}, {}, None, None)
+
+
+def place(trees: Trees, model: Model, where: Ranks, sharding: str) -> Trees:
+    """Shard all leaves over the ranks when asked to; otherwise leave them whole."""
+    if where.mesh is None or sharding == "none":
+        return trees
+    sizes = hf.abstract_of(model)
+
+    def put(part: Params, like: Params) -> Params:
+        return shard.place(part, where.mesh, shard.placements(like, where.mesh, shard.FULLY_SHARDED))
+
+    def shapes(part: Params) -> Params:
+        return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
+
+    params = {name: put(part, shapes(part)) for name, part in trees.params.items()}
+    return trees._replace(params=params, frozen={name: put(part, sizes) for name, part in trees.frozen.items()})
+
+
+def logprob(model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat: str | None = None):
+    """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
+
+    Randomness (dropout, NEFTune) is drawn from the step's seed in the batch; without one, as in evaluation, there is none.
+    """
+
+    def fn(params: Params, frozen: Params, batch: dict, plan: Any, *, want: tuple[str, ...] = ()):
+        weights = tree.merge(frozen.get("model", {}), params.get("model", {}))
+        seed = batch.get("seed")
+        ab = None
+        if used is not None:
+            ab = used._replace(tree=params["lora"], seed=seed, dropout=used.dropout if seed is not None else 0.0)
+        noise = Neftune(neftune, seed) if neftune and seed is not None else None
+        return logprobs(model.family, model.cfg, weights, batch, plan, lora=ab, want=want, noise=noise, remat=remat)
+
+    return fn
+
+
+def objective(logprob_fn, options: LossOptions) -> Objective:
+    """The supervised objective that the loss options name."""
+    want = ["top1"]
+
+    def token_loss(stats):
+        if options.loss == "dft":
+            value = sft.dft(stats.logp)
+        elif options.loss == "eaft":
+            value = sft.eaft(stats.logp, stats.topk_entropy)
+        elif options.label_smoothing:
+            value = sft.smoothed(stats.logp, stats.lse, stats.mean_logit, label_smoothing=options.label_smoothing)
+        else:
+            value = sft.nll(stats.logp)
+        return value + sft.z_loss(stats.lse, coef=options.z_loss_coef) if options.z_loss_coef else value
+
+    want += ["topk_entropy"] if options.loss == "eaft" else []
+    want += ["mean_logit"] if options.label_smoothing else []
+    return supervised.objective(logprob_fn, token_loss, want=tuple(want))
+
+
+def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:
+    """REGEX=VALUE texts as (regex, value) pairs."""
+    out = []
+    for text in texts:
+        regex, _, value = text.rpartition("=")
+        try:
+            out.append((regex, float(value)))
+        except ValueError:
+            raise ValueError(f"--{option} takes REGEX=NUMBER, got {text!r}") from None
+    return out
+
+
+def optimizer(options: OptimOptions, *, loraplus: float | None = None, given: frozenset[str] = frozenset()) -> optim.Optimizer:
+    """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side."""
+    scale = rules(options.lr_rules, "lr-rules") + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
+    common = {"weight_decay": options.weight_decay, "decay": rules(options.weight_decay_rules, "weight-decay-rules"), "lr_scale": scale}
+    if options.optimizer == "sgd":
+        return optim.sgd(momentum=options.momentum, **common)
+    if options.optimizer == "lion":
+        return optim.lion(b1=options.adam_beta1, b2=options.adam_beta2 if "adam_beta2" in given else 0.99, **common)
+    return optim.adamw(b1=options.adam_beta1, b2=options.adam_beta2, eps=options.adam_epsilon, **common)
+
+
+def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:
+    """Warm-up, then the shape that the options name, over `steps` optimiser steps."""
+    ratio = 0.03 if options.warmup_ratio is None else options.warmup_ratio
+    warm = options.warmup_steps if options.warmup_steps is not None else round(ratio * steps)
+    rest = max(steps - warm, 1)
+    if options.lr_scheduler == "constant":
+        shape = optim.constant(peak)
+    elif options.lr_scheduler == "linear":
+        shape = optim.linear(peak, rest)
+    else:
+        shape = optim.cosine(peak, rest, min_ratio=options.cosine_min_lr_ratio)
+    return optim.warmup(shape, warm)
+
+
+def model_name(options: ModelOptions) -> str:
+    """How files should name the base model: a local path absolute, anything else as given."""
+    return str(Path(options.model).resolve()) if Path(options.model).exists() else options.model

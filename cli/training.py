@@ -1,0 +1,207 @@
+"""What `sft` and `pretrain` share: checks, assembly of a job from options, the run, and what is left at its end."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import corpus, finish, loop, parse, rundir, setup
+from treetune.cli.errors import checking_input
+from treetune.cli.screen import Screen
+from treetune.core import ckpt, param, shard, step, tree
+from treetune.core.data import loader, pack
+from treetune.core.state import TrainState
+from treetune.models import Model
+from treetune.ops import attention, noise
+
+
+class Assembly(NamedTuple):
+    """Everything a run needs, made before anything is written."""
+
+    job: loop.Job
+    state: TrainState
+    model: Model
+    trees: setup.Trees
+    tokenizer: Any
+    where: rundir.RunDir
+    meta: dict | None
+    corpus: corpus.Corpus
+    peak: float
+
+
+def check(config: Any, given: frozenset[str]) -> None:
+    """Refuse options that contradict each other or that this run would ignore."""
+    optim, run = config.optim, config.run
+    ignored = {}
+    if optim.optimizer != "adamw":
+        ignored |= {"adam_epsilon": f"{optim.optimizer} has no epsilon"}
+    if optim.optimizer == "sgd":
+        ignored |= {name: "sgd has momentum instead" for name in ("adam_beta1", "adam_beta2")}
+    else:
+        ignored |= {"momentum": f"{optim.optimizer} has adam_beta1 instead"}
+    if optim.lr_scheduler != "cosine":
+        ignored |= {"cosine_min_lr_ratio": f"the schedule is {optim.lr_scheduler}"}
+    if config.loss.loss != "nll":
+        ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
+    if not config.data.val_data and not config.data.val_set_size:
+        ignored |= {name: "nothing is held out" for name in ("eval_steps", "early_stopping_patience")}
+    if config.data.val_data:
+        ignored |= {"val_set_size": "val_data is given"}
+    if run.loss_watchdog_threshold is None:
+        ignored |= {"loss_watchdog_patience": "there is no loss_watchdog_threshold"}
+    if hasattr(config, "adapter"):
+        ignored |= _ignored_adapter(config.adapter)
+    parse.refuse_ignored(given, ignored)
+    _check_values(config)
+
+
+def _ignored_adapter(options) -> dict[str, str]:
+    names = [key for key in vars(options) if key != "adapter"]
+    if options.adapter == "none":
+        return {key: "adapter is none" for key in names}
+    if options.lora_model_dir is not None:
+        fixed = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "lora_layers")
+        return {key: "lora_model_dir brings its own" for key in fixed}
+    return {}
+
+
+def _check_values(config: Any) -> None:
+    optim, run = config.optim, config.run
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        raise ValueError("give warmup_steps or warmup_ratio, not both")
+    for options, names in ((optim, ("num_epochs", "micro_batch_size", "gradient_accumulation_steps")), (config.data, ("sequence_len",))):
+        for name in names:
+            if getattr(options, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for name in ("max_steps", "eval_steps", "save_steps"):
+        value = getattr(optim if name == "max_steps" else run, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if hasattr(config, "adapter") and not 0 <= config.adapter.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {config.adapter.lora_dropout}")
+
+
+def micro_batch(indices: list[int], docs: list, *, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None) -> tuple:
+    """(Batch, Plan) on the device for some documents; the mask work is done before the batch moves."""
+    batch = pack.collate([docs[i] for i in indices], budget=pad_to, pad=pad_to is not None)
+    plan = attention.plan(batch, window=model.cfg.window, device=on, dtype=model.cfg.dtype)
+    batch = {key: value.to(on, non_blocking=True) for key, value in batch.items()}
+    return (batch if seed is None else batch | {"seed": seed.to(on)}), plan
+
+
+def stream(docs: list, make, *, seed: int, on_ranks: setup.Ranks, epochs: int, accum: int, plan: dict):
+    """A function from a cursor to (micro-batches of a step, cursor after it)."""
+
+    def batches(cursor: loader.Cursor):
+        dealt = loader.steps(
+            corpus.lengths(docs), cursor=cursor, epochs=epochs, accum=accum, world=on_ranks.world, rank=on_ranks.rank, **plan
+        )
+        before = cursor
+        for groups, after in dealt:
+            key = noise.keys(seed, before.epoch, before.index)
+            yield [make(group, docs, seed=key) for group in groups], after
+            before = after
+
+    return batches
+
+
+def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict):
+    """A function from a state to metrics over all held-out documents; None when there are none."""
+    if not docs:
+        return None
+    groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan)
+    mine, _ = loader.next_step(groups, loader.Cursor(), accum=-(-len(groups) // on_ranks.world), world=on_ranks.world, rank=on_ranks.rank)
+    evaluate = step.make_eval(objective, mesh=on_ranks.mesh)
+    return lambda state: evaluate(state, [make(group, docs, seed=None) for group in mine])
+
+
+def assemble(command: str, config: Any, given: frozenset[str], load_model, screen: Screen, ranks: setup.Ranks) -> Assembly:
+    """All of a run's parts from its options; reads everything, writes nothing."""
+    where = rundir.choose(command, config.run)
+    tokenizer = setup.load_tokenizer(config.model, say=screen.line)
+    data, names = corpus.load(config.data, tokenizer, seed=config.optim.seed)
+    if hasattr(config.data, "format"):
+        parse.refuse_ignored(given, corpus.ignored(config.data, names))
+    for text in data.lines:
+        screen.line(text)
+    on = setup.device(config.model.device)
+    model = load_model(on)
+    if config.data.sequence_len > model.cfg.max_positions:
+        raise ValueError(f"sequence_len {config.data.sequence_len} is longer than the {model.cfg.max_positions} positions of the model")
+    has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
+    name = setup.model_name(config.model)
+    trees = setup.adapted(model, config.adapter, name=name, seed=config.optim.seed) if has_adapter else setup.full(model)
+    digest = ckpt.digest(trees.frozen.get("model", {})) if trees.frozen else ""
+    trees = setup.place(trees, model, ranks, config.run.sharding)
+    return _assemble(config, given, data, tokenizer, model, trees, digest, where, on, ranks)
+
+
+def _assemble(config, given, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
+    optim = config.optim
+    batching = corpus.batching(config.data, optim.micro_batch_size)
+    plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed}
+    accum = optim.gradient_accumulation_steps
+    total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, accum=accum, world=ranks.world, **plan)
+    make = partial(micro_batch, model=model, on=on, pad_to=batching.get("budget") if on.type == "cuda" else None)
+    remat = "full" if optim.gradient_checkpointing else None
+    logprob = setup.logprob(model, trees.lora, neftune=config.loss.neftune_noise_alpha, remat=remat)
+    objective = setup.objective(logprob, config.loss)
+    held = setup.objective(setup.logprob(model, trees.lora), type(config.loss)())
+    peak = optim.learning_rate or (2e-4 if trees.lora else 2e-5)
+    ratio = config.adapter.loraplus_lr_ratio if trees.lora else None
+    optimizer = setup.optimizer(optim, loraplus=ratio, given=given)
+    state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0, device=on))
+    stepper = step.make_step(
+        objective, optimizer, schedule=setup.schedule(optim, peak, total), clip=optim.max_grad_norm or None, mesh=ranks.mesh
+    )
+    meta = {"base_digest": digest, "stream": loader.digest(corpus.lengths(data.train), accum=accum, world=ranks.world, **plan)}
+    epochs = optim.num_epochs if optim.max_steps is None else 10**9
+    batches = stream(data.train, make, seed=optim.seed, on_ranks=ranks, epochs=epochs, accum=accum, plan=plan)
+    evaluate = evaluator(held, data.val, make, ranks, batching)
+    job = loop.Job(stepper, evaluate, objective, batches, total, meta, on, ranks.rank)
+    state, found = loop.restore(where, state, meta, ranks.mesh)
+    return Assembly(job, state, model, trees, tokenizer, where, found, data, peak)
+
+
+def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
+    """What is about to run, with the numbers that let two configs be compared by eye."""
+    trained, total = param.count(made.trees.params), param.count(made.model.params)
+    optim, data = config.optim, made.corpus.train
+    batch = f"{optim.micro_batch_size} rows"
+    if config.data.sample_packing:
+        batch = f"up to {optim.micro_batch_size * config.data.sequence_len} tokens"
+    resumed = f", resumed from {made.where.resume.name}" if made.where.resume else ""
+    return {
+        "run": f"{made.where.root}{resumed}",
+        "model": f"{config.model.model}: {made.model.family}, {total / 1e6:.1f} M parameters, computes in {str(made.model.cfg.dtype)[6:]}",
+        "trains": f"{trained / 1e6:.2f} M parameters in {len(tree.leaves(made.trees.params))} leaves ({100 * trained / total:.2f} %)",
+        "data": f"{len(data)} documents, {sum(corpus.lengths(data))} tokens, {len(made.corpus.val)} held out",
+        "step": f"{optim.gradient_accumulation_steps} micro-batches of {batch} on {ranks.world} rank{'s' * (ranks.world > 1)}; "
+        "loss and gradient are means over all supervised tokens of a step",
+        "length": f"{made.job.total_steps} steps, peak learning rate {made.peak:g}, {optim.lr_scheduler}",
+    }
+
+
+def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
+    """A whole run; returns the exit code. `load_model(device) -> Model`."""
+    with checking_input():
+        check(config, given)
+        on = setup.device(config.model.device)
+        ranks = setup.ranks(on)
+        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps)
+        made = assemble(command, config, given, load_model, screen, ranks)
+        sampler = finish.sampler(config, made)
+    if ranks.rank == 0:
+        with checking_input():
+            rundir.create(made.where, parse.to_yaml(config), overwrite=config.run.overwrite)
+    screen.table("", describe(config, made, ranks))
+    sampler(made.state, "before", screen)
+    outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
+    sampler(outcome.state, "after", screen)
+    finish.leave(config, made, outcome, screen)
+    return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum
+
+
+def whole(state: TrainState) -> dict:
+    """The trained trees as whole leaves on every rank."""
+    return tree.map(shard.full, state.params)

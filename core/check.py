@@ -1,0 +1,44 @@
+"""Checks with readable messages: a batch that keeps its contract, a tree whose numbers are finite."""
+
+import torch
+
+from treetune.core import tree
+from treetune.core.state import AXES, Batch, Params
+
+
+def batch(stream: Batch) -> None:
+    """Raise ValueError unless every key has a declared axis, axes agree in length, and bounds and rows are in range."""
+    sizes: dict[str, tuple[str, int]] = {}
+    for key, value in stream.items():
+        if key not in AXES:
+            raise ValueError(f"batch key {key!r} has no axis; declare it in core.state.AXES")
+        if (axis := AXES[key]) == "":
+            continue
+        first, size = sizes.setdefault(axis, (key, value.shape[0]))
+        if value.shape[0] != size:
+            raise ValueError(f"batch key {key!r} has {value.shape[0]} entries on axis {axis}, but {first!r} has {size}")
+    _bounds(stream)
+
+
+def _bounds(stream: Batch) -> None:
+    cu, total = stream["cu_docs"], stream["tokens"].shape[0]
+    if cu[0] != 0 or cu[-1] != total or (cu.diff() < 0).any():
+        raise ValueError(f"cu_docs must rise from 0 to the {total} tokens of the stream, got {cu.tolist()}")
+    at, seq = stream["at"], stream["seq"]
+    if at.numel() and (at.min() < 0 or at.max() >= total):
+        raise ValueError(f"at must name rows 0 to {total - 1} of the stream, got {int(at.min())} to {int(at.max())}")
+    if (seq.diff() < 0).any() or not torch.equal(torch.bincount(seq, minlength=len(stream["seq_lens"])), stream["seq_lens"]):
+        raise ValueError("seq must be sorted and agree with seq_lens")
+
+
+def not_finite(params: Params) -> list[str]:
+    """Paths of the leaves that hold a nan or an inf."""
+    return [path for path, leaf in tree.items(params) if not torch.isfinite(leaf).all()]
+
+
+def no_shared_storage(one: Params, other: Params) -> None:
+    """Raise ValueError when two trees alias: an optimiser updates in place, so a reference or average must be a clone."""
+    taken = {leaf.untyped_storage().data_ptr(): path for path, leaf in tree.items(one)}
+    for path, leaf in tree.items(other):
+        if (owner := taken.get(leaf.untyped_storage().data_ptr())) is not None and leaf.numel():
+            raise ValueError(f"{path} shares memory with {owner}; clone it, because updates happen in place")

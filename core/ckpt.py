@@ -1,0 +1,157 @@
+"""Checkpoints: a TrainState and its bookkeeping on disk, valid at every moment, without pickle.
+
+A checkpoint is a folder `step_000100/` with `state.safetensors` (params, opt and extra by path) and `state.json`. It is
+written into a hidden sibling, flushed to the disk and renamed, so a folder of that name is always whole. The frozen base
+is not stored, only its digest. Whole leaves are written whatever the sharding, so any number of ranks can load them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
+
+from treetune.core import shard, tree
+from treetune.core.state import Params, TrainState
+
+FORMAT = 1
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+def digest(params: Params) -> str:
+    """sha256 over the paths, shapes, dtypes and bytes of all leaves (a collective when leaves are sharded)."""
+    found = hashlib.sha256()
+    for path, leaf in sorted(tree.items(params)):
+        whole = shard.full(leaf).contiguous().cpu()
+        found.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
+        found.update(whole.view(torch.uint8).numpy() if whole.ndim else whole.reshape(1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
+    """Write `root/step_NNNNNN` and return it; `meta` is JSON. Every rank calls it, rank 0 writes.
+
+    Raises SaveError when the disk refuses; earlier checkpoints stay valid.
+    """
+    from safetensors.torch import save_file
+
+    step = int(state.step)
+    tensors = _collect(state, keep=rank == 0)
+    path = Path(root) / f"step_{step:06d}"
+    if rank == 0:
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            save_file(tensors, draft / "state.safetensors")
+            (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
+            commit(draft, path)
+        except Exception as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise SaveError(f"could not save {path}: {error}; the checkpoints before it are intact, free some space") from error
+    return path
+
+
+def _collect(state: TrainState, *, keep: bool) -> dict[str, Tensor]:
+    """Whole leaves on the CPU, gathered one at a time; only the writing rank keeps them."""
+    tensors = {}
+    for path, leaf in tree.items({"params": state.params, "opt": state.opt, "extra": state.extra}):
+        whole = shard.full(leaf)
+        if keep:
+            tensors[path] = whole.cpu().contiguous()
+    return tensors
+
+
+def commit(draft: Path, path: Path) -> None:
+    """Flush every file of `draft` to the disk and rename it to `path`, replacing what is there."""
+    for file in draft.iterdir():
+        _fsync(file)
+    _fsync(draft)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old.{os.getpid()}")
+        path.rename(old)
+        draft.rename(path)
+        shutil.rmtree(old)
+    else:
+        draft.rename(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_meta(path: Path) -> dict:
+    """The JSON side of a checkpoint. Raises ValueError when `path` is not one."""
+    file = Path(path) / "state.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no state.json")
+    meta = json.loads(file.read_text())
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {meta.get('format')!r}; this version reads {FORMAT}")
+    return meta
+
+
+def load(path: Path, like: TrainState, *, base_digest: str | None = None, mesh: DeviceMesh | None = None) -> tuple[TrainState, dict]:
+    """The state saved at `path`, in the structure, dtypes, devices and sharding of `like`, and its meta.
+
+    Raises ValueError when it belongs to another model: different leaves, shapes, or digest of the frozen base.
+    """
+    from safetensors import safe_open
+
+    meta = read_meta(path)
+    if base_digest is not None and meta.get("base_digest") != base_digest:
+        raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
+    parts = {"params": like.params, "opt": like.opt, "extra": like.extra}
+    with safe_open(Path(path) / "state.safetensors", framework="pt") as file:
+        _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
+        filled = iter([_as_leaf(file.get_tensor(key), leaf, mesh) for key, leaf in tree.items(parts)])
+    loaded = tree.map(lambda _: next(filled), parts)
+    return like._replace(**loaded, step=torch.tensor(meta["step"], device=like.step.device)), meta
+
+
+def _same_leaves(path: Path, saved: dict[str, tuple], parts: Params) -> None:
+    wanted = {key: tuple(leaf.shape) for key, leaf in tree.items(parts)}
+    for key in sorted(wanted.keys() ^ saved.keys()):
+        where = "the checkpoint but not in this run" if key in saved else "this run but not in the checkpoint"
+        raise ValueError(f"{path} belongs to another model or method: {key} is in {where}")
+    for key, shape in wanted.items():
+        if saved[key] != shape:
+            raise ValueError(f"{path} belongs to another model: {key} has shape {saved[key]} there and {shape} here")
+
+
+def _as_leaf(value: Tensor, like: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    value = value.to(device=like.device, dtype=like.dtype)
+    if isinstance(like, shard.DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value.clone()
+
+
+def steps(root: Path) -> list[Path]:
+    """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count."""
+    found = Path(root).glob("step_*") if Path(root).is_dir() else []
+    return sorted(path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "state.json").is_file())
+
+
+def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints and the best one, and drafts that a crash left; returns what went."""
+    for draft in Path(root).glob(".step_*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    found = steps(root)
+    gone = [] if keep is None else [path for path in found[: max(len(found) - keep, 0)] if best is None or path.name != best.name]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone

@@ -1,0 +1,19 @@
+"""Raw text: every token is trained, an EOS follows, and a BOS comes first where the tokenizer adds one."""
+
+from collections.abc import Callable
+
+from treetune.core.data import sources, spans
+
+
+def reader(tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[spans.Text]]:
+    """A function from rows to texts, each the row's `field`.
+
+    Errors: ValueError for a tokenizer without EOS and for rows without the field (named with the fields they have).
+    """
+    spans.require_eos(tokenizer)
+
+    def text(row: dict, where: str) -> spans.Text:
+        spans.require_text(row, (field,), (), where)
+        return spans.Text(row[field], (), whole=True, eos=1.0) if row[field].strip() else spans.Text("", ())
+
+    return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]

@@ -1,0 +1,201 @@
+"""Row formats: one declarative table, and the way from rows to documents.
+
+A new format is a `reader` (options -> function from rows to texts with trained spans) in a file of its family, and a line in FORMATS.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from treetune.core.data import chat, completion, instruction, sources, spans
+
+CHUNK = 512  # rows tokenised together: enough to keep the cores busy
+OVERLONG = ("drop", "truncate", "split", "error")
+EMPTY, TOO_LONG = "nothing to train on", "longer than sequence_len"
+
+
+class Format(NamedTuple):
+    """How one kind of row is known and read."""
+
+    columns: tuple[tuple[str, ...], ...]  # any one of these sets, all names present
+    reader: Callable  # (tokenizer, **options) -> (Rows -> list[Text])
+    overlong: str  # what happens to documents longer than sequence_len, unless said otherwise
+    fix: str  # when nothing in a dataset is trained
+
+
+class Report(NamedTuple):
+    """What became of the rows. Token counts are of the documents that came out."""
+
+    format: str
+    rows: int
+    docs: int
+    dropped: dict[str, int]  # rows by reason
+    truncated: int  # documents cut at sequence_len
+    split: int  # rows divided into several documents
+    tokens: int
+    supervised: int  # tokens with a weight above 0
+    longest: int  # tokens of the longest document before the length policy
+    dropped_eos: int  # documents that lost their last trained token to the cut
+    missing_eos: int  # trained turns with nothing that ends them
+    missing_parts: int  # trained turns of which the chat template leaves a part out, reasoning mostly
+    missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
+
+
+FORMATS: dict[str, Format] = {
+    "chat": Format(
+        (("messages",), ("conversations",)), chat.reader, "drop", "check the roles of the messages, roles_to_train and the train flags"
+    ),
+    "alpaca": Format((("instruction", "output"),), instruction.reader, "drop", "fill the output column"),
+    "completion": Format((("text",),), completion.reader, "split", "fill the text column"),
+}
+
+
+def detect(columns: Sequence[str]) -> str:
+    """Name of the first format in FORMATS whose columns are all there. Errors: ValueError listing columns and formats."""
+    for name, known in FORMATS.items():
+        if any(set(needed) <= set(columns) for needed in known.columns):
+            return name
+    needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in FORMATS.items())
+    raise ValueError(f"no format fits the columns {', '.join(columns) or '(none)'}: {needs}. Rename columns or name the format")
+
+
+def encode_rows(
+    rows: sources.Rows,
+    tokenizer,
+    *,
+    format: str | None = None,
+    sequence_len: int | None = None,
+    overlong: str | None = None,
+    **options,
+) -> tuple[list[spans.Doc], Report]:
+    """Documents of the rows, in their order, and what became of the rows.
+
+    format: a name in FORMATS, else by the columns. options: those of the format's reader.
+    overlong: for documents longer than sequence_len tokens: "drop", "truncate", "split" (parts overlap by one token, so that every
+    token but the first is still predicted once) or "error"; by default "split" for raw text, "drop" for all else.
+    Errors: ValueError for bad rows (named), options that the format does not take, a doubled BOS, and a dataset with nothing to train on.
+    """
+    name = format or detect(sources.columns(rows))
+    known = _format(name, options)
+    overlong = overlong or known.overlong
+    _check_length(sequence_len, overlong)
+    read, marks = known.reader(tokenizer, **options), spans.marks(tokenizer)
+    docs, tally = [], Report(name, len(rows.rows), 0, {}, *[0] * 9)
+    for number, encoded in _encoded(rows, read, tokenizer, marks):
+        _check_bos(encoded, number, rows, marks)
+        kept, tally = _fit(encoded, number, rows, sequence_len, overlong, tally)
+        missing_bos = bool(kept and marks.prefix and encoded.tokens[: len(marks.prefix)].tolist() != marks.prefix)
+        tally = tally._replace(missing_bos=tally.missing_bos + missing_bos)
+        docs.extend(kept)
+    if not docs:
+        raise ValueError(_nothing(rows, tally, known, options))
+    supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
+    return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised)
+
+
+def describe(report: Report) -> str:
+    """The report in one line, with what is unusual."""
+    share = 100 * report.supervised / max(1, report.tokens)
+    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
+    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
+    unusual = {
+        "documents truncated": report.truncated,
+        "lost their end": report.dropped_eos,
+        "rows split": report.split,
+        "trained turns without an end-of-turn token": report.missing_eos,
+        "trained turns of which the chat template leaves a part out": report.missing_parts,
+        "documents without BOS": report.missing_bos,
+    }
+    return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
+
+
+def _format(name: str, options: dict) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+    takes = [key for key, value in inspect.signature(FORMATS[name].reader).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    extra = [key for key in options if key not in takes]
+    if extra:
+        raise ValueError(f"format {name} takes no {', '.join(extra)}; it takes {', '.join(takes)}")
+    return FORMATS[name]
+
+
+def _check_length(sequence_len: int | None, overlong: str) -> None:
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong is {overlong!r}: expected one of {', '.join(OVERLONG)}")
+    if sequence_len is not None and sequence_len < 2:
+        raise ValueError(f"sequence_len is {sequence_len}: expected at least 2 tokens, one to read and one to predict")
+
+
+def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.Marks) -> Iterator[tuple[int, spans.Encoded]]:
+    """(index of the row, its tokens) row by row."""
+    for start in range(0, len(rows.rows), CHUNK):
+        chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
+        texts = read(chunk)
+        for i, text in enumerate(texts):
+            _check_unicode(text.text, sources.where(chunk, i))
+        yield from enumerate(spans.encode(texts, tokenizer, marks), start)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
+
+
+def _check_bos(encoded: spans.Encoded, i: int, rows: sources.Rows, marks: spans.Marks) -> None:
+    if marks.bos is not None and len(encoded.tokens) > 1 and encoded.tokens[0] == encoded.tokens[1] == marks.bos:
+        raise ValueError(f"{sources.where(rows, i)} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
+
+
+def _fit(
+    encoded: spans.Encoded, i: int, rows: sources.Rows, sequence_len: int | None, overlong: str, tally: Report
+) -> tuple[list[spans.Doc], Report]:
+    """The row's documents under the length policy, and the tally with the row in it."""
+    tokens, weight = encoded.tokens, encoded.weight
+    tally = tally._replace(longest=max(tally.longest, len(tokens)))
+    if not weight.any():
+        return [], _drop(tally, EMPTY)
+    fits = sequence_len is None or len(tokens) <= sequence_len
+    if not fits and overlong == "error":
+        fix = "raise sequence_len, or set overlong to drop, truncate or split"
+        raise ValueError(f"{sources.where(rows, i)} has {len(tokens)} tokens, more than sequence_len {sequence_len}: {fix}")
+    if not fits and overlong == "drop":
+        return [], _drop(tally, TOO_LONG)
+    starts = [0] if fits or overlong == "truncate" else range(0, len(tokens) - 1, sequence_len - 1)
+    parts = [_part(tokens, weight, start, sequence_len, rows.numbers[i]) for start in starts]
+    parts = [part for part in parts if part.weight.any()]
+    cut = not fits and overlong == "truncate"
+    if not parts:
+        return [], _drop(tally, TOO_LONG)
+    tally = tally._replace(
+        truncated=tally.truncated + cut,
+        split=tally.split + (len(parts) > 1),
+        dropped_eos=tally.dropped_eos + bool(cut and weight[np.flatnonzero(weight)[-1]] and np.flatnonzero(weight)[-1] >= sequence_len),
+        missing_eos=tally.missing_eos + encoded.unclosed,
+        missing_parts=tally.missing_parts + encoded.cut,
+    )
+    return parts, tally
+
+
+def _part(tokens: np.ndarray, weight: np.ndarray, start: int, size: int | None, row: int) -> spans.Doc:
+    stop = len(tokens) if size is None else start + size
+    part = weight[start:stop].copy()
+    part[:1] = 0.0  # nothing in this part predicts its first token; the part before ends with it
+    return spans.Doc(tokens[start:stop].copy(), part, row)
+
+
+def _drop(tally: Report, reason: str) -> Report:
+    return tally._replace(dropped=tally.dropped | {reason: tally.dropped.get(reason, 0) + 1})
+
+
+def _nothing(rows: sources.Rows, tally: Report, known: Format, options: dict) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
+    fix = f"raise sequence_len (the longest row has {tally.longest} tokens)" if TOO_LONG in tally.dropped else known.fix
+    template = " with the given chat template" if options.get("chat_template") else ""
+    return (
+        f"{rows.name}: not one token to train on in {tally.rows} rows ({reasons}); the first is {sources.where(rows, 0)}, "
+        f"read as {tally.format}{template}, with the fields {', '.join(rows.rows[0])}: {fix}"
+    )

@@ -1,0 +1,96 @@
+"""Which documents form which micro-batch of which step, on which rank: pure functions of (lengths, options, seed, epoch).
+
+Nothing is drawn and nothing advances but a `Cursor`, so a run that resumes from one sees exactly the documents it would have seen.
+A plan depends neither on the number of ranks nor on gradient accumulation; both only say how many of its micro-batches a step takes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from treetune.core.data import order, pack
+
+
+class Cursor(NamedTuple):
+    """Where a run stands: the epoch, and how many micro-batches of its plan all ranks together have taken."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+START = Cursor()
+
+
+def epoch_plan(
+    lengths: Sequence[int],
+    *,
+    epoch: int = 0,
+    budget: int | None = None,
+    rows: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    window: int = pack.WINDOW,
+) -> list[list[int]]:
+    """The micro-batches of an epoch, each a list of document indices; every document is in exactly one.
+
+    budget: pack whole documents into micro-batches of that many tokens; rows: that many documents per micro-batch instead.
+    shuffle: another order each epoch; else the documents' own order (packing still reorders inside a window).
+    Errors: ValueError unless exactly one of budget and rows is given, and when a document is longer than the budget.
+    """
+    if (budget is None) == (rows is None):
+        raise ValueError(f"budget is {budget} and rows is {rows}: give exactly one, tokens or documents per micro-batch")
+    key = seed * 1_000_003 + epoch if shuffle else None
+    if rows is not None:
+        return pack.in_order(lengths, rows, seed=key)
+    groups = pack.pack(lengths, budget, seed=key, window=window)
+    if key is None:
+        return sorted(groups, key=min)
+    return [groups[i] for i in order.shuffled(len(groups), key, order.BATCHES)]
+
+
+def next_step(
+    plan: Sequence[list[int]], cursor: Cursor, *, accum: int = 1, world: int = 1, rank: int = 0
+) -> tuple[list[list[int]], Cursor]:
+    """(this rank's micro-batches of the step at `cursor`, the cursor after the step).
+
+    A step takes accum * world micro-batches of the plan, dealt to the ranks in turn; the last of an epoch takes what is left.
+    All ranks get the same number: where the plan runs out, a rank gets an empty one ([], which `pack.collate` accepts).
+    """
+    taken = plan[cursor.index : cursor.index + accum * world]
+    assert taken, f"cursor {cursor} lies past a plan of {len(plan)} micro-batches"
+    mine = list(taken[rank::world])
+    mine += [[]] * (-(-len(taken) // world) - len(mine))
+    index = cursor.index + len(taken)
+    return mine, Cursor(cursor.epoch, index) if index < len(plan) else Cursor(cursor.epoch + 1, 0)
+
+
+def steps(
+    lengths: Sequence[int],
+    *,
+    cursor: Cursor = START,
+    epochs: int | None = None,
+    accum: int = 1,
+    world: int = 1,
+    rank: int = 0,
+    **options,
+) -> Iterator[tuple[list[list[int]], Cursor]]:
+    """(micro-batches, cursor after them) step by step, from `cursor` to the end of `epochs` epochs, or for ever.
+
+    options: those of epoch_plan. Keep the cursor of the last step done: starting from it continues the same stream.
+    """
+    while epochs is None or cursor.epoch < epochs:
+        epoch, plan = cursor.epoch, epoch_plan(lengths, epoch=cursor.epoch, **options)
+        while cursor.epoch == epoch:
+            micro_batches, cursor = next_step(plan, cursor, accum=accum, world=world, rank=rank)
+            yield micro_batches, cursor
+
+
+def steps_per_epoch(lengths: Sequence[int], *, accum: int = 1, world: int = 1, **options) -> int:
+    """Optimiser steps of one epoch. options: those of epoch_plan."""
+    return -(-len(epoch_plan(lengths, **options)) // (accum * world))
+
+
+def digest(lengths: Sequence[int], **options) -> str:
+    """A fingerprint of the documents' lengths and of the options of epoch_plan: a cursor is good only for the plan it was made on."""
+    return hashlib.sha256(json.dumps([list(map(int, lengths)), sorted(options.items())]).encode()).hexdigest()[:16]

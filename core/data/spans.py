@@ -1,0 +1,197 @@
+"""Text with trained character spans -> tokens with weights. Every format ends here, so masks follow one rule.
+
+A text is tokenised once, whole. A token counts when it lies inside a trained span; one that straddles a border does not.
+Masks come from character offsets only: which ids a tokenizer uses for padding or EOS never matters.
+
+n tokens of one document. Offsets are characters of the text.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BYTE_SPACE = "\u0120"  # how byte-level vocabularies spell a space
+
+
+class Turn(NamedTuple):
+    """A stretch of text that one speaker produces: its characters [begin, end), then what closes it.
+
+    The closing is the first special token that starts in [end, limit), with the special tokens right behind it up to `tail`;
+    without one, the unbroken run of text after `end` and before `tail`. Past `tail` the next speaker's header begins.
+    """
+
+    begin: int
+    end: int
+    limit: int
+    tail: int
+    weight: float
+    close: float  # weight of the closing
+
+
+class Text(NamedTuple):
+    """What to tokenise and what to train on. `whole` trains every token, except that turns set their own weight on top."""
+
+    text: str
+    turns: tuple[Turn, ...]
+    whole: bool = False
+    eos: float | None = None  # add the tokenizer's default prefix (BOS, mostly) and an EOS of this weight
+    cut: int = 0  # trained turns of which the text leaves a part out
+
+
+class Doc(NamedTuple):
+    """One document: weight[i] > 0 says that token i is supervised, that is predicted from token i - 1. weight[0] is 0."""
+
+    tokens: np.ndarray  # int32 [n]
+    weight: np.ndarray  # float32 [n]
+    row: int
+
+
+class Marks(NamedTuple):
+    """What the masks need to know of a tokenizer."""
+
+    special: np.ndarray  # ids
+    added: np.ndarray  # ids of added tokens that are not special, blank ones left out
+    prefix: list[int]  # what the tokenizer puts before a text by default
+    bos: int | None
+    eos: int | None
+
+
+class Encoded(NamedTuple):
+    """One tokenised text, and how many of its trained turns have nothing that closes them or lack a part."""
+
+    tokens: np.ndarray  # int32 [n]
+    weight: np.ndarray  # float32 [n]
+    unclosed: int
+    cut: int
+
+
+def marks(tokenizer) -> Marks:
+    """Marks of a fast tokenizer. Errors: ValueError when it cannot give character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    other = {i for i, token in added.items() if i not in special and token.content.strip()}
+    return Marks(_ids(special), _ids(other), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def require_eos(tokenizer) -> None:
+    """Errors: ValueError for a tokenizer without an end-of-text token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set eos_token in its tokenizer_config.json")
+
+
+def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], where: str) -> None:
+    """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
+    for name in needed:
+        if row.get(name) is None:
+            raise ValueError(f"{where} has no field {name}; it has {', '.join(row) or 'none'}")
+    for name in (*needed, *optional):
+        if not isinstance(row.get(name, ""), str | None):
+            raise ValueError(f"{where}: field {name} is of type {type(row[name]).__name__}, expected text")
+
+
+def encode(texts: Sequence[Text], tokenizer, known: Marks) -> list[Encoded]:
+    """Tokenise each text once and weigh its tokens."""
+    if not texts:
+        return []
+    batch = _tokenize([text.text for text in texts], tokenizer)
+    encoded = []
+    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        tokens = np.array(ids, dtype=np.int32)
+        begins, ends = _extents(tokens, np.array(offsets, dtype=np.int64).reshape(-1, 2), tokenizer)
+        weight, unclosed = _weigh(text, tokens, begins, ends, known)
+        tokens, weight = (tokens, weight) if text.eos is None else _wrap(tokens, weight, text, known)
+        weight[:1] = 0.0
+        encoded.append(Encoded(tokens, weight, unclosed, text.cut))
+    return encoded
+
+
+def _tokenize(texts: list[str], tokenizer) -> dict:
+    return tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, padding=False, truncation=False
+    )
+
+
+def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> tuple[np.ndarray, int]:
+    """(weight [n], trained turns that nothing closes)."""
+    weight = np.full(len(tokens), float(text.whole), dtype=np.float32)
+    unclosed = 0
+    for turn in text.turns:
+        first, inside = np.searchsorted(begins, turn.begin, "left"), np.searchsorted(ends, turn.end, "right")
+        outside = np.searchsorted(begins, turn.end, "left")
+        after = _closing(text.text, turn, int(inside), tokens, begins, ends, known)
+        unclosed += turn.weight > 0 and turn.close > 0 and after == inside
+        if text.whole:  # tokens across the border go too
+            weight[np.searchsorted(ends, turn.begin, "right") : max(after, outside)] = 0.0
+        if turn.close == turn.weight:
+            weight[first:after] = turn.weight
+        else:
+            weight[first:inside] = turn.weight
+            weight[outside:after] = turn.close
+    return weight, int(unclosed)
+
+
+def _closing(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> int:
+    """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
+    stop = int(np.searchsorted(begins, turn.limit, "left"))
+    for kind in (known.special, known.added):
+        hits = np.flatnonzero(np.isin(tokens[start:stop], kind))
+        if len(hits) == 0:
+            continue
+        last = start + int(hits[0])
+        if begins[last] >= turn.tail and text[turn.end : begins[last]].strip():
+            break  # it belongs to the next speaker's header
+        while last + 1 < stop and begins[last + 1] == ends[last] and ends[last + 1] <= turn.tail and tokens[last + 1] in kind:
+            last += 1
+        return last + 1
+    return _closing_run(text, turn, start, begins, ends)
+
+
+def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np.ndarray) -> int:
+    """The same for a closing in plain text. Blanks that a tokenizer glues to its last characters come along."""
+    run = re.match(r"\S*", text[turn.end : turn.tail]).end()
+    blank = re.match(r"\s*", text[turn.end + run :]).end() if run else 0
+    after = int(np.searchsorted(begins, turn.end + run, "left"))
+    while after > start and ends[after - 1] > turn.end + run + blank:
+        after -= 1
+    return max(after, start)
+
+
+def _wrap(tokens: np.ndarray, weight: np.ndarray, text: Text, known: Marks) -> tuple[np.ndarray, np.ndarray]:
+    """Default prefix before, EOS behind, each unless it is there already."""
+    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
+    suffix = [known.eos] if len(tokens) == 0 or tokens[-1] != known.eos else []
+    tokens = np.concatenate([_ids(prefix), tokens, _ids(suffix)])
+    weight = np.concatenate([np.full(len(prefix), float(text.whole)), weight, np.zeros(len(suffix))])
+    weight[-1] = text.eos
+    return tokens.astype(np.int32), weight.astype(np.float32)
+
+
+def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(begins, ends) [n]: offsets with the spaces back that some byte-level tokenizers trim off them."""
+    begins, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
+    previous = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+    gaps = np.flatnonzero(begins > previous)
+    for i in gaps:
+        word = tokenizer.convert_ids_to_tokens(int(tokens[i]))
+        begins[i] = max(previous[i], begins[i] - (len(word) - len(word.lstrip(BYTE_SPACE))))
+    for i in gaps[gaps > 0] - 1:
+        word = tokenizer.convert_ids_to_tokens(int(tokens[i]))
+        if word.strip(BYTE_SPACE):
+            ends[i] = min(begins[i + 1], ends[i] + len(word) - len(word.rstrip(BYTE_SPACE)))
+    return np.maximum.accumulate(np.minimum(begins, ends)), ends
+
+
+def _default_prefix(tokenizer) -> list[int]:
+    """Ids that the tokenizer puts before a text on its own: [BOS], nothing, or whatever its family uses."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+    return full[: starts[0]] if bare and starts else []
+
+
+def _ids(values) -> np.ndarray:
+    return np.array(sorted(values) if isinstance(values, set) else values, dtype=np.int32)

@@ -1,0 +1,145 @@
+"""LoRA as a second tree: where the model has a weight [O, I], the adapter tree has {"A": [r, I], "B": [O, r]}.
+
+y = x W^T + scale (x A^T) B^T.   Source: Hu et al., arXiv 2106.09685; rank-stabilised scale: Kalajdzievski, arXiv 2312.03732.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.core import param, tree
+from treetune.core.param import Param, Params
+
+
+class Lora(NamedTuple):
+    """An adapter in use: its tree, its scale (never trained), and its dropout with the 0-d int64 seed of the step."""
+
+    tree: Params
+    scale: float
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+
+def scale(*, rank: int, alpha: float, rslora: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def linears(abstract: Params) -> list[str]:
+    """Paths of the projections inside layers: what "all-linear" means (embeddings and head are excluded)."""
+    return [path for path, leaf in tree.items(abstract) if len(leaf.shape) == 2 and path.startswith("layers.")]
+
+
+def match(abstract: Params, targets: str | Iterable[str], *, layers: Iterable[int] | None = None) -> list[str]:
+    """Paths of the 2-d leaves to adapt: "all-linear", or regexes over paths; optionally only in the given layers.
+
+    Raises ValueError when a target or a layer number matches nothing, naming the nearest paths.
+    """
+    matrices = [path for path, leaf in tree.items(abstract) if len(leaf.shape) == 2]
+    if targets == "all-linear":
+        found = linears(abstract)
+    else:
+        regexes = [targets] if isinstance(targets, str) else list(targets)
+        for regex in regexes:
+            tree.require_match(regex, matrices)
+        found = [path for path in matrices if any(re.search(regex, path) for regex in regexes)]
+    return found if layers is None else _in_layers(found, set(layers), len(abstract["layers"]))
+
+
+def _in_layers(paths: list[str], wanted: set[int], count: int) -> list[str]:
+    if outside := sorted(index for index in wanted if not 0 <= index < count):
+        raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {count - 1}")
+    number = {path: re.match(r"layers\.(\d+)\.", path) for path in paths}
+    return [path for path in paths if number[path] is None or int(number[path][1]) in wanted]
+
+
+def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dtype = torch.float32) -> Params:
+    """The abstract adapter tree for the leaves at `paths`: A uniform as in PEFT, B zero, so the start is the base model."""
+    shapes = {path: leaf for path, leaf in tree.items(model)}
+    pairs = []
+    for path in paths:
+        (out, inner), axes = shapes[path].shape, getattr(shapes[path], "axes", ()) or ("out", "in")
+        # PEFT starts an embedding's pair the other way round: A zero, B normal.
+        a, b = ("zeros", "normal:1.0") if path == "embed_tokens" else ("kaiming", "zeros")
+        dims = (inner, out) if path == "embed_tokens" else (out, inner)
+        axes = axes[::-1] if path == "embed_tokens" else axes
+        pairs.append((f"{path}.A", Param((rank, dims[1]), dtype, ("rank", axes[1]), a)))
+        pairs.append((f"{path}.B", Param((dims[0], rank), dtype, (axes[0], "rank"), b)))
+    return tree.from_items(pairs)
+
+
+def init(model: Params, paths: Iterable[str], *, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Params:
+    """A fresh adapter tree for the leaves of `model` (tensors or Params) at `paths`."""
+    return param.init(abstract(model, paths, rank=rank, dtype=dtype), seed=seed)
+
+
+def pairs(adapter: Params) -> dict[str, tuple[Tensor, Tensor]]:
+    """{path of the adapted weight: (A, B)}."""
+    flat = dict(tree.items(adapter))
+    return {path[:-2]: (leaf, flat[f"{path[:-2]}.B"]) for path, leaf in flat.items() if path.endswith(".A")}
+
+
+def delta(path: str, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The full-size update scale * B A in float32, in the orientation of the weight at `path`."""
+    product = scaling * (b.float() @ a.float())
+    return product.T if path == "embed_tokens" else product
+
+
+def merge(model: Params, adapter: Params, scaling: float) -> Params:
+    """W + scale B A for every adapted leaf, each rounded once to the leaf's dtype.
+
+    A tied model (no `lm_head` leaf) whose adapters sit on the embedding or the head only comes out untied, because the
+    two matrices then differ.
+    """
+    found = pairs(adapter)
+    base = dict(tree.items(model))
+    tied = "lm_head" not in base
+    if tied and ("lm_head" in found or "embed_tokens" in found):
+        base["lm_head"] = base["embed_tokens"]
+    for path, (a, b) in found.items():
+        base[path] = (base[path].float() + delta(path, a, b, scaling)).to(base[path].dtype)
+    return tree.from_items(base.items())
+
+
+def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
+    """PEFT's tensor names for an adapter tree; `hf_key` maps a leaf path to its Hugging Face name."""
+    out = {}
+    for path, (a, b) in pairs(adapter).items():
+        module = hf_key(path).removesuffix(".weight")
+        names = ("lora_embedding_A", "lora_embedding_B") if path == "embed_tokens" else ("lora_A.weight", "lora_B.weight")
+        out[f"base_model.model.{module}.{names[0]}"] = a
+        out[f"base_model.model.{module}.{names[1]}"] = b
+    return out
+
+
+def from_peft(tensors: dict[str, Tensor], paths: Iterable[str], hf_key: Callable[[str], str]) -> Params:
+    """The adapter tree in a PEFT file; `paths` are the leaves that could be adapted.
+
+    Raises ValueError unless every tensor of the file is used and every A has its B, naming the first that is not.
+    """
+    used, found = set(), []
+    for path in paths:
+        module = hf_key(path).removesuffix(".weight")
+        for part, names in (("A", ("lora_A.weight", "lora_embedding_A")), ("B", ("lora_B.weight", "lora_embedding_B"))):
+            for name in names:
+                key = f"base_model.model.{module}.{name}"
+                if key in tensors:
+                    used.add(key)
+                    found.append((f"{path}.{part}", tensors[key]))
+    adapter = tree.from_items(found)
+    _check_complete(set(tensors) - used, [path for path, _ in found])
+    return adapter
+
+
+def _check_complete(unused: set[str], found: list[str]) -> None:
+    if unused:
+        raise ValueError(f"the adapter file has {len(unused)} tensors that this model cannot use, the first is {min(unused)}")
+    if not found:
+        raise ValueError("the adapter file holds no LoRA tensors")
+    for path in found:
+        if (twin := path[:-1] + ("B" if path.endswith("A") else "A")) not in found:
+            raise ValueError(f"the adapter file has {path} but not {twin}")

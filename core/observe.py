@@ -1,0 +1,170 @@
+"""What a run says about itself: metrics.jsonl, health rules, and the search for a number that is not finite.
+
+The only place that moves a number off the device. Metrics are read one step late, so a step never waits for them.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.core import check, tree
+from treetune.core.grad import value_and_grad
+from treetune.core.state import Batch, Objective, Plan, TrainState
+
+Record = dict[str, float]
+
+
+class Event(NamedTuple):
+    """A health rule that fired: its name, what was seen, and what to do about it."""
+
+    rule: str
+    seen: str
+    fix: str
+
+
+class Recorder:
+    """Appends one JSON object per step to metrics.jsonl; `push` returns the step before as floats, after `derive`."""
+
+    def __init__(self, path: Path | None, derive: Callable[[Record], Record] = dict):
+        self.path, self.derive, self.pending, self.history = path, derive, None, []
+
+    def push(self, step: int, metrics: dict[str, Tensor | float]) -> Record | None:
+        """Hand over a step's metrics; the record of the previous push comes back, written."""
+        done = self.flush()
+        self.pending = {"step": step} | metrics
+        return done
+
+    def flush(self) -> Record | None:
+        """Read and write what was pushed last."""
+        if self.pending is None:
+            return None
+        record = self.derive({key: value.item() if isinstance(value, Tensor) else value for key, value in self.pending.items()})
+        self.pending = None
+        self.history.append(record)
+        self._write(record)
+        return record
+
+    def note(self, record: Record) -> None:
+        """Write a record of plain numbers at once (an evaluation)."""
+        self.history.append(record)
+        self._write(record)
+
+    def _write(self, record: Record) -> None:
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def truncate(path: Path, step: int) -> list[Record]:
+    """Cut metrics.jsonl back to the records up to `step`, as a resumed run needs; returns them."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(draft, path)
+    return kept
+
+
+def _series(history: list[Record], key: str) -> list[float]:
+    return [record[key] for record in history if key in record]
+
+
+def _grad_spike(history: list[Record]) -> str | None:
+    norm = _series(history, "grad_norm")[-1:]
+    return f"grad_norm {norm[0]:.1f} is above 100" if norm and norm[0] > 100 else None
+
+
+def _no_gradient(history: list[Record]) -> str | None:
+    norm = _series(history, "grad_norm")[-1:]
+    return "grad_norm is 0" if norm and norm[0] == 0 else None
+
+
+def _loss_spike(history: list[Record]) -> str | None:
+    loss = _series(history, "train/loss")
+    usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
+    return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
+
+
+def _plateau(history: list[Record]) -> str | None:
+    loss = _series(history, "train/loss")
+    if len(loss) < 60 or len(loss) % 20:
+        return None
+    first, last = statistics.mean(loss[:20]), statistics.mean(loss[-20:])
+    return f"train/loss has not fallen in {len(loss)} steps ({first:.3f} -> {last:.3f})" if last >= first else None
+
+
+def _vanished(history: list[Record]) -> str | None:
+    loss = _series(history, "train/loss")[-3:]
+    return f"train/loss is {loss[-1]:.4f}" if len(loss) == 3 and max(loss) < 0.01 else None
+
+
+def _overfit(history: list[Record]) -> str | None:
+    held, loss = _series(history, "eval/loss")[-3:], _series(history, "train/loss")
+    rising = len(held) == 3 and held[0] < held[1] < held[2]
+    falling = len(loss) > 1 and statistics.mean(loss[-len(loss) // 2 :]) < statistics.mean(loss[: len(loss) // 2])
+    return f"eval/loss rose twice in a row to {held[-1]:.3f} while train/loss fell" if rising and falling else None
+
+
+HEALTH: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
+    "grad_spike": (_grad_spike, "lower learning_rate 2 to 5 times, or lengthen the warm-up"),
+    "no_gradient": (_no_gradient, "check that something is trainable and that rows have supervised tokens"),
+    "loss_spike": (_loss_spike, "look for a malformed row in this step, or lower learning_rate"),
+    "plateau": (_plateau, "raise learning_rate 2 to 5 times, and check what is supervised"),
+    "vanished": (_vanished, "the rows are memorised or leak their answer: use fewer epochs or check the data"),
+    "overfit": (_overfit, "stop earlier, use fewer epochs, a smaller lora_r, or some lora_dropout"),
+}
+
+
+def health(history: list[Record], *, quiet: set[str] = frozenset()) -> list[Event]:
+    """The rules that fire on the last record, except those in `quiet`."""
+    events = []
+    for name, (rule, fix) in HEALTH.items():
+        if name not in quiet and (seen := rule(history)):
+            events.append(Event(name, seen, fix))
+    return events
+
+
+def find_not_finite(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
+    """Replay a skipped step and name what is not finite: weights, the rows whose loss is not, or the gradient's leaves."""
+    if bad := check.not_finite(state.params) or check.not_finite(state.frozen):
+        return f"weights are not finite: {', '.join(bad[:3])}"
+    found = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
+    return "; ".join(text for text in found if text) or "the sum over micro-batches overflowed"
+
+
+def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> str | None:
+    def total(params):
+        terms, _ = objective.terms(params, state.frozen, batch, plan)
+        return sum(terms.values()), None
+
+    (value, _), grads = value_and_grad(total)(state.params)
+    rows = sorted(set(batch["row"].tolist()))
+    if not torch.isfinite(value):
+        return f"the loss of rows {rows} is {value.item()}"
+    bad = check.not_finite(grads)
+    return f"rows {rows} give a gradient that is not finite in {', '.join(bad[:3])}" if bad else None
+
+
+def dead_leaves(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> list[str]:
+    """Paths of the trainable leaves that get no gradient from these micro-batches."""
+    alive: set[str] = set()
+    for batch, plan in micro_batches:
+        _, grads = value_and_grad(lambda p, b=batch, s=plan: (sum(objective.terms(p, state.frozen, b, s)[0].values()), None))(state.params)
+        alive |= {path for path, leaf in tree.items(grads) if bool((leaf != 0).any())}
+    return [path for path, _ in tree.items(state.params) if path not in alive]

@@ -1,0 +1,171 @@
+"""Optimisers and schedules: an optimiser is a pair of functions over trees, a schedule maps a 0-d step to a 0-d lr.
+
+`update(grads, state, params, lr, found_inf=None) -> (params, state)` CONSUMES its inputs: leaves and moments change in
+place. Where `found_inf` (0-d float32) is 1 the whole update is skipped inside the kernel, without a host sync.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as adamw_kernel
+
+from treetune.core import shard, tree
+from treetune.core.state import OptState, Params
+
+Rules = Iterable[tuple[str, float]]
+
+
+class Optimizer(NamedTuple):
+    """init(params) -> state; update as in the module docstring."""
+
+    init: Callable[[Params], OptState]
+    update: Callable[..., tuple[Params, OptState]]
+
+
+class _Leaf(NamedTuple):
+    path: str
+    param: Tensor
+    decay: float
+    lr_scale: float
+
+
+def _plan(params: Params, weight_decay: float, decay: Rules, lr_scale: Rules) -> list[_Leaf]:
+    """Per-leaf decay and lr multiplier, from (regex, value) rules; vectors decay only where a rule says so."""
+    decays = tree.leaves(tree.assign(params, decay, None))
+    scales = tree.leaves(tree.assign(params, lr_scale, 1.0))
+    leaves = []
+    for (path, leaf), rule, lr in zip(tree.items(params), decays, scales, strict=True):
+        default = weight_decay if leaf.ndim >= 2 else 0.0
+        leaves.append(_Leaf(path, shard.local(leaf), default if rule is None else rule, lr))
+    return leaves
+
+
+def _groups(leaves: list[_Leaf]) -> dict[tuple, list[int]]:
+    """Indices of the leaves that one kernel call can take: equal decay, lr multiplier, dtype and device."""
+    groups: dict[tuple, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((leaf.decay, leaf.lr_scale, leaf.param.dtype, leaf.param.device), []).append(i)
+    return groups
+
+
+def _locals(trees: Params) -> list[Tensor]:
+    return [shard.local(leaf) for leaf in tree.leaves(trees)]
+
+
+def _zeros(params: Params) -> Params:
+    return tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), params)
+
+
+def adamw(
+    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()
+) -> Optimizer:
+    """AdamW with decoupled decay, fused and in place: p -= lr (m_hat / (sqrt(v_hat) + eps) + decay p).
+
+    `decay` and `lr_scale` are (regex, value) rules over paths; LoRA+ is lr_scale=[(r"\\.B$", ratio)].
+    Source: Loshchilov & Hutter, arXiv 1711.05101, algorithm 2; LoRA+: Hayou et al., arXiv 2402.12354.
+    """
+    decay, lr_scale = list(decay), list(lr_scale)
+
+    def init(params: Params) -> OptState:
+        _plan(params, weight_decay, decay, lr_scale)
+        count = tree.map(lambda leaf: torch.zeros((), dtype=torch.float32, device=leaf.device), params)
+        return {"mu": _zeros(params), "nu": _zeros(params), "count": count}
+
+    @torch.no_grad()
+    def update(grads, state, params, lr, found_inf=None):
+        leaves = _plan(params, weight_decay, decay, lr_scale)
+        flat = [_locals(side) for side in (grads, state["mu"], state["nu"])] + [tree.leaves(state["count"])]
+        for (rate, scale, _, _), chosen in _groups(leaves).items():
+            g, mu, nu, count = ([side[i] for i in chosen] for side in flat)
+            adamw_kernel(
+                [leaves[i].param for i in chosen], g, mu, nu, [], count,
+                fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr * scale, weight_decay=rate, eps=eps,
+                maximize=False,
+            )  # fmt: skip
+        return params, state
+
+    return Optimizer(init, update)
+
+
+def _stepwise(init_state: Callable, direction: Callable, weight_decay: float, decay: Rules, lr_scale: Rules) -> Optimizer:
+    """An optimiser from a per-leaf rule `direction(grad, moment, param) -> (step, new moment)`, applied as p -= lr (step + decay p)."""
+    decay, lr_scale = list(decay), list(lr_scale)
+
+    def init(params: Params) -> OptState:
+        _plan(params, weight_decay, decay, lr_scale)
+        return init_state(params)
+
+    @torch.no_grad()
+    def update(grads, state, params, lr, found_inf=None):
+        moments = _locals(state["mu"]) if "mu" in state else None
+        for i, (leaf, grad) in enumerate(zip(_plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True)):
+            moment = moments[i] if moments else None
+            step, new = direction(grad, moment)
+            target = leaf.param - (lr * leaf.lr_scale) * (step + leaf.decay * leaf.param)
+            _keep(leaf.param, target, found_inf)
+            if moment is not None:
+                _keep(moment, new, found_inf)
+        return params, state
+
+    return Optimizer(init, update)
+
+
+def _keep(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
+    """old <- new, unless found_inf; `where`, because 0 * nan is nan."""
+    old.copy_(new if found_inf is None else torch.where(found_inf > 0, old, new.to(old.dtype)))
+
+
+def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
+    """Gradient descent with heavy-ball momentum: m <- momentum m + g; p -= lr (m + decay p). No state without momentum."""
+
+    def direction(grad, moment):
+        new = grad if moment is None else momentum * moment + grad
+        return new, new
+
+    return _stepwise(lambda p: {"mu": _zeros(p)} if momentum else {}, direction, weight_decay, decay, lr_scale)
+
+
+def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
+    """Lion: p -= lr (sign(b1 m + (1 - b1) g) + decay p); m <- b2 m + (1 - b2) g. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
+
+    def direction(grad, moment):
+        return torch.sign(b1 * moment + (1 - b1) * grad), b2 * moment + (1 - b2) * grad
+
+    return _stepwise(lambda p: {"mu": _zeros(p)}, direction, weight_decay, decay, lr_scale)
+
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+def constant(peak: float) -> Schedule:
+    """lr(step) = peak."""
+    return lambda step: torch.full((), peak, device=step.device)
+
+
+def linear(peak: float, steps: int, *, min_ratio: float = 0.0) -> Schedule:
+    """From peak at step 0 down a straight line to min_ratio * peak at `steps`, and constant after."""
+    return lambda step: peak * (1 - (1 - min_ratio) * _progress(step, steps))
+
+
+def cosine(peak: float, steps: int, *, min_ratio: float = 0.0) -> Schedule:
+    """Half a cosine from peak at step 0 to min_ratio * peak at `steps`. Source: Loshchilov & Hutter, arXiv 1608.03983, eq. 5."""
+    return lambda step: peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + torch.cos(math.pi * _progress(step, steps))))
+
+
+def _progress(step: Tensor, steps: int) -> Tensor:
+    return (step.float() / max(steps, 1)).clamp(0, 1)
+
+
+def warmup(schedule: Schedule, steps: int) -> Schedule:
+    """lr rises by equal parts over `steps` steps to the start of `schedule`, which then begins; step 0 already learns."""
+    if steps <= 0:
+        return schedule
+
+    def lr(step: Tensor) -> Tensor:
+        rising = ((step.float() + 1) / (steps + 1)).clamp(max=1.0)
+        return rising * schedule((step - steps).clamp(min=0))
+
+    return lr

@@ -1,0 +1,111 @@
+"""Placement of trees on a device mesh: a leaf is plain (whole on every rank) or a DTensor (sharded).
+
+Legend: `axis` is a mesh axis, `dim` a tensor dimension. Data-parallel training keeps leaves plain and sums gradients
+once a step; fully sharded training (ZeRO-3) shards every leaf on the data axis and gathers it at the top of each layer.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from treetune.core import tree
+from treetune.core.param import Param, Params
+
+# Parameter axis -> mesh axis, in order of preference; the first dimension of a leaf that has a rule is sharded.
+FULLY_SHARDED: Mapping[str, str] = {
+    "vocab": "data", "heads": "data", "kv_heads": "data", "mlp": "data", "embed": "data", "rank": "data", "head_dim": "data",
+}  # fmt: skip
+
+
+def mesh(device_type: str, **sizes: int) -> DeviceMesh:
+    """A named device mesh, `mesh("cuda", data=8)`; needs torch.distributed to be initialised (torchrun does)."""
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def placements(abstract: Params, device_mesh: DeviceMesh, rules: Mapping[str, str]) -> Params:
+    """A tree of DTensor placements: each mesh axis shards the first dimension whose axis name maps to it."""
+
+    def one(param: Param) -> tuple:
+        axes = [rules.get(axis) for axis in param.axes]
+        return tuple(Shard(axes.index(name)) if name in axes else Replicate() for name in device_mesh.mesh_dim_names)
+
+    return tree.map(one, abstract)
+
+
+def place(params: Params, device_mesh: DeviceMesh, where: Params) -> Params:
+    """Distribute every leaf; each rank must hold the same full values and keeps its own part."""
+    return tree.map(lambda leaf, spec: distribute_tensor(leaf, device_mesh, spec, src_data_rank=None), params, where)
+
+
+def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back."""
+    if isinstance(leaf, DTensor):
+        whole = [Replicate()] * leaf.device_mesh.ndim
+        leaf = leaf.redistribute(placements=whole).to_local(grad_placements=[Partial()] * len(whole))
+    return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
+
+
+def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:
+    """`gather` for every leaf of a (small) tree."""
+    return tree.map(lambda leaf: gather(leaf, dtype), params)
+
+
+def local(leaf: Tensor) -> Tensor:
+    """The part of a leaf that lives on this rank; shares storage with it."""
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
+    """A local tensor with the sharding of `like`."""
+    if not isinstance(like, DTensor):
+        return leaf
+    return DTensor.from_local(leaf, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False)
+
+
+def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
+    """Apply `fn` to the local part of a leaf and keep the leaf's sharding."""
+    return rewrap(fn(local(leaf)), leaf)
+
+
+def full(leaf: Tensor) -> Tensor:
+    """The whole leaf, detached, on every rank (a collective for a sharded leaf)."""
+    return (leaf.full_tensor() if isinstance(leaf, DTensor) else leaf).detach()
+
+
+def world(device_mesh: DeviceMesh | None) -> int:
+    """Number of data-parallel ranks; 1 without a mesh."""
+    return 1 if device_mesh is None else device_mesh["data"].size()
+
+
+def all_sum(tensors: list[Tensor], device_mesh: DeviceMesh | None) -> list[Tensor]:
+    """Sum each tensor over the data axis, in one message per dtype; the identity without a mesh."""
+    if device_mesh is None or not tensors:
+        return tensors
+    group, out = device_mesh.get_group("data"), list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
+        dist.all_reduce(flat, group=group)
+        for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen]), strict=True):
+            out[i] = part.view_as(tensors[i])
+    return out
+
+
+def all_reduce(value: Tensor, how: str, device_mesh: DeviceMesh | None) -> Tensor:
+    """Reduce one tensor over the data axis; `how` is "sum", "min" or "max"."""
+    if device_mesh is None:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, op=getattr(dist.ReduceOp, how.upper()), group=device_mesh.get_group("data"))
+    return value
+
+
+def any_flag(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    seen = torch.tensor(float(flag), device=device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return bool(seen)

@@ -1,0 +1,53 @@
+"""The types that everything else is written against."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Params = dict  # nested dict / list of tensors; layers are a list of equal dicts; weights keep the Hugging Face orientation [out, in]
+OptState = dict
+Batch = dict[str, Tensor]
+Plan = Any  # ops.attention.Plan: core hands it through and never looks inside
+Terms = dict[str, Tensor]
+
+
+class Metric(NamedTuple):
+    """A detached number to report: `value` summed with `weight` ("mean"), or reduced by "sum", "min" or "max"."""
+
+    value: Tensor
+    weight: Tensor
+    how: str = "mean"
+
+
+class Objective(NamedTuple):
+    """One method's training signal: sum_k terms[k] / counts[k], where counts are summed over the whole optimiser step.
+
+    counts(batch) gives the denominators from the batch alone; terms(params, frozen, batch, plan) gives the numerators,
+    with their coefficients applied, and metrics.
+    """
+
+    counts: Callable[[Batch], Terms]
+    terms: Callable[[Params, Params, Batch, Plan], tuple[Terms, dict[str, Metric]]]
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    params = {"model"?, "lora"?, "head"?}; frozen = {"model"?, "ref"?, "ref_lora"?, "teacher"?}; extra is a method's own
+    state; step is a 0-d int64 tensor. `params["model"]` may be part of a tree, laid over `frozen["model"]`.
+    """
+
+    params: Params
+    frozen: Params
+    opt: OptState
+    extra: dict
+    step: Tensor
+
+
+# The axis of every key of a batch: T stream tokens, D+1 document bounds, N read rows, B sequences, "" a scalar.
+AXES = {
+    "tokens": "T", "positions": "T", "branch": "T", "start": "T", "cu_docs": "D+1",
+    "at": "N", "targets": "N", "seq": "N", "weight": "N",
+    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "seed": "",
+}  # fmt: skip

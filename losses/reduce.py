@@ -1,0 +1,31 @@
+"""From per-token values to (numerator, denominator); the step divides by denominators summed over the whole step.
+
+N scored tokens, B sequences. x [N], seq [N] (which sequence), seq_lens [B] (scored tokens of each; 0 allowed).
+"""
+
+import torch
+from torch import Tensor
+
+
+def per_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
+    """Sum of x over each sequence: [N] -> [B]."""
+    return torch.zeros(seq_lens.shape[0], dtype=x.dtype, device=x.device).index_add(0, seq, x)
+
+
+def by_token(x: Tensor, seq: Tensor, seq_lens: Tensor, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean over tokens: sum of weight * x over sum of weight (weight [N], default 1). A token of weight 0 adds exactly 0."""
+    if weight is None:
+        return x.sum(), seq_lens.sum()
+    return torch.where(weight != 0, weight * x, 0.0).sum(), weight.sum()
+
+
+def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean over sequences of each sequence's token mean; empty sequences are left out unless `count_empty`."""
+    means = per_sequence(x, seq, seq_lens) / seq_lens.clamp(min=1)
+    count = seq_lens.new_tensor(seq_lens.shape[0]) if count_empty else (seq_lens > 0).sum()
+    return means.sum(), count
+
+
+def by_constant(x: Tensor, seq: Tensor, seq_lens: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
+    """Sum over B * length, the fixed budget of Dr. GRPO. Source: Liu et al., arXiv 2503.20783, section 3.2."""
+    return x.sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)

@@ -1,0 +1,220 @@
+"""Sampling from the trainer's own weights: one packed prefill of all prompts, then one token at a time on a key/value cache.
+
+P prompts, n completions of each, R = P n rows, S cache slots, M tokens of the longest completion, V vocabulary.
+q(y) = softmax(logits / temperature); the sampler draws from q restricted to a kept set and renormalised.
+A row's randomness is a function of (seed, id of its prompt, number of the completion, position): other rows do not matter.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.core import shard
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.models import MODELS, Model, dense
+from treetune.ops import attention, noise
+
+
+class Samples(NamedTuple):
+    """Completions: row p n + j is completion j of prompt p; entries at and after `lens` are 0.
+
+    tokens int64 [R, M], the stop token included; logp [R, M] log q in nats, float32; log_kept [R, M] the log of the mass
+    under q of the set that was sampled from (0 where nothing was cut off); lens int64 [R].
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    log_kept: Tensor
+    lens: Tensor
+
+
+class _Draw(NamedTuple):
+    """How to pick a token."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+
+
+class _Live(NamedTuple):
+    """The rows still being written: their row numbers [r], next positions [r], last hidden states [r, D], and their cache."""
+
+    row: Tensor
+    position: Tensor
+    hidden: Tensor
+    cache: dense.Cache
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int = 1,
+    lora: Lora | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[int] = (),
+    seed: int,
+    ids: Sequence[int] | None = None,
+) -> Samples:
+    """n completions of each prompt (lists of token ids), each up to a token of `stop` or `max_new_tokens`.
+
+    temperature 0 takes the most probable token; its logp is that of the untempered distribution, and so is its log_kept,
+    since the set is that one token. Otherwise the kept set is cut by top_k (0: off), then top_p over what is left, then
+    min_p times the largest probability. `ids` name the prompts for the randomness (default: their order).
+
+    Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
+    """
+    draw = _Draw(temperature, top_p, top_k, min_p)
+    _check(model, prompts, n, max_new_tokens, draw)
+    weights = shard.gather_all(model.params, model.cfg.dtype)
+    quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
+    live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
+    head, device = MODELS[model.family].head(weights, model.cfg, quiet), live.hidden.device
+    names = torch.tensor(list(range(len(prompts))) if ids is None else list(ids), device=device).repeat_interleave(n)
+    key = noise.keys(seed, names, torch.arange(n, device=device).repeat(len(prompts)))
+    stops = torch.tensor(list(stop), dtype=torch.int64, device=device)
+    out = _empty(len(prompts) * n, max_new_tokens, device)
+    done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        token, logp, kept = _pick(
+            _logits(MODELS[model.family].widen(live.hidden, quiet), head), noise.keys(key[live.row], live.position), draw
+        )
+        _check_finite(logp, live.row, n)
+        _record(out, live.row, step, token, logp, kept, done)
+        done[live.row] |= torch.isin(token, stops)
+        if step + 1 == max_new_tokens or bool(done.all()):
+            break
+        live = _advance(model, weights, live, token, done, quiet)
+    return _trim(out)
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, draw: _Draw) -> None:
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; expected at least one token in every prompt")
+    ranges = {
+        "n": (n, n >= 1, "at least 1"),
+        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        "temperature": (draw.temperature, draw.temperature >= 0, "0 or more"),
+        "top_p": (draw.top_p, 0 < draw.top_p <= 1, "in (0, 1]"),
+        "top_k": (draw.top_k, draw.top_k >= 0, "0 (off) or more"),
+        "min_p": (draw.min_p, 0 <= draw.min_p < 1, "in [0, 1)"),
+    }
+    for name, (value, good, expected) in ranges.items():
+        if not good:
+            raise ValueError(f"{name} is {value}; expected {expected}")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > model.cfg.max_positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need {longest + max_new_tokens} positions; "
+            f"the model has {model.cfg.max_positions}: shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lora | None, new: int) -> _Live:
+    """All prompts as one packed stream, each once; its keys and values are then copied to the rows of its n completions."""
+    device, cfg = weights["embed_tokens"].device, model.cfg
+    lens = torch.tensor([len(prompt) for prompt in prompts])
+    cu = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
+    positions = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lens)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    batch = {"tokens": tokens, "positions": positions, "cu_docs": cu.int()}
+    plan = attention.plan(batch, window=cfg.window, device=device, dtype=cfg.dtype)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    shape = dense.kv_shape(cfg, len(prompts) * n, int(lens.max()) + new)
+    # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
+    buffers = [[torch.zeros(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv"]
+    first = torch.arange(len(prompts), device=device) * n
+    cache = dense.Cache(*buffers, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
+    hidden = MODELS[model.family].forward(weights, batch, plan, cfg, lora=lora, cache=cache).hidden
+    for buffer in (*cache.k, *cache.v) if n > 1 else ():
+        rows = buffer.view(len(prompts), n, *shape[1:])
+        rows[:, 1:, : cache.span] = rows[:, :1, : cache.span]
+    last = (cu[1:] - 1).to(device)
+    return _Live(torch.arange(shape[0], device=device), lens.to(device).repeat_interleave(n), hidden[last].repeat_interleave(n, 0), cache)
+
+
+def _advance(model: Model, weights: Params, live: _Live, token: Tensor, done: Tensor, lora: Lora | None) -> _Live:
+    """The hidden states of the tokens just drawn. Finished rows stay until a third of the rows are: copying the cache costs too."""
+    row, position, cache = live.row, live.position, live.cache
+    keep = (~done[row]).nonzero()[:, 0]
+    if 3 * keep.shape[0] <= 2 * row.shape[0]:
+        row, position, token = row[keep], position[keep], token[keep]
+        cache = cache._replace(k=[side[keep] for side in cache.k], v=[side[keep] for side in cache.v])
+    rows = torch.arange(row.shape[0], device=row.device)
+    cache = cache._replace(rows=rows, slots=position, span=live.cache.span + 1)
+    batch = {"tokens": token, "positions": position}
+    hidden = MODELS[model.family].forward(weights, batch, None, model.cfg, lora=lora, cache=cache).hidden
+    return _Live(row, position + 1, hidden, cache)
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """float32 [r, V]; the product has the precision of the trainer's (see ops.linear_logprob)."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return (hidden @ head.T).float()
+
+
+def _pick(logits: Tensor, key: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, log q and log kept mass [r] each. Inverse of the cumulative distribution in vocabulary order, at one uniform per row."""
+    if draw.temperature == 0:
+        logp, token = logits.log_softmax(-1).max(-1)
+        return token, logp, logp
+    logq = (logits / draw.temperature).log_softmax(-1)
+    kept = _kept(logq, draw)
+    mass = logq.double().exp()
+    total = (mass if kept is None else mass.where(kept, 0.0)).cumsum(-1)
+    target = noise.uniform(key, 1).double() * total[:, -1:]
+    token = torch.searchsorted(total, target, right=True).clamp_(max=logits.shape[1] - 1)
+    log_kept = torch.zeros_like(logq[:, 0]) if kept is None else total[:, -1].log().clamp_(max=0.0).float()
+    return token[:, 0], logq.gather(-1, token)[:, 0], log_kept
+
+
+def _kept(logq: Tensor, draw: _Draw) -> Tensor | None:
+    """bool [r, V]: the tokens that may be drawn, or None for all."""
+    kept = None
+    if 0 < draw.top_k < logq.shape[1]:
+        kept = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, logq.topk(draw.top_k, -1).indices, True)
+    if draw.top_p < 1:
+        inside = logq if kept is None else logq.where(kept, -torch.inf)
+        ordered, index = inside.sort(-1, descending=True, stable=True)
+        p = ordered.double().softmax(-1)
+        before = p.cumsum(-1) - p  # the smallest set whose mass reaches top_p: a token stays if those before it fall short
+        nucleus = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, index, before < draw.top_p)
+        kept = nucleus if kept is None else kept & nucleus
+    if draw.min_p > 0:
+        likely = logq >= logq.amax(-1, keepdim=True) + torch.tensor(draw.min_p).log()
+        kept = likely if kept is None else kept & likely
+    return kept
+
+
+def _empty(rows: int, length: int, device: torch.device) -> Samples:
+    zeros = torch.zeros(rows, length, device=device)
+    return Samples(zeros.long(), zeros, zeros.clone(), torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+def _record(out: Samples, row: Tensor, step: int, token: Tensor, logp: Tensor, kept: Tensor, done: Tensor) -> None:
+    """Write one step of the rows that are not done, in place."""
+    going = ~done[row]
+    for buffer, value in ((out.tokens, token), (out.logp, logp), (out.log_kept, kept)):
+        buffer[row, step] = value.where(going, 0)
+    out.lens[row] += going
+
+
+def _check_finite(logp: Tensor, row: Tensor, n: int) -> None:
+    bad = (~torch.isfinite(logp)).nonzero()
+    if bad.numel():
+        raise ValueError(f"the model gives logits that are not numbers for prompt {int(row[bad[0, 0]]) // n}: its weights are not finite")
+
+
+def _trim(out: Samples) -> Samples:
+    longest = int(out.lens.max())
+    return Samples(out.tokens[:, :longest], out.logp[:, :longest], out.log_kept[:, :longest], out.lens)

@@ -1,0 +1,359 @@
+"""The dense decoder that the llama, qwen2 and qwen3 families share; what a layer does follows from its leaves.
+
+T stream tokens, D hidden, H heads, K key/value heads, d head dim, F mlp width, L layers, V vocabulary, R cache rows, S slots.
+x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each, rotary positions, grouped keys and values, SwiGLU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treetune.core import grad, shard
+from treetune.core.lora import Lora
+from treetune.core.param import Param, Params
+from treetune.ops import attention, lora_linear, noise, rms_norm, rope, swiglu
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1 and later: long wavelengths divided by `factor`, with a smooth band between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a dense decoder. `dtype` is the dtype it computes in, whatever its leaves are stored in."""
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Rope | None = None
+    max_positions: int = 2048
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    init_std: float = 0.02
+    dtype: torch.dtype = torch.float32
+
+
+def refuse(hf: dict, **expected: object) -> None:
+    """Raise ValueError when a config.json switches on something the family does not compute."""
+    for name, value in expected.items():
+        if hf.get(name, value) not in (value, None):
+            raise ValueError(f"config.json has {name}={hf[name]!r}; this family computes {name}={value!r} only")
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def config_base(hf: dict, **extra: object) -> Config:
+    """The fields of a config.json that all dense families share, in the old and the new spelling of the rope options.
+
+    Raises ValueError naming the sizes that are absent.
+    """
+    if absent := [name for name in _SIZES if name not in hf]:
+        raise ValueError(f"config.json has no {', '.join(absent)}; expected the config.json of a {hf.get('model_type')} causal LM")
+    rope = dict(hf.get("rope_parameters") or {}) | dict(hf.get("rope_scaling") or {})
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    heads = hf["num_attention_heads"]
+    return Config(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        mlp_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        rope_scaling=_rope_scaling(rope),
+        max_positions=hf.get("max_position_embeddings", 2048),
+        tied=hf.get("tie_word_embeddings", False),
+        init_std=hf.get("initializer_range", 0.02),
+        **extra,
+    )
+
+
+def _rope_scaling(rope: dict) -> Llama3Rope | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    refuse(rope, partial_rotary_factor=1.0)
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config.json has rope type {kind!r}; expected 'default' or 'llama3'")
+    limits = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    return Llama3Rope(rope["factor"], *limits)
+
+
+def hf_base(cfg: Config) -> dict:
+    """The fields of a config.json that all dense families share (inverse of `config_base`)."""
+    rope: dict = {"rope_theta": cfg.rope_theta, "rope_type": "default"}
+    if (scaling := cfg.rope_scaling) is not None:
+        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
+        rope |= {"high_freq_factor": scaling.high_freq_factor, "original_max_position_embeddings": scaling.original_max_positions}
+    return {
+        "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size, "intermediate_size": cfg.mlp_size,
+        "num_hidden_layers": cfg.num_layers, "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim, "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta, "rope_parameters": rope,
+        "rope_scaling": None if scaling is None else rope, "max_position_embeddings": cfg.max_positions,
+        "tie_word_embeddings": cfg.tied, "initializer_range": cfg.init_std, "hidden_act": "silu",
+    }  # fmt: skip
+
+
+class Neftune(NamedTuple):
+    """Uniform noise of half-width alpha / sqrt(n D) on the embeddings of an n-token document; `seed` is the step's.
+
+    Source: Jain et al., "NEFTune", arXiv 2310.05914. n is the true length of each document, so packing changes nothing.
+    """
+
+    alpha: float
+    seed: Tensor
+
+
+class Cache(NamedTuple):
+    """Keys and values [R, S, K, d] per layer, written in place at (rows, slots), both [T]; `span` slots are in use."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    rows: Tensor
+    slots: Tensor
+    span: int
+
+
+class Out(NamedTuple):
+    """hidden [T, D] after the last norm; features {layer: [T, D]} as asked; the cache that was written."""
+
+    hidden: Tensor
+    features: dict[int, Tensor]
+    cache: Cache | None
+
+
+def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
+    """The tree of `Param`s of a model: shapes, axes and initial values."""
+    normal, deep = f"normal:{cfg.init_std}", f"normal:{cfg.init_std / math.sqrt(2 * cfg.num_layers)}"
+    leaf = partial(Param, dtype=dtype)
+    tree_ = {
+        "embed_tokens": leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal),
+        "layers": [_abstract_layer(cfg, leaf, normal, deep) for _ in range(cfg.num_layers)],
+        "norm": leaf((cfg.hidden_size,), axes=("embed",), init="ones"),
+    }
+    if not cfg.tied:
+        tree_["lm_head"] = leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal)
+    return tree_
+
+
+def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
+    d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    layer = {
+        "input_norm": leaf((d,), axes=("embed",), init="ones"),
+        "q_proj": leaf((q, d), axes=("heads", "embed"), init=normal),
+        "k_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal),
+        "v_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal),
+        "o_proj": leaf((d, q), axes=("embed", "heads"), init=deep),
+        "post_norm": leaf((d,), axes=("embed",), init="ones"),
+        "gate_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal),
+        "up_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal),
+        "down_proj": leaf((d, cfg.mlp_size), axes=("embed", "mlp"), init=deep),
+    }
+    if cfg.qkv_bias:
+        sizes = {"q_bias": (q, "heads"), "k_bias": (kv, "kv_heads"), "v_bias": (kv, "kv_heads")}
+        layer |= {name: leaf((size,), axes=(axis,), init="zeros") for name, (size, axis) in sizes.items()}
+    if cfg.qk_norm:
+        layer |= {name: leaf((cfg.head_dim,), axes=("head_dim",), init="ones") for name in ("q_norm", "k_norm")}
+    return layer
+
+
+def inv_freq(cfg: Config, device: torch.device) -> Tensor:
+    """Rotary frequencies [d/2] in radians per position, float32. Source: arXiv 2104.09864; llama3 scaling: the Llama 3.1 release."""
+    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
+    if (scaling := cfg.rope_scaling) is None:
+        return freq
+    turns = scaling.original_max_positions * freq / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * freq / scaling.factor + smooth * freq
+
+
+def token_keys(batch: dict, seed: Tensor) -> Tensor:
+    """int64 [T]: a key per token from (seed, data set row of its document, branch, position); independent of packing."""
+    lens = batch["cu_docs"].long().diff()
+    rows = torch.zeros_like(lens).scatter(0, batch["doc_of_seq"], batch["row"] + 1)
+    document = torch.repeat_interleave(rows, lens, output_size=batch["tokens"].shape[0])
+    return noise.keys(seed, document, batch.get("branch", 0), batch["positions"])
+
+
+def forward(
+    weights: Params,
+    batch: dict,
+    plan: attention.Plan | None,
+    cfg: Config,
+    *,
+    lora: Lora | None = None,
+    cache: Cache | None = None,
+    collect: Sequence[int] = (),
+    noise: Neftune | None = None,
+    remat: str | None = None,
+) -> Out:
+    """Hidden states of a packed stream. With a cache and no plan, each token attends to its cache row up to its own slot."""
+    x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
+    if noise is not None:
+        x = x + _neftune(x, batch, noise)
+    key = token_keys(batch, lora.seed) if lora is not None and lora.dropout > 0 else None
+    adapters = lora.tree.get("layers", []) if lora else []
+    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, lora, key)
+    layer_fn, features = grad.remat(_layer, remat), {}
+    for index, layer in enumerate(weights["layers"]):
+        if index in collect:
+            features[index] = x
+        x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared)
+    if len(weights["layers"]) in collect:
+        features[len(weights["layers"])] = x
+    hidden = rms_norm.rms_norm(x, shard.gather(weights["norm"], cfg.dtype), eps=cfg.norm_eps)
+    return Out(hidden, features, cache)
+
+
+def head(weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
+    """The output matrix [V, D] in the compute dtype: `lm_head`, or the embedding of a tied model.
+
+    An adapter on the head adds its B [V, r] as further columns, which meet those of `widen`: the low-rank part is never
+    rounded into the weight, so bfloat16 loses nothing of it.
+    """
+    weight = shard.gather(weights["lm_head"] if "lm_head" in weights else weights["embed_tokens"], cfg.dtype)
+    if lora is None or "lm_head" not in lora.tree:
+        return weight
+    return torch.cat([weight, shard.gather(lora.tree["lm_head"]["B"], cfg.dtype)], dim=1)
+
+
+def widen(hidden: Tensor, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
+    """hidden [N, D] -> [N, D + r] with s u A^T beside it, where an adapter sits on the head; u is hidden after dropout by `key` [N]."""
+    if lora is None or "lm_head" not in lora.tree:
+        return hidden
+    u = hidden if key is None else noise.dropout(hidden, key, rate=lora.dropout, stream=_HEAD_STREAM)
+    low = lora.scale * (u @ shard.gather(lora.tree["lm_head"]["A"], hidden.dtype).T)
+    return torch.cat([hidden, low], dim=1)
+
+
+def read(hidden: Tensor, batch: dict, lora: Lora | None = None) -> Tensor:
+    """The read rows [N, D] (or [N, D + r], see `widen`) of the hidden states [T, D] of a stream."""
+    at = batch["at"]
+    dropped = lora is not None and lora.dropout > 0 and "lm_head" in lora.tree
+    return widen(hidden[at], lora, token_keys(batch, lora.seed)[at] if dropped else None)
+
+
+_STREAMS = {"q_proj": 0, "o_proj": 1, "gate_proj": 2, "down_proj": 3}
+_HEAD_STREAM = (1 << 20) + 1
+_NEFTUNE_STREAM = 1 << 20
+
+
+class _Shared(NamedTuple):
+    """What every layer needs besides its own weights."""
+
+    cfg: Config
+    positions: Tensor
+    inv_freq: Tensor
+    plan: attention.Plan | None
+    cache: Cache | None
+    lora: Lora | None
+    key: Tensor | None
+
+
+def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None) -> Tensor:
+    x = F.embedding(tokens, shard.gather(weights["embed_tokens"], cfg.dtype))
+    if lora is None or "embed_tokens" not in lora.tree:
+        return x
+    ab = shard.gather_all(lora.tree["embed_tokens"], cfg.dtype)
+    return x + lora.scale * F.embedding(tokens, ab["A"].T) @ ab["B"].T
+
+
+def _neftune(x: Tensor, batch: dict, option: Neftune) -> Tensor:
+    lens = batch["cu_docs"].long().diff()
+    length = torch.repeat_interleave(lens, lens, output_size=x.shape[0])  # [T]
+    width = option.alpha / torch.sqrt(length.float() * x.shape[1])
+    unit = noise.uniform(token_keys(batch, option.seed), x.shape[1], stream=_NEFTUNE_STREAM) * 2 - 1
+    return (unit * width[:, None]).to(x.dtype)
+
+
+def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> Tensor:
+    w, ab = shard.gather_all(layer, s.cfg.dtype), shard.gather_all(adapters)
+    x = x + _attention(rms_norm.rms_norm(x, w["input_norm"], eps=s.cfg.norm_eps), w, ab, index, s)
+    h = rms_norm.rms_norm(x, w["post_norm"], eps=s.cfg.norm_eps)
+    gate, up = _project(h, ("gate_proj", "up_proj"), w, ab, index, s)
+    return x + _project(swiglu.swiglu(gate, up), ("down_proj",), w, ab, index, s)[0]
+
+
+def _project(x: Tensor, names: tuple[str, ...], w: Params, ab: Params, index: int, s: _Shared) -> list[Tensor]:
+    """x through the named projections and their adapters; each name has its own dropout stream in each layer."""
+    u = None
+    if s.key is not None and any(name in ab for name in names):
+        u = noise.dropout(x, s.key, rate=s.lora.dropout, stream=len(_STREAMS) * index + _STREAMS[names[0]])
+    scale = s.lora.scale if s.lora else 1.0
+    return lora_linear.lora_linears(x, [w[name] for name in names], [ab.get(name) for name in names], scale=scale, u=u)
+
+
+def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tensor:
+    cfg = s.cfg
+    q, k, v = _project(h, ("q_proj", "k_proj", "v_proj"), w, ab, index, s)
+    if "q_bias" in w:
+        q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+    q, k, v = (t.view(t.shape[0], -1, cfg.head_dim) for t in (q, k, v))  # [T, H, d], [T, K, d]
+    if "q_norm" in w:
+        q, k = (rms_norm.rms_norm(t, w[name], eps=cfg.norm_eps) for t, name in ((q, "q_norm"), (k, "k_norm")))
+    q, k = rope.rope(q, k, s.positions, s.inv_freq)
+    if s.cache is not None:
+        s.cache.k[index][s.cache.rows, s.cache.slots] = k
+        s.cache.v[index][s.cache.rows, s.cache.slots] = v
+    mixed = _cached(q, index, s) if s.plan is None else attention.attention(q, k, v, s.plan, scale=cfg.head_dim**-0.5)
+    return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
+
+
+def _cached(q: Tensor, index: int, s: _Shared) -> Tensor:
+    """One query per cache row: q [R, H, d] over the first `span` slots of its row; the heads of a group are its query rows."""
+    k, v = (side[index][:, : s.cache.span].transpose(1, 2) for side in (s.cache.k, s.cache.v))  # [R, K, span, d]
+    slot = torch.arange(s.cache.span, device=q.device)
+    seen = slot <= s.cache.slots[:, None]  # [R, span]
+    if s.cfg.window is not None:
+        seen &= slot > s.cache.slots[:, None] - s.cfg.window
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])  # [R, K, H / K, d]
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None], scale=s.cfg.head_dim**-0.5)
+    return out.reshape(q.shape)
+
+
+def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None) -> Tensor:
+    """Logits [T, V] in float32 of one document of token ids [T]: for checks and small prompts only."""
+    batch = single(tokens)
+    hidden = forward(weights, batch, attention.plan(batch, window=cfg.window, dtype=cfg.dtype), cfg, lora=lora).hidden
+    return (widen(hidden, lora) @ head(weights, cfg, lora).T).float()
+
+
+def single(tokens: Tensor) -> dict[str, Tensor]:
+    """The stream of one bare document, nothing scored."""
+    size, device = tokens.shape[0], tokens.device
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return {
+        "tokens": tokens, "positions": torch.arange(size, device=device), "at": none, "targets": none, "seq": none,
+        "cu_docs": torch.tensor([0, size], dtype=torch.int32, device=device),
+        "seq_lens": torch.zeros(1, dtype=torch.int64, device=device),
+        "doc_of_seq": torch.zeros(1, dtype=torch.int64, device=device), "row": torch.zeros(1, dtype=torch.int64, device=device),
+    }  # fmt: skip
+
+
+def kv_shape(cfg: Config, rows: int, slots: int) -> tuple[int, ...]:
+    """Shape of one layer's cached keys (or values)."""
+    return (rows, slots, cfg.num_kv_heads, cfg.head_dim)

@@ -1,0 +1,274 @@
+"""Hugging Face folders: config.json, safetensors weights and tokenizer files, to and from a `Model`.
+
+A leaf path (`layers.3.q_proj`) and a file key (`model.layers.3.self_attn.q_proj.weight`) name the same tensor, in the
+same orientation [out, in], so loading is a renaming and at most one cast. Pickled weights are never read.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from treetune.core import param, tree
+from treetune.core.param import Param, Params
+from treetune.models import MODELS, Model, folder, llama
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
+WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+UNWANTED = ("consolidated*", "original/*", "*/*")
+
+
+def hf_key(family: str, path: str) -> str:
+    """The Hugging Face key of a leaf path. Raises ValueError naming the nearest leaves when the family has no such leaf."""
+    number = re.match(r"layers\.(\d+)\.", path)
+    pattern = path if number is None else path.replace(number[1], "{}", 1)
+    keys = MODELS[family].HF_KEYS
+    if pattern not in keys:
+        raise ValueError(f"{family} has no leaf {path!r}; the nearest are {', '.join(tree.nearest(pattern, keys))}")
+    return keys[pattern].format(*([number[1]] if number else []))
+
+
+def from_hf_key(family: str, key: str) -> str | None:
+    """The leaf path of a Hugging Face key, or None when the family has no such key."""
+    number = re.match(r"model\.layers\.(\d+)\.", key)
+    pattern = key if number is None else key.replace(number[1], "{}", 1)
+    path = next((path for path, known in MODELS[family].HF_KEYS.items() if known == pattern), None)
+    return path if path is None or number is None else path.format(number[1])
+
+
+def family_of(hf: dict) -> str:
+    """The family that computes a config.json. Raises ValueError listing the families when there is none."""
+    found = next((name for name, module in MODELS.items() if hf.get("model_type") in module.HF_TYPES), None)
+    if found is None:
+        known = ", ".join(sorted(kind for module in MODELS.values() for kind in module.HF_TYPES))
+        raise ValueError(f"config.json has model_type {hf.get('model_type')!r}; the model types known here are {known}")
+    return found
+
+
+def read_config(path: Path) -> tuple[str, llama.Config]:
+    """Family and sizes in a config.json file. Raises ValueError for what no family here computes."""
+    hf = folder.read_json(path)
+    if hf.get("quantization_config"):
+        raise ValueError(f"{path} describes quantised weights; expected float weights: take the unquantised model, or a .gguf file")
+    family = family_of(hf)
+    return family, MODELS[family].config(hf)
+
+
+def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a model: the folder itself, or the snapshot of a hub id. Raises ValueError when there is neither."""
+    if (local := Path(path_or_id).expanduser()).is_dir():
+        return local
+    if local.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise ValueError(f"{path_or_id} is not a folder, a .gguf file or a hub id like 'owner/name'")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = huggingface_hub.snapshot_download(str(path_or_id), revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"no folder {path_or_id} here, and the hub cannot be reached to look for it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise ValueError(f"the hub does not give {path_or_id} (status {status}): check the name, and your access if it is gated") from error
+    return Path(found)
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`.
+
+    Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
+    not the one that config.json implies.
+    """
+    if trust_remote_code:
+        raise ValueError("trust_remote_code has no effect on a native family, which runs no code of the repository: leave it out")
+    if str(path_or_id).endswith(".gguf"):
+        from treetune.models import gguf
+
+        return gguf.load(path_or_id, dtype=dtype, device=device)
+    root = fetch(path_or_id, revision=revision)
+    family, cfg = read_config(root / "config.json")
+    cfg = replace(cfg, dtype=dtype)
+    params = _read_params(root, family, cfg, dtype, device)
+    return Model(family, replace(cfg, tied="lm_head" not in params), params)
+
+
+def _read_params(root: Path, family: str, cfg: llama.Config, dtype: torch.dtype, device: torch.device | str) -> Params:
+    abstract = MODELS[family].abstract(cfg, dtype=dtype)
+    wanted = {hf_key(family, path): (path, leaf) for path, leaf in tree.items(abstract)}
+    with ExitStack() as stack:
+        files = _open(root, stack)
+        extra = set(files) - set(wanted)
+        head = {hf_key(family, "lm_head")} & extra if cfg.tied else set()
+        _check_keys(root, set(wanted) - set(files), {key for key in extra - head if not key.endswith("rotary_emb.inv_freq")})
+        pairs = [(path, _read(files[key], key, leaf, device)) for key, (path, leaf) in wanted.items()]
+        # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
+        pairs += [("lm_head", _read(files[key], key, abstract["embed_tokens"], device)) for key in head]
+    params = tree.from_items(pairs)
+    if head and torch.equal(params["lm_head"], params["embed_tokens"]):
+        del params["lm_head"]
+    return params
+
+
+def _open(root: Path, stack: ExitStack) -> dict:
+    """{key: open safetensors file that has it} of a folder, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    names = _weight_files(root)
+    files: dict = {}
+    for name in names:
+        try:
+            file = stack.enter_context(safe_open(root / name, framework="pt"))
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _weight_files(root: Path) -> list[str]:
+    if (root / INDEX).is_file():
+        return sorted(set(folder.read_json(root / INDEX)["weight_map"].values()))
+    if (root / SINGLE).is_file():
+        return [SINGLE]
+    if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
+        raise ValueError(
+            f"{root} holds pickled weights only ({pickled[0]}), which can run code when they are read. Convert them where you trust "
+            "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        )
+    raise ValueError(f"{root} holds no {SINGLE} and no {INDEX}; expected a model folder with safetensors weights")
+
+
+def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
+    for keys, what in ((missing, "lacks"), (unexpected, "has besides those of its family")):
+        if keys:
+            raise ValueError(f"{root}: the file {what} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
+
+
+def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
+    tensor = file.get_tensor(key)
+    if tensor.shape != torch.Size(leaf.shape):
+        raise ValueError(f"{key} has shape {list(tensor.shape)}; config.json implies {list(leaf.shape)}")
+    # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
+    return tensor.to(device=device, dtype=leaf.dtype, copy=True)
+
+
+def abstract_of(model: Model, *, head: bool = False) -> Params:
+    """The abstract tree of a model as it is; with `head`, a tied model has an `lm_head` leaf too, which adapters may target."""
+    tied = "lm_head" not in model.params and not head
+    dtype = model.params["embed_tokens"].dtype
+    return MODELS[model.family].abstract(replace(model.cfg, tied=tied), dtype=dtype)
+
+
+def random(family: str, source: llama.Config | str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Model:
+    """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone."""
+    cfg = source
+    if not isinstance(source, llama.Config):
+        named, cfg = read_config(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
+        if named != family:
+            raise ValueError(f"{source} describes a {named} model, not {family}")
+    cfg = replace(cfg, dtype=dtype)
+    return Model(family, cfg, param.init(MODELS[family].abstract(cfg, dtype=dtype), seed=seed))
+
+
+def generation_config(path_or_id: str | Path) -> dict:
+    """The generation_config.json of a local folder, {} where there is none: what `save` takes to hand it on."""
+    file = Path(path_or_id) / "generation_config.json"
+    return folder.read_json(file) if file.is_file() else {}
+
+
+def stop_ids(path_or_id: str | Path, tokenizer) -> list[int]:
+    """Ids that end an answer: those of generation_config.json, and the tokenizer's end-of-sequence token."""
+    named = generation_config(path_or_id).get("eos_token_id")
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def save(
+    path: str | Path,
+    model: Model,
+    *,
+    tokenizer=None,
+    generation: dict | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a folder that `load` and transformers read: the leaves in their own dtype, the tokenizer's files, generation_config.json.
+
+    The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied.
+    """
+    from safetensors.torch import save_file
+
+    leaves, tied = _saved_leaves(model)
+    with folder.writing(path) as part:
+        shards = list(_shards(leaves, max_shard_bytes))
+        names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards, strict=True):
+            save_file(shard, part / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            folder.write_json(part / INDEX, {"metadata": {"total_size": tree.bytes(leaves)}, "weight_map": weight_map})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        special = _special_ids(tokenizer)
+        folder.write_json(part / "config.json", MODELS[model.family].to_hf(replace(model.cfg, tied=tied)) | _dtype_name(leaves) | special)
+        if generation or special:
+            folder.write_json(part / "generation_config.json", special | (generation or {}))
+
+
+def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
+    params = model.params
+    tied = "lm_head" not in params or (model.cfg.tied and torch.equal(params["lm_head"], params["embed_tokens"]))
+    pairs = [(path, leaf) for path, leaf in tree.items(params) if not (tied and path == "lm_head")]
+    return {hf_key(model.family, path): leaf.detach().contiguous() for path, leaf in pairs}, tied
+
+
+def _shards(leaves: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive leaves of at most `limit` bytes together, or one larger leaf."""
+    shard: dict[str, Tensor] = {}
+    for key, leaf in leaves.items():
+        if shard and tree.bytes(shard) + leaf.nbytes > limit:
+            yield shard
+            shard = {}
+        shard[key] = leaf
+    yield shard
+
+
+def _dtype_name(leaves: dict[str, Tensor]) -> dict[str, str]:
+    return {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")}
+
+
+def _special_ids(tokenizer) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {} if tokenizer is None else {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
+
+
+def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The fast tokenizer of a local folder, a hub id or a .gguf file: the same ids and chat template as AutoTokenizer gives.
+
+    Most folders name the plain class, which needs a third of the imports of AutoTokenizer; the others go through it.
+    """
+    if str(path_or_id).endswith(".gguf"):
+        from treetune.models import gguf
+
+        return gguf.tokenizer(path_or_id)
+    root = fetch(path_or_id, revision=revision)
+    file = root / "tokenizer_config.json"
+    named = folder.read_json(file) if file.is_file() else {}
+    if named.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in named and (root / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(root)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)

@@ -1,0 +1,46 @@
+"""Optional Triton: `triton` and `tl` are None where the package is missing, and `jit` then leaves a kernel a plain function.
+
+Kernels read `tl` only when they run, so every op imports without Triton; a launcher that is reached without it says so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+
+def jit(kernel):
+    """Compile a kernel with Triton where there is Triton (interpreted when TRITON_INTERPRET=1 is set at import)."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether ops on x run as Triton kernels: CUDA tensors, but for float64, which is for checks and runs the torch formulas.
+
+    Errors: ValueError on CUDA without Triton.
+    """
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    if triton is None:
+        raise ValueError("this op got CUDA tensors and Triton is not installed: pip install triton, or move the tensors to the CPU")
+    return True
+
+
+def block_of(n: int, most: int = 1 << 16) -> int:
+    """Smallest power of two >= n, at least 16 and at most `most`: the width of a kernel's tile over n columns."""
+    return min(most, 1 << max(4, (n - 1).bit_length()))
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that holds a row of `block` elements: 16 or fewer elements per thread up to 16 warps."""
+    return 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+def stat_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype of statistics over x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,77 @@
+"""Projections of one input, each with an optional low-rank adapter: y_i = x W_i^T + s (u A_i^T) B_i^T.
+
+T tokens, I inputs, O outputs, r rank, n projections that share x (q, k, v are one call). u is x, or x after dropout.
+Saved for backward: x (and u when it differs) and the rank-r product, nothing of shape [T, O].
+Bytes moved beyond the base products: one read-modify-write of each y in forward, none of shape [T, O] in backward.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
+    """The formula, one projection at a time, through plain autograd."""
+    u = x if u is None else u
+    return [x @ w.T + scale * (u @ ab["A"].T) @ ab["B"].T for w, ab in zip(weights, adapters, strict=True)]
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(x, u, scale, n, *tensors):
+        weights, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        low = (x if u is None else u) @ torch.cat(downs).T  # [T, n r]
+        ranks = [down.shape[0] for down in downs]
+        outs = []
+        for w, up, part in zip(weights, ups, low.split(ranks, dim=1), strict=True):
+            outs.append((x @ w.T).addmm_(part, up.T, alpha=scale))  # [T, O]
+        return (*outs, low)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, u, scale, n, *tensors = inputs
+        ctx.save_for_backward(x, u, output[-1], *tensors)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.n = scale, n
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, u, low, *tensors = ctx.saved_tensors
+        n, scale = ctx.n, ctx.scale
+        weights, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        source, ranks = x if u is None else u, [down.shape[0] for down in downs]
+        grads = [x.new_zeros(x.shape[0], w.shape[0]) if g is None else g for g, w in zip(grads[:n], weights, strict=True)]
+        g_low = torch.cat([g @ up for g, up in zip(grads, ups, strict=True)], dim=1).mul_(scale)  # [T, n r]
+        d_ups = [(part.T @ g).T.mul_(scale) for g, part in zip(grads, low.split(ranks, dim=1), strict=True)]
+        d_downs = (g_low.T @ source).split(ranks)
+        d_u = g_low @ torch.cat(downs) if u is not None and ctx.needs_input_grad[1] else None
+        d_x = _input_grad(grads, weights, None if u is not None else (g_low, downs)) if ctx.needs_input_grad[0] else None
+        d_weights = [g.T @ x if ctx.needs_input_grad[4 + i] else None for i, g in enumerate(grads)]
+        return (d_x, d_u, None, None, *d_weights, *d_downs, *d_ups)
+
+
+def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor], low: tuple | None) -> Tensor:
+    d_x = grads[0] @ weights[0]  # [T, I]
+    for g, w in zip(grads[1:], weights[1:], strict=True):
+        d_x.addmm_(g, w)
+    return d_x if low is None else d_x.addmm_(low[0], torch.cat(low[1]))
+
+
+def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict | None], *, scale: float, u: Tensor | None = None) -> list:
+    """x [T, I], weights [O_i, I] each, adapters {"A": [r, I], "B": [O_i, r]} or None -> list of [T, O_i] in the dtype of x.
+
+    Projections without an adapter are plain products; the adapted ones share one backward pass. `u` [T, I] replaces x
+    as the adapters' input (dropout).
+    """
+    adapted = [i for i, ab in enumerate(adapters) if ab]
+    outs: list = [None if ab else x @ w.T for w, ab in zip(weights, adapters, strict=True)]
+    if adapted:
+        downs = [adapters[i]["A"].to(x.dtype) for i in adapted]
+        ups = [adapters[i]["B"].to(x.dtype) for i in adapted]
+        results = _LoraLinears.apply(x, u, scale, len(adapted), *(weights[i] for i in adapted), *downs, *ups)
+        for i, y in zip(adapted, results, strict=False):
+            outs[i] = y
+    return outs

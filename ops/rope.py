@@ -1,0 +1,118 @@
+"""Rotary position embedding of queries and keys, rotate-half layout.
+
+With a = position * inv_freq (float32) and x = (x1, x2) the halves of a head: y1 = x1 cos a - x2 sin a, y2 = x2 cos a + x1 sin a.
+The backward is the rotation by -a. Bytes moved: 2b per element of q and k each way. Saved for backward: positions and inv_freq only.
+Shapes: T tokens, H heads, K kv heads, d head dim (even); q [T, H, d], k [T, K, d], positions [T], inv_freq [d/2].
+Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2104.09864, eq. 34 (half-split layout of GPT-NeoX).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from treetune.ops import backend
+from treetune.ops.backend import tl
+
+
+def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    wide = backend.stat_dtype(inv_freq)
+    return positions.to(wide)[:, None] * inv_freq.to(wide)  # [T, d/2]
+
+
+def rope_ref(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain torch, differentiated by autograd: the twin that tests compare against."""
+    angles = _angles(positions, inv_freq)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, d/2]
+
+    def rotate(x):
+        c, s = cos.to(x.dtype), sin.to(x.dtype)
+        x1, x2 = x.chunk(2, -1)
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+
+    return rotate(q), rotate(k)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=out[..., half:]).addcmul_(x1, sin)
+    return out
+
+
+def rotate_torch(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k rotated by sign * angle."""
+    angles = _angles(positions, inv_freq)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None].mul_(sign)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+@backend.jit
+def _rotate_heads(x, y, cos, sin, row, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    at_half = tl.arange(0, HALF)[None, :]
+    at_head = tl.arange(0, HEADS)[:, None]
+    inside = (at_head < heads) & (at_half < half)
+    at = (row * heads + at_head) * (2 * half) + at_half
+    c = tl.load(cos + row * half + at_half, at_half < half, 0)
+    s = tl.load(sin + row * half + at_half, at_half < half, 0)
+    x1 = tl.load(x + at, inside, 0).to(tl.float32)
+    x2 = tl.load(x + at + half, inside, 0).to(tl.float32)
+    tl.store(y + at, x1 * c - x2 * s, inside)
+    tl.store(y + at + half, x2 * c + x1 * s, inside)
+
+
+@backend.jit
+def _kernel(q, k, q_out, k_out, cos, sin, q_heads, k_heads, half, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    _rotate_heads(q, q_out, cos, sin, row, q_heads, half, Q_HEADS, HALF)
+    _rotate_heads(k, k_out, cos, sin, row, k_heads, half, K_HEADS, HALF)
+
+
+def rotate_triton(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k rotated by sign * angle, one program per token; rounded once.
+
+    cos and sin [T, d/2] come from torch: the hardware's fast ones are wrong at the angles of long documents.
+    """
+    q, k = q.contiguous(), k.contiguous()
+    angles = _angles(positions, inv_freq).float()
+    cos, sin = angles.cos(), angles.sin().mul_(sign)
+    out = torch.empty_like(q), torch.empty_like(k)
+    heads, half = (q.shape[1], k.shape[1]), q.shape[2] // 2
+    tiles = [1 << (n - 1).bit_length() for n in (*heads, half)]
+    if q.shape[0]:
+        _kernel[(q.shape[0],)](q, k, *out, cos, sin, *heads, half, *tiles, num_warps=4 if tiles[0] * tiles[2] <= 2048 else 8)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, positions, inv_freq):
+        return (rotate_triton if backend.use_triton(q) else rotate_torch)(q, k, positions, inv_freq)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        run = rotate_triton if backend.use_triton(dq) else rotate_torch
+        return *run(dq, dk, *ctx.saved_tensors, sign=-1), None, None
+
+
+def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q [T, H, d] and k [T, K, d] by positions [T] * inv_freq [d/2]; the results keep their shapes and dtypes.
+
+    Angles are float32 (float64 when inv_freq is), whatever the dtype of q. Errors: ValueError when the shapes do not fit.
+    """
+    if inv_freq.shape != (q.shape[-1] // 2,) or q.shape[-1] % 2 or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"rope got heads of {q.shape[-1]} (q) and {k.shape[-1]} (k) features and inv_freq {tuple(inv_freq.shape)}: "
+            f"expected one even head size d and inv_freq [d/2]"
+        )
+    if positions.shape != q.shape[:1] or k.shape[0] != q.shape[0]:
+        raise ValueError(f"rope got {q.shape[0]} queries, {k.shape[0]} keys and positions {tuple(positions.shape)}: expected one T")
+    return _Rope.apply(q, k, positions, inv_freq)

@@ -1,0 +1,78 @@
+"""Tiny random transformers models as oracles, saved to folders, and the streams that both sides read."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SIZES = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=1000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+KINDS = {
+    "llama": ("Llama", dict(rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=32), head_dim=16)),
+    "mistral": ("Mistral", dict(sliding_window=8)),
+    "qwen2": ("Qwen2", dict()),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+}
+
+
+def _build(kind: str, tied: bool):
+    import transformers
+
+    name, extra = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**(SIZES | extra), tie_word_embeddings=tied)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        # No leaf at a neutral start: a bias of 0 or a norm of 1 would hide a leaf that is not used.
+        for path, leaf in model.named_parameters():
+            leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.2 + (1.0 if "norm" in path else 0.0))
+    return model
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory):
+    """oracle(kind, tied) -> (transformers model in float32, the folder it was saved to); made once."""
+    made = {}
+
+    def get(kind: str, tied: bool = False):
+        if (kind, tied) not in made:
+            model = _build(kind, tied)
+            path = tmp_path_factory.mktemp(f"{kind}-{tied}")
+            model.save_pretrained(path)
+            made[kind, tied] = (model, path)
+        return made[kind, tied]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stream():
+    """stream([ids, ...]) -> the packed batch of bare documents in which every token but the first is scored."""
+
+    def make(documents: list[list[int]], rows: list[int] | None = None) -> dict[str, torch.Tensor]:
+        lens = torch.tensor([len(ids) for ids in documents])
+        cu = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
+        tokens = torch.tensor([token for ids in documents for token in ids])
+        positions = torch.cat([torch.arange(size) for size in lens.tolist()])
+        at = (torch.arange(len(tokens)))[positions < (lens - 1).repeat_interleave(lens)]
+        number = torch.arange(len(documents))
+        return {
+            "tokens": tokens, "positions": positions, "cu_docs": cu.int(), "at": at, "targets": tokens[at + 1],
+            "seq": number.repeat_interleave(lens - 1), "seq_lens": lens - 1, "doc_of_seq": number,
+            "row": number if rows is None else torch.tensor(rows),
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """Token ids of four ragged documents, the longest well past the tiny window and the tiny llama3 context."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 96, (size,), generator=generator).tolist() for size in (11, 48, 2, 23)]

@@ -1,0 +1,121 @@
+"""Our forward and backward against transformers, float32, on tiny random models of every family."""
+
+import pytest
+import torch
+
+from treetune import models
+from treetune.core import grad, tree
+from treetune.models import dense, hf
+from treetune.ops import attention
+
+ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3") for tied in (False, True)]
+
+
+@pytest.mark.parametrize("kind,tied", ALL)
+def test_logits_equal_transformers(oracle, documents, kind, tied):
+    model, path = oracle(kind, tied)
+    ours = hf.load(path)
+    assert ours.cfg.tied == tied and ("lm_head" in ours.params) != tied
+    ids = torch.tensor(documents[1])
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0]
+        got = dense.probe(ours.params, ids, ours.cfg)
+    assert expected.abs().max() > 1.0
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind,tied", ALL)
+def test_every_gradient_leaf_equals_transformers(oracle, documents, stream, kind, tied):
+    model, path = oracle(kind, tied)
+    ours = hf.load(path)
+    batch = stream(documents)
+
+    def loss(params, batch):
+        stats = models.logprobs(ours.family, ours.cfg, params, batch)
+        return -stats.logp.mean(), None
+
+    (value, _), grads = grad.value_and_grad(loss)(ours.params, batch)
+    model.zero_grad()
+    total = sum(
+        torch.nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
+        for ids in documents
+    )
+    expected = total / len(batch["at"])
+    expected.backward()
+    assert abs(value - expected) < 1e-5 * expected
+    theirs = dict(model.named_parameters())
+    for leaf_path, leaf in tree.items(grads):
+        reference = theirs[hf.hf_key(ours.family, leaf_path)].grad
+        assert reference.norm() > 1e-6, leaf_path
+        error = (leaf - reference).norm() / reference.norm()
+        assert error < 1e-5, (leaf_path, error)
+
+
+@pytest.mark.parametrize("kind,tied", ALL)
+def test_packed_equals_separate(oracle, documents, stream, kind, tied):
+    _, path = oracle(kind, tied)
+    ours = hf.load(path)
+    packed = models.logprobs(ours.family, ours.cfg, ours.params, stream(documents)).logp
+    separate = [models.logprobs(ours.family, ours.cfg, ours.params, stream([ids])).logp for ids in documents]
+    torch.testing.assert_close(packed, torch.cat(separate), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, stream, kind):
+    _, path = oracle(kind)
+    ours = hf.load(path)
+
+    def hidden(docs):
+        batch = stream(docs)
+        return dense.forward(ours.params, batch, attention.plan(batch, window=ours.cfg.window), ours.cfg).hidden
+
+    changed = [[(token + 17) % 96 for token in ids] if i == 1 else ids for i, ids in enumerate(documents)]
+    before, after = hidden(documents), hidden(changed)
+    mine = torch.zeros(len(before), dtype=torch.bool)
+    mine[len(documents[0]) : len(documents[0]) + len(documents[1])] = True
+    assert torch.equal(before[~mine], after[~mine])
+    assert not torch.equal(before[mine], after[mine])
+
+
+@pytest.mark.parametrize("kind,tied", ALL)
+def test_cached_steps_equal_the_full_forward(oracle, documents, kind, tied):
+    _, path = oracle(kind, tied)
+    ours = hf.load(path)
+    cfg, ids = ours.cfg, torch.tensor(documents[1])
+    batch = dense.single(ids)
+    full = dense.forward(ours.params, batch, attention.plan(batch, window=cfg.window), cfg).hidden
+    shape = dense.kv_shape(cfg, 1, len(ids))
+    cache = dense.Cache(*([torch.zeros(shape) for _ in range(cfg.num_layers)] for _ in "kv"), None, None, 0)
+    start = dense.single(ids[:5])
+    plan = attention.plan(start, window=cfg.window)
+    rows = torch.zeros(5, dtype=torch.int64)
+    out = [dense.forward(ours.params, start, plan, cfg, cache=cache._replace(rows=rows, slots=start["positions"])).hidden]
+    for slot in range(5, len(ids)):
+        here = torch.tensor([slot])
+        step = cache._replace(rows=rows[:1], slots=here, span=slot + 1)
+        out.append(dense.forward(ours.params, {"tokens": ids[here], "positions": here}, None, cfg, cache=step).hidden)
+    torch.testing.assert_close(torch.cat(out), full, atol=2e-5, rtol=0)
+
+
+def test_features_are_the_residual_stream(oracle, documents):
+    model, path = oracle("llama")
+    ours = hf.load(path)
+    ids = torch.tensor(documents[1])
+    batch = dense.single(ids)
+    out = dense.forward(ours.params, batch, attention.plan(batch), ours.cfg, collect=(0, 1))
+    with torch.no_grad():
+        states = model(ids[None], output_hidden_states=True).hidden_states
+    assert sorted(out.features) == [0, 1]
+    for index, feature in out.features.items():
+        torch.testing.assert_close(feature, states[index][0], atol=2e-5, rtol=0)
+
+
+def test_compute_dtype_is_one_cast_of_the_leaves(oracle, documents):
+    from dataclasses import replace
+
+    _, path = oracle("qwen3")
+    wide, low = hf.load(path), hf.load(path, dtype=torch.bfloat16)
+    ids = torch.tensor(documents[0])
+    assert low.cfg.dtype == torch.bfloat16 and {leaf.dtype for leaf in tree.leaves(low.params)} == {torch.bfloat16}
+    cast = dense.probe(wide.params, ids, replace(wide.cfg, dtype=torch.bfloat16))
+    assert torch.equal(cast, dense.probe(low.params, ids, low.cfg))
