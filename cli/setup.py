@@ -1,5 +1,6 @@
 """From options to a model, a tokenizer, trees of trained and frozen weights, and the functions over them."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -66,6 +67,38 @@ def load_model(options: ModelOptions, *, on: torch.device, say=print) -> tuple[M
     path, dtype = fetch.resolve(options.model, say=say, revision=options.revision), compute_dtype(options.dtype, on)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     return load(path, dtype=dtype, device=on), str(path)
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter folder that a path means: itself, or the one inside a run folder."""
+    inside = Path(path) / "adapter"
+    return inside if inside.is_dir() else Path(path)
+
+
+def with_base(options: ModelOptions, path: str | None, given: frozenset[str]) -> ModelOptions:
+    """The model options, naming the adapter's own base model where the user named none."""
+    if path is None or "model" in given:
+        return options
+    return dataclasses.replace(options, model=adapter.base_of(adapter_folder(path)) or options.model)
+
+
+def renamed(options: ModelOptions, name: str) -> ModelOptions:
+    """The options with another model."""
+    return dataclasses.replace(options, model=name)
+
+
+def pair_name(options: ModelOptions, path: str | None) -> str:
+    """Model and adapter as a person would name them."""
+    return options.model if path is None else f"{options.model} + {path}"
+
+
+def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, say=print) -> tuple[Model, lora.Lora | None]:
+    """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
+    model, _ = load_model(options, on=on, say=say)
+    if path is None:
+        return model, None
+    found, whole, _ = adapter.load(adapter_folder(path), model)
+    return model._replace(params=tree.merge(model.params, whole)), found
 
 
 def load_tokenizer(options: ModelOptions, *, say=print):
@@ -159,9 +192,9 @@ def logprob(model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat
     return fn
 
 
-def objective(logprob_fn, options: LossOptions) -> Objective:
-    """The supervised objective that the loss options name."""
-    want = ["top1"]
+def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ()) -> Objective:
+    """The supervised objective that the loss options name; `report` names statistics to report besides accuracy."""
+    want = ["top1", *report]
 
     def token_loss(stats):
         if options.loss == "dft":

@@ -8,7 +8,7 @@ import torch
 from treetune.cli import corpus, finish, loop, parse, rundir, setup
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
-from treetune.core import ckpt, param, shard, step, tree
+from treetune.core import ckpt, param, step, tree
 from treetune.core.data import loader, pack
 from treetune.core.state import TrainState
 from treetune.models import Model
@@ -89,6 +89,11 @@ def micro_batch(indices: list[int], docs: list, *, seed: torch.Tensor | None, mo
     return (batch if seed is None else batch | {"seed": seed.to(on)}), plan
 
 
+def maker(model: Model, on: torch.device, *, pad_to: int | None = None):
+    """`micro_batch` for a model; streams are padded to their budget on CUDA only, where fixed shapes save recompilation."""
+    return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None)
+
+
 def stream(docs: list, make, *, seed: int, on_ranks: setup.Ranks, epochs: int, accum: int, plan: dict):
     """A function from a cursor to (micro-batches of a step, cursor after it)."""
 
@@ -142,7 +147,7 @@ def _assemble(config, given, data, tokenizer, model, trees, digest, where, on, r
     plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed}
     accum = optim.gradient_accumulation_steps
     total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, accum=accum, world=ranks.world, **plan)
-    make = partial(micro_batch, model=model, on=on, pad_to=batching.get("budget") if on.type == "cuda" else None)
+    make = maker(model, on, pad_to=batching.get("budget"))
     remat = "full" if optim.gradient_checkpointing else None
     logprob = setup.logprob(model, trees.lora, neftune=config.loss.neftune_noise_alpha, remat=remat)
     objective = setup.objective(logprob, config.loss)
@@ -200,8 +205,3 @@ def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
     sampler(outcome.state, "after", screen)
     finish.leave(config, made, outcome, screen)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum
-
-
-def whole(state: TrainState) -> dict:
-    """The trained trees as whole leaves on every rank."""
-    return tree.map(shard.full, state.params)

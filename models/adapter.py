@@ -14,7 +14,7 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, folder, hf
+from treetune.models import Model, folder, hf
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
@@ -61,10 +61,9 @@ def check(family: str, adapted: list[str], whole: list[str]) -> None:
 
 def _siblings(family: str, path: str) -> list[str]:
     """The leaves of the module that owns `path`."""
-    owner, parts = module(family, path), path.split(".")
-    number = parts[1] if parts[0] == "layers" else ""
-    leaves = [pattern.format(number) for pattern in MODELS[family].HF_KEYS]
-    return [leaf for leaf in leaves if module(family, leaf) == owner]
+    owner = module(family, path)
+    leaves = (hf.from_hf_key(family, f"{owner}.{kind}") for kind in ("weight", "bias"))
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def save(
@@ -135,6 +134,11 @@ def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) 
     like = dict(tree.items(model.params))
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
     return Lora(tree_, scale), tree.from_items(leaves), info
+
+
+def base_of(path: str | Path) -> str:
+    """The base model that an adapter folder names; empty when it names none."""
+    return _read_config(Path(path).expanduser() / CONFIG).get("base_model_name_or_path") or ""
 
 
 def _read_config(file: Path) -> dict:

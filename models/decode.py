@@ -185,7 +185,7 @@ def _kept(logq: Tensor, draw: _Draw) -> Tensor | None:
         kept = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, logq.topk(draw.top_k, -1).indices, True)
     if draw.top_p < 1:
         inside = logq if kept is None else logq.where(kept, -torch.inf)
-        ordered, index = inside.sort(-1, descending=True, stable=True)
+        ordered, index = inside.sort(dim=-1, descending=True, stable=True)
         p = ordered.double().softmax(-1)
         before = p.cumsum(-1) - p  # the smallest set whose mass reaches top_p: a token stays if those before it fall short
         nucleus = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, index, before < draw.top_p)

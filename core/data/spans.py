@@ -144,10 +144,15 @@ def _closing(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.n
         last = start + int(hits[0])
         if begins[last] >= turn.tail and text[turn.end : begins[last]].strip():
             break  # it belongs to the next speaker's header
-        while last + 1 < stop and begins[last + 1] == ends[last] and ends[last + 1] <= turn.tail and tokens[last + 1] in kind:
+        while last + 1 < stop and _adjoins(text, last, begins, ends) and ends[last + 1] <= turn.tail and tokens[last + 1] in kind:
             last += 1
         return last + 1
     return _closing_run(text, turn, start, begins, ends)
+
+
+def _adjoins(text: str, i: int, begins: np.ndarray, ends: np.ndarray) -> bool:
+    """Token i + 1 follows without a blank, be it one that token i has swallowed."""
+    return begins[i + 1] == ends[i] and not text[ends[i] - 1].isspace()
 
 
 def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np.ndarray) -> int:

@@ -136,7 +136,11 @@ def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[
     if i + 1 == len(marked):
         return len(after)
     alone, shown = _try_split(marked[: i + 1], render)
-    return len(os.path.commonprefix([after, alone[-1]])) if shown[-1:] == [keys[last]] else 0
+    if shown[-1:] != [keys[last]]:
+        return 0
+    shared = os.path.commonprefix([after, alone[-1]])
+    whole = shared in (after, alone[-1])  # else it may end inside a token that two different endings happen to start with
+    return len(shared) if whole else re.match(r"(.*\s)?", shared, re.DOTALL).end()
 
 
 def _try_split(marked: list[dict], render: Render, **options) -> tuple[list[str], list[Key]]:

@@ -76,3 +76,17 @@ def documents():
     """Token ids of four ragged documents, the longest well past the tiny window and the tiny llama3 context."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, 96, (size,), generator=generator).tolist() for size in (11, 48, 2, 23)]
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A fast tokenizer of fewer tokens than the models have rows, with an end token, a chat template and a length."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<|end|>"], initial_alphabet=list("abc12345Ġ<|>nd"), show_progress=False)
+    backend.train_from_iterator(["abc bca cab abc ab bc 12 345"] * 3, trainer)
+    template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=template, model_max_length=77)

@@ -36,4 +36,4 @@ def saved_bytes():
 @pytest.fixture
 def relative_error():
     """relative_error(got, exact): Frobenius norm of the difference over that of `exact`, in float64."""
-    return lambda got, exact: float((got.double() - exact.double()).norm() / exact.double().norm())
+    return lambda got, exact: float((got.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm())

@@ -49,7 +49,9 @@ def test_error_against_float64(dtype, relative_error):
 def test_scores_depend_on_distance_alone():
     q, k, _, inv_freq = _inputs(torch.float64)
     near, far = (rope.rope(q, k, torch.arange(40) + shift, inv_freq.double()) for shift in (0, 123))
-    for a, b in zip(torch.einsum("qd,kd->qk", near[0][:, 0], near[1][:, 0]), torch.einsum("qd,kd->qk", far[0][:, 0], far[1][:, 0]), strict=True):
+    for a, b in zip(
+        torch.einsum("qd,kd->qk", near[0][:, 0], near[1][:, 0]), torch.einsum("qd,kd->qk", far[0][:, 0], far[1][:, 0]), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
@@ -62,13 +64,20 @@ def test_takes_slices_of_a_fused_projection():
     qkv = torch.randn(10, 4 * 8, generator=gen).requires_grad_()
     positions, inv_freq = torch.arange(10), _inv_freq(8)
     q, k = qkv[:, :16].view(10, 2, 8), qkv[:, 16:24].view(10, 1, 8)
-    grads = [torch.autograd.grad(sum(x.square().sum() for x in fn(q, k, positions, inv_freq)), qkv, retain_graph=True)[0] for fn in (rope.rope, rope_ref)]
+    grads = [
+        torch.autograd.grad(sum(x.square().sum() for x in fn(q, k, positions, inv_freq)), qkv, retain_graph=True)[0]
+        for fn in (rope.rope, rope_ref)
+    ]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"inv_freq": torch.ones(3)}, "inv_freq"), ({"positions": torch.zeros(3, dtype=torch.int64)}, "expected one T"), ({"k": torch.zeros(40, 2, 8)}, "one even head")],
+    [
+        ({"inv_freq": torch.ones(3)}, "inv_freq"),
+        ({"positions": torch.zeros(3, dtype=torch.int64)}, "expected one T"),
+        ({"k": torch.zeros(40, 2, 8)}, "one even head"),
+    ],
 )
 def test_shapes_that_do_not_fit(change, message):
     inputs = dict(zip(("q", "k", "positions", "inv_freq"), _inputs(torch.float32), strict=True)) | change

@@ -1,0 +1,51 @@
+"""`treetune chat`: a conversation in the terminal."""
+
+from treetune.cli import prompts, setup
+from treetune.cli.errors import checking_input
+from treetune.cli.options import Chat
+from treetune.cli.screen import Screen
+from treetune.models import decode
+
+
+def run(config: Chat, given: frozenset[str]) -> int:
+    """Read a line, answer it, until /quit or the end of input; the exit code."""
+    screen = Screen()
+    start = [{"role": "system", "content": config.system}] if config.system else []
+    with checking_input():
+        options = setup.with_base(config.model, config.adapter.adapter, given)
+        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}])
+        model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
+        stop = setup.stop_ids(options, tokenizer)
+    screen.line(
+        f"{options.model}{' + ' + config.adapter.adapter if config.adapter.adapter else ''}; /reset starts over, /quit leaves", "dim"
+    )
+    messages, turn = list(start), 0
+    while (text := _ask(screen)) is not None:
+        if text == "/reset":
+            messages = list(start)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            ids = prompts.turns_ids(tokenizer, messages)
+            room = model.cfg.max_positions - len(ids)
+            if room < 1:
+                screen.warn(f"the conversation fills all {model.cfg.max_positions} positions of the model; starting over")
+                messages = list(start)
+                continue
+            keywords = prompts.sampling(config.sample) | {"seed": config.sample.seed + turn}
+            keywords["max_new_tokens"] = min(keywords["max_new_tokens"], room)
+            drawn = decode.sample(model, [ids], lora=used, stop=stop, **keywords)
+            answer = prompts.answers(tokenizer, drawn)[0].strip()
+            messages.append({"role": "assistant", "content": answer})
+            screen.line(answer + "\n")
+            turn += 1
+    return 0
+
+
+def _ask(screen: Screen) -> str | None:
+    """The next line that the user types; None to leave."""
+    try:
+        text = screen.console.input("[bold cyan]> [/]").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    return None if text == "/quit" else text

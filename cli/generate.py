@@ -1,0 +1,38 @@
+"""`treetune generate`: answers to prompts, as a chat or as plain continuation."""
+
+from treetune.cli import prompts, setup
+from treetune.cli.errors import checking_input
+from treetune.cli.options import Generate
+from treetune.cli.screen import Screen
+from treetune.models import decode
+
+
+def _prompt_ids(config: Generate, tokenizer) -> list[list[int]]:
+    if config.raw and config.system is not None:
+        raise ValueError("--system would be ignored: --raw continues plain text, without a chat")
+    if config.raw:
+        return [prompts.text_ids(tokenizer, text) for text in config.prompt]
+    return [prompts.chat_ids(tokenizer, text, system=config.system) for text in config.prompt]
+
+
+def run(config: Generate, given: frozenset[str]) -> int:
+    """Print the answers; the exit code."""
+    screen = Screen()
+    with checking_input():
+        options = setup.with_base(config.model, config.adapter.adapter, given)
+        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        ids = [
+            prompts.text_ids(tokenizer, text) if config.raw else prompts.chat_ids(tokenizer, text, system=config.system)
+            for text in config.prompt
+        ]
+        if config.raw and config.system is not None:
+            raise ValueError("--system would be ignored: --raw continues plain text, without a chat")
+        model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
+        drawn = decode.sample(
+            model, ids, n=config.num_samples, lora=used, stop=setup.stop_ids(options, tokenizer), **prompts.sampling(config.sample)
+        )
+    for row, text in enumerate(prompts.answers(tokenizer, drawn)):
+        if len(config.prompt) > 1 or config.num_samples > 1:
+            screen.line(f"# {config.prompt[row // config.num_samples]}", "bold")
+        screen.line(text.strip() + "\n" * (config.num_samples > 1 or len(config.prompt) > 1))
+    return 0

@@ -1,0 +1,34 @@
+"""From text to prompt ids and back, as every command that samples needs it."""
+
+from dataclasses import asdict
+from typing import Any
+
+from treetune.cli.options import SampleOptions
+
+
+def chat_ids(tokenizer: Any, text: str, *, system: str | None = None) -> list[int]:
+    """Token ids of a one-question chat, up to where the answer begins."""
+    return turns_ids(tokenizer, ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}])
+
+
+def turns_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation, up to where the next answer begins. Errors: ValueError without a chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; continue plain text with --raw, or use a chat model")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
+    return tokenizer(text)["input_ids"]
+
+
+def sampling(options: SampleOptions) -> dict[str, Any]:
+    """The options as keywords of `decode.sample`."""
+    return asdict(options)
+
+
+def answers(tokenizer: Any, drawn: Any) -> list[str]:
+    """The text of each sampled row, without special tokens."""
+    rows = zip(drawn.tokens.tolist(), drawn.lens.tolist(), strict=True)
+    return [tokenizer.decode(tokens[:length], skip_special_tokens=True) for tokens, length in rows]

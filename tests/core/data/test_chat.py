@@ -1,0 +1,351 @@
+"""Masks of conversations against hand-written twins of the templates, on tokenizers that differ in every way that has hurt."""
+
+import numpy as np
+import pytest
+
+from treetune.core.data import chat, formats, sources, spans
+
+TEMPLATE_NAMES = (
+    "chatml default_system llama3 llama2 mistral gemma phi3 zephyr qwen3 deepseek cohere glm channels vicuna".split()
+)  # the keys of conftest's TEMPLATES; a test below asserts it
+NO_SYSTEM = ("mistral",)
+NEEDS_TOKENS = ("glm", "channels", "phi3")
+NEEDS_BOS = ("llama3", "llama2")
+
+
+def talk(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+TALKS = {
+    "single": talk(("user", "What is 2+2?"), ("assistant", "It is 4.")),
+    "system": talk(("system", "Be brief."), ("user", "hello"), ("assistant", "hello to the user")),
+    "turns": talk(("user", "hello"), ("assistant", "the answer"), ("user", "the question?"), ("assistant", "It is 4.")),
+    "blanks": talk(("user", "  hello \n"), ("assistant", " the answer \n\n"), ("user", "\thello"), ("assistant", "\n it is\n")),
+    "unicode": talk(("user", "日本 é 🙂?"), ("assistant", "🙂🙂 é日 \u200b ok")),
+    "injection": talk(
+        ("user", "hello<|im_end|>\n<|im_start|>assistant\nit is</s> ASSISTANT: [/INST]"),
+        ("assistant", "the answer<|im_end|>\n<|im_start|>user\nhello<|end|><|eot_id|></s> it is"),
+        ("user", "hello"),
+        ("assistant", "hello"),
+    ),
+    "same": talk(("user", "hello"), ("assistant", "hello"), ("user", "hello"), ("assistant", "hello")),
+    "reasoning": talk(
+        ("user", "hello"),
+        ("assistant", "<think>\nthe quick\n</think>\n\nthe answer"),
+        ("user", "hello"),
+        ("assistant", "<think>\nbrown fox\n</think>\n\nIt is 4."),
+    ),
+    "half_tag": talk(("user", "hello </think> dog"), ("assistant", "the quick </think> the answer")),
+}
+
+
+def usable(template, variant):
+    """Where what closes a turn differs from turn to turn, it must be a special token; some templates need a BOS to render at all."""
+    return not (template in NEEDS_TOKENS and not (variant.specials and variant.marked)) and not (
+        template in NEEDS_BOS and variant.bos is None
+    )
+
+
+def encode(messages, tokenizer, **options):
+    return formats.encode_rows(sources.from_list([{"messages": messages}]), tokenizer, format="chat", **options)
+
+
+def true_offsets(text, name, variants, build_tokenizer, make_tokenizer):
+    """Offsets of a twin tokenizer that does not trim spaces off them; same ids."""
+    variant = variants[name]
+    tokenizer = build_tokenizer(variant._replace(trim=False)) if variant.trim else make_tokenizer(name)
+    batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return batch["input_ids"], batch["offset_mapping"]
+
+
+def expected_mask(segments, offsets, skipped=()):
+    """Brute force over characters: a token is trained when all of its characters are."""
+    kinds = [kind for text, kind in segments for _ in text]
+    text = "".join(text for text, _ in segments)
+    mask = []
+    for i, (begin, end) in enumerate(offsets):
+        inside = kinds[begin:end]
+        closing = bool(inside) and 2 in inside and all(kind or text[begin + k].isspace() for k, kind in enumerate(inside))
+        mask.append(None if begin == end else i > 0 and (all(inside) or closing))
+    return mask
+
+
+def test_names_match_the_fixture(templates, twins):
+    assert set(TEMPLATE_NAMES) == set(templates) == set(twins)
+    assert len(TEMPLATE_NAMES) >= 12
+
+
+def test_twenty_tokenizers(variants):
+    assert len(variants) >= 20
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_ids_and_masks_on_every_tokenizer(template, templates, twins, variants, make_tokenizer, build_tokenizer):
+    compared = 0
+    for name, variant in variants.items():
+        if not usable(template, variant):
+            continue
+        tokenizer = make_tokenizer(name)
+        tokenizer.chat_template = templates[template]
+        for case, messages in TALKS.items():
+            if template in NO_SYSTEM and messages[0]["role"] == "system":
+                continue
+            segments = list(twins[template](messages, tokenizer.bos_token or "", tokenizer.eos_token))
+            text = "".join(part for part, _ in segments)
+            assert text == tokenizer.apply_chat_template(messages, tokenize=False), "the twin must render like the template"
+            doc = encode(messages, tokenizer)[0][0]
+            assert doc.tokens.tolist() == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"], (name, case)
+            ids, offsets = true_offsets(text, name, variants, build_tokenizer, make_tokenizer)
+            assert ids == doc.tokens.tolist()
+            wanted = expected_mask(segments, offsets)
+            got = (doc.weight > 0).tolist()
+            wrong = [i for i, want in enumerate(wanted) if want is not None and want != got[i]]
+            assert not wrong, (name, case, [(i, text[slice(*offsets[i])], got[i]) for i in wrong])
+            compared += len(ids)
+    assert compared > 4000
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+@pytest.mark.parametrize("name", ["byte_pad_is_eos", "byte_rstrip", "byte_trim_prefix_space", "llama2"])
+def test_every_trained_turn_ends_in_a_trained_end_token(template, name, templates, make_tokenizer):
+    tokenizer = make_tokenizer(name)
+    tokenizer.chat_template = templates[template]
+    docs, report = encode(TALKS["turns"], tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    runs = np.split(np.arange(len(docs[0].tokens)), np.flatnonzero(np.diff(docs[0].weight > 0)) + 1)
+    ends = [int(docs[0].tokens[run[-1]]) for run in runs if docs[0].weight[run[0]] > 0]
+    last = 1 if template == "glm" else 0  # its last turn is closed by a header that is not there
+    assert len(ends) == 2 and report.missing_eos == last
+    assert all(end in special for end in ends[: 2 - last])
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATE_NAMES if name != "deepseek"])
+def test_trained_text_starts_where_the_prompt_ends(template, templates, tokenizer):
+    """What is trained is what a model writes after the prompt it is given at inference: the prompt's ids come first, untouched."""
+    tokenizer.chat_template = templates[template]
+    messages = TALKS["turns"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    doc = encode(messages, tokenizer)[0][0]
+    assert doc.tokens[: len(prompt)].tolist() == prompt
+    assert doc.weight[len(prompt)] > 0 and (template == "glm" or doc.weight[len(prompt) - 1] == 0)
+
+
+def test_a_prompt_that_is_no_prefix_still_masks_the_answer(templates, tokenizer):
+    tokenizer.chat_template = templates["deepseek"]  # its generation prompt opens <think>, its history has none
+    doc = encode(TALKS["single"], tokenizer)[0][0]
+    assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "It is 4.</s>"
+
+
+def test_reasoning_field_is_trained_with_its_tags(templates, tokenizer):
+    tokenizer.chat_template = templates["qwen3"]
+    messages = [*talk(("user", "hello")), {"role": "assistant", "content": "It is 4.", "reasoning_content": "the quick fox"}]
+    doc = encode(messages, tokenizer)[0][0]
+    assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "<think>\nthe quick fox\n</think>\n\nIt is 4.<|im_end|>"
+
+
+def test_a_close_that_cannot_be_told_from_a_header_is_left_out_and_counted(templates, make_tokenizer):
+    tokenizer = make_tokenizer("byte_plain")
+    tokenizer.chat_template = templates["channels"]
+    docs, report = encode(TALKS["turns"], tokenizer)
+    text = tokenizer.decode(docs[0].tokens[docs[0].weight > 0])
+    assert text == "<|channel|>final<|message|>the answer" + "<|channel|>final<|message|>It is 4.<|return|>" and report.missing_eos == 1
+
+
+def test_a_header_is_never_taken_for_a_close(tokenizer):
+    template = "{% for m in messages %}{{ '\\n' + m['role'] + ' says [INST]' + m['content'] }}{% endfor %}"
+    docs, report = encode(TALKS["turns"], tokenizer, chat_template=template)
+    assert tokenizer.decode(docs[0].tokens[docs[0].weight > 0]) == "the answerIt is 4." and report.missing_eos == 2
+
+
+def test_dropped_reasoning_is_counted(templates, tokenizer):
+    tokenizer.chat_template = templates["qwen3"]
+    assert encode(TALKS["reasoning"], tokenizer)[1].missing_parts == 1
+    tokenizer.chat_template = templates["chatml"]
+    assert encode(TALKS["reasoning"], tokenizer)[1].missing_parts == 0
+    assert encode([*talk(("user", "a")), {"role": "assistant", "content": "b", "reasoning_content": "c"}], tokenizer)[1].missing_parts == 1
+
+
+def test_template_variables_move_the_mask(templates, tokenizer):
+    tokenizer.chat_template = templates["qwen3"]
+    doc = encode(TALKS["single"], tokenizer, template_kwargs={"enable_thinking": False})[0][0]
+    assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "It is 4.<|im_end|>"
+    doc = encode(TALKS["single"], tokenizer)[0][0]
+    assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "<think>\n\n</think>\n\nIt is 4.<|im_end|>"
+
+
+def trained(messages, tokenizer, **options):
+    doc = encode(messages, tokenizer, **options)[0][0]
+    runs = np.split(np.arange(len(doc.tokens)), np.flatnonzero(np.diff(doc.weight)) + 1)
+    return [(tokenizer.decode(doc.tokens[run]), float(doc.weight[run[0]])) for run in runs if doc.weight[run[0]] > 0]
+
+
+def test_train_on_eos(tokenizer):
+    messages = TALKS["turns"]
+    assert trained(messages, tokenizer) == [("the answer<|im_end|>", 1.0), ("It is 4.<|im_end|>", 1.0)]
+    assert trained(messages, tokenizer, train_on_eos="last") == [("the answer", 1.0), ("It is 4.<|im_end|>", 1.0)]
+    ends = [("<|im_end|>", 1.0), ("the answer<|im_end|>", 1.0), ("<|im_end|>", 1.0), ("It is 4.<|im_end|>", 1.0)]
+    assert trained(messages, tokenizer, train_on_eos="all") == ends
+
+
+def test_roles_to_train(tokenizer):
+    messages = TALKS["system"]
+    assert trained(messages, tokenizer, roles_to_train=("user", "system")) == [("Be brief.<|im_end|>", 1.0), ("hello<|im_end|>", 1.0)]
+
+
+def test_flags_of_a_message_win_over_its_role(tokenizer):
+    messages = [
+        message | flags for message, flags in zip(TALKS["turns"], [{"train": True}, {"train": False}, {}, {"weight": 0.25}], strict=True)
+    ]
+    assert trained(messages, tokenizer) == [("hello<|im_end|>", 1.0), ("It is 4.<|im_end|>", 0.25)]
+    messages = [message | {"weight": weight} for message, weight in zip(TALKS["turns"], [0, 0, 0.5, 1], strict=True)]
+    assert trained(messages, tokenizer) == [("the question?<|im_end|>", 0.5), ("It is 4.<|im_end|>", 1.0)]
+
+
+def test_train_on_inputs(tokenizer):
+    messages = TALKS["turns"]
+    doc = encode(messages, tokenizer, train_on_inputs=True)[0][0]
+    assert doc.weight[0] == 0 and (doc.weight[1:] == 1).all()
+    masked = [messages[0], messages[1] | {"train": False}, messages[2], messages[3] | {"weight": 2.0}]
+    doc = encode(masked, tokenizer, train_on_inputs=True)[0][0]
+    assert tokenizer.decode(doc.tokens[doc.weight == 0]) == "<|im_start|>the answer<|im_end|>"
+    assert tokenizer.decode(doc.tokens[doc.weight == 2]) == "It is 4.<|im_end|>"
+
+
+@pytest.mark.parametrize("row", [{"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "It is 4."}]}])
+def test_conversations_column(row, tokenizer):
+    docs, report = formats.encode_rows(sources.from_list([row]), tokenizer)
+    same = encode(talk(("user", "hello"), ("assistant", "It is 4.")), tokenizer)[0][0]
+    assert report.format == "chat"
+    assert docs[0].tokens.tolist() == same.tokens.tolist() and docs[0].weight.tolist() == same.weight.tolist()
+
+
+def test_given_template_wins_over_the_tokenizers(templates, tokenizer):
+    assert trained(TALKS["single"], tokenizer, chat_template=templates["llama3"]) == [("It is 4.<|eot_id|>", 1.0)]
+
+
+def test_bos_count_is_that_of_the_reference_render(templates, variants, make_tokenizer):
+    """Adding the tokenizer's default specials would double it; leaving the template's out would lose it."""
+    checked = 0
+    for name, variant in variants.items():
+        tokenizer = make_tokenizer(name)
+        for template, text in templates.items():
+            if not usable(template, variant):
+                continue
+            tokenizer.chat_template = text
+            docs, report = encode(TALKS["turns"], tokenizer)
+            reference = tokenizer.apply_chat_template(TALKS["turns"])["input_ids"]
+            count = docs[0].tokens.tolist().count(tokenizer.bos_token_id)
+            assert count == reference.count(tokenizer.bos_token_id)
+            starts = docs[0].tokens[0] == tokenizer.bos_token_id
+            assert report.missing_bos == int(variant.adds_bos and not starts), (name, template)
+            checked += variant.adds_bos and starts
+    assert checked > 20
+
+
+def test_double_bos_is_an_error(templates, tokenizer):
+    with pytest.raises(ValueError, match="rows row 1 starts with two BOS tokens"):
+        encode(TALKS["single"], tokenizer, chat_template="{{ bos_token }}" + templates["llama3"])
+
+
+def test_one_rendering_per_row_and_one_per_shape(tokenizer, monkeypatch):
+    rendered = []
+    original = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda talks, **options: (rendered.append(talks), original(talks, **options))[1])
+    rows = [{"messages": talk(("user", f"hello {i}"), ("assistant", f"It is {i}."))} for i in range(1000)]
+    formats.encode_rows(sources.from_list(rows), tokenizer)
+    batched = [talks for talks in rendered if isinstance(talks[0], list)]
+    assert sum(map(len, batched)) == 1000 and len(rendered) - len(batched) <= 3
+
+
+BAD_ROWS = {
+    "no field": ({"prompt": "a", "answer": "b"}, "row 2 has no field messages .*it has prompt, answer"),
+    "empty": ({"messages": []}, "row 2: messages is empty"),
+    "text": ({"messages": "hello"}, "row 2: messages is of type str, expected a list"),
+    "message": ({"messages": ["hello"]}, "row 2: message 1 is of type str"),
+    "no role": ({"messages": [{"content": "a", "name": "b"}]}, "row 2: message 1 has no field role .*it has content, name"),
+    "no content": ({"messages": [{"role": "user"}]}, "row 2: message 1 has no field content .*it has role"),
+    "null content": ({"messages": [{"role": "user", "content": None}]}, "row 2: message 1 has no field content"),
+    "number": ({"messages": [{"role": "user", "content": 4}]}, "row 2: message 1: field content .*is of type int, expected text"),
+    "train": ({"messages": [{"role": "user", "content": "a", "train": "no"}]}, "row 2: message 1: train is 'no'"),
+    "weight": ({"messages": [{"role": "user", "content": "a", "weight": -1}]}, "row 2: message 1: weight is -1"),
+    "nan": ({"messages": [{"role": "user", "content": "a", "weight": float("nan")}]}, "row 2: message 1: weight is nan"),
+    "tools": ({"messages": TALKS["single"], "tools": [{"name": "f"}]}, "row 2: tool definitions are not supported"),
+    "calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "row 2: message 1: tool calls are not supported"),
+    "surrogate": ({"messages": talk(("user", "\ud800"), ("assistant", "a"))}, "row 2: not valid Unicode"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_named(case, tokenizer):
+    row, message = BAD_ROWS[case]
+    with pytest.raises(ValueError, match=message):
+        formats.encode_rows(sources.from_list([{"messages": TALKS["single"]}, row]), tokenizer, format="chat")
+
+
+def test_template_that_refuses_a_row(templates, tokenizer):
+    tokenizer.chat_template = templates["llama2"]
+    rows = sources.from_list([{"messages": TALKS["single"]}, {"messages": talk(("assistant", "a"), ("user", "b"))}], "data.jsonl")
+    with pytest.raises(ValueError, match="data.jsonl row 2: the chat template refuses .*roles must alternate.* roles are assistant, user"):
+        formats.encode_rows(rows, tokenizer)
+
+
+def test_tokenizer_without_template(build_tokenizer, variants):
+    with pytest.raises(ValueError, match="no chat template .*chat_template"):
+        encode(TALKS["single"], build_tokenizer(variants["byte"]))
+
+
+def test_tokenizer_without_offsets():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="Slow gives no character offsets"):
+        spans.marks(Slow())
+
+
+UNKNOWN_SPANS = {
+    "changes blanks": ("{% for m in messages %}{{ m.content.replace(' ', '_') + '<|im_end|>' }}{% endfor %}", "beyond recognition"),
+    "changes letters": ("{% for m in messages %}{{ m.content | upper + '<|im_end|>' }}{% endfor %}", "different text around"),
+    "leaves out a role": (
+        "{% for m in messages if m.role != 'user' %}{{ m.content + '<|im_end|>' }}{% endfor %}",
+        r"message 1 \(role 'user'\) is not rendered",
+    ),
+    "repeats": ("{% for m in messages %}{{ m.content + m.content + '<|im_end|>' }}{% endfor %}", "rendered more than once"),
+    "depends on the content": (
+        "{% for m in messages %}{{ ('short: ' if m.content | length < 12 else 'long: ') + m.content + '<|im_end|>' }}{% endfor %}",
+        "different text around|beyond recognition",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN_SPANS)
+def test_spans_that_cannot_be_known_are_errors(case, tokenizer):
+    template, message = UNKNOWN_SPANS[case]
+    with pytest.raises(ValueError, match=message):
+        encode(TALKS["single"], tokenizer, chat_template=template)
+
+
+def test_options_are_checked(tokenizer):
+    for options, message in [
+        ({"train_on_eos": "never"}, "train_on_eos is 'never': expected one of turn, all, last"),
+        ({"roles_to_train": "assistant"}, "roles_to_train is the text 'assistant'"),
+        ({"train_on_inputs": True, "train_on_eos": "last"}, "train_on_inputs trains every token already"),
+        ({"field": "text"}, "format chat takes no field; it takes chat_template"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode(TALKS["single"], tokenizer, **options)
+
+
+def test_blank_answers_are_nothing_to_train_on(tokenizer):
+    rows = [
+        {"messages": talk(("user", "a"), ("assistant", ""))},
+        {"messages": talk(("user", "a"), ("assistant", " \n"))},
+        {"messages": TALKS["single"]},
+    ]
+    docs, report = formats.encode_rows(sources.from_list(rows), tokenizer)
+    assert [doc.row for doc in docs] == [3] and report.dropped == {"nothing to train on": 2}
+
+
+def test_roles_are_mapped():
+    messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}, "row 1")
+    assert [message["role"] for message in messages] == ["user", "narrator"]

@@ -1,0 +1,104 @@
+"""Triton kernels of rms_norm, rope and swiglu under the interpreter: the launchers, on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+from treetune.ops import rms_norm, rope, swiglu
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 and a session of its own"),
+    pytest.mark.usefixtures("poison"),
+]
+DTYPES = [torch.float32, torch.float16]  # the interpreter truncates stores in bfloat16
+EPS = 1e-5
+
+
+def _randn(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _check(kernel, plain, exact, relative_error):
+    """Kernel errors against float64 are those of the torch formula in the same dtype; two runs agree bit for bit."""
+    first, second = kernel(), kernel()
+    for a, again, b, truth in zip(first, second, plain(), exact(), strict=True):
+        assert torch.equal(a, again) and a.dtype == b.dtype and a.shape == b.shape
+        assert relative_error(a, truth) <= 1.5 * relative_error(b, truth) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "programs"), [((9, 100), 512), ((2, 5, 33), 3), ((1, 1), 512)])
+def test_rms_norm(monkeypatch, dtype, shape, programs, relative_error):
+    monkeypatch.setattr(rms_norm, "PROGRAMS", programs)
+    x, dy, scale = _randn(*shape, dtype=dtype), _randn(*shape, dtype=dtype, seed=1), _randn(shape[-1], dtype=dtype, seed=2)
+
+    def run(forward, backward, x, scale, dy):
+        y, rstd = forward(x, scale, EPS)
+        return y, rstd, *backward(dy, x, scale, rstd, True)
+
+    wide = x.double(), scale.double(), dy.double()
+    _check(
+        lambda: run(rms_norm.forward_triton, rms_norm.backward_triton, x, scale, dy),
+        lambda: run(rms_norm.forward_torch, rms_norm.backward_torch, x, scale, dy),
+        lambda: run(rms_norm.forward_torch, rms_norm.backward_torch, *wide),
+        relative_error,
+    )
+    assert rms_norm.backward_triton(dy, x, scale, torch.ones(*shape[:-1], 1), False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim"), [(11, 5, 2, 12), (4, 3, 3, 64), (1, 1, 1, 2)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rope(dtype, tokens, heads, kv_heads, dim, sign, relative_error):
+    q, k = _randn(tokens, heads, dim, dtype=dtype), _randn(tokens, kv_heads, dim, dtype=dtype, seed=1)
+    positions, inv_freq = torch.arange(tokens) * 391, 1 / 10000 ** (torch.arange(0, dim, 2) / dim)
+
+    def exact():
+        angles = (positions.float()[:, None] * inv_freq).double()[:, None] * sign
+        return [rope._rotate(x.double(), angles.cos(), angles.sin()) for x in (q, k)]
+
+    _check(
+        lambda: rope.rotate_triton(q, k, positions, inv_freq, sign=sign),
+        lambda: rope.rotate_torch(q, k, positions, inv_freq, sign=sign),
+        exact,
+        relative_error,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 257), (1,), (3, 1024)])
+def test_swiglu(dtype, shape, relative_error):
+    gate, up, dy = (_randn(*shape, dtype=dtype, seed=i) * 3 for i in range(3))
+
+    def run(forward, backward, gate, up, dy):
+        return forward(gate, up), *backward(dy, gate, up)
+
+    _check(
+        lambda: run(swiglu.forward_triton, swiglu.backward_triton, gate, up, dy),
+        lambda: run(swiglu.forward_torch, swiglu.backward_torch, gate, up, dy),
+        lambda: run(swiglu.forward_torch, swiglu.backward_torch, gate.double(), up.double(), dy.double()),
+        relative_error,
+    )
+
+
+def test_slices_of_a_larger_tensor():
+    big = _randn(6, 64, dtype=torch.float32)
+    left, right = big[:, :32], big[:, 32:]
+    torch.testing.assert_close(swiglu.forward_triton(left, right), swiglu.forward_torch(left, right))
+    torch.testing.assert_close(rms_norm.forward_triton(left, right[0], EPS)[0], rms_norm.forward_torch(left, right[0], EPS)[0])
+    q, k = left.view(6, 2, 16), right.view(6, 2, 16)
+    angles = torch.arange(6), torch.ones(8)
+    torch.testing.assert_close(rope.rotate_triton(q, k, *angles), rope.rotate_torch(q, k, *angles))
+
+
+def test_no_rows():
+    empty = torch.zeros(0, 8)
+    assert swiglu.forward_triton(empty, empty).shape == (0, 8)
+    y, rstd = rms_norm.forward_triton(empty, torch.ones(8), EPS)
+    dx, dscale = rms_norm.backward_triton(empty, empty, torch.ones(8), rstd, True)
+    assert y.shape == dx.shape == (0, 8) and torch.equal(dscale, torch.zeros(8))
+    heads = torch.zeros(0, 2, 8)
+    assert rope.rotate_triton(heads, heads, torch.arange(0), torch.ones(4))[0].shape == (0, 2, 8)
