@@ -19,27 +19,31 @@ from treetune.cli.errors import BadInput
 Parsed = tuple[Any, frozenset[str]]
 
 
-def fields(config: type) -> dict[str, tuple[str | None, dataclasses.Field]]:
-    """{option: (group, field)} of a config class, whose groups are its fields that are dataclasses."""
-    known: dict[str, tuple[str | None, dataclasses.Field]] = {}
+def defaults(config: type) -> dict[str, Any]:
+    """{option: default} of a config class, whose groups are its fields that are dataclasses; MISSING where there is none."""
+    known: dict[str, Any] = {}
     hints = typing.get_type_hints(config)
     for entry in dataclasses.fields(config):
-        kind = hints[entry.name]
-        if dataclasses.is_dataclass(kind):
-            known |= {inner.name: (entry.name, inner) for inner in dataclasses.fields(kind)}
+        if dataclasses.is_dataclass(hints[entry.name]):
+            known |= vars(entry.default_factory())
         else:
-            known[entry.name] = (None, entry)
+            known[entry.name] = entry.default
     return known
 
 
 def parse(command: str, config: type, argv: list[str]) -> Parsed:
-    """The config, and the names of the options that the user set (in the file or by flag). `--help` prints and exits."""
-    known = fields(config)
+    """The config, and the names of the options that the user set. `--help` prints and exits.
+
+    A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option.
+    """
+    known = defaults(config)
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
-    from_file = _read_yaml(path, known) if path else {}
-    args = [arg for key, value in from_file.items() if key not in given for arg in _as_args(key, value, path)]
-    return _run_tyro(command, config, args + argv), frozenset(from_file) | given
+    from_file = {key: value for key, value in (_read_yaml(path, known) if path else {}).items() if key not in given}
+    args = [arg for key, value in from_file.items() for arg in _as_args(key, value, path)]
+    parsed = _run_tyro(command, config, args + argv)
+    values = _values(parsed)
+    return parsed, frozenset(given | {key for key in from_file if values[key] != known[key]})
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -49,6 +53,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
             _, equals, value = argv[i].partition("=")
             if not equals and i + 1 == len(argv):
                 raise BadInput("--config needs a file name")
+            if path is not None:
+                raise BadInput("option --config is given twice")
             path, i = (value, i + 1) if equals else (argv[i + 1], i + 2)
         else:
             rest.append(argv[i])
@@ -87,14 +93,18 @@ def _read_yaml(path: str, known: dict) -> dict[str, Any]:
     if not Path(path).is_file():
         raise BadInput(f"config file {path} does not exist")
     try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        found = {} if node is None else yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise BadInput(f"{path} must hold `option: value` lines, got a {type(found).__name__}")
     for key in found:
         if key not in known:
             raise BadInput(f"{path}: unknown key {key!r}{nearest(str(key), list(known))}")
+    keys = [key.value for key, _ in node.value] if node is not None else []
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise BadInput(f"{path}: key {twice[0]!r} is given twice")
     return found
 
 

@@ -143,15 +143,17 @@ def _as_leaf(value: Tensor, like: Tensor, mesh: DeviceMesh | None) -> Tensor:
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count."""
     found = Path(root).glob("step_*") if Path(root).is_dir() else []
-    return sorted(path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "state.json").is_file())
+    whole = [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "state.json").is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and the best one, and drafts that a crash left; returns what went."""
+    """Delete all but the newest `keep` (at least 1) checkpoints and the best one, and drafts that a crash left; returns what went."""
     for draft in Path(root).glob(".step_*"):
         shutil.rmtree(draft, ignore_errors=True)
     found = steps(root)
-    gone = [] if keep is None else [path for path in found[: max(len(found) - keep, 0)] if best is None or path.name != best.name]
+    old = [] if keep is None else found[: -max(keep, 1)]
+    gone = [path for path in old if best is None or path.name != best.name]
     for path in gone:
         shutil.rmtree(path)
     return gone

@@ -1,29 +1,46 @@
 """Gradients over trees, with the calling convention of jax.value_and_grad(has_aux=True)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from treetune.core import tree
+from treetune.core import shard, tree
 
 
 def value_and_grad(fn: Callable) -> Callable:
     """Turn `fn(params, *args) -> (value, aux)` into `(params, *args) -> ((value, aux), grads)`.
 
     Built on torch.autograd.grad, because torch.func.grad fails under activation checkpointing and with ctx-style
-    autograd functions. Leaves that `fn` does not use get zero gradients. The value comes back detached.
+    autograd functions. Leaves that `fn` does not use get zero gradients. The value comes back detached; gradients may be
+    changed in place: each is contiguous and has memory of its own.
     """
 
     def wrapped(params, *args):
         tracked = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
         with torch.enable_grad():
             value, aux = fn(tracked, *args)
-        flat = torch.autograd.grad(value, tree.leaves(tracked), allow_unused=True, materialize_grads=True)
+        leaves = tree.leaves(tracked)
+        if value.requires_grad:
+            flat = _own(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+        else:
+            flat = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         grads = iter(flat)
         return (value.detach(), aux), tree.map(lambda _: next(grads), params)
 
     return wrapped
+
+
+def _own(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors, none in the place of another: autograd may hand out an expanded, a transposed or a shared one."""
+    out, taken = [], set()
+    for grad in grads:
+        grad = grad.contiguous()
+        place = shard.local(grad).data_ptr()
+        out.append(grad.clone() if place in taken else grad)
+        taken.add(place)
+    return out
 
 
 def remat(fn: Callable, policy: str | None) -> Callable:

@@ -54,7 +54,10 @@ def _in_layers(paths: list[str], wanted: set[int], count: int) -> list[str]:
     if outside := sorted(index for index in wanted if not 0 <= index < count):
         raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {count - 1}")
     number = {path: re.match(r"layers\.(\d+)\.", path) for path in paths}
-    return [path for path in paths if number[path] is None or int(number[path][1]) in wanted]
+    kept = [path for path in paths if number[path] is None or int(number[path][1]) in wanted]
+    if not kept:
+        raise ValueError(f"none of the targets is in layers {sorted(wanted)}; they are {', '.join(paths[:3])}")
+    return kept
 
 
 def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dtype = torch.float32) -> Params:

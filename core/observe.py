@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import check, tree
+from treetune.core import check, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.state import Batch, Objective, Plan, TrainState
 
@@ -81,40 +81,46 @@ def truncate(path: Path, step: int) -> list[Record]:
     return kept
 
 
+# Rules run at every step, so none but those of an evaluation may look at all of a long history.
+_RECENT, _EARLY = 60, 400
+
+
 def _series(history: list[Record], key: str) -> list[float]:
     return [record[key] for record in history if key in record]
 
 
 def _grad_spike(history: list[Record]) -> str | None:
-    norm = _series(history, "grad_norm")[-1:]
+    norm = _series(history[-_RECENT:], "grad_norm")[-1:]
     return f"grad_norm {norm[0]:.1f} is above 100" if norm and norm[0] > 100 else None
 
 
 def _no_gradient(history: list[Record]) -> str | None:
-    norm = _series(history, "grad_norm")[-1:]
+    norm = _series(history[-_RECENT:], "grad_norm")[-1:]
     return "grad_norm is 0" if norm and norm[0] == 0 else None
 
 
 def _loss_spike(history: list[Record]) -> str | None:
-    loss = _series(history, "train/loss")
+    loss = _series(history[-_RECENT:], "train/loss")
     usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
     return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
 
 
 def _plateau(history: list[Record]) -> str | None:
-    loss = _series(history, "train/loss")
-    if len(loss) < 60 or len(loss) % 20:
+    loss = _series(history[: _EARLY + 1], "train/loss")
+    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20:
         return None
     first, last = statistics.mean(loss[:20]), statistics.mean(loss[-20:])
     return f"train/loss has not fallen in {len(loss)} steps ({first:.3f} -> {last:.3f})" if last >= first else None
 
 
 def _vanished(history: list[Record]) -> str | None:
-    loss = _series(history, "train/loss")[-3:]
+    loss = _series(history[-_RECENT:], "train/loss")[-3:]
     return f"train/loss is {loss[-1]:.4f}" if len(loss) == 3 and max(loss) < 0.01 else None
 
 
 def _overfit(history: list[Record]) -> str | None:
+    if not history or "eval/loss" not in history[-1]:
+        return None
     held, loss = _series(history, "eval/loss")[-3:], _series(history, "train/loss")
     rising = len(held) == 3 and held[0] < held[1] < held[2]
     falling = len(loss) > 1 and statistics.mean(loss[-len(loss) // 2 :]) < statistics.mean(loss[: len(loss) // 2])
@@ -145,20 +151,23 @@ def find_not_finite(objective: Objective, state: TrainState, micro_batches: list
     if bad := check.not_finite(state.params) or check.not_finite(state.frozen):
         return f"weights are not finite: {', '.join(bad[:3])}"
     found = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
-    return "; ".join(text for text in found if text) or "the sum over micro-batches overflowed"
+    # A sharded gradient is summed over ranks, so where a loss is bad the gradients of innocent rows are too.
+    losses, grads = ([text for text in side if text] for side in zip(*found, strict=True))
+    bad_loss = shard.any_flag(bool(losses), state.step.device) if torch.distributed.is_initialized() else bool(losses)
+    return "; ".join(losses if bad_loss else grads) or "no micro-batch here shows it: one of another rank does, or the sum overflowed"
 
 
-def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> str | None:
+def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> tuple[str | None, str | None]:
+    """What is wrong with the loss, and with the gradient, of a micro-batch. All ranks must do the same work: sharded leaves meet."""
+
     def total(params):
         terms, _ = objective.terms(params, state.frozen, batch, plan)
         return sum(terms.values()), None
 
     (value, _), grads = value_and_grad(total)(state.params)
-    rows = sorted(set(batch["row"].tolist()))
-    if not torch.isfinite(value):
-        return f"the loss of rows {rows} is {value.item()}"
-    bad = check.not_finite(grads)
-    return f"rows {rows} give a gradient that is not finite in {', '.join(bad[:3])}" if bad else None
+    rows, bad = sorted(set(batch["row"].tolist())), check.not_finite(grads)
+    loss = None if torch.isfinite(value) else f"the loss of rows {rows} is {value.item()}"
+    return loss, f"rows {rows} give a gradient that is not finite in {', '.join(bad[:3])}" if bad else None
 
 
 def dead_leaves(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> list[str]:

@@ -59,6 +59,18 @@ def _zeros(params: Params) -> Params:
     return tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), params)
 
 
+def _dense(params: Params) -> None:
+    for path, leaf in tree.items(params):
+        if shard.local(leaf).stride() != torch.zeros_like(shard.local(leaf)).stride():
+            raise ValueError(f"{path} is a view into a larger tensor; clone it, because the optimiser writes whole blocks of memory")
+
+
+def _laid_out(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient in the memory order and dtype of its leaf: the fused kernel walks both as flat memory, whatever their strides."""
+    same = grad.stride() == param.stride() and grad.dtype == param.dtype
+    return grad if same else torch.empty_like(param).copy_(grad)
+
+
 def adamw(
     *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()
 ) -> Optimizer:
@@ -71,6 +83,7 @@ def adamw(
 
     def init(params: Params) -> OptState:
         _plan(params, weight_decay, decay, lr_scale)
+        _dense(params)
         count = tree.map(lambda leaf: torch.zeros((), dtype=torch.float32, device=leaf.device), params)
         return {"mu": _zeros(params), "nu": _zeros(params), "count": count}
 
@@ -79,9 +92,9 @@ def adamw(
         leaves = _plan(params, weight_decay, decay, lr_scale)
         flat = [_locals(side) for side in (grads, state["mu"], state["nu"])] + [tree.leaves(state["count"])]
         for (rate, scale, _, _), chosen in _groups(leaves).items():
-            g, mu, nu, count = ([side[i] for i in chosen] for side in flat)
+            p, (g, mu, nu, count) = [leaves[i].param for i in chosen], ([side[i] for i in chosen] for side in flat)
             adamw_kernel(
-                [leaves[i].param for i in chosen], g, mu, nu, [], count,
+                p, [_laid_out(*pair) for pair in zip(g, p, strict=True)], mu, nu, [], count,
                 fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr * scale, weight_decay=rate, eps=eps,
                 maximize=False,
             )  # fmt: skip

@@ -21,11 +21,11 @@ def _pair(micro: Batch | tuple[Batch, Plan]) -> tuple[Batch, Plan]:
 
 
 def totals(objective: Objective, micro_batches: list, mesh: DeviceMesh | None = None) -> Terms:
-    """Global denominators by term: counts summed over micro-batches and ranks, at least 1."""
+    """Global denominators by term: counts (or weights) summed over micro-batches and ranks; 1 where there is nothing to count."""
     counted = [objective.counts(_pair(micro)[0]) for micro in micro_batches]
     names = list(counted[0])
     sums = [torch.stack([counts[name].double() for counts in counted]).sum() for name in names]
-    return {name: value.clamp(min=1.0) for name, value in zip(names, shard.all_sum(sums, mesh), strict=True)}
+    return {name: torch.where(value > 0, value, 1.0) for name, value in zip(names, shard.all_sum(sums, mesh), strict=True)}
 
 
 def _loss(objective: Objective) -> Callable:
@@ -82,7 +82,8 @@ def reduce_metrics(collected: list[dict[str, Metric]], mesh: DeviceMesh | None =
         values = torch.stack([metric.value.detach().double() for metric in found])
         weights = torch.stack([metric.weight.detach().double() for metric in found])
         if how == "mean":
-            top, bottom = shard.all_sum([(values * weights).sum(), weights.sum()], mesh)
+            products = torch.where(weights != 0, values * weights, 0.0)  # a mean over nothing may be nan
+            top, bottom = shard.all_sum([products.sum(), weights.sum()], mesh)
             out[name] = top / bottom.clamp(min=1e-38)
         elif how == "sum":
             out[name] = shard.all_sum([values.sum()], mesh)[0]

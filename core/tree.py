@@ -66,6 +66,8 @@ def merge(under: Tree, over: Tree) -> Tree:
     if isinstance(under, dict) and isinstance(over, dict):
         both = {key: merge(child, over[key]) if key in over else child for key, child in under.items()}
         return both | {key: child for key, child in over.items() if key not in under}
+    if isinstance(over, dict | list) and not over:
+        return under
     if isinstance(under, list) and isinstance(over, list):
         size = max(len(under), len(over))
         return [merge(_at(under, i), _at(over, i)) for i in range(size)]

@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where it is bfloat16 or float16: sums and logarithms in those lose what a loss is about."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def per_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
     """Sum of x over each sequence: [N] -> [B]."""
+    x = wide(x)
     return torch.zeros(seq_lens.shape[0], dtype=x.dtype, device=x.device).index_add(0, seq, x)
 
 
 def by_token(x: Tensor, seq: Tensor, seq_lens: Tensor, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean over tokens: sum of weight * x over sum of weight (weight [N], default 1). A token of weight 0 adds exactly 0."""
+    x = wide(x)
     if weight is None:
         return x.sum(), seq_lens.sum()
     return torch.where(weight != 0, weight * x, 0.0).sum(), weight.sum()
@@ -28,4 +35,4 @@ def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool =
 
 def by_constant(x: Tensor, seq: Tensor, seq_lens: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
     """Sum over B * length, the fixed budget of Dr. GRPO. Source: Liu et al., arXiv 2503.20783, section 3.2."""
-    return x.sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)
+    return wide(x).sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)

@@ -1,4 +1,4 @@
-"""Supervised losses per scored token, in nats: [N] in, [N] out.
+"""Supervised losses per scored token, in nats: [N] in, [N] out, float32 at least.
 
 logp = log p(target), lse = log-sum-exp of the logits, mean_logit = their mean over the vocabulary.
 """
@@ -6,10 +6,12 @@ logp = log p(target), lse = log-sum-exp of the logits, mean_logit = their mean o
 import torch
 from torch import Tensor
 
+from treetune.losses.reduce import wide
+
 
 def nll(logp: Tensor) -> Tensor:
     """Negative log-likelihood: -log p(y)."""
-    return -logp
+    return -wide(logp)
 
 
 def smoothed(logp: Tensor, lse: Tensor, mean_logit: Tensor, *, label_smoothing: float) -> Tensor:
@@ -17,19 +19,21 @@ def smoothed(logp: Tensor, lse: Tensor, mean_logit: Tensor, *, label_smoothing: 
 
     Source: Szegedy et al., arXiv 1512.00567, section 7.
     """
-    return (1 - label_smoothing) * -logp + label_smoothing * (lse - mean_logit)
+    return (1 - label_smoothing) * -wide(logp) + label_smoothing * (wide(lse) - wide(mean_logit))
 
 
 def z_loss(lse: Tensor, *, coef: float) -> Tensor:
     """coef * lse^2, which keeps the normaliser near 1. Source: Chowdhery et al. (PaLM), arXiv 2204.02311, section 5."""
-    return coef * lse.square()
+    return coef * wide(lse).square()
 
 
 def dft(logp: Tensor) -> Tensor:
-    """-sg(p(y)) log p(y): tokens count by the probability they have. Source: Wu et al., arXiv 2508.05629, eq. 9."""
-    return -torch.exp(logp).detach() * logp
+    """-sg(p(y)) log p(y), 0 where p(y) is 0: tokens count by the probability they have. Source: Wu et al., arXiv 2508.05629, eq. 9."""
+    logp = wide(logp)
+    return torch.where(logp == -torch.inf, 0.0, -torch.exp(logp).detach() * logp)
 
 
 def eaft(logp: Tensor, topk_entropy: Tensor, *, alpha: float = 1.0) -> Tensor:
     """-sg(H_k^alpha) log p(y), H_k the entropy (nats) of the renormalised top-20 logits: certain tokens count less."""
-    return -(topk_entropy**alpha).detach() * logp
+    # A certain token's entropy comes out just below 0, which a fractional power turns into nan.
+    return -(wide(topk_entropy).clamp(min=0) ** alpha).detach() * wide(logp)

@@ -28,6 +28,7 @@ ROWS = {"cpu": 256, "cuda": 1024}  # rows of a chunk
 BLOCK = 1 << 18  # elements of a chunk that the CPU works on at a time: 1 MiB of float32 stays in its cache
 SLAB = {"cpu": 1 << 11, "cuda": 1 << 14}  # rows of the head whose gradient is added at a time: the CPU keeps the product in its cache
 TOP = 20
+FLOOR = -1e4  # of log p where p multiplies it: exp(FLOOR) is 0, and 0 * -inf would be nan
 
 
 class TokenStats(NamedTuple):
@@ -139,7 +140,7 @@ def _block_stats(f: Tensor, y: Tensor | None, want: frozenset[str]) -> tuple[dic
     total = e.sum(-1)
     log_total = total.log()
     if "entropy" in want:
-        d.clamp_(min=torch.finfo(d.dtype).min)  # 0 * -inf would be nan
+        d.clamp_(min=FLOOR)
         out["entropy"] = log_total - d.mul_(e).sum(-1) / total
     if "logsq" in want:
         out["logsq"] = e.square().sum(-1).log() - 2 * log_total
@@ -159,7 +160,6 @@ def stats_torch(z: Tensor, y: Tensor | None, tau: Tensor | float, options: _Opti
         stats, e, total = _block_stats(f, y_rows, options.want)
         parts.append(stats)
         if options.ahead:
-            # expm1: p_y - 1 has no digits left where p_y is close to 1
             e.scatter_(1, y_rows[:, None], (stats["logp"].expm1() * total)[:, None])
             _store(block, e if slope is None else e.mul_(slope))
             scales.append(-1 / (total * tau_rows))
@@ -182,7 +182,7 @@ def _own_grad(own: Tensor, g: _Grads, entropy: Tensor | None, count: Tensor | No
     if g.lse is not None:
         out = out + g.lse * p
     if g.entropy is not None:
-        out = out - g.entropy * p * (own.clamp(min=torch.finfo(own.dtype).min) + entropy)
+        out = out - g.entropy * p * (own.clamp(min=FLOOR) + entropy)
     return out if g.mean_logit is None else out + torch.where(own > -torch.inf, g.mean_logit / count, 0)
 
 
@@ -197,7 +197,7 @@ def _block_grad(f: Tensor, y: Tensor | None, lse: Tensor, entropy: Tensor | None
         dz = logs.exp_().mul_(_column(slope))
     else:
         p = logs.exp()
-        logs.clamp_(min=torch.finfo(logs.dtype).min).add_(entropy[:, None])  # 0 * -inf would be nan
+        logs.clamp_(min=FLOOR).add_(entropy[:, None])
         dz = logs.mul_(-g.entropy[:, None]).add_(_column(slope)).mul_(p)
     if finite is not None:
         dz.add_(torch.where(finite, (g.mean_logit / count)[:, None], 0))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
@@ -38,6 +39,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.scale, ctx.n = scale, n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         x, u, low, *tensors = ctx.saved_tensors
         n, scale = ctx.n, ctx.scale

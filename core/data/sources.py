@@ -70,8 +70,8 @@ def val_split(rows: Rows, size: float | int, seed: int = 0) -> tuple[Rows, Rows]
     total = len(rows.rows)
     if isinstance(size, float) and not 0 < size < 1 or size <= 0:
         raise ValueError(f"validation size {size}: expected a fraction between 0 and 1 or a positive number of rows")
-    count = max(1, round(total * size)) if isinstance(size, float) else size
-    if count >= total:
+    count = min(max(1, round(total * size)), total - 1) if isinstance(size, float) else size
+    if not 0 < count < total:
         raise ValueError(f"validation size {size} takes {count} of {total} rows and leaves none to train on: choose a smaller one")
     shuffled = order.shuffled(total, seed, order.SPLIT)
     return take(rows, sorted(shuffled[count:])), take(rows, sorted(shuffled[:count]))
@@ -148,7 +148,7 @@ def _csv(file: Path) -> Rows:
         try:
             rows = list(reader)
         except csv.Error as error:
-            raise ValueError(f"{file} line {reader.line_num}: broken CSV ({error})") from error
+            raise ValueError(f"{file} line {reader.reader.line_num}: broken CSV ({error})") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     for i, row in enumerate(rows, 1):

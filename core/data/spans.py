@@ -185,8 +185,7 @@ def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer) -> tuple[np.nda
         begins[i] = max(previous[i], begins[i] - (len(word) - len(word.lstrip(BYTE_SPACE))))
     for i in gaps[gaps > 0] - 1:
         word = tokenizer.convert_ids_to_tokens(int(tokens[i]))
-        if word.strip(BYTE_SPACE):
-            ends[i] = min(begins[i + 1], ends[i] + len(word) - len(word.rstrip(BYTE_SPACE)))
+        ends[i] = min(begins[i + 1], ends[i] + len(word) - len(word.rstrip(BYTE_SPACE)))
     return np.maximum.accumulate(np.minimum(begins, ends)), ends
 
 

@@ -30,6 +30,7 @@ class Place(NamedTuple):
     first: int
     last: int
     lead: int  # characters before the first piece that the speaker produces too, such as an opening <think>
+    trail: int  # characters after the last piece that are still content: a tag, blanks
     tail: int  # characters after the last piece that still belong to the turn, not to the next one's header
 
 
@@ -84,7 +85,7 @@ def locate(text: str, messages: Sequence[dict], layout: Layout) -> dict[int, Spa
 
 def _span(place: Place, found: list[tuple[int, int]], layout: Layout) -> Span:
     begin, end = found[place.first][0] - place.lead, found[place.last][1]
-    return Span(begin, end, end + len(layout.statics[place.last + 1]), end + place.tail)
+    return Span(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
 
 
 def _piece_end(text: str, begin: int, content: str, static: str, *, final: bool) -> int | None:
@@ -116,7 +117,7 @@ def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], rend
     if at != list(range(at[0], at[-1] + 1)) or len(at) != len({keys[k] for k in at}):
         return "is rendered more than once or in pieces"
     lead, tail = _lead(i, at[0], marked, statics, keys, render), _tail(i, at[-1], marked, statics, keys, render)
-    return Place(at[0], at[-1], lead, tail)
+    return Place(at[0], at[-1], lead, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail)
 
 
 def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:
@@ -126,8 +127,16 @@ def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list
         prompt, shown = _try_split(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
+    content = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
+    own = [len(part) for part in (content, content.lstrip()) if before.endswith(part)]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
-    return len(before) - opened.start() if opened else 0
+    return max(own + [len(before) - opened.start() if opened else 0])
+
+
+def _trail(message: dict, last: Key, after: str) -> int:
+    """Length of what the content itself has after its last piece: a tag, blanks."""
+    content = message[FIELDS[last[1]]].partition(_marker(last))[2]
+    return max(len(part) for part in (content, content.rstrip(), "") if after.startswith(part))
 
 
 def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:
@@ -166,7 +175,11 @@ def _marked(i: int, message: dict) -> dict:
 
 def _mark(i: int, f: int, content: str) -> str:
     pieces = TAGS.split(content)
-    return "".join(f"{MARKER}m{i}f{f}p{p}e" if p % 2 == 0 and piece.strip() else piece for p, piece in enumerate(pieces))
+    return "".join(_marker((i, f, p)) if p % 2 == 0 and piece.strip() else piece for p, piece in enumerate(pieces))
+
+
+def _marker(key: Key) -> str:
+    return MARKER + "m{}f{}p{}e".format(*key)
 
 
 def _shown(message: dict) -> bool:

@@ -71,14 +71,25 @@ def test_greedy_is_what_transformers_generates(oracle):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.75}, {"min_p": 0.3}, {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.05}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 7},
+        {"top_p": 0.75},
+        {"min_p": 0.3},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+    ],
 )
 def test_frequencies_are_those_of_the_cut_distribution(ours, options):
     """One step, many completions: support, frequencies and kept mass against transformers' own filters in float64."""
     count, prompt = 20_000, PROMPTS[0]
     logits = dense.probe(ours.params, torch.tensor(prompt), ours.cfg)[-1:].double() / options.get("temperature", 1.0)
     full, cut = logits.softmax(-1)[0], logits
-    for name, filter_ in (("top_k", generation.TopKLogitsWarper), ("top_p", generation.TopPLogitsWarper), ("min_p", generation.MinPLogitsWarper)):
+    for name, filter_ in (
+        ("top_k", generation.TopKLogitsWarper),
+        ("top_p", generation.TopPLogitsWarper),
+        ("min_p", generation.MinPLogitsWarper),
+    ):
         if name in options:
             cut = filter_(options[name])(None, cut)
     expected = cut.softmax(-1)[0]

@@ -35,5 +35,10 @@ def saved_bytes():
 
 @pytest.fixture
 def relative_error():
-    """relative_error(got, exact): Frobenius norm of the difference over that of `exact`, in float64."""
-    return lambda got, exact: float((got.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm())
+    """relative_error(got, exact): Frobenius norm of the difference over that of `exact` (over 1 where exact is 0), in float64."""
+
+    def error(got, exact):
+        got, exact = got.detach().double(), exact.detach().double()
+        return float((got - exact).norm() / (exact.norm() or 1.0))
+
+    return error

@@ -143,19 +143,41 @@ def test_z_loss_gradient():
     _assert_numbers(torch.autograd.grad(stats.lse.square().sum(), z)[0], [[3.66180929, 0.49557200, 0.18231075]])
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_banned_tokens(frozen):
+def test_banned_tokens():
     bias = torch.tensor([0.0, -torch.inf, 1.0])
-    hidden = torch.zeros(2, 3, requires_grad=True)
-    weight = torch.eye(3, requires_grad=not frozen)
-    stats = linear_logprob(hidden, weight, torch.tensor([0, 1]), bias=bias, want=op.WANT)
-    assert stats.logp[1] == -torch.inf
+    stats = linear_logprob(torch.zeros(2, 3), torch.eye(3), torch.tensor([0, 1]), bias=bias, want=op.WANT)
     for field, expected in {"entropy": 0.5822, "lse": 1.3133, "mean_logit": 0.5, "topk_entropy": 0.5822}.items():
         torch.testing.assert_close(getattr(stats, field), torch.full((2,), expected), rtol=0, atol=5e-5)
-    torch.testing.assert_close(stats.logp[0], torch.tensor(-1.3132616875))
-    total = stats.logp[0] + stats.entropy.sum() + stats.lse.sum() + stats.mean_logit.sum()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(total, [hidden] if frozen else [hidden, weight]))
+    torch.testing.assert_close(stats.logp, torch.tensor([-1.3132616875, -torch.inf]))
     assert stats.top1.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("fields", [("logp",), DIFFERENTIABLE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_banned_token_is_no_token(frozen, fields, dtype):
+    hidden, weight, bias, targets = _inputs(dtype)
+    hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    banned = torch.cat([bias[:-1], torch.tensor([-torch.inf], dtype=dtype)])
+    targets = targets.clamp(max=35)
+    pair = []
+    for w, b in ((weight, banned), (weight[:-1], bias[:-1])):
+        stats = linear_logprob(hidden, w, targets, bias=b, temperature=0.6, want=op.WANT)
+        total = sum((getattr(stats, f) * torch.linspace(-5, 9, 13, dtype=dtype)).sum() for f in fields)
+        pair.append((*stats, *torch.autograd.grad(total, [hidden] if frozen else [hidden, weight])))
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_banned_target_has_finite_gradients(frozen):
+    hidden, weight, bias, targets = _inputs()
+    bias[targets[0]] = -torch.inf
+    leaves = [hidden.requires_grad_()] if frozen else [hidden.requires_grad_(), weight.requires_grad_()]
+    stats = linear_logprob(hidden, weight, targets, bias=bias, want=("entropy", "mean_logit"))
+    assert stats.logp[0] == -torch.inf and stats.logp[targets != targets[0]].isfinite().all()
+    for field in DIFFERENTIABLE:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(getattr(stats, field).sum(), leaves, retain_graph=True))
 
 
 def test_first_of_tied_logits_is_top1():

@@ -1,7 +1,11 @@
 """Masks of conversations against hand-written twins of the templates, on tokenizers that differ in every way that has hurt."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from treetune.core.data import chat, formats, sources, spans
 
@@ -42,9 +46,9 @@ TALKS = {
 
 def usable(template, variant):
     """Where what closes a turn differs from turn to turn, it must be a special token; some templates need a BOS to render at all."""
-    return not (template in NEEDS_TOKENS and not (variant.specials and variant.marked)) and not (
-        template in NEEDS_BOS and variant.bos is None
-    )
+    if template in NEEDS_TOKENS and not (variant.specials and variant.marked):
+        return False
+    return variant.bos is not None or template not in NEEDS_BOS
 
 
 def encode(messages, tokenizer, **options):
@@ -80,30 +84,79 @@ def test_twenty_tokenizers(variants):
     assert len(variants) >= 20
 
 
-@pytest.mark.parametrize("template", TEMPLATE_NAMES)
-def test_ids_and_masks_on_every_tokenizer(template, templates, twins, variants, make_tokenizer, build_tokenizer):
-    compared = 0
-    for name, variant in variants.items():
-        if not usable(template, variant):
-            continue
+@pytest.fixture
+def compare(templates, twins, variants, make_tokenizer, build_tokenizer):
+    """A function that checks ids and mask of one conversation against the template's twin; it returns the number of tokens."""
+
+    def run(template, name, messages):
         tokenizer = make_tokenizer(name)
         tokenizer.chat_template = templates[template]
-        for case, messages in TALKS.items():
-            if template in NO_SYSTEM and messages[0]["role"] == "system":
-                continue
-            segments = list(twins[template](messages, tokenizer.bos_token or "", tokenizer.eos_token))
-            text = "".join(part for part, _ in segments)
-            assert text == tokenizer.apply_chat_template(messages, tokenize=False), "the twin must render like the template"
-            doc = encode(messages, tokenizer)[0][0]
-            assert doc.tokens.tolist() == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"], (name, case)
-            ids, offsets = true_offsets(text, name, variants, build_tokenizer, make_tokenizer)
-            assert ids == doc.tokens.tolist()
-            wanted = expected_mask(segments, offsets)
-            got = (doc.weight > 0).tolist()
-            wrong = [i for i, want in enumerate(wanted) if want is not None and want != got[i]]
-            assert not wrong, (name, case, [(i, text[slice(*offsets[i])], got[i]) for i in wrong])
-            compared += len(ids)
+        segments = list(twins[template](messages, tokenizer.bos_token or "", tokenizer.eos_token))
+        text = "".join(part for part, _ in segments)
+        assert text == tokenizer.apply_chat_template(messages, tokenize=False), "the twin must render like the template"
+        doc = encode(messages, tokenizer)[0][0]
+        assert doc.tokens.tolist() == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"], (template, name, messages)
+        ids, offsets = true_offsets(text, name, variants, build_tokenizer, make_tokenizer)
+        assert ids == doc.tokens.tolist()
+        wanted, got = expected_mask(segments, offsets), (doc.weight > 0).tolist()
+        wrong = [i for i, want in enumerate(wanted) if want is not None and want != got[i]]
+        assert not wrong, (template, name, messages, [(i, text[slice(*offsets[i])], got[i]) for i in wrong])
+        return len(ids)
+
+    return run
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_ids_and_masks_on_every_tokenizer(template, variants, compare):
+    compared = 0
+    for name, variant in variants.items():
+        for messages in TALKS.values():
+            if usable(template, variant) and not (template in NO_SYSTEM and messages[0]["role"] == "system"):
+                compared += compare(template, name, messages)
     assert compared > 4000
+
+
+PIECES = st.sampled_from(
+    ["hello", "the answer", " ", "\n", "<think>", "</think>", "<|im_end|>", "</s>", "[/INST]", "é", "🙂", "4.", "|>", "<|end|>"]
+)
+CONTENTS = st.lists(PIECES, min_size=1, max_size=7).map("".join).filter(str.strip)
+
+
+def test_ids_and_masks_of_random_contents(variants, compare):
+    @settings(max_examples=4000, deadline=None)
+    @given(
+        contents=st.lists(CONTENTS, min_size=2, max_size=4),
+        template=st.sampled_from(TEMPLATE_NAMES),
+        name=st.sampled_from(sorted(variants)),
+    )
+    def check(contents, template, name):
+        assume(usable(template, variants[name]))
+        messages = talk(*[(role, content) for role, content in zip(itertools.cycle(["user", "assistant"]), contents, strict=False)])
+        try:
+            compare(template, name, messages)
+        except ValueError as error:
+            assert "nothing to train on" in str(error) or "not rendered" in str(error)
+
+    check()
+
+
+@pytest.mark.parametrize("template", ["llama2", "mistral", "vicuna", "chatml"])
+@pytest.mark.parametrize("name", ["byte_trim_across_words", "byte_plain_across_words", "byte_trim_prefix_space"])
+def test_trimmed_offsets_change_no_mask(template, name, templates, variants, make_tokenizer, build_tokenizer):
+    """A token like "the " ends in a space that its offsets leave out; it still straddles the border behind "the"."""
+    trimmed, exact = make_tokenizer(name), build_tokenizer(variants[name]._replace(trim=False))
+    trimmed.chat_template = exact.chat_template = templates[template]
+    gaps = 0
+    for answer in ("the", "hello to the", "says hello to the user", "jumps over the lazy dog and", "What is", "the quick brown"):
+        messages = talk(("user", "hello"), ("assistant", answer), ("user", answer), ("assistant", f" {answer}"))
+        for eos in chat.EOS:
+            docs = [encode(messages, tokenizer, train_on_eos=eos)[0][0] for tokenizer in (trimmed, exact)]
+            assert docs[0].tokens.tolist() == docs[1].tokens.tolist()
+            assert docs[0].weight.tolist() == docs[1].weight.tolist()
+        text = trimmed.apply_chat_template(messages, tokenize=False)
+        offsets = [made(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"] for made in (trimmed, exact)]
+        gaps += offsets[0] != offsets[1]
+    assert gaps, "nothing was trimmed: the test would show nothing"
 
 
 @pytest.mark.parametrize("template", TEMPLATE_NAMES)

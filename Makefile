@@ -1,0 +1,39 @@
+.PHONY: quickstart test test-all test-interpret lint format bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+quickstart: $(READY)
+	$(BIN)/treetune sft
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "treetune needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+test: $(READY)
+	$(PYTEST) -m "not slow and not interpret"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests/ops
+
+test-all: $(READY)
+	$(PYTEST) -m "slow or not slow and not interpret"
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python benchmarks/step_sft.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

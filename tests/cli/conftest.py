@@ -1,0 +1,186 @@
+"""A tiny random model with a byte-level tokenizer and rows to train it on, and a way to run commands on them.
+
+Everything is written once per session and never changed; each test runs in an empty folder of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = dict(
+    vocab_size=260, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=256, tied=True
+)  # fmt: skip
+
+
+class Tiny(NamedTuple):
+    """Folders and files that tests share: models, and rows of each format."""
+
+    model: Path
+    other: Path  # another width
+    same: Path  # the same sizes, other weights
+    bare: Path  # no chat template
+    chat: Path
+    alpaca: Path
+    text: Path
+
+
+class Done(NamedTuple):
+    """A finished command: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def tokenizer(template: str | None = CHATML):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = template
+    return fast
+
+
+def chats(count: int, first: int = 0) -> list[dict]:
+    """Sums of ragged lengths, a few with a second turn."""
+    rows = []
+    for i in range(first, first + count):
+        turns = [("user", f"{i} + {i * 7 % 11}" + " please" * (i % 3)), ("assistant", f"{i + i * 7 % 11}" + "!" * (i % 4))]
+        turns += [("user", "sure?"), ("assistant", "yes")] * (i % 5 == 0)
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return rows
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_model(path: Path, *, seed: int = 1, template: str | None = CHATML, **sizes) -> Path:
+    from treetune.models import hf, llama
+
+    hf.save(path, hf.random("llama", llama.Config(**(SIZES | sizes)), seed=seed), tokenizer=tokenizer(template))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    alpaca = [{"instruction": f"Add 1 to {i}.", "input": "" if i % 2 else "now", "output": str(i + 1)} for i in range(12)]
+    text = [{"text": f"Line {i}. " + "the cat sat. " * (1 + i % 4)} for i in range(16)]
+    return Tiny(
+        write_model(root / "model"),
+        write_model(root / "other", hidden_size=48),
+        write_model(root / "same", seed=2),
+        write_model(root / "bare", template=None),
+        write_rows(root / "chat.jsonl", chats(24)),
+        write_rows(root / "alpaca.jsonl", alpaca),
+        write_rows(root / "text.jsonl", text),
+    )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tune(here, capsys):
+    """tune("sft", "--max-steps", 2, ...) -> Done, in this process, in the empty working folder."""
+    from treetune.cli import main
+
+    def run(*args) -> Done:
+        capsys.readouterr()
+        try:
+            code = main.main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return Done(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def sft(tune, tiny):
+    """sft(...) -> Done of a short LoRA run on the chat rows; later arguments add to or replace the basic ones."""
+    return lambda *args: tune("sft", *basics(tiny, *args))
+
+
+def basics(tiny: Tiny, *args) -> list[str]:
+    """Arguments of a short run, without those that `args` gives itself."""
+    known = {
+        "--model": tiny.model, "--data": tiny.chat, "--sequence-len": 128, "--lora-r": 4, "--sample-tokens": 4, "--max-steps": 2,
+    }  # fmt: skip
+    args = [str(arg) for arg in args]
+    full = "none" in args
+    kept = {flag: value for flag, value in known.items() if flag not in args and not (full and flag == "--lora-r")}
+    return [str(part) for pair in kept.items() for part in pair] + args
+
+
+def spawn(*args, cwd: Path, program: str = "from treetune.cli.main import main; import sys; sys.exit(main())", **options):
+    """A started subprocess with one thread (the tests share few cores); `program` may patch things before main."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", program, *[str(arg) for arg in args]]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def metrics(root: Path) -> list[dict]:
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("step_seconds", "tokens_per_second", "supervised_tokens_per_second", "memory_gib", "eval/seconds")
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    """The records without what the clock and the machine decide."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def tensors(path: Path) -> dict:
+    """All tensors of a safetensors file."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def state(root: Path, step: int) -> dict:
+    return tensors(root / "checkpoints" / f"step_{step:06d}" / "state.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    """Bit for bit."""
+    import torch
+
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def refused(done: Done, *words: str) -> None:
+    """Assert one line on stderr that holds every word, and exit code 2."""
+    assert done.code == 2, done
+    lines = done.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("treetune: error: "), done.err
+    for word in words:
+        assert re.search(word, lines[0]), f"{word!r} is not in: {lines[0]}"
+
+
+def listing(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}

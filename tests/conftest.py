@@ -1,0 +1,20 @@
+"""One thread for all tests: their tensors are small, and two cores serve two processes better than four threads."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """`slow` tests run only when a marker expression asks for them."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with make test-all")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,125 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treetune.core.data import loader, pack
+
+LENGTHS = np.random.default_rng(0).integers(5, 60, 137).tolist()
+PLANS = {
+    "packed": {"budget": 128},
+    "packed small windows": {"budget": 128, "window": 20},
+    "packed in order": {"budget": 128, "shuffle": False},
+    "rows": {"rows": 4},
+    "rows in order": {"rows": 4, "shuffle": False},
+}
+
+
+def seen(stream):
+    return [index for micro_batches, _ in stream for group in micro_batches for index in group]
+
+
+@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_cover_each_document_once_per_epoch(options, accum, world):
+    ranks = [list(loader.steps(LENGTHS, epochs=2, accum=accum, world=world, rank=rank, **options)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1, "ranks disagree about the number of steps"
+    for steps in zip(*ranks, strict=True):
+        assert len({len(micro_batches) for micro_batches, _ in steps}) == 1, "ranks disagree about the number of micro-batches"
+        assert len({cursor for _, cursor in steps}) == 1
+        assert all(len(micro_batches) <= accum for micro_batches, _ in steps)
+        assert all(group for group in steps[0][0]), "rank 0 is never idle"
+    for epoch in (0, 1):
+        of_epoch = [s for steps in ranks for s in in_epoch(steps, epoch)]
+        assert Counter(seen(of_epoch)) == Counter(range(len(LENGTHS)))
+    per_epoch = [loader.steps_per_epoch(LENGTHS, accum=accum, world=world, epoch=epoch, **options) for epoch in (0, 1)]
+    assert len(ranks[0]) == sum(per_epoch)
+
+
+def in_epoch(steps, epoch):
+    """Steps that started in `epoch`: a cursor tells where the next one starts."""
+    starts = [loader.START, *[cursor for _, cursor in steps]]
+    return [step for step, start in zip(steps, starts, strict=False) if start.epoch == epoch]
+
+
+def test_a_global_batch_does_not_depend_on_how_it_is_spread():
+    reference = list(loader.steps(LENGTHS, epochs=1, accum=4, budget=128))
+    for accum, world in ((2, 2), (1, 4)):
+        ranks = [list(loader.steps(LENGTHS, epochs=1, accum=accum, world=world, rank=rank, budget=128)) for rank in range(world)]
+        for (whole, cursor), *parts in zip(reference, *ranks, strict=True):
+            assert sorted(seen([(whole, cursor)])) == sorted(seen(parts)) and all(part[1] == cursor for part in parts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    stop=st.integers(0, 200),
+    accum=st.integers(1, 4),
+    seed=st.integers(0, 9),
+    options=st.sampled_from(list(PLANS.values())),
+)
+def test_resuming_continues_the_same_stream(count, stop, accum, seed, options):
+    """Stop after any step, take the cursor through JSON, go on: nothing repeats, nothing is missing."""
+    lengths = LENGTHS[:count]
+    whole = list(loader.steps(lengths, epochs=3, accum=accum, seed=seed, **options))
+    stop %= len(whole)
+    cursor = loader.START if stop == 0 else whole[stop - 1][1]
+    state = json.loads(json.dumps(cursor._asdict()))
+    assert list(loader.steps(lengths, cursor=loader.Cursor(**state), epochs=3, accum=accum, seed=seed, **options)) == whole[stop:]
+
+
+def test_resuming_with_other_ranks_and_accumulation_misses_nothing():
+    first = list(loader.steps(LENGTHS, epochs=1, accum=2, world=2, rank=0, budget=128))[:3]
+    second = list(loader.steps(LENGTHS, epochs=1, accum=2, world=2, rank=1, budget=128))[:3]
+    rest = list(loader.steps(LENGTHS, cursor=first[-1][1], epochs=1, accum=3, world=1, budget=128))
+    assert Counter(seen(first) + seen(second) + seen(rest)) == Counter(range(len(LENGTHS)))
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left():
+    steps = list(loader.steps([5] * 7, epochs=1, accum=2, rows=2, shuffle=False))
+    assert [micro_batches for micro_batches, _ in steps] == [[[0, 1], [2, 3]], [[4, 5], [6]]]
+    assert [cursor for _, cursor in steps] == [(0, 2), (1, 0)]
+    steps = list(loader.steps([5] * 5, epochs=1, accum=2, rows=2, shuffle=False))
+    assert [micro_batches for micro_batches, _ in steps] == [[[0, 1], [2, 3]], [[4]]]
+    plan = loader.epoch_plan([5] * 5, rows=1, shuffle=False)
+    assert [loader.next_step(plan, loader.Cursor(0, 4), world=4, rank=rank)[0] for rank in range(4)] == [[[4]], [[]], [[]], [[]]]
+    assert len(pack.collate([])["at"]) == 0
+
+
+def test_epochs_and_seeds_differ_and_order_can_be_kept():
+    plans = [loader.epoch_plan(LENGTHS, rows=1, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert len({json.dumps(plan) for plan in plans}) == 3
+    kept = [loader.epoch_plan(LENGTHS, rows=4, shuffle=False, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert kept[0] == kept[1] == kept[2] == pack.in_order(LENGTHS, 4)
+    packed = loader.epoch_plan(LENGTHS, budget=128, shuffle=False)
+    assert packed == loader.epoch_plan(LENGTHS, budget=128, shuffle=False, epoch=3)
+    assert [min(group) for group in packed] == sorted(min(group) for group in packed)
+
+
+def test_shuffled_packs_are_not_sorted_by_length():
+    plan = loader.epoch_plan(LENGTHS * 10, budget=64)
+    longest = [max((LENGTHS * 10)[i] for i in group) for group in plan]
+    thirds = np.array_split(longest, 3)
+    assert max(part.mean() for part in thirds) - min(part.mean() for part in thirds) < 8
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 10, "rows": 2}])
+def test_one_of_budget_and_rows(options):
+    with pytest.raises(ValueError, match="give exactly one"):
+        loader.epoch_plan([5], **options)
+
+
+def test_digest_tells_plans_apart():
+    base = loader.digest(LENGTHS, budget=128, seed=0)
+    assert base == loader.digest(np.array(LENGTHS), seed=0, budget=128)
+    others = [
+        loader.digest(LENGTHS[:-1], budget=128, seed=0),
+        loader.digest(LENGTHS, budget=129, seed=0),
+        loader.digest(LENGTHS, budget=128, seed=1),
+        loader.digest(LENGTHS[::-1], budget=128, seed=0),
+    ]
+    assert len({base, *others}) == 5
