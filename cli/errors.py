@@ -1,6 +1,7 @@
 """How a command fails: bad input (exit code 2, one line, nothing written) or a run that failed (exit code 1)."""
 
 import contextlib
+from pathlib import Path
 
 
 class BadInput(Exception):
@@ -13,8 +14,23 @@ class RunFailed(Exception):
 
 @contextlib.contextmanager
 def checking_input():
-    """Inside, a ValueError or a missing file is the user's to fix: it becomes BadInput."""
+    """Inside, a ValueError and what the file system refuses are the user's to fix: they become BadInput."""
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, *_file_errors()) as error:
         raise BadInput(str(error)) from error
+
+
+@contextlib.contextmanager
+def writing_to(root: Path):
+    """Inside, a disk that refuses to write becomes BadInput; `root` is the run, whose checkpoints are always whole."""
+    try:
+        yield
+    except _file_errors() as error:
+        raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
+
+
+def _file_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError  # what its writer raises when the disk is full
+
+    return OSError, SafetensorError

@@ -21,9 +21,12 @@ def run(config: Eval, given: frozenset[str]) -> int:
         screen = Screen(quiet=ranks.rank > 0)
         options = setup.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, say=screen.line)
-        docs, lines, names = corpus.encode_all(corpus.read_all(config.data.data, config.data), config.data, tokenizer, "rows of")
-        parse.refuse_ignored(given, corpus.ignored(config.data, names))
+        parts = corpus.read_all(config.data.data, config.data)
+        names = corpus.formats_of(parts, config.data)
+        parse.refuse_ignored(given, corpus.ignored(config.data, set(names)))
+        docs, lines = corpus.encode_all(parts, names, config.data, tokenizer, "rows of")
         model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
+        corpus.check_fits(docs, config.data.sequence_len, model.cfg)
     for line in lines:
         screen.line(line)
     params = {} if used is None else {"lora": used.tree}

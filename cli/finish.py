@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from treetune.cli import prompts, report, rundir, setup
-from treetune.cli.errors import BadInput
 from treetune.cli.screen import Screen, clock
 from treetune.core import lora, shard, tree
+from treetune.core.data import chat, instruction
 from treetune.core.state import TrainState
 from treetune.models import Model, adapter, decode, hf
 
@@ -20,31 +20,36 @@ def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Mo
     return model._replace(params=weights), None if used is None else used._replace(tree=trained["lora"], dropout=0.0)
 
 
-def _prompt(config: Any, row: dict | None) -> str | None:
-    """The prompt to sample: the option, else the question of the first held-out row."""
-    asked = config.run.sample_prompt
-    if asked is not None or row is None:
-        return asked or None
-    if "instruction" in row:
-        return "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    if "text" in row:
-        return " ".join(str(row["text"]).split(" ")[:16])
-    turns = row.get("messages") or row.get("conversations") or []
-    questions = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
-    return questions[0] if questions and isinstance(questions[0], str) else None
+def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
+    """The prompt to sample and its ids, in the form of the rows: the option, else the question of the first held-out row."""
+    data, asked, tokenizer = made.corpus, config.run.sample_prompt, made.tokenizer
+    row = data.first_row if asked is None else None
+    if asked == "" or (asked is None and row is None):
+        return "", []
+    if data.format == "alpaca":
+        row = row or {"instruction": asked}
+        return row["instruction"], prompts.text_ids(tokenizer, instruction.prompt(row))
+    if data.format == "completion":
+        text = asked or " ".join(row[getattr(config.data, "text_column", "text")].split(" ")[:16])
+        return text, prompts.text_ids(tokenizer, text)
+    text = asked or _question(row)
+    return text, prompts.chat_ids(tokenizer, text) if text else []
+
+
+def _question(row: dict) -> str:
+    turns = chat.conversation(row, "the first held-out row")
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
 
 
 def sampler(config: Any, made: Any):
     """A function `(state, when, screen)` that answers the sample prompt, prints it and appends it to samples.jsonl."""
-    prompt = _prompt(config, made.corpus.first_row)
+    prompt, ids = _prompt(config, made)
     tokenizer = made.tokenizer
-    is_text = made.corpus.first_row is not None and "text" in made.corpus.first_row
 
     def show(state: TrainState, when: str, screen: Screen) -> None:
-        if prompt is None or (when == "before" and made.meta is not None):
+        if not ids or (when == "before" and made.meta is not None):
             return
         model, used = current(state, made.model, made.trees.lora)
-        ids = prompts.text_ids(tokenizer, prompt) if is_text or not tokenizer.chat_template else prompts.chat_ids(tokenizer, prompt)
         room = min(config.run.sample_tokens, model.cfg.max_positions - len(ids))
         if room < 1:
             return
@@ -63,11 +68,8 @@ def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
     """Save the adapter (or the model), write the report, print where everything is and what changed."""
     model, used = current(outcome.state, made.model, made.trees.lora)
     if made.job.rank == 0:
-        try:
-            saved = _save(config, made, model, used, outcome)
-            report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
-        except OSError as error:
-            raise BadInput(f"could not write the results of {made.where.root}: {error}; its checkpoints are intact") from error
+        saved = _save(config, made, model, used, outcome)
+        report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
         screen.table("", _summary(made, outcome, saved))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -78,7 +80,7 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, outcome:
         path = made.where.root / "model"
         dtype = model.cfg.dtype
         kept = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), model.params))
-        hf.save(path, kept, tokenizer=made.tokenizer)
+        hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model))
         return path
     info, path = made.trees.info, made.where.root / "adapter"
     trained = tree.map(shard.full, outcome.state.params)

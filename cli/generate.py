@@ -8,8 +8,6 @@ from treetune.models import decode
 
 
 def _prompt_ids(config: Generate, tokenizer) -> list[list[int]]:
-    if config.raw and config.system is not None:
-        raise ValueError("--system would be ignored: --raw continues plain text, without a chat")
     if config.raw:
         return [prompts.text_ids(tokenizer, text) for text in config.prompt]
     return [prompts.chat_ids(tokenizer, text, system=config.system) for text in config.prompt]
@@ -21,12 +19,7 @@ def run(config: Generate, given: frozenset[str]) -> int:
     with checking_input():
         options = setup.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, say=screen.line)
-        ids = [
-            prompts.text_ids(tokenizer, text) if config.raw else prompts.chat_ids(tokenizer, text, system=config.system)
-            for text in config.prompt
-        ]
-        if config.raw and config.system is not None:
-            raise ValueError("--system would be ignored: --raw continues plain text, without a chat")
+        ids = _prompt_ids(config, tokenizer)
         model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         drawn = decode.sample(
             model, ids, n=config.num_samples, lora=used, stop=setup.stop_ids(options, tokenizer), **prompts.sampling(config.sample)

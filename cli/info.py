@@ -56,11 +56,11 @@ def model(path: Path) -> dict[str, str]:
 
 def adapter_rows(path: Path) -> dict[str, str]:
     """Rank, scale, base model and targets of an adapter folder."""
-    config = folder.read_json(path / adapter.CONFIG)
+    base, config = adapter.base_of(path), folder.read_json(path / adapter.CONFIG)
     targets = sorted({name.rpartition(".")[2] for name in config.get("target_modules") or []})
     return {
         "adapter": str(path),
-        "base": config.get("base_model_name_or_path") or "not named",
+        "base": base or "not named",
         "rank": f"{config['r']}, alpha {config['lora_alpha']}{', rank-stabilised' * bool(config.get('use_rslora'))}",
         "targets": f"{len(config.get('target_modules') or [])} modules: {', '.join(targets)}",
         "trained whole": ", ".join(config.get("modules_to_save") or []) or "none",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ def _signals(screen: Screen):
         if signum == signal.SIGINT and seen:
             raise KeyboardInterrupt
         seen.append(signum)
-        screen.warn(f"{signal.Signals(signum).name}: saving after this step; once more to leave at once")
+        if not screen.console.quiet:
+            # The signal may have come in the middle of a print, which cannot be entered twice.
+            os.write(2, f"! {signal.Signals(signum).name}: saving after this step; Ctrl-C again leaves at once\n".encode())
 
     old = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -212,8 +215,8 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
     if meta is not None:
         progress = Progress(**meta["progress"] | {"cursor": Cursor(*meta["progress"]["cursor"])})
     loop = _Loop(job, where, options, screen, progress)
-    if job.rank == 0:
-        loop.recorder.history += observe.truncate(where.metrics, int(state.step))
+    if job.rank == 0 and meta is not None:
+        loop.recorder.history += rundir.rewind(where, int(state.step))
     loop.saved = int(state.step) if meta is not None else None
     with _signals(screen) as seen:
         if meta is None:

@@ -43,13 +43,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import options, parse
+    from treetune.cli import checks, options, parse
 
     try:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{parse.nearest(command, list(COMMANDS))}; see treetune --help")
         module, config, _ = COMMANDS[command]
         parsed, given = parse.parse(command, getattr(options, config), argv)
+        checks.check(parsed, given)
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
     except BadInput as error:
         print(f"treetune: error: {' '.join(str(error).split())}", file=sys.stderr)

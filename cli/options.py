@@ -127,8 +127,8 @@ class OptimOptions:
     """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
     adam_beta1: float = 0.9
     """First moment's decay (adamw, lion)."""
-    adam_beta2: float = 0.999
-    """Second moment's decay (adamw); lion uses 0.99 unless this is given."""
+    adam_beta2: float | None = None
+    """Second moment's decay (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment (adamw)."""
     momentum: float = 0.0
@@ -136,9 +136,9 @@ class OptimOptions:
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it; 0 turns clipping off."""
     num_epochs: int = 1
-    """Passes over the training rows."""
+    """Passes over the training rows, unless max_steps is given."""
     max_steps: int | None = None
-    """Stop after this many optimiser steps, whatever num_epochs says."""
+    """Optimiser steps of the run, whatever num_epochs says."""
     micro_batch_size: int = 2
     """Documents (or, packed, sequence_len's worth of tokens) in one forward pass on one device."""
     gradient_accumulation_steps: int = 2

@@ -25,9 +25,9 @@ def defaults(config: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
     for entry in dataclasses.fields(config):
         if dataclasses.is_dataclass(hints[entry.name]):
-            known |= vars(entry.default_factory())
+            known |= flatten(entry.default_factory())
         else:
-            known[entry.name] = entry.default
+            known[entry.name] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
     return known
 
 
@@ -40,9 +40,9 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
     from_file = {key: value for key, value in (_read_yaml(path, known) if path else {}).items() if key not in given}
-    args = [arg for key, value in from_file.items() for arg in _as_args(key, value, path)]
+    args = [arg for key, value in from_file.items() for arg in _as_args(key, value, path, known[key])]
     parsed = _run_tyro(command, config, args + argv)
-    values = _values(parsed)
+    values = flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != known[key]})
 
 
@@ -93,29 +93,37 @@ def _read_yaml(path: str, known: dict) -> dict[str, Any]:
     if not Path(path).is_file():
         raise BadInput(f"config file {path} does not exist")
     try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        found = {} if node is None else yaml.SafeLoader("").construct_document(node)
+        text = Path(path).read_text(encoding="utf-8")
+        found, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if found is None:
+        return {}
     if not isinstance(found, dict):
         raise BadInput(f"{path} must hold `option: value` lines, got a {type(found).__name__}")
+    keys = [key.value for key, _ in tree.value]
     for key in found:
         if key not in known:
             raise BadInput(f"{path}: unknown key {key!r}{nearest(str(key), list(known))}")
-    keys = [key.value for key, _ in node.value] if node is not None else []
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise BadInput(f"{path}: key {twice[0]!r} is given twice")
+        if keys.count(key) > 1:
+            raise BadInput(f"{path}: key {key!r} is given twice")
     return found
 
 
-def _as_args(key: str, value: Any, path: str) -> list[str]:
+def _as_args(key: str, value: Any, path: str, default: Any) -> list[str]:
     """A YAML value as the flag that says the same."""
     flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool) != isinstance(default, bool):
+        wanted = "true or false" if isinstance(default, bool) else "a value; put quotes around words like yes and off"
+        raise BadInput(f"{path}: {key} is {value!r}, expected {wanted}")
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, dict):
-        raise BadInput(f"{path}: {key} must be a value or a list, got a mapping")
-    return [flag, *(str(item) for item in value)] if isinstance(value, list) else [flag, str(value)]
+    if value is None and default is not None:
+        raise BadInput(f"{path}: {key} has no value; give one or remove the line")
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list) for item in items):
+        raise BadInput(f"{path}: {key} must be a value or a list of values, got {value!r}")
+    return [flag, *(str(item) for item in items)]
 
 
 def _run_tyro(command: str, config: type, args: list[str]) -> Any:
@@ -147,11 +155,12 @@ def flatten(config: Any) -> dict[str, Any]:
     return out
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
     """The resolved config as YAML that `--config` reads back."""
     import yaml
 
-    return yaml.safe_dump({key: value for key, value in flatten(config).items() if value is not None}, sort_keys=False)
+    kept = {key: value for key, value in flatten(config).items() if value is not None and key not in without}
+    return yaml.safe_dump(kept, sort_keys=False)
 
 
 def refuse_ignored(given: frozenset[str], ignored: dict[str, str]) -> None:

@@ -15,7 +15,13 @@ def turns_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a conversation, up to where the next answer begins. Errors: ValueError without a chat template."""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; continue plain text with --raw, or use a chat model")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 
 from treetune.cli import fetch
 from treetune.cli.options import AdapterOptions, LossOptions, ModelOptions, OptimOptions
-from treetune.core import lora, optim, param, shard, tree
+from treetune.core import check, lora, optim, param, shard, tree
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
 from treetune.models import Model, adapter, gguf, hf, logprobs
@@ -66,7 +66,10 @@ def load_model(options: ModelOptions, *, on: torch.device, say=print) -> tuple[M
     """The model an option names, in its compute dtype, and the path it came from."""
     path, dtype = fetch.resolve(options.model, say=say, revision=options.revision), compute_dtype(options.dtype, on)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
-    return load(path, dtype=dtype, device=on), str(path)
+    model = load(path, dtype=dtype, device=on)
+    if bad := check.not_finite(model.params):
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
+    return model, str(path)
 
 
 def adapter_folder(path: str) -> Path:
@@ -104,13 +107,16 @@ def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, s
 def load_tokenizer(options: ModelOptions, *, say=print):
     """The tokenizer of the model an option names."""
     path = fetch.resolve(options.model, say=say, revision=options.revision)
-    return (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+    try:
+        return (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
 def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int) -> Trees:
     """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them."""
     if options.lora_model_dir is not None:
-        found, whole, info = adapter.load(options.lora_model_dir, model)
+        found, whole, info = adapter.load(adapter_folder(options.lora_model_dir), model)
     else:
         found, whole, info = _fresh(model, options, name=name, seed=seed)
     whole = tree.merge(whole_modules(model, options.lora_modules_to_save), whole)
@@ -136,6 +142,11 @@ def _trained(leaf: torch.Tensor) -> torch.Tensor:
 def stop_ids(options: ModelOptions, tokenizer) -> list[int]:
     """Ids that end an answer of the model an option names."""
     return hf.stop_ids(fetch.resolve(options.model, revision=options.revision), tokenizer)
+
+
+def generation_config(options: ModelOptions) -> dict:
+    """The generation_config.json of the model an option names, which a model made from it keeps."""
+    return hf.generation_config(fetch.resolve(options.model, revision=options.revision))
 
 
 def on_device(params: Params, model: Model) -> Params:
@@ -224,15 +235,16 @@ def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:
     return out
 
 
-def optimizer(options: OptimOptions, *, loraplus: float | None = None, given: frozenset[str] = frozenset()) -> optim.Optimizer:
+def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:
     """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side."""
     scale = rules(options.lr_rules, "lr-rules") + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
     common = {"weight_decay": options.weight_decay, "decay": rules(options.weight_decay_rules, "weight-decay-rules"), "lr_scale": scale}
     if options.optimizer == "sgd":
         return optim.sgd(momentum=options.momentum, **common)
+    betas = {"b1": options.adam_beta1} | ({} if options.adam_beta2 is None else {"b2": options.adam_beta2})
     if options.optimizer == "lion":
-        return optim.lion(b1=options.adam_beta1, b2=options.adam_beta2 if "adam_beta2" in given else 0.99, **common)
-    return optim.adamw(b1=options.adam_beta1, b2=options.adam_beta2, eps=options.adam_epsilon, **common)
+        return optim.lion(**betas, **common)
+    return optim.adamw(**betas, eps=options.adam_epsilon, **common)
 
 
 def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import corpus, finish, loop, parse, rundir, setup
-from treetune.cli.errors import checking_input
+from treetune.cli.errors import checking_input, writing_to
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
 from treetune.core.data import loader, pack
@@ -27,58 +27,6 @@ class Assembly(NamedTuple):
     meta: dict | None
     corpus: corpus.Corpus
     peak: float
-
-
-def check(config: Any, given: frozenset[str]) -> None:
-    """Refuse options that contradict each other or that this run would ignore."""
-    optim, run = config.optim, config.run
-    ignored = {}
-    if optim.optimizer != "adamw":
-        ignored |= {"adam_epsilon": f"{optim.optimizer} has no epsilon"}
-    if optim.optimizer == "sgd":
-        ignored |= {name: "sgd has momentum instead" for name in ("adam_beta1", "adam_beta2")}
-    else:
-        ignored |= {"momentum": f"{optim.optimizer} has adam_beta1 instead"}
-    if optim.lr_scheduler != "cosine":
-        ignored |= {"cosine_min_lr_ratio": f"the schedule is {optim.lr_scheduler}"}
-    if config.loss.loss != "nll":
-        ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
-    if not config.data.val_data and not config.data.val_set_size:
-        ignored |= {name: "nothing is held out" for name in ("eval_steps", "early_stopping_patience")}
-    if config.data.val_data:
-        ignored |= {"val_set_size": "val_data is given"}
-    if run.loss_watchdog_threshold is None:
-        ignored |= {"loss_watchdog_patience": "there is no loss_watchdog_threshold"}
-    if hasattr(config, "adapter"):
-        ignored |= _ignored_adapter(config.adapter)
-    parse.refuse_ignored(given, ignored)
-    _check_values(config)
-
-
-def _ignored_adapter(options) -> dict[str, str]:
-    names = [key for key in vars(options) if key != "adapter"]
-    if options.adapter == "none":
-        return {key: "adapter is none" for key in names}
-    if options.lora_model_dir is not None:
-        fixed = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "lora_layers")
-        return {key: "lora_model_dir brings its own" for key in fixed}
-    return {}
-
-
-def _check_values(config: Any) -> None:
-    optim, run = config.optim, config.run
-    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
-        raise ValueError("give warmup_steps or warmup_ratio, not both")
-    for options, names in ((optim, ("num_epochs", "micro_batch_size", "gradient_accumulation_steps")), (config.data, ("sequence_len",))):
-        for name in names:
-            if getattr(options, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for name in ("max_steps", "eval_steps", "save_steps"):
-        value = getattr(optim if name == "max_steps" else run, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if hasattr(config, "adapter") and not 0 <= config.adapter.lora_dropout < 1:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {config.adapter.lora_dropout}")
 
 
 def micro_batch(indices: list[int], docs: list, *, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None) -> tuple:
@@ -124,24 +72,23 @@ def assemble(command: str, config: Any, given: frozenset[str], load_model, scree
     """All of a run's parts from its options; reads everything, writes nothing."""
     where = rundir.choose(command, config.run)
     tokenizer = setup.load_tokenizer(config.model, say=screen.line)
-    data, names = corpus.load(config.data, tokenizer, seed=config.optim.seed)
-    if hasattr(config.data, "format"):
-        parse.refuse_ignored(given, corpus.ignored(config.data, names))
+    if (own := getattr(config.data, "chat_template", None)) is not None:
+        tokenizer.chat_template = corpus.template(own)  # sample answers and a saved model use it too
+    data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given)
     for text in data.lines:
         screen.line(text)
     on = setup.device(config.model.device)
     model = load_model(on)
-    if config.data.sequence_len > model.cfg.max_positions:
-        raise ValueError(f"sequence_len {config.data.sequence_len} is longer than the {model.cfg.max_positions} positions of the model")
+    corpus.check_fits(data.train + data.val, config.data.sequence_len, model.cfg)
     has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
     name = setup.model_name(config.model)
     trees = setup.adapted(model, config.adapter, name=name, seed=config.optim.seed) if has_adapter else setup.full(model)
     digest = ckpt.digest(trees.frozen.get("model", {})) if trees.frozen else ""
     trees = setup.place(trees, model, ranks, config.run.sharding)
-    return _assemble(config, given, data, tokenizer, model, trees, digest, where, on, ranks)
+    return _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks)
 
 
-def _assemble(config, given, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
+def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
     optim = config.optim
     batching = corpus.batching(config.data, optim.micro_batch_size)
     plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed}
@@ -154,7 +101,7 @@ def _assemble(config, given, data, tokenizer, model, trees, digest, where, on, r
     held = setup.objective(setup.logprob(model, trees.lora), type(config.loss)())
     peak = optim.learning_rate or (2e-4 if trees.lora else 2e-5)
     ratio = config.adapter.loraplus_lr_ratio if trees.lora else None
-    optimizer = setup.optimizer(optim, loraplus=ratio, given=given)
+    optimizer = setup.optimizer(optim, loraplus=ratio)
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0, device=on))
     stepper = step.make_step(
         objective, optimizer, schedule=setup.schedule(optim, peak, total), clip=optim.max_grad_norm or None, mesh=ranks.mesh
@@ -190,7 +137,6 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
 def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
     """A whole run; returns the exit code. `load_model(device) -> Model`."""
     with checking_input():
-        check(config, given)
         on = setup.device(config.model.device)
         ranks = setup.ranks(on)
         screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps)
@@ -198,10 +144,12 @@ def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
         sampler = finish.sampler(config, made)
     if ranks.rank == 0:
         with checking_input():
-            rundir.create(made.where, parse.to_yaml(config), overwrite=config.run.overwrite)
+            described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is
+            rundir.create(made.where, described, overwrite=config.run.overwrite)
     screen.table("", describe(config, made, ranks))
-    sampler(made.state, "before", screen)
-    outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
-    sampler(outcome.state, "after", screen)
-    finish.leave(config, made, outcome, screen)
+    with writing_to(made.where.root):
+        sampler(made.state, "before", screen)
+        outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
+        sampler(outcome.state, "after", screen)
+        finish.leave(config, made, outcome, screen)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum

@@ -99,7 +99,10 @@ def read_meta(path: Path) -> dict:
     file = Path(path) / "state.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
-    meta = json.loads(file.read_text())
+    try:
+        meta = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint") from error
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {meta.get('format')!r}; this version reads {FORMAT}")
     return meta
@@ -110,15 +113,18 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None, mesh: 
 
     Raises ValueError when it belongs to another model: different leaves, shapes, or digest of the frozen base.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     meta = read_meta(path)
-    if base_digest is not None and meta.get("base_digest") != base_digest:
-        raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
     parts = {"params": like.params, "opt": like.opt, "extra": like.extra}
-    with safe_open(Path(path) / "state.safetensors", framework="pt") as file:
-        _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
-        filled = iter([_as_leaf(file.get_tensor(key), leaf, mesh) for key, leaf in tree.items(parts)])
+    try:
+        with safe_open(Path(path) / "state.safetensors", framework="pt") as file:
+            _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
+            if base_digest is not None and meta.get("base_digest") != base_digest:
+                raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
+            filled = iter([_as_leaf(file.get_tensor(key), leaf, mesh) for key, leaf in tree.items(parts)])
+    except SafetensorError as error:
+        raise ValueError(f"{path}/state.safetensors is damaged ({error}): resume from another checkpoint") from error
     loaded = tree.map(lambda _: next(filled), parts)
     return like._replace(**loaded, step=torch.tensor(meta["step"], device=like.step.device)), meta
 

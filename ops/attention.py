@@ -250,7 +250,7 @@ def _block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None,
     def mask_mod(b, h, q, k):
         seen = (document[q] == document[k]) & (k <= q)
         if branch is not None:
-            seen = seen & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] <= start[q])))
+            seen = seen & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] < start[q])))
         return seen if window is None else seen & (positions[q] - positions[k] < window)
 
     lists = []

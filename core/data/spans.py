@@ -19,7 +19,7 @@ class Turn(NamedTuple):
     """A stretch of text that one speaker produces: its characters [begin, end), then what closes it.
 
     The closing is the first special token that starts in [end, limit), with the special tokens right behind it up to `tail`;
-    without one, the unbroken run of text after `end` and before `tail`. Past `tail` the next speaker's header begins.
+    without one, the text between `end` and `tail` but for blanks at its end. Past `tail` the next speaker's header begins.
     """
 
     begin: int
@@ -73,6 +73,7 @@ def marks(tokenizer) -> Marks:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    special -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # it stands for any text
     other = {i for i, token in added.items() if i not in special and token.content.strip()}
     return Marks(_ids(special), _ids(other), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
@@ -137,11 +138,14 @@ def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray,
 def _closing(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> int:
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
     stop = int(np.searchsorted(begins, turn.limit, "left"))
+    begin = start
+    while begin < stop and text[begins[begin] : turn.end].strip():
+        begin += 1  # content, in one token with what follows it
     for kind in (known.special, known.added):
-        hits = np.flatnonzero(np.isin(tokens[start:stop], kind))
+        hits = np.flatnonzero(np.isin(tokens[begin:stop], kind))
         if len(hits) == 0:
             continue
-        last = start + int(hits[0])
+        last = begin + int(hits[0])
         if begins[last] >= turn.tail and text[turn.end : begins[last]].strip():
             break  # it belongs to the next speaker's header
         while last + 1 < stop and _adjoins(text, last, begins, ends) and ends[last + 1] <= turn.tail and tokens[last + 1] in kind:
@@ -157,7 +161,7 @@ def _adjoins(text: str, i: int, begins: np.ndarray, ends: np.ndarray) -> bool:
 
 def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np.ndarray) -> int:
     """The same for a closing in plain text. Blanks that a tokenizer glues to its last characters come along."""
-    run = re.match(r"\S*", text[turn.end : turn.tail]).end()
+    run = len(text[turn.end : turn.tail].rstrip())
     blank = re.match(r"\s*", text[turn.end + run :]).end() if run else 0
     after = int(np.searchsorted(begins, turn.end + run, "left"))
     while after > start and ends[after - 1] > turn.end + run + blank:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES = dict(
-    vocab_size=260, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=256, tied=True
+    vocab_size=260, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=256, tied=True,
+    init_std=0.2,
 )  # fmt: skip
 
 
@@ -95,6 +97,12 @@ def tiny(tmp_path_factory) -> Tiny:
     )
 
 
+@pytest.fixture(scope="session")
+def kit():
+    """The helpers of this file, for tests that cannot import it."""
+    return sys.modules[__name__]
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working folder."""
@@ -120,19 +128,51 @@ def tune(here, capsys):
 
 
 @pytest.fixture
+def forked(here):
+    """forked(prepare, "sft", ...) -> Done of a command in a process of its own, forked from this one: `prepare()` may break things.
+
+    The code of a process that a signal killed is minus its number. A fork starts in no time; a few tests start a fresh process instead.
+    """
+    from treetune.cli import main
+
+    def child(prepare, args) -> int:
+        sys.stdout, sys.stderr = open(here / ".out", "w"), open(here / ".err", "w")
+        prepare()
+        return main.main([str(arg) for arg in args])
+
+    def run(prepare, *args) -> Done:
+        if (pid := os.fork()) == 0:
+            code = 99
+            try:
+                code = child(prepare, args)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return Done(code, *((here / name).read_text() for name in (".out", ".err")))
+
+    return run
+
+
+@pytest.fixture
 def sft(tune, tiny):
-    """sft(...) -> Done of a short LoRA run on the chat rows; later arguments add to or replace the basic ones."""
-    return lambda *args: tune("sft", *basics(tiny, *args))
+    """sft(...) -> Done of a short LoRA run on the chat rows; the arguments add to or replace the basic ones."""
+    return lambda *args, without="": tune("sft", *basics(tiny, *args, without=without))
 
 
-def basics(tiny: Tiny, *args) -> list[str]:
-    """Arguments of a short run, without those that `args` gives itself."""
+def basics(tiny: Tiny, *args, without: str = "") -> list[str]:
+    """Arguments of a short run, but for those that `args` gives itself and the one to leave out."""
     known = {
         "--model": tiny.model, "--data": tiny.chat, "--sequence-len": 128, "--lora-r": 4, "--sample-tokens": 4, "--max-steps": 2,
     }  # fmt: skip
     args = [str(arg) for arg in args]
-    full = "none" in args
-    kept = {flag: value for flag, value in known.items() if flag not in args and not (full and flag == "--lora-r")}
+    full, names = "none" in args, {arg.partition("=")[0] for arg in args}
+    if "--sample-prompt=" in args:
+        names.add("--sample-tokens")
+    kept = {flag: value for flag, value in known.items() if flag not in (*names, without) and not (full and flag == "--lora-r")}
     return [str(part) for pair in kept.items() for part in pair] + args
 
 

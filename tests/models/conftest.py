@@ -1,21 +1,7 @@
 """Tiny random transformers models as oracles, saved to folders, and the streams that both sides read."""
 
-import os
-
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread():
-    """Tensors this small only lose by being shared out among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

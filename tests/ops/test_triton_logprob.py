@@ -98,7 +98,9 @@ def test_odd_vocabularies(kernels, vocab):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_first_of_tied_logits_is_top1():
+@pytest.mark.parametrize("block", [16, 64])
+def test_first_of_tied_logits_is_top1(monkeypatch, block):
+    monkeypatch.setattr(backend, "block_of", lambda n, most: block)  # ties across blocks and within one
     z = torch.zeros(4, 40)
     z[:2, [5, 20]] = 1.0
     stats, _ = logprob_kernels.stats(z, torch.tensor([5, 20, 0, 1]), 1.0, None, extras=True, ahead=None)

@@ -317,10 +317,9 @@ def _qwen3(messages, bos, eos):
     for i, m in enumerate(messages):
         content, before = m["content"], ""
         if m["role"] == "assistant":
-            reasoning, _, answer = content.rpartition("</think>")
-            content = answer.lstrip("\n") if "</think>" in content else content
+            reasoning = content.split("</think>")[0].split("<think>")[-1].strip("\n") if "</think>" in content else ""
+            content = content.split("</think>")[-1].lstrip("\n") if "</think>" in content else content
             if i > last:
-                reasoning = reasoning.rpartition("<think>")[2].strip("\n")
                 before, content = f"<think>\n{reasoning}\n</think>\n\n", content.lstrip("\n")
         yield f"<|im_start|>{m['role']}\n", OFF
         yield from _said(m, content, "<|im_end|>", before)

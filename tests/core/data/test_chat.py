@@ -1,6 +1,7 @@
 """Masks of conversations against hand-written twins of the templates, on tokenizers that differ in every way that has hurt."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -119,11 +120,11 @@ def test_ids_and_masks_on_every_tokenizer(template, variants, compare):
 PIECES = st.sampled_from(
     ["hello", "the answer", " ", "\n", "<think>", "</think>", "<|im_end|>", "</s>", "[/INST]", "é", "🙂", "4.", "|>", "<|end|>"]
 )
-CONTENTS = st.lists(PIECES, min_size=1, max_size=7).map("".join).filter(str.strip)
+CONTENTS = st.lists(PIECES, min_size=1, max_size=7).map("".join).filter(lambda text: re.sub("</?think>", "", text).strip())
 
 
 def test_ids_and_masks_of_random_contents(variants, compare):
-    @settings(max_examples=4000, deadline=None)
+    @settings(max_examples=15000, deadline=None)
     @given(
         contents=st.lists(CONTENTS, min_size=2, max_size=4),
         template=st.sampled_from(TEMPLATE_NAMES),
@@ -131,6 +132,7 @@ def test_ids_and_masks_of_random_contents(variants, compare):
     )
     def check(contents, template, name):
         assume(usable(template, variants[name]))
+        assume(template != "deepseek" or not any(text.startswith("<think>\n") for text in contents))  # its prompt has said that
         messages = talk(*[(role, content) for role, content in zip(itertools.cycle(["user", "assistant"]), contents, strict=False)])
         try:
             compare(template, name, messages)

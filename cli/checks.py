@@ -1,0 +1,110 @@
+"""What options may not say: values out of range, contradictions, and options that the command would ignore. Imports no torch."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from treetune.cli import parse
+from treetune.cli.errors import BadInput
+from treetune.cli.options import Chat, Generate, Pretrain, Sft
+
+
+class Range(NamedTuple):
+    """Values that an option may have, as a test and in words; a nan passes no test."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+COUNT = Range(lambda x: x >= 1, "at least 1")
+POSITIVE = Range(lambda x: 0 < x < float("inf"), "a number above 0")
+NOT_NEGATIVE = Range(lambda x: 0 <= x < float("inf"), "a number from 0 up")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number from 0 to below 1")
+PART = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or a whole number of rows")
+
+RANGES: dict[str, Range] = dict.fromkeys(
+    ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
+     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
+     "sample_tokens", "max_new_tokens", "num_samples"), COUNT,
+) | dict.fromkeys(
+    ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff"), POSITIVE,
+) | dict.fromkeys(
+    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature"), NOT_NEGATIVE,
+) | dict.fromkeys(("lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE) | dict.fromkeys(
+    ("warmup_ratio", "cosine_min_lr_ratio"), PART
+) | {"val_set_size": ROWS}  # fmt: skip
+
+
+def check(config: Any, given: frozenset[str]) -> None:
+    """Raise BadInput, one line, for options out of range, that contradict each other, or that this command would ignore."""
+    values = parse.flatten(config)
+    for name, value in values.items():
+        if name in RANGES and value is not None and not RANGES[name].holds(value):
+            raise BadInput(f"{name} must be {RANGES[name].words}, got {value}")
+    parse.refuse_ignored(given, _local_revision(values))
+    if isinstance(config, Sft | Pretrain):
+        _contradictions(config)
+        parse.refuse_ignored(given, _ignored_training(config))
+    if isinstance(config, Generate | Chat):
+        parse.refuse_ignored(given, _ignored_sampling(config))
+
+
+def _contradictions(config: Sft | Pretrain) -> None:
+    optim, run = config.optim, config.run
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        raise BadInput("give warmup_steps or warmup_ratio, not both")
+    if run.resume is not None and run.overwrite:
+        raise BadInput("give resume or overwrite, not both: one continues a run, the other deletes it")
+
+
+def _local_revision(values: dict[str, Any]) -> dict[str, str]:
+    model = values.get("model")
+    local = model is not None and Path(model).expanduser().exists()
+    return {"revision": f"{model} is on this machine"} if local else {}
+
+
+def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
+    """{option: why this run would not look at it}."""
+    optim, run, ignored = config.optim, config.run, {}
+    if optim.optimizer != "adamw":
+        ignored |= {"adam_epsilon": f"{optim.optimizer} has no epsilon"}
+    if optim.optimizer == "sgd":
+        ignored |= {name: "sgd has momentum instead" for name in ("adam_beta1", "adam_beta2")}
+    else:
+        ignored |= {"momentum": f"{optim.optimizer} has adam_beta1 instead"}
+    if optim.lr_scheduler != "cosine":
+        ignored |= {"cosine_min_lr_ratio": f"the schedule is {optim.lr_scheduler}"}
+    if config.loss.loss != "nll":
+        ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
+    if not config.data.val_data and not config.data.val_set_size:
+        ignored |= {name: "nothing is held out" for name in ("eval_steps", "early_stopping_patience")}
+    if config.data.val_data:
+        ignored |= {"val_set_size": "val_data is given"}
+    if run.loss_watchdog_threshold is None:
+        ignored |= {"loss_watchdog_patience": "there is no loss_watchdog_threshold"}
+    if run.sample_prompt == "":
+        ignored |= {"sample_tokens": "sample_prompt is empty"}
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        ignored |= {"sharding": "there is one process; start several with torchrun"} if run.sharding != "none" else {}
+    return ignored | (_ignored_adapter(config.adapter) if isinstance(config, Sft) else {})
+
+
+def _ignored_adapter(options: Any) -> dict[str, str]:
+    names = [key for key in vars(options) if key != "adapter"]
+    if options.adapter == "none":
+        return {key: "adapter is none" for key in names}
+    if options.lora_model_dir is not None:
+        fixed = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "lora_layers")
+        return {key: "lora_model_dir brings its own" for key in fixed}
+    return {}
+
+
+def _ignored_sampling(config: Generate | Chat) -> dict[str, str]:
+    ignored = {}
+    if config.sample.temperature == 0:
+        ignored |= {name: "at temperature 0 the likeliest token is taken" for name in ("top_p", "top_k", "min_p", "seed")}
+    if isinstance(config, Generate) and config.raw:
+        ignored |= {"system": "--raw continues plain text, without a chat"}
+    return ignored

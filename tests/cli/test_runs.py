@@ -1,0 +1,397 @@
+"""Whole training runs on a tiny model: what they leave, how they continue, and why they stop."""
+
+import html.parser
+import json
+import math
+
+import pytest
+import torch
+
+from treetune.cli import loop, options, parse, training
+from treetune.core import ckpt, observe
+from treetune.models import hf
+
+FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
+VOID = {"meta"}
+
+
+class Balance(html.parser.HTMLParser):
+    """Fails on a tag that is not closed, or closed and not open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open)
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def steps_of(records):
+    return [record["step"] for record in records if "train/loss" in record]
+
+
+def evals_of(records):
+    return {record["step"]: record["eval/loss"] for record in records if "eval/loss" in record}
+
+
+def checkpoints(root):
+    return [path.name for path in ckpt.steps(root / "checkpoints")]
+
+
+def test_lora_run_leaves_everything_and_only_that(kit, here, sft):
+    done = sft("--max-steps", 4, "--save-steps", 2, "--eval-steps", 2, "--learning-rate", 0.01)
+    root = here / "runs/sft-001"
+    assert done.code == 0 and done.err == ""
+    assert {path.name for path in root.iterdir()} == FILES | {"adapter"}
+    assert {path.name for path in (root / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    records = kit.metrics(root)
+    assert steps_of(records) == [1, 2, 3, 4] and list(evals_of(records)) == [0, 2, 4]
+    assert evals_of(records)[4] < evals_of(records)[0]
+    best = min(evals_of(records), key=evals_of(records).get)
+    assert json.loads((root / "best.json").read_text()) == {"checkpoint": f"step_{best:06d}", "eval_loss": evals_of(records)[best]}
+    assert checkpoints(root) == ["step_000002", "step_000004"]
+    assert {path.name for path in (root / "checkpoints/step_000004").iterdir()} == {"state.safetensors", "state.json"}
+    samples = [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 4] and all(sample["prompt"] for sample in samples)
+
+
+def test_report_is_well_formed_and_shows_curves_masks_and_samples(here, sft):
+    assert sft("--max-steps", 3, "--sample-prompt", "<b>1 & 2</b>").code == 0
+    page = Balance()
+    page.feed((here / "runs/sft-001/report.html").read_text())
+    assert page.open == [] and page.seen.count("svg") == 4 and page.seen.count("polyline") == 5
+    text = "".join(page.text)
+    assert "loss (nats per supervised token)" in text and "train/loss" in text and "eval/loss" in text
+    assert "<b>1 & 2</b>" in text and "b" not in page.seen
+    assert page.seen.count("span") > 100, "the tokens of the first documents"
+
+
+def test_full_run_leaves_a_model_that_transformers_loads_and_eval_agrees_with(kit, here, tiny, sft, tune):
+    import transformers
+
+    assert sft("--adapter", "none", "--learning-rate", 0.01, "--val-data", tiny.chat).code == 0
+    root = here / "runs/sft-001"
+    assert {path.name for path in root.iterdir()} == FILES | {"model"}
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(root / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    moved = kit.tensors(root / "model/model.safetensors")
+    assert not any(torch.equal(leaf, moved[key]) for key, leaf in kit.tensors(tiny.model / "model.safetensors").items())
+    done = tune("eval", "--model", root / "model", "--data", tiny.chat, "--sequence-len", 128)
+    assert math.isclose(loss_of(done), evals_of(kit.metrics(root))[2], abs_tol=2e-6)
+
+
+def loss_of(done):
+    assert done.code == 0, done.err
+    return float(done.out.split("loss ")[1].split()[0])
+
+
+def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, sft, tune):
+    assert sft("--output-dir", "a", "--lora-layers", 1, "--lora-dropout", 0.1, "--sample-prompt", "- x: {1}", "--warmup-steps", 1).code == 0
+    text = (here / "a/config.yaml").read_text()
+    again, given = parse.parse("sft", options.Sft, ["--config", "a/config.yaml"])
+    first, _ = parse.parse("sft", options.Sft, kit.basics(tiny, "--output-dir", "a", "--lora-layers", "1", "--lora-dropout", "0.1",
+                                                        "--sample-prompt=- x: {1}", "--warmup-steps", "1"))  # fmt: skip
+    assert again == first and parse.to_yaml(again, without=("resume", "overwrite")) == text
+    assert "lora_dropout" in given and "momentum" not in given
+    done = tune("sft", "--config", "a/config.yaml", "--output-dir", "b")
+    assert done.code == 0, done.err
+    assert kit.timeless(kit.metrics(here / "a")) == kit.timeless(kit.metrics(here / "b"))
+    assert kit.same(kit.state(here / "a", 2), kit.state(here / "b", 2))
+
+
+@pytest.mark.parametrize("extra", [["--optimizer", "lion"], ["--optimizer", "sgd", "--momentum", 0.5], ["--adapter", "none"],
+                                   ["--val-set-size", 0], ["--loss", "eaft"], ["--lr-scheduler", "linear"]])  # fmt: skip
+def test_config_of_any_run_can_be_run_again(extra, kit, here, sft, tune):
+    assert sft("--output-dir", "a", *extra).code == 0
+    done = tune("sft", "--config", "a/config.yaml", "--output-dir", "b")
+    assert done.code == 0, done.err
+    assert kit.same(kit.state(here / "a", 2), kit.state(here / "b", 2))
+
+
+def test_overwriting_and_resuming_are_not_handed_on(here, sft, tune):
+    assert sft("--output-dir", "a").code == 0
+    assert sft("--output-dir", "a", "--overwrite").code == 0
+    done = tune("sft", "--config", "a/config.yaml")
+    assert done.code == 2 and "a already holds files" in done.err
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(here, tiny, sft):
+    (here / "c.yaml").write_text(f"model: {tiny.other}\nseed: 7\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-3\n")
+    parsed, given = parse.parse("sft", options.Sft, ["--config", "c.yaml", "--seed=8"])
+    assert parsed.optim.seed == 8 and parsed.optim.learning_rate == 1e-3 and parsed.model.model == str(tiny.other)
+    assert parsed.adapter.lora_target_modules == ("q_proj", "v_proj") and parsed.adapter.lora_r == 16
+    assert given == {"seed", "model", "lora_target_modules", "learning_rate"}
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """scripted(losses) makes the evaluations of a run report these losses, in order."""
+
+    def script(losses):
+        left = iter(losses)
+        monkeypatch.setattr(training, "evaluator", lambda *_: lambda state: {"loss": torch.tensor(next(left))})
+
+    return script
+
+
+def test_save_limit_keeps_the_newest_and_the_best(here, sft, scripted):
+    scripted([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
+    assert sft("--max-steps", 5, "--save-steps", 1, "--eval-steps", 1, "--save-total-limit", 2).code == 0
+    assert checkpoints(here / "runs/sft-001") == ["step_000002", "step_000004", "step_000005"]
+    assert json.loads((here / "runs/sft-001/best.json").read_text()) == {"checkpoint": "step_000002", "eval_loss": 3.0}
+
+
+def test_save_limit_of_one_without_evaluation(here, sft):
+    assert sft("--max-steps", 5, "--save-steps", 2, "--save-total-limit", 1, "--val-set-size", 0).code == 0
+    assert checkpoints(here / "runs/sft-001") == ["step_000005"]
+    assert not (here / "runs/sft-001/best.json").exists()
+
+
+def test_early_stop_after_patience_evaluations(kit, here, sft, scripted):
+    scripted([5.0, 4.0, 4.5, 4.0, 3.0])
+    done = sft("--max-steps", 9, "--eval-steps", 1, "--save-steps", 9, "--early-stopping-patience", 2)
+    root = here / "runs/sft-001"
+    assert done.code == 0 and "eval/loss has not improved in 2 evaluations" in done.out
+    assert steps_of(kit.metrics(root)) == [1, 2, 3] and checkpoints(root) == ["step_000001", "step_000003"]
+    assert (root / "adapter").is_dir() and (root / "report.html").exists()
+
+
+def test_watchdog_stops_the_run(kit, here, sft):
+    done = sft("--max-steps", 9, "--loss-watchdog-threshold", 0.5, "--loss-watchdog-patience", 2, "--save-steps", 1)
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert done.err.startswith("treetune: failed: train/loss was above 0.5 for 2 steps, up to step 2; the last checkpoint is ")
+    assert not (here / "runs/sft-001/adapter").exists()
+
+
+def test_loss_below_the_threshold_lets_the_run_go_on(sft):
+    assert sft("--loss-watchdog-threshold", 50, "--loss-watchdog-patience", 1).code == 0
+
+
+def assert_stopped(done, *words):
+    assert done.code == 1 and done.err.count("\n") == 1 and done.err.startswith("treetune: failed: step "), done.err
+    assert all(word in done.err for word in ("is not finite, no weight was changed", *words)), done.err
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_rows(kit, here, sft):
+    """Weights of 1e35 are finite, what they compute is not."""
+    done = sft("--adapter", "none", "--optimizer", "sgd", "--learning-rate", 1e35, "--max-steps", 5, "--save-steps", 1, "--val-set-size", 0)
+    assert_stopped(done, "step 2", "rows [", "the last checkpoint is runs/sft-001/checkpoints/step_000001")
+    assert checkpoints(here / "runs/sft-001") == ["step_000001"] and not (here / "runs/sft-001/model").exists()
+
+
+def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit, here, sft, monkeypatch):
+    """The third step's gradient is poisoned behind a loss that is fine, and the weights are compared bit for bit."""
+    seen, make = [], training.setup.objective
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    def objective(logprob, options, **kwargs):
+        plain = make(logprob, options, **kwargs)
+
+        def terms(params, frozen, batch, plan):
+            if steps[-1] == 2 and torch.is_grad_enabled():
+                layer = params["lora"]["layers"][1]
+                layers = [params["lora"]["layers"][0], layer | {"v_proj": {"A": Poison.apply(layer["v_proj"]["A"]), "B": layer["v_proj"]["B"]}}]
+                params = params | {"lora": params["lora"] | {"layers": layers}}
+            return plain.terms(params, frozen, batch, plan)
+
+        return plain._replace(terms=terms)
+
+    steps, push = [0], observe.Recorder.push
+
+    def counted(self, index, metrics):
+        steps.append(index)
+        return push(self, index, metrics)
+
+    def found(objective, state, batches):
+        steps.append(2)
+        seen.append({path: leaf.clone() for path, leaf in observe.tree.items(state.params)})
+        return find(objective, state, batches)
+
+    find = observe.find_not_finite
+    monkeypatch.setattr(training.setup, "objective", objective)
+    monkeypatch.setattr(observe.Recorder, "push", counted)
+    monkeypatch.setattr(observe, "find_not_finite", found)
+    done = sft("--max-steps", 3, "--save-steps", 2, "--val-set-size", 0, "--learning-rate", 0.01)
+    assert_stopped(done, "step 3", "rows [", "lora.layers.1.v_proj.A", "step_000002")
+    saved = kit.state(here / "runs/sft-001", 2)
+    assert all(torch.equal(leaf, saved[f"params.{path}"]) for path, leaf in seen[0].items())
+
+
+def test_leaf_without_gradient_stops_the_run(sft):
+    done = sft("--lora-alpha", 1e-30, "--max-steps", 3)
+    assert done.code == 1 and "trainable leaves get no gradient" in done.err and "lora.layers.0" in done.err
+
+
+def test_resume_finishes_nothing_that_is_finished(kit, here, sft):
+    assert sft("--output-dir", "a", "--max-steps", 3).code == 0
+    before, samples = kit.metrics(here / "a"), (here / "a/samples.jsonl").read_text()
+    assert sft("--output-dir", "a", "--max-steps", 3, "--resume", "auto").code == 0
+    assert kit.metrics(here / "a") == before and (here / "a/samples.jsonl").read_text() == samples
+
+
+def test_resume_auto_without_a_run_starts_one(here, sft):
+    assert sft("--resume", "auto").code == 0
+    assert checkpoints(here / "runs/sft-001") == ["step_000002"]
+
+
+def test_resume_auto_takes_the_newest_run(kit, here, sft):
+    for _ in range(2):
+        assert sft("--max-steps", 4, "--save-steps", 1, "--save-total-limit", 9).code == 0
+    assert sft("--max-steps", 6, "--resume", "auto").code == 0
+    assert [steps_of(kit.metrics(here / f"runs/sft-00{i}"))[-1] for i in (1, 2)] == [4, 6]
+
+
+def test_resume_after_a_start_without_checkpoint_leaves_no_double_records(kit, here, sft, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert sft("--output-dir", "a").code == 130
+    assert evals_of(kit.metrics(here / "a")) and not checkpoints(here / "a")
+    assert sft("--output-dir", "a", "--resume", "auto").code == 0
+    records = kit.metrics(here / "a")
+    assert [record["step"] for record in records] == [0, 1, 2, 2]
+    assert len((here / "a/samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_resume_from_an_older_checkpoint_forgets_what_came_after(kit, here, sft):
+    every = ("--max-steps", 5, "--eval-steps", 1, "--save-total-limit", 9, "--learning-rate", 0.01)
+    assert sft("--output-dir", "whole", *every, "--save-steps", 1).code == 0
+    assert sft("--output-dir", "a", *every, "--save-steps", 1).code == 0
+    done = sft(*every, "--save-steps", 9, "--resume", "a/checkpoints/step_000002")
+    assert done.code == 0 and not (here / "runs").exists()
+    assert kit.same(kit.state(here / "a", 5), kit.state(here / "whole", 5))
+    assert kit.timeless(kit.metrics(here / "a")) == kit.timeless(kit.metrics(here / "whole"))
+
+
+def test_resume_from_an_older_checkpoint_keeps_the_new_ones(here, sft):
+    one = ("--save-total-limit", 2, "--val-set-size", 0)
+    assert sft("--output-dir", "a", "--max-steps", 8, "--save-steps", 4, *one).code == 0
+    assert sft("--max-steps", 6, "--save-steps", 1, *one, "--resume", "a/checkpoints/step_000004").code == 0
+    assert checkpoints(here / "a") == ["step_000005", "step_000006"]
+
+
+def test_resume_into_a_new_folder_leaves_the_old_one_alone(kit, here, sft):
+    assert sft("--output-dir", "a", "--max-steps", 4, "--save-steps", 2).code == 0
+    before = kit.listing(here / "a"), (here / "a/metrics.jsonl").read_bytes()
+    assert sft("--output-dir", "b", "--max-steps", 4, "--resume", "a/checkpoints/step_000002").code == 0
+    assert (kit.listing(here / "a"), (here / "a/metrics.jsonl").read_bytes()) == before
+    assert kit.same(kit.state(here / "a", 4), kit.state(here / "b", 4))
+
+
+OTHERS = {
+    "rank": (["--lora-r", 8], "belongs to another model"),
+    "kind": (["--adapter", "none"], "belongs to another model or method"),
+    "optimiser": (["--optimizer", "sgd"], "belongs to another model or method"),
+    "data": (["--max-rows", 20], "other data, packing or batch options"),
+    "packing": (["--no-sample-packing"], "other data, packing or batch options"),
+    "order": (["--seed", 3], "other data, packing or batch options"),
+    "step": (["--gradient-accumulation-steps", 1], "other data, packing or batch options"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_resume_of_another_run_is_refused(what, kit, here, sft):
+    args, words = OTHERS[what]
+    assert sft("--output-dir", "a").code == 0
+    before = kit.listing(here), (here / "a/config.yaml").read_bytes()
+    kit.refused(sft("--output-dir", "a", "--resume", "auto", *args), words)
+    assert (kit.listing(here), (here / "a/config.yaml").read_bytes()) == before
+
+
+@pytest.mark.parametrize(("model", "words"), [("other", "belongs to another model: .* has shape"), ("same", "trained on another base model")])
+def test_resume_on_another_model_is_refused(model, words, kit, tiny, here, sft):
+    assert sft("--output-dir", "a").code == 0
+    kit.refused(sft("--output-dir", "a", "--resume", "a/checkpoints/step_000002", "--model", getattr(tiny, model)), words)
+
+
+def test_resume_into_the_folder_of_another_run_is_refused(kit, here, sft):
+    assert sft("--output-dir", "a").code == sft("--output-dir", "b").code == 0
+    kit.refused(sft("--output-dir", "b", "--resume", "a/checkpoints/step_000002"), "b already holds files", "not of that run")
+
+
+def test_checkpoint_outside_a_run_needs_an_output_dir(kit, here, sft):
+    import shutil
+
+    assert sft("--output-dir", "a").code == 0
+    shutil.copytree(here / "a/checkpoints/step_000002", here / "copies/here/step_000002")
+    kit.refused(sft("--resume", "copies/here/step_000002"), "does not lie in a run folder; give --output-dir")
+    assert not (here / "copies/config.yaml").exists()
+
+
+def test_overwrite_starts_anew(kit, here, sft):
+    assert sft("--output-dir", "a", "--max-steps", 4).code == 0
+    assert sft("--output-dir", "a", "--max-steps", 2, "--overwrite").code == 0
+    assert steps_of(kit.metrics(here / "a")) == [1, 2] and checkpoints(here / "a") == ["step_000002"]
+
+
+def test_refused_overwrite_deletes_nothing(kit, here, sft):
+    assert sft("--output-dir", "a").code == 0
+    before = kit.listing(here)
+    kit.refused(sft("--output-dir", "a", "--overwrite", "--lora-target-modules", "qq"), "matches no parameter")
+    assert kit.listing(here) == before
+
+
+def test_max_steps_goes_past_the_epochs(kit, here, sft):
+    assert sft("--max-steps", 9, "--max-rows", 6, "--val-set-size", 0).code == 0
+    records = kit.metrics(here / "runs/sft-001")
+    assert steps_of(records)[-1] == 9 and records[-1]["epoch"] > 0
+
+
+def test_epochs_see_every_row_once_each_in_another_order(here, sft, monkeypatch):
+    seen, make = [], training.micro_batch
+
+    def micro_batch(indices, docs, **rest):
+        seen.append((rest["seed"] is None, [docs[i].row for i in indices]))
+        return make(indices, docs, **rest)
+
+    monkeypatch.setattr(training, "micro_batch", micro_batch)
+    assert sft("--max-rows", 10, "--val-set-size", 0, "--num-epochs", 2, "--sample-prompt=", without="--max-steps").code == 0
+    rows = [row for evaluating, taken in seen if not evaluating for row in taken]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(1, 11)) and rows[:10] != rows[10:]
+
+
+def test_health_rule_is_printed_once_with_its_fix(sft):
+    done = sft("--max-steps", 4, "--max-grad-norm", 0, "--z-loss-coef", 1e6)
+    assert done.code == 0 and done.out.count("is above 100: lower learning_rate") == 1
+
+
+def test_chat_template_of_the_run_is_that_of_its_model(tiny, sft, kit, here):
+    assert sft("--model", tiny.bare, "--chat-template", kit.CHATML, "--adapter", "none").code == 0
+    assert hf.tokenizer(here / "runs/sft-001/model").chat_template == kit.CHATML
+    assert "<|im_start|>" not in json.loads((here / "runs/sft-001/samples.jsonl").read_text().splitlines()[0])["prompt"]
+
+
+def test_model_keeps_the_stop_ids_of_the_one_it_came_from(tiny, sft, tune, here):
+    import shutil
+
+    model = shutil.copytree(tiny.model, here / "m")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 256], "max_length": 77}))
+    assert sft("--model", model, "--adapter", "none").code == 0
+    assert sft("--model", model, "--output-dir", "b").code == 0 and tune("merge", "b", "merged").code == 0
+    for made in ("runs/sft-001/model", "merged"):
+        assert hf.generation_config(here / made)["eos_token_id"] == [5, 256]
+
+
+def test_loop_reads_metrics_a_step_late_and_loses_none(kit, here, sft):
+    assert sft("--max-steps", 5, "--logging-steps", 3).code == 0
+    assert steps_of(kit.metrics(here / "runs/sft-001")) == [1, 2, 3, 4, 5]
+    assert loop.Progress().tokens_seen == 0 and kit.metrics(here / "runs/sft-001")[-2]["num_tokens"] > 0

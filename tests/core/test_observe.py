@@ -1,0 +1,153 @@
+"""metrics.jsonl, the health rules, and the search for numbers that are not finite (on the real objective)."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from treetune.core import observe, optim, step, tree
+
+
+def test_numbers_are_read_one_step_late(tmp_path):
+    recorder = observe.Recorder(tmp_path / "metrics.jsonl", lambda record: record | {"double": 2 * record["loss"]})
+    assert recorder.push(1, {"loss": torch.tensor(0.5), "epoch": 0}) is None
+    assert not (tmp_path / "metrics.jsonl").exists(), "nothing was read yet"
+    first = recorder.push(2, {"loss": torch.tensor(0.25), "epoch": 0})
+    assert first == {"step": 1, "loss": 0.5, "epoch": 0, "double": 1.0}
+    recorder.note({"step": 1, "eval/loss": 3.0})
+    assert recorder.flush()["loss"] == 0.25 and recorder.flush() is None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == recorder.history == observe.read(tmp_path / "metrics.jsonl") and [line["step"] for line in lines] == [1, 1, 2]
+
+
+def test_a_recorder_without_a_file_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorder = observe.Recorder(None)
+    recorder.push(1, {"loss": 1.0})
+    assert recorder.flush() == {"step": 1, "loss": 1.0} and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 4}{"st'])
+def test_resuming_truncates_to_the_checkpoint(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": i, "loss": float(i)} for i in (1, 2, 2, 3)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + torn)
+    assert observe.read(path) == records
+    assert observe.truncate(path, 2) == records[:3] == observe.read(path)
+    assert observe.truncate(tmp_path / "new.jsonl", 5) == [] and list(tmp_path.glob("*.tmp")) == []
+
+
+def _steps(losses, *, norm=1.0, held=()):
+    """Training records, then evaluations."""
+    history = [{"step": i + 1, "train/loss": loss, "grad_norm": norm} for i, loss in enumerate(losses)]
+    return history + [{"step": len(losses), "eval/loss": loss} for loss in held]
+
+
+FALLING = [2.0 * 0.98**i for i in range(80)]
+HEALTHY = [_steps(FALLING[:n]) for n in (1, 2, 3, 12, 60, 80)] + [
+    [],
+    _steps(FALLING[:40], held=(2.0, 1.8, 1.7)),
+    _steps(FALLING[:40], held=(1.6, 1.7)),
+    _steps(FALLING[:40], held=(1.8, 1.6, 1.7)),
+    _steps(FALLING[:40], norm=99.9),
+    _steps([2.0] * 11 + [3.9]),
+    _steps([0.02] * 11 + [0.045]),  # a jump between losses that are small anyway
+    _steps([0.009, 0.009, 0.011]),
+]
+SICK = {
+    "grad_spike": (_steps([1.0], norm=101.0), "101.0", "learning_rate"),
+    "no_gradient": (_steps([1.0], norm=0.0), "0", "trainable"),
+    "loss_spike": (_steps([2.0] * 11 + [4.1]), "4.100 from about 2.000", "malformed"),
+    "plateau": (_steps([2.0 + 0.1 * math.sin(i) for i in range(59)] + [2.5]), "60 steps", "learning_rate"),
+    "vanished": (_steps([0.5, 0.009, 0.008, 0.007]), "0.0070", "memorised"),
+    "overfit": (_steps(FALLING[:40], held=(1.5, 1.6, 1.7)), "1.700", "fewer epochs"),
+}
+
+
+@pytest.mark.parametrize("history", HEALTHY)
+def test_healthy_runs_are_left_in_peace(history):
+    assert observe.health(history) == []
+
+
+@pytest.mark.parametrize("rule", observe.HEALTH)
+def test_every_rule_fires_with_what_was_seen_and_the_fix(rule):
+    history, seen, fix = SICK[rule]
+    events = observe.health(history)
+    assert [event.rule for event in events] == [rule]
+    assert seen in events[0].seen and fix in events[0].fix
+    assert observe.health(history, quiet={rule}) == []
+
+
+def test_rules_still_fire_late_in_a_long_run():
+    long = _steps([1.0 + 1e-3 * math.sin(i) for i in range(3000)])
+    assert observe.health(long) == [], "a flat tail late in a run is no plateau"
+    assert [event.rule for event in observe.health([*long, {"step": 3001, "train/loss": 1.0, "grad_norm": 500.0}])] == ["grad_spike"]
+    assert [event.rule for event in observe.health([*long, {"step": 3001, "train/loss": 2.1, "grad_norm": 1.0}])] == ["loss_spike"]
+
+
+@pytest.fixture
+def run(model, objective, documents, batch, start):
+    """(objective, optimizer, state, micro-batches of rows 0-3 and 4-7) of a healthy full fine-tune."""
+    base, optimizer = model(), optim.adamw()
+    docs = documents()
+    return objective(base), optimizer, start({"model": base.params}, {}, optimizer), [(batch(docs[:4]), None), (batch(docs[4:]), None)]
+
+
+def _poisoned(objective, row, where):
+    """The objective, but that a row gives a loss, or one leaf a gradient, that is not finite."""
+
+    def terms(params, frozen, batch, plan):
+        found, metrics = objective.terms(params, frozen, batch, plan)
+        if row not in batch["row"]:
+            return found, metrics
+        leaf = params["model"]["layers"][1]["up_proj"]
+        if where == "loss":
+            return {"nll": found["nll"] + math.inf}, metrics
+        return {"nll": found["nll"] + (leaf * 0).abs().sum().sqrt()}, metrics
+
+    return objective._replace(terms=terms)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_bad_row_is_named_and_no_weight_moves(run, where):
+    objective, optimizer, state, micro_batches = run
+    bad = _poisoned(objective, 5, where)
+    before = tree.map(torch.clone, [state.params, state.opt])
+    state, metrics = step.make_step(bad, optimizer, schedule=optim.constant(0.1))(state, micro_batches)
+    assert metrics["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves([state.params, state.opt]), tree.leaves(before), strict=True))
+    text = observe.find_not_finite(bad, state, micro_batches)
+    assert "rows [4, 5, 6, 7]" in text and "[0, 1, 2, 3]" not in text
+    assert ("is inf" in text) if where == "loss" else ("gradient" in text and "model.layers.1.up_proj" in text and "q_proj" not in text)
+
+
+def test_bad_weights_are_named_first(run):
+    objective, _, state, micro_batches = run
+    state.params["model"]["layers"][0]["k_proj"][3, 2] = math.nan
+    assert observe.find_not_finite(objective, state, micro_batches) == "weights are not finite: model.layers.0.k_proj"
+    state.params["model"]["layers"][0]["k_proj"][3, 2] = 0.0
+    text = observe.find_not_finite(objective, state._replace(frozen={"ref": {"w": torch.tensor([math.inf])}}), micro_batches)
+    assert text == "weights are not finite: ref.w"
+
+
+def test_a_sum_that_overflows_is_said_to(run):
+    objective, _, state, micro_batches = run
+    assert "sum overflowed" in observe.find_not_finite(objective, state, micro_batches)
+
+
+def test_dead_leaves_are_named(model, adapter, objective, documents, batch, start):
+    """A fresh adapter's A has no gradient at the first step and has one at the second; an unused leaf never has."""
+    from treetune.core import lora
+
+    base = model()
+    fresh = adapter(base)._replace(tree=lora.init(base.params, ["layers.0.q_proj", "layers.1.up_proj"], rank=2, seed=0))
+    optimizer, one, pairs = optim.adamw(), objective(base, fresh), [(batch(documents()), None)]
+    state = start({"lora": fresh.tree, "model": {"spare": torch.ones(3)}}, {"model": base.params}, optimizer)
+    up = ["lora.layers.0.q_proj.A", "lora.layers.1.up_proj.A", "model.spare"]
+    assert observe.dead_leaves(one, state, pairs) == up
+    state, metrics = step.make_step(one, optimizer, schedule=optim.constant(0.01))(state, pairs)
+    assert metrics["dead_leaves"] == 3
+    assert observe.dead_leaves(one, state, pairs) == ["model.spare"]
+    state, metrics = step.make_step(one, optimizer, schedule=optim.constant(0.01))(state, pairs)
+    assert metrics["dead_leaves"] == 1
