@@ -26,7 +26,7 @@ def template(text: str | None) -> str | None:
         return text
     if not Path(text).is_file():
         raise ValueError(f"chat template file {text} does not exist")
-    return Path(text).read_text()
+    return Path(text).read_text(encoding="utf-8")
 
 
 def _encoding(options: RowOptions | PretrainData, name: str) -> dict:

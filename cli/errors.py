@@ -17,6 +17,8 @@ def checking_input():
     """Inside, a ValueError and what the file system refuses are the user's to fix: they become BadInput."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (ValueError, *_file_errors()) as error:
         raise BadInput(str(error)) from error
 
@@ -26,6 +28,8 @@ def writing_to(root: Path):
     """Inside, a disk that refuses to write becomes BadInput; `root` is the run, whose checkpoints are always whole."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except _file_errors() as error:
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -228,11 +228,11 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
             screen.stop()
 
 
-def restore(where: rundir.RunDir, state: TrainState, job_meta: dict, mesh: Any) -> tuple[TrainState, dict | None]:
+def restore(where: rundir.RunDir, state: TrainState, job_meta: dict) -> tuple[TrainState, dict | None]:
     """The state and meta of the checkpoint to resume from, checked against this run; unchanged for a new run."""
     if where.resume is None:
         return state, None
-    state, meta = ckpt.load(where.resume, state, base_digest=job_meta["base_digest"], mesh=mesh)
+    state, meta = ckpt.load(where.resume, state, base_digest=job_meta["base_digest"])
     if meta["stream"] != job_meta["stream"]:
         raise ValueError(f"{where.resume} was made with other data, packing or batch options; resume with the options in its config.yaml")
     return state, meta

@@ -1,6 +1,7 @@
 """The `treetune` command: looks up a subcommand, runs it, turns failures into one line and an exit code."""
 
 import importlib
+import os
 import sys
 
 from treetune.cli.errors import BadInput, RunFailed
@@ -29,8 +30,19 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 run failed, 2 bad input, 130 interrupted twice."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command; returns the exit code: 0 done, 1 run failed, 2 bad input, 130 interrupted, 141 nobody reads the output."""
+    try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to flush once more at its end, and complains
+        return 141
+
+
+def _main(argv: list[str]) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2

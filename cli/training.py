@@ -111,7 +111,7 @@ def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -
     batches = stream(data.train, make, seed=optim.seed, on_ranks=ranks, epochs=epochs, accum=accum, plan=plan)
     evaluate = evaluator(held, data.val, make, ranks, batching)
     job = loop.Job(stepper, evaluate, objective, batches, total, meta, on, ranks.rank)
-    state, found = loop.restore(where, state, meta, ranks.mesh)
+    state, found = loop.restore(where, state, meta)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak)
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import distribute_tensor
 
 from treetune.core import shard, tree
 from treetune.core.state import Params, TrainState
@@ -108,7 +106,7 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def load(path: Path, like: TrainState, *, base_digest: str | None = None, mesh: DeviceMesh | None = None) -> tuple[TrainState, dict]:
+def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tuple[TrainState, dict]:
     """The state saved at `path`, in the structure, dtypes, devices and sharding of `like`, and its meta.
 
     Raises ValueError when it belongs to another model: different leaves, shapes, or digest of the frozen base.
@@ -122,7 +120,7 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None, mesh: 
             _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
             if base_digest is not None and meta.get("base_digest") != base_digest:
                 raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
-            filled = iter([_as_leaf(file.get_tensor(key), leaf, mesh) for key, leaf in tree.items(parts)])
+            filled = iter([_as_leaf(file.get_tensor(key), leaf) for key, leaf in tree.items(parts)])
     except SafetensorError as error:
         raise ValueError(f"{path}/state.safetensors is damaged ({error}): resume from another checkpoint") from error
     loaded = tree.map(lambda _: next(filled), parts)
@@ -139,10 +137,10 @@ def _same_leaves(path: Path, saved: dict[str, tuple], parts: Params) -> None:
             raise ValueError(f"{path} belongs to another model: {key} has shape {saved[key]} there and {shape} here")
 
 
-def _as_leaf(value: Tensor, like: Tensor, mesh: DeviceMesh | None) -> Tensor:
+def _as_leaf(value: Tensor, like: Tensor) -> Tensor:
     value = value.to(device=like.device, dtype=like.dtype)
-    if isinstance(like, shard.DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    if shard.distributed(like):
+        return shard.distribute(value, like.device_mesh, like.placements)
     return value.clone()
 
 

@@ -64,7 +64,7 @@ class Recorder:
 def read(path: Path) -> list[Record]:
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -76,7 +76,7 @@ def truncate(path: Path, step: int) -> list[Record]:
     """Cut metrics.jsonl back to the records up to `step`, as a resumed run needs; returns them."""
     kept = [record for record in read(path) if record["step"] <= step]
     draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     os.replace(draft, path)
     return kept
 

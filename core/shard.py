@@ -4,16 +4,20 @@ Legend: `axis` is a mesh axis, `dim` a tensor dimension. Data-parallel training 
 once a step; fully sharded training (ZeRO-3) shards every leaf on the data axis and gathers it at the top of each layer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from treetune.core import tree
 from treetune.core.param import Param, Params
+
+if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and a run on one device never needs it
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Parameter axis -> mesh axis, in order of preference; the first dimension of a leaf that has a rule is sharded.
 FULLY_SHARDED: Mapping[str, str] = {
@@ -23,11 +27,14 @@ FULLY_SHARDED: Mapping[str, str] = {
 
 def mesh(device_type: str, **sizes: int) -> DeviceMesh:
     """A named device mesh, `mesh("cuda", data=8)`; needs torch.distributed to be initialised (torchrun does)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def placements(abstract: Params, device_mesh: DeviceMesh, rules: Mapping[str, str]) -> Params:
     """A tree of DTensor placements: each mesh axis shards the first dimension whose axis name maps to it."""
+    from torch.distributed.tensor import Replicate, Shard
 
     def one(param: Param) -> tuple:
         axes = [rules.get(axis) for axis in param.axes]
@@ -36,14 +43,33 @@ def placements(abstract: Params, device_mesh: DeviceMesh, rules: Mapping[str, st
     return tree.map(one, abstract)
 
 
+def distributed(leaf: Tensor) -> bool:
+    """Whether a leaf is a DTensor."""
+    return hasattr(leaf, "placements")
+
+
+def sharded(leaf: Tensor) -> bool:
+    """Whether a leaf is a DTensor of which each rank holds a part."""
+    return distributed(leaf) and any(spec.is_shard() for spec in leaf.placements)
+
+
 def place(params: Params, device_mesh: DeviceMesh, where: Params) -> Params:
     """Distribute every leaf; each rank must hold the same full values and keeps its own part."""
-    return tree.map(lambda leaf, spec: distribute_tensor(leaf, device_mesh, spec, src_data_rank=None), params, where)
+    return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, where)
+
+
+def distribute(leaf: Tensor, device_mesh: DeviceMesh, where: tuple) -> Tensor:
+    """A whole leaf, the same on every rank, as a DTensor with the given placements."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(leaf, device_mesh, where, src_data_rank=None)
 
 
 def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back."""
-    if isinstance(leaf, DTensor):
+    if distributed(leaf):
+        from torch.distributed.tensor import Partial, Replicate
+
         whole = [Replicate()] * leaf.device_mesh.ndim
         leaf = leaf.redistribute(placements=whole).to_local(grad_placements=[Partial()] * len(whole))
     return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
@@ -56,13 +82,15 @@ def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:
 
 def local(leaf: Tensor) -> Tensor:
     """The part of a leaf that lives on this rank; shares storage with it."""
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return leaf.to_local() if distributed(leaf) else leaf
 
 
 def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
     """A local tensor with the sharding of `like`."""
-    if not isinstance(like, DTensor):
+    if not distributed(like):
         return leaf
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(leaf, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False)
 
 
@@ -73,7 +101,7 @@ def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
 
 def full(leaf: Tensor) -> Tensor:
     """The whole leaf, detached, on every rank (a collective for a sharded leaf)."""
-    return (leaf.full_tensor() if isinstance(leaf, DTensor) else leaf).detach()
+    return (leaf.full_tensor() if distributed(leaf) else leaf).detach()
 
 
 def world(device_mesh: DeviceMesh | None) -> int:

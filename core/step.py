@@ -4,16 +4,21 @@ A micro-batch is a Batch, or (Batch, Plan). Denominators are summed over all mic
 so the gradient does not depend on how a step is cut up: g = sum over micro-batches, ranks and terms k of grad(terms[k]) / N[k].
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from treetune.core import shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
 from treetune.core.state import Batch, Metric, Objective, Params, Plan, Terms, TrainState
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def _pair(micro: Batch | tuple[Batch, Plan]) -> tuple[Batch, Plan]:
@@ -50,7 +55,7 @@ def _sum_plain(grads: Params, mesh: DeviceMesh | None) -> Params:
     if mesh is None:
         return grads
     paths = [(path, leaf) for path, leaf in tree.items(grads)]
-    plain = [i for i, (_, leaf) in enumerate(paths) if not isinstance(leaf, shard.DTensor)]
+    plain = [i for i, (_, leaf) in enumerate(paths) if not shard.distributed(leaf)]
     summed = dict(zip(plain, shard.all_sum([paths[i][1] for i in plain], mesh), strict=True))
     flat = iter([summed.get(i, leaf) for i, (_, leaf) in enumerate(paths)])
     return tree.map(lambda _: next(flat), grads)
@@ -60,7 +65,7 @@ def square_norms(grads: Params, mesh: DeviceMesh | None = None) -> Tensor:
     """Sum of squares of every leaf [leaves], float32, over all shards; a replicated leaf counts once."""
     leaves = tree.leaves(grads)
     squares = torch.stack([n.float() for n in torch._foreach_norm([shard.local(leaf) for leaf in leaves])]).square()
-    sharded = [isinstance(leaf, shard.DTensor) and any(spec.is_shard() for spec in leaf.placements) for leaf in leaves]
+    sharded = [shard.sharded(leaf) for leaf in leaves]
     if mesh is None or not any(sharded):
         return squares
     mask = torch.tensor(sharded, device=squares.device)

@@ -73,9 +73,9 @@ def marks(tokenizer) -> Marks:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    special -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # it stands for any text
     other = {i for i, token in added.items() if i not in special and token.content.strip()}
-    return Marks(_ids(special), _ids(other), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # stands for any text
+    return Marks(_ids(special - unknown), _ids(other - unknown), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def require_eos(tokenizer) -> None:

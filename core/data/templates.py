@@ -127,16 +127,18 @@ def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list
         prompt, shown = _try_split(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
-    content = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
-    own = [len(part) for part in (content, content.lstrip()) if before.endswith(part)]
+    parts = TAGS.split(marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0])
+    own = ["".join(parts[k:]) for k in range(len(parts))]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
-    return max(own + [len(before) - opened.start() if opened else 0])
+    kept = [len(text) for head in own for text in (head, head.lstrip()) if before.endswith(text)]
+    return max(kept + [len(before) - opened.start() if opened else 0])
 
 
 def _trail(message: dict, last: Key, after: str) -> int:
     """Length of what the content itself has after its last piece: a tag, blanks."""
-    content = message[FIELDS[last[1]]].partition(_marker(last))[2]
-    return max(len(part) for part in (content, content.rstrip(), "") if after.startswith(part))
+    parts = TAGS.split(message[FIELDS[last[1]]].partition(_marker(last))[2])
+    own = ["".join(parts[:k]) for k in range(len(parts) + 1)]
+    return max(len(text) for tail in own for text in (tail, tail.rstrip()) if after.startswith(text))
 
 
 def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:

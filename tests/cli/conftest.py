@@ -33,6 +33,7 @@ class Tiny(NamedTuple):
     other: Path  # another width
     same: Path  # the same sizes, other weights
     bare: Path  # no chat template
+    long: Path  # 2048 positions
     chat: Path
     alpaca: Path
     text: Path
@@ -91,6 +92,7 @@ def tiny(tmp_path_factory) -> Tiny:
         write_model(root / "other", hidden_size=48),
         write_model(root / "same", seed=2),
         write_model(root / "bare", template=None),
+        write_model(root / "long", max_positions=2048),
         write_rows(root / "chat.jsonl", chats(24)),
         write_rows(root / "alpaca.jsonl", alpaca),
         write_rows(root / "text.jsonl", text),
@@ -160,11 +162,11 @@ def forked(here):
 @pytest.fixture
 def sft(tune, tiny):
     """sft(...) -> Done of a short LoRA run on the chat rows; the arguments add to or replace the basic ones."""
-    return lambda *args, without="": tune("sft", *basics(tiny, *args, without=without))
+    return lambda *args, without=(): tune("sft", *basics(tiny, *args, without=without))
 
 
-def basics(tiny: Tiny, *args, without: str = "") -> list[str]:
-    """Arguments of a short run, but for those that `args` gives itself and the one to leave out."""
+def basics(tiny: Tiny, *args, without: tuple[str, ...] = ()) -> list[str]:
+    """Arguments of a short run, but for those that `args` gives itself and those to leave out."""
     known = {
         "--model": tiny.model, "--data": tiny.chat, "--sequence-len": 128, "--lora-r": 4, "--sample-tokens": 4, "--max-steps": 2,
     }  # fmt: skip
@@ -172,7 +174,7 @@ def basics(tiny: Tiny, *args, without: str = "") -> list[str]:
     full, names = "none" in args, {arg.partition("=")[0] for arg in args}
     if "--sample-prompt=" in args:
         names.add("--sample-tokens")
-    kept = {flag: value for flag, value in known.items() if flag not in (*names, without) and not (full and flag == "--lora-r")}
+    kept = {flag: value for flag, value in known.items() if flag not in (*names, *without) and not (full and flag == "--lora-r")}
     return [str(part) for pair in kept.items() for part in pair] + args
 
 
@@ -183,8 +185,12 @@ def spawn(*args, cwd: Path, program: str = "from treetune.cli.main import main; 
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def metrics(root: Path) -> list[dict]:
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+def metrics(root: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (root / name).read_text(encoding="utf-8").split("\n") if line]
+
+
+def samples(root: Path) -> list[dict]:
+    return metrics(root, "samples.jsonl")
 
 
 TIMES = ("step_seconds", "tokens_per_second", "supervised_tokens_per_second", "memory_gib", "eval/seconds")

@@ -55,7 +55,9 @@ def test_eval_agrees_with_transformers(kit, tiny, tune):
     assert number(done, "tokens") == count
 
 
-@pytest.mark.parametrize("extra", [["--no-sample-packing"], ["--micro-batch-size", 7], ["--sequence-len", 200], ["--no-sample-packing", "--micro-batch-size", 1]])
+@pytest.mark.parametrize(
+    "extra", [["--no-sample-packing"], ["--micro-batch-size", 7], ["--sequence-len", 200], ["--no-sample-packing", "--micro-batch-size", 1]]
+)
 def test_eval_does_not_depend_on_packing_or_batch(extra, tiny, tune):
     base = ["eval", "--model", tiny.model, "--data", tiny.chat]
     plain = tune(*base, "--sequence-len", 128)
@@ -106,7 +108,7 @@ def test_adapter_without_its_weights_is_refused(adapter, tune, kit):
 
 
 def test_sft_starts_from_an_adapter(adapter, kit, sft, here):
-    done = sft("--lora-model-dir", adapter, "--output-dir", "next", without="--lora-r")
+    done = sft("--lora-model-dir", adapter, "--output-dir", "next", without=("--lora-r",))
     assert done.code == 0, done.err
     last = [record for record in kit.metrics(adapter) if "eval/loss" in record][-1]["eval/loss"]
     assert math.isclose(kit.metrics(here / "next")[0]["eval/loss"], last, abs_tol=1e-6)
@@ -174,7 +176,9 @@ def test_info_of_everything(adapter, tiny, tune):
     model = tune("info", tiny.model)
     assert model.code == 0 and "llama, 2 layers, hidden 32, mlp 48" in model.out and "256 positions" in model.out
     folder = tune("info", adapter / "adapter")
-    assert folder.code == 0 and "4, alpha 32" in folder.out and "14 modules" in folder.out and str(tiny.model) in " ".join(folder.out.split())
+    assert (
+        folder.code == 0 and "4, alpha 32" in folder.out and "14 modules" in folder.out and str(tiny.model) in " ".join(folder.out.split())
+    )
     run = tune("info", adapter)
     assert run.code == 0 and "step_000004" in run.out and "4 in" in run.out and "held-out loss" in run.out
 
@@ -188,7 +192,7 @@ def test_pretrain_from_a_config_and_from_a_model(kit, tiny, tune, here):
     assert records[-1]["eval/loss"] < records[0]["eval/loss"]
     assert tune(*base, "--output-dir", "on").code == 0
     assert hf.load(here / "on/model").cfg.num_layers == 2
-    samples = [json.loads(line) for line in (here / "on/samples.jsonl").read_text().splitlines()]
+    samples = kit.samples(here / "on")
     assert [sample["step"] for sample in samples] == [0, 3] and samples[0]["prompt"].startswith("Line ")
 
 
@@ -202,13 +206,29 @@ def test_pretrain_trains_every_token_of_any_column(kit, tiny, tune, here):
     assert (here / "a/samples.jsonl").read_text() == (here / "b/samples.jsonl").read_text() != ""
     first = kit.metrics(here / "a")[0]
     texts = [row["text"] for row in rows]
-    assert first["eval/supervised_tokens"] in {len(one) + len(other) for one in texts for other in texts}, "letters and ends, but no first letter"
+    assert first["eval/supervised_tokens"] in {len(one) + len(other) for one in texts for other in texts}, (
+        "letters and ends, but no first letter"
+    )
 
 
 def test_several_data_sets_of_several_formats(kit, tiny, tune, here):
-    args = ["sft", "--model", tiny.model, "--data", tiny.chat, tiny.alpaca, tiny.text, "--sequence-len", 255, "--max-steps", 2, "--sample-tokens", 4]
+    args = [
+        "sft",
+        "--model",
+        tiny.model,
+        "--data",
+        tiny.chat,
+        tiny.alpaca,
+        tiny.text,
+        "--sequence-len",
+        255,
+        "--max-steps",
+        2,
+        "--sample-tokens",
+        4,
+    ]
     done = tune(*args)
     assert done.code == 0, done.err
     assert all(f"{name}:" in done.out for name in ("chat", "alpaca", "completion")) and "22 rows -> 22 documents" in done.out
-    asked = [json.loads(line)["prompt"] for line in (here / "runs/sft-001/samples.jsonl").read_text().splitlines()]
+    asked = [sample["prompt"] for sample in kit.samples(here / "runs/sft-001")]
     assert len(set(asked)) == 1 and "+" in asked[0]

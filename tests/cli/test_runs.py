@@ -63,7 +63,7 @@ def test_lora_run_leaves_everything_and_only_that(kit, here, sft):
     assert json.loads((root / "best.json").read_text()) == {"checkpoint": f"step_{best:06d}", "eval_loss": evals_of(records)[best]}
     assert checkpoints(root) == ["step_000002", "step_000004"]
     assert {path.name for path in (root / "checkpoints/step_000004").iterdir()} == {"state.safetensors", "state.json"}
-    samples = [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
+    samples = kit.samples(root)
     assert [sample["step"] for sample in samples] == [0, 4] and all(sample["prompt"] for sample in samples)
 
 
@@ -210,7 +210,10 @@ def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit
         def terms(params, frozen, batch, plan):
             if steps[-1] == 2 and torch.is_grad_enabled():
                 layer = params["lora"]["layers"][1]
-                layers = [params["lora"]["layers"][0], layer | {"v_proj": {"A": Poison.apply(layer["v_proj"]["A"]), "B": layer["v_proj"]["B"]}}]
+                layers = [
+                    params["lora"]["layers"][0],
+                    layer | {"v_proj": {"A": Poison.apply(layer["v_proj"]["A"]), "B": layer["v_proj"]["B"]}},
+                ]
                 params = params | {"lora": params["lora"] | {"layers": layers}}
             return plain.terms(params, frozen, batch, plan)
 
@@ -269,7 +272,7 @@ def test_resume_after_a_start_without_checkpoint_leaves_no_double_records(kit, h
     assert sft("--output-dir", "a", "--resume", "auto").code == 0
     records = kit.metrics(here / "a")
     assert [record["step"] for record in records] == [0, 1, 2, 2]
-    assert len((here / "a/samples.jsonl").read_text().splitlines()) == 2
+    assert len(kit.samples(here / "a")) == 2
 
 
 def test_resume_from_an_older_checkpoint_forgets_what_came_after(kit, here, sft):
@@ -317,7 +320,9 @@ def test_resume_of_another_run_is_refused(what, kit, here, sft):
     assert (kit.listing(here), (here / "a/config.yaml").read_bytes()) == before
 
 
-@pytest.mark.parametrize(("model", "words"), [("other", "belongs to another model: .* has shape"), ("same", "trained on another base model")])
+@pytest.mark.parametrize(
+    ("model", "words"), [("other", "belongs to another model: .* has shape"), ("same", "trained on another base model")]
+)
 def test_resume_on_another_model_is_refused(model, words, kit, tiny, here, sft):
     assert sft("--output-dir", "a").code == 0
     kit.refused(sft("--output-dir", "a", "--resume", "a/checkpoints/step_000002", "--model", getattr(tiny, model)), words)
@@ -364,7 +369,7 @@ def test_epochs_see_every_row_once_each_in_another_order(here, sft, monkeypatch)
         return make(indices, docs, **rest)
 
     monkeypatch.setattr(training, "micro_batch", micro_batch)
-    assert sft("--max-rows", 10, "--val-set-size", 0, "--num-epochs", 2, "--sample-prompt=", without="--max-steps").code == 0
+    assert sft("--max-rows", 10, "--val-set-size", 0, "--num-epochs", 2, "--sample-prompt=", without=("--max-steps",)).code == 0
     rows = [row for evaluating, taken in seen if not evaluating for row in taken]
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(1, 11)) and rows[:10] != rows[10:]
 
@@ -377,7 +382,7 @@ def test_health_rule_is_printed_once_with_its_fix(sft):
 def test_chat_template_of_the_run_is_that_of_its_model(tiny, sft, kit, here):
     assert sft("--model", tiny.bare, "--chat-template", kit.CHATML, "--adapter", "none").code == 0
     assert hf.tokenizer(here / "runs/sft-001/model").chat_template == kit.CHATML
-    assert "<|im_start|>" not in json.loads((here / "runs/sft-001/samples.jsonl").read_text().splitlines()[0])["prompt"]
+    assert "<|im_start|>" not in kit.samples(here / "runs/sft-001")[0]["prompt"]
 
 
 def test_model_keeps_the_stop_ids_of_the_one_it_came_from(tiny, sft, tune, here):
@@ -389,6 +394,16 @@ def test_model_keeps_the_stop_ids_of_the_one_it_came_from(tiny, sft, tune, here)
     assert sft("--model", model, "--output-dir", "b").code == 0 and tune("merge", "b", "merged").code == 0
     for made in ("runs/sft-001/model", "merged"):
         assert hf.generation_config(here / made)["eos_token_id"] == [5, 256]
+
+
+def test_answers_of_any_characters_survive_a_resume_and_the_report(kit, here, sft, monkeypatch):
+    """Line separators inside a JSON string are not line ends, and files are UTF-8 whatever the locale says."""
+    monkeypatch.setattr(training.finish.prompts, "answers", lambda *_: ["a\u2028b\x85c é \U0001f600 <i>"])
+    assert sft("--output-dir", "a", "--max-steps", 2, "--save-steps", 1, "--save-total-limit", 9).code == 0
+    before = (here / "a/samples.jsonl").read_bytes()
+    assert sft("--max-steps", 2, "--resume", "a/checkpoints/step_000001").code == 0
+    assert (here / "a/samples.jsonl").read_bytes() == before and "é".encode() in before
+    assert "é \U0001f600 &lt;i&gt;" in (here / "a/report.html").read_text(encoding="utf-8")
 
 
 def test_loop_reads_metrics_a_step_late_and_loses_none(kit, here, sft):

@@ -149,7 +149,7 @@ def test_tokenizer_without_eos(build_tokenizer, variants):
 
 
 def test_splitting_loses_nothing(tokenizer):
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(words=st.integers(1, 60), size=st.integers(2, 40))
     def check(words, size):
         text = " ".join(f"fox{i}" for i in range(words))
@@ -322,7 +322,7 @@ ROWS = st.fixed_dictionaries(
 def test_random_rows_give_streams_or_a_named_error(tokenizer, templates):
     went = Counter()
 
-    @settings(max_examples=800, deadline=None)
+    @settings(max_examples=600, deadline=None, derandomize=True)
     @given(row=ROWS, kind=st.sampled_from(list(formats.FORMATS)), template=st.sampled_from(["chatml", "qwen3", "llama2", "gemma"]))
     def check(row, kind, template):
         options = {"chat_template": templates[template]} if kind == "chat" else {}

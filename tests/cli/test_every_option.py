@@ -1,0 +1,208 @@
+"""Every option changes the run: each one, alone, changes what a run of two steps computes, prints, writes or refuses."""
+
+import json
+import re
+
+import pytest
+
+from treetune.cli import options, parse
+from treetune.models import dense
+
+BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]
+SGD = ["--optimizer", "sgd", "--learning-rate", 1, "--max-steps", 3]
+LONG = "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+# option -> (what it changes, the arguments that set it, arguments on both sides)
+CHANGES = {
+    "model": ("metrics", lambda t: ["--model", t.same], []),
+    "revision": ("error", lambda t: ["--revision", "main"], []),
+    "dtype": ("metrics", lambda t: ["--dtype", "bfloat16"], []),
+    "device": ("error", lambda t: ["--device", "cuda"], []),
+    "data": ("metrics", lambda t: ["--data", t.text], []),
+    "format": ("metrics", lambda t: ["--format", "completion"], ["--data", "both.jsonl"]),
+    "split": ("error", lambda t: ["--split", "test"], []),
+    "max_rows": ("metrics", lambda t: ["--max-rows", 12], []),
+    "sequence_len": ("metrics", lambda t: ["--sequence-len", 90], []),
+    "overlong": ("metrics", lambda t: ["--overlong", "truncate"], ["--sequence-len", 60, "--micro-batch-size", 2]),
+    "sample_packing": ("metrics", lambda t: ["--no-sample-packing"], []),
+    "chat_template": ("metrics", lambda t: ["--chat-template", LONG], []),
+    "roles_to_train": ("metrics", lambda t: ["--roles-to-train", "user", "assistant"], []),
+    "train_on_eos": ("metrics", lambda t: ["--train-on-eos", "all"], []),
+    "train_on_inputs": ("metrics", lambda t: ["--train-on-inputs"], []),
+    "val_data": ("metrics", lambda t: ["--val-data", t.text], []),
+    "val_set_size": ("metrics", lambda t: ["--val-set-size", 5], []),
+    "shuffle": ("metrics", lambda t: ["--no-shuffle"], []),
+    "adapter": ("files", lambda t: ["--adapter", "none", "--lora-r", None], []),
+    "lora_r": ("metrics", lambda t: ["--lora-r", 2], []),
+    "lora_alpha": ("metrics", lambda t: ["--lora-alpha", 8], []),
+    "lora_rslora": ("metrics", lambda t: ["--lora-rslora"], []),
+    "lora_dropout": ("metrics", lambda t: ["--lora-dropout", 0.5], []),
+    "lora_target_modules": ("metrics", lambda t: ["--lora-target-modules", "q_proj", "v_proj"], []),
+    "lora_layers": ("metrics", lambda t: ["--lora-layers", 1], []),
+    "lora_modules_to_save": ("metrics", lambda t: ["--lora-modules-to-save", r"^norm$"], []),
+    "lora_model_dir": ("metrics", lambda t: ["--lora-model-dir", "start", "--lora-r", None], []),
+    "loraplus_lr_ratio": ("metrics", lambda t: ["--loraplus-lr-ratio", 16], []),
+    "loss": ("metrics", lambda t: ["--loss", "dft"], []),
+    "label_smoothing": ("metrics", lambda t: ["--label-smoothing", 0.1], []),
+    "z_loss_coef": ("metrics", lambda t: ["--z-loss-coef", 0.01], []),
+    "neftune_noise_alpha": ("metrics", lambda t: ["--neftune-noise-alpha", 5], []),
+    "optimizer": ("metrics", lambda t: ["--optimizer", "lion"], []),
+    "learning_rate": ("metrics", lambda t: ["--learning-rate", 0.02], []),
+    "lr_scheduler": ("metrics", lambda t: ["--lr-scheduler", "constant"], []),
+    "cosine_min_lr_ratio": ("metrics", lambda t: ["--cosine-min-lr-ratio", 0.5], []),
+    "warmup_steps": ("metrics", lambda t: ["--warmup-steps", 1], []),
+    "warmup_ratio": ("metrics", lambda t: ["--warmup-ratio", 0.5], []),
+    "weight_decay": ("metrics", lambda t: ["--weight-decay", 0.5], []),
+    "weight_decay_rules": ("metrics", lambda t: ["--weight-decay-rules", r"v_proj\.A=5", "q_proj=3"], []),
+    "lr_rules": ("metrics", lambda t: ["--lr-rules", "layers.0=0.1"], []),
+    "adam_beta1": ("metrics", lambda t: ["--adam-beta1", 0.5], []),
+    "adam_beta2": ("metrics", lambda t: ["--adam-beta2", 0.5], ["--max-steps", 3]),
+    "adam_epsilon": ("metrics", lambda t: ["--adam-epsilon", 0.01], []),
+    "momentum": ("metrics", lambda t: ["--momentum", 0.9], SGD),
+    "max_grad_norm": ("metrics", lambda t: ["--max-grad-norm", 0.01], SGD),
+    "num_epochs": ("metrics", lambda t: ["--num-epochs", 2], ["--max-rows", 6, "--max-steps", None]),
+    "max_steps": ("metrics", lambda t: ["--max-steps", 3], []),
+    "micro_batch_size": ("metrics", lambda t: ["--micro-batch-size", 3], []),
+    "gradient_accumulation_steps": ("metrics", lambda t: ["--gradient-accumulation-steps", 1], []),
+    "gradient_checkpointing": ("layers run", lambda t: ["--gradient-checkpointing"], []),
+    "seed": ("metrics", lambda t: ["--seed", 1], []),
+    "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
+    "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
+    "overwrite": ("error", lambda t: ["--overwrite"], ["--output-dir", "start", "--max-steps", 3]),
+    "eval_steps": ("metrics", lambda t: ["--eval-steps", 1], []),
+    "save_steps": ("files", lambda t: ["--save-steps", 1], []),
+    "save_total_limit": ("files", lambda t: ["--save-total-limit", 1], ["--save-steps", 1, "--val-set-size", 0]),
+    "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
+    "early_stopping_patience": ("metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]),
+    "loss_watchdog_threshold": ("error", lambda t: ["--loss-watchdog-threshold", 0.1], ["--max-steps", 3]),
+    "loss_watchdog_patience": (
+        "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]
+    ),
+    "sharding": ("error", lambda t: ["--sharding", "full"], []),
+    "sample_prompt": ("samples", lambda t: ["--sample-prompt", "2 + 2"], []),
+    "sample_tokens": ("samples", lambda t: ["--sample-tokens", 9], []),
+}  # fmt: skip
+CLOCK = re.compile(r"\d+ (supervised )?tok\S*/s|[\d.]+ GiB|eta \S+| in \d+:\d+")
+
+
+def joined(*parts) -> list:
+    """Arguments in which later ones replace earlier ones; a None takes an option away."""
+    found: dict[str, list] = {}
+    for part in parts:
+        for arg in part:
+            if str(arg).startswith("--"):
+                found[arg] = []
+                values = found[arg]
+            else:
+                values.append(arg)
+    return [part for flag, values in found.items() if values != [None] for part in (flag, *values)]
+
+
+@pytest.fixture(scope="module")
+def start(kit, tiny, tmp_path_factory):
+    """A finished run to resume from or to start from."""
+    from treetune.cli import main
+
+    root = tmp_path_factory.mktemp("start")
+    args = joined(BASE, ["--output-dir", root / "start", "--max-steps", 2, "--learning-rate", 0.3, "--sample-prompt="])
+    assert main.main(["sft", *kit.basics(tiny, *args)]) == 0
+    return root / "start"
+
+
+@pytest.fixture
+def observed(kit, tiny, here, tune, start, monkeypatch):
+    """observed(args) -> what can be seen of a run: records, printed text, files, samples, error, layers run."""
+    import shutil
+
+    shutil.copytree(start, here / "start")
+    rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
+    kit.write_rows(here / "both.jsonl", rows)
+    calls, layer = [], dense._layer
+    monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))
+
+    def run(args):
+        calls.clear()
+        done = tune("sft", *kit.basics(tiny, *args, without=("--lora-r", "--max-steps")))
+        home = next((here / str(args[i + 1]) for i in [*range(len(args) - 1)] if args[i] == "--output-dir"), here)
+        records = kit.timeless(kit.metrics(home)) if done.code == 0 else None
+        samples = kit.samples(home) if done.code == 0 and (home / "samples.jsonl").exists() else None
+        files = {path for path in kit.listing(here) if not path.startswith("start/")}
+        seen = {
+            "metrics": records,
+            "out": CLOCK.sub("", done.out),
+            "files": files,
+            "samples": samples,
+            "error": done.err,
+            "layers run": len(calls),
+        }
+        if home.name == "run" and home.exists():
+            shutil.rmtree(home)
+        return seen
+
+    return run
+
+
+def numbers(records):
+    """Records without what merely counts tokens."""
+    return [{key: value for key, value in record.items() if "num_tokens" not in key} for record in records]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_option_changes_the_run(name, tiny, observed):
+    import torch
+
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA: the option changes where it runs")
+    what, change, both = CHANGES[name]
+    plain, changed = observed(joined(BASE, both)), observed(joined(BASE, both, change(tiny)))
+    assert plain[what] != changed[what]
+    if what == "metrics":
+        assert plain["error"] == changed["error"] == "", changed["error"]
+        assert numbers(plain["metrics"]) != numbers(changed["metrics"])
+
+
+def test_there_is_a_row_for_every_option():
+    assert set(CHANGES) == set(parse.flatten(options.Sft()))
+
+
+SAMPLING = {
+    "max_new_tokens": ["--max-new-tokens", 3], "temperature": ["--temperature", 3], "top_p": ["--top-p", 0.1], "top_k": ["--top-k", 2],
+    "min_p": ["--min-p", 0.5], "seed": ["--seed", 3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling_option_changes_the_answer(name, tiny, tune):
+    base = ["--model", tiny.model, "--temperature", 1, "--top-p", 1.0, "--max-new-tokens", 20]
+    plain, changed = tune("generate", "1 + 1", *base), tune("generate", "1 + 1", *joined(base, SAMPLING[name]))
+    assert plain.code == changed.code == 0 and plain.out != changed.out
+    assert set(SAMPLING) == set(vars(options.SampleOptions()))
+
+
+EVALUATION = {
+    "dtype": ["--dtype", "bfloat16"], "max_rows": ["--max-rows", 9], "overlong": ["--overlong", "truncate"],
+    "roles_to_train": ["--roles-to-train", "user"], "train_on_eos": ["--train-on-eos", "last"], "train_on_inputs": ["--train-on-inputs"],
+    "chat_template": ["--chat-template", LONG],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_option_changes_the_numbers(name, tiny, tune):
+    base = ["eval", "--model", tiny.model, "--data", tiny.chat, "--sequence-len", 70]
+    plain, changed = tune(*base), tune(*base, *EVALUATION[name])
+    assert plain.code == changed.code == 0
+    assert CLOCK.sub("", plain.out) != CLOCK.sub("", changed.out)
+
+
+def test_adam_beta2_of_lion_is_its_own(observed):
+    lion = joined(BASE, ["--optimizer", "lion", "--max-steps", 3])
+    assert observed(lion)["metrics"] == observed(joined(lion, ["--adam-beta2", 0.99]))["metrics"]
+    assert observed(lion)["metrics"] != observed(joined(lion, ["--adam-beta2", 0.5]))["metrics"]
+
+
+def test_same_options_give_the_same_run(observed):
+    one, other = observed(BASE), observed(BASE)
+    assert json.dumps(one["metrics"]) == json.dumps(other["metrics"]) and one["out"] == other["out"] and one["samples"] == other["samples"]
+
+
+def test_gradient_checkpointing_changes_no_number(observed):
+    assert observed(BASE)["metrics"] == observed([*BASE, "--gradient-checkpointing"])["metrics"]

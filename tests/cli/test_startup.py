@@ -1,0 +1,132 @@
+"""How fast the command answers, what its help says, and that every example runs."""
+
+import contextlib
+import glob
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from treetune.cli import main, options, parse
+
+ROOT = Path(__file__).parents[2]
+TREETUNE = str(Path(sys.executable).with_name("treetune"))
+QUICK = {
+    "help": (["--help"], 0, 0.4),
+    "no command": ([], 2, 0.4),
+    "unknown command": (["sfft"], 2, 0.6),
+    "misspelt flag": (["sft", "--lora-rr", "3"], 2, 0.6),
+    "wrong type": (["sft", "--lora-r", "x"], 2, 0.6),
+    "out of range": (["sft", "--lora-r", "0"], 2, 0.6),
+    "would be ignored": (["sft", "--momentum", "0.9"], 2, 0.6),
+    "contradiction": (["sft", "--resume", "auto", "--overwrite"], 2, 0.6),
+    "no config file": (["sft", "--config", "no.yaml"], 2, 0.6),
+    "config key": (["sft", "--config", "c.yaml"], 2, 0.6),
+    "command help": (["sft", "--help"], 0, 0.6),
+}
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_answers_before_anything_heavy_is_imported(case, here):
+    """The best of several, because other work shares the cores; no torch among the modules."""
+    (here / "c.yaml").write_text("lora_rr: 3\n")
+    args, code, limit_s = QUICK[case]
+    best_s = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        done = subprocess.run([TREETUNE, *args], capture_output=True, cwd=here, check=False)
+        best_s = min(best_s, time.perf_counter() - start)
+        assert done.returncode == code, done.stderr
+        if best_s < limit_s:
+            break
+    assert best_s < limit_s
+    loaded = "import sys; from treetune.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    loaded += "print('LOADED', *[name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", loaded, *args], capture_output=True, text=True, cwd=here, check=False)
+    assert done.stdout.splitlines()[-1] == "LOADED", done.stdout
+
+
+def shown(command) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main.main([command, "--help"])
+    assert stop.value.code in (0, None)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_help_shows_every_option_with_its_default(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
+    for name, default in parse.defaults(getattr(options, main.COMMANDS[command][1])).items():
+        flag = f" --{name.replace('_', '-')}"
+        if flag not in text:
+            assert f" {name.upper()} " in text or f"[{name.upper()}" in text, f"{name} is neither a flag nor a word"
+            continue
+        end = text.index("(default: ", text.index(flag)) + len("(default: ")
+        words = " ".join(f"'{item}'" if " " in item else item for item in default) if isinstance(default, list) else str(default)
+        assert text[end:].replace(" ", "").startswith(f"{words})".replace(" ", "")), (name, default, text[end : end + 40])
+
+
+def test_usage_names_every_command(capsys):
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", text, re.M) for name in main.COMMANDS) and "Exit codes: 0" in text
+
+
+def test_version(capsys):
+    from importlib.metadata import version
+
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"treetune {version('treetune')}\n"
+
+
+def test_broken_pipe_is_quiet(here):
+    """`treetune sft --help | head -1`: the reader leaves, nothing is wrong."""
+    with subprocess.Popen([TREETUNE, "sft", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == ""
+
+
+def test_terminal_without_unicode(here, tiny):
+    """An answer of any characters can be printed anywhere."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    args = ["generate", "h\u00e9", "two", "--model", str(tiny.model), "--max-new-tokens", "2"]
+    done = subprocess.run([TREETUNE, *args], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "# h?" in done.stdout and done.stderr == ""
+
+
+EXAMPLES = sorted(glob.glob(str(ROOT / "examples/*.yaml")))
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: Path(path).name)
+def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
+    """The first line says how to run it. Its data is read from where it is; the model and the length are those of the tests."""
+    first = Path(path).read_text().splitlines()[0]
+    said = re.fullmatch(rf"# treetune (\w+) --config examples/{re.escape(Path(path).name)}( .*)?", first)
+    assert said, f"{first!r} does not say how to run it"
+    command = said[1]
+    config = getattr(options, main.COMMANDS[command][1])
+    os.symlink(ROOT / "examples", here / "examples")
+    parsed, _ = parse.parse(command, config, ["--config", path])
+    assert parsed
+    args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
+    if hasattr(parsed, "run"):
+        args += ["--max-steps", "2", "--sample-tokens", "4", "--max-rows", "40"]
+    if hasattr(parsed, "data") and "sequence_len" not in Path(path).read_text():
+        args += ["--sequence-len", "1024"]
+    done = tune(*args)
+    assert done.code == 0, done.err
+    if hasattr(parsed, "run"):
+        root = parsed.run.output_dir or f"runs/{command}-001"
+        assert [record["step"] for record in kit.metrics(here / root) if "train/loss" in record] == [1, 2]

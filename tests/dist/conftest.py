@@ -1,0 +1,65 @@
+"""Starting ranks on this machine, over gloo on the loopback device."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def quiet_env(**changes) -> dict:
+    """One thread per rank; gloo finds its peers by address, not by the name of the machine."""
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return os.environ | own | {key: str(value) for key, value in changes.items()}
+
+
+@pytest.fixture(scope="session")
+def scene():
+    """The module that the ranks use too."""
+    spec = importlib.util.spec_from_file_location("dist_scene", HERE / "scene.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(world, job, folder): run worker.py on so many ranks, as torchrun would set them up, and wait for all of them."""
+
+    def start(world: int, job: str, folder: Path) -> None:
+        port, command = free_port(), [sys.executable, HERE / "worker.py", job, folder]
+        sets = [quiet_env(RANK=i, LOCAL_RANK=i, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(world)]
+        ranks = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in sets]
+        try:
+            errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """torchrun(world, *command, cwd=...) -> CompletedProcess of the real launcher."""
+
+    def start(world: int, *command, cwd: Path) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+        where = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        args = [*launcher, *where, *(str(part) for part in command)]
+        return subprocess.run(args, cwd=cwd, env=quiet_env(), capture_output=True, text=True, timeout=TIMEOUT_S)
+
+    return start

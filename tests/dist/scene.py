@@ -1,0 +1,137 @@
+"""What the ranks and the test that watches them share: a tiny model, ragged documents, who gets which, and three steps of training.
+
+Sizes are odd on purpose: the vocabulary and the adapter's rank do not divide by the number of ranks, and a rank-1 adapter leaves some
+ranks without a part of A.
+"""
+
+import math
+
+import torch
+
+from treetune.cli import options, setup
+from treetune.core import lora, optim, param, shard, step, tree
+from treetune.core.state import TrainState
+from treetune.models import Model, llama
+
+VOCAB = 53
+TRAINS = ("full", "lora", "both")
+# Document numbers of the micro-batches of each step, dealt to the ranks in turn. Document 3 scores nothing; some micro-batches are empty.
+STEPS = ([[0, 1, 2], [4], [5], []], [[6, 7], [3], [1], [2, 5]], [[0], [], [7, 4], []])
+
+
+def model() -> Model:
+    cfg = llama.Config(
+        vocab_size=VOCAB, hidden_size=22, mlp_size=37, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=6, tied=True, init_std=0.3
+    )  # fmt: skip
+    return Model("llama", cfg, param.init(llama.abstract(cfg), seed=5))
+
+
+def trees(base: Model, trains: str) -> setup.Trees:
+    """What trains: all weights, a rank-1 adapter, or a rank-3 adapter with the norms of the model beside it."""
+    if trains == "full":
+        return setup.full(base)
+    rank = 1 if trains == "lora" else 3
+    paths = lora.match(base.params, "all-linear")
+    fresh = lora.init(base.params, paths, rank=rank, seed=1)
+    gen = torch.Generator().manual_seed(2)
+    used = lora.Lora(tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), fresh), 0.7, dropout=0.2)
+    params = {"lora": used.tree} | ({"model": tree.map(torch.clone, tree.select(base.params, "norm"))} if trains == "both" else {})
+    return setup.Trees(params, {"model": base.params}, used, None)
+
+
+def documents() -> list[tuple[list[int], list[int]]]:
+    """(tokens, positions of the scored ones) of eight documents."""
+    gen = torch.Generator().manual_seed(11)
+    out = []
+    for number, size in enumerate((17, 3, 29, 8, 2, 21, 5, 12)):
+        scored = (torch.rand(size, generator=gen) < 0.6).tolist()
+        scored = [i for i in range(1, size) if scored[i] or i == size - 1] if number != 3 else []
+        out.append((torch.randint(0, VOCAB, (size,), generator=gen).tolist(), scored))
+    return out
+
+
+def stream(numbers: list[int]) -> dict[str, torch.Tensor]:
+    """The packed stream of some documents, or of one unread token."""
+    docs = [documents()[i] for i in numbers]
+    lens = [len(tokens) for tokens, _ in docs] or [1]
+    starts = [sum(lens[:i]) for i in range(len(docs))]
+    ints = {
+        "tokens": [t for tokens, _ in docs for t in tokens] or [0],
+        "positions": [i for size in lens for i in range(size)],
+        "at": [start + i - 1 for start, (_, scored) in zip(starts, docs, strict=True) for i in scored],
+        "targets": [tokens[i] for tokens, scored in docs for i in scored],
+        "seq": [n for n, (_, scored) in enumerate(docs) for _ in scored],
+        "seq_lens": [len(scored) for _, scored in docs],
+        "doc_of_seq": list(range(len(docs))),
+        "row": list(numbers),
+    }
+    bounds = torch.tensor([0, *lens]).cumsum(0).int()
+    return {name: torch.tensor(value, dtype=torch.int64) for name, value in ints.items()} | {"cu_docs": bounds, "seed": torch.tensor(9)}
+
+
+def micro_batches(number: int, rank: int, world: int) -> list[tuple]:
+    return [(stream(group), None) for group in STEPS[number][rank::world]]
+
+
+def objective(base: Model, placed: setup.Trees):
+    return setup.objective(setup.logprob(base, placed.lora), options.LossOptions())
+
+
+def optimizer() -> optim.Optimizer:
+    return optim.adamw(eps=1e-4, weight_decay=0.1)
+
+
+def start(base: Model, trains: str, ranks: setup.Ranks, sharding: str) -> tuple[TrainState, setup.Trees]:
+    placed = setup.place(trees(base, trains), base, ranks, sharding)
+    return TrainState(placed.params, placed.frozen, optimizer().init(placed.params), {}, torch.tensor(0)), placed
+
+
+def stepper(base: Model, placed: setup.Trees, ranks: setup.Ranks, seen: dict | None = None, **changes):
+    """The step of these tests; `seen` collects the whole gradients that the optimiser is given, after clipping."""
+    inner = optimizer()
+
+    def update(grads, state, params, lr, found_inf):
+        if seen is not None:
+            seen.update({path: shard.full(leaf).clone() for path, leaf in tree.items(grads)})
+        return inner.update(grads, state, params, lr, found_inf)
+
+    one = changes.pop("objective", None) or objective(base, placed)
+    return step.make_step(
+        one, optim.Optimizer(inner.init, update), schedule=optim.constant(0.02), mesh=ranks.mesh, **({"clip": 0.5} | changes)
+    )
+
+
+def run(trains: str, ranks: setup.Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, setup.Trees]:
+    """Three steps: {"gradient.I.PATH", "metric.I.NAME", "state.PATH"} as whole tensors, and the state itself."""
+    base = model()
+    state, placed = start(base, trains, ranks, sharding)
+    out = {}
+    for number in range(len(STEPS)):
+        seen: dict = {}
+        state, metrics = stepper(base, placed, ranks, seen)(state, micro_batches(number, ranks.rank, ranks.world))
+        out |= {f"gradient.{number}.{path}": leaf for path, leaf in seen.items()}
+        out |= {f"metric.{number}.{name}": value.double() for name, value in metrics.items()}
+    return out | whole(state), state, placed
+
+
+def whole(state: TrainState) -> dict[str, torch.Tensor]:
+    """{"state.PATH": tensor} of all that a checkpoint holds."""
+    return {f"state.{path}": shard.full(leaf).clone() for path, leaf in tree.items({"params": state.params, "opt": state.opt})}
+
+
+def poisoned(base: Model, placed: setup.Trees, row: int):
+    """The objective, but that a row makes the loss infinite."""
+    inner = objective(base, placed)
+
+    def terms(params, frozen, batch, plan):
+        found, metrics = inner.terms(params, frozen, batch, plan)
+        return ({"nll": found["nll"] + math.inf} if row in batch["row"] else found), metrics
+
+    return inner._replace(terms=terms)
+
+
+def like(base: Model, trains: str, ranks: setup.Ranks, sharding: str) -> TrainState:
+    """A state with the structure of a run's and none of its numbers."""
+    state, _ = start(base, trains, ranks, sharding)
+    blank = tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), {"params": state.params, "opt": state.opt})
+    return state._replace(**blank)

@@ -1,0 +1,149 @@
+"""Two ranks give what one rank gives: gradients, weights, metrics, checkpoints. The ranks have unequal, sometimes no, tokens."""
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from treetune.cli import setup
+from treetune.core import ckpt, tree
+
+ALONE = setup.Ranks(0, 1, None)
+MODES = ("none", "full")
+TRAINS = ("full", "lora", "both")
+
+
+class Runs(NamedTuple):
+    """Results of one rank in this process, by what trained, and the folder that several ranks filled."""
+
+    one: dict
+    folder: Path
+
+
+def _prepare(scene, folder: Path) -> Runs:
+    one = {}
+    for trains in TRAINS:
+        one[trains], state, _ = scene.run(trains, ALONE, "none")
+        ckpt.save(folder / "one" / trains, state, {"base_digest": ""})
+    return Runs(one, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(scene, launch, tmp_path_factory):
+    found = _prepare(scene, tmp_path_factory.mktemp("ranks"))
+    launch(2, "train", found.folder)
+    return found
+
+
+def _results(runs: Runs, mode: str, trains: str) -> tuple[dict, dict]:
+    return runs.one[trains], load_file(runs.folder / f"{mode}-{trains}.safetensors")
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_equal_those_of_one_rank(runs, mode, trains):
+    """The first step's to 1e-6; later ones start from weights that already differ by rounding."""
+    one, two = _results(runs, mode, trains)
+    names = [name for name in one if name.startswith("gradient.")]
+    assert names and one.keys() == two.keys()
+    for name in names:
+        assert one[name].norm() > 0 and _error(two[name], one[name]) <= (1e-6 if ".0." in name[:11] else 5e-6), name
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_after_three_steps_equal_those_of_one_rank(runs, scene, mode, trains):
+    one, two = _results(runs, mode, trains)
+    start = {f"state.params.{path}": leaf for path, leaf in tree.items(scene.trees(scene.model(), trains).params)}
+    for name, leaf in start.items():
+        assert _error(two[name], one[name]) <= 1e-6, name
+        assert (one[name] - leaf).norm() > 1e-3, f"{name} moved"
+    for name in one.keys() - start.keys():
+        if name.startswith("state.opt"):
+            assert _error(two[name], one[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_metrics_are_global(runs, mode, trains):
+    """Loss, accuracy and counts over all ranks; one norm, and the clip that follows from it."""
+    one, two = _results(runs, mode, trains)
+    for name in (name for name in one if name.startswith("metric.")):
+        assert two[name].item() == pytest.approx(one[name].item(), rel=1e-6, abs=1e-12), name
+    for number, tokens in enumerate((17 + 3 + 29 + 2 + 21, 5 + 12 + 8 + 3 + 29 + 21, 17 + 12 + 2)):
+        assert two[f"metric.{number}.num_tokens"] == tokens
+        parts = [leaf.square().sum() for name, leaf in two.items() if name.startswith(f"gradient.{number}.")]
+        limit = min(0.5, two[f"metric.{number}.grad_norm"].item())
+        assert torch.stack(parts).sum().sqrt().item() == pytest.approx(limit, rel=1e-5)
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_of_two_ranks_loads_on_one_bit_for_bit(runs, scene, mode, trains):
+    _, two = _results(runs, mode, trains)
+    path = runs.folder / f"{mode}-{trains}" / "step_000003"
+    loaded, meta = ckpt.load(path, scene.like(scene.model(), trains, ALONE, "none"))
+    assert meta["step"] == 3
+    for name, leaf in scene.whole(loaded).items():
+        assert torch.equal(leaf, two[name]), name
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_of_one_rank_loads_on_two_bit_for_bit(runs, mode, trains):
+    found = load_file(runs.folder / f"{mode}-{trains}.loaded.safetensors")
+    assert found.keys() == {name for name in runs.one[trains] if name.startswith("state.")}
+    assert all(torch.equal(leaf, runs.one[trains][name]) for name, leaf in found.items())
+
+
+def _ranks(runs: Runs, world: int = 2) -> list[dict]:
+    return [json.loads((runs.folder / f"rank{i}.json").read_text()) for i in range(world)]
+
+
+def test_full_sharding_keeps_a_part_of_each_leaf(runs):
+    zero, one = (rank["bytes"] for rank in _ranks(runs))
+    assert zero["none"] == one["none"] == zero["full"] + one["full"]
+    assert abs(zero["full"] - one["full"]) < 0.05 * zero["none"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
+    zero, one = (rank["bad"][mode] for rank in _ranks(runs))
+    assert all(found["skipped"] == 1 and found["same"] for found in (zero, one))
+    assert one["text"] == "the loss of rows [4] is inf"
+    assert "another rank" in zero["text"] and "rows" not in zero["text"], "innocent rows are not blamed"
+
+
+@pytest.mark.slow
+def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
+    """Some ranks then hold no part of a rank-1 or rank-3 adapter."""
+    runs = _prepare(scene, tmp_path)
+    launch(4, "train", tmp_path)
+    for mode in MODES:
+        for trains in TRAINS:
+            _, four = _results(runs, mode, trains)
+            loaded, _ = ckpt.load(tmp_path / f"{mode}-{trains}" / "step_000003", scene.like(scene.model(), trains, ALONE, "none"))
+            assert all(torch.equal(leaf, four[name]) for name, leaf in scene.whole(loaded).items())
+            back = load_file(tmp_path / f"{mode}-{trains}.loaded.safetensors")
+            assert all(torch.equal(leaf, runs.one[trains][name]) for name, leaf in back.items())
+            assert all(_error(four[name], leaf) <= 1e-6 for name, leaf in runs.one[trains].items() if ".params." in name)
+
+
+def test_a_rank_that_dies_while_saving_ends_the_job_and_leaves_the_last_checkpoint(scene, torchrun, tmp_path):
+    begun = time.monotonic()
+    done = torchrun(2, Path(__file__).with_name("worker.py"), "die", tmp_path, cwd=tmp_path)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr and time.monotonic() - begun < 60
+    assert [path.name for path in ckpt.steps(tmp_path / "runs")] == ["step_000000"]
+    state, _ = scene.start(scene.model(), "full", ALONE, "none")
+    loaded, _ = ckpt.load(tmp_path / "runs" / "step_000000", state)
+    base = scene.model().params
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(loaded.params["model"]), tree.leaves(base), strict=True))

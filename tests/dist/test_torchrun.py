@@ -1,0 +1,74 @@
+"""`torchrun -m treetune.cli.main sft` from rows to adapter: two ranks leave the adapter of one, sharded or not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model (257 tokens, which no number of ranks divides) and ragged rows of text."""
+    from treetune.models import hf, llama
+
+    root = tmp_path_factory.mktemp("torchrun")
+    sizes = dict(vocab_size=257, hidden_size=24, mlp_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=128)
+    hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=_tokenizer())
+    rows = [{"text": f"Row {i}: " + "red blue green "[: 1 + 5 * i % 14] * (1 + i % 4)} for i in range(24)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def _args(place, output, accumulation, *more):
+    options = {
+        "model": place / "model", "data": place / "rows.jsonl", "output-dir": output, "gradient-accumulation-steps": accumulation,
+        "sequence-len": 64, "micro-batch-size": 1, "max-steps": 4, "lora-r": 3, "lora-dropout": 0.1, "learning-rate": 0.02,
+        "device": "cpu", "val-set-size": 4, "sample-prompt": "Row", "sample-tokens": 3, "save-steps": 2,
+    }  # fmt: skip
+    return ["sft", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
+
+
+def _losses(run) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in records for key in ("train/loss", "eval/loss") if key in record]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """The run of one rank with twice the accumulation, in this process."""
+    from treetune.cli import main
+
+    assert main.main(_args(place, place / "alone", 4)) == 0
+    return place / "alone"
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_ranks_leave_the_adapter_of_one(place, alone, torchrun, sharding):
+    run = place / sharding
+    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, run, 2, "--sharding", sharding), cwd=place)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (alone, run))
+    assert one.keys() == two.keys() and len(one) == 2 * 2 * 7
+    for name, leaf in one.items():
+        assert (leaf - two[name]).abs().max() <= 1e-5 and leaf.abs().max() > 1e-3, name
+    assert _losses(run) == pytest.approx(_losses(alone), rel=1e-5) and len(_losses(run)) == 4 + 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(path.name for path in (alone / "checkpoints").iterdir())
+    first, last = (load_file(path / "checkpoints" / "step_000004" / "state.safetensors") for path in (alone, run))
+    assert first.keys() == last.keys() and all(torch.allclose(first[name], last[name], rtol=1e-4, atol=1e-5) for name in first)
+    assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+
+
+def test_bad_input_is_said_once_per_rank_and_ends_the_job(place, torchrun):
+    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, place / "bad", 2, "--lora-target-modules", "q_porj"), cwd=place)
+    assert done.returncode != 0 and "'q_porj' matches no parameter" in done.stderr and not (place / "bad").exists()

@@ -1,0 +1,81 @@
+"""One rank of the distributed tests. argv: job, folder. Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
+
+train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
+die: the last rank is killed in the middle of its second save.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import scene
+import torch
+from safetensors.torch import save_file
+
+from treetune.cli import setup
+from treetune.core import ckpt, observe, shard, tree
+
+MODES = ("none", "full")
+
+
+def write(path: Path, tensors: dict) -> None:
+    save_file({name: leaf.contiguous() for name, leaf in tensors.items()}, path)
+
+
+def train(folder: Path, ranks: setup.Ranks) -> None:
+    base = scene.model()
+    for sharding in MODES:
+        for trains in scene.TRAINS:
+            out, state, _ = scene.run(trains, ranks, sharding)
+            name = f"{sharding}-{trains}"
+            ckpt.save(folder / name, state, {"base_digest": ""}, rank=ranks.rank)
+            loaded, _ = ckpt.load(folder / "one" / trains / "step_000003", scene.like(base, trains, ranks, sharding))
+            if ranks.rank == 0:
+                write(folder / f"{name}.safetensors", out)
+            both = scene.whole(loaded)
+            if ranks.rank == 0:
+                write(folder / f"{name}.loaded.safetensors", both)
+    local = {mode: tree.bytes(tree.map(shard.local, scene.start(base, "full", ranks, mode)[0].params)) for mode in MODES}
+    bad = {mode: poison(base, ranks, mode) for mode in MODES}
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"bytes": local, "bad": bad}))
+
+
+def poison(base, ranks: setup.Ranks, sharding: str) -> dict:
+    """A step in which document 4, on rank 1, has an infinite loss: was it skipped, did a weight move, what is said of it."""
+    state, placed = scene.start(base, "full", ranks, sharding)
+    before = scene.whole(state)
+    objective = scene.poisoned(base, placed, row=4)
+    batches = scene.micro_batches(0, ranks.rank, ranks.world)
+    state, metrics = scene.stepper(base, placed, ranks, objective=objective)(state, batches)
+    same = all(torch.equal(leaf, before[name]) for name, leaf in scene.whole(state).items())
+    return {"skipped": metrics["skipped"].item(), "same": same, "text": observe.find_not_finite(objective, state, batches)}
+
+
+def die(folder: Path, ranks: setup.Ranks) -> None:
+    base = scene.model()
+    state, _ = scene.start(base, "full", ranks, "full")
+    ckpt.save(folder / "runs", state, {"base_digest": ""}, rank=ranks.rank)
+    if ranks.rank == ranks.world - 1:
+        calls, full = [0], shard.full
+
+        def armed(leaf):
+            calls[0] += 1
+            if calls[0] == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return full(leaf)
+
+        shard.full = armed
+    ckpt.save(folder / "runs", state._replace(step=state.step + 1), {"base_digest": ""}, rank=ranks.rank)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ranks = setup.ranks(torch.device("cpu"))
+    {"train": train, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+main()
