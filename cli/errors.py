@@ -24,17 +24,26 @@ def checking_input():
 
 
 @contextlib.contextmanager
-def writing_to(root: Path):
-    """Inside, a disk that refuses to write becomes BadInput; `root` is the run, whose checkpoints are always whole."""
+def running(root: Path):
+    """Inside, a full disk becomes BadInput and a full memory RunFailed; `root` is the run, whose checkpoints are always whole."""
     try:
         yield
     except BrokenPipeError:
         raise
     except _file_errors() as error:
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
+    except _memory_errors() as error:
+        fix = "lower micro_batch_size or sequence_len, or turn on gradient_checkpointing"
+        raise RunFailed(f"out of memory: {fix} ({(str(error) or 'MemoryError').splitlines()[0]})") from error
 
 
 def _file_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError  # what its writer raises when the disk is full
 
     return OSError, SafetensorError
+
+
+def _memory_errors() -> tuple[type[Exception], ...]:
+    from torch import OutOfMemoryError
+
+    return MemoryError, OutOfMemoryError

@@ -8,7 +8,7 @@ from treetune.cli import prompts, report, rundir, setup
 from treetune.cli.screen import Screen, clock
 from treetune.core import lora, shard, tree
 from treetune.core.data import chat, instruction
-from treetune.core.state import TrainState
+from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, hf
 
 
@@ -67,15 +67,16 @@ def sampler(config: Any, made: Any):
 def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
     """Save the adapter (or the model), write the report, print where everything is and what changed."""
     model, used = current(outcome.state, made.model, made.trees.lora)
+    trained = tree.map(shard.full, outcome.state.params)  # on every rank: gathering sharded leaves is a collective
     if made.job.rank == 0:
-        saved = _save(config, made, model, used, outcome)
+        saved = _save(config, made, model, used, trained)
         report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
         screen.table("", _summary(made, outcome, saved))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, outcome: Any):
+def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained: Params):
     if used is None:
         path = made.where.root / "model"
         dtype = model.cfg.dtype
@@ -83,7 +84,6 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, outcome:
         hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model))
         return path
     info, path = made.trees.info, made.where.root / "adapter"
-    trained = tree.map(shard.full, outcome.state.params)
     adapter.save(
         path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from treetune.cli.errors import BadInput, RunFailed
+from treetune.cli.errors import BadInput, RunFailed, checking_input
 
 # command -> (module under treetune.cli, config class in cli.options, one line)
 COMMANDS = {
@@ -62,7 +62,8 @@ def _run(command: str, argv: list[str]) -> int:
             raise BadInput(f"unknown command {command!r}{parse.nearest(command, list(COMMANDS))}; see treetune --help")
         module, config, _ = COMMANDS[command]
         parsed, given = parse.parse(command, getattr(options, config), argv)
-        checks.check(parsed, given)
+        with checking_input():
+            checks.check(parsed, given)
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
     except BadInput as error:
         print(f"treetune: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -123,7 +123,9 @@ def _as_args(key: str, value: Any, path: str, default: Any) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list) for item in items):
         raise BadInput(f"{path}: {key} must be a value or a list of values, got {value!r}")
-    return [flag, *(str(item) for item in items)]
+    if isinstance(value, list):
+        return [flag, *(str(item) for item in items)]
+    return [f"{flag}={value}"]  # in one piece, because a text may begin with dashes
 
 
 def _run_tyro(command: str, config: type, args: list[str]) -> Any:

@@ -100,8 +100,16 @@ def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, s
     model, _ = load_model(options, on=on, say=say)
     if path is None:
         return model, None
-    found, whole, _ = adapter.load(adapter_folder(path), model)
+    found, whole, _ = load_adapter(path, model)
     return model._replace(params=tree.merge(model.params, whole)), found
+
+
+def load_adapter(path: str, model: Model) -> tuple[lora.Lora, Params, adapter.Info]:
+    """The adapter, whole weights and facts of an adapter folder or of the one in a run folder."""
+    found, whole, info = adapter.load(adapter_folder(path), model)
+    if bad := check.not_finite(found.tree) + check.not_finite(whole):
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; train or download the adapter again")
+    return found, whole, info
 
 
 def load_tokenizer(options: ModelOptions, *, say=print):
@@ -116,7 +124,7 @@ def load_tokenizer(options: ModelOptions, *, say=print):
 def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int) -> Trees:
     """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them."""
     if options.lora_model_dir is not None:
-        found, whole, info = adapter.load(adapter_folder(options.lora_model_dir), model)
+        found, whole, info = load_adapter(options.lora_model_dir, model)
     else:
         found, whole, info = _fresh(model, options, name=name, seed=seed)
     whole = tree.merge(whole_modules(model, options.lora_modules_to_save), whole)

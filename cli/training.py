@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import corpus, finish, loop, parse, rundir, setup
-from treetune.cli.errors import checking_input, writing_to
+from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
 from treetune.core.data import loader, pack
@@ -147,7 +147,7 @@ def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
             described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is
             rundir.create(made.where, described, overwrite=config.run.overwrite)
     screen.table("", describe(config, made, ranks))
-    with writing_to(made.where.root):
+    with running(made.where.root):
         sampler(made.state, "before", screen)
         outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
         sampler(outcome.state, "after", screen)

@@ -4,6 +4,7 @@ The only place that moves a number off the device. Metrics are read one step lat
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -57,16 +58,22 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         if self.path is not None:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
+
+
+def _line(record: Record) -> str:
+    """A record as a line of JSON, which has no nan and no inf."""
+    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl, null as nan; a last line that a crash cut short is left out."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            records.append({key: math.nan if value is None else value for key, value in json.loads(line).items()})
         except json.JSONDecodeError:
             break
     return records
@@ -76,7 +83,7 @@ def truncate(path: Path, step: int) -> list[Record]:
     """Cut metrics.jsonl back to the records up to `step`, as a resumed run needs; returns them."""
     kept = [record for record in read(path) if record["step"] <= step]
     draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    draft.write_text("".join(_line(record) for record in kept), encoding="utf-8")
     os.replace(draft, path)
     return kept
 

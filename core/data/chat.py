@@ -51,6 +51,8 @@ def reader(
         weights = [_weight(message, roles_to_train, train_on_inputs) for message in talk]
         if not any(weights):
             return spans.Text(rendered, ())
+        if train_on_inputs and all(weight == 1.0 for weight in weights):
+            return spans.Text(rendered, (), whole=True)
         shape, found = _locate(rendered, bare, weights, layout, where)
         turns = _turns(found, weights, train_on_eos, whole=train_on_inputs)
         return spans.Text(rendered, turns, whole=train_on_inputs, cut=sum(weights[i] > 0 for i in shape.cut))
@@ -62,7 +64,7 @@ def conversation(row: dict, where: str) -> list[dict]:
     """The row's messages with `role` and `content`, checked. Errors: ValueError naming row, message, field and what is there."""
     field = next((name for name in FIELDS if row.get(name) is not None), None)
     if field is None:
-        raise ValueError(f"{where} has no field messages (or conversations); it has {', '.join(row) or 'none'}")
+        raise ValueError(f"{where} has no field messages (or conversations); it has {sources.listed(row)}")
     if any(row.get(name) for name in TOOLS):
         raise ValueError(f"{where}: tool definitions are not supported; remove the column or these rows")
     messages = row[field]
@@ -80,7 +82,7 @@ def _message(message: object, where: str) -> dict:
         raise ValueError(f"{where}: tool calls are not supported; remove these rows")
     for names, value in (("role (or from)", role), ("content (or value)", content)):
         if value is None:
-            raise ValueError(f"{where} has no field {names}; it has {', '.join(present) or 'none'}")
+            raise ValueError(f"{where} has no field {names}; it has {sources.listed(present)}")
         if not isinstance(value, str):
             raise ValueError(f"{where}: field {names} is {_kind(value)}, expected text")
     if not isinstance(present.get("reasoning_content", ""), str):
@@ -172,8 +174,7 @@ def _render_one(talk: list[dict], where: str, render: templates.Render) -> str:
     try:
         return render(talk)
     except ValueError as error:
-        roles = ", ".join(message["role"] for message in talk)
-        raise ValueError(f"{where}: {error}; its roles are {roles}") from error
+        raise ValueError(f"{where}: {error}; its roles are {sources.listed(message['role'] for message in talk)}") from error
 
 
 def _kind(value: object) -> str:

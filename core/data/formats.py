@@ -58,7 +58,7 @@ def detect(columns: Sequence[str]) -> str:
         if any(set(needed) <= set(columns) for needed in known.columns):
             return name
     needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in FORMATS.items())
-    raise ValueError(f"no format fits the columns {', '.join(columns) or '(none)'}: {needs}. Rename columns or name the format")
+    raise ValueError(f"no format fits the columns {sources.listed(columns)}: {needs}. Rename columns or name the format")
 
 
 def encode_rows(
@@ -197,5 +197,5 @@ def _nothing(rows: sources.Rows, tally: Report, known: Format, options: dict) ->
     template = " with the given chat template" if options.get("chat_template") else ""
     return (
         f"{rows.name}: not one token to train on in {tally.rows} rows ({reasons}); the first is {sources.where(rows, 0)}, "
-        f"read as {tally.format}{template}, with the fields {', '.join(rows.rows[0])}: {fix}"
+        f"read as {tally.format}{template}, with the fields {sources.listed(rows.rows[0])}: {fix}"
     )

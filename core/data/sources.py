@@ -5,7 +5,7 @@ A source becomes `Rows`: plain dicts, each with its number in the source (1-base
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ def take(rows: Rows, indices: Sequence[int]) -> Rows:
 def columns(rows: Rows) -> list[str]:
     """Every field that some row has, in order of first appearance."""
     return list(dict.fromkeys(key for row in rows.rows for key in row))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Field names or roles in one line of an error: odd ones quoted, "none" for no names."""
+    return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
 
 
 def read(path: str, *, split: str = "train", name: str | None = None, limit: int | None = None) -> Rows:

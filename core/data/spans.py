@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from treetune.core.data import sources
+
 BYTE_SPACE = "\u0120"  # how byte-level vocabularies spell a space
 
 
@@ -88,7 +90,7 @@ def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], wher
     """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
     for name in needed:
         if row.get(name) is None:
-            raise ValueError(f"{where} has no field {name}; it has {', '.join(row) or 'none'}")
+            raise ValueError(f"{where} has no field {name}; it has {sources.listed(row)}")
     for name in (*needed, *optional):
         if not isinstance(row.get(name, ""), str | None):
             raise ValueError(f"{where}: field {name} is of type {type(row[name]).__name__}, expected text")

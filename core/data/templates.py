@@ -77,7 +77,7 @@ def locate(text: str, messages: Sequence[dict], layout: Layout) -> dict[int, Spa
         content = TAGS.split(messages[message][FIELDS[field]])[piece]
         end = _piece_end(text, position, content, layout.statics[i + 1], final=i + 1 == len(layout.keys))
         if end is None:
-            raise ValueError(f"the template changes the content of message {message + 1} ({messages[message]['role']}) beyond recognition")
+            raise ValueError(f"the template changes the content of message {message + 1} beyond recognition")
         found.append((position, end))
         position = end + len(layout.statics[i + 1])
     return {i: _span(place, found, layout) for i, place in layout.places.items() if isinstance(place, Place)}
@@ -127,18 +127,16 @@ def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list
         prompt, shown = _try_split(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
-    parts = TAGS.split(marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0])
-    own = ["".join(parts[k:]) for k in range(len(parts))]
+    own = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
-    kept = [len(text) for head in own for text in (head, head.lstrip()) if before.endswith(text)]
+    kept = [len(text) for text in (own, own.lstrip()) if before.endswith(text)]
     return max(kept + [len(before) - opened.start() if opened else 0])
 
 
 def _trail(message: dict, last: Key, after: str) -> int:
     """Length of what the content itself has after its last piece: a tag, blanks."""
-    parts = TAGS.split(message[FIELDS[last[1]]].partition(_marker(last))[2])
-    own = ["".join(parts[:k]) for k in range(len(parts) + 1)]
-    return max(len(text) for tail in own for text in (tail, tail.rstrip()) if after.startswith(text))
+    own = message[FIELDS[last[1]]].partition(_marker(last))[2]
+    return max(len(text) for text in (own, own.rstrip(), "") if after.startswith(text))
 
 
 def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:
@@ -163,7 +161,7 @@ def _try_split(marked: list[dict], render: Render, **options) -> tuple[list[str]
 
 
 def _split(text: str) -> tuple[list[str], list[Key]]:
-    return MARKERS.sub(MARKER, text).split(MARKER), _keys(text)
+    return re.split(MARKER + r"m\d+f\d+p\d+e", text), _keys(text)
 
 
 def _keys(text: str) -> list[Key]:

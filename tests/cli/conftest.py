@@ -32,6 +32,7 @@ class Tiny(NamedTuple):
     model: Path
     other: Path  # another width
     same: Path  # the same sizes, other weights
+    untied: Path  # a head of its own
     bare: Path  # no chat template
     long: Path  # 2048 positions
     chat: Path
@@ -91,6 +92,7 @@ def tiny(tmp_path_factory) -> Tiny:
         write_model(root / "model"),
         write_model(root / "other", hidden_size=48),
         write_model(root / "same", seed=2),
+        write_model(root / "untied", tied=False),
         write_model(root / "bare", template=None),
         write_model(root / "long", max_positions=2048),
         write_rows(root / "chat.jsonl", chats(24)),

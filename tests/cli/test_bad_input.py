@@ -9,7 +9,9 @@ import torch
 CASES = {
     "unknown command": lambda t, d: (["sfft"], "unknown command 'sfft'", "did you mean sft"),
     "missing file": lambda t, d: (sft(t, "--data", "nope.jsonl"), "nope.jsonl: no such file"),
-    "broken json": lambda t, d: (sft(t, "--data", text(d, "bad.jsonl", '{"text": "a"}\n\n{"text": oops}\n')), "bad.jsonl line 3", "broken JSON"),
+    "broken json": lambda t, d: (
+        sft(t, "--data", text(d, "bad.jsonl", '{"text": "a"}\n\n{"text": oops}\n')), "bad.jsonl line 3", "broken JSON"
+    ),
     "not utf-8": lambda t, d: (sft(t, "--data", raw(d, "bad.jsonl", b'{"text": "\xff"}\n')), "bad.jsonl line 1", "UTF-8"),
     "empty file": lambda t, d: (sft(t, "--data", text(d, "empty.jsonl", "")), "empty.jsonl has no rows"),
     "row without field": lambda t, d: (
@@ -59,7 +61,7 @@ CASES = {
     "config nothing": lambda t, d: (yaml(d, "lora_r:\n"), "c.yaml: lora_r has no value"),
     "config of another command": lambda t, d: (yaml(d, "lora_r: 4\n", "pretrain"), "c.yaml", "unknown key 'lora_r'"),
     "config ignored": lambda t, d: (yaml(d, "adapter: none\nlora_r: 4\n"), "--lora-r would be ignored", "adapter is none"),
-    "target matches nothing": lambda t, d: (sft(t, "--lora-target-modules", "qproj"), "'qproj' matches no parameter", r"layers\.\d\.q_proj"),
+    "target matches nothing": lambda t, d: (sft(t, "--lora-target-modules", "qproj"), "'qproj' matches no par", r"layers\.\d\.q_proj"),
     "target is no regex": lambda t, d: (sft(t, "--lora-target-modules", "q_(proj"), "not a regular expression"),
     "layer out of range": lambda t, d: (sft(t, "--lora-layers", 0, 7), r"layers \[7\]", "0 to 1"),
     "module to save": lambda t, d: (sft(t, "--lora-modules-to-save", "head_lm"), "'head_lm' matches no parameter", "lm_head"),
@@ -87,7 +89,7 @@ CASES = {
     "resume nothing": lambda t, d: (sft(t, "--resume", "runs/x"), "runs/x is not a checkpoint"),
     "resume and overwrite": lambda t, d: (sft(t, "--resume", "auto", "--overwrite"), "resume or overwrite"),
     "output is a file": lambda t, d: (sft(t, "--output-dir", text(d, "out", "x")), "out"),
-    "output is not empty": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent), "out already holds files", "--overwrite"),
+    "output is not empty": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent), "out already holds", "--overwrite"),
     "output is not ours": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent, "--overwrite"), "not deleting it"),
     "resume in a foreign folder": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent, "--resume", "auto"), "no run"),
     "info of nothing": lambda t, d: (["info", "nope"], "nope is not a folder"),
@@ -98,6 +100,7 @@ CASES = {
     "merge onto a folder": lambda t, d: (["merge", "a", text(d, "out/x", "x").parent], "out exists"),
     "raw with system": lambda t, d: (["generate", "hi", "--raw", "--system", "s", "--model", t.model], "--system would be ignored"),
     "system refused": lambda t, d: (["generate", "hi", "--system", "s", "--model", refusing(t, d)], "template refuses", "system, user"),
+    "adapter not finite": lambda t, d: (["eval", "--adapter", rotten(t, d), "--data", t.chat], r"not finite: layers\.0\.q_proj\.B"),
     "answer too long": lambda t, d: (["generate", "hi", "--model", t.model, "--max-new-tokens", 999], "999"),
     "empty raw prompt": lambda t, d: (["generate", "", "--raw", "--model", t.model], "prompt is empty"),
     "top_p out of range": lambda t, d: (["generate", "hi", "--model", t.model, "--top-p", 1.5], "top_p"),
@@ -173,6 +176,18 @@ def poisoned(tiny, folder):
     return file.parent
 
 
+def rotten(tiny, folder):
+    """An adapter with a nan."""
+    from treetune.core import lora
+    from treetune.models import adapter, hf
+
+    base = hf.load(tiny.model)
+    tree = lora.init(base.params, ["layers.0.q_proj"], rank=2, seed=0)
+    tree["layers"][0]["q_proj"]["B"][0] = float("nan")
+    adapter.save(folder / "a", tree, family="llama", base=str(tiny.model), rank=2, alpha=4)
+    return folder / "a"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_writes_nothing(case, tiny, kit, here, tune):
     args, *words = CASES[case](tiny, here)
@@ -187,8 +202,8 @@ OUT_OF_RANGE = {
     "weight_decay": (-1,), "warmup_ratio": (1.5, -0.1), "warmup_steps": (-1,), "cosine_min_lr_ratio": (1.1,), "momentum": (1,),
     "label_smoothing": (1, -0.1), "z_loss_coef": (-1,), "neftune_noise_alpha": (-1, "nan"), "num_epochs": (0,), "max_steps": (0,),
     "micro_batch_size": (0,), "gradient_accumulation_steps": (0,), "sequence_len": (0,), "max_rows": (0,), "val_set_size": (-1, 1.5, "nan"),
-    "lora_r": (0, -3), "lora_alpha": (0, "nan"), "lora_dropout": (1, -0.1), "loraplus_lr_ratio": (0,), "eval_steps": (0,), "save_steps": (0,),
-    "save_total_limit": (0, -1), "logging_steps": (0,), "early_stopping_patience": (0,), "loss_watchdog_patience": (0,),
+    "lora_r": (0, -3), "lora_alpha": (0, "nan"), "lora_dropout": (1, -0.1), "loraplus_lr_ratio": (0,), "eval_steps": (0,),
+    "save_steps": (0,), "save_total_limit": (0, -1), "logging_steps": (0,), "early_stopping_patience": (0,), "loss_watchdog_patience": (0,),
     "loss_watchdog_threshold": (0,), "sample_tokens": (0,),
 }  # fmt: skip
 VALUES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
@@ -229,9 +244,13 @@ def test_option_that_would_be_ignored_is_refused(args, name, reason, kit, here, 
     assert kit.listing(here) == set()
 
 
-@pytest.mark.parametrize(("rows", "name"), [("text", "train-on-eos last"), ("text", "overlong drop"), ("text", "train-on-inputs"),
-                                            ("text", "roles-to-train user"), ("alpaca", "roles-to-train user"), ("alpaca", "train-on-eos all"),
-                                            ("alpaca", "chat-template x")])  # fmt: skip
+OF_OTHER_ROWS = [
+    ("text", "train-on-eos last"), ("text", "overlong drop"), ("text", "train-on-inputs"), ("text", "roles-to-train user"),
+    ("alpaca", "roles-to-train user"), ("alpaca", "train-on-eos all"), ("alpaca", "chat-template x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "name"), OF_OTHER_ROWS)
 @pytest.mark.parametrize("command", ["sft", "eval"])
 def test_option_that_these_rows_would_ignore_is_refused(command, rows, name, kit, tiny, here, tune):
     done = tune(*sft(tiny, "--sequence-len", 255, *f"--{name}".split(), command=command, data=getattr(tiny, rows)))

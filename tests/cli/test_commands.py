@@ -77,6 +77,34 @@ def test_merged_model_evaluates_like_model_and_adapter(adapter, tiny, tune, here
     assert {path.name for path in (here / "merged").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
 
 
+PLACES = {
+    "all but vectors": ["--lora-target-modules", "."],
+    "head": ["--lora-target-modules", "lm_head"],
+    "embedding": ["--lora-target-modules", "embed_tokens", "v_proj"],
+    "whole head": ["--lora-modules-to-save", "lm_head"],
+    "whole embedding": ["--lora-modules-to-save", "embed_tokens"],
+    "whole norms": ["--lora-modules-to-save", "norm"],
+    "one layer": ["--lora-layers", "1"],
+    "rank-stabilised": ["--lora-rslora", "--lora-alpha", "8"],
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("place", PLACES)
+def test_trained_equals_saved_equals_merged(place, tied, kit, tiny, sft, tune, here):
+    """Wherever the adapter sits, the last evaluation of the run, eval of the folder and eval of the merged model agree."""
+    model = tiny.model if tied else tiny.untied
+    done = sft("--model", model, "--val-data", tiny.chat, "--output-dir", "run", "--learning-rate", 0.02, "--max-steps", 3, *PLACES[place])
+    assert done.code == 0, done.err
+    losses = [record["eval/loss"] for record in kit.metrics(here / "run") if "eval/loss" in record]
+    assert losses[-1] < losses[0]
+    data = ["--data", tiny.chat, "--sequence-len", 128]
+    assert math.isclose(number(tune("eval", "--adapter", "run", *data), "loss"), losses[-1], abs_tol=5e-6)
+    merged = tune("merge", "run", "merged")
+    assert merged.code == 0, merged.err
+    assert math.isclose(number(tune("eval", "--model", "merged", *data), "loss"), losses[-1], abs_tol=1e-5)
+
+
 def test_merge_past_the_bound_saves_nothing(kit, adapter, tune, here):
     before = kit.listing(here)
     done = tune("merge", adapter, "merged", "--save-dtype", "bfloat16", "--max-logit-diff", 1e-6)

@@ -17,6 +17,7 @@ RUN = ["--output-dir", "run", "--max-steps", STEPS, "--save-steps", 2, "--eval-s
 KINDS = {
     "lora": [*RUN, "--lora-dropout", 0.2, "--neftune-noise-alpha", 5],
     "full": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--neftune-noise-alpha", 5],
+    "bf16": [*RUN, "--dtype", "bfloat16", "--gradient-checkpointing", "--lora-dropout", 0.2],
     "lion, rows": [*RUN, "--optimizer", "lion", "--no-sample-packing", "--loraplus-lr-ratio", 4, "--lora-modules-to-save", "norm"],
 }
 

@@ -72,7 +72,9 @@ CHANGES = {
     "save_steps": ("files", lambda t: ["--save-steps", 1], []),
     "save_total_limit": ("files", lambda t: ["--save-total-limit", 1], ["--save-steps", 1, "--val-set-size", 0]),
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
-    "early_stopping_patience": ("metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]),
+    "early_stopping_patience": (
+        "metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]
+    ),
     "loss_watchdog_threshold": ("error", lambda t: ["--loss-watchdog-threshold", 0.1], ["--max-steps", 3]),
     "loss_watchdog_patience": (
         "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]

@@ -191,6 +191,22 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_rows(kit, here, sft
     assert checkpoints(here / "runs/sft-001") == ["step_000001"] and not (here / "runs/sft-001/model").exists()
 
 
+def test_records_of_a_failed_step_are_json_all_the_same(here, sft):
+    assert sft("--adapter", "none", "--optimizer", "sgd", "--learning-rate", 1e35, "--max-steps", 5, "--val-set-size", 0).code == 1
+    lines = (here / "runs/sft-001/metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line, parse_constant=pytest.fail) for line in lines][-1]
+    assert last["step"] == 2 and last["skipped"] == 1 and last["grad_norm"] is None
+
+
+def test_out_of_memory_is_one_line_with_the_fix(sft, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+
+    monkeypatch.setattr(loop._Loop, "steps", full)
+    done = sft()
+    assert done.code == 1 and done.err.count("\n") == 1 and "lower micro_batch_size" in done.err and "2 GiB" in done.err
+
+
 def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit, here, sft, monkeypatch):
     """The third step's gradient is poisoned behind a loss that is fine, and the weights are compared bit for bit."""
     seen, make = [], training.setup.objective
@@ -245,116 +261,6 @@ def test_leaf_without_gradient_stops_the_run(sft):
     assert done.code == 1 and "trainable leaves get no gradient" in done.err and "lora.layers.0" in done.err
 
 
-def test_resume_finishes_nothing_that_is_finished(kit, here, sft):
-    assert sft("--output-dir", "a", "--max-steps", 3).code == 0
-    before, samples = kit.metrics(here / "a"), (here / "a/samples.jsonl").read_text()
-    assert sft("--output-dir", "a", "--max-steps", 3, "--resume", "auto").code == 0
-    assert kit.metrics(here / "a") == before and (here / "a/samples.jsonl").read_text() == samples
-
-
-def test_resume_auto_without_a_run_starts_one(here, sft):
-    assert sft("--resume", "auto").code == 0
-    assert checkpoints(here / "runs/sft-001") == ["step_000002"]
-
-
-def test_resume_auto_takes_the_newest_run(kit, here, sft):
-    for _ in range(2):
-        assert sft("--max-steps", 4, "--save-steps", 1, "--save-total-limit", 9).code == 0
-    assert sft("--max-steps", 6, "--resume", "auto").code == 0
-    assert [steps_of(kit.metrics(here / f"runs/sft-00{i}"))[-1] for i in (1, 2)] == [4, 6]
-
-
-def test_resume_after_a_start_without_checkpoint_leaves_no_double_records(kit, here, sft, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(ckpt, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert sft("--output-dir", "a").code == 130
-    assert evals_of(kit.metrics(here / "a")) and not checkpoints(here / "a")
-    assert sft("--output-dir", "a", "--resume", "auto").code == 0
-    records = kit.metrics(here / "a")
-    assert [record["step"] for record in records] == [0, 1, 2, 2]
-    assert len(kit.samples(here / "a")) == 2
-
-
-def test_resume_from_an_older_checkpoint_forgets_what_came_after(kit, here, sft):
-    every = ("--max-steps", 5, "--eval-steps", 1, "--save-total-limit", 9, "--learning-rate", 0.01)
-    assert sft("--output-dir", "whole", *every, "--save-steps", 1).code == 0
-    assert sft("--output-dir", "a", *every, "--save-steps", 1).code == 0
-    done = sft(*every, "--save-steps", 9, "--resume", "a/checkpoints/step_000002")
-    assert done.code == 0 and not (here / "runs").exists()
-    assert kit.same(kit.state(here / "a", 5), kit.state(here / "whole", 5))
-    assert kit.timeless(kit.metrics(here / "a")) == kit.timeless(kit.metrics(here / "whole"))
-
-
-def test_resume_from_an_older_checkpoint_keeps_the_new_ones(here, sft):
-    one = ("--save-total-limit", 2, "--val-set-size", 0)
-    assert sft("--output-dir", "a", "--max-steps", 8, "--save-steps", 4, *one).code == 0
-    assert sft("--max-steps", 6, "--save-steps", 1, *one, "--resume", "a/checkpoints/step_000004").code == 0
-    assert checkpoints(here / "a") == ["step_000005", "step_000006"]
-
-
-def test_resume_into_a_new_folder_leaves_the_old_one_alone(kit, here, sft):
-    assert sft("--output-dir", "a", "--max-steps", 4, "--save-steps", 2).code == 0
-    before = kit.listing(here / "a"), (here / "a/metrics.jsonl").read_bytes()
-    assert sft("--output-dir", "b", "--max-steps", 4, "--resume", "a/checkpoints/step_000002").code == 0
-    assert (kit.listing(here / "a"), (here / "a/metrics.jsonl").read_bytes()) == before
-    assert kit.same(kit.state(here / "a", 4), kit.state(here / "b", 4))
-
-
-OTHERS = {
-    "rank": (["--lora-r", 8], "belongs to another model"),
-    "kind": (["--adapter", "none"], "belongs to another model or method"),
-    "optimiser": (["--optimizer", "sgd"], "belongs to another model or method"),
-    "data": (["--max-rows", 20], "other data, packing or batch options"),
-    "packing": (["--no-sample-packing"], "other data, packing or batch options"),
-    "order": (["--seed", 3], "other data, packing or batch options"),
-    "step": (["--gradient-accumulation-steps", 1], "other data, packing or batch options"),
-}
-
-
-@pytest.mark.parametrize("what", OTHERS)
-def test_resume_of_another_run_is_refused(what, kit, here, sft):
-    args, words = OTHERS[what]
-    assert sft("--output-dir", "a").code == 0
-    before = kit.listing(here), (here / "a/config.yaml").read_bytes()
-    kit.refused(sft("--output-dir", "a", "--resume", "auto", *args), words)
-    assert (kit.listing(here), (here / "a/config.yaml").read_bytes()) == before
-
-
-@pytest.mark.parametrize(
-    ("model", "words"), [("other", "belongs to another model: .* has shape"), ("same", "trained on another base model")]
-)
-def test_resume_on_another_model_is_refused(model, words, kit, tiny, here, sft):
-    assert sft("--output-dir", "a").code == 0
-    kit.refused(sft("--output-dir", "a", "--resume", "a/checkpoints/step_000002", "--model", getattr(tiny, model)), words)
-
-
-def test_resume_into_the_folder_of_another_run_is_refused(kit, here, sft):
-    assert sft("--output-dir", "a").code == sft("--output-dir", "b").code == 0
-    kit.refused(sft("--output-dir", "b", "--resume", "a/checkpoints/step_000002"), "b already holds files", "not of that run")
-
-
-def test_checkpoint_outside_a_run_needs_an_output_dir(kit, here, sft):
-    import shutil
-
-    assert sft("--output-dir", "a").code == 0
-    shutil.copytree(here / "a/checkpoints/step_000002", here / "copies/here/step_000002")
-    kit.refused(sft("--resume", "copies/here/step_000002"), "does not lie in a run folder; give --output-dir")
-    assert not (here / "copies/config.yaml").exists()
-
-
-def test_overwrite_starts_anew(kit, here, sft):
-    assert sft("--output-dir", "a", "--max-steps", 4).code == 0
-    assert sft("--output-dir", "a", "--max-steps", 2, "--overwrite").code == 0
-    assert steps_of(kit.metrics(here / "a")) == [1, 2] and checkpoints(here / "a") == ["step_000002"]
-
-
-def test_refused_overwrite_deletes_nothing(kit, here, sft):
-    assert sft("--output-dir", "a").code == 0
-    before = kit.listing(here)
-    kit.refused(sft("--output-dir", "a", "--overwrite", "--lora-target-modules", "qq"), "matches no parameter")
-    assert kit.listing(here) == before
-
-
 def test_max_steps_goes_past_the_epochs(kit, here, sft):
     assert sft("--max-steps", 9, "--max-rows", 6, "--val-set-size", 0).code == 0
     records = kit.metrics(here / "runs/sft-001")
@@ -394,16 +300,6 @@ def test_model_keeps_the_stop_ids_of_the_one_it_came_from(tiny, sft, tune, here)
     assert sft("--model", model, "--output-dir", "b").code == 0 and tune("merge", "b", "merged").code == 0
     for made in ("runs/sft-001/model", "merged"):
         assert hf.generation_config(here / made)["eos_token_id"] == [5, 256]
-
-
-def test_answers_of_any_characters_survive_a_resume_and_the_report(kit, here, sft, monkeypatch):
-    """Line separators inside a JSON string are not line ends, and files are UTF-8 whatever the locale says."""
-    monkeypatch.setattr(training.finish.prompts, "answers", lambda *_: ["a\u2028b\x85c é \U0001f600 <i>"])
-    assert sft("--output-dir", "a", "--max-steps", 2, "--save-steps", 1, "--save-total-limit", 9).code == 0
-    before = (here / "a/samples.jsonl").read_bytes()
-    assert sft("--max-steps", 2, "--resume", "a/checkpoints/step_000001").code == 0
-    assert (here / "a/samples.jsonl").read_bytes() == before and "é".encode() in before
-    assert "é \U0001f600 &lt;i&gt;" in (here / "a/report.html").read_text(encoding="utf-8")
 
 
 def test_loop_reads_metrics_a_step_late_and_loses_none(kit, here, sft):

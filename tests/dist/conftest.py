@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def torchrun():
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
         where = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         args = [*launcher, *where, *(str(part) for part in command)]
-        return subprocess.run(args, cwd=cwd, env=quiet_env(), capture_output=True, text=True, timeout=TIMEOUT_S)
+        pipe = subprocess.PIPE
+        # A session of its own, so that ranks that hang can be ended with their launcher.
+        running = subprocess.Popen(args, cwd=cwd, env=quiet_env(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        try:
+            out, err = running.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(args, running.returncode, out, err)
 
     return start

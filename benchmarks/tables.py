@@ -1,0 +1,59 @@
+"""Writes RESULTS.md from the JSON files under results/: every number in it is one that a benchmark measured.
+
+python benchmarks/tables.py
+"""
+
+import json
+from pathlib import Path
+
+import harness
+
+HEAD = """# Results
+
+Written by `python benchmarks/tables.py` from `results/*/*.json`: medians of interleaved runs, each in a process of its own.
+"""
+
+
+def step_sft(found: dict) -> str:
+    """One supervised step against TRL."""
+    machine, options = found["machine"], found["options"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"## One supervised LoRA step ({machine['device']})\n",
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        "SmolLM2-135M-Instruct, LoRA r 16 on all linear layers, GSM8K chat rows in file order, "
+        f"{options['rows']} rows a step in micro-batches of {options['micro']}, {options['steps'] - 1} timed steps a run, 3 runs a side.\n",
+        "| dtype | side | supervised tokens/s | step (s) | peak memory (GiB) | first loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        if dtype in found:
+            lines += [_row(dtype, side, found[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT", "trl"))]
+    for dtype in ("float32", "bfloat16"):
+        if dtype in found:
+            ratio, rates = found[dtype]["ratio"], found[dtype]["gemm_gflop_per_s"]
+            products = " and ".join(f"{rate:.0f}" for rate in rates)
+            lines.append(
+                f"\n{dtype}: {ratio['speed']:.2f} x the speed at {ratio['memory']:.2f} x the memory (matrix product: {products} GFLOP/s)."
+            )
+    first = found["command_to_first_step_s"]
+    lines.append(f"\nFrom the command to the end of its first step: {first['ours']:.1f} s against {first['trl']:.1f} s.")
+    return "\n".join(lines) + "\n"
+
+
+def _row(dtype: str, side: str, run: dict) -> str:
+    numbers = f"{run['supervised_tokens_per_s']:.1f} | {run['step_s']:.2f} | {run['peak_gib']:.2f} | {run['first_loss']:.4f}"
+    return f"| {dtype} | {side} | {numbers} |"
+
+
+TABLES = {"step_sft": step_sft}
+
+
+def main() -> None:
+    """Read every result and write the page."""
+    parts = [TABLES[path.stem](json.loads(path.read_text())) for path in sorted(harness.RESULTS.glob("*/*.json")) if path.stem in TABLES]
+    (Path(__file__).parent / "RESULTS.md").write_text("\n".join([HEAD, *parts]))
+
+
+if __name__ == "__main__":
+    main()
