@@ -106,7 +106,8 @@ def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -
     stepper = step.make_step(
         objective, optimizer, schedule=setup.schedule(optim, peak, total), clip=optim.max_grad_norm or None, mesh=ranks.mesh
     )
-    meta = {"base_digest": digest, "stream": loader.digest(corpus.lengths(data.train), accum=accum, world=ranks.world, **plan)}
+    # Any number of ranks may continue a run, as long as a step takes as many micro-batches.
+    meta = {"base_digest": digest, "stream": loader.digest(corpus.lengths(data.train), step=accum * ranks.world, **plan)}
     epochs = optim.num_epochs if optim.max_steps is None else 10**9
     batches = stream(data.train, make, seed=optim.seed, on_ranks=ranks, epochs=epochs, accum=accum, plan=plan)
     evaluate = evaluator(held, data.val, make, ranks, batching)

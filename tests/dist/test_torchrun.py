@@ -35,8 +35,9 @@ def _args(place, output, accumulation, *more):
         "model": place / "model", "data": place / "rows.jsonl", "output-dir": output, "gradient-accumulation-steps": accumulation,
         "sequence-len": 64, "micro-batch-size": 1, "max-steps": 4, "lora-r": 3, "lora-dropout": 0.1, "learning-rate": 0.02,
         "device": "cpu", "val-set-size": 4, "sample-prompt": "Row", "sample-tokens": 3, "save-steps": 2,
+        "save-total-limit": 9,
     }  # fmt: skip
-    return ["sft", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
+    return ["sft", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *map(str, more)]
 
 
 def _losses(run) -> list[float]:
@@ -67,6 +68,18 @@ def test_two_ranks_leave_the_adapter_of_one(place, alone, torchrun, sharding):
     first, last = (load_file(path / "checkpoints" / "step_000004" / "state.safetensors") for path in (alone, run))
     assert first.keys() == last.keys() and all(torch.allclose(first[name], last[name], rtol=1e-4, atol=1e-5) for name in first)
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+
+
+def test_one_rank_continues_what_two_sharded_ranks_began(place, alone, torchrun):
+    from treetune.cli import main
+
+    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, place / "begun", 2, "--sharding", "full"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    resume = place / "begun" / "checkpoints" / "step_000002"
+    assert main.main(_args(place, place / "ended", 4, "--resume", resume)) == 0
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, place / "ended"))
+    assert all((leaf - two[name]).abs().max() <= 1e-5 for name, leaf in one.items())
+    assert main.main(_args(place, place / "other", 3, "--resume", resume)) == 2, "another number of micro-batches in a step"
 
 
 def test_bad_input_is_said_once_per_rank_and_ends_the_job(place, torchrun):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from treetune.core.data import chat, formats, sources, spans
+from treetune.core.data import chat, formats, sources
 
 TEMPLATE_NAMES = (
     "chatml default_system llama3 llama2 mistral gemma phi3 zephyr qwen3 deepseek cohere glm channels vicuna".split()
@@ -124,7 +124,7 @@ CONTENTS = st.lists(PIECES, min_size=1, max_size=7).map("".join).filter(lambda t
 
 
 def test_ids_and_masks_of_random_contents(variants, compare):
-    @settings(max_examples=15000, deadline=None)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     @given(
         contents=st.lists(CONTENTS, min_size=2, max_size=4),
         template=st.sampled_from(TEMPLATE_NAMES),
@@ -190,6 +190,19 @@ def test_a_prompt_that_is_no_prefix_still_masks_the_answer(templates, tokenizer)
     tokenizer.chat_template = templates["deepseek"]  # its generation prompt opens <think>, its history has none
     doc = encode(TALKS["single"], tokenizer)[0][0]
     assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "It is 4.</s>"
+
+
+def test_tags_that_only_the_template_writes_stay_out(tokenizer):
+    """It drops old reasoning, writes an empty pair of tags instead, and opens one in the generation prompt."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think></think>' + m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    assert trained(TALKS["reasoning"], tokenizer, chat_template=template) == [
+        ("\n\nthe answer<|im_end|>", 1.0),
+        ("\n\nIt is 4.<|im_end|>", 1.0),
+    ]
 
 
 def test_reasoning_field_is_trained_with_its_tags(templates, tokenizer):
@@ -311,96 +324,3 @@ def test_one_rendering_per_row_and_one_per_shape(tokenizer, monkeypatch):
     formats.encode_rows(sources.from_list(rows), tokenizer)
     batched = [talks for talks in rendered if isinstance(talks[0], list)]
     assert sum(map(len, batched)) == 1000 and len(rendered) - len(batched) <= 3
-
-
-BAD_ROWS = {
-    "no field": ({"prompt": "a", "answer": "b"}, "row 2 has no field messages .*it has prompt, answer"),
-    "empty": ({"messages": []}, "row 2: messages is empty"),
-    "text": ({"messages": "hello"}, "row 2: messages is of type str, expected a list"),
-    "message": ({"messages": ["hello"]}, "row 2: message 1 is of type str"),
-    "no role": ({"messages": [{"content": "a", "name": "b"}]}, "row 2: message 1 has no field role .*it has content, name"),
-    "no content": ({"messages": [{"role": "user"}]}, "row 2: message 1 has no field content .*it has role"),
-    "null content": ({"messages": [{"role": "user", "content": None}]}, "row 2: message 1 has no field content"),
-    "number": ({"messages": [{"role": "user", "content": 4}]}, "row 2: message 1: field content .*is of type int, expected text"),
-    "train": ({"messages": [{"role": "user", "content": "a", "train": "no"}]}, "row 2: message 1: train is 'no'"),
-    "weight": ({"messages": [{"role": "user", "content": "a", "weight": -1}]}, "row 2: message 1: weight is -1"),
-    "nan": ({"messages": [{"role": "user", "content": "a", "weight": float("nan")}]}, "row 2: message 1: weight is nan"),
-    "tools": ({"messages": TALKS["single"], "tools": [{"name": "f"}]}, "row 2: tool definitions are not supported"),
-    "calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "row 2: message 1: tool calls are not supported"),
-    "surrogate": ({"messages": talk(("user", "\ud800"), ("assistant", "a"))}, "row 2: not valid Unicode"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_are_named(case, tokenizer):
-    row, message = BAD_ROWS[case]
-    with pytest.raises(ValueError, match=message):
-        formats.encode_rows(sources.from_list([{"messages": TALKS["single"]}, row]), tokenizer, format="chat")
-
-
-def test_template_that_refuses_a_row(templates, tokenizer):
-    tokenizer.chat_template = templates["llama2"]
-    rows = sources.from_list([{"messages": TALKS["single"]}, {"messages": talk(("assistant", "a"), ("user", "b"))}], "data.jsonl")
-    with pytest.raises(ValueError, match="data.jsonl row 2: the chat template refuses .*roles must alternate.* roles are assistant, user"):
-        formats.encode_rows(rows, tokenizer)
-
-
-def test_tokenizer_without_template(build_tokenizer, variants):
-    with pytest.raises(ValueError, match="no chat template .*chat_template"):
-        encode(TALKS["single"], build_tokenizer(variants["byte"]))
-
-
-def test_tokenizer_without_offsets():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ValueError, match="Slow gives no character offsets"):
-        spans.marks(Slow())
-
-
-UNKNOWN_SPANS = {
-    "changes blanks": ("{% for m in messages %}{{ m.content.replace(' ', '_') + '<|im_end|>' }}{% endfor %}", "beyond recognition"),
-    "changes letters": ("{% for m in messages %}{{ m.content | upper + '<|im_end|>' }}{% endfor %}", "different text around"),
-    "leaves out a role": (
-        "{% for m in messages if m.role != 'user' %}{{ m.content + '<|im_end|>' }}{% endfor %}",
-        r"message 1 \(role 'user'\) is not rendered",
-    ),
-    "repeats": ("{% for m in messages %}{{ m.content + m.content + '<|im_end|>' }}{% endfor %}", "rendered more than once"),
-    "depends on the content": (
-        "{% for m in messages %}{{ ('short: ' if m.content | length < 12 else 'long: ') + m.content + '<|im_end|>' }}{% endfor %}",
-        "different text around|beyond recognition",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNKNOWN_SPANS)
-def test_spans_that_cannot_be_known_are_errors(case, tokenizer):
-    template, message = UNKNOWN_SPANS[case]
-    with pytest.raises(ValueError, match=message):
-        encode(TALKS["single"], tokenizer, chat_template=template)
-
-
-def test_options_are_checked(tokenizer):
-    for options, message in [
-        ({"train_on_eos": "never"}, "train_on_eos is 'never': expected one of turn, all, last"),
-        ({"roles_to_train": "assistant"}, "roles_to_train is the text 'assistant'"),
-        ({"train_on_inputs": True, "train_on_eos": "last"}, "train_on_inputs trains every token already"),
-        ({"field": "text"}, "format chat takes no field; it takes chat_template"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            encode(TALKS["single"], tokenizer, **options)
-
-
-def test_blank_answers_are_nothing_to_train_on(tokenizer):
-    rows = [
-        {"messages": talk(("user", "a"), ("assistant", ""))},
-        {"messages": talk(("user", "a"), ("assistant", " \n"))},
-        {"messages": TALKS["single"]},
-    ]
-    docs, report = formats.encode_rows(sources.from_list(rows), tokenizer)
-    assert [doc.row for doc in docs] == [3] and report.dropped == {"nothing to train on": 2}
-
-
-def test_roles_are_mapped():
-    messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}, "row 1")
-    assert [message["role"] for message in messages] == ["user", "narrator"]
