@@ -266,7 +266,7 @@ def test_documents_are_plain_arrays(tokenizer):
 @pytest.mark.parametrize(
     ("name", "count", "kind"),
     [
-        ("gsm8k_train_sample", 800, "chat"),
+        ("gsm8k_train_sample", 400, "chat"),
         ("gsm8k_test_sample", 100, "chat"),
         ("alpaca", 5, "alpaca"),
         ("text", 5, "completion"),
