@@ -57,6 +57,12 @@ def ranks(on: torch.device) -> Ranks:
     return Ranks(torch.distributed.get_rank(), world, shard.mesh(on.type, data=world))
 
 
+def wait_for_all(where: Ranks) -> None:
+    """Return when every rank has come this far."""
+    if where.world > 1:
+        torch.distributed.barrier()
+
+
 def compute_dtype(name: str, on: torch.device) -> torch.dtype:
     """The dtype for an option: auto is bfloat16 on CUDA, float32 on CPU."""
     return DTYPES.get(name, torch.bfloat16 if on.type == "cuda" else torch.float32)

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+import torch
 
 from treetune.cli import training
-from treetune.core import ckpt
+from treetune.core import ckpt, observe
 
 
 def steps_of(records):
@@ -37,6 +38,24 @@ def test_resume_auto_takes_the_newest_run(kit, here, sft):
         assert sft("--max-steps", 4, "--save-steps", 1, "--save-total-limit", 9).code == 0
     assert sft("--max-steps", 6, "--resume", "auto").code == 0
     assert [steps_of(kit.metrics(here / f"runs/sft-00{i}"))[-1] for i in (1, 2)] == [4, 6]
+
+
+def test_resume_remembers_how_many_evaluations_were_bad(kit, here, sft, monkeypatch):
+    losses = iter([5.0, 4.0, 4.5, 4.6, 1.0])
+    monkeypatch.setattr(training, "evaluator", lambda *_: lambda state: {"loss": torch.tensor(next(losses))})
+    args = ("--output-dir", "a", "--max-steps", 9, "--eval-steps", 1, "--save-steps", 1, "--early-stopping-patience", 2)
+    push = observe.Recorder.push
+
+    def interrupted(self, index, metrics):
+        if index == 3:
+            raise KeyboardInterrupt
+        return push(self, index, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(observe.Recorder, "push", interrupted)
+        assert sft(*args).code == 130
+    done = sft(*args, "--resume", "auto")
+    assert done.code == 0 and "not improved in 2 evaluations" in done.out and steps_of(kit.metrics(here / "a")) == [1, 2, 3]
 
 
 def test_resume_after_a_start_without_checkpoint_leaves_no_double_records(kit, here, sft, monkeypatch):

@@ -160,11 +160,11 @@ def test_save_limit_of_one_without_evaluation(here, sft):
 
 
 def test_early_stop_after_patience_evaluations(kit, here, sft, scripted):
-    scripted([5.0, 4.0, 4.5, 4.0, 3.0])
+    scripted([5.0, 4.0, 4.5, 3.9, 4.2, 3.9, 1.0])
     done = sft("--max-steps", 9, "--eval-steps", 1, "--save-steps", 9, "--early-stopping-patience", 2)
     root = here / "runs/sft-001"
     assert done.code == 0 and "eval/loss has not improved in 2 evaluations" in done.out
-    assert steps_of(kit.metrics(root)) == [1, 2, 3] and checkpoints(root) == ["step_000001", "step_000003"]
+    assert steps_of(kit.metrics(root)) == [1, 2, 3, 4, 5] and checkpoints(root) == ["step_000003", "step_000005"]
     assert (root / "adapter").is_dir() and (root / "report.html").exists()
 
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from treetune.core import tree
 
+STEADY = settings(deadline=None, derandomize=True)  # the same examples on every machine, however busy
 KEYS = st.text("abc_", min_size=1, max_size=3)
 # Lists hold whole nodes, as the layers of a model do; an empty node has no path and so cannot come back.
 TREES = st.recursive(st.integers(), lambda t: st.dictionaries(KEYS, t, min_size=1, max_size=3) | st.lists(t, min_size=1, max_size=3))
@@ -12,6 +13,7 @@ NODES = st.dictionaries(KEYS, TREES, min_size=1, max_size=3)
 MODEL = {"embed": 1, "layers": [{"q_proj": 2, "k_proj": 3}, {"q_proj": 4, "k_proj": 5}], "norm": 6}
 
 
+@STEADY
 @given(NODES)
 def test_items_and_from_items_are_inverse(value):
     assert tree.from_items(tree.items(value)) == value
@@ -23,6 +25,7 @@ def test_paths_join_keys_and_indices_with_dots():
     assert tree.leaves(MODEL) == [1, 2, 3, 4, 5, 6]
 
 
+@STEADY
 @given(NODES)
 def test_map_keeps_nodes_and_pairs_leaves(value):
     doubled = tree.map(lambda x: 2 * x, value)
@@ -45,6 +48,7 @@ def test_select_keeps_list_positions():
     assert tree.select(MODEL, "nothing") == {}
 
 
+@STEADY
 @given(NODES, NODES)
 def test_merge_has_the_leaves_of_both_and_over_wins(under, over):
     assume(not _mixed(under, over))  # where a list meets a dict, `over` replaces the node

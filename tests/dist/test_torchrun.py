@@ -54,11 +54,24 @@ def alone(place):
     return place / "alone"
 
 
+@pytest.fixture(scope="module")
+def pair(place, torchrun):
+    """pair(sharding) -> the run folder of two ranks, made once."""
+    made = {}
+
+    def get(sharding):
+        if sharding not in made:
+            args = _args(place, place / sharding, 2, "--sharding", sharding)
+            made[sharding] = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
+        assert made[sharding].returncode == 0, made[sharding].stderr
+        return place / sharding
+
+    return get
+
+
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_leave_the_adapter_of_one(place, alone, torchrun, sharding):
-    run = place / sharding
-    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, run, 2, "--sharding", sharding), cwd=place)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
+    run = pair(sharding)
     one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (alone, run))
     assert one.keys() == two.keys() and len(one) == 2 * 2 * 7
     for name, leaf in one.items():
@@ -70,12 +83,10 @@ def test_two_ranks_leave_the_adapter_of_one(place, alone, torchrun, sharding):
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
 
 
-def test_one_rank_continues_what_two_sharded_ranks_began(place, alone, torchrun):
+def test_one_rank_continues_what_two_sharded_ranks_began(place, alone, pair):
     from treetune.cli import main
 
-    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, place / "begun", 2, "--sharding", "full"), cwd=place)
-    assert done.returncode == 0, done.stderr
-    resume = place / "begun" / "checkpoints" / "step_000002"
+    resume = pair("full") / "checkpoints" / "step_000002"
     assert main.main(_args(place, place / "ended", 4, "--resume", resume)) == 0
     one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, place / "ended"))
     assert all((leaf - two[name]).abs().max() <= 1e-5 for name, leaf in one.items())
