@@ -216,6 +216,8 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
         progress = Progress(**meta["progress"] | {"cursor": Cursor(*meta["progress"]["cursor"])})
     loop = _Loop(job, where, options, screen, progress)
     if job.rank == 0 and meta is not None:
+        if any(path.name > f"step_{int(state.step):06d}" for path in ckpt.steps(where.checkpoints)):
+            screen.warn(f"back to step {int(state.step)}: the later checkpoints and records of {where.root} are dropped")
         loop.recorder.history += rundir.rewind(where, int(state.step))
     loop.saved = int(state.step) if meta is not None else None
     with _signals(screen) as seen:

@@ -143,6 +143,7 @@ def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
         screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps)
         made = assemble(command, config, given, load_model, screen, ranks)
         sampler = finish.sampler(config, made)
+    setup.wait_for_all(ranks)  # every rank has looked at the folder before one makes it
     if ranks.rank == 0:
         with checking_input():
             described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is

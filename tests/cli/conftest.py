@@ -6,8 +6,10 @@ Everything is written once per session and never changed; each test runs in an e
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -132,7 +134,7 @@ def tune(here, capsys):
 
 
 @pytest.fixture
-def forked(here):
+def forked(here, monkeypatch):
     """forked(prepare, "sft", ...) -> Done of a command in a process of its own, forked from this one: `prepare()` may break things.
 
     The code of a process that a signal killed is minus its number. A fork starts in no time; a few tests start a fresh process instead.
@@ -145,6 +147,7 @@ def forked(here):
         return main.main([str(arg) for arg in args])
 
     def run(prepare, *args) -> Done:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not live through a fork
         if (pid := os.fork()) == 0:
             code = 99
             try:
@@ -155,7 +158,14 @@ def forked(here):
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        until = time.monotonic() + 120
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            time.sleep(0.005)
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                pytest.fail("the forked command hangs")
+        code = os.waitstatus_to_exitcode(ended[1])
         return Done(code, *((here / name).read_text() for name in (".out", ".err")))
 
     return run

@@ -75,6 +75,7 @@ def test_resume_from_an_older_checkpoint_forgets_what_came_after(kit, here, sft)
     assert sft("--output-dir", "a", *every, "--save-steps", 1).code == 0
     done = sft(*every, "--save-steps", 9, "--resume", "a/checkpoints/step_000002")
     assert done.code == 0 and not (here / "runs").exists()
+    assert "back to step 2: the later checkpoints and records of" in done.out
     assert kit.same(kit.state(here / "a", 5), kit.state(here / "whole", 5))
     assert kit.timeless(kit.metrics(here / "a")) == kit.timeless(kit.metrics(here / "whole"))
 

@@ -302,6 +302,14 @@ def test_model_keeps_the_stop_ids_of_the_one_it_came_from(tiny, sft, tune, here)
         assert hf.generation_config(here / made)["eos_token_id"] == [5, 256]
 
 
+def test_run_on_a_terminal_computes_the_same_under_a_progress_bar(kit, here, sft, monkeypatch):
+    assert sft("--output-dir", "plain", "--max-steps", 4).code == 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = sft("--output-dir", "bar", "--max-steps", 4)
+    assert done.code == 0 and "\x1b[" in done.out and "4/4" in done.out
+    assert kit.timeless(kit.metrics(here / "bar")) == kit.timeless(kit.metrics(here / "plain"))
+
+
 def test_loop_reads_metrics_a_step_late_and_loses_none(kit, here, sft):
     assert sft("--max-steps", 5, "--logging-steps", 3).code == 0
     assert steps_of(kit.metrics(here / "runs/sft-001")) == [1, 2, 3, 4, 5]
