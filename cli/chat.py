@@ -13,7 +13,7 @@ def run(config: Chat, given: frozenset[str]) -> int:
     start = [{"role": "system", "content": config.system}] if config.system else []
     with checking_input():
         options = setup.with_base(config.model, config.adapter.adapter, given)
-        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}])
         model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         stop = setup.stop_ids(options, tokenizer)

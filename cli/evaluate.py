@@ -20,7 +20,7 @@ def run(config: Eval, given: frozenset[str]) -> int:
         ranks = setup.ranks(on)
         screen = Screen(quiet=ranks.rank > 0)
         options = setup.with_base(config.model, config.adapter.adapter, given)
-        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         parts = corpus.read_all(config.data.data, config.data)
         names = corpus.formats_of(parts, config.data)
         parse.refuse_ignored(given, corpus.ignored(config.data, set(names)))

@@ -88,6 +88,8 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained:
         path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,
     )  # fmt: skip
+    if getattr(config.data, "chat_template", None) is not None:
+        rundir.write(path / setup.TEMPLATE, made.tokenizer.chat_template)
     return path
 
 

@@ -18,7 +18,7 @@ def run(config: Generate, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         options = setup.with_base(config.model, config.adapter.adapter, given)
-        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         ids = _prompt_ids(config, tokenizer)
         model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         drawn = decode.sample(

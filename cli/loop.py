@@ -81,7 +81,7 @@ class _Loop:
         self.job, self.run, self.options, self.screen, self.progress = job, run, options, screen, progress
         self.recorder = observe.Recorder(run.metrics if job.rank == 0 else None, self._derive)
         self.fired: set[str] = set()
-        self.over, self.saved, self.ends = 0, None, None
+        self.over, self.saved = 0, None
         self.previous: list = []
 
     def _derive(self, record: dict) -> dict:
@@ -173,33 +173,41 @@ class _Loop:
     def steps(self, state: TrainState, seen: list[int]) -> Outcome:
         """Run to the last step, or to a reason to stop."""
         first, begun, total, stopped = int(state.step), time.perf_counter(), self.job.total_steps, None
-        stream = self.job.batches(self.progress.cursor) if first < total else iter(())
         mark = begun
-        for index, (micro_batches, cursor) in enumerate(stream, first + 1):
+        for index, (micro_batches, cursor) in enumerate(self.job.batches(self.progress.cursor) if first < total else (), first + 1):
             state, metrics = self.job.step(state, micro_batches)
             now = time.perf_counter()
             done = self.recorder.push(index, metrics | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
             mark, eta_s = now, (now - begun) / (index - first) * (total - index)
             self.record(done, state, eta_s)
-            self.previous, ended = micro_batches, cursor.epoch != self.progress.cursor.epoch
+            self.previous, epoch_ended = micro_batches, cursor.epoch != self.progress.cursor.epoch
             self.progress = self.progress._replace(cursor=cursor)
-            last = index == total or _any_rank(bool(seen), index, self.job)
-            if last or self._due(index, ended, self.options.eval_steps) or self._due(index, ended, self.options.save_steps):
-                self.record(self.recorder.flush(), state, eta_s)
-                if index == total or self._due(index, ended, self.options.eval_steps):
-                    stopped = self.evaluate(state)
-                if last or stopped or self._due(index, ended, self.options.save_steps):
-                    self.save(state)
-                mark = time.perf_counter()
-            if last or stopped:
+            leaving = _any_rank(bool(seen), index, self.job)
+            if leaving or index == total or self._due(index, epoch_ended):
+                stopped, mark = self._pause(state, index, epoch_ended, leaving, eta_s), time.perf_counter()
+            if leaving or index == total or stopped:
                 break
         if seen and int(state.step) < total:
             stopped = "interrupted"
         return Outcome(state, self.progress, stopped, seen[0] if seen else None, self.recorder.history)
 
-    @staticmethod
-    def _due(index: int, epoch_ended: bool, every: int | None) -> bool:
-        return epoch_ended if every is None else index % every == 0
+    def _pause(self, state: TrainState, index: int, epoch_ended: bool, leaving: bool, eta_s: float) -> str | None:
+        """Catch up with the metrics, then evaluate and save as is due; why to stop, if the evaluation says so."""
+        self.record(self.recorder.flush(), state, eta_s)
+        last, stopped = index == self.job.total_steps, None
+        if last or _on(index, epoch_ended, self.options.eval_steps):
+            stopped = self.evaluate(state)
+        if last or leaving or stopped or _on(index, epoch_ended, self.options.save_steps):
+            self.save(state)
+        return stopped
+
+    def _due(self, index: int, epoch_ended: bool) -> bool:
+        return _on(index, epoch_ended, self.options.eval_steps) or _on(index, epoch_ended, self.options.save_steps)
+
+
+def _on(index: int, epoch_ended: bool, every: int | None) -> bool:
+    """Whether something that happens `every` so many steps (None: at each epoch's end) happens now."""
+    return epoch_ended if every is None else index % every == 0
 
 
 def _any_rank(flag: bool, step: int, job: Job) -> bool:

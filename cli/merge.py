@@ -53,7 +53,7 @@ def run(config: Merge, given: frozenset[str]) -> int:
             raise ValueError(f"{output} exists; name a folder that does not")
         options = setup.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
         options = options if config.model is None else setup.renamed(options, config.model)
-        tokenizer = setup.load_tokenizer(options, say=screen.line)
+        tokenizer = setup.load_tokenizer(options, config.adapter, say=screen.line)
         model, used = setup.load_adapted(options, config.adapter, on=torch.device("cpu"), say=screen.line)
         plain = merged(model, used, setup.DTYPES[config.save_dtype])
         with torch.no_grad():

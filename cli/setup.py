@@ -16,6 +16,7 @@ from treetune.losses import sft, supervised
 from treetune.models import Model, adapter, gguf, hf, logprobs
 from treetune.models.dense import Neftune
 
+TEMPLATE = "chat_template.jinja"  # in an adapter folder that was trained with a template of its own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -118,13 +119,16 @@ def load_adapter(path: str, model: Model) -> tuple[lora.Lora, Params, adapter.In
     return found, whole, info
 
 
-def load_tokenizer(options: ModelOptions, *, say=print):
-    """The tokenizer of the model an option names."""
+def load_tokenizer(options: ModelOptions, adapter_path: str | None = None, *, say=print):
+    """The tokenizer of the model an option names, with the chat template that an adapter was trained with, if it has its own."""
     path = fetch.resolve(options.model, say=say, revision=options.revision)
     try:
-        return (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+        tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
     except Exception as error:  # the tokenizers package raises bare Exceptions
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
+    if adapter_path is not None and (own := adapter_folder(adapter_path) / TEMPLATE).is_file():
+        tokenizer.chat_template = own.read_text()
+    return tokenizer
 
 
 def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int) -> Trees:
@@ -251,7 +255,10 @@ def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:
 
 def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:
     """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side."""
-    scale = rules(options.lr_rules, "lr-rules") + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
+    factors = rules(options.lr_rules, "lr-rules")
+    if frozen := [regex for regex, factor in factors if not factor > 0]:
+        raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
+    scale = factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
     common = {"weight_decay": options.weight_decay, "decay": rules(options.weight_decay_rules, "weight-decay-rules"), "lr_scale": scale}
     if options.optimizer == "sgd":
         return optim.sgd(momentum=options.momentum, **common)
@@ -276,5 +283,8 @@ def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:
 
 
 def model_name(options: ModelOptions) -> str:
-    """How files should name the base model: a local path absolute, anything else as given."""
-    return str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
+    """How files should name the base model: a local path absolute, a known name by its hub id, anything else as given."""
+    if Path(options.model).exists():
+        return str(Path(options.model).resolve())
+    short = fetch.known_name(options.model)
+    return fetch.MODELS[short].hub_id if short else options.model

@@ -61,6 +61,7 @@ def refuse(hf: dict, **expected: object) -> None:
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def config_base(hf: dict, **extra: object) -> Config:
@@ -70,6 +71,9 @@ def config_base(hf: dict, **extra: object) -> Config:
     """
     if absent := [name for name in _SIZES if name not in hf]:
         raise ValueError(f"config.json has no {', '.join(absent)}; expected the config.json of a {hf.get('model_type')} causal LM")
+    for name in (*_SIZES, *(name for name in _OPTIONAL_SIZES if hf.get(name) is not None)):
+        if type(hf[name]) is not int or hf[name] < 1:
+            raise ValueError(f"config.json has {name}={hf[name]!r}; expected a whole number from 1 up")
     rope = dict(hf.get("rope_parameters") or {}) | dict(hf.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
     heads = hf["num_attention_heads"]

@@ -64,9 +64,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a folder that holds {path.name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
+    return found
 
 
 def write_json(path: Path, value: dict) -> None:

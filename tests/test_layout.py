@@ -168,3 +168,10 @@ def test_no_text_names_a_machine():
     assert hits == []
     docs = [path for path in _texts() if path.suffix == ".md"]
     assert [_name(path) for path in docs if "/tmp/" in path.read_text()] == []
+
+
+def test_every_failure_in_the_docs_names_a_test_that_exists():
+    named = re.findall(r"`(tests/\S+?)::(\w+)`", (ROOT / "docs" / "failures.md").read_text())
+    assert len(named) >= 25
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
