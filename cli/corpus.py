@@ -86,6 +86,14 @@ def read_all(paths: tuple[str, ...], options: RowOptions | PretrainData) -> list
     return [sources.read(path, split=options.split, limit=options.max_rows) for path in paths]
 
 
+def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str]) -> tuple[list[Doc], list[str]]:
+    """All documents of the data sets and a line about each, for commands that hold nothing out."""
+    parts = read_all(options.data, options)
+    names = formats_of(parts, options)
+    parse.refuse_ignored(given, ignored(options, set(names)))
+    return encode_all(parts, names, options, tokenizer, "rows of")
+
+
 def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: frozenset[str]) -> Corpus:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
     if not options.data:

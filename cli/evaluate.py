@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from treetune.cli import corpus, parse, setup, training
+from treetune.cli import corpus, setup, training
 from treetune.cli.errors import checking_input
 from treetune.cli.options import Eval, LossOptions
 from treetune.cli.screen import Screen, peak_memory_gib
@@ -21,10 +21,7 @@ def run(config: Eval, given: frozenset[str]) -> int:
         screen = Screen(quiet=ranks.rank > 0)
         options = setup.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
-        parts = corpus.read_all(config.data.data, config.data)
-        names = corpus.formats_of(parts, config.data)
-        parse.refuse_ignored(given, corpus.ignored(config.data, set(names)))
-        docs, lines = corpus.encode_all(parts, names, config.data, tokenizer, "rows of")
+        docs, lines = corpus.read_and_encode(config.data, tokenizer, given=given)
         model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
         corpus.check_fits(docs, config.data.sequence_len, model.cfg)
     for line in lines:

