@@ -1,9 +1,13 @@
 """One thread for all tests: their tensors are small, and two cores serve two processes better than four threads."""
 
+import contextlib
 import os
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  torch.compile fails when something imported distutils before it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
