@@ -78,10 +78,11 @@ def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
         ignored |= {"cosine_min_lr_ratio": f"the schedule is {optim.lr_scheduler}"}
     if config.loss.loss != "nll":
         ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
-    if not config.data.val_data and not config.data.val_set_size:
+    held = config.data.val_data or getattr(config.data, "test_datasets", ())
+    if not held and not config.data.val_set_size:
         ignored |= {name: "nothing is held out" for name in ("eval_steps", "early_stopping_patience")}
-    if config.data.val_data:
-        ignored |= {"val_set_size": "val_data is given"}
+    if held:
+        ignored |= {"val_set_size": "val_data is given" if config.data.val_data else "test_datasets is given"}
     if run.loss_watchdog_threshold is None:
         ignored |= {"loss_watchdog_patience": "there is no loss_watchdog_threshold"}
     if run.sample_prompt == "":

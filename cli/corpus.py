@@ -1,11 +1,12 @@
 """From data options to documents: read, split, encode, and say what became of the rows."""
 
-from pathlib import Path
+import inspect
+import json
 from typing import NamedTuple
 
 from treetune.cli import parse
 from treetune.cli.options import DataOptions, PretrainData, RowOptions
-from treetune.core.data import formats, loader, sources
+from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
@@ -18,97 +19,156 @@ class Corpus(NamedTuple):
     first_row: dict | None
     format: str
     lines: list[str]
+    weights: list[float] | None = None  # how often each training document is read in an epoch; None: once
 
 
-def template(text: str | None) -> str | None:
-    """Jinja text, or what a .jinja file holds."""
-    if text is None or not text.endswith((".jinja", ".jinja2")):
-        return text
-    if not Path(text).is_file():
-        raise ValueError(f"chat template file {text} does not exist")
-    return Path(text).read_text(encoding="utf-8")
+class Part(NamedTuple):
+    """The rows of one data set, their format, and the encoder's options that were given for this data set alone."""
+
+    rows: sources.Rows
+    format: str
+    options: dict
+    weight: float
+    digest: str  # of the bytes and choices behind the rows; empty where nothing is kept
+
+
+SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}
+OWN_KEYS = {"path", "type", "train_on_split", "weight"}
+
+
+def _part(entry: dict, options: RowOptions | PretrainData) -> Part:
+    """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
+    source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
+    if "train_on_split" in entry:
+        source["split"] = entry["train_on_split"]
+    rows = sources.read(entry.get("path"), **source)
+    own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS | OWN_KEYS}
+    own |= entry["type"] if isinstance(entry.get("type"), dict) else {}
+    kept = getattr(options, "dataset_prepared_path", None) is not None
+    return Part(rows, _format(entry, options, rows), own, _weight(entry), sources.digest(entry.get("path"), **source) if kept else "")
+
+
+def _weight(entry: dict) -> float:
+    weight = entry.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise ValueError(f"the weight of {entry.get('path')} is {weight!r}; expected a number above 0: 2 reads its rows twice an epoch")
+    return float(weight)
+
+
+def _format(entry: dict, options: RowOptions | PretrainData, rows: sources.Rows) -> str:
+    """As named for the data set, else for all, else by the columns. Found before any split: a part may lack a column."""
+    if isinstance(options, PretrainData):
+        return "completion"
+    if "type" in entry and entry["type"] is None:
+        return "pretokenised"
+    if isinstance(entry.get("type"), dict):
+        return "user_defined"
+    named = entry.get("type") or (None if options.format == "auto" else options.format)
+    return formats.detect(sources.columns(rows)) if named is None else formats.ALIASES.get(named, named)
+
+
+def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: RowOptions | PretrainData) -> list[Part]:
+    """The data sets named by paths, or listed with options of their own."""
+    return [_part(entry, options) for entry in listed or [{"path": path} for path in paths]]
+
+
+FOR_ROWS = ("chat_template", "roles_to_train", "train_on_eos", "train_on_inputs")  # options of all data sets that formats may take
 
 
 def _encoding(options: RowOptions | PretrainData, name: str) -> dict:
-    """The encoder's options that this format takes."""
+    """Those of the options of all data sets that this format takes."""
     if isinstance(options, PretrainData):
         return {"field": options.text_column}
-    if name == "completion":
-        return {}
-    if name == "alpaca":
-        return {"train_on_inputs": options.train_on_inputs}
-    chat = {"roles_to_train": options.roles_to_train, "train_on_eos": options.train_on_eos, "train_on_inputs": options.train_on_inputs}
-    return chat | {"chat_template": template(options.chat_template)}
-
-
-def _format(options: RowOptions | PretrainData, rows: sources.Rows) -> str:
-    if isinstance(options, PretrainData):
-        return "completion"
-    return formats.detect(sources.columns(rows)) if options.format == "auto" else options.format
+    return {key: getattr(options, key) for key in FOR_ROWS if key in formats.takes(name)}
 
 
 def ignored(options: RowOptions | PretrainData, names: set[str]) -> dict[str, str]:
     """Options that rows of these formats would ignore, with the reason."""
-    out = {}
     if isinstance(options, PretrainData):
-        return out
-    if "chat" not in names:
-        out |= {key: "the rows are not chats" for key in ("chat_template", "roles_to_train", "train_on_eos")}
-    if names == {"completion"}:
-        out |= {"train_on_inputs": "every token of raw text is trained on", "overlong": "raw text is split, not dropped"}
-    return out
+        return {}
+    taken, listed = {key for name in names for key in formats.takes(name)}, ", ".join(sorted(names))
+    out = {key: f"rows of format {listed} do not take it" for key in FOR_ROWS if key not in taken}
+    if options.datasets:
+        out |= {key: "datasets is given" for key in ("data", "format")}
+    return out | ({"overlong": "raw text is split, not dropped"} if names == {"completion"} else {})
 
 
-def _encode(rows: sources.Rows, name: str, options: RowOptions | PretrainData, tokenizer) -> tuple[list[Doc], formats.Report]:
-    overlong = "split" if name == "completion" else options.overlong
-    encoding = _encoding(options, name)
-    return formats.encode_rows(rows, tokenizer, format=name, sequence_len=options.sequence_len, overlong=overlong, **encoding)
+class Encoded(NamedTuple):
+    """Documents of several data sets, with rows numbered through and the weight of each, a line about each set, and its report."""
+
+    docs: list[Doc]
+    weights: list[float] | None
+    lines: list[str]
+    reports: list[formats.Report]
 
 
-def encode_all(parts: list[sources.Rows], names: list[str], options, tokenizer, label: str) -> tuple[list[Doc], list[str]]:
-    """Documents of several data sets, in the named formats, with rows numbered through, and a line about each."""
-    docs, lines, offset = [], [], 0
-    for rows, name in zip(parts, names, strict=True):
-        found, report = _encode(rows, name, options, tokenizer)
+def encode_all(parts: list[Part], options: RowOptions | PretrainData, tokenizer, label: str) -> Encoded:
+    """Encode each data set in its format with the options of all and its own."""
+    docs, lines, reports, counts, offset = [], [], [], [], 0
+    for part in parts:
+        found, report, kept = _encode(part, options, tokenizer)
         docs += [doc._replace(row=doc.row + offset) for doc in found]
-        offset += max(rows.numbers, default=0) + 1
-        lines.append(f"{label} {rows.name}: {formats.describe(report)}")
-    return docs, lines
+        offset += max(part.rows.numbers, default=0) + 1
+        lines.append(f"{label} {part.rows.name}: {formats.describe(report)}{' (prepared earlier)' * kept}")
+        reports.append(report)
+        counts.append(len(found))
+    return Encoded(docs, loader.document_weights(counts, [part.weight for part in parts]), lines, reports)
 
 
-def formats_of(parts: list[sources.Rows], options: RowOptions | PretrainData) -> list[str]:
-    """The format of each data set, as named or by its columns. Found before any split: a part may lack a column."""
-    return [_format(options, rows) for rows in parts]
+def _encode(part: Part, options: RowOptions | PretrainData, tokenizer) -> tuple[list[Doc], formats.Report, bool]:
+    """Documents and report of one data set, and whether they were prepared earlier."""
+    given = _encoding(options, part.format) | part.options
+    lengths_ = {"sequence_len": options.sequence_len, "overlong": "split" if part.format == "completion" else options.overlong}
+    root = getattr(options, "dataset_prepared_path", None)
+    key = ""
+    if root is not None:
+        choices = {"format": part.format, "given": given, "numbers": part.rows.numbers, **lengths_}
+        template = chat_templates.resolve(tokenizer, given["chat_template"]) if given.get("chat_template") else None
+        key = cache.key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
+        if (found := cache.load(root, key)) is not None:
+            return *found, True
+    docs, report = formats.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_)
+    if root is not None:
+        cache.save(root, key, docs, report)
+    return docs, report, False
 
 
-def read_all(paths: tuple[str, ...], options: RowOptions | PretrainData) -> list[sources.Rows]:
-    """The rows of each named file or data set."""
-    return [sources.read(path, split=options.split, limit=options.max_rows) for path in paths]
+def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part], list[str]]:
+    """The data sets without repeated rows, training rows first, and a line where rows went."""
+    parts = train + held
+    rows, gone = dedup.exact([part.rows for part in parts])
+    parts = [part._replace(rows=kept) for part, kept in zip(parts, rows, strict=True)]
+    lines = [f"{part.rows.name}: {count} repeated rows left out" for part, count in zip(parts, gone, strict=True) if count]
+    train, held = ([part for part in side if part.rows.rows] for side in (parts[: len(train)], parts[len(train) :]))
+    return train, held, lines
 
 
-def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str]) -> tuple[list[Doc], list[str]]:
-    """All documents of the data sets and a line about each, for commands that hold nothing out."""
-    parts = read_all(options.data, options)
-    names = formats_of(parts, options)
-    parse.refuse_ignored(given, ignored(options, set(names)))
-    return encode_all(parts, names, options, tokenizer, "rows of")
+def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str]) -> Encoded:
+    """All documents of the data sets, for commands that hold nothing out."""
+    parts = read_all(options.data, options.datasets, options)
+    parse.refuse_ignored(given, ignored(options, {part.format for part in parts}))
+    parts, _, lines = _unique(parts, []) if options.dataset_exact_deduplication else (parts, [], [])
+    found = encode_all(parts, options, tokenizer, "rows of")
+    return found._replace(lines=lines + found.lines)
 
 
 def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: frozenset[str]) -> Corpus:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
     if not options.data:
         raise ValueError("no training data: give --data at least one file or data set")
-    parts, held = read_all(options.data, options), read_all(options.val_data, options)
-    names, held_names = formats_of(parts, options), formats_of(held, options)
-    parse.refuse_ignored(given, ignored(options, {*names, *held_names}))
+    listed, tests = getattr(options, "datasets", ()), getattr(options, "test_datasets", ())
+    parts, held = read_all(options.data, listed, options), read_all(options.val_data, tests, options)
+    parse.refuse_ignored(given, ignored(options, {part.format for part in parts + held}))
+    unique = getattr(options, "dataset_exact_deduplication", False)
+    parts, held, repeated = _unique(parts, held) if unique else (parts, held, [])
     if not held and options.val_set_size:
         size = options.val_set_size if options.val_set_size < 1 else int(options.val_set_size)
-        pairs = [sources.val_split(rows, size, seed) for rows in parts]
-        parts, held, held_names = [train for train, _ in pairs], [val for _, val in pairs], names
-    train, lines = encode_all(parts, names, options, tokenizer, "train")
-    val, val_lines = encode_all(held, held_names, options, tokenizer, "held out")
-    first = held[0].rows[0] if held else None
-    return Corpus(train, val, first, (held_names or names)[0], lines + val_lines)
+        pairs = [sources.val_split(part.rows, size, seed) for part in parts]
+        held = [part._replace(rows=val) for part, (_, val) in zip(parts, pairs, strict=True)]
+        parts = [part._replace(rows=train) for part, (train, _) in zip(parts, pairs, strict=True)]
+    train, val = encode_all(parts, options, tokenizer, "train"), encode_all(held, options, tokenizer, "held out")
+    first = held[0].rows.rows[0] if held else None
+    return Corpus(train.docs, val.docs, first, (held or parts)[0].format, repeated + train.lines + val.lines, train.weights)
 
 
 def check_fits(docs: list[Doc], sequence_len: int, cfg: Config) -> None:

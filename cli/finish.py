@@ -81,16 +81,24 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained:
         path = made.where.root / "model"
         dtype = model.cfg.dtype
         kept = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), model.params))
-        hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model))
+        hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model, made.tokenizer))
         return path
     info, path = made.trees.info, made.where.root / "adapter"
     adapter.save(
         path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,
+        **_carried(config, made.tokenizer),
     )  # fmt: skip
-    if getattr(config.data, "chat_template", None) is not None:
-        rundir.write(path / setup.TEMPLATE, made.tokenizer.chat_template)
     return path
+
+
+def _carried(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """What of the tokenizer an adapter folder must hold, because the base model's is another."""
+    start, words = config.adapter.lora_model_dir, config.vocabulary
+    if words.special_tokens or words.tokens or (start is not None and setup.has_tokenizer(start)):
+        return {"tokenizer": tokenizer}
+    own = config.data.chat_template is not None or (start is not None and (setup.adapter_folder(start) / adapter.TEMPLATE).is_file())
+    return {"template": tokenizer.chat_template} if own else {}
 
 
 def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:

@@ -68,6 +68,6 @@ def run(config: Merge, given: frozenset[str]) -> int:
                 f"the merged logits differ by up to {found.largest:.3g}, more than max_logit_diff {config.max_logit_diff}: not saved; "
                 "keep the adapter apart, save in float32, or raise the bound"
             )
-        hf.save(output, plain, tokenizer=tokenizer, generation=setup.generation_config(options))
+        hf.save(output, plain, tokenizer=tokenizer, generation=setup.generation_config(options, tokenizer))
     screen.line(f"saved {output}")
     return 0

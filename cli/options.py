@@ -4,33 +4,45 @@ Field names are the YAML keys; flags are the same with dashes. Text under a fiel
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, Suppress, arg
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelName:
     """Model."""
 
     model: str = "smollm2-135m-instruct"
     """Folder, .gguf file, known name or Hugging Face id of the model to start from."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(ModelName):
+    """Model."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is one."""
 
 
+# A list of mappings: written in a config file, never as flags.
+Listed = Annotated[tuple[dict[str, Any], ...], Suppress, Fixed]
+
+
 @dataclass(frozen=True)
 class RowOptions:
-    """Data."""
+    """Data. A config file may have `datasets`, a list of mappings with `path`, `type` and the options of that format, instead of `data`."""
 
+    datasets: Listed = ()
+    """Data sets with options of their own."""
     data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
-    format: Literal["auto", "chat", "alpaca", "completion"] = "auto"
-    """Row format; auto detects it from the columns and prints it."""
+    format: str = "auto"
+    """Row format: chat, alpaca, completion, input_output, pretokenised, jeopardy, ...; auto goes by the columns and prints it."""
     split: str = "train"
     """Split of a Hugging Face data set."""
     max_rows: int | None = None
@@ -42,25 +54,49 @@ class RowOptions:
     sample_packing: bool = True
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
     chat_template: str | None = None
-    """Jinja text, or a .jinja file, used instead of the tokenizer's own chat template."""
+    """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
     roles_to_train: tuple[str, ...] = ("assistant",)
     """Roles whose turns are supervised."""
     train_on_eos: Literal["turn", "all", "last"] = "turn"
     """Which end-of-turn tokens are supervised: of trained turns, of all turns, or of the last turn only."""
     train_on_inputs: bool = False
     """Supervise every token, prompts included."""
+    dataset_exact_deduplication: bool = False
+    """Leave out rows that repeat an earlier row, and held-out rows that are trained on; counted."""
+    dataset_prepared_path: str | None = None
+    """Folder to keep encoded rows in; a later run with the same data, tokenizer, template and options reads them from there."""
 
 
 @dataclass(frozen=True)
 class DataOptions(RowOptions):
-    """Data."""
+    """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
 
+    test_datasets: Listed = ()
+    """Data sets to evaluate on, with options of their own."""
     val_data: tuple[str, ...] = ()
     """Files or data sets to evaluate on, instead of a part of the training rows."""
     val_set_size: float = 0.1
     """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
     shuffle: bool = True
     """Shuffle the rows anew every epoch."""
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """Vocabulary."""
+
+    special_tokens: tuple[str, ...] = ()
+    """NAME=TEXT pairs that set bos_token, eos_token, unk_token, pad_token and so on; in a file also a mapping."""
+    tokens: tuple[str, ...] = ()
+    """Texts to add as tokens. New tokens get rows that train: with an adapter, embed_tokens (and lm_head) train whole beside it."""
+
+
+@dataclass(frozen=True)
+class VocabularyOptions(TokenOptions):
+    """Vocabulary."""
+
+    embedding_multiple: int | None = None
+    """Grow the embeddings to a multiple of this many rows; 32 or 64 suit tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +223,7 @@ class Sft:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -231,6 +268,7 @@ class Pretrain:
 
     model: PretrainModel = field(default_factory=PretrainModel)
     data: PretrainData = field(default_factory=PretrainData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
@@ -323,8 +361,8 @@ class Merge:
 class Preprocess:
     """Show what a training run would read: counts, lengths, and which tokens are supervised."""
 
-    model: str = "smollm2-135m-instruct"
-    """Model whose tokenizer and chat template are used."""
+    model: ModelName = field(default_factory=ModelName)
+    vocabulary: TokenOptions = field(default_factory=TokenOptions)
     data: RowOptions = field(default_factory=RowOptions)
     micro_batch_size: int = 2
     """Micro-batches of micro_batch_size * sequence_len tokens, for the packing figure."""

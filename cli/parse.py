@@ -16,6 +16,8 @@ from typing import Any
 
 from treetune.cli.errors import BadInput
 
+PAIRS = frozenset({"special_tokens"})  # lists of NAME=VALUE, which a config file may also hold as a mapping
+LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 Parsed = tuple[Any, frozenset[str]]
 
 
@@ -40,10 +42,22 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
     from_file = {key: value for key, value in (_read_yaml(path, known) if path else {}).items() if key not in given}
-    args = [arg for key, value in from_file.items() for arg in _as_args(key, value, path, known[key])]
-    parsed = _run_tyro(command, config, args + argv)
+    listed = {key: _listed(key, from_file[key], path) for key in LISTED & from_file.keys()}
+    args = [arg for key, value in from_file.items() if key not in LISTED for arg in _as_args(key, value, path, known[key])]
+    parsed = _with_listed(_run_tyro(command, config, args + argv), listed)
     values = flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != known[key]})
+
+
+def _listed(key: str, value: Any, path: str | None) -> tuple[dict, ...]:
+    """A list of mappings, each with a `path`."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) and ("path" in item or "data_files" in item) for item in value):
+        raise BadInput(f"{path}: {key} must be a list of mappings with a path each, such as `- path: rows.jsonl`")
+    return tuple(value)
+
+
+def _with_listed(parsed: Any, listed: dict[str, tuple]) -> Any:
+    return dataclasses.replace(parsed, data=dataclasses.replace(parsed.data, **listed)) if listed else parsed
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -81,6 +95,8 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
             raise BadInput(
                 f"unknown option {flag}{nearest(flag, ['--' + key.replace('_', '-') for key in known])}; see treetune {command} --help"
             )
+        if name in LISTED:
+            raise BadInput(f"{name} is a list of mappings: write it in a file and give --config, or use --data")
         if name in given:
             raise BadInput(f"option {flag} is given twice")
         given.add(name)
@@ -120,12 +136,21 @@ def _as_args(key: str, value: Any, path: str, default: Any) -> list[str]:
         return [flag if value else f"--no-{flag[2:]}"]
     if value is None and default is not None:
         raise BadInput(f"{path}: {key} has no value; give one or remove the line")
+    if key in PAIRS and isinstance(value, dict):
+        value = _pairs(key, value, path)
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list) for item in items):
         raise BadInput(f"{path}: {key} must be a value or a list of values, got {value!r}")
     if isinstance(value, list):
         return [flag, *(str(item) for item in items)]
     return [f"{flag}={value}"]  # in one piece, because a text may begin with dashes
+
+
+def _pairs(key: str, value: dict, path: str | None) -> list[str]:
+    """A mapping of texts as NAME=TEXT."""
+    if wrong := [name for name, text in value.items() if not isinstance(text, str)]:
+        raise BadInput(f"{path}: {key} has {value[wrong[0]]!r} for {wrong[0]}; expected a text, in quotes where it looks like a number")
+    return [f"{name}={text}" for name, text in value.items()]
 
 
 def _run_tyro(command: str, config: type, args: list[str]) -> Any:

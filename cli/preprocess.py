@@ -10,9 +10,10 @@ from rich.text import Text
 
 from treetune.cli import corpus, parse, report, rundir, setup
 from treetune.cli.errors import checking_input
-from treetune.cli.options import ModelOptions, Preprocess
+from treetune.cli.options import Preprocess
 from treetune.cli.screen import Screen
 from treetune.core.data import loader
+from treetune.core.data.formats import Report
 from treetune.core.data.spans import Doc
 
 BINS, BAR = 12, 40
@@ -61,6 +62,15 @@ def summary(docs: list[Doc], config: Preprocess) -> dict[str, str]:
     return rows
 
 
+def by_role(reports: list[Report]) -> str:
+    """Tokens and supervised tokens by who wrote them, over all data sets."""
+    totals: dict[str, list[int]] = {}
+    for role, tokens, trained in (entry for report_ in reports for entry in report_.roles):
+        have = totals.setdefault(role, [0, 0])
+        totals[role] = [have[0] + tokens, have[1] + trained]
+    return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, (tokens, trained) in totals.items() if tokens)
+
+
 def coloured(doc: Doc, tokenizer) -> Text:
     """The document's text: supervised tokens green, those at another weight yellow, the rest dim."""
     styles = {"on": "black on green", "half": "black on yellow", "off": "dim"}
@@ -83,9 +93,10 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     screen, start = Screen(), time.perf_counter()
     with checking_input():
         parse.refuse_ignored(given, {} if config.html else {"html_rows": "there is no --html"})
-        tokenizer = setup.load_tokenizer(ModelOptions(model=config.model), say=screen.line)
-        docs, lines = corpus.read_and_encode(config.data, tokenizer, given=given)
-        rows = summary(docs, config)
+        words = setup.load_words(config.model, config.vocabulary, say=screen.line)
+        tokenizer = words.tokenizer
+        docs, _, lines, reports = corpus.read_and_encode(config.data, tokenizer, given=given)
+        rows = summary(docs, config) | {"by role": by_role(reports)}
         if config.html:
             rundir.write(Path(config.html), page(config, docs, tokenizer, rows))
     for line in lines:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import fetch
-from treetune.cli.options import AdapterOptions, LossOptions, ModelOptions, OptimOptions
+from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
 from treetune.core import check, lora, optim, param, shard, tree
+from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
-from treetune.models import Model, adapter, gguf, hf, logprobs
+from treetune.models import Model, adapter, gguf, hf, logprobs, resize
 from treetune.models.dense import Neftune
 
-TEMPLATE = "chat_template.jinja"  # in an adapter folder that was trained with a template of its own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,6 +35,15 @@ class Trees(NamedTuple):
     frozen: Params
     lora: lora.Lora | None
     info: adapter.Info | None
+
+
+class Words(NamedTuple):
+    """The tokenizer of a run, the tokens that it was given, the tokens it had before, and those that the model must hold (0: any)."""
+
+    tokenizer: Any
+    added: list[str]
+    before: int
+    needed: int
 
 
 def device(name: str) -> torch.device:
@@ -107,8 +116,24 @@ def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, s
     model, _ = load_model(options, on=on, say=say)
     if path is None:
         return model, None
+    model = _as_trained(model, options, path)
     found, whole, _ = load_adapter(path, model)
     return model._replace(params=tree.merge(model.params, whole)), found
+
+
+def _as_trained(model: Model, options: ModelOptions, path: str) -> Model:
+    """The model with the vocabulary rows that an adapter was trained with, whether more or fewer than its own."""
+    found = adapter.rows(adapter_folder(path), model.family)
+    if found is None:
+        return resize.resize(model, len(load_tokenizer(options, path)) if has_tokenizer(path) else 0)
+    if found < model.cfg.vocab_size:
+        _check_rows(path, found, len(load_tokenizer(options, path)))
+    return resize.resize(resize.cut(model, found), found)
+
+
+def _check_rows(path: str, found: int, tokens: int) -> None:
+    if found < tokens:
+        raise ValueError(f"{path} has {found} rows of vocabulary and its tokenizer {tokens} tokens: the adapter is of another model")
 
 
 def load_adapter(path: str, model: Model) -> tuple[lora.Lora, Params, adapter.Info]:
@@ -119,28 +144,80 @@ def load_adapter(path: str, model: Model) -> tuple[lora.Lora, Params, adapter.In
     return found, whole, info
 
 
-def load_tokenizer(options: ModelOptions, adapter_path: str | None = None, *, say=print):
-    """The tokenizer of the model an option names, with the chat template that an adapter was trained with, if it has its own."""
-    path = fetch.resolve(options.model, say=say, revision=options.revision)
+def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say=print):
+    """The tokenizer of the model an option names, or the one, or the chat template, that an adapter was trained with and carries."""
+    own = adapter_path is not None and has_tokenizer(adapter_path)
+    path = adapter_folder(adapter_path) if own else fetch.resolve(options.model, say=say, revision=options.revision)
     try:
         tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
     except Exception as error:  # the tokenizers package raises bare Exceptions
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
-    if adapter_path is not None and (own := adapter_folder(adapter_path) / TEMPLATE).is_file():
-        tokenizer.chat_template = own.read_text()
+    if adapter_path is not None and (template := adapter_folder(adapter_path) / adapter.TEMPLATE).is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 
 
-def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int) -> Trees:
-    """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them."""
+def has_tokenizer(adapter_path: str) -> bool:
+    """Whether an adapter carries a tokenizer of its own."""
+    return (adapter_folder(adapter_path) / adapter.TOKENIZER).is_file()
+
+
+def load_words(model: ModelName, options: TokenOptions, start: str | None = None, *, say=print) -> Words:
+    """The tokenizer of a run: that of the model, or of the adapter it starts from, with special and extra tokens as asked."""
+    plain = load_tokenizer(model, start, say=say)
+    special = named_texts(options.special_tokens, "special-tokens")
+    tokenizer, added = vocabulary.apply(plain, special_tokens=special, tokens=options.tokens)
+    whole = special or options.tokens or (start is not None and has_tokenizer(start))
+    return Words(tokenizer, added, len(plain), len(tokenizer) if whole else 0)
+
+
+def with_rows(model: Model, words: Words, options: VocabularyOptions, start: str | None = None) -> Model:
+    """The model with a row for every token that was asked for, and for every row of the adapter that the run starts from."""
+    rows = None if start is None else adapter.rows(adapter_folder(start), model.family)
+    if rows is not None:
+        _check_rows(start, rows, words.before)
+    return resize.resize(model, max(words.needed, rows or 0), multiple=options.embedding_multiple)
+
+
+def describe_rows(words: Words, before: Model, after: Model) -> str:
+    """What became of the vocabulary, in a line; nothing where it is as it was."""
+    texts = f"{len(words.added)} tokens added ({' '.join(words.added[:8])}{' ...' * (len(words.added) > 8)})" if words.added else ""
+    old, new = before.cfg.vocab_size, after.cfg.vocab_size
+    return ", ".join(part for part in (texts, f"{old} rows grown to {new}" if new > old else "") if part)
+
+
+def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_rows: bool = False, say=print) -> Trees:
+    """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them.
+
+    With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter.
+    """
     if options.lora_model_dir is not None:
-        found, whole, info = load_adapter(options.lora_model_dir, model)
+        found, whole, info = _started(model, options.lora_model_dir)
     else:
         found, whole, info = _fresh(model, options, name=name, seed=seed)
-    whole = tree.merge(whole_modules(model, options.lora_modules_to_save), whole)
+    also = _vocabulary_leaves(model, options, whole, info, say=say) if new_rows else ()
+    whole = tree.merge(whole_modules(model, options.lora_modules_to_save + also), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)])
     params = {"lora": tree.map(_trained, on_device(found.tree, model))} | ({"model": tree.map(_trained, whole)} if whole else {})
     return Trees(params, {"model": model.params}, found._replace(dropout=options.lora_dropout), info)
+
+
+def _started(model: Model, path: str) -> tuple[lora.Lora, Params, adapter.Info]:
+    """An adapter to train further, its vocabulary grown to that of the model."""
+    rows = adapter.rows(adapter_folder(path), model.family)
+    found, whole, info = load_adapter(path, model if rows is None else resize.cut(model, rows))
+    return found, resize.grown(whole, model.cfg.vocab_size), info
+
+
+def _vocabulary_leaves(model: Model, options: AdapterOptions, whole: Params, info: adapter.Info, *, say) -> tuple[str, ...]:
+    """Regular expressions of the leaves with a row per token that are not trained whole yet."""
+    named = [path for path, _ in tree.items(whole_modules(model, options.lora_modules_to_save))]
+    missing = [name for name in resize.LEAVES if name in model.params and name not in (*named, *whole)]
+    if low := [name for name in missing if name in info.paths]:
+        raise ValueError(f"the vocabulary has new rows, so {low[0]} trains whole: leave it out of --lora-target-modules")
+    if missing:
+        say(f"the vocabulary has new rows: {' and '.join(missing)} train whole beside the adapter and are saved with it")
+    return tuple(f"^{name}$" for name in missing)
 
 
 def _fresh(model: Model, options: AdapterOptions, *, name: str, seed: int) -> tuple[lora.Lora, Params, adapter.Info]:
@@ -162,9 +239,14 @@ def stop_ids(options: ModelOptions, tokenizer) -> list[int]:
     return hf.stop_ids(fetch.resolve(options.model, revision=options.revision), tokenizer)
 
 
-def generation_config(options: ModelOptions) -> dict:
-    """The generation_config.json of the model an option names, which a model made from it keeps."""
-    return hf.generation_config(fetch.resolve(options.model, revision=options.revision))
+def generation_config(options: ModelOptions, tokenizer) -> dict:
+    """The generation_config.json of the model an option names, for a model made from it with this tokenizer."""
+    found = hf.generation_config(fetch.resolve(options.model, revision=options.revision))
+    own = {name: value for name in ("bos_token_id", "pad_token_id") if name in found and (value := getattr(tokenizer, name)) is not None}
+    if found.get("eos_token_id") is not None:
+        named = found["eos_token_id"] if isinstance(found["eos_token_id"], list) else [found["eos_token_id"]]
+        own["eos_token_id"] = found["eos_token_id"] if tokenizer.eos_token_id in (*named, None) else [tokenizer.eos_token_id, *named]
+    return found | own
 
 
 def on_device(params: Params, model: Model) -> Params:
@@ -250,6 +332,17 @@ def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:
             out.append((regex, float(value)))
         except ValueError:
             raise ValueError(f"--{option} takes REGEX=NUMBER, got {text!r}") from None
+    return out
+
+
+def named_texts(texts: tuple[str, ...], option: str) -> dict[str, str]:
+    """NAME=TEXT texts as a mapping."""
+    out: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in out:
+            raise ValueError(f"--{option} takes NAME=TEXT, each name once, got {text!r}")
+        out[name] = value
     return out
 
 

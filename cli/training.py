@@ -9,7 +9,7 @@ from treetune.cli import corpus, finish, loop, parse, rundir, setup
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
-from treetune.core.data import loader, pack
+from treetune.core.data import chat_templates, loader, pack
 from treetune.core.state import TrainState
 from treetune.models import Model
 from treetune.ops import attention, noise
@@ -71,18 +71,28 @@ def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict):
 def assemble(command: str, config: Any, given: frozenset[str], load_model, screen: Screen, ranks: setup.Ranks) -> Assembly:
     """All of a run's parts from its options; reads everything, writes nothing."""
     where = rundir.choose(command, config.run)
-    tokenizer = setup.load_tokenizer(config.model, say=screen.line)
-    if (own := getattr(config.data, "chat_template", None)) is not None:
-        tokenizer.chat_template = corpus.template(own)  # sample answers and a saved model use it too
+    has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
+    start = config.adapter.lora_model_dir if has_adapter else None
+    words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
+    tokenizer = words.tokenizer
     data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given)
+    if (own := getattr(config.data, "chat_template", None)) is not None:
+        # sample answers and a saved model use it too
+        tokenizer.chat_template = chat_templates.resolve(tokenizer, own) or tokenizer.chat_template
     for text in data.lines:
         screen.line(text)
     on = setup.device(config.model.device)
-    model = load_model(on)
+    base = load_model(on)
+    model = setup.with_rows(base, words, config.vocabulary, start)
+    changed = setup.describe_rows(words, base, model)
+    if changed:
+        screen.line(changed)
     corpus.check_fits(data.train + data.val, config.data.sequence_len, model.cfg)
-    has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
-    name = setup.model_name(config.model)
-    trees = setup.adapted(model, config.adapter, name=name, seed=config.optim.seed) if has_adapter else setup.full(model)
+    if has_adapter:
+        name, seed = setup.model_name(config.model), config.optim.seed
+        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
+    else:
+        trees = setup.full(model)
     digest = ckpt.digest(trees.frozen.get("model", {})) if trees.frozen else ""
     trees = setup.place(trees, model, ranks, config.run.sharding)
     return _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks)
@@ -91,7 +101,7 @@ def assemble(command: str, config: Any, given: frozenset[str], load_model, scree
 def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
     optim = config.optim
     batching = corpus.batching(config.data, optim.micro_batch_size)
-    plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed}
+    plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed, "weights": data.weights}
     accum = optim.gradient_accumulation_steps
     total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, accum=accum, world=ranks.world, **plan)
     make = maker(model, on, pad_to=batching.get("budget"))

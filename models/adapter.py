@@ -14,9 +14,10 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, folder, hf
+from treetune.models import Model, folder, hf, resize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # there when the adapter has a tokenizer or a template of its own
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
 # What an adapter_config.json may say; anything else would change the function that the adapter computes.
 PLAIN = {
@@ -78,11 +79,14 @@ def save(
     dropout: float = 0.0,
     whole: Params | None = None,
     tied: bool = False,
+    tokenizer=None,
+    template: str | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` turns into the same function as ours.
 
     `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `base` the name or path of the base
-    model, `tied` whether that model is tied. Raises ValueError as `check` does, and when a rank is not `rank`.
+    model, `tied` whether that model is tied. `tokenizer` goes into the folder when it is not the base model's, or only its
+    chat `template` when that is all that differs. Raises ValueError as `check` does, and when a rank is not `rank`.
     """
     from safetensors.torch import save_file
 
@@ -107,6 +111,10 @@ def save(
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         folder.write_json(part / CONFIG, config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        elif template is not None:
+            (part / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) -> tuple[Lora, Params, Info]:
@@ -139,6 +147,19 @@ def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) 
 def base_of(path: str | Path) -> str:
     """The base model that an adapter folder names; empty when it names none."""
     return _read_config(Path(path).expanduser() / CONFIG).get("base_model_name_or_path") or ""
+
+
+def rows(path: str | Path, family: str) -> int | None:
+    """Rows of the vocabulary that an adapter was trained with; None where it holds no whole embedding or head to tell."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(path).expanduser() / WEIGHTS, framework="pt") as file:
+            there = set(file.keys())
+            found = [key for name in resize.LEAVES if (key := PREFIX + hf.hf_key(family, name)) in there]
+            return file.get_slice(found[0]).get_shape()[0] if found else None
+    except (SafetensorError, OSError):
+        return None  # `load` says what is wrong with the file
 
 
 def _read_config(file: Path) -> dict:

@@ -1,181 +1,263 @@
-"""Conversations: a `messages` column (role, content) or a `conversations` column (also from, value), through a chat template.
+"""Conversations: a column of messages, perhaps with tools, through a chat template.
 
-A message is trained when its `train` flag says so, else when its `weight` is above 0, else when its role is in `roles_to_train`.
-What is trained of it is what the speaker produces: everything after the generation prompt, up to and with the end-of-turn token.
+What is trained of a message is what the speaker produces: everything after the generation prompt, tool calls included, up to and with
+the end-of-turn token. A message's own flag decides whether it is trained, else its role; parts of its content may decide for themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from treetune.core.data import sources, spans, templates
+from treetune.core.data import chat_templates, conversations, sources, spans, templates
 
-FIELDS = ("messages", "conversations")
-ROLES = {"human": "user", "gpt": "assistant"}
-NAMES = ("role", "content", "from", "value")
-FLAGS = ("train", "weight")  # kept from the template; keys other than these go to it as they are
-MAX_WEIGHT = 1e6
 EOS = ("turn", "all", "last")
-TOOLS = ("tool_calls", "function_call", "tools", "functions")
+SPACES = (" ", "\t")
+
+
+class Aims(NamedTuple):
+    """What to train on, by the options."""
+
+    roles: tuple[str, ...] | None  # None: the last message
+    eos: str
+    whole: bool
+
+
+class Wish(NamedTuple):
+    """What to train of one message: its weight, and the characters of its contents that have another one."""
+
+    weight: float
+    parts: dict[str, list[conversations.Part]]
+    spaces: int  # borders between parts right after a space
+
+    @property
+    def trained(self) -> float:
+        """A weight above 0 if anything of the message is trained."""
+        return self.weight or next((part.weight for parts in reversed(self.parts.values()) for part in reversed(parts) if part.weight), 0.0)
 
 
 def reader(
     tokenizer,
     *,
     chat_template: str | None = None,
-    template_kwargs: dict | None = None,
-    roles_to_train: Sequence[str] = ("assistant",),
-    train_on_eos: str = "turn",
+    chat_template_jinja: str | None = None,
+    chat_template_kwargs: Mapping | None = None,
+    roles_to_train: Sequence[str] | None = ("assistant",),
+    train_on_eos: str | None = "turn",
     train_on_inputs: bool = False,
+    field_messages: str = "messages",
+    field_tools: str | None = "tools",
+    message_property_mappings: Mapping[str, str] | None = None,
+    message_field_role: str | None = None,
+    message_field_content: str | None = None,
+    roles: Mapping[str, Sequence[str]] | None = None,
+    message_field_training: str = "train",
+    message_field_training_detail: str = "train_detail",
+    split_thinking: bool = False,
 ) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts with the turns to train.
 
-    chat_template: Jinja text in place of the tokenizer's own; template_kwargs: variables for it, such as enable_thinking.
-    train_on_eos: end-of-turn tokens of the trained turns, of all turns, or of the last turn of the conversation only.
-    train_on_inputs: every token, headers too, except messages whose own flag says otherwise.
+    chat_template: as `chat_templates.resolve` takes it; chat_template_kwargs: variables for it, such as enable_thinking.
+    roles_to_train: None for the last message only. train_on_eos: end-of-turn tokens of the trained turns, of all turns, or of the
+    last turn of the conversation only. train_on_inputs: every token, headers too, except where a flag says otherwise.
+    message_property_mappings: what a template wants -> what the message calls it; roles: role -> names that it has in the rows.
+    message_field_training, message_field_training_detail: a message's flag, and its characters to train, both ends inclusive.
+    split_thinking: move the text between reasoning tags to reasoning_content.
     Errors: ValueError without a template, for options that contradict each other, and for malformed rows (named with their fields).
     """
-    if train_on_eos not in EOS:
-        raise ValueError(f"train_on_eos is {train_on_eos!r}: expected one of {', '.join(EOS)}")
-    if isinstance(roles_to_train, str):
-        raise ValueError(f"roles_to_train is the text {roles_to_train!r}: expected a list of roles")
-    if train_on_inputs and (tuple(roles_to_train) != ("assistant",) or train_on_eos != "turn"):
-        raise ValueError("train_on_inputs trains every token already: leave roles_to_train and train_on_eos at their defaults")
-    render = _renderer(tokenizer, chat_template, template_kwargs or {})
-    layout = templates.layouts(render)
+    aims = _aims(roles_to_train, train_on_eos, train_on_inputs)
+    known = conversations.fields(
+        field_messages=field_messages,
+        field_tools=field_tools,
+        message_property_mappings=message_property_mappings,
+        message_field_role=message_field_role,
+        message_field_content=message_field_content,
+        roles=roles,
+        message_field_training=message_field_training,
+        message_field_training_detail=message_field_training_detail,
+        split_thinking=split_thinking,
+    )
+    render = chat_templates.renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
+    layout, style = templates.layouts(render), chat_templates.call_style(render)
 
     def read(rows: sources.Rows) -> list[spans.Text]:
-        talks = [conversation(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
-        bare = [[{key: value for key, value in message.items() if key not in FLAGS} for message in talk] for talk in talks]
-        return [text(talks[i], bare[i], rendered, sources.where(rows, i)) for i, rendered in enumerate(_render_all(bare, rows, render))]
-
-    def text(talk: list[dict], bare: list[dict], rendered: str, where: str) -> spans.Text:
-        weights = [_weight(message, roles_to_train, train_on_inputs) for message in talk]
-        if not any(weights):
-            return spans.Text(rendered, ())
-        if train_on_inputs and all(weight == 1.0 for weight in weights):
-            return spans.Text(rendered, (), whole=True)
-        shape, found = _locate(rendered, bare, weights, layout, where)
-        turns = _turns(found, weights, train_on_eos, whole=train_on_inputs)
-        return spans.Text(rendered, turns, whole=train_on_inputs, cut=sum(weights[i] > 0 for i in shape.cut))
+        talks = [style(conversations.read(row, sources.where(rows, i), known)) for i, row in enumerate(rows.rows)]
+        texts = enumerate(_render_all(talks, rows, render))
+        return [_text(talks[i], rendered, aims, layout, sources.where(rows, i)) for i, rendered in texts]
 
     return read
 
 
 def conversation(row: dict, where: str) -> list[dict]:
     """The row's messages with `role` and `content`, checked. Errors: ValueError naming row, message, field and what is there."""
-    field = next((name for name in FIELDS if row.get(name) is not None), None)
-    if field is None:
-        raise ValueError(f"{where} has no field messages (or conversations); it has {sources.listed(row)}")
-    if any(row.get(name) for name in TOOLS):
-        raise ValueError(f"{where}: tool definitions are not supported; remove the column or these rows")
-    messages = row[field]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {field} is {_kind(messages)}, expected a list of messages with role and content")
-    return [_message(message, f"{where}: message {i}") for i, message in enumerate(messages, 1)]
+    return conversations.read(row, where).messages
 
 
-def _message(message: object, where: str) -> dict:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_kind(message)}, expected an object with role and content")
-    present = {key: value for key, value in message.items() if value is not None}
-    role, content = present.get("role", present.get("from")), present.get("content", present.get("value"))
-    if any(present.get(name) for name in TOOLS):
-        raise ValueError(f"{where}: tool calls are not supported; remove these rows")
-    for names, value in (("role (or from)", role), ("content (or value)", content)):
-        if value is None:
-            raise ValueError(f"{where} has no field {names}; it has {sources.listed(present)}")
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: field {names} is {_kind(value)}, expected text")
-    if not isinstance(present.get("reasoning_content", ""), str):
-        raise ValueError(f"{where}: reasoning_content is {_kind(present['reasoning_content'])}, expected text")
-    _check_flags(present, where)
-    rest = {key: value for key, value in present.items() if key not in NAMES}
-    return {"role": ROLES.get(role, role), "content": content} | rest
+def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_on_inputs: bool) -> Aims:
+    eos = "turn" if train_on_eos is None else train_on_eos
+    if eos not in EOS:
+        raise ValueError(f"train_on_eos is {train_on_eos!r}: expected one of {', '.join(EOS)}")
+    if isinstance(roles_to_train, str):
+        raise ValueError(f"roles_to_train is the text {roles_to_train!r}: expected a list of roles")
+    roles = None if roles_to_train is None else tuple(roles_to_train)
+    if train_on_inputs and (roles != ("assistant",) or eos != "turn"):
+        raise ValueError("train_on_inputs trains every token already: leave roles_to_train and train_on_eos at their defaults")
+    return Aims(roles, eos, train_on_inputs)
 
 
-def _check_flags(message: dict, where: str) -> None:
-    train, weight = message.get("train", True), message.get("weight", 1.0)
-    if not isinstance(train, bool):
-        raise ValueError(f"{where}: train is {train!r}, expected true or false")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
-        raise ValueError(f"{where}: weight is {weight!r}, expected a number from 0 to {MAX_WEIGHT:g}")
+def _text(talk: conversations.Talk, rendered: str, aims: Aims, layout: Callable, where: str) -> spans.Text:
+    wishes = [_wish(message, flags, aims, last=i + 1 == len(talk.messages)) for i, (message, flags) in enumerate(_both(talk))]
+    if not any(wish.trained for wish in wishes):
+        return spans.Text(rendered, ())
+    all_of_it = aims.whole and all(wish.weight == 1.0 and not wish.parts for wish in wishes)
+    try:
+        shape, found = _locate(rendered, talk, [wish.trained for wish in wishes], layout, where)
+    except ValueError:
+        if all_of_it:  # the mask does not depend on what the template writes where
+            return spans.Text(rendered, (), whole=True)
+        raise
+    _check_tools(talk, shape, where)
+    places = templates.spans(found, shape)
+    turns = () if all_of_it else _turns(rendered, talk, wishes, places, found, shape, aims, where)
+    cut, spaces = sum(wishes[i].trained > 0 for i in shape.cut), sum(wish.spaces for wish in wishes)
+    return spans.Text(rendered, turns, aims.whole, None, cut, spaces, _speakers(talk, places))
 
 
-def _weight(message: dict, roles_to_train: Sequence[str], train_on_inputs: bool) -> float:
-    weight = float(message.get("weight", 1.0))
-    if "train" in message:
-        return weight if message["train"] else 0.0
-    return weight if "weight" in message or train_on_inputs or message["role"] in roles_to_train else 0.0
+def _both(talk: conversations.Talk) -> list[tuple[dict, conversations.Flags]]:
+    return list(zip(talk.messages, talk.flags, strict=True))
+
+
+def _wish(message: dict, flags: conversations.Flags, aims: Aims, *, last: bool) -> Wish:
+    chosen = aims.whole or (last if aims.roles is None else message["role"] in aims.roles)
+    weight = flags.weight if flags.weight is not None else float(chosen)
+    if not flags.parts:
+        return Wish(weight, {}, 0)
+    parts = {field: _filled(flags.parts.get(field, ()), message[field], weight) for field in conversations.CONTENTS if message.get(field)}
+    weights = {part.weight for found in parts.values() for part in found} | ({weight} if message.get("tool_calls") else set())
+    if len(weights) == 1:
+        return Wish(weights.pop(), {}, 0)
+    spaces = sum(message[field][part.end - 1] in SPACES for field, found in parts.items() for part in found[:-1])
+    return Wish(weight, {field: [part for part in found if part.weight != weight] for field, found in parts.items()}, spaces)
+
+
+def _filled(parts: Sequence[conversations.Part], content: str, weight: float) -> list[conversations.Part]:
+    """Parts that cover the whole content, neighbours of equal weight joined; `weight` is of what no part decides."""
+    out: list[conversations.Part] = []
+    gaps = [
+        conversations.Part(a, b, weight)
+        for a, b in zip([0, *(p.end for p in parts)], [*(p.begin for p in parts), len(content)], strict=True)
+    ]
+    for part in sorted([*parts, *gaps]):
+        part = part._replace(weight=weight if part.weight is None else part.weight)
+        if part.end == part.begin:
+            continue
+        if out and out[-1].weight == part.weight:
+            out[-1] = out[-1]._replace(end=part.end)
+        else:
+            out.append(part)
+    return out
+
+
+def _check_tools(talk: conversations.Talk, shape: templates.Layout, where: str) -> None:
+    for tool in talk.tools or ():
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and not any(name in static for static in shape.statics):
+            fix = "use a chat template that renders tools, or set field_tools to null"
+            raise ValueError(f"{where}: the chat template leaves out the tool {name!r}: {fix}")
 
 
 def _locate(
-    text: str, talk: list[dict], weights: list[float], layout: Callable, where: str
-) -> tuple[templates.Layout, dict[int, templates.Span]]:
-    """The conversation's layout, and the spans of its messages in the text.
+    text: str, talk: conversations.Talk, trained: list[float], layout: Callable, where: str
+) -> tuple[templates.Layout, list[templates.Found]]:
+    """The conversation's layout, and the characters of its pieces in the text.
 
     Errors: ValueError for a message that the template leaves out, a trained one in pieces, or a text that the layout does not fit.
     """
     try:
-        shape = layout(talk)
-        found = templates.locate(text, talk, shape)
+        shape = layout(talk.messages, talk.tools)
+        found = templates.locate(text, talk.messages, shape)
     except ValueError as error:
         raise ValueError(f"{where}: {error}, so the trained span is not known: use another chat template") from error
     for i, place in shape.places.items():
-        if place == templates.MISSING or isinstance(place, str) and weights[i] > 0:
-            role = talk[i]["role"]
+        if place == templates.MISSING or isinstance(place, str) and trained[i] > 0:
+            role = talk.messages[i]["role"]
             raise ValueError(f"{where}: message {i + 1} (role {role!r}) {place} by the chat template: use another one, or change the role")
+    for i in shape.lost:
+        raise ValueError(f"{where}: the chat template leaves out tool calls of message {i + 1}: use one that renders them")
     return shape, found
 
 
-def _turns(found: dict[int, templates.Span], weights: list[float], train_on_eos: str, *, whole: bool) -> tuple[spans.Turn, ...]:
+def _turns(
+    text: str,
+    talk: conversations.Talk,
+    wishes: list[Wish],
+    places: dict[int, templates.Span],
+    found: list[templates.Found],
+    shape: templates.Layout,
+    aims: Aims,
+    where: str,
+) -> tuple[spans.Turn, ...]:
     turns = []
-    for i, span in found.items():
-        close = _close(i, weights, train_on_eos)
-        if weights[i] != 1.0 if whole else weights[i] > 0 or close > 0:
-            turns.append(spans.Turn(*span, weights[i], close))
+    for i, span in places.items():
+        wish, close = wishes[i], _close(i, wishes, aims.eos)
+        if wish.weight != 1.0 or wish.parts if aims.whole else wish.trained > 0 or close > 0:
+            pieces = _pieces(text, i, talk.messages[i], wish, found, shape, where) if wish.parts else ()
+            turns.append(spans.Turn(*span, wish.weight, close, pieces, shape.places[i].calls))
     return tuple(turns)
 
 
-def _close(i: int, weights: list[float], train_on_eos: str) -> float:
+def _close(i: int, wishes: list[Wish], train_on_eos: str) -> float:
     """Weight of the end-of-turn token of message `i`."""
-    if train_on_eos == "last" and i + 1 < len(weights):
+    if train_on_eos == "last" and i + 1 < len(wishes):
         return 0.0
-    return weights[i] if weights[i] > 0 or train_on_eos == "turn" else 1.0
+    return wishes[i].trained if wishes[i].trained > 0 or train_on_eos == "turn" else 1.0
 
 
-def _renderer(tokenizer, chat_template: str | None, template_kwargs: dict) -> templates.Render:
-    """apply_chat_template without tokenising; whatever a template can raise becomes a ValueError."""
-    import jinja2
-
-    try:
-        template = tokenizer.get_chat_template(chat_template)
-    except ValueError as error:
-        fix = "name one with chat_template, use a model whose tokenizer has one, or train on text or alpaca rows"
-        raise ValueError(f"the tokenizer has no chat template ({type(tokenizer).__name__}): {fix}") from error
-
-    def render(messages: list, *, add_generation_prompt: bool = False):
+def _pieces(
+    text: str, i: int, message: dict, wish: Wish, found: list[templates.Found], shape: templates.Layout, where: str
+) -> tuple[spans.Piece, ...]:
+    """The message's parts as characters of the text."""
+    pieces = []
+    for number, field in enumerate(templates.FIELDS):
+        parts = wish.parts.get(field)
+        if not parts:
+            continue
         try:
-            return tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-            raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0]})") from error
+            run = templates.run(text, i, number, message[field], found, shape)
+        except ValueError as error:
+            fix = "use a chat template that keeps it as it is, or put reasoning in reasoning_content"
+            raise ValueError(
+                f"{where}: {field} of message {i + 1} has parts of different weight, but the template {error}: {fix}"
+            ) from error
+        pieces += [_piece(part, run, len(message[field])) for part in parts if part.begin < run.last and part.end > run.first]
+    return tuple(sorted(piece for piece in pieces if piece.begin < piece.end))
 
-    return render
+
+def _piece(part: conversations.Part, run: templates.Run, size: int) -> spans.Piece:
+    """The part in the text; blanks at the ends of the content may have been stripped."""
+    shift = run.start - run.first
+    begin = run.begin if part.begin <= run.first else max(run.begin, part.begin + shift)
+    end = run.end if part.end >= run.last else min(run.end, part.end + shift)
+    return spans.Piece(begin, end, part.weight)
 
 
-def _render_all(talks: list[list[dict]], rows: sources.Rows, render: templates.Render) -> list[str]:
+def _speakers(talk: conversations.Talk, places: dict[int, templates.Span]) -> tuple[spans.Speaker, ...]:
+    """Who wrote which characters: contents, and what closes them."""
+    ordered = sorted((span.begin, max(span.end, span.tail), talk.messages[i]["role"]) for i, span in places.items())
+    limits = [begin for begin, _, _ in ordered[1:]] + [ordered[-1][1]] if ordered else []
+    return tuple(spans.Speaker(begin, min(end, limit), role) for (begin, end, role), limit in zip(ordered, limits, strict=True))
+
+
+def _render_all(talks: list[conversations.Talk], rows: sources.Rows, render: templates.Render) -> list[str]:
     try:
-        return render(talks)
+        if not any(talk.tools for talk in talks):
+            return render([talk.messages for talk in talks])
     except ValueError:
-        return [_render_one(talk, sources.where(rows, i), render) for i, talk in enumerate(talks)]
+        pass  # one of them; the loop below names it
+    return [_render_one(talk, sources.where(rows, i), render) for i, talk in enumerate(talks)]
 
 
-def _render_one(talk: list[dict], where: str, render: templates.Render) -> str:
+def _render_one(talk: conversations.Talk, where: str, render: templates.Render) -> str:
     try:
-        return render(talk)
+        return render(talk.messages, tools=talk.tools)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; its roles are {sources.listed(message['role'] for message in talk)}") from error
-
-
-def _kind(value: object) -> str:
-    return "empty" if value in ([], {}, "") else f"of type {type(value).__name__}"
+        raise ValueError(f"{where}: {error}; its roles are {sources.listed(message['role'] for message in talk.messages)}") from error

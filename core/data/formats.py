@@ -4,12 +4,12 @@ A new format is a `reader` (options -> function from rows to texts with trained 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, completion, instruction, sources, spans
+from treetune.core.data import chat, completion, instruction, pretokenised, segments, sources, spans
 
 CHUNK = 512  # rows tokenised together: enough to keep the cores busy
 OVERLONG = ("drop", "truncate", "split", "error")
@@ -23,6 +23,7 @@ class Format(NamedTuple):
     reader: Callable  # (tokenizer, **options) -> (Rows -> list[Text])
     overlong: str  # what happens to documents longer than sequence_len, unless said otherwise
     fix: str  # when nothing in a dataset is trained
+    detected: bool = True  # by its columns; several formats share theirs and must be named
 
 
 class Report(NamedTuple):
@@ -41,24 +42,43 @@ class Report(NamedTuple):
     missing_eos: int  # trained turns with nothing that ends them
     missing_parts: int  # trained turns of which the chat template leaves a part out, reasoning mostly
     missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
+    trailing_spaces: int = 0  # boundaries between parts of a message that lie right behind a space
+    roles: tuple[tuple[str, int, int], ...] = ()  # who wrote them: name, tokens and supervised tokens of the rows that came out
 
 
 FORMATS: dict[str, Format] = {
     "chat": Format(
         (("messages",), ("conversations",)), chat.reader, "drop", "check the roles of the messages, roles_to_train and the train flags"
     ),
-    "alpaca": Format((("instruction", "output"),), instruction.reader, "drop", "fill the output column"),
+    **{
+        name: Format((shape.columns,), instruction.shaped(name), "drop", f"fill the {shape.columns[-1]} column", name == "alpaca")
+        for name, shape in instruction.SHAPES.items()
+    },
+    "user_defined": Format(((),), instruction.user_defined, "drop", "fill the column that field_output names", False),
+    "input_output": Format((("segments",),), segments.reader, "drop", "label some segments true"),
+    "pretokenised": Format((("input_ids", "labels"),), pretokenised.reader, "drop", "give some tokens a label other than -100"),
     "completion": Format((("text",),), completion.reader, "split", "fill the text column"),
 }
+
+ALIASES = {"chat_template": "chat", "pretrain": "completion"}  # the documents' names
 
 
 def detect(columns: Sequence[str]) -> str:
     """Name of the first format in FORMATS whose columns are all there. Errors: ValueError listing columns and formats."""
     for name, known in FORMATS.items():
-        if any(set(needed) <= set(columns) for needed in known.columns):
+        if known.detected and any(set(needed) <= set(columns) for needed in known.columns):
             return name
-    needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in FORMATS.items())
-    raise ValueError(f"no format fits the columns {sources.listed(columns)}: {needs}. Rename columns or name the format")
+    seen = {name: known for name, known in FORMATS.items() if known.detected}
+    needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in seen.items())
+    raise ValueError(f"no format fits the columns {sources.listed(columns)}: {needs}. Rename columns or name one of the other formats")
+
+
+def takes(name: str) -> tuple[str, ...]:
+    """Options that the reader of a format takes. Errors: ValueError for an unknown format."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+    parameters = inspect.signature(FORMATS[name].reader).parameters
+    return tuple(key for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY)
 
 
 def encode_rows(
@@ -68,31 +88,41 @@ def encode_rows(
     format: str | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
+    own: Mapping | None = None,
     **options,
 ) -> tuple[list[spans.Doc], Report]:
     """Documents of the rows, in their order, and what became of the rows.
 
-    format: a name in FORMATS, else by the columns. options: those of the format's reader.
+    format: a name in FORMATS, else by the columns. options: those of the format's reader; `own` has more of them, by whatever name.
     overlong: for documents longer than sequence_len tokens: "drop", "truncate", "split" (parts overlap by one token, so that every
     token but the first is still predicted once) or "error"; by default "split" for raw text, "drop" for all else.
     Errors: ValueError for bad rows (named), options that the format does not take, a doubled BOS, and a dataset with nothing to train on.
     """
-    name = format or detect(sources.columns(rows))
+    name, options = format or detect(sources.columns(rows)), options | dict(own or {})
     known = _format(name, options)
     overlong = overlong or known.overlong
     _check_length(sequence_len, overlong)
     read, marks = known.reader(tokenizer, **options), spans.marks(tokenizer)
-    docs, tally = [], Report(name, len(rows.rows), 0, {}, *[0] * 9)
+    docs, tally, roles = [], Report(name, len(rows.rows), 0, {}, *[0] * 9), {}
     for number, encoded in _encoded(rows, read, tokenizer, marks):
         _check_bos(encoded, number, rows, marks)
         kept, tally = _fit(encoded, number, rows, sequence_len, overlong, tally)
         missing_bos = bool(kept and marks.prefix and encoded.tokens[: len(marks.prefix)].tolist() != marks.prefix)
         tally = tally._replace(missing_bos=tally.missing_bos + missing_bos)
         docs.extend(kept)
+        if kept:
+            _count_roles(roles, encoded)
     if not docs:
         raise ValueError(_nothing(rows, tally, known, options))
     supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
-    return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised)
+    by_role = tuple((role, *counts) for role, counts in roles.items())
+    return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised, roles=by_role)
+
+
+def _count_roles(roles: dict[str, list[int]], encoded: spans.Encoded) -> None:
+    """Add a row's tokens and trained tokens by role."""
+    for role, counts in spans.tokens_by_role(encoded).items():
+        roles[role] = [have + more for have, more in zip(roles.get(role, (0, 0)), counts, strict=True)]
 
 
 def describe(report: Report) -> str:
@@ -107,17 +137,15 @@ def describe(report: Report) -> str:
         "trained turns without an end-of-turn token": report.missing_eos,
         "trained turns of which the chat template leaves a part out": report.missing_parts,
         "documents without BOS": report.missing_bos,
+        "parts that begin right behind a space": report.trailing_spaces,
     }
     return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
 
 
 def _format(name: str, options: dict) -> Format:
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
-    takes = [key for key, value in inspect.signature(FORMATS[name].reader).parameters.items() if value.kind is value.KEYWORD_ONLY]
-    extra = [key for key in options if key not in takes]
-    if extra:
-        raise ValueError(f"format {name} takes no {', '.join(extra)}; it takes {', '.join(takes)}")
+    known = takes(name)
+    if extra := [key for key in options if key not in known]:
+        raise ValueError(f"format {name} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
     return FORMATS[name]
 
 
@@ -133,9 +161,10 @@ def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.Marks) 
     for start in range(0, len(rows.rows), CHUNK):
         chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
         texts = read(chunk)
-        for i, text in enumerate(texts):
+        ready = [text for text in texts if isinstance(text, spans.Encoded)]  # rows that were tokens already
+        for i, text in enumerate(texts if not ready else ()):
             _check_unicode(text.text, sources.where(chunk, i))
-        yield from enumerate(spans.encode(texts, tokenizer, marks), start)
+        yield from enumerate(ready or spans.encode(texts, tokenizer, marks), start)
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -176,6 +205,7 @@ def _fit(
         dropped_eos=tally.dropped_eos + bool(cut and weight[np.flatnonzero(weight)[-1]] and np.flatnonzero(weight)[-1] >= sequence_len),
         missing_eos=tally.missing_eos + encoded.unclosed,
         missing_parts=tally.missing_parts + encoded.cut,
+        trailing_spaces=tally.trailing_spaces + encoded.trailing_space_boundaries,
     )
     return parts, tally
 

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from treetune.core.data import order, pack
 
 
@@ -22,9 +24,39 @@ class Cursor(NamedTuple):
 START = Cursor()
 
 
+def appearances(weights: Sequence[float], *, seed: int = 0, epoch: int = 0) -> list[int]:
+    """Indices of the documents of an epoch, in order, each repeated: weight w gives floor(w) times, and once more with
+    probability w - floor(w).
+
+    Which documents appear once more is drawn anew each epoch, by systematic sampling: documents of equal weight together get the
+    expected number of appearances, to within one. The same arguments always give the same indices.
+    Errors: ValueError for a weight that is negative or not finite, and when all are 0.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if len(bad) or not values.any():
+        found = f"document {bad[0]} has weight {values[bad[0]]}" if len(bad) else "all weights are 0"
+        raise ValueError(f"{found}: expected finite numbers from 0 up, not all of them 0")
+    whole = np.floor(values)
+    drawn = np.array(order.shuffled(len(values), seed, epoch, order.REPEATS), dtype=np.int64)
+    drawn = drawn[np.argsort(values[drawn], kind="stable")]
+    reached = np.concatenate([[0.0], np.cumsum((values - whole)[drawn])]) + order.uniform(seed, epoch, order.REPEATS)
+    counts = whole.astype(np.int64)
+    counts[drawn] += np.diff(np.floor(reached + 1e-9)).astype(np.int64)
+    return np.repeat(np.arange(len(values)), counts).tolist()
+
+
+def document_weights(counts: Sequence[int], weights: Sequence[float]) -> list[float] | None:
+    """The weight of each document, for data sets of `counts` documents with these weights; None when every weight is 1."""
+    if all(weight == 1 for weight in weights):
+        return None
+    return [float(weight) for count, weight in zip(counts, weights, strict=True) for _ in range(count)]
+
+
 def epoch_plan(
     lengths: Sequence[int],
     *,
+    weights: Sequence[float] | None = None,
     epoch: int = 0,
     budget: int | None = None,
     rows: int | None = None,
@@ -34,12 +66,18 @@ def epoch_plan(
 ) -> list[list[int]]:
     """The micro-batches of an epoch, each a list of document indices; every document is in exactly one.
 
+    weights: how often each document appears in an epoch (`appearances`), instead of once.
     budget: pack whole documents into micro-batches of that many tokens; rows: that many documents per micro-batch instead.
     shuffle: another order each epoch; else the documents' own order (packing still reorders inside a window).
     Errors: ValueError unless exactly one of budget and rows is given, and when a document is longer than the budget.
     """
     if (budget is None) == (rows is None):
         raise ValueError(f"budget is {budget} and rows is {rows}: give exactly one, tokens or documents per micro-batch")
+    if weights is not None:
+        chosen = appearances(weights, seed=seed, epoch=epoch)
+        sizes = [lengths[i] for i in chosen]
+        plan = epoch_plan(sizes, epoch=epoch, budget=budget, rows=rows, shuffle=shuffle, seed=seed, window=window)
+        return [[chosen[i] for i in group] for group in plan]
     key = seed * 1_000_003 + epoch if shuffle else None
     if rows is not None:
         return pack.in_order(lengths, rows, seed=key)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SPLIT, DOCUMENTS, BATCHES = 1, 2, 3  # what a shuffle is for: two purposes never share one
+SPLIT, DOCUMENTS, BATCHES, SHARDS, REPEATS, FILES = 1, 2, 3, 4, 5, 6  # what a shuffle is for: two purposes never share one
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -11,12 +11,20 @@ def shuffled(n: int, *key: int) -> list[int]:
 
     Source: the hash is splitmix64's (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014).
     """
+    return np.argsort(_hashes(n, key), kind="stable").tolist()
+
+
+def uniform(*key: int) -> float:
+    """A number in [0, 1), decided by the integers of `key`, with 53 random bits."""
+    return int(_hashes(1, key)[0] >> np.uint64(11)) * 2.0**-53
+
+
+def _hashes(n: int, key: tuple[int, ...]) -> np.ndarray:
     with np.errstate(over="ignore"):
         state = np.uint64(0)
         for part in key:
             state = _mix(state + np.uint64(part & (2**64 - 1)) + GAMMA)
-        hashes = _mix(state + np.arange(1, n + 1, dtype=np.uint64) * GAMMA)
-    return np.argsort(hashes, kind="stable").tolist()
+        return _mix(state + np.arange(1, n + 1, dtype=np.uint64) * GAMMA)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

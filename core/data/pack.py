@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from treetune.core.data import order, spans
+from treetune.core.data import order, spans, trees
 
 WINDOW = 8192
+READS = ("tokens", "last", "classes")
 
 
 def pack(lengths: Sequence[int], budget: int, *, seed: int | None = 0, window: int = WINDOW) -> list[list[int]]:
@@ -67,17 +68,92 @@ def collate(docs: Sequence[spans.Doc], *, budget: int | None = None, pad: bool =
     such token, so that a rank without work can still take part in a step. `weight` is there only when some weight is not 1.
     Errors: ValueError when the documents hold more than `budget` tokens.
     """
+    lengths, filler = _filled(docs, budget, pad)
+    stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id)
+    batch = stream | _reads(docs, lengths)
+    check(batch)
+    return batch
+
+
+def collate_trees(
+    docs: Sequence[trees.TreeDoc], *, read: str = "tokens", budget: int | None = None, pad: bool = False, pad_id: int = 0
+) -> dict[str, torch.Tensor]:
+    """The packed stream of documents with branches: one sequence per branch, in order, or one for a document without any.
+
+    read: "tokens" reads the row that predicts each scored token (for the first token of a branch, the last trunk token it sees);
+    "last" the last token of each sequence, for a scalar head, without targets; "classes" the tokens that have a class, their targets.
+    With pairs, sequence 2i is the chosen and 2i + 1 the rejected side of pair i. Extras of the documents become keys of axis B.
+    Errors: ValueError when the documents hold more than `budget` tokens.
+    """
+    if read not in READS:
+        raise ValueError(f"read is {read!r}: expected one of {', '.join(READS)}")
+    lengths, filler = _filled(docs, budget, pad)
+    stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id)
+    if any(doc.branch[-1] for doc in docs):
+        none = [np.zeros(filler, np.int32)]
+        stream["positions"] = _int64(np.concatenate([_places(doc) for doc in docs] + [np.arange(filler)]))
+        stream |= {name: torch.from_numpy(np.concatenate([getattr(doc, name) for doc in docs] + none)) for name in ("branch", "start")}
+    batch = stream | _tree_reads(docs, lengths, read) | _extras(docs)
+    check_trees(batch, read)
+    return batch
+
+
+def _filled(docs: Sequence, budget: int | None, pad: bool) -> tuple[list[int], int]:
+    """(tokens of each document, tokens of padding behind them)."""
     lengths = [len(doc.tokens) for doc in docs]
     used = sum(lengths)
     if budget is not None and used > budget:
         raise ValueError(f"{len(docs)} documents hold {used} tokens, more than the budget of {budget}")
     if pad and budget is None:
         raise ValueError("pad needs the budget to fill")
-    filler = budget - used if pad else int(not docs)
-    stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id)
-    batch = stream | _reads(docs, lengths)
-    check(batch)
-    return batch
+    return lengths, budget - used if pad else int(not docs)
+
+
+def _places(doc: trees.TreeDoc) -> np.ndarray:
+    """Position of each token in its document, branches continued from where they leave the trunk."""
+    return np.arange(len(doc.tokens)) - np.searchsorted(doc.branch, doc.branch, "left") + doc.start
+
+
+def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) -> dict[str, torch.Tensor]:
+    """Keys with axis N or B; N is what `read` asks for."""
+    starts = np.cumsum([0, *lengths])[: len(docs)]
+    parts = [(start, doc, own) for start, doc in zip(starts, docs, strict=True) for own in trees.branches(doc)]
+    scored = [_scored(doc, own, read) for _, doc, own in parts]
+    before = [at if read != "tokens" else _before(doc, at) for (_, doc, _), at in zip(parts, scored, strict=True)]
+    counts = np.array([len(at) for at in scored], dtype=np.int64)
+    keys = {
+        "at": _int64(_joined([start + at for (start, _, _), at in zip(parts, before, strict=True)], np.int64)),  # [N]
+        "seq": _int64(np.repeat(np.arange(len(parts)), counts)),  # [N]
+        "seq_lens": _int64(counts),  # [B]
+        "doc_of_seq": _int64(np.repeat(np.arange(len(docs)), [len(trees.branches(doc)) for doc in docs])),  # [B]
+        "row": _int64(np.array([doc.row for _, doc, _ in parts])),  # [B]
+    }
+    if read == "last":
+        return keys
+    pick = [(doc.classes if read == "classes" else doc.tokens)[at] for (_, doc, _), at in zip(parts, scored, strict=True)]
+    weight = _joined([doc.weight[at] for (_, doc, _), at in zip(parts, scored, strict=True)], np.float32)
+    keys["targets"] = _int64(_joined(pick, np.int64))  # [N]
+    return keys | ({"weight": torch.from_numpy(weight)} if (weight != 1.0).any() else {})
+
+
+def _scored(doc: trees.TreeDoc, own: np.ndarray, read: str) -> np.ndarray:
+    """Indices in the document of the tokens of one sequence that count."""
+    if read == "last":
+        return own[-1:]
+    assert read == "tokens" or doc.classes is not None, "a document without classes cannot be read by classes"
+    return own[(doc.weight if read == "tokens" else doc.classes + 1)[own] > 0]
+
+
+def _before(doc: trees.TreeDoc, at: np.ndarray) -> np.ndarray:
+    """Indices in the document of the tokens that predict the tokens `at`."""
+    first = np.searchsorted(doc.branch, doc.branch[at], "left") == at
+    return np.where(first & (doc.branch[at] > 0), doc.start[at] - 1, at - 1)
+
+
+def _extras(docs: Sequence[trees.TreeDoc]) -> dict[str, torch.Tensor]:
+    names = docs[0].extras.keys() if docs else ()
+    assert all(doc.extras.keys() == names for doc in docs), "documents of one batch have different extras"
+    return {name: torch.tensor([value for doc in docs for value in doc.extras[name]]) for name in names}
 
 
 def _stream(docs: Sequence[spans.Doc], lengths: list[int], pad_id: int) -> dict[str, torch.Tensor]:
@@ -119,6 +195,37 @@ def check(batch: dict[str, torch.Tensor]) -> None:
     following = batch["at"] + 1
     assert (following < total).all() and (batch["tokens"][following] == batch["targets"]).all(), "a target is not the token after its row"
     assert (batch["positions"][following] > 0).all(), "a document's first token is scored across its border"
+
+
+def check_trees(batch: dict[str, torch.Tensor], read: str = "tokens") -> None:
+    """Invariants of a stream with branches. Errors: AssertionError."""
+    if "branch" not in batch and read == "tokens":
+        check(batch)
+        return
+    total, bounds = len(batch["tokens"]), batch["cu_docs"].long()
+    assert bounds[0] == 0 and bounds[-1] == total and (bounds[1:] > bounds[:-1]).all(), "document borders do not tile the stream"
+    assert len(batch["at"]) == len(batch["seq"]) == batch["seq_lens"].sum(), "reads do not match the sequences"
+    assert (batch["seq"] == torch.arange(len(batch["seq_lens"])).repeat_interleave(batch["seq_lens"])).all(), "sequences are not in order"
+    document = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+    assert (document[batch["at"]] == batch["doc_of_seq"][batch["seq"]]).all(), "a row is read for a sequence of another document"
+    if "branch" in batch and read == "tokens":
+        _check_branches(batch, bounds, document)
+
+
+def _check_branches(batch: dict[str, torch.Tensor], bounds: torch.Tensor, document: torch.Tensor) -> None:
+    branch, start, base = batch["branch"].long(), batch["start"].long(), bounds[document]
+    new = torch.cat([torch.ones(1, dtype=torch.bool), (branch.diff() != 0) | (document.diff() != 0)])
+    before = torch.where(new & (branch > 0), base + start - 1, torch.arange(len(branch)) - 1)
+    assert (branch[bounds[:-1]] == 0).all() and (start[branch == 0] == 0).all(), "a document does not begin with its trunk"
+    assert (batch["positions"][new] == start[new]).all(), "a branch does not continue from where it leaves the trunk"
+    first = torch.searchsorted(batch["doc_of_seq"], batch["doc_of_seq"])
+    own = torch.arange(len(first)) - first + (branch[bounds[1:] - 1] > 0)[batch["doc_of_seq"]].long()  # branch of each sequence
+    key = (document * (branch.max() + 1) + branch) * len(branch) + before
+    read = (batch["doc_of_seq"][batch["seq"]] * (branch.max() + 1) + own[batch["seq"]]) * len(branch) + batch["at"]
+    order = key.sort()
+    found = torch.searchsorted(order.values, read).clamp(max=len(key) - 1)
+    assert (order.values[found] == read).all(), "a row is read that predicts no token of its sequence"
+    assert (batch["tokens"][order.indices[found]] == batch["targets"]).all(), "a target is not the token that its row predicts"
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -1,26 +1,40 @@
 """Rows: where they come from, and how errors name them.
 
-A source becomes `Rows`: plain dicts, each with its number in the source (1-based: the line of a jsonl file, the row of any other).
+A source becomes `Rows`: plain dicts, each with its number in the source (1-based: the line of a line file, the row of any other).
+Text files (.txt) give one row per line, blank lines too, with the field `text`; ds_type "document" makes one row of a whole file.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.core.data import order
+from treetune.core.data import files, hub, order, records
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SLICE = re.compile(r"([\w.-]+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+class Origin(NamedTuple):
+    """One of several files under one name: numbers above `start` are its lines or rows."""
+
+    start: int
+    name: str
+    unit: str
 
 
 class Rows(NamedTuple):
-    """Dataset rows with their numbers in the source, counted from 1 in `unit`s ("line" or "row")."""
+    """Dataset rows with their numbers in the source, counted from 1 in `unit`s ("line" or "row"), on through several files."""
 
     name: str
     rows: list[dict]
     numbers: list[int]
     unit: str = "row"
+    origins: tuple[Origin, ...] = ()  # where each file starts, when there are several
 
 
 def from_list(rows: Sequence[dict], name: str = "rows") -> Rows:
@@ -30,7 +44,11 @@ def from_list(rows: Sequence[dict], name: str = "rows") -> Rows:
 
 def where(rows: Rows, i: int) -> str:
     """How an error names row `i`: "data.jsonl line 3"."""
-    return f"{rows.name} {rows.unit} {rows.numbers[i]}"
+    number = rows.numbers[i]
+    if not rows.origins:
+        return f"{rows.name} {rows.unit} {number}"
+    origin = rows.origins[bisect_left(rows.origins, number, key=lambda known: known.start) - 1]
+    return f"{origin.name} {origin.unit} {number - origin.start}"
 
 
 def take(rows: Rows, indices: Sequence[int]) -> Rows:
@@ -48,23 +66,77 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
 
 
-def read(path: str, *, split: str = "train", name: str | None = None, limit: int | None = None) -> Rows:
-    """Rows of a local .jsonl, .json, .parquet or .csv file, or of a Hugging Face dataset `owner/name`.
+def read(
+    path: str | None,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: str | Sequence[str] = (),
+    ds_type: str | None = None,
+    shards: int | None = None,
+    shard_index: int = 0,
+    limit: int | None = None,
+) -> Rows:
+    """Rows of files, of a folder saved by the datasets library, or of a Hugging Face dataset `owner/name`.
 
-    `name` is the dataset's configuration and `split` its split: both are for hub ids only. `limit` keeps the first rows.
+    path: a file, folder, pattern or remote address (.jsonl, .json, .parquet, .csv, .arrow, .txt; .gz and .zst of them), see `files.find`.
+    split: a split and perhaps a part of it: "train[:1%]", "train[100:200]", "train[:5%]+train[-5%:]".
+    name, revision: configuration and version of a hub dataset. ds_type: json, csv, parquet, arrow, text, document.
+    shards, shard_index: only this one of so many random parts (`shard`). limit: only the first rows of what is left.
     Errors: ValueError of one line for a missing, empty, broken or unsupported source; it names the file and the line or row.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1 row")
-    if _is_hub_id(path):
-        rows = _hub(path, split=split, name=name)
+    place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
+    if place == "hub":
+        rows = from_list(hub.load(path, split=split, name=name, revision=revision, data_files=data_files).to_list(), path)
+    elif place == "saved":
+        rows = sliced(from_list(hub.load_saved(path, _base(split)).to_list(), path), split)
     else:
-        if split != "train" or name is not None:
-            raise ValueError(f"{path}: a local file has neither splits nor configurations; leave split and name out")
-        rows = _local(path)
+        whole = shards is None and "[" not in split and "+" not in split
+        rows = sliced(_read_files(place, path, limit if whole else None), split)
     if not rows.rows:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path or data_files} has no rows" + ("" if split == "train" else f" in split {split}"))
+    rows = rows if shards is None else shard(rows, shards, shard_index)
     return rows if limit is None else take(rows, range(min(limit, len(rows.rows))))
+
+
+def digest(
+    path: str | None, *, split: str = "train", name=None, revision=None, data_files=(), ds_type=None, shards=None, shard_index=0, limit=None
+) -> str:
+    """A fingerprint of the rows that `read` would give for the same arguments, without reading them: sha256 over the bytes of the files
+    (or the datasets library's own fingerprint of a hub dataset) and over what chooses among the rows. Where files lie does not count.
+    """
+    place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
+    if place == "hub":
+        content = hub.load(path, split=split, name=name, revision=revision, data_files=data_files)._fingerprint
+    else:
+        content = files.digest(files.whole_folder(path) if place == "saved" else place)
+    return hashlib.sha256(json.dumps([content, split, name, revision, shards, shard_index, limit]).encode()).hexdigest()
+
+
+def sliced(rows: Rows, split: str) -> Rows:
+    """The parts of the rows that a split expression such as "train[:10%]+train[-5:]" names, in its order.
+
+    Bounds count rows or percent (rounded to the nearest row), from the end when negative, and are clipped, as in the datasets library.
+    """
+    parts = [_bounds(text, len(rows.rows)) for text in split.split("+")]
+    chosen = [i for part in parts for i in part]
+    return rows if chosen == list(range(len(rows.rows))) else take(rows, chosen)
+
+
+def shard(rows: Rows, shards: int, index: int = 0) -> Rows:
+    """One of `shards` parts of the rows, in source order: disjoint, together all rows, sizes within one of each other.
+
+    Rows are drawn, since a source may be sorted, but always the same ones. Errors: ValueError for no such part, or an empty one.
+    """
+    if shards < 1 or not 0 <= index < shards:
+        raise ValueError(f"shard {index} of {shards}: expected at least 1 shard and an index from 0 to one below their number")
+    mine = sorted(order.shuffled(len(rows.rows), order.SHARDS)[index::shards])
+    if not mine:
+        raise ValueError(f"{rows.name}: shard {index} of {shards} is empty, there are {len(rows.rows)} rows: use fewer shards")
+    return take(rows, mine)
 
 
 def val_split(rows: Rows, size: float | int, seed: int = 0) -> tuple[Rows, Rows]:
@@ -82,105 +154,81 @@ def val_split(rows: Rows, size: float | int, seed: int = 0) -> tuple[Rows, Rows]
     return take(rows, sorted(shuffled[count:])), take(rows, sorted(shuffled[:count]))
 
 
-def _is_hub_id(path: str) -> bool:
-    """owner/name that neither is a path here nor points into a folder that is here."""
+def find_files(path: str | None, *, split: str, data_files: str | Sequence[str] = (), ds_type: str | None = None) -> list[files.File]:
+    """The files of a source that is no dataset of the datasets library. Errors: ValueError for a split that files cannot have."""
+    base, folder = _base(split), not data_files and path is not None and _is_folder(path)
+    if base != "train" and not folder:
+        raise ValueError(f"{path or data_files}: a local file has no split {base!r}; leave split out, or write train, train[:10%]")
+    return files.find(path, data_files=data_files, ds_type=ds_type, split=base)
+
+
+def is_hub_id(path: str | None, ds_type: str | None = None) -> bool:
+    """Whether this is owner/name and neither is a path here nor points into a folder that is here."""
+    if path is None or ds_type is not None or files.kind_of(path)[0]:
+        return False
     local = Path(path)
-    return bool(HUB_ID.fullmatch(path)) and local.suffix not in READERS and not local.exists() and not local.parent.exists()
+    return bool(HUB_ID.fullmatch(path)) and not local.exists() and not local.parent.exists()
 
 
-def _local(path: str) -> Rows:
-    file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"{path} is a folder: name one file ({', '.join(READERS)})")
-    if file.suffix not in READERS:
-        raise ValueError(f"{path}: unsupported file type {file.suffix!r}, expected one of {', '.join(READERS)}, or a dataset id owner/name")
-    if not file.is_file():
-        raise ValueError(f"{path}: no such file (looked in {Path.cwd()})")
-    try:
-        return READERS[file.suffix](file)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+def _source(path: str | None, *, split: str, name: str | None, revision: str | None, data_files, ds_type: str | None):
+    """The files, or "hub" or "saved"."""
+    if path is None and not data_files:
+        raise ValueError("a data set has neither a path nor data_files: give one")
+    if is_hub_id(path, ds_type):
+        return "hub"
+    if name is not None or revision is not None:
+        raise ValueError(f"{path or data_files}: files have neither configurations nor revisions; leave name and revision out")
+    if path is not None and not data_files and files.saved(path):
+        return "saved"
+    return find_files(path, split=split, data_files=data_files, ds_type=ds_type)
 
 
-def _jsonl(file: Path) -> Rows:
-    rows, numbers = [], []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_json_row(line, f"{file} line {number}", first=number == 1))
-                numbers.append(number)
-    return Rows(str(file), rows, numbers, "line")
+def _is_folder(path: str) -> bool:
+    return files.kind_of(path)[0] is None if files.is_remote(path) else Path(path).is_dir()
 
 
-def _json_row(line: bytes, where: str, *, first: bool) -> dict:
-    try:
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: broken JSON ({error})") from error
-    return _object(row, where)
+def _base(split: str) -> str:
+    bases = {_parsed(text)[0] for text in split.split("+")}
+    if len(bases) > 1:
+        raise ValueError(f"split {split!r} joins several splits: name them as data sets of their own")
+    return bases.pop()
 
 
-def _json(file: Path) -> Rows:
-    """A list of objects, or one object per line under the wrong suffix."""
-    data = file.read_bytes()
-    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return _jsonl(file)
-    try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} line {error.lineno}: broken JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: broken JSON ({error})") from error
-    return from_list([_object(row, f"{file} row {i}") for i, row in enumerate(rows, 1)], str(file))
+def _parsed(text: str) -> tuple[str, str | None, str | None]:
+    match = SLICE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"split {text!r}: expected a name, or a part such as train[:1%], train[10:20] or train[:10%]+train[-5:]")
+    return match.groups()
 
 
-def _object(row: object, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is a {type(row).__name__}: expected an object with named fields")
-    return row
+def _bounds(text: str, total: int) -> range:
+    _, begin, end = _parsed(text)
+    return range(_bound(begin or "0", total), _bound(end or str(total), total))
 
 
-def _csv(file: Path) -> Rows:
-    """All values are text: nothing is guessed, "007" stays "007"."""
-    import csv
-
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        reader = csv.DictReader(text, strict=True)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{file} line {reader.reader.line_num}: broken CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for i, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
-            raise ValueError(f"{file} row {i} has {found} values: expected {len(reader.fieldnames)}, one per column of the header")
-    return from_list(rows, str(file))
+def _bound(text: str, total: int) -> int:
+    size = text.lstrip("-")
+    count = round(int(size[:-1]) * total / 100) if size.endswith("%") else int(size)
+    return max(total - count, 0) if text.startswith("-") else min(count, total)
 
 
-def _parquet(file: Path) -> Rows:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return from_list(parquet.read_table(file).to_pylist(), str(file))
-    except ArrowException as error:
-        raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _hub(path: str, *, split: str, name: str | None) -> Rows:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no such file here, and no such dataset on the hub or no way to reach it ({reason})") from error
-    return from_list(data.to_list(), path)
+def _read_files(found: Sequence[files.File], path: str | None, limit: int | None) -> Rows:
+    parts, left = [], limit
+    for file in found:
+        rows = list(islice(records.iterate(file), left))
+        parts.append(Rows(file.name, [row.row for row in rows], [row.number for row in rows], rows[0].unit if rows else "row"))
+        left = None if left is None else left - len(rows)
+        if left == 0:
+            break
+    return parts[0] if len(parts) == 1 else join(parts, path or f"{found[0].name} and {len(found) - 1} more")
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+def join(parts: Sequence[Rows], name: str) -> Rows:
+    """Several files as one source, numbered through; errors still name each row's own file and line."""
+    origins, rows, numbers, start = [], [], [], 0
+    for part in parts:
+        origins.append(Origin(start, part.name, part.unit))
+        rows += part.rows
+        numbers += [start + number for number in part.numbers]
+        start += max(part.numbers, default=0)
+    return Rows(name, rows, numbers, origins=tuple(origins))

@@ -14,7 +14,16 @@ import numpy as np
 
 from treetune.core.data import sources
 
+TEMPLATE = "template"  # the role of what no speaker wrote
 BYTE_SPACE = "\u0120"  # how byte-level vocabularies spell a space
+
+
+class Piece(NamedTuple):
+    """Characters [begin, end) of a turn that have a weight of their own. A token that straddles its border is not trained."""
+
+    begin: int
+    end: int
+    weight: float
 
 
 class Turn(NamedTuple):
@@ -30,6 +39,16 @@ class Turn(NamedTuple):
     tail: int
     weight: float
     close: float  # weight of the closing
+    pieces: tuple[Piece, ...] = ()  # in order, apart from each other
+    calls: bool = False  # what follows `end` is still written by the speaker, up to the last special token before `tail`
+
+
+class Speaker(NamedTuple):
+    """Characters [begin, end) of the text that belong to a role. They only count tokens; masks come from turns."""
+
+    begin: int
+    end: int
+    role: str
 
 
 class Text(NamedTuple):
@@ -40,6 +59,8 @@ class Text(NamedTuple):
     whole: bool = False
     eos: float | None = None  # add the tokenizer's default prefix (BOS, mostly) and an EOS of this weight
     cut: int = 0  # trained turns of which the text leaves a part out
+    trailing_space_boundaries: int = 0  # borders between parts of different weight that come right after a space
+    speakers: tuple[Speaker, ...] = ()  # in order, apart from each other
 
 
 class Doc(NamedTuple):
@@ -67,6 +88,17 @@ class Encoded(NamedTuple):
     weight: np.ndarray  # float32 [n]
     unclosed: int
     cut: int
+    trailing_space_boundaries: int = 0
+    role: np.ndarray | None = None  # uint8 [n], an index into `names`
+    names: tuple[str, ...] = (TEMPLATE,)
+
+
+def tokens_by_role(encoded: Encoded, start: int = 0, stop: int | None = None) -> dict[str, tuple[int, int]]:
+    """(tokens, trained tokens) by role of the tokens [start, stop); those that no speaker wrote are under "template"."""
+    trained, role = encoded.weight[start:stop] > 0, encoded.role
+    role = np.zeros(len(trained), np.uint8) if role is None else role[start:stop]
+    totals = np.bincount(role, minlength=len(encoded.names)), np.bincount(role[trained], minlength=len(encoded.names))
+    return {name: (int(total), int(count)) for name, total, count in zip(encoded.names, *totals, strict=True)}
 
 
 def marks(tokenizer) -> Marks:
@@ -106,9 +138,11 @@ def encode(texts: Sequence[Text], tokenizer, known: Marks) -> list[Encoded]:
         tokens = np.array(ids, dtype=np.int32)
         begins, ends = _extents(tokens, np.array(offsets, dtype=np.int64).reshape(-1, 2), tokenizer)
         weight, unclosed = _weigh(text, tokens, begins, ends, known)
-        tokens, weight = (tokens, weight) if text.eos is None else _wrap(tokens, weight, text, known)
+        role, names = _roles(text.speakers, begins)
+        if text.eos is not None:
+            tokens, weight, role = _wrap(tokens, weight, role, text, known)
         weight[:1] = 0.0
-        encoded.append(Encoded(tokens, weight, unclosed, text.cut))
+        encoded.append(Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names))
     return encoded
 
 
@@ -124,20 +158,50 @@ def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray,
     unclosed = 0
     for turn in text.turns:
         first, inside = np.searchsorted(begins, turn.begin, "left"), np.searchsorted(ends, turn.end, "right")
-        outside = np.searchsorted(begins, turn.end, "left")
-        after = _closing(text.text, turn, int(inside), tokens, begins, ends, known)
-        unclosed += turn.weight > 0 and turn.close > 0 and after == inside
+        opens, after, closed = _closing(text.text, turn, int(inside), tokens, begins, ends, known)
+        trained = turn.weight > 0 or any(piece.weight > 0 for piece in turn.pieces)
+        unclosed += trained and turn.close > 0 and not closed
         if text.whole:  # tokens across the border go too
-            weight[np.searchsorted(ends, turn.begin, "right") : max(after, outside)] = 0.0
+            weight[np.searchsorted(ends, turn.begin, "right") : max(after, opens)] = 0.0
         if turn.close == turn.weight:
             weight[first:after] = turn.weight
         else:
-            weight[first:inside] = turn.weight
-            weight[outside:after] = turn.close
+            weight[first : opens if turn.calls else inside] = turn.weight
+            weight[opens:after] = turn.close
+        for piece in turn.pieces:
+            weight[np.searchsorted(ends, piece.begin, "right") : np.searchsorted(begins, piece.end, "left")] = 0.0
+        for piece in turn.pieces:
+            weight[np.searchsorted(begins, piece.begin, "left") : np.searchsorted(ends, piece.end, "right")] = piece.weight
     return weight, int(unclosed)
 
 
-def _closing(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> int:
+def _closing(
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks
+) -> tuple[int, int, bool]:
+    """(first, one past the last) of the tokens that close the turn whose content ends before token `start`, and whether any do."""
+    if turn.calls:
+        return _closing_calls(text, turn, start, tokens, begins, ends, known)
+    after = _closing_text(text, turn, start, tokens, begins, ends, known)
+    return int(np.searchsorted(begins, turn.end, "left")), after, after > start
+
+
+def _closing_calls(
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks
+) -> tuple[int, int, bool]:
+    """The same where special tokens may also be part of what is written: the last one before `tail` closes, if only blanks follow it."""
+    tail, stop = int(np.searchsorted(begins, turn.tail, "left")), int(np.searchsorted(begins, turn.limit, "left"))
+    for kind in (known.special, known.added):
+        hits = start + np.flatnonzero(np.isin(tokens[start:stop], kind))
+        before, behind = hits[hits < tail], hits[hits >= tail]
+        if len(before) and not text[ends[before[-1]] : turn.tail].strip():
+            return int(before[-1]), int(before[-1]) + 1, True
+        if len(behind) and not text[turn.tail : begins[behind[0]]].strip():
+            return int(behind[0]), int(behind[0]) + 1, True
+    after = _closing_run(text, turn, start, begins, ends)
+    return start, after, after > start
+
+
+def _closing_text(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> int:
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
     stop = int(np.searchsorted(begins, turn.limit, "left"))
     begin = start
@@ -171,14 +235,27 @@ def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np
     return max(after, start)
 
 
-def _wrap(tokens: np.ndarray, weight: np.ndarray, text: Text, known: Marks) -> tuple[np.ndarray, np.ndarray]:
+def _roles(speakers: tuple[Speaker, ...], begins: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """(role [n], names): of each token the speaker in whose characters it begins."""
+    if not speakers:
+        return None, (TEMPLATE,)
+    names = tuple(dict.fromkeys((TEMPLATE, *(speaker.role for speaker in speakers))))
+    codes = np.zeros(2 * len(speakers) + 1, np.uint8)
+    codes[1::2] = [names.index(speaker.role) for speaker in speakers]
+    return codes[np.searchsorted([edge for speaker in speakers for edge in speaker[:2]], begins, "right")], names
+
+
+def _wrap(
+    tokens: np.ndarray, weight: np.ndarray, role: np.ndarray | None, text: Text, known: Marks
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Default prefix before, EOS behind, each unless it is there already."""
     prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
     suffix = [known.eos] if len(tokens) == 0 or tokens[-1] != known.eos else []
     tokens = np.concatenate([_ids(prefix), tokens, _ids(suffix)])
     weight = np.concatenate([np.full(len(prefix), float(text.whole)), weight, np.zeros(len(suffix))])
     weight[-1] = text.eos
-    return tokens.astype(np.int32), weight.astype(np.float32)
+    role = None if role is None else np.concatenate([np.zeros(len(prefix), np.uint8), role, np.zeros(len(suffix), np.uint8)])
+    return tokens.astype(np.int32), weight.astype(np.float32), role
 
 
 def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -5,15 +5,19 @@ the template itself writes; found again in the real rendering, character for cha
 only roles and the shape of the contents matter for the markers' rendering, one of them serves all rows of the same shape.
 
 A piece of content is text between reasoning tags: templates treat the two sides of `</think>` differently, and may drop one.
+Of tool calls the pieces are the functions' names and every text in their arguments; the rest of a call is the template's writing.
 """
 
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 FIELDS = ("reasoning_content", "content")
+CALLS = len(FIELDS)  # the field number of tool calls
 TAGS = re.compile(r"(</?think>)")
 MARKER = "Qx7vZkW"
 MARKERS = re.compile(MARKER + r"m(\d+)f(\d+)p(\d+)e")
@@ -21,7 +25,7 @@ CACHE_SIZE = 4096
 MISSING = "is not rendered"
 
 Key = tuple[int, int, int]  # message, field, piece
-Render = Callable[..., str]  # (messages, *, add_generation_prompt=False) -> text
+Render = Callable[..., str]  # (messages, *, tools=None, add_generation_prompt=False) -> text
 
 
 class Place(NamedTuple):
@@ -32,6 +36,7 @@ class Place(NamedTuple):
     lead: int  # characters before the first piece that the speaker produces too, such as an opening <think>
     trail: int  # characters after the last piece that are still content: a tag, blanks
     tail: int  # characters after the last piece that still belong to the turn, not to the next one's header
+    calls: bool = False  # it has tool calls
 
 
 class Layout(NamedTuple):
@@ -41,6 +46,25 @@ class Layout(NamedTuple):
     keys: list[Key]
     places: dict[int, Place | str]  # by message; a string says why the message has no single place
     cut: frozenset[int]  # messages of which the template leaves a piece out
+    lost: frozenset[int]  # messages of which it leaves out a part of a tool call
+
+
+class Found(NamedTuple):
+    """Characters [begin, end) of one piece in the rendered text; blanks aside, it starts at `core`."""
+
+    begin: int
+    core: int
+    end: int
+
+
+class Run(NamedTuple):
+    """Character c in [first, last) of a content stands at start + c - first; with the blanks kept around them they are [begin, end)."""
+
+    first: int
+    last: int
+    start: int
+    begin: int
+    end: int
 
 
 class Span(NamedTuple):
@@ -52,44 +76,86 @@ class Span(NamedTuple):
     tail: int
 
 
-def layouts(render: Render) -> Callable[[Sequence[dict]], Layout]:
-    """A function from messages to the layout of their shape; layouts are kept and shared by all rows of one shape."""
+def layouts(render: Render) -> Callable[..., Layout]:
+    """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
     known: dict[str, Layout] = {}
 
-    def layout(messages: Sequence[dict]) -> Layout:
+    def layout(messages: Sequence[dict], tools: list | None = None) -> Layout:
         marked = [_marked(i, message) for i, message in enumerate(messages)]
-        key = json.dumps(marked, default=repr)
+        key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
         if key not in known:
             if len(known) >= CACHE_SIZE:
                 known.clear()
-            known[key] = _layout(marked, render)
+            known[key] = _layout(marked, partial(render, tools=tools) if tools else render)
         return known[key]
 
     return layout
 
 
-def locate(text: str, messages: Sequence[dict], layout: Layout) -> dict[int, Span]:
-    """Span of every message that has a place. Errors: ValueError when the rendered text does not match the layout."""
+def locate(text: str, messages: Sequence[dict], layout: Layout) -> list[Found]:
+    """Characters of every piece of `layout.keys`. Errors: ValueError when the rendered text does not match the layout."""
     found, position = [], len(layout.statics[0])
     if not text.startswith(layout.statics[0]):
         raise ValueError("the template writes different text around these contents than around others")
-    for i, (message, field, piece) in enumerate(layout.keys):
-        content = TAGS.split(messages[message][FIELDS[field]])[piece]
-        end = _piece_end(text, position, content, layout.statics[i + 1], final=i + 1 == len(layout.keys))
-        if end is None:
-            raise ValueError(f"the template changes the content of message {message + 1} beyond recognition")
-        found.append((position, end))
-        position = end + len(layout.statics[i + 1])
+    for i, key in enumerate(layout.keys):
+        content = _content(messages[key[0]], key)
+        after, final = layout.statics[i + 1], i + 1 == len(layout.keys)
+        place = _piece(text, position, content, after, final=final) or _piece(text, position, _escaped(content), after, final=final)
+        if place is None:
+            raise ValueError(f"the template changes the content of message {key[0] + 1} beyond recognition")
+        found.append(Found(position, *place))
+        position = place[1] + len(after)
+    return found
+
+
+def spans(found: list[Found], layout: Layout) -> dict[int, Span]:
+    """Span of every message that has a place."""
     return {i: _span(place, found, layout) for i, place in layout.places.items() if isinstance(place, Place)}
 
 
-def _span(place: Place, found: list[tuple[int, int]], layout: Layout) -> Span:
-    begin, end = found[place.first][0] - place.lead, found[place.last][1]
+def run(text: str, i: int, field: int, content: str, found: list[Found], layout: Layout) -> Run:
+    """Where a field's content stands literally in the text: all of it but for blanks around it, or its only piece that is rendered.
+
+    Errors: ValueError when the template takes the content apart or rewrites it.
+    """
+    at = [k for k, key in enumerate(layout.keys) if key[:2] == (i, field)]
+    if not at:
+        raise ValueError("leaves it out")
+    parts = TAGS.split(content)
+    number, first = layout.keys[at[0]][2], found[at[0]]
+    offset = sum(map(len, parts[:number]))
+    start = first.core - _blanks(parts[number])
+    if text.startswith(content.strip(), start - offset + _blanks(content)):
+        return Run(0, len(content), start - offset, min(first.begin, start - offset + _blanks(content)), found[at[-1]].end)
+    if len(at) > 1 or not text.startswith(parts[number].strip(), first.core):
+        raise ValueError("takes it apart")
+    return Run(offset, offset + len(parts[number]), start, first.begin, first.end)
+
+
+def _blanks(text: str) -> int:
+    """Blanks at the beginning."""
+    return len(text) - len(text.lstrip())
+
+
+def _escaped(content: str) -> str:
+    """As tojson writes it."""
+    return json.dumps(content, ensure_ascii=False)[1:-1]
+
+
+def _span(place: Place, found: list[Found], layout: Layout) -> Span:
+    begin, end = found[place.first].begin - place.lead, found[place.last].end
     return Span(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
 
 
-def _piece_end(text: str, begin: int, content: str, static: str, *, final: bool) -> int | None:
-    """Where the piece ends that starts at `begin`: its content, perhaps stripped of blanks, must be followed by `static`."""
+def _content(message: dict, key: Key) -> str:
+    """The piece that a key stands for."""
+    if key[1] == CALLS:
+        return _leaves(message)[key[2]]
+    return TAGS.split(message[FIELDS[key[1]]])[key[2]]
+
+
+def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> tuple[int, int] | None:
+    """(core, end) of the piece that starts at `begin`: its content, perhaps stripped of blanks, must be followed by `static`."""
     core = content.strip()
     lead, trail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
     start = text.find(core, begin, begin + len(lead) + len(core))
@@ -99,57 +165,85 @@ def _piece_end(text: str, begin: int, content: str, static: str, *, final: bool)
         end = start + len(core) + kept
         whole = end + len(static) == len(text) or not final
         if whole and text.startswith(trail[:kept] + static, start + len(core)):
-            return end
+            return start, end
     return None
 
 
 def _layout(marked: list[dict], render: Render) -> Layout:
     statics, keys = _split(render(marked))
-    places = {i: _place(i, marked, statics, keys, render) for i, message in enumerate(marked) if _shown(message)}
-    wanted = {key for message in marked for field in FIELDS if field in message for key in _keys(message[field])}
-    return Layout(statics, keys, places, frozenset(key[0] for key in wanted - set(keys)))
+    places = {i: _place(i, marked, statics, keys, render) for i, message in enumerate(marked) if _marks(message)}
+    missing = {key for message in marked for key in _marks(message)} - set(keys)
+    return Layout(statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS))
 
 
 def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> Place | str:
-    at = [k for k, key in enumerate(keys) if key[0] == i]
+    at = _own(i, keys)
     if not at:
         return MISSING
     if at != list(range(at[0], at[-1] + 1)) or len(at) != len({keys[k] for k in at}):
         return "is rendered more than once or in pieces"
-    lead, tail = _lead(i, at[0], marked, statics, keys, render), _tail(i, at[-1], marked, statics, keys, render)
-    return Place(at[0], at[-1], lead, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail)
+    calls = bool(marked[i].get("tool_calls"))
+    lead, tail = _lead(i, at[0], marked, statics, keys, render), _tail(i, at[-1], marked, statics, keys, render, whole=calls)
+    if calls and (lead is None or tail is None):
+        return "has tool calls whose limits are not known as they are written"
+    return Place(at[0], at[-1], lead or 0, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail or 0, calls)
 
 
-def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:
+def _own(i: int, keys: list[Key]) -> list[int]:
+    """Where the pieces of message `i` are. A function's name that an answer to the call repeats belongs to the answer."""
+    at, own = [], set()
+    for k, key in enumerate(keys):
+        if key[0] == i and not (key[1] == CALLS and key in own):
+            at.append(k)
+            own.add(key)
+    return at
+
+
+def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
     """Characters between the generation prompt and the content: the model has to produce them itself, so they count."""
     before = statics[first]
     if marked[i]["role"] == "assistant" and i > 0:
         prompt, shown = _try_split(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
+    if marked[i].get("tool_calls") and keys[first][1] == CALLS:
+        return _lead_of_calls(i, first, marked, statics, keys, render)
     own = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
     kept = [len(text) for text in (own, own.lstrip()) if before.endswith(text)]
     return max(kept + [len(before) - opened.start() if opened else 0])
 
 
+def _lead_of_calls(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
+    """The same for a message that starts with a call: it begins where plain content of the same speaker would, in the same place."""
+    plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
+    for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
+        header, shown = _try_split(talk, render)
+        if shown[: first + 1] == [*keys[:first], (i, 1, 0)] and header[first] and statics[first].startswith(header[first]):
+            return len(statics[first]) - len(header[first])
+    return None
+
+
 def _trail(message: dict, last: Key, after: str) -> int:
     """Length of what the content itself has after its last piece: a tag, blanks."""
+    if last[1] == CALLS:
+        return 0
     own = message[FIELDS[last[1]]].partition(_marker(last))[2]
     return max(len(text) for text in (own, own.rstrip(), "") if after.startswith(text))
 
 
-def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int:
-    """Length of what the template writes after the content whether or not another message follows."""
+def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render, *, whole: bool = False) -> int | None:
+    """Length of what the template writes after the content whether or not another message follows; `whole`: None if that is in doubt."""
     after = statics[last + 1]
     if i + 1 == len(marked):
         return len(after)
     alone, shown = _try_split(marked[: i + 1], render)
     if shown[-1:] != [keys[last]]:
-        return 0
+        return None
     shared = os.path.commonprefix([after, alone[-1]])
-    whole = shared in (after, alone[-1])  # else it may end inside a token that two different endings happen to start with
-    return len(shared) if whole else re.match(r"(.*\s)?", shared, re.DOTALL).end()
+    if shared in (after, alone[-1]):  # else it may end inside a token that two different endings happen to start with
+        return len(shared)
+    return None if whole else re.match(r"(.*\s)?", shared, re.DOTALL).end()
 
 
 def _try_split(marked: list[dict], render: Render, **options) -> tuple[list[str], list[Key]]:
@@ -170,7 +264,33 @@ def _keys(text: str) -> list[Key]:
 
 def _marked(i: int, message: dict) -> dict:
     """The message with a marker in place of each piece of its content; tags and blank pieces stay."""
-    return message | {field: _mark(i, f, message[field]) for f, field in enumerate(FIELDS) if field in message}
+    marked = message | {field: _mark(i, f, message[field]) for f, field in enumerate(FIELDS) if message.get(field)}
+    if message.get("tool_calls"):
+        count = iter(range(sys.maxsize))
+        marked["tool_calls"] = [_mark_call(call, lambda text: _marker((i, CALLS, next(count)))) for call in message["tool_calls"]]
+    return marked
+
+
+def _mark_call(call: dict, mark: Callable[[str], str]) -> dict:
+    """The call with `mark` of its name and of each text in its arguments that is not blank."""
+    function = call["function"]
+    return call | {"function": function | {"name": mark(function["name"]), "arguments": _mark_value(function.get("arguments"), mark)}}
+
+
+def _mark_value(value: object, mark: Callable[[str], str]) -> object:
+    if isinstance(value, dict):
+        return {key: _mark_value(item, mark) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mark_value(item, mark) for item in value]
+    return mark(value) if isinstance(value, str) and value.strip() else value
+
+
+def _leaves(message: dict) -> list[str]:
+    """Pieces of the tool calls, in the order of their numbers."""
+    texts: list[str] = []
+    for call in message["tool_calls"]:
+        _mark_call(call, lambda text: texts.append(text) or text)
+    return texts
 
 
 def _mark(i: int, f: int, content: str) -> str:
@@ -182,9 +302,11 @@ def _marker(key: Key) -> str:
     return MARKER + "m{}f{}p{}e".format(*key)
 
 
-def _shown(message: dict) -> bool:
-    return any(_keys(message[field]) for field in FIELDS if field in message)
+def _marks(message: dict) -> list[Key]:
+    """Markers in a marked message."""
+    found = [key for field in FIELDS if message.get(field) for key in _keys(message[field])]
+    return found + [key for text in (_leaves(message) if message.get("tool_calls") else ()) for key in _keys(text)]
 
 
 def _reasons(message: dict) -> bool:
-    return FIELDS[0] in message or bool(TAGS.search(message["content"]))
+    return FIELDS[0] in message or bool(TAGS.search(message.get("content") or ""))

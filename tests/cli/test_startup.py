@@ -66,6 +66,9 @@ def test_help_shows_every_option_with_its_default(command, monkeypatch):
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
     for name, default in parse.defaults(getattr(options, main.COMMANDS[command][1])).items():
         flag = f" --{name.replace('_', '-')}"
+        if name in parse.LISTED:
+            assert f"`{name}`" in text or name == "test_datasets"
+            continue
         if flag not in text:
             assert f" {name.upper()} " in text or f"[{name.upper()}" in text, f"{name} is neither a flag nor a word"
             continue

@@ -236,7 +236,7 @@ def test_dropped_reasoning_is_counted(templates, tokenizer):
 
 def test_template_variables_move_the_mask(templates, tokenizer):
     tokenizer.chat_template = templates["qwen3"]
-    doc = encode(TALKS["single"], tokenizer, template_kwargs={"enable_thinking": False})[0][0]
+    doc = encode(TALKS["single"], tokenizer, chat_template_kwargs={"enable_thinking": False})[0][0]
     assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "It is 4.<|im_end|>"
     doc = encode(TALKS["single"], tokenizer)[0][0]
     assert tokenizer.decode(doc.tokens[doc.weight > 0]) == "<think>\n\n</think>\n\nIt is 4.<|im_end|>"

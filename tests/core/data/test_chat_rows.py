@@ -1,6 +1,8 @@
 """Bad rows, bad options and templates that hide the spans: one clear line each, never a wrong mask."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from treetune.core.data import chat, formats, sources, spans
 
@@ -28,8 +30,71 @@ BAD_ROWS = {
     "train": ({"messages": [{"role": "user", "content": "a", "train": "no"}]}, "row 2: message 1: train is 'no'"),
     "weight": ({"messages": [{"role": "user", "content": "a", "weight": -1}]}, "row 2: message 1: weight is -1"),
     "nan": ({"messages": [{"role": "user", "content": "a", "weight": float("nan")}]}, "row 2: message 1: weight is nan"),
-    "tools": ({"messages": SINGLE, "tools": [{"name": "f"}]}, "row 2: tool definitions are not supported"),
-    "calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "row 2: message 1: tool calls are not supported"),
+    "tools": (
+        {"messages": SINGLE, "tools": [{"name": "f7"}]},
+        "row 2: the chat template leaves out the tool 'f7': use a chat template that renders tools, or set field_tools",
+    ),
+    "tools of text": ({"messages": SINGLE, "tools": "[{"}, "row 2: field tools is a text that is no JSON"),
+    "tools of numbers": ({"messages": SINGLE, "tools": [7]}, "row 2: field tools: tool 1 is of type int"),
+    "functions": ({"messages": SINGLE, "functions": [{"name": "f"}]}, "row 2: field functions holds tool definitions: set field_tools"),
+    "call": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "row 2: message 1: tool_calls: call 1: function is {}"),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "row 2: message 1: tool_calls is of type int, expected a list"),
+    "arguments": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a"}]}]},
+        "row 2: message 1: tool_calls: call 1: arguments is a text that is no JSON",
+    ),
+    "list arguments": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+        "row 2: message 1: tool_calls: call 1: arguments is of type list, expected an object",
+    ),
+    "dropped call": (
+        {"messages": [*SINGLE[:1], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        r"row 2: message 2 \(role 'assistant'\) is not rendered",
+    ),
+    "half dropped call": (
+        {"messages": [*SINGLE[:1], {"role": "assistant", "content": "hello", "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        "row 2: the chat template leaves out tool calls of message 2|row 2: message 2 .* has tool calls whose limits",
+    ),
+    "function_call": (
+        {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+        "row 2: message 1: function_call",
+    ),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]},
+        "row 2: message 1: field content: part 1: type is 'image': only parts of type 'text'",
+    ),
+    "no parts": ({"messages": [{"role": "user", "content": []}]}, "row 2: message 1: field content is empty"),
+    "part of two texts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}]},
+        "row 2: message 1: field content: part 1 has type, text, value: expected one text",
+    ),
+    "part flag": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "train": 1}]}]},
+        "row 2: message 1: field content: part 1: train is 1, expected true or false",
+    ),
+    "detail outside": (
+        {"messages": [{"role": "user", "content": "abc", "train_detail": [{"begin_offset": 0, "end_offset": 3, "train": True}]}]},
+        "row 2: message 1: train_detail: entry 1 has the offsets 0 to 3: expected 0 <= begin <= end <= 2",
+    ),
+    "detail twice": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": "abc",
+                    "train_detail": [
+                        {"begin_offset": 0, "end_offset": 1, "train": True},
+                        {"begin_offset": 1, "end_offset": 2, "train": False},
+                    ],
+                }
+            ]
+        },
+        "row 2: message 1: train_detail: two entries hold character 1",
+    ),
+    "detail and parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}], "train_detail": []}]},
+        "row 2: message 1: train_detail needs content that is one text",
+    ),
     "surrogate": ({"messages": talk(("user", "\ud800"), ("assistant", "a"))}, "row 2: not valid Unicode"),
 }
 
@@ -89,6 +154,10 @@ def test_options_are_checked(tokenizer):
         ({"roles_to_train": "assistant"}, "roles_to_train is the text 'assistant'"),
         ({"train_on_inputs": True, "train_on_eos": "last"}, "train_on_inputs trains every token already"),
         ({"field": "text"}, "format chat takes no field; it takes chat_template"),
+        ({"roles": {"assistant": "gpt"}}, "roles has assistant: 'gpt', expected a list"),
+        ({"roles": {"assistant": ["gpt"], "user": ["gpt"]}}, "roles maps 'gpt' to 'assistant' and to 'user'"),
+        ({"message_field_role": "from", "message_property_mappings": {"role": "who"}}, "message_field_role is 'from', but"),
+        ({"message_property_mappings": {"role": ["who"]}}, r"message_property_mappings has role: \['who'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             encode(SINGLE, tokenizer, **options)
@@ -107,3 +176,37 @@ def test_blank_answers_are_nothing_to_train_on(tokenizer):
 def test_roles_are_mapped():
     messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}, "row 1")
     assert [message["role"] for message in messages] == ["user", "narrator"]
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.floats()
+    | st.sampled_from(["", " ", "user", "assistant", "{", "[]", "text", "<think>a</think>b"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "train", "name", "function"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = "role from content value train weight train_detail reasoning_content tool_calls name".split()
+MESSAGES = (
+    st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=4).map(lambda extra: {"role": "assistant", "content": "It is 4."} | extra) | JUNK
+)
+ROWS = st.fixed_dictionaries({"messages": st.lists(MESSAGES, max_size=3) | JUNK}, optional={"tools": JUNK, "functions": JUNK})
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "llama3"])
+def test_malformed_rows_are_read_or_named(template, tokenizer):
+    @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(row=ROWS, split=st.booleans())
+    def check(row, split):
+        rows = sources.from_list([{"messages": SINGLE}, row], "data")
+        try:
+            docs, report = formats.encode_rows(rows, tokenizer, format="chat", chat_template=template, split_thinking=split)
+        except ValueError as error:
+            assert str(error).startswith("data row 2"), error
+        else:
+            assert len(docs) + sum(report.dropped.values()) == 2 and all((doc.weight >= 0).all() for doc in docs)
+
+    check()

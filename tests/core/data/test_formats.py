@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treetune.core.data import chat, formats, instruction, sources, spans
+from treetune.core.data import formats, instruction, sources, spans
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
 CHAT = {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]}
@@ -46,7 +46,7 @@ def test_nothing_fits():
 
 
 def test_unknown_format_and_options(tokenizer):
-    with pytest.raises(ValueError, match="unknown format 'sharegpt': expected one of chat, alpaca, completion"):
+    with pytest.raises(ValueError, match="unknown format 'sharegpt': expected one of chat, alpaca,.*completion"):
         encode([CHAT], tokenizer, format="sharegpt")
     with pytest.raises(ValueError, match="format completion takes no train_on_eos; it takes field"):
         encode([{"text": "a"}], tokenizer, train_on_eos="all")
@@ -323,7 +323,9 @@ def test_random_rows_give_streams_or_a_named_error(tokenizer, templates):
     went = Counter()
 
     @settings(max_examples=600, deadline=None, derandomize=True)
-    @given(row=ROWS, kind=st.sampled_from(list(formats.FORMATS)), template=st.sampled_from(["chatml", "qwen3", "llama2", "gemma"]))
+    @given(
+        row=ROWS, kind=st.sampled_from(["chat", "alpaca", "completion"]), template=st.sampled_from(["chatml", "qwen3", "llama2", "gemma"])
+    )
     def check(row, kind, template):
         options = {"chat_template": templates[template]} if kind == "chat" else {}
         try:
@@ -336,7 +338,8 @@ def test_random_rows_give_streams_or_a_named_error(tokenizer, templates):
         assert report.docs == len(docs) == 1 and docs[0].weight.any() and docs[0].weight[0] == 0
         assert np.isfinite(docs[0].weight).all() and len(docs[0].tokens) == len(docs[0].weight)
         if kind == "chat" and not any(message.keys() - {"role", "content"} for message in row["messages"]):
-            messages = [message | {"role": chat.ROLES.get(message["role"], message["role"])} for message in row["messages"]]
+            names = {"human": "user", "gpt": "assistant"}
+            messages = [message | {"role": names.get(message["role"], message["role"])} for message in row["messages"]]
             assert docs[0].tokens.tolist() == tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     check()

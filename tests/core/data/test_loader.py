@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treetune.core.data import loader, pack
+from treetune.core.data import loader, pack, sources
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, 137).tolist()
 PLANS = {
@@ -16,6 +16,7 @@ PLANS = {
     "rows": {"rows": 4},
     "rows in order": {"rows": 4, "shuffle": False},
 }
+WEIGHTS = [0.0] * 20 + [1.0] * 40 + [2.5] * 40 + [0.3] * 37
 
 
 def seen(stream):
@@ -61,15 +62,77 @@ def test_a_global_batch_does_not_depend_on_how_it_is_spread():
     accum=st.integers(1, 4),
     seed=st.integers(0, 9),
     options=st.sampled_from(list(PLANS.values())),
+    weighted=st.booleans(),
 )
-def test_resuming_continues_the_same_stream(count, stop, accum, seed, options):
+def test_resuming_continues_the_same_stream(count, stop, accum, seed, options, weighted):
     """Stop after any step, take the cursor through JSON, go on: nothing repeats, nothing is missing."""
     lengths = LENGTHS[:count]
+    options = options | ({"weights": ([2.5, 1.0, 0.3, 0.0] * 15)[:count]} if weighted else {})
     whole = list(loader.steps(lengths, epochs=3, accum=accum, seed=seed, **options))
     stop %= len(whole)
     cursor = loader.START if stop == 0 else whole[stop - 1][1]
     state = json.loads(json.dumps(cursor._asdict()))
     assert list(loader.steps(lengths, cursor=loader.Cursor(**state), epochs=3, accum=accum, seed=seed, **options)) == whole[stop:]
+
+
+@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_cover_each_weighted_document_as_often_as_it_appears(options, world):
+    ranks = [list(loader.steps(LENGTHS, weights=WEIGHTS, epochs=2, accum=2, world=world, rank=rank, **options)) for rank in range(world)]
+    for epoch in (0, 1):
+        of_epoch = [s for steps in ranks for s in in_epoch(steps, epoch)]
+        assert Counter(seen(of_epoch)) == Counter(loader.appearances(WEIGHTS, epoch=epoch))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_cover_each_row_of_all_shards_once(world):
+    rows = sources.from_list([{"text": "x" * n} for n in LENGTHS])
+    found = Counter()
+    for index in range(3):
+        part = sources.shard(rows, 3, index)
+        lengths = [len(row["text"]) for row in part.rows]
+        for rank in range(world):
+            stream = loader.steps(lengths, epochs=1, accum=2, world=world, rank=rank, budget=128)
+            found.update(part.numbers[i] for i in seen(stream))
+    assert found == Counter(range(1, len(LENGTHS) + 1))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 4) | st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=40), st.integers(0, 99), st.integers(0, 9))
+def test_appearances_are_the_floor_or_one_more(weights, seed, epoch):
+    if not any(weights):
+        return
+    counts = Counter(loader.appearances(weights, seed=seed, epoch=epoch))
+    for i, weight in enumerate(weights):
+        assert int(weight) <= counts[i] <= int(weight) + (weight > int(weight))
+    assert abs(counts.total() - sum(weights)) < 1 + 1e-6
+    for weight in set(weights):
+        alike = [i for i, other in enumerate(weights) if other == weight]
+        assert abs(sum(counts[i] for i in alike) - weight * len(alike)) < 1 + 1e-6
+
+
+def test_every_document_appears_with_its_own_probability():
+    """400 epochs: a share of 0.3 has a standard deviation of 0.023 if the draws of a document are independent."""
+    weights = [0.3] * 10 + [1.75] * 10 + [0.9]
+    totals = sum((Counter(loader.appearances(weights, epoch=epoch)) for epoch in range(400)), Counter())
+    assert all(abs(totals[i] / 400 - weight) < 0.1 for i, weight in enumerate(weights))
+    assert len({tuple(loader.appearances(weights, epoch=epoch)) for epoch in range(20)}) > 15
+    assert loader.appearances(weights, seed=1) == loader.appearances(weights, seed=1) != loader.appearances(weights, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([1, -1], "document 1 has weight -1"), ([float("nan")], "nan"), ([0, 0], "all weights are 0")]
+)
+def test_weights_that_make_no_sense(weights, message):
+    with pytest.raises(ValueError, match=message):
+        loader.epoch_plan([5] * len(weights), rows=1, weights=weights)
+
+
+def test_weights_of_1_change_nothing():
+    for options in PLANS.values():
+        assert loader.epoch_plan(LENGTHS, weights=[1] * len(LENGTHS), **options) == loader.epoch_plan(LENGTHS, **options)
+    assert loader.document_weights([2, 3], [1, 1.0]) is None
+    assert loader.document_weights([2, 1], [1, 0.5]) == [1.0, 1.0, 0.5]
 
 
 def test_resuming_with_other_ranks_and_accumulation_misses_nothing():

@@ -75,11 +75,7 @@ def test_broken_sources_get_one_line(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_folders_and_hub_ids(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="is a folder: name one file"):
-        sources.read(str(tmp_path))
-    with pytest.raises(ValueError, match="neither splits nor configurations"):
-        sources.read(write(tmp_path / "a.jsonl", "{}\n"), split="test")
+def test_a_path_that_could_be_a_hub_id_is_a_path_when_its_folder_is_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     with pytest.raises(ValueError, match="here/name: unsupported file type ''"):
@@ -91,15 +87,18 @@ def test_hub_ids_go_to_the_datasets_library(monkeypatch):
 
     asked = []
 
-    def load(path, name, *, split):
-        asked.append((path, name, split))
+    def load(path, name, **options):
+        asked.append((path, name, options))
         if path == "owner/gone":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/gone' doesn't exist\nmore")
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = sources.read("owner/data", split="test", name="main")
-    assert asked == [("owner/data", "main", "test")] and rows.rows == [{"text": "a"}, {"text": "b"}] and rows.name == "owner/data"
+    rows = sources.read("owner/data", split="test[:1%]", name="main")
+    assert asked == [("owner/data", "main", {"split": "test[:1%]"})]
+    assert rows.rows == [{"text": "a"}, {"text": "b"}] and rows.name == "owner/data"
+    sources.read("owner/data", revision="v2", data_files="part-*.json")
+    assert asked[1] == ("owner/data", None, {"split": "train", "revision": "v2", "data_files": "part-*.json"})
     with pytest.raises(ValueError, match="owner/gone: no such file here, and no such dataset on the hub") as caught:
         sources.read("owner/gone")
     assert "\n" not in str(caught.value)
@@ -157,6 +156,7 @@ def test_shuffle_equals_plain_integers(key):
 def test_importing_is_light():
     """A config error must come within half a second: the heavy libraries are imported where they are used."""
     heavy = {"transformers", "datasets", "jinja2", "pyarrow"}
-    code = f"import sys; from treetune.core.data import formats, loader, sources; print(*sorted({heavy} & set(sys.modules)))"
+    names = "cache, dedup, formats, loader, sources, streaming"
+    code = f"import sys; from treetune.core.data import {names}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

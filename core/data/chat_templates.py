@@ -1,0 +1,134 @@
+"""Chat templates: where they come from, and rendering with them in transformers' sandbox.
+
+The named ones are files of `jinja/`: the conversation formats of the model families, written for text, tools and reasoning.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+from treetune.core.data import conversations, templates
+
+FOLDER = Path(__file__).parent / "jinja"
+OWN, FALLBACK, INLINE = "tokenizer_default", "tokenizer_default_fallback_", "jinja"
+SUFFIXES = (".jinja", ".jinja2")
+PROBE = "Pz3kQwJ"
+FIX = "name one with chat_template, use a model whose tokenizer has one, or train on text or alpaca rows"
+
+
+@cache
+def named(name: str) -> str:
+    """Jinja text of a built-in template. Errors: ValueError listing the names."""
+    if name not in names():
+        raise ValueError(
+            f"there is no chat template {name!r}: expected {OWN}, {FALLBACK}NAME, {INLINE}, a .jinja file, or {', '.join(names())}"
+        )
+    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Names of the built-in templates."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
+
+
+def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str | None:
+    """Jinja text of the template that the options name; None for the tokenizer's own.
+
+    chat_template: "tokenizer_default" (the default), "tokenizer_default_fallback_NAME", a built-in name, "jinja", a .jinja or .jinja2
+    file, the name of one of several templates of the tokenizer, or Jinja text. chat_template_jinja: Jinja text or a file; implies "jinja".
+    Errors: ValueError for unknown names, missing files, a tokenizer without a template, and options that contradict each other.
+    """
+    if chat_template_jinja is not None:
+        if chat_template not in (None, INLINE):
+            raise ValueError(f"chat_template is {chat_template!r} and chat_template_jinja is given too: leave one out")
+        return _text(chat_template_jinja)
+    if chat_template == INLINE:
+        raise ValueError("chat_template is jinja, but chat_template_jinja is missing: put the Jinja text or a .jinja file there")
+    own = getattr(tokenizer, "chat_template", None)
+    if chat_template in (None, OWN):
+        if not own:
+            raise ValueError(f"the tokenizer has no chat template ({type(tokenizer).__name__}): {FIX}")
+        return None
+    if chat_template.startswith(FALLBACK):
+        fallback = named(chat_template.removeprefix(FALLBACK))
+        return None if own else fallback
+    if isinstance(own, dict) and chat_template in own:
+        return own[chat_template]
+    return _text(chat_template)
+
+
+def _text(template: str) -> str:
+    """Jinja text as it is, of a file, or of a name."""
+    if "{" in template:
+        return template
+    if not template.endswith(SUFFIXES):
+        return named(template)
+    if not Path(template).is_file():
+        raise ValueError(f"chat template file {template} does not exist")
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat template file {template} is not readable as UTF-8 text ({error})") from error
+
+
+def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | None, kwargs: Mapping) -> templates.Render:
+    """apply_chat_template without tokenising; whatever a template can raise becomes a ValueError."""
+    import jinja2
+
+    text = resolve(tokenizer, chat_template, chat_template_jinja)
+
+    def render(messages: list, *, tools: list | None = None, add_generation_prompt: bool = False):
+        try:
+            template = text or tokenizer.get_chat_template(None, tools=tools)
+            return tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0]})") from error
+
+    return render
+
+
+def call_style(render: templates.Render) -> Callable[[conversations.Talk], conversations.Talk]:
+    """A function that writes tool calls as this template takes them: arguments as object or JSON text, no content as "" or no field."""
+    found: list[tuple[str | None, bool]] = []
+
+    def style(talk: conversations.Talk) -> conversations.Talk:
+        if not any("tool_calls" in message for message in talk.messages):
+            return talk
+        if not found:
+            found.append(_probe(render))
+        return talk._replace(messages=[_styled(message, *found[0]) for message in talk.messages])
+
+    return style
+
+
+def _probe(render: templates.Render) -> tuple[str | None, bool]:
+    """(content where there is none, or None for no field, arguments as text): the first of the ways that the template renders."""
+    function = {"name": f"{PROBE}name", "arguments": {f"{PROBE}key": f"{PROBE}value"}}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}]}
+    ways = [(content, as_text) for content in ("", None) for as_text in (False, True)]
+    for way in ways:
+        try:
+            text = render([{"role": "user", "content": "a"}, _styled(call, *way)])
+        except ValueError:
+            continue
+        if all(PROBE + part in text for part in ("name", "key", "value")):
+            return way
+    return ways[0]
+
+
+def _styled(message: dict, empty: str | None, as_text: bool) -> dict:
+    if "tool_calls" not in message:
+        return message
+    calls = [_as_text(call) for call in message["tool_calls"]] if as_text else message["tool_calls"]
+    content = message.get("content") or empty
+    rest = {key: value for key, value in message.items() if key != "content"}
+    return rest | ({} if content is None else {"content": content}) | {"tool_calls": calls}
+
+
+def _as_text(call: dict) -> dict:
+    function = call["function"]
+    return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

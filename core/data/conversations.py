@@ -1,0 +1,348 @@
+"""Rows of messages, whatever their columns are called, as a chat template takes them: checked, renamed, with the flags taken out.
+
+A message comes out with `role`, `content` (text, or None beside tool calls), `reasoning_content`, `tool_calls`, and what else it had.
+What is to be trained of it is kept apart in `Flags`: a decision for the message, and characters with a decision of their own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from treetune.core.data import sources
+
+MESSAGES = ("messages", "conversations")  # the second where the first is the default and the row has none
+MAPPINGS = {
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    "reasoning_content": ("reasoning_content", "thinking", "reasoning"),  # as transformers reads them
+}
+ROLES = {"user": ("human", "user"), "assistant": ("gpt", "assistant"), "system": ("system",), "tool": ("tool",)}
+CONTENTS = ("reasoning_content", "content")
+PART_TEXTS = ("text", "content", "value")
+MAX_WEIGHT = 1e6
+TRAINED = -1.0  # of a part that is to be trained with the message's own weight, or with 1
+TAGS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+
+
+class Fields(NamedTuple):
+    """Where a row keeps what: the documented options, checked by `fields`."""
+
+    messages: str
+    tools: str | None
+    mappings: dict[str, tuple[str, ...]]  # what a template wants -> the names it may have in a message, best first
+    roles: dict[str, str]  # by the role's name in the row
+    training: str
+    detail: str
+    split_thinking: bool
+
+
+class Part(NamedTuple):
+    """Characters [begin, end) of one content. Weight None: whatever the message has."""
+
+    begin: int
+    end: int
+    weight: float | None
+
+
+class Flags(NamedTuple):
+    """What a message says about its training; None where it says nothing."""
+
+    weight: float | None
+    parts: dict[str, tuple[Part, ...]]
+
+
+class Talk(NamedTuple):
+    """One conversation. `flags` go with `messages`."""
+
+    messages: list[dict]
+    flags: list[Flags]
+    tools: list[dict] | None
+
+
+def fields(
+    *,
+    field_messages: str = MESSAGES[0],
+    field_tools: str | None = "tools",
+    message_property_mappings: Mapping[str, str] | None = None,
+    message_field_role: str | None = None,
+    message_field_content: str | None = None,
+    roles: Mapping[str, Sequence[str]] | None = None,
+    message_field_training: str = "train",
+    message_field_training_detail: str = "train_detail",
+    split_thinking: bool = False,
+) -> Fields:
+    """The options in one value. Errors: ValueError for options that contradict each other or have the wrong kind."""
+    given = dict(message_property_mappings or {})
+    for target, name in (("role", message_field_role), ("content", message_field_content)):
+        if name is not None and given.setdefault(target, name) != name:
+            raise ValueError(f"message_field_{target} is {name!r}, but message_property_mappings has {target}: {given[target]!r}: give one")
+    for target, name in given.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"message_property_mappings has {target}: {name!r}, expected the name of a column")
+    mappings = MAPPINGS | {target: (name,) for target, name in given.items()}
+    flags = message_field_training, message_field_training_detail
+    return Fields(field_messages, field_tools, mappings, _role_map(roles or ROLES), *flags, split_thinking)
+
+
+def _role_map(roles: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for target, names in roles.items():
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"roles has {target}: {names!r}, expected a list of the names that this role has in the rows")
+        for name in names:
+            if out.setdefault(name, target) != target:
+                raise ValueError(f"roles maps {name!r} to {out[name]!r} and to {target!r}: one name can be one role only")
+    return out
+
+
+DEFAULT = fields()
+
+
+def read(row: dict, where: str, known: Fields = DEFAULT) -> Talk:
+    """The row's conversation. Errors: ValueError naming row, message, field and what is there."""
+    names = MESSAGES if known.messages == MESSAGES[0] else (known.messages,)
+    field = next((name for name in names if row.get(name) is not None), None)
+    if field is None:
+        raise ValueError(f"{where} has no field {' (or '.join(names)}{')' * (len(names) - 1)}; it has {sources.listed(row)}")
+    if row.get("functions") and known.tools != "functions":
+        raise ValueError(f"{where}: field functions holds tool definitions: set field_tools to functions, or remove it")
+    messages = row[field]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: {field} is {_kind(messages)}, expected a list of messages with role and content")
+    pairs = [_message(message, f"{where}: message {i}", known) for i, message in enumerate(messages, 1)]
+    tools = _tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
+    return Talk([message for message, _ in pairs], [flags for _, flags in pairs], tools)
+
+
+def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {_kind(message)}, expected an object with role and content")
+    present = _renamed({key: value for key, value in message.items() if value is not None}, where, known)
+    if present.get("function_call"):
+        raise ValueError(f"{where}: function_call is the older form of tool_calls, which templates do not render: rewrite it as tool_calls")
+    if present.get("tool_calls"):
+        present["tool_calls"] = _calls(present["tool_calls"], f"{where}: tool_calls")
+    else:
+        present.pop("tool_calls", None)
+    role = present.get("role")
+    if not isinstance(role, str):
+        raise _wrong("role", role, present, where, known)
+    if present.get("content") is None and "tool_calls" not in present:
+        raise _wrong("content", None, present, where, known)
+    weight = _decision(present, where, known)
+    present["role"] = known.roles.get(role, role)
+    parts = _contents(present, where, known)
+    drop = (known.training, known.detail, "weight")
+    return {key: value for key, value in present.items() if key not in drop}, Flags(weight, parts)
+
+
+def _wrong(target: str, value: object, present: dict, where: str, known: Fields) -> ValueError:
+    names = known.mappings[target]
+    label = names[0] + "".join(f" (or {name})" for name in names[1:])
+    if value is None:
+        return ValueError(f"{where} has no field {label}; it has {sources.listed(present)}")
+    return ValueError(f"{where}: field {label} is {_kind(value)}, expected text")
+
+
+def _renamed(present: dict, where: str, known: Fields) -> dict:
+    """The message under the names that templates use, role and content first."""
+    out, used = {}, set()
+    for target, names in known.mappings.items():
+        name = next((name for name in names if name in present), None)
+        used.update(names)
+        if name is None:
+            continue
+        if target not in names and target in present and target not in used:
+            raise ValueError(f"{where} has both {name} and {target}: message_property_mappings takes {name} for {target}; remove one")
+        out[target] = present[name]
+    return out | {key: value for key, value in present.items() if key not in used and key not in out}
+
+
+def _decision(present: dict, where: str, known: Fields) -> float | None:
+    """The weight that the message asks for, or None."""
+    train, weight = present.get(known.training), present.get("weight")
+    _check_flags(train, weight, where, known.training)
+    if train is None:
+        return None if weight is None else float(weight)
+    return (1.0 if weight is None else float(weight)) if train else 0.0
+
+
+def _check_flags(train: object, weight: object, where: str, name: str = "train") -> None:
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"{where}: {name} is {train!r}, expected true or false")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT):
+        raise ValueError(f"{where}: weight is {weight!r}, expected a number from 0 to {MAX_WEIGHT:g}")
+
+
+def _contents(present: dict, where: str, known: Fields) -> dict[str, tuple[Part, ...]]:
+    """Parts of the contents that have any; lists of parts in `present` become text."""
+    parts = {}
+    for field in CONTENTS:
+        value = present.get(field)
+        if isinstance(value, list):
+            present[field], parts[field] = _joined(value, f"{where}: field {field}")
+        elif value is not None and not isinstance(value, str):
+            raise _wrong(field, value, present, where, known) if field in known.mappings else _not_text(field, value, where)
+    if present.get(known.detail) is not None:
+        if "content" in parts or not present.get("content"):
+            raise ValueError(f"{where}: {known.detail} needs content that is one text, without parts: keep one of the two")
+        parts["content"] = _detail(present[known.detail], present["content"], f"{where}: {known.detail}")
+    if known.split_thinking and present["role"] == "assistant" and present.get("content") and "reasoning_content" not in present:
+        _split_thinking(present, parts, where)
+    scale = float(present.get("weight") or 1.0)
+    return {field: tuple(_scaled(part, scale) for part in found) for field, found in parts.items()}
+
+
+def _scaled(part: Part, scale: float) -> Part:
+    return part._replace(weight=scale) if part.weight == TRAINED else part
+
+
+def _not_text(field: str, value: object, where: str) -> ValueError:
+    return ValueError(f"{where}: {field} is {_kind(value)}, expected text")
+
+
+def _joined(items: list, where: str) -> tuple[str, tuple[Part, ...]]:
+    """(text, parts) of a list of content parts."""
+    if not items:
+        raise ValueError(f"{where} is empty, expected text or a list of parts")
+    text, parts = "", []
+    for i, item in enumerate(items, 1):
+        piece, weight = _part(item, f"{where}: part {i}")
+        parts.append(Part(len(text), len(text) + len(piece), weight))
+        text += piece
+    return text, tuple(parts)
+
+
+def _part(item: object, where: str) -> tuple[str, float | None]:
+    if isinstance(item, str):
+        return item, None
+    if not isinstance(item, dict):
+        raise ValueError(f"{where} is {_kind(item)}, expected an object with type and text")
+    present = {key: value for key, value in item.items() if value is not None}
+    if present.get("type") != "text":
+        raise ValueError(f"{where}: type is {present.get('type')!r}: only parts of type 'text' can be trained on")
+    texts = [present[name] for name in PART_TEXTS if name in present]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise ValueError(f"{where} has {sources.listed(present)}: expected one text, under text, content or value")
+    train, weight = present.get("train"), present.get("weight")
+    _check_flags(train, weight, where)
+    if train is None:
+        return texts[0], None if weight is None else float(weight)
+    return texts[0], 0.0 if not train else TRAINED if weight is None else float(weight)
+
+
+def _detail(items: object, content: str, where: str) -> tuple[Part, ...]:
+    """Parts from character offsets; both ends belong to the part."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{where} is {_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
+    found = []
+    for i, item in enumerate(items, 1):
+        begin, end, train = (item.get(name) for name in ("begin_offset", "end_offset", "train"))
+        whole = all(isinstance(offset, int) and not isinstance(offset, bool) for offset in (begin, end))
+        if not whole or not isinstance(train, bool):
+            raise ValueError(f"{where}: entry {i} is {item!r}: expected whole begin_offset and end_offset, and train true or false")
+        if not 0 <= begin <= end < len(content):
+            fix = f"expected 0 <= begin <= end <= {len(content) - 1}; end_offset is the last character of the entry, not the one behind it"
+            raise ValueError(f"{where}: entry {i} has the offsets {begin} to {end}: {fix}")
+        found.append(Part(begin, end + 1, TRAINED if train else 0.0))
+    found.sort()
+    for before, after in zip(found, found[1:], strict=False):
+        if after.begin < before.end:
+            raise ValueError(f"{where}: two entries hold character {after.begin}; end_offset is the last character of an entry")
+    return tuple(found)
+
+
+def _split_thinking(present: dict, parts: dict[str, tuple[Part, ...]], where: str) -> None:
+    """Move the text between reasoning tags at the start of the content to `reasoning_content`, with its parts."""
+    content = present["content"]
+    tags = next((pair for pair in TAGS if pair[1] in content), None)
+    if tags is None:
+        return
+    close = content.index(tags[1])
+    begin = content.find(tags[0], 0, close)
+    if content[: max(begin, 0)].strip():
+        raise ValueError(f"{where}: text stands before {tags[0]}, so split_thinking cannot tell reasoning from answer")
+    begin = 0 if begin < 0 else begin + len(tags[0])
+    after = close + len(tags[1])
+    cuts = {"reasoning_content": _stripped(content, begin, close), "content": _stripped(content, after, len(content))}
+    found = parts.pop("content", ())
+    for field, (first, last) in cuts.items():
+        present[field] = content[first:last]
+        if found:
+            parts[field] = tuple(_clip(part, first, last) for part in found if part.begin < last and part.end > first)
+
+
+def _stripped(text: str, begin: int, end: int) -> tuple[int, int]:
+    inner = text[begin:end]
+    return begin + len(inner) - len(inner.lstrip()), max(begin + len(inner) - len(inner.lstrip()), begin + len(inner.rstrip()))
+
+
+def _clip(part: Part, first: int, last: int) -> Part:
+    return part._replace(begin=max(part.begin, first) - first, end=min(part.end, last) - first)
+
+
+def _calls(value: object, where: str) -> list[dict]:
+    """Tool calls with their arguments as objects. Nested nulls go: columnar files put them where a key is missing."""
+    value = _parsed(value, where)
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {_kind(value)}, expected a list of calls")
+    return [_call(call, f"{where}: call {i}") for i, call in enumerate(value, 1)]
+
+
+def _call(call: object, where: str) -> dict:
+    call = _parsed(call, where)
+    if not isinstance(call, dict):
+        raise ValueError(f"{where} is {_kind(call)}, expected an object with function")
+    call = without_nulls(call)
+    if "function" not in call:  # the short form
+        extra = {key: call[key] for key in ("id",) if key in call}
+        call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
+    function = call["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        raise ValueError(f"{where}: function is {function!r}, expected an object with name and arguments")
+    arguments = _parsed(function.get("arguments", {}), f"{where}: arguments")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{where}: arguments is {_kind(arguments)}, expected an object or its JSON text")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _tools(value: object, where: str) -> list[dict] | None:
+    """Tool definitions, from a list or its JSON text."""
+    parsed = _parsed(value, where)
+    if parsed is None or parsed == []:
+        return None
+    if not isinstance(parsed, list):
+        raise ValueError(f"{where} is {_kind(parsed)}, expected a list of tool definitions or its JSON text")
+    tools = [_parsed(tool, f"{where}: tool {i}") for i, tool in enumerate(parsed, 1)]
+    for i, tool in enumerate(tools, 1):
+        if not isinstance(tool, dict):
+            raise ValueError(f"{where}: tool {i} is {_kind(tool)}, expected an object")
+    return (
+        tools
+        if isinstance(value, str)
+        else [tool if isinstance(given, str) else without_nulls(tool) for tool, given in zip(tools, value, strict=True)]
+    )
+
+
+def _parsed(value: object, where: str) -> object:
+    """The value, or what its JSON text says."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is a text that is no JSON ({error})") from error
+
+
+def without_nulls(value: object) -> object:
+    """The value without the entries of objects that are null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _kind(value: object) -> str:
+    return "empty" if value in ([], {}, "") else f"of type {type(value).__name__}"

@@ -1,0 +1,112 @@
+"""A user's own transform of rows, named by its import path.
+
+    def transform(cfg, **kwargs):
+        def transform_fn(example, tokenizer=None):
+            return {"prompt": example["question"], "chosen": example["good"], "rejected": example["bad"]}
+        return transform_fn, {"remove_columns": "__all__"}
+
+The second value may be left out. `remove_columns`: "__all__" for every column of the row, or a list of names; otherwise the output is laid
+over the row. `batched`: the function takes and gives a dict of lists, and may give more rows than it got.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from treetune.core.data import sources, turns
+
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class Transform(NamedTuple):
+    """What a user's function gave: from a row to columns, which columns of the row go, and whether it works on lists."""
+
+    name: str
+    fn: Callable
+    removed: Sequence[str] | None  # None: all
+    batched: bool
+    takes_tokenizer: bool
+
+
+def load(path: str, cfg: object = None, **options) -> Transform:
+    """The transform at "module.function" or "folder/file.py:function", called with (cfg, **options).
+
+    A module is looked for as any import is, then as a file under the working folder.
+    Errors: ValueError when there is no such module or function, or when it does not give what the module's text says.
+    """
+    place, _, name = path.rpartition(":" if ":" in path else ".")
+    if not place or not name:
+        raise ValueError(f"transform {path!r}: expected module.function or file.py:function")
+    function = getattr(_module(place, path), name, None)
+    if not callable(function):
+        raise ValueError(f"transform {path!r}: {place} has no function {name}")
+    try:
+        made = function(cfg, **options)
+    except RAISED as error:
+        raise ValueError(f"transform {path!r} raised {type(error).__name__}: {error}; it is called with (cfg, **kwargs)") from error
+    return _checked(path, *(made if isinstance(made, tuple) and len(made) == 2 else (made, {})))
+
+
+def _checked(path: str, fn: object, extra: object) -> Transform:
+    if not callable(fn) or not isinstance(extra, dict):
+        example = "{'remove_columns': '__all__'}"
+        raise ValueError(f"transform {path!r} gave {turns.kind(fn)}: expected a function, or a function and a dict such as {example}")
+    removed = extra.get("remove_columns") or ()
+    takes = inspect.signature(fn).parameters
+    wants = "tokenizer" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    return Transform(path, fn, None if removed == "__all__" else removed, bool(extra.get("batched")), wants)
+
+
+def apply(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.Rows:
+    """The rows through the transform; every new row has the number of the one it was made from.
+
+    Errors: ValueError, naming the row, for what the function raises and for anything but a dict.
+    """
+    made, origin = [], []
+    for i, row in enumerate(rows.rows):
+        for one in _call(transform, row, tokenizer, sources.where(rows, i)):
+            made.append(one)
+            origin.append(i)
+    if not made:
+        raise ValueError(f"{rows.name}: transform {transform.name!r} gave no row at all from {len(rows.rows)}")
+    return sources.take(rows, origin)._replace(rows=made)
+
+
+def _call(transform: Transform, row: dict, tokenizer, where: str) -> list[dict]:
+    given = {name: [value] for name, value in row.items()} if transform.batched else dict(row)
+    try:
+        out = transform.fn(given, tokenizer=tokenizer) if transform.takes_tokenizer else transform.fn(given)
+    except RAISED as error:
+        raise ValueError(f"{where}: transform {transform.name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(out, dict) or not all(isinstance(name, str) for name in out):
+        raise ValueError(f"{where}: transform {transform.name!r} gave {turns.kind(out)}, expected a dict of columns")
+    kept = {} if transform.removed is None else {name: value for name, value in row.items() if name not in transform.removed}
+    if not transform.batched:
+        return [kept | out]
+    sizes = {name: len(value) if isinstance(value, list | tuple) else -1 for name, value in out.items()}
+    if len(set(sizes.values())) > 1 or -1 in sizes.values():
+        raise ValueError(f"{where}: transform {transform.name!r} is batched: expected lists of one length, got {sizes}")
+    return [kept | {name: value[at] for name, value in out.items()} for at in range(next(iter(sizes.values()), 0))]
+
+
+def _module(place: str, path: str) -> ModuleType:
+    file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ImportError as error:
+            if not file.is_file():
+                raise ValueError(f"transform {path!r}: no module {place} ({error}), and no file {file} in {Path.cwd()}") from error
+    if not file.is_file():
+        raise ValueError(f"transform {path!r}: no file {file} in {Path.cwd()}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (*RAISED, ImportError, SyntaxError, OSError) as error:
+        raise ValueError(f"transform {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
+    return module

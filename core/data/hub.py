@@ -1,0 +1,43 @@
+"""Datasets of the datasets library: from the hub, whole or as a stream, and from folders that it saved."""
+
+from collections.abc import Sequence
+
+from treetune.core.data import files
+
+
+def load(
+    path: str,
+    *,
+    split: str,
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: str | Sequence[str] = (),
+    streaming: bool = False,
+):
+    """A dataset `owner/name`, one split or a part of it. Errors: ValueError of one line when it is not there or cannot be reached."""
+    import datasets
+
+    given = {"revision": revision, "data_files": data_files if isinstance(data_files, str) else list(data_files), "streaming": streaming}
+    try:
+        return datasets.load_dataset(path, name, split=split, **{key: value for key, value in given.items() if value})
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{path}: no such file here, and no such dataset on the hub or no way to reach it ({files.reason(error)})"
+        ) from error
+
+
+def load_saved(path: str, split: str):
+    """One split of a folder written by `save_to_disk`. Errors: ValueError for a split that it lacks or a folder that is damaged."""
+    import datasets
+    from pyarrow import ArrowException
+
+    try:
+        data = datasets.load_from_disk(path)
+    except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+        raise ValueError(f"{path}: not a readable saved dataset ({files.reason(error)})") from error
+    splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
+    if split in splits:
+        return splits[split]
+    if not isinstance(data, dict) and split == "train":
+        return data
+    raise ValueError(f"{path} has no split {split!r}: expected one of {', '.join(splits)}")

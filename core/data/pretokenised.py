@@ -1,0 +1,60 @@
+"""Rows that are tokens already: input_ids, labels (-100 where nothing is trained) and optionally attention_mask.
+
+n tokens of one row.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from treetune.core.data import sources, spans, turns
+
+IGNORED = -100
+
+
+def reader(tokenizer) -> Callable[[sources.Rows], list[spans.Encoded]]:
+    """A function from rows to tokens with weights; nothing is added and nothing tokenised. Padding (mask 0 at an end) is taken off.
+
+    Errors: ValueError (row and field named) for ids outside the vocabulary, fields of different lengths, labels other than the
+    token or -100, masked tokens between others, and labels on masked tokens.
+    """
+    size = len(tokenizer)
+    return lambda rows: [encoded(row, size, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+
+
+def encoded(row: dict, vocabulary: int, where: str) -> spans.Encoded:
+    """One row's tokens [n] and weights [n]."""
+    tokens, labels = (integers(row.get(name), f"{where}: field {name}") for name in ("input_ids", "labels"))
+    given = row.get("attention_mask")
+    mask = np.ones_like(tokens) if given is None else integers(given, f"{where}: field attention_mask")
+    for name, values in (("labels", labels), ("attention_mask", mask)):
+        if len(values) != len(tokens):
+            raise ValueError(f"{where}: field {name} has {len(values)} entries, expected {len(tokens)}, one for each of input_ids")
+    _check(
+        np.flatnonzero((tokens < 0) | (tokens >= vocabulary)), tokens, f"{where}: field input_ids", f"a token from 0 to {vocabulary - 1}"
+    )
+    _check(np.flatnonzero((mask != 0) & (mask != 1)), mask, f"{where}: field attention_mask", "0 or 1")
+    wrong = (labels != IGNORED) & (labels != tokens)
+    _check(np.flatnonzero(wrong), labels, f"{where}: field labels", "the token of input_ids there, or -100")
+    _check(np.flatnonzero((labels != IGNORED) & (mask == 0)), labels, f"{where}: field labels", "-100 where attention_mask is 0")
+    seen = np.flatnonzero(mask)
+    begin, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+    _check(begin + np.flatnonzero(mask[begin:end] == 0), mask, f"{where}: field attention_mask", "1 between other tokens")
+    weight = (labels[begin:end] != IGNORED).astype(np.float32)
+    weight[:1] = 0.0
+    return spans.Encoded(tokens[begin:end].astype(np.int32), weight, 0, 0)
+
+
+def integers(value: object, where: str) -> np.ndarray:
+    """A list of whole numbers as int64 [n]. Errors: ValueError naming the field and the first entry that is none."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {turns.kind(value)}, expected a list of whole numbers")
+    wrong = next((i for i, one in enumerate(value) if isinstance(one, bool) or not isinstance(one, int) or abs(one) > 2**31), None)
+    if wrong is not None:
+        raise ValueError(f"{where}: entry {wrong + 1} is {value[wrong]!r}, expected a whole number below 2**31")
+    return np.array(value, dtype=np.int64)
+
+
+def _check(wrong: np.ndarray, values: np.ndarray, where: str, expected: str) -> None:
+    if len(wrong):
+        raise ValueError(f"{where}: entry {int(wrong[0]) + 1} is {int(values[wrong[0]])}, expected {expected}")

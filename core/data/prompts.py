@@ -1,0 +1,115 @@
+"""Prompt rows for reinforcement learning: a prompt, as text or messages, and every other column for the rewards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from treetune.core.data import chat_templates, preference, sources, spans, trees, turns
+
+
+class Prompt(NamedTuple):
+    """One prompt: what is sampled from, and what rewards may look at."""
+
+    tokens: np.ndarray  # int32 [n], with the default prefix, and the assistant's header for messages
+    text: str
+    messages: list[dict] | None  # None for a prompt of plain text
+    columns: dict  # every column of the row but the prompt
+    row: int
+
+
+class Report(NamedTuple):
+    """What became of the rows."""
+
+    rows: int
+    prompts: int
+    dropped: dict[str, int]  # rows by reason
+    longest: int  # tokens of the longest prompt, dropped ones included
+
+
+def read(
+    rows: sources.Rows,
+    tokenizer,
+    *,
+    field_prompt: str = "prompt",
+    system: str = "",
+    max_prompt_len: int | None = None,
+    chat_template: str | None = None,
+    chat_template_jinja: str | None = None,
+    chat_template_kwargs: Mapping | None = None,
+) -> tuple[list[Prompt], Report]:
+    """Prompts of the rows, in their order, and what became of the rows.
+
+    system: a system message for conversations that have none. max_prompt_len: longer prompts are dropped (in tokens).
+    Errors: ValueError for bad rows (named), a chat template that refuses a conversation, and when no row is left.
+    """
+    if max_prompt_len is not None and max_prompt_len < 1:
+        raise ValueError(f"max_prompt_len is {max_prompt_len}: expected at least 1 token")
+    known, render = spans.marks(tokenizer), _opener(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
+    said = [_prompt(row, field_prompt, system, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    texts = [
+        one if isinstance(one, str) else render(one, _tools(rows.rows[i], sources.where(rows, i)), sources.where(rows, i))
+        for i, one in enumerate(said)
+    ]
+    for i, text in enumerate(texts):
+        trees.check_unicode(text, sources.where(rows, i))
+    found, dropped, longest = [], {}, 0
+    for i, part in enumerate(spans.encode([spans.Text(text, ()) for text in texts], tokenizer, known)):
+        tokens = _opened(part.tokens, known) if isinstance(said[i], str) else part.tokens
+        trees.check_bos([part._replace(tokens=tokens)], known, sources.where(rows, i))
+        longest, reason = max(longest, len(tokens)), _unusable(tokens, texts[i], max_prompt_len)
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        rest = {name: value for name, value in rows.rows[i].items() if name != field_prompt}
+        found.append(Prompt(tokens, texts[i], None if isinstance(said[i], str) else said[i], rest, rows.numbers[i]))
+    if not found:
+        raise ValueError(
+            f"{rows.name}: not one prompt in {len(rows.rows)} rows ({dropped}): fill the field {field_prompt}, or raise max_prompt_len"
+        )
+    return found, Report(len(rows.rows), len(found), dropped, longest)
+
+
+def group(prompt: Prompt, completions: Sequence[tuple[np.ndarray, np.ndarray]], extras: dict[str, tuple] | None = None) -> trees.TreeDoc:
+    """The document of a prompt with its sampled completions (tokens, weight), one branch each."""
+    return trees.grow(prompt.tokens, completions, row=prompt.row, extras=extras)
+
+
+def _prompt(row: dict, name: str, system: str, where: str) -> str | list[dict]:
+    if not isinstance(row.get(name), list):
+        return preference.text(row, (name,), where)
+    said = turns.messages(row[name], f"{where}: field {name}")
+    return said if said[0]["role"] == "system" or not system else [{"role": "system", "content": system}, *said]
+
+
+def _tools(row: dict, where: str) -> list[dict] | None:
+    tools = row.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}: field tools is {turns.kind(tools)}, expected a list of tool definitions")
+    return tools
+
+
+def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:
+    if not text.strip() or len(tokens) == 0:
+        return trees.NO_PROMPT
+    return "longer than max_prompt_len" if limit is not None and len(tokens) > limit else ""
+
+
+def _opened(tokens: np.ndarray, known: spans.Marks) -> np.ndarray:
+    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
+    return np.concatenate([np.array(prefix, np.int32), tokens]).astype(np.int32)
+
+
+def _opener(tokenizer, *template) -> Callable[[list[dict], object, str], str]:
+    """The conversation as text, up to and with the header of the assistant's turn."""
+    made = []
+
+    def render(messages: list[dict], tools: list | None, where: str) -> str:
+        if not made:
+            made.append(chat_templates.renderer(tokenizer, *template))
+        try:
+            return made[0](messages, tools=tools, add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; its roles are {sources.listed(one['role'] for one in messages)}") from error
+
+    return render

@@ -1,0 +1,123 @@
+"""Rows for reward models: pairs to rank (Bradley-Terry), and reasoning whose steps carry a judgement each.
+
+Pairs are preference rows; a scalar head reads the last token of each branch (`pack.collate_trees(docs, read="last")`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from treetune.core.data import preference, sources, spans, trees, turns, unpaired, wording
+
+
+class Steps(NamedTuple):
+    """A prompt, the steps after it as texts, and a class for each: 1 for a good step, 0 for a bad one, -1 for one that is not read."""
+
+    prompt: str
+    steps: tuple[str, ...]
+    classes: tuple[int, ...]
+
+
+def ranked(row: dict, where: str) -> trees.Sides:
+    """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
+    asked, chosen, rejected = (preference.text(row, (name,), where) for name in ("input", "chosen", "rejected"))
+    replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
+    history = preference.system(row, where) + [{"role": "user", "content": asked}]
+    return trees.Sides(history, replies, preference.numbers(row, "margin", where))
+
+
+def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = False) -> Callable[[dict, str], Steps]:
+    """stepwise_supervised: prompt, completions (one text for each step) and labels (true or false for each).
+
+    step_separator: text after each step; its last token is the one that is judged.
+    """
+    if not isinstance(step_separator, str) or not step_separator:
+        raise ValueError(f"step_separator is {step_separator!r}, expected text")
+
+    def read(row: dict, where: str) -> Steps:
+        prompt, steps, labels = preference.text(row, ("prompt",), where), row.get("completions"), row.get("labels")
+        for name, value in (("completions", steps), ("labels", labels)):
+            if not isinstance(value, list):
+                raise ValueError(f"{where}: field {name} is {turns.kind(value)}, expected a list with one entry for each step")
+        if len(steps) != len(labels):
+            raise ValueError(f"{where}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
+        texts = tuple(preference.text({"completions": step}, ("completions",), f"{where}, step {i}") for i, step in enumerate(steps, 1))
+        classes = [int(unpaired.label({"labels": one}, "labels", f"{where}, step {i}")["desirable"][0]) for i, one in enumerate(labels, 1)]
+        if train_on_last_step_only:
+            classes[:-1] = [-1] * (len(classes) - 1)
+        return Steps(prompt, tuple(step + step_separator for step in texts), tuple(classes))
+
+    return read
+
+
+def encode_steps(
+    rows: sources.Rows,
+    read: Callable[[dict, str], Steps],
+    tokenizer,
+    *,
+    name: str = "stepwise_supervised",
+    sequence_len: int | None = None,
+    overlong: str = "drop",
+) -> tuple[list[trees.TreeDoc], trees.Report]:
+    """Documents of stepwise rows: bare trunks with a class at the last token of each step.
+
+    The prompt and every step are tokenised by themselves, so that no token belongs to two steps, and joined behind the tokenizer's
+    default prefix. overlong "truncate" drops the steps that do not fit whole.
+    Errors: ValueError for bad rows (named), and when no row is left.
+    """
+    trees.check_length(sequence_len, overlong)
+    known = spans.marks(tokenizer)
+    docs, tally = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7)
+    for i, row in enumerate(rows.rows):
+        where = sources.where(rows, i)
+        steps = read(row, where)
+        reason = trees.EMPTY if not steps.steps or not all(step.strip() for step in steps.steps) else ""
+        doc = None if reason else _joined(steps, tokenizer, known, rows.numbers[i], where)
+        if doc is not None:
+            tally = tally._replace(longest=max(tally.longest, len(doc.tokens)))
+            doc, reason, tally = _fit(doc, sequence_len, overlong, where, tally)
+        if doc is None:
+            tally = trees.drop(tally, reason)
+            continue
+        docs.append(doc)
+    return docs, trees.total(docs, tally, rows)
+
+
+def _joined(steps: Steps, tokenizer, known: spans.Marks, row: int, where: str) -> trees.TreeDoc:
+    texts = [steps.prompt, *steps.steps]
+    for one in texts:
+        trees.check_unicode(one, where)
+    prompt, *parts = (part.tokens for part in spans.encode([spans.Text(one, ()) for one in texts], tokenizer, known))
+    prefix = [] if prompt[: len(known.prefix)].tolist() == known.prefix else known.prefix
+    if not all(len(part) for part in parts):
+        raise ValueError(f"{where}: field completions has a step without any token: remove it")
+    tokens = np.concatenate([np.array(prefix, np.int32), prompt, *parts]).astype(np.int32)
+    classes = np.full(len(tokens), -1, np.int32)
+    classes[len(tokens) - 1 - np.cumsum([0, *(len(part) for part in parts[:0:-1])])[::-1]] = steps.classes
+    none = np.zeros(len(tokens), np.int32)
+    return trees.TreeDoc(tokens, none, none, (classes >= 0).astype(np.float32), row, {}, classes)
+
+
+def _fit(
+    doc: trees.TreeDoc, size: int | None, overlong: str, where: str, tally: trees.Report
+) -> tuple[trees.TreeDoc | None, str, trees.Report]:
+    if size is None or len(doc.tokens) <= size:
+        return doc, "", tally
+    if overlong == "error":
+        raise ValueError(
+            f"{where} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to drop or truncate"
+        )
+    ends = np.flatnonzero(doc.classes[:size] >= 0)
+    if overlong == "drop" or len(ends) == 0:
+        return None, trees.TOO_LONG if overlong == "drop" else trees.FULL, tally
+    return trees.cut_at(doc, int(ends[-1]) + 1), "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + 1)
+
+
+PAIRS: dict[str, trees.Form] = {
+    "bradley_terry.chat_template": trees.Form(("input", "chosen", "rejected"), preference.fixed(ranked)),
+    "bradley_terry.llama3": trees.Form(
+        ("input", "chosen", "rejected"), preference.fixed(preference.styled(wording.STYLES["llama3"], preference.FIELDS["icr"]))
+    ),
+}
+STEPS: dict[str, trees.Form] = {"stepwise_supervised": trees.Form(("prompt", "completions", "labels"), stepwise)}

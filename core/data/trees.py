@@ -1,0 +1,333 @@
+"""Rows in which a prompt has several continuations -> token trees: the prompt is the trunk, each continuation a branch.
+
+A prompt and a continuation are tokenised as one text, so tokens and masks are those of a supervised row; the trunk is what the
+continuations have in common before the first trained token.
+n tokens of one document.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from treetune.core.data import chat, instruction, sources, spans
+
+CHUNK = 512  # rows tokenised together
+OVERLONG = ("drop", "truncate", "error")
+EMPTY, SAME, SAME_CUT = "an empty completion", "identical completions", "identical completions after the cut"
+NO_PROMPT, NOTHING, FULL, TOO_LONG = (
+    "an empty prompt",
+    "nothing to train on",
+    "a prompt that fills sequence_len",
+    "longer than sequence_len",
+)
+
+
+class Form(NamedTuple):
+    """One kind of row: the columns it needs, and `make(**options)` -> function (row, where) -> Sides (or what its file says)."""
+
+    columns: tuple[str, ...]
+    make: Callable
+
+
+class Sides(NamedTuple):
+    """A row as texts or messages: a prompt (text, or a list of messages) and its continuations (texts, or one message each).
+
+    end: text that closes each continuation. Where it is one token of the tokenizer the continuation ends with it, else an EOS follows.
+    extras: tuples of numbers, one for each continuation, such as {"desirable": (True,)}; they become keys of the batch.
+    """
+
+    prompt: str | list[dict]
+    replies: tuple
+    extras: dict[str, tuple]
+    end: str = ""
+
+
+class TreeDoc(NamedTuple):
+    """One document: its trunk (branch 0), then its branches 1, 2, ... contiguous.
+
+    weight[i] > 0 says that token i is scored. Token i is predicted by the token before it, the first token of a branch by trunk
+    token start - 1. extras has a number for every branch (for the trunk, when there is none).
+    """
+
+    tokens: np.ndarray  # int32 [n]
+    branch: np.ndarray  # int32 [n]
+    start: np.ndarray  # int32 [n], trunk tokens that a branch token may see; 0 in the trunk
+    weight: np.ndarray  # float32 [n]
+    row: int
+    extras: dict[str, tuple]
+    classes: np.ndarray | None = None  # int32 [n], the class that is read at a token, -1 for none
+
+
+class Report(NamedTuple):
+    """What became of the rows. Token counts are of the documents that came out; a prompt counts once."""
+
+    format: str
+    rows: int
+    docs: int
+    dropped: dict[str, int]  # rows by reason
+    truncated: int  # documents cut at sequence_len
+    tokens: int
+    supervised: int
+    longest: int  # tokens of the longest prompt with one continuation, before the length policy
+    dropped_eos: int  # continuations that lost their end to the cut
+    missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
+    trailing_space_boundaries: int  # plain prompts that end in a space, so that the first word after it may not be trained
+
+
+def encode_rows(
+    rows: sources.Rows,
+    read: Callable[[dict, str], Sides],
+    tokenizer,
+    *,
+    name: str = "rows",
+    distinct: bool = True,
+    sequence_len: int | None = None,
+    overlong: str = "drop",
+    chat_template: str | None = None,
+    chat_template_jinja: str | None = None,
+    chat_template_kwargs: Mapping | None = None,
+) -> tuple[list[TreeDoc], Report]:
+    """Documents of the rows, in their order, and what became of the rows.
+
+    read: from a row and how errors name it to its Sides. distinct: drop rows with two equal continuations.
+    overlong: for rows in which the prompt with one continuation has more than sequence_len tokens: "drop", "truncate" (every
+    continuation at the same length, the prompt stays) or "error". chat_template...: for rows of messages, as in `chat.reader`.
+    Errors: ValueError for bad rows (named), and when no row is left.
+    """
+    check_length(sequence_len, overlong)
+    known, render = spans.marks(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
+    docs, tally = [], Report(name, len(rows.rows), 0, {}, *[0] * 7)
+    for i, extras, reason, parts in _sequences(rows, read, tokenizer, known, render, distinct):
+        where = sources.where(rows, i)
+        check_bos(parts, known, where)
+        reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
+        doc = None if reason else join(parts, row=rows.numbers[i], extras=extras)
+        if doc is not None:
+            _check_extras(extras, docs, where)
+            tally = tally._replace(longest=max(tally.longest, *side_lengths(doc)))
+            doc, reason, tally = _fit(doc, sequence_len, overlong, distinct, where, tally)
+        if doc is None:
+            tally = drop(tally, reason or NO_PROMPT)
+            continue
+        spaces = sum(part.trailing_space_boundaries for part in parts)
+        lacks = bool(known.prefix) and doc.tokens[: len(known.prefix)].tolist() != known.prefix
+        tally = tally._replace(missing_bos=tally.missing_bos + lacks, trailing_space_boundaries=tally.trailing_space_boundaries + spaces)
+        docs.append(doc)
+    return docs, total(docs, tally, rows)
+
+
+def grow(
+    trunk: np.ndarray, branches: Sequence[tuple[np.ndarray, np.ndarray]], *, row: int, extras: dict[str, tuple] | None = None
+) -> TreeDoc:
+    """A document of a trunk that nothing scores and branches (tokens, weight), such as a prompt with sampled completions."""
+    sizes = [len(trunk), *(len(tokens) for tokens, _ in branches)]
+    branch = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+    tokens = np.concatenate([trunk, *(tokens for tokens, _ in branches)]).astype(np.int32)
+    weight = np.concatenate([np.zeros(len(trunk)), *(weight for _, weight in branches)]).astype(np.float32)
+    return TreeDoc(tokens, branch, np.where(branch > 0, len(trunk), 0).astype(np.int32), weight, row, extras or {})
+
+
+def join(parts: Sequence[spans.Encoded], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
+    """A document of sequences that begin alike: what they share before the first trained token is the trunk; one is all trunk.
+
+    What follows the last trained token of a sequence is left out: nothing reads it. None when they share no first token.
+    """
+    cut = [part.tokens[: np.flatnonzero(part.weight)[-1] + 1] for part in parts]
+    if len(parts) == 1:
+        none = np.zeros(len(cut[0]), np.int32)
+        return TreeDoc(cut[0], none, none, parts[0].weight[: len(none)], row, extras or {})
+    size = min(int(np.flatnonzero(part.weight)[0]) for part in parts)
+    equal = np.all([tokens[:size] == cut[0][:size] for tokens in cut], axis=0)
+    size = size if equal.all() else int(np.argmin(equal))
+    if size == 0:
+        return None
+    return grow(
+        cut[0][:size],
+        [(tokens[size:], part.weight[size : len(tokens)]) for tokens, part in zip(cut, parts, strict=True)],
+        row=row,
+        extras=extras,
+    )
+
+
+def branches(doc: TreeDoc) -> list[np.ndarray]:
+    """The indices of the tokens of each sequence's own part: of every branch, or of the trunk when there is none."""
+    count = int(doc.branch[-1])
+    return [np.flatnonzero(doc.branch == b) for b in (range(1, count + 1) if count else (0,))]
+
+
+def side_lengths(doc: TreeDoc) -> list[int]:
+    """Tokens of the trunk with each branch."""
+    return [int(doc.start[part[-1]]) + len(part) for part in branches(doc)]
+
+
+def check_length(sequence_len: int | None, overlong: str) -> None:
+    """Errors: ValueError for an unknown policy or a length that holds no prompt and completion."""
+    if overlong not in OVERLONG:
+        fix = ": a row with one prompt for all its continuations cannot be split" if overlong == "split" else ""
+        raise ValueError(f"overlong is {overlong!r}: expected one of {', '.join(OVERLONG)}{fix}")
+    if sequence_len is not None and sequence_len < 2:
+        raise ValueError(f"sequence_len is {sequence_len}: expected at least 2 tokens, one to read and one to predict")
+
+
+def drop(tally: Report, reason: str) -> Report:
+    """The tally with one more row dropped."""
+    return tally._replace(dropped=tally.dropped | {reason: tally.dropped.get(reason, 0) + 1})
+
+
+def total(docs: Sequence[TreeDoc], tally: Report, rows: sources.Rows) -> Report:
+    """The tally with the documents counted. Errors: ValueError when there is none."""
+    if not docs:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
+        fix = (
+            f"raise sequence_len (the longest row has {tally.longest} tokens)"
+            if {TOO_LONG, FULL} & set(tally.dropped)
+            else "fill the columns"
+        )
+        raise ValueError(f"{rows.name}: not one row to train on in {tally.rows}, read as {tally.format} ({reasons}): {fix}")
+    supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
+    return tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised)
+
+
+def describe(report: Report) -> str:
+    """The report in one line, with what is unusual."""
+    share = 100 * report.supervised / max(1, report.tokens)
+    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
+    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
+    unusual = {
+        "documents truncated": report.truncated,
+        "completions lost their end": report.dropped_eos,
+        "documents without BOS": report.missing_bos,
+        "prompts end in a space, so that the word after it may not be trained": report.trailing_space_boundaries,
+    }
+    return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
+
+
+def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:
+    differing = sorted(set(extras) ^ set(docs[0].extras)) if docs else []
+    if differing:
+        has = "has" if differing[0] in extras else "lacks"
+        raise ValueError(f"{where} {has} the field {differing[0]}, unlike row {docs[0].row}: fill it in all rows or in none")
+
+
+def unusable(sides: Sides, distinct: bool) -> str:
+    """Why no document can be made of the row, or nothing."""
+    texts = [reply if isinstance(reply, str) else str(reply.get("reasoning_content") or "") + reply["content"] for reply in sides.replies]
+    if not all(text.strip() for text in texts):
+        return EMPTY
+    same = any(reply in sides.replies[:i] for i, reply in enumerate(sides.replies))
+    return SAME if distinct and same else "" if sides.prompt else NO_PROMPT
+
+
+def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, where: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:
+    """(document under the length policy or None, why not, tally)."""
+    longest = max(side_lengths(doc))
+    if size is None or longest <= size:
+        return doc, "", tally
+    if overlong == "error":
+        raise ValueError(
+            f"{where} has {longest} tokens, more than sequence_len {size}: raise sequence_len, or set overlong to drop or truncate"
+        )
+    if overlong == "drop":
+        return None, TOO_LONG, tally
+    sizes = side_lengths(doc)
+    doc = cut_at(doc, size)
+    own = [part for part in branches(doc) if doc.weight[part].any()]
+    if len(own) < len(sizes):
+        return None, FULL, tally
+    texts = [tuple(doc.tokens[part]) for part in own]
+    if distinct and len(set(texts)) < len(texts):
+        return None, SAME_CUT, tally
+    lost = sum(length > size for length in sizes)
+    return doc, "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + lost)
+
+
+def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
+    """The document without the tokens at position `size` and after, in every branch alike."""
+    first = np.searchsorted(doc.branch, doc.branch, "left")
+    keep = np.arange(len(doc.tokens)) - first + doc.start < size
+    parts = [field[keep] if isinstance(field, np.ndarray) else field for field in doc]
+    return TreeDoc(*parts)
+
+
+def _sequences(
+    rows: sources.Rows, read: Callable, tokenizer, known: spans.Marks, render: Callable, distinct: bool
+) -> Iterator[tuple[int, dict, str, list[spans.Encoded]]]:
+    """(index of the row, its extras, why it cannot be used, its tokens with each continuation) row by row."""
+    for start in range(0, len(rows.rows), CHUNK):
+        chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
+        sides = [read(row, sources.where(chunk, i)) for i, row in enumerate(chunk.rows)]
+        reasons = [unusable(one, distinct) for one in sides]
+        usable = [i for i, reason in enumerate(reasons) if not reason]
+        texts = _texts([sides[i] for i in usable], sources.take(chunk, usable), render)
+        parts = iter(spans.encode(texts, tokenizer, known))
+        for i, (one, reason) in enumerate(zip(sides, reasons, strict=True)):
+            own = [] if reason else [next(parts) for _ in one.replies]
+            yield start + i, one.extras, reason, [_close(part, one, tokenizer, known) for part in own]
+
+
+def _texts(sides: Sequence[Sides], rows: sources.Rows, render: Callable) -> list[spans.Text]:
+    """One text for each continuation of each row, in order."""
+    talks = [(i, reply) for i, one in enumerate(sides) if isinstance(one.prompt, list) for reply in one.replies]
+    flagged = [
+        {"messages": [said | {"train": False} for said in sides[i].prompt] + [reply | {"train": True}], "tools": rows.rows[i].get("tools")}
+        for i, reply in talks
+    ]
+    repeated = sources.take(rows, [i for i, _ in talks])._replace(rows=flagged)
+    rendered = iter(render(repeated) if talks else ())
+    texts = [
+        (i, plain(one.prompt, reply + one.end) if isinstance(one.prompt, str) else next(rendered))
+        for i, one in enumerate(sides)
+        for reply in one.replies
+    ]
+    for i, text in texts:
+        check_unicode(text.text, sources.where(rows, i))
+    return [text for _, text in texts]
+
+
+def plain(prompt: str, completion: str) -> spans.Text:
+    """The two as one text, the completion trained."""
+    end = len(prompt) + len(completion)
+    turn = spans.Turn(len(prompt), end, end, end, 1.0, 0.0)
+    return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
+
+
+def _close(part: spans.Encoded, sides: Sides, tokenizer, known: spans.Marks) -> spans.Encoded:
+    """Plain text with the default prefix before and a trained EOS behind, each unless it is there already or `end` does its work."""
+    if not isinstance(sides.prompt, str):
+        return part
+    spans.require_eos(tokenizer)
+    tokens, weight = part.tokens, part.weight
+    ends = {known.eos, tokenizer.convert_tokens_to_ids(sides.end) if sides.end else None} - {tokenizer.unk_token_id}
+    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
+    suffix = [] if len(tokens) and int(tokens[-1]) in ends else [known.eos]
+    tokens = np.concatenate([np.array(prefix, np.int32), tokens, np.array(suffix, np.int32)]).astype(np.int32)
+    weight = np.concatenate([np.zeros(len(prefix)), weight, np.ones(len(suffix))]).astype(np.float32)
+    weight[:1] = 0.0
+    return part._replace(tokens=tokens, weight=weight)
+
+
+def check_bos(parts: Sequence[spans.Encoded], known: spans.Marks, where: str) -> None:
+    """Errors: ValueError for a sequence that starts with two BOS tokens."""
+    if known.bos is not None and any(part.tokens[:2].tolist() == [known.bos] * 2 for part in parts):
+        raise ValueError(f"{where} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Errors: ValueError for a text that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
+
+
+def _renderer(tokenizer, template: str | None, jinja: str | None, kwargs: Mapping | None) -> Callable[[sources.Rows], list[spans.Text]]:
+    """chat's reader, made when the first row of messages comes: rows of plain text need no chat template."""
+    made = []
+
+    def render(rows: sources.Rows) -> list[spans.Text]:
+        if not made:
+            made.append(chat.reader(tokenizer, chat_template=template, chat_template_jinja=jinja, chat_template_kwargs=kwargs))
+        return made[0](rows)
+
+    return render

@@ -1,0 +1,47 @@
+"""Fixed wordings of turns, and texts with places in braces."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from treetune.core.data import sources
+
+PLACE = re.compile(r"\{(\w+)\}")
+
+
+class Style(NamedTuple):
+    """What is written around a turn: opening + role + middle + content + end + gap."""
+
+    opening: str
+    middle: str
+    end: str
+    gap: str
+
+
+STYLES = {
+    "chatml": Style("<|im_start|>", "\n", "<|im_end|>", "\n"),
+    "llama3": Style("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""),
+}
+
+
+def prompt(style: Style, messages: Sequence[dict]) -> str:
+    """The messages and the header of the assistant's turn."""
+    turn = "{}{}{}{}{}{}".format
+    said = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
+    return "".join(said) + style.opening + "assistant" + style.middle
+
+
+def filler(option: str, form: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Callable[..., str]:
+    """A function that puts texts into the places {name} of `form`; braces in the texts are left alone.
+
+    Errors: ValueError, naming the option, for a form without a needed place or with an unknown one.
+    """
+    if not isinstance(form, str):
+        raise ValueError(f"{option} is of type {type(form).__name__}, expected text with {{{needed[0]}}} in it")
+    found = set(PLACE.findall(form))
+    unknown, missing = found - {*needed, *optional}, set(needed) - found
+    if unknown or missing:
+        places = sources.listed(f"{{{name}}}" for name in (*needed, *optional))
+        wrong = f"names {sources.listed(sorted(unknown))}" if unknown else f"lacks {sources.listed(sorted(missing))}"
+        raise ValueError(f"{option} {form!r} {wrong}: its places are {places}")
+    return lambda **texts: PLACE.sub(lambda match: texts[match[1]], form)

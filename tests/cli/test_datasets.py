@@ -1,0 +1,121 @@
+"""`datasets` and `test_datasets` of a config file: data sets with options of their own."""
+
+import json
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def config(here):
+    def write(**keys):
+        (here / "run.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+        return "run.yaml"
+
+    return write
+
+
+def base(tiny):
+    return {"model": str(tiny.model), "sequence_len": 256}
+
+
+def test_each_data_set_has_its_own_type_and_options(tune, tiny, config):
+    chats = {"path": str(tiny.chat), "type": "chat_template", "roles_to_train": ["user"], "limit": 4}
+    file = config(model=str(tiny.model), datasets=[chats, {"path": str(tiny.alpaca), "type": "alpaca"}])
+    done = tune("preprocess", "--config", file)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert "chat: 4 rows" in lines[0] and "alpaca: 12 rows" in lines[1]
+    rows = [json.loads(line) for line in tiny.chat.read_text().splitlines()[:4]]
+    asked = sum(len(m["content"]) + 1 for row in rows for m in row["messages"] if m["role"] == "user")
+    alone = tune("preprocess", "--config", config(model=str(tiny.model), datasets=[chats]))
+    assert f"of which {asked} supervised" in alone.out
+
+
+def test_a_run_trains_on_the_list_and_its_config_reads_back(tune, tiny, config, here):
+    sets = [{"path": str(tiny.chat), "limit": 8}, {"path": str(tiny.alpaca)}]
+    file = config(**base(tiny), datasets=sets, test_datasets=[{"path": str(tiny.chat), "limit": 3}], max_steps=2, sample_prompt="")
+    done = tune("sft", "--config", file, "--output-dir", "one")
+    assert done.code == 0, done.err
+    assert yaml.safe_load((here / "one" / "config.yaml").read_text())["datasets"] == sets
+    again = tune("sft", "--config", "one/config.yaml", "--output-dir", "two")
+    assert again.code == 0, again.err
+    losses = [[json.loads(x).get("train/loss") for x in (here / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    assert losses[0] == losses[1] and len(losses[0]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("datasets", "said"),
+    [
+        ([{"type": "chat"}], "must be a list of mappings with a path each"),
+        ("rows.jsonl", "must be a list of mappings with a path each"),
+        ([{"path": "CHAT", "rolez": ["user"]}], "takes no rolez"),
+        ([{"path": "CHAT", "type": "nonsense"}], "unknown format 'nonsense'"),
+        ([{"path": "nowhere.jsonl"}], "nowhere.jsonl"),
+    ],
+)
+def test_a_bad_list_is_one_line(tune, tiny, config, datasets, said):
+    if isinstance(datasets, list):
+        datasets = [{key: str(tiny.chat) if value == "CHAT" else value for key, value in entry.items()} for entry in datasets]
+    done = tune("preprocess", "--config", config(model=str(tiny.model), datasets=datasets))
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_options_that_the_list_replaces_are_refused(tune, tiny, config):
+    file = config(model=str(tiny.model), datasets=[{"path": str(tiny.chat)}])
+    done = tune("preprocess", "--config", file, "--data", tiny.chat)
+    assert done.code == 2 and "--data would be ignored: datasets is given" in done.err
+    done = tune("preprocess", "--datasets", "x")
+    assert done.code == 2 and "write it in a file" in done.err
+
+
+def test_weights_repeat_rows_within_an_epoch(tune, tiny, config, here):
+    def steps(weight):
+        sets = [{"path": str(tiny.chat), "limit": 8, "weight": weight}]
+        file = config(**base(tiny), datasets=sets, val_set_size=0, sample_prompt="", sample_packing=False, micro_batch_size=2)
+        done = tune("sft", "--config", file, "--gradient-accumulation-steps", 1, "--output-dir", f"run-{weight}")
+        assert done.code == 0, done.err
+        return len((here / f"run-{weight}" / "metrics.jsonl").read_text().splitlines())
+
+    assert (steps(1), steps(2), steps(0.5)) == (4, 8, 2)
+    file = config(model=str(tiny.model), datasets=[{"path": str(tiny.chat), "weight": 0}])
+    assert "expected a number above 0" in tune("preprocess", "--config", file).err
+
+
+def test_repeated_rows_go_and_are_counted(tune, tiny):
+    done = tune("preprocess", "--model", tiny.model, "--data", tiny.chat, tiny.chat, "--dataset-exact-deduplication")
+    rows = len(tiny.chat.read_text().splitlines())
+    assert f"{rows} repeated rows left out" in done.out and f"documents  {rows}," in done.out
+
+
+def test_prepared_rows_are_found_again_and_only_when_nothing_changed(tune, tiny, here):
+    def prepared(*args):
+        done = tune("preprocess", "--model", tiny.model, "--data", "rows.jsonl", "--dataset-prepared-path", "kept", *args)
+        assert done.code == 0, done.err
+        return "(prepared earlier)" in done.out, done.out.replace(" (prepared earlier)", "").split("time")[0]
+
+    (here / "rows.jsonl").write_text(tiny.chat.read_text())
+    (first, shown), (second, again) = prepared(), prepared()
+    assert (first, second) == (False, True) and shown == again
+    assert prepared("--train-on-eos", "all")[0] is False and prepared("--sequence-len", 100)[0] is False
+    (here / "rows.jsonl").write_text(tiny.chat.read_text().replace("please", "quickly"))
+    assert prepared()[0] is False
+    (here / "rows.jsonl").write_text(tiny.chat.read_text())
+    assert prepared()[0] is True
+
+
+@pytest.mark.parametrize(
+    ("entry", "rows"),
+    [
+        ({"type": "input_output"}, [{"segments": [{"text": "a b ", "label": False}, {"text": "c<|im_end|>", "label": True}]}]),
+        ({"type": None}, [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]),
+        ({"type": {"field_instruction": "q", "field_output": "a", "no_input_format": "Q: {instruction}\nA:"}}, [{"q": "one", "a": " two"}]),
+        ({"type": "jeopardy"}, [{"question": "It is wet", "category": "rain", "answer": "water"}]),
+        ({"type": "chat_template", "field_messages": "talk", "chat_template": "chatml"}, [{"talk": [{"from": "gpt", "value": "hello"}]}]),
+    ],
+)
+def test_other_formats_by_type(tune, tiny, config, here, entry, rows):
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = tune("preprocess", "--config", config(model=str(tiny.model), datasets=[{"path": "rows.jsonl", **entry}]))
+    assert done.code == 0, done.err
+    assert "1 rows -> 1 documents" in done.out
