@@ -5,6 +5,7 @@ A new format is a `reader` (options -> function from rows to texts with trained 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -157,14 +158,34 @@ def _check_length(sequence_len: int | None, overlong: str) -> None:
 
 
 def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.Marks) -> Iterator[tuple[int, spans.Encoded]]:
-    """(index of the row, its tokens) row by row."""
-    for start in range(0, len(rows.rows), CHUNK):
-        chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
-        texts = read(chunk)
-        ready = [text for text in texts if isinstance(text, spans.Encoded)]  # rows that were tokens already
-        for i, text in enumerate(texts if not ready else ()):
-            _check_unicode(text.text, sources.where(chunk, i))
-        yield from enumerate(ready or spans.encode(texts, tokenizer, marks), start)
+    """(index of the row, its tokens) row by row. The next rows are tokenised while these are weighed."""
+    with ThreadPoolExecutor(1) as pool:
+        behind = None
+        for start in range(0, len(rows.rows), CHUNK):
+            texts = _texts(sources.take(rows, range(start, min(start + CHUNK, len(rows.rows)))), read)
+            ahead = start, texts, pool.submit(spans.tokenise, texts if _to_tokenise(texts) else [], tokenizer)
+            yield from _weighed(behind, tokenizer, marks)
+            behind = ahead
+        yield from _weighed(behind, tokenizer, marks)
+
+
+def _texts(chunk: sources.Rows, read: Callable) -> list:
+    texts = read(chunk)
+    for i, text in enumerate(texts if _to_tokenise(texts) else ()):
+        _check_unicode(text.text, sources.where(chunk, i))
+    return texts
+
+
+def _to_tokenise(texts: list) -> bool:
+    """Whether these are texts; a format may also give rows that were tokens already."""
+    return not (texts and isinstance(texts[0], spans.Encoded))
+
+
+def _weighed(chunk: tuple | None, tokenizer, marks: spans.Marks) -> Iterator[tuple[int, spans.Encoded]]:
+    if chunk is not None:
+        start, texts, tokenised = chunk
+        done = spans.weighed(texts, tokenised.result(), tokenizer, marks) if _to_tokenise(texts) else texts
+        yield from enumerate(done, start)
 
 
 def _check_unicode(text: str, where: str) -> None:

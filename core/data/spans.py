@@ -8,6 +8,7 @@ n tokens of one document. Offsets are characters of the text.
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -130,26 +131,33 @@ def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], wher
 
 def encode(texts: Sequence[Text], tokenizer, known: Marks) -> list[Encoded]:
     """Tokenise each text once and weigh its tokens."""
-    if not texts:
-        return []
-    batch = _tokenize([text.text for text in texts], tokenizer)
-    encoded = []
-    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
-        tokens = np.array(ids, dtype=np.int32)
-        begins, ends = _extents(tokens, np.array(offsets, dtype=np.int64).reshape(-1, 2), tokenizer)
-        weight, unclosed = _weigh(text, tokens, begins, ends, known)
-        role, names = _roles(text.speakers, begins)
-        if text.eos is not None:
-            tokens, weight, role = _wrap(tokens, weight, role, text, known)
-        weight[:1] = 0.0
-        encoded.append(Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names))
-    return encoded
+    return weighed(texts, tokenise(texts, tokenizer), tokenizer, known)
 
 
-def _tokenize(texts: list[str], tokenizer) -> dict:
-    return tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, padding=False, truncation=False
-    )
+def tokenise(texts: Sequence[Text], tokenizer) -> list:
+    """Ids and character offsets of each text, without special tokens around it. Runs outside the interpreter."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+    return backend.encode_batch([text.text for text in texts], add_special_tokens=False) if texts else []
+
+
+def weighed(texts: Sequence[Text], encodings: Sequence, tokenizer, known: Marks) -> list[Encoded]:
+    """The tokens of each text with their weights and roles."""
+    return [_weighed(text, encoding, tokenizer, known) for text, encoding in zip(texts, encodings, strict=True)]
+
+
+def _weighed(text: Text, encoding, tokenizer, known: Marks) -> Encoded:
+    tokens = np.array(encoding.ids, dtype=np.int32)
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(tokens))
+    begins, ends = _extents(tokens, offsets.reshape(-1, 2), tokenizer)
+    weight, unclosed = _weigh(text, tokens, begins, ends, known)
+    role, names = _roles(text.speakers, begins)
+    if text.eos is not None:
+        tokens, weight, role = _wrap(tokens, weight, role, text, known)
+    weight[:1] = 0.0
+    return Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names)
 
 
 def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> tuple[np.ndarray, int]:

@@ -319,10 +319,11 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-def test_random_rows_give_streams_or_a_named_error(tokenizer, templates):
+@pytest.mark.parametrize("examples", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_rows_give_streams_or_a_named_error(tokenizer, templates, examples):
     went = Counter()
 
-    @settings(max_examples=600, deadline=None, derandomize=True)
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(
         row=ROWS, kind=st.sampled_from(["chat", "alpaca", "completion"]), template=st.sampled_from(["chatml", "qwen3", "llama2", "gemma"])
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treetune.core.data import (
@@ -357,20 +357,25 @@ def spoil(value, draw):
 NAMED = re.compile(r"^data\.jsonl( row [12]|: not one|: all)")
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_rows_give_documents_or_a_named_error(data, tokenizer):
+@pytest.mark.parametrize("examples", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_rows_give_documents_or_a_named_error(tokenizer, examples):
     known = families(tokenizer)
-    name = data.draw(st.sampled_from(sorted(known)))
-    whole = sample(name)
-    rows = [spoil(whole, data.draw), whole]
-    rows = [row if isinstance(row, dict) else whole for row in (rows if data.draw(st.booleans()) else rows[::-1])]
-    try:
-        found = known[name](sources.from_list(rows, "data.jsonl"))
-    except ValueError as error:
-        assert NAMED.match(str(error)), str(error)
-        return
-    check_result(found, name)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def check(data):
+        name = data.draw(st.sampled_from(sorted(known)))
+        whole = sample(name)
+        rows = [spoil(whole, data.draw), whole]
+        rows = [row if isinstance(row, dict) else whole for row in (rows if data.draw(st.booleans()) else rows[::-1])]
+        try:
+            found = known[name](sources.from_list(rows, "data.jsonl"))
+        except ValueError as error:
+            assert NAMED.match(str(error)), str(error)
+            return
+        check_result(found, name)
+
+    check()
 
 
 def check_result(found, name):
