@@ -4,6 +4,7 @@ A new format is a `reader` (options -> function from rows to texts with trained 
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -90,11 +91,14 @@ def encode_rows(
     sequence_len: int | None = None,
     overlong: str | None = None,
     own: Mapping | None = None,
+    may_be_empty: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
     **options,
 ) -> tuple[list[spans.Doc], Report]:
     """Documents of the rows, in their order, and what became of the rows.
 
     format: a name in FORMATS, else by the columns. options: those of the format's reader; `own` has more of them, by whatever name.
+    may_be_empty: no document at all is no error (a part of a data set). progress: told after each row how many more are done.
     overlong: for documents longer than sequence_len tokens: "drop", "truncate", "split" (parts overlap by one token, so that every
     token but the first is still predicted once) or "error"; by default "split" for raw text, "drop" for all else.
     Errors: ValueError for bad rows (named), options that the format does not take, a doubled BOS, and a dataset with nothing to train on.
@@ -107,13 +111,14 @@ def encode_rows(
     docs, tally, roles = [], Report(name, len(rows.rows), 0, {}, *[0] * 9), {}
     for number, encoded in _encoded(rows, read, tokenizer, marks):
         _check_bos(encoded, number, rows, marks)
+        progress(1)
         kept, tally = _fit(encoded, number, rows, sequence_len, overlong, tally)
         missing_bos = bool(kept and marks.prefix and encoded.tokens[: len(marks.prefix)].tolist() != marks.prefix)
         tally = tally._replace(missing_bos=tally.missing_bos + missing_bos)
         docs.extend(kept)
         if kept:
             _count_roles(roles, encoded)
-    if not docs:
+    if not docs and not may_be_empty:
         raise ValueError(_nothing(rows, tally, known, options))
     supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
     by_role = tuple((role, *counts) for role, counts in roles.items())
@@ -124,6 +129,22 @@ def _count_roles(roles: dict[str, list[int]], encoded: spans.Encoded) -> None:
     """Add a row's tokens and trained tokens by role."""
     for role, counts in spans.tokens_by_role(encoded).items():
         roles[role] = [have + more for have, more in zip(roles.get(role, (0, 0)), counts, strict=True)]
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of the parts of a data set."""
+    first, sums = reports[0], {}
+    for name in Report._fields:
+        values = [getattr(report, name) for report in reports]
+        if isinstance(values[0], int):
+            sums[name] = max(values) if name == "longest" else sum(values)
+    dropped = Counter()
+    for report in reports:
+        dropped.update(report.dropped)
+    roles: dict[str, list[int]] = {}
+    for role, *counts in (entry for report in reports for entry in report.roles):
+        roles[role] = [have + more for have, more in zip(roles.get(role, (0, 0)), counts, strict=True)]
+    return first._replace(**sums, dropped=dict(dropped), roles=tuple((role, *counts) for role, counts in roles.items()))
 
 
 def describe(report: Report) -> str:

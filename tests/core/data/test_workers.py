@@ -1,0 +1,29 @@
+"""Worker processes give what one process gives: documents, order, report, errors."""
+
+import numpy as np
+import pytest
+
+from treetune.core.data import formats, sources, workers
+
+
+def rows(count, text="row {} has some words in it"):
+    return sources.from_list([{"text": text.format(i) * (i % 3 != 1)} for i in range(count)], "data.jsonl")
+
+
+def test_two_processes_give_the_documents_of_one(tokenizer):
+    seen = []
+    one = formats.encode_rows(rows(50), tokenizer, format="completion", sequence_len=8)
+    two = workers.encode_rows(rows(50), tokenizer, processes=2, progress=seen.append, format="completion", sequence_len=8)
+    assert two[1] == one[1] and one[1].dropped and one[1].split
+    assert sum(seen) == 50
+    assert [doc.row for doc in two[0]] == [doc.row for doc in one[0]]
+    for a, b in zip(one[0], two[0], strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.weight, b.weight)
+
+
+def test_errors_are_those_of_one_process(tokenizer):
+    bad = sources.from_list([{"text": "good"}] * 20 + [{"text": 3}], "data.jsonl")
+    with pytest.raises(ValueError, match="data.jsonl row 21: field text is of type int"):
+        workers.encode_rows(bad, tokenizer, processes=2, format="completion")
+    with pytest.raises(ValueError, match="not one token to train on in 9 rows"):
+        workers.encode_rows(rows(9, text=""), tokenizer, processes=2, format="completion")
