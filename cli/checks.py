@@ -27,7 +27,7 @@ ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or 
 RANGES: dict[str, Range] = dict.fromkeys(
     ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
      "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
-     "sample_tokens", "max_new_tokens", "num_samples"), COUNT,
+     "sample_tokens", "max_new_tokens", "num_samples", "streaming_multipack_buffer_size"), COUNT,
 ) | dict.fromkeys(
     ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff"), POSITIVE,
 ) | dict.fromkeys(
@@ -46,6 +46,7 @@ def check(config: Any, given: frozenset[str]) -> None:
     parse.refuse_ignored(given, _local_revision(values))
     if isinstance(config, Sft | Pretrain):
         _contradictions(config)
+        _stream_of_unknown_size(config, given)
         parse.refuse_ignored(given, _ignored_training(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
@@ -57,6 +58,28 @@ def _contradictions(config: Sft | Pretrain) -> None:
         raise BadInput("give warmup_steps or warmup_ratio, not both")
     if run.resume is not None and run.overwrite:
         raise BadInput("give resume or overwrite, not both: one continues a run, the other deletes it")
+
+
+def streams(data: Any) -> bool:
+    """Whether rows are read while training."""
+    return getattr(data, "streaming", False)
+
+
+def held_out(data: Any) -> float:
+    """The part or number of training rows to hold out; a part of a stream, whose size nobody knows, is none."""
+    return 0 if data.val_data or streams(data) and data.val_set_size < 1 else data.val_set_size
+
+
+def _stream_of_unknown_size(config: Sft | Pretrain, given: frozenset[str]) -> None:
+    if not streams(config.data):
+        return
+    if config.optim.max_steps is None:
+        raise BadInput("streaming needs max_steps: how many rows a stream has is not known before its end")
+    size = config.data.val_set_size
+    if "val_set_size" in given and 0 < size < 1 and not config.data.val_data:
+        raise BadInput(
+            f"val_set_size {size} is a part of the rows, but how many a stream has is not known: give a number of rows, or val_data"
+        )
 
 
 def _local_revision(values: dict[str, Any]) -> dict[str, str]:
@@ -79,7 +102,7 @@ def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
     if config.loss.loss != "nll":
         ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
     held = config.data.val_data or getattr(config.data, "test_datasets", ())
-    if not held and not config.data.val_set_size:
+    if not held and not held_out(config.data):
         ignored |= {name: "nothing is held out" for name in ("eval_steps", "early_stopping_patience")}
     if held:
         ignored |= {"val_set_size": "val_data is given" if config.data.val_data else "test_datasets is given"}
@@ -89,7 +112,13 @@ def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
         ignored |= {"sample_tokens": "sample_prompt is empty"}
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         ignored |= {"sharding": "there is one process; start several with torchrun"} if run.sharding != "none" else {}
-    return ignored | (_ignored_adapter(config.adapter) if isinstance(config, Sft) else {})
+    return ignored | (_ignored_adapter(config.adapter) if isinstance(config, Sft) else _ignored_streaming(config.data))
+
+
+def _ignored_streaming(data: Any) -> dict[str, str]:
+    if streams(data):
+        return {"max_rows": "a stream is read for max_steps"}
+    return {"streaming_multipack_buffer_size": "there is no --streaming"}
 
 
 def _ignored_adapter(options: Any) -> dict[str, str]:

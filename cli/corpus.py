@@ -2,24 +2,36 @@
 
 import inspect
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from treetune.cli import parse
+from treetune.cli import checks, parse
 from treetune.cli.options import DataOptions, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources
+from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources, streaming
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
+
+SHOWN = 8  # documents of a stream to check and to show before it starts
+
+
+class Stream(NamedTuple):
+    """Training documents that are made while training: where rows are, and how some of them become documents."""
+
+    parts: list[streaming.Part]
+    encode: Callable[[sources.Rows], list[Doc]]
 
 
 class Corpus(NamedTuple):
     """Documents to train on and to hold out, the first held-out row, its format, and a line per data set."""
 
-    train: list[Doc]
+    train: list[Doc]  # of a stream only the first
     val: list[Doc]
     first_row: dict | None
     format: str
     lines: list[str]
     weights: list[float] | None = None  # how often each training document is read in an epoch; None: once
+    stream: Stream | None = None  # what to train on, unless it is `train`
 
 
 class Part(NamedTuple):
@@ -156,6 +168,8 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: fr
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
     if not options.data:
         raise ValueError("no training data: give --data at least one file or data set")
+    if checks.streams(options):
+        return _streamed(options, tokenizer)
     listed, tests = getattr(options, "datasets", ()), getattr(options, "test_datasets", ())
     parts, held = read_all(options.data, listed, options), read_all(options.val_data, tests, options)
     parse.refuse_ignored(given, ignored(options, {part.format for part in parts + held}))
@@ -171,11 +185,41 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: fr
     return Corpus(train.docs, val.docs, first, (held or parts)[0].format, repeated + train.lines + val.lines, train.weights)
 
 
+def _streamed(options: PretrainData, tokenizer) -> Corpus:
+    """A stream of the data sets' rows, but for those held out, with its first documents."""
+    size = int(checks.held_out(options))
+    held = read_all(options.val_data, (), options) + [_first_rows(path, options.split, size) for path in options.data if size]
+    parts = [part for path in options.data for part in streaming.parts(path, split=options.split, skip=size)]
+    encode = partial(_encode_block, options=options, tokenizer=tokenizer)
+    shown, _ = next(streaming.micro_batches(parts, encode, rows=SHOWN, buffer=SHOWN, shuffle=False))
+    val = encode_all(held, options, tokenizer, "held out")
+    said = f"train: a stream of {len(parts)} files or shards, {options.streaming_multipack_buffer_size} rows at a time"
+    first = held[0].rows.rows[0] if held else None
+    return Corpus(shown, val.docs, first, "completion", [said, *val.lines], stream=Stream(parts, encode))
+
+
+def _first_rows(path: str, split: str, size: int) -> Part:
+    """The first rows of a data set that has more."""
+    rows, _, _ = next(streaming.blocks(streaming.parts(path, split=split), buffer=size + 1, shuffle=False))
+    if len(rows.rows) <= size:
+        raise ValueError(f"val_set_size {size} holds out all {len(rows.rows)} rows of {path}: give a smaller number")
+    return Part(sources.take(rows, range(size)), "completion", {}, 1.0, "")
+
+
+def _encode_block(rows: sources.Rows, *, options: PretrainData, tokenizer) -> list[Doc]:
+    """Documents of some rows of a stream: none where all texts are blank, which is an error only for a whole data set."""
+    texts = [row.get(options.text_column) for row in rows.rows]
+    if all(isinstance(text, str) and not text.strip() for text in texts):
+        return []
+    own = _encoding(options, "completion")
+    return formats.encode_rows(rows, tokenizer, format="completion", own=own, sequence_len=options.sequence_len, overlong="split")[0]
+
+
 def check_fits(docs: list[Doc], sequence_len: int, cfg: Config) -> None:
     """Raise ValueError when documents may be longer than the model's positions, or hold ids that its vocabulary lacks."""
     if sequence_len > cfg.max_positions:
         raise ValueError(f"sequence_len {sequence_len} is longer than the {cfg.max_positions} positions of the model")
-    largest = max(int(doc.tokens.max()) for doc in docs)
+    largest = max((int(doc.tokens.max()) for doc in docs), default=0)
     if largest >= cfg.vocab_size:
         raise ValueError(f"the rows hold token id {largest}, the model has {cfg.vocab_size}: the tokenizer is of another model")
 

@@ -16,8 +16,10 @@ from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import ckpt, observe, shard
-from treetune.core.data.loader import Cursor
+from treetune.core.data import loader, streaming
 from treetune.core.state import Objective, TrainState
+
+Cursor = loader.Cursor | streaming.Cursor
 
 
 class Job(NamedTuple):
@@ -31,12 +33,13 @@ class Job(NamedTuple):
     meta: dict  # stored in checkpoints: base_digest, stream
     device: torch.device
     rank: int = 0
+    start: Cursor = loader.START  # of a new run; a checkpoint's cursor is one of its kind
 
 
 class Progress(NamedTuple):
     """Bookkeeping that a checkpoint carries beside the state."""
 
-    cursor: Cursor = Cursor()
+    cursor: Cursor = loader.START
     best_loss: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
@@ -219,9 +222,9 @@ def _any_rank(flag: bool, step: int, job: Job) -> bool:
 
 def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, screen: Screen, meta: dict | None) -> Outcome:
     """Train from `state` to the end. `meta` is that of the checkpoint it came from, None for a fresh start."""
-    progress = Progress()
+    progress = Progress(job.start)
     if meta is not None:
-        progress = Progress(**meta["progress"] | {"cursor": Cursor(*meta["progress"]["cursor"])})
+        progress = Progress(**meta["progress"] | {"cursor": job.start._make(meta["progress"]["cursor"])})
     loop = _Loop(job, where, options, screen, progress)
     if job.rank == 0 and meta is not None:
         if any(path.name > f"step_{int(state.step):06d}" for path in ckpt.steps(where.checkpoints)):

@@ -251,9 +251,14 @@ class PretrainData:
     val_data: tuple[str, ...] = ()
     """Files or data sets to evaluate on, instead of a part of the training rows."""
     val_set_size: float = 0.1
-    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none. Streaming, only a number of rows, the
+    first of each data set; without one nothing is held out."""
     max_rows: int | None = None
     """Use only the first rows of each data set."""
+    streaming: bool = False
+    """Read rows as they are needed, for corpora that do not fit in memory; needs max_steps."""
+    streaming_multipack_buffer_size: int = 10_000
+    """Streaming: rows that are held at a time, and shuffled and packed together."""
     sequence_len: int = 512
     """Texts longer than this many tokens are split; a micro-batch holds micro_batch_size * sequence_len tokens."""
     sample_packing: bool = True

@@ -1,5 +1,6 @@
 """What `sft` and `pretrain` share: checks, assembly of a job from options, the run, and what is left at its end."""
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from treetune.cli import corpus, finish, loop, parse, rundir, setup
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
-from treetune.core.data import chat_templates, loader, pack
+from treetune.core.data import chat_templates, loader, pack, sources, spans, streaming
 from treetune.core.state import TrainState
 from treetune.models import Model
 from treetune.ops import attention, noise
@@ -29,7 +30,9 @@ class Assembly(NamedTuple):
     peak: float
 
 
-def micro_batch(indices: list[int], docs: list, *, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None) -> tuple:
+def micro_batch(
+    indices: Sequence[int], docs: list, *, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None
+) -> tuple:
     """(Batch, Plan) on the device for some documents; the mask work is done before the batch moves."""
     batch = pack.collate([docs[i] for i in indices], budget=pad_to, pad=pad_to is not None)
     plan = attention.plan(batch, window=model.cfg.window, device=on, dtype=model.cfg.dtype)
@@ -42,17 +45,73 @@ def maker(model: Model, on: torch.device, *, pad_to: int | None = None):
     return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None)
 
 
-def stream(docs: list, make, *, seed: int, on_ranks: setup.Ranks, epochs: int, accum: int, plan: dict):
+Dealt = Iterator[tuple[list[list[spans.Doc]], loop.Cursor]]  # step by step: documents of this rank's micro-batches, the cursor after them
+
+
+class Reading(NamedTuple):
+    """How a run reads its training documents: from a cursor on, from where, for how many steps, and what tells it from others."""
+
+    deal: Callable[[loop.Cursor], Dealt]
+    start: loop.Cursor
+    total_steps: int
+    digest: str
+
+
+def reading(config: Any, data: corpus.Corpus, model: Model, ranks: setup.Ranks) -> Reading:
+    """The reading of documents in memory, or of a stream."""
+    optim = config.optim
+    plan = corpus.batching(config.data, optim.micro_batch_size) | {"shuffle": config.data.shuffle, "seed": optim.seed}
+    dealt = {"accum": optim.gradient_accumulation_steps, "world": ranks.world, "rank": ranks.rank}
+    return _of_memory(optim, data, plan, dealt) if data.stream is None else _of_stream(config, data.stream, model, plan, dealt)
+
+
+def _step_size(dealt: dict) -> int:
+    """Micro-batches of a step on all ranks: any number of ranks may continue a run that takes as many."""
+    return dealt["accum"] * dealt["world"]
+
+
+def _of_memory(optim: Any, data: corpus.Corpus, plan: dict, dealt: dict) -> Reading:
+    plan = plan | {"weights": data.weights}
+    sizes = {"accum": dealt["accum"], "world": dealt["world"]}
+    total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, **sizes, **plan)
+    deal = partial(_from_memory, data.train, epochs=optim.num_epochs if optim.max_steps is None else None, **dealt, **plan)
+    return Reading(deal, loader.START, total, loader.digest(corpus.lengths(data.train), step=_step_size(dealt), **plan))
+
+
+def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dealt: dict) -> Reading:
+    data = config.data
+    plan = plan | {"buffer": data.streaming_multipack_buffer_size}
+    encode = partial(_fitting, encode=source.encode, size=data.sequence_len, model=model)
+    choices = {"step": _step_size(dealt), "sequence_len": data.sequence_len, "text_column": data.text_column}
+    deal = partial(_from_stream, source.parts, encode, **dealt, **plan)
+    return Reading(deal, streaming.START, config.optim.max_steps, streaming.digest(source.parts, **choices, **plan))
+
+
+def _from_memory(docs: list, cursor: loader.Cursor, **options) -> Dealt:
+    for groups, after in loader.steps(corpus.lengths(docs), cursor=cursor, **options):
+        yield [[docs[i] for i in group] for group in groups], after
+
+
+def _from_stream(parts: list, encode, cursor: streaming.Cursor, **options) -> Dealt:
+    """A bad row may be found at any time, and is the user's to fix."""
+    with checking_input():
+        yield from streaming.ahead(streaming.steps(parts, encode, cursor=cursor, **options))
+
+
+def _fitting(rows: sources.Rows, *, encode, size: int, model: Model) -> list[spans.Doc]:
+    docs = encode(rows)
+    corpus.check_fits(docs, size, model.cfg)
+    return docs
+
+
+def stream(deal: Callable[[loop.Cursor], Dealt], make, *, seed: int):
     """A function from a cursor to (micro-batches of a step, cursor after it)."""
 
-    def batches(cursor: loader.Cursor):
-        dealt = loader.steps(
-            corpus.lengths(docs), cursor=cursor, epochs=epochs, accum=accum, world=on_ranks.world, rank=on_ranks.rank, **plan
-        )
+    def batches(cursor: loop.Cursor):
         before = cursor
-        for groups, after in dealt:
-            key = noise.keys(seed, before.epoch, before.index)
-            yield [make(group, docs, seed=key) for group in groups], after
+        for groups, after in deal(cursor):
+            key = noise.keys(seed, *before)
+            yield [make(range(len(docs)), docs, seed=key) for docs in groups], after
             before = after
 
     return batches
@@ -101,9 +160,7 @@ def assemble(command: str, config: Any, given: frozenset[str], load_model, scree
 def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
     optim = config.optim
     batching = corpus.batching(config.data, optim.micro_batch_size)
-    plan = batching | {"shuffle": config.data.shuffle, "seed": optim.seed, "weights": data.weights}
-    accum = optim.gradient_accumulation_steps
-    total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, accum=accum, world=ranks.world, **plan)
+    read = reading(config, data, model, ranks)
     make = maker(model, on, pad_to=batching.get("budget"))
     remat = "full" if optim.gradient_checkpointing else None
     logprob = setup.logprob(model, trees.lora, neftune=config.loss.neftune_noise_alpha, remat=remat)
@@ -114,14 +171,12 @@ def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -
     optimizer = setup.optimizer(optim, loraplus=ratio)
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0, device=on))
     stepper = step.make_step(
-        objective, optimizer, schedule=setup.schedule(optim, peak, total), clip=optim.max_grad_norm or None, mesh=ranks.mesh
+        objective, optimizer, schedule=setup.schedule(optim, peak, read.total_steps), clip=optim.max_grad_norm or None, mesh=ranks.mesh
     )
-    # Any number of ranks may continue a run, as long as a step takes as many micro-batches.
-    meta = {"base_digest": digest, "stream": loader.digest(corpus.lengths(data.train), step=accum * ranks.world, **plan)}
-    epochs = optim.num_epochs if optim.max_steps is None else 10**9
-    batches = stream(data.train, make, seed=optim.seed, on_ranks=ranks, epochs=epochs, accum=accum, plan=plan)
+    meta = {"base_digest": digest, "stream": read.digest}
+    batches = stream(read.deal, make, seed=optim.seed)
     evaluate = evaluator(held, data.val, make, ranks, batching)
-    job = loop.Job(stepper, evaluate, objective, batches, total, meta, on, ranks.rank)
+    job = loop.Job(stepper, evaluate, objective, batches, read.total_steps, meta, on, ranks.rank, read.start)
     state, found = loop.restore(where, state, meta)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak)
 
@@ -130,6 +185,9 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
     """What is about to run, with the numbers that let two configs be compared by eye."""
     trained, total = param.count(made.trees.params), param.count(made.model.params)
     optim, data = config.optim, made.corpus.train
+    read = f"{len(data)} documents, {sum(corpus.lengths(data))} tokens"
+    if made.corpus.stream is not None:
+        read = f"a stream of {len(made.corpus.stream.parts)} files or shards"
     batch = f"{optim.micro_batch_size} rows"
     if config.data.sample_packing:
         batch = f"up to {optim.micro_batch_size * config.data.sequence_len} tokens"
@@ -138,7 +196,7 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
         "run": f"{made.where.root}{resumed}",
         "model": f"{config.model.model}: {made.model.family}, {total / 1e6:.1f} M parameters, computes in {str(made.model.cfg.dtype)[6:]}",
         "trains": f"{trained / 1e6:.2f} M parameters in {len(tree.leaves(made.trees.params))} leaves ({100 * trained / total:.2f} %)",
-        "data": f"{len(data)} documents, {sum(corpus.lengths(data))} tokens, {len(made.corpus.val)} held out",
+        "data": f"{read}, {len(made.corpus.val)} documents held out",
         "step": f"{optim.gradient_accumulation_steps} micro-batches of {batch} on {ranks.world} rank{'s' * (ranks.world > 1)}; "
         "loss and gradient are means over all supervised tokens of a step",
         "length": f"{made.job.total_steps} steps, peak learning rate {made.peak:g}, {optim.lr_scheduler}",
