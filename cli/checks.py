@@ -27,7 +27,7 @@ ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or 
 RANGES: dict[str, Range] = dict.fromkeys(
     ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
      "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
-     "sample_tokens", "max_new_tokens", "num_samples", "streaming_multipack_buffer_size"), COUNT,
+     "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size"), COUNT,
 ) | dict.fromkeys(
     ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff"), POSITIVE,
 ) | dict.fromkeys(

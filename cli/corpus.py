@@ -4,11 +4,11 @@ import inspect
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse
 from treetune.cli.options import DataOptions, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources, streaming
+from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources, streaming, workers
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
@@ -114,11 +114,11 @@ class Encoded(NamedTuple):
     reports: list[formats.Report]
 
 
-def encode_all(parts: list[Part], options: RowOptions | PretrainData, tokenizer, label: str) -> Encoded:
-    """Encode each data set in its format with the options of all and its own."""
+def encode_all(parts: list[Part], options: RowOptions | PretrainData, tokenizer, label: str, **working: Any) -> Encoded:
+    """Encode each data set in its format with the options of all and its own; `working`: `processes`, `progress` of core.data.workers."""
     docs, lines, reports, counts, offset = [], [], [], [], 0
     for part in parts:
-        found, report, kept = _encode(part, options, tokenizer)
+        found, report, kept = _encode(part, options, tokenizer, **working)
         docs += [doc._replace(row=doc.row + offset) for doc in found]
         offset += max(part.rows.numbers, default=0) + 1
         lines.append(f"{label} {part.rows.name}: {formats.describe(report)}{' (prepared earlier)' * kept}")
@@ -127,7 +127,9 @@ def encode_all(parts: list[Part], options: RowOptions | PretrainData, tokenizer,
     return Encoded(docs, loader.document_weights(counts, [part.weight for part in parts]), lines, reports)
 
 
-def _encode(part: Part, options: RowOptions | PretrainData, tokenizer) -> tuple[list[Doc], formats.Report, bool]:
+def _encode(
+    part: Part, options: RowOptions | PretrainData, tokenizer, *, processes: int = 1, **working: Any
+) -> tuple[list[Doc], formats.Report, bool]:
     """Documents and report of one data set, and whether they were prepared earlier."""
     given = _encoding(options, part.format) | part.options
     lengths_ = {"sequence_len": options.sequence_len, "overlong": "split" if part.format == "completion" else options.overlong}
@@ -139,7 +141,7 @@ def _encode(part: Part, options: RowOptions | PretrainData, tokenizer) -> tuple[
         key = cache.key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
         if (found := cache.load(root, key)) is not None:
             return *found, True
-    docs, report = formats.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_)
+    docs, report = workers.encode_rows(part.rows, tokenizer, processes=processes, format=part.format, own=given, **lengths_, **working)
     if root is not None:
         cache.save(root, key, docs, report)
     return docs, report, False
@@ -155,12 +157,12 @@ def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]
     return train, held, lines
 
 
-def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str]) -> Encoded:
+def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str], **working: Any) -> Encoded:
     """All documents of the data sets, for commands that hold nothing out."""
     parts = read_all(options.data, options.datasets, options)
     parse.refuse_ignored(given, ignored(options, {part.format for part in parts}))
     parts, _, lines = _unique(parts, []) if options.dataset_exact_deduplication else (parts, [], [])
-    found = encode_all(parts, options, tokenizer, "rows of")
+    found = encode_all(parts, options, tokenizer, "rows of", **working)
     return found._replace(lines=lines + found.lines)
 
 

@@ -49,8 +49,8 @@ class RowOptions:
     """Use only the first rows of each data set."""
     sequence_len: int = 512
     """Longest document in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with a row longer than sequence_len. Raw text is always split instead."""
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What to do with a row longer than sequence_len. Raw text is always split."""
     sample_packing: bool = True
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
     chat_template: str | None = None
@@ -379,6 +379,8 @@ class Preprocess:
     """Write the report and the first documents to this HTML file."""
     html_rows: int = 50
     """Documents on that page."""
+    dataset_processes: int = 1
+    """Worker processes; for large data sets, since each takes seconds to start."""
 
 
 @dataclass(frozen=True)

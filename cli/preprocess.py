@@ -95,7 +95,10 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         parse.refuse_ignored(given, {} if config.html else {"html_rows": "there is no --html"})
         words = setup.load_words(config.model, config.vocabulary, say=screen.line)
         tokenizer = words.tokenizer
-        docs, _, lines, reports = corpus.read_and_encode(config.data, tokenizer, given=given)
+        with screen.counting("rows") as progress:
+            docs, _, lines, reports = corpus.read_and_encode(
+                config.data, tokenizer, given=given, processes=config.dataset_processes, progress=progress
+            )
         rows = summary(docs, config) | {"by role": by_role(reports)}
         if config.html:
             rundir.write(Path(config.html), page(config, docs, tokenizer, rows))

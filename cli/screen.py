@@ -1,11 +1,13 @@
 """What a person sees: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
+import contextlib
 import resource
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +43,17 @@ class Screen:
         for name, value in rows.items():
             table.add_row(name, Text(value))
         self.console.print(table)
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
+        """A counter on a terminal: yields a function that is told how many more are done."""
+        if not self.console.is_terminal:
+            yield lambda more: None
+            return
+        columns = [SpinnerColumn(), TextColumn("{task.completed:.0f}"), TextColumn(what), TimeElapsedColumn()]
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda more: bar.advance(task, more)
 
     def start(self, total: int, done: int) -> None:
         """Show the bar of a run of `total` steps, of which `done` are behind us."""

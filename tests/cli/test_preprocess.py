@@ -53,3 +53,10 @@ def test_weights_have_their_colours(kit):
     ids = tokenizer("abc")["input_ids"]
     doc = spans.Doc(np.array(ids), np.array([0.0, 1.0, 0.5], np.float32), 7)
     assert report.document(doc, tokenizer) == (7, [("a", "off"), ("b", "on"), ("c", "half")])
+
+
+def test_worker_processes_change_nothing_but_the_time(tune, tiny):
+    args = ["preprocess", "--model", tiny.model, "--data", tiny.chat, "--debug", 1]
+    one, two = (tune(*args, "--dataset-processes", n) for n in (1, 2))
+    assert one.code == two.code == 0, two.err
+    assert one.out.split("time")[0] == two.out.split("time")[0]
