@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from tokenizers import AddedToken
@@ -296,6 +297,27 @@ def test_stock_templates(tokenizer):
         assert ids({"messages": PLAIN}, tokenizer, chat_template=template) == reference, path.stem
         tools += _stock_tools(template, tokenizer, path.stem)
     assert tools >= 12
+
+
+@pytest.mark.skipif(not TEXT_ONLY, reason="TRL is not installed")
+def test_stock_templates_on_every_tokenizer(variants, make_tokenizer):
+    """Ids are those of transformers on tokenizers that differ in BOS, EOS, pad and spaces; errors are two BOS, or its own."""
+    equal, refused = 0, 0
+    for name in variants:
+        tokenizer = make_tokenizer(name)
+        for path in TEXT_ONLY:
+            template = path.read_text(encoding="utf-8")
+            try:
+                found = ids({"messages": PLAIN}, tokenizer, chat_template=template)
+            except ValueError as error:
+                refused += 1
+                if "two BOS tokens" not in str(error):
+                    with pytest.raises(jinja2.TemplateError):
+                        tokenizer.apply_chat_template(PLAIN, chat_template=template)
+                continue
+            assert found == tokenizer.apply_chat_template(PLAIN, chat_template=template)["input_ids"], (name, path.stem)
+            equal += 1
+    assert len(variants) >= 20 and equal >= 20 * 12 and refused <= equal // 5, (equal, refused)
 
 
 def _stock_tools(template, tokenizer, name):
