@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treetune.core.data import cache, columns, formats, loader, pack, prompts, sources, spans, trees
+from treetune.core.data import cache, columns, formats, pack, prompts, sources, spans, trees
 
 REPORT = formats.Report._make(["chat", 3, 2, {"too long": 1}, *range(len(formats.Report._fields) - 4)])
 
@@ -337,14 +337,3 @@ def test_the_code_digest_sees_every_file(tmp_path):
     seen.add(cache.code_digest(tmp_path))
     assert len(seen) == 5
     assert {path.name for path in cache.Path(cache.__file__).parent.glob("*.py")} >= {"cache.py", "spans.py", "formats.py"}
-
-
-def test_seven_thousand_documents_load_well_within_a_second(tmp_path):
-    draw = np.random.default_rng(0)
-    docs = [spans.Doc(draw.integers(0, 50_000, 180).astype(np.int32), np.ones(180, np.float32), i) for i in range(7473)]
-    cache.save(tmp_path, "k", docs, REPORT)
-    start = time.perf_counter()
-    back, _ = cache.load(tmp_path, "k")
-    lengths = [len(doc.tokens) for doc in back]
-    assert time.perf_counter() - start < 0.5
-    assert len(loader.epoch_plan(lengths, rows=8)) == -(-7473 // 8)
