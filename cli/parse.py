@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import io
 import re
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -194,8 +193,3 @@ def refuse_ignored(given: frozenset[str], ignored: dict[str, str]) -> None:
     """Raise BadInput for an option that the user set and this run would ignore; `ignored` maps it to the reason."""
     for name in sorted(given & ignored.keys()):
         raise BadInput(f"--{name.replace('_', '-')} would be ignored: {ignored[name]}")
-
-
-def warn_stderr(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr)

@@ -12,7 +12,7 @@ from treetune.cli import corpus, parse, report, rundir, setup
 from treetune.cli.errors import checking_input
 from treetune.cli.options import Preprocess
 from treetune.cli.screen import Screen
-from treetune.core.data import loader
+from treetune.core.data import formats, loader
 from treetune.core.data.formats import Report
 from treetune.core.data.spans import Doc
 
@@ -64,11 +64,7 @@ def summary(docs: list[Doc], config: Preprocess) -> dict[str, str]:
 
 def by_role(reports: list[Report]) -> str:
     """Tokens and supervised tokens by who wrote them, over all data sets."""
-    totals: dict[str, list[int]] = {}
-    for role, tokens, trained in (entry for report_ in reports for entry in report_.roles):
-        have = totals.setdefault(role, [0, 0])
-        totals[role] = [have[0] + tokens, have[1] + trained]
-    return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, (tokens, trained) in totals.items() if tokens)
+    return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, tokens, trained in formats.merged(reports).roles if tokens)
 
 
 def coloured(doc: Doc, tokenizer) -> Text:

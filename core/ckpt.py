@@ -72,8 +72,8 @@ def _collect(state: TrainState, *, keep: bool) -> dict[str, Tensor]:
 def commit(draft: Path, path: Path) -> None:
     """Flush every file of `draft` to the disk and rename it to `path`, replacing what is there."""
     for file in draft.iterdir():
-        _fsync(file)
-    _fsync(draft)
+        fsync(file)
+    fsync(draft)
     if path.exists():
         old = path.with_name(f".{path.name}.old.{os.getpid()}")
         path.rename(old)
@@ -81,10 +81,11 @@ def commit(draft: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         draft.rename(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

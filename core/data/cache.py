@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from treetune.core import ckpt
 from treetune.core.data import columns, files
 
 HEADER, TEMPORARY = "header.json", ".writing-"
@@ -105,7 +106,7 @@ def _write(folder: Path, docs: Sequence, report: object) -> None:
     with open(folder / HEADER, "w", encoding="utf-8") as file:
         file.write(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
         _flush(file)
-    _sync_folder(folder)
+    ckpt.fsync(folder)
 
 
 def _publish(temporary: Path, folder: Path) -> Path:
@@ -113,7 +114,7 @@ def _publish(temporary: Path, folder: Path) -> Path:
     for _ in range(100):
         try:
             os.rename(temporary, folder)
-            _sync_folder(folder.parent)
+            ckpt.fsync(folder.parent)
             return folder
         except OSError:
             if not folder.is_dir():
@@ -188,11 +189,3 @@ def _file_digest(path: str | Path) -> str:
 def _flush(file) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

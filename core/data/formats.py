@@ -5,7 +5,7 @@ A new format is a `reader` (options -> function from rows to texts with trained 
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ def encode_rows(
         tally = tally._replace(missing_bos=tally.missing_bos + missing_bos)
         docs.extend(kept)
         if kept:
-            _count_roles(roles, encoded)
+            _add_roles(roles, ((role, *counts) for role, counts in spans.tokens_by_role(encoded).items()))
     if not docs and not may_be_empty:
         raise ValueError(_nothing(rows, tally, known, options))
     supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
@@ -125,15 +125,16 @@ def encode_rows(
     return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised, roles=by_role)
 
 
-def _count_roles(roles: dict[str, list[int]], encoded: spans.Encoded) -> None:
-    """Add a row's tokens and trained tokens by role."""
-    for role, counts in spans.tokens_by_role(encoded).items():
-        roles[role] = [have + more for have, more in zip(roles.get(role, (0, 0)), counts, strict=True)]
+def _add_roles(roles: dict[str, list[int]], entries: Iterable[tuple[str, int, int]]) -> None:
+    """Add (role, tokens, trained tokens) to the totals by role."""
+    for role, tokens, trained in entries:
+        have = roles.setdefault(role, [0, 0])
+        roles[role] = [have[0] + tokens, have[1] + trained]
 
 
 def merged(reports: Sequence[Report]) -> Report:
     """One report of the parts of a data set."""
-    first, sums = reports[0], {}
+    first, sums, roles = reports[0], {}, {}
     for name in Report._fields:
         values = [getattr(report, name) for report in reports]
         if isinstance(values[0], int):
@@ -141,17 +142,12 @@ def merged(reports: Sequence[Report]) -> Report:
     dropped = Counter()
     for report in reports:
         dropped.update(report.dropped)
-    roles: dict[str, list[int]] = {}
-    for role, *counts in (entry for report in reports for entry in report.roles):
-        roles[role] = [have + more for have, more in zip(roles.get(role, (0, 0)), counts, strict=True)]
+        _add_roles(roles, report.roles)
     return first._replace(**sums, dropped=dict(dropped), roles=tuple((role, *counts) for role, counts in roles.items()))
 
 
 def describe(report: Report) -> str:
     """The report in one line, with what is unusual."""
-    share = 100 * report.supervised / max(1, report.tokens)
-    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
-    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
     unusual = {
         "documents truncated": report.truncated,
         "lost their end": report.dropped_eos,
@@ -161,6 +157,14 @@ def describe(report: Report) -> str:
         "documents without BOS": report.missing_bos,
         "parts that begin right behind a space": report.trailing_spaces,
     }
+    return one_line(report, unusual)
+
+
+def one_line(report: NamedTuple, unusual: dict[str, int]) -> str:
+    """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
+    share = 100 * report.supervised / max(1, report.tokens)
+    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
+    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
     return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
 
 

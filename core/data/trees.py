@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, instruction, sources, spans
+from treetune.core.data import chat, formats, instruction, sources, spans
 
 CHUNK = 512  # rows tokenised together
 OVERLONG = ("drop", "truncate", "error")
@@ -191,16 +191,13 @@ def total(docs: Sequence[TreeDoc], tally: Report, rows: sources.Rows) -> Report:
 
 def describe(report: Report) -> str:
     """The report in one line, with what is unusual."""
-    share = 100 * report.supervised / max(1, report.tokens)
-    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
-    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
     unusual = {
         "documents truncated": report.truncated,
         "completions lost their end": report.dropped_eos,
         "documents without BOS": report.missing_bos,
         "prompts end in a space, so that the word after it may not be trained": report.trailing_space_boundaries,
     }
-    return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
+    return formats.one_line(report, unusual)
 
 
 def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:

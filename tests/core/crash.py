@@ -43,7 +43,7 @@ def killed_after(events: int, root: Path, again: bool) -> bool:
     pid = os.fork()
     if pid == 0:
         fuse = [events]
-        ckpt._fsync, shutil.rmtree = armed(ckpt._fsync, fuse), armed(shutil.rmtree, fuse)
+        ckpt.fsync, shutil.rmtree = armed(ckpt.fsync, fuse), armed(shutil.rmtree, fuse)
         safetensors.torch.save_file = armed(safetensors.torch.save_file, fuse)
         for name in ("mkdir", "rename", "write_text"):
             setattr(Path, name, armed(getattr(Path, name), fuse))
