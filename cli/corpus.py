@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse
 from treetune.cli.options import DataOptions, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, dedup, formats, loader, sources, streaming, workers
+from treetune.core.data import cache, chat_templates, custom, dedup, formats, loader, sources, streaming, workers
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
@@ -48,7 +48,7 @@ SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}
 OWN_KEYS = {"path", "type", "train_on_split", "weight"}
 
 
-def _part(entry: dict, options: RowOptions | PretrainData) -> Part:
+def _part(entry: dict, options: RowOptions | PretrainData, tokenizer) -> Part:
     """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
     if "train_on_split" in entry:
@@ -57,7 +57,16 @@ def _part(entry: dict, options: RowOptions | PretrainData) -> Part:
     own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS | OWN_KEYS}
     own |= entry["type"] if isinstance(entry.get("type"), dict) else {}
     kept = getattr(options, "dataset_prepared_path", None) is not None
+    if _is_custom(entry.get("type")):
+        rows = custom.apply(rows, custom.load(entry["type"], entry), tokenizer)
+        digest = custom.digest(rows) if kept else ""
+        return Part(rows, formats.detect(sources.columns(rows)), own, _weight(entry), digest)
     return Part(rows, _format(entry, options, rows), own, _weight(entry), sources.digest(entry.get("path"), **source) if kept else "")
+
+
+def _is_custom(name: object) -> bool:
+    """Whether a type is the import path of the user's own transform, after which rows are known by their columns."""
+    return isinstance(name, str) and ("." in name or ":" in name) and name not in formats.FORMATS and name not in formats.ALIASES
 
 
 def _weight(entry: dict) -> float:
@@ -79,9 +88,9 @@ def _format(entry: dict, options: RowOptions | PretrainData, rows: sources.Rows)
     return formats.detect(sources.columns(rows)) if named is None else formats.ALIASES.get(named, named)
 
 
-def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: RowOptions | PretrainData) -> list[Part]:
+def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: RowOptions | PretrainData, tokenizer) -> list[Part]:
     """The data sets named by paths, or listed with options of their own."""
-    return [_part(entry, options) for entry in listed or [{"path": path} for path in paths]]
+    return [_part(entry, options, tokenizer) for entry in listed or [{"path": path} for path in paths]]
 
 
 FOR_ROWS = ("chat_template", "roles_to_train", "train_on_eos", "train_on_inputs")  # options of all data sets that formats may take
@@ -159,7 +168,7 @@ def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]
 
 def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str], **working: Any) -> Encoded:
     """All documents of the data sets, for commands that hold nothing out."""
-    parts = read_all(options.data, options.datasets, options)
+    parts = read_all(options.data, options.datasets, options, tokenizer)
     parse.refuse_ignored(given, ignored(options, {part.format for part in parts}))
     parts, _, lines = _unique(parts, []) if options.dataset_exact_deduplication else (parts, [], [])
     found = encode_all(parts, options, tokenizer, "rows of", **working)
@@ -173,7 +182,10 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: fr
     if checks.streams(options):
         return _streamed(options, tokenizer)
     listed, tests = getattr(options, "datasets", ()), getattr(options, "test_datasets", ())
-    parts, held = read_all(options.data, listed, options), read_all(options.val_data, tests, options)
+    parts, held = (
+        read_all(options.data, listed, options, tokenizer),
+        read_all(options.val_data, tests, options, tokenizer),
+    )
     parse.refuse_ignored(given, ignored(options, {part.format for part in parts + held}))
     unique = getattr(options, "dataset_exact_deduplication", False)
     parts, held, repeated = _unique(parts, held) if unique else (parts, held, [])
@@ -190,7 +202,7 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: fr
 def _streamed(options: PretrainData, tokenizer) -> Corpus:
     """A stream of the data sets' rows, but for those held out, with its first documents."""
     size = int(checks.held_out(options))
-    held = read_all(options.val_data, (), options) + [_first_rows(path, options.split, size) for path in options.data if size]
+    held = read_all(options.val_data, (), options, tokenizer) + [_first_rows(path, options.split, size) for path in options.data if size]
     parts = [part for path in options.data for part in streaming.parts(path, split=options.split, skip=size)]
     encode = partial(_encode_block, options=options, tokenizer=tokenizer)
     shown, _ = next(streaming.micro_batches(parts, encode, rows=SHOWN, buffer=SHOWN, shuffle=False))

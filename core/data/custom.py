@@ -9,9 +9,11 @@ The second value may be left out. `remove_columns`: "__all__" for every column o
 over the row. `batched`: the function takes and gives a dict of lists, and may give more rows than it got.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +76,14 @@ def apply(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.R
     if not made:
         raise ValueError(f"{rows.name}: transform {transform.name!r} gave no row at all from {len(rows.rows)}")
     return sources.take(rows, origin)._replace(rows=made)
+
+
+def digest(rows: sources.Rows) -> str:
+    """Of the rows themselves: what a function gives may depend on more than its file."""
+    found = hashlib.sha256()
+    for row in rows.rows:
+        found.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _call(transform: Transform, row: dict, tokenizer, where: str) -> list[dict]:

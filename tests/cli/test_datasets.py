@@ -44,6 +44,28 @@ def test_a_run_trains_on_the_list_and_its_config_reads_back(tune, tiny, config, 
     assert losses[0] == losses[1] and len(losses[0]) >= 3
 
 
+OWN = (
+    "def chats(cfg, **kwargs):\n"
+    "    def transform(example, tokenizer=None):\n"
+    "        return {'messages': example['messages'][-2:], 'said': cfg['path']}\n"
+    "    return transform, {'remove_columns': '__all__'}\n"
+)
+
+
+def test_a_transform_of_ones_own_is_named_by_its_import_path(tune, tiny, config, here):
+    (here / "mine.py").write_text(OWN)
+    entry = {"path": str(tiny.chat), "type": "mine.chats", "roles_to_train": ["user"]}
+    keys = {"model": str(tiny.model), "datasets": [entry], "dataset_prepared_path": "prepared"}
+    done = tune("preprocess", "--config", config(**keys))
+    assert done.code == 0 and "chat: 24 rows" in done.out, done.err
+    assert "(prepared earlier)" in tune("preprocess", "--config", config(**keys)).out
+    (here / "other.py").write_text(OWN.replace("[-2:]", "[:1]"))
+    changed = tune("preprocess", "--config", config(**keys | {"datasets": [entry | {"type": "other.py:chats"}]}))
+    assert changed.code == 0 and "(prepared earlier)" not in changed.out.splitlines()[0]
+    wrong = tune("preprocess", "--config", config(**keys | {"datasets": [entry | {"type": "mine.absent"}]}))
+    assert wrong.code == 2 and "mine has no function absent" in wrong.err
+
+
 @pytest.mark.parametrize(
     ("datasets", "said"),
     [
