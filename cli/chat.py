@@ -1,8 +1,8 @@
 """`treetune chat`: a conversation in the terminal."""
 
 from treetune.cli import prompts, setup
+from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Chat
 from treetune.cli.screen import Screen
 from treetune.models import decode
 

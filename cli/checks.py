@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli import parse
+from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
-from treetune.cli.options import Chat, Generate, Pretrain, Sft
 
 
 class Range(NamedTuple):

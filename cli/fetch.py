@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from treetune.cli.configs import Fetch
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Fetch
 
 Say = Callable[[str], None]
 

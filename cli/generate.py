@@ -1,8 +1,8 @@
 """`treetune generate`: answers to prompts, as a chat or as plain continuation."""
 
 from treetune.cli import prompts, setup
+from treetune.cli.configs import Generate
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Generate
 from treetune.cli.screen import Screen
 from treetune.models import decode
 

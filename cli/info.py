@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from treetune.cli import fetch, rundir
+from treetune.cli.configs import Info
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Info
 from treetune.cli.screen import Screen, clock
 from treetune.core import ckpt, lora, observe, param
 from treetune.models import MODELS, adapter, folder, hf

@@ -6,7 +6,7 @@ import sys
 
 from treetune.cli.errors import BadInput, RunFailed, checking_input
 
-# command -> (module under treetune.cli, config class in cli.options, one line)
+# command -> (module under treetune.cli, config class in cli.configs, one line)
 COMMANDS = {
     "sft": ("sft", "Sft", "fine-tune on chats, instructions or text"),
     "pretrain": ("pretrain", "Pretrain", "train on raw text, from a model or from random weights"),
@@ -56,13 +56,13 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, options, parse
+    from treetune.cli import checks, configs, parse
 
     try:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{parse.nearest(command, list(COMMANDS))}; see treetune --help")
         module, config, _ = COMMANDS[command]
-        parsed, given = parse.parse(command, getattr(options, config), argv)
+        parsed, given = parse.parse(command, getattr(configs, config), argv)
         with checking_input():
             checks.check(parsed, given)
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from treetune.cli import setup
+from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Merge, ModelOptions
+from treetune.cli.options import ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core import lora, tree
 from treetune.models import Model, dense, hf

