@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from treetune.cli import loop, parse, training
+from treetune.cli import configs, loop, parse, training
 from treetune.core import ckpt, observe
 from treetune.models import hf
 
