@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import parse
+from treetune.cli import parse, preference_checks
 from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
 
@@ -44,15 +44,16 @@ def check(config: Any, given: frozenset[str]) -> None:
         if name in RANGES and value is not None and not RANGES[name].holds(value):
             raise BadInput(f"{name} must be {RANGES[name].words}, got {value}")
     parse.refuse_ignored(given, _local_revision(values))
-    if isinstance(config, Sft | Pretrain):
+    if hasattr(config, "optim"):
         _contradictions(config)
         _stream_of_unknown_size(config, given)
-        parse.refuse_ignored(given, _ignored_training(config))
+        preference_checks.check(config)
+        parse.refuse_ignored(given, _ignored_training(config) | preference_checks.ignored(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
 
 
-def _contradictions(config: Sft | Pretrain) -> None:
+def _contradictions(config: Any) -> None:
     optim, run = config.optim, config.run
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         raise BadInput("give warmup_steps or warmup_ratio, not both")
@@ -70,7 +71,7 @@ def held_out(data: Any) -> float:
     return 0 if data.val_data or streams(data) and data.val_set_size < 1 else data.val_set_size
 
 
-def _stream_of_unknown_size(config: Sft | Pretrain, given: frozenset[str]) -> None:
+def _stream_of_unknown_size(config: Any, given: frozenset[str]) -> None:
     if not streams(config.data):
         return
     if config.optim.max_steps is None:
@@ -88,7 +89,7 @@ def _local_revision(values: dict[str, Any]) -> dict[str, str]:
     return {"revision": f"{model} is on this machine"} if local else {}
 
 
-def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
+def _ignored_training(config: Any) -> dict[str, str]:
     """{option: why this run would not look at it}."""
     optim, run, ignored = config.optim, config.run, {}
     if optim.optimizer != "adamw":
@@ -99,7 +100,7 @@ def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
         ignored |= {"momentum": f"{optim.optimizer} has adam_beta1 instead"}
     if optim.lr_scheduler != "cosine":
         ignored |= {"cosine_min_lr_ratio": f"the schedule is {optim.lr_scheduler}"}
-    if config.loss.loss != "nll":
+    if isinstance(config, Sft | Pretrain) and config.loss.loss != "nll":
         ignored |= {"label_smoothing": f"the loss is {config.loss.loss}"}
     held = config.data.val_data or getattr(config.data, "test_datasets", ())
     if not held and not held_out(config.data):
@@ -112,7 +113,7 @@ def _ignored_training(config: Sft | Pretrain) -> dict[str, str]:
         ignored |= {"sample_tokens": "sample_prompt is empty"}
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         ignored |= {"sharding": "there is one process; start several with torchrun"} if run.sharding != "none" else {}
-    return ignored | (_ignored_adapter(config.adapter) if isinstance(config, Sft) else _ignored_streaming(config.data))
+    return ignored | (_ignored_streaming(config.data) if isinstance(config, Pretrain) else _ignored_adapter(config.adapter))
 
 
 def _ignored_streaming(data: Any) -> dict[str, str]:

@@ -8,6 +8,17 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from treetune.cli.loss_options import (
+    CpoLoss,
+    DpoLoss,
+    KtoLoss,
+    OrpoLoss,
+    PreferenceOptim,
+    ReferenceOptions,
+    RewardLoss,
+    RewardOptim,
+    SimpoLoss,
+)
 from treetune.cli.options import (
     AdapterOptions,
     AdapterPath,
@@ -16,6 +27,7 @@ from treetune.cli.options import (
     ModelName,
     ModelOptions,
     OptimOptions,
+    PairData,
     PretrainData,
     PretrainModel,
     RowOptions,
@@ -48,6 +60,98 @@ class Pretrain:
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Preference learning on pairs, held to a reference: DPO and its family (--loss ipo, hinge, robust, ...)."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=PairData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: DpoLoss = field(default_factory=DpoLoss)
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    optim: PreferenceOptim = field(default_factory=PreferenceOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Kto:
+    """Preference learning on completions that are each marked good or bad, held to a reference."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=lambda: PairData(data=("examples/data/gsm8k_binary_sample.jsonl",)))
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: KtoLoss = field(default_factory=KtoLoss)
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    optim: PreferenceOptim = field(default_factory=PreferenceOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Orpo:
+    """Fine-tuning on the chosen side of pairs with an odds-ratio term against the rejected one; no reference."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=PairData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: OrpoLoss = field(default_factory=OrpoLoss)
+    optim: PreferenceOptim = field(default_factory=PreferenceOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Simpo:
+    """Preference learning on pairs by mean log-prob per token, with a margin; no reference."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=PairData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: SimpoLoss = field(default_factory=SimpoLoss)
+    optim: PreferenceOptim = field(default_factory=PreferenceOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Cpo:
+    """Preference learning on pairs by summed log-probs beside the chosen side's likelihood; no reference."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=PairData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: CpoLoss = field(default_factory=CpoLoss)
+    optim: PreferenceOptim = field(default_factory=PreferenceOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward model: a score for whole answers, learned from pairs."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=PairData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loss: RewardLoss = field(default_factory=RewardLoss)
+    optim: RewardOptim = field(default_factory=RewardOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Prm:
+    """A process reward model: good or bad for each step of an answer."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairData = field(default_factory=lambda: PairData(data=("examples/data/gsm8k_steps_sample.jsonl",)))
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    optim: RewardOptim = field(default_factory=RewardOptim)
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -112,6 +216,9 @@ class Merge:
 class Preprocess:
     """Show what a training run would read: counts, lengths, and which tokens are supervised."""
 
+    method: Literal["sft", "dpo", "kto", "reward", "prm"] = "sft"
+    """Read rows as this command does: chats and texts; pairs (also for orpo, simpo, cpo); judged completions; pairs to rank; steps.
+    Each has its own sample rows where no data is given."""
     model: ModelName = field(default_factory=ModelName)
     vocabulary: TokenOptions = field(default_factory=TokenOptions)
     data: RowOptions = field(default_factory=RowOptions)

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse
-from treetune.cli.options import DataOptions, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, custom, dedup, formats, loader, sources, streaming, workers
+from treetune.cli.options import DataOptions, PairData, PretrainData, RowOptions
+from treetune.core.data import cache, chat_templates, custom, dedup, formats, kinds, loader, sources, streaming, trees, workers
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
+Options = RowOptions | DataOptions | PairData | PretrainData
+Docs = list[Doc] | list[trees.TreeDoc]
 SHOWN = 8  # documents of a stream to check and to show before it starts
 
 
@@ -25,8 +27,8 @@ class Stream(NamedTuple):
 class Corpus(NamedTuple):
     """Documents to train on and to hold out, the first held-out row, its format, and a line per data set."""
 
-    train: list[Doc]  # of a stream only the first
-    val: list[Doc]
+    train: Docs  # of a stream only the first
+    val: Docs
     first_row: dict | None
     format: str
     lines: list[str]
@@ -35,9 +37,10 @@ class Corpus(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The rows of one data set, their format, and the encoder's options that were given for this data set alone."""
+    """The rows of one data set, their kind and format, and the encoder's options that were given for this data set alone."""
 
     rows: sources.Rows
+    kind: kinds.Kind
     format: str
     options: dict
     weight: float
@@ -48,7 +51,7 @@ SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}
 OWN_KEYS = {"path", "type", "train_on_split", "weight"}
 
 
-def _part(entry: dict, options: RowOptions | PretrainData, tokenizer) -> Part:
+def _part(entry: dict, options: Options, tokenizer, kind: kinds.Kind) -> Part:
     """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
     if "train_on_split" in entry:
@@ -57,16 +60,19 @@ def _part(entry: dict, options: RowOptions | PretrainData, tokenizer) -> Part:
     own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS | OWN_KEYS}
     own |= entry["type"] if isinstance(entry.get("type"), dict) else {}
     kept = getattr(options, "dataset_prepared_path", None) is not None
-    if _is_custom(entry.get("type")):
+    if _is_custom(entry.get("type"), kind):
         rows = custom.apply(rows, custom.load(entry["type"], entry), tokenizer)
         digest = custom.digest(rows) if kept else ""
-        return Part(rows, formats.detect(sources.columns(rows)), own, _weight(entry), digest)
-    return Part(rows, _format(entry, options, rows), own, _weight(entry), sources.digest(entry.get("path"), **source) if kept else "")
+        return Part(rows, kind, _detected(rows, kind), own, _weight(entry), digest)
+    digest = sources.digest(entry.get("path"), **source) if kept else ""
+    return Part(rows, kind, _format(entry, options, rows, kind), own, _weight(entry), digest)
 
 
-def _is_custom(name: object) -> bool:
+def _is_custom(name: object, kind: kinds.Kind) -> bool:
     """Whether a type is the import path of the user's own transform, after which rows are known by their columns."""
-    return isinstance(name, str) and ("." in name or ":" in name) and name not in formats.FORMATS and name not in formats.ALIASES
+    if not isinstance(name, str) or name in kind.names or not ("." in name or ":" in name):
+        return False
+    return name.partition(".")[0] not in {known.partition(".")[0] for known in kind.names if "." in known}
 
 
 def _weight(entry: dict) -> float:
@@ -76,39 +82,47 @@ def _weight(entry: dict) -> float:
     return float(weight)
 
 
-def _format(entry: dict, options: RowOptions | PretrainData, rows: sources.Rows) -> str:
+def _format(entry: dict, options: Options, rows: sources.Rows, kind: kinds.Kind) -> str:
     """As named for the data set, else for all, else by the columns. Found before any split: a part may lack a column."""
     if isinstance(options, PretrainData):
         return "completion"
     if "type" in entry and entry["type"] is None:
-        return "pretokenised"
+        return kind.canonical("pretokenised")
     if isinstance(entry.get("type"), dict):
-        return "user_defined"
+        return kind.canonical("user_defined")
     named = entry.get("type") or (None if options.format == "auto" else options.format)
-    return formats.detect(sources.columns(rows)) if named is None else formats.ALIASES.get(named, named)
+    return _detected(rows, kind) if named is None else kind.canonical(named)
 
 
-def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: RowOptions | PretrainData, tokenizer) -> list[Part]:
+def _detected(rows: sources.Rows, kind: kinds.Kind) -> str:
+    return kind.detect(sources.columns(rows), rows.rows[0])
+
+
+def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: Options, tokenizer, kind: kinds.Kind = kinds.TEXT) -> list[Part]:
     """The data sets named by paths, or listed with options of their own."""
-    return [_part(entry, options, tokenizer) for entry in listed or [{"path": path} for path in paths]]
+    return [_part(entry, options, tokenizer, kind) for entry in listed or [{"path": path} for path in paths]]
 
 
 FOR_ROWS = ("chat_template", "roles_to_train", "train_on_eos", "train_on_inputs")  # options of all data sets that formats may take
 
 
-def _encoding(options: RowOptions | PretrainData, name: str) -> dict:
-    """Those of the options of all data sets that this format takes."""
+def _taken(part: Part) -> tuple[str, ...]:
+    return part.kind.takes(part.format, part.rows.rows[0])
+
+
+def _encoding(options: Options, part: Part) -> dict:
+    """Those of the options of all data sets that this one's format takes."""
     if isinstance(options, PretrainData):
         return {"field": options.text_column}
-    return {key: getattr(options, key) for key in FOR_ROWS if key in formats.takes(name)}
+    return {key: getattr(options, key) for key in FOR_ROWS if hasattr(options, key) and key in _taken(part)}
 
 
-def ignored(options: RowOptions | PretrainData, names: set[str]) -> dict[str, str]:
-    """Options that rows of these formats would ignore, with the reason."""
+def ignored(options: Options, parts: list[Part]) -> dict[str, str]:
+    """Options that the rows of these data sets would ignore, with the reason."""
     if isinstance(options, PretrainData):
         return {}
-    taken, listed = {key for name in names for key in formats.takes(name)}, ", ".join(sorted(names))
-    out = {key: f"rows of format {listed} do not take it" for key in FOR_ROWS if key not in taken}
+    names, taken = {part.format for part in parts}, {key for part in parts for key in _taken(part)}
+    out = {key: f"rows of format {', '.join(sorted(names))} do not take it" for key in FOR_ROWS if key not in taken}
     if options.datasets:
         out |= {key: "datasets is given" for key in ("data", "format")}
     return out | ({"overlong": "raw text is split, not dropped"} if names == {"completion"} else {})
@@ -117,40 +131,46 @@ def ignored(options: RowOptions | PretrainData, names: set[str]) -> dict[str, st
 class Encoded(NamedTuple):
     """Documents of several data sets, with rows numbered through and the weight of each, a line about each set, and its report."""
 
-    docs: list[Doc]
+    docs: Docs
     weights: list[float] | None
     lines: list[str]
-    reports: list[formats.Report]
+    reports: list[formats.Report] | list[trees.Report]
 
 
-def encode_all(parts: list[Part], options: RowOptions | PretrainData, tokenizer, label: str, **working: Any) -> Encoded:
-    """Encode each data set in its format with the options of all and its own; `working`: `processes`, `progress` of core.data.workers."""
+def encode_all(parts: list[Part], options: Options, tokenizer, label: str, **working: Any) -> Encoded:
+    """Encode each data set in its format with the options of all and its own; `working`: `processes`, `progress` of core.data.workers.
+
+    Errors: ValueError for bad rows, and for data sets that cannot share a batch.
+    """
     docs, lines, reports, counts, offset = [], [], [], [], 0
     for part in parts:
         found, report, kept = _encode(part, options, tokenizer, **working)
+        if docs and not kinds.same_extras([docs[0], found[0]]):
+            differing = ", ".join(sorted(set(docs[0].extras) ^ set(found[0].extras)))
+            raise ValueError(f"{part.rows.name} and {parts[0].rows.name}: only one has the field {differing}: fill it in both or in none")
         docs += [doc._replace(row=doc.row + offset) for doc in found]
         offset += max(part.rows.numbers, default=0) + 1
-        lines.append(f"{label} {part.rows.name}: {formats.describe(report)}{' (prepared earlier)' * kept}")
+        lines.append(f"{label} {part.rows.name}: {part.kind.describe(report)}{' (prepared earlier)' * kept}")
         reports.append(report)
         counts.append(len(found))
     return Encoded(docs, loader.document_weights(counts, [part.weight for part in parts]), lines, reports)
 
 
-def _encode(
-    part: Part, options: RowOptions | PretrainData, tokenizer, *, processes: int = 1, **working: Any
-) -> tuple[list[Doc], formats.Report, bool]:
+def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **working: Any) -> tuple[Docs, Any, bool]:
     """Documents and report of one data set, and whether they were prepared earlier."""
-    given = _encoding(options, part.format) | part.options
-    lengths_ = {"sequence_len": options.sequence_len, "overlong": "split" if part.format == "completion" else options.overlong}
+    given = _encoding(options, part) | part.options
+    policy = "split" if part.format == "completion" else getattr(options, "overlong", part.kind.fallback_overlong)
+    lengths_ = {"sequence_len": options.sequence_len, "overlong": policy}
     root = getattr(options, "dataset_prepared_path", None)
     key = ""
     if root is not None:
-        choices = {"format": part.format, "given": given, "numbers": part.rows.numbers, **lengths_}
+        choices = {"kind": part.kind.name, "format": part.format, "given": given, "numbers": part.rows.numbers, **lengths_}
         template = chat_templates.resolve(tokenizer, given["chat_template"]) if given.get("chat_template") else None
         key = cache.key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
         if (found := cache.load(root, key)) is not None:
             return *found, True
-    docs, report = workers.encode_rows(part.rows, tokenizer, processes=processes, format=part.format, own=given, **lengths_, **working)
+    working |= {"processes": processes, "kind": part.kind}
+    docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_, **working)
     if root is not None:
         cache.save(root, key, docs, report)
     return docs, report, False
@@ -166,27 +186,26 @@ def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]
     return train, held, lines
 
 
-def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str], **working: Any) -> Encoded:
+def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str], kind: kinds.Kind = kinds.TEXT, **working: Any) -> Encoded:
     """All documents of the data sets, for commands that hold nothing out."""
-    parts = read_all(options.data, options.datasets, options, tokenizer)
-    parse.refuse_ignored(given, ignored(options, {part.format for part in parts}))
+    parts = read_all(options.data, options.datasets, options, tokenizer, kind)
+    parse.refuse_ignored(given, ignored(options, parts))
     parts, _, lines = _unique(parts, []) if options.dataset_exact_deduplication else (parts, [], [])
     found = encode_all(parts, options, tokenizer, "rows of", **working)
+    kind.check(found.docs)
     return found._replace(lines=lines + found.lines)
 
 
-def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: frozenset[str]) -> Corpus:
+def load(options: Options, tokenizer, *, seed: int, given: frozenset[str], kind: kinds.Kind = kinds.TEXT) -> Corpus:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
     if not options.data:
         raise ValueError("no training data: give --data at least one file or data set")
     if checks.streams(options):
         return _streamed(options, tokenizer)
     listed, tests = getattr(options, "datasets", ()), getattr(options, "test_datasets", ())
-    parts, held = (
-        read_all(options.data, listed, options, tokenizer),
-        read_all(options.val_data, tests, options, tokenizer),
-    )
-    parse.refuse_ignored(given, ignored(options, {part.format for part in parts + held}))
+    parts = read_all(options.data, listed, options, tokenizer, kind)
+    held = read_all(options.val_data, tests, options, tokenizer, kind)
+    parse.refuse_ignored(given, ignored(options, parts + held))
     unique = getattr(options, "dataset_exact_deduplication", False)
     parts, held, repeated = _unique(parts, held) if unique else (parts, held, [])
     if not held and options.val_set_size:
@@ -195,6 +214,7 @@ def load(options: DataOptions | PretrainData, tokenizer, *, seed: int, given: fr
         held = [part._replace(rows=val) for part, (_, val) in zip(parts, pairs, strict=True)]
         parts = [part._replace(rows=train) for part, (train, _) in zip(parts, pairs, strict=True)]
     train, val = encode_all(parts, options, tokenizer, "train"), encode_all(held, options, tokenizer, "held out")
+    kind.check(train.docs)
     first = held[0].rows.rows[0] if held else None
     return Corpus(train.docs, val.docs, first, (held or parts)[0].format, repeated + train.lines + val.lines, train.weights)
 
@@ -217,7 +237,7 @@ def _first_rows(path: str, split: str, size: int) -> Part:
     rows, _, _ = next(streaming.blocks(streaming.parts(path, split=split), buffer=size + 1, shuffle=False))
     if len(rows.rows) <= size:
         raise ValueError(f"val_set_size {size} holds out all {len(rows.rows)} rows of {path}: give a smaller number")
-    return Part(sources.take(rows, range(size)), "completion", {}, 1.0, "")
+    return Part(sources.take(rows, range(size)), kinds.TEXT, "completion", {}, 1.0, "")
 
 
 def _encode_block(rows: sources.Rows, *, options: PretrainData, tokenizer) -> list[Doc]:
@@ -225,32 +245,45 @@ def _encode_block(rows: sources.Rows, *, options: PretrainData, tokenizer) -> li
     texts = [row.get(options.text_column) for row in rows.rows]
     if all(isinstance(text, str) and not text.strip() for text in texts):
         return []
-    own = _encoding(options, "completion")
+    own = {"field": options.text_column}
     return formats.encode_rows(rows, tokenizer, format="completion", own=own, sequence_len=options.sequence_len, overlong="split")[0]
 
 
-def check_fits(docs: list[Doc], sequence_len: int, cfg: Config) -> None:
-    """Raise ValueError when documents may be longer than the model's positions, or hold ids that its vocabulary lacks."""
+def check_fits(docs: Docs, sequence_len: int, cfg: Config) -> None:
+    """Raise ValueError when documents may be longer than the model's positions, or hold ids that its vocabulary lacks.
+
+    Positions of a branch continue from its trunk, so a document with branches may hold more tokens than the model has positions.
+    """
     if sequence_len > cfg.max_positions:
         raise ValueError(f"sequence_len {sequence_len} is longer than the {cfg.max_positions} positions of the model")
+    longest = max(docs, key=_positions, default=None)
+    if longest is not None and _positions(longest) > cfg.max_positions:
+        raise ValueError(f"row {longest.row} has {_positions(longest)} positions, the model {cfg.max_positions}: lower sequence_len")
     largest = max((int(doc.tokens.max()) for doc in docs), default=0)
     if largest >= cfg.vocab_size:
         raise ValueError(f"the rows hold token id {largest}, the model has {cfg.vocab_size}: the tokenizer is of another model")
 
 
-def batching(options: RowOptions | PretrainData, micro_batch_size: int) -> dict:
-    """How documents form micro-batches: a token budget when packing, else a number of rows."""
+def _positions(doc: Doc | trees.TreeDoc) -> int:
+    return max(trees.side_lengths(doc)) if isinstance(doc, trees.TreeDoc) else len(doc.tokens)
+
+
+def batching(options: Options, micro_batch_size: int, longest: int | None = None) -> dict:
+    """How documents form micro-batches: a token budget when packing, else a number of rows.
+
+    longest: tokens of the longest document; a pair holds up to nearly twice sequence_len, and must fit in a micro-batch.
+    """
     if options.sample_packing:
-        return {"budget": micro_batch_size * options.sequence_len}
+        return {"budget": max(micro_batch_size * options.sequence_len, longest or 0)}
     return {"rows": micro_batch_size}
 
 
-def lengths(docs: list[Doc]) -> list[int]:
+def lengths(docs: Docs) -> list[int]:
     """Tokens of each document."""
     return [len(doc.tokens) for doc in docs]
 
 
-def total_steps(docs: list[Doc], *, epochs: int, max_steps: int | None, **options) -> int:
+def total_steps(docs: Docs, *, epochs: int, max_steps: int | None, **options) -> int:
     """Optimiser steps of a whole run: `max_steps` if given, else `epochs` times through the documents."""
     if max_steps is not None:
         return max_steps

@@ -1,5 +1,6 @@
 """What a run leaves behind: sample answers before and after, an adapter or a model folder, a report, a summary."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from treetune.cli.screen import Screen, clock
 from treetune.core import lora, shard, tree
 from treetune.core.data import chat, instruction
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, adapter, decode, hf
+from treetune.models import Model, adapter, decode, heads, hf
 
 
 def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
@@ -23,6 +24,11 @@ def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Mo
 def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
     """The prompt to sample and its ids, in the form of the rows: the option, else the question of the first held-out row."""
     data, asked, tokenizer = made.corpus, config.run.sample_prompt, made.tokenizer
+    if "head" in made.trees.params:
+        return "", []
+    if asked is None and data.val and hasattr(data.val[0], "branch"):
+        ids = data.val[0].tokens[data.val[0].branch == 0].tolist()
+        return tokenizer.decode(ids, skip_special_tokens=True), ids
     row = data.first_row if asked is None else None
     if asked == "" or (asked is None and row is None):
         return "", []
@@ -77,6 +83,11 @@ def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
 
 
 def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained: Params):
+    if used is None and "head" in trained:
+        path = made.where.root / "model"
+        kept = model._replace(params=tree.map(lambda leaf: leaf.to(model.cfg.dtype), model.params))
+        heads.save(path, kept, trained["head"], tokenizer=made.tokenizer)
+        return path
     if used is None:
         path = made.where.root / "model"
         dtype = model.cfg.dtype
@@ -84,7 +95,8 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained:
         hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model, made.tokenizer))
         return path
     info, path = made.trees.info, made.where.root / "adapter"
-    adapter.save(
+    save = partial(heads.save_adapter, head=trained["head"]) if "head" in trained else adapter.save
+    save(
         path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,
         **_carried(config, made.tokenizer),
@@ -117,6 +129,9 @@ def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
         rate = sum(record["supervised_tokens"] for record in steps) / seconds
         rows["speed"] = f"{rate:.0f} supervised tokens/s, peak memory {steps[-1]['memory_gib']:.1f} GiB"
     rows["saved"] = f"{saved}, {made.where.root}/report.html"
-    if made.trees.lora is not None:
+    for key in made.method.shown:
+        if len(own := [record[f"eval/{key}"] for record in history if f"eval/{key}" in record]) > 1:
+            rows[f"held-out {key}"] = f"{own[0]:.4f} -> {own[-1]:.4f}"
+    if "head" not in made.trees.params and made.trees.lora is not None:
         rows["try it"] = f"treetune chat --adapter {saved}"
     return rows

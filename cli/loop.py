@@ -19,6 +19,7 @@ from treetune.core import ckpt, observe, shard
 from treetune.core.data import loader, streaming
 from treetune.core.state import Objective, TrainState
 
+BY_CLASS = ("rewards/", "logps/", "logits/", "accuracy/")  # rates over rows of a class, which a step may lack
 Cursor = loader.Cursor | streaming.Cursor
 
 
@@ -34,6 +35,9 @@ class Job(NamedTuple):
     device: torch.device
     rank: int = 0
     start: Cursor = loader.START  # of a new run; a checkpoint's cursor is one of its kind
+    prepare: Callable | None = None  # what a step does to its micro-batches first
+    between: Callable[[TrainState, dict, int], TrainState] | None = None  # after each step
+    perplexity: bool = True
 
 
 class Progress(NamedTuple):
@@ -93,7 +97,7 @@ class _Loop:
         tokens = self.progress.tokens_seen + int(record["num_tokens"])
         self.progress = self.progress._replace(tokens_seen=tokens)
         rates = {"tokens_per_second": record["num_tokens"] / seconds, "supervised_tokens_per_second": record["supervised_tokens"] / seconds}
-        renamed = {("train/loss" if key == "loss" else key): value for key, value in record.items() if key != "num_tokens"}
+        renamed = {("train/loss" if key == "loss" else key): value for key, value in _known(record).items() if key != "num_tokens"}
         return renamed | rates | {"num_tokens": tokens, "memory_gib": peak_memory_gib(self.job.device)}
 
     def record(self, record: dict | None, state: TrainState, eta_s: float) -> None:
@@ -109,11 +113,16 @@ class _Loop:
         self._watchdog(record)
 
     def _require_alive(self, state: TrainState) -> None:
-        if dead := observe.dead_leaves(self.job.objective, state, self.previous):
+        if dead := observe.dead_leaves(self.job.objective, state, self._prepared(state)):
             raise RunFailed(f"{len(dead)} trainable leaves get no gradient, the first are {', '.join(dead[:3])}")
 
     def _explain(self, state: TrainState) -> str:
-        return observe.find_not_finite(self.job.objective, state, self.previous)
+        return observe.find_not_finite(self.job.objective, state, self._prepared(state))
+
+    def _prepared(self, state: TrainState) -> list:
+        """The micro-batches of the last step as its gradient saw them."""
+        with torch.no_grad():
+            return self.previous if self.job.prepare is None else self.job.prepare(state, self.previous)
 
     def _where(self) -> str:
         found = ckpt.steps(self.run.checkpoints)
@@ -137,13 +146,10 @@ class _Loop:
         if self.job.evaluate is None:
             return None
         step, start = int(state.step), time.perf_counter()
-        found = {f"eval/{key}": value.item() for key, value in self.job.evaluate(state).items()}
-        record = {"step": step, **found, "eval/perplexity": math.exp(min(found["eval/loss"], 700.0))}
+        found = {f"eval/{key}": value for key, value in _known({k: v.item() for k, v in self.job.evaluate(state).items()}).items()}
+        record = {"step": step, **found} | ({"eval/perplexity": math.exp(min(found["eval/loss"], 700.0))} if self.job.perplexity else {})
         self.recorder.note(record | {"eval/seconds": time.perf_counter() - start})
-        accuracy = f"  accuracy {found['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in found else ""
-        self.screen.line(
-            f"held out, step {step}: loss {found['eval/loss']:.4f}  perplexity {record['eval/perplexity']:.2f}{accuracy}", "bold"
-        )
+        self.screen.line(f"held out, step {step}: loss {found['eval/loss']:.4f}  {self._own(record)}".rstrip(), "bold")
         self.tell_health()
         better = self.progress.best_loss is None or found["eval/loss"] < self.progress.best_loss
         best = {"best_loss": found["eval/loss"], "best_step": step, "bad_evals": 0}
@@ -152,6 +158,11 @@ class _Loop:
             self.save(state)
         patience = self.options.early_stopping_patience
         return f"eval/loss has not improved in {patience} evaluations" if patience and self.progress.bad_evals >= patience else None
+
+    def _own(self, record: dict) -> str:
+        """What there is to say about an evaluation besides its loss."""
+        text = f"perplexity {record['eval/perplexity']:.2f}  " if self.job.perplexity else ""
+        return text + (f"accuracy {record['eval/mean_token_accuracy']:.3f}" if self.job.perplexity else self.screen.own(record, "eval/"))
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best."""
@@ -179,6 +190,7 @@ class _Loop:
         mark = begun
         for index, (micro_batches, cursor) in enumerate(self.job.batches(self.progress.cursor) if first < total else (), first + 1):
             state, metrics = self.job.step(state, micro_batches)
+            state = state if self.job.between is None else self.job.between(state, metrics, index)
             now = time.perf_counter()
             done = self.recorder.push(index, metrics | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
             mark, eta_s = now, (now - begun) / (index - first) * (total - index)
@@ -206,6 +218,14 @@ class _Loop:
 
     def _due(self, index: int, epoch_ended: bool) -> bool:
         return _on(index, epoch_ended, self.options.eval_steps) or _on(index, epoch_ended, self.options.save_steps)
+
+
+def _known(record: dict) -> dict:
+    """The record without rates of which nothing was counted, and with the margin of rates that were counted apart."""
+    known = {key: value for key, value in record.items() if value == value or not key.startswith(BY_CLASS)}
+    if "rewards/margins" not in known and {"rewards/chosen", "rewards/rejected"} <= known.keys():
+        known["rewards/margins"] = known["rewards/chosen"] - known["rewards/rejected"]
+    return known
 
 
 def _on(index: int, epoch_ended: bool, every: int | None) -> bool:

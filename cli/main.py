@@ -10,6 +10,13 @@ from treetune.cli.errors import BadInput, RunFailed, checking_input
 COMMANDS = {
     "sft": ("sft", "Sft", "fine-tune on chats, instructions or text"),
     "pretrain": ("pretrain", "Pretrain", "train on raw text, from a model or from random weights"),
+    "dpo": ("tune", "Dpo", "learn from pairs: DPO, IPO and the rest of the family"),
+    "kto": ("tune", "Kto", "learn from completions marked good or bad"),
+    "orpo": ("tune", "Orpo", "fine-tune and learn from pairs at once"),
+    "simpo": ("tune", "Simpo", "learn from pairs without a reference"),
+    "cpo": ("tune", "Cpo", "learn from pairs by their likelihoods"),
+    "reward": ("tune", "Reward", "train a reward model on pairs"),
+    "prm": ("tune", "Prm", "train a reward model of steps"),
     "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),
     "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
     "generate": ("generate", "Generate", "answer prompts"),

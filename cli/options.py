@@ -33,13 +33,22 @@ class ModelOptions(ModelName):
 Listed = Annotated[tuple[dict[str, Any], ...], Suppress, Fixed]
 
 
+SAMPLES = {
+    "sft": "examples/data/gsm8k_train_sample.jsonl",
+    "dpo": "examples/data/gsm8k_preference_sample.jsonl",
+    "kto": "examples/data/gsm8k_binary_sample.jsonl",
+    "reward": "examples/data/gsm8k_preference_sample.jsonl",
+    "prm": "examples/data/gsm8k_steps_sample.jsonl",
+}
+
+
 @dataclass(frozen=True)
-class RowOptions:
-    """Data. A config file may have `datasets`, a list of mappings with `path`, `type` and the options of that format, instead of `data`."""
+class AnyRows:
+    """What rows of every kind take."""
 
     datasets: Listed = ()
     """Data sets with options of their own."""
-    data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
+    data: tuple[str, ...] = (SAMPLES["sft"],)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     format: str = "auto"
     """Row format: chat, alpaca, completion, input_output, pretokenised, jeopardy, ...; auto goes by the columns and prints it."""
@@ -49,18 +58,12 @@ class RowOptions:
     """Use only the first rows of each data set."""
     sequence_len: int = 512
     """Longest document in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
-    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
-    """What to do with a row longer than sequence_len. Raw text is always split."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a row longer than sequence_len."""
     sample_packing: bool = True
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
     chat_template: str | None = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
-    roles_to_train: tuple[str, ...] = ("assistant",)
-    """Roles whose turns are supervised."""
-    train_on_eos: Literal["turn", "all", "last"] = "turn"
-    """Which end-of-turn tokens are supervised: of trained turns, of all turns, or of the last turn only."""
-    train_on_inputs: bool = False
-    """Supervise every token, prompts included."""
     dataset_exact_deduplication: bool = False
     """Leave out rows that repeat an earlier row, and held-out rows that are trained on; counted."""
     dataset_prepared_path: str | None = None
@@ -68,8 +71,22 @@ class RowOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(RowOptions):
-    """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
+class RowOptions(AnyRows):
+    """Data. A config file may have `datasets`, a list of mappings with `path`, `type` and the options of that format, instead of `data`."""
+
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What to do with a row longer than sequence_len. Raw text is always split."""
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    """Roles whose turns are supervised."""
+    train_on_eos: Literal["turn", "all", "last"] = "turn"
+    """Which end-of-turn tokens are supervised: of trained turns, of all turns, or of the last turn only."""
+    train_on_inputs: bool = False
+    """Supervise every token, prompts included."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is held out of the rows, and their order."""
 
     test_datasets: Listed = ()
     """Data sets to evaluate on, with options of their own."""
@@ -79,6 +96,22 @@ class DataOptions(RowOptions):
     """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
     shuffle: bool = True
     """Shuffle the rows anew every epoch."""
+
+
+@dataclass(frozen=True)
+class DataOptions(HeldOut, RowOptions):
+    """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
+
+
+@dataclass(frozen=True)
+class PairData(HeldOut, AnyRows):
+    """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
+
+    data: tuple[str, ...] = (SAMPLES["dpo"],)
+    format: str = "auto"
+    """Row format: passthrough, chat_template.default, chatml.intel, llama3.ultra, ...; auto goes by the columns and prints it."""
+    sequence_len: int = 512
+    """Longest prompt with one completion, in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """`treetune preprocess`: what a training run would read, token by token, before it trains.
 
-Encodes every row as `sft` does and reports what became of them; `--debug` and `--html` show the tokens themselves.
+Encodes every row as `--method` does and reports what became of them; `--debug` and `--html` show the tokens themselves.
 """
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.text import Text
@@ -11,20 +13,29 @@ from rich.text import Text
 from treetune.cli import corpus, parse, report, rundir, setup
 from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
+from treetune.cli.options import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core.data import formats, loader
+from treetune.core.data import formats, kinds, loader, trees
 from treetune.core.data.formats import Report
 from treetune.core.data.spans import Doc
 
 BINS, BAR = 12, 40
+STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}
+COLOURS = report.STYLE + ".bad { background: #fecaca }\n"
 PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title><style>{{ style }}</style>
 <h1>{{ name }}</h1>
 <table>{% for key, value in rows.items() %}<tr><th align="left">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Lengths</h2><pre>{{ histogram }}</pre>
-<h2>Documents</h2><p><span class="on">supervised</span>, <span class="half">at another weight</span>, <span class="off">read only</span></p>
-{% for row, tokens in documents %}<p>row {{ row }}</p>
+<h2>Documents</h2><p><span class="on">supervised</span>, <span class="bad">rejected or judged bad</span>,
+<span class="half">at another weight</span>, <span class="off">read only</span></p>
+{% for row, parts in documents %}<p>row {{ row }}</p>
+{% for title, tokens in parts %}{% if title %}<p>{{ title }}</p>{% endif %}
 <pre>{% for text, kind in tokens %}<span class="{{ kind }}">{{ text }}</span>{% endfor %}</pre>
-{% endfor %}"""
+{% endfor %}{% endfor %}"""
+Part = tuple[str, list[tuple[str, str]]]  # a title, and tokens as (text, how they are shown)
+
+
+METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}
 
 
 def histogram(lengths: list[int], *, bins: int = BINS) -> list[str]:
@@ -45,21 +56,38 @@ def efficiency(lengths: list[int], budget: int, *, seed: int) -> float:
     return sum(lengths) / (len(plan) * budget)
 
 
-def summary(docs: list[Doc], config: Preprocess) -> dict[str, str]:
+def summary(docs: corpus.Docs, config: Preprocess) -> dict[str, str]:
     """Counts over all documents."""
     lengths = corpus.lengths(docs)
-    supervised = sum(int((doc.weight > 0).sum()) for doc in docs)
-    budget = config.micro_batch_size * config.data.sequence_len
     rows = {
         "documents": f"{len(docs)}, {min(lengths)} to {max(lengths)} tokens, mean {sum(lengths) / len(docs):.1f}",
-        "tokens": f"{sum(lengths)}, of which {supervised} supervised ({100 * supervised / sum(lengths):.1f} %)",
+        "tokens": f"{sum(lengths)}, {learned(docs, kinds.KINDS[METHODS[config.method]])}",
     }
+    if isinstance(docs[0], trees.TreeDoc) and docs[0].branch[-1]:
+        rows["prompts"] = shared(docs)
     if config.data.sample_packing:
+        budget = corpus.batching(config.data, config.micro_batch_size, longest=max(lengths))["budget"]
         full = efficiency(lengths, budget, seed=config.seed)
-        rows["packing"] = (
-            f"{100 * full:.1f} % full at {budget} tokens per micro-batch ({config.micro_batch_size} x {config.data.sequence_len})"
-        )
+        per = "the longest document" if budget == max(lengths) else f"{config.micro_batch_size} x {config.data.sequence_len}"
+        rows["packing"] = f"{100 * full:.1f} % full at {budget} tokens per micro-batch ({per})"
     return rows
+
+
+def learned(docs: corpus.Docs, kind: kinds.Kind) -> str:
+    """What is learned of the documents: their supervised tokens, or what a head gives at some of them."""
+    if kind.read == "last":
+        return f"with a score to learn at the end of each of {sum(len(trees.branches(doc)) for doc in docs)} completions"
+    supervised = sum(int((doc.weight > 0).sum()) for doc in docs)
+    if kind.read == "classes":
+        return f"with {supervised} judged steps, {sum(int((doc.classes == 1).sum()) for doc in docs)} of them good"
+    return f"of which {supervised} supervised ({100 * supervised / sum(corpus.lengths(docs)):.1f} %)"
+
+
+def shared(docs: Sequence[trees.TreeDoc]) -> str:
+    """What it saves that each prompt is there once for all its completions."""
+    once, copied = sum(len(doc.tokens) for doc in docs), sum(sum(trees.side_lengths(doc)) for doc in docs)
+    longest = max(max(trees.side_lengths(doc)) for doc in docs)
+    return f"shared by their completions: {once} tokens instead of {copied}; the longest prompt with one completion has {longest}"
 
 
 def by_role(reports: list[Report]) -> str:
@@ -67,35 +95,66 @@ def by_role(reports: list[Report]) -> str:
     return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, tokens, trained in formats.merged(reports).roles if tokens)
 
 
-def coloured(doc: Doc, tokenizer) -> Text:
-    """The document's text: supervised tokens green, those at another weight yellow, the rest dim."""
-    styles = {"on": "black on green", "half": "black on yellow", "off": "dim"}
+def parts(doc: Doc | trees.TreeDoc, tokenizer, kind: kinds.Kind) -> list[Part]:
+    """The document as it is shown: in one piece, or its prompt and then each completion."""
     _, tokens = report.document(doc, tokenizer)
-    return Text.assemble(*((text, styles[kind]) for text, kind in tokens))
+    if kind.read == "classes":
+        judged = zip(tokens, doc.classes.tolist(), strict=True)
+        return [("", [(text, "off" if label < 0 else "on" if label else "bad") for (text, _), label in judged])]
+    if kind.read is None:
+        return [("", tokens)]
+    shown = [("prompt", [tokens[i] for i in range(len(tokens)) if doc.branch[i] == 0])]
+    for title, bad, own in zip(*titles(doc), trees.branches(doc), strict=True):
+        shown.append((title, [(tokens[i][0], "bad" if bad and tokens[i][1] == "on" else tokens[i][1]) for i in own]))
+    return shown
 
 
-def page(config: Preprocess, docs: list[Doc], tokenizer, rows: dict[str, str]) -> str:
+def titles(doc: trees.TreeDoc) -> tuple[list[str], list[bool]]:
+    """(what each completion is, whether it is one to avoid)."""
+    if "desirable" not in doc.extras:
+        return ["chosen", "rejected"], [False, True]
+    good = bool(doc.extras["desirable"][0])
+    return [f"completion, {'' if good else 'un'}desirable", "completion of another row, for the baseline"], [not good, False]
+
+
+def coloured(tokens: list[tuple[str, str]]) -> Text:
+    """Tokens as text: supervised ones green, those to avoid red, those at another weight yellow, the rest dim."""
+    return Text.assemble(*((text, STYLES[kind]) for text, kind in tokens))
+
+
+def page(config: Preprocess, docs: corpus.Docs, tokenizer, rows: dict[str, str]) -> str:
     """The report as one HTML page."""
     import jinja2
 
-    shown = [report.document(doc, tokenizer) for doc in docs[: config.html_rows]]
+    kind = kinds.KINDS[METHODS[config.method]]
+    shown = [(doc.row, parts(doc, tokenizer, kind)) for doc in docs[: config.html_rows]]
     lines = "\n".join(histogram(corpus.lengths(docs)))
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return template.render(name=" ".join(config.data.data), style=report.STYLE, rows=rows, histogram=lines, documents=shown)
+    return template.render(name=" ".join(config.data.data), style=COLOURS, rows=rows, histogram=lines, documents=shown)
+
+
+def ignored(config: Preprocess) -> dict[str, str]:
+    """{option: why this command would not look at it}."""
+    out = {} if config.html else {"html_rows": "there is no --html"}
+    alone = kinds.KINDS[METHODS[config.method]].in_parts is None
+    return out | ({"dataset_processes": f"with {config.method} rows depend on each other, so one process reads them"} if alone else {})
 
 
 def run(config: Preprocess, given: frozenset[str]) -> int:
     """Encode, report, show; the exit code."""
     screen, start = Screen(), time.perf_counter()
     with checking_input():
-        parse.refuse_ignored(given, {} if config.html else {"html_rows": "there is no --html"})
+        parse.refuse_ignored(given, ignored(config))
+        if "data" not in given:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
+        kind = kinds.KINDS[METHODS[config.method]]
         words = setup.load_words(config.model, config.vocabulary, say=screen.line)
         tokenizer = words.tokenizer
         with screen.counting("rows") as progress:
             docs, _, lines, reports = corpus.read_and_encode(
-                config.data, tokenizer, given=given, processes=config.dataset_processes, progress=progress
+                config.data, tokenizer, given=given, kind=kind, processes=config.dataset_processes, progress=progress
             )
-        rows = summary(docs, config) | {"by role": by_role(reports)}
+        rows = summary(docs, config) | ({"by role": by_role(reports)} if kind.read is None else {})
         if config.html:
             rundir.write(Path(config.html), page(config, docs, tokenizer, rows))
     for line in lines:
@@ -104,7 +163,10 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     screen.line("\n".join(histogram(corpus.lengths(docs))))
     for doc in docs[: config.debug]:
         screen.line(f"\nrow {doc.row}", "bold")
-        screen.console.print(coloured(doc, tokenizer))
+        for title, tokens in parts(doc, tokenizer, kind):
+            if title:
+                screen.line(title, "bold")
+            screen.console.print(coloured(tokens))
     if config.html:
         screen.line(f"wrote {config.html}")
     return 0

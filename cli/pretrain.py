@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treetune.cli import setup, training
+from treetune.cli import method, setup, training
 from treetune.cli.configs import Pretrain
 from treetune.core import tree
 from treetune.models import hf
@@ -10,7 +10,7 @@ from treetune.models import hf
 
 def run(config: Pretrain, given: frozenset[str]) -> int:
     """Pretrain and leave a run folder; the exit code."""
-    return training.train("pretrain", config, given, lambda on: _model(config, on))
+    return training.train("pretrain", config, given, method.SUPERVISED, lambda on: _model(config, on))
 
 
 def _model(config: Pretrain, on):

@@ -7,6 +7,10 @@ from treetune.core import observe
 
 CURVES = (
     ("loss (nats per supervised token)", ("train/loss", "eval/loss")),
+    ("rewards: beta log(p / p_ref) of the two sides", ("rewards/chosen", "rewards/rejected")),
+    ("reward margin", ("rewards/margins", "eval/rewards/margins")),
+    ("share of pairs ranked right", ("rewards/accuracies", "eval/rewards/accuracies")),
+    ("accuracy of the scores", ("accuracy", "eval/accuracy")),
     ("gradient norm before clipping", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
     ("supervised tokens per second", ("supervised_tokens_per_second",)),

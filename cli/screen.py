@@ -21,9 +21,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Screen:
-    """The console of a run; `quiet` is for ranks above 0."""
+    """The console of a run; `quiet` is for ranks above 0, `shown` are metrics to show besides the usual ones."""
 
-    def __init__(self, *, quiet: bool = False, every: int = 1):
+    def __init__(self, *, quiet: bool = False, every: int = 1, shown: tuple[str, ...] = ()):
+        self.shown = shown
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.every, self.bar, self.task = every, None, None
 
@@ -67,13 +68,17 @@ class Screen:
     def step(self, record: dict, eta_s: float) -> None:
         """The metrics of one finished step."""
         text = (
-            f"loss {record['train/loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
+            f"loss {record['train/loss']:.4f}  {self.own(record)}grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
             f"{record['supervised_tokens_per_second']:.0f} tok/s  {record['memory_gib']:.1f} GiB"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], description=text)
         elif record["step"] % self.every == 0 or record["step"] == self.total:
             self.line(f"step {record['step']:>4}/{self.total}  {text}  eta {clock(eta_s)}")
+
+    def own(self, record: dict, prefix: str = "") -> str:
+        """The method's own numbers of a record, each followed by two spaces."""
+        return "".join(f"{key.split('/')[-1]} {record[prefix + key]:.3f}  " for key in self.shown if prefix + key in record)
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -282,7 +282,8 @@ def place(trees: Trees, model: Model, where: Ranks, sharding: str) -> Trees:
         return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
 
     params = {name: put(part, shapes(part)) for name, part in trees.params.items()}
-    return trees._replace(params=params, frozen={name: put(part, sizes) for name, part in trees.frozen.items()})
+    frozen = {name: put(part, sizes if name == "model" else shapes(part)) for name, part in trees.frozen.items()}
+    return trees._replace(params=params, frozen=frozen)
 
 
 def logprob(model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat: str | None = None):

@@ -1,9 +1,9 @@
 """`treetune sft`: supervised fine-tuning."""
 
-from treetune.cli import setup, training
+from treetune.cli import method, training
 from treetune.cli.configs import Sft
 
 
 def run(config: Sft, given: frozenset[str]) -> int:
     """Fine-tune and leave a run folder; the exit code."""
-    return training.train("sft", config, given, lambda on: setup.load_model(config.model, on=on)[0])
+    return training.train("sft", config, given, method.SUPERVISED)

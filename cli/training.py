@@ -1,4 +1,4 @@
-"""What `sft` and `pretrain` share: checks, assembly of a job from options, the run, and what is left at its end."""
+"""What all training commands share: checks, assembly of a job from options, the run, and what is left at its end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import corpus, finish, loop, parse, rundir, setup
+from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
@@ -28,21 +29,35 @@ class Assembly(NamedTuple):
     meta: dict | None
     corpus: corpus.Corpus
     peak: float
+    method: methods.Method
 
 
 def micro_batch(
-    indices: Sequence[int], docs: list, *, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None
+    indices: Sequence[int],
+    docs: list,
+    *,
+    seed: torch.Tensor | None,
+    model: Model,
+    on: torch.device,
+    pad_to: int | None,
+    streams: tuple[methods.Collate, ...],
 ) -> tuple:
-    """(Batch, Plan) on the device for some documents; the mask work is done before the batch moves."""
-    batch = pack.collate([docs[i] for i in indices], budget=pad_to, pad=pad_to is not None)
+    """(Batch, Plan) on the device for some documents, one for each of the streams that a method makes of them."""
+    made = tuple(_stream(collate, [docs[i] for i in indices], seed, model, on, pad_to) for collate in streams)
+    return made[0] if len(made) == 1 else made
+
+
+def _stream(collate: methods.Collate, docs: list, seed: torch.Tensor | None, model: Model, on: torch.device, pad_to: int | None) -> tuple:
+    """The mask work is done before the batch moves."""
+    batch = collate(docs, budget=pad_to, pad=pad_to is not None)
     plan = attention.plan(batch, window=model.cfg.window, device=on, dtype=model.cfg.dtype)
     batch = {key: value.to(on, non_blocking=True) for key, value in batch.items()}
     return (batch if seed is None else batch | {"seed": seed.to(on)}), plan
 
 
-def maker(model: Model, on: torch.device, *, pad_to: int | None = None):
+def maker(model: Model, on: torch.device, *, pad_to: int | None = None, streams: tuple[methods.Collate, ...] = (pack.collate,)):
     """`micro_batch` for a model; streams are padded to their budget on CUDA only, where fixed shapes save recompilation."""
-    return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None)
+    return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None, streams=streams)
 
 
 Dealt = Iterator[tuple[list[list[spans.Doc]], loop.Cursor]]  # step by step: documents of this rank's micro-batches, the cursor after them
@@ -60,9 +75,15 @@ class Reading(NamedTuple):
 def reading(config: Any, data: corpus.Corpus, model: Model, ranks: setup.Ranks) -> Reading:
     """The reading of documents in memory, or of a stream."""
     optim = config.optim
-    plan = corpus.batching(config.data, optim.micro_batch_size) | {"shuffle": config.data.shuffle, "seed": optim.seed}
+    plan = batching(config, data) | {"shuffle": config.data.shuffle, "seed": optim.seed}
     dealt = {"accum": optim.gradient_accumulation_steps, "world": ranks.world, "rank": ranks.rank}
     return _of_memory(optim, data, plan, dealt) if data.stream is None else _of_stream(config, data.stream, model, plan, dealt)
+
+
+def batching(config: Any, data: corpus.Corpus) -> dict:
+    """How documents form micro-batches; a document always fits in one."""
+    longest = max((len(doc.tokens) for doc in data.train + data.val), default=0) if data.stream is None else 0
+    return corpus.batching(config.data, config.optim.micro_batch_size, longest=longest)
 
 
 def _step_size(dealt: dict) -> int:
@@ -117,24 +138,26 @@ def stream(deal: Callable[[loop.Cursor], Dealt], make, *, seed: int):
     return batches
 
 
-def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict):
+def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict, prepare=None):
     """A function from a state to metrics over all held-out documents; None when there are none."""
     if not docs:
         return None
     groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan)
     mine, _ = loader.next_step(groups, loader.Cursor(), accum=-(-len(groups) // on_ranks.world), world=on_ranks.world, rank=on_ranks.rank)
-    evaluate = step.make_eval(objective, mesh=on_ranks.mesh)
+    evaluate = step.make_eval(objective, prepare=prepare, mesh=on_ranks.mesh)
     return lambda state: evaluate(state, [make(group, docs, seed=None) for group in mine])
 
 
-def assemble(command: str, config: Any, given: frozenset[str], load_model, screen: Screen, ranks: setup.Ranks) -> Assembly:
+def assemble(
+    command: str, config: Any, given: frozenset[str], method: methods.Method, load_model, screen: Screen, ranks: setup.Ranks
+) -> Assembly:
     """All of a run's parts from its options; reads everything, writes nothing."""
     where = rundir.choose(command, config.run)
     has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
     start = config.adapter.lora_model_dir if has_adapter else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     tokenizer = words.tokenizer
-    data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given)
+    data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given, kind=method.kind)
     if (own := getattr(config.data, "chat_template", None)) is not None:
         # sample answers and a saved model use it too
         tokenizer.chat_template = chat_templates.resolve(tokenizer, own) or tokenizer.chat_template
@@ -152,33 +175,61 @@ def assemble(command: str, config: Any, given: frozenset[str], load_model, scree
         trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
     else:
         trees = setup.full(model)
-    digest = ckpt.digest(trees.frozen.get("model", {})) if trees.frozen else ""
-    trees = setup.place(trees, model, ranks, config.run.sharding)
-    return _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks)
+    parts = method.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)
+    digest = ckpt.digest(parts.trees.frozen) if parts.trees.frozen else ""
+    parts = parts._replace(trees=setup.place(parts.trees, model, ranks, config.run.sharding))
+    return _assemble(config, method, data, tokenizer, model, parts, digest, where, on, ranks, screen)
 
 
-def _assemble(config, data, tokenizer, model, trees, digest, where, on, ranks) -> Assembly:
-    optim = config.optim
-    batching = corpus.batching(config.data, optim.micro_batch_size)
-    read = reading(config, data, model, ranks)
-    make = maker(model, on, pad_to=batching.get("budget"))
-    remat = "full" if optim.gradient_checkpointing else None
-    logprob = setup.logprob(model, trees.lora, neftune=config.loss.neftune_noise_alpha, remat=remat)
-    objective = setup.objective(logprob, config.loss)
-    held = setup.objective(setup.logprob(model, trees.lora), type(config.loss)())
-    peak = optim.learning_rate or (2e-4 if trees.lora else 2e-5)
+def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, ranks, screen) -> Assembly:
+    optim, trees = config.optim, parts.trees
+    plan = batching(config, data)
+    make = maker(model, on, pad_to=plan.get("budget"), streams=parts.streams)
+    peak = optim.learning_rate or method.rates[trees.lora is None]
     ratio = config.adapter.loraplus_lr_ratio if trees.lora else None
     optimizer = setup.optimizer(optim, loraplus=ratio)
-    state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0, device=on))
+    state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), parts.extra, torch.tensor(0, device=on))
+    if parts.enrich is not None:
+        whole = maker(model, on, pad_to=plan.get("budget"), streams=(pack.collate_trees,))
+        data = enriched(data, parts, state, whole, plan, screen)
+    read = reading(config, data, model, ranks)
     stepper = step.make_step(
-        objective, optimizer, schedule=setup.schedule(optim, peak, read.total_steps), clip=optim.max_grad_norm or None, mesh=ranks.mesh
+        parts.objective,
+        optimizer,
+        schedule=setup.schedule(optim, peak, read.total_steps),
+        clip=optim.max_grad_norm or None,
+        prepare=parts.prepare,
+        mesh=ranks.mesh,
     )
     meta = {"base_digest": digest, "stream": read.digest}
     batches = stream(read.deal, make, seed=optim.seed)
-    evaluate = evaluator(held, data.val, make, ranks, batching)
-    job = loop.Job(stepper, evaluate, objective, batches, read.total_steps, meta, on, ranks.rank, read.start)
+    evaluate = evaluator(parts.held, data.val, make, ranks, plan, parts.prepare)
+    job = loop.Job(
+        stepper,
+        evaluate,
+        parts.objective,
+        batches,
+        read.total_steps,
+        meta,
+        on,
+        rank=ranks.rank,
+        start=read.start,
+        prepare=parts.prepare,
+        between=parts.between,
+        perplexity=method.perplexity,
+    )
     state, found = loop.restore(where, state, meta)
-    return Assembly(job, state, model, trees, tokenizer, where, found, data, peak)
+    return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
+
+
+def enriched(data: corpus.Corpus, parts: methods.Parts, state: TrainState, make, plan: dict, screen: Screen) -> corpus.Corpus:
+    """The corpus with what is computed once for every document."""
+    with screen.counting("documents read by the reference") as count:
+        sides = []
+        for docs in (data.train, data.val):
+            groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan) if docs else []
+            sides.append(parts.enrich(state, docs, make, groups, count))
+    return data._replace(train=sides[0], val=sides[1])
 
 
 def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
@@ -198,18 +249,19 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
         "trains": f"{trained / 1e6:.2f} M parameters in {len(tree.leaves(made.trees.params))} leaves ({100 * trained / total:.2f} %)",
         "data": f"{read}, {len(made.corpus.val)} documents held out",
         "step": f"{optim.gradient_accumulation_steps} micro-batches of {batch} on {ranks.world} rank{'s' * (ranks.world > 1)}; "
-        "loss and gradient are means over all supervised tokens of a step",
+        f"loss and gradient are means over all {made.method.unit} of a step",
         "length": f"{made.job.total_steps} steps, peak learning rate {made.peak:g}, {optim.lr_scheduler}",
     }
 
 
-def train(command: str, config: Any, given: frozenset[str], load_model) -> int:
-    """A whole run; returns the exit code. `load_model(device) -> Model`."""
+def train(command: str, config: Any, given: frozenset[str], method: methods.Method, load_model=None) -> int:
+    """A whole run; returns the exit code. `load_model(device) -> Model`, if not simply the one that the options name."""
+    load_model = load_model or (lambda on: setup.load_model(config.model, on=on)[0])
     with checking_input():
         on = setup.device(config.model.device)
         ranks = setup.ranks(on)
-        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps)
-        made = assemble(command, config, given, load_model, screen, ranks)
+        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=method.shown)
+        made = assemble(command, config, given, method, load_model, screen, ranks)
         sampler = finish.sampler(config, made)
     setup.wait_for_all(ranks)  # every rank has looked at the folder before one makes it
     if ranks.rank == 0:

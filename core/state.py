@@ -13,7 +13,10 @@ Terms = dict[str, Tensor]
 
 
 class Metric(NamedTuple):
-    """A detached number to report: `value` summed with `weight` ("mean"), or reduced by "sum", "min" or "max"."""
+    """A detached number to report: `value` summed with `weight` ("mean"), or reduced by "sum", "min" or "max".
+
+    A "rate" is a mean that is nan, unknown, where there was nothing to average; a "mean" is 0 there.
+    """
 
     value: Tensor
     weight: Tensor
@@ -45,9 +48,12 @@ class TrainState(NamedTuple):
     step: Tensor
 
 
-# The axis of every key of a batch: T stream tokens, D+1 document bounds, N read rows, B sequences, "" a scalar.
+# The axis of every key of a batch: T stream tokens, D+1 document bounds, N read rows, B sequences, M prompt rows that are read too,
+# "" a scalar.
 AXES = {
     "tokens": "T", "positions": "T", "branch": "T", "start": "T", "cu_docs": "D+1",
     "at": "N", "targets": "N", "seq": "N", "weight": "N",
-    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "seed": "",
+    "ref_logp": "N", "prompt_at": "M", "prompt_targets": "M",
+    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "desirable": "B", "kind": "B", "margin": "B",
+    "seed": "", "baseline": "", "delta": "",
 }  # fmt: skip

@@ -86,10 +86,11 @@ def reduce_metrics(collected: list[dict[str, Metric]], mesh: DeviceMesh | None =
         found = [metrics[name] for metrics in collected if name in metrics]
         values = torch.stack([metric.value.detach().double() for metric in found])
         weights = torch.stack([metric.weight.detach().double() for metric in found])
-        if how == "mean":
+        if how in ("mean", "rate"):
+            empty = 0.0 if how == "mean" else torch.nan
             products = torch.where(weights != 0, values * weights, 0.0)  # a mean over nothing may be nan
             top, bottom = shard.all_sum([products.sum(), weights.sum()], mesh)
-            out[name] = top / bottom.clamp(min=1e-38)
+            out[name] = torch.where(bottom == 0, empty, top / bottom.clamp(min=1e-38))
         elif how == "sum":
             out[name] = shard.all_sum([values.sum()], mesh)[0]
         else:
@@ -136,11 +137,14 @@ def make_step(
     return step
 
 
-def make_eval(objective: Objective, *, mesh: DeviceMesh | None = None) -> Callable[[TrainState, list], dict[str, Tensor]]:
+def make_eval(
+    objective: Objective, *, prepare: Callable | None = None, mesh: DeviceMesh | None = None
+) -> Callable[[TrainState, list], dict[str, Tensor]]:
     """A function `evaluate(state, micro_batches) -> metrics` with the same terms and denominators as a step, no gradients."""
 
     @torch.no_grad()
     def evaluate(state: TrainState, micro_batches: list) -> dict[str, Tensor]:
+        micro_batches = micro_batches if prepare is None else prepare(state, micro_batches)
         denominators = totals(objective, micro_batches, mesh)
         loss, collected = [], []
         for micro in micro_batches:

@@ -6,6 +6,8 @@ N scored tokens, B sequences. x [N], seq [N] (which sequence), seq_lens [B] (sco
 import torch
 from torch import Tensor
 
+from treetune.core.state import Metric
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 where it is bfloat16 or float16: sums and logarithms in those lose what a loss is about."""
@@ -36,3 +38,21 @@ def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool =
 def by_constant(x: Tensor, seq: Tensor, seq_lens: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
     """Sum over B * length, the fixed budget of Dr. GRPO. Source: Liu et al., arXiv 2503.20783, section 3.2."""
     return wide(x).sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)
+
+
+def real_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Tokens of the documents that some sequence reads: a padding document does not count."""
+    lens = batch["cu_docs"].diff()
+    return torch.where(torch.zeros_like(lens).bool().index_fill(0, batch["doc_of_seq"], True), lens, 0).sum()
+
+
+def whole_pairs(seq_lens: Tensor) -> Tensor:
+    """Pairs, sequences 2i and 2i + 1, with a read row on both sides: [P] bool."""
+    filled = seq_lens > 0
+    return filled[0::2] & filled[1::2]
+
+
+def masked_mean(x: Tensor, mask: Tensor, how: str = "mean") -> Metric:
+    """The mean of x over the places where mask holds, weighted by their number."""
+    count = mask.sum()
+    return Metric(torch.where(mask, x.detach().float(), 0.0).sum() / count.clamp(min=1), count, how)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from treetune.core.state import Batch, Metric, Objective, Params, Plan
@@ -35,16 +34,10 @@ def objective(logprob: Logprob, token_loss: Callable[..., Tensor] | None = None,
 def metrics(stats: tuple, batch: Batch, weight: Tensor) -> dict[str, Metric]:
     """nll (nats per scored token), and where they were computed mean_token_accuracy and entropy (nats); token counts."""
     count = batch["seq_lens"].sum()
-    out = {"num_tokens": Metric(_real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
+    out = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     plain, total = reduce.by_token(-stats.logp.detach(), batch["seq"], batch["seq_lens"], weight=batch.get("weight"))
     out["nll"] = Metric(plain / total.clamp(min=1e-38), weight)
     for name, value in (("mean_token_accuracy", stats.top1), ("entropy", stats.entropy)):
         if value is not None:
             out[name] = Metric(value.detach().float().sum() / count.clamp(min=1), count)
     return out
-
-
-def _real_tokens(batch: Batch) -> Tensor:
-    """Tokens of the documents that some sequence reads: a padding document does not count."""
-    lens = batch["cu_docs"].diff()
-    return torch.where(torch.zeros_like(lens).bool().index_fill(0, batch["doc_of_seq"], True), lens, 0).sum()

@@ -4,6 +4,7 @@ A [r, in] and B [out, r] keep our orientation. Whole modules trained beside the 
 `modules_to_save`, under the key of the base model; every file key must be used, and every needed key be there.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from treetune.models import Model, folder, hf, resize
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # there when the adapter has a tokenizer or a template of its own
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
+CLASSIFIERS = ("classifier", "score")  # PEFT names both in the config of every classifier, whichever of them the model has
 # What an adapter_config.json may say; anything else would change the function that the adapter computes.
 PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
@@ -81,12 +83,15 @@ def save(
     tied: bool = False,
     tokenizer=None,
     template: str | None = None,
+    task: str = "CAUSAL_LM",
+    beside: dict[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` turns into the same function as ours.
 
     `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `base` the name or path of the base
     model, `tied` whether that model is tied. `tokenizer` goes into the folder when it is not the base model's, or only its
-    chat `template` when that is all that differs. Raises ValueError as `check` does, and when a rank is not `rank`.
+    chat `template` when that is all that differs. `task` is PEFT's task_type, `beside` the tensors by name of whole modules
+    that are no leaves of the family, such as a scalar head. Raises ValueError as `check` does, and when a rank is not `rank`.
     """
     from safetensors.torch import save_file
 
@@ -97,14 +102,15 @@ def save(
         raise ValueError(f"the adapter of {wrong[0]} has rank {found[wrong[0]][0].shape[0]}; adapter_config.json would say {rank}")
     key = partial(hf.hf_key, family)
     tensors = lora.to_peft(adapter, key) | {PREFIX + key(name): leaf for name, leaf in replaced.items()}
-    modules = {module(family, name) for name in replaced}
+    tensors |= {PREFIX + name: leaf for name, leaf in (beside or {}).items()}
+    modules = {module(family, name) for name in replaced} | {name.rpartition(".")[0] for name in beside or {}}
     if tied and "embed_tokens" in replaced and "lm_head" not in replaced:
         # PEFT would leave a tied head at the old embedding: give it the new one, as a module or under its adapter.
         name = module(family, "lm_head")
         modules |= set() if "lm_head" in found else {name}
         tensors[f"{PREFIX}{name}{BASE if 'lm_head' in found else '.weight'}"] = replaced["embed_tokens"].clone()
     config = PLAIN | {
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "init_lora_weights": True,
+        "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "init_lora_weights": True,
         "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": dropout,
         "target_modules": [module(family, name) for name in found], "modules_to_save": sorted(modules) or None,
     }  # fmt: skip
@@ -123,13 +129,24 @@ def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) 
     Raises ValueError unless every tensor of the file is used, every A has its B in the shapes of the model, every module
     that the config names is there, and the config asks for nothing but plain LoRA.
     """
+    found, whole, _, info = load_beside(path, model, (), dtype=dtype)
+    return found, whole, info
+
+
+def load_beside(
+    path: str | Path, model: Model, names: Sequence[str], *, dtype: torch.dtype = torch.float32
+) -> tuple[Lora, Params, dict[str, Tensor], Info]:
+    """As `load`, from a folder that may hold tensors of these names besides, which come third."""
     root = Path(path).expanduser()
     config = _read_config(root / CONFIG)
+    if names:
+        config["modules_to_save"] = [name for name in config.get("modules_to_save") or [] if name not in CLASSIFIERS]
     tensors = _read_tensors(root / WEIGHTS)
     shapes = dict(tree.items(hf.abstract_of(model, head=True)))
     paths = [name for name, leaf in shapes.items() if len(leaf.shape) == 2]
     key = partial(hf.hf_key, model.family)
     bases = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith(BASE)}
+    beside = {name: tensors.pop(PREFIX + name) for name in names if PREFIX + name in tensors}
     whole = {name: tensors.pop(PREFIX + key(name)) for name in shapes if PREFIX + key(name) in tensors}
     tree_ = tree.map(lambda leaf: leaf.to(model.params["norm"].device, dtype), lora.from_peft(tensors, paths, key))
     adapted = lora.pairs(tree_)
@@ -141,12 +158,17 @@ def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) 
                 config.get("base_model_name_or_path") or "", list(adapted))  # fmt: skip
     like = dict(tree.items(model.params))
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
-    return Lora(tree_, scale), tree.from_items(leaves), info
+    return Lora(tree_, scale), tree.from_items(leaves), beside, info
 
 
 def base_of(path: str | Path) -> str:
     """The base model that an adapter folder names; empty when it names none."""
     return _read_config(Path(path).expanduser() / CONFIG).get("base_model_name_or_path") or ""
+
+
+def task_of(path: str | Path) -> str | None:
+    """PEFT's task_type of an adapter folder; None when it names none."""
+    return _read_config(Path(path).expanduser() / CONFIG).get("task_type")
 
 
 def rows(path: str | Path, family: str) -> int | None:

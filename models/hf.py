@@ -5,7 +5,7 @@ same orientation [out, in], so loading is a renaming and at most one cast. Pickl
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -107,19 +107,35 @@ def load(
 
 def _read_params(root: Path, family: str, cfg: llama.Config, dtype: torch.dtype, device: torch.device | str) -> Params:
     abstract = MODELS[family].abstract(cfg, dtype=dtype)
-    wanted = {hf_key(family, path): (path, leaf) for path, leaf in tree.items(abstract)}
-    with ExitStack() as stack:
-        files = _open(root, stack)
-        extra = set(files) - set(wanted)
-        head = {hf_key(family, "lm_head")} & extra if cfg.tied else set()
-        _check_keys(root, set(wanted) - set(files), {key for key in extra - head if not key.endswith("rotary_emb.inv_freq")})
-        pairs = [(path, _read(files[key], key, leaf, device)) for key, (path, leaf) in wanted.items()]
-        # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
-        pairs += [("lm_head", _read(files[key], key, abstract["embed_tokens"], device)) for key in head]
-    params = tree.from_items(pairs)
-    if head and torch.equal(params["lm_head"], params["embed_tokens"]):
+    wanted = {hf_key(family, path): leaf for path, leaf in tree.items(abstract)}
+    # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
+    optional = {hf_key(family, "lm_head"): abstract["embed_tokens"]} if cfg.tied else {}
+    found = read_tensors(root, wanted, optional=optional, device=device)
+    params = tree.from_items((from_hf_key(family, key), leaf) for key, leaf in found.items())
+    if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
+
+
+def read_tensors(
+    root: Path,
+    wanted: dict[str, Param],
+    *,
+    optional: dict[str, Param] | None = None,
+    unread: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """{key: tensor} of a folder's safetensors: all that is wanted, and what it has of the optional keys.
+
+    Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
+    """
+    optional = optional or {}
+    with ExitStack() as stack:
+        files = _open(root, stack)
+        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*wanted, *optional, *unread}
+        _check_keys(root, set(wanted) - set(files), extra)
+        there = wanted | {key: leaf for key, leaf in optional.items() if key in files}
+        return {key: _read(files[key], key, leaf, device) for key, leaf in there.items()}
 
 
 def _open(root: Path, stack: ExitStack) -> dict:
@@ -207,9 +223,23 @@ def save(
 
     The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied.
     """
+    leaves, config = described(model, tokenizer)
+    generation = special_ids(tokenizer) | (generation or {})
+    write(path, leaves, config, tokenizer=tokenizer, generation=generation, max_shard_bytes=max_shard_bytes)
+
+
+def write(
+    path: str | Path,
+    leaves: dict[str, Tensor],
+    config: dict,
+    *,
+    tokenizer=None,
+    generation: dict | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model folder from tensors by their Hugging Face key and a config.json; it appears whole or not at all."""
     from safetensors.torch import save_file
 
-    leaves, tied = _saved_leaves(model)
     with folder.writing(path) as part:
         shards = list(_shards(leaves, max_shard_bytes))
         names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -220,10 +250,16 @@ def save(
             folder.write_json(part / INDEX, {"metadata": {"total_size": tree.bytes(leaves)}, "weight_map": weight_map})
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        special = _special_ids(tokenizer)
-        folder.write_json(part / "config.json", MODELS[model.family].to_hf(replace(model.cfg, tied=tied)) | _dtype_name(leaves) | special)
-        if generation or special:
-            folder.write_json(part / "generation_config.json", special | (generation or {}))
+        folder.write_json(part / "config.json", config)
+        if generation:
+            folder.write_json(part / "generation_config.json", generation)
+
+
+def described(model: Model, tokenizer=None) -> tuple[dict[str, Tensor], dict]:
+    """The tensors by Hugging Face key and the config.json with which a model, and its tokenizer, is saved."""
+    leaves, tied = _saved_leaves(model)
+    config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
+    return leaves, config | _dtype_name(leaves) | special_ids(tokenizer)
 
 
 def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
@@ -248,7 +284,8 @@ def _dtype_name(leaves: dict[str, Tensor]) -> dict[str, str]:
     return {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")}
 
 
-def _special_ids(tokenizer) -> dict[str, int]:
+def special_ids(tokenizer) -> dict[str, int]:
+    """The special ids of a tokenizer, {} without one, as config.json names them."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {} if tokenizer is None else {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
 

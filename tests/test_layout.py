@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "losses": {
         "torch", "treetune.core.state", "treetune.core.check",
-        *(f"treetune.losses.{name}" for name in ("reduce", "ratio", "advantage", "sft")),
+        *(f"treetune.losses.{name}" for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward")),
     },
 }  # fmt: skip
 # What single files may import besides, inside the function that needs it only.

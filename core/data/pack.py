@@ -76,13 +76,20 @@ def collate(docs: Sequence[spans.Doc], *, budget: int | None = None, pad: bool =
 
 
 def collate_trees(
-    docs: Sequence[trees.TreeDoc], *, read: str = "tokens", budget: int | None = None, pad: bool = False, pad_id: int = 0
+    docs: Sequence[trees.TreeDoc],
+    *,
+    read: str = "tokens",
+    prompts: bool = False,
+    budget: int | None = None,
+    pad: bool = False,
+    pad_id: int = 0,
 ) -> dict[str, torch.Tensor]:
     """The packed stream of documents with branches: one sequence per branch, in order, or one for a document without any.
 
     read: "tokens" reads the row that predicts each scored token (for the first token of a branch, the last trunk token it sees);
     "last" the last token of each sequence, for a scalar head, without targets; "classes" the tokens that have a class, their targets.
-    With pairs, sequence 2i is the chosen and 2i + 1 the rejected side of pair i. Extras of the documents become keys of axis B.
+    With pairs, sequence 2i is the chosen and 2i + 1 the rejected side of pair i. Extras of the documents become keys of axis B, their
+    values keys of axis N. prompts: the trunks' own tokens are read as well, by `prompt_at` and `prompt_targets`.
     Errors: ValueError when the documents hold more than `budget` tokens.
     """
     if read not in READS:
@@ -93,7 +100,7 @@ def collate_trees(
         none = [np.zeros(filler, np.int32)]
         stream["positions"] = _int64(np.concatenate([_places(doc) for doc in docs] + [np.arange(filler)]))
         stream |= {name: torch.from_numpy(np.concatenate([getattr(doc, name) for doc in docs] + none)) for name in ("branch", "start")}
-    batch = stream | _tree_reads(docs, lengths, read) | _extras(docs)
+    batch = stream | _tree_reads(docs, lengths, read) | _extras(docs) | (_prompts(docs, lengths) if prompts else {})
     check_trees(batch, read)
     return batch
 
@@ -133,7 +140,23 @@ def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) ->
     pick = [(doc.classes if read == "classes" else doc.tokens)[at] for (_, doc, _), at in zip(parts, scored, strict=True)]
     weight = _joined([doc.weight[at] for (_, doc, _), at in zip(parts, scored, strict=True)], np.float32)
     keys["targets"] = _int64(_joined(pick, np.int64))  # [N]
+    for name in docs[0].values or () if docs else ():
+        values = [doc.values[name][at] for (_, doc, _), at in zip(parts, scored, strict=True)]
+        keys[name] = torch.from_numpy(_joined(values, np.float32))  # [N]
     return keys | ({"weight": torch.from_numpy(weight)} if (weight != 1.0).any() else {})
+
+
+def _prompts(docs: Sequence[trees.TreeDoc], lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Rows of the trunks that predict the next trunk token, and these tokens."""
+    starts, sizes = np.cumsum([0, *lengths])[: len(docs)], [int((doc.branch == 0).sum()) for doc in docs]
+    at = [start + np.arange(size - 1) for start, size in zip(starts, sizes, strict=True)]
+    targets = [doc.tokens[1:size] for doc, size in zip(docs, sizes, strict=True)]
+    return {"prompt_at": _int64(_joined(at, np.int64)), "prompt_targets": _int64(_joined(targets, np.int64))}  # [M]
+
+
+def scored(doc: trees.TreeDoc) -> np.ndarray:
+    """Indices of a document's scored tokens in the order in which a stream reads them."""
+    return np.concatenate([_scored(doc, own, "tokens") for own in trees.branches(doc)])
 
 
 def _scored(doc: trees.TreeDoc, own: np.ndarray, read: str) -> np.ndarray:

@@ -57,6 +57,7 @@ class TreeDoc(NamedTuple):
     row: int
     extras: dict[str, tuple]
     classes: np.ndarray | None = None  # int32 [n], the class that is read at a token, -1 for none
+    values: dict[str, np.ndarray] | None = None  # float32 [n] each, such as log-probs that were computed once; read where scored
 
 
 class Report(NamedTuple):
@@ -154,6 +155,15 @@ def branches(doc: TreeDoc) -> list[np.ndarray]:
     """The indices of the tokens of each sequence's own part: of every branch, or of the trunk when there is none."""
     count = int(doc.branch[-1])
     return [np.flatnonzero(doc.branch == b) for b in (range(1, count + 1) if count else (0,))]
+
+
+def only(doc: TreeDoc, branch: int) -> TreeDoc:
+    """The trunk with one of its branches, as a document without any."""
+    keep = (doc.branch == 0) | (doc.branch == branch)
+    none = np.zeros(int(keep.sum()), np.int32)
+    extras = {name: values[branch - 1 : branch] for name, values in doc.extras.items()}
+    values = None if doc.values is None else {name: value[keep] for name, value in doc.values.items()}
+    return TreeDoc(doc.tokens[keep], none, none, doc.weight[keep], doc.row, extras, values=values)
 
 
 def side_lengths(doc: TreeDoc) -> list[int]:

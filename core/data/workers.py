@@ -4,28 +4,43 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any
 
-from treetune.core.data import formats, sources
-from treetune.core.data.spans import Doc
+from treetune.core.data import kinds, sources
 
 PARTS = 8  # of the rows per process: progress moves, and a slow part does not hold up the end
 
 
 def encode_rows(
-    rows: sources.Rows, tokenizer, *, processes: int, progress: Callable[[int], None] = lambda rows: None, **options
-) -> tuple[list[Doc], formats.Report]:
-    """`formats.encode_rows` over `processes` processes; the same documents in the same order, and the same errors."""
-    if processes <= 1 or len(rows.rows) < 2 * processes:
-        return formats.encode_rows(rows, tokenizer, progress=progress, **options)
+    rows: sources.Rows,
+    tokenizer,
+    *,
+    processes: int,
+    kind: kinds.Kind = kinds.TEXT,
+    progress: Callable[[int], None] = lambda rows: None,
+    **options,
+) -> tuple[list, Any]:
+    """`kind.encode` over `processes` processes; the same documents in the same order, and the same errors."""
+    if processes <= 1 or len(rows.rows) < 2 * processes or kind.in_parts is None:
+        return kind.encode(rows, tokenizer, progress=progress, **options)
     size = -(-len(rows.rows) // (processes * PARTS))
     parts = [sources.take(rows, range(start, min(start + size, len(rows.rows)))) for start in range(0, len(rows.rows), size)]
-    encode = partial(formats.encode_rows, tokenizer=tokenizer, may_be_empty=True, **options)
+    encode = partial(_encode, tokenizer=tokenizer, kind=kind.name, **kind.in_parts, **options)
     docs, reports = [], []
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for part, (found, report) in zip(parts, pool.map(encode, parts), strict=True):
-            docs += found
-            reports.append(report)
-            progress(len(part.rows))
-    if not docs:  # the error names the first row of all
-        return formats.encode_rows(rows, tokenizer, **options)
-    return docs, formats.merged(reports)
+    try:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for part, (found, report) in zip(parts, pool.map(encode, parts), strict=True):
+                docs += found
+                reports.append(report)
+                progress(len(part.rows))
+    except ValueError:
+        if kind.in_parts:
+            raise
+        docs = []  # a part of which no row is left is no error yet
+    if not docs or not kinds.same_extras(docs):  # one process says what is wrong with all of the rows
+        return kind.encode(rows, tokenizer, **options)
+    return docs, kind.merged(reports)
+
+
+def _encode(rows: sources.Rows, *, tokenizer, kind: str, **options) -> tuple[list, Any]:
+    return kinds.KINDS[kind].encode(rows, tokenizer, **options)

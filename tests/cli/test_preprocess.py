@@ -3,8 +3,14 @@
 import json
 import re
 
-from treetune.cli import preprocess, report
+import pytest
+
+from treetune.cli import options, preprocess, report
 from treetune.core.data import spans
+
+PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(6)]
+JUDGED = [{"prompt": f"{i} + 1 = ", "completion": f"it is {i + i % 2}", "label": i % 2 == 1} for i in range(6)]
+STEPS = [{"prompt": "Add.", "completions": ["1+1=2", "2+2=5"], "labels": [True, False]} for i in range(3)]
 
 
 def test_counts_are_those_of_the_documents(tune, tiny):
@@ -60,3 +66,84 @@ def test_worker_processes_change_nothing_but_the_time(tune, tiny):
     one, two = (tune(*args, "--dataset-processes", n) for n in (1, 2))
     assert one.code == two.code == 0, two.err
     assert one.out.split("time")[0] == two.out.split("time")[0]
+
+
+@pytest.fixture
+def show(tune, tiny, kit, here):
+    """show(method, rows, ...) -> Done of preprocess on these rows."""
+
+    def run(method, rows, *args):
+        kit.write_rows(here / "rows.jsonl", rows)
+        return tune("preprocess", "--model", tiny.model, "--method", method, "--data", "rows.jsonl", *args)
+
+    return run
+
+
+def test_pairs_are_counted_with_their_prompt_once(show):
+    done = show("dpo", [*PAIRS, PAIRS[0] | {"rejected": "1"}, PAIRS[1] | {"rejected": " "}])
+    assert done.code == 0, done.err
+    prompts, replies = sum(len(row["prompt"]) for row in PAIRS), sum(len(row["chosen"] + row["rejected"]) + 2 for row in PAIRS)
+    assert "passthrough: 8 rows -> 6 documents" in done.out
+    assert "dropped 1 rows (identical completions)" in done.out and "dropped 1 rows (an empty completion)" in done.out
+    assert f"{prompts + replies}, of which {replies} supervised" in done.out
+    assert f"{prompts + replies} tokens instead of {2 * prompts + replies}" in done.out
+
+
+def test_packing_of_pairs_allows_for_both_sides(show):
+    done = show("dpo", [{"prompt": "a", "chosen": "b" * 30, "rejected": "c" * 30}], "--sequence-len", 32, "--micro-batch-size", 1)
+    assert "100.0 % full at 63 tokens per micro-batch (the longest document)" in done.out, done.err
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "said"),
+    [
+        ("kto", JUDGED, ["prompt", "completion, undesirable", "completion of another row, for the baseline"]),
+        ("reward", PAIRS, ["a score to learn at the end of each of 12 completions", "chosen", "rejected"]),
+        ("prm", STEPS, ["with 6 judged steps, 3 of them good"]),
+    ],
+)
+def test_other_methods(show, method, rows, said):
+    done = show(method, rows, "--debug", 1)
+    assert done.code == 0, done.err
+    assert all(text in done.out for text in said) and done.out.count("\nrow 1\n") == 1
+
+
+def coloured(page, kind):
+    return "".join(re.findall(rf'<span class="{kind}">([^<]{{1,3}})</span>', page))
+
+
+def test_the_page_colours_sides_and_steps(show, here):
+    assert show("dpo", PAIRS[:1], "--html", "page.html").code == 0
+    page = (here / "page.html").read_text()
+    assert "<p>prompt</p>" in page and "<p>chosen</p>" in page and "<p>rejected</p>" in page
+    assert (coloured(page, "off"), coloured(page, "on"), coloured(page, "bad")) == ("0 + 1 = ", "1", "5, or so")
+    assert show("prm", STEPS[:1], "--html", "page.html").code == 0
+    page = (here / "page.html").read_text()
+    assert (coloured(page, "off"), coloured(page, "on"), coloured(page, "bad")) == ("Add.1+1=22+2=5", "\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "args", "said"),
+    [
+        ("dpo", PAIRS, ["--roles-to-train", "user"], "--roles-to-train would be ignored: rows of format passthrough"),
+        ("dpo", PAIRS, ["--chat-template", "chatml"], "--chat-template would be ignored: rows of format passthrough"),
+        ("dpo", PAIRS, ["--overlong", "split"], "expected one of drop, truncate, error"),
+        ("kto", JUDGED, ["--dataset-processes", 2], "--dataset-processes would be ignored: with kto"),
+        ("kto", JUDGED[1::2], [], "3 rows are desirable"),
+        ("kto", PAIRS, [], "passthrough needs prompt + completion + label"),
+        ("dpo", PAIRS, ["--format", "chatml.intell"], "unknown format 'chatml.intell': expected one of chatml.default"),
+    ],
+)
+def test_a_method_refuses_what_does_not_fit(show, method, rows, args, said):
+    done = show(method, rows, *args)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_every_method_has_sample_rows(tune, tiny, monkeypatch):
+    from pathlib import Path
+
+    assert set(options.SAMPLES) == set(preprocess.METHODS)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    for method, path in options.SAMPLES.items():
+        done = tune("preprocess", "--model", tiny.model, "--method", method, "--sequence-len", 2000, "--max-rows", 20)
+        assert done.code == 0 and f"rows of {path}: " in done.out, done.err

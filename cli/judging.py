@@ -1,0 +1,58 @@
+"""Reward models: a head of scores on the model, trained to rank pairs or to judge steps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from treetune.cli import method, setup
+from treetune.core import tree
+from treetune.core.data import kinds, pack
+from treetune.core.state import Params
+from treetune.losses import judged
+from treetune.models import Model, heads
+
+
+def _scores(model: Model, used: setup.Trees, remat: str | None = None) -> Callable:
+    """scores(params, frozen, batch, plan) -> [N, C]: trained weights over frozen ones, and the head."""
+
+    def fn(params: Params, frozen: Params, batch: dict, plan: Any):
+        weights, seed, ab = tree.merge(frozen.get("model", {}), params.get("model", {})), batch.get("seed"), None
+        if used.lora is not None:
+            ab = used.lora._replace(tree=params["lora"], seed=seed, dropout=used.lora.dropout if seed is not None else 0.0)
+        return heads.scores(model.family, model.cfg, weights, params["head"], batch, plan, lora=ab, remat=remat)
+
+    return fn
+
+
+def _with_head(model: Model, used: setup.Trees, *, classes: int, seed: int, on: torch.device) -> setup.Trees:
+    """The trees with a head that trains; an output matrix of words, which nothing reads, does not."""
+    head = tree.map(lambda leaf: leaf.to(on), heads.init(model.cfg, classes, bias=classes > 1, seed=seed))
+    params = dict(used.params)
+    if used.lora is None:
+        params["model"] = {name: part for name, part in params["model"].items() if name != "lm_head"}
+    return used._replace(params=params | {"head": head})
+
+
+def _parts(config: Any, model: Model, used: setup.Trees, on: torch.device, *, classes: int, read: str, objective: Callable) -> method.Parts:
+    used = _with_head(model, used, classes=classes, seed=config.optim.seed, on=on)
+    remat = "full" if config.optim.gradient_checkpointing else None
+    streams = (partial(pack.collate_trees, read=read),)
+    return method.Parts(used, objective(_scores(model, used, remat)), objective(_scores(model, used)), streams)
+
+
+def reward(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: Any) -> method.Parts:
+    """A reward model: one score for a whole answer."""
+    ranked = partial(judged.ranked, centre=config.loss.center_rewards_coefficient)
+    return _parts(config, model, used, on, classes=1, read="last", objective=ranked)
+
+
+def prm(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: Any) -> method.Parts:
+    """A process reward model: good or bad, for each step."""
+    return _parts(config, model, used, on, classes=2, read="classes", objective=judged.steps)
+
+
+RATES = (1e-4, 1e-5)
+REWARD = method.Method(kinds.KINDS["ranked"], reward, RATES, ("accuracy", "margin"))
+PRM = method.Method(kinds.KINDS["steps"], prm, RATES, ("accuracy",), "steps")

@@ -1,0 +1,225 @@
+"""What a command trains on: texts, pairs, judged completions, pairs to rank, or steps. One table, from rows to documents.
+
+A `Kind` puts the tables of formats and the encoders of `formats`, `preference`, `unpaired` and `reward` behind the same functions.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from treetune.core.data import formats, preference, reward, sources, trees, unpaired
+
+CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")  # options of formats whose rows are messages
+TALKING = ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat", "bradley_terry.chat_template")
+QUESTIONS = ("prompt", "input", "question", "instruction")
+Rules = tuple[tuple[tuple[str, ...], str], ...]  # columns, and the format that they mean; the first that fits
+
+
+class Kind(NamedTuple):
+    """How rows of one kind are known, named, encoded and reported."""
+
+    name: str
+    names: tuple[str, ...]  # of all formats
+    detect: Callable[..., str]  # (columns, row=None) -> format; ValueError when the columns do not tell
+    takes: Callable[..., tuple[str, ...]]  # (format, row=None) -> options that its rows take
+    canonical: Callable[[str], str]  # a name as users write it -> format; ValueError listing all for an unknown one
+    encode: Callable[..., tuple[list, Any]]  # (rows, tokenizer, *, format, own, sequence_len, overlong, progress) -> (docs, report)
+    describe: Callable[[Any], str]
+    merged: Callable[[Sequence], Any]  # the reports of parts of the rows -> one
+    check: Callable[[Sequence], None]  # ValueError when one cannot train on all these documents
+    read: str | None  # what `pack.collate_trees` reads of the documents; None: they are plain, for `pack.collate`
+    fallback_overlong: str  # what happens to documents longer than sequence_len where nothing is said
+    in_parts: dict | None  # options to encode a part of the rows by itself; None: rows depend on each other
+
+
+def _detect(table: Mapping[str, trees.Form], rules: Rules, columns: Sequence[str], row: Mapping | None = None) -> str:
+    """The format that the columns mean, with the first row to tell texts from conversations where both have the same columns.
+
+    Formats of a fixed wording that share their columns with others must be named. Errors: ValueError listing all that is known.
+    """
+    for needed, name in rules:
+        if set(needed) <= set(columns) and (name != "chat_template.argilla" or _converses(columns, row)):
+            both = name == "passthrough" and "chosen" in needed and row is not None
+            return "chat_template.argilla" if both and isinstance(row.get("prompt"), str) and isinstance(row["chosen"], list) else name
+    named = {name: form for name, form in table.items() if name not in dict(rules).values() and not name.startswith("user_defined")}
+    fitting = [name for name, form in named.items() if set(form.columns) <= set(columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    needs = "; ".join(f"{name} needs {' + '.join(needed)}" for needed, name in rules)
+    must = ", ".join(fitting or named)
+    fix = "name one of the formats with these columns" if fitting else "rename columns, or name one of the other formats"
+    raise ValueError(f"the columns {sources.listed(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
+
+
+def _converses(columns: Sequence[str], row: Mapping | None) -> bool:
+    """Whether chosen and rejected are whole conversations."""
+    return isinstance(row.get("chosen"), list) if row is not None else not set(QUESTIONS) & set(columns)
+
+
+def _takes(table: Mapping[str, trees.Form], name: str, row: Mapping | None = None) -> tuple[str, ...]:
+    """Options of a format. row: the first one, which tells whether passthrough rows are texts or messages."""
+    keywords = inspect.signature(table[_canonical(table, name)].make).parameters
+    return (*keywords, *(CHAT if _talks(name, row) else ()))
+
+
+def _talks(name: str, row: Mapping | None) -> bool:
+    if name != "passthrough" or row is None:
+        return name in (*TALKING, "passthrough")
+    return isinstance(row.get("prompt"), list) or row.get("prompt") is None and isinstance(row.get("chosen"), list)
+
+
+def _canonical(table: Mapping[str, trees.Form], name: str) -> str:
+    """The format of a name: `chatml` is chatml.default, `bradley_terry` bradley_terry.chat_template, `zephyr` its only format."""
+    under = [known for known in table if known.startswith(f"{name}.")]
+    choices = [name, f"{name}.default", f"{name}.chat_template", *(under if len(under) == 1 else ())]
+    found = next((choice for choice in choices if choice in table), None)
+    if found is None:
+        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(table)}")
+    return found
+
+
+def _reader(table: Mapping[str, trees.Form], name: str, own: Mapping, rows: sources.Rows) -> tuple[Callable, dict]:
+    """(the format's reader, options for the chat template). Errors: ValueError for an option that the format does not take."""
+    known = _takes(table, name, rows.rows[0])
+    if extra := [key for key in own if key not in known]:
+        said = " of plain text" * (name == "passthrough" and not _talks(name, rows.rows[0]))
+        raise ValueError(f"format {name}{said} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
+    return table[name].make(**{key: own[key] for key in own if key not in CHAT}), {key: own[key] for key in CHAT if key in own}
+
+
+def _counting(read: Callable, progress: Callable[[int], None]) -> Callable:
+    def counted(row: dict, where: str):
+        progress(1)
+        return read(row, where)
+
+    return counted
+
+
+def _encode_trees(
+    table: Mapping[str, trees.Form],
+    rows: sources.Rows,
+    tokenizer,
+    *,
+    format: str,
+    own: Mapping | None = None,
+    sequence_len: int | None = None,
+    overlong: str | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+    foreign: bool = False,
+) -> tuple[list[trees.TreeDoc], trees.Report]:
+    """Documents with a branch for each continuation. foreign: give each row a second continuation from another row, of kind 1."""
+    read, chat = _reader(table, format, own or {}, rows)
+    read = unpaired.mismatched(rows, read) if foreign else read
+    lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
+    return trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
+
+
+def _encode_steps(
+    rows: sources.Rows,
+    tokenizer,
+    *,
+    format: str,
+    own: Mapping | None = None,
+    sequence_len: int | None = None,
+    overlong: str | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[list[trees.TreeDoc], trees.Report]:
+    read, _ = _reader(reward.STEPS, format, own or {}, rows)
+    lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
+    return reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
+
+
+def _merged(reports: Sequence[trees.Report]) -> trees.Report:
+    """One report of the parts of a data set."""
+    sums, dropped = {}, Counter()
+    for name in trees.Report._fields:
+        values = [getattr(report, name) for report in reports]
+        if isinstance(values[0], int):
+            sums[name] = max(values) if name == "longest" else sum(values)
+    for report in reports:
+        dropped.update(report.dropped)
+    return reports[0]._replace(**sums, dropped=dict(dropped))
+
+
+def same_extras(docs: Sequence) -> bool:
+    """Whether all documents have the same extras, so that any of them can share a batch."""
+    return len({frozenset(getattr(doc, "extras", ())) for doc in docs}) <= 1
+
+
+def _any(docs: Sequence) -> None:
+    """Every document by itself is one to learn from."""
+
+
+def _both_classes(docs: Sequence[trees.TreeDoc]) -> None:
+    good = sum(bool(doc.extras["desirable"][0]) for doc in docs)
+    bad = len(docs) - good
+    if docs and not (good and bad):
+        missing, fix = ("false", "train on them with sft") if good else ("true", "add right ones")
+        raise ValueError(
+            f"{good} rows are desirable (label true) and {bad} undesirable (label false): expected some of both; "
+            f"add rows with label {missing}, or {fix}"
+        )
+
+
+def _text_names(name: str) -> str:
+    name = formats.ALIASES.get(name, name)
+    formats.takes(name)
+    return name
+
+
+def _of_trees(name: str, table: Mapping[str, trees.Form], rules: Rules, **fields: Any) -> Kind:
+    start = Kind(
+        name,
+        tuple(table),
+        partial(_detect, table, rules),
+        partial(_takes, table),
+        partial(_canonical, table),
+        partial(_encode_trees, table),
+        trees.describe,
+        _merged,
+        _any,
+        "tokens",
+        "drop",
+        {},
+    )
+    return start._replace(**fields)
+
+
+TEXT = Kind(
+    "text",
+    tuple(formats.FORMATS),
+    lambda columns, row=None: formats.detect(columns),
+    lambda name, row=None: formats.takes(name),
+    _text_names,
+    formats.encode_rows,
+    formats.describe,
+    formats.merged,
+    _any,
+    None,
+    "split",
+    {"may_be_empty": True},
+)
+PAIRED: Rules = (
+    (("messages", "chosen", "rejected"), "chat_template.default"),
+    (("prompt", "chosen", "rejected"), "passthrough"),
+    (("chosen", "rejected"), "chat_template.argilla"),
+)
+RANKED: Rules = ((("input", "chosen", "rejected"), "bradley_terry.chat_template"), *PAIRED)
+JUDGED: Rules = ((("prompt", "completion", "label"), "passthrough"),)
+STEPPED: Rules = ((("prompt", "completions", "labels"), "stepwise_supervised"),)
+KINDS: dict[str, Kind] = {
+    "text": TEXT,
+    "pairs": _of_trees("pairs", preference.FORMATS, PAIRED),
+    "unpaired": _of_trees(
+        "unpaired",
+        unpaired.FORMATS,
+        JUDGED,
+        encode=partial(_encode_trees, unpaired.FORMATS, foreign=True),
+        check=_both_classes,
+        in_parts=None,
+    ),
+    "ranked": _of_trees("ranked", reward.PAIRS | preference.FORMATS, RANKED, read="last"),
+    "steps": _of_trees("steps", reward.STEPS, STEPPED, encode=_encode_steps, read="classes"),
+}

@@ -1,0 +1,87 @@
+"""Losses of single completions that are marked desirable or not, in nats: [B] in, [B] out, float32 at least.
+
+B completions. logp and ref_logp are sums of log-probs over a completion, u = logp - ref_logp its log-ratio; desirable is bool.
+sig is the logistic function and lsig its logarithm.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treetune.losses.reduce import wide
+
+
+def baseline(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """z0 = sg(max(0, mean_b(logp - ref_logp))) over prompts with a completion of another row: [B] -> 0-d; 0 when B is 0.
+
+    An estimate of KL(policy || reference) in nats. It is a mean over what is passed: pass the whole optimiser step, so
+    that the loss does not depend on the micro-batch split. Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
+    """
+    return ((wide(logp) - wide(ref_logp)).sum() / max(logp.shape[0], 1)).clamp(min=0).detach()
+
+
+def kto(
+    logp: Tensor,
+    ref_logp: Tensor,
+    desirable: Tensor,
+    baseline: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_d (1 - sig(beta (u - z0))) where desirable, w_u (1 - sig(beta (z0 - u))) elsewhere; z0 is `baseline` (0-d).
+
+    Its authors advise w_d n_d / (w_u n_u) from 1 to 4/3, n_d and n_u the counts of the classes.
+    Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
+    """
+    u = wide(logp) - wide(ref_logp) - baseline
+    return torch.where(desirable, desirable_weight * torch.sigmoid(-beta * u), undesirable_weight * torch.sigmoid(beta * u))
+
+
+def apo_zero_unpaired(
+    logp: Tensor,
+    ref_logp: Tensor,
+    desirable: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_d (1 - sig(beta u)) where desirable, w_u sig(beta u) elsewhere: `kto` with z0 = 0, so no second set of completions.
+
+    Source: D'Oosterlinck et al., arXiv 2408.06266, eq. 7.
+    """
+    zero = torch.zeros((), dtype=wide(logp).dtype, device=logp.device)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    return kto(logp, ref_logp, desirable, zero, beta=beta, **weights)
+
+
+def bco(logp: Tensor, ref_logp: Tensor, desirable: Tensor, delta: Tensor, *, beta: float = 0.1) -> Tensor:
+    """-lsig(beta u - delta) where desirable, -lsig(delta - beta u) elsewhere; delta (0-d) is the mean of a `Running`.
+
+    Source: Jung et al. (BCO), arXiv 2404.04656.
+    """
+    shifted = beta * (wide(logp) - wide(ref_logp)) - delta
+    return -torch.where(desirable, F.logsigmoid(shifted), F.logsigmoid(-shifted))
+
+
+class Running(NamedTuple):
+    """Mean (0-d, float32 or float64) and count (0-d, int64) of all the rewards seen; a run starts from zeros."""
+
+    mean: Tensor
+    count: Tensor
+
+
+def update(running: Running, rewards: Tensor) -> Running:
+    """The state after more rewards beta u, of any shape: mean of all seen so far, each counted once. Carries no gradient."""
+    rewards = rewards.detach().to(running.mean.dtype)
+    return merge(running, rewards.sum() / max(rewards.numel(), 1), running.count.new_tensor(rewards.numel()))
+
+
+def merge(running: Running, mean: Tensor, count: Tensor) -> Running:
+    """The state after `count` more rewards whose mean is known, such as those of a step over all its ranks."""
+    total = running.count + count.to(running.count.dtype)
+    return Running(running.mean + (mean.to(running.mean.dtype) - running.mean) * count / total.clamp(min=1), total)
