@@ -21,20 +21,24 @@ COUNT = Range(lambda x: x >= 1, "at least 1")
 POSITIVE = Range(lambda x: 0 < x < float("inf"), "a number above 0")
 NOT_NEGATIVE = Range(lambda x: 0 <= x < float("inf"), "a number from 0 up")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number from 0 to below 1")
+BELOW_HALF = Range(lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5")
 PART = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or a whole number of rows")
 
 RANGES: dict[str, Range] = dict.fromkeys(
     ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
      "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
-     "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size"), COUNT,
+     "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size",
+     "ref_model_sync_steps"), COUNT,
 ) | dict.fromkeys(
-    ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff"), POSITIVE,
+    ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff",
+     "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau", "rpo_alpha"), POSITIVE,
 ) | dict.fromkeys(
-    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature"), NOT_NEGATIVE,
+    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show",
+     "center_rewards_coefficient", "orpo_alpha", "simpo_gamma", "simpo_alpha", "cpo_alpha"), NOT_NEGATIVE,
 ) | dict.fromkeys(("lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE) | dict.fromkeys(
-    ("warmup_ratio", "cosine_min_lr_ratio"), PART
-) | {"val_set_size": ROWS}  # fmt: skip
+    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha"), PART
+) | {"dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:

@@ -167,6 +167,44 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Score answers with a reward model (pairs too, with its accuracy), or steps with a process reward model."""
+
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
+    """Reward model: folder, run folder or Hugging Face id; with --adapter, the base to put it on, if not the one that it names."""
+    adapter: str | None = None
+    """Adapter folder with a head of scores, in PEFT format, or a run folder with one."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to score; auto takes CUDA when there is one."""
+    data: tuple[str, ...] = ()
+    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
+    format: str = "auto"
+    """Row format: those of treetune reward, prompt_completion, messages, stepwise_supervised; auto goes by the columns and prints it."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    max_rows: int | None = None
+    """Use only the first rows of each data set."""
+    sequence_len: int = 512
+    """Longest prompt with one completion, in tokens."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a longer row; a dropped one is counted, and is not in the output."""
+    chat_template: str | None = None
+    """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
+    step_separator: str | None = None
+    """Text after each step, whose last token is judged; a line break if not given. As in training."""
+    micro_batch_size: int = 8
+    """A forward pass holds up to micro_batch_size * sequence_len tokens."""
+    show: int = 5
+    """Print the scores of this many rows of each data set."""
+    output: str | None = None
+    """Write the rows with their scores to this JSONL file; must not exist."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Answer prompts with a model, with or without an adapter."""
 

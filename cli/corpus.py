@@ -103,7 +103,8 @@ def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: Options,
     return [_part(entry, options, tokenizer, kind) for entry in listed or [{"path": path} for path in paths]]
 
 
-FOR_ROWS = ("chat_template", "roles_to_train", "train_on_eos", "train_on_inputs")  # options of all data sets that formats may take
+# options of all data sets that formats may take
+FOR_ROWS = ("chat_template", "default_system_message", "roles_to_train", "train_on_eos", "train_on_inputs")
 
 
 def _taken(part: Part) -> tuple[str, ...]:
@@ -210,7 +211,8 @@ def load(options: Options, tokenizer, *, seed: int, given: frozenset[str], kind:
     parts, held, repeated = _unique(parts, held) if unique else (parts, held, [])
     if not held and options.val_set_size:
         size = options.val_set_size if options.val_set_size < 1 else int(options.val_set_size)
-        pairs = [sources.val_split(part.rows, size, seed) for part in parts]
+        together = None if kind.read is None else kinds.prompt  # an answer to a question that was trained on tells little
+        pairs = [sources.val_split(part.rows, size, seed, key=together) for part in parts]
         held = [part._replace(rows=val) for part, (_, val) in zip(parts, pairs, strict=True)]
         parts = [part._replace(rows=train) for part, (train, _) in zip(parts, pairs, strict=True)]
     train, val = encode_all(parts, options, tokenizer, "train"), encode_all(held, options, tokenizer, "held out")

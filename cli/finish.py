@@ -132,6 +132,8 @@ def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
     for key in made.method.shown:
         if len(own := [record[f"eval/{key}"] for record in history if f"eval/{key}" in record]) > 1:
             rows[f"held-out {key}"] = f"{own[0]:.4f} -> {own[-1]:.4f}"
-    if "head" not in made.trees.params and made.trees.lora is not None:
+    if "head" in made.trees.params:
+        rows["try it"] = f"treetune score {made.where.root} --data ROWS"
+    elif made.trees.lora is not None:
         rows["try it"] = f"treetune chat --adapter {saved}"
     return rows

@@ -26,17 +26,30 @@ def _scores(model: Model, used: setup.Trees, remat: str | None = None) -> Callab
     return fn
 
 
-def _with_head(model: Model, used: setup.Trees, *, classes: int, seed: int, on: torch.device) -> setup.Trees:
+def _with_head(config: Any, model: Model, used: setup.Trees, *, classes: int, on: torch.device) -> setup.Trees:
     """The trees with a head that trains; an output matrix of words, which nothing reads, does not."""
-    head = tree.map(lambda leaf: leaf.to(on), heads.init(model.cfg, classes, bias=classes > 1, seed=seed))
     params = dict(used.params)
+    if "lm_head" in params.get("lora", {}) or used.lora is not None and "lm_head" in params.get("model", {}):
+        raise ValueError("no score depends on lm_head: leave it out of --lora-target-modules and --lora-modules-to-save")
+    head = tree.map(lambda leaf: leaf.to(on), _head(config, model, classes))
     if used.lora is None:
         params["model"] = {name: part for name, part in params["model"].items() if name != "lm_head"}
     return used._replace(params=params | {"head": head})
 
 
+def _head(config: Any, model: Model, classes: int) -> Params:
+    """A fresh head, or that of the adapter that the run starts from."""
+    start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
+    if start is None or heads.kind(setup.adapter_folder(start)) is None:
+        return heads.init(model.cfg, classes, bias=classes > 1, seed=config.optim.seed)
+    found = heads.load_adapter(setup.adapter_folder(start), model)[2]
+    if (have := found["score"]["weight"].shape[0]) != classes:
+        raise ValueError(f"{start} has a head of {have} classes, this command trains one of {classes}")
+    return found
+
+
 def _parts(config: Any, model: Model, used: setup.Trees, on: torch.device, *, classes: int, read: str, objective: Callable) -> method.Parts:
-    used = _with_head(model, used, classes=classes, seed=config.optim.seed, on=on)
+    used = _with_head(config, model, used, classes=classes, on=on)
     remat = "full" if config.optim.gradient_checkpointing else None
     streams = (partial(pack.collate_trees, read=read),)
     return method.Parts(used, objective(_scores(model, used, remat)), objective(_scores(model, used)), streams)
@@ -54,5 +67,5 @@ def prm(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: 
 
 
 RATES = (1e-4, 1e-5)
-REWARD = method.Method(kinds.KINDS["ranked"], reward, RATES, ("accuracy", "margin"))
-PRM = method.Method(kinds.KINDS["steps"], prm, RATES, ("accuracy",), "steps")
+REWARD = method.Method(kinds.KINDS["ranked"], reward, RATES, ("accuracy", "margin"), head=True)
+PRM = method.Method(kinds.KINDS["steps"], prm, RATES, ("accuracy",), "steps", head=True)

@@ -19,6 +19,7 @@ COMMANDS = {
     "prm": ("tune", "Prm", "train a reward model of steps"),
     "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),
     "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
+    "score": ("score", "Score", "score answers or steps with a reward model"),
     "generate": ("generate", "Generate", "answer prompts"),
     "chat": ("chat", "Chat", "talk to a model"),
     "merge": ("merge", "Merge", "fold an adapter into its model"),

@@ -10,6 +10,11 @@ from treetune.core.state import Objective
 Collate = Callable[..., dict]  # (documents, budget=, pad=) -> batch
 
 
+def plain(docs: list, **options: Any) -> dict:
+    """The stream of documents without branches."""
+    return pack.collate(docs, **options)
+
+
 class Parts(NamedTuple):
     """A method put together for one model.
 
@@ -21,7 +26,7 @@ class Parts(NamedTuple):
     trees: setup.Trees
     objective: Objective
     held: Objective  # for evaluation: without noise, and with all that is worth reporting
-    streams: tuple[Collate, ...] = (pack.collate,)
+    streams: tuple[Collate, ...] = (plain,)
     extra: dict = {}
     prepare: Callable | None = None
     between: Callable | None = None
@@ -36,6 +41,7 @@ class Method(NamedTuple):
     rates: tuple[float, float]
     shown: tuple[str, ...] = ()
     unit: str = "pairs"  # what the loss is a mean over
+    head: bool = False  # whether a head of scores trains with the model
     perplexity: bool = False  # whether the loss is a mean of -log p, so that its exponential means something
 
 

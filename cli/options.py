@@ -76,6 +76,8 @@ class RowOptions(AnyRows):
 
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
     """What to do with a row longer than sequence_len. Raw text is always split."""
+    default_system_message: str | None = None
+    """System message of the chats that have none."""
     roles_to_train: tuple[str, ...] = ("assistant",)
     """Roles whose turns are supervised."""
     train_on_eos: Literal["turn", "all", "last"] = "turn"

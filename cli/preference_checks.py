@@ -42,12 +42,6 @@ def _check_dpo(options: DpoLoss) -> None:
     names = _names(options)
     if not names or len(set(names)) < len(names):
         raise BadInput(f"--loss {' '.join(options.loss)}: give one or more losses, each once")
-    if "exo" in names and not 0 < options.dpo_label_smoothing < 0.5 and options.dpo_label_smoothing:
-        raise BadInput(f"dpo_label_smoothing must be between 0 and 0.5 for exo, got {options.dpo_label_smoothing}")
-    if not 0 <= options.dpo_label_smoothing < 0.5:
-        raise BadInput(f"dpo_label_smoothing must be from 0 to below 0.5, got {options.dpo_label_smoothing}")
-    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
-        raise BadInput(f"ld_alpha must be from 0 to 1, got {options.ld_alpha}")
     if options.dpo_use_weighting and (aot := [name for name in names if name.startswith("aot")]):
         raise BadInput(f"dpo_use_weighting does not go with {aot[0]}, whose terms are not of single pairs")
     if options.loss_weights and len(options.loss_weights) != len(names):

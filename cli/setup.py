@@ -14,7 +14,7 @@ from treetune.core import check, lora, optim, param, shard, tree
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
-from treetune.models import Model, adapter, gguf, hf, logprobs, resize
+from treetune.models import Model, adapter, gguf, heads, hf, logprobs, resize
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -136,9 +136,13 @@ def _check_rows(path: str, found: int, tokens: int) -> None:
         raise ValueError(f"{path} has {found} rows of vocabulary and its tokenizer {tokens} tokens: the adapter is of another model")
 
 
-def load_adapter(path: str, model: Model) -> tuple[lora.Lora, Params, adapter.Info]:
-    """The adapter, whole weights and facts of an adapter folder or of the one in a run folder."""
-    found, whole, info = adapter.load(adapter_folder(path), model)
+def load_adapter(path: str, model: Model, *, head: bool = False) -> tuple[lora.Lora, Params, adapter.Info]:
+    """The adapter, whole weights and facts of an adapter folder or of the one in a run folder; with `head`, of a reward model's too."""
+    folder = adapter_folder(path)
+    judges = heads.kind(folder) is not None
+    if judges and not head:
+        raise ValueError(f"{path} is a reward model's adapter: use it with treetune score, or train it on with treetune reward or prm")
+    found, whole, *_, info = (heads.load_adapter if judges else adapter.load)(folder, model)
     if bad := check.not_finite(found.tree) + check.not_finite(whole):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; train or download the adapter again")
     return found, whole, info
@@ -186,13 +190,13 @@ def describe_rows(words: Words, before: Model, after: Model) -> str:
     return ", ".join(part for part in (texts, f"{old} rows grown to {new}" if new > old else "") if part)
 
 
-def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_rows: bool = False, say=print) -> Trees:
+def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_rows: bool = False, head: bool = False, say=print) -> Trees:
     """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them.
 
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter.
     """
     if options.lora_model_dir is not None:
-        found, whole, info = _started(model, options.lora_model_dir)
+        found, whole, info = _started(model, options.lora_model_dir, head)
     else:
         found, whole, info = _fresh(model, options, name=name, seed=seed)
     also = _vocabulary_leaves(model, options, whole, info, say=say) if new_rows else ()
@@ -202,10 +206,10 @@ def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_
     return Trees(params, {"model": model.params}, found._replace(dropout=options.lora_dropout), info)
 
 
-def _started(model: Model, path: str) -> tuple[lora.Lora, Params, adapter.Info]:
+def _started(model: Model, path: str, head: bool) -> tuple[lora.Lora, Params, adapter.Info]:
     """An adapter to train further, its vocabulary grown to that of the model."""
     rows = adapter.rows(adapter_folder(path), model.family)
-    found, whole, info = load_adapter(path, model if rows is None else resize.cut(model, rows))
+    found, whole, info = load_adapter(path, model if rows is None else resize.cut(model, rows), head=head)
     return found, resize.grown(whole, model.cfg.vocab_size), info
 
 

@@ -55,7 +55,7 @@ def _stream(collate: methods.Collate, docs: list, seed: torch.Tensor | None, mod
     return (batch if seed is None else batch | {"seed": seed.to(on)}), plan
 
 
-def maker(model: Model, on: torch.device, *, pad_to: int | None = None, streams: tuple[methods.Collate, ...] = (pack.collate,)):
+def maker(model: Model, on: torch.device, *, pad_to: int | None = None, streams: tuple[methods.Collate, ...] = (methods.plain,)):
     """`micro_batch` for a model; streams are padded to their budget on CUDA only, where fixed shapes save recompilation."""
     return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None, streams=streams)
 
@@ -172,7 +172,7 @@ def assemble(
     corpus.check_fits(data.train + data.val, config.data.sequence_len, model.cfg)
     if has_adapter:
         name, seed = setup.model_name(config.model), config.optim.seed
-        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
+        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", head=method.head, say=screen.line)
     else:
         trees = setup.full(model)
     parts = method.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)

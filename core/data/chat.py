@@ -52,6 +52,7 @@ def reader(
     message_field_training: str = "train",
     message_field_training_detail: str = "train_detail",
     split_thinking: bool = False,
+    default_system_message: str | None = None,
 ) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts with the turns to train.
 
@@ -61,6 +62,7 @@ def reader(
     message_property_mappings: what a template wants -> what the message calls it; roles: role -> names that it has in the rows.
     message_field_training, message_field_training_detail: a message's flag, and its characters to train, both ends inclusive.
     split_thinking: move the text between reasoning tags to reasoning_content.
+    default_system_message: put before conversations without a system message; trained if roles_to_train says so.
     Errors: ValueError without a template, for options that contradict each other, and for malformed rows (named with their fields).
     """
     aims = _aims(roles_to_train, train_on_eos, train_on_inputs)
@@ -79,11 +81,20 @@ def reader(
     layout, style = templates.layouts(render), chat_templates.call_style(render)
 
     def read(rows: sources.Rows) -> list[spans.Text]:
-        talks = [style(conversations.read(row, sources.where(rows, i), known)) for i, row in enumerate(rows.rows)]
+        talks = [conversations.read(row, sources.where(rows, i), known) for i, row in enumerate(rows.rows)]
+        talks = [style(_introduced(talk, default_system_message)) for talk in talks]
         texts = enumerate(_render_all(talks, rows, render))
         return [_text(talks[i], rendered, aims, layout, sources.where(rows, i)) for i, rendered in texts]
 
     return read
+
+
+def _introduced(talk: conversations.Talk, system: str | None) -> conversations.Talk:
+    """The conversation with this system message first, unless it has one."""
+    if not system or any(message["role"] == "system" for message in talk.messages):
+        return talk
+    first = {"role": "system", "content": system}
+    return talk._replace(messages=[first, *talk.messages], flags=[conversations.Flags(None, {}), *talk.flags])
 
 
 def conversation(row: dict, where: str) -> list[dict]:

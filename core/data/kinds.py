@@ -4,6 +4,7 @@ A `Kind` puts the tables of formats and the encoders of `formats`, `preference`,
 """
 
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -141,6 +142,14 @@ def _merged(reports: Sequence[trees.Report]) -> trees.Report:
     for report in reports:
         dropped.update(report.dropped)
     return reports[0]._replace(**sums, dropped=dict(dropped))
+
+
+def prompt(row: Mapping) -> str:
+    """What rows about the same question have in common: their prompt, under any of its names, or the start of their conversation."""
+    name = next((name for name in ("messages", *QUESTIONS) if row.get(name) is not None), None)
+    talk = row.get("chosen")
+    value = row[name] if name else talk[:-1] if isinstance(talk, list) else sorted(row)
+    return json.dumps(value, sort_keys=True, default=repr)
 
 
 def same_extras(docs: Sequence) -> bool:

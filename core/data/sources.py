@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -139,10 +139,11 @@ def shard(rows: Rows, shards: int, index: int = 0) -> Rows:
     return take(rows, mine)
 
 
-def val_split(rows: Rows, size: float | int, seed: int = 0) -> tuple[Rows, Rows]:
+def val_split(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[dict], str] | None = None) -> tuple[Rows, Rows]:
     """(training rows, validation rows): disjoint, together all rows, each in file order, decided by `seed` alone.
 
     size: a fraction of the rows (float below 1) or a number of them (int); at least one row lands on each side.
+    key: rows of one key, such as one prompt, stay together, so that the sizes are met as nearly as that allows.
     """
     total = len(rows.rows)
     if isinstance(size, float) and not 0 < size < 1 or size <= 0:
@@ -151,7 +152,22 @@ def val_split(rows: Rows, size: float | int, seed: int = 0) -> tuple[Rows, Rows]
     if not 0 < count < total:
         raise ValueError(f"validation size {size} takes {count} of {total} rows and leaves none to train on: choose a smaller one")
     shuffled = order.shuffled(total, seed, order.SPLIT)
-    return take(rows, sorted(shuffled[count:])), take(rows, sorted(shuffled[:count]))
+    held = set(shuffled[:count]) if key is None else _held_groups([key(row) for row in rows.rows], shuffled, count)
+    return take(rows, [i for i in range(total) if i not in held]), take(rows, sorted(held))
+
+
+def _held_groups(keys: list[str], shuffled: Sequence[int], count: int) -> set[int]:
+    """Indices of whole groups of equal keys, in the shuffled order of their first rows, while they fit in `count`; at least one group."""
+    groups: dict[str, list[int]] = {}
+    for i in shuffled:
+        groups.setdefault(keys[i], []).append(i)
+    if len(groups) == 1:
+        return set(shuffled[:count])
+    held: set[int] = set()
+    for group in groups.values():
+        if not held or len(held) + len(group) <= count:
+            held |= set(group)
+    return held
 
 
 def find_files(path: str | None, *, split: str, data_files: str | Sequence[str] = (), ds_type: str | None = None) -> list[files.File]:

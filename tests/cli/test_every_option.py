@@ -25,6 +25,7 @@ CHANGES = {
     "overlong": ("metrics", lambda t: ["--overlong", "truncate"], ["--sequence-len", 60, "--micro-batch-size", 2]),
     "sample_packing": ("metrics", lambda t: ["--no-sample-packing"], []),
     "chat_template": ("metrics", lambda t: ["--chat-template", LONG], []),
+    "default_system_message": ("metrics", lambda t: ["--default-system-message", "Add."], []),
     "roles_to_train": ("metrics", lambda t: ["--roles-to-train", "user", "assistant"], []),
     "train_on_eos": ("metrics", lambda t: ["--train-on-eos", "all"], []),
     "train_on_inputs": ("metrics", lambda t: ["--train-on-inputs"], []),
@@ -188,7 +189,7 @@ def test_sampling_option_changes_the_answer(name, tiny, tune):
 EVALUATION = {
     "dtype": ["--dtype", "bfloat16"], "max_rows": ["--max-rows", 9], "overlong": ["--overlong", "truncate"],
     "roles_to_train": ["--roles-to-train", "user"], "train_on_eos": ["--train-on-eos", "last"], "train_on_inputs": ["--train-on-inputs"],
-    "chat_template": ["--chat-template", LONG],
+    "chat_template": ["--chat-template", LONG], "default_system_message": ["--default-system-message", "Add."],
 }  # fmt: skip
 
 

@@ -188,6 +188,17 @@ def test_odds_are_accurate_on_both_sides_of_a_half(dtype):
     assert found == pytest.approx(oracle("odds_ratio", rows), rel=1e-6 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1mexp_keeps_its_digits_on_both_sides(dtype):
+    x = torch.tensor([-1e-6, -0.5, -0.6931, -0.6932, -1.0, -40.0, -80.0], dtype=dtype, requires_grad=True)
+    wide = x.detach().double()
+    value = reference_free._log1mexp(x)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    want = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in wide.tolist()]
+    assert value.tolist() == pytest.approx(want, rel=tolerance, abs=0)
+    assert torch.autograd.grad(value.sum(), x)[0].tolist() == pytest.approx([1 / -math.expm1(-v) for v in wide.tolist()], rel=tolerance)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_means_are_finite(name, dtype):

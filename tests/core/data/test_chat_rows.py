@@ -210,3 +210,13 @@ def test_malformed_rows_are_read_or_named(template, tokenizer):
             assert len(docs) + sum(report.dropped.values()) == 2 and all((doc.weight >= 0).all() for doc in docs)
 
     check()
+
+
+def test_a_default_system_message_is_for_chats_without_one(templates, tokenizer):
+    tokenizer.chat_template = templates["chatml"]
+    own, brief = talk(("system", "Be kind.")) + SINGLE, talk(("system", "Be brief.")) + SINGLE
+    for said, written in ((SINGLE, brief), (own, own)):
+        one, other = encode(said, tokenizer, default_system_message="Be brief.")[0][0], encode(written, tokenizer)[0][0]
+        assert one.tokens.tolist() == other.tokens.tolist() and one.weight.tolist() == other.weight.tolist()
+    trained = encode(SINGLE, tokenizer, default_system_message="Be brief.", roles_to_train=["system"])[0][0]
+    assert tokenizer.decode(trained.tokens[trained.weight > 0]).startswith("Be brief.")

@@ -1,0 +1,181 @@
+"""One DPO step with LoRA: treetune against TRL + PEFT on the same pairs, interleaved, each run in its own process.
+
+SmolLM2-135M-Instruct, LoRA r 16 alpha 32 on all linear layers, beta 0.1, GSM8K pairs as plain texts in file order, max length 512,
+8 pairs a step in 2 micro-batches. Both sides score the same tokens against the base model, the adapter switched off, at every step.
+TRL runs without gradient checkpointing, its faster setting. The first step warms up; the rest are timed.
+
+    python benchmarks/step_dpo.py        (needs the extra `bench`)
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+import step_sft
+import torch
+
+PAIRS, MICRO, ACCUM, MAX_LENGTH, RANK, ALPHA, LR, BETA = 8, 4, 2, 512, 16, 32, 5e-5, 0.1
+SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "gsm8k_preference_sample.jsonl"
+IDLE_CORES, PATIENCE_S = 0.3, 600
+
+
+def read(path: str, count: int) -> list[dict]:
+    """Rows of prompt, chosen and rejected, in file order."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()[:count]]
+
+
+def ours(args: argparse.Namespace) -> dict:
+    """The step of treetune, as its command line builds it."""
+    from treetune.cli import configs, preferring, setup, training
+    from treetune.cli.loss_options import DpoLoss, PreferenceOptim
+    from treetune.cli.options import AdapterOptions, ModelOptions
+    from treetune.core import step
+    from treetune.core.data import sources
+    from treetune.core.state import TrainState
+    from treetune.models import hf
+
+    on = torch.device("cpu")
+    config = configs.Dpo(
+        model=ModelOptions(model=args.model, dtype=args.dtype),
+        adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
+        loss=DpoLoss(rl_beta=BETA),
+        optim=PreferenceOptim(learning_rate=LR, lr_scheduler="constant", warmup_steps=0),
+    )
+    rows = sources.from_list(read(args.rows, PAIRS * args.steps))
+    docs, _ = preferring.DPO.kind.encode(
+        rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error"
+    )
+    model, _ = setup.load_model(config.model, on=on)
+    parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=on)
+    optimizer = setup.optimizer(config.optim)
+    run = step.make_step(parts.objective, optimizer, schedule=setup.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
+    state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
+    make, times, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
+    for i in range(args.steps):
+        start = time.perf_counter()
+        groups = [range(j, j + MICRO) for j in range(i * PAIRS, (i + 1) * PAIRS, MICRO)]
+        state, metrics = run(state, [make(list(group), docs, seed=None) for group in groups])
+        losses.append(metrics["loss"].item())
+        times.append(time.perf_counter() - start)
+        scored += int(metrics["supervised_tokens"])
+    return summary(times, losses, scored, sum(len(doc.tokens) for doc in docs))
+
+
+def theirs(args: argparse.Namespace) -> dict:
+    """The step of TRL's DPOTrainer with a PEFT adapter."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    times, losses = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter() - self.start)
+
+        def on_log(self, _, __, ___, logs=None, **____):
+            losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
+
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), beta=BETA, max_length=MAX_LENGTH, per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=ACCUM, max_steps=args.steps, learning_rate=LR, lr_scheduler_type="constant", logging_steps=1,
+        save_strategy="no", report_to="none", gradient_checkpointing=False, precompute_ref_log_probs=False,
+        bf16=args.dtype == "bfloat16", use_cpu=True, train_sampling_strategy="sequential", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=step_sft.DTYPES[args.dtype])
+    peft = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    data = Dataset.from_list(read(args.rows, PAIRS * args.steps))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft, callbacks=[Clock()])
+    trainer.train()
+    sides = [[(len(row["prompt_ids"]), len(row[f"{side}_ids"])) for side in ("chosen", "rejected")] for row in trainer.train_dataset]
+    longest = [max(sum(one) for pair in sides[i : i + MICRO] for one in pair) for i in range(0, len(sides), MICRO)]
+    return summary(times, losses, sum(n for pair in sides for _, n in pair), 2 * MICRO * sum(longest))
+
+
+def summary(times: list[float], losses: list[float], scored: int, computed: int) -> dict:
+    """The numbers of a run; `computed`: token positions that its forward passes go over in all steps, padding included."""
+    return {
+        "pair_s": statistics.fmean(times[1:]) / PAIRS, "step_s": statistics.median(times[1:]), "peak_gib": harness.peak_gib(),
+        "first_loss": losses[0], "last_loss": losses[-1], "scored_tokens": scored, "computed_tokens": computed,
+    }  # fmt: skip
+
+
+def busy_cores(seconds: float) -> float:
+    """Cores' worth of time that the machine computes, over the next `seconds` in which this process sleeps. Linux only."""
+
+    def ticks() -> tuple[int, int]:
+        found = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(found) - found[3] - found[4], sum(found)  # idle and waiting for a disk are not computing
+
+    before = ticks()
+    time.sleep(seconds)
+    busy, total = (after - start for after, start in zip(ticks(), before, strict=True))
+    return (os.cpu_count() or 1) * busy / max(total, 1)
+
+
+def wait_for_quiet() -> float:
+    """Return how busy other processes are, when that is little, or at the latest after PATIENCE_S."""
+    end = time.monotonic() + PATIENCE_S
+    while (busy := busy_cores(2)) > IDLE_CORES and time.monotonic() < end:
+        pass
+    return busy
+
+
+def ratios(ours_: dict, theirs_: dict) -> dict:
+    return {
+        "speed": theirs_["pair_s"] / ours_["pair_s"],
+        "memory": ours_["peak_gib"] / theirs_["peak_gib"],
+        "first_loss_difference": ours_["first_loss"] - theirs_["first_loss"],
+        "scored_tokens_difference": ours_["scored_tokens"] - theirs_["scored_tokens"],
+    }
+
+
+def drive(args: argparse.Namespace) -> None:
+    """All sides in turn, three times; medians and ratios to JSON."""
+    common = ["--rows", args.rows, "--model", args.model, "--steps", str(args.steps)]
+    options = {"pairs": PAIRS, "micro": MICRO, "steps": args.steps}
+    result: dict = {"benchmark": "step_dpo", "machine": harness.machine(), "options": options}
+    for dtype in args.dtypes:
+        rate = [harness.gemm_rate(step_sft.DTYPES[dtype])]
+        sides = [["--side", side, "--dtype", dtype, *common] for side in ("ours", "trl")]
+        runs = harness.interleave(__file__, sides, args.repeats)
+        rate.append(harness.gemm_rate(step_sft.DTYPES[dtype]))
+        mine, peer = (harness.medians(side) for side in runs)
+        result[dtype] = {
+            "ours": mine, "trl": peer, "ratio": ratios(mine, peer), "gemm_gflop_per_s": rate, "runs": {"ours": runs[0], "trl": runs[1]}
+        }  # fmt: skip
+        print(dtype, json.dumps(result[dtype]["ratio"]), flush=True)
+    print("saved", harness.save("step_dpo", result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default=str(SAMPLE))
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--side", default=None, choices=["ours", "trl"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    args.model = args.model or step_sft.model_folder()
+    if args.side is None:
+        drive(args)
+        return
+    busy = wait_for_quiet()
+    with torch.random.fork_rng():
+        print(json.dumps({"ours": ours, "trl": theirs}[args.side](args) | {"others_busy_cores": busy}))
+
+
+if __name__ == "__main__":
+    main()
