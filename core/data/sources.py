@@ -157,15 +157,18 @@ def val_split(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[di
 
 
 def _held_groups(keys: list[str], shuffled: Sequence[int], count: int) -> set[int]:
-    """Indices of whole groups of equal keys, in the shuffled order of their first rows, while they fit in `count`; at least one group."""
+    """Indices of whole groups of equal keys, in the shuffled order of their first rows, while they fit in `count`.
+
+    At least two groups of three or more: a prompt alone has no completion that is foreign to it.
+    """
     groups: dict[str, list[int]] = {}
     for i in shuffled:
         groups.setdefault(keys[i], []).append(i)
     if len(groups) == 1:
         return set(shuffled[:count])
     held: set[int] = set()
-    for group in groups.values():
-        if not held or len(held) + len(group) <= count:
+    for i, group in enumerate(groups.values()):
+        if i < (1 if len(groups) < 3 else 2) or len(held) + len(group) <= count:
             held |= set(group)
     return held
 

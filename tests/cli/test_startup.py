@@ -126,7 +126,8 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     assert parsed
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
     if hasattr(parsed, "run"):
-        args += ["--max-steps", "2", "--sample-tokens", "4", "--max-rows", "40"]
+        answers = [] if command in ("reward", "prm") else ["--sample-tokens", "4"]
+        args += ["--max-steps", "2", "--max-rows", "40", *answers]
     if hasattr(parsed, "data") and "sequence_len" not in Path(path).read_text():
         args += ["--sequence-len", "1024"]
     done = tune(*args)

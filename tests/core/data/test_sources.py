@@ -160,3 +160,15 @@ def test_importing_is_light():
     code = f"import sys; from treetune.core.data import {names}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_rows_of_one_prompt_are_held_out_together():
+    rows = sources.from_list([{"prompt": f"q{i % 17}", "n": i} for i in range(100)])
+    train, held = sources.val_split(rows, 0.2, 3, key=lambda row: row["prompt"])
+    sides = [{row["prompt"] for row in side.rows} for side in (train, held)]
+    assert not sides[0] & sides[1] and 15 <= len(held.rows) <= 20
+    assert sorted(row["n"] for row in train.rows + held.rows) == list(range(100))
+    _, few = sources.val_split(rows, 1, 3, key=lambda row: row["prompt"])
+    assert len({row["prompt"] for row in few.rows}) == 2
+    one = sources.from_list([{"prompt": "q", "n": i} for i in range(10)])
+    assert len(sources.val_split(one, 0.2, 3, key=lambda row: row["prompt"])[1].rows) == 2
