@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treetune.cli import setup
+from treetune.cli import precompute, setup
 from treetune.cli.loss_options import ReferenceOptions
 from treetune.core import tree
 from treetune.core.data import pack, trees
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, logprobs
-
-NAME = "ref_logp"
 
 
 class Reference(NamedTuple):
@@ -111,7 +109,7 @@ def preparer(reference: Reference) -> Callable:
 
 def with_logp(reference: Reference, state: TrainState, batch: dict, plan: Any) -> dict:
     """The batch with `ref_logp`."""
-    return batch if NAME in batch else batch | {NAME: reference.logp(state, batch, plan)}
+    return batch if precompute.NAME in batch else batch | {precompute.NAME: reference.logp(state, batch, plan)}
 
 
 def enricher(reference: Reference) -> Callable:
@@ -128,7 +126,7 @@ def enricher(reference: Reference) -> Callable:
                 at = pack.scored(docs[i])
                 values = np.zeros(len(docs[i].tokens), np.float32)
                 values[at] = found[start : start + len(at)]
-                done[i], start = docs[i]._replace(values={NAME: values}), start + len(at)
+                done[i], start = docs[i]._replace(values={precompute.NAME: values}), start + len(at)
             say(len(group))
         return done
 

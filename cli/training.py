@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import corpus, finish, loop, parse, rundir, setup
+from treetune.cli import corpus, finish, loop, parse, precompute, rundir, setup
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
@@ -191,7 +191,8 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), parts.extra, torch.tensor(0, device=on))
     if parts.enrich is not None:
         whole = maker(model, on, pad_to=plan.get("budget"), streams=(pack.collate_trees,))
-        data = enriched(data, parts, state, whole, plan, screen)
+        root = config.data.dataset_prepared_path
+        data = precompute.enriched(data, parts.enrich, state, whole, plan, root=root, tokenizer=tokenizer, screen=screen)
     read = reading(config, data, model, ranks)
     stepper = step.make_step(
         parts.objective,
@@ -220,16 +221,6 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
     )
     state, found = loop.restore(where, state, meta)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
-
-
-def enriched(data: corpus.Corpus, parts: methods.Parts, state: TrainState, make, plan: dict, screen: Screen) -> corpus.Corpus:
-    """The corpus with what is computed once for every document."""
-    with screen.counting("documents read by the reference") as count:
-        sides = []
-        for docs in (data.train, data.val):
-            groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan) if docs else []
-            sides.append(parts.enrich(state, docs, make, groups, count))
-    return data._replace(train=sides[0], val=sides[1])
 
 
 def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:

@@ -134,12 +134,42 @@ def _overfit(history: list[Record]) -> str | None:
     return f"eval/loss rose twice in a row to {held[-1]:.3f} while train/loss fell" if rising and falling else None
 
 
+def _mean_of_last(history: list[Record], key: str, count: int = 20) -> float | None:
+    """The mean of the last `count` values, once a run has had time to learn something."""
+    values = _series(history[-_RECENT:], key)
+    return statistics.mean(values[-count:]) if len(values) >= 2 * count else None
+
+
+def _prefers_rejected(history: list[Record]) -> str | None:
+    margin = _mean_of_last(history, "rewards/margins")
+    return f"rewards/margins is {margin:.3f} on average over 20 steps" if margin is not None and margin < 0 else None
+
+
+def _ranks_badly(history: list[Record]) -> str | None:
+    for key in ("rewards/accuracies", "accuracy"):
+        share = _mean_of_last(history, key)
+        if share is not None and share < 0.5:
+            return f"{key} is {share:.2f} on average over 20 steps, below chance"
+    return None
+
+
+def _both_fall(history: list[Record]) -> str | None:
+    sides = [_series(history[-_RECENT:], f"rewards/{name}") for name in ("chosen", "rejected")]
+    if not history or "kl" not in history[-1] or min(map(len, sides)) < 10:
+        return None
+    chosen, rejected = (statistics.mean(side[-10:]) for side in sides)
+    return f"rewards/chosen is {chosen:.2f} and rewards/rejected {rejected:.2f}: both fall" if chosen < -2 and rejected < -2 else None
+
+
 HEALTH: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
     "grad_spike": (_grad_spike, "lower learning_rate 2 to 5 times, or lengthen the warm-up"),
     "no_gradient": (_no_gradient, "check that something is trainable and that rows have supervised tokens"),
     "loss_spike": (_loss_spike, "look for a malformed row in this step, or lower learning_rate"),
     "plateau": (_plateau, "raise learning_rate 2 to 5 times, and check what is supervised"),
     "vanished": (_vanished, "the rows are memorised or leak their answer: use fewer epochs or check the data"),
+    "prefers_rejected": (_prefers_rejected, "check that chosen and rejected are not swapped, and lower learning_rate"),
+    "ranks_badly": (_ranks_badly, "check that chosen and rejected are not swapped, and lower learning_rate"),
+    "both_fall": (_both_fall, "lower learning_rate, raise rl_beta, or add rpo_alpha 1, which holds the chosen side up"),
     "overfit": (_overfit, "stop earlier, use fewer epochs, a smaller lora_r, or some lora_dropout"),
 }
 

@@ -44,17 +44,28 @@ def _steps(losses, *, norm=1.0, held=()):
     return history + [{"step": len(losses), "eval/loss": loss} for loss in held]
 
 
+def _with(**numbers):
+    """Forty steps that also report these."""
+    return [record | numbers for record in _steps(FALLING[:40])]
+
+
 FALLING = [2.0 * 0.98**i for i in range(80)]
-HEALTHY = [_steps(FALLING[:n]) for n in (1, 2, 3, 12, 60, 80)] + [
-    [],
-    _steps(FALLING[:40], held=(2.0, 1.8, 1.7)),
-    _steps(FALLING[:40], held=(1.6, 1.7)),
-    _steps(FALLING[:40], held=(1.8, 1.6, 1.7)),
-    _steps(FALLING[:40], norm=99.9),
-    _steps([2.0] * 11 + [3.9]),
-    _steps([0.02] * 11 + [0.045]),  # a jump between losses that are small anyway
-    _steps([0.009, 0.009, 0.011]),
-]
+HEALTHY = (
+    [_steps(FALLING[:n]) for n in (1, 2, 3, 12, 60, 80)]
+    + [
+        [],
+        _steps(FALLING[:40], held=(2.0, 1.8, 1.7)),
+        _steps(FALLING[:40], held=(1.6, 1.7)),
+        _steps(FALLING[:40], held=(1.8, 1.6, 1.7)),
+        _steps(FALLING[:40], norm=99.9),
+        _steps([2.0] * 11 + [3.9]),
+        _steps([0.02] * 11 + [0.045]),  # a jump between losses that are small anyway
+        _steps([0.009, 0.009, 0.011]),
+        _with(**{"rewards/margins": 0.1, "rewards/accuracies": 0.6, "rewards/chosen": -1.0, "rewards/rejected": -4.0, "kl": -0.2}),
+        _with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.4})[:39],  # early, a run may still prefer the wrong side
+        _with(**{"rewards/chosen": -9.0, "rewards/rejected": -11.0}),  # no reference: rewards are plain log-probs
+    ]
+)
 SICK = {
     "grad_spike": (_steps([1.0], norm=101.0), "101.0", "learning_rate"),
     "no_gradient": (_steps([1.0], norm=0.0), "0", "trainable"),
@@ -62,6 +73,9 @@ SICK = {
     "plateau": (_steps([2.0 + 0.1 * math.sin(i) for i in range(59)] + [2.5]), "60 steps", "learning_rate"),
     "vanished": (_steps([0.5, 0.009, 0.008, 0.007]), "0.0070", "memorised"),
     "overfit": (_steps(FALLING[:40], held=(1.5, 1.6, 1.7)), "1.700", "fewer epochs"),
+    "prefers_rejected": (_with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.6}), "-0.100", "swapped"),
+    "ranks_badly": (_with(accuracy=0.4), "accuracy is 0.40", "swapped"),
+    "both_fall": (_with(**{"rewards/chosen": -3.0, "rewards/rejected": -4.0, "kl": 0.5}), "-3.00", "rpo_alpha"),
 }
 
 
