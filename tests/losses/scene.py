@@ -1,7 +1,6 @@
 """What tests of preference objectives share: a tiny model and its reference, ragged pairs, ways to cut up a step, and its gradient."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from treetune.models import Model, hf, llama
 from treetune.ops import attention
 
 VOCAB = 53
+SIZES = ((3, 7, 2), (1, 1, 5), (9, 4, 4), (2, 12, 1), (6, 3, 8), (4, 1, 1), (5, 6, 9), (2, 2, 3))  # prompt, chosen, rejected
 CPU = torch.device("cpu")
 CONFIGS = {
     "dpo": (configs.Dpo, loss_options.DpoLoss), "kto": (configs.Kto, loss_options.KtoLoss), "orpo": (configs.Orpo, loss_options.OrpoLoss),
@@ -51,7 +51,7 @@ def _tokens(gen: torch.Generator, size: int):
 def pairs(*, empty: bool = True, margin: bool = False) -> list[trees.TreeDoc]:
     """Eight ragged pairs; one scores with a gap, and (`empty`) one has a rejected side without a scored token."""
     gen, docs = torch.Generator().manual_seed(11), []
-    for row, (prompt, chosen, rejected) in enumerate(((3, 7, 2), (1, 1, 5), (9, 4, 4), (2, 12, 1), (6, 3, 8), (4, 1, 1), (5, 6, 9), (2, 2, 3))):
+    for row, (prompt, chosen, rejected) in enumerate(SIZES):
         sides = [(_tokens(gen, size), torch.ones(size).numpy()) for size in (chosen, rejected)]
         if row == 2:
             sides[0][1][1] = 0
@@ -114,7 +114,7 @@ def parts(command: str, base: Model, used: setup.Trees | None = None, **options)
     chosen = config(command, **options)
     built = tune.METHODS[type(chosen)][1].build(chosen, base, used or whole(base), on=CPU, mesh=None, say=lambda text: None)
     if "head" in built.trees.params:
-        head = moved(built.trees.params["head"], 0.3, seed=4)
+        head = tree.map(lambda leaf: leaf.to(base.cfg.dtype), moved(built.trees.params["head"], 0.3, seed=4))
         built = built._replace(trees=built.trees._replace(params=built.trees.params | {"head": head}))
     return built
 
@@ -126,10 +126,10 @@ def batch(made, docs: list) -> tuple:
     return found[0] if len(found) == 1 else found
 
 
-def state(made, *, policy: float = 0.1) -> TrainState:
+def state(made, *, policy: float = 0.1, seed: int = 8) -> TrainState:
     """Step 0, or with `policy` above 0 a policy that has moved away from its reference."""
     params = tree.map(torch.clone, made.trees.params)
-    return TrainState(moved(params, policy, seed=8) if policy else params, made.trees.frozen, {}, made.extra, torch.tensor(0))
+    return TrainState(moved(params, policy, seed=seed) if policy else params, made.trees.frozen, {}, made.extra, torch.tensor(0))
 
 
 def gradients(made, at: TrainState, cuts: list[list], mesh=None) -> tuple[dict, dict]:
@@ -188,9 +188,3 @@ def their_gradients(network) -> dict:
 def named(grads: dict) -> dict:
     """Our gradients by transformers' names."""
     return {hf.hf_key("llama", path.removeprefix("model.")): leaf for path, leaf in grads.items() if path.startswith("model.")}
-
-
-def with_dtype(base: Model, dtype: torch.dtype) -> Model:
-    return base._replace(cfg=replace(base.cfg, dtype=dtype), params=tree.map(lambda leaf: leaf.to(dtype), base.params))
-
-

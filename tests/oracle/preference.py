@@ -66,8 +66,15 @@ def apo_zero(u_c, u_r, n_c, n_r, beta):
 
 
 def kto(u, good, z0, beta, w_good=1.0, w_bad=1.0):
-    value = [w_good * (1 - torch.sigmoid(beta * (x - z0))) if g else w_bad * (1 - torch.sigmoid(beta * (z0 - x))) for x, g in zip(u, good)]
-    return torch.stack(value)
+    values = []
+    for x, fine in zip(u, good, strict=True):
+        values.append(w_good * (1 - torch.sigmoid(beta * (x - z0))) if fine else w_bad * (1 - torch.sigmoid(beta * (z0 - x))))
+    return torch.stack(values)
+
+
+def bco(u, good, delta, beta):
+    """-log sigma of the reward above the mean reward so far, or below it."""
+    return torch.stack([softplus(-(beta * x - delta) if fine else beta * x - delta) for x, fine in zip(u, good, strict=True)])
 
 
 def kto_baseline(u_foreign) -> float:
