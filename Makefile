@@ -34,6 +34,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/step_sft.py
+	$(BIN)/python benchmarks/step_dpo.py
 	$(BIN)/python benchmarks/prepare.py --rows examples/data/gsm8k_train_sample.jsonl
 	$(BIN)/python benchmarks/tables.py
 

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import step_sft
@@ -21,7 +22,7 @@ import torch
 
 PAIRS, MICRO, ACCUM, MAX_LENGTH, RANK, ALPHA, LR, BETA = 8, 4, 2, 512, 16, 32, 5e-5, 0.1
 SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "gsm8k_preference_sample.jsonl"
-IDLE_CORES, PATIENCE_S = 0.3, 600
+IDLE_CORES, PATIENCE_S, TRIES = 0.1, 600, 4
 
 
 def read(path: str, count: int) -> list[dict]:
@@ -47,23 +48,21 @@ def ours(args: argparse.Namespace) -> dict:
         optim=PreferenceOptim(learning_rate=LR, lr_scheduler="constant", warmup_steps=0),
     )
     rows = sources.from_list(read(args.rows, PAIRS * args.steps))
-    docs, _ = preferring.DPO.kind.encode(
-        rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error"
-    )
+    docs, _ = preferring.DPO.kind.encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
     model, _ = setup.load_model(config.model, on=on)
     parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=on)
     optimizer = setup.optimizer(config.optim)
     run = step.make_step(parts.objective, optimizer, schedule=setup.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
     state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
-    make, times, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
+    make, marks, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
     for i in range(args.steps):
-        start = time.perf_counter()
+        marks.append(mark())
         groups = [range(j, j + MICRO) for j in range(i * PAIRS, (i + 1) * PAIRS, MICRO)]
         state, metrics = run(state, [make(list(group), docs, seed=None) for group in groups])
         losses.append(metrics["loss"].item())
-        times.append(time.perf_counter() - start)
+        marks.append(mark())
         scored += int(metrics["supervised_tokens"])
-    return summary(times, losses, scored, sum(len(doc.tokens) for doc in docs))
+    return summary(marks, losses, scored, sum(len(doc.tokens) for doc in docs))
 
 
 def theirs(args: argparse.Namespace) -> dict:
@@ -73,14 +72,14 @@ def theirs(args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    times, losses = [], []
+    marks, losses = [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            marks.append(mark())
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter() - self.start)
+            marks.append(mark())
 
         def on_log(self, _, __, ___, logs=None, **____):
             losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
@@ -99,36 +98,56 @@ def theirs(args: argparse.Namespace) -> dict:
     trainer.train()
     sides = [[(len(row["prompt_ids"]), len(row[f"{side}_ids"])) for side in ("chosen", "rejected")] for row in trainer.train_dataset]
     longest = [max(sum(one) for pair in sides[i : i + MICRO] for one in pair) for i in range(0, len(sides), MICRO)]
-    return summary(times, losses, sum(n for pair in sides for _, n in pair), 2 * MICRO * sum(longest))
+    return summary(marks, losses, sum(n for pair in sides for _, n in pair), 2 * MICRO * sum(longest))
 
 
-def summary(times: list[float], losses: list[float], scored: int, computed: int) -> dict:
-    """The numbers of a run; `computed`: token positions that its forward passes go over in all steps, padding included."""
+class Mark(NamedTuple):
+    """A moment: seconds of the clock, and core seconds that other processes, the host's other guests included, have computed so far."""
+
+    time: float
+    others: float
+
+
+def mark() -> Mark:
+    """This moment. Linux only."""
+    busy = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    computed = (sum(busy) - busy[3] - busy[4]) / os.sysconf("SC_CLK_TCK")  # without idling and waiting for a disk
+    return Mark(time.perf_counter(), computed - sum(os.times()[:4]))
+
+
+def busy_cores(start: Mark, end: Mark) -> float:
+    """How many cores other processes kept busy between two moments."""
+    return (end.others - start.others) / (end.time - start.time)
+
+
+def summary(marks: list[Mark], losses: list[float], scored: int, computed: int) -> dict:
+    """The numbers of a run from the beginning and end of its steps; `computed`: tokens that its forward passes go over, with padding."""
+    times = [end.time - start.time for start, end in zip(marks[2::2], marks[3::2], strict=True)]  # without the first step
     return {
-        "pair_s": statistics.fmean(times[1:]) / PAIRS, "step_s": statistics.median(times[1:]), "peak_gib": harness.peak_gib(),
+        "pair_s": statistics.fmean(times) / PAIRS, "step_s": statistics.median(times), "peak_gib": harness.peak_gib(),
         "first_loss": losses[0], "last_loss": losses[-1], "scored_tokens": scored, "computed_tokens": computed,
+        "others_busy_cores": busy_cores(marks[2], marks[-1]),
     }  # fmt: skip
 
 
-def busy_cores(seconds: float) -> float:
-    """Cores' worth of time that the machine computes, over the next `seconds` in which this process sleeps. Linux only."""
-
-    def ticks() -> tuple[int, int]:
-        found = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(found) - found[3] - found[4], sum(found)  # idle and waiting for a disk are not computing
-
-    before = ticks()
-    time.sleep(seconds)
-    busy, total = (after - start for after, start in zip(ticks(), before, strict=True))
-    return (os.cpu_count() or 1) * busy / max(total, 1)
-
-
-def wait_for_quiet() -> float:
-    """Return how busy other processes are, when that is little, or at the latest after PATIENCE_S."""
+def wait_for_quiet() -> None:
+    """Return once the machine is quiet, or PATIENCE_S have passed."""
     end = time.monotonic() + PATIENCE_S
-    while (busy := busy_cores(2)) > IDLE_CORES and time.monotonic() < end:
-        pass
-    return busy
+    busy = IDLE_CORES + 1
+    while busy > IDLE_CORES and time.monotonic() < end:
+        start = mark()
+        time.sleep(5)
+        busy = busy_cores(start, mark())
+
+
+def undisturbed(arguments: list[str]) -> dict:
+    """A run in a process of its own, the quietest of up to TRIES: a second job beside it slows steps down several times."""
+    runs = []
+    while len(runs) < TRIES and all(run["others_busy_cores"] > IDLE_CORES for run in runs):
+        wait_for_quiet()
+        runs.append(harness.child(__file__, *arguments))
+        print(f"{' '.join(arguments[:4])}: {json.dumps(runs[-1])}", flush=True)
+    return min(runs, key=lambda run: run["others_busy_cores"])
 
 
 def ratios(ours_: dict, theirs_: dict) -> dict:
@@ -141,21 +160,21 @@ def ratios(ours_: dict, theirs_: dict) -> dict:
 
 
 def drive(args: argparse.Namespace) -> None:
-    """All sides in turn, three times; medians and ratios to JSON."""
+    """Both sides in turn, three times; medians and ratios to JSON, after each dtype."""
     common = ["--rows", args.rows, "--model", args.model, "--steps", str(args.steps)]
     options = {"pairs": PAIRS, "micro": MICRO, "steps": args.steps}
     result: dict = {"benchmark": "step_dpo", "machine": harness.machine(), "options": options}
     for dtype in args.dtypes:
         rate = [harness.gemm_rate(step_sft.DTYPES[dtype])]
         sides = [["--side", side, "--dtype", dtype, *common] for side in ("ours", "trl")]
-        runs = harness.interleave(__file__, sides, args.repeats)
+        rounds = [[undisturbed(side) for side in sides] for _ in range(args.repeats)]
+        runs = [list(side) for side in zip(*rounds, strict=True)]
         rate.append(harness.gemm_rate(step_sft.DTYPES[dtype]))
         mine, peer = (harness.medians(side) for side in runs)
         result[dtype] = {
             "ours": mine, "trl": peer, "ratio": ratios(mine, peer), "gemm_gflop_per_s": rate, "runs": {"ours": runs[0], "trl": runs[1]}
         }  # fmt: skip
-        print(dtype, json.dumps(result[dtype]["ratio"]), flush=True)
-    print("saved", harness.save("step_dpo", result))
+        print(dtype, json.dumps(result[dtype]["ratio"]), "saved", harness.save("step_dpo", result), flush=True)
 
 
 def main() -> None:
@@ -165,16 +184,15 @@ def main() -> None:
     parser.add_argument("--side", default=None, choices=["ours", "trl"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.model = args.model or step_sft.model_folder()
     if args.side is None:
         drive(args)
         return
-    busy = wait_for_quiet()
     with torch.random.fork_rng():
-        print(json.dumps({"ours": ours, "trl": theirs}[args.side](args) | {"others_busy_cores": busy}))
+        print(json.dumps({"ours": ours, "trl": theirs}[args.side](args)))
 
 
 if __name__ == "__main__":

@@ -122,9 +122,8 @@ def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
     if outcome.stopped:
         rows["stopped"] = outcome.stopped + (": continue with --resume auto" if outcome.stopped == "interrupted" else "")
     if len(held) > 1:
-        rows["held-out loss"] = (
-            f"{held[0]:.4f} -> {held[-1]:.4f} ({100 * (held[-1] / held[0] - 1):+.1f} %), best at step {outcome.progress.best_step}"
-        )
+        change = f" ({100 * (held[-1] / held[0] - 1):+.1f} %)" if held[0] else ""  # a hinge may start at 0
+        rows["held-out loss"] = f"{held[0]:.4f} -> {held[-1]:.4f}{change}, best at step {outcome.progress.best_step}"
     if seconds:
         rate = sum(record["supervised_tokens"] for record in steps) / seconds
         rows["speed"] = f"{rate:.0f} supervised tokens/s, peak memory {steps[-1]['memory_gib']:.1f} GiB"

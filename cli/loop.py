@@ -106,7 +106,7 @@ class _Loop:
             return
         if record["skipped"]:
             raise RunFailed(f"step {record['step']} is not finite, no weight was changed: {self._explain(state)}; {self._where()}")
-        if record["step"] == 2 and record["dead_leaves"]:
+        if record["step"] == 2 and record["dead_leaves"] and record["train/loss"] != 0:  # at 0, as of a hinge, there is nothing to learn
             self._require_alive(state)
         self.screen.step(record, eta_s)
         self.tell_health()
@@ -161,8 +161,10 @@ class _Loop:
 
     def _own(self, record: dict) -> str:
         """What there is to say about an evaluation besides its loss."""
-        text = f"perplexity {record['eval/perplexity']:.2f}  " if self.job.perplexity else ""
-        return text + (f"accuracy {record['eval/mean_token_accuracy']:.3f}" if self.job.perplexity else self.screen.own(record, "eval/"))
+        if not self.job.perplexity:
+            return self.screen.own(record, "eval/")
+        accuracy = f"accuracy {record['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in record else ""
+        return f"perplexity {record['eval/perplexity']:.2f}  {accuracy}"
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best."""

@@ -29,14 +29,18 @@ def enriched(
     plan: dict,
     *,
     root: str | None,
+    computes: str,
     tokenizer: Any,
     screen: Screen,
 ) -> corpus.Corpus:
-    """The corpus whose documents hold `ref_logp`; root: the folder of prepared rows, if there is one."""
+    """The corpus whose documents hold `ref_logp`; root: the folder of prepared rows, if there is one.
+
+    computes: what besides weights and tokens the numbers depend on, such as the dtype that the model computes in.
+    """
     weights = ckpt.digest(state.frozen or state.params) if root is not None else ""
-    sides = []
+    options, sides = {"kept": NAME, "computes": computes}, []
     for docs in (data.train, data.val):
-        key = "" if root is None else cache.key(data=[_digest(docs), weights], tokenizer=tokenizer, options={"kept": NAME})
+        key = "" if root is None else cache.key(data=[_digest(docs), weights], tokenizer=tokenizer, options=options)
         found = cache.load(root, key) if key else None
         if found is not None:
             screen.line(f"reference log-probs of {len(docs)} documents: prepared earlier")

@@ -46,6 +46,8 @@ def _check_dpo(options: DpoLoss) -> None:
         raise BadInput(f"dpo_use_weighting does not go with {aot[0]}, whose terms are not of single pairs")
     if options.loss_weights and len(options.loss_weights) != len(names):
         raise BadInput(f"loss_weights has {len(options.loss_weights)} numbers for {len(names)} losses; give one for each")
+    if wrong := [weight for weight in options.loss_weights if not 0 < weight < float("inf")]:
+        raise BadInput(f"loss_weights must be numbers above 0, got {wrong[0]}; leave out a loss that is not wanted")
 
 
 def _ignored_dpo(options: DpoLoss) -> dict[str, str]:
@@ -53,6 +55,8 @@ def _ignored_dpo(options: DpoLoss) -> dict[str, str]:
     listed = ", ".join(names)
     if not set(names) & set(SMOOTHED):
         out["dpo_label_smoothing"] = f"{listed} takes no label smoothing; cdpo, robust, exo and aot do"
+    elif "exo" in names and options.dpo_label_smoothing == 0:
+        out["dpo_label_smoothing"] = "exo is not defined without; give it a number above 0, or leave it at its own 0.001"
     if not set(names) & set(DIVERGING):
         out["f_divergence"] = f"{listed} is defined for reverse_kl only"
     if LOSSES.get(options.f_divergence, options.f_divergence) != "alpha":

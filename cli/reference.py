@@ -13,6 +13,7 @@ from torch import Tensor
 
 from treetune.cli import precompute, setup
 from treetune.cli.loss_options import ReferenceOptions
+from treetune.cli.options import ModelOptions
 from treetune.core import tree
 from treetune.core.data import pack, trees
 from treetune.core.state import Params, TrainState
@@ -90,12 +91,27 @@ def _other(options: ReferenceOptions, model: Model, used: setup.Trees, config: A
     if other.cfg.vocab_size != model.cfg.vocab_size:
         have = f"{other.cfg.vocab_size} rows of vocabulary, the model {model.cfg.vocab_size}"
         raise ValueError(f"ref_model {path} has {have}: take one of its kind")
+    _check_words(config.model, options, path)
     same = (other.cfg.window, other.cfg.dtype) == (model.cfg.window, model.cfg.dtype)
 
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         return logprobs(other.family, other.cfg, state.frozen["ref"], batch, plan if same else None).logp
 
     return Reference(logp, used._replace(frozen=used.frozen | {"ref": other.params}), {})
+
+
+def _check_words(own: ModelOptions, options: ReferenceOptions, path: str) -> None:
+    """Errors: ValueError where the reference's tokenizer numbers tokens otherwise, so that its log-probs would be of other texts."""
+    try:
+        theirs = setup.load_tokenizer(dataclasses.replace(own, model=options.ref_model, revision=None)).get_vocab()
+    except ValueError:  # weights alone: there is nothing to compare
+        return
+    ours = setup.load_tokenizer(own).get_vocab()
+    shared = [text for text in ours if text in theirs]
+    if moved := next((text for text in shared if theirs[text] != ours[text]), None):
+        raise ValueError(f"ref_model {path}: token {moved!r} is {theirs[moved]} there and {ours[moved]} in the model: take one of its kind")
+    if len(shared) < len(ours) / 2:
+        raise ValueError(f"ref_model {path} has {len(shared)} of the model's {len(ours)} tokens: take one of its kind")
 
 
 def preparer(reference: Reference) -> Callable:

@@ -192,7 +192,9 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
     if parts.enrich is not None:
         whole = maker(model, on, pad_to=plan.get("budget"), streams=(pack.collate_trees,))
         root = config.data.dataset_prepared_path
-        data = precompute.enriched(data, parts.enrich, state, whole, plan, root=root, tokenizer=tokenizer, screen=screen)
+        computes = repr((model.cfg, trees.lora and trees.lora.scale, getattr(config.reference, "ref_model", None)))
+        kept = {"root": root, "computes": computes, "tokenizer": tokenizer}
+        data = precompute.enriched(data, parts.enrich, state, whole, plan, **kept, screen=screen)
     read = reading(config, data, model, ranks)
     stepper = step.make_step(
         parts.objective,

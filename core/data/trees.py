@@ -228,16 +228,18 @@ def unusable(sides: Sides, distinct: bool) -> str:
 
 def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, where: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:
     """(document under the length policy or None, why not, tally)."""
-    longest = max(side_lengths(doc))
-    if size is None or longest <= size:
+    sizes = side_lengths(doc)
+    longest = max(length for length, foreign in zip(sizes, doc.extras.get("kind", [0] * len(sizes)), strict=True) if not foreign)
+    if size is None or max(sizes) <= size:
         return doc, "", tally
+    if longest <= size:  # a completion of another row says nothing against this one: what does not fit of it is left out
+        return cut_at(doc, size), "", tally
     if overlong == "error":
         raise ValueError(
             f"{where} has {longest} tokens, more than sequence_len {size}: raise sequence_len, or set overlong to drop or truncate"
         )
     if overlong == "drop":
         return None, TOO_LONG, tally
-    sizes = side_lengths(doc)
     doc = cut_at(doc, size)
     own = [part for part in branches(doc) if doc.weight[part].any()]
     if len(own) < len(sizes):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from treetune.cli import configs, loss_options, setup, tune
-from treetune.core import lora, optim, param, step, tree
+from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.data import trees
 from treetune.core.state import TrainState
 from treetune.models import Model, hf, llama
@@ -109,10 +109,10 @@ def config(command: str, **options):
     return kind(**groups) if loss is None else kind(loss=loss(**options), **groups)
 
 
-def parts(command: str, base: Model, used: setup.Trees | None = None, **options):
+def parts(command: str, base: Model, used: setup.Trees | None = None, *, mesh=None, **options):
     """The method put together as the command does it."""
     chosen = config(command, **options)
-    built = tune.METHODS[type(chosen)][1].build(chosen, base, used or whole(base), on=CPU, mesh=None, say=lambda text: None)
+    built = tune.METHODS[type(chosen)][1].build(chosen, base, used or whole(base), on=CPU, mesh=mesh, say=lambda text: None)
     if "head" in built.trees.params:
         head = tree.map(lambda leaf: leaf.to(base.cfg.dtype), moved(built.trees.params["head"], 0.3, seed=4))
         built = built._replace(trees=built.trees._replace(params=built.trees.params | {"head": head}))
@@ -137,7 +137,7 @@ def gradients(made, at: TrainState, cuts: list[list], mesh=None) -> tuple[dict, 
     seen = {}
 
     def update(grads, opt, params, lr, found_inf):
-        seen.update(tree.items(tree.map(torch.clone, grads)))
+        seen.update((path, shard.full(leaf).clone()) for path, leaf in tree.items(grads))
         return params, opt
 
     one = step.make_step(

@@ -79,7 +79,7 @@ def bco(u, good, delta, beta):
 
 def kto_baseline(u_foreign) -> float:
     """max(0, mean), in Python floats."""
-    values = [float(x) for x in u_foreign]
+    values = u_foreign.tolist()
     return max(0.0, math.fsum(values) / len(values))
 
 
