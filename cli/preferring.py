@@ -163,7 +163,7 @@ def judged(config: Any, model: Model, used: setup.Trees, *, on: torch.device, me
     return method.Parts(
         found.trees,
         make(train),
-        make(held),
+        make(held, want=EVERY),
         streams,
         extra,
         _preparer(options, found, held, mesh),
@@ -212,11 +212,12 @@ def _baseline(ratios: Tensor, mesh: Any) -> Tensor:
     return kto.baseline((total / count.clamp(min=1)).reshape(1), total.new_zeros(1)).float()
 
 
-PAIRS, UNPAIRED = kinds.KINDS["pairs"], kinds.KINDS["unpaired"]
+PAIRS, UNPAIRED, JUDGED = (kinds.KINDS[name] for name in ("pairs", "unpaired", "judged"))  # only KTO needs foreign completions
 SHOWN = ("rewards/margins", "rewards/accuracies")
 RATES = (5e-5, 1e-6)
 DPO = method.Method(PAIRS, dpo, RATES, SHOWN)
 ORPO = method.Method(PAIRS, orpo, RATES, ("nll_loss", "rewards/accuracies"), "tokens and pairs")
 SIMPO = method.Method(PAIRS, simpo, RATES, SHOWN)
 CPO = method.Method(PAIRS, cpo, RATES, SHOWN)
+JUDGE = method.Method(JUDGED, judged, RATES, SHOWN, "completions")
 KTO = method.Method(UNPAIRED, judged, RATES, SHOWN, "completions")

@@ -18,4 +18,6 @@ METHODS = {
 def run(config: Any, given: frozenset[str]) -> int:
     """Train by the method whose config this is and leave a run folder; the exit code."""
     command, method = METHODS[type(config)]
+    if isinstance(config, configs.Kto) and config.loss.loss != "kto":
+        method = preferring.JUDGE
     return training.train(command, config, given, method)

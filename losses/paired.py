@@ -1,6 +1,6 @@
 """Objectives over packed pairs: sequence 2i of the stream is the chosen, 2i + 1 the rejected side of pair i.
 
-N scored tokens, M prompt tokens that are read too, B = 2P sequences, P pairs. A pair with an empty side is left out of all sums.
+N scored tokens, M prompt tokens that are read too, B = 2P sequences, P pairs. A pair with an empty side is left out of the term over pairs.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from treetune.losses import preference, reduce
 from treetune.losses.preference import Pairs
 
 PairLoss = Callable[[Pairs], Tensor]
-STATS = ("mean_logit", "top1")
+STATS = ("top1",)  # a mean of logits is differentiable, so it would cost the head its shortcut: evaluations report it
 
 
 class Options(NamedTuple):

@@ -14,7 +14,7 @@ from treetune.losses import reduce
 
 # loss(logp [B], ref_logp [B], desirable [B], batch) -> [B], summed log-probs in nats; batch has the step's scalars
 UnpairedLoss = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
-STATS = ("mean_logit", "top1")
+STATS = ("top1",)
 
 
 def objective(logprob: Callable[..., Any], loss: UnpairedLoss, *, beta: float, want: tuple[str, ...] = STATS) -> Objective:
@@ -51,6 +51,8 @@ def metrics(stats: Any, batch: Batch, logp: Tensor, rewards: Tensor, beta: float
     out["rewards/accuracies"] = reduce.masked_mean(right, filled)
     out["rewards/mean"] = reduce.masked_mean(rewards, filled)
     out["rows"] = Metric(filled.sum(), filled.sum(), "sum")
+    if stats.entropy is not None:
+        out["entropy"] = reduce.masked_mean(stats.entropy, torch.ones_like(batch["seq"], dtype=torch.bool))
     if stats.top1 is not None:
         out["mean_token_accuracy"] = reduce.masked_mean(stats.top1, good[batch["seq"]])
     if "baseline" in batch:

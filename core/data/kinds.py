@@ -165,10 +165,10 @@ def _both_classes(docs: Sequence[trees.TreeDoc]) -> None:
     good = sum(bool(doc.extras["desirable"][0]) for doc in docs)
     bad = len(docs) - good
     if docs and not (good and bad):
-        missing, fix = ("false", "train on them with sft") if good else ("true", "add right ones")
+        missing, fix = ("false", ", or train on these with sft") if good else ("true", "")
         raise ValueError(
             f"{good} rows are desirable (label true) and {bad} undesirable (label false): expected some of both; "
-            f"add rows with label {missing}, or {fix}"
+            f"add rows with label {missing}{fix}"
         )
 
 
@@ -229,6 +229,7 @@ KINDS: dict[str, Kind] = {
         check=_both_classes,
         in_parts=None,
     ),
+    "judged": _of_trees("judged", unpaired.FORMATS, JUDGED, check=_both_classes),
     "ranked": _of_trees("ranked", reward.PAIRS | preference.FORMATS, RANKED, read="last"),
     "steps": _of_trees("steps", reward.STEPS, STEPPED, encode=_encode_steps, read="classes"),
 }

@@ -72,7 +72,7 @@ def evaluations(kit, root) -> list[dict]:
 
 
 PER_PAIR = {
-    f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected")
+    f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected")
 } | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy"}  # fmt: skip
 DOCUMENTED = {
     "dpo": PER_PAIR | {"kl", "nll_loss"},
@@ -96,7 +96,8 @@ def test_a_run_records_the_documented_numbers_and_shows_its_own(command, kit, he
         assert DOCUMENTED[command] | {"num_tokens", "grad_norm", "learning_rate"} <= record.keys()
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
     for record in held:
-        assert {f"eval/{name}" for name in DOCUMENTED[command]} <= record.keys() and "eval/perplexity" not in record
+        also = set() if command in ("reward", "prm") else {"logits/chosen", "logits/rejected", "entropy"}
+        assert {f"eval/{name}" for name in DOCUMENTED[command] | also} <= record.keys() and "eval/perplexity" not in record
     assert all(f"held-out {name}" in done.out for name in {"reward": ("accuracy", "margin"), "prm": ("accuracy",)}.get(command, ()))
     assert (command in ("reward", "prm")) == ("treetune score" in done.out)
 

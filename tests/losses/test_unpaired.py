@@ -164,7 +164,7 @@ def test_a_step_of_nothing_and_of_hollow_rows_is_finite():
 def test_metrics_have_the_documented_names(name):
     built = made(name, scene.model())
     at = scene.state(built, **MOVED)
-    per_class = {f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+    per_class = {f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected")}
     more = {"rewards/accuracies", "rewards/mean", "rows", "num_tokens", "supervised_tokens", "mean_token_accuracy"}
     steps = {"loss", "grad_norm", "learning_rate", "skipped", "dead_leaves"}
     assert scene.gradients(built, at, [scene.judged(4)])[1].keys() == per_class | more | steps | ({"kl"} if name == "kto" else set())
@@ -174,7 +174,7 @@ def test_numbers_of_a_class_are_over_its_own_rows_and_tokens():
     base, docs = scene.model(), scene.judged(5)
     built = made("kto", base)
     at = scene.state(built, **MOVED)
-    _, metrics = scene.gradients(built, at, [docs[:2], docs[2:]])
+    _, metrics = scene.gradients(built._replace(objective=built.held), at, [docs[:2], docs[2:]])
     network = scene.theirs(base, at.params["model"])
     rows, good = scene.rows(docs, 1), torch.tensor([doc.extras["desirable"][0] for doc in docs])
     ids, mask, labels = oracle.padded(rows)
