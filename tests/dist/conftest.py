@@ -23,6 +23,7 @@ def free_port() -> int:
 def quiet_env(**changes) -> dict:
     """One thread per rank; gloo finds its peers by address, not by the name of the machine."""
     own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    own["PYTHONFAULTHANDLER"] = "1"  # a rank that crashes says where
     return os.environ | own | {key: str(value) for key, value in changes.items()}
 
 
