@@ -23,24 +23,21 @@ def trained(tmp_path, command: str, *options: str) -> list[dict]:
     return [record for record in records if "eval/loss" in record]
 
 
-# command, options, the metric, how high it may start, how high it must end; thresholds lie well inside what was measured
+# command and options; the metric and where it must end; how far the held-out loss must fall. Measured over 12 steps, in this order:
+# accuracies 0.75 and loss x 0.925; margins 1.29 and x 0.975; loss x 0.877; x 0.908.
 LEARNING = {
-    "dpo": (["dpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "2e-4"], "rewards/accuracies", 0.0, 0.6),
-    "ipo": (["dpo", "--loss", "ipo", "--data", PAIRS, *ANSWERS, "--learning-rate", "2e-4"], "rewards/accuracies", 0.0, 0.6),
-    "kto": (["kto", "--data", JUDGED, *ANSWERS, "--learning-rate", "4e-4"], "rewards/margins", 0.0, 0.02),
-    "orpo": (["orpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "4e-4"], "rewards/accuracies", 0.6, 0.6),
-    "simpo": (["simpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "2e-4"], "rewards/accuracies", 0.6, 0.6),
-    "cpo": (["cpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "2e-4"], "rewards/accuracies", 0.6, 0.6),
-    "reward": (["reward", "--data", PAIRS, "--learning-rate", "2e-4"], "accuracy", 0.6, 0.65),
-    "prm": (["prm", "--data", STEPS, "--learning-rate", "4e-4"], "accuracy", 0.6, 0.6),
+    "dpo": (["dpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "2e-4"], "rewards/accuracies", 0.6, 0.97),
+    "kto": (["kto", "--data", JUDGED, *ANSWERS, "--learning-rate", "4e-4"], "rewards/margins", 0.4, 0.99),
+    "orpo": (["orpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "4e-4"], None, None, 0.93),
+    "prm": (["prm", "--data", STEPS, "--learning-rate", "4e-4"], None, None, 0.96),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_minutes_of_training_show_on_held_out_rows(tmp_path, name):
-    options, metric, start, end = LEARNING[name]
+    options, metric, end, factor = LEARNING[name]
     held = trained(tmp_path, *options)
-    first, last = held[0][f"eval/{metric}"], held[-1][f"eval/{metric}"]
-    assert first <= start and last >= end and last > first, (first, last)
-    assert held[-1]["eval/loss"] < held[0]["eval/loss"]
+    assert held[-1]["eval/loss"] < factor * held[0]["eval/loss"], [record["eval/loss"] for record in held]
+    if metric is not None:
+        assert held[0][f"eval/{metric}"] == 0 and held[-1][f"eval/{metric}"] >= end, [record[f"eval/{metric}"] for record in held]
