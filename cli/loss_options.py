@@ -13,6 +13,9 @@ LOSSES = {
     "kto_pair": "apo_zero_unpaired", "js_divergence": "js", "alpha_divergence": "alpha",
 }  # fmt: skip
 
+SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")  # losses that take label smoothing
+SCORED = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")  # losses that other divergences fit
+
 PairLoss = Literal[
     "dpo", "ipo", "hinge", "cdpo", "robust", "exo", "nca", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "dpo_norm", "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm",
@@ -40,7 +43,8 @@ class DpoLoss:
     """Loss."""
 
     loss: tuple[PairLoss, ...] = ("dpo",)
-    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood."""
+    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood.
+    aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
     loss_weights: tuple[float, ...] = ()
     """A weight for each loss; 1 each if not given."""
     rl_beta: float = 0.1

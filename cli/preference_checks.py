@@ -4,10 +4,7 @@ from typing import Any
 
 from treetune.cli.configs import Cpo, Dpo, Kto, Prm, Reward
 from treetune.cli.errors import BadInput
-from treetune.cli.loss_options import LOSSES, DpoLoss, KtoLoss, ReferenceOptions
-
-SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")
-DIVERGING = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")
+from treetune.cli.loss_options import LOSSES, SCORED, SMOOTHED, DpoLoss, KtoLoss, ReferenceOptions
 
 
 def check(config: Any) -> None:
@@ -57,7 +54,7 @@ def _ignored_dpo(options: DpoLoss) -> dict[str, str]:
         out["dpo_label_smoothing"] = f"{listed} takes no label smoothing; cdpo, robust, exo and aot do"
     elif "exo" in names and options.dpo_label_smoothing == 0:
         out["dpo_label_smoothing"] = "exo is not defined without; give it a number above 0, or leave it at its own 0.001"
-    if not set(names) & set(DIVERGING):
+    if not set(names) & set(SCORED):
         out["f_divergence"] = f"{listed} is defined for reverse_kl only"
     if LOSSES.get(options.f_divergence, options.f_divergence) != "alpha":
         out["f_alpha_divergence_coef"] = f"the divergence is {options.f_divergence}"

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.loss_options import LOSSES, CpoLoss, DpoLoss, KtoLoss, OrpoLoss, SimpoLoss
+from treetune.cli.loss_options import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLoss, KtoLoss, OrpoLoss, SimpoLoss
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
 from treetune.losses import kto, paired, preference, reduce, reference_free, unpaired
 from treetune.models import Model
 
-SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")
-SCORED = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")  # losses that other divergences fit
 SCORES = {"reverse_kl": preference.reverse_kl, "forward_kl": preference.forward_kl, "js": preference.js}
 CPO_LOSSES = {"hinge": reference_free.cpo_hinge, "ipo": reference_free.cpo_ipo}
 EVERY = ("mean_logit", "entropy", "top1")
