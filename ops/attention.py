@@ -3,7 +3,7 @@
 A trunk token sees the trunk tokens of its document up to itself; a branch token sees the first `start` trunk tokens of its document and its
 own branch up to itself; a window further asks positions[q] - positions[k] < window; nothing crosses documents.
 The mask work is done once per micro-batch by `plan`; every layer then calls `attention` with it. Backends: "sdpa" (CPU: per document one
-causal call for the trunk and one masked call for all its branches), "varlen" (CUDA, no branches), "flex" (CUDA, FlexAttention).
+causal call for the trunk and a masked call for each group of its branches), "varlen" (CUDA, no branches), "flex" (CUDA, FlexAttention).
 Shapes: T tokens, H heads, K kv heads (H a multiple of K), d head dim; q [T, H, d], k and v [T, K, d].
 """
 
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 
 BACKENDS = ("sdpa", "varlen", "flex")
 BLOCK = 128  # tokens of a side of a FlexAttention block
+GROUP = 64  # tokens of branches that share a masked call on the CPU: a wider mask costs more than a call
 
 
 class Document(NamedTuple):
     """One document on the CPU: its token counts, and the masks that a causal call cannot express."""
 
     trunk: int
-    branches: int  # tokens in all branches together
+    groups: tuple[int, ...]  # tokens of each group of branches; a group is one call
     trunk_mask: torch.Tensor | None  # bool [trunk, trunk], only for a trunk longer than the window
-    branch_mask: torch.Tensor | None  # bool [branches, trunk + branches]
+    group_masks: tuple[torch.Tensor, ...]  # bool [group, trunk + group] each
 
 
 class Plan(NamedTuple):
@@ -184,15 +185,27 @@ def _varlen():
 def _documents(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None):
     """Token counts and masks of each document, from the rule restricted to its rows."""
     for lo, hi in zip(offsets, offsets[1:], strict=False):
-        trunk = int((batch["branch"][lo:hi] == 0).sum()) if "branch" in batch else hi - lo
         one = {"cu_docs": torch.tensor([0, hi - lo])} | {key: batch[key][lo:hi] for key in ("positions", "branch", "start") if key in batch}
-        rows = torch.arange(hi - lo)
-        trunk_mask = branch_mask = None
+        sizes = one["branch"].bincount().tolist() if "branch" in one else [hi - lo]
+        trunk, groups = (sizes or [0])[0], _groups(sizes[1:])
+        rows, trunk_mask, group_masks, end = torch.arange(hi - lo), None, [], trunk
         if window is not None and trunk > window:
             trunk_mask = allowed(one, rows[:trunk, None], rows[None, :trunk], window)
-        if trunk < hi - lo:
-            branch_mask = allowed(one, rows[trunk:, None], rows[None], window)
-        yield Document(trunk, hi - lo - trunk, trunk_mask, branch_mask)
+        for group in groups:
+            queries = rows[end : end + group]
+            group_masks.append(allowed(one, queries[:, None], torch.cat([rows[:trunk], queries])[None], window))
+            end += group
+        yield Document(trunk, groups, trunk_mask, tuple(group_masks))
+
+
+def _groups(branches: list[int]) -> tuple[int, ...]:
+    """Tokens of successive groups of whole branches: each group at least GROUP tokens, but for the last."""
+    groups = [0] if branches else []
+    for size in branches:
+        if groups[-1] >= GROUP:
+            groups.append(0)
+        groups[-1] += size
+    return tuple(groups)
 
 
 class _Span(NamedTuple):
@@ -277,16 +290,17 @@ def _sdpa(q, k, v, mask, scale) -> torch.Tensor:
 
 
 def _attention_cpu(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
-    lengths = [n for doc in plan.documents for n in (doc.trunk, doc.branches)]
+    lengths = [n for doc in plan.documents for n in (doc.trunk, *doc.groups)]
     # split and not slices: the backward of a slice writes a gradient of the whole stream, once per document
-    parts = [x.split(lengths) for x in (q, k, v)]
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     out = []
-    for i, doc in enumerate(plan.documents):
-        (tq, bq), (tk, bk), (tv, bv) = (part[2 * i : 2 * i + 2] for part in parts)
+    for doc in plan.documents:
+        tq, tk, tv = next(parts)
         if doc.trunk:
             out.append(_sdpa(tq, tk, tv, doc.trunk_mask, scale))
-        if doc.branches:
-            out.append(_sdpa(bq, torch.cat([tk, bk]), torch.cat([tv, bv]), doc.branch_mask, scale))
+        for mask in doc.group_masks:
+            bq, bk, bv = next(parts)
+            out.append(_sdpa(bq, torch.cat([tk, bk]), torch.cat([tv, bv]), mask, scale))
     return torch.cat(out) if out else q.clone()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import backend, logprob_kernels
+from treetune.ops import backend, logprob_kernels, product
 
 WANT = ("entropy", "mean_logit", "logsq", "top1", "topk_entropy")
 ROWS = {"cpu": 256, "cuda": 1024}  # rows of a chunk
@@ -82,8 +82,8 @@ def linear_logprob_ref(hidden, weight, targets, *, bias=None, softcap=None, temp
 
 
 def _buffer(hidden: Tensor, weight: Tensor, options: _Options) -> Tensor | None:
-    """One buffer for the logits of every chunk: on the CPU fresh pages cost as much as a pass over them."""
-    return None if hidden.is_cuda else hidden.new_empty(min(options.rows, hidden.shape[0]), weight.shape[0])
+    """One buffer for the logits of every chunk, where torch makes them on the CPU: fresh pages cost as much as a pass over them."""
+    return None if hidden.is_cuda or product.fast(hidden) else hidden.new_empty(min(options.rows, hidden.shape[0]), weight.shape[0])
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
@@ -92,8 +92,13 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor | None) ->
         out = buffer[: h.shape[0]]
         return torch.mm(h, w.T, out=out) if bias is None else torch.addmm(bias, h, w.T, out=out)
     low = h.dtype in (torch.bfloat16, torch.float16)
-    z = torch.mm(h, w.T, out_dtype=torch.float32) if low else h @ w.T
+    z = torch.mm(h, w.T, out_dtype=torch.float32) if low and h.is_cuda else product.rows_t(h, w)
     return z if bias is None else z.add_(bias)
+
+
+def _write(out: Tensor, dz: Tensor, weight: Tensor) -> None:
+    """out [r, D] = dz W."""
+    out.copy_(product.rows(dz, weight)) if product.fast(dz) else torch.mm(dz, weight, out=out)
 
 
 def _blocks(z: Tensor):
@@ -260,7 +265,7 @@ def forward_chunks(hidden, weight, bias, targets, tau, options: _Options) -> tup
         for name, value in stats.items():
             out[name][rows] = value
         if jacobian is not None:
-            torch.mm(dz, weight, out=jacobian[rows])
+            _write(jacobian[rows], dz, weight)
             jacobian[rows] *= 1 if scales is None else scales[:, None]
     return out, jacobian
 
@@ -279,7 +284,7 @@ def backward_chunks(hidden, weight, bias, targets, tau, lse, entropy, g: _Grads,
         chunk = _Grads(*(_at(x, rows) for x in g))
         dz = run(_logits(h, w, b, buffer), _at(targets, rows), _at(tau, rows), lse[rows], _at(entropy, rows), chunk, options)
         if dh is not None:
-            torch.mm(dz, w, out=dh[rows])
+            _write(dh[rows], dz, w)
         if db is not None:
             db += dz.sum(0, dtype=wide)
         if dw is not None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from treetune.ops import product
+
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
     """The formula, one projection at a time, through plain autograd."""
@@ -27,7 +29,7 @@ class _LoraLinears(torch.autograd.Function):
         ranks = [down.shape[0] for down in downs]
         outs = []
         for w, up, part in zip(weights, ups, low.split(ranks, dim=1), strict=True):
-            outs.append((x @ w.T).addmm_(part, up.T, alpha=scale))  # [T, O]
+            outs.append(product.rows_t(x, w).addmm_(part, up.T, alpha=scale))  # [T, O]
         return (*outs, low)
 
     @staticmethod
@@ -51,14 +53,14 @@ class _LoraLinears(torch.autograd.Function):
         d_downs = (g_low.T @ source).split(ranks)
         d_u = g_low @ torch.cat(downs) if u is not None and ctx.needs_input_grad[1] else None
         d_x = _input_grad(grads, weights, None if u is not None else (g_low, downs)) if ctx.needs_input_grad[0] else None
-        d_weights = [g.T @ x if ctx.needs_input_grad[4 + i] else None for i, g in enumerate(grads)]
+        d_weights = [product.outer(g, x) if ctx.needs_input_grad[4 + i] else None for i, g in enumerate(grads)]
         return (d_x, d_u, None, None, *d_weights, *d_downs, *d_ups)
 
 
 def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor], low: tuple | None) -> Tensor:
-    d_x = grads[0] @ weights[0]  # [T, I]
-    for g, w in zip(grads[1:], weights[1:], strict=True):
-        d_x.addmm_(g, w)
+    d_x = None  # [T, I]
+    for g, w in zip(grads, weights, strict=True):
+        d_x = product.rows(g, w, add=d_x)
     return d_x if low is None else d_x.addmm_(low[0], torch.cat(low[1]))
 
 
@@ -69,7 +71,7 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict |
     as the adapters' input (dropout).
     """
     adapted = [i for i, ab in enumerate(adapters) if ab]
-    outs: list = [None if ab else x @ w.T for w, ab in zip(weights, adapters, strict=True)]
+    outs: list = [None if ab else product.linear(x, w) for w, ab in zip(weights, adapters, strict=True)]
     if adapted:
         downs = [adapters[i]["A"].to(x.dtype) for i in adapted]
         ups = [adapters[i]["B"].to(x.dtype) for i in adapted]

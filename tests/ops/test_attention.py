@@ -295,3 +295,12 @@ def test_flex_forward_equals_the_rule(window, compiled):
     qkv = [torch.randn(len(batch["tokens"]), heads, 16, generator=gen) for heads in (H, K, K)]
     exact = attention.attention_ref(*(x.double() for x in qkv), batch, window=window)
     torch.testing.assert_close(_flex(batch, window, compiled, qkv).double(), exact, rtol=0, atol=2e-6)
+
+
+def test_branches_go_in_groups_of_whole_ones(monkeypatch):
+    monkeypatch.setattr(attention, "GROUP", 4)
+    plan, qkv = attention.plan(TREES), _qkv(len(TREES["tokens"]))
+    assert [d.groups for d in plan.documents] == [(5,), (), (4, 3), (), (3,)]
+    assert [m.shape for m in plan.documents[2].group_masks] == [(4, 13), (3, 12)]
+    for mine, want in zip(_both(lambda *x: attention.attention(*x, plan), qkv), _both(lambda *x: _loop(*x, TREES, None), qkv), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,49 @@
+"""Products with a weight against torch's own, on either side of the row count from which oneDNN takes them."""
+
+import pytest
+import torch
+
+from treetune.ops import product
+
+CASES = [(torch.float32, 7, 1e-5), (torch.float32, 100, 1e-5), (torch.float64, 100, 1e-13), (torch.bfloat16, 100, 0.0)]
+
+
+def _inputs(dtype, rows):
+    gen = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=gen).to(dtype) for shape in ((rows, 48), (80, 48), (rows, 80), (rows, 48)))
+
+
+@pytest.mark.parametrize(("dtype", "rows", "bound"), CASES)
+def test_each_product_equals_the_matrix_product(dtype, rows, bound):
+    x, w, g, add = _inputs(dtype, rows)
+    torch.testing.assert_close(product.rows_t(x, w), x @ w.T, rtol=bound, atol=10 * bound)
+    torch.testing.assert_close(product.rows(g, w), g @ w, rtol=bound, atol=10 * bound)
+    torch.testing.assert_close(product.rows(g, w, add=add.clone()), add.addmm(g, w), rtol=bound, atol=10 * bound)
+    torch.testing.assert_close(product.outer(g, x), g.T @ x, rtol=bound, atol=10 * bound)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "bound"), CASES)
+def test_linear_has_the_gradients_of_the_matrix_product(dtype, rows, bound):
+    x, w, g, _ = _inputs(dtype, rows)
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    ours, plain = (torch.autograd.grad(fn(x, w), leaves, g) for fn in (product.linear, lambda x, w: x @ w.T))
+    for mine, want in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, want, rtol=bound, atol=10 * bound)
+
+
+@pytest.mark.parametrize("rows", [7, 100])
+def test_gradients_leave_the_product_bit_for_bit_as_it_is(rows):
+    x, w, *_ = _inputs(torch.float32, rows)
+    assert torch.equal(product.linear(x, w.requires_grad_()), product.rows_t(x, w.detach()))
+
+
+def test_a_strided_weight_and_no_rows():
+    x, w, *_ = _inputs(torch.float32, 100)
+    torch.testing.assert_close(product.rows_t(x, w.T.contiguous().T), x @ w.T)
+    assert product.linear(x[:0], w).shape == (0, 80)
+
+
+def test_only_float32_rows_on_the_cpu_take_onednn():
+    x = torch.zeros(product.ROWS, 4)
+    assert product.fast(x) == torch.backends.mkldnn.is_available()
+    assert not product.fast(x[:-1]) and not product.fast(x.double()) and not product.fast(x.bfloat16()) and not product.fast(x.to("meta"))
