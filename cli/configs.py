@@ -36,6 +36,18 @@ from treetune.cli.options import (
     TokenOptions,
     VocabularyOptions,
 )
+from treetune.cli.rl_options import (
+    CorrectionOptions,
+    EngineOptions,
+    PipelineOptions,
+    PolicyLoss,
+    PromptData,
+    PromptRows,
+    RewardFunctions,
+    RlOptim,
+    RlReference,
+    RolloutOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,44 @@ class Prm:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     optim: RewardOptim = field(default_factory=RewardOptim)
     run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Reinforcement learning: sample several completions of each prompt, score them with rewards, and raise those that beat the rest."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PromptData = field(default_factory=PromptData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    rewards: RewardFunctions = field(default_factory=RewardFunctions)
+    loss: PolicyLoss = field(default_factory=PolicyLoss)
+    correction: CorrectionOptions = field(default_factory=CorrectionOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    reference: RlReference = field(default_factory=RlReference)
+    optim: RlOptim = field(default_factory=RlOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sample completions and score them without training: try prompts and rewards before paying for a run."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterPath = field(default_factory=AdapterPath)
+    data: PromptRows = field(default_factory=PromptRows)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    rewards: RewardFunctions = field(default_factory=RewardFunctions)
+    num_prompts: int = 8
+    """Prompts to sample, the first ones."""
+    show: int = 2
+    """Completions of each prompt to print, the best ones."""
+    seed: int = 42
+    """Same seed, same completions."""
+    output: str | None = None
+    """Write prompts, completions and rewards to this JSONL file; must not exist."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a run leaves behind: sample answers before and after, an adapter or a model folder, a report, a summary."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,25 +84,28 @@ def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
 
 
 def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained: Params):
-    if used is None and "head" in trained:
-        path = made.where.root / "model"
-        kept = model._replace(params=tree.map(lambda leaf: leaf.to(model.cfg.dtype), model.params))
-        heads.save(path, kept, trained["head"], tokenizer=made.tokenizer)
-        return path
+    path = made.where.root / ("model" if used is None else "adapter")
+    write_trained(config, made.trees, made.tokenizer, model, used, trained, path)
+    return path
+
+
+def write_trained(
+    config: Any, trees: setup.Trees, tokenizer: Any, model: Model, used: lora.Lora | None, trained: Params, path: Path
+) -> None:
+    """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one."""
+    head = {"head": trained["head"]} if "head" in trained else {}
     if used is None:
-        path = made.where.root / "model"
-        dtype = model.cfg.dtype
-        kept = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), model.params))
-        hf.save(path, kept, tokenizer=made.tokenizer, generation=setup.generation_config(config.model, made.tokenizer))
-        return path
-    info, path = made.trees.info, made.where.root / "adapter"
-    save = partial(heads.save_adapter, head=trained["head"]) if "head" in trained else adapter.save
+        kept = model._replace(params=tree.map(lambda leaf: leaf.to(model.cfg.dtype), model.params))
+        if head:
+            heads.save(path, kept, **head, tokenizer=tokenizer)
+        else:
+            hf.save(path, kept, tokenizer=tokenizer, generation=setup.generation_config(config.model, tokenizer))
+        return
+    info, save = trees.info, partial(heads.save_adapter, **head) if head else adapter.save
     save(
         path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
-        rslora=info.rslora, dropout=used.dropout, whole=trained.get("model"), tied=made.model.cfg.tied,
-        **_carried(config, made.tokenizer),
+        rslora=info.rslora, dropout=trees.lora.dropout, whole=trained.get("model"), tied=model.cfg.tied, **_carried(config, tokenizer),
     )  # fmt: skip
-    return path
 
 
 def _carried(config: Any, tokenizer: Any) -> dict[str, Any]:

@@ -38,13 +38,16 @@ class Job(NamedTuple):
     prepare: Callable | None = None  # what a step does to its micro-batches first
     between: Callable[[TrainState, dict, int], TrainState] | None = None  # after each step
     perplexity: bool = True
+    roll: Callable[[TrainState, int], tuple[list, dict]] | None = None  # micro-batches of a step from the state itself, and their metrics
+    carry: Callable[[], dict] | None = None  # what `roll` needs to go on from a checkpoint, as JSON
+    goal: str = "loss"  # what evaluations compare: the loss, which should fall, or a reward, which should rise
 
 
 class Progress(NamedTuple):
     """Bookkeeping that a checkpoint carries beside the state."""
 
     cursor: Cursor = loader.START
-    best_loss: float | None = None
+    best: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
     tokens_seen: int = 0
@@ -106,7 +109,8 @@ class _Loop:
             return
         if record["skipped"]:
             raise RunFailed(f"step {record['step']} is not finite, no weight was changed: {self._explain(state)}; {self._where()}")
-        if record["step"] == 2 and record["dead_leaves"] and record["train/loss"] != 0:  # at 0, as of a hinge, there is nothing to learn
+        known = record["train/loss"] != 0 and self.job.roll is None  # a hinge at 0, or rewards that are all the same, teach nothing
+        if record["step"] == 2 and record["dead_leaves"] and known:
             self._require_alive(state)
         self.screen.step(record, eta_s)
         self.tell_health()
@@ -149,20 +153,21 @@ class _Loop:
         found = {f"eval/{key}": value for key, value in _known({k: v.item() for k, v in self.job.evaluate(state).items()}).items()}
         record = {"step": step, **found} | ({"eval/perplexity": math.exp(min(found["eval/loss"], 700.0))} if self.job.perplexity else {})
         self.recorder.note(record | {"eval/seconds": time.perf_counter() - start})
-        self.screen.line(f"held out, step {step}: loss {found['eval/loss']:.4f}  {self._own(record)}".rstrip(), "bold")
+        goal, value = self.job.goal, found[f"eval/{self.job.goal}"]
+        self.screen.line(f"held out, step {step}: {goal} {value:.4f}  {self._own(record)}".rstrip(), "bold")
         self.tell_health()
-        better = self.progress.best_loss is None or found["eval/loss"] < self.progress.best_loss
-        best = {"best_loss": found["eval/loss"], "best_step": step, "bad_evals": 0}
+        better = self.progress.best is None or (value < self.progress.best if goal == "loss" else value > self.progress.best)
+        best = {"best": value, "best_step": step, "bad_evals": 0}
         self.progress = self.progress._replace(**best if better else {"bad_evals": self.progress.bad_evals + 1})
         if better and step:
             self.save(state)
         patience = self.options.early_stopping_patience
-        return f"eval/loss has not improved in {patience} evaluations" if patience and self.progress.bad_evals >= patience else None
+        return f"eval/{goal} has not improved in {patience} evaluations" if patience and self.progress.bad_evals >= patience else None
 
     def _own(self, record: dict) -> str:
         """What there is to say about an evaluation besides its loss."""
         if not self.job.perplexity:
-            return self.screen.own(record, "eval/")
+            return self.screen.own({key: value for key, value in record.items() if key != f"eval/{self.job.goal}"}, "eval/")
         accuracy = f"accuracy {record['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in record else ""
         return f"perplexity {record['eval/perplexity']:.2f}  {accuracy}"
 
@@ -171,9 +176,10 @@ class _Loop:
         step = int(state.step)
         if self.saved == step:
             return
-        progress = self.progress._asdict() | {"cursor": list(self.progress.cursor)}
+        meta = self.job.meta | {"progress": self.progress._asdict() | {"cursor": list(self.progress.cursor)}}
+        meta |= {"rollout": self.job.carry()} if self.job.carry else {}
         try:
-            path = ckpt.save(self.run.checkpoints, state, self.job.meta | {"progress": progress}, rank=self.job.rank)
+            path = ckpt.save(self.run.checkpoints, state, meta, rank=self.job.rank)
             self.saved = step
             if self.job.rank == 0:
                 self._prune(path)
@@ -184,17 +190,20 @@ class _Loop:
         best = None if self.progress.best_step is None else path.with_name(f"step_{self.progress.best_step:06d}")
         ckpt.prune(self.run.checkpoints, self.options.save_total_limit, best=best)
         if best is not None and best.exists():
-            rundir.write(self.run.root / "best.json", json.dumps({"checkpoint": best.name, "eval_loss": self.progress.best_loss}))
+            rundir.write(self.run.root / "best.json", json.dumps({"checkpoint": best.name, f"eval_{self.job.goal}": self.progress.best}))
 
     def steps(self, state: TrainState, seen: list[int]) -> Outcome:
         """Run to the last step, or to a reason to stop."""
         first, begun, total, stopped = int(state.step), time.perf_counter(), self.job.total_steps, None
         mark = begun
         for index, (micro_batches, cursor) in enumerate(self.job.batches(self.progress.cursor) if first < total else (), first + 1):
+            rolled = {}
+            if self.job.roll is not None:
+                micro_batches, rolled = self.job.roll(state, index)
             state, metrics = self.job.step(state, micro_batches)
             state = state if self.job.between is None else self.job.between(state, metrics, index)
             now = time.perf_counter()
-            done = self.recorder.push(index, metrics | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
+            done = self.recorder.push(index, metrics | rolled | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
             mark, eta_s = now, (now - begun) / (index - first) * (total - index)
             self.record(done, state, eta_s)
             self.previous, epoch_ended = micro_batches, cursor.epoch != self.progress.cursor.epoch

@@ -17,6 +17,8 @@ COMMANDS = {
     "cpo": ("tune", "Cpo", "learn from pairs by their likelihoods"),
     "reward": ("tune", "Reward", "train a reward model on pairs"),
     "prm": ("tune", "Prm", "train a reward model of steps"),
+    "grpo": ("grpo", "Grpo", "learn from rewards of sampled completions: GRPO, DAPO, GSPO, RLOO, ..."),
+    "rollout": ("rollout", "Rollout", "sample and score without training: try a reward"),
     "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),
     "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
     "score": ("score", "Score", "score answers or steps with a reward model"),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import setup
 from treetune.core.data import kinds, pack
-from treetune.core.state import Objective
+from treetune.core.state import Objective, TrainState
 
 Collate = Callable[..., dict]  # (documents, budget=, pad=) -> batch
 
@@ -51,6 +51,13 @@ def supervised(config: Any, model: Any, trees: setup.Trees, **_: Any) -> Parts:
     logprob = setup.logprob(model, trees.lora, neftune=config.loss.neftune_noise_alpha, remat=remat)
     held = setup.objective(setup.logprob(model, trees.lora), type(config.loss)())
     return Parts(trees, setup.objective(logprob, config.loss), held)
+
+
+def in_turn(functions: list[Callable], state: TrainState, metrics: dict, step: int) -> TrainState:
+    """Several functions as the one that runs between steps."""
+    for between in functions:
+        state = between(state, metrics, step)
+    return state
 
 
 SUPERVISED = Method(kinds.KINDS["text"], supervised, (2e-4, 2e-5), (), "supervised tokens", perplexity=True)

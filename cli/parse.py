@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import typing
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from treetune.cli.errors import BadInput
 
-PAIRS = frozenset({"special_tokens"})  # lists of NAME=VALUE, which a config file may also hold as a mapping
+PAIRS = frozenset(
+    {"special_tokens", "chat_template_kwargs", "generation_kwargs"}
+)  # lists of NAME=VALUE, which a config file may also hold as a mapping
 LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 Parsed = tuple[Any, frozenset[str]]
 
@@ -147,6 +150,8 @@ def _as_args(key: str, value: Any, path: str, default: Any) -> list[str]:
 
 def _pairs(key: str, value: dict, path: str | None) -> list[str]:
     """A mapping of texts as NAME=TEXT."""
+    if key != "special_tokens":
+        return [f"{name}={json.dumps(item)}" for name, item in value.items()]
     if wrong := [name for name, text in value.items() if not isinstance(text, str)]:
         raise BadInput(f"{path}: {key} has {value[wrong[0]]!r} for {wrong[0]}; expected a text, in quotes where it looks like a number")
     return [f"{name}={text}" for name, text in value.items()]

@@ -165,15 +165,9 @@ def judged(config: Any, model: Model, used: setup.Trees, *, on: torch.device, me
         streams,
         extra,
         _preparer(options, found, held, mesh),
-        partial(_in_turn, between) if between else None,
+        partial(method.in_turn, between) if between else None,
         reference.enricher(found) if config.reference.precompute_ref_logps else None,
     )
-
-
-def _in_turn(functions: list, state: TrainState, metrics: dict, step: int) -> TrainState:
-    for between in functions:
-        state = between(state, metrics, step)
-    return state
 
 
 def _count_rewards(state: TrainState, metrics: dict, step: int) -> TrainState:

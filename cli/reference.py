@@ -5,6 +5,7 @@ A fresh adapter has its base as the reference, which costs nothing; everything e
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,20 +29,23 @@ class Reference(NamedTuple):
     extra: dict
 
 
-def build(options: ReferenceOptions, model: Model, used: setup.Trees, config: Any, *, on: torch.device, say=print) -> Reference:
-    """The reference that the options name."""
+def build(
+    options: ReferenceOptions, model: Model, used: setup.Trees, config: Any, *, on: torch.device, say=print, temperature: float = 1.0
+) -> Reference:
+    """The reference that the options name; temperature divides its logits, as those of the policy."""
+    run = logprobs if temperature == 1 else partial(logprobs, temperature=temperature)
     if options.ref_model is not None:
-        return _other(options, model, used, config, on=on, say=say)
+        return _other(options, model, used, config, run, on=on, say=say)
     if options.sync_ref_model:
-        return Reference(_moving(model, used), used, {"ref": _copy(used.params)})
+        return Reference(_moving(model, used, run), used, {"ref": _copy(used.params)})
     if used.lora is None:
         # once computed, log-probs need no copy of the weights that they came from
         kept = used if options.precompute_ref_logps else used._replace(frozen=used.frozen | {"ref": _cast(used.params["model"], model)})
-        return Reference(_whole(model), kept, {})
+        return Reference(_whole(model, run), kept, {})
     if config.adapter.lora_model_dir is None:
-        return Reference(_base(model), used, {})
+        return Reference(_base(model, run), used, {})
     kept = {"ref_lora": _copy(used.params["lora"])} | ({"ref": _copy(used.params["model"])} if "model" in used.params else {})
-    return Reference(_started(model, used), used._replace(frozen=used.frozen | kept), {})
+    return Reference(_started(model, used, run), used._replace(frozen=used.frozen | kept), {})
 
 
 def _copy(params: Params) -> Params:
@@ -53,40 +57,40 @@ def _cast(params: Params, model: Model) -> Params:
     return tree.map(lambda leaf: leaf.detach().to(model.cfg.dtype, copy=True), params)
 
 
-def _base(model: Model) -> Callable:
-    return lambda state, batch, plan: logprobs(model.family, model.cfg, state.frozen["model"], batch, plan).logp
+def _base(model: Model, run: Callable) -> Callable:
+    return lambda state, batch, plan: run(model.family, model.cfg, state.frozen["model"], batch, plan).logp
 
 
-def _whole(model: Model) -> Callable:
+def _whole(model: Model, run: Callable) -> Callable:
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         weights = state.frozen["ref"] if "ref" in state.frozen else state.params["model"]
-        return logprobs(model.family, model.cfg, weights, batch, plan).logp
+        return run(model.family, model.cfg, weights, batch, plan).logp
 
     return logp
 
 
-def _adapted(model: Model, used: setup.Trees, weights: Params, low: Params | None, batch: dict, plan: Any) -> Tensor:
+def _adapted(model: Model, run: Callable, used: setup.Trees, weights: Params, low: Params | None, batch: dict, plan: Any) -> Tensor:
     lora = None if low is None else used.lora._replace(tree=low, dropout=0.0, seed=None)
-    return logprobs(model.family, model.cfg, weights, batch, plan, lora=lora).logp
+    return run(model.family, model.cfg, weights, batch, plan, lora=lora).logp
 
 
-def _started(model: Model, used: setup.Trees) -> Callable:
+def _started(model: Model, used: setup.Trees, run: Callable) -> Callable:
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         weights = tree.merge(state.frozen["model"], state.frozen.get("ref", {}))
-        return _adapted(model, used, weights, state.frozen["ref_lora"], batch, plan)
+        return _adapted(model, run, used, weights, state.frozen["ref_lora"], batch, plan)
 
     return logp
 
 
-def _moving(model: Model, used: setup.Trees) -> Callable:
+def _moving(model: Model, used: setup.Trees, run: Callable) -> Callable:
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         own = state.extra["ref"]
-        return _adapted(model, used, tree.merge(state.frozen.get("model", {}), own.get("model", {})), own.get("lora"), batch, plan)
+        return _adapted(model, run, used, tree.merge(state.frozen.get("model", {}), own.get("model", {})), own.get("lora"), batch, plan)
 
     return logp
 
 
-def _other(options: ReferenceOptions, model: Model, used: setup.Trees, config: Any, *, on: torch.device, say) -> Reference:
+def _other(options: ReferenceOptions, model: Model, used: setup.Trees, config: Any, run: Callable, *, on: torch.device, say) -> Reference:
     other, path = setup.load_model(dataclasses.replace(config.model, model=options.ref_model, revision=None), on=on, say=say)
     if other.cfg.vocab_size != model.cfg.vocab_size:
         have = f"{other.cfg.vocab_size} rows of vocabulary, the model {model.cfg.vocab_size}"
@@ -95,7 +99,7 @@ def _other(options: ReferenceOptions, model: Model, used: setup.Trees, config: A
     same = (other.cfg.window, other.cfg.dtype) == (model.cfg.window, model.cfg.dtype)
 
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
-        return logprobs(other.family, other.cfg, state.frozen["ref"], batch, plan if same else None).logp
+        return run(other.family, other.cfg, state.frozen["ref"], batch, plan if same else None).logp
 
     return Reference(logp, used._replace(frozen=used.frozen | {"ref": other.params}), {})
 

@@ -76,6 +76,10 @@ class Screen:
         elif record["step"] % self.every == 0 or record["step"] == self.total:
             self.line(f"step {record['step']:>4}/{self.total}  {text}  eta {clock(eta_s)}")
 
+    def wants(self, step: int) -> bool:
+        """Whether what belongs to this step is worth lines."""
+        return step % self.every == 0
+
     def own(self, record: dict, prefix: str = "") -> str:
         """The method's own numbers of a record, each followed by two spaces."""
         return "".join(f"{key.split('/')[-1]} {record[prefix + key]:.3f}  " for key in self.shown if prefix + key in record)

@@ -233,7 +233,7 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
     if made.corpus.stream is not None:
         read = f"a stream of {len(made.corpus.stream.parts)} files or shards"
     batch = f"{optim.micro_batch_size} rows"
-    if config.data.sample_packing:
+    if getattr(config.data, "sample_packing", False):
         batch = f"up to {optim.micro_batch_size * config.data.sequence_len} tokens"
     resumed = f", resumed from {made.where.resume.name}" if made.where.resume else ""
     return {

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import check, shard, tree
+from treetune.core import check, online_health, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.state import Batch, Objective, Plan, TrainState
 
@@ -103,10 +103,13 @@ def _grad_spike(history: list[Record]) -> str | None:
 
 def _no_gradient(history: list[Record]) -> str | None:
     norm = _series(history[-_RECENT:], "grad_norm")[-1:]
-    return "grad_norm is 0" if norm and norm[0] == 0 else None
+    online = bool(history) and "reward" in history[-1]  # completions may all have the same reward
+    return "grad_norm is 0" if norm and norm[0] == 0 and not online else None
 
 
 def _loss_spike(history: list[Record]) -> str | None:
+    if history and "reward" in history[-1]:
+        return None  # the loss of sampled completions says nothing by itself
     loss = _series(history[-_RECENT:], "train/loss")
     usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
     return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
@@ -114,14 +117,14 @@ def _loss_spike(history: list[Record]) -> str | None:
 
 def _plateau(history: list[Record]) -> str | None:
     loss = _series(history[: _EARLY + 1], "train/loss")
-    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20:
+    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20 or "reward" in history[-1]:
         return None
     first, last = statistics.mean(loss[:20]), statistics.mean(loss[-20:])
     return f"train/loss has not fallen in {len(loss)} steps ({first:.3f} -> {last:.3f})" if last >= first else None
 
 
 def _vanished(history: list[Record]) -> str | None:
-    loss = _series(history[-_RECENT:], "train/loss")[-3:]
+    loss = [record["train/loss"] for record in history[-_RECENT:] if "train/loss" in record and "reward" not in record][-3:]
     return f"train/loss is {loss[-1]:.4f}" if len(loss) == 3 and max(loss) < 0.01 else None
 
 
@@ -161,7 +164,7 @@ def _both_fall(history: list[Record]) -> str | None:
     return f"rewards/chosen is {chosen:.2f} and rewards/rejected {rejected:.2f}: both fall" if chosen < -2 and rejected < -2 else None
 
 
-HEALTH: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
+RULES: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
     "grad_spike": (_grad_spike, "lower learning_rate 2 to 5 times, or lengthen the warm-up"),
     "no_gradient": (_no_gradient, "check that something is trainable and that rows have supervised tokens"),
     "loss_spike": (_loss_spike, "look for a malformed row in this step, or lower learning_rate"),
@@ -172,6 +175,9 @@ HEALTH: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
     "both_fall": (_both_fall, "lower learning_rate, raise rl_beta, or add rpo_alpha 1, which holds the chosen side up"),
     "overfit": (_overfit, "stop earlier, use fewer epochs, a smaller lora_r, or some lora_dropout"),
 }
+
+
+HEALTH = RULES | online_health.RULES
 
 
 def health(history: list[Record], *, quiet: set[str] = frozenset()) -> list[Event]:

@@ -132,6 +132,19 @@ def all_reduce(value: Tensor, how: str, device_mesh: DeviceMesh | None) -> Tenso
     return value
 
 
+def all_rows(values: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
+    """The values [n] of every rank, end to end; ranks may have different n."""
+    if device_mesh is None:
+        return values
+    group = device_mesh.get_group("data")
+    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world(device_mesh))]
+    dist.all_gather(counts, torch.tensor([len(values)], device=values.device), group=group)
+    longest = int(torch.stack(counts).max())
+    parts = [values.new_zeros(longest) for _ in counts]
+    dist.all_gather(parts, torch.nn.functional.pad(values, (0, longest - len(values))), group=group)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
 def any_flag(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
     seen = torch.tensor(float(flag), device=device)

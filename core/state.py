@@ -53,7 +53,7 @@ class TrainState(NamedTuple):
 AXES = {
     "tokens": "T", "positions": "T", "branch": "T", "start": "T", "cu_docs": "D+1",
     "at": "N", "targets": "N", "seq": "N", "weight": "N",
-    "ref_logp": "N", "prompt_at": "M", "prompt_targets": "M",
-    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "desirable": "B", "kind": "B", "margin": "B",
-    "seed": "", "baseline": "", "delta": "",
+    "ref_logp": "N", "old_logp": "N", "sampler_logp": "N", "correction": "N", "entropy_keep": "N", "prompt_at": "M", "prompt_targets": "M",
+    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "desirable": "B", "kind": "B", "margin": "B", "advantage": "B",
+    "seed": "", "baseline": "", "delta": "", "entropy_coef": "",
 }  # fmt: skip

@@ -18,14 +18,17 @@ ALLOWED = {
     "ops": {"torch", "triton", "treetune.ops"},
     "core": {"torch", "treetune.core"},
     "core/data": {"treetune.core", "transformers", "tokenizers", "datasets", "numpy", "torch"},
-    "core/rollout": {"treetune.core", "httpx", "torch"},
+    "core/rollout": {"treetune.core", "httpx", "numpy", "tenacity", "torch"},
     "models": {
         "torch", "treetune.models", "treetune.ops",
         *(f"treetune.core.{name}" for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided")),
     },
     "losses": {
         "torch", "treetune.core.state", "treetune.core.check",
-        *(f"treetune.losses.{name}" for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward")),
+        *(
+            f"treetune.losses.{name}"
+            for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction")
+        ),
     },
 }  # fmt: skip
 # What single files may import besides, inside the function that needs it only.

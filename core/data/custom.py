@@ -40,17 +40,23 @@ def load(path: str, cfg: object = None, **options) -> Transform:
     A module is looked for as any import is, then as a file under the working folder.
     Errors: ValueError when there is no such module or function, or when it does not give what the module's text says.
     """
-    place, _, name = path.rpartition(":" if ":" in path else ".")
-    if not place or not name:
-        raise ValueError(f"transform {path!r}: expected module.function or file.py:function")
-    function = getattr(_module(place, path), name, None)
-    if not callable(function):
-        raise ValueError(f"transform {path!r}: {place} has no function {name}")
+    named = function(path)
     try:
-        made = function(cfg, **options)
+        made = named(cfg, **options)
     except RAISED as error:
         raise ValueError(f"transform {path!r} raised {type(error).__name__}: {error}; it is called with (cfg, **kwargs)") from error
     return _checked(path, *(made if isinstance(made, tuple) and len(made) == 2 else (made, {})))
+
+
+def function(path: str, what: str = "transform") -> Callable:
+    """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `what`, when there is none."""
+    place, _, name = path.rpartition(":" if ":" in path else ".")
+    if not place or not name:
+        raise ValueError(f"{what} {path!r}: expected module.function or file.py:function")
+    found = getattr(_module(place, path, what), name, None)
+    if not callable(found):
+        raise ValueError(f"{what} {path!r}: {place} has no function {name}")
+    return found
 
 
 def _checked(path: str, fn: object, extra: object) -> Transform:
@@ -103,20 +109,20 @@ def _call(transform: Transform, row: dict, tokenizer, where: str) -> list[dict]:
     return [kept | {name: value[at] for name, value in out.items()} for at in range(next(iter(sizes.values()), 0))]
 
 
-def _module(place: str, path: str) -> ModuleType:
+def _module(place: str, path: str, what: str) -> ModuleType:
     file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
         except ImportError as error:
             if not file.is_file():
-                raise ValueError(f"transform {path!r}: no module {place} ({error}), and no file {file} in {Path.cwd()}") from error
+                raise ValueError(f"{what} {path!r}: no module {place} ({error}), and no file {file} in {Path.cwd()}") from error
     if not file.is_file():
-        raise ValueError(f"transform {path!r}: no file {file} in {Path.cwd()}")
+        raise ValueError(f"{what} {path!r}: no file {file} in {Path.cwd()}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (*RAISED, ImportError, SyntaxError, OSError) as error:
-        raise ValueError(f"transform {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{what} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
     return module

@@ -49,6 +49,12 @@ def _with(**numbers):
     return [record | numbers for record in _steps(FALLING[:40])]
 
 
+def _online(**values: float) -> list[dict]:
+    """A healthy run of reinforcement learning, with other values of some metrics at every step."""
+    usual = {"reward": 0.3, "reward_std": 0.2, "frac_reward_zero_std": 0.3, "entropy": 0.3, "kl": 0.1, "completions/clipped_ratio": 0.1}
+    return [record | usual | values for record in _steps([0.01 * (i % 3) for i in range(25)])]
+
+
 FALLING = [2.0 * 0.98**i for i in range(80)]
 HEALTHY = (
     [_steps(FALLING[:n]) for n in (1, 2, 3, 12, 60, 80)]
@@ -76,7 +82,22 @@ SICK = {
     "prefers_rejected": (_with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.6}), "-0.100", "swapped"),
     "ranks_badly": (_with(accuracy=0.4), "accuracy is 0.40", "swapped"),
     "both_fall": (_with(**{"rewards/chosen": -3.0, "rewards/rejected": -4.0, "kl": 0.5}), "-3.00", "rpo_alpha"),
+    "no_reward": (_online(reward=0.0, reward_std=0.0), "no completion", "rollout"),
+    "no_signal": (_online(frac_reward_zero_std=0.95), "0.95", "dynamic_sampling"),
+    "entropy_collapse": (_online(entropy=0.005), "0.005", "temperature"),
+    "far_from_reference": (_online(kl=2.5), "2.5", "beta"),
+    "stale_sampler": (_online(**{"sampling/sampling_logp_difference/mean": 1.5}), "1.5", "vllm_sync_interval"),
+    "lost_weight": (_online(**{"sampling/importance_sampling_ratio/min": 1e-4}), "0.0001", "off_policy_mask_threshold"),
+    "clipped_updates": (_online(**{"clip_ratio/region_mean": 0.4}), "0.4", "num_iterations"),
+    "cut_completions": (_online(**{"completions/clipped_ratio": 0.9}), "0.9", "max_completion_length"),
 }
+
+
+def test_what_sampled_completions_may_do_is_left_in_peace():
+    """A loss of 0 or one that jumps, and steps without a gradient, where all completions had the same reward."""
+    still = [record | {"train/loss": 0.0, "grad_norm": 0.0} for record in _online()]
+    jumps = [record | {"train/loss": 10.0 * (i % 2)} for i, record in enumerate(_online())]
+    assert observe.health(still) == observe.health(jumps) == observe.health(_online()) == []
 
 
 @pytest.mark.parametrize("history", HEALTHY)

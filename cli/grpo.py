@@ -1,0 +1,298 @@
+"""`treetune grpo`: reinforcement learning from rewards that functions, or reward models, give to sampled completions."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from treetune.cli import corpus, finish, loop, online, parse, rewarding, rl_data, rollouts, rundir, samplers, setup, training
+from treetune.cli import method as methods
+from treetune.cli.errors import checking_input, running
+from treetune.cli.screen import Screen
+from treetune.core import ckpt, shard, step
+from treetune.core.data import loader
+from treetune.core.rollout import feed, stats
+from treetune.core.rollout.group import Group
+from treetune.core.state import TrainState
+from treetune.losses import online as objectives
+from treetune.ops import attention, noise
+
+COMPLETIONS, EVALUATION, DROPOUT = 11, 12, 13  # what randomness is for
+
+
+class Run(NamedTuple):
+    """What a run of reinforcement learning has besides what all runs have; to be closed at its end."""
+
+    assembly: training.Assembly
+    feed: feed.Feed
+    close: Callable[[], None]
+
+
+def run(config: Any, given: frozenset[str]) -> int:
+    """Train and leave a run folder; the exit code."""
+    with checking_input():
+        on = setup.device(config.model.device)
+        ranks = setup.ranks(on)
+        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=online.METHOD.shown)
+        made = assemble(config, screen, ranks, on)
+    try:
+        return _train(config, made, screen, ranks)
+    finally:
+        made.close()
+
+
+def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
+    main = made.assembly
+    with checking_input():
+        sampler = finish.sampler(config, main)
+    setup.wait_for_all(ranks)  # every rank has looked at the folder before one makes it
+    if ranks.rank == 0:
+        with checking_input():
+            rundir.create(main.where, parse.to_yaml(config, without=("resume", "overwrite")), overwrite=config.run.overwrite)
+    screen.table("", describe(config, made, ranks))
+    with running(main.where.root):
+        sampler(main.state, "before", screen)
+        outcome = loop.run(main.job, main.state, main.where, config.run, screen, main.meta)
+        sampler(outcome.state, "after", screen)
+        finish.leave(config, main, outcome, screen)
+    return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum
+
+
+def describe(config: Any, made: Run, ranks: setup.Ranks) -> dict[str, str]:
+    """What is about to run."""
+    rows = training.describe(config, made.assembly, ranks)
+    size, pipe, rollout = prompts_per_step(config), config.pipeline, config.rollout
+    rows["data"] = "; ".join(made.assembly.corpus.lines)
+    rows["step"] = (
+        f"{size} prompts x {rollout.num_generations} completions of up to {rollout.max_completion_length} tokens on {ranks.world} "
+        f"rank{'s' * (ranks.world > 1)}; a generation serves {pipe.steps_per_generation * pipe.num_iterations} steps"
+    )
+    rows["loss"] = online.describe(config.loss)
+    rows["rewards"] = ", ".join(rewarding.described(config.rewards))
+    rows["sampler"] = samplers.describe(config)
+    return rows
+
+
+def prompts_per_step(config: Any) -> int:
+    """Prompts of an optimiser step on one rank."""
+    return config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
+
+
+def assemble(config: Any, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
+    """All of a run's parts from its options; writes nothing. What it starts (workers, a server) is stopped if it fails."""
+    where = rundir.choose("grpo", config.run)
+    start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
+    words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
+    data = rl_data.load(config.data, words.tokenizer, seed=config.optim.seed)
+    for text in data.lines:
+        screen.line(text)
+    base, _ = setup.load_model(config.model, on=on)
+    model = setup.with_rows(base, words, config.vocabulary, start)
+    if changed := setup.describe_rows(words, base, model):
+        screen.line(changed)
+    rl_data.check_fits(data, config.rollout.max_completion_length, model.cfg)
+    if config.adapter.adapter == "lora":
+        name, seed = setup.model_name(config.model), config.optim.seed
+        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
+    else:
+        trees = setup.full(model)
+    signal = online.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)
+    digest = ckpt.digest(signal.parts.trees.frozen) if signal.parts.trees.frozen else ""
+    placed = setup.place(signal.parts.trees, model, ranks, config.run.sharding)
+    signal = signal._replace(parts=signal.parts._replace(trees=placed))
+    with contextlib.ExitStack() as started:
+        rewards = rewarding.start(config.rewards, config.model, on=on, say=screen.warn)
+        started.callback(rewards.close)
+        rewards.check(data.train + data.val)
+        seeds = [noise.keys(config.optim.seed, purpose).item() for purpose in (COMPLETIONS, EVALUATION)]
+        parts = {"on": on, "root": where.root, "seeds": seeds, "say": screen.line}
+        sampler = samplers.build(config, model, placed, words.tokenizer, **parts)
+        started.callback(sampler.close)
+        made = _assemble(config, data, words.tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen)
+        started.callback(made.feed.close)
+        return made._replace(close=started.pop_all().close)
+
+
+def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen) -> Run:
+    optim, parts = config.optim, signal.parts
+    trees = parts.trees
+    peak = optim.learning_rate or online.METHOD.rates[trees.lora is None]
+    optimizer = setup.optimizer(optim, loraplus=config.adapter.loraplus_lr_ratio if trees.lora else None)
+    state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), parts.extra, torch.tensor(0, device=on))
+    make = training.maker(model, on, streams=parts.streams)
+    total = total_steps(config, len(data.train), ranks.world)
+    schedule = setup.schedule(optim, peak, total)
+    clip = optim.max_grad_norm or None
+    stepper = step.make_step(parts.objective, optimizer, schedule=schedule, clip=clip, prepare=parts.prepare, mesh=ranks.mesh)
+    sizes = [len(one.tokens) for one in data.train]
+    meta = {"base_digest": digest, "stream": loader.digest(sizes, step=prompts_per_step(config) * ranks.world, seed=optim.seed)}
+    state, found = loop.restore(where, state, meta)
+    with checking_input():
+        sampler.start(state)
+    pool = feed.Feed(
+        data.train,
+        sampler.sample,
+        rewards.score,
+        rewarding.advantage(config, ranks),
+        options(config, ranks, total),
+        relogp=rollouts.scorer(signal.logprob, make, optim.micro_batch_size) if online.scored_apart(config) else None,
+        measure=partial(stats.metrics, names=config.rewards.reward_funcs, weights=rewarding.weights(config.rewards)),
+        snapshot=sampler.snapshot,
+        together=partial(largest, ranks, on),
+        say=screen.warn,
+    )
+    if found is not None:
+        pool.load(found["rollout"][ranks.rank])
+    between = [fn for fn in (parts.between, sampler.between) if fn is not None]
+    job = loop.Job(
+        stepper,
+        evaluator(config, data, sampler, rewards, on) if data.val else None,
+        parts.objective,
+        partial(tickets, prompts_per_step(config) * ranks.world / rounds(config) / len(data.train)),
+        total,
+        meta,
+        on,
+        rank=ranks.rank,
+        prepare=parts.prepare,
+        between=partial(methods.in_turn, between) if between else None,
+        perplexity=False,
+        roll=Roll(config, pool, make, sampler, where, screen, ranks),
+        carry=partial(carried, pool, ranks),
+        goal="reward",
+    )
+    first = data.train[0]
+    row = {"messages": first.messages} if first.messages is not None else None
+    shown = corpus.Corpus([], [], row, "chat", data.lines)
+    assembly = training.Assembly(job, state, model, trees, tokenizer, where, found, shown, peak, online.METHOD)
+    return Run(assembly, pool, pool.close)
+
+
+def rounds(config: Any) -> int:
+    """Optimiser steps that look at the same prompts."""
+    return config.pipeline.num_iterations
+
+
+def total_steps(config: Any, prompts: int, world: int) -> int:
+    """Optimiser steps of a whole run: max_steps, or num_epochs times through the prompts."""
+    if config.optim.max_steps is not None:
+        return config.optim.max_steps
+    per_generation = prompts_per_step(config) * config.pipeline.steps_per_generation * world
+    generations = max(1, round(config.optim.num_epochs * prompts / per_generation))
+    return generations * config.pipeline.steps_per_generation * config.pipeline.num_iterations
+
+
+def options(config: Any, ranks: setup.Ranks, total: int) -> feed.Options:
+    """The options of the pipeline."""
+    pipe, fraction = config.pipeline, config.pipeline.reroll_start_fraction
+    return feed.Options(
+        prompts=prompts_per_step(config) * pipe.steps_per_generation,
+        steps=pipe.steps_per_generation,
+        iterations=pipe.num_iterations,
+        seed=config.optim.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        replay_size=pipe.replay_buffer_size,
+        reroll_from=None if fraction >= 1 else max(1, int(total * fraction)),
+        reroll_groups=pipe.reroll_max_groups,
+        dynamic=pipe.dynamic_sampling,
+        prefetch_depth=pipe.prefetch_depth if pipe.async_prefetch else 0,
+        chunk=pipe.streaming_min_groups if pipe.streaming_partial_batch else 0,
+    )
+
+
+def tickets(epochs_per_step: float, cursor: loader.Cursor) -> Iterator[tuple[None, loader.Cursor]]:
+    """One after another, the cursors after each step: how far through the prompts a run is, which `roll` deals."""
+    index = cursor.index
+    while True:
+        index += 1
+        yield None, loader.Cursor(int(index * epochs_per_step), index)
+
+
+def largest(ranks: setup.Ranks, on: torch.device, value: int) -> int:
+    """The largest of a number over ranks."""
+    return value if ranks.world == 1 else int(shard.all_reduce(torch.tensor(value, device=on), "max", ranks.mesh))
+
+
+def carried(pool: feed.Feed, ranks: setup.Ranks) -> list[dict]:
+    """What every rank's feed needs to go on."""
+    parts = [pool.state()]
+    if ranks.world > 1:
+        parts = [None] * ranks.world
+        torch.distributed.all_gather_object(parts, pool.state())
+    return parts
+
+
+class Roll(NamedTuple):
+    """The micro-batches of a step, made of what the policy writes and the rewards say."""
+
+    config: Any
+    feed: feed.Feed
+    make: Callable
+    sampler: samplers.Samplers
+    where: rundir.RunDir
+    screen: Screen
+    ranks: setup.Ranks
+
+    def __call__(self, state: TrainState, index: int) -> tuple[list, dict]:
+        """(micro-batches of step `index`, metrics of its completions)."""
+        start = time.perf_counter()
+        groups, found = self.feed.next(state, index - 1)
+        made = {"rollout/seconds": time.perf_counter() - start} | found | self.sampler.metrics()
+        if self.ranks.rank == 0:
+            show(self.config, groups, index, self.where, self.screen)
+        return self.micro_batches(groups, index), made
+
+    def micro_batches(self, groups: list[Group], index: int) -> list:
+        """Groups that teach nothing stand together, so that whole micro-batches of them cost nothing."""
+        size, skip = self.config.optim.micro_batch_size, online.skippable(self.config.loss)
+        skip = skip and self.config.pipeline.skip_zero_advantage_batches
+        ordered = sorted(groups, key=lambda group: not group.advantage.any()) if skip else groups
+        seed = noise.keys(self.config.optim.seed, DROPOUT, index)
+        out = []
+        for i in range(0, len(ordered), size):
+            some = ordered[i : i + size]
+            docs = [rollouts.document(group, mask_truncated=self.config.loss.mask_truncated_completions) for group in some]
+            batch, plan = self.make(range(len(docs)), docs, seed=seed)
+            if skip and not any(group.advantage.any() for group in some):
+                batch = objectives.hollow(batch)
+                plan = attention.plan(batch, window=plan.window, device=batch["tokens"].device)
+            out.append((batch, plan))
+        return out
+
+
+def show(config: Any, groups: list[Group], index: int, where: rundir.RunDir, screen: Screen) -> None:
+    """Completions on the screen and in samples.jsonl, with what each reward said."""
+    pipe, names = config.pipeline, config.rewards.reward_funcs
+    for number, group in enumerate(groups):
+        order = np.argsort(-np.nan_to_num(group.advantage))
+        for place, j in enumerate(order.tolist()):
+            one = group.completions[j]
+            said = {name: None if value != value else value for name, value in zip(names, group.rewards[j].tolist(), strict=True)}
+            record = {"step": index, "prompt": group.prompt.text, "answer": one.text, "rewards": said, "advantage": group.advantage[j]}
+            if pipe.log_completions:
+                rundir.append(where.samples, record | {"tokens": len(one.tokens), "stopped": one.stopped, "version": group.version})
+            if number == 0 and place < pipe.num_completions_to_print and screen.wants(index):
+                said = ", ".join(f"{name} {value:g}" for name, value in said.items() if value is not None)
+                screen.line(f"  {one.text.strip()!r:.200}  ({said}; advantage {group.advantage[j]:.2f})", "dim")
+
+
+def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, rewards: rewarding.Rewards, on: torch.device) -> Callable:
+    """state -> rewards of one completion of each held-out prompt, always with the same randomness."""
+    names, weights = config.rewards.reward_funcs, rewarding.weights(config.rewards)
+
+    def evaluate(state: TrainState) -> dict[str, torch.Tensor]:
+        sampled = sampler.held(sampler.snapshot(state), data.val, list(range(len(data.val))))
+        groups = [
+            Group(prompt, i, tuple(one), sampled.version) for i, (prompt, one) in enumerate(zip(data.val, sampled.completions, strict=True))
+        ]
+        scored = rewards.score(groups)
+        groups = [group._replace(rewards=values) for group, values in zip(groups, scored, strict=True)]
+        found = stats.metrics(groups, names, weights)
+        kept = {name: value for name, value in found.items() if not name.startswith("frac") and value == value}
+        return {name: torch.tensor(value) for name, value in kept.items()}
+
+    return evaluate

@@ -1,0 +1,206 @@
+"""The objective of reinforcement learning from its options: what `--loss` stands for, the reference, corrections, the entropy bonus."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.cli import method, reference, setup
+from treetune.cli.loss_options import ReferenceOptions
+from treetune.cli.rl_options import PRESETS, PolicyLoss, Preset
+from treetune.core import shard
+from treetune.core.data import kinds, pack
+from treetune.core.state import TrainState
+from treetune.losses import advantage, correction, divergence, online, policy, ratio, reduce
+from treetune.models import Model
+
+EPSILON = {"gspo": (3e-4, 4e-4), "luspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "dapo": (0.2, 0.28)}  # low and high, where not 0.2
+RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
+KL = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}
+
+
+def choices(options: PolicyLoss) -> Preset:
+    """What the loss stands for, with what the user chose instead."""
+    chosen = {"advantage": options.advantage, "ratio": options.importance_sampling_level, "aggregate": options.aggregate}
+    return PRESETS[options.loss]._replace(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def bounds(options: PolicyLoss) -> tuple[float, float]:
+    """How far a ratio may fall below and rise above 1."""
+    low, high = EPSILON.get(options.loss, (0.2, 0.2))
+    if options.epsilon is not None:
+        low = high = options.epsilon
+    return low, options.epsilon_high if options.epsilon_high is not None else high
+
+
+def describe(options: PolicyLoss) -> str:
+    """The method in a line: nothing that a name stands for stays hidden."""
+    made, (low, high) = choices(options), bounds(options)
+    clip = f" clipped to [1 - {low:g}, 1 + {high:g}]" if made.term == "ppo_clip" else ""
+    kl = (
+        f", {options.beta:g} x {options.kl_estimator} divergence{' times the ratio' * options.use_bias_correction_kl}"
+        if options.beta
+        else ""
+    )
+    return f"{options.loss}: {made.term} on {made.ratio} ratios{clip}, mean over each {made.aggregate}, advantage {made.advantage}{kl}"
+
+
+def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], Tensor]:
+    """Rewards [P, G, K] -> advantages [P, G]."""
+    name, w = choices(options).advantage, torch.tensor(weights, dtype=torch.float64)
+    if name == "gdpo":
+        return lambda rewards: advantage.gdpo(rewards, w)
+    fn = getattr(advantage, name)
+    return lambda rewards: fn(advantage.combined(rewards, w))
+
+
+def batch_wide(options: PolicyLoss) -> bool:
+    """Whether an advantage depends on other prompts of the generation."""
+    return choices(options).advantage in ("batch_scaled", "gdpo")
+
+
+def term(options: PolicyLoss) -> Callable:
+    """The policy term of losses.policy with its options."""
+    name, (low, high) = choices(options).term, bounds(options)
+    if name == "ppo_clip":
+        return partial(policy.ppo_clip, epsilon=low, epsilon_high=high, delta=options.delta)
+    if name == "gmpo":
+        return partial(policy.gmpo, epsilon=low, epsilon_high=high)
+    if name == "cispo":
+        return partial(policy.cispo, epsilon_high=options.epsilon_high)
+    if name == "sapo":
+        return partial(policy.sapo, tau_pos=options.sapo_tau_pos, tau_neg=options.sapo_tau_neg)
+    return getattr(policy, name)
+
+
+def reduction(aggregate: str, length: int) -> Callable:
+    """(x, seq, seq_lens) -> (numerator, denominator)."""
+    if aggregate == "token":
+        return reduce.by_token
+    if aggregate == "sequence":
+        return partial(reduce.by_sequence, count_empty=True)
+    return partial(reduce.by_constant, length=length if aggregate == "constant" else 1)
+
+
+def skippable(options: PolicyLoss) -> bool:
+    """Whether a completion of advantage 0 trains nothing at all."""
+    return not options.beta and not options.entropy_coef and not options.use_adaptive_entropy
+
+
+def _reports(options: PolicyLoss) -> list[Callable]:
+    """Numbers that only some terms have."""
+    made, (low, high) = choices(options), bounds(options)
+    whole = made.ratio in ("sequence", "sequence_sum")
+    if made.term == "cispo":
+        return [partial(online.cispo_clip_ratio, epsilon_high=options.epsilon_high, by_sequence=whole)]
+    if made.term == "vespo":
+        return [online.vespo_phi]
+    return [partial(online.clip_ratio, low=1 - low, high=1 + high, by_sequence=whole)] if made.term == "ppo_clip" else []
+
+
+def _terms(config: Any) -> dict[str, Any]:
+    """Options of losses.online.objective besides its policy term."""
+    loss, how, made = config.loss, config.correction, choices(config.loss)
+    correct = None
+    if how.vllm_importance_sampling_correction and sampled_elsewhere(config):
+        cuts = {"low": how.vllm_importance_sampling_min, "high": how.vllm_importance_sampling_cap}
+        correct = partial(getattr(correction, how.vllm_importance_sampling_mode), **cuts)
+    return {
+        "ratio": RATIOS[made.ratio],
+        "reduction": reduction(made.aggregate, config.rollout.max_completion_length),
+        "kl": KL[loss.kl_estimator] if loss.beta else None,
+        "kl_coef": loss.beta,
+        "corrected_kl": loss.use_bias_correction_kl,
+        "correction": correct,
+        "opsm_threshold": how.off_policy_mask_threshold,
+        "entropy_coef": 0.0 if loss.use_adaptive_entropy else loss.entropy_coef,
+        "reports": _reports(loss),
+    }
+
+
+def sampled_elsewhere(config: Any) -> bool:
+    """Whether completions may come from another policy than the one that scores them: an engine, or older weights."""
+    return config.engine.use_vllm or config.pipeline.async_prefetch
+
+
+def scored_apart(config: Any) -> bool:
+    """Whether the trainer's log-probs must be taken when completions are new: later steps, other samplers and replays need them."""
+    pipe = config.pipeline
+    return sampled_elsewhere(config) or pipe.steps_per_generation * pipe.num_iterations > 1 or pipe.replay_buffer_size > 0
+
+
+class Signal(NamedTuple):
+    """parts: the method as any other. logprob: log-probs of the policy at the sampling temperature, without noise."""
+
+    parts: method.Parts
+    logprob: Callable
+
+
+def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say=print) -> Signal:
+    """The policy's objective, its reference and its state."""
+    loss, heat = config.loss, config.rollout.temperature
+    remat = "full" if config.optim.gradient_checkpointing else None
+    found = _reference(config, model, used, on, say)
+    train = setup.logprob(model, found.trees.lora, remat=remat, temperature=heat)
+    quiet = setup.logprob(model, found.trees.lora, temperature=heat)
+    objective = online.objective(train, term(loss), **_terms(config))
+    extra, between = found.extra, []
+    if config.reference.sync_ref_model:
+        between.append(reference.syncer(config.reference))
+    if loss.use_adaptive_entropy:
+        start = torch.tensor([loss.entropy_coef, torch.inf], dtype=torch.float64, device=on)  # the first step applies none
+        extra, between = extra | {"entropy": {"coef": start[0], "last": start[1]}}, [*between, partial(_adapt, loss)]
+    parts = method.Parts(
+        found.trees,
+        objective,
+        objective,
+        (pack.collate_trees,),
+        extra,
+        partial(_prepare, loss, found, quiet, mesh),
+        partial(method.in_turn, between) if between else None,
+    )
+    return Signal(parts, quiet)
+
+
+def _reference(config: Any, model: Model, used: setup.Trees, on: torch.device, say: Callable) -> reference.Reference:
+    """Without beta nothing is held to a reference."""
+    if not config.loss.beta:
+        return reference.Reference(lambda *_: None, used, {})
+    own = config.reference
+    options = ReferenceOptions(own.ref_model, False, own.sync_ref_model, own.ref_model_sync_steps, own.ref_model_mixup_alpha)
+    return reference.build(options, model, used, config, on=on, say=say, temperature=config.rollout.temperature)
+
+
+def _prepare(loss: PolicyLoss, found: reference.Reference, logprob: Callable, mesh: Any, state: TrainState, micro_batches: list) -> list:
+    """What is global to a step or constant in it: the reference, the tokens of high entropy, the bonus's weight."""
+    extra = {}
+    if loss.use_adaptive_entropy:
+        extra["entropy_coef"] = policy.applied(policy.Adaptive(**state.extra["entropy"]), target=loss.entropy_target).float()
+    out = []
+    for batch, plan in micro_batches:
+        batch = batch | extra
+        out.append((batch | ({"ref_logp": found.logp(state, batch, plan)} if loss.beta else {}), plan))
+    return _entropic(loss.top_entropy_quantile, logprob, mesh, state, out) if loss.top_entropy_quantile < 1 else out
+
+
+def _entropic(quantile: float, logprob: Callable, mesh: Any, state: TrainState, micro_batches: list) -> list:
+    """Micro-batches that know which of their tokens are among those of the highest entropy of the whole step, on all ranks."""
+    quiet = [{key: value for key, value in batch.items() if key != "seed"} for batch, _ in micro_batches]
+    pairs = zip(quiet, micro_batches, strict=True)
+    found = [logprob(state.params, state.frozen, batch, plan, want=("entropy",)).entropy for batch, (_, plan) in pairs]
+    least = correction.entropy_threshold(shard.all_rows(torch.cat(found), mesh), quantile=quantile)
+    return [(batch | {"entropy_keep": entropy >= least}, plan) for entropy, (batch, plan) in zip(found, micro_batches, strict=True)]
+
+
+def _adapt(options: PolicyLoss, state: TrainState, metrics: dict, step: int) -> TrainState:
+    """The bonus's weight after a step of this mean entropy."""
+    moved = policy.update(
+        policy.Adaptive(**state.extra["entropy"]), metrics["entropy"],
+        target=options.entropy_target, delta=options.entropy_coef_delta, low=0.0, high=options.entropy_coef_max,
+    )  # fmt: skip
+    return state._replace(extra=state.extra | {"entropy": moved._asdict()})
+
+
+METHOD = method.Method(kinds.KINDS["text"], build, (2e-5, 1e-6), ("reward", "kl", "completions/mean_length"), "completions")

@@ -1,0 +1,119 @@
+"""What options of reinforcement learning may not say: contradictions, and options that a run would ignore. Imports no torch."""
+
+from typing import Any
+
+from treetune.cli.configs import Grpo
+from treetune.cli.errors import BadInput
+from treetune.cli.rl_options import PRESETS, PolicyLoss
+
+CLIPPED = ("ppo_clip", "gmpo")
+VLLM_ONLY = ("repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs")
+
+
+def check(config: Any) -> None:
+    """Raise BadInput for options that contradict each other."""
+    if not isinstance(config, Grpo):
+        return
+    loss, rollout, pipe = config.loss, config.rollout, config.pipeline
+    _check_loss(loss)
+    _check_reference(config)
+    if rollout.num_generations < 2 and (loss.advantage or PRESETS[loss.loss].advantage) != "reinforce":
+        raise BadInput("num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce")
+    if rollout.temperature == 0:
+        raise BadInput("temperature 0 writes the same completion every time: give a number above 0, 1 is usual")
+    if config.rewards.reward_weights and len(config.rewards.reward_weights) != len(config.rewards.reward_funcs):
+        raise BadInput(f"reward_weights needs a number for each of the {len(config.rewards.reward_funcs)} rewards")
+    if pipe.async_prefetch and not config.engine.use_vllm and config.adapter.adapter == "none":
+        raise BadInput("async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice")
+    if config.engine.use_vllm and config.adapter.adapter == "none" and config.engine.vllm_mode != "managed":
+        raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
+    if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
+        raise BadInput("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
+    if config.engine.use_vllm and (config.adapter.lora_modules_to_save or config.vocabulary.tokens):
+        raise BadInput("vLLM takes adapters of low rank only: leave out lora_modules_to_save and tokens, or sample without use_vllm")
+
+
+def _check_reference(config: Grpo) -> None:
+    options = config.reference
+    if options.sync_ref_model and config.adapter.adapter == "lora" and options.ref_model_mixup_alpha != 1:
+        raise BadInput(
+            "sync_ref_model with an adapter needs ref_model_mixup_alpha 1: a mean of two adapters is not the adapter of the mean; "
+            "or train whole weights with --adapter none"
+        )
+    if options.sync_ref_model and config.run.sharding == "full":
+        raise BadInput("sync_ref_model does not go with --sharding full: the moving reference is kept whole on every rank")
+
+
+def _check_loss(loss: PolicyLoss) -> None:
+    if loss.loss == "cispo" and loss.epsilon_high is None:
+        raise BadInput("cispo needs epsilon_high, the largest ratio itself: 5 is usual")
+    if loss.loss == "cispo" and loss.epsilon_high < 1:
+        raise BadInput(f"epsilon_high is the largest ratio itself for cispo, at least 1 (5 is usual), got {loss.epsilon_high}")
+    if loss.loss in ("gmpo", "vespo") and loss.importance_sampling_level:
+        raise BadInput(f"{loss.loss} has ratios of its own: leave out importance_sampling_level")
+    high = loss.epsilon_high or loss.epsilon or 0.28
+    if loss.delta is not None and loss.delta <= 1 + high:
+        raise BadInput(f"delta must be above 1 + epsilon_high = {1 + high:g}, got {loss.delta:g}")
+
+
+def ignored(config: Any) -> dict[str, str]:
+    """{option: why this run would not look at it}."""
+    if not isinstance(config, Grpo):
+        return {}
+    return _ignored_loss(config.loss) | _ignored_sampling(config) | _ignored_pipeline(config) | _ignored_reference(config)
+
+
+def _ignored_loss(loss: PolicyLoss) -> dict[str, str]:
+    term, out = PRESETS[loss.loss].term, {}
+    if term not in CLIPPED:
+        out |= {name: f"{loss.loss} does not clip at it" for name in ("epsilon", "delta")}
+    if term not in (*CLIPPED, "cispo"):
+        out["epsilon_high"] = f"{loss.loss} does not clip at it"
+    if term != "ppo_clip":
+        out["delta"] = f"{loss.loss} does not clip at it"
+    if term == "reinforce":
+        out["importance_sampling_level"] = "reinforce has no ratios"
+    if term != "sapo":
+        out |= {name: f"the loss is {loss.loss}" for name in ("sapo_tau_pos", "sapo_tau_neg")}
+    if not loss.beta:
+        out |= {name: "beta is 0" for name in ("kl_estimator", "use_bias_correction_kl")}
+    if not loss.use_adaptive_entropy:
+        out |= {name: "use_adaptive_entropy is off" for name in ("entropy_target", "entropy_coef_delta", "entropy_coef_max")}
+    return out
+
+
+def _ignored_sampling(config: Grpo) -> dict[str, str]:
+    engine, out = config.engine, {}
+    if not engine.use_vllm:
+        names = [name for name in vars(engine) if name != "use_vllm"]
+        out |= {name: "use_vllm is off" for name in (*names, *VLLM_ONLY, "vllm_sync_interval")}
+    elif engine.vllm_mode == "server":
+        managed = ("vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization")
+        out |= {name: "the server runs already; these are options of treetune serve" for name in managed}
+    if not engine.use_vllm and not config.pipeline.async_prefetch:
+        same = "the trainer samples from the weights that train, so there is nothing to correct"
+        names = [name for name in vars(config.correction) if name != "off_policy_mask_threshold"]
+        out |= dict.fromkeys(names, same)
+    elif not config.correction.vllm_importance_sampling_correction:
+        names = ("mode", "cap", "min")
+        out |= {f"vllm_importance_sampling_{name}": "vllm_importance_sampling_correction is off" for name in names}
+    return out
+
+
+def _ignored_pipeline(config: Grpo) -> dict[str, str]:
+    pipe, out = config.pipeline, {}
+    if not pipe.async_prefetch:
+        out["prefetch_depth"] = "async_prefetch is off"
+    if not pipe.streaming_partial_batch:
+        out["streaming_min_groups"] = "streaming_partial_batch is off"
+    if pipe.reroll_start_fraction >= 1:
+        out["reroll_max_groups"] = "reroll_start_fraction is 1"
+    return out
+
+
+def _ignored_reference(config: Grpo) -> dict[str, str]:
+    if not config.loss.beta:
+        return {name: "beta is 0, so there is no reference" for name in vars(config.reference)}
+    if not config.reference.sync_ref_model:
+        return {name: "sync_ref_model is off" for name in ("ref_model_sync_steps", "ref_model_mixup_alpha")}
+    return {"ref_model": "sync_ref_model makes the reference follow the policy"}

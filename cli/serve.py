@@ -1,0 +1,190 @@
+"""`treetune serve`: a vLLM server for a model; and the servers that a run starts for itself."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treetune.cli import fetch, setup
+from treetune.cli.errors import RunFailed, checking_input
+from treetune.cli.options import ModelName
+from treetune.cli.screen import Screen
+from treetune.cli.serve_options import Serve
+from treetune.core.rollout import server as servers
+from treetune.core.rollout.server import Server
+from treetune.core.rollout.vllm import LOOPBACK
+from treetune.models import Model, folder, gguf, hf
+from treetune.models.adapter import CONFIG
+
+ENVIRONMENT = Path(".vllm-venv") / "bin" / "python"
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def find_python(option: str | None) -> str:
+    """The Python that has vLLM: the option, $TREETUNE_VLLM_PYTHON, .vllm-venv in this folder, or this one. Raises ValueError."""
+    named = option or os.environ.get("TREETUNE_VLLM_PYTHON")
+    if named:
+        if shutil.which(named) is None:
+            raise ValueError(f"there is no program {named}; name the Python of the environment that has vLLM")
+        return named
+    if ENVIRONMENT.is_file():
+        return str(ENVIRONMENT.absolute())
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM was not found: `make vllm-env` builds .vllm-venv; or name its Python with --python or TREETUNE_VLLM_PYTHON")
+    return sys.executable
+
+
+def served_name(options: ModelName) -> str:
+    """The name of a model in requests: the short name of one that we know, else as it was given."""
+    return fetch.known_name(options.model) or options.model
+
+
+def model_folder(options: ModelName, *, say: Callable[[str], None]) -> Path:
+    """The model as a folder that vLLM reads. A .gguf file is written as one, once, in float32: the numbers that training computes with."""
+    found = fetch.resolve(options.model, say=say, revision=options.revision)
+    if found.suffix != ".gguf":
+        return found
+    stat = found.stat()
+    digest = hashlib.sha256(f"{found.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    place = fetch.home() / "models" / f"{found.stem}-{digest}"
+    if not (place / "config.json").is_file():
+        say(f"writing {found} as a model folder to {place}")
+        hf.save(place, gguf.load(found, dtype=torch.float32), tokenizer=gguf.tokenizer(found))
+    return place
+
+
+def rank_of(path: str | Path) -> int:
+    """The rank in an adapter folder's config. Raises ValueError where there is none."""
+    found = folder.read_json(setup.adapter_folder(str(path)) / CONFIG).get("r")
+    if not isinstance(found, int):
+        raise ValueError(f"{path} names no rank in {CONFIG}; expected an adapter in PEFT format")
+    return found
+
+
+def log_file(port: int) -> Path:
+    """Where a server's output goes if nothing else is said."""
+    return fetch.home() / "logs" / f"vllm-{port}.log"
+
+
+def managed_command(config: Any, path: str | Path) -> list[str]:
+    """The command line of the server that a run of reinforcement learning starts for itself, on a model folder."""
+    engine, adapter = config.engine, config.adapter
+    on = setup.device(config.model.device)
+    start = adapter.lora_model_dir
+    return servers.command(
+        find_python(engine.vllm_python),
+        path,
+        name=served_name(config.model),
+        host=engine.vllm_server_host,
+        port=engine.vllm_server_port,
+        dtype=DTYPES[setup.compute_dtype(config.model.dtype, on)],
+        max_model_len=engine.vllm_max_model_len or config.data.max_prompt_len + config.rollout.max_completion_length,
+        gpu_memory_utilization=engine.vllm_gpu_memory_utilization if on.type == "cuda" else None,
+        enforce_eager=on.type == "cpu",
+        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else rank_of(start),
+        logprobs_mode=logprobs_mode(config.rollout),
+    )
+
+
+def logprobs_mode(rollout: Any) -> str:
+    """Which log-probs the server of a run should report: raw ones serve cut distributions at temperature 1 too, processed ones any
+    temperature without cuts (see core/rollout/vllm.py)."""  # fmt: skip
+    return "raw_logprobs" if rollout.temperature == 1 else "processed_logprobs"
+
+
+def managed(config: Any, model: Model, *, say: Callable[[str], None], log: Path | None = None) -> tuple[Server, str]:
+    """The running server that a run starts for itself, and its URL; it ends with the run. Raises as `Server` does."""
+    engine = config.engine
+    place, where = model_folder(config.model, say=say), log or log_file(engine.vllm_server_port)
+    say(f"starting vLLM on port {engine.vllm_server_port}; its output goes to {where}")
+    made = Server(managed_command(config, place), host=engine.vllm_server_host, port=engine.vllm_server_port, log=where)
+    return made, made.url
+
+
+def engine_dtype(config: Any, model: Model) -> str:
+    """The dtype that a managed server computes in: the trainer's."""
+    return DTYPES[model.cfg.dtype]
+
+
+def command_of(config: Serve, python: str, place: Path) -> list[str]:
+    """The command line of vLLM for these options and a model folder."""
+    extra, rank = list(config.vllm_args), config.max_lora_rank or None
+    if config.adapter is not None:
+        found = setup.adapter_folder(config.adapter)
+        rank = max(rank or 0, rank_of(found))
+        extra += ["--lora-modules", f"{Path(config.adapter).name}={found.absolute()}"]
+    cuda = torch.cuda.is_available()
+    return servers.command(
+        python,
+        place,
+        name=served_name(config.model),
+        host=config.host,
+        port=config.port,
+        dtype=DTYPES[setup.compute_dtype(config.dtype, setup.device("auto"))] if config.dtype != "float16" else "float16",
+        max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization if cuda else None,
+        tensor_parallel_size=config.tensor_parallel_size,
+        data_parallel_size=config.data_parallel_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enforce_eager=config.enforce_eager or not cuda,
+        max_lora_rank=rank,
+        logprobs_mode=config.logprobs_mode,
+        extra=extra,
+    )
+
+
+def _check(config: Serve) -> None:
+    for name in ("tensor_parallel_size", "data_parallel_size", "max_model_len"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 1 <= config.port <= 65535:
+        raise ValueError(f"port must be 1 to 65535, got {config.port}")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {config.gpu_memory_utilization}")
+    if config.max_lora_rank:
+        servers.lora_rank(config.max_lora_rank)
+    servers.check_port(config.host, config.port)
+
+
+def run(config: Serve, given: frozenset[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM; the exit code."""
+    screen = Screen()
+    signal.signal(signal.SIGTERM, _interrupt)
+    with checking_input():
+        _check(config)
+        python = find_python(config.python)
+        place = model_folder(config.model, say=screen.line)
+        command, log = command_of(config, python, place), Path(config.log) if config.log else log_file(config.port)
+        if config.host not in LOOPBACK:
+            screen.warn(f"listening on {config.host}: whoever reaches port {config.port} can sample and load adapters, without a password")
+        screen.line(f"starting vLLM on {place}; its output goes to {log}")
+        try:
+            server = Server(command, host=config.host, port=config.port, log=log, deadline_s=config.start_timeout)
+        except RuntimeError as error:
+            raise RunFailed(str(error)) from error
+    screen.line(f"serving {served_name(config.model)} at {server.url}; Ctrl-C ends it")
+    return _watch(server, screen)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(server: Server, screen: Screen) -> int:
+    try:
+        while server.alive():
+            time.sleep(0.3)
+        raise RunFailed(f"the server ended; {server.log}: {server.tail()}")
+    except KeyboardInterrupt:
+        screen.line("stopping the server")
+        return 0
+    finally:
+        server.stop()

@@ -1,0 +1,65 @@
+"""What flows from a prompt to a gradient: completions of a prompt, their rewards and advantages. Plain data on the host.
+
+G completions of a prompt, n tokens of a completion, K reward functions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treetune.core.data.prompts import Prompt
+
+
+class Completion(NamedTuple):
+    """One continuation of a prompt, as sampled: it is never decoded and encoded again."""
+
+    tokens: np.ndarray  # int32 [n], the stop token included
+    logp: np.ndarray  # float32 [n]: log q in nats at the sampling temperature; nan where the sampler could not tell
+    trained: np.ndarray  # bool [n]: False for tokens that an environment wrote
+    stopped: bool  # by a stop token, not cut at the length limit
+    text: str  # what rewards see
+
+
+class Sampled(NamedTuple):
+    """Completions of each prompt, and the version of the policy that wrote them: the optimiser steps behind its weights."""
+
+    completions: list[list[Completion]]
+    version: int
+
+
+class Group(NamedTuple):
+    """A prompt with its completions. `number` counts the prompts drawn in a run and names the randomness of this draw."""
+
+    prompt: Prompt
+    number: int
+    completions: tuple[Completion, ...]
+    version: int
+    rewards: np.ndarray | None = None  # float64 [G, K], nan: no opinion
+    advantage: np.ndarray | None = None  # float64 [G]
+    old_logp: tuple[np.ndarray, ...] | None = None  # the trainer's log-probs at sampling time, float32 [n] each
+
+
+Sampler = Callable[[Any, Sequence[Prompt], Sequence[int]], Sampled]  # (policy, prompts, their numbers)
+Score = Callable[[Sequence[Group]], np.ndarray]  # groups -> rewards float64 [P, G, K]
+
+
+def to_json(group: Group) -> dict:
+    """The group as JSON values; float32 and float64 survive exactly, nan as NaN."""
+    prompt = group.prompt._asdict() | {"tokens": group.prompt.tokens.tolist()}
+    completions = [[one.tokens.tolist(), one.logp.tolist(), one.trained.tolist(), one.stopped, one.text] for one in group.completions]
+    arrays = {name: None if (value := getattr(group, name)) is None else value.tolist() for name in ("rewards", "advantage")}
+    old = None if group.old_logp is None else [one.tolist() for one in group.old_logp]
+    return {"prompt": prompt, "number": group.number, "completions": completions, "version": group.version, "old_logp": old} | arrays
+
+
+def from_json(data: dict) -> Group:
+    """What `to_json` wrote."""
+    prompt = Prompt(**data["prompt"] | {"tokens": np.array(data["prompt"]["tokens"], np.int32)})
+    completions = tuple(
+        Completion(np.array(tokens, np.int32), np.array(logp, np.float32), np.array(trained, bool), stopped, text)
+        for tokens, logp, trained, stopped, text in data["completions"]
+    )
+    arrays = {name: None if data[name] is None else np.array(data[name], np.float64) for name in ("rewards", "advantage")}
+    old = None if data["old_logp"] is None else tuple(np.array(one, np.float32) for one in data["old_logp"])
+    return Group(prompt, data["number"], completions, data["version"], **arrays, old_logp=old)

@@ -1,0 +1,64 @@
+"""Groups that had signal, kept to stand in for groups that have none. Plain data: a tuple of `Stored`, replaced as a whole.
+
+Groups are kept as they were sampled: tokens without padding, the sampler's log-probs, the version of its policy. What follows from
+the current policy (`old_logp`, and with it every ratio) is not kept, so that whoever draws a group has to compute it anew.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from treetune.core.data import order
+from treetune.core.rollout import stats
+from treetune.core.rollout.group import Group
+
+REPLAY = 13  # purpose of these draws, beside those of `core.data.order`
+LEAST = 1e-8  # smallest weight of a draw
+
+
+class Stored(NamedTuple):
+    """A group in the buffer. Its number tells it apart and breaks ties."""
+
+    score: float
+    number: int
+    index: int  # of its prompt
+    group: Group
+
+
+def score(group: Group) -> float:
+    """How much a scored group can teach: sum_i |A_i| * sum_k std_k, ddof 1, nan left out; 0 for a flat group, exactly."""
+    spread = np.array([stats.deviation(column) for column in group.rewards.T])
+    return float(np.abs(group.advantage).sum() * np.nansum(spread))
+
+
+def add(stored: Sequence[Stored], groups: Sequence[tuple[int, Group]], size: int) -> tuple[Stored, ...]:
+    """The buffer after the groups with signal among `groups`, (index of the prompt, group), were offered to it.
+
+    A full buffer of `size` gives up its lowest score (the older of two) for one that is strictly greater.
+    """
+    kept = list(stored)
+    for index, group in groups:
+        new = Stored(score(group), group.number, index, group._replace(old_logp=None))
+        if size < 1 or not new.score > 0:
+            continue
+        if len(kept) < size:
+            kept.append(new)
+            continue
+        least = min(range(len(kept)), key=lambda i: kept[i][:2])
+        if new.score > kept[least].score:
+            kept[least] = new
+    return tuple(kept)
+
+
+def draw(stored: Sequence[Stored], n: int, *key: int) -> list[Stored]:
+    """Up to n different groups, each next one with probability proportional to max(score, 1e-8) among those left.
+
+    key: integers that decide the draw. Nothing is removed from the buffer.
+    """
+    left, found = list(stored), []
+    for i in range(min(n, len(left))):
+        reach = np.cumsum([max(one.score, LEAST) for one in left])
+        at = int(np.searchsorted(reach, order.uniform(*key, i, REPLAY) * reach[-1], side="right"))
+        found.append(left.pop(min(at, len(left) - 1)))
+    return found

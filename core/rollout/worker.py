@@ -1,0 +1,226 @@
+"""A worker process of `rewards.Pool`: loads reward functions by name and calls them in its main thread, so that signal.alarm works.
+
+Started as `python -m treetune.core.rollout.worker` with a socket as standard input; a message is its length (8 bytes) and JSON.
+First {"names", "limit_s"} -> {"functions": [{"takes", "required", "rest"}]} or {"error"}; then, as often as asked,
+{"function": k, "rows": {name: list}, "limit_s"} -> {"values": [number, null, or a text that says what it was]}, {"length"} or {"error"}.
+No torch and no numpy here: a worker is up at once, and imports what its functions import.
+"""
+
+import asyncio
+import contextlib
+import difflib
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from treetune.core.rollout import builtin
+
+GRACE_S = 5  # beyond the limit that the parent keeps: a worker whose parent was killed must end by itself
+LONGEST = 400  # characters of a message
+
+
+class Loaded(NamedTuple):
+    """A reward function, and which of the columns it takes."""
+
+    call: Callable
+    takes: list[str]
+    required: list[str]
+    rest: bool  # **kwargs: every column
+
+
+def send(channel: socket.socket, message: dict) -> None:
+    """Writes one message. Errors: TypeError or ValueError for what is not JSON, OSError for a channel that is gone."""
+    data = json.dumps(message).encode()
+    channel.sendall(struct.pack("<Q", len(data)) + data)
+
+
+def receive(channel: socket.socket) -> dict | None:
+    """Reads one message; None when the other side is gone."""
+    head = _read(channel, 8)
+    data = head and _read(channel, struct.unpack("<Q", head)[0])
+    return json.loads(data) if data else None
+
+
+def parse(name: str) -> tuple[str, dict]:
+    """`path?option=value,option=value` as the path and its options; values are JSON where they can be, else text."""
+    path, _, tail = name.partition("?")
+    options = {}
+    for part in filter(None, tail.replace("&", ",").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"the option {part!r} of {path} has no value: write {path}?name=value,name=value")
+        options[key] = _json(value)
+    return path, options
+
+
+def resolve(path: str) -> Callable:
+    """The function of a built-in name, `module.function`, `module:function` or `path/to/file.py:function`.
+
+    Errors: ValueError for what is none of these; whatever importing the module raises.
+    """
+    if path in builtin.BUILTIN:
+        return builtin.BUILTIN[path]
+    place, _, attribute = path.rpartition(":" if ":" in path else ".")
+    if not place or not attribute:
+        raise ValueError(f"{path!r} is not built in{_nearest(path)}: use {', '.join(builtin.BUILTIN)}, module.function or file.py:function")
+    found = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name, one in vars(found).items() if inspect.isfunction(one)]
+            raise ValueError(f"{place} has no {part}; its functions are {', '.join(names) or 'none'}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{path} is of type {type(found).__name__}, expected a function")
+    return found
+
+
+def load(name: str) -> Loaded:
+    """A reward function with its options bound, and its columns. Errors: as `resolve`; ValueError for options it does not have."""
+    path, options = parse(name)
+    function = resolve(path)
+    own = inspect.signature(function).parameters.values()
+    rest = any(one.kind is one.VAR_KEYWORD for one in own)
+    named = [one for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    fixed = {one.name for one in named if path in builtin.BUILTIN and one.kind is one.KEYWORD_ONLY}
+    allowed = fixed if path in builtin.BUILTIN else {one.name for one in named}
+    if unknown := [key for key in options if key not in allowed and not rest]:
+        raise ValueError(f"{path} has no option {unknown[0]}; its options are {', '.join(sorted(allowed)) or 'none'}")
+    columns = [one for one in named if one.name not in fixed | set(options)]
+    needed = [one.name for one in columns if one.default is one.empty]
+    if path in builtin.BUILTIN:
+        function(**{column.name: [] for column in columns}, **options)  # it checks its options before it looks at rows
+    return Loaded(partial(function, **options), [one.name for one in columns], needed, rest)
+
+
+def call(one: Loaded, rows: dict) -> dict:
+    """What a function says about rows, as a message; whatever it raises becomes a message too."""
+    try:
+        values = one.call(**{name: values for name, values in rows.items() if one.rest or name in one.takes})
+        if inspect.isawaitable(values):
+            values = asyncio.run(_awaited(values))
+        return _checked(values, len(rows["completions"]))
+    except BaseException as error:  # what a foreign function raises, SystemExit included, costs its rows and nothing else
+        return {"error": described(error)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm left over must not go off in the next call
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line, with the place it comes from."""
+    said = " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST]
+    ours = ("<frozen importlib", importlib.__file__, __file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return f"{said} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else said
+
+
+def main() -> None:
+    """Answers messages until the channel closes."""
+    channel, me = _channel(), os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.path.insert(0, os.getcwd())
+    functions: list[Loaded] = []
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(ConnectionError):  # the parent is gone: nobody wants to read why
+        while (message := receive(channel)) is not None:
+            faulthandler.dump_traceback_later(message["limit_s"] + GRACE_S, exit=True, file=nowhere)
+            answer = _load_all(message["names"], functions) if "names" in message else call(functions[message["function"]], message["rows"])
+            if os.getpid() != me:
+                os._exit(1)  # a function forked and let its child return
+            faulthandler.cancel_dump_traceback_later()
+            send(channel, answer)
+
+
+def _load_all(names: list[str], functions: list[Loaded]) -> dict:
+    for name in names:
+        try:
+            functions.append(load(name))
+        except ValueError as error:
+            return {"error": f"reward {name}: {error}"}
+        except BaseException as error:  # importing a foreign module can raise anything
+            return {"error": f"reward {name} cannot be loaded in {os.getcwd()}: {described(error)}"}
+    return {"functions": [{"takes": one.takes, "required": one.required, "rest": one.rest} for one in functions]}
+
+
+def _checked(values, wanted: int) -> dict:
+    if isinstance(values, str | bytes | dict | set) or not hasattr(values, "__iter__"):
+        return {"length": f"returned {values!r:.60}, expected a list of {wanted} numbers, one for each completion"}
+    values = list(values)
+    if len(values) != wanted:
+        return {"length": f"returned {len(values)} values for {wanted} completions, expected one for each"}
+    return {"values": [_value(one) for one in values]}
+
+
+def _value(value) -> float | str | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    return number if math.isfinite(number) else f"gave {value!r:.60}, expected a finite number or None"
+
+
+async def _awaited(values):
+    return await values
+
+
+def _json(value: str):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return {"True": True, "False": False}.get(value, value)
+
+
+def _nearest(path: str) -> str:
+    near = difflib.get_close_matches(path, builtin.BUILTIN, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _from_file(path: Path):
+    """The module of a file, once: it may import its neighbours, and its name cannot hide another module's."""
+    path = path.resolve()
+    name = f"rewards_of_{path.stem}@{path.parent}"
+    if name not in sys.modules:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        sys.path.append(str(path.parent))
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _read(channel: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        part = channel.recv(min(count - len(data), 1 << 20))
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def _channel() -> socket.socket:
+    """Standard input as a socket that nothing else has; functions and what they start then read from nowhere."""
+    channel = socket.socket(fileno=os.dup(0))
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    return channel
+
+
+if __name__ == "__main__":
+    main()

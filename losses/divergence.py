@@ -1,0 +1,48 @@
+"""Estimates of KL(policy || reference) in nats from the sampled tokens: [N] in, [N] out, float32 at least.
+
+N scored tokens. logp is the policy's log-prob of a token that the policy wrote, ref_logp the reference's, d = logp - ref_logp.
+`clamp` (nats, above 0, None for off) takes d as at least -clamp, which keeps e^-d finite where the policy all but rules a
+token out; such a token then has no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from treetune.losses.reduce import wide
+
+
+def k1(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
+    """d: unbiased, may be below 0. For rewards and reports; as a loss on the policy's own samples its expected gradient is 0.
+
+    Source of k1, k2, k3: Schulman, Approximating KL divergence, 2020.
+    """
+    return _difference(logp, ref_logp, clamp)
+
+
+def k2(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
+    """d^2 / 2: biased, never below 0; its gradient d grad logp is, on the policy's own samples, that of the divergence."""
+    return _difference(logp, ref_logp, clamp).square() / 2
+
+
+def k3(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
+    """e^-d - 1 + d: unbiased, never below 0; inf in float32 below d = -88 without `clamp` (20 is usual).
+
+    Its own gradient, (1 - e^-d) grad logp, is not that of this divergence: see `corrected`.
+    """
+    d = _difference(logp, ref_logp, clamp)
+    return torch.expm1(-d) + d
+
+
+def corrected(k: Tensor, ratio: Tensor) -> Tensor:
+    """r k, r = pi / pi_old with its gradient, not clipped: of k3 on the policy's own samples this has the gradient d grad logp.
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
+    """
+    return ratio * k
+
+
+def _difference(logp: Tensor, ref_logp: Tensor, clamp: float | None) -> Tensor:
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"clamp={clamp!r}: expected a number of nats above 0, 20 for instance, or None for off")
+    d = wide(logp) - wide(ref_logp)
+    return d if clamp is None else d.clamp(min=-clamp)

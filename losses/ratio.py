@@ -1,0 +1,46 @@
+"""Ratios of the policy to an older one, for every scored token: fn(logp, old_logp, seq, seq_lens, *, clamp) -> [N], float32 at least.
+
+N scored tokens, B sequences; seq [N] names the sequence of each token, seq_lens [B] counts the tokens of each. Log-probs in nats,
+rho_t = logp_t - old_logp_t. `clamp` bounds the exponent of each result to [-clamp, clamp] (no gradient beyond); without it
+exponents above 88 give inf in float32.
+"""
+
+from torch import Tensor
+
+from treetune.losses.reduce import per_sequence, wide
+
+
+def token(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:
+    """e^rho_t of each token. Source: Schulman et al. (PPO), arXiv 1707.06347, eq. 6."""
+    return _exp(wide(logp) - wide(old_logp), clamp)
+
+
+def sequence(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:
+    """exp(mean of rho over the sequence), the same for all its tokens. Source: Zheng et al. (GSPO), arXiv 2507.18071, eq. 7."""
+    return _exp(_mean(wide(logp) - wide(old_logp), seq, seq_lens), clamp)
+
+
+def sequence_token(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:
+    """The value of `sequence` with a gradient of each token's own: exp(l_t - sg(l_t) + sg(mean of rho)).
+
+    Source: Zheng et al. (GSPO-token), arXiv 2507.18071.
+    """
+    logp = wide(logp)
+    own = logp.detach()
+    return _exp(logp - own + _mean(own - wide(old_logp), seq, seq_lens), clamp)
+
+
+def sequence_sum(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:
+    """exp(sum of rho over the sequence), the probability ratio of the whole completion: it leaves 1 the faster the longer it is.
+
+    Source: Ahmadian et al. (RLOO), arXiv 2402.14740.
+    """
+    return _exp(per_sequence(wide(logp) - wide(old_logp), seq, seq_lens)[seq], clamp)
+
+
+def _mean(rho: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
+    return (per_sequence(rho, seq, seq_lens) / seq_lens.clamp(min=1))[seq]
+
+
+def _exp(x: Tensor, clamp: float | None) -> Tensor:
+    return (x if clamp is None else x.clamp(-clamp, clamp)).exp()
