@@ -33,7 +33,7 @@ LEARNING = {
     "simpo": (["simpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "1e-3"], "rewards/accuracies", 0.43, 0.94),
     "cpo": (["cpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "1e-3"], "rewards/accuracies", 0.4, 0.96),
     "orpo": (["orpo", "--data", PAIRS, *ANSWERS, "--learning-rate", "4e-4"], None, None, 0.93),
-    "reward": (["reward", "--data", PAIRS, "--learning-rate", "1e-3"], "accuracy", 0.68, 0.9),
+    "reward": (["reward", "--data", PAIRS, "--learning-rate", "1e-3"], None, None, 0.9),
     "prm": (["prm", "--data", STEPS, "--learning-rate", "4e-4"], None, None, 0.96),
 }
 
