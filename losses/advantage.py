@@ -19,7 +19,7 @@ def combined(rewards: Tensor, weights: Tensor) -> Tensor:
 def penalized(rewards: Tensor, kl: Tensor, *, beta: float, low: float | None = None, high: float | None = None) -> Tensor:
     """clip(r, low, high) - beta kl, kl [P, G] the sum over a completion of `divergence.k1` (nats, may be below 0): -> [P, G].
 
-    For estimators that put the divergence into the reward, as RLOO does. Source: Ahmadian et al., arXiv 2402.14740, eq. 2.
+    For estimators that put the divergence into the reward, as RLOO does. Source: Ahmadian et al., arXiv 2402.14740.
     """
     rewards, kl = _checked(rewards, 2), kl.detach().double()
     if kl.shape != rewards.shape or kl.isnan().any():
@@ -84,7 +84,7 @@ def gdpo(rewards: Tensor, weights: Tensor, *, eps: float = 1e-4, ddof: int = 1) 
 def rloo(rewards: Tensor) -> Tensor:
     """A_i = r_i - mean of the other completions = n / (n - 1) (r_i - m_g), n the known ones: [P, G] -> [P, G].
 
-    Source: Ahmadian et al. (RLOO), arXiv 2402.14740, eq. 8.
+    Source: Ahmadian et al. (RLOO), arXiv 2402.14740.
     """
     rewards = _checked(rewards, 2)
     known = ~rewards.isnan()

@@ -82,7 +82,7 @@ def off_policy_mask(logp: Tensor, sampler_logp: Tensor, advantage: Tensor, seq: 
     """Tokens to keep, [N] bool: A >= 0, or mean_t(sampler_logp - logp) <= threshold (nats per token) over the sequence.
 
     advantage [N]. A sequence that has become more likely has a mean below 0 and stays. Pass old_logp for sampler_logp where
-    there is none. A logp or advantage of nan is kept, so that the loss shows it. Source: DeepSeek-V3.2, arXiv 2512.02556, eq. 9.
+    there is none. A logp or advantage of nan is kept, so that the loss shows it. Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
     drift = -per_sequence(_gap(logp, sampler_logp), seq, seq_lens) / seq_lens.clamp(min=1)  # [B]
     return ~((advantage.detach() < 0) & (drift[seq] > threshold))

@@ -36,7 +36,7 @@ def k3(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
 def corrected(k: Tensor, ratio: Tensor) -> Tensor:
     """r k, r = pi / pi_old with its gradient, not clipped: of k3 on the policy's own samples this has the gradient d grad logp.
 
-    Source: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
+    Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
     return ratio * k
 

@@ -278,14 +278,13 @@ class Client:
 
     def _exchange(self, method: str, path: str, payload: dict | None) -> dict:
         reply = self.http.request(method, path, json=payload)
-        if reply.status_code == 429 or reply.status_code >= 500:
-            if (path, reply.status_code) == LOAD_REFUSED:
-                raise ValueError(f"the server at {self.url} refuses {path}: {_message(reply)}")
-            raise _Passing(f"status {reply.status_code}: {_message(reply)}")
-        if reply.status_code == 404:
+        status = reply.status_code
+        if status == 404:
             raise Lost(f"the server at {self.url} answers {path}: {_message(reply)}")
-        if reply.status_code >= 400:
+        if 400 <= status < 500 and status != 429 or (path, status) == LOAD_REFUSED:
             raise ValueError(f"the server at {self.url} refuses {path}: {_message(reply)}")
+        if status >= 400:
+            raise _Passing(f"status {status}: {_message(reply)}")
         found = reply.json() if "json" in reply.headers.get("content-type", "") else {}
         if any(choice.get("finish_reason") in ("abort", "error") for choice in found.get("choices", ())):
             raise _Passing("it gave up a completion")

@@ -73,6 +73,7 @@ def test_an_error_comes_out_as_it_was_and_the_call_can_be_made_again():
     assert caught.value is error and ahead.get(1) == 1 and ahead.get(3) == 3 and 2 not in ahead
     ahead.put(2, 2)
     assert ahead.get(2) == 2 and calls == [1, 2, 3, 2]
+    ahead.close()  # the error, which the call holds, holds this frame
 
 
 def test_what_is_forgotten_before_it_began_is_not_made():

@@ -33,7 +33,8 @@ def scores(stored) -> list[float]:
 def test_the_score_is_size_of_advantages_times_deviations():
     r = np.array([1.0, 0, 0, 1])
     one = made(0, r, (r - r.mean()) / (r.std(ddof=1) + 1e-4))
-    assert replay.score(one) == pytest.approx(1.9996526573, abs=1e-10)
+    # s = 1 / sqrt(3) and |A| = 0.5 / (s + 1e-4), four times.
+    assert replay.score(one) == pytest.approx(2 / (1 + 1e-4 * np.sqrt(3)), abs=1e-12)
     # Two functions: (|1| + |-1|) * (sqrt(1/2) + 2 sqrt(1/2)); one without an opinion on a row adds the deviation of the others.
     assert replay.score(made(0, [[1, 2], [0, 0]], [1.0, -1])) == pytest.approx(2 * 3 * np.sqrt(0.5))
     assert replay.score(made(0, [[1, np.nan], [0, 3], [0, 3]], [1.0, -1, 0])) == pytest.approx(2 * np.sqrt(1 / 3))
