@@ -20,9 +20,10 @@ test: $(READY)
 	$(PYTEST) -m "not slow and not interpret"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests/ops
 
-test-all: $(READY)
-	$(PYTEST) -m "slow or not slow and not interpret"
+test-all: $(READY) $(VLLM)/.ready
+	$(PYTEST) -m "not vllm and (slow or not interpret)"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops
+	$(PYTEST) -m vllm tests/vllm
 
 # vLLM on a CPU, in an environment of its own because it pins its torch; text models need none of the three that go.
 vllm-env: $(VLLM)/.ready
@@ -34,7 +35,7 @@ $(VLLM)/.ready:
 	touch $(VLLM)/.ready
 
 test-vllm: $(READY) $(VLLM)/.ready
-	$(PYTEST) -m vllm tests/vllm
+	$(PYTEST) -m "vllm and not slow" tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,6 +49,8 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/step_sft.py
 	$(BIN)/python benchmarks/step_dpo.py
+	$(BIN)/python benchmarks/step_grpo.py
+	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/prepare.py --rows examples/data/gsm8k_train_sample.jsonl
 	$(BIN)/python benchmarks/tables.py
 

@@ -9,20 +9,17 @@ TRL runs without gradient checkpointing, its faster setting. The first step warm
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import harness
+import quiet
 import step_sft
 import torch
 
 PAIRS, MICRO, ACCUM, MAX_LENGTH, RANK, ALPHA, LR, BETA = 8, 4, 2, 512, 16, 32, 5e-5, 0.1
 SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "gsm8k_preference_sample.jsonl"
-IDLE_CORES, PATIENCE_S, TRIES = 0.1, 600, 4
 
 
 def read(path: str, count: int) -> list[dict]:
@@ -56,11 +53,11 @@ def ours(args: argparse.Namespace) -> dict:
     state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
     make, marks, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
     for i in range(args.steps):
-        marks.append(mark())
+        marks.append(quiet.mark())
         groups = [range(j, j + MICRO) for j in range(i * PAIRS, (i + 1) * PAIRS, MICRO)]
         state, metrics = run(state, [make(list(group), docs, seed=None) for group in groups])
         losses.append(metrics["loss"].item())
-        marks.append(mark())
+        marks.append(quiet.mark())
         scored += int(metrics["supervised_tokens"])
     return summary(marks, losses, scored, sum(len(doc.tokens) for doc in docs))
 
@@ -76,10 +73,10 @@ def theirs(args: argparse.Namespace) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            marks.append(mark())
+            marks.append(quiet.mark())
 
         def on_step_end(self, *_, **__):
-            marks.append(mark())
+            marks.append(quiet.mark())
 
         def on_log(self, _, __, ___, logs=None, **____):
             losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
@@ -101,53 +98,14 @@ def theirs(args: argparse.Namespace) -> dict:
     return summary(marks, losses, sum(n for pair in sides for _, n in pair), 2 * MICRO * sum(longest))
 
 
-class Mark(NamedTuple):
-    """A moment: seconds of the clock, and core seconds that other processes, the host's other guests included, have computed so far."""
-
-    time: float
-    others: float
-
-
-def mark() -> Mark:
-    """This moment. Linux only."""
-    busy = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    computed = (sum(busy) - busy[3] - busy[4]) / os.sysconf("SC_CLK_TCK")  # without idling and waiting for a disk
-    return Mark(time.perf_counter(), computed - sum(os.times()[:4]))
-
-
-def busy_cores(start: Mark, end: Mark) -> float:
-    """How many cores other processes kept busy between two moments."""
-    return (end.others - start.others) / (end.time - start.time)
-
-
-def summary(marks: list[Mark], losses: list[float], scored: int, computed: int) -> dict:
+def summary(marks: list[quiet.Mark], losses: list[float], scored: int, computed: int) -> dict:
     """The numbers of a run from the beginning and end of its steps; `computed`: tokens that its forward passes go over, with padding."""
     times = [end.time - start.time for start, end in zip(marks[2::2], marks[3::2], strict=True)]  # without the first step
     return {
         "pair_s": statistics.fmean(times) / PAIRS, "step_s": statistics.median(times), "peak_gib": harness.peak_gib(),
         "first_loss": losses[0], "last_loss": losses[-1], "scored_tokens": scored, "computed_tokens": computed,
-        "others_busy_cores": busy_cores(marks[2], marks[-1]),
+        "others_busy_cores": quiet.busy_cores(marks[2], marks[-1]),
     }  # fmt: skip
-
-
-def wait_for_quiet() -> None:
-    """Return once the machine is quiet, or PATIENCE_S have passed."""
-    end = time.monotonic() + PATIENCE_S
-    busy = IDLE_CORES + 1
-    while busy > IDLE_CORES and time.monotonic() < end:
-        start = mark()
-        time.sleep(5)
-        busy = busy_cores(start, mark())
-
-
-def undisturbed(arguments: list[str]) -> dict:
-    """A run in a process of its own, the quietest of up to TRIES: a second job beside it slows steps down several times."""
-    runs = []
-    while len(runs) < TRIES and all(run["others_busy_cores"] > IDLE_CORES for run in runs):
-        wait_for_quiet()
-        runs.append(harness.child(__file__, *arguments))
-        print(f"{' '.join(arguments[:4])}: {json.dumps(runs[-1])}", flush=True)
-    return min(runs, key=lambda run: run["others_busy_cores"])
 
 
 def ratios(ours_: dict, theirs_: dict) -> dict:
@@ -167,7 +125,7 @@ def drive(args: argparse.Namespace) -> None:
     for dtype in args.dtypes:
         rate = [harness.gemm_rate(step_sft.DTYPES[dtype])]
         sides = [["--side", side, "--dtype", dtype, *common] for side in ("ours", "trl")]
-        rounds = [[undisturbed(side) for side in sides] for _ in range(args.repeats)]
+        rounds = [[quiet.undisturbed(__file__, side) for side in sides] for _ in range(args.repeats)]
         runs = [list(side) for side in zip(*rounds, strict=True)]
         rate.append(harness.gemm_rate(step_sft.DTYPES[dtype]))
         mine, peer = (harness.medians(side) for side in runs)

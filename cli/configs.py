@@ -48,6 +48,7 @@ from treetune.cli.rl_options import (
     RlReference,
     RolloutOptions,
 )
+from treetune.cli.serve_options import Serve as Serve
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from treetune.core import shard, tree
 from treetune.core.data import pack, spans
 from treetune.core.rollout import sync, vllm
 from treetune.core.rollout.server import Server
-from treetune.core.state import TrainState
+from treetune.core.state import Params, TrainState
 from treetune.models import Model, logprobs
 from treetune.ops import attention
 
@@ -53,10 +53,12 @@ class Engine:
         alive = self.server.alive if self.server else lambda: True
         self.client = vllm.Client(url, model=name, vocab_size=model.cfg.vocab_size, timeout_s=options.vllm_server_timeout, alive=alive)
         needed = config.data.max_prompt_len + rollout.max_completion_length
-        self.client.check(needed_len=needed)
+        accepted = [name, config.model.model, str(serve.model_folder(config.model, say=say)), setup.model_name(config.model)]
+        self.client.check(accepted=accepted, needed_len=needed)
         tokens = [i % model.cfg.vocab_size for i in range(17, 17 + CANARY)]
         dtype = serve.engine_dtype(config, model)
-        canary = sync.Canary(self.client, tokens, dtype=dtype, tolerance=options.vllm_canary_tolerance)
+        foreign = options.vllm_mode == "server"  # which may compute in another dtype than the trainer
+        canary = sync.Canary(self.client, tokens, dtype=dtype, tolerance=options.vllm_canary_tolerance, widen=foreign)
         self.sync = self._sync(canary, root)
         self.version, self.verdict = 0, None
 
@@ -84,31 +86,33 @@ class Engine:
 
     def start(self, state: TrainState) -> None:
         """Check that the server has the base model, and give it the weights where the run has others already."""
-        first = int(state.step) == 0
-        if self.trees.lora is not None:
-            self.verdict = self.sync.start(0, self._expected(state._replace(params={}), None))
-            first = first and self.config.adapter.lora_model_dir is None
-        elif first:
-            self.verdict = self.sync.start(0, self._expected(state, None))
-        if not first:
+        self.verdict = self._told(lambda _: self.sync.start(-1, self._expected(self.model, None)))
+        if int(state.step) > 0 or self.config.adapter.lora_model_dir is not None:
             self.push(state)
 
     def push(self, state: TrainState) -> None:
         """Give the server the weights of the state, and check that it has them."""
         now, used = finish.current(state, self.model, self.trees.lora)
         trained = tree.map(shard.full, state.params)
-        save = partial(finish.write_trained, self.config, self.trees, self.tokenizer, now, used, trained)
-        version = int(state.step)
-        self.verdict = self.sync.sync(version, save, trained, self._expected(state, self.trees.lora))
+        save = partial(self._save, now, used, trained)
+        version, expected = int(state.step), self._expected(now, used)
+        self.verdict = self._told(lambda _: self.sync.sync(version, save, trained, expected))
         self.version = version
+
+    def _told(self, call: Callable[[str], sync.Verdict]) -> sync.Verdict:
+        """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
+        try:
+            return sync.steady(call, self.sync, self.server)
+        except RuntimeError as error:  # a lost sync, a server that does not answer, one that does not come up
+            raise RunFailed(str(error)) from error
+
+    def _save(self, model: Model, used: Any, trained: Params, path: Path) -> None:
+        finish.write_trained(self.config, self.trees, self.tokenizer, model, used, trained, path)
 
     def between(self, state: TrainState, metrics: dict, step: int) -> TrainState:
         """Sync every vllm_sync_interval steps."""
         if step % self.config.pipeline.vllm_sync_interval == 0:
-            try:
-                self.push(state)
-            except sync.SyncError as error:
-                raise RunFailed(str(error)) from error
+            self.push(state)
         return state
 
     def metrics(self) -> dict:
@@ -119,16 +123,13 @@ class Engine:
         return {f"sync/logp_difference_{how}": gap for how, gap in gaps.items()} | {"sync/version": self.version}
 
     @torch.no_grad()
-    def _expected(self, state: TrainState, used: Any) -> np.ndarray:
+    def _expected(self, model: Model, used: Any) -> np.ndarray:
         """The trainer's log-probs of the canary at temperature 1."""
-        now, lora = finish.current(state, self.model, used)
         tokens = np.array(self.sync.canary.tokens, np.int32)
-        weight = np.ones(len(tokens), np.float32)
-        weight[0] = 0
-        batch = pack.collate([spans.Doc(tokens, weight, 0)])
-        plan = attention.plan(batch, window=now.cfg.window, device=self.on, dtype=now.cfg.dtype)
+        batch = pack.collate([spans.Doc(tokens, (np.arange(len(tokens)) > 0).astype(np.float32), 0)])
+        plan = attention.plan(batch, window=model.cfg.window, device=self.on, dtype=model.cfg.dtype)
         batch = {key: value.to(self.on) for key, value in batch.items()}
-        return np.asarray(logprobs(now.family, now.cfg, now.params, batch, plan, lora=lora).logp.double().cpu())
+        return np.asarray(logprobs(model.family, model.cfg, model.params, batch, plan, lora=used).logp.double().cpu())
 
     def close(self) -> None:
         """Leave the server, or end it if it is ours."""

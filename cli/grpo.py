@@ -29,6 +29,7 @@ class Run(NamedTuple):
 
     assembly: training.Assembly
     feed: feed.Feed
+    start: Callable[[TrainState], None]  # give an engine the weights
     close: Callable[[], None]
 
 
@@ -55,6 +56,7 @@ def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
             rundir.create(main.where, parse.to_yaml(config, without=("resume", "overwrite")), overwrite=config.run.overwrite)
     screen.table("", describe(config, made, ranks))
     with running(main.where.root):
+        made.start(main.state)
         sampler(main.state, "before", screen)
         outcome = loop.run(main.job, main.state, main.where, config.run, screen, main.meta)
         sampler(outcome.state, "after", screen)
@@ -131,8 +133,6 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
     sizes = [len(one.tokens) for one in data.train]
     meta = {"base_digest": digest, "stream": loader.digest(sizes, step=prompts_per_step(config) * ranks.world, seed=optim.seed)}
     state, found = loop.restore(where, state, meta)
-    with checking_input():
-        sampler.start(state)
     pool = feed.Feed(
         data.train,
         sampler.sample,
@@ -168,7 +168,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
     row = {"messages": first.messages} if first.messages is not None else None
     shown = corpus.Corpus([], [], row, "chat", data.lines)
     assembly = training.Assembly(job, state, model, trees, tokenizer, where, found, shown, peak, online.METHOD)
-    return Run(assembly, pool, pool.close)
+    return Run(assembly, pool, sampler.start, pool.close)
 
 
 def rounds(config: Any) -> int:
@@ -240,7 +240,8 @@ class Roll(NamedTuple):
     def __call__(self, state: TrainState, index: int) -> tuple[list, dict]:
         """(micro-batches of step `index`, metrics of its completions)."""
         start = time.perf_counter()
-        groups, found = self.feed.next(state, index - 1)
+        with samplers.ending():
+            groups, found = self.feed.next(state, index - 1)
         made = {"rollout/seconds": time.perf_counter() - start} | found | self.sampler.metrics()
         if self.ranks.rank == 0:
             show(self.config, groups, index, self.where, self.screen)
@@ -285,11 +286,11 @@ def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, re
     names, weights = config.rewards.reward_funcs, rewarding.weights(config.rewards)
 
     def evaluate(state: TrainState) -> dict[str, torch.Tensor]:
-        sampled = sampler.held(sampler.snapshot(state), data.val, list(range(len(data.val))))
-        groups = [
-            Group(prompt, i, tuple(one), sampled.version) for i, (prompt, one) in enumerate(zip(data.val, sampled.completions, strict=True))
-        ]
-        scored = rewards.score(groups)
+        with samplers.ending():
+            sampled = sampler.held(sampler.snapshot(state), data.val, list(range(len(data.val))))
+            rows = zip(data.val, sampled.completions, strict=True)
+            groups = [Group(prompt, i, tuple(one), sampled.version) for i, (prompt, one) in enumerate(rows)]
+            scored = rewards.score(groups)
         groups = [group._replace(rewards=values) for group, values in zip(groups, scored, strict=True)]
         found = stats.metrics(groups, names, weights)
         kept = {name: value for name, value in found.items() if not name.startswith("frac") and value == value}

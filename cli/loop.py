@@ -153,12 +153,13 @@ class _Loop:
         found = {f"eval/{key}": value for key, value in _known({k: v.item() for k, v in self.job.evaluate(state).items()}).items()}
         record = {"step": step, **found} | ({"eval/perplexity": math.exp(min(found["eval/loss"], 700.0))} if self.job.perplexity else {})
         self.recorder.note(record | {"eval/seconds": time.perf_counter() - start})
-        goal, value = self.job.goal, found[f"eval/{self.job.goal}"]
+        goal, value = self.job.goal, found.get(f"eval/{self.job.goal}", math.nan)  # of no answer a reward may be known
         self.screen.line(f"held out, step {step}: {goal} {value:.4f}  {self._own(record)}".rstrip(), "bold")
         self.tell_health()
-        better = self.progress.best is None or (value < self.progress.best if goal == "loss" else value > self.progress.best)
-        best = {"best": value, "best_step": step, "bad_evals": 0}
-        self.progress = self.progress._replace(**best if better else {"bad_evals": self.progress.bad_evals + 1})
+        best = self.progress.best
+        better = value == value and (best is None or (value < best if goal == "loss" else value > best))
+        found_best = {"best": value, "best_step": step, "bad_evals": 0}
+        self.progress = self.progress._replace(**found_best if better else {"bad_evals": self.progress.bad_evals + 1})
         if better and step:
             self.save(state)
         patience = self.options.early_stopping_patience

@@ -19,6 +19,7 @@ COMMANDS = {
     "prm": ("tune", "Prm", "train a reward model of steps"),
     "grpo": ("grpo", "Grpo", "learn from rewards of sampled completions: GRPO, DAPO, GSPO, RLOO, ..."),
     "rollout": ("rollout", "Rollout", "sample and score without training: try a reward"),
+    "serve": ("serve", "Serve", "start a vLLM server for a model"),
     "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),
     "eval": ("evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
     "score": ("score", "Score", "score answers or steps with a reward model"),

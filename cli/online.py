@@ -191,7 +191,8 @@ def _entropic(quantile: float, logprob: Callable, mesh: Any, state: TrainState, 
     pairs = zip(quiet, micro_batches, strict=True)
     found = [logprob(state.params, state.frozen, batch, plan, want=("entropy",)).entropy for batch, (_, plan) in pairs]
     least = correction.entropy_threshold(shard.all_rows(torch.cat(found), mesh), quantile=quantile)
-    return [(batch | {"entropy_keep": entropy >= least}, plan) for entropy, (batch, plan) in zip(found, micro_batches, strict=True)]
+    kept = [correction.entropy_mask(entropy, least) for entropy in found]
+    return [(batch | {"entropy_keep": keep}, plan) for keep, (batch, plan) in zip(kept, micro_batches, strict=True)]
 
 
 def _adapt(options: PolicyLoss, state: TrainState, metrics: dict, step: int) -> TrainState:

@@ -3,6 +3,7 @@
 P prompts, G completions of each, K rewards.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,9 @@ def described(options: RewardFunctions) -> list[str]:
 
 
 def weights(options: RewardFunctions) -> list[float]:
-    """A weight for each reward. Errors: ValueError when there are not as many as rewards."""
+    """A weight for each reward. Errors: ValueError when there are not as many as rewards, or one is no finite number."""
+    if wrong := [weight for weight in options.reward_weights if not math.isfinite(weight)]:
+        raise ValueError(f"reward_weights has {wrong[0]}, expected finite numbers")
     if options.reward_weights and len(options.reward_weights) != len(options.reward_funcs):
         raise ValueError(
             f"reward_weights has {len(options.reward_weights)} numbers for {len(options.reward_funcs)} rewards; give one for each"
@@ -62,6 +65,8 @@ def start(
 ) -> Rewards:
     """Load every reward and start the workers. Errors: ValueError for rewards that cannot be loaded."""
     names, _ = options.reward_funcs, weights(options)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"reward_funcs is {sources.listed(names)}: expected at least one reward, and none twice")
     models = {name: _scorer(name, model, on) for name in names if is_model(name)}
     functions = [name for name in names if name not in models]
     workers = {"workers": options.reward_num_workers, "timeout_s": options.reward_timeout}

@@ -29,8 +29,10 @@ def check(config: Any) -> None:
         raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
         raise BadInput("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
-    if config.engine.use_vllm and (config.adapter.lora_modules_to_save or config.vocabulary.tokens):
-        raise BadInput("vLLM takes adapters of low rank only: leave out lora_modules_to_save and tokens, or sample without use_vllm")
+    whole = config.adapter.lora_modules_to_save or config.vocabulary.tokens or config.vocabulary.embedding_multiple
+    if config.engine.use_vllm and whole:
+        names = "lora_modules_to_save, tokens and embedding_multiple"
+        raise BadInput(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
 
 def _check_reference(config: Grpo) -> None:

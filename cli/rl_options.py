@@ -234,7 +234,7 @@ class EngineOptions:
     vllm_gpu_memory_utilization: float = 0.9
     """Part of the device memory that the server may use (managed)."""
     vllm_canary_tolerance: float | None = None
-    """Largest difference of a log-prob between trainer and server after a sync; if not given by dtype. A larger one stops the run."""
+    """Largest mean difference between the log-probs of trainer and server after a sync, by dtype if not given. More stops the run."""
 
 
 @dataclass(frozen=True)

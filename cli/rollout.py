@@ -51,7 +51,7 @@ def _groups(
     draw = rollouts.local(model, used, config.rollout, stop=stop, tokenizer=tokenizer, seed=config.seed)
     wrap = rollouts.plain
     if config.rollout.rollout_func is not None:
-        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer)
+        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
     sample = wrap(draw, config.rollout, n=config.rollout.num_generations)
     params = {} if used is None else {"lora": used.tree}
     state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0))

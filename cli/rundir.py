@@ -96,7 +96,9 @@ def create(run: RunDir, config: str, *, overwrite: bool) -> None:
 def rewind(run: RunDir, step: int) -> list[dict]:
     """Forget what the run did after `step`: records, sample answers, checkpoints. Returns the records up to there."""
     if run.samples.exists():
-        observe.truncate(run.samples, step - 1)  # the one at `step` itself was an ending, which comes again
+        observe.truncate(
+            run.samples, step, keep=lambda record: "rewards" in record
+        )  # an answer at `step` was the ending, which comes again
     for later in ckpt.steps(run.checkpoints):
         if int(later.name.removeprefix("step_")) > step:
             shutil.rmtree(later)

@@ -1,5 +1,6 @@
 """Who samples a run's completions: the trainer itself, a vLLM server, or a rollout function of the user's on top of either."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import custom_rollout, engine, rollouts, setup
+from treetune.cli.errors import RunFailed
 from treetune.core import tree
+from treetune.core.rollout import sync, vllm
 from treetune.core.rollout.group import Sampler
 from treetune.core.state import TrainState
 from treetune.models import Model
@@ -46,7 +49,7 @@ def build(
         drawn = engine.Drawers(*pair, snapshot)
     wrap = rollouts.plain
     if config.rollout.rollout_func is not None:
-        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer)
+        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
     sample = wrap(drawn.train, config.rollout, n=config.rollout.num_generations)
     return Samplers(sample, wrap(drawn.held, config.rollout, n=1), *drawn[2:])
 
@@ -54,3 +57,12 @@ def build(
 def snapshot(state: TrainState) -> TrainState:
     """The state with trained weights of its own: the optimiser changes the others in place. The frozen ones are shared."""
     return state._replace(params=tree.map(lambda leaf: leaf.detach().clone(), state.params))
+
+
+@contextlib.contextmanager
+def ending():
+    """Inside, what a server, a reward or a rollout function cannot go on from ends the run with one line."""
+    try:
+        yield
+    except (ValueError, sync.SyncError, vllm.Lost, vllm.Unreachable) as error:
+        raise RunFailed(f"{error}; once that is repaired, --resume auto goes on from the last checkpoint") from error

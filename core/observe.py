@@ -79,9 +79,9 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def truncate(path: Path, step: int) -> list[Record]:
-    """Cut metrics.jsonl back to the records up to `step`, as a resumed run needs; returns them."""
-    kept = [record for record in read(path) if record["step"] <= step]
+def truncate(path: Path, step: int, *, keep: Callable[[Record], bool] = lambda record: True) -> list[Record]:
+    """Cut a file of records back to those up to `step`, as a resumed run needs; of those at `step` itself the ones to keep."""
+    kept = [record for record in read(path) if record["step"] < step or record["step"] == step and keep(record)]
     draft = path.with_suffix(".tmp")
     draft.write_text("".join(_line(record) for record in kept), encoding="utf-8")
     os.replace(draft, path)

@@ -15,7 +15,7 @@ from treetune.core import shard
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, dense
-from treetune.ops import attention, noise
+from treetune.ops import attention, noise, product
 
 
 class Samples(NamedTuple):
@@ -160,7 +160,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """float32 [r, V]; the product has the precision of the trainer's (see ops.linear_logprob)."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return (hidden @ head.T).float()
+    return product.rows_t(hidden, head).float()
 
 
 def _pick(logits: Tensor, key: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Tensor]:

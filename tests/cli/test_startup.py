@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, main, parse
+from treetune.cli import checks, configs, main, parse
 
 ROOT = Path(__file__).parents[2]
 TREETUNE = str(Path(sys.executable).with_name("treetune"))
@@ -115,21 +115,31 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: Path(path).name)
 def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
-    """The first line says how to run it. Its data is read from where it is; the model and the length are those of the tests."""
+    """The first line says how to run it. Its data is read from where it is; the model and the length are those of the tests.
+
+    What needs a vLLM server is parsed and checked.
+    """
     first = Path(path).read_text().splitlines()[0]
     said = re.fullmatch(rf"# treetune (\w+) --config examples/{re.escape(Path(path).name)}( .*)?", first)
     assert said, f"{first!r} does not say how to run it"
     command = said[1]
     config = getattr(configs, main.COMMANDS[command][1])
     os.symlink(ROOT / "examples", here / "examples")
-    parsed, _ = parse.parse(command, config, ["--config", path])
+    parsed, given = parse.parse(command, config, ["--config", path])
     assert parsed
+    checks.check(parsed, given)
+    if command == "serve" or (hasattr(parsed, "engine") and parsed.engine.use_vllm):
+        return
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
     if hasattr(parsed, "run"):
         answers = [] if command in ("reward", "prm") else ["--sample-tokens", "4"]
         args += ["--max-steps", "2", "--max-rows", "40", *answers]
-    if hasattr(parsed, "data") and "sequence_len" not in Path(path).read_text():
+    if hasattr(parsed, "data") and "sequence_len" in vars(parsed.data) and "sequence_len" not in Path(path).read_text():
         args += ["--sequence-len", "1024"]
+    if command == "grpo":
+        length = "length?max=8,cache=4"
+        rewards = [length if name.startswith("length?") else name for name in parsed.rewards.reward_funcs]
+        args += ["--max-completion-length", "8", "--max-prompt-len", "1536", "--num-generations", "2", "--reward-funcs", *rewards]
     done = tune(*args)
     assert done.code == 0, done.err
     if hasattr(parsed, "run"):

@@ -251,9 +251,9 @@ def test_one_scorable_completion_has_no_advantage(name, rewards):
 
 
 def test_a_function_that_is_constant_or_abstains_adds_nothing():
-    """To GDPO's own sum, so that the others keep their scale."""
+    """To the sum; the mean of three 0.1 is not 0.1, which must not show."""
     base = _d([[[1], [0], [0]], [[0], [1], [1]]])
-    constant, silent, lone = torch.full_like(base, 0.7), torch.full_like(base, NAN), torch.full_like(base, NAN)
+    constant, silent, lone = torch.full_like(base, 0.1), torch.full_like(base, NAN), torch.full_like(base, NAN)
     lone[0, 1] = 5.0
     alone = advantage.gdpo(base, _d([1.0]))
     assert torch.equal(advantage.gdpo(torch.cat([base, constant, silent, lone], -1), _d([1.0, 3, 3, 3])), alone)

@@ -10,6 +10,7 @@ from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import feed, group
 
 G = 4
+ALL = {"replay_size": 3, "reroll_from": 2, "reroll_groups": 2, "dynamic": True, "max_refills": 2}
 
 
 def prompts(n: int) -> list[Prompt]:
@@ -81,3 +82,21 @@ def wait(condition, seconds: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.002)
+
+
+class Recorder:
+    """A sampler that remembers what it was asked and what it wrote."""
+
+    def __init__(self, broken=()):
+        self.rows, self.numbers, self.made, self.broken, self.calls = [], [], {}, set(broken), 0
+
+    def __call__(self, policy, prompts, numbers):
+        self.calls += 1
+        if self.calls in self.broken:
+            raise ConnectionError(f"call {self.calls}")
+        found = sample(policy, prompts, numbers)
+        self.rows.append([one.row for one in prompts])
+        self.numbers += numbers
+        for prompt, number, completions in zip(prompts, numbers, found.completions, strict=True):
+            self.made[number] = fingerprint(group.Group(prompt, number, tuple(completions), 0))
+        return found

@@ -14,35 +14,15 @@ spec = importlib.util.spec_from_file_location("feed_scene", Path(__file__).with_
 scene = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scene)
 
-ALL = {"replay_size": 3, "reroll_from": 2, "reroll_groups": 2, "dynamic": True, "max_refills": 2}
-
-
-class Recorder:
-    """A sampler that remembers what it was asked and what it wrote."""
-
-    def __init__(self, broken=()):
-        self.rows, self.numbers, self.made, self.broken, self.calls = [], [], {}, set(broken), 0
-
-    def __call__(self, policy, prompts, numbers):
-        self.calls += 1
-        if self.calls in self.broken:
-            raise ConnectionError(f"call {self.calls}")
-        found = scene.sample(policy, prompts, numbers)
-        self.rows.append([one.row for one in prompts])
-        self.numbers += numbers
-        for prompt, number, completions in zip(prompts, numbers, found.completions, strict=True):
-            self.made[number] = scene.fingerprint(group.Group(prompt, number, tuple(completions), 0))
-        return found
-
 
 @pytest.mark.parametrize(
     "options",
     [
         {"prompts": 4},
-        {"prompts": 4, "steps": 2, "iterations": 2} | ALL,
-        {"prompts": 6, "steps": 3, "chunk": 2, "rank": 1, "world": 2} | ALL,
+        {"prompts": 4, "steps": 2, "iterations": 2} | scene.ALL,
+        {"prompts": 6, "steps": 3, "chunk": 2, "rank": 1, "world": 2} | scene.ALL,
         {"prompts": 6, "iterations": 2, "replay_size": 4, "reroll_from": 1, "epochs_shuffle": False},
-        {"prompts": 12, "steps": 2, "seed": 7} | ALL,
+        {"prompts": 12, "steps": 2, "seed": 7} | scene.ALL,
     ],
 )
 def test_a_stream_goes_on_exactly_from_every_position(options):
@@ -82,7 +62,7 @@ def test_every_epoch_has_every_prompt_on_all_ranks_together(n, size, world):
 
 
 def test_an_order_that_is_not_shuffled_is_that_of_the_data():
-    sampler = Recorder()
+    sampler = scene.Recorder()
     made = scene.make(5, sampler=sampler, prompts=2, epochs_shuffle=False)
     for step in range(5):
         made.next(0, step)
@@ -90,7 +70,7 @@ def test_an_order_that_is_not_shuffled_is_that_of_the_data():
 
 
 def test_a_prompt_that_would_come_twice_in_a_batch_comes_first_in_the_next():
-    sampler = Recorder()
+    sampler = scene.Recorder()
     made = scene.make(4, sampler=sampler, prompts=3, epochs_shuffle=False)
     for step in range(4):
         made.next(0, step)
@@ -102,7 +82,7 @@ def test_a_prompt_that_would_come_twice_in_a_batch_comes_first_in_the_next():
 
 
 def test_fewer_prompts_than_a_generation_needs():
-    said, sampler = [], Recorder()
+    said, sampler = [], scene.Recorder()
     made = scene.make(3, sampler=sampler, prompts=7, epochs_shuffle=False, say=said.append)
     groups, _ = made.next(0, 0)
     assert len(groups) == 7 and sampler.rows == [[0, 1, 2, 0, 1, 2, 0]] and len(set(sampler.numbers)) == 7
@@ -123,7 +103,7 @@ def test_passes_train_on_the_same_groups_and_steps_divide_them():
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_scoring_in_chunks_changes_nothing(chunk):
-    sampler, options = Recorder(), {"prompts": 6, "steps": 2} | ALL
+    sampler, options = scene.Recorder(), {"prompts": 6, "steps": 2} | scene.ALL
     whole, parts = scene.make(10, **options), scene.make(10, sampler=sampler, chunk=chunk, **options)
     for step in range(8):
         assert scene.line(whole.next(step, step)) == scene.line(parts.next(step, step))
@@ -156,141 +136,10 @@ def test_chunks_are_scored_while_the_next_are_sampled():
     assert len(scene.make(4, sampler=sampler, scorer=scorer, prompts=4, chunk=2).next(0, 0)[0]) == 4
 
 
-def test_groups_without_signal_are_dropped_and_refilled_and_none_with_signal_is_lost():
-    sampler = Recorder()
-    made, trained = scene.make(40, sampler=sampler, prompts=4, dynamic=True, max_refills=9, replay_size=0), []
-    for step in range(12):
-        groups, metrics = made.next(0, step)
-        assert all(one.advantage.any() for one in groups) and len({one.prompt.row for one in groups}) == 4
-        assert metrics["rollout/zero_advantage"] == 0
-        trained += [one.number for one in groups]
-    waiting = [one["number"] for _, one in made.state()["overflow"]]
-    whole = {number: scene.prompts(40)[row] for row, number in zip(sum(sampler.rows, []), sampler.numbers, strict=True)}
-    live = [
-        number
-        for number, prompt in whole.items()
-        if scene.advantage(scene.score([group.Group(prompt, number, tuple(scene.sample(0, [prompt], [number]).completions[0]), 0)])).any()
-    ]
-    assert sorted(trained + waiting) == sorted(live) and len(sampler.numbers) > len(live)
-
-
-def test_what_a_generation_has_no_room_for_is_trained_on_next():
-    """All prompts have signal, and ranks that sample together are given more than they lack."""
-    flat = iter([True, False, False, False, False, False])
-    sampler = Recorder()
-
-    def scorer(groups):
-        return np.stack([np.zeros((4, 1)) if next(flat) else np.array([[1.0], [0], [0], [1]]) for _ in groups])
-
-    together = {"more": {"together": lambda n: 2 if n else 0}}
-    made = scene.make(20, sampler=sampler, scorer=scorer, prompts=2, dynamic=True, **together)
-    first, metrics = made.next(0, 0)
-    assert [len(rows) for rows in sampler.rows] == [2, 2]
-    assert {"rollout/sampled": 4.0, "rollout/dropped": 1.0, "rollout/refills": 1.0, "rollout/overflow": 1.0}.items() <= metrics.items()
-    second, metrics = made.next(3, 3)
-    assert [one["number"] for _, one in made.state()["overflow"]] == [5] and metrics["rollout/refills"] == 0
-    assert sorted(one.number for one in first) == [1, 2] and sorted(one.number for one in second) == [3, 4]
-    assert {one.number: one.version for one in second} == {3: 0, 4: 3}
-    assert (metrics["rollout/staleness_mean"], metrics["rollout/staleness_max"]) == (1.5, 3)
-
-
-def test_refills_end_and_the_generation_is_whole_all_the_same():
-    said, sampler = [], Recorder()
-    options = {"scorer": lambda groups: np.ones((len(groups), 4, 1)), "dynamic": True, "max_refills": 2, "say": said.append}
-    made = scene.make(50, sampler=sampler, prompts=3, **options)
-    for step in range(2):
-        groups, metrics = made.next(0, step)
-        assert len(groups) == 3 and metrics["rollout/zero_advantage"] == 3 and metrics["rollout/refills"] == 2
-        assert metrics["rollout/sampled"] == 9 and metrics["rollout/dropped"] == 6
-    assert len(said) == 1 and "3 of 3 groups have no signal after 3 rounds" in said[0]
-    assert len(set(sum(sampler.rows, []))) == 18
-
-
-def test_ranks_refill_together():
-    barrier, counts, calls = threading.Barrier(2, timeout=5), [0, 0], [[], []]
-
-    def run(rank):
-        def together(n):
-            counts[rank] = n
-            barrier.wait()
-            most = max(counts)
-            barrier.wait()
-            return most
-
-        def sampler(policy, prompts, numbers):
-            calls[rank].append(len(prompts))
-            return scene.sample(policy, prompts, numbers)
-
-        made = scene.make(23, sampler=sampler, prompts=4, rank=rank, world=2, more={"together": together}, **ALL)
-        for step in range(8):
-            made.next(step, step)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-    assert calls[0] == calls[1] and len(calls[0]) > 8
-
-
-def test_failed_prompts_are_sampled_anew_in_the_last_places():
-    """Rows 0 and 4 fail before version 5, rows 1 and 5 are solved: only what failed is queued, first in first out."""
-    sampler = Recorder()
-    made = scene.make(8, sampler=sampler, prompts=4, epochs_shuffle=False, reroll_from=3, reroll_groups=1)
-    queues = []
-    for step in range(8):
-        made.next(step, step)
-        queues.append(made.state()["stream"]["failed"])
-    assert sampler.rows[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]] and queues[:3] == [(0,), (0, 4), (0, 4)]
-    assert sampler.rows[3:] == [[4, 5, 6, 0], [7, 0, 1, 4], [2, 3, 4, 0], [5, 6, 7, 4], [0, 1, 2, 3]]
-    # Row 0 fails again at version 3 and goes to the end, behind row 4; from version 5 on both are solved, and the queue runs dry.
-    assert queues[3:] == [(4, 0), (0, 4), (4,), (), ()]
-    assert len(set(sampler.numbers)) == 32
-
-
-@pytest.mark.parametrize(
-    "rewards, queued",
-    [
-        ([[0, 0], [0, 0]], True),
-        ([[0, np.nan], [0, np.nan]], True),
-        ([[0, np.nan], [np.nan, 0]], True),
-        ([[1e-7, 0], [1e-7, 0]], True),
-        ([[1, 1], [1, 1]], False),
-        ([[-1, 0], [-1, 0]], False),
-        ([[1, 0], [0, 1]], False),
-        ([[1, 0], [-1, 0]], False),
-        ([[np.nan, np.nan], [np.nan, np.nan]], False),
-    ],
-)
-def test_a_prompt_failed_if_every_function_gave_every_completion_0(rewards, queued):
-    sample = lambda policy, prompts, numbers: group.Sampled([[scene.completion(np.random.default_rng(i)) for i in (0, 1)]], 0)  # noqa: E731
-    made = scene.make(1, sampler=sample, scorer=lambda groups: np.array([rewards]), prompts=1, reroll_from=9)
-    made.next(0, 0)
-    assert made.state()["stream"]["failed"] == ((0,) if queued else ())
-
-
-def test_groups_without_signal_are_replaced_by_stored_ones():
-    made = scene.make(40, prompts=8, replay_size=6)
-    born, replayed = {}, 0
-    for step in range(10):
-        before = {one[1] for one in made.state()["stored"]}
-        groups, metrics = made.next(step, step)
-        numbers, old = [one.number for one in groups], [one for one in groups if one.number in born]
-        assert len(set(numbers)) == 8 and {one.number for one in old} <= before
-        assert metrics["rollout/replayed"] == len(old) and metrics["rollout/stored"] <= 6
-        for one in groups:
-            assert all((logp == step + 0.5).all() for logp in one.old_logp)  # of the policy of now, whoever wrote it
-            assert one.version == born.setdefault(one.number, step)
-        for one in old:
-            assert one.advantage.any()
-        replayed += len(old)
-    assert replayed >= 10
-
-
 @pytest.mark.parametrize("where", ["sampler", "score", "relogp", "advantage"])
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_an_error_leaves_the_feed_as_it_was(where, chunk):
-    options = {"prompts": 4, "steps": 2, "chunk": chunk} | ALL
+    options = {"prompts": 4, "steps": 2, "chunk": chunk} | scene.ALL
     whole = scene.make(10, **options)
     lines = [scene.line(whole.next(step, step)) for step in range(10)]
 
@@ -318,8 +167,8 @@ def test_an_error_leaves_the_feed_as_it_was(where, chunk):
 
 
 def test_what_is_trained_on_is_what_was_sampled():
-    sampler = Recorder()
-    options = {"prompts": 4, "steps": 2, "iterations": 2} | ALL
+    sampler = scene.Recorder()
+    options = {"prompts": 4, "steps": 2, "iterations": 2} | scene.ALL
     made, seen = scene.make(10, sampler=sampler, **options), 0
     for step in range(24):
         fresh = scene.make(10, sampler=sampler, **options)
@@ -394,3 +243,19 @@ def _completions(change):
 def test_samples_and_scores_that_do_not_fit_are_refused(parts, text):
     with pytest.raises(ValueError, match=text):
         scene.make(10, prompts=2, **parts).next(0, 0)
+
+
+def test_what_was_scored_before_an_error_is_scored_again():
+    broken = iter([False, True])
+
+    def scorer(groups):
+        if next(broken, False):
+            raise OSError("gone")
+        return scene.score(groups)
+
+    made = scene.make(12, scorer=scorer, prompts=6, chunk=2)
+    with pytest.raises(OSError, match="gone"):
+        made.next(0, 0)
+    groups, _ = made.next(5, 5)  # another policy writes other completions under the same numbers
+    made.close()
+    assert all(one.version == 5 and one.rewards.tobytes() == scene.score([one])[0].tobytes() for one in groups)

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import threading
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,6 @@ from treetune.core.rollout import group, prefetch
 spec = importlib.util.spec_from_file_location("feed_scene", Path(__file__).with_name("feed_scene.py"))
 scene = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scene)
-
-ALL = {"replay_size": 3, "reroll_from": 2, "reroll_groups": 2, "dynamic": True, "max_refills": 2}
 
 
 def running() -> int:
@@ -153,7 +152,7 @@ def test_prompts_and_numbers_are_those_of_the_synchronous_feed(depth, options):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])
-@pytest.mark.parametrize("options", [{}, {"steps": 2, "iterations": 2}, {"chunk": 3} | ALL, {"steps": 2} | ALL])
+@pytest.mark.parametrize("options", [{}, {"steps": 2, "iterations": 2}, {"chunk": 3} | scene.ALL, {"steps": 2} | scene.ALL])
 def test_no_prompt_is_lost_or_doubled_by_a_kill(cut, options):
     """The state is written, training goes on and is killed; what is resumed trains on what an uninterrupted run trains on."""
     options = {"prompts": 4, "prefetch_depth": 2} | options
@@ -252,8 +251,34 @@ def test_ids_sampled_in_the_thread_are_the_ids_trained_on():
             written[number] = scene.fingerprint(group.Group(prompt, number, tuple(some), 0))
         return found
 
-    made = scene.make(10, sampler=sampler, prompts=4, prefetch_depth=1, chunk=2, **ALL)
+    made = scene.make(10, sampler=sampler, prompts=4, prefetch_depth=1, chunk=2, **scene.ALL)
     seen = [one for step in range(8) for one in made.next(step, step)[0]]
     made.close()
     assert len(seen) == 32 and all(scene.fingerprint(one) == written[one.number] for one in seen)
     assert all(np.isfinite(one.advantage).all() for one in seen)
+
+
+def test_samples_that_were_trained_on_are_let_go():
+    alive = []
+
+    def sampler(policy, prompts, numbers):
+        found = scene.sample(policy, prompts, numbers)
+        alive.extend(weakref.ref(one.tokens) for some in found.completions for one in some)
+        return found
+
+    made = scene.make(30, sampler=sampler, prompts=2, prefetch_depth=1)
+    for step in range(5):
+        made.next(0, step)
+    scene.wait(lambda: len(alive) == 6 * 2 * scene.G)
+    gc.collect()
+    assert sum(one() is not None for one in alive) <= 2 * 2 * scene.G  # of the generation ahead and the one just given
+    made.close()
+
+
+def test_an_idle_thread_keeps_no_result():
+    ahead = prefetch.Prefetch(lambda: np.zeros(3))
+    ahead.put(0)
+    result = weakref.ref(ahead.get(0))
+    ahead.keep(())
+    scene.wait(lambda: result() is None)
+    ahead.close()
