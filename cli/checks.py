@@ -22,6 +22,7 @@ POSITIVE = Range(lambda x: 0 < x < float("inf"), "a number above 0")
 NOT_NEGATIVE = Range(lambda x: 0 <= x < float("inf"), "a number from 0 up")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number from 0 to below 1")
 BELOW_HALF = Range(lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5")
+SHARE = Range(lambda x: 0 < x <= 1, "a number above 0, at most 1")
 PART = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or a whole number of rows")
 
@@ -34,19 +35,19 @@ RANGES: dict[str, Range] = dict.fromkeys(
 ) | dict.fromkeys(
     ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff",
      "reward_timeout", "vllm_importance_sampling_cap", "repetition_penalty", "vllm_server_timeout", "sapo_tau_pos", "sapo_tau_neg",
-     "epsilon_high", "vllm_canary_tolerance", "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau",
+     "epsilon_high", "delta", "vllm_canary_tolerance", "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau",
      "rpo_alpha"), POSITIVE,
 ) | dict.fromkeys(
     ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show",
-     "beta", "entropy_coef", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
+     "beta", "entropy_coef", "vllm_importance_sampling_min", "off_policy_mask_threshold", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
      "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha", "simpo_gamma", "simpo_alpha", "cpo_alpha"),
     NOT_NEGATIVE,
 ) | dict.fromkeys(
     ("lora_dropout", "label_smoothing", "min_p", "epsilon", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE
 ) | dict.fromkeys(
-    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction", "top_p",
+    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction",
      "top_entropy_quantile"), PART
-) | {"dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
+) | {"top_p": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:

@@ -96,7 +96,7 @@ def assemble(config: Any, screen: Screen, ranks: setup.Ranks, on: torch.device) 
     model = setup.with_rows(base, words, config.vocabulary, start)
     if changed := setup.describe_rows(words, base, model):
         screen.line(changed)
-    rl_data.check_fits(data, config.rollout.max_completion_length, model.cfg)
+    rl_data.check_fits(data, config.rollout, model.cfg)
     if config.adapter.adapter == "lora":
         name, seed = setup.model_name(config.model), config.optim.seed
         trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)

@@ -25,6 +25,9 @@ def check(config: Any) -> None:
         raise BadInput(f"reward_weights needs a number for each of the {len(config.rewards.reward_funcs)} rewards")
     if pipe.async_prefetch and not config.engine.use_vllm and config.adapter.adapter == "none":
         raise BadInput("async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice")
+    low, high = config.correction.vllm_importance_sampling_min, config.correction.vllm_importance_sampling_cap
+    if low is not None and low >= high:
+        raise BadInput(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
     if config.engine.use_vllm and config.adapter.adapter == "none" and config.engine.vllm_mode != "managed":
         raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):

@@ -5,7 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 from treetune.cli import checks, setup
-from treetune.cli.rl_options import PromptRows
+from treetune.cli.rl_options import PromptRows, RolloutOptions
 from treetune.core.data import custom, kinds, prompts, sources, turns
 
 SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}
@@ -102,9 +102,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def check_fits(data: Prompts, new: int, cfg: Any) -> None:
-    """Errors: ValueError when a prompt with a completion of `new` tokens has more positions than the model, or ids it has not."""
-    longest = max(data.train + data.val, key=lambda one: len(one.tokens))
+def check_fits(data: Prompts, rollout: RolloutOptions, cfg: Any) -> None:
+    """Errors: ValueError when a prompt with a completion needs more positions than the model has, or an id is none of its own."""
+    new, longest = rollout.max_completion_length, max(data.train + data.val, key=lambda one: len(one.tokens))
     if len(longest.tokens) + new > cfg.max_positions:
         raise ValueError(
             f"row {longest.row} has a prompt of {len(longest.tokens)} tokens, with max_completion_length {new} more than the "
@@ -113,3 +113,5 @@ def check_fits(data: Prompts, new: int, cfg: Any) -> None:
     largest = max(int(one.tokens.max()) for one in data.train + data.val)
     if largest >= cfg.vocab_size:
         raise ValueError(f"the prompts hold token id {largest}, the model has {cfg.vocab_size}: the tokenizer is of another model")
+    if wrong := [one for one in rollout.stop_token_ids if not 0 <= one < cfg.vocab_size]:
+        raise ValueError(f"stop_token_ids has {wrong[0]}, expected ids from 0 to {cfg.vocab_size - 1}")

@@ -40,10 +40,10 @@ LossName = Literal[
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Prompts. Rows with a field `prompt` (text, or messages) or GSM8K's `question`; every other column goes to the rewards."""
+    """Prompts. Every column but theirs goes to the rewards. A config file may have `datasets`, a list with options for each data set."""
 
     datasets: Listed = ()
-    """Data sets with options of their own: path, split, max_rows, field_prompt, name."""
+    """Data sets with options of their own: path, split, limit, field_prompt, type, name."""
     data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     split: str = "train"
@@ -54,7 +54,7 @@ class PromptRows:
     """Column of the prompt: text to continue, or messages; auto takes prompt, else messages, whose last answer becomes the column
     answer, else question, as a chat."""
     prompt_transform: str | None = None
-    """Import path of a transform that makes prompts and their columns of the rows, as for `datasets` of other methods."""
+    """module.function or file.py:function that makes rows with a prompt of others: transform(cfg) gives fn(example), as in docs/data.md."""
     default_system_message: str | None = None
     """System message of the conversations that have none."""
     max_prompt_len: int = 512
@@ -67,7 +67,7 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class PromptData(PromptRows):
-    """Prompts. Rows with a field `prompt` (text, or messages) or GSM8K's `question`; every other column goes to the rewards."""
+    """Prompts. Every column but theirs goes to the rewards. A config file may have `datasets`, a list with options for each data set."""
 
     val_data: tuple[str, ...] = ()
     """Files or data sets of prompts to evaluate on, instead of a part of the training prompts."""
@@ -84,7 +84,7 @@ class RolloutOptions:
     max_completion_length: int = 256
     """Longest completion in tokens."""
     temperature: float = 1.0
-    """Divides the logits, while sampling and while scoring alike."""
+    """Divides the logits, while sampling and while training alike."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that together have this probability."""
     top_k: int = 0
@@ -98,9 +98,10 @@ class RolloutOptions:
     vllm_guided_decoding_regex: str | None = None
     """Completions must match this regular expression (vLLM only)."""
     generation_kwargs: tuple[str, ...] = ()
-    """NAME=VALUE, further sampling parameters of vLLM, values as JSON; in a file also a mapping."""
+    """NAME=VALUE, further sampling parameters (vLLM only), values as JSON: min_tokens=8; in a file also a mapping."""
     rollout_func: str | None = None
-    """Import path of a rollout function of your own (several turns, tools, environments) instead of plain sampling."""
+    """module.function or file.py:function that plays the completions (several turns, tools, environments), instead of plain sampling; see
+    docs/online.md."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ class RewardFunctions:
     """Rewards."""
 
     reward_funcs: tuple[str, ...] = ("gsm8k",)
-    """Rewards: built in (gsm8k, math_equal, format_tags, length, digits), an import path (rewards.accuracy), file.py:function, or a
-    reward model's folder or Hugging Face id."""
+    """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits), an import path (rewards.accuracy),
+    file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark: length?max=512,cache=128. A function
+    takes completions and the columns that its parameters name, and gives a number for each completion, or None for no opinion."""
     reward_weights: tuple[float, ...] = ()
-    """A weight for each reward; 1 each if not given."""
+    """A weight for each reward; 1 each if not given. A completion gets the weighted sum of the rewards that have an opinion."""
     reward_num_workers: int = 1
-    """Worker processes; a reward that hangs or crashes costs its own row."""
+    """Processes that reward functions run in; one that hangs or crashes costs its own completion, not the run."""
     reward_timeout: float = 30.0
-    """Seconds that a reward function may take for the completions of a worker's call."""
+    """Seconds for a call of a reward function, on a worker's share of the completions; after that they are tried one by one."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,23 @@ class PolicyLoss:
     """Loss. The start of a run prints what a name stands for."""
 
     loss: LossName = "dapo"
-    """Method: dapo, grpo, dr_grpo, gspo, luspo, gdpo, rloo, reinforce, cispo, sapo, vespo, gmpo, bnpo."""
+    """Method: what is clipped, what the loss is a mean over, and how rewards become advantages; docs/online.md has a table."""
     advantage: Literal["group_scaled", "centered", "batch_scaled", "gdpo", "rloo", "reinforce"] | None = None
-    """How rewards become advantages, if not as the method says: group mean removed and scaled by its deviation, or by the batch's, ..."""
+    """How rewards become advantages, if not as the method says: less the mean of the prompt's completions and divided by their deviation
+    (group_scaled), by that of the whole generation (batch_scaled), or by nothing (centered); each reward scaled on its own before they
+    are added (gdpo); less the mean of the others (rloo); as they are (reinforce)."""
     aggregate: Literal["token", "sequence", "constant", "sum"] | None = None
     """What the loss is a mean over, if not as the method says: tokens of the step, sequences of their token means, sequences of a
     constant length (max_completion_length), or sequences of their token sums."""
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
-    """Ratios per token, or one per completion, if not as the method says."""
+    """Ratios per token, or one per completion, of its mean log-ratio (sequence_token: that value with a gradient for each token), if not as
+    the method says."""
     epsilon: float | None = None
-    """How far a ratio may fall below 1 before it is clipped; if not given 0.2, gspo 3e-4, gmpo 0.4 (in log space)."""
+    """How far a ratio may fall below 1 before it is clipped, and rise above it unless epsilon_high says otherwise; if not given 0.2, gspo
+    and luspo 3e-4, gmpo 0.4 (in log space)."""
     epsilon_high: float | None = None
-    """How far above 1; if not given as epsilon, dapo 0.28, gspo 4e-4. For cispo the cap itself, which must be given (5 is usual)."""
+    """How far a ratio may rise above 1; if not given as epsilon, and if neither is, dapo 0.28, gspo and luspo 4e-4. For cispo the largest
+    ratio itself, which must be given (5 is usual)."""
     delta: float | None = None
     """Upper bound of the ratio of completions with a negative advantage (two-sided clipping); above 1 + epsilon_high."""
     sapo_tau_pos: float = 1.0
@@ -150,7 +157,7 @@ class PolicyLoss:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     use_adaptive_entropy: bool = False
-    """Raise and lower the weight of the bonus to hold the entropy at its target."""
+    """Raise and lower the weight of the bonus, starting at entropy_coef, to hold the entropy at its target."""
     entropy_target: float = 0.2
     """Target of the adaptive bonus (nats per token)."""
     entropy_coef_delta: float = 0.005
@@ -168,13 +175,13 @@ class CorrectionOptions:
     """Correction of samples from another policy than the one that trains: an engine of other numerics, or older weights."""
 
     vllm_importance_sampling_correction: bool = True
-    """Weigh tokens by the ratio of the trainer's to the sampler's probability."""
+    """Weigh tokens by the ratio of the trainer's to the sampler's probability; 1 where the sampler cannot tell its own."""
     vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
-    """Ratios of tokens or of whole completions, cut at the cap or left out beyond it."""
+    """Ratios of tokens or of whole completions (products over tokens, far from 1 for long ones), cut at the cap or left out beyond it."""
     vllm_importance_sampling_cap: float = 3.0
     """Largest ratio."""
     vllm_importance_sampling_min: float | None = None
-    """Smallest ratio."""
+    """Smallest ratio; if not given, any."""
     off_policy_mask_threshold: float | None = None
     """Leave out completions with a negative advantage that the policy has moved away from by more than this (nats per token)."""
 
@@ -184,11 +191,11 @@ class PipelineOptions:
     """Pipeline. A generation is micro_batch_size * gradient_accumulation_steps * steps_per_generation prompts."""
 
     steps_per_generation: int = 1
-    """Optimiser steps made of one generation, each of its own prompts."""
+    """Optimiser steps made of one generation, each of its own prompts; above 1, ratios leave 1 and bounds begin to act."""
     num_iterations: int = 1
-    """Passes over each generation."""
+    """Passes over each generation, each in an order of its own."""
     async_prefetch: bool = False
-    """Sample the next generation while this one trains (vLLM, or an adapter on its frozen base)."""
+    """Sample the next generation while this one trains, from older weights (vLLM, or an adapter on its frozen base)."""
     prefetch_depth: int = 1
     """Generations to sample ahead."""
     vllm_sync_interval: int = 1
@@ -196,15 +203,15 @@ class PipelineOptions:
     streaming_partial_batch: bool = False
     """Score groups while the rest is still being sampled; advantages are always those of the whole generation."""
     streaming_min_groups: int = 1
-    """Prompts scored at a time then."""
+    """Prompts that are sampled and scored at a time with streaming_partial_batch."""
     dynamic_sampling: bool = False
-    """Leave out prompts whose completions all have the same reward and sample others instead."""
+    """Leave out prompts whose completions all have the same reward and sample others instead, up to 3 times a generation."""
     replay_buffer_size: int = 0
-    """Keep up to this many groups with signal, and train on them where a new group has none; 0 is off."""
+    """Keep up to this many prompts whose completions differ in reward, and train on them in place of new ones that do not; 0 is off."""
     reroll_start_fraction: float = 1.0
-    """From this part of the run on, sample prompts that failed anew; 1 is off."""
+    """From this part of the run on, sample prompts anew of which every completion got 0; 1 is off."""
     reroll_max_groups: int = 1
-    """Such prompts in a generation, at most."""
+    """Prompts that are sampled anew in a generation, at most."""
     skip_zero_advantage_batches: bool = True
     """Spend no pass on micro-batches whose advantages are all 0, where no other term would train."""
     log_completions: bool = True
@@ -234,7 +241,8 @@ class EngineOptions:
     vllm_gpu_memory_utilization: float = 0.9
     """Part of the device memory that the server may use (managed)."""
     vllm_canary_tolerance: float | None = None
-    """Largest mean difference between the log-probs of trainer and server after a sync, by dtype if not given. More stops the run."""
+    """Largest mean difference (nats) between log-probs of trainer and server on 32 fixed tokens after a sync; if not given by dtype, 0.001
+    in float32 and 0.2 in bfloat16. More stops the run."""
 
 
 @dataclass(frozen=True)

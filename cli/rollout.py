@@ -36,7 +36,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
             prompts = data.train[: config.num_prompts]
             rewards.check(prompts)
             model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
-            rl_data.check_fits(data, config.rollout.max_completion_length, model.cfg)
+            rl_data.check_fits(data, config.rollout, model.cfg)
         for line in data.lines:
             screen.line(line)
         return _report(config, _groups(config, options, model, used, tokenizer, prompts, rewards, screen), screen)
