@@ -38,9 +38,10 @@ RANGES: dict[str, Range] = dict.fromkeys(
      "epsilon_high", "delta", "vllm_canary_tolerance", "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau",
      "rpo_alpha"), POSITIVE,
 ) | dict.fromkeys(
-    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show",
-     "beta", "entropy_coef", "vllm_importance_sampling_min", "off_policy_mask_threshold", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
-     "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha", "simpo_gamma", "simpo_alpha", "cpo_alpha"),
+    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show", "beta",
+     "entropy_coef", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
+     "vllm_importance_sampling_min", "off_policy_mask_threshold", "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha",
+     "simpo_gamma", "simpo_alpha", "cpo_alpha"),
     NOT_NEGATIVE,
 ) | dict.fromkeys(
     ("lora_dropout", "label_smoothing", "min_p", "epsilon", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE

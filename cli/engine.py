@@ -13,6 +13,7 @@ from treetune.cli.errors import RunFailed
 from treetune.core import shard, tree
 from treetune.core.data import pack, spans
 from treetune.core.rollout import sync, vllm
+from treetune.core.rollout.group import Completion
 from treetune.core.rollout.server import Server
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, logprobs
@@ -46,7 +47,8 @@ class Engine:
         self.config, self.model, self.trees, self.tokenizer, self.on, self.say = config, model, trees, tokenizer, on, say
         self.ends = sorted({*stop, *rollout.stop_token_ids})
         self.server: Server | None = None
-        url = f"http://{options.vllm_server_host}:{options.vllm_server_port}"
+        host = options.vllm_server_host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{options.vllm_server_port}"
         if options.vllm_mode == "managed":
             self.server, url = serve.managed(config, model, say=say)
         name = serve.served_name(config.model)
@@ -54,7 +56,7 @@ class Engine:
         self.client = vllm.Client(url, model=name, vocab_size=model.cfg.vocab_size, timeout_s=options.vllm_server_timeout, alive=alive)
         needed = config.data.max_prompt_len + rollout.max_completion_length
         accepted = [name, config.model.model, str(serve.model_folder(config.model, say=say)), setup.model_name(config.model)]
-        self.client.check(accepted=accepted, needed_len=needed)
+        self._reach(accepted, needed)
         tokens = [i % model.cfg.vocab_size for i in range(17, 17 + CANARY)]
         dtype = serve.engine_dtype(config, model)
         foreign = options.vllm_mode == "server"  # which may compute in another dtype than the trainer
@@ -67,7 +69,18 @@ class Engine:
         if self.trees.lora is not None:
             return sync.Adapters(self.client, where, canary)
         command = partial(serve.managed_command, self.config)
-        return sync.Weights(self.client, where, canary, server=self.server, command=command)
+        in_place = self.config.engine.vllm_reload_in_place
+        return sync.Weights(self.client, where, canary, server=self.server, command=command, in_place=in_place)
+
+    def _reach(self, accepted: list[str], needed: int) -> None:
+        """Check what the server serves; nobody waits long for one that is not there."""
+        patience, self.client.retry_s = self.client.retry_s, 5.0
+        try:
+            self.client.check(accepted=accepted, needed_len=needed)
+        except vllm.Unreachable as error:
+            self.close()
+            raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
+        self.client.retry_s = patience
 
     def draw(
         self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int, seed: int
@@ -81,8 +94,11 @@ class Engine:
             extra=rl_data.named_values(rollout.generation_kwargs, "generation-kwargs"),
         )  # fmt: skip
         found = sync.steady(lambda name: asked(model=name), self.sync, self.server)
-        make = partial(rollouts.completion, ends=set(self.ends), tokenizer=self.tokenizer)
-        return rollouts.Drawn([[make(one.tokens, one.logp) for one in group] for group in found], version)
+        return rollouts.Drawn([[self._completion(one) for one in group] for group in found], version)
+
+    def _completion(self, one: vllm.Drawn) -> Completion:
+        made = rollouts.completion(one.tokens, one.logp, set(self.ends), self.tokenizer)
+        return made._replace(stopped=one.finish_reason == "stop")  # by a text, too
 
     def start(self, state: TrainState) -> None:
         """Check that the server has the base model, and give it the weights where the run has others already."""
@@ -103,7 +119,7 @@ class Engine:
         """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
         try:
             return sync.steady(call, self.sync, self.server)
-        except RuntimeError as error:  # a lost sync, a server that does not answer, one that does not come up
+        except (RuntimeError, ValueError) as error:  # a lost sync, no answer, a server that does not come up, an adapter that it refuses
             raise RunFailed(str(error)) from error
 
     def _save(self, model: Model, used: Any, trained: Params, path: Path) -> None:

@@ -68,10 +68,11 @@ def describe(config: Any, made: Run, ranks: setup.Ranks) -> dict[str, str]:
     """What is about to run."""
     rows = training.describe(config, made.assembly, ranks)
     size, pipe, rollout = prompts_per_step(config), config.pipeline, config.rollout
+    served = pipe.steps_per_generation * pipe.num_iterations
     rows["data"] = "; ".join(made.assembly.corpus.lines)
     rows["step"] = (
         f"{size} prompts x {rollout.num_generations} completions of up to {rollout.max_completion_length} tokens on {ranks.world} "
-        f"rank{'s' * (ranks.world > 1)}; a generation serves {pipe.steps_per_generation * pipe.num_iterations} steps"
+        f"rank{'s' * (ranks.world > 1)}" + (f"; a generation serves {served} steps" if served > 1 else "")
     )
     rows["loss"] = online.describe(config.loss)
     rows["rewards"] = ", ".join(rewarding.described(config.rewards))
@@ -140,7 +141,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
         rewarding.advantage(config, ranks),
         options(config, ranks, total),
         relogp=rollouts.scorer(signal.logprob, make, optim.micro_batch_size) if online.scored_apart(config) else None,
-        measure=partial(stats.metrics, names=config.rewards.reward_funcs, weights=rewarding.weights(config.rewards)),
+        measure=partial(measured, config, ranks),
         snapshot=sampler.snapshot,
         together=partial(largest, ranks, on),
         say=screen.warn,
@@ -150,7 +151,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
     between = [fn for fn in (parts.between, sampler.between) if fn is not None]
     job = loop.Job(
         stepper,
-        evaluator(config, data, sampler, rewards, on) if data.val else None,
+        evaluator(config, data, sampler, rewards, ranks) if data.val else None,
         parts.objective,
         partial(tickets, prompts_per_step(config) * ranks.world / rounds(config) / len(data.train)),
         total,
@@ -267,7 +268,7 @@ class Roll(NamedTuple):
 
 def show(config: Any, groups: list[Group], index: int, where: rundir.RunDir, screen: Screen) -> None:
     """Completions on the screen and in samples.jsonl, with what each reward said."""
-    pipe, names = config.pipeline, config.rewards.reward_funcs
+    pipe, names = config.pipeline, rewarding.names(config.rewards)
     for number, group in enumerate(groups):
         order = np.argsort(-np.nan_to_num(group.advantage))
         for place, j in enumerate(order.tolist()):
@@ -281,18 +282,28 @@ def show(config: Any, groups: list[Group], index: int, where: rundir.RunDir, scr
                 screen.line(f"  {one.text.strip()!r:.200}  ({said}; advantage {group.advantage[j]:.2f})", "dim")
 
 
-def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, rewards: rewarding.Rewards, on: torch.device) -> Callable:
-    """state -> rewards of one completion of each held-out prompt, always with the same randomness."""
-    names, weights = config.rewards.reward_funcs, rewarding.weights(config.rewards)
+def measured(config: Any, ranks: setup.Ranks, groups: list[Group]) -> dict[str, float]:
+    """Metrics of the scored groups of all ranks."""
+    if ranks.world > 1:
+        parts = [None] * ranks.world
+        torch.distributed.all_gather_object(parts, [group._replace(prompt=None) for group in groups])
+        groups = [group for part in parts for group in part]
+    return stats.metrics(groups, rewarding.names(config.rewards), rewarding.weights(config.rewards))
+
+
+def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, rewards: rewarding.Rewards, ranks: setup.Ranks) -> Callable:
+    """state -> rewards of one completion of each held-out prompt, always with the same randomness; ranks share the prompts."""
+    shared = ranks if len(data.val) >= ranks.world else setup.Ranks(0, 1, None)
+    own = range(shared.rank, len(data.val), shared.world)
 
     def evaluate(state: TrainState) -> dict[str, torch.Tensor]:
         with samplers.ending():
-            sampled = sampler.held(sampler.snapshot(state), data.val, list(range(len(data.val))))
-            rows = zip(data.val, sampled.completions, strict=True)
-            groups = [Group(prompt, i, tuple(one), sampled.version) for i, (prompt, one) in enumerate(rows)]
+            sampled = sampler.held(state, [data.val[i] for i in own], list(own))
+            rows = zip(own, sampled.completions, strict=True)
+            groups = [Group(data.val[i], i, tuple(one), sampled.version) for i, one in rows]
             scored = rewards.score(groups)
         groups = [group._replace(rewards=values) for group, values in zip(groups, scored, strict=True)]
-        found = stats.metrics(groups, names, weights)
+        found = measured(config, shared, groups)
         kept = {name: value for name, value in found.items() if not name.startswith("frac") and value == value}
         return {name: torch.tensor(value) for name, value in kept.items()}
 

@@ -18,6 +18,10 @@ from treetune.models import Model
 
 EPSILON = {"gspo": (3e-4, 4e-4), "luspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "dapo": (0.2, 0.28)}  # low and high, where not 0.2
 RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
+MEANS = {
+    "token": "mean over all tokens of a step", "sequence": "mean over completions of their token means",
+    "constant": "mean over completions of their token sums, by max_completion_length", "sum": "mean over completions of their token sums",
+}  # fmt: skip
 KL = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}
 
 
@@ -44,7 +48,7 @@ def describe(options: PolicyLoss) -> str:
         if options.beta
         else ""
     )
-    return f"{options.loss}: {made.term} on {made.ratio} ratios{clip}, mean over each {made.aggregate}, advantage {made.advantage}{kl}"
+    return f"{options.loss}: {made.term} on {made.ratio} ratios{clip}, {MEANS[made.aggregate]}, advantage {made.advantage}{kl}"
 
 
 def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], Tensor]:
@@ -85,8 +89,9 @@ def reduction(aggregate: str, length: int) -> Callable:
 
 
 def skippable(options: PolicyLoss) -> bool:
-    """Whether a completion of advantage 0 trains nothing at all."""
-    return not options.beta and not options.entropy_coef and not options.use_adaptive_entropy
+    """Whether a completion of advantage 0 trains nothing at all, and no threshold counts its tokens."""
+    bonus = options.entropy_coef or options.use_adaptive_entropy
+    return not options.beta and not bonus and options.top_entropy_quantile == 1
 
 
 def _reports(options: PolicyLoss) -> list[Callable]:

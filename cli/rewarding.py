@@ -4,6 +4,7 @@ P prompts, G completions of each, K rewards.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from treetune.cli.options import ModelOptions
 from treetune.cli.rl_options import RewardFunctions
 from treetune.core.data import kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt
+from treetune.core.rollout import builtin
 from treetune.core.rollout.group import Group
 from treetune.core.rollout.rewards import Pool
 from treetune.models import adapter, heads
@@ -44,6 +46,14 @@ def described(options: RewardFunctions) -> list[str]:
     return [f"{name} x {weight:g}" if weight != 1 else name for name, weight in zip(options.reward_funcs, weights(options), strict=True)]
 
 
+def names(options: RewardFunctions) -> tuple[str, ...]:
+    """How metrics and the screen name the rewards: by the function alone, or the whole name where two would be the same."""
+    short = [
+        re.split(r"[:./]", name.split("?")[0].rstrip("/"))[-1] if not is_model(name) else Path(name).name for name in options.reward_funcs
+    ]
+    return tuple(one if short.count(one) == 1 else full for one, full in zip(short, options.reward_funcs, strict=True))
+
+
 def weights(options: RewardFunctions) -> list[float]:
     """A weight for each reward. Errors: ValueError when there are not as many as rewards, or one is no finite number."""
     if wrong := [weight for weight in options.reward_weights if not math.isfinite(weight)]:
@@ -56,7 +66,9 @@ def weights(options: RewardFunctions) -> list[float]:
 
 
 def is_model(name: str) -> bool:
-    """Whether a reward is a model: a folder, or an id owner/name that is no file."""
+    """Whether a reward is a model: a folder that has no built-in's name, or an id owner/name that is no file."""
+    if name.split("?")[0] in builtin.BUILTIN:
+        return False
     return Path(name).is_dir() or (sources.HUB_ID.fullmatch(name) is not None and ":" not in name and not name.endswith(".py"))
 
 

@@ -28,6 +28,8 @@ def check(config: Any) -> None:
     low, high = config.correction.vllm_importance_sampling_min, config.correction.vllm_importance_sampling_cap
     if low is not None and low >= high:
         raise BadInput(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
+    if config.engine.vllm_reload_in_place and config.engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
+        raise BadInput("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
     if config.engine.use_vllm and config.adapter.adapter == "none" and config.engine.vllm_mode != "managed":
         raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
@@ -93,8 +95,10 @@ def _ignored_sampling(config: Grpo) -> dict[str, str]:
         names = [name for name in vars(engine) if name != "use_vllm"]
         out |= {name: "use_vllm is off" for name in (*names, *VLLM_ONLY, "vllm_sync_interval")}
     elif engine.vllm_mode == "server":
-        managed = ("vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization")
+        managed = ("vllm_reload_in_place", "vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization")
         out |= {name: "the server runs already; these are options of treetune serve" for name in managed}
+    elif config.adapter.adapter == "lora":
+        out["vllm_reload_in_place"] = "an adapter is loaded by name, without a restart"
     if not engine.use_vllm and not config.pipeline.async_prefetch:
         same = "the trainer samples from the weights that train, so there is nothing to correct"
         names = [name for name in vars(config.correction) if name != "off_policy_mask_threshold"]

@@ -240,6 +240,9 @@ class EngineOptions:
     """Longest prompt with completion that the server takes (managed)."""
     vllm_gpu_memory_utilization: float = 0.9
     """Part of the device memory that the server may use (managed)."""
+    vllm_reload_in_place: bool = False
+    """Whole weights reach a managed server through its development endpoints, without a restart; on this machine only. vLLM keeps the old
+    head of a tied model, which the check after a sync then refuses."""
     vllm_canary_tolerance: float | None = None
     """Largest mean difference (nats) between log-probs of trainer and server on 32 fixed tokens after a sync; if not given by dtype, 0.001
     in float32 and 0.2 in bfloat16. More stops the run."""

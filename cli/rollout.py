@@ -51,7 +51,8 @@ def _groups(
     draw = rollouts.local(model, used, config.rollout, stop=stop, tokenizer=tokenizer, seed=config.seed)
     wrap = rollouts.plain
     if config.rollout.rollout_func is not None:
-        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
+        with checking_input():
+            wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
     sample = wrap(draw, config.rollout, n=config.rollout.num_generations)
     params = {} if used is None else {"lora": used.tree}
     state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0))
@@ -67,14 +68,15 @@ def _groups(
 
 
 def _report(config: Rollout, groups: list[Group], screen: Screen) -> int:
-    names, weights = config.rewards.reward_funcs, rewarding.weights(config.rewards)
+    names, weights = rewarding.names(config.rewards), rewarding.weights(config.rewards)
     for group in groups:
         total = stats.combined(group.rewards, weights)
         asked = group.prompt.messages[-1]["content"] if group.prompt.messages else group.prompt.text
         screen.line(f"# {asked.strip()[-300:]}", "bold")
         for j in np.argsort(-np.nan_to_num(total, nan=-np.inf))[: config.show].tolist():
             said = ", ".join(f"{name} {value:g}" for name, value in zip(names, group.rewards[j].tolist(), strict=True) if value == value)
-            screen.line(f"  [{said or 'no reward'}] {group.completions[j].text.strip()}")
+            one = group.completions[j]
+            screen.line(f"  [{said or 'no reward'}{'' if one.stopped else ', cut off'}] {one.text.strip()}")
     if config.output is not None:
         with checking_input():
             Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,8 @@ def _report(config: Rollout, groups: list[Group], screen: Screen) -> int:
     found = stats.metrics(groups, names, weights)
     rows = {name: f"{value:.4f}" for name, value in found.items() if value == value}
     screen.table("", rows | ({"saved": config.output} if config.output else {}))
+    if found["completions/clipped_ratio"] > 0.8:
+        screen.warn("most completions were cut off before they ended: raise --max-completion-length")
     if found["frac_reward_zero_std"] == 1:
         screen.warn("every completion of a prompt has the same reward, so nothing could be learned: try other prompts or rewards")
     return 0

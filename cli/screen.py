@@ -66,9 +66,10 @@ class Screen:
             self.bar.start()
 
     def step(self, record: dict, eta_s: float) -> None:
-        """The metrics of one finished step."""
+        """The metrics of one finished step; a loss around 0 of sampled completions would say nothing."""
+        loss = "" if "reward" in record else f"loss {record['train/loss']:.4f}  "
         text = (
-            f"loss {record['train/loss']:.4f}  {self.own(record)}grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
+            f"{loss}{self.own(record)}grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
             f"{record['supervised_tokens_per_second']:.0f} tok/s  {record['memory_gib']:.1f} GiB"
         )
         if self.bar is not None:

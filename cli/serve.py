@@ -38,7 +38,8 @@ def find_python(option: str | None) -> str:
     if ENVIRONMENT.is_file():
         return str(ENVIRONMENT.absolute())
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("vLLM was not found: `make vllm-env` builds .vllm-venv; or name its Python with --python or TREETUNE_VLLM_PYTHON")
+        how = "name its Python with --python (treetune serve), --vllm-python (treetune grpo) or TREETUNE_VLLM_PYTHON"
+        raise ValueError(f"vLLM was not found: `make vllm-env` builds .vllm-venv; or {how}")
     return sys.executable
 
 
@@ -104,8 +105,13 @@ def managed(config: Any, model: Model, *, say: Callable[[str], None], log: Path 
     """The running server that a run starts for itself, and its URL; it ends with the run. Raises as `Server` does."""
     engine = config.engine
     place, where = model_folder(config.model, say=say), log or log_file(engine.vllm_server_port)
+    command = managed_command(config, place)
     say(f"starting vLLM on port {engine.vllm_server_port}; its output goes to {where}")
-    made = Server(managed_command(config, place), host=engine.vllm_server_host, port=engine.vllm_server_port, log=where)
+    also = {"VLLM_SERVER_DEV_MODE": "1"} if engine.vllm_reload_in_place else {}
+    try:
+        made = Server(command, host=engine.vllm_server_host, port=engine.vllm_server_port, log=where, environment=also)
+    except RuntimeError as error:
+        raise RunFailed(str(error)) from error
     return made, made.url
 
 

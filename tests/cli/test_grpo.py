@@ -1,6 +1,5 @@
 """`treetune grpo` from prompts to run folders on tiny models: what it records, what it trains on, references, rewards, evaluation."""
 
-import json
 import math
 
 import pytest
@@ -135,7 +134,7 @@ SAMPLING = {f"sampling/sampling_logp_difference/{how}" for how in ("mean", "max"
     f"sampling/importance_sampling_ratio/{how}" for how in ("min", "mean", "max")
 }  # fmt: skip
 ALWAYS = LENGTHS | SAMPLING | {
-    "reward", "reward_std", f"rewards/{SPREAD}/mean", f"rewards/{SPREAD}/std", "frac_reward_zero_std", "completions/clipped_ratio",
+    "reward", "reward_std", "rewards/spread/mean", "rewards/spread/std", "frac_reward_zero_std", "completions/clipped_ratio",
     "entropy", "policy_loss", "train/loss", "grad_norm", "learning_rate", "num_tokens", "skipped_zero_adv_batches", "epoch",
     "rollout/seconds", "rollout/sampled", "rollout/staleness_mean", "step_seconds", "tokens_per_second",
 }  # fmt: skip
@@ -169,13 +168,13 @@ def test_a_run_leaves_samples_an_adapter_and_a_report(kit, here, tune, steps):
     assert len(rows) == 3 * 4 * 4 and [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     for record in records:
         mine = [row for row in rows if row["step"] == record["step"]]
-        values = torch.tensor([row["rewards"][SPREAD] for row in mine], dtype=torch.float64)
+        values = torch.tensor([row["rewards"]["spread"] for row in mine], dtype=torch.float64)
         assert values.tolist() == [spread(row["answer"]) for row in mine]
         assert record["reward"] == pytest.approx(values.mean().item()) and record["reward_std"] == pytest.approx(values.std().item())
         assert record["completions/mean_length"] == pytest.approx(sum(row["tokens"] for row in mine) / 16)
         assert {row["version"] for row in mine} == {record["step"] - 1}
         for at in range(0, 16, 4):  # highest advantage first, and with it the reward
-            group = [row["rewards"][SPREAD] for row in mine[at : at + 4]]
+            group = [row["rewards"]["spread"] for row in mine[at : at + 4]]
             assert group == sorted(group, reverse=True) and len({row["prompt"] for row in mine[at : at + 4]}) == 1
     assert (here / "run/report.html").exists()
     done = tune("generate", "1 + 1 =", "--raw", "--adapter", "run/adapter", "--max-new-tokens", 3)

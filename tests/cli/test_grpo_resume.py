@@ -12,7 +12,7 @@ from treetune.core import ckpt, observe
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
 runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
-learn, drawn, batches = runs.learn, runs.drawn, runs.batches  # the fixtures
+learn = runs.learn  # the fixture
 
 STEPS = 7
 RUN = ["--max-steps", STEPS, "--save-steps", 2, "--micro-batch-size", 1, "--gradient-accumulation-steps", 2, "--output-dir", "run"]
@@ -29,7 +29,7 @@ KINDS = {
     "adaptive entropy": ["--use-adaptive-entropy", "--entropy-target", 9, "--entropy-coef-delta", 0.01],
     "reference that moves": [*FULL, "--beta", 0.1, "--sync-ref-model", "--ref-model-sync-steps", 2, "--ref-model-mixup-alpha", 0.3],
     "everything": [
-        "--reward-funcs", "digits", "rewards.py:most", "--advantage", "gdpo", "--num-iterations", 2, "--steps-per-generation", 2,
+        "--reward-funcs", "digits", "--advantage", "gdpo", "--num-iterations", 2, "--steps-per-generation", 2,
         "--replay-buffer-size", 4, "--reroll-start-fraction", 0.2, "--dynamic-sampling", "--use-adaptive-entropy", "--entropy-target", 9,
         "--beta", 0.1, "--sync-ref-model", "--ref-model-sync-steps", 2, "--ref-model-mixup-alpha", 1, "--lora-dropout", 0.2,
         "--streaming-partial-batch",
@@ -71,7 +71,10 @@ def assert_same(kit, one, other):
     assert one[2:] == other[2:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("full", "passes and steps", "replay", "everything")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, learn, forked):
     """Killed in step 3 and, once resumed, in step 6: in the middle of a generation, and between two."""
     assert learn(*RUN, *KINDS[kind], "--output-dir", "whole").code == 0
@@ -86,8 +89,9 @@ def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, learn, fork
     assert (one[4][0]["stream"]["drawn"] > one[4][0]["stream"]["taken"]) == (kind in ("re-roll", "everything"))
 
 
-@pytest.mark.parametrize("kind", ["passes and steps", "replay"])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("kind", "signum"), [("replay", signal.SIGINT), pytest.param("passes and steps", signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_run_leaves_in_good_order_and_resumes_bit_for_bit(kind, signum, kit, tiny, here, tune, learn, forked):
     assert learn(*RUN, *KINDS[kind], "--output-dir", "whole").code == 0
     args = runs.arguments(tiny, *RUN, *KINDS[kind])
@@ -117,8 +121,14 @@ def times(kit, root) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("args", [[], ["--steps-per-generation", 2], ["--streaming-partial-batch", "--steps-per-generation", 2]])
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+IN_PARTS = ["--streaming-partial-batch", "--steps-per-generation", 2]
+
+
+@pytest.mark.parametrize(
+    ("signum", "args"),
+    [(signal.SIGKILL, []), (signal.SIGINT, IN_PARTS)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, []), (signal.SIGKILL, IN_PARTS))],
+)
 def test_sampling_ahead_loses_and_doubles_no_prompt(signum, args, kit, tiny, here, tune, learn, forked):
     """20 prompts, two of which a step trains on: ten steps, however often interrupted, see each of them once."""
     assert learn("--max-steps", 1, "--output-dir", "rows").code == 0  # writes the rows

@@ -1,4 +1,4 @@
-"""What `treetune grpo` makes of rewards: functions good and bad, reward models, held-out prompts, rollout functions, numbers not finite."""
+"""What `treetune grpo` makes of rewards: functions good and bad, reward models, held-out prompts, numbers not finite."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from treetune.models import heads, hf
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
 runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
-learn, steps, drawn, batches = runs.learn, runs.steps, runs.drawn, runs.batches  # the fixtures
+learn, steps = runs.learn, runs.steps  # the fixtures
 SPREAD = runs.SPREAD
 
 BAD = '''
@@ -116,15 +116,14 @@ SOME = {
 def test_a_reward_that_fails_costs_its_own_row(name, kit, here, steps, bad, capsys):
     """It is unknown, which is no 0: the advantages of the others are among themselves. The first failure is told."""
     args, words = SOME[name]
-    reward = f"bad.py:{name}"
     kit.write_rows(here / "prompts.jsonl", [runs.prompt(i) for i in range(20)])
-    records = steps("--reward-funcs", reward, "--max-steps", 1, "--num-generations", 6, *args)
+    records = steps("--reward-funcs", f"bad.py:{name}", "--max-steps", 1, "--num-generations", 6, *args)
     rows = kit.samples(here / "run")
     lost = [row for row in rows if sum(map(ord, row["answer"])) % 4 == 0]
-    assert 0 < len(lost) < len(rows) and all(row["rewards"][reward] is None and row["advantage"] == 0 for row in lost)
-    kept = [row["rewards"][reward] for row in rows if row not in lost]
+    assert 0 < len(lost) < len(rows) and all(row["rewards"][name] is None and row["advantage"] == 0 for row in lost)
+    kept = [row["rewards"][name] for row in rows if row not in lost]
     assert None not in kept and records[0]["reward"] == pytest.approx(sum(kept) / len(kept))
-    assert records[0][f"rewards/{reward}/unknown"] == pytest.approx(len(lost) / len(rows))
+    assert records[0][f"rewards/{name}/unknown"] == pytest.approx(len(lost) / len(rows))
     assert math.isfinite(records[0]["train/loss"]) and records[0]["grad_norm"] > 0
 
 
@@ -132,7 +131,7 @@ def test_a_reward_may_use_alarms(kit, here, steps, bad):
     """They work in the main thread of a process only."""
     steps("--reward-funcs", "bad.py:alarms", "--max-steps", 1)
     for row in kit.samples(here / "run"):
-        assert row["rewards"]["bad.py:alarms"] in (0, 1)
+        assert row["rewards"]["alarms"] in (0, 1)
 
 
 def test_rewards_that_abstain_leave_it_to_the_others(kit, here, steps, bad):
@@ -142,10 +141,10 @@ def test_rewards_that_abstain_leave_it_to_the_others(kit, here, steps, bad):
     total = []
     for row in rows:
         said = row["rewards"]
-        assert (said[names[0]] is None) == (sum(map(ord, row["answer"])) % 4 == 0) and said[names[2]] is None
-        total.append(2 * (said[names[0]] or 0) + 0.5 * said[names[1]])
+        assert (said["none"] is None) == (sum(map(ord, row["answer"])) % 4 == 0) and said["silent"] is None
+        total.append(2 * (said["none"] or 0) + 0.5 * said["spread"])
     assert record["reward"] == pytest.approx(sum(total) / len(total))
-    assert record["rewards/rewards.py:silent/unknown"] == 1 and "rewards/rewards.py:silent/mean" not in record
+    assert record["rewards/silent/unknown"] == 1 and "rewards/silent/mean" not in record
     for at in range(0, len(rows), 6):
         mine = torch.tensor(total[at : at + 6], dtype=torch.float64)
         expected = (mine - mine.mean()) / (mine.std() + 1e-4) if mine.max() > mine.min() else 0 * mine
@@ -223,6 +222,15 @@ def head_of(model, classes):
     return tree.map(lambda leaf: leaf + torch.randn(leaf.shape, generator=generator), fresh)
 
 
+LINES = '''
+def lines(prompts, generate, *, num_generations, tokenizer):
+    """Answers of two lines, but for every third, which has none."""
+    asked = [prompt["tokens"] for prompt in prompts for _ in range(num_generations)]
+    found = [one | {"text": "" if i % 3 == 2 else one["text"][:3] + "x\\n\\n" + one["text"][3:]} for i, one in enumerate(generate(asked))]
+    return [found[i * num_generations : (i + 1) * num_generations] for i in range(len(prompts))]
+'''
+
+
 @pytest.fixture
 def judges(kit, tiny, here):
     """Folders of a reward model and of a judge of steps, of another kind of weights than the policy."""
@@ -248,17 +256,24 @@ def test_a_reward_model_scores_whole_answers(kit, here, steps, judges):
         ids = tokenizer(row["prompt"] + row["answer"])["input_ids"] + [tokenizer.eos_token_id]
         expected = logits(here / "reward", "reward", ids).item() if row["answer"].strip() else None
         assert row["rewards"]["reward"] == pytest.approx(expected, abs=1e-4)  # float32 against float64
-        assert row["rewards"][SPREAD] == runs.spread(row["answer"])
+        assert row["rewards"]["spread"] == runs.spread(row["answer"])
 
 
-def test_a_judge_of_steps_gives_the_probability_of_the_worst(kit, here, steps, judges):
-    values = set()
-    steps("--reward-funcs", "prm", "--max-steps", 1, "--max-completion-length", 12)
-    for row in kit.samples(here / "run"):
-        value = row["rewards"]["prm"]
-        assert (value is None) == (not row["answer"].strip()) and (value is None or 0 < value < 1)
-        values.add(value)
-    assert len(values) > 8
+def test_a_judge_of_steps_gives_the_probability_of_the_worst(kit, here, tune, steps, judges):
+    """Of all lines of an answer, as `treetune score` judges them."""
+    (here / "lines.py").write_text(LINES)
+    steps("--reward-funcs", "prm", "--max-steps", 1, "--rollout-func", "lines.py:lines")
+    rows = kit.samples(here / "run")
+    parts = [[line for line in row["answer"].split("\n") if line.strip()] for row in rows]
+    known = [i for i, lines in enumerate(parts) if lines]
+    asked = [{"prompt": rows[i]["prompt"], "completions": parts[i]} for i in known]
+    kit.write_rows(here / "steps.jsonl", asked)
+    done = tune("score", "prm", "--data", "steps.jsonl", "--output", "scores.jsonl", "--sequence-len", 128)
+    assert done.code == 0, done.err
+    told = kit.metrics(here, "scores.jsonl")
+    assert max(len(row["step_scores"]) for row in told) > 1
+    assert [rows[i]["rewards"]["prm"] for i in known] == pytest.approx([min(row["step_scores"]) for row in told], abs=1e-5)
+    assert all(row["rewards"]["prm"] is None for i, row in enumerate(rows) if i not in known)
 
 
 @pytest.mark.parametrize("trains", ["lora", "none"])
@@ -286,7 +301,7 @@ def test_held_out_prompts_are_scored_with_the_same_randomness(kit, here, steps):
     trained = steps(*args, "--learning-rate", 1e-30, "--weight-decay", 0)
     held = [record for record in kit.metrics(here / "run") if "eval/reward" in record]
     assert [record["step"] for record in held] == [0, 1, 2, 3] and len({record["eval/reward"] for record in held}) == 1
-    assert {"eval/completions/mean_length", f"eval/rewards/{SPREAD}/mean", "eval/reward_std", "eval/seconds"} <= held[0].keys()
+    assert {"eval/completions/mean_length", "eval/rewards/spread/mean", "eval/reward_std", "eval/seconds"} <= held[0].keys()
     assert not {"eval/frac_reward_zero_std", "eval/loss", "eval/perplexity"} & held[0].keys()
     assert all("eval/reward" not in record for record in trained)
     asked = {row["prompt"] for row in kit.samples(here / "run")}
@@ -325,156 +340,28 @@ def test_val_data_is_a_file_of_its_own(kit, here, learn):
     assert "eval/reward" in kit.metrics(here / "run")[0]
 
 
-# --- rollout functions
-
-ROLLOUTS = '''
-def turns(prompts, generate, *, num_generations, tokenizer):
-    """Two turns, with a word of the environment between them."""
-    word = tokenizer("so", add_special_tokens=False)["input_ids"]
-    asked = [prompt["tokens"] for prompt in prompts for _ in range(num_generations)]
-    first = generate(asked, max_tokens=3)
-    second = generate([ids + one["tokens"] + word for ids, one in zip(asked, first)], max_tokens=2)
-    rows = []
-    for a, b in zip(first, second):
-        rows.append({
-            "tokens": a["tokens"] + word + b["tokens"],
-            "logp": a["logp"] + [0.0] * len(word) + b["logp"],
-            "trained": [True] * len(a["tokens"]) + [False] * len(word) + [True] * len(b["tokens"]),
-            "text": a["text"] + "|" + b["text"], "stopped": b["stopped"],
-        })
-    return [rows[i * num_generations : (i + 1) * num_generations] for i in range(len(prompts))]
-
-def plain(prompts, generate, *, num_generations, tokenizer):
-    found = [generate([prompt["tokens"]] * num_generations) for prompt in prompts]
-    return [[{"tokens": one["tokens"]} for one in group] for group in found]
-
-def none_of_it(prompts, generate, *, num_generations, tokenizer):
-    found = plain(prompts, generate, num_generations=num_generations, tokenizer=tokenizer)
-    return [[one | {"trained": [False] * len(one["tokens"]), "text": str(i)} for i, one in enumerate(group)] for group in found]
-
-def never(prompts, generate, **_):
-    return [[{"tokens": [1]}] * 4 for _ in prompts]
-
-def few(prompts, generate, *, num_generations, tokenizer):
-    return plain(prompts, generate, num_generations=num_generations - 1, tokenizer=tokenizer)
-
-def empty(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": []}] * num_generations for _ in prompts]
-
-def ragged(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1, 2], "trained": [True]}] * num_generations for _ in prompts]
-
-def foreign(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1, 260]}] * num_generations for _ in prompts]
-
-def negative(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1, -1]}] * num_generations for _ in prompts]
-
-def endless(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1] * 256}] * num_generations for _ in prompts]
-
-def words(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": ["a"]}] * num_generations for _ in prompts]
-
-def floats(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1.5, 2.5]}] * num_generations for _ in prompts]
-
-def numbers(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-    return [[{"tokens": [1, 2], "text": 3}] * num_generations for _ in prompts]
-
-def nothing(prompts, generate, *, num_generations, tokenizer):
-    generate([prompts[0]["tokens"]])
-
-def raises(prompts, generate, *, num_generations, tokenizer):
-    return prompts[0]["question"]
-
-def too_long(prompts, generate, *, num_generations, tokenizer):
-    return generate([[1] * 256])
-
-def no_prompt(prompts, generate, *, num_generations, tokenizer):
-    return generate([[]])
-'''
+# --- numbers that are not finite
 
 
-@pytest.fixture
-def rollouts(here):
-    (here / "turns.py").write_text(ROLLOUTS)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_says_where(what, here, learn, monkeypatch):
+    from treetune.losses import policy
 
+    def broken(ratio, advantage, **_):
+        found = -ratio * advantage
+        return found + math.inf if what == "loss" else found + (ratio - ratio.detach()).abs().sqrt()  # whose slope at 0 is infinite
 
-def test_tokens_of_an_environment_are_read_and_never_trained_on(kit, here, steps, rollouts, drawn, batches):
-    records = steps("--rollout-func", "turns.py:turns", "--max-steps", 3, "--no-skip-zero-advantage-batches")
-    word = kit.tokenizer()("so", add_special_tokens=False)["input_ids"]
-    pairs = {}
-    for ids, tokens, logp in drawn:
-        pairs.setdefault(ids, []).append((tokens, logp))
-    count = 0
-    for _, micro, _ in batches:
-        for batch in micro:
-            for b, doc in enumerate(batch["doc_of_seq"].tolist()):
-                span = slice(*batch["cu_docs"][doc : doc + 2].tolist())
-                branch = batch["branch"][span]
-                asked = tuple(batch["tokens"][span][branch == 0].tolist())
-                inside = batch["tokens"][span][branch == 1 + batch["doc_of_seq"][:b].eq(doc).sum()].tolist()
-                targets = batch["targets"][batch["seq"] == b].tolist()
-                first = next(one for one, _ in pairs[asked] if inside[: len(one)] == one and inside[len(one) :][: len(word)] == word)
-                second = inside[len(first) + len(word) :]
-                assert targets == first + second
-                assert second in [one for one, _ in pairs[(*asked, *first, *word)]]
-                count += 1
-    assert count == 3 * 16 and records[0]["supervised_tokens"] == records[0]["completions/mean_length"] * 16 - 2 * 16
-    for record in records:
-        assert record["sampling/sampling_logp_difference/max"] <= 5e-5, "each turn under the prompt that it was written after"
-    assert all("|" in row["answer"] for row in kit.samples(here / "run"))
-
-
-def test_a_rollout_function_without_log_probs_trains_with_a_ratio_of_1(kit, here, steps, rollouts):
-    told = steps("--rollout-func", "turns.py:plain", "--async-prefetch", "--max-steps", 3)
-    for record in told:
-        assert record["sampling/importance_sampling_ratio/min"] == record["sampling/importance_sampling_ratio/max"] == 1
-        assert record["grad_norm"] > 0
-    assert {row["stopped"] for row in kit.samples(here / "run")} == {True}
-
-
-def test_a_rollout_of_which_nothing_is_the_policys_trains_nothing(steps, rollouts):
-    for record in steps("--rollout-func", "turns.py:none_of_it", "--weight-decay", 0):
-        assert record["reward_std"] > 0 == record["supervised_tokens"] == record["train/loss"] == record["grad_norm"]
-
-
-WRONG = {
-    "never": "never called generate",
-    "few": "lists .prompts. of 4 dicts",
-    "empty": "row .*gave no tokens",
-    "ragged": "row .*2 tokens, 1 trained and 2 logp",
-    "foreign": "260",
-    "negative": "-1",
-    "endless": "256 positions",
-    "words": "tokens",
-    "floats": "tokens",
-    "numbers": "text",
-    "nothing": "list",
-    "raises": "KeyError: 'question'",
-    "too_long": "256",
-    "no_prompt": "empty|no token|at least",
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_a_rollout_function_gets_wrong_ends_the_run_with_one_line(name, here, learn, rollouts):
-    done = learn("--rollout-func", "turns.py:" + name)
+    monkeypatch.setattr(policy, "ppo_clip", broken)
+    done = learn()
     lines = done.err.strip().splitlines()
-    assert done.code == 1 and "Traceback" not in done.err, done.err
-    assert lines[-1].startswith("treetune: failed: ") and re.search(WRONG[name], lines[-1]), lines[-1]
+    assert done.code == 1 and len(lines) == 1 and "not finite, no weight was changed" in lines[0], done.err
+    assert re.search(r"rows \[\d+" if what == "loss" else r"lora\.layers\.\d\.\w+\.[AB]", lines[0]), lines[0]
+    assert not list((here / "run/checkpoints").iterdir())
 
 
-def test_a_missing_rollout_function_is_one_line(kit, here, learn, rollouts):
-    kit.refused(learn("--rollout-func", "turns.py:nowhere"), "rollout_func", "turns.py has no function nowhere")
-    kit.refused(learn("--rollout-func", "nowhere.turns"), "nowhere")
-    assert not (here / "run").exists()
+@pytest.mark.parametrize("trains", [[], ["--adapter", "none"], ["--async-prefetch", "--max-steps", 9]])
+def test_weights_that_are_not_finite_are_never_sampled_from(trains, here, learn):
+    """What a step of this size leaves writes nothing but noise: the run ends, and the checkpoints are from before."""
+    done = learn(*trains, "--learning-rate", 1e38)
+    lines = done.err.strip().splitlines()
+    assert done.code == 1 and len(lines) == 1 and re.search("not finite|not numbers", lines[0]), done.err

@@ -1,0 +1,110 @@
+"""`torchrun -m treetune.cli.main grpo`: two ranks sample what one samples, train as one trains, and say what one says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+spec = importlib.util.spec_from_file_location("torchrun_scene", Path(__file__).with_name("test_torchrun.py"))
+scene = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scene)
+
+REWARDS = """
+def spread(completions):
+    return [sum(map(ord, one)) % 5 / 4 for one in completions]
+
+def length(completions, completion_ids):
+    return [len(one) / 8 for one in completion_ids]
+"""
+KINDS = {
+    "lora": ["--beta", 0.1, "--entropy-coef", 0.01],
+    "full": ["--adapter", "none", "--learning-rate", 1e-3],
+    # what looks beyond the prompts of a rank: advantages, the highest entropies
+    "across": ["--advantage", "gdpo", "--top-entropy-quantile", 0.5, "--num-iterations", 2],
+}  # fmt: skip
+ALSO = ["--steps-per-generation", 2, "--dynamic-sampling", "--replay-buffer-size", 4]  # ranks deal their own prompts to steps
+SHARDINGS = {"lora": "full", "full": "full", "across": "none"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, prompts and rewards."""
+    from treetune.models import hf, llama
+
+    root = tmp_path_factory.mktemp("online")
+    sizes = dict(vocab_size=257, hidden_size=24, mlp_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=128)
+    hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=scene._tokenizer())
+    rows = [{"prompt": f"Row {i}: " + "red blue green "[: 1 + 5 * i % 14]} for i in range(24)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rewards.py").write_text(REWARDS)
+    return root
+
+
+def arguments(place, output, accumulation, *more) -> list[str]:
+    options = {
+        "model": place / "model", "data": place / "rows.jsonl", "output-dir": output, "gradient-accumulation-steps": accumulation,
+        "micro-batch-size": 1, "max-steps": 4, "device": "cpu", "num-generations": 4,
+        "max-completion-length": 8, "val-set-size": 5, "eval-steps": 2, "save-steps": 2, "save-total-limit": 9,
+    }  # fmt: skip
+    flat = [part for name, value in options.items() for part in (f"--{name}", value)]
+    rate = [] if "--learning-rate" in more else ["--learning-rate", 0.02, "--lora-r", 3]
+    rewards = ["--reward-funcs", *(f"{place}/rewards.py:{name}" for name in ("spread", "length"))]
+    return ["grpo", *map(str, [*flat, *rate, *rewards, *more])]
+
+
+def records(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+CLOCK = ("second", "memory", "tokens_per_second")
+OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts; float noise
+
+
+@pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SHARDINGS if kind != "across")])
+def test_two_ranks_leave_what_one_leaves(kind, place, torchrun):
+    from treetune.cli import main
+
+    name, options = kind.replace(" ", "_"), KINDS[kind]
+    assert main.main(arguments(place, place / f"{name}_alone", 4, *options)) == 0
+    done = torchrun(2, "-m", "treetune.cli.main", *arguments(place, place / name, 2, *options, "--sharding", SHARDINGS[kind]), cwd=place)
+    assert done.returncode == 0, done.stderr
+    alone, pair = place / f"{name}_alone", place / name
+    file = "model/model.safetensors" if kind == "full" else "adapter/adapter_model.safetensors"
+    one, two = load_file(alone / file), load_file(pair / file)
+    assert one.keys() == two.keys()
+    for path, leaf in one.items():
+        assert (leaf - two[path]).abs().max() <= 2e-5, path
+    for mine, theirs in zip(records(alone), records(pair), strict=True):
+        keys = {key for key in mine.keys() | theirs.keys() if not any(word in key for word in CLOCK) and not key.startswith(OWN)}
+        for key in keys:
+            near = theirs[key] is None or pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
+            assert mine[key] is None if near is True else mine[key] == near, key
+    assert any("eval/reward" in record for record in records(alone))
+
+
+@pytest.mark.slow
+def test_ranks_go_on_where_they_were(place, torchrun):
+    """A checkpoint has the feed of each rank; another number of ranks is told so."""
+    from treetune.cli import main
+
+    options = [*KINDS["across"], *ALSO]
+    whole = torchrun(2, "-m", "treetune.cli.main", *arguments(place, place / "whole", 2, *options), cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    args = arguments(place, place / "again", 2, *options, "--resume", place / "whole/checkpoints/step_000002")
+    again = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
+    assert again.returncode == 0, again.stderr
+    one, two = (load_file(place / name / "checkpoints/step_000004/state.safetensors") for name in ("whole", "again"))
+    assert one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+    args = arguments(place, place / "fewer", 4, *options, "--resume", place / "whole/checkpoints/step_000002")
+    assert main.main(args) == 2 and not (place / "fewer").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_ends_both_ranks(place, torchrun):
+    (place / "bad.py").write_text("def fails(completions):\n    raise RuntimeError('no such service')\n")
+    args = [arg for arg in arguments(place, place / "bad", 2) if "rewards.py" not in arg]
+    args.insert(args.index("--reward-funcs") + 1, f"{place}/bad.py:fails")
+    done = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
+    assert done.returncode != 0 and "no such service" in done.stderr and "cli/grpo.py" not in done.stderr
