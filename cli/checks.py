@@ -48,7 +48,7 @@ RANGES: dict[str, Range] = dict.fromkeys(
 ) | dict.fromkeys(
     ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction",
      "top_entropy_quantile"), PART
-) | {"top_p": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
+) | {"top_p": SHARE, "vllm_gpu_memory_utilization": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:

@@ -51,23 +51,33 @@ class Engine:
         url = f"http://{f'[{host}]' if ':' in host else host}:{options.vllm_server_port}"
         if options.vllm_mode == "managed":
             self.server, url = serve.managed(config, model, say=say)
+        try:
+            self._connect(url, root)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, url: str, root: Path) -> None:
+        config, options, model = self.config, self.config.engine, self.model
         name = serve.served_name(config.model)
         alive = self.server.alive if self.server else lambda: True
-        self.client = vllm.Client(url, model=name, vocab_size=model.cfg.vocab_size, timeout_s=options.vllm_server_timeout, alive=alive)
-        needed = config.data.max_prompt_len + rollout.max_completion_length
-        accepted = [name, config.model.model, str(serve.model_folder(config.model, say=say)), setup.model_name(config.model)]
-        self._reach(accepted, needed)
+        timeout = options.vllm_server_timeout
+        self.client = vllm.Client(url, model=name, vocab_size=model.cfg.vocab_size, timeout_s=timeout, alive=alive)
+        needed = config.data.max_prompt_len + config.rollout.max_completion_length
+        folder = serve.model_folder(config.model, say=self.say)
+        self._reach([name, config.model.model, str(folder), setup.model_name(config.model)], needed)
         tokens = [i % model.cfg.vocab_size for i in range(17, 17 + CANARY)]
-        dtype = serve.engine_dtype(config, model)
         foreign = options.vllm_mode == "server"  # which may compute in another dtype than the trainer
-        canary = sync.Canary(self.client, tokens, dtype=dtype, tolerance=options.vllm_canary_tolerance, widen=foreign)
-        self.sync = self._sync(canary, root)
+        how = {"dtype": serve.engine_dtype(config, model), "tolerance": options.vllm_canary_tolerance, "widen": foreign}
+        self.sync = self._sync(sync.Canary(self.client, tokens, **how), root)
         self.version, self.verdict = 0, None
 
     def _sync(self, canary: sync.Canary, root: Path) -> Any:
         where = root / "engine"
         if self.trees.lora is not None:
-            return sync.Adapters(self.client, where, canary)
+            pipe = self.config.pipeline
+            steps = pipe.steps_per_generation * pipe.num_iterations * (pipe.prefetch_depth + 1 if pipe.async_prefetch else 1)
+            return sync.Adapters(self.client, where, canary, keep=2 + -(-steps // pipe.vllm_sync_interval))
         command = partial(serve.managed_command, self.config)
         in_place = self.config.engine.vllm_reload_in_place
         return sync.Weights(self.client, where, canary, server=self.server, command=command, in_place=in_place)
@@ -77,8 +87,9 @@ class Engine:
         patience, self.client.retry_s = self.client.retry_s, 5.0
         try:
             self.client.check(accepted=accepted, needed_len=needed)
+        except vllm.Lost as error:
+            raise ValueError(str(error)) from error
         except vllm.Unreachable as error:
-            self.close()
             raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
         self.client.retry_s = patience
 
@@ -86,15 +97,21 @@ class Engine:
         self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int, seed: int
     ) -> rollouts.Drawn:
         """Completions from the weights that the server has."""
-        rollout, version = self.config.rollout, self.version
+        rollout = self.config.rollout
         asked = partial(
             self.client.sample, ids, [vllm.request_seed(seed, number) for number in numbers], n=n, max_tokens=max_tokens,
             temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p,
             repetition_penalty=rollout.repetition_penalty, stop_token_ids=self.ends, regex=rollout.vllm_guided_decoding_regex,
             extra=rl_data.named_values(rollout.generation_kwargs, "generation-kwargs"),
         )  # fmt: skip
-        found = sync.steady(lambda name: asked(model=name), self.sync, self.server)
+        version, found = sync.steady(lambda name: (self.version, asked(model=name)), self.sync, self.server)
         return rollouts.Drawn([[self._completion(one) for one in group] for group in found], version)
+
+    def held(self, policy: TrainState, *given: Any, **named: Any) -> rollouts.Drawn:
+        """As `draw`, from the weights of the state: what is evaluated is what is saved."""
+        if self.version != int(policy.step):
+            self.push(policy)
+        return self.draw(None, *given, **named)
 
     def _completion(self, one: vllm.Drawn) -> Completion:
         made = rollouts.completion(one.tokens, one.logp, set(self.ends), self.tokenizer)
@@ -149,7 +166,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave the server, or end it if it is ours."""
-        self.client.close()
+        if self.client is not None:
+            self.client.close()
         if self.server is not None:
             self.server.stop()
 
@@ -159,5 +177,5 @@ def build(
 ) -> Drawers:
     """A vLLM server as the sampler of a run."""
     made = Engine(config, model, trees, tokenizer, stop=stop, on=on, root=root, say=say)
-    pair = [partial(made.draw, seed=seed) for seed in seeds]
-    return Drawers(*pair, lambda state: None, made.start, made.between, made.close, made.metrics)
+    train, held = (partial(draw, seed=seed) for draw, seed in zip((made.draw, made.held), seeds, strict=True))
+    return Drawers(train, held, lambda state: None, made.start, made.between, made.close, made.metrics)

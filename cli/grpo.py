@@ -153,7 +153,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
         stepper,
         evaluator(config, data, sampler, rewards, ranks) if data.val else None,
         parts.objective,
-        partial(tickets, prompts_per_step(config) * ranks.world / rounds(config) / len(data.train)),
+        partial(tickets, prompts_per_step(config) * ranks.world, rounds(config) * len(data.train)),
         total,
         meta,
         on,
@@ -205,12 +205,15 @@ def options(config: Any, ranks: setup.Ranks, total: int) -> feed.Options:
     )
 
 
-def tickets(epochs_per_step: float, cursor: loader.Cursor) -> Iterator[tuple[None, loader.Cursor]]:
-    """One after another, the cursors after each step: how far through the prompts a run is, which `roll` deals."""
+def tickets(step: int, epoch: int, cursor: loader.Cursor) -> Iterator[tuple[None, loader.Cursor]]:
+    """One after another, the cursors after each step: how far through the prompts a run is, which `roll` deals.
+
+    step, epoch: how often a prompt is looked at in either.
+    """
     index = cursor.index
     while True:
         index += 1
-        yield None, loader.Cursor(int(index * epochs_per_step), index)
+        yield None, loader.Cursor(index * step // epoch, index)
 
 
 def largest(ranks: setup.Ranks, on: torch.device, value: int) -> int:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from treetune.cli import method, reference, setup
 from treetune.cli.loss_options import ReferenceOptions
-from treetune.cli.rl_options import PRESETS, PolicyLoss, Preset
+from treetune.cli.rl_checks import off_policy
+from treetune.cli.rl_options import PRESETS, PolicyLoss, Preset, clip_bounds
 from treetune.core import shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState
 from treetune.losses import advantage, correction, divergence, online, policy, ratio, reduce
 from treetune.models import Model
 
-EPSILON = {"gspo": (3e-4, 4e-4), "luspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "dapo": (0.2, 0.28)}  # low and high, where not 0.2
 RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
 MEANS = {
     "token": "mean over all tokens of a step", "sequence": "mean over completions of their token means",
@@ -31,17 +31,9 @@ def choices(options: PolicyLoss) -> Preset:
     return PRESETS[options.loss]._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def bounds(options: PolicyLoss) -> tuple[float, float]:
-    """How far a ratio may fall below and rise above 1."""
-    low, high = EPSILON.get(options.loss, (0.2, 0.2))
-    if options.epsilon is not None:
-        low = high = options.epsilon
-    return low, options.epsilon_high if options.epsilon_high is not None else high
-
-
 def describe(options: PolicyLoss) -> str:
     """The method in a line: nothing that a name stands for stays hidden."""
-    made, (low, high) = choices(options), bounds(options)
+    made, (low, high) = choices(options), clip_bounds(options)
     clip = f" clipped to [1 - {low:g}, 1 + {high:g}]" if made.term == "ppo_clip" else ""
     kl = (
         f", {options.beta:g} x {options.kl_estimator} divergence{' times the ratio' * options.use_bias_correction_kl}"
@@ -67,7 +59,7 @@ def batch_wide(options: PolicyLoss) -> bool:
 
 def term(options: PolicyLoss) -> Callable:
     """The policy term of losses.policy with its options."""
-    name, (low, high) = choices(options).term, bounds(options)
+    name, (low, high) = choices(options).term, clip_bounds(options)
     if name == "ppo_clip":
         return partial(policy.ppo_clip, epsilon=low, epsilon_high=high, delta=options.delta)
     if name == "gmpo":
@@ -96,7 +88,7 @@ def skippable(options: PolicyLoss) -> bool:
 
 def _reports(options: PolicyLoss) -> list[Callable]:
     """Numbers that only some terms have."""
-    made, (low, high) = choices(options), bounds(options)
+    made, (low, high) = choices(options), clip_bounds(options)
     whole = made.ratio in ("sequence", "sequence_sum")
     if made.term == "cispo":
         return [partial(online.cispo_clip_ratio, epsilon_high=options.epsilon_high, by_sequence=whole)]
@@ -109,7 +101,7 @@ def _terms(config: Any) -> dict[str, Any]:
     """Options of losses.online.objective besides its policy term."""
     loss, how, made = config.loss, config.correction, choices(config.loss)
     correct = None
-    if how.vllm_importance_sampling_correction and sampled_elsewhere(config):
+    if how.vllm_importance_sampling_correction and off_policy(config):
         cuts = {"low": how.vllm_importance_sampling_min, "high": how.vllm_importance_sampling_cap}
         correct = partial(getattr(correction, how.vllm_importance_sampling_mode), **cuts)
     return {
@@ -125,15 +117,10 @@ def _terms(config: Any) -> dict[str, Any]:
     }
 
 
-def sampled_elsewhere(config: Any) -> bool:
-    """Whether completions may come from another policy than the one that scores them: an engine, or older weights."""
-    return config.engine.use_vllm or config.pipeline.async_prefetch
-
-
 def scored_apart(config: Any) -> bool:
     """Whether the trainer's log-probs must be taken when completions are new: later steps, other samplers and replays need them."""
     pipe = config.pipeline
-    return sampled_elsewhere(config) or pipe.steps_per_generation * pipe.num_iterations > 1 or pipe.replay_buffer_size > 0
+    return off_policy(config) or pipe.steps_per_generation * pipe.num_iterations > 1
 
 
 class Signal(NamedTuple):

@@ -1,13 +1,20 @@
 """What options of reinforcement learning may not say: contradictions, and options that a run would ignore. Imports no torch."""
 
+import os
 from typing import Any
 
 from treetune.cli.configs import Grpo
 from treetune.cli.errors import BadInput
-from treetune.cli.rl_options import PRESETS, PolicyLoss
+from treetune.cli.rl_options import PRESETS, PolicyLoss, clip_bounds
 
 CLIPPED = ("ppo_clip", "gmpo")
 VLLM_ONLY = ("repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs")
+
+
+def off_policy(config: Any) -> bool:
+    """Whether completions may come from another policy than the one that trains on them: an engine, older weights, stored groups."""
+    pipe = config.pipeline
+    return config.engine.use_vllm or pipe.async_prefetch or pipe.dynamic_sampling or pipe.replay_buffer_size > 0
 
 
 def check(config: Any) -> None:
@@ -28,14 +35,30 @@ def check(config: Any) -> None:
     low, high = config.correction.vllm_importance_sampling_min, config.correction.vllm_importance_sampling_cap
     if low is not None and low >= high:
         raise BadInput(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
-    if config.engine.vllm_reload_in_place and config.engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
-        raise BadInput("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
-    if config.engine.use_vllm and config.adapter.adapter == "none" and config.engine.vllm_mode != "managed":
-        raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
         raise BadInput("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
+    _check_engine(config)
+
+
+def _check_engine(config: Grpo) -> None:
+    engine, ranks = config.engine, int(os.environ.get("WORLD_SIZE", 1))
+    if config.run.sharding == "full" and (config.pipeline.async_prefetch or config.rollout.rollout_func):
+        name = "async_prefetch" if config.pipeline.async_prefetch else "rollout_func"
+        raise BadInput(f"{name} does not go with --sharding full: ranks would gather weights at different times")
+    if not engine.use_vllm:
+        return
+    if not 1 <= engine.vllm_server_port <= 65535:
+        raise BadInput(f"vllm_server_port must be 1 to 65535, got {engine.vllm_server_port}")
+    if ranks > 1:
+        raise BadInput("use_vllm works with one process: several ranks would sync to the server at once; leave out torchrun")
+    if config.pipeline.async_prefetch and config.adapter.adapter == "none":
+        raise BadInput("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
+    if engine.vllm_reload_in_place and engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
+        raise BadInput("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
+    if config.adapter.adapter == "none" and engine.vllm_mode != "managed":
+        raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     whole = config.adapter.lora_modules_to_save or config.vocabulary.tokens or config.vocabulary.embedding_multiple
-    if config.engine.use_vllm and whole:
+    if whole:
         names = "lora_modules_to_save, tokens and embedding_multiple"
         raise BadInput(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
@@ -58,7 +81,7 @@ def _check_loss(loss: PolicyLoss) -> None:
         raise BadInput(f"epsilon_high is the largest ratio itself for cispo, at least 1 (5 is usual), got {loss.epsilon_high}")
     if loss.loss in ("gmpo", "vespo") and loss.importance_sampling_level:
         raise BadInput(f"{loss.loss} has ratios of its own: leave out importance_sampling_level")
-    high = loss.epsilon_high or loss.epsilon or 0.28
+    high = clip_bounds(loss)[1]
     if loss.delta is not None and loss.delta <= 1 + high:
         raise BadInput(f"delta must be above 1 + epsilon_high = {1 + high:g}, got {loss.delta:g}")
 
@@ -99,10 +122,10 @@ def _ignored_sampling(config: Grpo) -> dict[str, str]:
         out |= {name: "the server runs already; these are options of treetune serve" for name in managed}
     elif config.adapter.adapter == "lora":
         out["vllm_reload_in_place"] = "an adapter is loaded by name, without a restart"
-    if not engine.use_vllm and not config.pipeline.async_prefetch:
+    if not off_policy(config):
         same = "the trainer samples from the weights that train, so there is nothing to correct"
-        names = [name for name in vars(config.correction) if name != "off_policy_mask_threshold"]
-        out |= dict.fromkeys(names, same)
+        later = config.pipeline.steps_per_generation * config.pipeline.num_iterations > 1  # the policy moves within a generation
+        out |= {name: same for name in vars(config.correction) if name != "off_policy_mask_threshold" or not later}
     elif not config.correction.vllm_importance_sampling_correction:
         names = ("mode", "cap", "min")
         out |= {f"vllm_importance_sampling_{name}": "vllm_importance_sampling_correction is off" for name in names}

@@ -272,3 +272,14 @@ class RlOptim(OptimOptions):
     """Shape of the learning rate after the warm-up."""
     micro_batch_size: int = 2
     """Prompts, each with its completions, in one forward pass on one device."""
+
+
+EPSILON = {"gspo": (3e-4, 4e-4), "luspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "dapo": (0.2, 0.28)}  # low and high, where not 0.2
+
+
+def clip_bounds(options: PolicyLoss) -> tuple[float, float]:
+    """How far a ratio may fall below and rise above 1."""
+    low, high = EPSILON.get(options.loss, (0.2, 0.2))
+    if options.epsilon is not None:
+        low = high = options.epsilon
+    return low, options.epsilon_high if options.epsilon_high is not None else high

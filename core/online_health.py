@@ -1,5 +1,6 @@
 """Health rules of reinforcement learning: what was seen in the records of a run, and what to do about it."""
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ def _recent(history: list[Record], key: str) -> float | None:
     """The mean of the last values that are known, once a run has had time."""
     if not history or "reward" not in history[-1]:
         return None
-    values = [record[key] for record in history[-3 * EARLY :] if record.get(key) is not None and record[key] == record[key]]
+    values = [record[key] for record in history[-3 * EARLY :] if math.isfinite(record.get(key, math.nan))]
     return statistics.mean(values[-RECENT:]) if len(values) >= EARLY else None
 
 

@@ -114,11 +114,11 @@ def coarser(dtype: str, gap: float) -> str:
 class Adapters:
     """Adapters of a run on a server, through the file system: one folder and one name for each version.
 
-    `model` is the name to sample with. The version before the current one stays loaded, for requests that are under way.
+    `model` is the name to sample with. `keep` versions stay loaded, the current one among them, for requests that are under way.
     """
 
-    def __init__(self, client: Client, root: str | Path, canary: Canary):
-        self.client, self.root, self.canary = client, Path(root), canary
+    def __init__(self, client: Client, root: str | Path, canary: Canary, *, keep: int = 2):
+        self.client, self.root, self.canary, self.keep = client, Path(root), canary, keep
         self.run = uuid.uuid4().hex[:8]  # names are new to a server that an earlier run used
         self.kept: list[int] = []
 
@@ -156,7 +156,7 @@ class Adapters:
             self._drop(version)
             raise
         self.kept.append(version)
-        while len(self.kept) > 2:
+        while len(self.kept) > self.keep:
             self._drop(self.kept.pop(0))
         return verdict
 

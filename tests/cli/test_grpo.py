@@ -189,6 +189,23 @@ def test_a_run_again_from_its_own_config_is_the_same(kit, here, tune, steps):
     assert stable(kit, here / "again") == stable(kit, here / "run") and kit.samples(here / "again") == kit.samples(here / "run")
 
 
+def test_epochs_are_passes_over_the_prompts(kit, tiny, here, tune, steps):
+    """49 prompts, one a step: checkpoints at the 49th and the 98th, where the epochs end."""
+    rows = [prompt(i) for i in range(49)]
+    args = ["--micro-batch-size", 1, "--gradient-accumulation-steps", 1, "--num-generations", 2, "--max-completion-length", 1]
+    steps("--max-steps", 1, *args, name="rows", rows=rows)
+    more = arguments(tiny, *args, "--num-epochs", 2)
+    at = more.index("--max-steps")
+    done = tune("grpo", *more[:at], *more[at + 2 :])
+    assert done.code == 0, done.err
+    assert [path.name for path in sorted((here / "run/checkpoints").iterdir())] == ["step_000049", "step_000098"]
+    records = kit.metrics(here / "run")
+    assert [record["epoch"] for record in records] == [0] * 49 + [1] * 49
+    for epoch in (0, 1):
+        asked = [row["prompt"] for row in kit.samples(here / "run") if (row["step"] - 1) // 49 == epoch]
+        assert sorted(asked) == sorted(2 * [row["prompt"] for row in rows])
+
+
 def stable(kit, root) -> list[dict]:
     """The records without what the clock decides."""
     return [{key: value for key, value in record.items() if key != "rollout/seconds"} for record in kit.timeless(kit.metrics(root))]
@@ -360,11 +377,13 @@ def test_dynamic_sampling_trains_on_groups_with_signal_only(batches, steps):
         assert dead == record["rollout/zero_advantage"] and (dead == 0 or record["rollout/refills"] == 3)
 
 
-def test_a_replayed_group_stands_in_for_one_without_signal(batches, steps):
-    args = ["--reward-funcs", "digits", "--max-steps", 6, "--replay-buffer-size", 8]
+def test_a_replayed_group_stands_in_for_one_without_signal(drawn, batches, steps):
+    args = ["--reward-funcs", "digits", "--max-steps", 6, "--replay-buffer-size", 8, "--no-skip-zero-advantage-batches"]
     records = steps(*args)
     assert sum(record["rollout/replayed"] for record in records) > 0 < records[-1]["rollout/stored"] <= 8
     assert max(record["rollout/staleness_max"] for record in records) > 0
+    sampled = {(prompt, tuple(ids)) for prompt, ids, _ in drawn}
     for record, (_, micro, _) in zip(records, batches, strict=True):
+        assert all((prompt, tuple(ids)) in sampled for batch in micro for prompt, ids, _ in trained(batch))
         assert all("old_logp" in batch for batch in micro), "of the policy of the moment: the ratio of a first pass is 1"
         assert record["clip_ratio/region_mean"] == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, online, parse, rl_checks, rl_options
+from treetune.cli import configs, parse, rl_checks, rl_options
 from treetune.core.rollout import rewards
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
@@ -188,10 +188,10 @@ def test_the_defaults_of_the_documents():
         "ref_model_mixup_alpha": 0.6, "top_entropy_quantile": 1.0, "mask_truncated_completions": False, "delta": None,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert online.bounds(rl_options.PolicyLoss()) == (0.2, 0.28)
-    assert online.bounds(rl_options.PolicyLoss(loss="grpo")) == (0.2, 0.2)
-    assert online.bounds(rl_options.PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
-    assert online.bounds(rl_options.PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
+    assert rl_options.clip_bounds(rl_options.PolicyLoss()) == (0.2, 0.28)
+    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="grpo")) == (0.2, 0.2)
+    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
+    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
 
 
 def test_every_loss_is_its_own(kit, here, steps):
@@ -219,7 +219,7 @@ def test_a_correction_repairs_what_is_ahead_of_the_weights(steps):
 
 
 VLLM = {f"--{name.replace('_', '-')}": value for name, value in vars(configs.Grpo().engine).items() if name != "use_vllm"}
-VALUES = {"--vllm-mode": "managed", "--vllm-server-host": "h", "--vllm-python": "p"}
+VALUES = {"--vllm-mode": "managed", "--vllm-server-host": "h", "--vllm-python": "p", "--vllm-gpu-memory-utilization": 0.5}
 IGNORED = {
     **{f"{flag} without vLLM": ([flag] if value is False else [flag, VALUES.get(flag, 3)], "use_vllm is off")
        for flag, value in VLLM.items()},

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from treetune.cli import checks, configs, main, parse
-from treetune.cli.online import EPSILON
-from treetune.cli.rl_options import PRESETS
+from treetune.cli.rl_options import EPSILON, PRESETS
 from treetune.core.data import custom
 
 ROOT = Path(__file__).parents[2]

@@ -163,7 +163,8 @@ def test_an_error_leaves_the_feed_as_it_was(where, chunk):
         except OSError:
             errors += 1
             assert json.dumps(made.state()) == before
-    assert found == lines and errors == 3
+    # a thread that scores may or may not have begun with the second chunk when the first one fails
+    assert found == lines and (errors == 3 or (errors == 2 and chunk))
 
 
 def test_what_is_trained_on_is_what_was_sampled():
