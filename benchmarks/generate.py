@@ -19,7 +19,7 @@ import step_sft
 import torch
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "gsm8k_train_sample.jsonl"
-NEW, CALLS, GROUP = 64, 4, 8
+NEW, CALLS, GROUP = 64, 3, 8
 
 
 def prompts(args: argparse.Namespace, tokenizer) -> tuple[list[list[int]], int]:

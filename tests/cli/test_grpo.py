@@ -269,7 +269,10 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+ALIKE = ("bnpo", "luspo", "gdpo", "rloo", "reinforce", "sapo")  # put together from the same parts as others
+
+
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=pytest.mark.slow) if loss in ALIKE else loss for loss in LOSSES])
 def test_every_loss_trains_and_no_split_into_micro_batches_changes_it(loss, steps):
     """The policy has moved from what sampled, so that ratios, masks and means all count; also the terms beside the loss."""
     args = [*LOSSES[loss], "--steps-per-generation", 2, "--max-steps", 2, "--learning-rate", 0.05, "--beta", 0.1, "--entropy-coef", 0.01]

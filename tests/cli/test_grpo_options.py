@@ -155,7 +155,11 @@ def plain_runs():
     return {}
 
 
-@pytest.mark.parametrize("option", CHANGES)
+PLAIN = ("max_rows", "data", "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "reward_funcs", "seed",
+         "learning_rate", "lr_scheduler", "micro_batch_size", "gradient_accumulation_steps", "loss", "advantage")  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN else name for name in CHANGES])
 def test_option_changes_the_run(option, told, plain_runs):
     own, both = CHANGES[option]
     key = tuple(map(str, both))
