@@ -68,6 +68,44 @@ def step_dpo(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_grpo(found: dict) -> str:
+    """One GRPO step against TRL."""
+    machine, options, ratio = found["machine"], found["options"], found["float32"]["ratio"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"## One GRPO step with LoRA ({machine['device']})\n",
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        f"SmolLM2-135M-Instruct, float32, LoRA r 16 on all linear layers, {options['prompts']} GSM8K prompts a step with "
+        f"{options['completions']} completions of exactly {options['tokens']} tokens each, sampled from the trainer's own weights (TRL: "
+        f"transformers generation), no reference; {options['steps'] - 1} timed steps a run, 3 runs a side.\n",
+        "| side | step (s) | of which sampling and rewards (s) | training (s) | peak memory (GiB) |",
+        "|---|---|---|---|---|",
+    ]
+    for key, side in (("ours", "treetune"), ("trl", "TRL + PEFT")):
+        run = found["float32"][key]
+        lines.append(f"| {side} | {run['step_s']:.2f} | {run['generation_s']:.2f} | {run['training_s']:.2f} | {run['peak_gib']:.2f} |")
+    parts = f"sampling {ratio['generation']:.2f} x, training {ratio['training']:.2f} x, at {ratio['memory']:.2f} x the memory"
+    return "\n".join([*lines, f"\n{ratio['step']:.2f} x the speed: {parts}."]) + "\n"
+
+
+def generate(found: dict) -> str:
+    """Sampling against transformers."""
+    machine, options = found["machine"], found["options"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"## Sampling ({machine['device']})\n",
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}. SmolLM2-135M-Instruct, {options['dtype']}, GSM8K questions, "
+        f"{options['new_tokens']} new tokens a completion, 8 completions of each prompt (batch 1: one of one).\n",
+        "| batch | treetune (tokens/s) | transformers (tokens/s) | ratio | memory (GiB) |",
+        "|---|---|---|---|---|",
+    ]
+    for batch in (key for key in found if key.isdigit()):
+        mine, peer = found[batch]["ours"], found[batch]["transformers"]
+        memory = f"{mine['peak_gib']:.2f} and {peer['peak_gib']:.2f}"
+        lines.append(f"| {batch} | {mine['tokens_per_s']:.0f} | {peer['tokens_per_s']:.0f} | {found[batch]['speed']:.2f} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
 def prepare(found: dict) -> str:
     """Preparing rows against TRL."""
     machine = found["machine"]
@@ -96,7 +134,7 @@ def _pair_row(dtype: str, side: str, run: dict) -> str:
     return f"| {dtype} | {side} | {run['pair_s']:.2f} | {run['peak_gib']:.2f} | {run['first_loss']:.4f} | {tokens} |"
 
 
-TABLES = {"step_sft": step_sft, "step_dpo": step_dpo, "prepare": prepare}
+TABLES = {"step_sft": step_sft, "step_dpo": step_dpo, "step_grpo": step_grpo, "generate": generate, "prepare": prepare}
 
 
 def main() -> None:
