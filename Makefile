@@ -23,7 +23,7 @@ test: $(READY)
 test-all: $(READY) $(VLLM)/.ready
 	$(PYTEST) -m "not vllm and (slow or not interpret)"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops
-	$(PYTEST) -m vllm tests/vllm
+	$(PYTEST) -m "vllm and (slow or not slow)" tests/vllm
 
 # vLLM on a CPU, in an environment of its own because it pins its torch; text models need none of the three that go.
 vllm-env: $(VLLM)/.ready

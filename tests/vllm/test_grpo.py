@@ -1,8 +1,11 @@
 """`treetune grpo` against a real server that it starts itself: samples come from there, weights go there, and the mismatch is logged."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,37 @@ def test_the_correction_repairs_a_server_one_sync_behind(tmp_path):
     assert [record["rollout/staleness_max"] for record in found] == [0, 1, 0, 1]
     fresh, stale = ([found[i]["sampling/sampling_logp_difference/mean"] for i in at] for at in ((0, 2), (1, 3)))
     assert max(fresh) < 1e-3 < min(stale)
+
+
+def servers_on(port: int) -> list[int]:
+    """Process ids of vLLM servers on a port."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"vllm.entrypoints.openai.api_server" in words and str(port).encode() in words:
+            found.append(int(place.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_mid_run_is_started_again_and_the_run_goes_on(tmp_path):
+    run, port = tmp_path / "run", servers.free_port()
+    line = [sys.executable, "-m", "treetune.cli.main", *RUN, "--max-steps", "6", "--vllm-server-port", str(port), "--output-dir", str(run)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        end, metrics = time.monotonic() + 600, run / "metrics.jsonl"
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2) and time.monotonic() < end:
+            time.sleep(0.2)
+        killed = servers_on(port)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        out, _ = process.communicate(timeout=900)
+    assert killed and process.returncode == 0, out[-3000:]
+    records = [json.loads(text) for text in metrics.read_text().splitlines()]
+    assert [record["sync/version"] for record in records if "reward" in record] == [0, 1, 2, 3, 4, 5]
+    assert not servers_on(port)
 
 
 @pytest.mark.slow
