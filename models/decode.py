@@ -31,7 +31,7 @@ class Samples(NamedTuple):
     lens: Tensor
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """How to pick a token."""
 
     temperature: float
@@ -73,7 +73,7 @@ def sample(
 
     Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
     """
-    draw = _Draw(temperature, top_p, top_k, min_p)
+    draw = Draw(temperature, top_p, top_k, min_p)
     _check(model, prompts, n, max_new_tokens, draw)
     weights = shard.gather_all(model.params, model.cfg.dtype)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
@@ -85,10 +85,10 @@ def sample(
     out = _empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token, logp, kept = _pick(
-            _logits(MODELS[model.family].widen(live.hidden, quiet), head), noise.keys(key[live.row], live.position), draw
+        token, logp, kept = pick(
+            logits_of(MODELS[model.family].widen(live.hidden, quiet), head), noise.keys(key[live.row], live.position), draw
         )
-        _check_finite(logp, live.row, n)
+        check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, kept, done)
         done[live.row] |= torch.isin(token, stops)
         if step + 1 == max_new_tokens or bool(done.all()):
@@ -97,7 +97,7 @@ def sample(
     return _trim(out)
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, draw: _Draw) -> None:
+def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, draw: Draw) -> None:
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty; expected at least one token in every prompt")
     ranges = {
@@ -156,14 +156,14 @@ def _advance(model: Model, weights: Params, live: _Live, token: Tensor, done: Te
     return _Live(row, position + 1, hidden, cache)
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
     """float32 [r, V]; the product has the precision of the trainer's (see ops.linear_logprob)."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return product.rows_t(hidden, head).float()
 
 
-def _pick(logits: Tensor, key: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Tensor]:
+def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
     """Token, log q and log kept mass [r] each. Inverse of the cumulative distribution in vocabulary order, at one uniform per row."""
     if draw.temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
@@ -178,7 +178,7 @@ def _pick(logits: Tensor, key: Tensor, draw: _Draw) -> tuple[Tensor, Tensor, Ten
     return token[:, 0], logq.gather(-1, token)[:, 0], log_kept
 
 
-def _kept(logq: Tensor, draw: _Draw) -> Tensor | None:
+def _kept(logq: Tensor, draw: Draw) -> Tensor | None:
     """bool [r, V]: the tokens that may be drawn, or None for all."""
     kept = None
     if 0 < draw.top_k < logq.shape[1]:
@@ -209,7 +209,8 @@ def _record(out: Samples, row: Tensor, step: int, token: Tensor, logp: Tensor, k
     out.lens[row] += going
 
 
-def _check_finite(logp: Tensor, row: Tensor, n: int) -> None:
+def check_finite(logp: Tensor, row: Tensor, n: int) -> None:
+    """Raise ValueError naming the prompt of the first of the rows [r], n of each prompt, whose logp [r] is not a number."""
     bad = (~torch.isfinite(logp)).nonzero()
     if bad.numel():
         raise ValueError(f"the model gives logits that are not numbers for prompt {int(row[bad[0, 0]]) // n}: its weights are not finite")

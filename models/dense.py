@@ -5,7 +5,7 @@ x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each, rotary positi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -132,13 +132,17 @@ class Neftune(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values [R, S, K, d] per layer, written in place at (rows, slots), both [T]; `span` slots are in use."""
+    """Keys and values [R, S, K, d] per layer, written in place at (rows, slots), both [T]; `span` slots are in use.
+
+    `attend`, where given, is the attention over it: queries [T, H, d] and the number of the layer -> [T, H, d].
+    """
 
     k: list[Tensor]
     v: list[Tensor]
     rows: Tensor
     slots: Tensor
     span: int
+    attend: Callable[[Tensor, int], Tensor] | None = None
 
 
 class Out(NamedTuple):
@@ -323,7 +327,10 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     if s.cache is not None:
         s.cache.k[index][s.cache.rows, s.cache.slots] = k
         s.cache.v[index][s.cache.rows, s.cache.slots] = v
-    mixed = _cached(q, index, s) if s.plan is None else attention.attention(q, k, v, s.plan, scale=cfg.head_dim**-0.5)
+    if s.plan is not None:
+        mixed = attention.attention(q, k, v, s.plan, scale=cfg.head_dim**-0.5)
+    else:
+        mixed = s.cache.attend(q, index) if s.cache.attend else _cached(q, index, s)
     return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
 
 

@@ -1,5 +1,7 @@
 """The real SmolLM2-135M-Instruct against transformers, where it is in the cache (`treetune fetch smollm2-135m-instruct`)."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -61,9 +63,10 @@ def their_gradients(dtype, documents):
 
 
 def test_loss_and_gradients(tokenizer, stream):
-    """Within 1e-5 in float64; in float32 no leaf is further from that than transformers' own float32, plus 1e-5.
+    """Within 1e-5 in float64; in float32 nearer to that than transformers' own float32, by the median leaf and by the worst one.
 
-    Transformers' float32 gradients are up to 1e-4 from the float64 ones on this model, so they are no measure themselves.
+    Transformers' float32 gradients are up to 1e-4 from the float64 ones on this model, so they are no measure themselves. Relative errors,
+    measured: transformers 1.5e-5 in the median and 1.2e-4 at worst, ours 1.0e-5 and 3.2e-5. A single leaf may be up to twice as far.
     (Its norms round to float32 even in float64, which leaves about 1e-6.)
     """
     documents = [chat(tokenizer, text) for text in ("What is 12 + 30?", "Name three rivers of Europe.")]
@@ -76,9 +79,11 @@ def test_loss_and_gradients(tokenizer, stream):
     loss, grads = our_gradients(torch.float32, batch)
     their_loss, theirs = their_gradients(torch.float32, documents)
     assert abs(loss - their_loss) <= 1e-5 * their_loss
-    for key, leaf in grads.items():
-        error, other = ((side.double() - truth[key]).norm() / truth[key].norm() for side in (leaf, theirs[key]))
-        assert error <= 1.2 * other + 1e-5, key
+    ours, other = ({key: (side[key].double() - truth[key]).norm() / truth[key].norm() for key in truth} for side in (grads, theirs))
+    for key in truth:
+        assert ours[key] <= 2 * other[key] + 1e-5, key
+    assert statistics.median(ours.values()) <= statistics.median(other.values())
+    assert max(ours.values()) <= max(other.values())
 
 
 def test_logits(tokenizer):
