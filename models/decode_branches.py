@@ -1,0 +1,177 @@
+"""Sampling continuations from rows inside documents: one prefill of the documents, then one short step per position for all of them.
+
+T tokens of the documents, M anchors, n rollouts of each, R = M n branches, G tokens of each branch, S trunk tokens a call sees,
+H heads, K key/value heads, d head dim, L layers.
+The keys and values of the documents are kept once, [T, K, d] a layer, and those of the branches beside them, [R, G, K, d]: a branch reads
+both without a copy of its prefix, so memory grows with T + R G. Every branch has G tokens; an end token does not stop it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.core import shard, strided
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.models import MODELS, Model, decode, dense
+from treetune.ops import attention, noise
+
+CHUNK = 64  # branches of a document in one call: scores are [CHUNK, H, S], and no call reads trunk tokens after its last anchor
+HEAD_ROWS = 256  # rows of logits at a time
+
+
+class _Run(NamedTuple):
+    """Branches lo:hi, which share a document: the trunk tokens that the last of them sees, at the rows `trunk` of the stream."""
+
+    lo: int
+    hi: int
+    trunk: slice
+
+
+class _Trunk(NamedTuple):
+    """What the branches start from: keys and values [1, T, K, d] per layer, runs, and the anchor of each branch [R]."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    runs: tuple[_Run, ...]
+    start: Tensor
+
+
+@torch.no_grad()
+def branches(
+    model: Model,
+    batch: dict[str, Tensor],
+    anchors: strided.Anchors,
+    n: int,
+    *,
+    lora: Lora | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int,
+    ids: Sequence[int] | None = None,
+) -> decode.Samples:
+    """n continuations of anchors.length tokens from each anchor of the documents of a stream; row m n + j is rollout j of anchor m.
+
+    Reads tokens, positions [T] and cu_docs [D + 1] of bare documents, which stay on the host. temperature 0 takes the most probable
+    token; otherwise the draw is from q = softmax(logits / temperature) cut by top_p, and logp is of q before the cut. A token is a
+    function of (seed, id of its document, anchor, rollout, position); `ids` [D] name the documents (default: their order).
+    Adapters' dropout is off. lens is G everywhere.
+
+    Raises ValueError for options out of range, anchors outside their documents, or more positions than the model has.
+    """
+    _check(model, batch, anchors, n, temperature, top_p)
+    draw, count = decode.Draw(temperature, top_p, 0, 0.0), anchors.start.shape[0] * n
+    weights = shard.gather_all(model.params, model.cfg.dtype)
+    quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
+    device, length = weights["embed_tokens"].device, anchors.length
+    if count == 0:
+        empty = torch.zeros(0, length, device=device)
+        return decode.Samples(empty.long(), empty, empty.clone(), torch.zeros(0, dtype=torch.int64, device=device))
+    trunk, hidden = _prefill(model, weights, batch, anchors, n, quiet)
+    key = _keys(seed, anchors, n, ids).to(device)
+    shape = dense.kv_shape(model.cfg, count, length)
+    own = [[torch.empty(shape, dtype=model.cfg.dtype, device=device) for _ in range(model.cfg.num_layers)] for _ in "kv"]
+    head, steps = MODELS[model.family].head(weights, model.cfg, quiet), []
+    for step in range(length):
+        steps.append(_draw(MODELS[model.family].widen(hidden, quiet), head, noise.keys(key, trunk.start + step), draw))
+        decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
+        if step + 1 < length:
+            hidden = _advance(model, weights, trunk, own, steps[-1][0], step, quiet)
+    token, logp, kept = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+    return decode.Samples(token, logp, kept, torch.full((count,), length, device=device))
+
+
+def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, temperature: float, top_p: float) -> None:
+    if "branch" in batch:
+        raise ValueError("the stream branches already; expected bare documents to continue")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature is {temperature} and top_p {top_p}; expected 0 or more, and in (0, 1]")
+    strided.check(batch["cu_docs"].long().diff(), anchors, n)
+    furthest = int(anchors.start.max()) + anchors.length if anchors.start.numel() else 0
+    if furthest > model.cfg.max_positions:
+        raise ValueError(
+            f"the last rollout ends at position {furthest}; the model has {model.cfg.max_positions}: shorten the documents or the rollouts"
+        )
+
+
+def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchors, n: int, lora: Lora | None) -> tuple[_Trunk, Tensor]:
+    """The documents' keys and values, and the hidden states [R, D] that predict the first token of each branch."""
+    device, cfg = weights["embed_tokens"].device, model.cfg
+    stream = {name: batch[name] for name in ("tokens", "positions", "cu_docs")}
+    plan = attention.plan(stream, window=cfg.window, device=device, dtype=cfg.dtype)
+    stream = {name: value.to(device) for name, value in stream.items()}
+    size = stream["tokens"].shape[0]
+    shape, rows = dense.kv_shape(cfg, 1, size), torch.arange(size, device=device)
+    sides = [[torch.empty(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv"]
+    cache = dense.Cache(*sides, torch.zeros_like(rows), rows, size)
+    hidden = MODELS[model.family].forward(weights, stream, plan, cfg, lora=lora, cache=cache).hidden
+    last = strided.prefix_rows(batch["cu_docs"], anchors).to(device)
+    start = anchors.start.repeat_interleave(n)
+    runs = _runs(batch["cu_docs"].tolist(), anchors.document.repeat_interleave(n), start)
+    return _Trunk(*sides, runs, start.to(device)), hidden[last].repeat_interleave(n, 0)
+
+
+def _runs(bounds: list[int], document: Tensor, start: Tensor) -> tuple[_Run, ...]:
+    """Branches of each document, at most CHUNK together."""
+    found, lo = [], 0
+    for doc, count in enumerate(torch.bincount(document, minlength=len(bounds) - 1).tolist()):
+        for first in range(lo, lo + count, CHUNK):
+            hi = min(first + CHUNK, lo + count)
+            found.append(_Run(first, hi, slice(bounds[doc], bounds[doc] + int(start[first:hi].max()))))
+        lo += count
+    return tuple(found)
+
+
+def _keys(seed: int, anchors: strided.Anchors, n: int, ids: Sequence[int] | None) -> Tensor:
+    """int64 [R]: a key per branch."""
+    names = anchors.document if ids is None else torch.as_tensor(ids, dtype=torch.int64)[anchors.document]
+    rollout = torch.arange(n).repeat(anchors.start.shape[0])
+    return noise.keys(seed, names.repeat_interleave(n), anchors.start.repeat_interleave(n), rollout)
+
+
+def _draw(hidden: Tensor, head: Tensor, key: Tensor, draw: decode.Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, log q and log kept mass [R] each, a few rows of logits at a time."""
+    parts = [
+        decode.pick(decode.logits_of(rows, head), keys, draw)
+        for rows, keys in zip(hidden.split(HEAD_ROWS), key.split(HEAD_ROWS), strict=True)
+    ]
+    token, logp, kept = zip(*parts, strict=True)
+    return torch.cat(token), torch.cat(logp), torch.cat(kept)
+
+
+def _advance(model: Model, weights: Params, trunk: _Trunk, own: list[list[Tensor]], token: Tensor, step: int, lora: Lora | None) -> Tensor:
+    """The hidden states [R, D] of the tokens just drawn, each the token number `step` of its branch."""
+    rows = torch.arange(token.shape[0], device=token.device)
+    attend = partial(_attend, trunk=trunk, own=own, step=step, cfg=model.cfg)
+    cache = dense.Cache(*own, rows, torch.full_like(rows, step), step + 1, attend)
+    batch = {"tokens": token, "positions": trunk.start + step}
+    return MODELS[model.family].forward(weights, batch, None, model.cfg, lora=lora, cache=cache).hidden
+
+
+def _attend(q: Tensor, layer: int, *, trunk: _Trunk, own: list[list[Tensor]], step: int, cfg: dense.Config) -> Tensor:
+    """q [R, H, d] over the first `start` trunk tokens of each branch's document and its own tokens up to this one."""
+    since = 0 if cfg.window is None else max(0, step + 1 - cfg.window)
+    out = []
+    for lo, hi, seen in trunk.runs:
+        start, index = trunk.start[lo:hi, None], torch.arange(seen.stop - seen.start, device=q.device)
+        hidden = index >= start  # [r, S]
+        if cfg.window is not None:
+            hidden = hidden | (index <= start + step - cfg.window)
+        far = (side[layer][0, seen] for side in (trunk.k, trunk.v))
+        near = (side[layer][lo:hi, since : step + 1] for side in own)
+        out.append(_mix(q[lo:hi], *far, *near, hidden, cfg.head_dim**-0.5))
+    return torch.cat(out)
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """One softmax over shared keys [S, K, d] and each query's own [r, s, K, d]: q [r, H, d] -> [r, H, d]; heads of a group share keys."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2]) * scale  # [r, K, H / K, d]
+    far = torch.einsum("rkhd,skd->rkhs", grouped, k).masked_fill(hidden[:, None, None], -torch.inf)
+    near = torch.einsum("rkhd,rskd->rkhs", grouped, own_k)
+    p = torch.cat([far, near], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    far, near = p.split([k.shape[0], own_k.shape[1]], dim=-1)
+    out = torch.einsum("rkhs,skd->rkhd", far, v) + torch.einsum("rkhs,rskd->rkhd", near, own_v)
+    return out.reshape(q.shape)
