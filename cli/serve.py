@@ -163,7 +163,8 @@ def _check(config: Serve) -> None:
 def run(config: Serve, given: frozenset[str]) -> int:
     """Serve until Ctrl-C or SIGTERM; the exit code."""
     screen = Screen()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background of a shell SIGINT would be ignored
+        signal.signal(number, _interrupt)
     with checking_input():
         _check(config)
         python = find_python(config.python)

@@ -85,9 +85,11 @@ def test_a_pool_that_is_forgotten_ends_its_workers(here):
 
 
 PARENT = """
+import signal
 import sys
 from reward_scene import group
 from treetune.core.rollout import rewards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
 pool = rewards.Pool(["rewards.faulty"], workers=2, timeout_s=float(sys.argv[1]))
 print(*pool.pids(), flush=True)
 if sys.argv[2] != "idle":
