@@ -72,7 +72,11 @@ def theirs(args: argparse.Namespace) -> dict:
 
 def drive(args: argparse.Namespace) -> None:
     """Both sides in turn for every batch; medians and ratios to JSON."""
-    result: dict = {"benchmark": "generate", "machine": harness.machine(), "options": {"new_tokens": NEW, "dtype": args.dtype}}
+    result: dict = {
+        "benchmark": "generate",
+        "machine": harness.machine(),
+        "options": {"new_tokens": NEW, "dtype": args.dtype, "repeats": args.repeats},
+    }
     for batch in args.batches:
         sides = [["--side", side, "--batch", str(batch), "--dtype", args.dtype, "--model", args.model] for side in ("ours", "hf")]
         rounds = [[quiet.undisturbed(__file__, side) for side in sides] for _ in range(args.repeats)]
