@@ -95,7 +95,8 @@ def generate(found: dict) -> str:
     lines = [
         f"## Sampling ({machine['device']})\n",
         f"{machine['cpu']}, {machine['threads']} threads; {versions}. SmolLM2-135M-Instruct, {options['dtype']}, GSM8K questions, "
-        f"{options['new_tokens']} new tokens a completion, 8 completions of each prompt (batch 1: one of one), {options['repeats']} run(s) a side.\n",
+        f"{options['new_tokens']} new tokens a completion, 8 completions of each prompt (batch 1: one of one), "
+        f"{options['repeats']} run(s) a side.\n",
         "| batch | treetune (tokens/s) | transformers (tokens/s) | ratio | memory (GiB) |",
         "|---|---|---|---|---|",
     ]
