@@ -13,7 +13,7 @@ from treetune.cli.errors import RunFailed
 from treetune.core import shard, tree
 from treetune.core.data import pack, spans
 from treetune.core.rollout import sync, vllm
-from treetune.core.rollout.group import Completion
+from treetune.core.rollout.group import Completion, Sampled
 from treetune.core.rollout.server import Server
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, logprobs
@@ -93,9 +93,7 @@ class Engine:
             raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
         self.client.retry_s = patience
 
-    def draw(
-        self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int, seed: int
-    ) -> rollouts.Drawn:
+    def draw(self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int, seed: int) -> Sampled:
         """Completions from the weights that the server has."""
         rollout = self.config.rollout
         asked = partial(
@@ -105,9 +103,9 @@ class Engine:
             extra=rl_data.named_values(rollout.generation_kwargs, "generation-kwargs"),
         )  # fmt: skip
         version, found = sync.steady(lambda name: (self.version, asked(model=name)), self.sync, self.server)
-        return rollouts.Drawn([[self._completion(one) for one in group] for group in found], version)
+        return Sampled([[self._completion(one) for one in group] for group in found], version)
 
-    def held(self, policy: TrainState, *given: Any, **named: Any) -> rollouts.Drawn:
+    def held(self, policy: TrainState, *given: Any, **named: Any) -> Sampled:
         """As `draw`, from the weights of the state: what is evaluated is what is saved."""
         if self.version != int(policy.step):
             self.push(policy)

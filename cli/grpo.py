@@ -153,7 +153,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
         stepper,
         evaluator(config, data, sampler, rewards, ranks) if data.val else None,
         parts.objective,
-        partial(tickets, prompts_per_step(config) * ranks.world, rounds(config) * len(data.train)),
+        partial(tickets, prompts_per_step(config) * ranks.world, config.pipeline.num_iterations * len(data.train)),
         total,
         meta,
         on,
@@ -170,11 +170,6 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
     shown = corpus.Corpus([], [], row, "chat", data.lines)
     assembly = training.Assembly(job, state, model, trees, tokenizer, where, found, shown, peak, online.METHOD)
     return Run(assembly, pool, sampler.start, pool.close)
-
-
-def rounds(config: Any) -> int:
-    """Optimiser steps that look at the same prompts."""
-    return config.pipeline.num_iterations
 
 
 def total_steps(config: Any, prompts: int, world: int) -> int:

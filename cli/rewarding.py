@@ -38,7 +38,6 @@ class Rewards(NamedTuple):
     score: Callable[[Sequence[Group]], np.ndarray]
     check: Callable[[Sequence[Prompt]], None]
     close: Callable[[], None]
-    report: Callable[[], dict]
 
 
 def described(options: RewardFunctions) -> list[str]:
@@ -72,9 +71,7 @@ def is_model(name: str) -> bool:
     return Path(name).is_dir() or (sources.HUB_ID.fullmatch(name) is not None and ":" not in name and not name.endswith(".py"))
 
 
-def start(
-    options: RewardFunctions, model: ModelOptions, *, on: torch.device, say: Callable[[str], None], log: Path | None = None
-) -> Rewards:
+def start(options: RewardFunctions, model: ModelOptions, *, on: torch.device, say: Callable[[str], None]) -> Rewards:
     """Load every reward and start the workers. Errors: ValueError for rewards that cannot be loaded."""
     names, _ = options.reward_funcs, weights(options)
     if not names or len(set(names)) != len(names):
@@ -82,7 +79,7 @@ def start(
     models = {name: _scorer(name, model, on) for name in names if is_model(name)}
     functions = [name for name in names if name not in models]
     workers = {"workers": options.reward_num_workers, "timeout_s": options.reward_timeout}
-    pool = Pool(functions, say=say, log=log, **workers) if functions else None
+    pool = Pool(functions, say=say, **workers) if functions else None
 
     def all_scores(groups: Sequence[Group]) -> np.ndarray:
         found = {name: model_scores(scorer, groups, on=on) for name, scorer in models.items()}
@@ -92,8 +89,8 @@ def start(
         return np.stack([found[name] for name in names], axis=-1)
 
     if pool is None:
-        return Rewards(all_scores, lambda prompts: None, lambda: None, dict)
-    return Rewards(all_scores, pool.check, pool.close, pool.report)
+        return Rewards(all_scores, lambda prompts: None, lambda: None)
+    return Rewards(all_scores, pool.check, pool.close)
 
 
 def _scorer(name: str, model: ModelOptions, on: torch.device) -> Scorer:

@@ -4,7 +4,7 @@ P prompts, G completions of each, n tokens of a completion.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,7 @@ from treetune.models import Model, decode
 ROWS = 64  # completions that are sampled together: their keys and values are in memory at a time
 
 
-class Drawn(NamedTuple):
-    """Completions of each prompt and the version of the policy that wrote them."""
-
-    completions: list[list[Completion]]
-    version: int
-
-
-Draw = Callable[..., Drawn]  # (policy, ids of prompts, their numbers, n=completions of each, max_tokens=)
+Draw = Callable[..., Sampled]  # (policy, ids of prompts, their numbers, n=completions of each, max_tokens=)
 
 
 def local(model: Model, used: Any, options: RolloutOptions, *, stop: Sequence[int], tokenizer: Any, seed: int) -> Draw:
@@ -35,7 +28,7 @@ def local(model: Model, used: Any, options: RolloutOptions, *, stop: Sequence[in
     ends = sorted({*stop, *options.stop_token_ids})
     how = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
 
-    def draw(policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int) -> Drawn:
+    def draw(policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int) -> Sampled:
         now, lora = finish.current(policy, model, used)
         out, step = [], max(1, ROWS // n)
         for i in range(0, len(ids), step):
@@ -44,7 +37,7 @@ def local(model: Model, used: Any, options: RolloutOptions, *, stop: Sequence[in
                 now, some, n=n, lora=lora, max_new_tokens=max_tokens, stop=ends, seed=seed, ids=list(numbers[i : i + step]), **how
             )
             out += completions(drawn, len(some), n, set(ends), tokenizer)
-        return Drawn(out, int(policy.step))
+        return Sampled(out, int(policy.step))
 
     return draw
 
@@ -53,7 +46,7 @@ def plain(draw: Draw, options: RolloutOptions, *, n: int) -> Sampler:
     """One completion after each prompt, n times."""
 
     def sample(policy: Any, asked: Sequence[Prompt], numbers: Sequence[int]) -> Sampled:
-        return Sampled(*draw(policy, [one.tokens.tolist() for one in asked], numbers, n=n, max_tokens=options.max_completion_length))
+        return draw(policy, [one.tokens.tolist() for one in asked], numbers, n=n, max_tokens=options.max_completion_length)
 
     return sample
 
