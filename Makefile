@@ -16,9 +16,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)
 
+# Two processes of one thread each: see AGENTS.md. Slow tests and servers have both cores to themselves.
 test: $(READY)
-	$(PYTEST) -m "not slow and not interpret"
-	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests/ops
+	$(PYTEST) -n 2 -m "not slow and not interpret"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpret and not slow" tests/ops
 
 test-all: $(READY) $(VLLM)/.ready
 	$(PYTEST) -m "not vllm and (slow or not interpret)"
