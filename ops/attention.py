@@ -26,8 +26,9 @@ class Document(NamedTuple):
 
     trunk: int
     groups: tuple[int, ...]  # tokens of each group of branches; a group is one call
+    seen: tuple[int, ...]  # trunk tokens that some token of the group sees: no call reads those behind them
     trunk_mask: torch.Tensor | None  # bool [trunk, trunk], only for a trunk longer than the window
-    group_masks: tuple[torch.Tensor, ...]  # bool [group, trunk + group] each
+    group_masks: tuple[torch.Tensor, ...]  # bool [group, seen + group] each
 
 
 class Plan(NamedTuple):
@@ -188,14 +189,15 @@ def _documents(batch: dict[str, torch.Tensor], offsets: list[int], window: int |
         one = {"cu_docs": torch.tensor([0, hi - lo])} | {key: batch[key][lo:hi] for key in ("positions", "branch", "start") if key in batch}
         sizes = one["branch"].bincount().tolist() if "branch" in one else [hi - lo]
         trunk, groups = (sizes or [0])[0], _groups(sizes[1:])
-        rows, trunk_mask, group_masks, end = torch.arange(hi - lo), None, [], trunk
+        rows, trunk_mask, seen, group_masks, end = torch.arange(hi - lo), None, [], [], trunk
         if window is not None and trunk > window:
             trunk_mask = allowed(one, rows[:trunk, None], rows[None, :trunk], window)
         for group in groups:
             queries = rows[end : end + group]
-            group_masks.append(allowed(one, queries[:, None], torch.cat([rows[:trunk], queries])[None], window))
+            seen.append(int(one["start"][queries].max()))
+            group_masks.append(allowed(one, queries[:, None], torch.cat([rows[: seen[-1]], queries])[None], window))
             end += group
-        yield Document(trunk, groups, trunk_mask, tuple(group_masks))
+        yield Document(trunk, groups, tuple(seen), trunk_mask, tuple(group_masks))
 
 
 def _groups(branches: list[int]) -> tuple[int, ...]:
@@ -298,9 +300,9 @@ def _attention_cpu(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
         tq, tk, tv = next(parts)
         if doc.trunk:
             out.append(_sdpa(tq, tk, tv, doc.trunk_mask, scale))
-        for mask in doc.group_masks:
+        for seen, mask in zip(doc.seen, doc.group_masks, strict=True):
             bq, bk, bv = next(parts)
-            out.append(_sdpa(bq, torch.cat([tk, bk]), torch.cat([tv, bv]), mask, scale))
+            out.append(_sdpa(bq, torch.cat([tk[:seen], bk]), torch.cat([tv[:seen], bv]), mask, scale))
     return torch.cat(out) if out else q.clone()
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,6 +136,8 @@ class Server:
         self.deadline_s, self.grace_s = deadline_s, grace_s
         self.process: subprocess.Popen | None = None
         self.written = 0  # bytes of the log that belong to earlier starts
+        self.starts = 0
+        self.lock = threading.RLock()  # of who restarts it: the thread that trains, or the one that samples ahead
         self._start()
 
     @property
@@ -191,6 +194,7 @@ class Server:
             undo.callback(self.stop)
             self._wait()
             undo.pop_all()
+        self.starts += 1
 
     def _wait(self) -> None:
         end = time.monotonic() + self.deadline_s

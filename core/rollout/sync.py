@@ -233,16 +233,22 @@ def write(folder: Path, save: Save) -> None:
 
 def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) -> T:
     """`call(name of the model to sample with)`, once more after a server that was restarted, or that a managed one had to be, has the
-    current version again. `sync` is an Adapters or a Weights. Raises Unreachable when the server is gone for good."""  # fmt: skip
+    current version again. `sync` is an Adapters or a Weights. Of several threads one restarts the server and the others go on with it.
+    Raises Unreachable when the server is gone for good."""  # fmt: skip
+    starts = None if server is None else server.starts
     try:
         return call(sync.model)
     except Lost:
-        pass
+        sync.recover()
     except Unreachable:
-        if server is None or server.alive():
+        if server is None:
             raise
-        server.restart()
-    sync.recover()
+        with server.lock:
+            if server.starts == starts:
+                if server.alive():
+                    raise
+                server.restart()
+                sync.recover()
     return call(sync.model)
 
 

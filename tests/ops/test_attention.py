@@ -301,6 +301,7 @@ def test_branches_go_in_groups_of_whole_ones(monkeypatch):
     monkeypatch.setattr(attention, "GROUP", 4)
     plan, qkv = attention.plan(TREES), _qkv(len(TREES["tokens"]))
     assert [d.groups for d in plan.documents] == [(5,), (), (4, 3), (), (3,)]
-    assert [m.shape for m in plan.documents[2].group_masks] == [(4, 13), (3, 12)]
+    assert [d.seen for d in plan.documents] == [(6,), (), (2, 9), (), (1,)], "no group reads trunk tokens that none of its branches sees"
+    assert [tuple(m.shape) for m in plan.documents[2].group_masks] == [(4, 6), (3, 12)]
     for mine, want in zip(_both(lambda *x: attention.attention(*x, plan), qkv), _both(lambda *x: _loop(*x, TREES, None), qkv), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)

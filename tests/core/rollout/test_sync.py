@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sys
+import threading
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,33 @@ def test_a_managed_server_that_was_killed_is_restarted_and_gets_its_adapter(mana
     server.process.wait()
     after = [one.tokens.tolist() for one in sync.steady(draw, adapters, server)[0]]
     assert before == after and server.alive()
+
+
+def test_two_threads_find_the_server_killed_and_one_restarts_it(managed, tmp_path):
+    server, client, _ = managed
+    adapters = sync.Adapters(client, tmp_path / "sync", sync.Canary(client, CANARY, dtype="float32"))
+    adapters.start(0, expected(0.0))
+    adapters.sync(1, save(0.3), PARAMS, expected(0.3))
+    starts, both = server.starts, threading.Barrier(2)
+
+    def draw(model):
+        return client.sample([[1]], [1], max_tokens=8, n=3, model=model)[0]
+
+    def waiting(model):
+        """The first call of both threads fails before either goes on."""
+        try:
+            return draw(model)
+        except vllm.Unreachable:
+            both.wait(30)
+            raise
+
+    before = [one.tokens.tolist() for one in draw(adapters.model)]
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    with futures.ThreadPoolExecutor(2) as pool:
+        found = [one.result(60) for one in [pool.submit(sync.steady, waiting, adapters, server) for _ in range(2)]]
+    assert [[one.tokens.tolist() for one in group] for group in found] == [before, before]
+    assert server.starts == starts + 1
 
 
 def test_a_server_that_is_not_ours_and_stays_away_ends_the_call(managed, tmp_path):
