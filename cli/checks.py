@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import parse, preference_checks, rl_checks
+from treetune.cli import ebft_checks, parse, preference_checks, rl_checks
 from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
 
@@ -24,6 +24,7 @@ BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number from 0 to below 1")
 BELOW_HALF = Range(lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5")
 SHARE = Range(lambda x: 0 < x <= 1, "a number above 0, at most 1")
 PART = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+TENTH = Range(lambda x: 0.1 <= x < float("inf"), "a number from 0.1 up")
 ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or a whole number of rows")
 
 RANGES: dict[str, Range] = dict.fromkeys(
@@ -31,7 +32,8 @@ RANGES: dict[str, Range] = dict.fromkeys(
      "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
      "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size",
      "ref_model_sync_steps", "num_generations", "max_completion_length", "max_prompt_len", "reward_num_workers", "num_prompts",
-     "steps_per_generation", "num_iterations", "prefetch_depth", "vllm_sync_interval", "streaming_min_groups", "reroll_max_groups"), COUNT,
+     "steps_per_generation", "num_iterations", "prefetch_depth", "vllm_sync_interval", "streaming_min_groups", "reroll_max_groups",
+     "stride", "context_length", "generate_max_len", "n_samples_per_prompt"), COUNT,
 ) | dict.fromkeys(
     ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff",
      "reward_timeout", "vllm_importance_sampling_cap", "repetition_penalty", "vllm_server_timeout", "sapo_tau_pos", "sapo_tau_neg",
@@ -41,14 +43,15 @@ RANGES: dict[str, Range] = dict.fromkeys(
     ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show", "beta",
      "entropy_coef", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
      "vllm_importance_sampling_min", "off_policy_mask_threshold", "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha",
-     "simpo_gamma", "simpo_alpha", "cpo_alpha"),
+     "simpo_gamma", "simpo_alpha", "cpo_alpha", "alignment_coef", "diversity_coef", "ce_coef", "rl_coef", "min_completion_prefix"),
     NOT_NEGATIVE,
 ) | dict.fromkeys(
     ("lora_dropout", "label_smoothing", "min_p", "epsilon", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE
 ) | dict.fromkeys(
     ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction",
      "top_entropy_quantile"), PART
-) | {"top_p": SHARE, "vllm_gpu_memory_utilization": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS}  # fmt: skip
+) | {"top_p": SHARE, "vllm_gpu_memory_utilization": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS,
+     "gt_length_multiplier": TENTH}  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:
@@ -62,8 +65,10 @@ def check(config: Any, given: frozenset[str]) -> None:
         _contradictions(config)
         _stream_of_unknown_size(config, given)
         preference_checks.check(config)
+        ebft_checks.check(config)
         rl_checks.check(config)
         parse.refuse_ignored(given, _ignored_training(config) | preference_checks.ignored(config) | rl_checks.ignored(config))
+        parse.refuse_ignored(given, ebft_checks.ignored(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from treetune.cli.ebft_options import EbftData, EbftLoss, EbftOptim, EbftOptions, EbftRollout
 from treetune.cli.loss_options import (
     CpoLoss,
     DpoLoss,
@@ -184,6 +185,25 @@ class Grpo:
     engine: EngineOptions = field(default_factory=EngineOptions)
     reference: RlReference = field(default_factory=RlReference)
     optim: RlOptim = field(default_factory=RlOptim)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Ebft:
+    """Energy-based fine-tuning: rewards are features of a frozen network that sampled and true texts share; no reward function."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: EbftData = field(default_factory=EbftData)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    ebft: EbftOptions = field(default_factory=EbftOptions)
+    rollout: EbftRollout = field(default_factory=EbftRollout)
+    loss: EbftLoss = field(default_factory=EbftLoss)
+    correction: CorrectionOptions = field(default_factory=CorrectionOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    reference: RlReference = field(default_factory=RlReference)
+    optim: EbftOptim = field(default_factory=EbftOptim)
     run: RunOptions = field(default_factory=RunOptions)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, parse
+from treetune.cli import checks, parse, rl_data
 from treetune.cli.options import DataOptions, PairData, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, custom, dedup, formats, kinds, loader, sources, streaming, trees, workers
+from treetune.core.data import cache, chat_templates, custom, dedup, formats, kinds, loader, sources, streaming, strides, trees, workers
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
@@ -60,8 +60,9 @@ def _part(entry: dict, options: Options, tokenizer, kind: kinds.Kind) -> Part:
     own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS | OWN_KEYS}
     own |= entry["type"] if isinstance(entry.get("type"), dict) else {}
     kept = getattr(options, "dataset_prepared_path", None) is not None
-    if _is_custom(entry.get("type"), kind):
-        rows = custom.apply(rows, custom.load(entry["type"], entry), tokenizer)
+    named = entry.get("type", None if isinstance(options, PretrainData) or options.format == "auto" else options.format)
+    if _is_custom(named, kind):
+        rows = custom.apply(rows, custom.load(named, entry), tokenizer)
         digest = custom.digest(rows) if kept else ""
         return Part(rows, kind, _detected(rows, kind), own, _weight(entry), digest)
     digest = sources.digest(entry.get("path"), **source) if kept else ""
@@ -104,7 +105,8 @@ def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: Options,
 
 
 # options of all data sets that formats may take
-FOR_ROWS = ("chat_template", "default_system_message", "roles_to_train", "train_on_eos", "train_on_inputs")
+FOR_ROWS = ("chat_template", "chat_template_kwargs", "default_system_message", "roles_to_train", "train_on_eos", "train_on_inputs")
+RAW = {"completion", *strides.SPLIT}
 
 
 def _taken(part: Part) -> tuple[str, ...]:
@@ -115,7 +117,9 @@ def _encoding(options: Options, part: Part) -> dict:
     """Those of the options of all data sets that this one's format takes."""
     if isinstance(options, PretrainData):
         return {"field": options.text_column}
-    return {key: getattr(options, key) for key in FOR_ROWS if hasattr(options, key) and key in _taken(part)}
+    found = {key: getattr(options, key) for key in FOR_ROWS if hasattr(options, key) and key in _taken(part)}
+    named = found.get("chat_template_kwargs")
+    return found if named is None else found | {"chat_template_kwargs": rl_data.named_values(named, "chat-template-kwargs")}
 
 
 def ignored(options: Options, parts: list[Part]) -> dict[str, str]:
@@ -126,7 +130,7 @@ def ignored(options: Options, parts: list[Part]) -> dict[str, str]:
     out = {key: f"rows of format {', '.join(sorted(names))} do not take it" for key in FOR_ROWS if key not in taken}
     if options.datasets:
         out |= {key: "datasets is given" for key in ("data", "format")}
-    return out | ({"overlong": "raw text is split, not dropped"} if names == {"completion"} else {})
+    return out | ({"overlong": "raw text is split, not dropped"} if names <= RAW else {})
 
 
 class Encoded(NamedTuple):

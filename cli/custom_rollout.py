@@ -38,7 +38,7 @@ def sampler(draw: Draw, options: RolloutOptions, *, n: int, fn: Callable, tokeni
         versions: list[int] = []
 
         def generate(ids: Sequence[Sequence[int]], *, max_tokens: int | None = None) -> list[dict]:
-            names = [_name(numbers[0], len(versions), k) for k in range(len(ids))]
+            names = [sequence_name(numbers[0], len(versions), k) for k in range(len(ids))]
             room = options.max_completion_length if max_tokens is None else max_tokens
             found = draw(policy, [list(map(int, one)) for one in ids], names, n=1, max_tokens=room)
             versions.append(found.version)
@@ -56,7 +56,7 @@ def sampler(draw: Draw, options: RolloutOptions, *, n: int, fn: Callable, tokeni
     return sample
 
 
-def _name(number: int, call: int, k: int) -> int:
+def sequence_name(number: int, call: int, k: int) -> int:
     """What names the randomness of a sequence: 62 bits."""
     return int.from_bytes(hashlib.blake2b(f"{number}/{call}/{k}".encode(), digest_size=8).digest(), "big") >> 2
 

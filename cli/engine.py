@@ -63,9 +63,8 @@ class Engine:
         alive = self.server.alive if self.server else lambda: True
         timeout = options.vllm_server_timeout
         self.client = vllm.Client(url, model=name, vocab_size=model.cfg.vocab_size, timeout_s=timeout, alive=alive)
-        needed = config.data.max_prompt_len + config.rollout.max_completion_length
         folder = serve.model_folder(config.model, say=self.say)
-        self._reach([name, config.model.model, str(folder), setup.model_name(config.model)], needed)
+        self._reach([name, config.model.model, str(folder), setup.model_name(config.model)], serve.longest(config))
         tokens = [i % model.cfg.vocab_size for i in range(17, 17 + CANARY)]
         foreign = options.vllm_mode == "server"  # which may compute in another dtype than the trainer
         how = {"dtype": serve.engine_dtype(config, model), "tolerance": options.vllm_canary_tolerance, "widen": foreign}

@@ -9,9 +9,11 @@ import torch
 from treetune.cli import prompts, report, rundir, setup
 from treetune.cli.screen import Screen, clock
 from treetune.core import lora, shard, tree
-from treetune.core.data import chat, instruction
+from treetune.core.data import chat, instruction, strides
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
+
+OPENING = 16  # tokens of a text without a prompt to go on from
 
 
 def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
@@ -30,6 +32,8 @@ def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
     if asked is None and data.val and hasattr(data.val[0], "branch"):
         ids = data.val[0].tokens[data.val[0].branch == 0].tolist()
         return tokenizer.decode(ids, skip_special_tokens=True), ids
+    if hasattr(next(iter(data.val + data.train), None), "prompt_length"):
+        return _beginning(asked, data, tokenizer)
     row = data.first_row if asked is None else None
     if asked == "" or (asked is None and row is None):
         return "", []
@@ -41,6 +45,17 @@ def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
         return text, prompts.text_ids(tokenizer, text)
     text = asked or _question(row)
     return text, prompts.chat_ids(tokenizer, text) if text else []
+
+
+def _beginning(asked: str | None, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
+    """The prompt of the first held-out document, or the beginning of one without; what is asked in the form of the rows."""
+    if asked is None and not data.val:
+        return "", []
+    if asked is None:
+        ids = data.val[0].tokens[: data.val[0].prompt_length or OPENING].tolist()
+        return tokenizer.decode(ids, skip_special_tokens=True), ids
+    encode = prompts.chat_ids if strides.talks(data.format) else prompts.text_ids
+    return asked, encode(tokenizer, asked) if asked else []
 
 
 def _question(row: dict) -> str:
@@ -119,21 +134,23 @@ def _carried(config: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
     history = outcome.history
-    held = [record["eval/loss"] for record in history if "eval/loss" in record]
+    goal = made.job.goal
+    held = [record[f"eval/{goal}"] for record in history if f"eval/{goal}" in record]
     steps = [record for record in history if "train/loss" in record]
     seconds = sum(record["step_seconds"] for record in steps)
     rows = {"done": f"step {int(outcome.state.step)} of {made.job.total_steps} in {clock(seconds)}"}
     if outcome.stopped:
         rows["stopped"] = outcome.stopped + (": continue with --resume auto" if outcome.stopped == "interrupted" else "")
     if len(held) > 1:
-        change = f" ({100 * (held[-1] / held[0] - 1):+.1f} %)" if held[0] else ""  # a hinge may start at 0
-        rows["held-out loss"] = f"{held[0]:.4f} -> {held[-1]:.4f}{change}, best at step {outcome.progress.best_step}"
+        shown = held[0] and goal.endswith("loss")  # a hinge may start at 0, a reward below
+        change = f" ({100 * (held[-1] / held[0] - 1):+.1f} %)" if shown else ""
+        rows[f"held-out {goal}"] = f"{held[0]:.4f} -> {held[-1]:.4f}{change}, best at step {outcome.progress.best_step}"
     if seconds:
         rate = sum(record["supervised_tokens"] for record in steps) / seconds
         rows["speed"] = f"{rate:.0f} supervised tokens/s, peak memory {steps[-1]['memory_gib']:.1f} GiB"
     rows["saved"] = f"{saved}, {made.where.root}/report.html"
     for key in made.method.shown:
-        if len(own := [record[f"eval/{key}"] for record in history if f"eval/{key}" in record]) > 1:
+        if key != goal and len(own := [record[f"eval/{key}"] for record in history if f"eval/{key}" in record]) > 1:
             rows[f"held-out {key}"] = f"{own[0]:.4f} -> {own[-1]:.4f}"
     if "head" in made.trees.params:
         rows["try it"] = f"treetune score {made.where.root} --data ROWS"

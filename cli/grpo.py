@@ -1,4 +1,7 @@
-"""`treetune grpo`: reinforcement learning from rewards that functions, or reward models, give to sampled completions."""
+"""`treetune grpo`: reinforcement learning from rewards that functions, or reward models, give to sampled completions.
+
+What it shares with other commands that learn from what they sample is here; a `Task` is what differs.
+"""
 
 import contextlib
 import time
@@ -12,10 +15,13 @@ import torch
 from treetune.cli import corpus, finish, loop, online, parse, rewarding, rl_data, rollouts, rundir, samplers, setup, training
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
+from treetune.cli.rl_options import PipelineOptions
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, shard, step
 from treetune.core.data import loader
-from treetune.core.rollout import feed, stats
+from treetune.core.data.prompts import Prompt
+from treetune.core.data.trees import TreeDoc
+from treetune.core.rollout import feed
 from treetune.core.rollout.group import Group
 from treetune.core.state import TrainState
 from treetune.losses import online as objectives
@@ -24,10 +30,40 @@ from treetune.ops import attention, noise
 COMPLETIONS, EVALUATION, DROPOUT = 11, 12, 13  # what randomness is for
 
 
+class Prepared(NamedTuple):
+    """What a task brings to a run, once there is a model.
+
+    trees: the run's, with what else is frozen. start(trees as placed) -> what scores. around: of `samplers.build`. truth(prompt) ->
+    tokens and weights of the true reply, where it trains beside the completions, with the coefficient ce_coef. held: completions of each
+    prompt in an evaluation, which `beside(trees as placed)` makes another function for: state -> further metrics.
+    """
+
+    trees: setup.Trees
+    start: Callable[[setup.Trees], rewarding.Rewards]
+    around: Callable[[Callable], Callable] = lambda wrap: wrap
+    truth: Callable[[Prompt], tuple[np.ndarray, np.ndarray]] | None = None
+    ce_coef: float = 0.0
+    held: int = 1
+    beside: Callable[[setup.Trees], Callable[[TrainState], dict]] = lambda trees: lambda state: {}
+
+
+class Task(NamedTuple):
+    """What tells the commands apart that learn from completions they sample.
+
+    read(config, tokenizer) -> prompts. prepare(config, model, trees, tokenizer, data, on=, ranks=, screen=) -> `Prepared`.
+    """
+
+    name: str
+    method: methods.Method
+    read: Callable[[Any, Any], rl_data.Prompts]
+    prepare: Callable[..., Prepared]
+
+
 class Run(NamedTuple):
     """What a run of reinforcement learning has besides what all runs have; to be closed at its end."""
 
     assembly: training.Assembly
+    rewards: rewarding.Rewards
     feed: feed.Feed
     start: Callable[[TrainState], None]  # give an engine the weights
     close: Callable[[], None]
@@ -35,11 +71,16 @@ class Run(NamedTuple):
 
 def run(config: Any, given: frozenset[str]) -> int:
     """Train and leave a run folder; the exit code."""
+    return train(config, GRPO)
+
+
+def train(config: Any, task: Task) -> int:
+    """Train and leave a run folder; the exit code."""
     with checking_input():
         on = setup.device(config.model.device)
         ranks = setup.ranks(on)
-        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=online.METHOD.shown)
-        made = assemble(config, screen, ranks, on)
+        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=task.method.shown)
+        made = assemble(config, task, screen, ranks, on)
     try:
         return _train(config, made, screen, ranks)
     finally:
@@ -75,7 +116,7 @@ def describe(config: Any, made: Run, ranks: setup.Ranks) -> dict[str, str]:
         f"rank{'s' * (ranks.world > 1)}" + (f"; a generation serves {served} steps" if served > 1 else "")
     )
     rows["loss"] = online.describe(config.loss)
-    rows["rewards"] = ", ".join(rewarding.described(config.rewards))
+    rows["rewards"] = ", ".join(made.rewards.described)
     rows["sampler"] = samplers.describe(config)
     return rows
 
@@ -85,45 +126,60 @@ def prompts_per_step(config: Any) -> int:
     return config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
 
 
-def assemble(config: Any, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
+def _read(config: Any, tokenizer: Any) -> rl_data.Prompts:
+    return rl_data.load(config.data, tokenizer, seed=config.optim.seed)
+
+
+def _functions(
+    config: Any, model: Any, trees: setup.Trees, tokenizer: Any, data: rl_data.Prompts, *, on, ranks, screen: Screen
+) -> Prepared:
+    """Rewards that functions and reward models give."""
+    rl_data.check_fits(data, config.rollout, model.cfg)
+    return Prepared(trees, lambda placed: rewarding.start(config.rewards, config.model, on=on, say=screen.warn))
+
+
+GRPO = Task("grpo", online.METHOD, _read, _functions)
+
+
+def assemble(config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
     """All of a run's parts from its options; writes nothing. What it starts (workers, a server) is stopped if it fails."""
-    where = rundir.choose("grpo", config.run)
+    where = rundir.choose(task.name, config.run)
     start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
-    data = rl_data.load(config.data, words.tokenizer, seed=config.optim.seed)
+    data = task.read(config, words.tokenizer)
     for text in data.lines:
         screen.line(text)
     base, _ = setup.load_model(config.model, on=on)
     model = setup.with_rows(base, words, config.vocabulary, start)
     if changed := setup.describe_rows(words, base, model):
         screen.line(changed)
-    rl_data.check_fits(data, config.rollout, model.cfg)
     if config.adapter.adapter == "lora":
         name, seed = setup.model_name(config.model), config.optim.seed
         trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
     else:
         trees = setup.full(model)
-    signal = online.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)
+    own = task.prepare(config, model, trees, words.tokenizer, data, on=on, ranks=ranks, screen=screen)
+    signal = online.build(config, model, own.trees, on=on, mesh=ranks.mesh, say=screen.line, ce_coef=own.ce_coef)
     digest = ckpt.digest(signal.parts.trees.frozen) if signal.parts.trees.frozen else ""
     placed = setup.place(signal.parts.trees, model, ranks, config.run.sharding)
     signal = signal._replace(parts=signal.parts._replace(trees=placed))
     with contextlib.ExitStack() as started:
-        rewards = rewarding.start(config.rewards, config.model, on=on, say=screen.warn)
+        rewards = own.start(placed)
         started.callback(rewards.close)
         rewards.check(data.train + data.val)
         seeds = [noise.keys(config.optim.seed, purpose).item() for purpose in (COMPLETIONS, EVALUATION)]
-        parts = {"on": on, "root": where.root, "seeds": seeds, "say": screen.line}
+        parts = {"on": on, "root": where.root, "seeds": seeds, "say": screen.line, "around": own.around, "held": own.held}
         sampler = samplers.build(config, model, placed, words.tokenizer, **parts)
         started.callback(sampler.close)
-        made = _assemble(config, data, words.tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen)
+        made = _assemble(config, task, own, data, words.tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen)
         started.callback(made.feed.close)
         return made._replace(close=started.pop_all().close)
 
 
-def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen) -> Run:
+def _assemble(config, task, own, data, tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen) -> Run:
     optim, parts = config.optim, signal.parts
     trees = parts.trees
-    peak = optim.learning_rate or online.METHOD.rates[trees.lora is None]
+    peak = optim.learning_rate or task.method.rates[trees.lora is None]
     optimizer = setup.optimizer(optim, loraplus=config.adapter.loraplus_lr_ratio if trees.lora else None)
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), parts.extra, torch.tensor(0, device=on))
     make = training.maker(model, on, streams=parts.streams)
@@ -138,10 +194,10 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
         data.train,
         sampler.sample,
         rewards.score,
-        rewarding.advantage(config, ranks),
+        rewarding.advantage(config.loss, rewards.weights, ranks),
         options(config, ranks, total),
         relogp=rollouts.scorer(signal.logprob, make, optim.micro_batch_size) if online.scored_apart(config) else None,
-        measure=partial(measured, config, ranks),
+        measure=partial(measured, rewards, ranks),
         snapshot=sampler.snapshot,
         together=partial(largest, ranks, on),
         say=screen.warn,
@@ -151,7 +207,7 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
     between = [fn for fn in (parts.between, sampler.between) if fn is not None]
     job = loop.Job(
         stepper,
-        evaluator(config, data, sampler, rewards, ranks) if data.val else None,
+        evaluator(data, sampler, rewards, own.beside(trees), ranks) if data.val else None,
         parts.objective,
         partial(tickets, prompts_per_step(config) * ranks.world, config.pipeline.num_iterations * len(data.train)),
         total,
@@ -161,15 +217,15 @@ def _assemble(config, data, tokenizer, model, signal, digest, where, on, ranks, 
         prepare=parts.prepare,
         between=partial(methods.in_turn, between) if between else None,
         perplexity=False,
-        roll=Roll(config, pool, make, sampler, where, screen, ranks),
+        roll=Roll(config, pool, make, sampler, rewards.names, own.truth, where, screen, ranks),
         carry=partial(carried, pool, ranks),
         goal="reward",
     )
     first = data.train[0]
     row = {"messages": first.messages} if first.messages is not None else None
     shown = corpus.Corpus([], [], row, "chat", data.lines)
-    assembly = training.Assembly(job, state, model, trees, tokenizer, where, found, shown, peak, online.METHOD)
-    return Run(assembly, pool, sampler.start, pool.close)
+    assembly = training.Assembly(job, state, model, trees, tokenizer, where, found, shown, peak, task.method)
+    return Run(assembly, rewards, pool, sampler.start, pool.close)
 
 
 def total_steps(config: Any, prompts: int, world: int) -> int:
@@ -189,6 +245,7 @@ def options(config: Any, ranks: setup.Ranks, total: int) -> feed.Options:
         steps=pipe.steps_per_generation,
         iterations=pipe.num_iterations,
         seed=config.optim.seed,
+        epochs_shuffle=getattr(config.data, "shuffle", True),
         rank=ranks.rank,
         world=ranks.world,
         replay_size=pipe.replay_buffer_size,
@@ -232,6 +289,8 @@ class Roll(NamedTuple):
     feed: feed.Feed
     make: Callable
     sampler: samplers.Samplers
+    names: tuple[str, ...]  # of the rewards
+    truth: Callable | None  # of `Prepared`
     where: rundir.RunDir
     screen: Screen
     ranks: setup.Ranks
@@ -243,19 +302,19 @@ class Roll(NamedTuple):
             groups, found = self.feed.next(state, index - 1)
         made = {"rollout/seconds": time.perf_counter() - start} | found | self.sampler.metrics()
         if self.ranks.rank == 0:
-            show(self.config, groups, index, self.where, self.screen)
+            show(self.config.pipeline, self.names, groups, index, self.where, self.screen)
         return self.micro_batches(groups, index), made
 
     def micro_batches(self, groups: list[Group], index: int) -> list:
         """Groups that teach nothing stand together, so that whole micro-batches of them cost nothing."""
-        size, skip = self.config.optim.micro_batch_size, online.skippable(self.config.loss)
+        size, skip = self.config.optim.micro_batch_size, online.skippable(self.config.loss) and self.truth is None
         skip = skip and self.config.pipeline.skip_zero_advantage_batches
         ordered = sorted(groups, key=lambda group: not group.advantage.any()) if skip else groups
         seed = noise.keys(self.config.optim.seed, DROPOUT, index)
         out = []
         for i in range(0, len(ordered), size):
             some = ordered[i : i + size]
-            docs = [rollouts.document(group, mask_truncated=self.config.loss.mask_truncated_completions) for group in some]
+            docs = [self.document(group) for group in some]
             batch, plan = self.make(range(len(docs)), docs, seed=seed)
             if skip and not any(group.advantage.any() for group in some):
                 batch = objectives.hollow(batch)
@@ -263,10 +322,14 @@ class Roll(NamedTuple):
             out.append((batch, plan))
         return out
 
+    def document(self, group: Group) -> TreeDoc:
+        """What a group trains on."""
+        truth = None if self.truth is None else self.truth(group.prompt)
+        return rollouts.document(group, mask_truncated=self.config.loss.mask_truncated_completions, truth=truth)
 
-def show(config: Any, groups: list[Group], index: int, where: rundir.RunDir, screen: Screen) -> None:
+
+def show(pipe: PipelineOptions, names: tuple[str, ...], groups: list[Group], index: int, where: rundir.RunDir, screen: Screen) -> None:
     """Completions on the screen and in samples.jsonl, with what each reward said."""
-    pipe, names = config.pipeline, rewarding.names(config.rewards)
     for number, group in enumerate(groups):
         order = np.argsort(-np.nan_to_num(group.advantage))
         for place, j in enumerate(order.tolist()):
@@ -280,17 +343,19 @@ def show(config: Any, groups: list[Group], index: int, where: rundir.RunDir, scr
                 screen.line(f"  {one.text.strip()!r:.200}  ({said}; advantage {group.advantage[j]:.2f})", "dim")
 
 
-def measured(config: Any, ranks: setup.Ranks, groups: list[Group]) -> dict[str, float]:
+def measured(rewards: rewarding.Rewards, ranks: setup.Ranks, groups: list[Group]) -> dict[str, float]:
     """Metrics of the scored groups of all ranks."""
     if ranks.world > 1:
         parts = [None] * ranks.world
         torch.distributed.all_gather_object(parts, [group._replace(prompt=None) for group in groups])
         groups = [group for part in parts for group in part]
-    return stats.metrics(groups, rewarding.names(config.rewards), rewarding.weights(config.rewards))
+    return rewards.measure(groups)
 
 
-def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, rewards: rewarding.Rewards, ranks: setup.Ranks) -> Callable:
-    """state -> rewards of one completion of each held-out prompt, always with the same randomness; ranks share the prompts."""
+def evaluator(
+    data: rl_data.Prompts, sampler: samplers.Samplers, rewards: rewarding.Rewards, beside: Callable[[TrainState], dict], ranks: setup.Ranks
+) -> Callable:
+    """state -> rewards of completions of each held-out prompt, always with the same randomness; ranks share the prompts."""
     shared = ranks if len(data.val) >= ranks.world else setup.Ranks(0, 1, None)
     own = range(shared.rank, len(data.val), shared.world)
 
@@ -301,8 +366,8 @@ def evaluator(config: Any, data: rl_data.Prompts, sampler: samplers.Samplers, re
             groups = [Group(data.val[i], i, tuple(one), sampled.version) for i, one in rows]
             scored = rewards.score(groups)
         groups = [group._replace(rewards=values) for group, values in zip(groups, scored, strict=True)]
-        found = measured(config, shared, groups)
+        found = measured(rewards, shared, groups)
         kept = {name: value for name, value in found.items() if not name.startswith("frac") and value == value}
-        return {name: torch.tensor(value) for name, value in kept.items()}
+        return {name: torch.tensor(value) for name, value in kept.items()} | beside(state)
 
     return evaluate

@@ -19,7 +19,7 @@ from treetune.core import ckpt, observe, shard
 from treetune.core.data import loader, streaming
 from treetune.core.state import Objective, TrainState
 
-BY_CLASS = ("rewards/", "logps/", "logits/", "accuracy/")  # rates over rows of a class, which a step may lack
+BY_CLASS = ("rewards/", "logps/", "logits/", "accuracy/", "ebft/")  # rates over rows of a class, or blocks, which a step may lack
 Cursor = loader.Cursor | streaming.Cursor
 
 
@@ -40,7 +40,7 @@ class Job(NamedTuple):
     perplexity: bool = True
     roll: Callable[[TrainState, int], tuple[list, dict]] | None = None  # micro-batches of a step from the state itself, and their metrics
     carry: Callable[[], dict] | None = None  # what `roll` needs to go on from a checkpoint, as JSON
-    goal: str = "loss"  # what evaluations compare: the loss, which should fall, or a reward, which should rise
+    goal: str = "loss"  # what evaluations compare: a metric named loss, which should fall, or a reward, which should rise
 
 
 class Progress(NamedTuple):
@@ -157,7 +157,7 @@ class _Loop:
         self.screen.line(f"held out, step {step}: {goal} {value:.4f}  {self._own(record)}".rstrip(), "bold")
         self.tell_health()
         best = self.progress.best
-        better = value == value and (best is None or (value < best if goal == "loss" else value > best))
+        better = value == value and (best is None or (value < best if goal.endswith("loss") else value > best))
         found_best = {"best": value, "best_step": step, "bad_evals": 0}
         self.progress = self.progress._replace(**found_best if better else {"bad_evals": self.progress.bad_evals + 1})
         if better and step:

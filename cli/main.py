@@ -18,6 +18,7 @@ COMMANDS = {
     "reward": ("tune", "Reward", "train a reward model on pairs"),
     "prm": ("tune", "Prm", "train a reward model of steps"),
     "grpo": ("grpo", "Grpo", "learn from rewards of sampled completions: GRPO, DAPO, GSPO, RLOO, ..."),
+    "ebft": ("ebft", "Ebft", "learn from true texts by their features, without a reward function"),
     "rollout": ("rollout", "Rollout", "sample and score without training: try a reward"),
     "serve": ("serve", "Serve", "start a vLLM server for a model"),
     "preprocess": ("preprocess", "Preprocess", "show what a run would read, token by token"),

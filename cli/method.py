@@ -43,6 +43,7 @@ class Method(NamedTuple):
     unit: str = "pairs"  # what the loss is a mean over
     head: bool = False  # whether a head of scores trains with the model
     perplexity: bool = False  # whether the loss is a mean of -log p, so that its exponential means something
+    goal: str = "loss"  # the metric of evaluations that says which checkpoint is best: one named loss falls, any other rises
 
 
 def supervised(config: Any, model: Any, trees: setup.Trees, **_: Any) -> Parts:

@@ -14,8 +14,8 @@ from treetune.cli.rl_options import PRESETS, PolicyLoss, Preset, clip_bounds
 from treetune.core import shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState
-from treetune.losses import advantage, correction, divergence, online, policy, ratio, reduce
-from treetune.models import Model
+from treetune.losses import advantage, correction, divergence, online, online_truth, policy, ratio, reduce
+from treetune.models import Model, logprobs_beside
 
 RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
 MEANS = {
@@ -130,14 +130,17 @@ class Signal(NamedTuple):
     logprob: Callable
 
 
-def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say=print) -> Signal:
-    """The policy's objective, its reference and its state."""
+def build(
+    config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say: Callable = print, ce_coef: float = 0.0
+) -> Signal:
+    """The policy's objective, its reference and its state; with ce_coef, documents hold true replies that train beside the others."""
     loss, heat = config.loss, config.rollout.temperature
     remat = "full" if config.optim.gradient_checkpointing else None
     found = _reference(config, model, used, on, say)
-    train = setup.logprob(model, found.trees.lora, remat=remat, temperature=heat)
     quiet = setup.logprob(model, found.trees.lora, temperature=heat)
-    objective = online.objective(train, term(loss), **_terms(config))
+    train = partial(setup.logprob, model, found.trees.lora, remat=remat, temperature=heat)
+    make = partial(online.objective, term=term(loss), **_terms(config))
+    objective = online_truth.objective(train(run=logprobs_beside), make, coef=ce_coef, name="ebft/ce_loss") if ce_coef else make(train())
     extra, between = found.extra, []
     if config.reference.sync_ref_model:
         between.append(reference.syncer(config.reference))
@@ -148,12 +151,17 @@ def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mes
         found.trees,
         objective,
         objective,
-        (pack.collate_trees,),
+        (_with_truth if ce_coef else pack.collate_trees,),
         extra,
         partial(_prepare, loss, found, quiet, mesh),
         partial(method.in_turn, between) if between else None,
     )
     return Signal(parts, quiet)
+
+
+def _with_truth(docs: list, **options: Any) -> dict:
+    """The stream of documents of which some have true completions."""
+    return online_truth.aside(pack.collate_trees(docs, **options))
 
 
 def _reference(config: Any, model: Model, used: setup.Trees, on: torch.device, say: Callable) -> reference.Reference:

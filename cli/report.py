@@ -11,6 +11,7 @@ CURVES = (
     ("reward margin", ("rewards/margins", "eval/rewards/margins")),
     ("share of pairs ranked right", ("rewards/accuracies", "eval/rewards/accuracies")),
     ("accuracy of the scores", ("accuracy", "eval/accuracy")),
+    ("distance of features from those of the true text", ("ebft/cfm_loss", "eval/ebft/cfm_loss")),
     ("gradient norm before clipping", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
     ("supervised tokens per second", ("supervised_tokens_per_second",)),

@@ -6,6 +6,7 @@ P prompts, G completions of each, K rewards.
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ import torch
 
 from treetune.cli import fetch, online, score, setup
 from treetune.cli.options import ModelOptions
-from treetune.cli.rl_options import RewardFunctions
+from treetune.cli.rl_options import PolicyLoss, RewardFunctions
 from treetune.core.data import kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import builtin
+from treetune.core.rollout import builtin, stats
 from treetune.core.rollout.group import Group
 from treetune.core.rollout.rewards import Pool
 from treetune.models import adapter, heads
@@ -33,11 +34,19 @@ class Scorer(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """score(groups) -> float64 [P, G, K]; check(prompts) refuses what no function can score; close ends what was started."""
+    """What scores completions: its K names and weights, and how it is described.
 
+    score(groups) -> float64 [P, G, K]; measure(groups) -> metrics of scored groups; check(prompts) refuses what nothing can score;
+    close ends what was started.
+    """
+
+    names: tuple[str, ...]
+    weights: list[float]
+    described: list[str]
     score: Callable[[Sequence[Group]], np.ndarray]
-    check: Callable[[Sequence[Prompt]], None]
-    close: Callable[[], None]
+    measure: Callable[[Sequence[Group]], dict[str, float]]
+    check: Callable[[Sequence[Prompt]], None] = lambda prompts: None
+    close: Callable[[], None] = lambda: None
 
 
 def described(options: RewardFunctions) -> list[str]:
@@ -73,11 +82,11 @@ def is_model(name: str) -> bool:
 
 def start(options: RewardFunctions, model: ModelOptions, *, on: torch.device, say: Callable[[str], None]) -> Rewards:
     """Load every reward and start the workers. Errors: ValueError for rewards that cannot be loaded."""
-    names, _ = options.reward_funcs, weights(options)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"reward_funcs is {sources.listed(names)}: expected at least one reward, and none twice")
-    models = {name: _scorer(name, model, on) for name in names if is_model(name)}
-    functions = [name for name in names if name not in models]
+    wanted, factors = options.reward_funcs, weights(options)
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"reward_funcs is {sources.listed(wanted)}: expected at least one reward, and none twice")
+    models = {name: _scorer(name, model, on) for name in wanted if is_model(name)}
+    functions = [name for name in wanted if name not in models]
     workers = {"workers": options.reward_num_workers, "timeout_s": options.reward_timeout}
     pool = Pool(functions, say=say, **workers) if functions else None
 
@@ -86,11 +95,11 @@ def start(options: RewardFunctions, model: ModelOptions, *, on: torch.device, sa
         if pool is not None:
             values = pool.score(groups)
             found |= {name: values[:, :, k] for k, name in enumerate(functions)}
-        return np.stack([found[name] for name in names], axis=-1)
+        return np.stack([found[name] for name in wanted], axis=-1)
 
-    if pool is None:
-        return Rewards(all_scores, lambda prompts: None, lambda: None)
-    return Rewards(all_scores, pool.check, pool.close)
+    measure = partial(stats.metrics, names=names(options), weights=factors)
+    made = Rewards(names(options), factors, described(options), all_scores, measure)
+    return made if pool is None else made._replace(check=pool.check, close=pool.close)
 
 
 def _scorer(name: str, model: ModelOptions, on: torch.device) -> Scorer:
@@ -139,13 +148,13 @@ def _documents(scorer: Scorer, rows: sources.Rows) -> list[trees.TreeDoc]:
     return trees.encode_rows(rows, form.make(), scorer.tokenizer, name="prompt_completion", distinct=False)[0]
 
 
-def advantage(config: Any, ranks: setup.Ranks) -> Callable[[np.ndarray], np.ndarray]:
+def advantage(options: PolicyLoss, factors: list[float], ranks: setup.Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """Rewards [P, G, K] of this rank -> advantages [P, G]; what depends on other prompts sees those of all ranks."""
-    estimate = online.advantages(config.loss, weights(config.rewards))
+    estimate = online.advantages(options, factors)
 
     def fn(rewards: np.ndarray) -> np.ndarray:
         parts, mine = [rewards], 0
-        if ranks.world > 1 and online.batch_wide(config.loss):
+        if ranks.world > 1 and online.batch_wide(options):
             parts, mine = [None] * ranks.world, ranks.rank
             torch.distributed.all_gather_object(parts, rewards)
         found = estimate(torch.from_numpy(np.concatenate(parts))).numpy()

@@ -3,12 +3,17 @@
 import os
 from typing import Any
 
-from treetune.cli.configs import Grpo
+from treetune.cli.configs import Ebft, Grpo
 from treetune.cli.errors import BadInput
 from treetune.cli.rl_options import PRESETS, PolicyLoss, clip_bounds
 
 CLIPPED = ("ppo_clip", "gmpo")
 VLLM_ONLY = ("repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs")
+
+
+def samples(config: Any) -> bool:
+    """Whether a command learns from whole completions that it samples."""
+    return isinstance(config, Grpo) or (isinstance(config, Ebft) and config.ebft.mode == "structured")
 
 
 def off_policy(config: Any) -> bool:
@@ -19,7 +24,7 @@ def off_policy(config: Any) -> bool:
 
 def check(config: Any) -> None:
     """Raise BadInput for options that contradict each other."""
-    if not isinstance(config, Grpo):
+    if not samples(config):
         return
     loss, rollout, pipe = config.loss, config.rollout, config.pipeline
     _check_loss(loss)
@@ -28,7 +33,11 @@ def check(config: Any) -> None:
         raise BadInput("num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce")
     if rollout.temperature == 0:
         raise BadInput("temperature 0 writes the same completion every time: give a number above 0, 1 is usual")
-    if config.rewards.reward_weights and len(config.rewards.reward_weights) != len(config.rewards.reward_funcs):
+    if (
+        isinstance(config, Grpo)
+        and config.rewards.reward_weights
+        and len(config.rewards.reward_weights) != len(config.rewards.reward_funcs)
+    ):
         raise BadInput(f"reward_weights needs a number for each of the {len(config.rewards.reward_funcs)} rewards")
     if pipe.async_prefetch and not config.engine.use_vllm and config.adapter.adapter == "none":
         raise BadInput("async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice")
@@ -40,7 +49,7 @@ def check(config: Any) -> None:
     _check_engine(config)
 
 
-def _check_engine(config: Grpo) -> None:
+def _check_engine(config: Grpo | Ebft) -> None:
     engine, ranks = config.engine, int(os.environ.get("WORLD_SIZE", 1))
     if config.run.sharding == "full" and (config.pipeline.async_prefetch or config.rollout.rollout_func):
         name = "async_prefetch" if config.pipeline.async_prefetch else "rollout_func"
@@ -63,7 +72,7 @@ def _check_engine(config: Grpo) -> None:
         raise BadInput(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
 
-def _check_reference(config: Grpo) -> None:
+def _check_reference(config: Grpo | Ebft) -> None:
     options = config.reference
     if options.sync_ref_model and config.adapter.adapter == "lora" and options.ref_model_mixup_alpha != 1:
         raise BadInput(
@@ -88,7 +97,7 @@ def _check_loss(loss: PolicyLoss) -> None:
 
 def ignored(config: Any) -> dict[str, str]:
     """{option: why this run would not look at it}."""
-    if not isinstance(config, Grpo):
+    if not samples(config):
         return {}
     return _ignored_loss(config.loss) | _ignored_sampling(config) | _ignored_pipeline(config) | _ignored_reference(config)
 
@@ -112,7 +121,7 @@ def _ignored_loss(loss: PolicyLoss) -> dict[str, str]:
     return out
 
 
-def _ignored_sampling(config: Grpo) -> dict[str, str]:
+def _ignored_sampling(config: Grpo | Ebft) -> dict[str, str]:
     engine, out = config.engine, {}
     if not engine.use_vllm:
         names = [name for name in vars(engine) if name != "use_vllm"]
@@ -132,7 +141,7 @@ def _ignored_sampling(config: Grpo) -> dict[str, str]:
     return out
 
 
-def _ignored_pipeline(config: Grpo) -> dict[str, str]:
+def _ignored_pipeline(config: Grpo | Ebft) -> dict[str, str]:
     pipe, out = config.pipeline, {}
     if not pipe.async_prefetch:
         out["prefetch_depth"] = "async_prefetch is off"
@@ -143,7 +152,7 @@ def _ignored_pipeline(config: Grpo) -> dict[str, str]:
     return out
 
 
-def _ignored_reference(config: Grpo) -> dict[str, str]:
+def _ignored_reference(config: Grpo | Ebft) -> dict[str, str]:
     if not config.loss.beta:
         return {name: "beta is 0, so there is no reference" for name in vars(config.reference)}
     if not config.reference.sync_ref_model:

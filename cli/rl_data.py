@@ -110,6 +110,11 @@ def check_fits(data: Prompts, rollout: RolloutOptions, cfg: Any) -> None:
             f"row {longest.row} has a prompt of {len(longest.tokens)} tokens, with max_completion_length {new} more than the "
             f"{cfg.max_positions} positions of the model: lower max_prompt_len or max_completion_length"
         )
+    check_ids(data, rollout, cfg)
+
+
+def check_ids(data: Prompts, rollout: RolloutOptions, cfg: Any) -> None:
+    """Errors: ValueError when an id of the prompts or of stop_token_ids is none of the model's."""
     largest = max(int(one.tokens.max()) for one in data.train + data.val)
     if largest >= cfg.vocab_size:
         raise ValueError(f"the prompts hold token id {largest}, the model has {cfg.vocab_size}: the tokenizer is of another model")

@@ -66,17 +66,28 @@ def completion(tokens: np.ndarray, logp: np.ndarray, ends: set[int], tokenizer: 
     return Completion(np.asarray(tokens, np.int32), np.asarray(logp, np.float32), trained, bool(ids) and ids[-1] in ends, text)
 
 
-def document(group: Group, *, mask_truncated: bool = False) -> trees.TreeDoc:
-    """A group as a document: the prompt once, a branch for each completion, its advantage, and log-probs beside its tokens."""
+def document(group: Group, *, mask_truncated: bool = False, truth: tuple[np.ndarray, np.ndarray] | None = None) -> trees.TreeDoc:
+    """A group as a document: the prompt once, a branch for each completion, its advantage, and log-probs beside its tokens.
+
+    truth: tokens and weights of the true reply, one more branch; then completions are of kind 0 and it is of kind 1.
+    """
     kept = [one.trained & (one.stopped or not mask_truncated) for one in group.completions]
     pairs = [(one.tokens, weight.astype(np.float32)) for one, weight in zip(group.completions, kept, strict=True)]
     extras = {} if group.advantage is None else {"advantage": tuple(group.advantage.tolist())}
+    if truth is not None:
+        extras = {name: (*values, 0.0) for name, values in extras.items()} | {"kind": (0,) * len(pairs) + (1,)}
+        pairs.append(truth)
     doc = prompts.group(group.prompt, pairs, extras)
-    none = np.zeros(len(group.prompt.tokens), np.float32)
-    values = {"sampler_logp": np.concatenate([none, *(one.logp for one in group.completions)])}
-    if group.old_logp is not None:
-        values["old_logp"] = np.concatenate([none, *group.old_logp])
-    return doc._replace(values=values)
+    values = {"sampler_logp": [one.logp for one in group.completions], "old_logp": group.old_logp}
+    return doc._replace(values={name: _laid(doc, parts) for name, parts in values.items() if parts is not None})
+
+
+def _laid(doc: trees.TreeDoc, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Numbers of the completions beside the tokens of their document, 0 where there is none: float32 [n]."""
+    laid, start = np.zeros(len(doc.tokens), np.float32), int((doc.branch == 0).sum())
+    numbers = np.concatenate(parts)
+    laid[start : start + len(numbers)] = numbers
+    return laid
 
 
 def scorer(logprob: Callable, make: Callable, micro: int) -> Callable[[TrainState, list[Group]], list[Group]]:

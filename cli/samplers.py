@@ -17,7 +17,7 @@ from treetune.models import Model
 
 
 class Samplers(NamedTuple):
-    """sample: num_generations completions of each prompt. held: one of each, for evaluation. The rest as in `engine.Drawers`."""
+    """sample: num_generations completions of each prompt. held: those for evaluation. The rest as in `engine.Drawers`."""
 
     sample: Sampler
     held: Sampler
@@ -37,9 +37,22 @@ def describe(config: Any) -> str:
 
 
 def build(
-    config: Any, model: Model, trees: setup.Trees, tokenizer: Any, *, on: torch.device, root: Path, seeds: Sequence[int], say: Callable
+    config: Any,
+    model: Model,
+    trees: setup.Trees,
+    tokenizer: Any,
+    *,
+    on: torch.device,
+    root: Path,
+    seeds: Sequence[int],
+    say: Callable,
+    around: Callable[[Callable], Callable] = lambda wrap: wrap,
+    held: int = 1,
 ) -> Samplers:
-    """The sampler that the options name; seeds for training and for evaluation."""
+    """The sampler that the options name; seeds for training and for evaluation, which takes `held` completions of each prompt.
+
+    around: from what makes a sampler of who draws, as `rollouts.plain` does, to what makes the one that is used.
+    """
     stop = setup.stop_ids(config.model, tokenizer)
     if config.engine.use_vllm:
         drawn = engine.build(config, model, trees, tokenizer, stop=stop, on=on, root=root, seeds=seeds, say=say)
@@ -50,8 +63,9 @@ def build(
     wrap = rollouts.plain
     if config.rollout.rollout_func is not None:
         wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
-    sample = wrap(drawn.train, config.rollout, n=config.rollout.num_generations)
-    return Samplers(sample, wrap(drawn.held, config.rollout, n=1), *drawn[2:])
+    made = around(wrap)
+    sample = made(drawn.train, config.rollout, n=config.rollout.num_generations)
+    return Samplers(sample, made(drawn.held, config.rollout, n=held), *drawn[2:])
 
 
 def snapshot(state: TrainState) -> TrainState:

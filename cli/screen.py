@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from treetune.core import observe
+
 
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the allocator on CUDA, of the process on CPU (GiB)."""
@@ -67,7 +69,7 @@ class Screen:
 
     def step(self, record: dict, eta_s: float) -> None:
         """The metrics of one finished step; a loss around 0 of sampled completions would say nothing."""
-        loss = "" if "reward" in record else f"loss {record['train/loss']:.4f}  "
+        loss = "" if observe.sampled(record) else f"loss {record['train/loss']:.4f}  "
         text = (
             f"{loss}{self.own(record)}grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
             f"{record['supervised_tokens_per_second']:.0f} tok/s  {record['memory_gib']:.1f} GiB"

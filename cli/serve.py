@@ -87,12 +87,18 @@ def managed_command(config: Any, path: str | Path) -> list[str]:
         host=engine.vllm_server_host,
         port=engine.vllm_server_port,
         dtype=DTYPES[setup.compute_dtype(config.model.dtype, on)],
-        max_model_len=engine.vllm_max_model_len or config.data.max_prompt_len + config.rollout.max_completion_length,
+        max_model_len=engine.vllm_max_model_len or longest(config),
         gpu_memory_utilization=engine.vllm_gpu_memory_utilization if on.type == "cuda" else None,
         enforce_eager=on.type == "cpu",
         max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else rank_of(start),
         logprobs_mode=logprobs_mode(config.rollout),
     )
+
+
+def longest(config: Any) -> int:
+    """Tokens of the longest prompt with its completion that a run asks a server for."""
+    prompt = config.data.max_prompt_len if hasattr(config.data, "max_prompt_len") else config.data.sequence_len
+    return prompt + config.rollout.max_completion_length
 
 
 def logprobs_mode(rollout: Any) -> str:

@@ -290,10 +290,13 @@ def place(trees: Trees, model: Model, where: Ranks, sharding: str) -> Trees:
     return trees._replace(params=params, frozen=frozen)
 
 
-def logprob(model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat: str | None = None, temperature: float = 1.0):
+def logprob(
+    model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat: str | None = None, temperature: float = 1.0, run=logprobs
+):
     """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
 
-    Randomness (dropout, NEFTune) is drawn from the step's seed in the batch; without one, as in evaluation, there is none.
+    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too. Randomness (dropout, NEFTune) is drawn
+    from the step's seed in the batch; without one, as in evaluation, there is none.
     """
 
     def fn(params: Params, frozen: Params, batch: dict, plan: Any, *, want: tuple[str, ...] = ()):
@@ -304,7 +307,7 @@ def logprob(model: Model, used: lora.Lora | None, *, neftune: float = 0.0, remat
             ab = used._replace(tree=params["lora"], seed=seed, dropout=used.dropout if seed is not None else 0.0)
         noise = Neftune(neftune, seed) if neftune and seed is not None else None
         how = {"lora": ab, "want": want, "noise": noise, "remat": remat, "temperature": temperature}
-        return logprobs(model.family, model.cfg, weights, batch, plan, **how)
+        return run(model.family, model.cfg, weights, batch, plan, **how)
 
     return fn
 

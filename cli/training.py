@@ -220,6 +220,7 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
         prepare=parts.prepare,
         between=parts.between,
         perplexity=method.perplexity,
+        goal=method.goal,
     )
     state, found = loop.restore(where, state, meta)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)

@@ -101,15 +101,20 @@ def _grad_spike(history: list[Record]) -> str | None:
     return f"grad_norm {norm[0]:.1f} is above 100" if norm and norm[0] > 100 else None
 
 
+def sampled(record: Record) -> bool:
+    """Whether a record is of a step on sampled texts, whose loss says nothing by itself."""
+    return "reward" in record or "ebft/mean_reward" in record
+
+
 def _no_gradient(history: list[Record]) -> str | None:
     norm = _series(history[-_RECENT:], "grad_norm")[-1:]
-    online = bool(history) and "reward" in history[-1]  # completions may all have the same reward
+    online = bool(history) and sampled(history[-1])  # completions may all have the same reward
     return "grad_norm is 0" if norm and norm[0] == 0 and not online else None
 
 
 def _loss_spike(history: list[Record]) -> str | None:
-    if history and "reward" in history[-1]:
-        return None  # the loss of sampled completions says nothing by itself
+    if history and sampled(history[-1]):
+        return None
     loss = _series(history[-_RECENT:], "train/loss")
     usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
     return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
@@ -117,19 +122,19 @@ def _loss_spike(history: list[Record]) -> str | None:
 
 def _plateau(history: list[Record]) -> str | None:
     loss = _series(history[: _EARLY + 1], "train/loss")
-    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20 or "reward" in history[-1]:
+    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20 or sampled(history[-1]):
         return None
     first, last = statistics.mean(loss[:20]), statistics.mean(loss[-20:])
     return f"train/loss has not fallen in {len(loss)} steps ({first:.3f} -> {last:.3f})" if last >= first else None
 
 
 def _vanished(history: list[Record]) -> str | None:
-    loss = [record["train/loss"] for record in history[-_RECENT:] if "train/loss" in record and "reward" not in record][-3:]
+    loss = [record["train/loss"] for record in history[-_RECENT:] if "train/loss" in record and not sampled(record)][-3:]
     return f"train/loss is {loss[-1]:.4f}" if len(loss) == 3 and max(loss) < 0.01 else None
 
 
 def _overfit(history: list[Record]) -> str | None:
-    if not history or "eval/loss" not in history[-1]:
+    if not history or "eval/loss" not in history[-1] or "eval/ebft/mean_reward" in history[-1]:
         return None
     held, loss = _series(history, "eval/loss")[-3:], _series(history, "train/loss")
     rising = len(held) == 3 and held[0] < held[1] < held[2]

@@ -54,6 +54,8 @@ AXES = {
     "tokens": "T", "positions": "T", "branch": "T", "start": "T", "cu_docs": "D+1",
     "at": "N", "targets": "N", "seq": "N", "weight": "N",
     "ref_logp": "N", "old_logp": "N", "sampler_logp": "N", "correction": "N", "entropy_keep": "N", "prompt_at": "M", "prompt_targets": "M",
-    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "desirable": "B", "kind": "B", "margin": "B", "advantage": "B",
+    "seq_lens": "B", "doc_of_seq": "B", "row": "B", "desirable": "B", "kind": "B", "margin": "B", "advantage": "B", "prompt_length": "B",
+    "alignment": "B", "diversity": "B", "cfm": "B", "ebft_reward": "B",
     "seed": "", "baseline": "", "delta": "", "entropy_coef": "",
+    "advantages_std": "", "num_blocks": "", "anchor_offset": "", "num_prompts": "",
 }  # fmt: skip

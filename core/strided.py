@@ -84,6 +84,21 @@ def anchors(
     return Anchors(document, begin[document] + stride * number, generate_max_len)
 
 
+def kept(found: Anchors, cu_docs: Tensor, scored: Tensor) -> Anchors:
+    """The anchors whose whole true block is trained: scored bool [T] of the documents' tokens, cu_docs [D + 1] their bounds.
+
+    In a conversation these are blocks of the assistant's words; one that reaches into another turn has no truth to be compared with.
+    """
+    rows = prefix_rows(cu_docs, found)[:, None] + 1 + torch.arange(found.length, device=scored.device)  # [M, G]
+    whole = scored[rows].all(1)
+    return found._replace(document=found.document[whole], start=found.start[whole])
+
+
+def scored(batch: Batch) -> Tensor:
+    """Which tokens of a stream of bare documents are trained: bool [T]."""
+    return torch.zeros(batch["tokens"].shape[0], dtype=torch.bool, device=batch["at"].device).index_fill(0, batch["at"] + 1, True)
+
+
 def lengths(batch: Batch) -> Tensor:
     """Tokens of each document of a stream, int64 [D]; 0 for a padding document, which no sequence belongs to."""
     lens = batch["cu_docs"].long().diff()

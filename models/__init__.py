@@ -43,3 +43,25 @@ def logprobs(
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, noise=noise, remat=remat).hidden
     rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
     return linear_logprob(rows, weight, batch["targets"], temperature=temperature, want=want)
+
+
+def logprobs_beside(
+    family: str,
+    cfg: llama.Config,
+    weights: Params,
+    batch: dict,
+    plan: attention.Plan,
+    *,
+    temperature: float,
+    want: tuple[str, ...] = (),
+    **how,
+) -> tuple[TokenStats, TokenStats]:
+    """`logprobs` of `targets` [N] at a temperature, and of `prompt_targets` [M] at rows `prompt_at` and temperature 1: one forward pass.
+
+    how: lora, noise, remat of `logprobs`. The statistics in `want` are those of `targets`.
+    """
+    model, lora = MODELS[family], how.get("lora")
+    hidden, weight = model.forward(weights, batch, plan, cfg, **how).hidden, model.head(weights, cfg, lora)
+    own = linear_logprob(model.read(hidden, batch, lora), weight, batch["targets"], temperature=temperature, want=want)
+    rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)
+    return own, linear_logprob(rows, weight, batch["prompt_targets"])

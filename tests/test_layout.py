@@ -27,7 +27,7 @@ ALLOWED = {
         "torch", "treetune.core.state", "treetune.core.check",
         *(
             f"treetune.losses.{name}"
-            for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction")
+            for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction", "ebft")
         ),
     },
 }  # fmt: skip

@@ -147,7 +147,8 @@ def strided(rows: sources.Rows, tokenizer) -> list[Strided]:
     found = []
     for i, row in enumerate(rows.rows):
         where = sources.where(rows, i)
-        part = pretokenised.encoded({"labels": row.get("input_ids")} | row, len(tokenizer), where)
+        labels = row.get("input_ids") if row.get("labels") is None else row["labels"]
+        part = pretokenised.encoded(row | {"labels": labels}, len(tokenizer), where)
         length = row.get("prompt_length")
         if length is None:
             length = _first(part.weight) if row.get("labels") is not None and (part.weight[1:] == 0).any() else 0

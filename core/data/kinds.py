@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from treetune.core.data import formats, preference, reward, sources, trees, unpaired
+from treetune.core.data import formats, preference, reward, sources, strides, trees, unpaired
 
 CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")  # options of formats whose rows are messages
 TALKING = ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat", "bradley_terry.chat_template")
@@ -218,6 +218,29 @@ PAIRED: Rules = (
 RANKED: Rules = ((("input", "chosen", "rejected"), "bradley_terry.chat_template"), *PAIRED)
 JUDGED: Rules = ((("prompt", "completion", "label"), "passthrough"),)
 STEPPED: Rules = ((("prompt", "completions", "labels"), "stepwise_supervised"),)
+
+
+def strided(places: strides.Places, *, blocks: bool = False) -> Kind:
+    """Documents for strided rollouts with blocks at these places; blocks: it is an error when no document has one.
+
+    The name holds what documents depend on, for the folder of prepared ones.
+    """
+    return Kind(
+        f"strided {tuple(places)}",
+        tuple(strides.READERS),
+        strides.detect,
+        strides.takes,
+        strides.canonical,
+        partial(strides.encode_rows, places=places),
+        strides.describe,
+        strides.merged,
+        partial(strides.check, places=places) if blocks else _any,
+        None,
+        "truncate",
+        None,
+    )
+
+
 KINDS: dict[str, Kind] = {
     "text": TEXT,
     "pairs": _of_trees("pairs", preference.FORMATS, PAIRED),
@@ -232,4 +255,5 @@ KINDS: dict[str, Kind] = {
     "judged": _of_trees("judged", unpaired.FORMATS, JUDGED, check=_both_classes),
     "ranked": _of_trees("ranked", reward.PAIRS | preference.FORMATS, RANKED, read="last"),
     "steps": _of_trees("steps", reward.STEPS, STEPPED, encode=_encode_steps, read="classes"),
+    "strided": strided(strides.Places()),
 }

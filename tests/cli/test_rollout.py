@@ -150,7 +150,7 @@ def test_what_cannot_be_is_one_line(what, kit, here, roll):
 
 def test_a_random_name_for_each_sequence_of_a_rollout_function():
     """No two sequences of a run draw the same numbers."""
-    names = {custom_rollout._name(number, call, k) for number in range(20) for call in range(5) for k in range(8)}
+    names = {custom_rollout.sequence_name(number, call, k) for number in range(20) for call in range(5) for k in range(8)}
     assert len(names) == 800 and all(0 <= name < 2**62 for name in names)
 
 

@@ -74,7 +74,7 @@ def test_help_shows_every_option_with_its_default(command, monkeypatch):
             assert f" {name.upper()} " in text or f"[{name.upper()}" in text, f"{name} is neither a flag nor a word"
             continue
         end = text.index("(default: ", place.start()) + len("(default: ")
-        words = " ".join(f"'{item}'" if " " in item else item for item in default) if isinstance(default, list) else str(default)
+        words = " ".join(f"'{item}'" if " " in str(item) else str(item) for item in default) if isinstance(default, list) else str(default)
         assert text[end:].replace(" ", "").startswith(f"{words})".replace(" ", "")), (name, default, text[end : end + 40])
 
 

@@ -105,6 +105,15 @@ def test_healthy_runs_are_left_in_peace(history):
     assert observe.health(history) == []
 
 
+@pytest.mark.parametrize("losses", [[0.5, 0.009, 0.008, 0.007], [0.1] * 20 + [0.9], [0.2] * 60])
+def test_the_loss_of_sampled_texts_says_nothing_by_itself(losses):
+    """It is around 0 and jumps, for rewards of functions and of feature matching alike; the same losses of texts are told."""
+    history = _steps(losses)
+    assert observe.health(history)
+    for key in ("reward", "ebft/mean_reward"):
+        assert observe.health([record | {key: 0.3} for record in history]) == []
+
+
 @pytest.mark.parametrize("rule", observe.HEALTH)
 def test_every_rule_fires_with_what_was_seen_and_the_fix(rule):
     history, seen, fix = SICK[rule]

@@ -60,6 +60,24 @@ def test_anchors_are_all_the_places_that_fit(documents, stride, context, length,
     assert list(zip(found.document.tolist(), found.start.tolist(), strict=True)) == expected and found.length == length
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=25), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 4))
+def test_blocks_that_are_not_trained_to_their_end_have_no_anchor(documents, stride, length):
+    """Against a loop over documents: an anchor counts where all of its block's tokens are trained."""
+    lens = torch.tensor([len(flags) for flags in documents])
+    cu, scored = torch.nn.functional.pad(lens.cumsum(0), (1, 0)), torch.tensor([flag for flags in documents for flag in flags])
+    found = strided.anchors(lens, stride=stride, context_length=1, generate_max_len=length)
+    kept = strided.kept(found, cu, scored)
+    pairs = zip(found.document.tolist(), found.start.tolist(), strict=True)
+    expected = [(doc, at) for doc, at in pairs if all(documents[doc][at : at + length])]
+    assert list(zip(kept.document.tolist(), kept.start.tolist(), strict=True)) == expected and kept.length == length
+
+
+def test_the_trained_tokens_of_a_stream():
+    batch = stream([4, 1, 3], padding=2)
+    assert strided.scored(batch).int().tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 0, 0]
+
+
 def test_the_worked_mask():
     """12 tokens, anchors 4 and 8, blocks of 2: mask, positions and rows as worked out by hand, generated tokens step by step."""
     batch = stream([12])

@@ -1,0 +1,172 @@
+"""Strided mode of `treetune ebft`: short rollouts from anchors inside documents, compared with what the documents say there.
+
+M blocks of the documents of a stream, n rollouts of each, R = M n, of G tokens; B sequences of the grown stream; D features.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.cli import featuring, method, setup, training
+from treetune.cli.ebft_options import EbftOptions
+from treetune.core import shard, strided, tree
+from treetune.core.data import kinds, strides
+from treetune.core.state import Batch, TrainState
+from treetune.losses import ebft
+from treetune.losses import strided as objectives
+from treetune.models import Model, decode_branches, logprobs_beside
+from treetune.ops import attention, noise
+
+ROLLOUTS, EVALUATION = 21, 22  # what randomness is for
+SHOWN = ("ebft/mean_reward", "ebft/alignment", "ebft/diversity", "ebft/cfm_loss")
+RATES = (1e-5, 1e-6)
+
+
+def run(config: Any, given: frozenset[str]) -> int:
+    """Train and leave a run folder; the exit code."""
+    return training.train("ebft", config, given, chosen(config.ebft))
+
+
+def chosen(options: EbftOptions) -> method.Method:
+    """The method, with the rows that it reads: of documents without a block only where cross-entropy trains too."""
+    kind = kinds.strided(places(options), blocks=options.rl_coef != 0)
+    unit = "generated tokens" if options.ce_coef == 0 else "generated tokens, and over all tokens of documents,"
+    return method.Method(kind, build, RATES, SHOWN, unit, goal="ebft/cfm_loss")
+
+
+def places(options: EbftOptions) -> strides.Places:
+    """Where rollouts start."""
+    one = {name: getattr(options, name) for name in strides.Places._fields if name != "needed"}
+    return strides.Places(**one, needed=options.ce_coef == 0)
+
+
+def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say=print) -> method.Parts:
+    """The method put together: rollouts and their scores are made anew for each step, from its weights."""
+    options, rollout = config.ebft, config.rollout
+    network = featuring.build(options, model, used)
+    for text in described(options, model):
+        say(text)
+    remat = "full" if config.optim.gradient_checkpointing else None
+    make = partial(_logprob, model, used, temperature=rollout.temperature)
+    coefs = {"rl_coef": options.rl_coef, "ce_coef": options.ce_coef}
+    train = objectives.objective(make(remat=remat, beside=options.ce_coef != 0), **coefs)
+    held = objectives.objective(make(beside=True), **coefs)
+    seeds = noise.keys(config.optim.seed, EVALUATION)
+    roll = Roll(options, rollout.temperature, rollout.top_p, model, used, network.phi, seeds, on)
+    return method.Parts(network.trees, train, held, (strides.collate,), prepare=partial(prepare, roll, mesh=mesh))
+
+
+def described(options: EbftOptions, model: Model) -> list[str]:
+    """What is compared, and what one rollout alone cannot have."""
+    layers = ", ".join(map(str, ebft.layers(options.feature_layers, model.cfg.num_layers)))
+    scaled = featuring.norm(options) + (f", whitened in {options.whitening_space}" if options.use_whitening else "")
+    out = [f"features: layers {layers} of {model.cfg.num_layers}, {options.embed_method}, {scaled}"]
+    if options.n_samples_per_prompt == 1:
+        plain = options.advantage_estimator == "reinforce"
+        out.append("one rollout from each anchor: diversity is 0" + ("" if plain else ", and the advantage is the reward itself"))
+    return out
+
+
+def _logprob(model: Model, used: setup.Trees, *, temperature: float, remat: str | None = None, beside: bool = False) -> Callable:
+    """Log-probs of generated tokens, and those of the documents' own beside them or None."""
+    if beside:
+        return setup.logprob(model, used.lora, remat=remat, temperature=temperature, run=logprobs_beside)
+    alone = setup.logprob(model, used.lora, remat=remat, temperature=temperature)
+    return lambda *stream, want: (alone(*stream, want=want), None)
+
+
+class Roll(NamedTuple):
+    """What rollouts and their scores are made with; seed is that of evaluations."""
+
+    options: EbftOptions
+    temperature: float
+    top_p: float
+    model: Model
+    used: setup.Trees
+    phi: Callable
+    seed: Tensor
+    on: torch.device
+
+
+def prepare(roll: Roll, state: TrainState, micro_batches: list, *, mesh: Any = None) -> list:
+    """The micro-batches of a step with the rollouts of its weights, their advantages and their scores."""
+    grown = [grow(roll, state, batch) for batch, _ in micro_batches]
+    gains = torch.cat([batch["advantage"][strided.sequences(batch)] for batch, _ in grown])
+    spread = {"advantages_std": deviation(gains, mesh)}
+    return [(batch | spread, plan) for batch, plan in grown]
+
+
+def deviation(x: Tensor, mesh: Any = None) -> Tensor:
+    """The standard deviation of the values [R] of all ranks."""
+    count, total, squares = shard.all_sum([x.new_tensor(x.shape[0]), x.sum(), x.square().sum()], mesh)
+    count = count.clamp(min=1)
+    return (squares / count - (total / count).square()).clamp(min=0).sqrt()
+
+
+def grow(roll: Roll, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
+    """Documents of a stream with rollouts at their anchors: geometry and masks are made on the host, the rest on the device."""
+    host = {key: value.cpu() for key, value in batch.items()}
+    found, more = anchors(roll.options, host)
+    n = roll.options.n_samples_per_prompt
+    tokens = sample(roll, state, host, found).cpu()
+    grown, place = strided.grow(host, found, tokens, n)
+    plan = attention.plan(grown, window=roll.model.cfg.window, device=roll.on, dtype=roll.model.cfg.dtype)
+    grown = {key: value.to(roll.on, non_blocking=True) for key, value in (grown | more).items()}
+    phi, y = features(roll, state, grown, plan, place)
+    scored = alike(featuring.scores(roll.options, phi, y), tokens.view(-1, n, tokens.shape[1]).to(roll.on))
+    told = {"alignment": scored.alignment, "diversity": scored.diversity, "ebft_reward": scored.reward}
+    told |= {"advantage": featuring.advantages(roll.options, scored), "cfm": scored.cfm[:, None].expand(-1, n)}
+    at, size = strided.sequences(grown), grown["seq_lens"].shape[0]
+    by_sequence = {key: value.new_zeros(size).index_copy(0, at, value.flatten()) for key, value in told.items()}
+    return grown | by_sequence, plan
+
+
+def alike(scored: ebft.Scores, tokens: Tensor) -> ebft.Scores:
+    """The scores with those of equal rollouts of a group made equal to the bit: tokens [M, n, G].
+
+    Rounding tells their features apart, and an advantage that divides by the deviation of a group would make it a signal.
+    """
+    first = (tokens[:, :, None] == tokens[:, None]).all(-1).int().argmax(-1)  # [M, n]
+    reward, near, like = (value.gather(1, first) for value in (scored.reward, scored.alignment, scored.diversity))
+    return scored._replace(reward=reward, alignment=near, diversity=like)
+
+
+def anchors(options: EbftOptions, host: Batch) -> tuple[strided.Anchors, Batch]:
+    """Blocks of the documents that rollouts are compared with, and the numbers about them that a step reports.
+
+    Where only cross-entropy trains, steps have none; evaluations do.
+    """
+    lens = strided.lengths(host)
+    prompts = torch.zeros_like(lens).scatter(0, host["doc_of_seq"], host["prompt_length"])
+    found = strided.anchors(lens, prompt_lengths=prompts, **strides.among(places(options)))
+    found = strided.kept(found, host["cu_docs"], strided.scored(host))
+    if options.rl_coef == 0 and "seed" in host:
+        found = found._replace(document=found.document[:0], start=found.start[:0])
+    after = {"context_length": options.context_length, "min_completion_prefix": options.min_completion_prefix}
+    offsets = strided.first(prompts, **after)[prompts > 0].double()
+    count = torch.tensor(offsets.shape[0])
+    about = {"num_blocks": torch.tensor(found.start.shape[0]), "num_prompts": count, "anchor_offset": offsets.sum() / count.clamp(min=1)}
+    return found, about
+
+
+def sample(roll: Roll, state: TrainState, host: Batch, found: strided.Anchors) -> Tensor:
+    """The tokens [R, G] of rollouts from the weights as they are, without dropout: a function of weights, step, row and place."""
+    weights = tree.merge(state.frozen.get("model", {}), state.params.get("model", {}))
+    lora = None if roll.used.lora is None else roll.used.lora._replace(tree=state.params["lora"])
+    rows = torch.zeros(host["cu_docs"].shape[0] - 1, dtype=torch.int64).scatter(0, host["doc_of_seq"], host["row"])
+    seed = int(noise.keys(host.get("seed", roll.seed), ROLLOUTS))
+    how = {"temperature": roll.temperature, "top_p": roll.top_p, "seed": seed, "ids": rows.tolist()}
+    model = roll.model._replace(params=weights)
+    return decode_branches.branches(model, host, found, roll.options.n_samples_per_prompt, lora=lora, **how).tokens
+
+
+def features(roll: Roll, state: TrainState, grown: Batch, plan: Any, place: strided.Layout) -> tuple[Tensor, Tensor]:
+    """What the frozen network says of rollouts [M, n, D] and of the true blocks [M, D]: every block is read by itself."""
+    at = torch.cat([place.generated, place.truth])  # [R + M, G]
+    lens = torch.full((at.shape[0],), at.shape[1], device=roll.on)
+    found = roll.phi(state.frozen, grown, plan, featuring.rows(lens, at.flatten().to(roll.on)))
+    own, true = found.split([place.generated.shape[0], place.truth.shape[0]])
+    return own.view(true.shape[0], roll.options.n_samples_per_prompt, own.shape[1]), true

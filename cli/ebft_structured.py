@@ -1,0 +1,177 @@
+"""Structured mode of `treetune ebft`: the run of `treetune grpo`, whose rewards are features that sampled replies share with true ones.
+
+P prompts, n completions of each, D features.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treetune.cli import ebft_data, ebft_turns, featuring, grpo, online, rewarding, rl_data, setup, training
+from treetune.cli.options import LossOptions
+from treetune.core import shard, tree
+from treetune.core.data import pack, trees
+from treetune.core.data.prompts import Prompt
+from treetune.core.rollout import stats
+from treetune.core.rollout.group import Completion, Group
+from treetune.core.state import Params, TrainState
+from treetune.models import Model
+
+NAMES = ("alignment", "diversity", "cfm")  # the third weighs nothing: it is the same for all completions of a prompt
+KEPT = 4096  # prompts whose true features are remembered
+SHOWN = ("reward", "ebft/alignment", "ebft/diversity", "ebft/cfm_loss")
+
+
+def run(config: Any, given: frozenset[str]) -> int:
+    """Train and leave a run folder; the exit code."""
+    return grpo.train(config, TASK)
+
+
+def prepare(config: Any, model: Model, used: setup.Trees, tokenizer: Any, data: rl_data.Prompts, *, on, ranks, screen) -> grpo.Prepared:
+    """What is the run's own: a frozen network that scores, lengths after the truth, turns that go on, the truth's likelihood."""
+    options, rollout = config.ebft, config.rollout
+    ebft_data.check_fits(data, config, model.cfg)
+    network = featuring.build(options, model, used)
+    ends = {*setup.stop_ids(config.model, tokenizer), *rollout.stop_token_ids}
+    talks = any(one.columns["between"] for one in data.train + data.val)
+
+    def around(wrap: Callable) -> Callable:
+        wrap = ebft_turns.adaptive(wrap, options.gt_length_multiplier) if options.adaptive_max_tokens else wrap
+        return ebft_turns.turns(wrap, rollout.max_completion_length) if talks else wrap
+
+    def beside(placed: setup.Trees) -> Callable[[TrainState], dict]:
+        return held_out_truth(model, placed, data.val, config.optim.micro_batch_size, on=on, ranks=ranks)
+
+    return grpo.Prepared(
+        network.trees,
+        lambda placed: rewards(config, network, placed.frozen, model, ends, on=on),
+        around,
+        true_reply if options.ce_coef else None,
+        options.ce_coef,
+        rollout.num_generations,
+        beside,
+    )
+
+
+def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the true conversation after the prompt, and the weights of those that are replies."""
+    return prompt.columns["truth"], prompt.columns["replies"].astype(np.float32)
+
+
+def held_out_truth(model: Model, placed: setup.Trees, val: list[Prompt], micro: int, *, on: torch.device, ranks: setup.Ranks) -> Callable:
+    """state -> the cross-entropy of the true replies to held-out prompts, which feature matching must not raise."""
+    objective = setup.objective(setup.logprob(model, placed.lora), LossOptions())
+    docs = [ebft_data.document(one) for one in val]
+    evaluate = training.evaluator(objective, docs, training.maker(model, on), ranks, {"rows": micro})
+    return lambda state: {"ebft/ce_loss": evaluate(state)["loss"]}
+
+
+def rewards(
+    config: Any, network: featuring.Network, frozen: Params, model: Model, ends: set[int], *, on: torch.device
+) -> rewarding.Rewards:
+    """What scores completions by the frozen network."""
+    options = config.ebft
+    weights = [options.alignment_coef, -options.diversity_coef, 0.0]
+    score = scorer(config, network, frozen, training.maker(model, on, streams=(pack.collate_trees,)), ends, on=on)
+    layers = ", ".join(f"{depth:g}" for depth in options.feature_layers)
+    whitened = f", whitened over {options.whitening_space}" if options.use_whitening else ""
+    told = f"{options.alignment_coef:g} x alignment - {options.diversity_coef:g} x diversity"
+    told += f" ({options.embed_method} of layers {layers}{whitened})"
+    return rewarding.Rewards(NAMES, weights, [told], score, partial(measure, weights=weights))
+
+
+def measure(groups: Sequence[Group], weights: list[float]) -> dict[str, float]:
+    """Metrics of scored groups, also under the names of the documents; alignment and diversity hold their factor 2."""
+    found = stats.metrics(groups, NAMES, weights)
+    own = {f"ebft/{name}": found[f"rewards/{name}/mean"] for name in ("alignment", "diversity")}
+    own |= {"ebft/cfm_loss": found["rewards/cfm/mean"], "ebft/reward": found["reward"]}
+    return {name: value for name, value in found.items() if not name.startswith("rewards/cfm/")} | own
+
+
+def scorer(
+    config: Any, network: featuring.Network, frozen: Params, make: Callable, ends: set[int], *, on: torch.device
+) -> Callable[[Sequence[Group]], np.ndarray]:
+    """score(groups) -> alignment, diversity and cfm [P, n, 3], with the frozen trees of the run.
+
+    Features of the truth are made one prompt at a time, so that what is remembered of them changes no bit of a result.
+    """
+    known: dict[tuple[bytes, bytes], Tensor] = {}
+    micro = config.optim.micro_batch_size
+
+    @torch.no_grad()
+    def score(groups: Sequence[Group]) -> np.ndarray:
+        # Shards are gathered here, once: how often the network runs depends on the rank's own prompts.
+        whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", featuring.COPY) if name in frozen}
+        phi = partial(network.phi, whole)
+        first = _first_alike(groups, ends)
+        parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
+        found = [_completions(phi, make, groups[part], first[part], ends, on) for part in parts]
+        y = torch.stack([_remembered(known, phi, make, group.prompt, on) for group in groups])
+        said = featuring.scores(config.ebft, torch.cat(found), y)
+        columns = torch.stack([said.alignment, said.diversity, said.cfm[:, None].expand_as(said.alignment)], -1)
+        return columns.cpu().numpy()[np.arange(len(groups))[:, None], first]
+
+    return score
+
+
+def written(one: Completion, ends: set[int]) -> np.ndarray:
+    """The ids that are compared: all but the token that ended the text."""
+    return one.tokens[:-1] if len(one.tokens) and int(one.tokens[-1]) in ends else one.tokens
+
+
+def _first_alike(groups: Sequence[Group], ends: set[int]) -> np.ndarray:
+    """The first completion of the same ids, for each [P, n]: rounding must not tell apart what is the same."""
+    texts = [[written(one, ends).tobytes() for one in group.completions] for group in groups]
+    return np.array([[row.index(text) for text in row] for row in texts])
+
+
+def _completions(phi: Callable, make: Callable, groups: Sequence[Group], first: np.ndarray, ends: set[int], on: torch.device) -> Tensor:
+    """Features of the completions [P, n, D]: each prompt runs once, and completions that are alike (`first` [P, n]) as one."""
+    docs, index, rows, start = [], [], ([], [], []), 0
+    for group, alike in zip(groups, first.tolist(), strict=True):
+        chosen = sorted(set(alike))
+        texts = [written(group.completions[j], ends) for j in chosen]
+        index += [len(rows[1]) + chosen.index(j) for j in alike]
+        docs.append(trees.grow(group.prompt.tokens, [(ids, np.zeros(len(ids))) for ids in texts if len(ids)], row=group.prompt.row))
+        start = _lay(rows, start, len(group.prompt.tokens), [len(ids) for ids in texts])
+    found = _pooled(phi, make, docs, rows, on)
+    return found[torch.tensor(index, device=on)].view(len(groups), -1, found.shape[1])
+
+
+def _lay(rows: tuple[list, list, list], start: int, prompt: int, sizes: list[int]) -> int:
+    """Adds to `rows` (of `_pooled`) the sequences of a document at `start`: its prompt with each of its branches; where it ends."""
+    at, lens, asked = rows
+    place = start + prompt
+    for size in sizes:
+        at += [*range(start, start + prompt), *range(place, place + size)]
+        lens.append(prompt + size)
+        asked.append(prompt)
+        place += size
+    return place
+
+
+def _remembered(known: dict, phi: Callable, make: Callable, prompt: Prompt, on: torch.device) -> Tensor:
+    """Features of the prompt's truth [D], from main memory or made now."""
+    key = (prompt.tokens.tobytes(), prompt.columns["truth"].tobytes())
+    if key not in known:
+        doc = trees.grow(np.concatenate([prompt.tokens, prompt.columns["truth"]]), [], row=prompt.row)
+        size = len(doc.tokens)
+        made = _pooled(phi, make, [doc], (list(range(size)), [size], [len(prompt.tokens)]), on)[0]
+        while len(known) >= KEPT:
+            known.pop(next(iter(known)))
+        known[key] = made.cpu()
+    return known[key].to(on)
+
+
+def _pooled(phi: Callable, make: Callable, docs: list[trees.TreeDoc], rows: tuple[list, list, list], on: torch.device) -> Tensor:
+    """Features [B, D] of sequences: their rows in the stream of the documents, how many each has, and how many of these are its prompt."""
+    batch, plan = make(range(len(docs)), docs, seed=None)
+    at, lens, asked = (torch.tensor(values, device=on) for values in rows)
+    return phi(batch, plan, featuring.rows(lens, at, asked))
+
+
+TASK = grpo.Task("ebft", online.METHOD._replace(rates=(1e-5, 1e-6), shown=SHOWN), ebft_data.load, prepare)
