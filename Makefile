@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_sft.py
 	$(BIN)/python benchmarks/step_dpo.py
 	$(BIN)/python benchmarks/step_grpo.py
+	$(BIN)/python benchmarks/step_ebft.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/prepare.py --rows examples/data/gsm8k_train_sample.jsonl
 	$(BIN)/python benchmarks/tables.py

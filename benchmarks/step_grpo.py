@@ -61,7 +61,7 @@ def ours(args: argparse.Namespace) -> dict:
         run=RunOptions(output_dir=tempfile.mkdtemp()),
     )
     ranks, times, tokens = setup.Ranks(0, 1, None), [], []
-    made = grpo.assemble(config, Screen(quiet=True), ranks, torch.device("cpu"))
+    made = grpo.assemble(config, grpo.GRPO, Screen(quiet=True), ranks, torch.device("cpu"))
     job, state = made.assembly.job, made.assembly.state
     for i in range(args.steps):
         if i == 1:

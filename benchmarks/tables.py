@@ -88,6 +88,27 @@ def step_grpo(found: dict) -> str:
     return "\n".join([*lines, f"\n{ratio['step']:.2f} x the speed: {parts}."]) + "\n"
 
 
+def step_ebft(found: dict) -> str:
+    """One strided EBFT step against the same step written plainly."""
+    machine, options, run = found["machine"], found["options"], found["float32"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"## One strided EBFT step with LoRA ({machine['device']})\n",
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        f"SmolLM2-135M-Instruct, float32, LoRA r 16 on all linear layers, a document of {options['tokens']} tokens a step, stride "
+        f"{options['stride']}, {options['n_samples_per_prompt']} rollouts of {options['generate_max_len']} tokens from each anchor, "
+        "whitened features of three layers. The plain side (transformers + PEFT) runs the whole sequence of document and blocks again for "
+        f"each token that is sampled, for the features and for training; {options['steps'] - 1} timed steps a run, "
+        f"{len(run['runs']['ours'])} runs a side.\n",
+        "| side | blocks | step (s) | peak memory (GiB) |",
+        "|---|---|---|---|",
+    ]
+    rows = [("treetune", run["ours"]), ("plain", run["plain"]), *(("treetune", fewer) for fewer in run["fewer_blocks"])]
+    lines += [f"| {side} | {one['blocks']:.0f} | {one['step_s']:.2f} | {one['peak_gib']:.2f} |" for side, one in rows]
+    ratio = run["ratio"]
+    return "\n".join([*lines, f"\n{ratio['step']:.2f} x the speed at {ratio['memory']:.2f} x the memory."]) + "\n"
+
+
 def generate(found: dict) -> str:
     """Sampling against transformers."""
     machine, options = found["machine"], found["options"]
@@ -135,7 +156,14 @@ def _pair_row(dtype: str, side: str, run: dict) -> str:
     return f"| {dtype} | {side} | {run['pair_s']:.2f} | {run['peak_gib']:.2f} | {run['first_loss']:.4f} | {tokens} |"
 
 
-TABLES = {"step_sft": step_sft, "step_dpo": step_dpo, "step_grpo": step_grpo, "generate": generate, "prepare": prepare}
+TABLES = {
+    "step_sft": step_sft,
+    "step_dpo": step_dpo,
+    "step_grpo": step_grpo,
+    "step_ebft": step_ebft,
+    "generate": generate,
+    "prepare": prepare,
+}
 
 
 def main() -> None:

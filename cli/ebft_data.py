@@ -109,7 +109,7 @@ def _transform(name: str) -> ebft.Transform:
         return ebft.STRUCTURED.get(name) or PLAIN[name][1]
     if name in ebft.STRIDED:
         raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.listed(ebft.STRUCTURED)}")
-    raise ValueError(f"format {name} is none of {sources.listed(ebft.STRUCTURED)}; did you mean {nearest(name, list(ebft.STRUCTURED))}?")
+    raise ValueError(f"unknown format {name}{nearest(name, list(ebft.STRUCTURED))}: expected one of {sources.listed(ebft.STRUCTURED)}")
 
 
 def _opening(row: dict) -> str:
