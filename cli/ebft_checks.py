@@ -8,6 +8,7 @@ from treetune.cli.errors import BadInput
 
 SAMPLED = ("loss", "correction", "pipeline", "engine", "reference")  # groups of options of the run that structured mode shares with grpo
 BOTH = ("temperature", "top_p")  # options of sampling that strided mode takes
+TWINS = {"num_generations": "n_samples_per_prompt", "max_completion_length": "generate_max_len", "advantage": "advantage_estimator"}
 WHOLE_TEXTS = {
     "sample_packing": "structured mode takes micro_batch_size prompts in a forward pass, always packed",
     "overlong": "structured mode drops a prompt that is longer than sequence_len with its true reply: a truth that is cut is none",
@@ -60,11 +61,16 @@ def ignored(config: Any) -> dict[str, str]:
 def _strided(config: Ebft) -> dict[str, str]:
     names = [name for group in SAMPLED for name in vars(getattr(config, group))]
     names += [name for name in vars(config.rollout) if name not in BOTH]
-    return dict.fromkeys((*names, *STRUCTURED_ONLY), "mode is strided")
+    return {name: f"mode is strided{_instead(TWINS.get(name))}" for name in (*names, *STRUCTURED_ONLY)}
+
+
+def _instead(name: str | None) -> str:
+    return f"; the option is --{name.replace('_', '-')}" if name else ""
 
 
 def _structured(config: Ebft) -> dict[str, str]:
-    out = dict.fromkeys(STRIDED_ONLY, "mode is structured") | WHOLE_TEXTS
+    twins = {strided: whole for whole, strided in TWINS.items()}
+    out = {name: f"mode is structured{_instead(twins.get(name))}" for name in STRIDED_ONLY} | WHOLE_TEXTS
     if not config.ebft.adaptive_max_tokens:
         out["gt_length_multiplier"] = "adaptive_max_tokens is off"
     again = "features are never all 0, so no prompt counts as failed"

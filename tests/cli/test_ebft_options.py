@@ -185,7 +185,9 @@ SAMPLED = [name for group in ("rollout", "loss", "correction", "pipeline", "engi
 
 @pytest.mark.parametrize("name", [*ebft_options.STRUCTURED_ONLY, *SAMPLED])
 def test_strided_mode_refuses_the_options_of_whole_replies(name):
-    assert _given(name, ["--mode", "strided"]) == f"--{name.replace('_', '-')} would be ignored: mode is strided"
+    twins = {"num_generations": "n-samples-per-prompt", "max_completion_length": "generate-max-len", "advantage": "advantage-estimator"}
+    instead = f"; the option is --{twins[name]}" if name in twins else ""
+    assert _given(name, ["--mode", "strided"]) == f"--{name.replace('_', '-')} would be ignored: mode is strided{instead}"
 
 
 STRIDED = ["--mode", "strided"]
