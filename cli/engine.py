@@ -1,5 +1,6 @@
 """Completions from a vLLM server: requests, weights that follow the trainer's, and the canary that proves it."""
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ class Engine:
         self.config, self.model, self.trees, self.tokenizer, self.on, self.say = config, model, trees, tokenizer, on, say
         self.ends = sorted({*stop, *rollout.stop_token_ids})
         self.server: Server | None = None
+        # vLLM computes the log-probs of a prompt with the adapters of whatever else runs: the canary must run alone.
+        self.alone = threading.Lock()
         host = options.vllm_server_host
         url = f"http://{f'[{host}]' if ':' in host else host}:{options.vllm_server_port}"
         if options.vllm_mode == "managed":
@@ -101,7 +104,8 @@ class Engine:
             repetition_penalty=rollout.repetition_penalty, stop_token_ids=self.ends, regex=rollout.vllm_guided_decoding_regex,
             extra=rl_data.named_values(rollout.generation_kwargs, "generation-kwargs"),
         )  # fmt: skip
-        version, found = sync.steady(lambda name: (self.version, asked(model=name)), self.sync, self.server)
+        with self.alone:
+            version, found = sync.steady(lambda name: (self.version, asked(model=name)), self.sync, self.server)
         return Sampled([[self._completion(one) for one in group] for group in found], version)
 
     def held(self, policy: TrainState, *given: Any, **named: Any) -> Sampled:
@@ -126,8 +130,9 @@ class Engine:
         trained = tree.map(shard.full, state.params)
         save = partial(self._save, now, used, trained)
         version, expected = int(state.step), self._expected(now, used)
-        self.verdict = self._told(lambda _: self.sync.sync(version, save, trained, expected))
-        self.version = version
+        with self.alone:
+            self.verdict = self._told(lambda _: self.sync.sync(version, save, trained, expected))
+            self.version = version
 
     def _told(self, call: Callable[[str], sync.Verdict]) -> sync.Verdict:
         """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
