@@ -11,7 +11,8 @@ DATA = Path(__file__).parents[2] / "examples" / "data"
 STRIDED = [
     "--mode", "strided", "--data", str(DATA / "shakespeare_sample.jsonl"), "--max-rows", "48", "--sequence-len", "128",
     "--val-set-size", "6", "--max-steps", "20", "--micro-batch-size", "2", "--gradient-accumulation-steps", "2",
-    "--learning-rate", "5e-4", "--ce-coef", "0.1", "--embed-method", "mean_pooling", "--sample-prompt", "", "--seed", "1",
+    "--learning-rate", "5e-4", "--ce-coef", "0.03", "--diversity-coef", "0.25", "--embed-method", "mean_pooling", "--sample-prompt", "",
+    "--seed", "1",
 ]  # fmt: skip
 STRUCTURED = [
     "--data", str(DATA / "humaneval_sample.jsonl"), "--max-completion-length", "64", "--num-generations", "4", "--micro-batch-size", "4",
@@ -32,10 +33,11 @@ def evaluations(tmp_path, *options: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_strided_rollouts_come_nearer_to_held_out_text(tmp_path):
-    """Measured 0.293 -> 0.271 over 217 blocks, at 4.41 -> 3.80 nats a token."""
+    """Measured 0.293 -> 0.266 over 217 blocks, at 4.41 -> 3.86 nats a token."""
     held = evaluations(tmp_path, *STRIDED)
     first, last = held[0], held[-1]
-    assert last["eval/ebft/cfm_loss"] < 0.97 * first["eval/ebft/cfm_loss"], (first, last)
+    assert last["eval/ebft/cfm_loss"] < 0.96 * first["eval/ebft/cfm_loss"], (first, last)
+    assert last["eval/ebft/alignment"] > first["eval/ebft/alignment"], (first, last)
     assert last["eval/ebft/ce_loss"] <= first["eval/ebft/ce_loss"], (first, last)
 
 
