@@ -224,6 +224,30 @@ def state(root: Path, step: int) -> dict:
     return tensors(root / "checkpoints" / f"step_{step:06d}" / "state.safetensors")
 
 
+def left(root: Path, step: int) -> tuple:
+    """All that a finished run leaves, without times."""
+    weights = root / ("adapter/adapter_model.safetensors" if (root / "adapter").exists() else "model/model.safetensors")
+    return state(root, step), tensors(weights), timeless(metrics(root))
+
+
+def die_at(step: int):
+    """Patch the loop to die right after the weights of this step have changed."""
+    from treetune.core import observe
+
+    def prepare():
+        push = observe.Recorder.push
+
+        def patched(self, index, metrics):
+            done = push(self, index, metrics)
+            if index == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        observe.Recorder.push = patched
+
+    return prepare
+
+
 def same(one: dict, other: dict) -> bool:
     """Bit for bit."""
     import torch

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 
 import pytest
 
 from treetune.cli import ebft_options
-from treetune.core import observe
 
 NUMBERS = {"rl_loss", "cfm_loss", "mean_reward", "alignment", "diversity", "num_blocks", "advantages_std"}
 SMALL = ["--stride", 4, "--context-length", 4, "--generate-max-len", 3, "--n-samples-per-prompt", 3]
@@ -272,39 +270,16 @@ STEPS = 5
 CRASHES = {"lora": ["--lora-dropout", 0.2], "full": ["--adapter", "none", "--ce-coef", 0.1, "--use-whitening"]}
 
 
-def left(kit, root) -> tuple:
-    """All that a finished run leaves, without times."""
-    weights = root / ("adapter/adapter_model.safetensors" if (root / "adapter").exists() else "model/model.safetensors")
-    return kit.state(root, STEPS), kit.tensors(weights), kit.timeless(kit.metrics(root))
-
-
-def die_at(step):
-    """Patch the loop to die right after the weights of this step have changed."""
-
-    def prepare():
-        push = observe.Recorder.push
-
-        def patched(self, index, metrics):
-            done = push(self, index, metrics)
-            if index == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
-
-        observe.Recorder.push = patched
-
-    return prepare
-
-
 @pytest.mark.parametrize("kind", CRASHES)
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, train, forked):
     args = [*CRASHES[kind], "--max-steps", STEPS, "--save-steps", 2, "--eval-steps", 3, "--micro-batch-size", 1]
     assert train(*args, "--output-dir", "whole").code == 0
     crashed = arguments(tiny, *args)
-    assert forked(die_at(4), "ebft", *crashed).code == -signal.SIGKILL
+    assert forked(kit.die_at(4), "ebft", *crashed).code == -signal.SIGKILL
     assert steps(kit, here / "run")[-1]["step"] < STEPS
     done = tune("ebft", *crashed, "--resume", "auto")
     assert done.code == 0, done.err
-    one, other = left(kit, here / "whole"), left(kit, here / "run")
+    one, other = kit.left(here / "whole", STEPS), kit.left(here / "run", STEPS)
     assert kit.same(one[0], other[0]) and kit.same(one[1], other[1]) and one[2] == other[2]
 
 

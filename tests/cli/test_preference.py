@@ -1,13 +1,10 @@
 """The preference and reward commands from rows to run folders: references, what they leave, resuming, and bad input."""
 
 import math
-import os
 import signal
 
 import pytest
 import torch
-
-from treetune.core import observe
 
 COMMANDS = ("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm")
 
@@ -203,40 +200,17 @@ CRASHES = {
 }
 
 
-def left(kit, root) -> tuple:
-    """All that a finished run leaves, without times."""
-    weights = root / ("adapter/adapter_model.safetensors" if (root / "adapter").exists() else "model/model.safetensors")
-    return kit.state(root, STEPS), kit.tensors(weights), kit.timeless(kit.metrics(root))
-
-
-def die_at(step):
-    """Patch the loop to die right after the weights of this step have changed."""
-
-    def prepare():
-        push = observe.Recorder.push
-
-        def patched(self, index, metrics):
-            done = push(self, index, metrics)
-            if index == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
-
-        observe.Recorder.push = patched
-
-    return prepare
-
-
 @pytest.mark.parametrize("kind", CRASHES)
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, train, forked):
     command, own = CRASHES[kind]
     args = [*own, "--max-steps", STEPS, "--save-steps", 2, "--eval-steps", 3, "--micro-batch-size", 1]
     assert train(command, *args, "--output-dir", "whole").code == 0
     crashed = arguments(tiny, command, *args)
-    assert forked(die_at(4), command, *crashed).code == -signal.SIGKILL
+    assert forked(kit.die_at(4), command, *crashed).code == -signal.SIGKILL
     assert [record["step"] for record in kit.metrics(here / "run") if "train/loss" in record][-1] < STEPS
     done = tune(command, *crashed, "--resume", "auto")
     assert done.code == 0, done.err
-    one, other = left(kit, here / "whole"), left(kit, here / "run")
+    one, other = kit.left(here / "whole", STEPS), kit.left(here / "run", STEPS)
     assert kit.same(one[0], other[0]) and kit.same(one[1], other[1]) and one[2] == other[2]
     extra = {key for key in one[0] if key.startswith("extra.")}
     assert bool(extra) == (kind in ("dpo, synced", "bco"))
