@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
+from treetune.cli import ebft_strided, ebft_structured
 from treetune.cli.ebft_options import TEMPERATURES
 
 
 def run(config: Any, given: frozenset[str]) -> int:
     """Train and leave a run folder; the exit code."""
-    from treetune.cli import ebft_strided, ebft_structured
-
     if config.rollout.temperature is None:
         config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=TEMPERATURES[config.ebft.mode]))
     if config.ebft.mode == "strided":

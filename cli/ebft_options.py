@@ -9,7 +9,6 @@ from typing import Literal
 from treetune.cli.options import SAMPLES, AnyRows, HeldOut, OptimOptions
 from treetune.cli.rl_options import LossName, PolicyLoss, RolloutOptions
 
-MODES = ("structured", "strided")
 STRIDED_ONLY = (
     "stride", "context_length", "generate_max_len", "n_samples_per_prompt", "rl_coef", "advantage_estimator", "min_completion_prefix",
 )  # fmt: skip
