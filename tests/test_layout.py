@@ -21,7 +21,7 @@ ALLOWED = {
     "core/rollout": {"treetune.core", "httpx", "numpy", "tenacity", "torch"},
     "models": {
         "torch", "treetune.models", "treetune.ops",
-        *(f"treetune.core.{name}" for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided")),
+        *(f"treetune.core.{name}" for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest")),
     },
     "losses": {
         "torch", "treetune.core.state", "treetune.core.check",
