@@ -16,15 +16,19 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)
 
-# Two processes of one thread each: see AGENTS.md. Slow tests and servers have both cores to themselves.
+# Two processes of one thread each: see AGENTS.md. Slow tests and servers have both cores to themselves. Every session runs, whatever the one before said.
 test: $(READY)
-	$(PYTEST) -n 2 -m "not slow and not interpret"
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpret and not slow" tests/ops
+	status=0; \
+	$(PYTEST) -n 2 -m "not slow and not interpret" || status=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpret and not slow" tests/ops || status=$$?; \
+	exit $$status
 
 test-all: $(READY) $(VLLM)/.ready
-	$(PYTEST) -m "not vllm and (slow or not interpret)"
-	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops
-	$(PYTEST) -m "vllm and (slow or not slow)" tests/vllm
+	status=0; \
+	$(PYTEST) -m "not vllm and (slow or not interpret)" || status=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops || status=$$?; \
+	$(PYTEST) -m "vllm and (slow or not slow)" tests/vllm || status=$$?; \
+	exit $$status
 
 # vLLM on a CPU, in an environment of its own because it pins its torch; text models need none of the three that go.
 vllm-env: $(VLLM)/.ready

@@ -155,14 +155,7 @@ def test_a_worker_that_hangs_without_a_parent_ends_by_itself(parent):
 
 
 def test_workers_are_light():
-    """The worker's modules bring nothing heavy and are there well within a second (the best of several: other work shares the cores)."""
+    """The worker's modules bring nothing heavy."""
     heavy = "[name for name in ('torch', 'numpy', 'transformers') if name in sys.modules]"
-    best_s = float("inf")
-    for _ in range(5):
-        begin = time.monotonic()
-        command = [sys.executable, "-P", "-c", f"import sys; from treetune.core.rollout import worker; print({heavy})"]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
-        best_s = min(best_s, time.monotonic() - begin)
-        if best_s < 0.5:
-            break
-    assert best_s < 0.5
+    command = [sys.executable, "-P", "-c", f"import sys; from treetune.core.rollout import worker; print({heavy})"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
