@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from treetune.cli import terminal
 from treetune.core import observe
 
 
@@ -32,7 +33,7 @@ class Screen:
 
     def line(self, text: str, style: str = "") -> None:
         """One line of plain text."""
-        self.console.print(Text(text), style=style)
+        self.console.print(Text(terminal.safe(text)), style=style)
 
     def warn(self, text: str) -> None:
         """One line that should be noticed."""
@@ -44,7 +45,7 @@ class Screen:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column()
         for name, value in rows.items():
-            table.add_row(name, Text(value))
+            table.add_row(name, Text(terminal.safe(value)))
         self.console.print(table)
 
     @contextlib.contextmanager
