@@ -14,10 +14,11 @@ from treetune.cli import featuring, method, setup, training
 from treetune.cli.ebft_options import EbftOptions
 from treetune.core import shard, strided, tree
 from treetune.core.data import kinds, strides
+from treetune.core.lora import Lora
 from treetune.core.state import Batch, TrainState
 from treetune.losses import ebft
 from treetune.losses import strided as objectives
-from treetune.models import Model, decode_branches, logprobs_beside
+from treetune.models import Model, bare, decode_branches, logprobs_beside
 from treetune.ops import attention, noise
 
 ROLLOUTS, EVALUATION = 21, 22  # what randomness is for
@@ -55,7 +56,7 @@ def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mes
     train = objectives.objective(make(remat=remat, beside=options.ce_coef != 0), **coefs)
     held = objectives.objective(make(beside=True), **coefs)
     seeds = noise.keys(config.optim.seed, EVALUATION)
-    roll = Roll(options, rollout.temperature, rollout.top_p, model, used, network.phi, seeds, on)
+    roll = Roll(options, rollout.temperature, rollout.top_p, bare(model), setup.without_tree(used.lora), network.phi, seeds, on)
     return method.Parts(network.trees, train, held, (strides.collate,), prepare=partial(prepare, roll, mesh=mesh))
 
 
@@ -85,7 +86,7 @@ class Roll(NamedTuple):
     temperature: float
     top_p: float
     model: Model
-    used: setup.Trees
+    used: Lora | None
     phi: Callable
     seed: Tensor
     on: torch.device
@@ -155,7 +156,7 @@ def anchors(options: EbftOptions, host: Batch) -> tuple[strided.Anchors, Batch]:
 def sample(roll: Roll, state: TrainState, host: Batch, found: strided.Anchors) -> Tensor:
     """The tokens [R, G] of rollouts from the weights as they are, without dropout: a function of weights, step, row and place."""
     weights = tree.merge(state.frozen.get("model", {}), state.params.get("model", {}))
-    lora = None if roll.used.lora is None else roll.used.lora._replace(tree=state.params["lora"])
+    lora = None if roll.used is None else roll.used._replace(tree=state.params["lora"])
     rows = torch.zeros(host["cu_docs"].shape[0] - 1, dtype=torch.int64).scatter(0, host["doc_of_seq"], host["row"])
     seed = int(noise.keys(host.get("seed", roll.seed), ROLLOUTS))
     how = {"temperature": roll.temperature, "top_p": roll.top_p, "seed": seed, "ids": rows.tolist()}

@@ -76,7 +76,7 @@ def rewards(
     """What scores completions by the frozen network."""
     options = config.ebft
     weights = [options.alignment_coef, -options.diversity_coef, 0.0]
-    score = scorer(config, network, frozen, training.maker(model, on, streams=(pack.collate_trees,)), ends, on=on)
+    score = scorer(config, network.phi, frozen, training.maker(model, on, streams=(pack.collate_trees,)), ends, on=on)
     layers = ", ".join(f"{depth:g}" for depth in options.feature_layers)
     whitened = f", whitened over {options.whitening_space}" if options.use_whitening else ""
     told = f"{options.alignment_coef:g} x alignment - {options.diversity_coef:g} x diversity"
@@ -93,7 +93,7 @@ def measure(groups: Sequence[Group], weights: list[float]) -> dict[str, float]:
 
 
 def scorer(
-    config: Any, network: featuring.Network, frozen: Params, make: Callable, ends: set[int], *, on: torch.device
+    config: Any, network: Callable, frozen: Params, make: Callable, ends: set[int], *, on: torch.device
 ) -> Callable[[Sequence[Group]], np.ndarray]:
     """score(groups) -> alignment, diversity and cfm [P, n, 3], with the frozen trees of the run.
 
@@ -106,7 +106,7 @@ def scorer(
     def score(groups: Sequence[Group]) -> np.ndarray:
         # Shards are gathered here, once: how often the network runs depends on the rank's own prompts.
         whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", featuring.COPY) if name in frozen}
-        phi = partial(network.phi, whole)
+        phi = partial(network, whole)
         first = _first_alike(groups, ends)
         parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
         found = [_completions(phi, make, groups[part], first[part], ends, on) for part in parts]

@@ -17,7 +17,7 @@ from treetune.core.rollout import sync, vllm
 from treetune.core.rollout.group import Completion, Sampled
 from treetune.core.rollout.server import Server
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, logprobs
+from treetune.models import Model, bare, logprobs
 from treetune.ops import attention
 
 CANARY = 32  # tokens
@@ -45,7 +45,7 @@ class Engine:
         self, config: Any, model: Model, trees: setup.Trees, tokenizer: Any, *, stop: Sequence[int], on: torch.device, root: Path, say
     ):
         options, rollout = config.engine, config.rollout
-        self.config, self.model, self.trees, self.tokenizer, self.on, self.say = config, model, trees, tokenizer, on, say
+        self.config, self.model, self.trees, self.tokenizer, self.on, self.say = config, bare(model), trees, tokenizer, on, say
         self.ends = sorted({*stop, *rollout.stop_token_ids})
         self.server: Server | None = None
         # vLLM computes the log-probs of a prompt with the adapters of whatever else runs: the canary must run alone.
@@ -56,6 +56,7 @@ class Engine:
             self.server, url = serve.managed(config, model, say=say)
         try:
             self._connect(url, root)
+            self.base_logp = self._expected(model, None)
         except BaseException:
             self.close()
             raise
@@ -120,7 +121,7 @@ class Engine:
 
     def start(self, state: TrainState) -> None:
         """Check that the server has the base model, and give it the weights where the run has others already."""
-        self.verdict = self._told(lambda _: self.sync.start(-1, self._expected(self.model, None)))
+        self.verdict = self._told(lambda _: self.sync.start(-1, self.base_logp))
         if int(state.step) > 0 or self.config.adapter.lora_model_dir is not None:
             self.push(state)
 

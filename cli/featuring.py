@@ -15,7 +15,7 @@ from treetune.cli.ebft_options import EbftOptions
 from treetune.core import tree
 from treetune.core.state import Params
 from treetune.losses import ebft
-from treetune.models import Model, features
+from treetune.models import Model, bare, features
 from treetune.ops import attention
 
 NORMS = {"per_layer": ebft.per_layer, "joint": ebft.joint, "raw": ebft.raw}
@@ -48,7 +48,7 @@ def rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -> Rows:
 def build(options: EbftOptions, model: Model, used: setup.Trees) -> Network:
     """The network that a run starts from, without its adapter: the frozen base itself under LoRA, else a frozen copy."""
     layers = ebft.layers(options.feature_layers, model.cfg.num_layers)
-    pooled = partial(_pooled, options, model, layers)
+    pooled = partial(_pooled, options, bare(model), layers)
     if options.feature_device == "cpu":
         kept = tree.map(lambda leaf: leaf.detach().to("cpu", model.cfg.dtype, copy=True), model.params)
         return Network(lambda frozen, *stream: pooled(kept, *stream), used)

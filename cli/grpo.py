@@ -25,6 +25,7 @@ from treetune.core.rollout import feed
 from treetune.core.rollout.group import Group
 from treetune.core.state import TrainState
 from treetune.losses import online as objectives
+from treetune.models import bare
 from treetune.ops import attention, noise
 
 COMPLETIONS, EVALUATION, DROPOUT = 11, 12, 13  # what randomness is for
@@ -171,7 +172,7 @@ def assemble(config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: to
         parts = {"on": on, "root": where.root, "seeds": seeds, "say": screen.line, "around": own.around, "held": own.held}
         sampler = samplers.build(config, model, placed, words.tokenizer, **parts)
         started.callback(sampler.close)
-        made = _assemble(config, task, own, data, words.tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen)
+        made = _assemble(config, task, own, data, words.tokenizer, bare(model), signal, digest, where, on, ranks, rewards, sampler, screen)
         started.callback(made.feed.close)
         return made._replace(close=started.pop_all().close)
 

@@ -11,16 +11,17 @@ from treetune.core import tree
 from treetune.core.data import kinds, pack
 from treetune.core.state import Params
 from treetune.losses import judged
-from treetune.models import Model, heads
+from treetune.models import Model, bare, heads
 
 
 def _scores(model: Model, used: setup.Trees, remat: str | None = None) -> Callable:
     """scores(params, frozen, batch, plan) -> [N, C]: trained weights over frozen ones, and the head."""
+    model, low = bare(model), setup.without_tree(used.lora)
 
     def fn(params: Params, frozen: Params, batch: dict, plan: Any):
         weights, seed, ab = tree.merge(frozen.get("model", {}), params.get("model", {})), batch.get("seed"), None
-        if used.lora is not None:
-            ab = used.lora._replace(tree=params["lora"], seed=seed, dropout=used.lora.dropout if seed is not None else 0.0)
+        if low is not None:
+            ab = low._replace(tree=params["lora"], seed=seed, dropout=low.dropout if seed is not None else 0.0)
         return heads.scores(model.family, model.cfg, weights, params["head"], batch, plan, lora=ab, remat=remat)
 
     return fn

@@ -153,7 +153,7 @@ def build(
         objective,
         (_with_truth if ce_coef else pack.collate_trees,),
         extra,
-        partial(_prepare, loss, found, quiet, mesh),
+        partial(_prepare, loss, found.logp, quiet, mesh),
         partial(method.in_turn, between) if between else None,
     )
     return Signal(parts, quiet)
@@ -173,7 +173,7 @@ def _reference(config: Any, model: Model, used: setup.Trees, on: torch.device, s
     return reference.build(options, model, used, config, on=on, say=say, temperature=config.rollout.temperature)
 
 
-def _prepare(loss: PolicyLoss, found: reference.Reference, logprob: Callable, mesh: Any, state: TrainState, micro_batches: list) -> list:
+def _prepare(loss: PolicyLoss, ref_logp: reference.Logp, logprob: Callable, mesh: Any, state: TrainState, micro_batches: list) -> list:
     """What is global to a step or constant in it: the reference, the tokens of high entropy, the bonus's weight."""
     extra = {}
     if loss.use_adaptive_entropy:
@@ -181,7 +181,7 @@ def _prepare(loss: PolicyLoss, found: reference.Reference, logprob: Callable, me
     out = []
     for batch, plan in micro_batches:
         batch = batch | extra
-        out.append((batch | ({"ref_logp": found.logp(state, batch, plan)} if loss.beta else {}), plan))
+        out.append((batch | ({"ref_logp": ref_logp(state, batch, plan)} if loss.beta else {}), plan))
     return _entropic(loss.top_entropy_quantile, logprob, mesh, state, out) if loss.top_entropy_quantile < 1 else out
 
 

@@ -78,9 +78,9 @@ def dpo(config: Any, model: Model, used: setup.Trees, *, on: torch.device, say=p
         make(held, want=EVERY),
         (pack.collate_trees,),
         found.extra,
-        reference.preparer(found),
+        reference.preparer(found.logp),
         reference.syncer(config.reference) if config.reference.sync_ref_model else None,
-        reference.enricher(found) if config.reference.precompute_ref_logps else None,
+        reference.enricher(found.logp) if config.reference.precompute_ref_logps else None,
     )
 
 
@@ -164,9 +164,9 @@ def judged(config: Any, model: Model, used: setup.Trees, *, on: torch.device, me
         make(held, want=EVERY),
         streams,
         extra,
-        _preparer(options, found, held, mesh),
+        _preparer(options, found.logp, held, mesh),
         partial(method.in_turn, between) if between else None,
-        reference.enricher(found) if config.reference.precompute_ref_logps else None,
+        reference.enricher(found.logp) if config.reference.precompute_ref_logps else None,
     )
 
 
@@ -176,24 +176,24 @@ def _count_rewards(state: TrainState, metrics: dict, step: int) -> TrainState:
     return state._replace(extra=state.extra | {"bco": running._asdict()})
 
 
-def _preparer(options: KtoLoss, found: reference.Reference, logprob: Callable, mesh: Any) -> Callable:
+def _preparer(options: KtoLoss, ref_logp: reference.Logp, logprob: Callable, mesh: Any) -> Callable:
     """`prepare`: the reference beside each batch; KTO's baseline over the whole step, or BCO's mean of the steps before."""
 
     def prepare(state: TrainState, micro_batches: list) -> list:
         if options.loss != "kto":
             scalar = {"delta": state.extra["bco"]["mean"]} if options.loss == "bco" else {}
-            return [(reference.with_logp(found, state, batch, plan) | scalar, plan) for batch, plan in micro_batches]
-        own = [(reference.with_logp(found, state, batch, plan), plan) for (batch, plan), _ in micro_batches]
-        ratios = [_log_ratios(found, logprob, state, *foreign) for _, foreign in micro_batches]
+            return [(reference.with_logp(ref_logp, state, batch, plan) | scalar, plan) for batch, plan in micro_batches]
+        own = [(reference.with_logp(ref_logp, state, batch, plan), plan) for (batch, plan), _ in micro_batches]
+        ratios = [_log_ratios(ref_logp, logprob, state, *foreign) for _, foreign in micro_batches]
         scalar = {"baseline": _baseline(torch.cat(ratios), mesh)}
         return [(batch | scalar, plan) for batch, plan in own]
 
     return prepare
 
 
-def _log_ratios(found: reference.Reference, logprob: Callable, state: TrainState, batch: dict, plan: Any) -> Tensor:
+def _log_ratios(ref_logp: reference.Logp, logprob: Callable, state: TrainState, batch: dict, plan: Any) -> Tensor:
     """log p - log p_ref of completions of other prompts, summed over each: [B]."""
-    batch = {key: value for key, value in reference.with_logp(found, state, batch, plan).items() if key != "seed"}
+    batch = {key: value for key, value in reference.with_logp(ref_logp, state, batch, plan).items() if key != "seed"}
     logp = logprob(state.params, state.frozen, batch, plan).logp
     return reduce.per_sequence(logp - batch["ref_logp"], batch["seq"], batch["seq_lens"])
 

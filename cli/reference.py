@@ -17,8 +17,9 @@ from treetune.cli.loss_options import ReferenceOptions
 from treetune.cli.options import ModelOptions
 from treetune.core import tree
 from treetune.core.data import pack, trees
+from treetune.core.lora import Lora
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, logprobs
+from treetune.models import Model, bare, logprobs
 
 
 class Reference(NamedTuple):
@@ -34,18 +35,19 @@ def build(
 ) -> Reference:
     """The reference that the options name; temperature divides its logits, as those of the policy."""
     run = logprobs if temperature == 1 else partial(logprobs, temperature=temperature)
+    sizes, low = bare(model), setup.without_tree(used.lora)  # a run's functions keep no weights: a copy of the loaded model would never go
     if options.ref_model is not None:
         return _other(options, model, used, config, run, on=on, say=say)
     if options.sync_ref_model:
-        return Reference(_moving(model, used, run), used, {"ref": _copy(used.params)})
+        return Reference(_moving(sizes, low, run), used, {"ref": _copy(used.params)})
     if used.lora is None:
         # once computed, log-probs need no copy of the weights that they came from
         kept = used if options.precompute_ref_logps else used._replace(frozen=used.frozen | {"ref": _cast(used.params["model"], model)})
-        return Reference(_whole(model, run), kept, {})
+        return Reference(_whole(sizes, run), kept, {})
     if config.adapter.lora_model_dir is None:
-        return Reference(_base(model, run), used, {})
+        return Reference(_base(sizes, run), used, {})
     kept = {"ref_lora": _copy(used.params["lora"])} | ({"ref": _copy(used.params["model"])} if "model" in used.params else {})
-    return Reference(_started(model, used, run), used._replace(frozen=used.frozen | kept), {})
+    return Reference(_started(sizes, low, run), used._replace(frozen=used.frozen | kept), {})
 
 
 def _copy(params: Params) -> Params:
@@ -69,12 +71,12 @@ def _whole(model: Model, run: Callable) -> Callable:
     return logp
 
 
-def _adapted(model: Model, run: Callable, used: setup.Trees, weights: Params, low: Params | None, batch: dict, plan: Any) -> Tensor:
-    lora = None if low is None else used.lora._replace(tree=low, dropout=0.0, seed=None)
+def _adapted(model: Model, run: Callable, used: Lora | None, weights: Params, low: Params | None, batch: dict, plan: Any) -> Tensor:
+    lora = None if low is None else used._replace(tree=low, dropout=0.0, seed=None)
     return run(model.family, model.cfg, weights, batch, plan, lora=lora).logp
 
 
-def _started(model: Model, used: setup.Trees, run: Callable) -> Callable:
+def _started(model: Model, used: Lora, run: Callable) -> Callable:
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         weights = tree.merge(state.frozen["model"], state.frozen.get("ref", {}))
         return _adapted(model, run, used, weights, state.frozen["ref_lora"], batch, plan)
@@ -82,7 +84,7 @@ def _started(model: Model, used: setup.Trees, run: Callable) -> Callable:
     return logp
 
 
-def _moving(model: Model, used: setup.Trees, run: Callable) -> Callable:
+def _moving(model: Model, used: Lora | None, run: Callable) -> Callable:
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
         own = state.extra["ref"]
         return _adapted(model, run, used, tree.merge(state.frozen.get("model", {}), own.get("model", {})), own.get("lora"), batch, plan)
@@ -97,9 +99,10 @@ def _other(options: ReferenceOptions, model: Model, used: setup.Trees, config: A
         raise ValueError(f"ref_model {path} has {have}: take one of its kind")
     _check_words(config.model, options, path)
     same = (other.cfg.window, other.cfg.dtype) == (model.cfg.window, model.cfg.dtype)
+    sizes = bare(other)
 
     def logp(state: TrainState, batch: dict, plan: Any) -> Tensor:
-        return run(other.family, other.cfg, state.frozen["ref"], batch, plan if same else None).logp
+        return run(sizes.family, sizes.cfg, state.frozen["ref"], batch, plan if same else None).logp
 
     return Reference(logp, used._replace(frozen=used.frozen | {"ref": other.params}), {})
 
@@ -118,21 +121,24 @@ def _check_words(own: ModelOptions, options: ReferenceOptions, path: str) -> Non
         raise ValueError(f"ref_model {path} has {len(shared)} of the model's {len(ours)} tokens: take one of its kind")
 
 
-def preparer(reference: Reference) -> Callable:
+Logp = Callable[[TrainState, dict, Any], Tensor]  # of a Reference; functions of a run keep it alone, since the trees hold weights
+
+
+def preparer(logp: Logp) -> Callable:
     """`prepare` of a step: the reference's log-probs beside each batch that has none yet."""
 
     def prepare(state: TrainState, micro_batches: list) -> list:
-        return [(with_logp(reference, state, batch, plan), plan) for batch, plan in micro_batches]
+        return [(with_logp(logp, state, batch, plan), plan) for batch, plan in micro_batches]
 
     return prepare
 
 
-def with_logp(reference: Reference, state: TrainState, batch: dict, plan: Any) -> dict:
+def with_logp(logp: Logp, state: TrainState, batch: dict, plan: Any) -> dict:
     """The batch with `ref_logp`."""
-    return batch if precompute.NAME in batch else batch | {precompute.NAME: reference.logp(state, batch, plan)}
+    return batch if precompute.NAME in batch else batch | {precompute.NAME: logp(state, batch, plan)}
 
 
-def enricher(reference: Reference) -> Callable:
+def enricher(logp: Logp) -> Callable:
     """enrich(state, docs, make, groups) -> documents that hold the reference's log-probs; `make` as for a step."""
 
     @torch.no_grad()
@@ -140,7 +146,7 @@ def enricher(reference: Reference) -> Callable:
         done = list(docs)
         for group in groups:
             batch, plan = make(group, docs, seed=None)
-            found = np.asarray(reference.logp(state, batch, plan).float().cpu())
+            found = np.asarray(logp(state, batch, plan).float().cpu())
             start = 0
             for i in group:
                 at = pack.scored(docs[i])

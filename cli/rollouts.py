@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import finish
+from treetune.cli import finish, setup
 from treetune.cli.rl_options import RolloutOptions
 from treetune.core.data import prompts, trees
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, Group, Sampled, Sampler
 from treetune.core.state import TrainState
-from treetune.models import Model, decode
+from treetune.models import Model, bare, decode
 
 ROWS = 64  # completions that are sampled together: their keys and values are in memory at a time
 
@@ -26,6 +26,7 @@ Draw = Callable[..., Sampled]  # (policy, ids of prompts, their numbers, n=compl
 def local(model: Model, used: Any, options: RolloutOptions, *, stop: Sequence[int], tokenizer: Any, seed: int) -> Draw:
     """Drawing from the weights of the state that is given, which is the policy itself: the importance ratio is 1."""
     ends = sorted({*stop, *options.stop_token_ids})
+    model, used = bare(model), setup.without_tree(used)
     how = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
 
     def draw(policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], *, n: int, max_tokens: int) -> Sampled:

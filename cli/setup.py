@@ -14,7 +14,7 @@ from treetune.core import check, lora, optim, param, shard, tree
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
-from treetune.models import Model, adapter, gguf, heads, hf, logprobs, resize
+from treetune.models import Model, adapter, bare, gguf, heads, hf, logprobs, resize
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -268,6 +268,11 @@ def whole_modules(model: Model, regexes: tuple[str, ...]) -> Params:
     return tree.from_items(chosen)
 
 
+def without_tree(used: lora.Lora | None) -> lora.Lora | None:
+    """How an adapter is applied, without the weights that it started with."""
+    return None if used is None else used._replace(tree={})
+
+
 def full(model: Model) -> Trees:
     """Trained and frozen trees when the model itself trains: float32 weights, nothing frozen."""
     return Trees({"model": tree.map(_trained, model.params)}, {}, None, None)
@@ -298,6 +303,7 @@ def logprob(
     run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too. Randomness (dropout, NEFTune) is drawn
     from the step's seed in the batch; without one, as in evaluation, there is none.
     """
+    model, used = bare(model), without_tree(used)
 
     def fn(params: Params, frozen: Params, batch: dict, plan: Any, *, want: tuple[str, ...] = ()):
         weights = tree.merge(frozen.get("model", {}), params.get("model", {}))

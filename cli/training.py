@@ -12,8 +12,8 @@ from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import ckpt, param, step, tree
 from treetune.core.data import chat_templates, loader, pack, sources, spans, streaming
-from treetune.core.state import TrainState
-from treetune.models import Model
+from treetune.core.state import Params, TrainState
+from treetune.models import Model, bare
 from treetune.ops import attention, noise
 
 
@@ -57,7 +57,7 @@ def _stream(collate: methods.Collate, docs: list, seed: torch.Tensor | None, mod
 
 def maker(model: Model, on: torch.device, *, pad_to: int | None = None, streams: tuple[methods.Collate, ...] = (methods.plain,)):
     """`micro_batch` for a model; streams are padded to their budget on CUDA only, where fixed shapes save recompilation."""
-    return partial(micro_batch, model=model, on=on, pad_to=pad_to if on.type == "cuda" else None, streams=streams)
+    return partial(micro_batch, model=bare(model), on=on, pad_to=pad_to if on.type == "cuda" else None, streams=streams)
 
 
 Dealt = Iterator[tuple[list[list[spans.Doc]], loop.Cursor]]  # step by step: documents of this rank's micro-batches, the cursor after them
@@ -102,7 +102,7 @@ def _of_memory(optim: Any, data: corpus.Corpus, plan: dict, dealt: dict) -> Read
 def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dealt: dict) -> Reading:
     data = config.data
     plan = plan | {"buffer": data.streaming_multipack_buffer_size}
-    encode = partial(_fitting, encode=source.encode, size=data.sequence_len, model=model)
+    encode = partial(_fitting, encode=source.encode, size=data.sequence_len, model=bare(model))
     choices = {"step": _step_size(dealt), "sequence_len": data.sequence_len, "text_column": data.text_column}
     deal = partial(_from_stream, source.parts, encode, **dealt, **plan)
     return Reading(deal, streaming.START, config.optim.max_steps, streaming.digest(source.parts, **choices, **plan))
@@ -178,7 +178,7 @@ def assemble(
     parts = method.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)
     digest = ckpt.digest(parts.trees.frozen) if parts.trees.frozen else ""
     parts = parts._replace(trees=setup.place(parts.trees, model, ranks, config.run.sharding))
-    return _assemble(config, method, data, tokenizer, model, parts, digest, where, on, ranks, screen)
+    return _assemble(config, method, data, tokenizer, bare(model), parts, digest, where, on, ranks, screen)
 
 
 def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, ranks, screen) -> Assembly:
@@ -226,9 +226,14 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
 
 
+def _weights(trees: setup.Trees) -> Params:
+    """The weights of the model, trained over frozen ones."""
+    return tree.merge(trees.frozen.get("model", {}), trees.params.get("model", {}))
+
+
 def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
     """What is about to run, with the numbers that let two configs be compared by eye."""
-    trained, total = param.count(made.trees.params), param.count(made.model.params)
+    trained, total = param.count(made.trees.params), param.count(_weights(made.trees))
     optim, data = config.optim, made.corpus.train
     read = f"{len(data)} documents, {sum(corpus.lengths(data))} tokens"
     if made.corpus.stream is not None:

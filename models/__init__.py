@@ -21,6 +21,11 @@ class Model(NamedTuple):
     params: Params
 
 
+def bare(model: Model) -> Model:
+    """The model without weights: what a function that lives as long as a run may keep, because the run's state holds the weights."""
+    return model._replace(params={})
+
+
 def logprobs(
     family: str,
     cfg: llama.Config,
