@@ -40,7 +40,7 @@ LAZY = {
     "core/data/chat_templates.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},
     "core/data/hub.py": {"pyarrow"},
-    "core/data/records.py": {"pyarrow"},
+    "core/data/arrow.py": {"pyarrow"},
     "models/adapter.py": {"safetensors"},
     "models/bridge.py": {"transformers"},
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},

@@ -21,6 +21,7 @@ KINDS = (*SUFFIXES.values(), "document")  # "document" is a whole text file as o
 PACKED = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder: of several splits, of one
+FREE_BYTES, MOST_EXPANSION = 64 << 20, 250  # a packed file may unpack to so much, or to so many times its own size
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 SPLITS = {"train": "train", "training": "train", "test": "test", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLITS |= {"validation": "validation"}
@@ -221,14 +222,39 @@ def _raw(name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _unpacked(raw: BinaryIO, file: File) -> Iterator[BinaryIO]:
-    if file.packed == ".gz":
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield stream
-    elif file.packed == ".zst":
-        with _zstandard(raw, file.name) as stream:
-            yield stream
-    else:
+    if not file.packed:
         yield raw
+        return
+    with gzip.GzipFile(fileobj=raw) if file.packed == ".gz" else _zstandard(raw, file.name) as stream:
+        yield io.BufferedReader(_Unpacking(stream, raw, file.name), CHUNK_BYTES)
+
+
+class _Unpacking(io.RawIOBase):
+    """An unpacking stream that refuses to become much longer than what it is unpacked from."""
+
+    def __init__(self, stream: BinaryIO, packed: BinaryIO, name: str):
+        self.stream, self.packed, self.name = stream, packed, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.stream.seekable()
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.stream.seek(offset, whence)
+
+    def readinto(self, buffer) -> int:
+        size, done, packed = self.stream.readinto(buffer), self.stream.tell(), self.packed.tell()
+        if done > FREE_BYTES and done > MOST_EXPANSION * packed:
+            raise ValueError(
+                f"{self.name}: {packed} packed bytes have unpacked to {done >> 20} MiB, more than {MOST_EXPANSION} times as much: "
+                "not read any further, as that is how harmful files look; unpack the file yourself if it is meant"
+            )
+        return size
 
 
 @contextmanager

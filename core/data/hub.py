@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from treetune.core.data import files
+from treetune.core.data import arrow, files
 
 
 def load(
@@ -41,3 +41,9 @@ def load_saved(path: str, split: str):
     if not isinstance(data, dict) and split == "train":
         return data
     raise ValueError(f"{path} has no split {split!r}: expected one of {', '.join(splits)}")
+
+
+def rows(data) -> list[dict]:
+    """All rows of a dataset as plain dicts."""
+    tables = data.with_format("arrow").iter(batch_size=arrow.BATCH_ROWS)
+    return [row for _, row in arrow.rows(batch for table in tables for batch in table.to_batches())]

@@ -4,15 +4,16 @@ Places count from the start of the unpacked file: rows (lines of a line file) al
 """
 
 import io
-import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-from treetune.core.data import files
+from treetune.core.data import arrow, files, jsontext
 
-BATCH_ROWS = 1024
-BOM = b"\xef\xbb\xbf"
+BOM, BLANKS = b"\xef\xbb\xbf", b" \t\r\n"
+LONGEST_LINE = 1 << 30  # bytes
+LONGEST_FIELD = min(1 << 30, sys.maxsize, (1 << 31) - 1)  # characters of a CSV field; csv keeps its limit in a C long
 
 
 class Place(NamedTuple):
@@ -44,16 +45,19 @@ def _lines(stream: BinaryIO, place: Place) -> Iterator[tuple[int, bytes, int]]:
     """(number, line, bytes read with it)."""
     files.skip(stream, place.offset)
     offset = place.offset
-    for number, line in enumerate(stream, place.row + 1):
-        offset += len(line)
+    number = place.row
+    while line := stream.readline(LONGEST_LINE + 1):
+        number, offset = number + 1, offset + len(line)
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"line {number} is longer than {LONGEST_LINE >> 30} GiB: expected one row per line")
         yield number, line, offset
 
 
 def _jsonl(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     for number, line, offset in _lines(stream, place):
-        if line.strip():
+        if line.strip(BOM + BLANKS):
             where = f"{name} line {number}"
-            yield Record(number, _json_row(_text(line, where, first=number == 1), where), offset, "line")
+            yield Record(number, _object(jsontext.parse(_text(line, where, first=number == 1), where), where), offset, "line")
 
 
 def _text(data: bytes, where: str, *, first: bool) -> str:
@@ -61,14 +65,6 @@ def _text(data: bytes, where: str, *, first: bool) -> str:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _json_row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: broken JSON ({error})") from error
-    return _object(row, where)
 
 
 def _object(row: object, where: str) -> dict:
@@ -80,7 +76,7 @@ def _object(row: object, where: str) -> dict:
 def _json(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     """A list of objects, or one object per line under the wrong suffix."""
     head = stream.read(files.CHUNK_BYTES)
-    if head.lstrip(BOM + b" \t\r\n").startswith(b"["):
+    if head.lstrip(BOM + BLANKS).startswith(b"["):
         return islice(_json_list(head + stream.read(), name), place.row, None)
     if stream.seekable():
         stream.seek(0)
@@ -89,14 +85,7 @@ def _json(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
 
 
 def _json_list(data: bytes, name: str) -> Iterator[Record]:
-    text = _text(data, name, first=True)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} line {error.lineno}: broken JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: broken JSON ({error})") from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(jsontext.items(_text(data, name, first=True), name), 1):
         yield Record(number, _object(row, f"{name} row {number}"), 0, "row")
 
 
@@ -104,8 +93,10 @@ def _csv(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     """All values are text: nothing is guessed, "007" stays "007"."""
     import csv
 
+    csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process; 131,072 by default
     reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
     try:
+        _check_header(reader.fieldnames or (), name)
         for number, row in enumerate(reader, 1):
             _check_width(row, reader.fieldnames, f"{name} row {number}")
             if number > place.row:
@@ -116,6 +107,11 @@ def _csv(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
         raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
+def _check_header(names: Sequence[str], name: str) -> None:
+    if twice := jsontext.repeated(names):
+        raise ValueError(f"{name} line 1: the header has the column {twice!r} twice: rename one of them, or remove it")
+
+
 def _check_width(row: dict, names: list[str], where: str) -> None:
     if None in row or None in row.values():
         found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
@@ -123,46 +119,16 @@ def _check_width(row: dict, names: list[str], where: str) -> None:
 
 
 def _parquet(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
-    """Row groups before the place are not read."""
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table, number = parquet.ParquetFile(stream), 0
-        for group in range(table.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
-            if number + size > place.row:
-                yield from _rows(table.iter_batches(BATCH_ROWS, row_groups=[group]), number, place.row)
-            number += size
-    except (ArrowException, UnicodeDecodeError, MemoryError) as error:  # a damaged length asks for any amount of memory
-        raise ValueError(f"{name}: not a readable parquet file ({files.reason(error)})") from error
+    return _numbered(arrow.parquet(stream, name, place.row))
 
 
 def _arrow(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
-    """Arrow's IPC stream, as the datasets library writes it, or its file format."""
-    from pyarrow import ArrowException, ipc
-
-    try:
-        is_file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        if is_file:
-            table = ipc.open_file(stream)
-            batches = (table.get_batch(i) for i in range(table.num_record_batches))
-        else:
-            batches = ipc.open_stream(stream)
-        yield from _rows(batches, 0, place.row)
-    except (ArrowException, UnicodeDecodeError, MemoryError) as error:  # a damaged length asks for any amount of memory
-        raise ValueError(f"{name}: not a readable arrow file ({files.reason(error)})") from error
+    return _numbered(arrow.ipc(stream, name, place.row))
 
 
-def _rows(batches: Iterator, number: int, skip: int) -> Iterator[Record]:
-    """Rows of record batches after row `skip`; `number` rows precede them."""
-    for batch in batches:
-        batch.validate(full=True)  # a damaged buffer would otherwise be read out of bounds
-        first = max(0, skip - number)
-        if first < batch.num_rows:
-            for i, row in enumerate(batch.slice(first).to_pylist(), number + first + 1):
-                yield Record(i, row, 0, "row")
-        number += batch.num_rows
+def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[Record]:
+    for number, row in rows:
+        yield Record(number, row, 0, "row")
 
 
 def _text_lines(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:

@@ -90,9 +90,9 @@ def read(
         raise ValueError(f"limit is {limit}: expected at least 1 row")
     place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
     if place == "hub":
-        rows = from_list(hub.load(path, split=split, name=name, revision=revision, data_files=data_files).to_list(), path)
+        rows = from_list(hub.rows(hub.load(path, split=split, name=name, revision=revision, data_files=data_files)), path)
     elif place == "saved":
-        rows = sliced(from_list(hub.load_saved(path, _base(split)).to_list(), path), split)
+        rows = sliced(from_list(hub.rows(hub.load_saved(path, _base(split))), path), split)
     else:
         whole = shards is None and "[" not in split and "+" not in split
         rows = sliced(_read_files(place, path, limit if whole else None), split)
