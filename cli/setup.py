@@ -10,7 +10,7 @@ import torch
 
 from treetune.cli import fetch
 from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
-from treetune.core import check, lora, optim, param, shard, tree
+from treetune.core import check, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
@@ -162,7 +162,8 @@ def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say=p
 
 
 def has_tokenizer(adapter_path: str) -> bool:
-    """Whether an adapter carries a tokenizer of its own."""
+    """Whether an adapter carries a tokenizer of its own. Raises ValueError where its files are not as they were written."""
+    manifest.check(adapter_folder(adapter_path), weights=False)
     return (adapter_folder(adapter_path) / adapter.TOKENIZER).is_file()
 
 

@@ -1,8 +1,9 @@
 """Checkpoints: a TrainState and its bookkeeping on disk, valid at every moment, without pickle.
 
-A checkpoint is a folder `step_000100/` with `state.safetensors` (params, opt and extra by path) and `state.json`. It is
-written into a hidden sibling, flushed to the disk and renamed, so a folder of that name is always whole. The frozen base
-is not stored, only its digest. Whole leaves are written whatever the sharding, so any number of ranks can load them.
+A checkpoint is a folder `step_000100/` with `state.safetensors` (params, opt and extra by path), `state.json` and a manifest
+of both, which is compared when they are read. It is written into a hidden sibling, flushed to the disk and renamed, so a
+folder of that name is always whole. The frozen base is not stored, only its digest. Whole leaves are written whatever the
+sharding, so any number of ranks can load them.
 """
 
 import hashlib
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import shard, tree
+from treetune.core import fields, manifest, shard, tree
 from treetune.core.state import Params, TrainState
 
-FORMAT = 1
+FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
+FIX = "resume from another checkpoint"
 
 
 class SaveError(OSError):
@@ -52,6 +54,7 @@ def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
             draft.mkdir(parents=True)
             save_file(tensors, draft / "state.safetensors")
             (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
+            manifest.write(draft)
             commit(draft, path)
         except Exception as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -94,17 +97,43 @@ def fsync(path: Path) -> None:
 
 
 def read_meta(path: Path) -> dict:
-    """The JSON side of a checkpoint. Raises ValueError when `path` is not one."""
-    file = Path(path) / "state.json"
+    """The JSON side of a checkpoint. Raises ValueError when `path` is not one, or its files are not as they were written."""
+    path, file = Path(path), Path(path) / "state.json"
+    listed = manifest.check(path, fix=FIX)
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
     try:
-        meta = json.loads(file.read_text())
+        found = fields.mapping(json.loads(file.read_text(encoding="utf-8")), file.name)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {FIX}") from error
+    if (version := found.values.get("format")) not in (FORMAT, UNVERIFIED):
+        raise ValueError(f"{path} has checkpoint format {version!r}; this version reads {UNVERIFIED} and {FORMAT}")
+    if version == FORMAT and not listed:
+        raise ValueError(f"{path} has lost its {manifest.NAME}, so its files cannot be checked: copy the whole folder, or {FIX}")
+    _check_step(path, found)
+    return found.values
+
+
+def _check_step(path: Path, meta: fields.Fields) -> None:
+    try:
+        step = fields.integer(meta, "step", least=0)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {meta.get('format')!r}; this version reads {FORMAT}")
-    return meta
+        raise ValueError(f"{path} is damaged ({error}): {FIX}") from error
+    if re.fullmatch(r"step_\d+", path.name) and int(path.name.removeprefix("step_")) != step:
+        raise ValueError(f"{path} is damaged (its state.json says step {step}): {FIX}")
+
+
+def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `root` whose files are as they were written, and what is wrong with each newer one."""
+    faults = []
+    for path in reversed(_numbered(root)):
+        try:
+            read_meta(path)
+        except ValueError as error:
+            faults.append(str(error).removesuffix(f": {FIX}"))
+            continue
+        return path, faults
+    return None, faults
 
 
 def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tuple[TrainState, dict]:
@@ -123,7 +152,7 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tup
                 raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
             filled = iter([_as_leaf(file.get_tensor(key), leaf) for key, leaf in tree.items(parts)])
     except SafetensorError as error:
-        raise ValueError(f"{path}/state.safetensors is damaged ({error}): resume from another checkpoint") from error
+        raise ValueError(f"{path}/state.safetensors is damaged ({error}): {FIX}") from error
     loaded = tree.map(lambda _: next(filled), parts)
     return like._replace(**loaded, step=torch.tensor(meta["step"], device=like.step.device)), meta
 
@@ -147,9 +176,13 @@ def _as_leaf(value: Tensor, like: Tensor) -> Tensor:
 
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count."""
+    return [path for path in _numbered(root) if (path / "state.json").is_file()]
+
+
+def _numbered(root: Path) -> list[Path]:
     found = Path(root).glob("step_*") if Path(root).is_dir() else []
-    whole = [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "state.json").is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
+    named = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import lora, tree
+from treetune.core import lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import Model, folder, hf, resize
@@ -175,6 +175,7 @@ def rows(path: str | Path, family: str) -> int | None:
     """Rows of the vocabulary that an adapter was trained with; None where it holds no whole embedding or head to tell."""
     from safetensors import SafetensorError, safe_open
 
+    manifest.check(Path(path).expanduser())
     try:
         with safe_open(Path(path).expanduser() / WEIGHTS, framework="pt") as file:
             there = set(file.keys())
@@ -191,6 +192,7 @@ def _read_config(file: Path) -> dict:
             raise ValueError(f"{file} has {name}={config[name]!r}; only plain LoRA is known here ({name}={value!r})")
     if "r" not in config or "lora_alpha" not in config:
         raise ValueError(f"{file} has no r or no lora_alpha; expected the config of a LoRA adapter")
+    manifest.check(file.parent, weights=False)
     return config
 
 
@@ -200,6 +202,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
     if not file.is_file():
         raise ValueError(f"{file} does not exist; expected a PEFT adapter saved as safetensors")
+    manifest.check(file.parent)
     try:
         return load_file(file)
     except SafetensorError as error:

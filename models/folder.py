@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their place under a temporary name, flushed, then renamed."""
+"""Folders that appear whole or not at all: written beside their place under a temporary name, with a manifest, flushed, then renamed."""
 
 import contextlib
 import json
@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from treetune.core import manifest
 
 
 @contextlib.contextmanager
@@ -21,6 +23,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         part.chmod(0o777 & ~_umask())
         yield part
+        manifest.write(part)
         for file in part.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             _flush(file)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import param, tree
+from treetune.core import manifest, param, tree
 from treetune.core.param import Param, Params
 from treetune.models import MODELS, Model, folder, llama
 
@@ -57,7 +57,9 @@ def read_config(path: Path) -> tuple[str, llama.Config]:
     if hf.get("quantization_config"):
         raise ValueError(f"{path} describes quantised weights; expected float weights: take the unquantised model, or a .gguf file")
     family = family_of(hf)
-    return family, MODELS[family].config(hf)
+    cfg = MODELS[family].config(hf)
+    manifest.check(path.parent, weights=False)
+    return family, cfg
 
 
 def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
@@ -143,6 +145,7 @@ def _open(root: Path, stack: ExitStack) -> dict:
     from safetensors import SafetensorError, safe_open
 
     names = _weight_files(root)
+    manifest.check(root)
     files: dict = {}
     for name in names:
         try:
@@ -300,6 +303,7 @@ def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remo
 
         return gguf.tokenizer(path_or_id)
     root = fetch(path_or_id, revision=revision)
+    manifest.check(root, weights=False)
     file = root / "tokenizer_config.json"
     named = folder.read_json(file) if file.is_file() else {}
     if named.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in named and (root / "tokenizer.json").is_file():

@@ -79,9 +79,12 @@ def write_rows(path: Path, rows: list) -> Path:
 
 
 def write_model(path: Path, *, seed: int = 1, template: str | None = CHATML, **sizes) -> Path:
+    """A model folder as others make them: without a manifest, so that a test may edit its files."""
+    from treetune.core import manifest
     from treetune.models import hf, llama
 
     hf.save(path, hf.random("llama", llama.Config(**(SIZES | sizes)), seed=seed), tokenizer=tokenizer(template))
+    (path / manifest.NAME).unlink()
     return path
 
 

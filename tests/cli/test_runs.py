@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from treetune.cli import configs, loop, parse, training
-from treetune.core import ckpt, observe
+from treetune.core import ckpt, manifest, observe
 from treetune.models import hf
 
 FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
@@ -55,14 +55,14 @@ def test_lora_run_leaves_everything_and_only_that(kit, here, sft):
     root = here / "runs/sft-001"
     assert done.code == 0 and done.err == ""
     assert {path.name for path in root.iterdir()} == FILES | {"adapter"}
-    assert {path.name for path in (root / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (root / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", manifest.NAME}
     records = kit.metrics(root)
     assert steps_of(records) == [1, 2, 3, 4] and list(evals_of(records)) == [0, 2, 4]
     assert evals_of(records)[4] < evals_of(records)[0]
     best = min(evals_of(records), key=evals_of(records).get)
     assert json.loads((root / "best.json").read_text()) == {"checkpoint": f"step_{best:06d}", "eval_loss": evals_of(records)[best]}
     assert checkpoints(root) == ["step_000002", "step_000004"]
-    assert {path.name for path in (root / "checkpoints/step_000004").iterdir()} == {"state.safetensors", "state.json"}
+    assert {path.name for path in (root / "checkpoints/step_000004").iterdir()} == {"state.safetensors", "state.json", manifest.NAME}
     samples = kit.samples(root)
     assert [sample["step"] for sample in samples] == [0, 4] and all(sample["prompt"] for sample in samples)
 

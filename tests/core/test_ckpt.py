@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.core import ckpt, optim, step, tree
+from treetune.core import ckpt, manifest, optim, step, tree
 from treetune.core.state import TrainState
 
 
@@ -45,7 +45,7 @@ def test_round_trip_is_bit_exact(tmp_path):
     assert path == tmp_path / "step_000007"
     loaded, found = ckpt.load(path, _state(2.0, at=0), base_digest="abc")
     _same(loaded, state)
-    assert found == {"format": 1, "step": 7, **meta} and loaded.frozen["model"]["base"].tolist() == [1, 1]
+    assert found == {"format": 2, "step": 7, **meta} and loaded.frozen["model"]["base"].tolist() == [1, 1]
     # Loaded leaves own their memory: an update in place must not reach the file or another leaf.
     places = [leaf.data_ptr() for leaf in tree.leaves(loaded.params)]
     assert len(set(places)) == len(places)
@@ -53,7 +53,7 @@ def test_round_trip_is_bit_exact(tmp_path):
 
 def test_only_safetensors_and_json_are_written(tmp_path):
     path = ckpt.save(tmp_path, _state(), {})
-    assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors", manifest.NAME]
     json.loads((path / "state.json").read_text())
     source = Path(ckpt.__file__).read_text()
     assert not re.search(r"torch\.(load|save)\b|import pickle", source)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from treetune.core import lora, tree
+from treetune.core import lora, manifest, tree
 from treetune.models import adapter, dense, hf
 
 RANK, ALPHA = 4, 12.0
@@ -113,6 +113,7 @@ def saved(oracle, tmp_path):
     ours = hf.load(oracle("llama")[1])
     tree_, _, whole = trained(ours, ["q_proj", "up_proj"], whole="^norm$")
     adapter.save(tmp_path, tree_, family="llama", base="x", rank=RANK, alpha=ALPHA, whole=whole)
+    (tmp_path / manifest.NAME).unlink()
 
     def edit(tensors=None, config=None):
         leaves = load_file(tmp_path / adapter.WEIGHTS) | (tensors or {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from treetune.core import lora, param, tree
+from treetune.core import lora, manifest, param, tree
 from treetune.models import adapter, heads, hf
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3"]
@@ -367,6 +367,7 @@ def test_adapters_without_their_head_are_refused(oracle, tmp_path):
     tree_, head, _ = trained(ours, "token")
     options = dict(family=ours.family, base="x", rank=RANK, alpha=ALPHA)
     heads.save_adapter(tmp_path / "whole", tree_, head, **options)
+    (tmp_path / "whole" / manifest.NAME).unlink()
     with pytest.raises(ValueError, match="cannot use, the first is base_model.model.score"):
         adapter.load(tmp_path / "whole", ours)
     leaves = load_file(tmp_path / "whole" / adapter.WEIGHTS)
