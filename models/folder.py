@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from treetune.core import manifest
@@ -63,16 +64,38 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError when it is missing or broken, with the line."""
+    """The object in a JSON file. Raises ValueError when it is missing, broken (with the line), or names a field twice."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a folder that holds {path.name}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_unique, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
-    return found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): download or save it again") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read; expected a JSON object of a few levels") from error
+    except _Twice:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+class _Twice(ValueError):
+    """A field that stands twice in one object."""
+
+
+def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict:
+    """An object of its pairs. Of two equal names the last would win in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Twice(f"{path} names the field {twice} twice in one object: leave one of them")
+    return fields
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import param, shard, tree
+from treetune.core import fields, param, shard, tree
+from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
 from treetune.models import MODELS, Model, adapter, folder, hf, llama
@@ -78,7 +79,7 @@ def kind(path: str | Path) -> str | None:
         task = folder.read_json(root / adapter.CONFIG).get("task_type")
         return next((name for name, (_, known) in KINDS.items() if task == known), None)
     config = folder.read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    named = " ".join(config.get("architectures") or ())
+    named = " ".join(fields.texts(fields.mapping(config, str(root / "config.json")), "architectures", default=(), null=True))
     return next((name for name, (suffix, _) in KINDS.items() if named.endswith(suffix)), None)
 
 
@@ -123,7 +124,7 @@ def load(
     cfg = replace(cfg, dtype=dtype)
     sizes = MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)
     keys = {path: hf.hf_key(family, path) for path, _ in tree.items(sizes)}
-    score = dict(tree.items(abstract(cfg, _classes(config), bias=what == "token")))
+    score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=what == "token")))
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
     found = hf.read_tensors(root, {keys[name]: leaf for name, leaf in tree.items(sizes)} | score, unread=unread, device=device)
@@ -209,6 +210,7 @@ def _labelled(labels: Sequence[str] | None, what: str, classes: int) -> dict:
     }
 
 
-def _classes(config: dict) -> int:
+def _classes(config: Fields) -> int:
     """Classes that a config.json implies, counted as transformers does: by name, else by number, else 2."""
-    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels") or 2
+    labels = fields.inner(config, "id2label", default=None, null=True)
+    return len(labels.values) if labels and labels.values else fields.integer(config, "num_labels", default=2, least=1, null=True)

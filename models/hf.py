@@ -4,7 +4,10 @@ A leaf path (`layers.3.q_proj`) and a file key (`model.layers.3.self_attn.q_proj
 same orientation [out, in], so loading is a renaming and at most one cast. Pickled weights are never read.
 """
 
+import math
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import manifest, param, tree
+from treetune.core import fields, manifest, param, tree
+from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
 from treetune.models import MODELS, Model, folder, llama
 
@@ -21,6 +25,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+FLOATS = ("F32", "BF16", "F16", "F64")
 UNWANTED = ("consolidated*", "original/*", "*/*")
 
 
@@ -42,20 +47,15 @@ def from_hf_key(family: str, key: str) -> str | None:
     return path if path is None or number is None else path.format(number[1])
 
 
-def family_of(hf: dict) -> str:
+def family_of(hf: Fields) -> str:
     """The family that computes a config.json. Raises ValueError listing the families when there is none."""
-    found = next((name for name, module in MODELS.items() if hf.get("model_type") in module.HF_TYPES), None)
-    if found is None:
-        known = ", ".join(sorted(kind for module in MODELS.values() for kind in module.HF_TYPES))
-        raise ValueError(f"config.json has model_type {hf.get('model_type')!r}; the model types known here are {known}")
-    return found
+    kind = fields.text(hf, "model_type", choices=sorted(kind for module in MODELS.values() for kind in module.HF_TYPES))
+    return next(name for name, module in MODELS.items() if kind in module.HF_TYPES)
 
 
 def read_config(path: Path) -> tuple[str, llama.Config]:
     """Family and sizes in a config.json file. Raises ValueError for what no family here computes."""
-    hf = folder.read_json(path)
-    if hf.get("quantization_config"):
-        raise ValueError(f"{path} describes quantised weights; expected float weights: take the unquantised model, or a .gguf file")
+    hf = fields.mapping(folder.read_json(path), str(path))
     family = family_of(hf)
     cfg = MODELS[family].config(hf)
     manifest.check(path.parent, weights=False)
@@ -137,6 +137,8 @@ def read_tensors(
         extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*wanted, *optional, *unread}
         _check_keys(root, set(wanted) - set(files), extra)
         there = wanted | {key: leaf for key, leaf in optional.items() if key in files}
+        for key, leaf in there.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+            _check_tensor(root, files[key].get_slice(key), key, leaf)
         return {key: _read(files[key], key, leaf, device) for key, leaf in there.items()}
 
 
@@ -150,15 +152,17 @@ def _open(root: Path, stack: ExitStack) -> dict:
     for name in names:
         try:
             file = stack.enter_context(safe_open(root / name, framework="pt"))
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
+        if twice := sorted(files.keys() & set(file.keys())):
+            raise ValueError(f"{root}: {name} has the tensor {twice[0]}, which another file of the folder has too: download it again")
         files |= dict.fromkeys(file.keys(), file)
     return files
 
 
 def _weight_files(root: Path) -> list[str]:
     if (root / INDEX).is_file():
-        return sorted(set(folder.read_json(root / INDEX)["weight_map"].values()))
+        return _indexed(root)
     if (root / SINGLE).is_file():
         return [SINGLE]
     if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
@@ -169,18 +173,36 @@ def _weight_files(root: Path) -> list[str]:
     raise ValueError(f"{root} holds no {SINGLE} and no {INDEX}; expected a model folder with safetensors weights")
 
 
+def _indexed(root: Path) -> list[str]:
+    """The file names in an index. They must be names inside the folder: an index of others could have any file read."""
+    places = fields.inner(fields.mapping(folder.read_json(root / INDEX), str(root / INDEX)), "weight_map")
+    names = sorted({fields.text(places, key) for key in places.values})
+    if not names:
+        raise ValueError(f"{root / INDEX}: weight_map is empty; expected the file of each tensor")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{root / INDEX}: weight_map names the file {fields.shown(name)}; expected a .safetensors file of this folder")
+        if not (root / name).is_file():
+            raise ValueError(f"{root / INDEX}: weight_map names {name}, which is not in the folder: download or save the model again")
+    return names
+
+
 def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
     for keys, what in ((missing, "lacks"), (unexpected, "has besides those of its family")):
         if keys:
             raise ValueError(f"{root}: the file {what} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
 
 
+def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
+    if tuple(piece.get_shape()) != tuple(leaf.shape):
+        raise ValueError(f"{root}: {key} has shape {list(piece.get_shape())}; config.json implies {list(leaf.shape)}")
+    if piece.get_dtype() not in FLOATS:
+        raise ValueError(f"{root}: {key} has dtype {piece.get_dtype()}; expected one of {', '.join(FLOATS)}: take the unquantised model")
+
+
 def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
-    tensor = file.get_tensor(key)
-    if tensor.shape != torch.Size(leaf.shape):
-        raise ValueError(f"{key} has shape {list(tensor.shape)}; config.json implies {list(leaf.shape)}")
     # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
-    return tensor.to(device=device, dtype=leaf.dtype, copy=True)
+    return file.get_tensor(key).to(device=device, dtype=leaf.dtype, copy=True)
 
 
 def abstract_of(model: Model, *, head: bool = False) -> Params:
@@ -198,20 +220,49 @@ def random(family: str, source: llama.Config | str | Path, *, seed: int, dtype: 
         if named != family:
             raise ValueError(f"{source} describes a {named} model, not {family}")
     cfg = replace(cfg, dtype=dtype)
+    _check_memory(MODELS[family].abstract(cfg, dtype=dtype), source)
     return Model(family, cfg, param.init(MODELS[family].abstract(cfg, dtype=dtype), seed=seed))
 
 
+def _check_memory(sizes: Params, source: object) -> None:
+    need, have = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.leaves(sizes)), memory_bytes()
+    if need > have:
+        raise ValueError(f"{source} describes a model of {need / 2**30:.1f} GiB; this machine has {have / 2**30:.1f} GiB of memory")
+
+
+def memory_bytes() -> int:
+    """The memory of this machine; without a bound where the system does not tell."""
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return math.prod(os.sysconf(name) for name in names) if hasattr(os, "sysconf") else sys.maxsize
+
+
 def generation_config(path_or_id: str | Path) -> dict:
-    """The generation_config.json of a local folder, {} where there is none: what `save` takes to hand it on."""
+    """The generation_config.json of a local folder, {} where there is none: what `save` takes to hand it on.
+
+    Raises ValueError for ids that are none; other fields are the business of whoever generates with them.
+    """
     file = Path(path_or_id) / "generation_config.json"
-    return folder.read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    named = fields.mapping(folder.read_json(file), str(file))
+    for name in ("bos_token_id", "pad_token_id"):
+        fields.integer(named, name, default=None, null=True)
+    _end_ids(named)
+    return named.values
+
+
+def _end_ids(named: Fields) -> tuple[int, ...]:
+    """The ids of `eos_token_id`, one or a list."""
+    if isinstance(named.values.get("eos_token_id"), list):
+        return fields.integers(named, "eos_token_id", least=0)
+    one = fields.integer(named, "eos_token_id", default=None, null=True, least=0)
+    return () if one is None else (one,)
 
 
 def stop_ids(path_or_id: str | Path, tokenizer) -> list[int]:
     """Ids that end an answer: those of generation_config.json, and the tokenizer's end-of-sequence token."""
-    named = generation_config(path_or_id).get("eos_token_id")
-    ids = [] if named is None else named if isinstance(named, list) else [named]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    named = fields.mapping(generation_config(path_or_id), "generation_config.json")
+    return sorted({*_end_ids(named), tokenizer.eos_token_id} - {None})
 
 
 def save(

@@ -1,6 +1,8 @@
 """The llama family: Llama 2 and 3, SmolLM, and Mistral with its sliding window."""
 
-from treetune.models import dense
+from treetune.core import fields
+from treetune.core.fields import Fields
+from treetune.models import dense, hf_config
 from treetune.models.dense import Config, Llama3Rope
 
 HF_TYPES = ("llama", "mistral")
@@ -26,14 +28,21 @@ read = dense.read
 widen = dense.widen
 
 
-def config(hf: dict) -> Config:
+DEFAULTS = {"llama": hf_config.Defaults(None, 2048), "mistral": hf_config.Defaults(8, 131072)}
+
+
+def config(hf: Fields) -> Config:
     """The sizes in a Hugging Face config.json of a llama or mistral model.
 
     Raises ValueError for a feature that this family does not compute, naming it.
     """
-    dense.refuse(hf, attention_bias=False, mlp_bias=False, hidden_act="silu", pretraining_tp=1)
-    # A mistral config.json without the field means the class default; null means no window.
-    return dense.config_base(hf, window=hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None)
+    kind = fields.text(hf, "model_type", choices=HF_TYPES)
+    if kind == "llama":
+        hf_config.check_full(hf, switch=False)
+        return hf_config.read(hf, DEFAULTS[kind])
+    window = hf_config.window(hf, 4096)
+    hf_config.check_layers(hf, "full_attention" if window is None else "sliding_attention")
+    return hf_config.read(hf, DEFAULTS[kind], window=window)
 
 
 def to_hf(cfg: Config) -> dict:
@@ -41,7 +50,7 @@ def to_hf(cfg: Config) -> dict:
     mistral = cfg.window is not None
     extra = {"sliding_window": cfg.window} if mistral else {"attention_bias": False, "mlp_bias": False}
     names = ("mistral", "MistralForCausalLM") if mistral else ("llama", "LlamaForCausalLM")
-    return dense.hf_base(cfg) | extra | {"model_type": names[0], "architectures": [names[1]]}
+    return hf_config.to_hf(cfg) | extra | {"model_type": names[0], "architectures": [names[1]]}
 
 
 __all__ = ["HF_KEYS", "HF_TYPES", "Config", "Llama3Rope", "abstract", "config", "forward", "head", "read", "to_hf", "widen"]

@@ -1,6 +1,7 @@
 """The qwen2 family (Qwen 2 and 2.5): llama with biases on the query, key and value projections."""
 
-from treetune.models import dense, llama
+from treetune.core.fields import Fields
+from treetune.models import dense, hf_config, llama
 from treetune.models.dense import Config
 
 HF_TYPES = ("qwen2",)
@@ -13,12 +14,12 @@ read = dense.read
 widen = dense.widen
 
 
-def config(hf: dict) -> Config:
+def config(hf: Fields) -> Config:
     """The sizes in a Hugging Face config.json of a qwen2 model; a sliding window that is switched on is refused."""
-    dense.refuse(hf, use_sliding_window=False, hidden_act="silu")
-    return dense.config_base(hf, qkv_bias=True)
+    hf_config.check_full(hf, switch=True)
+    return hf_config.read(hf, hf_config.Defaults(32, 32768), qkv_bias=True)
 
 
 def to_hf(cfg: Config) -> dict:
     """The config.json of a model of this family (inverse of `config`)."""
-    return dense.hf_base(cfg) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+    return hf_config.to_hf(cfg) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}

@@ -1,6 +1,7 @@
 """The qwen3 family: llama with RMSNorm on each query and key head, and a head dim of its own."""
 
-from treetune.models import dense, llama
+from treetune.core.fields import Fields
+from treetune.models import dense, hf_config, llama
 from treetune.models.dense import Config
 
 HF_TYPES = ("qwen3",)
@@ -13,13 +14,13 @@ read = dense.read
 widen = dense.widen
 
 
-def config(hf: dict) -> Config:
+def config(hf: Fields) -> Config:
     """The sizes in a Hugging Face config.json of a qwen3 model; biases and a sliding window are refused."""
-    dense.refuse(hf, attention_bias=False, use_sliding_window=False, hidden_act="silu")
-    return dense.config_base(hf, qk_norm=True)
+    hf_config.check_full(hf, switch=True)
+    return hf_config.read(hf, hf_config.Defaults(32, 32768, head_dim=128), qk_norm=True)
 
 
 def to_hf(cfg: Config) -> dict:
     """The config.json of a model of this family (inverse of `config`)."""
     extra = {"attention_bias": False, "use_sliding_window": False}
-    return dense.hf_base(cfg) | extra | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    return hf_config.to_hf(cfg) | extra | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}

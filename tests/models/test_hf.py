@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_wrong_configs_are_refused(oracle, tmp_path):
     with pytest.raises(ValueError, match="line 3"):
         hf.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 3}')
-    with pytest.raises(ValueError, match="no hidden_size"):
+    with pytest.raises(ValueError, match="num_attention_heads must be a whole number.*got nothing"):
         hf.load(tmp_path)
 
 
@@ -271,3 +272,76 @@ def test_generation_config_and_stop_ids(oracle, tmp_path, words):
     assert hf.generation_config(tmp_path) == {}
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["eos_token_id"] == words.eos_token_id and config["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("ids", ["2", 1.5, True, -1, [2, "3"], [2, None], {"id": 2}, 2**70])
+def test_end_ids_of_another_type_are_refused(tmp_path, words, ids):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": "warm"}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be"):
+        hf.stop_ids(tmp_path, words)
+
+
+def test_other_generation_options_are_handed_on_as_they_are(tmp_path, words):
+    found = {"eos_token_id": None, "do_sample": False, "temperature": 0.9, "made_up": [1]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(found))
+    assert hf.generation_config(tmp_path) == found
+    assert hf.stop_ids(tmp_path, words) == [words.eos_token_id]
+
+
+INDEXES = {
+    "metadata only": ({"metadata": {}}, "weight_map must be a mapping"),
+    "a list": ({"weight_map": ["a"]}, "weight_map must be a mapping"),
+    "empty": ({"weight_map": {}}, "weight_map is empty"),
+    "a number": ({"weight_map": {"lm_head.weight": 3}}, r"weight_map: lm_head\.weight must be a text"),
+    "above": ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "expected a .safetensors file of this folder"),
+    "elsewhere": ({"weight_map": {"lm_head.weight": "/etc/model.safetensors"}}, "expected a .safetensors file of this folder"),
+    "below": ({"weight_map": {"lm_head.weight": "sub/model.safetensors"}}, "expected a .safetensors file of this folder"),
+    "another kind": ({"weight_map": {"lm_head.weight": "config.json"}}, "expected a .safetensors file of this folder"),
+    "not there": ({"weight_map": {"lm_head.weight": "model-00002.safetensors"}}, "which is not in the folder"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_names_files_of_its_folder(oracle, tmp_path, case):
+    index, message = INDEXES[case]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((oracle("llama")[1] / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(oracle("llama")[1] / hf.SINGLE)
+    (tmp_path / "model" / hf.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.load(tmp_path / "model")
+    assert str(tmp_path / "model" / hf.INDEX) in str(caught.value)
+
+
+def test_weights_of_another_kind_are_refused(oracle, tmp_path):
+    path = oracle("llama")[1]
+    whole = load_file(path / hf.SINGLE)
+    with pytest.raises(ValueError, match="lm_head.weight has dtype I64"):
+        hf.load(edited(path, tmp_path, tensors={"lm_head.weight": whole["lm_head.weight"].long()}))
+    index = {"weight_map": {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}}
+    (tmp_path / hf.SINGLE).unlink()
+    (tmp_path / hf.INDEX).write_text(json.dumps(index))
+    save_file(whole, tmp_path / "a.safetensors")
+    save_file({"lm_head.weight": whole["lm_head.weight"] + 1}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors has the tensor lm_head.weight, which another file"):
+        hf.load(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="b.safetensors cannot be read as safetensors"):
+        hf.load(tmp_path)
+
+
+def test_links_of_the_hub_cache_are_followed(oracle, tmp_path):
+    path = oracle("llama")[1]
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    for number, file in enumerate(path.iterdir()):
+        (tmp_path / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (tmp_path / "snapshots" / file.name).symlink_to(Path("..") / "blobs" / str(number))
+    assert torch.equal(hf.load(tmp_path / "snapshots").params["norm"], hf.load(path).params["norm"])
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_made(oracle, tmp_path):
+    config = json.loads((oracle("llama")[1] / "config.json").read_text()) | {"vocab_size": 2**23, "hidden_size": 2**19}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 8, "num_hidden_layers": 1000}))
+    with pytest.raises(ValueError, match="GiB; this machine has"):
+        hf.random("llama", tmp_path, seed=0)

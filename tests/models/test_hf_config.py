@@ -1,0 +1,161 @@
+"""config.json field by field: what is computed equals transformers, what is not known is refused by name, wrong types are one line."""
+
+import json
+
+import pytest
+import torch
+
+from treetune.models import dense, hf
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture
+def edited(oracle, tmp_path):
+    """edited(kind, fields) -> a folder with the weights of a tiny model and these fields in its config.json; ... removes a field."""
+
+    def make(kind: str, changes: dict):
+        source = oracle(kind)[1]
+        config = json.loads((source / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+        if not (tmp_path / hf.SINGLE).exists():
+            (tmp_path / hf.SINGLE).symlink_to(source / hf.SINGLE)
+        return tmp_path
+
+    return make
+
+
+def expected_logits(path, ids):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids[None]).logits[0]
+
+
+ACCEPTED = [
+    ("llama", {"rope_theta": 500.0, "rope_parameters": ...}),
+    ("llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_theta": 7.0}),
+    ("llama", {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "rope_parameters": ..., "rope_theta": 1000}),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1000.0}}),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1e3, "original_max_position_embeddings": 64}, "max_position_embeddings": 128}),
+    ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 0.1}),
+    ("llama", {"rms_norm_eps": ...}),
+    ("llama", {"hidden_act": "swish"}),
+    ("llama", {"head_dim": ...}),
+    ("llama", {"head_dim": None, "pretraining_tp": 2, "attention_dropout": 0.1, "use_cache": False}),
+    ("llama", {"layer_types": ["full_attention"] * 2}),
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}),
+    ("llama", {"num_experts": None, "logits_scaling": 0, "moe_layers": []}),
+    ("mistral", {"sliding_window": 3}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": ...}),
+    ("mistral", {"layer_types": ["sliding_attention"] * 2}),
+    ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
+    ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2, "layer_types": ...}),
+    ("qwen3", {"max_window_layers": 0, "layer_types": None}),
+]
+
+
+@pytest.mark.parametrize("kind,changes", ACCEPTED)
+def test_what_is_accepted_has_the_logits_of_transformers(edited, documents, kind, changes):
+    path, ids = edited(kind, changes), torch.tensor(documents[1])
+    ours = hf.load(path)
+    torch.testing.assert_close(dense.probe(ours.params, ids, ours.cfg), expected_logits(path, ids), atol=1e-4, rtol=0)
+
+
+CHANGES_THE_FUNCTION = [
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"hidden_act": "gelu"}),
+    ("llama", {"is_causal": False}),
+    ("llama", {"is_causal": None}),
+    ("llama", {"sliding_window": 4}),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("llama", {"layer_types": ["full_attention"]}),
+    ("llama", {"partial_rotary_factor": 0.5}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    ("llama", {"attn_logit_softcapping": 50.0}),
+    ("llama", {"final_logit_softcapping": 30.0}),
+    ("llama", {"query_pre_attn_scalar": 256}),
+    ("llama", {"logits_scaling": 8.0}),
+    ("llama", {"residual_multiplier": 0.2}),
+    ("llama", {"embedding_multiplier": 12.0}),
+    ("llama", {"num_experts": 8}),
+    ("llama", {"num_local_experts": 8}),
+    ("llama", {"no_rope_layers": [1, 0]}),
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}),
+    ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    ("llama", {"quantization": {"group_size": 64, "bits": 4}}),
+    ("llama", {"text_config": {"hidden_size": 8}}),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}),
+    ("qwen3", {"attention_bias": True}),
+    ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 4}}),
+]
+
+
+@pytest.mark.parametrize("kind,changes", CHANGES_THE_FUNCTION)
+def test_what_changes_the_function_is_refused_by_name(edited, kind, changes):
+    path = edited(kind, changes)
+    with pytest.raises(ValueError) as caught:
+        hf.read_config(path / "config.json")
+    assert str(path / "config.json") in str(caught.value) and any(name in str(caught.value) for name in changes)
+
+
+WRONG = [
+    ("rms_norm_eps", None), ("rms_norm_eps", "1e-6"), ("rms_norm_eps", -1.0), ("rms_norm_eps", 7.0), ("rms_norm_eps", 1e400),
+    ("max_position_embeddings", None), ("max_position_embeddings", 0), ("num_key_value_heads", 3), ("num_key_value_heads", 0),
+    ("head_dim", 7), ("head_dim", 0), ("head_dim", 8.0), ("hidden_size", 34), ("num_hidden_layers", 10**9), ("vocab_size", 10**12),
+    ("hidden_size", True), ("hidden_size", [32]), ("rope_scaling", "linear"), ("rope_scaling", 3), ("rope_scaling", {"type": 4}),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("rope_theta", 0), ("rope_theta", "10000"), ("rope_theta", None),
+    ("rope_parameters", {"rope_type": None}), ("rope_parameters", LLAMA3 | {"high_freq_factor": 1.0}),
+    ("rope_parameters", LLAMA3 | {"factor": None}), ("rope_parameters", LLAMA3 | {"original_max_position_embeddings": 0}),
+    ("tie_word_embeddings", None), ("tie_word_embeddings", "yes"), ("initializer_range", -0.1), ("model_type", "gpt2"),
+    ("model_type", None), ("model_type", ["llama"]), ("layer_types", "full_attention"), ("hidden_act", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,value", WRONG)
+def test_wrong_values_are_one_line_with_file_and_field(edited, name, value):
+    path = edited("llama", {"rope_parameters": ..., "head_dim": ...} | {name: value})
+    with pytest.raises(ValueError) as caught:
+        hf.read_config(path / "config.json")
+    message = str(caught.value)
+    assert str(path / "config.json") in message and name in message and "\n" not in message
+
+
+def test_windows_of_another_type(edited):
+    with pytest.raises(ValueError, match="sliding_window must be a whole number"):
+        hf.read_config(edited("mistral", {"sliding_window": "4096"}) / "config.json")
+
+
+def test_a_missing_size_is_named(edited):
+    with pytest.raises(ValueError, match="intermediate_size must be a whole number.*got nothing"):
+        hf.read_config(edited("llama", {"intermediate_size": ...}) / "config.json")
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[]", "holds a list"),
+        ("{", "not valid JSON at line 1"),
+        ('{"model_type": "llama", "model_type": "qwen2"}', "names the field model_type twice"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.read_config(tmp_path / "config.json")
+    assert str(tmp_path / "config.json") in str(caught.value)
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        hf.read_config(tmp_path / "config.json")
