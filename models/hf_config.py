@@ -15,9 +15,10 @@ WITHOUT_EFFECT = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash", "_flash_attn_2_enabled",
     "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "is_decoder", "is_llama_config", "label2id",
-    "max_sequence_length", "max_window_layers", "model_max_length", "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "seq_length", "task_specific_params", "tie_last_hidden_states", "tokenizer_class",
-    "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "max_sequence_length", "max_window_layers", "model_max_length", "name_or_path", "num_labels", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "seq_length", "task_specific_params",
+    "tie_last_hidden_states", "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
     # generation options of older files, which transformers leaves to generation_config.json
     "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty",
