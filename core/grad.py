@@ -10,23 +10,27 @@ from treetune.core import shard, tree
 
 
 def value_and_grad(fn: Callable) -> Callable:
-    """Turn `fn(params, *args) -> (value, aux)` into `(params, *args) -> ((value, aux), grads)`.
+    """Turn `fn(params, *args) -> (value, aux)` into `(params, *args, into=None) -> ((value, aux), grads)`.
 
-    Built on torch.autograd.grad, because torch.func.grad fails under activation checkpointing and with ctx-style
-    autograd functions. Leaves that `fn` does not use get zero gradients. The value comes back detached; gradients may be
-    changed in place: each is contiguous and has memory of its own.
+    Built on torch.autograd.backward over detached leaves, because torch.func.grad fails under activation checkpointing and
+    with ctx-style autograd functions. Leaves that `fn` does not use get zero gradients. The value comes back detached;
+    gradients may be changed in place: each is contiguous and has memory of its own.
+
+    into: gradients of the same tree, in the dtypes of params, to which the new ones are added in place. Each is added as it
+    arrives, so two whole trees of gradients never exist at once.
     """
 
-    def wrapped(params, *args):
+    def wrapped(params, *args, into=None):
         tracked = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
         with torch.enable_grad():
             value, aux = fn(tracked, *args)
         leaves = tree.leaves(tracked)
+        for leaf, total in zip(leaves, [None] * len(leaves) if into is None else tree.leaves(into), strict=True):
+            leaf.grad = total
         if value.requires_grad:
-            flat = _own(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
-        else:
-            flat = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-        grads = iter(flat)
+            torch.autograd.backward(value, inputs=leaves)
+        flat = [torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad for leaf in leaves]
+        grads = iter(_own(flat))
         return (value.detach(), aux), tree.map(lambda _: next(grads), params)
 
     return wrapped

@@ -42,12 +42,16 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _accumulate(total: Params | None, grads: Params) -> Params:
-    """total += grads in fp32, in place from the second micro-batch on."""
+def _accumulate(gradient: Callable, total: Params | None, params: Params, *args) -> tuple[tuple, Params]:
+    """(value, metrics) of a micro-batch, and total += its gradient in fp32, in place from the second micro-batch on."""
+    wide = all(leaf.dtype in (torch.float32, torch.float64) for leaf in tree.leaves(params))
+    found, grads = gradient(params, *args, into=total if wide else None)
+    if wide:
+        return found, grads
     if total is None:
-        return tree.map(lambda g: g if g.dtype in (torch.float32, torch.float64) else g.float(), grads)
+        return found, tree.map(lambda g: g if g.dtype in (torch.float32, torch.float64) else g.float(), grads)
     tree.map(lambda t, g: shard.local(t).add_(shard.local(g)), total, grads)
-    return total
+    return found, total
 
 
 def _sum_plain(grads: Params, mesh: DeviceMesh | None) -> Params:
@@ -121,8 +125,8 @@ def make_step(
         denominators = totals(objective, micro_batches, mesh)
         loss, grads, collected = None, None, []
         for micro in micro_batches:
-            (value, metrics), new = gradient(state.params, state.frozen, *_pair(micro), denominators)
-            loss, grads = value if loss is None else loss + value, _accumulate(grads, new)
+            (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *_pair(micro), denominators)
+            loss = value if loss is None else loss + value
             collected.append(metrics)
         loss, grads = shard.all_sum([loss], mesh)[0], _sum_plain(grads, mesh)
         squares, lr = square_norms(grads, mesh), schedule(state.step)

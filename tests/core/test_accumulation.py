@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.core import optim, step, tree
 from treetune.core.grad import value_and_grad
@@ -123,3 +124,41 @@ def test_padding_at_the_tail_changes_nothing(model, objective, documents, batch)
     want, got = (_gradients(objective(base), {"model": base.params}, {}, [cut]) for cut in (short, long))
     _assert_equal(got[0], want[0], 1e-12)
     assert got[1]["num_tokens"] == want[1]["num_tokens"] == sum(len(doc.tokens) for doc in docs)
+
+
+class _Scaled(torch.autograd.Function):
+    """x * w, whose backward looks how many gradients of leaves that it made before are still there."""
+
+    @staticmethod
+    def forward(ctx, x, w, made, alive):
+        ctx.save_for_backward(x, w)
+        ctx.made, ctx.alive = made, alive
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        ctx.alive.append(sum(not ref.expired() for ref in ctx.made))
+        grad = g * x
+        ctx.made.append(StorageWeakRef(grad.untyped_storage()))
+        return g * w, grad, None, None
+
+
+def test_gradients_of_later_micro_batches_are_added_as_they_arrive():
+    """Two whole trees of gradients never exist at once: of the new ones at most the one that was just made does."""
+    params, made, alive = {"layers": [torch.full((4,), 1.0 + i) for i in range(8)]}, [], []
+
+    def fn(params, x):
+        for w in params["layers"]:
+            x = _Scaled.apply(x, w, made, alive)
+        return x.sum(), None
+
+    gradient = value_and_grad(fn)
+    _, first = gradient(params, torch.ones(4))
+    assert max(alive) == 7  # those of the first micro-batch are the sum
+    expected = [leaf * 3 for leaf in tree.leaves(first)]
+    made.clear(), alive.clear()
+    _, total = gradient(params, torch.full((4,), 2.0), into=first)
+    assert max(alive) <= 1
+    assert all(torch.equal(got, want) for got, want in zip(tree.leaves(total), expected, strict=True))
+    assert all(got is old for got, old in zip(tree.leaves(total), tree.leaves(first), strict=True)), "in place"
