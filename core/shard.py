@@ -6,8 +6,9 @@ once a step; fully sharded training (ZeRO-3) shards every leaf on the data axis 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,59 @@ def distribute(leaf: Tensor, device_mesh: DeviceMesh, where: tuple) -> Tensor:
 
 def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back."""
-    if distributed(leaf):
-        from torch.distributed.tensor import Partial, Replicate
+    if not distributed(leaf):
+        return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
+    from torch.distributed.tensor import Partial, Replicate
 
-        whole = [Replicate()] * leaf.device_mesh.ndim
-        leaf = leaf.redistribute(placements=whole).to_local(grad_placements=[Partial()] * len(whole))
-    return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
+    axes = [Replicate()] * leaf.device_mesh.ndim
+    whole = leaf.redistribute(placements=axes).to_local(grad_placements=[Partial()] * len(axes))
+    whole = whole if dtype is None or whole.dtype == dtype else whole.to(dtype)
+    if _gathered:
+        _gathered[-1][whole.untyped_storage().data_ptr()] = (whole, leaf.detach())
+    return whole
+
+
+# Of the innermost `gathering_again`: {address: (whole leaf, its shards)}. It holds the whole leaves, so that no address is used twice.
+_gathered: list[dict[int, tuple[Tensor, Tensor]]] = []
+
+
+@contextlib.contextmanager
+def gathering_again(params: Params) -> Iterator[None]:
+    """Inside, whole leaves that `gather` makes of sharded `params` are not kept for the backward pass, which gathers them once more.
+
+    Without it a model that is not rematerialised would be whole on every rank by the end of its forward pass.
+    """
+    if not torch.is_grad_enabled() or not any(sharded(leaf) for leaf in tree.leaves(params)):
+        yield
+        return
+    _gathered.append({})
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_without_whole, _with_whole):
+            yield
+    finally:
+        _gathered.pop()
+
+
+class _Again(NamedTuple):
+    """A view of a whole leaf, as its shards and the view's geometry."""
+
+    leaf: Tensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _without_whole(kept: Tensor) -> Tensor | _Again:
+    entry = None if distributed(kept) else _gathered[-1].get(kept.untyped_storage().data_ptr())
+    return kept if entry is None else _Again(entry[1], kept.dtype, tuple(kept.shape), kept.stride(), kept.storage_offset())
+
+
+def _with_whole(kept: Tensor | _Again) -> Tensor:
+    if not isinstance(kept, _Again):
+        return kept
+    with torch.no_grad():
+        return gather(kept.leaf, kept.dtype).as_strided(kept.shape, kept.stride, kept.offset)
 
 
 def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:

@@ -4,6 +4,7 @@ T stream tokens, D hidden, H heads, K key/value heads, d head dim, F mlp width, 
 x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each, rotary positions, grouped keys and values, SwiGLU.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ def forward(
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
             features[index] = x
-        x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared)
+        with contextlib.nullcontext() if remat else shard.gathering_again(layer):
+            x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared)
     if len(weights["layers"]) in collect:
         features[len(weights["layers"])] = x
     hidden = rms_norm.rms_norm(x, shard.gather(weights["norm"], cfg.dtype), eps=cfg.norm_eps)

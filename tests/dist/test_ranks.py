@@ -115,6 +115,14 @@ def test_full_sharding_keeps_a_part_of_each_leaf(runs):
     assert abs(zero["full"] - one["full"]) < 0.05 * zero["none"]
 
 
+@pytest.mark.parametrize("trains", TRAINS)
+def test_whole_layers_do_not_wait_for_the_backward_pass(runs, trains):
+    """They are gathered again, without rematerialisation too: at most the adapter's small sides and the last norm are kept."""
+    for rank in _ranks(runs):
+        made, alive = rank["alive"][trains]
+        assert made >= 18 and alive <= 1, (made, alive)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
     zero, one = (rank["bad"][mode] for rank in _ranks(runs))

@@ -13,6 +13,7 @@ from pathlib import Path
 import scene
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.cli import setup
 from treetune.core import ckpt, observe, shard, tree
@@ -39,7 +40,28 @@ def train(folder: Path, ranks: setup.Ranks) -> None:
                 write(folder / f"{name}.loaded.safetensors", both)
     local = {mode: tree.bytes(tree.map(shard.local, scene.start(base, "full", ranks, mode)[0].params)) for mode in MODES}
     bad = {mode: poison(base, ranks, mode) for mode in MODES}
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"bytes": local, "bad": bad}))
+    alive = {trains: whole_alive(base, trains, ranks) for trains in scene.TRAINS}
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"bytes": local, "bad": bad, "alive": alive}))
+
+
+def whole_alive(base, trains: str, ranks: setup.Ranks) -> tuple[int, int]:
+    """How many whole leaves of layers a forward pass makes on sharded weights, and how many of them wait for the backward pass."""
+    state, placed = scene.start(base, trains, ranks, "full")
+    gathered, gather = [], shard.gather
+
+    def watched(leaf, dtype=None):
+        out = gather(leaf, dtype)
+        if shard.distributed(leaf) and scene.VOCAB not in leaf.shape:
+            gathered.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    shard.gather = watched
+    params = tree.map(lambda leaf: leaf.detach().requires_grad_(), state.params)
+    terms, _ = scene.objective(base, placed).terms(params, state.frozen, *scene.micro_batches(0, ranks.rank, ranks.world)[0])
+    shard.gather = gather
+    alive = sum(not ref.expired() for ref in gathered)
+    sum(terms.values()).backward()
+    return len(gathered), alive
 
 
 def poison(base, ranks: setup.Ranks, sharding: str) -> dict:
