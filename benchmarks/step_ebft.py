@@ -37,7 +37,7 @@ def documents(folder: str, steps: int) -> list[list[int]]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import configs, ebft_options, ebft_strided, setup, training
+    from treetune.cli import configs, ebft_options, ebft_strided, rundir, setup, training
     from treetune.cli.options import AdapterOptions, ModelOptions, RunOptions
     from treetune.cli.screen import Screen
 
@@ -63,7 +63,8 @@ def ours(args: argparse.Namespace) -> dict:
     def load(on: torch.device):
         return setup.load_model(config.model, on=on)[0]
 
-    made = training.assemble("ebft", config, frozenset(), ebft_strided.chosen(config.ebft), load, Screen(quiet=True), ranks)
+    run = rundir.RunDir(folder / "run", None)
+    made = training.assemble(run, config, frozenset(), ebft_strided.chosen(config.ebft), load, Screen(quiet=True), ranks)
     job, state, times, blocks = made.job, made.state, [], 0
     for i, (micro_batches, _) in zip(range(args.steps), job.batches(job.start), strict=False):
         if i == 1:

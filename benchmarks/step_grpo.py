@@ -43,7 +43,7 @@ def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     import torch
 
-    from treetune.cli import configs, grpo, rl_options, setup
+    from treetune.cli import configs, grpo, rl_options, rundir, setup
     from treetune.cli.options import AdapterOptions, ModelOptions, RunOptions
     from treetune.cli.screen import Screen
 
@@ -61,7 +61,9 @@ def ours(args: argparse.Namespace) -> dict:
         run=RunOptions(output_dir=tempfile.mkdtemp()),
     )
     ranks, times, tokens = setup.Ranks(0, 1, None), [], []
-    made = grpo.assemble(config, grpo.GRPO, Screen(quiet=True), ranks, torch.device("cpu"))
+    made = grpo.assemble(
+        rundir.RunDir(Path(config.run.output_dir), None), config, grpo.GRPO, Screen(quiet=True), ranks, torch.device("cpu")
+    )
     job, state = made.assembly.job, made.assembly.state
     for i in range(args.steps):
         if i == 1:

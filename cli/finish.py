@@ -8,7 +8,7 @@ import torch
 
 from treetune.cli import prompts, report, rundir, setup
 from treetune.cli.screen import Screen, clock
-from treetune.core import lora, shard, tree
+from treetune.core import drafts, lora, shard, tree
 from treetune.core.data import chat, instruction, strides
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
@@ -100,7 +100,12 @@ def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
 
 def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained: Params):
     path = made.where.root / ("model" if used is None else "adapter")
-    write_trained(config, made.trees, made.tokenizer, model, used, trained, path)
+    part = drafts.name(path)
+    try:
+        write_trained(config, made.trees, made.tokenizer, model, used, trained, part)
+        rundir.replace(part, path)
+    finally:
+        drafts.delete(part)
     return path
 
 

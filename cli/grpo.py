@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import corpus, finish, loop, online, parse, rewarding, rl_data, rollouts, rundir, samplers, setup, training
+from treetune.cli import corpus, finish, loop, online, rewarding, rl_data, rollouts, rundir, samplers, setup, sharing, training
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.rl_options import PipelineOptions
@@ -77,25 +77,23 @@ def run(config: Any, given: frozenset[str]) -> int:
 
 def train(config: Any, task: Task) -> int:
     """Train and leave a run folder; the exit code."""
-    with checking_input():
-        on = setup.device(config.model.device)
-        ranks = setup.ranks(on)
-        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=task.method.shown)
-        made = assemble(config, task, screen, ranks, on)
-    try:
+    with contextlib.ExitStack() as held:
+        with checking_input():
+            on = setup.device(config.model.device)
+            ranks = setup.ranks(on)
+            screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=task.method.shown)
+            where = held.enter_context(rundir.hold(task.name, config, share=partial(sharing.share, ranks)))
+            made = assemble(where, config, task, screen, ranks, on)
+            held.callback(made.close)
         return _train(config, made, screen, ranks)
-    finally:
-        made.close()
 
 
 def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
     main = made.assembly
     with checking_input():
         sampler = finish.sampler(config, main)
-    setup.wait_for_all(ranks)  # every rank has looked at the folder before one makes it
-    if ranks.rank == 0:
-        with checking_input():
-            rundir.create(main.where, parse.to_yaml(config, without=("resume", "overwrite")), overwrite=config.run.overwrite)
+        setup.wait_for_all(ranks)  # every rank has read what it resumes from
+        sharing.share(ranks, partial(training.create, config, main))
     screen.table("", describe(config, made, ranks))
     with running(main.where.root):
         made.start(main.state)
@@ -142,9 +140,8 @@ def _functions(
 GRPO = Task("grpo", online.METHOD, _read, _functions)
 
 
-def assemble(config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
-    """All of a run's parts from its options; writes nothing. What it starts (workers, a server) is stopped if it fails."""
-    where = rundir.choose(task.name, config.run)
+def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
+    """All of a run's parts from its options and its folder; writes nothing. What it starts (workers, a server) is stopped if it fails."""
     start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     data = task.read(config, words.tokenizer)

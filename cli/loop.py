@@ -112,6 +112,8 @@ class _Loop:
         known = record["train/loss"] != 0 and self.job.roll is None  # a hinge at 0, or rewards that are all the same, teach nothing
         if record["step"] == 2 and record["dead_leaves"] and known:
             self._require_alive(state)
+        if self.job.rank == 0:
+            rundir.settle(self.run)
         self.screen.step(record, eta_s)
         self.tell_health()
         self._watchdog(record)

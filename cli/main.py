@@ -68,7 +68,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, parse
+    from treetune.cli import checks, configs, guard, parse
 
     try:
         if command not in COMMANDS:
@@ -77,6 +77,7 @@ def _run(command: str, argv: list[str]) -> int:
         parsed, given = parse.parse(command, getattr(configs, config), argv)
         with checking_input():
             checks.check(parsed, given)
+            guard.check(parsed, parse.config_file(argv))
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
     except BadInput as error:
         print(f"treetune: error: {' '.join(str(error).split())}", file=sys.stderr)

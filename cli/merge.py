@@ -75,8 +75,6 @@ def run(config: Merge, given: frozenset[str]) -> int:
     """Merge, compare, save; the exit code."""
     screen, output = Screen(), Path(config.output)
     with checking_input():
-        if output.exists():
-            raise ValueError(f"{output} exists; name a folder that does not")
         options = setup.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
         options = options if config.model is None else setup.renamed(options, config.model)
         tokenizer = setup.load_tokenizer(options, config.adapter, say=screen.line)

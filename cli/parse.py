@@ -78,6 +78,11 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
+def config_file(argv: list[str]) -> str | None:
+    """The file that --config names."""
+    return _take_config(argv)[1]
+
+
 def nearest(word: str, known: list[str]) -> str:
     """ " (did you mean X?)" for the closest known word, or nothing when none is close."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from treetune.cli import corpus, parse, report, rundir, setup
+from treetune.cli import corpus, guard, parse, report, rundir, setup
 from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
 from treetune.cli.options import SAMPLES
@@ -22,7 +22,9 @@ from treetune.core.data.spans import Doc
 BINS, BAR = 12, 40
 STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}
 COLOURS = report.STYLE + ".bad { background: #fecaca }\n"
-PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title><style>{{ style }}</style>
+PAGE = (
+    guard.PAGE
+    + """<title>{{ name }}</title><style>{{ style }}</style>
 <h1>{{ name }}</h1>
 <table>{% for key, value in rows.items() %}<tr><th align="left">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Lengths</h2><pre>{{ histogram }}</pre>
@@ -32,6 +34,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title><style>{
 {% for title, tokens in parts %}{% if title %}<p>{{ title }}</p>{% endif %}
 <pre>{% for text, kind in tokens %}<span class="{{ kind }}">{{ text }}</span>{% endfor %}</pre>
 {% endfor %}{% endfor %}"""
+)
 Part = tuple[str, list[tuple[str, str]]]  # a title, and tokens as (text, how they are shown)
 
 
@@ -156,6 +159,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
             )
         rows = summary(docs, config) | ({"by role": by_role(reports)} if kind.read is None else {})
         if config.html:
+            guard.require_own(Path(config.html), guard.PAGE, "--html")
             rundir.write(Path(config.html), page(config, docs, tokenizer, rows))
     for line in lines:
         screen.line(line)

@@ -10,7 +10,7 @@ import torch
 
 from treetune.cli import custom_rollout, parse, rewarding, rl_data, rollouts, rundir, setup
 from treetune.cli.configs import Rollout
-from treetune.cli.errors import BadInput, checking_input
+from treetune.cli.errors import checking_input
 from treetune.cli.rl_checks import VLLM_ONLY
 from treetune.cli.screen import Screen
 from treetune.core.rollout import stats
@@ -24,8 +24,6 @@ def run(config: Rollout, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         parse.refuse_ignored(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
-        if config.output is not None and Path(config.output).exists():
-            raise BadInput(f"{config.output} exists: give --output another name, or remove it")
         options = setup.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         data = rl_data.load(config.data, tokenizer, seed=config.seed)
@@ -79,11 +77,10 @@ def _report(config: Rollout, groups: list[Group], screen: Screen) -> int:
             screen.line(f"  [{said or 'no reward'}{'' if one.stopped else ', cut off'}] {one.text.strip()}")
     if config.output is not None:
         with checking_input():
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            rundir.write(Path(config.output), "".join(_record(group, names) for group in groups))
+            saved = rundir.write_new(Path(config.output), "".join(_record(group, names) for group in groups))
     found = stats.metrics(groups, names, weights)
     rows = {name: f"{value:.4f}" for name, value in found.items() if value == value}
-    screen.table("", rows | ({"saved": config.output} if config.output else {}))
+    screen.table("", rows | ({"saved": str(saved)} if config.output else {}))
     if found["completions/clipped_ratio"] > 0.8:
         screen.warn("most completions were cut off before they ended: raise --max-completion-length")
     if found["frac_reward_zero_std"] == 1:

@@ -1,14 +1,22 @@
-"""The folder of a run: where it is, what may be in it, and what a resumed run starts from."""
+"""The folder of a run: where it is, who has it, what may be in it, and what a resumed run starts from.
 
+One process has a run folder at a time (`hold`). A run that is overwritten steps aside into a draft inside the folder and goes once the new
+one has made its first step (`settle`); until then a failure, or the next process after a crash, puts it back.
+"""
+
+import contextlib
 import json
 import os
 import re
-import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from treetune.cli import guard, marker
 from treetune.cli.options import RunOptions
-from treetune.core import ckpt, observe
+from treetune.core import ckpt, drafts, lock, observe, owned
+
+RUNS = Path("runs")
 
 
 class RunDir(NamedTuple):
@@ -33,64 +41,211 @@ class RunDir(NamedTuple):
         return self.root / "samples.jsonl"
 
 
-def _numbered(command: str) -> list[Path]:
-    found = Path("runs").glob(f"{command}-*") if Path("runs").is_dir() else []
-    return sorted((path for path in found if re.fullmatch(rf"{command}-\d+", path.name)), key=lambda path: int(path.name.split("-")[-1]))
+@contextlib.contextmanager
+def hold(command: str, config: Any, *, share: Callable[[Callable], Any] = lambda take: take()) -> Iterator[RunDir]:
+    """The run folder for these options, made if need be and held against other processes; left as it was unless `create` is called.
 
-
-def choose(command: str, options: RunOptions) -> RunDir:
-    """The run folder for these options; nothing is written yet.
-
-    Raises ValueError when there is no such checkpoint, or when the folder already holds files that may not be replaced.
+    share(take) calls `take` on one rank and gives all ranks what it returns or raises. Raises ValueError when there is no such checkpoint,
+    when the folder holds files that may not be replaced, and when another process has it, with its host and number.
     """
-    if options.resume not in (None, "auto"):
-        return _from_checkpoint(Path(options.resume), options)
-    old = _numbered(command)
+    with contextlib.ExitStack() as stack:
+        yield share(lambda: _take(command, config, stack))
+
+
+def _take(command: str, config: Any, stack: contextlib.ExitStack) -> RunDir:
+    options = config.run
+    root = _root(command, options)
+    if root is None:
+        root = _next(command, stack)
+    elif _sound(root):
+        lock.check(root)
+        _choose(root, config)
+    _make(root, stack)
+    stack.callback(lock.Lock(root).release)
+    _recover(root)
+    run = _choose(root, config)
+    stack.callback(_put_back, root)
+    return run
+
+
+def _root(command: str, options: RunOptions) -> Path | None:
+    """The folder that the options name, or None for the next free one."""
+    if options.output_dir:
+        return Path(options.output_dir)
     if options.resume == "auto":
-        root = Path(options.output_dir) if options.output_dir else (old[-1] if old else Path("runs") / f"{command}-001")
-        found = ckpt.steps(root / "checkpoints")
-        if not found and _holds_files(root) and not _is_run(root):
-            raise ValueError(f"{root} holds files and no run to resume; name another folder")
-        return RunDir(root, found[-1] if found else None)
+        old = _numbered(command)
+        return old[-1] if old else RUNS / f"{command}-001"
+    if options.resume is not None:
+        ckpt.read_meta(Path(options.resume))
+        return _shorter(Path(options.resume).resolve().parent.parent)
+    return None
+
+
+def _shorter(path: Path) -> Path:
+    """The path as seen from the working folder, if it is below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else path
+
+
+def _numbered(command: str) -> list[Path]:
+    found = RUNS.glob(f"{command}-*") if RUNS.is_dir() else []
+    return sorted((path for path in found if re.fullmatch(rf"{command}-[0-9]+", path.name)), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _next(command: str, stack: contextlib.ExitStack) -> Path:
+    """The next free folder, which this process makes: of several at once, each gets another."""
+    _make(RUNS, stack)
+    old = _numbered(command)
     number = int(old[-1].name.split("-")[-1]) + 1 if old else 1
-    root = Path(options.output_dir) if options.output_dir else Path("runs") / f"{command}-{number:03d}"
-    if options.overwrite and _holds_files(root) and not _is_run(root):
-        raise ValueError(f"{root} was not made by treetune (it has no config.yaml); not deleting it")
-    if not options.overwrite and _holds_files(root):
+    while True:
+        root = RUNS / f"{command}-{number:03d}"
+        try:
+            root.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        stack.callback(_unmake, root)
+        return root
+
+
+def _make(path: Path, stack: contextlib.ExitStack) -> None:
+    """Make a folder and its parents; those that are still empty at the end go again."""
+    for folder in reversed([path, *path.parents]):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            stack.callback(_unmake, folder)
+
+
+def _unmake(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _sound(root: Path) -> bool:
+    """Whether a folder is not in the middle of being overwritten, so that it can be judged before it is held."""
+    return not any(one.kind == marker.PREVIOUS for one in drafts.inside(root))
+
+
+def _choose(root: Path, config: Any) -> RunDir:
+    """What to do in a folder. Raises ValueError where it holds files that the options do not cover."""
+    options = config.run
+    guard.check_run(config)
+    if options.resume not in (None, "auto"):
+        return _from_checkpoint(Path(options.resume), root)
+    if options.resume == "auto":
+        if marker.holds_files(root) and marker.read(root) is None:
+            raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
+        found = ckpt.steps(root / "checkpoints")
+        return RunDir(root, found[-1] if found else None)
+    if not options.overwrite and marker.holds_files(root):
         raise ValueError(f"{root} already holds files; continue it with --resume auto, replace it with --overwrite, or name another folder")
     return RunDir(root, None)
 
 
-def _from_checkpoint(path: Path, options: RunOptions) -> RunDir:
+def _from_checkpoint(path: Path, root: Path) -> RunDir:
     """Continue from a named checkpoint, in the run that it belongs to or in a new folder."""
     ckpt.read_meta(path)
     home = path.resolve().parent.parent
-    root = Path(options.output_dir) if options.output_dir else home
-    if root.resolve() != home and _holds_files(root):
+    if root.resolve() != home and marker.holds_files(root):
         raise ValueError(f"{root} already holds files and {path} is not of that run; name another --output-dir, or leave it out")
-    if root == home and not _is_run(home):
+    if root.resolve() == home and (path.resolve().parent.name != "checkpoints" or marker.read(home) is None):
         raise ValueError(f"{path} does not lie in a run folder; give --output-dir")
     return RunDir(root, path)
 
 
-def _holds_files(root: Path) -> bool:
-    return root.exists() and any(root.iterdir())
+def create(run: RunDir, config: str, *, makes: tuple[str, ...]) -> None:
+    """Mark the folder as that of a run, which makes these of `marker.RESULTS`, and write the resolved config.
 
-
-def _is_run(root: Path) -> bool:
-    return (root / "config.yaml").exists()
-
-
-def create(run: RunDir, config: str, *, overwrite: bool) -> None:
-    """Make the folder and write the resolved config; an old run is deleted only when that was asked for."""
-    if run.resume is None and overwrite and run.root.exists():
-        shutil.rmtree(run.root)
-    run.root.mkdir(parents=True, exist_ok=True)
+    A run that was there and is not resumed steps aside.
+    """
+    old = marker.read(run.root)
+    if old is not None and run.resume is None:
+        _set_aside(run.root, old)
+        old = None
+    if old is None or old.run == "":  # new, or of a version before
+        marker.write(run.root, marker.new(makes))
     write(run.root / "config.yaml", config)
     run.checkpoints.mkdir(exist_ok=True)
-    if run.resume is None:  # a run that died before its first checkpoint may have left some
-        run.metrics.unlink(missing_ok=True)
-        run.samples.unlink(missing_ok=True)
+
+
+def _set_aside(root: Path, old: marker.Marker) -> None:
+    """Move what a run made into a draft inside its folder, the marker first: see `_bring_back` for what a crash leaves."""
+    aside = drafts.name(root / "run", marker.PREVIOUS)
+    aside.mkdir()
+    for name in marker.names(old):
+        if os.path.lexists(root / name):
+            os.rename(root / name, aside / name)
+
+
+def settle(run: RunDir) -> None:
+    """Delete the run that stepped aside: the new one has begun well."""
+    for one in _previous(run.root):
+        gone = drafts.name(run.root / "run", drafts.GONE)
+        os.rename(one.path, gone)
+        drafts.delete(gone)
+
+
+def _previous(root: Path) -> list[drafts.Draft]:
+    return [one for one in drafts.inside(root) if one.kind == marker.PREVIOUS]
+
+
+def _put_back(root: Path) -> None:
+    """Put back a run that stepped aside for one that did not begin."""
+    for one in _previous(root):
+        _bring_back(root, one.path)
+
+
+def _bring_back(root: Path, aside: Path) -> None:
+    """Delete what the new run made and give the old one its names; may be called again after a crash at any moment.
+
+    A marker in the folder is the new run's: the old one leaves first and comes back last. Without a marker, all there is the old run's.
+    """
+    if any(aside.iterdir()):
+        new = marker.read(root) if marker.marked(root) else None
+        for name in reversed(marker.names(new)) if new is not None else ():
+            _clear(root / name)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == marker.NAME):
+            _merge(path, root / path.name)
+    with contextlib.suppress(OSError):
+        aside.rmdir()
+
+
+def _clear(path: Path) -> None:
+    """Delete one of the names that a run makes."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif path.name in ("checkpoints", "engine"):
+        for inner in path.iterdir():
+            owned.remove(inner, owned.CHECKPOINT if path.name == "checkpoints" else owned.MODEL)
+        _unmake(path)
+    else:
+        owned.remove(path, owned.MODEL)
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Rename, into a folder of that name where something foreign kept one."""
+    if source.is_dir() and target.is_dir():
+        for path in source.iterdir():
+            _merge(path, target / path.name)
+        source.rmdir()
+    else:
+        os.rename(source, target)
+
+
+def _recover(root: Path) -> None:
+    """Undo what a killed process left half done in a folder that this one holds, and delete its drafts."""
+    _put_back(root)
+    ckpt.recover(root / "checkpoints")
+    for folder in (root, root / "engine"):
+        owned.restore(folder, owned.MODEL, held=True)
+        for one in drafts.inside(folder):
+            own = one.name in (marker.NAME, *marker.FILES, *marker.RESULTS, "run") or folder != root
+            if one.kind != marker.PREVIOUS and drafts.abandoned(one, held=own):
+                drafts.delete(one.path)
+
+
+def replace(part: Path, path: Path) -> None:
+    """Give a finished result of a run its name, in place of an earlier one."""
+    owned.replace(part, path, owned.MODEL)
 
 
 def rewind(run: RunDir, step: int) -> list[dict]:
@@ -101,7 +256,7 @@ def rewind(run: RunDir, step: int) -> list[dict]:
         )  # an answer at `step` was the ending, which comes again
     for later in ckpt.steps(run.checkpoints):
         if int(later.name.removeprefix("step_")) > step:
-            shutil.rmtree(later)
+            ckpt.remove(later)
     best = run.root / "best.json"
     if best.exists() and not (run.checkpoints / json.loads(best.read_text())["checkpoint"]).exists():
         best.unlink()
@@ -110,9 +265,37 @@ def rewind(run: RunDir, step: int) -> list[dict]:
 
 def write(path: Path, text: str) -> None:
     """Write a small file in one piece: it is either the old or the new one at any moment."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    drafts.write(path, text)
+
+
+def write_new(path: Path, text: str) -> Path:
+    """Write a file where there is none; one that has appeared meanwhile stays, and this one gets the next free name. The path written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drafts.sweep(path.parent)
+    draft = drafts.name(path)
+    try:
+        drafts.write(draft, text)
+        return _link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _link(draft: Path, path: Path) -> Path:
+    """A second name for a draft: `path`, or one with a number, never that of another file."""
+    number, target = 1, path
+    while True:
+        try:
+            os.link(draft, target)
+            return target
+        except FileExistsError:
+            number += 1
+            target = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        except OSError:  # a file system without links
+            if not os.path.lexists(target):
+                os.rename(draft, target)
+                return target
+            number += 1
+            target = path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def append(path: Path, record: dict) -> None:

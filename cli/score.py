@@ -68,8 +68,7 @@ def run(config: Score, given: frozenset[str]) -> int:
     ending = {"speed": f"{tokens / seconds:.0f} tokens/s, peak memory {peak_memory_gib(on):.1f} GiB"}
     if config.output is not None:
         with checking_input():
-            _write(Path(config.output), parts, found)
-        ending["saved"] = config.output
+            ending["saved"] = str(_write(Path(config.output), parts, found))
     screen.table("", {"model": setup.pair_name(options, path)} | ending)
     return 0
 
@@ -81,8 +80,6 @@ def _named(config: Score) -> tuple[ModelOptions, str | None]:
         raise ValueError("nothing to score with: name a reward model, or a run folder that holds one")
     if not config.data:
         raise ValueError("nothing to score: give --data at least one file or data set")
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"{config.output} exists: give --output another name, or remove it")
     if path is None and (setup.adapter_folder(name) / adapter.CONFIG).is_file():
         name, path = None, name
     elif name is not None and not (Path(name) / "config.json").exists() and (Path(name) / "model").is_dir():
@@ -271,14 +268,13 @@ def _of_steps(part: Part, values: list[list[float]]) -> dict[str, str]:
     return out | {"accuracy": f"{fmean(hit for _, hit in right):.4f} ({', '.join(parts)})"}
 
 
-def _write(path: Path, parts: list[Part], found: list[list[list[float]]]) -> None:
-    """A line per scored row: the row as it was, with its scores."""
+def _write(path: Path, parts: list[Part], found: list[list[list[float]]]) -> Path:
+    """A line per scored row: the row as it was, with its scores. The path written."""
     lines = []
     for part, values in zip(parts, found, strict=True):
         rows = dict(zip(part.rows.numbers, part.rows.rows, strict=True))
         lines += [_record(rows[doc.row], part.format, value) for doc, value in zip(part.docs, values, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+    return rundir.write_new(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
 
 
 def _record(row: dict, name: str, value: list[float]) -> dict:

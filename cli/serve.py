@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from treetune.cli import fetch, setup
+from treetune.cli import fetch, guard, rundir, setup
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options import ModelName
 from treetune.cli.screen import Screen
@@ -58,7 +58,8 @@ def model_folder(options: ModelName, *, say: Callable[[str], None]) -> Path:
     place = fetch.home() / "models" / f"{found.stem}-{digest}"
     if not (place / "config.json").is_file():
         say(f"writing {found} as a model folder to {place}")
-        hf.save(place, gguf.load(found, dtype=torch.float32), tokenizer=gguf.tokenizer(found))
+        with fetch.once(place):
+            hf.save(place, gguf.load(found, dtype=torch.float32), tokenizer=gguf.tokenizer(found))
     return place
 
 
@@ -179,6 +180,8 @@ def run(config: Serve, given: frozenset[str]) -> int:
         if config.host not in LOOPBACK:
             screen.warn(f"listening on {config.host}: whoever reaches port {config.port} can sample and load adapters, without a password")
         screen.line(f"starting vLLM on {place}; its output goes to {log}")
+        if config.log and not log.exists():
+            rundir.write_new(log, guard.LOG)
         try:
             server = Server(command, host=config.host, port=config.port, log=log, deadline_s=config.start_timeout)
         except RuntimeError as error:

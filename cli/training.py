@@ -1,12 +1,13 @@
 """What all training commands share: checks, assembly of a job from options, the run, and what is left at its end."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import corpus, finish, loop, parse, precompute, rundir, setup
+from treetune.cli import corpus, finish, loop, parse, precompute, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
@@ -149,10 +150,9 @@ def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict, pr
 
 
 def assemble(
-    command: str, config: Any, given: frozenset[str], method: methods.Method, load_model, screen: Screen, ranks: setup.Ranks
+    where: rundir.RunDir, config: Any, given: frozenset[str], method: methods.Method, load_model, screen: Screen, ranks: setup.Ranks
 ) -> Assembly:
-    """All of a run's parts from its options; reads everything, writes nothing."""
-    where = rundir.choose(command, config.run)
+    """All of a run's parts from its options and its folder; reads everything, writes nothing."""
     has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
     start = config.adapter.lora_model_dir if has_adapter else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
@@ -256,17 +256,26 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
 def train(command: str, config: Any, given: frozenset[str], method: methods.Method, load_model=None) -> int:
     """A whole run; returns the exit code. `load_model(device) -> Model`, if not simply the one that the options name."""
     load_model = load_model or (lambda on: setup.load_model(config.model, on=on)[0])
-    with checking_input():
-        on = setup.device(config.model.device)
-        ranks = setup.ranks(on)
-        screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=method.shown)
-        made = assemble(command, config, given, method, load_model, screen, ranks)
-        sampler = finish.sampler(config, made)
-    setup.wait_for_all(ranks)  # every rank has looked at the folder before one makes it
-    if ranks.rank == 0:
+    with contextlib.ExitStack() as held:
         with checking_input():
-            described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is
-            rundir.create(made.where, described, overwrite=config.run.overwrite)
+            on = setup.device(config.model.device)
+            ranks = setup.ranks(on)
+            screen = Screen(quiet=ranks.rank > 0, every=config.run.logging_steps, shown=method.shown)
+            where = held.enter_context(rundir.hold(command, config, share=partial(sharing.share, ranks)))
+            made = assemble(where, config, given, method, load_model, screen, ranks)
+            sampler = finish.sampler(config, made)
+            setup.wait_for_all(ranks)  # every rank has read what it resumes from
+            sharing.share(ranks, partial(create, config, made))
+        return _train(config, made, sampler, screen, ranks)
+
+
+def create(config: Any, made: Assembly) -> None:
+    """Begin the run in its folder."""
+    described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is
+    rundir.create(made.where, described, makes=("model" if made.trees.lora is None else "adapter",))
+
+
+def _train(config: Any, made: Assembly, sampler: Callable, screen: Screen, ranks: setup.Ranks) -> int:
     screen.table("", describe(config, made, ranks))
     with running(made.where.root):
         sampler(made.state, "before", screen)

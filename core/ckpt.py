@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import fields, manifest, shard, tree
+from treetune.core import drafts, fields, manifest, owned, shard, tree
 from treetune.core.state import Params, TrainState
 
 FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
@@ -46,11 +46,10 @@ def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
 
     step = int(state.step)
     tensors = _collect(state, keep=rank == 0)
-    path = Path(root) / f"step_{step:06d}"
+    path = Path(root) / name(step)
     if rank == 0:
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft = drafts.name(path)
         try:
-            shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             save_file(tensors, draft / "state.safetensors")
             (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
@@ -77,14 +76,14 @@ def commit(draft: Path, path: Path) -> None:
     for file in draft.iterdir():
         fsync(file)
     fsync(draft)
-    if path.exists():
-        old = path.with_name(f".{path.name}.old.{os.getpid()}")
-        path.rename(old)
-        draft.rename(path)
-        shutil.rmtree(old)
-    else:
-        draft.rename(path)
+    owned.replace(draft, path, owned.CHECKPOINT)
     fsync(path.parent)
+
+
+def recover(root: Path) -> None:
+    """Put back a checkpoint that a crash left without its name, and delete drafts. Only who has the run's folder may call it."""
+    owned.restore(root, owned.CHECKPOINT, held=True)
+    drafts.sweep(root, held=True)
 
 
 def fsync(path: Path) -> None:
@@ -174,24 +173,36 @@ def _as_leaf(value: Tensor, like: Tensor) -> Tensor:
     return value.clone()
 
 
+def name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step_{step:06d}"
+
+
 def steps(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count."""
+    """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count, nor do names that no save writes."""
     return [path for path in _numbered(root) if (path / "state.json").is_file()]
 
 
 def _numbered(root: Path) -> list[Path]:
     found = Path(root).glob("step_*") if Path(root).is_dir() else []
-    named = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+    numbers = {path: int(path.name.removeprefix("step_")) for path in found if re.fullmatch(r"step_[0-9]+", path.name)}
+    return sorted((path for path, number in numbers.items() if path.name == name(number)), key=numbers.get)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: its own files, and the folder when nothing else is in it. A link stays, and what it leads to."""
+    owned.remove(path, owned.CHECKPOINT)
 
 
 def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Path]:
-    """Delete all but the newest `keep` (at least 1) checkpoints and the best one, and drafts that a crash left; returns what went."""
-    for draft in Path(root).glob(".step_*"):
-        shutil.rmtree(draft, ignore_errors=True)
+    """Delete all but the newest `keep` (at least 1) checkpoints and the best one, and drafts that a crash left; returns what went.
+
+    Only who has the run's folder may call it.
+    """
+    recover(Path(root))
     found = steps(root)
     old = [] if keep is None else found[: -max(keep, 1)]
     gone = [path for path in old if best is None or path.name != best.name]
     for path in gone:
-        shutil.rmtree(path)
+        remove(path)
     return gone

@@ -4,34 +4,44 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from treetune.core import manifest
+from treetune.core import drafts, manifest
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and is removed when it does not.
 
-    A folder that is already at `path` is replaced as a whole, and stays as it was when the block fails.
+    Nothing is ever replaced: raises ValueError when there is anything at `path` but an empty folder.
     """
     path = Path(path).absolute()
+    require_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    drafts.sweep(path.parent)
+    part = drafts.name(path)
+    part.mkdir()
     try:
-        part.chmod(0o777 & ~_umask())
         yield part
         manifest.write(part)
         for file in part.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             _flush(file)
-        _replace(part, path)
+        require_free(path)
+        os.rename(part, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def require_free(path: Path) -> None:
+    """Raise ValueError where there is anything at `path` but an empty folder."""
+    if path.is_symlink() or path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a {'link' if path.is_symlink() else 'file'}; name a folder that does not exist")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} already holds files: name a folder that does not exist, or move it away")
 
 
 def _umask() -> int:
@@ -46,21 +56,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _replace(part: Path, path: Path) -> None:
-    """Rename `part` to `path`; a folder cannot be renamed over a full one, so that one steps aside first and returns on failure."""
-    if not path.exists():
-        os.rename(part, path)
-        return
-    aside = path.parent / f"{part.name}.old"
-    os.rename(path, aside)
-    try:
-        os.rename(part, path)
-    except OSError:
-        os.rename(aside, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict:

@@ -21,7 +21,10 @@ ALLOWED = {
     "core/rollout": {"treetune.core", "httpx", "numpy", "tenacity", "torch"},
     "models": {
         "torch", "treetune.models", "treetune.ops",
-        *(f"treetune.core.{name}" for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest")),
+        *(
+            f"treetune.core.{name}"
+            for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts")
+        ),
     },
     "losses": {
         "torch", "treetune.core.state", "treetune.core.check",

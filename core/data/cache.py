@@ -11,21 +11,24 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import time
-import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from treetune.core import ckpt
+from treetune.core import ckpt, drafts, owned
 from treetune.core.data import columns, files
 
-HEADER, TEMPORARY = "header.json", ".writing-"
+HEADER = "header.json"
+ENTRY = re.compile(rf"{HEADER}|.+\.npy")  # the files of an entry
 LIBRARIES = ("transformers", "tokenizers", "jinja2")  # a new version may render or tokenise differently
 TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy", "do_lower_case")
+# What versions before left of an interrupted write.
+EARLIER = re.compile(r"\.writing-([0-9a-f]{64}|broken)-[0-9a-f]{32}")
 STALE_S = 24 * 3600
 CHUNK_BYTES = 1 << 24
 
@@ -86,7 +89,7 @@ def save(root: str | Path, key: str, docs: Sequence, report: object = None) -> P
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
-    temporary = root / f"{TEMPORARY}{key}-{uuid.uuid4().hex}"
+    temporary = drafts.name(root / key)
     temporary.mkdir()
     try:
         _write(temporary, docs, report)
@@ -121,12 +124,11 @@ def _publish(temporary: Path, folder: Path) -> Path:
                 raise
         if _sound(folder):
             return folder
-        broken = folder.with_name(f"{TEMPORARY}broken-{uuid.uuid4().hex}")
         try:
-            os.rename(folder, broken)
+            if not owned.remove(folder, ENTRY):
+                raise OSError(f"{folder} is damaged and holds files that are not of this cache: move it away")
         except FileNotFoundError:
             continue  # another process has moved it
-        shutil.rmtree(broken, ignore_errors=True)
     raise OSError(f"{folder} cannot be replaced: other processes keep writing it")
 
 
@@ -159,12 +161,10 @@ def _checksum(path: Path) -> int:
 
 def _sweep(root: Path) -> None:
     """Remove what killed processes have left behind."""
-    for path in root.glob(f"{TEMPORARY}*"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE_S:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
-            pass  # its own process has just finished with it
+    drafts.sweep(root)
+    for path in root.glob(".writing-*"):
+        if EARLIER.fullmatch(path.name) and not owned.foreign(path, ENTRY) and time.time() - path.stat().st_mtime > STALE_S:
+            drafts.delete(path)
 
 
 def _plain(value: object, where: str) -> object:

@@ -7,7 +7,6 @@ must be the trainer's. Two things are asked of them:
   so bits that stay while the trainer moves are a sync that was lost, however small the move. A move below RESOLUTION tells nothing.
 """
 
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from treetune.core import check
+from treetune.core import check, drafts, owned
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import Client, Lost, Unreachable
 from treetune.core.state import Params
@@ -168,7 +167,7 @@ class Adapters:
 
     def _drop(self, version: int) -> None:
         self.client.unload_adapter(self.name(version))
-        shutil.rmtree(self.folder(version), ignore_errors=True)
+        owned.remove(self.folder(version), owned.MODEL)
 
 
 class Weights:
@@ -210,7 +209,7 @@ class Weights:
             self.server.restart(self.command(folder))
         verdict = self.canary.check(self.model, version, expected)
         if self.kept not in (None, folder):
-            shutil.rmtree(self.kept, ignore_errors=True)
+            owned.remove(self.kept, owned.MODEL)
         self.kept = folder
         return verdict
 
@@ -221,14 +220,15 @@ class Weights:
 
 def write(folder: Path, save: Save) -> None:
     """`save` into a folder that appears whole or not at all, in place of one of that name."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = drafts.name(folder)
     part.parent.mkdir(parents=True, exist_ok=True)
-    save(part)
-    if not part.is_dir() or not any(part.iterdir()):
-        raise ValueError(f"save({part}) wrote nothing there; it must write the files of an adapter or a model into that folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        save(part)
+        if not part.is_dir() or not any(part.iterdir()):
+            raise ValueError(f"save({part}) wrote nothing there; it must write the files of an adapter or a model into that folder")
+        owned.replace(part, folder, owned.MODEL)
+    finally:
+        drafts.delete(part)
 
 
 def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) -> T:

@@ -90,7 +90,7 @@ CASES = {
     "resume and overwrite": lambda t, d: (sft(t, "--resume", "auto", "--overwrite"), "resume or overwrite"),
     "output is a file": lambda t, d: (sft(t, "--output-dir", text(d, "out", "x")), "out"),
     "output is not empty": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent), "out already holds", "--overwrite"),
-    "output is not ours": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent, "--overwrite"), "not deleting it"),
+    "output is not ours": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent, "--overwrite"), "not made by"),
     "resume in a foreign folder": lambda t, d: (sft(t, "--output-dir", text(d, "out/notes.txt", "x").parent, "--resume", "auto"), "no run"),
     "info of nothing": lambda t, d: (["info", "nope"], "nope is not a folder"),
     "fetch of nothing": lambda t, d: (["fetch", "nope"], "nope is not a folder"),

@@ -11,7 +11,7 @@ from treetune.cli import configs, loop, parse, training
 from treetune.core import ckpt, manifest, observe
 from treetune.models import hf
 
-FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
+FILES = {".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
 VOID = {"meta"}
 
 

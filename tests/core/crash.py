@@ -1,7 +1,7 @@
 """Run by test_ckpt: save a checkpoint again and again, killed with signal 9 just before each thing that a save does to the disk.
 
 argv: folder, whether the killed save replaces a checkpoint of the same step. Prints a line of JSON per
-kill: the steps found and the values they hold, what `prune` left besides them, and whether the save came to its end before the kill.
+kill: the steps that `recover` leaves and the values they hold, drafts besides them, and whether the save came to its end before the kill.
 """
 
 import itertools
@@ -45,7 +45,8 @@ def killed_after(events: int, root: Path, again: bool) -> bool:
         fuse = [events]
         ckpt.fsync, shutil.rmtree = armed(ckpt.fsync, fuse), armed(shutil.rmtree, fuse)
         safetensors.torch.save_file = armed(safetensors.torch.save_file, fuse)
-        for name in ("mkdir", "rename", "write_text"):
+        os.rename = armed(os.rename, fuse)
+        for name in ("mkdir", "write_text"):
             setattr(Path, name, armed(getattr(Path, name), fuse))
         ckpt.save(root, state(10 if again else 20, 2.0), {"progress": {}})
         os._exit(0)
@@ -67,8 +68,8 @@ def main() -> None:
         for step in (5, 10):
             ckpt.save(root, state(step, 1.0), {"progress": {}})
         ended = not killed_after(events, root, again)
+        ckpt.recover(root)
         found = {path.name: held(path) for path in ckpt.steps(root)}
-        ckpt.prune(root, None)
         left = [path.name for path in root.iterdir() if path.name.startswith(".")]
         print(json.dumps({"ended": ended, "found": found, "left": left}), flush=True)
         if ended:

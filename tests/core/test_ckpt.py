@@ -136,10 +136,10 @@ KEPT = [(2, None, [3, 4]), (2, 1, [1, 3, 4]), (1, 4, [4]), (None, None, [1, 2, 3
 @pytest.mark.parametrize("keep, best, left", KEPT)
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     paths = {at: ckpt.save(tmp_path, _state(at=at), {}) for at in (1, 2, 3, 4)}
-    (tmp_path / ".step_000005.99").mkdir()
+    (tmp_path / ".step_000005.4194305").mkdir()  # a number that no process can have
     gone = ckpt.prune(tmp_path, keep, best=None if best is None else paths[best])
     assert ckpt.steps(tmp_path) == [paths[at] for at in left] and {*gone} == {*paths.values()} - {paths[at] for at in left}
-    assert not (tmp_path / ".step_000005.99").exists()
+    assert not (tmp_path / ".step_000005.4194305").exists()
 
 
 def test_saving_again_replaces(tmp_path):
@@ -161,12 +161,9 @@ def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path, mode)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) > 8 and lines[-1]["ended"] and lines[0]["found"] == OLD
     after = {"step_000005": [1.0], "step_000010": [2.0]} if mode == "again" else OLD | {"step_000020": [2.0]}
-    # Replacing a folder takes two renames: killed between them, that step alone is gone.
-    between = {"step_000005": [1.0]}
     found = [line["found"] for line in lines]
-    assert found[-1] == after and all(one in (OLD, after, between) for one in found)
-    assert found.count(between) == (1 if mode == "again" else 0)
-    assert all(line["left"] == [] for line in lines), "prune removes what a crash left"
+    assert found[-1] == after and all(one in (OLD, after) for one in found)
+    assert all(line["left"] == [] for line in lines), "recover removes what a crash left"
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):

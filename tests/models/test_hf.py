@@ -147,13 +147,11 @@ def test_a_tied_model_that_carries_its_head(oracle, tmp_path):
     assert not other.cfg.tied and torch.equal(other.params["lm_head"], embed + 1)
 
 
-def test_a_failed_save_leaves_the_previous_folder(oracle, tmp_path, monkeypatch):
+def test_a_save_replaces_nothing_and_a_failed_one_leaves_nothing(oracle, tmp_path, monkeypatch):
     import safetensors.torch
 
     _, path = oracle("llama")
     ours = hf.load(path)
-    hf.save(tmp_path / "saved", ours)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -162,12 +160,17 @@ def test_a_failed_save_leaves_the_previous_folder(oracle, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         hf.save(tmp_path / "saved", ours)
     monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "saved").mkdir()  # empty
+    hf.save(tmp_path / "saved", ours)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name, words in (("saved", "already holds files"), ("file", "is a file"), ("link", "is a link")):
+        with pytest.raises(ValueError, match=words):
+            hf.save(tmp_path / name, ours)
     assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
-    changed = ours._replace(params=tree.map(lambda leaf: leaf + 1, ours.params))
-    hf.save(tmp_path / "saved", changed)
-    assert torch.equal(hf.load(tmp_path / "saved").params["norm"], ours.params["norm"] + 1)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "link", "saved"]
 
 
 def test_random_models_depend_on_the_seed_alone(oracle):

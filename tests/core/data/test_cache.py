@@ -217,11 +217,29 @@ def test_a_killed_save_leaves_no_entry(at, tmp_path):
 
 
 def test_what_killed_processes_left_is_swept_after_a_day(tmp_path):
-    for name, age in (("old", 2 * 86400), ("new", 60)):
-        (tmp_path / f".writing-{name}").mkdir()
-        os.utime(tmp_path / f".writing-{name}", (time.time() - age,) * 2)
+    """Those of versions before, which named no process; what another program called alike stays."""
+    names = {"old": f".writing-{'a' * 64}-{'0' * 32}", "new": f".writing-{'b' * 64}-{'0' * 32}", "foreign": ".writing-letters"}
+    for name, age in (("old", 2 * 86400), ("new", 60), ("foreign", 2 * 86400)):
+        (tmp_path / names[name]).mkdir()
+        os.utime(tmp_path / names[name], (time.time() - age,) * 2)
     cache.save(tmp_path, "k", make_docs(2))
-    assert sorted(os.listdir(tmp_path)) == [".writing-new", "k"]
+    assert sorted(os.listdir(tmp_path)) == sorted([names["new"], names["foreign"], "k"])
+
+
+def test_what_a_killed_process_left_is_swept_at_once(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "6"], check=False)
+    assert os.listdir(tmp_path)
+    cache.save(tmp_path, "other", make_docs(2))
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_a_damaged_entry_with_a_foreign_file_is_not_deleted(tmp_path):
+    folder = cache.save(tmp_path, "k", make_docs(2))
+    (folder / "notes.txt").write_text("mine")
+    (folder / cache.HEADER).write_text("broken")
+    with pytest.raises(OSError, match="holds files that are not of this cache"):
+        cache.save(tmp_path, "k", make_docs(2))
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 # The key.

@@ -1,0 +1,117 @@
+"""Names of what is not finished: a file or folder that is written beside its place, or that is on its way out.
+
+`.NAME.HOST-BOOT-SPACE-PID-START-COUNT.KIND`, of the process that it belongs to. A draft of a process that has ended is nobody's and can go;
+one of a running process is never touched. Kinds: `draft` is being written, `old` makes room for a draft and comes back if that never
+gets its name, `gone` is being deleted.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from treetune.core import process
+
+DRAFT, OLD, GONE = "draft", "old", "gone"
+NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<boot>\w*)-(?P<space>\d*)-(?P<pid>\d+)-(?P<start>\d*)-\d+\.(?P<kind>[a-z]+)")
+# What versions before wrote: `.step_000100.PID`, `.step_000100.old.PID`, `.adapter.x1y2z3w4.part` and `.adapter.x1y2z3w4.part.old`.
+EARLIER = re.compile(
+    r"\.(?P<name>step_\d{6,}|config\.yaml|best\.json|report\.html)(?P<old>\.old)?\.(?P<pid>\d+)"
+    r"|\.(?P<folder>adapter|model)\.[a-z0-9_]{8}\.part(?P<aside>\.old)?|\.(?P<sync>(adapter|weights)-v\d{6,})\.part"
+)
+STALE_S = 7 * 24 * 3600  # of a draft from a machine that cannot be asked: nothing is written for so long
+LONGEST = 120  # characters of NAME, because the whole name has a limit too
+
+_count = itertools.count()
+
+
+class Draft(NamedTuple):
+    """A path with the name of a draft: the name it is for, its process (a host besides this one is known by its digest), and its kind."""
+
+    path: Path
+    name: str
+    owner: process.Process | int | None  # versions before wrote the number only, or nothing
+    kind: str
+
+
+def name(path: Path, kind: str = DRAFT) -> Path:
+    """A new name beside `path` for a draft of this process."""
+    one = process.own()
+    owner = f"{process.short(one.host)}-{one.boot}-{one.space}-{one.pid}-{one.start}"
+    whole = path.name if kind == OLD else path.name[:LONGEST]
+    return path.with_name(f".{whole}.{owner}-{next(_count)}.{kind}")
+
+
+def read(path: Path) -> Draft | None:
+    """What a path says of itself; None where it is no draft."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        return _earlier(path)
+    own = process.own()
+    host = own.host if match["host"] == process.short(own.host) else match["host"]
+    owner = process.Process(host, match["boot"], match["space"], int(match["pid"]), match["start"])
+    return Draft(path, match["name"], owner, match["kind"])
+
+
+def _earlier(path: Path) -> Draft | None:
+    match = EARLIER.fullmatch(path.name)
+    if match is None:
+        return None
+    kind = OLD if match["old"] or match["aside"] else DRAFT
+    return Draft(path, match["name"] or match["folder"] or match["sync"], int(match["pid"]) if match["pid"] else None, kind)
+
+
+def inside(folder: Path) -> Iterator[Draft]:
+    """The drafts in a folder; none where there is no folder."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (found := read(path)) is not None:
+            yield found
+
+
+def abandoned(one: Draft, *, held: bool = False) -> bool:
+    """Whether nobody will come back to a draft. `held`: nobody but this process may write here, so what it cannot ask has ended."""
+    if one.owner == process.own():
+        return False
+    if isinstance(one.owner, int):
+        return process.pid_ended(one.owner)
+    ended = None if one.owner is None else process.ended(one.owner)
+    return held or _age_s(one.path) > STALE_S if ended is None else ended
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def sweep(folder: Path, *, held: bool = False) -> None:
+    """Delete the abandoned drafts of a folder, and what was on its way out; what is old waits for its owner to put it back."""
+    for one in inside(folder):
+        if one.kind in (DRAFT, GONE) and abandoned(one, held=held):
+            delete(one.path)
+
+
+def delete(path: Path) -> None:
+    """Delete a draft, as far as the disk lets us: the next sweep comes back to it."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file in one piece: it is the old or the new one at any moment, and the new one is on the disk."""
+    draft = name(path)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

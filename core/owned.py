@@ -1,0 +1,108 @@
+"""What treetune made: the names that it writes in folders of its own, and deleting those and nothing else.
+
+A link, a file of another name, a folder where a file belongs: whatever a run did not make is foreign, and stays as it is.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from treetune.core import drafts
+
+MANIFEST = "treetune_manifest.json"
+CHECKPOINT = re.compile(rf"state\.safetensors|state\.json|{MANIFEST}")
+MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
+    r"(model|model-\d{5}-of-\d{5}|adapter_model)\.safetensors|model\.safetensors\.index\.json|(adapter_|generation_|tokenizer_)?config\.json"
+    r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"
+    rf"|vocab\.(json|txt)|merges\.txt|{MANIFEST}"
+)
+
+
+def foreign(folder: Path, names: re.Pattern) -> list[Path]:
+    """What is below a folder besides files whose names, relative to it, match, in order; the folder itself where it is a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder] if os.path.lexists(folder) else []
+    return [path for path in _below(folder) if not (_plain(path) and names.fullmatch(path.relative_to(folder).as_posix()))]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything that is no folder, and folders that are empty; links are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            inner = list(_below(path))
+            yield from inner or [path]
+        else:
+            yield path
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def remove(folder: Path, names: re.Pattern) -> bool:
+    """Delete the files below a folder whose names match, and the folder when nothing else is in it; whether it went.
+
+    Without anything foreign it loses its name first, so that a crash never leaves a part of it under that name.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not foreign(folder, names):
+        gone = drafts.name(folder, drafts.GONE)
+        os.rename(folder, gone)
+        drafts.delete(gone)
+        return True
+    others = set(foreign(folder, names))
+    for path in list(_below(folder)):
+        if path not in others:
+            path.unlink(missing_ok=True)
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+    return not folder.exists()
+
+
+def replace(new: Path, path: Path, names: re.Pattern) -> None:
+    """Give a finished folder the name `path`. A folder that is there steps aside, and what is foreign in it moves into the new one.
+
+    A crash in between leaves the old folder as a draft, which `restore` gives its name back.
+    """
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise FileExistsError(f"{path} is a {'link' if path.is_symlink() else 'file'} that treetune did not make: move it away")
+    old = drafts.name(path, drafts.OLD)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    _retire(old, path, names)
+
+
+def _retire(old: Path, path: Path, names: re.Pattern) -> None:
+    """Delete a folder that was replaced, after what is foreign in it has moved to the one at `path`."""
+    for other in foreign(old, names):
+        target = path / other.relative_to(old)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while os.path.lexists(target):
+            target = target.with_name(f"{target.name}.old")
+        os.rename(other, target)
+    drafts.delete(old)
+
+
+def restore(folder: Path, names: re.Pattern, *, held: bool = False) -> None:
+    """Finish what a crash cut short in `replace`: an old folder without a successor gets its name back, another one goes.
+
+    held: as for `drafts.abandoned`.
+    """
+    for one in drafts.inside(folder):
+        if one.kind == drafts.OLD and drafts.abandoned(one, held=held):
+            path = folder / one.name
+            if os.path.lexists(path):
+                _retire(one.path, path, names)
+            else:
+                os.rename(one.path, path)

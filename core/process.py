@@ -1,0 +1,87 @@
+"""Processes as files name them: a machine, a number, and the time of its start, which together no other process has."""
+
+import hashlib
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+
+
+class Process(NamedTuple):
+    """host: its name. boot: which start of that machine, "" where the system does not tell. space: whose process numbers these are
+    (containers have their own). start: of the process, in the system's ticks, "" where it does not tell."""  # fmt: skip
+
+    host: str
+    boot: str
+    space: str
+    pid: int
+    start: str
+
+
+def own() -> Process:
+    """This process."""
+    return Process(*_machine(), os.getpid(), _start(os.getpid()) or "")
+
+
+@cache
+def _machine() -> tuple[str, str, str]:
+    boot = _read(_PROC / "sys/kernel/random/boot_id").replace("-", "")[:8]
+    try:
+        space = os.readlink(_PROC / "self/ns/pid")
+    except OSError:
+        space = ""
+    return socket.gethostname(), boot, "".join(letter for letter in space if letter.isdigit())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _start(pid: int) -> str | None:
+    """When a process started; "" for one that has ended and waits to be noticed, None where the system does not tell."""
+    fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
+    if len(fields) < 20:
+        return None
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def ended(one: Process) -> bool | None:
+    """Whether a process has ended; None where this machine cannot know, because it ran on another or in another container."""
+    host, boot, space = _machine()
+    if one.host != host:
+        return None
+    if one.boot != boot:
+        return True
+    if one.space != space:
+        return None
+    start = _start(one.pid)
+    return not _runs(one.pid) if start is None else start != one.start
+
+
+def _runs(pid: int) -> bool:
+    if os.name == "nt":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def pid_ended(pid: int) -> bool:
+    """Whether no process of this number runs here: all that is known of files that name nothing else."""
+    start = _start(pid)
+    return not _runs(pid) if start is None else start == ""
+
+
+def short(host: str) -> str:
+    """A host's name as it stands in the names of files."""
+    return hashlib.sha256(host.encode()).hexdigest()[:8]
