@@ -1,65 +1,21 @@
 """What options may not say: values out of range, contradictions, and options that the command would ignore. Imports no torch."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from treetune.cli import ebft_checks, parse, preference_checks, rl_checks
+from treetune.cli import ebft_checks, parse, preference_checks, ranges, rl_checks
 from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
-
-
-class Range(NamedTuple):
-    """Values that an option may have, as a test and in words; a nan passes no test."""
-
-    holds: Callable[[float], bool]
-    words: str
-
-
-COUNT = Range(lambda x: x >= 1, "at least 1")
-POSITIVE = Range(lambda x: 0 < x < float("inf"), "a number above 0")
-NOT_NEGATIVE = Range(lambda x: 0 <= x < float("inf"), "a number from 0 up")
-BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number from 0 to below 1")
-BELOW_HALF = Range(lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5")
-SHARE = Range(lambda x: 0 < x <= 1, "a number above 0, at most 1")
-PART = Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")
-TENTH = Range(lambda x: 0.1 <= x < float("inf"), "a number from 0.1 up")
-ROWS = Range(lambda x: 0 <= x < 1 or x >= 1 and x == int(x), "a part below 1 or a whole number of rows")
-
-RANGES: dict[str, Range] = dict.fromkeys(
-    ("max_rows", "sequence_len", "lora_r", "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps",
-     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_patience",
-     "sample_tokens", "max_new_tokens", "num_samples", "dataset_processes", "streaming_multipack_buffer_size",
-     "ref_model_sync_steps", "num_generations", "max_completion_length", "max_prompt_len", "reward_num_workers", "num_prompts",
-     "steps_per_generation", "num_iterations", "prefetch_depth", "vllm_sync_interval", "streaming_min_groups", "reroll_max_groups",
-     "stride", "context_length", "generate_max_len", "n_samples_per_prompt"), COUNT,
-) | dict.fromkeys(
-    ("lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon", "loss_watchdog_threshold", "max_logit_diff",
-     "reward_timeout", "vllm_importance_sampling_cap", "repetition_penalty", "vllm_server_timeout", "sapo_tau_pos", "sapo_tau_neg",
-     "epsilon_high", "delta", "vllm_canary_tolerance", "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "discopop_tau",
-     "rpo_alpha"), POSITIVE,
-) | dict.fromkeys(
-    ("z_loss_coef", "neftune_noise_alpha", "weight_decay", "warmup_steps", "max_grad_norm", "temperature", "show", "beta",
-     "entropy_coef", "entropy_target", "entropy_coef_delta", "entropy_coef_max", "replay_buffer_size", "top_k",
-     "vllm_importance_sampling_min", "off_policy_mask_threshold", "num_completions_to_print", "center_rewards_coefficient", "orpo_alpha",
-     "simpo_gamma", "simpo_alpha", "cpo_alpha", "alignment_coef", "diversity_coef", "ce_coef", "rl_coef", "min_completion_prefix"),
-    NOT_NEGATIVE,
-) | dict.fromkeys(
-    ("lora_dropout", "label_smoothing", "min_p", "epsilon", "adam_beta1", "adam_beta2", "momentum"), BELOW_ONE
-) | dict.fromkeys(
-    ("warmup_ratio", "cosine_min_lr_ratio", "ref_model_mixup_alpha", "ld_alpha", "reroll_start_fraction",
-     "top_entropy_quantile"), PART
-) | {"top_p": SHARE, "vllm_gpu_memory_utilization": SHARE, "dpo_label_smoothing": BELOW_HALF, "val_set_size": ROWS,
-     "gt_length_multiplier": TENTH}  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:
     """Raise BadInput, one line, for options out of range, that contradict each other, or that this command would ignore."""
     values = parse.flatten(config)
     for name, value in values.items():
-        if name in RANGES and value is not None and not RANGES[name].holds(value):
-            raise BadInput(f"{name} must be {RANGES[name].words}, got {value}")
+        if wrong := ranges.outside(name, value):
+            raise BadInput(f"{name} {wrong}")
+    _check_pass(values)
     parse.refuse_ignored(given, _local_revision(values))
     if hasattr(config, "optim"):
         _contradictions(config)
@@ -71,6 +27,13 @@ def check(config: Any, given: frozenset[str]) -> None:
         parse.refuse_ignored(given, ebft_checks.ignored(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
+
+
+def _check_pass(values: dict[str, Any]) -> None:
+    """A forward pass holds micro_batch_size * sequence_len tokens."""
+    tokens = (values.get("micro_batch_size") or 1) * (values.get("sequence_len") or 1)
+    if tokens > ranges.TOKENS_MAX:
+        raise BadInput(f"micro_batch_size * sequence_len must be at most {ranges.TOKENS_MAX} tokens, got {tokens}: lower one of them")
 
 
 def _contradictions(config: Any) -> None:

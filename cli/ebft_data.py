@@ -13,7 +13,7 @@ import numpy as np
 
 from treetune.cli import checks, rl_data, serve
 from treetune.cli.ebft_options import EbftData
-from treetune.cli.parse import nearest
+from treetune.cli.names import nearest
 from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, sources, spans
 from treetune.core.data.prompts import Prompt
 

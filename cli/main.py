@@ -68,11 +68,11 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, guard, parse
+    from treetune.cli import checks, configs, guard, names, parse
 
     try:
         if command not in COMMANDS:
-            raise BadInput(f"unknown command {command!r}{parse.nearest(command, list(COMMANDS))}; see treetune --help")
+            raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
         module, config, _ = COMMANDS[command]
         parsed, given = parse.parse(command, getattr(configs, config), argv)
         with checking_input():

@@ -1,20 +1,20 @@
 """From a command line and a YAML file to a typed config; every mistake is one line and exit code 2.
 
-`--config run.yaml` is read first, flags win. Unknown keys and flags are errors that name the nearest known one.
+`--config run.yaml` is read first, flags win. The file's values become the config as they are (`cli/typed.py`), flags go through tyro.
 Importing this imports no torch.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import re
 import typing
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from treetune.cli import entries, names, typed, yaml_config
 from treetune.cli.errors import BadInput
+from treetune.cli.yaml_config import Written
 
 PAIRS = frozenset(
     {"special_tokens", "chat_template_kwargs", "generation_kwargs"}
@@ -35,31 +35,33 @@ def defaults(config: type) -> dict[str, Any]:
     return known
 
 
+def kinds(config: type) -> dict[str, Any]:
+    """{option: type} of a config class."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(config).items():
+        found |= kinds(kind) if dataclasses.is_dataclass(kind) else {name: kind}
+    return found
+
+
 def parse(command: str, config: type, argv: list[str]) -> Parsed:
     """The config, and the names of the options that the user set. `--help` prints and exits.
 
     A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option.
     """
     known = defaults(config)
+    _check_text(argv)
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
-    from_file = {key: value for key, value in (_read_yaml(path, known) if path else {}).items() if key not in given}
-    listed = {key: _listed(key, from_file[key], path) for key in LISTED & from_file.keys()}
-    args = [arg for key, value in from_file.items() if key not in LISTED for arg in _as_args(key, value, path, known[key])]
-    parsed = _with_listed(_run_tyro(command, config, args + argv), listed)
+    from_file = {key: value for key, value in _from_file(command, path, config, known).items() if key not in given}
+    parsed = _run_tyro(command, config, from_file, argv)
     values = flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != known[key]})
 
 
-def _listed(key: str, value: Any, path: str | None) -> tuple[dict, ...]:
-    """A list of mappings, each with a `path`."""
-    if not isinstance(value, list) or not all(isinstance(item, dict) and ("path" in item or "data_files" in item) for item in value):
-        raise BadInput(f"{path}: {key} must be a list of mappings with a path each, such as `- path: rows.jsonl`")
-    return tuple(value)
-
-
-def _with_listed(parsed: Any, listed: dict[str, tuple]) -> Any:
-    return dataclasses.replace(parsed, data=dataclasses.replace(parsed.data, **listed)) if listed else parsed
+def _check_text(argv: list[str]) -> None:
+    for arg in argv:
+        if any("\ud800" <= char <= "\udfff" for char in arg):
+            raise BadInput(f"the argument {arg.encode('utf-8', 'backslashreplace').decode()} is not UTF-8 text")
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -83,12 +85,6 @@ def config_file(argv: list[str]) -> str | None:
     return _take_config(argv)[1]
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """ " (did you mean X?)" for the closest known word, or nothing when none is close."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
 def _flags(command: str, argv: list[str], known: dict) -> set[str]:
     """Names of the options given as flags; an unknown or repeated one is an error."""
     given: set[str] = set()
@@ -99,9 +95,7 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
         name = flag[2:].replace("-", "_")
         name = name.removeprefix("no_") if name not in known else name
         if name not in known:
-            raise BadInput(
-                f"unknown option {flag}{nearest(flag, ['--' + key.replace('_', '-') for key in known])}; see treetune {command} --help"
-            )
+            raise BadInput(f"unknown option {flag}{names.of_option(name, known, flags=True)}; see treetune {command} --help")
         if name in LISTED:
             raise BadInput(f"{name} is a list of mappings: write it in a file and give --config, or use --data")
         if name in given:
@@ -110,69 +104,89 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
     return given
 
 
-def _read_yaml(path: str, known: dict) -> dict[str, Any]:
-    import yaml
-
-    if not Path(path).is_file():
-        raise BadInput(f"config file {path} does not exist")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        found, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if found is None:
+def _from_file(command: str, path: str | None, config: type, known: dict) -> dict[str, Any]:
+    """{option: value} of a config file, typed. Errors: BadInput naming the file and all unknown keys, or the key and its value."""
+    if path is None:
         return {}
-    if not isinstance(found, dict):
-        raise BadInput(f"{path} must hold `option: value` lines, got a {type(found).__name__}")
-    keys = [key.value for key, _ in tree.value]
-    for key in found:
-        if key not in known:
-            raise BadInput(f"{path}: unknown key {key!r}{nearest(str(key), list(known))}")
-        if keys.count(key) > 1:
-            raise BadInput(f"{path}: key {key!r} is given twice")
-    return found
+    written = yaml_config.load(path)
+    if unknown := [key for key in written if key not in known]:
+        raise BadInput(f"{path}: {names.all_of(unknown, known)}; see treetune {command} --help")
+    types, fields = kinds(config), entries.PROMPTS if "field_prompt" in known else entries.ROWS
+    return {key: _value(key, value, types[key], path, fields) for key, value in written.items()}
 
 
-def _as_args(key: str, value: Any, path: str, default: Any) -> list[str]:
-    """A YAML value as the flag that says the same."""
-    flag = "--" + key.replace("_", "-")
-    if isinstance(value, bool) != isinstance(default, bool):
-        wanted = "true or false" if isinstance(default, bool) else "a value; put quotes around words like yes and off"
-        raise BadInput(f"{path}: {key} is {value!r}, expected {wanted}")
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    if value is None and default is not None:
-        raise BadInput(f"{path}: {key} has no value; give one or remove the line")
-    if key in PAIRS and isinstance(value, dict):
-        value = _pairs(key, value, path)
-    items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, dict | list) for item in items):
-        raise BadInput(f"{path}: {key} must be a value or a list of values, got {value!r}")
-    if isinstance(value, list):
-        return [flag, *(str(item) for item in items)]
-    return [f"{flag}={value}"]  # in one piece, because a text may begin with dashes
+def _value(key: str, written: Written, kind: Any, path: str, fields: dict[str, entries.Field]) -> Any:
+    if key in LISTED:
+        found: Any = entries.entries(written, key, path, fields)
+    elif key in PAIRS and isinstance(written.value, dict):
+        found = tuple(_pair(key, name, item, path) for name, item in written.value.items())
+    else:
+        found = typed.value(written, kind, key, path)
+    return list(found) if isinstance(found, tuple) else found
 
 
-def _pairs(key: str, value: dict, path: str | None) -> list[str]:
-    """A mapping of texts as NAME=TEXT."""
-    if key != "special_tokens":
-        return [f"{name}={json.dumps(item)}" for name, item in value.items()]
-    if wrong := [name for name, text in value.items() if not isinstance(text, str)]:
-        raise BadInput(f"{path}: {key} has {value[wrong[0]]!r} for {wrong[0]}; expected a text, in quotes where it looks like a number")
-    return [f"{name}={text}" for name, text in value.items()]
+def _pair(key: str, name: str, written: Written, path: str) -> str:
+    """An entry of a mapping as NAME=TEXT."""
+    if "=" in name or not name:
+        raise BadInput(f"{path}: {key} has the name {name!r}; expected one without =")
+    if key == "special_tokens":
+        if typed.text(written) is None:
+            raise typed.wrong(written, f"{path}: {key}: {name}", "a text")
+        return f"{name}={written.value}"
+    value = entries.VALUES.read(Written({name: written}))
+    if value is entries.BAD:
+        raise typed.wrong(written, f"{path}: {key}: {name}", "a text, a finite number, true, false, null, or a list or mapping of such")
+    return f"{name}={json.dumps(value[name], ensure_ascii=False)}"
 
 
-def _run_tyro(command: str, config: type, args: list[str]) -> Any:
+def _run_tyro(command: str, config: type, from_file: dict[str, Any], args: list[str]) -> Any:
+    """The config of the flags, with the file's values and the defaults for all else."""
     import tyro
 
-    shown = io.StringIO()
+    shown, start = io.StringIO(), _start(config, from_file)
+    form = _with_config(config) if {"--help", "-h"} & set(args) else config
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[config], prog=f"treetune {command}", args=args)
+            default = {} if start is None or form is not config else {"default": start}
+            return tyro.cli(tyro.conf.OmitArgPrefixes[form], prog=f"treetune {command}", args=args, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise BadInput(f"{_one_line(shown.getvalue())}; see treetune {command} --help") from None
+
+
+def _start(config: type, from_file: dict[str, Any]) -> Any:
+    """The config of the file's values and the defaults; None without a file."""
+    if not from_file:
+        return None
+    import tyro
+
+    parts = {}
+    for entry in dataclasses.fields(config):
+        if entry.default_factory is not dataclasses.MISSING:
+            group = entry.default_factory()
+            own = {key: _frozen(from_file[key]) for key in vars(group) if key in from_file}
+            parts[entry.name] = dataclasses.replace(group, **own)
+        elif entry.name in from_file:
+            parts[entry.name] = _frozen(from_file[entry.name])
+        else:
+            parts[entry.name] = tyro.MISSING if entry.default is dataclasses.MISSING else entry.default
+    return config(**parts)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _with_config(config: type) -> type:
+    """The config class as the help shows it: `--config` among its options."""
+    import tyro
+
+    words = "Read options from this YAML file; flags win over it. Each run leaves such a file, config.yaml."
+    kind = Annotated[str | None, tyro.conf.arg(help=words, metavar="FILE")]
+    form = dataclasses.make_dataclass(config.__name__, [("config", kind, dataclasses.field(default=None))], bases=(config,), frozen=True)
+    form.__doc__ = config.__doc__
+    return form
 
 
 def _one_line(box: str) -> str:
@@ -195,8 +209,15 @@ def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
     """The resolved config as YAML that `--config` reads back."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Writes equal lists out instead of naming the first."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            """Never an alias."""
+            return True
+
     kept = {key: value for key, value in flatten(config).items() if value is not None and key not in without}
-    return yaml.safe_dump(kept, sort_keys=False)
+    return yaml.dump(kept, Dumper=Dumper, sort_keys=False)
 
 
 def refuse_ignored(given: frozenset[str], ignored: dict[str, str]) -> None:

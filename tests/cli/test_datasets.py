@@ -79,7 +79,7 @@ def test_a_transform_of_ones_own_is_named_by_its_import_path(tune, tiny, config,
     [
         ([{"type": "chat"}], "must be a list of mappings with a path each"),
         ("rows.jsonl", "must be a list of mappings with a path each"),
-        ([{"path": "CHAT", "rolez": ["user"]}], "takes no rolez"),
+        ([{"path": "CHAT", "rolez": ["user"]}], "unknown key rolez (did you mean roles?)"),
         ([{"path": "CHAT", "type": "nonsense"}], "unknown format 'nonsense'"),
         ([{"path": "nowhere.jsonl"}], "nowhere.jsonl"),
     ],
@@ -109,7 +109,7 @@ def test_weights_repeat_rows_within_an_epoch(tune, tiny, config, here):
 
     assert (steps(1), steps(2), steps(0.5)) == (4, 8, 2)
     file = config(model=str(tiny.model), datasets=[{"path": str(tiny.chat), "weight": 0}])
-    assert "expected a number above 0" in tune("preprocess", "--config", file).err
+    assert "weight must be a number above 0" in tune("preprocess", "--config", file).err
 
 
 def test_repeated_rows_go_and_are_counted(tune, tiny):

@@ -1,0 +1,157 @@
+"""The fields of an entry of `datasets` and `test_datasets`: one table, field -> what it must be. Imports no torch.
+
+Which of them a format takes is for the format to say, once the columns are known; a field that no format has is refused here.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from treetune.cli import names, typed
+from treetune.cli.errors import BadInput
+from treetune.cli.ranges import FLOAT_MAX, ROWS_MAX
+from treetune.cli.yaml_config import Reading, Written
+from treetune.core.data.files import KINDS
+
+EOS = ("turn", "all", "last")
+BAD: Any = object()
+
+
+class Field(NamedTuple):
+    """What a field must be, in words, and `read(written)` -> its value, or BAD."""
+
+    expected: str
+    read: Callable[[Written], Any]
+
+
+def _checked(read: Callable, fits: Callable[[Any], bool] = lambda value: True) -> Callable[[Written], Any]:
+    def found(written: Written) -> Any:
+        value = read(written)
+        return BAD if value is None or not fits(value) else value
+
+    return found
+
+
+def _or_null(field: Field) -> Field:
+    return Field(f"{field.expected}, or null", lambda written: None if written.value is None else field.read(written))
+
+
+def _whole(low: int) -> Field:
+    fits = _checked(typed.integer, lambda value: low <= value <= ROWS_MAX)
+    return Field(f"a whole number from {low} to {ROWS_MAX}", fits)
+
+
+def _choice(*choices: str) -> Field:
+    return Field(f"one of {', '.join(choices)}", _checked(lambda written: typed.text(written, choices)))
+
+
+def _items(written: Written, read: Callable[[Written], Any]) -> Any:
+    if not isinstance(written.value, list):
+        return BAD
+    out = [read(item) for item in written.value]
+    return BAD if any(item is BAD for item in out) else out
+
+
+def _mapping(written: Written, read: Callable[[Written], Any]) -> Any:
+    if not isinstance(written.value, dict):
+        return BAD
+    out = {name: read(item) for name, item in written.value.items()}
+    return BAD if any(item is BAD for item in out.values()) else out
+
+
+def _json(written: Written) -> Any:
+    """Any value that is JSON: what a chat template takes."""
+    if isinstance(written.value, Reading):
+        return BAD
+    if isinstance(written.value, list):
+        return _items(written, _json)
+    if isinstance(written.value, dict):
+        return _mapping(written, _json)
+    if isinstance(written.value, float) and abs(written.value) > FLOAT_MAX or written.value != written.value:
+        return BAD
+    return written.value
+
+
+_text = _checked(typed.text)
+TEXT = Field("a text", _text)
+NAME = Field("a text that is not empty", _checked(typed.text, lambda value: bool(value.strip())))
+FLAG = Field("true or false", _checked(typed.flag))
+TEXTS = Field("a list of texts", lambda written: _items(written, _text))
+WEIGHT = Field("a number above 0: 2 reads its rows twice an epoch", _checked(typed.number, lambda value: 0 < value <= ROWS_MAX))
+FILES = Field(
+    "a file name, or a list of them",
+    lambda written: found if (found := (TEXTS if isinstance(written.value, list) else NAME).read(written)) else BAD,
+)
+COLUMNS = Field("a mapping from a name to the name of its column", lambda written: _mapping(written, NAME.read))
+ROLES = Field("a mapping from a role to the list of names that it has in the rows", lambda written: _mapping(written, TEXTS.read))
+VALUES = Field("a mapping of the template's variables", lambda written: _mapping(written, _json))
+
+SOURCE = {
+    "path": NAME, "split": NAME, "name": _or_null(NAME), "revision": _or_null(NAME), "data_files": FILES,
+    "ds_type": _or_null(_choice(*KINDS)), "shards": _or_null(_whole(1)), "shard_index": _whole(0), "limit": _or_null(_whole(1)),
+    "train_on_split": NAME, "weight": WEIGHT,
+}  # fmt: skip
+# What rows of fixed columns in a wording of one's own take: `type: {field_instruction: ...}`, and the user_defined formats.
+WORDED = {
+    "field_system": _or_null(TEXT), "field_instruction": NAME, "field_input": _or_null(TEXT), "field_output": NAME, "format": TEXT,
+    "no_input_format": _or_null(TEXT), "system_prompt": _or_null(TEXT), "system_format": TEXT, "train_on_inputs": FLAG,
+    "field_prompt": NAME, "field_chosen": NAME, "field_rejected": NAME,
+    "field_completion": NAME, "field_label": NAME, "prompt_format": _or_null(TEXT), "chosen_format": _or_null(TEXT),
+    "rejected_format": _or_null(TEXT), "completion_format": _or_null(TEXT),
+}  # fmt: skip
+FORMATS = WORDED | {
+    "field": NAME, "chat_template": _or_null(NAME), "chat_template_jinja": _or_null(NAME), "chat_template_kwargs": _or_null(VALUES),
+    "roles_to_train": _or_null(TEXTS), "train_on_eos": _or_null(_choice(*EOS)), "field_messages": NAME, "field_tools": _or_null(NAME),
+    "message_property_mappings": _or_null(COLUMNS), "message_field_role": _or_null(NAME), "message_field_content": _or_null(NAME),
+    "roles": _or_null(ROLES), "message_field_training": NAME, "message_field_training_detail": NAME, "split_thinking": FLAG,
+    "default_system_message": _or_null(TEXT), "step_separator": TEXT, "train_on_last_step_only": FLAG,
+}  # fmt: skip
+LIST = "must be a list of mappings with a path each, such as `- path: rows.jsonl`"
+TYPE = Field(
+    "the name of a format or an import path, a mapping of field_ options, or null for rows that are tokens",
+    lambda written: None if written.value is None else NAME.read(written),
+)
+
+
+def entries(written: Written, name: str, place: str, known: dict[str, Field]) -> tuple[dict, ...]:
+    """The entries of `datasets`, each with fields of `known`. Errors: BadInput: file, entry, field, what was expected, what was there."""
+    if not isinstance(written.value, list):
+        raise BadInput(f"{place}: {name} {LIST}, got {typed.shown(written)}")
+    for i, item in enumerate(written.value, 1):
+        if not isinstance(item.value, dict) or not item.value.keys() & {"path", "data_files"}:
+            arrived = f"has {', '.join(item.value) or 'nothing'}" if isinstance(item.value, dict) else f"is {typed.shown(item)}"
+            raise BadInput(f"{place}: {name} {LIST}; entry {i} {arrived}")
+    return tuple(_entry(item.value, f"{place}: {name} entry {i}", known) for i, item in enumerate(written.value, 1))
+
+
+def _entry(values: dict[str, Written], place: str, known: dict[str, Field]) -> dict:
+    if isinstance(values.get("path", Written(None)).value, str):
+        place = f"{place} ({values['path'].value})"
+    refuse_unknown(values, known, place)
+    return {name: _type(item, place) if known[name] is TYPE else _field(name, item, known[name], place) for name, item in values.items()}
+
+
+def refuse_unknown(values: Collection[str], known: Collection[str], place: str) -> None:
+    """Raise BadInput for fields that are not known, all of them, each with the nearest name."""
+    if unknown := [name for name in values if name not in known]:
+        listed = ", ".join(f"{name}{names.nearest(name, known)}" for name in unknown)
+        raise BadInput(f"{place}: unknown key{'s' * (len(unknown) > 1)} {listed}; expected some of {', '.join(known)}")
+
+
+def _field(name: str, written: Written, field: Field, place: str) -> Any:
+    value = field.read(written)
+    if value is BAD:
+        raise typed.wrong(written, f"{place}: {name}", field.expected)
+    return value
+
+
+def _type(written: Written, place: str) -> Any:
+    """A name, an import path, null for rows that are tokens, or a mapping of what the columns are called."""
+    if isinstance(written.value, dict):
+        refuse_unknown(written.value, WORDED, f"{place}: type")
+        return {name: _field(name, item, WORDED[name], f"{place}: type") for name, item in written.value.items()}
+    return _field("type", written, TYPE, place)
+
+
+ROWS = SOURCE | {"type": TYPE} | FORMATS
+PROMPTS = {name: field for name, field in SOURCE.items() if name not in ("train_on_split", "weight")}
+PROMPTS |= {"type": Field("a transform, as module.function or file.py:function", NAME.read), "field_prompt": NAME}

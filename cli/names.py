@@ -1,0 +1,166 @@
+"""Names that users write for others: what other tools call an option or a command, and slips of the keyboard. Imports no torch.
+
+Suggestions come from the table first. Distance alone suggests only what differs in a letter or two: `pretraining_dataset` is not near
+`learning_rate`.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable
+
+QUANTISED = "quantised bases are not supported yet; leave it out, and train an adapter on a bfloat16 model"
+ALWAYS = "it is always so here; leave it out"
+COMMANDS_OF = {
+    "train": "sft, dpo, kto, orpo, simpo, cpo, reward, prm, grpo, ebft or pretrain, whichever method you mean",
+    "finetune": "sft", "fine-tune": "sft", "fine_tune": "sft", "instruct": "sft", "lora": "sft", "qlora": "sft",
+    "full": "sft --adapter none",
+    "evaluate": "eval", "evaluation": "eval", "test": "eval", "lm-eval": "eval", "lm_eval": "eval", "benchmark": "eval",
+    "inference": "generate", "infer": "generate", "predict": "generate", "run": "generate, or sft to train", "sample": "generate",
+    "complete": "generate", "export": "merge", "merge-lora": "merge", "merge_lora": "merge", "merge_and_unload": "merge",
+    "merge-sharded-fsdp-weights": "merge", "download": "fetch", "pull": "fetch", "get": "fetch", "ppo": "grpo", "rl": "grpo",
+    "rlhf": "grpo", "rloo": "grpo --loss rloo", "dapo": "grpo --loss dapo", "gspo": "grpo --loss gspo", "ipo": "dpo --loss ipo",
+    "pt": "pretrain", "continued-pretrain": "pretrain", "cpt": "pretrain", "rm": "reward", "orm": "reward", "reward-model": "reward",
+    "vllm": "serve", "vllm-serve": "serve", "vllm_serve": "serve", "api": "serve", "env": "info", "doctor": "info", "status": "info",
+    "show": "info, or preprocess for rows", "prepare": "preprocess", "tokenize": "preprocess", "data": "preprocess",
+}  # fmt: skip
+# What axolotl, TRL, LLaMA-Factory, Unsloth and PEFT call our options: a name of ours, or what to do instead.
+OPTIONS = {
+    "base_model": "model", "model_name": "model", "model_name_or_path": "model", "model_id": "model", "pretrained_model": "model",
+    "model_path": "model", "checkpoint": "model", "base_model_config": "model", "revision_of_model": "revision",
+    "model_revision": "revision", "torch_dtype": "dtype", "precision": "dtype",
+    "bf16": "dtype: bfloat16", "bfloat16": "dtype: bfloat16", "fp32": "dtype: float32", "float32": "dtype: float32",
+    "fp16": "dtype: bfloat16 or float32, as float16 overflows in training", "float16": "dtype: bfloat16 or float32",
+    "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler", "scheduler": "lr_scheduler", "optim": "optimizer",
+    "optimizer_type": "optimizer", "epochs": "num_epochs", "epoch": "num_epochs", "num_train_epochs": "num_epochs",
+    "n_epochs": "num_epochs", "steps": "max_steps", "num_steps": "max_steps", "max_train_steps": "max_steps", "total_steps": "max_steps",
+    "iterations": "max_steps", "iters": "max_steps", "warmup": "warmup_steps", "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "train_batch_size": "micro_batch_size", "bs": "micro_batch_size",
+    "per_device_eval_batch_size": "micro_batch_size", "eval_batch_size": "micro_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps", "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps", "grad_accumulation_steps": "gradient_accumulation_steps",
+    "activation_checkpointing": "gradient_checkpointing", "use_gradient_checkpointing": "gradient_checkpointing",
+    "grad_clip": "max_grad_norm", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "max_norm": "max_grad_norm",
+    "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "wd": "weight_decay",
+    "random_seed": "seed", "data_seed": "seed", "random_state": "seed",
+    "max_seq_length": "sequence_len", "max_seq_len": "sequence_len", "seq_len": "sequence_len", "sequence_length": "sequence_len",
+    "cutoff_len": "sequence_len", "max_length": "sequence_len", "context_len": "sequence_len", "block_size": "sequence_len",
+    "model_max_length": "sequence_len", "seq_length": "sequence_len", "packing": "sample_packing", "pad_to_sequence_len": ALWAYS,
+    "lora_rank": "lora_r", "rank": "lora_r", "r": "lora_r", "lora_target": "lora_target_modules", "target_modules": "lora_target_modules",
+    "lora_target_linear": "lora_target_modules: all-linear, which is the default", "use_rslora": "lora_rslora",
+    "peft_use_rslora": "lora_rslora", "modules_to_save": "lora_modules_to_save", "additional_target": "lora_modules_to_save",
+    "peft_layers_to_transform": "lora_layers", "layers_to_transform": "lora_layers", "adapter_name_or_path": "lora_model_dir",
+    "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": "adapter: lora or none",
+    "use_peft": "adapter: lora or none", "use_lora": "adapter: lora or none", "peft": "adapter: lora or none",
+    "use_dora": "adapter: lora, as DoRA is not supported yet", "peft_use_dora": "adapter: lora, as DoRA is not supported yet",
+    "neftune_alpha": "neftune_noise_alpha", "label_smoothing_factor": "label_smoothing",
+    "dataset": "data", "train_file": "data", "training_data": "data", "train_data": "data", "data_path": "data", "dataset_name": "data",
+    "dataset_path": "data", "train_dataset": "data", "files": "data", "file": "data", "pretraining_dataset": "data",
+    "eval_data": "val_data", "eval_dataset": "val_data", "validation_data": "val_data", "val_file": "val_data", "eval_file": "val_data",
+    "test_data": "val_data", "val_size": "val_set_size", "eval_split": "val_set_size", "test_size": "val_set_size",
+    "dataset_text_field": "text_column", "max_samples": "max_rows", "max_train_samples": "max_rows", "limit": "max_rows",
+    "template": "chat_template", "chat_template_jinja": "chat_template", "conversation": "chat_template",
+    "system": "default_system_message", "system_prompt": "default_system_message", "default_system": "default_system_message",
+    "train_on_prompt": "train_on_inputs", "train_on_input": "train_on_inputs", "dataset_num_proc": "dataset_processes",
+    "preprocessing_num_workers": "dataset_processes", "num_proc": "dataset_processes",
+    "resize_token_embeddings_to_32x": "embedding_multiple: 32",
+    "added_tokens": "tokens", "add_tokens": "tokens", "new_special_tokens": "tokens", "pad_token": "special_tokens: {pad_token: ...}",
+    "output": "output_dir", "out": "output_dir", "out_dir": "output_dir", "save_dir": "output_dir", "output_path": "output_dir",
+    "run_dir": "output_dir", "overwrite_output_dir": "overwrite", "resume_from_checkpoint": "resume",
+    "auto_resume_from_checkpoints": "resume: auto", "evals_per_epoch": "eval_steps, a number of steps", "eval_every": "eval_steps",
+    "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "saves_per_epoch": "save_steps, a number of steps",
+    "save_every": "save_steps", "save_strategy": "save_steps", "log_every": "logging_steps", "patience": "early_stopping_patience",
+    "max_checkpoints": "save_total_limit", "keep_checkpoints": "save_total_limit", "eval_max_new_tokens": "sample_tokens",
+    "fsdp": "sharding: full", "fsdp_config": "sharding: full", "deepspeed": "sharding: full", "zero": "sharding: full",
+    "fsdp_version": "sharding: full", "ddp": "torchrun, which sharding: none and full run under",
+    "rl_beta": "beta", "beta": "rl_beta", "loss_type": "loss", "pref_loss": "loss", "dpo_beta": "rl_beta", "pref_beta": "rl_beta",
+    "dpo_label_smoothing_factor": "dpo_label_smoothing",
+    "reference_model": "ref_model", "ref_model_name_or_path": "ref_model", "reward_model": "reward_funcs", "rewards": "reward_funcs",
+    "reward_function": "reward_funcs", "reward_func": "reward_funcs", "num_completions": "num_generations", "group_size": "num_generations",
+    "max_prompt_length": "max_prompt_len", "max_response_length": "max_completion_length", "kl_coef": "beta",
+    "scale_rewards": "advantage: group_scaled or centered", "multi_objective_aggregation": "advantage: gdpo",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_len": "vllm_max_model_len", "max_tokens": "max_new_tokens",
+    "max_length_new": "max_new_tokens", "n": "num_samples", "num_return_sequences": "num_samples",
+    "num_beams": "num_samples, as beams are not searched",
+    "do_sample": "temperature, 0 of which takes the likeliest token",
+}  # fmt: skip
+ADVICE = {
+    "rl": "it is the command here: treetune dpo, kto, grpo, ...", "stage": "it is the command here: treetune sft, dpo, reward, ...",
+    "trl": "write its keys at the top level", "ebft": "write its keys at the top level",
+    "vllm": "write its keys at the top level, with vllm_ before them",
+    "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED, "qlora": QUANTISED, "quantization": QUANTISED, "quantization_bit": QUANTISED,
+    "bnb_4bit_quant_type": QUANTISED, "bnb_config_kwargs": QUANTISED, "quantize": QUANTISED, "bits": QUANTISED, "gptq": QUANTISED,
+    "report_to": "nothing is reported elsewhere: metrics.jsonl and report.html in the run folder hold all curves",
+    "wandb_project": "no tracker is supported yet: metrics.jsonl and report.html in the run folder hold all curves",
+    "wandb_name": "no tracker is supported yet", "wandb_entity": "no tracker is supported yet",
+    "wandb_watch": "no tracker is supported yet",
+    "wandb_log_model": "no tracker is supported yet", "wandb_run_id": "no tracker is supported yet", "run_name": "output_dir names a run",
+    "use_wandb": "no tracker is supported yet", "mlflow_tracking_uri": "no tracker is supported yet",
+    "comet_api_key": "no tracker is supported yet",
+    "push_to_hub": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
+    "hub_model_id": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
+    "trust_remote_code": "code of a model is never run; leave it out", "device_map": "torchrun places processes; leave it out",
+    "flash_attention": ALWAYS, "flash_attn": ALWAYS, "sdp_attention": ALWAYS, "xformers_attention": ALWAYS, "flex_attention": ALWAYS,
+    "attn_implementation": ALWAYS, "group_by_length": "documents are packed; leave it out", "remove_unused_columns": ALWAYS,
+    "gradient_checkpointing_kwargs": ALWAYS, "tf32": ALWAYS, "strict": ALWAYS, "special_tokens_map": "special_tokens: {pad_token: ...}",
+    "model_type": "it is read from the model's config.json", "tokenizer_type": "it is read from the model", "do_train": ALWAYS,
+    "do_eval": ALWAYS,
+    "liger": ALWAYS, "use_liger_kernel": ALWAYS, "torch_compile": "it is not supported yet; leave it out",
+    "plugins": "there are none; leave it out",
+    "verbose": "leave it out", "quiet": "leave it out", "workers": "leave it out", "num_workers": "leave it out",
+}  # fmt: skip
+# Values of options in other tools.
+CHOICES = {
+    "qlora": QUANTISED, "dora": "DoRA is not supported yet", "full": "none", "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw", "adam": "adamw", "adamw_8bit": "8-bit optimisers are not supported yet: use adamw", "sigmoid": "dpo",
+    "paged_adamw_8bit": "8-bit optimisers are not supported yet: use adamw",
+    "adamw_bnb_8bit": "8-bit optimisers are not supported yet: use adamw",
+    "bf16": "bfloat16", "fp32": "float32", "fp16": "float16 overflows in training: use bfloat16 or float32", "gpu": "cuda",
+    "float16": "float16 overflows in training: use bfloat16 or float32", "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",
+}  # fmt: skip
+CUTOFF = 0.8
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """ " (did you mean X?)" for a known word that differs in a letter or two, or nothing when none does."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=CUTOFF)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def of_command(word: str, known: Collection[str]) -> str:
+    """The suggestion for an unknown command."""
+    meant = COMMANDS_OF.get(word.lower())
+    return f" (did you mean {meant}?)" if meant else nearest(word.lower(), known)
+
+
+def of_choice(word: str, choices: Collection[str]) -> str:
+    """The suggestion for a word that is none of an option's choices."""
+    if word.lower() in CHOICES:
+        meant = CHOICES[word.lower()]
+        return f" (did you mean {meant}?)" if meant in choices else f" ({meant})" if " " in meant else ""
+    return nearest(word, choices)
+
+
+def of_option(word: str, known: Collection[str], flags: bool = False) -> str:
+    """The suggestion for an unknown option of a command that has the options `known`, as flags or as keys of a file."""
+    bare = word.lower().replace("-", "_")
+    meant = OPTIONS.get(bare, "")
+    head = meant.partition(":")[0].partition(",")[0]
+    if meant and head.partition(" ")[0] in known:
+        return f" (did you mean {_flagged(meant, head) if flags else meant}?)"
+    if bare in ADVICE:
+        return f" ({ADVICE[bare]})"
+    if bare in known:
+        return f" (did you mean {_flagged(bare, bare) if flags else bare}?)"
+    match = difflib.get_close_matches(bare, list(known), n=1, cutoff=CUTOFF)
+    return "" if not match else f" (did you mean {_flagged(match[0], match[0]) if flags else match[0]}?)"
+
+
+def _flagged(meant: str, head: str) -> str:
+    rest = meant[len(head) :]
+    rest = f" {rest[2:]}" if rest.startswith(": ") else rest
+    return f"--{head.replace('_', '-')}{rest}"
+
+
+def all_of(words: Iterable[str], known: Collection[str]) -> str:
+    """Unknown keys in one line, each with its suggestion."""
+    listed = [f"{word!r}{of_option(word, known)}" for word in words]
+    return f"unknown key{'s' * (len(listed) > 1)} {', '.join(listed)}"

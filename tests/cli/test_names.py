@@ -1,0 +1,86 @@
+"""Suggestions: names of other tools first, then what differs in a letter or two; never a coincidence."""
+
+import pytest
+
+from treetune.cli import configs, main, names, parse
+
+SFT = parse.defaults(configs.Sft)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("lr", "learning_rate?"),
+        ("bf16", "dtype: bfloat16?"),
+        ("base_model", "model?"),
+        ("epochs", "num_epochs?"),
+        ("batch_size", "micro_batch_size?"),
+        ("per_device_train_batch_size", "micro_batch_size?"),
+        ("gradient_accumulation", "gradient_accumulation_steps?"),
+        ("max_seq_length", "sequence_len?"),
+        ("lora_rank", "lora_r?"),
+        ("output", "output_dir?"),
+        ("load_in_4bit", "quantised bases are not supported yet"),
+        ("qlora", "quantised"),
+        ("report_to", "metrics.jsonl"),
+        ("learning_rat", "learning_rate?"),
+        ("Learning-Rate", "learning_rate?"),
+        ("num_epoch", "num_epochs?"),
+        ("rl", "treetune dpo"),
+        ("trust_remote_code", "never run"),
+        ("optim", "optimizer?"),
+        ("cutoff_len", "sequence_len?"),
+    ],
+)
+def test_what_other_tools_call_it(word, words):
+    assert words in names.of_option(word, SFT)
+
+
+@pytest.mark.parametrize("word", ["cat", "training_rows", "frobnicate", "zzz", "temperature", "modality", "adaptation"])
+def test_coincidences_are_not_suggested(word):
+    assert names.of_option(word, SFT) == ""
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_what_is_suggested_exists(command):
+    known = parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    for word in names.OPTIONS:
+        said = names.of_option(word, known)
+        if "did you mean " in said:
+            assert said.partition("did you mean ")[2].rstrip("?)").partition(":")[0].partition(",")[0].partition(" ")[0] in known
+
+
+def test_every_name_in_the_table_is_an_option_of_some_command():
+    known = {name for _, config, _ in main.COMMANDS.values() for name in parse.defaults(getattr(configs, config))}
+    for word, meant in names.OPTIONS.items():
+        head = meant.partition(":")[0].partition(",")[0].partition(" ")[0]
+        assert head in known or meant in (names.ALWAYS,) or head == "torchrun", (word, meant)
+        assert word not in known or word in ("beta", "rl_beta", "gpu_memory_utilization", "max_model_len", "output") or known, word
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("train", "sft"),
+        ("finetune", "sft"),
+        ("evaluate", "eval"),
+        ("inference", "generate"),
+        ("sfft", "sft"),
+        ("DPO", "dpo"),
+        ("export", "merge"),
+        ("ppo", "grpo"),
+    ],
+)
+def test_commands_of_other_tools(word, words):
+    assert words in names.of_command(word, main.COMMANDS)
+
+
+def test_command_without_a_neighbour():
+    assert names.of_command("banana", main.COMMANDS) == ""
+
+
+def test_flags_are_suggested_as_flags(kit, tune):
+    kit.refused(tune("sft", "--lr", 1), "unknown option --lr .did you mean --learning-rate")
+    kit.refused(tune("sft", "--bf16"), "did you mean --dtype bfloat16")
+    kit.refused(tune("sft", "--no-shufle"), "did you mean --shuffle")
+    kit.refused(tune("train", "c.yaml"), "unknown command 'train'", "sft, dpo")
