@@ -7,7 +7,6 @@ parameters name them or it has **kwargs. None is no opinion. `worker` is the oth
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import worker
+from treetune.core.rollout import wire, worker
 from treetune.core.rollout.group import Group
 
 START_S = 120.0  # a module of rewards may import large packages
@@ -295,7 +294,7 @@ def _not_json(rows: dict[str, list]) -> str:
     for name, values in rows.items():
         for value in values:
             try:
-                json.dumps(value)
+                wire.dumps(value)
             except (TypeError, ValueError) as error:
                 return f"column {name} holds {value!r:.60}, which rewards cannot be sent ({error}): turn it into text, numbers or lists"
     raise AssertionError("every column is JSON")

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.core.rollout import builtin
+from treetune.core.rollout import builtin, wire
 
 GRACE_S = 5  # beyond the limit that the parent keeps: a worker whose parent was killed must end by itself
 LONGEST = 400  # characters of a message
@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
 
 def send(channel: socket.socket, message: dict) -> None:
     """Writes one message. Errors: TypeError or ValueError for what is not JSON, OSError for a channel that is gone."""
-    data = json.dumps(message).encode()
+    data = wire.dumps(message).encode()
     channel.sendall(struct.pack("<Q", len(data)) + data)
 
 
@@ -51,7 +51,7 @@ def receive(channel: socket.socket) -> dict | None:
     """Reads one message; None when the other side is gone."""
     head = _read(channel, 8)
     data = head and _read(channel, struct.unpack("<Q", head)[0])
-    return json.loads(data) if data else None
+    return wire.loads(data) if data else None
 
 
 def parse(name: str) -> tuple[str, dict]:

@@ -117,8 +117,8 @@ def test_a_column_that_no_prompt_has_is_an_error_and_one_that_some_have_is_none(
 
 def test_a_column_that_is_not_json_is_named(here):
     with rewards.Pool(["rewards.seen", "digits"]) as pool:
-        with pytest.raises(ValueError, match="column when holds b'x'"):
-            pool.score([scene.group("1", columns={"when": b"x"})])
+        with pytest.raises(ValueError, match="column when holds 1j"):
+            pool.score([scene.group("1", columns={"when": 1j})])
         assert pool.score([scene.group("1")])[0, 0].tolist() == [0.0, 1.0]
     assert scene.values("digits", "1") == [1.0]
 
