@@ -11,6 +11,7 @@ from treetune.core.data import chat_templates, conversations, sources, spans, te
 
 EOS = ("turn", "all", "last")
 SPACES = (" ", "\t")
+READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "id")  # of a message; ids only link calls and answers
 
 
 class Aims(NamedTuple):
@@ -76,7 +77,9 @@ def reader(
         message_field_training=message_field_training,
         message_field_training_detail=message_field_training_detail,
         split_thinking=split_thinking,
+        extra_roles=lambda role: role in (aims.roles or ()) or chat_templates.names_text(source, role),
     )
+    source = chat_templates.source(tokenizer, chat_template, chat_template_jinja)
     render = chat_templates.renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
     layout, style = templates.layouts(render), chat_templates.call_style(render)
 
@@ -84,9 +87,16 @@ def reader(
         talks = [conversations.read(row, sources.where(rows, i), known) for i, row in enumerate(rows.rows)]
         talks = [style(_introduced(talk, default_system_message)) for talk in talks]
         texts = enumerate(_render_all(talks, rows, render))
-        return [_text(talks[i], rendered, aims, layout, sources.where(rows, i)) for i, rendered in texts]
+        made = [_text(talks[i], rendered, aims, layout, sources.where(rows, i)) for i, rendered in texts]
+        return [text._replace(unread=_unread(talk, source)) for text, talk in zip(made, talks, strict=True)]
 
     return read
+
+
+def _unread(talk: conversations.Talk, source: str) -> tuple[str, ...]:
+    """Fields of the messages that neither this code nor the template looks at."""
+    names = dict.fromkeys(name for message in talk.messages for name, value in message.items() if value not in ("", [], {}))
+    return tuple(f"{name} (of messages)" for name in names if name not in READ and not chat_templates.mentions(source, name))
 
 
 def _introduced(talk: conversations.Talk, system: str | None) -> conversations.Talk:

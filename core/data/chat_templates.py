@@ -4,8 +4,9 @@ The named ones are files of `jinja/`: the conversation formats of the model fami
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from treetune.core.data import conversations, templates
@@ -57,6 +58,25 @@ def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: st
     if isinstance(own, dict) and chat_template in own:
         return own[chat_template]
     return _text(chat_template)
+
+
+def source(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
+    """The text of the template that the options name, or of all templates of the tokenizer where it has several. Errors: as `resolve`."""
+    own = getattr(tokenizer, "chat_template", None)
+    text = resolve(tokenizer, chat_template, chat_template_jinja)
+    return text if text is not None else "\n".join(own.values()) if isinstance(own, dict) else own
+
+
+@lru_cache(1024)
+def mentions(source: str, name: str) -> bool:
+    """Whether a template has this name anywhere, as a whole word."""
+    return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source))
+
+
+@lru_cache(1024)
+def names_text(source: str, text: str) -> bool:
+    """Whether a template has this text in quotes, as it would to compare a role with it."""
+    return f"'{text}'" in source or f'"{text}"' in source
 
 
 def _text(template: str) -> str:

@@ -41,13 +41,17 @@ def stored(value: object) -> object:
 
 
 def revived(value: object) -> object:
-    """What `stored` took apart; tuples come back as lists."""
+    """What `stored` took apart; fields of NamedTuples come back as tuples."""
     if isinstance(value, list):
         return [revived(item) for item in value]
     if isinstance(value, dict):
         fields = {name: revived(item) for name, item in value.items() if name != TAG}
-        return _class(value[TAG])(**fields) if TAG in value else fields
+        return _class(value[TAG])(**{name: _tupled(item) for name, item in fields.items()}) if TAG in value else fields
     return value
+
+
+def _tupled(value: object) -> object:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
 
 
 def _column(values: list, name: str, arrays: dict) -> dict:

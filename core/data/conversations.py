@@ -4,11 +4,10 @@ A message comes out with `role`, `content` (text, or None beside tool calls), `r
 What is to be trained of it is kept apart in `Flags`: a decision for the message, and characters with a decision of their own.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from treetune.core.data import sources
+from treetune.core.data import jsontext, sources
 
 MESSAGES = ("messages", "conversations")  # the second where the first is the default and the row has none
 MAPPINGS = {
@@ -16,7 +15,19 @@ MAPPINGS = {
     "content": ("content", "value"),
     "reasoning_content": ("reasoning_content", "thinking", "reasoning"),  # as transformers reads them
 }
-ROLES = {"user": ("human", "user"), "assistant": ("gpt", "assistant"), "system": ("system",), "tool": ("tool",)}
+ROLES: Mapping[str, Sequence[str]] = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant"),
+    "system": ("system",),
+    "tool": ("tool",),
+}
+LIKELY = {  # what names of other tools most likely mean, for the fix that an error shows
+    "assistant": "assistant gpt bot model ai chatbot chatgpt bard bing answer output response function_call tool_call".split(),
+    "user": "user human customer client question input instruction prompter person".split(),
+    "system": ["system", "developer", "context"],
+    "tool": "tool observation function function_response tool_response tool_result ipython".split(),
+}
+SYSTEM = "system"  # a column beside the messages, and the role of what it says
 CONTENTS = ("reasoning_content", "content")
 PART_TEXTS = ("text", "content", "value")
 MAX_WEIGHT = 1e6
@@ -31,6 +42,7 @@ class Fields(NamedTuple):
     tools: str | None
     mappings: dict[str, tuple[str, ...]]  # what a template wants -> the names it may have in a message, best first
     roles: dict[str, str]  # by the role's name in the row
+    extra_roles: Callable[[str], bool]  # whether another name is a role by itself, because the template has it, say
     training: str
     detail: str
     split_thinking: bool
@@ -70,6 +82,7 @@ def fields(
     message_field_training: str = "train",
     message_field_training_detail: str = "train_detail",
     split_thinking: bool = False,
+    extra_roles: Callable[[str], bool] = lambda role: False,
 ) -> Fields:
     """The options in one value. Errors: ValueError for options that contradict each other or have the wrong kind."""
     given = dict(message_property_mappings or {})
@@ -81,18 +94,33 @@ def fields(
             raise ValueError(f"message_property_mappings has {target}: {name!r}, expected the name of a column")
     mappings = MAPPINGS | {target: (name,) for target, name in given.items()}
     flags = message_field_training, message_field_training_detail
-    return Fields(field_messages, field_tools, mappings, _role_map(roles or ROLES), *flags, split_thinking)
+    return Fields(field_messages, field_tools, mappings, role_map(roles), extra_roles, *flags, split_thinking)
 
 
-def _role_map(roles: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def role_map(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
+    """Role by its name in the rows: the usual names, and those of `roles`, which come first.
+
+    Errors: ValueError for a mapping to something else than lists of names, or of one name to two roles.
+    """
     out: dict[str, str] = {}
-    for target, names in roles.items():
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"roles has {target}: {names!r}, expected a list of the names that this role has in the rows")
+    for target, names in (roles or {}).items():
+        if isinstance(names, str) or not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"roles has {target}: {sources.quoted(names)}, expected a list of the names that this role has in the rows")
         for name in names:
             if out.setdefault(name, target) != target:
                 raise ValueError(f"roles maps {name!r} to {out[name]!r} and to {target!r}: one name can be one role only")
-    return out
+    return {name: target for target, names in ROLES.items() for name in names} | out
+
+
+def unknown_role(role: str, roles: Mapping[str, Sequence[str]] | None = None) -> str:
+    """What an error says about a role that nothing maps."""
+    known = role_map(roles)
+    target = next((target for target, names in LIKELY.items() if role.strip().lower() in names), None)
+    fix = f"roles: {{{target or 'assistant'}: [{role}]}}"
+    return (
+        f"expected one of {sources.listed(known)}; map it in its entry of datasets, {fix}{'' if target else ' (or user, system, tool)'}, "
+        "or rename it"
+    )
 
 
 DEFAULT = fields()
@@ -104,14 +132,28 @@ def read(row: dict, where: str, known: Fields = DEFAULT) -> Talk:
     field = next((name for name in names if row.get(name) is not None), None)
     if field is None:
         raise ValueError(f"{where} has no field {' (or '.join(names)}{')' * (len(names) - 1)}; it has {sources.listed(row)}")
+    messages = row[field]
     if row.get("functions") and known.tools != "functions":
         raise ValueError(f"{where}: field functions holds tool definitions: set field_tools to functions, or remove it")
-    messages = row[field]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: {field} is {_kind(messages)}, expected a list of messages with role and content")
     pairs = [_message(message, f"{where}: message {i}", known) for i, message in enumerate(messages, 1)]
+    if known.messages != SYSTEM and (system := introduction(row.get(SYSTEM), [message for message, _ in pairs], where)):
+        pairs = [({"role": SYSTEM, "content": system}, Flags(None, {})), *pairs]
     tools = _tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
     return Talk([message for message, _ in pairs], [flags for _, flags in pairs], tools)
+
+
+def introduction(value: object, messages: list[dict], where: str, name: str = SYSTEM) -> str | None:
+    """The row's system text, unless the conversation has it already. Errors: ValueError for two that differ."""
+    if value in (None, ""):
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {name} is {_kind(value)}, expected text")
+    own = next((message for message in messages if message["role"] == SYSTEM), None)
+    if own is not None and own.get("content") != value:
+        raise ValueError(f"{where}: field {name} says something else than the system message of the conversation: keep one of them")
+    return None if own is not None else value
 
 
 def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
@@ -130,10 +172,18 @@ def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
     if present.get("content") is None and "tool_calls" not in present:
         raise _wrong("content", None, present, where, known)
     weight = _decision(present, where, known)
-    present["role"] = known.roles.get(role, role)
+    present["role"] = _role(role, where, known)
     parts = _contents(present, where, known)
     drop = (known.training, known.detail, "weight")
     return {key: value for key, value in present.items() if key not in drop}, Flags(weight, parts)
+
+
+def _role(role: str, where: str, known: Fields) -> str:
+    if role in known.roles:
+        return known.roles[role]
+    if role not in known.roles.values() and not known.extra_roles(role):
+        raise ValueError(f"{where}: role is {sources.quoted(role)}, {unknown_role(role)}")
+    return role
 
 
 def _wrong(target: str, value: object, present: dict, where: str, known: Fields) -> ValueError:
@@ -169,9 +219,9 @@ def _decision(present: dict, where: str, known: Fields) -> float | None:
 
 def _check_flags(train: object, weight: object, where: str, name: str = "train") -> None:
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where}: {name} is {train!r}, expected true or false")
+        raise ValueError(f"{where}: {name} is {sources.quoted(train)}, expected true or false")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT):
-        raise ValueError(f"{where}: weight is {weight!r}, expected a number from 0 to {MAX_WEIGHT:g}")
+        raise ValueError(f"{where}: weight is {sources.quoted(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
 
 
 def _contents(present: dict, where: str, known: Fields) -> dict[str, tuple[Part, ...]]:
@@ -180,7 +230,7 @@ def _contents(present: dict, where: str, known: Fields) -> dict[str, tuple[Part,
     for field in CONTENTS:
         value = present.get(field)
         if isinstance(value, list):
-            present[field], parts[field] = _joined(value, f"{where}: field {field}")
+            present[field], parts[field] = joined(value, f"{where}: field {field}")
         elif value is not None and not isinstance(value, str):
             raise _wrong(field, value, present, where, known) if field in known.mappings else _not_text(field, value, where)
     if present.get(known.detail) is not None:
@@ -201,7 +251,7 @@ def _not_text(field: str, value: object, where: str) -> ValueError:
     return ValueError(f"{where}: {field} is {_kind(value)}, expected text")
 
 
-def _joined(items: list, where: str) -> tuple[str, tuple[Part, ...]]:
+def joined(items: list, where: str) -> tuple[str, tuple[Part, ...]]:
     """(text, parts) of a list of content parts."""
     if not items:
         raise ValueError(f"{where} is empty, expected text or a list of parts")
@@ -220,7 +270,7 @@ def _part(item: object, where: str) -> tuple[str, float | None]:
         raise ValueError(f"{where} is {_kind(item)}, expected an object with type and text")
     present = {key: value for key, value in item.items() if value is not None}
     if present.get("type") != "text":
-        raise ValueError(f"{where}: type is {present.get('type')!r}: only parts of type 'text' can be trained on")
+        raise ValueError(f"{where}: type is {sources.quoted(present.get('type'))}: only parts of type 'text' can be trained on")
     texts = [present[name] for name in PART_TEXTS if name in present]
     if len(texts) != 1 or not isinstance(texts[0], str):
         raise ValueError(f"{where} has {sources.listed(present)}: expected one text, under text, content or value")
@@ -240,7 +290,9 @@ def _detail(items: object, content: str, where: str) -> tuple[Part, ...]:
         begin, end, train = (item.get(name) for name in ("begin_offset", "end_offset", "train"))
         whole = all(isinstance(offset, int) and not isinstance(offset, bool) for offset in (begin, end))
         if not whole or not isinstance(train, bool):
-            raise ValueError(f"{where}: entry {i} is {item!r}: expected whole begin_offset and end_offset, and train true or false")
+            raise ValueError(
+                f"{where}: entry {i} is {sources.quoted(item)}: expected whole begin_offset and end_offset, and train true or false"
+            )
         if not 0 <= begin <= end < len(content):
             fix = f"expected 0 <= begin <= end <= {len(content) - 1}; end_offset is the last character of the entry, not the one behind it"
             raise ValueError(f"{where}: entry {i} has the offsets {begin} to {end}: {fix}")
@@ -299,7 +351,7 @@ def _call(call: object, where: str) -> dict:
         call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
     function = call["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise ValueError(f"{where}: function is {function!r}, expected an object with name and arguments")
+        raise ValueError(f"{where}: function is {sources.quoted(function)}, expected an object with name and arguments")
     arguments = _parsed(function.get("arguments", {}), f"{where}: arguments")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
@@ -331,10 +383,7 @@ def _parsed(value: object, where: str) -> object:
         return value
     if not value.strip():
         return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is a text that is no JSON ({error})") from error
+    return jsontext.parse(value, f"{where} is a text that is no JSON")
 
 
 def without_nulls(value: object) -> object:

@@ -39,7 +39,7 @@ class Strided(NamedTuple):
 def opencode(row: dict, where: str) -> list[dict]:
     """ebft_opencode.transform: input and output."""
     asked, answer = preference.text(row, ("input",), where), preference.text(row, ("output",), where)
-    return [{"prompt": [{"role": "user", "content": asked}], "ground_truth": answer}]
+    return [{"prompt": turns.introduced([{"role": "user", "content": asked}], row, where), "ground_truth": answer}]
 
 
 def first_turn(row: dict, where: str) -> list[dict]:
@@ -148,12 +148,15 @@ def strided(rows: sources.Rows, tokenizer) -> list[Strided]:
     for i, row in enumerate(rows.rows):
         where = sources.where(rows, i)
         labels = row.get("input_ids") if row.get("labels") is None else row["labels"]
-        part = pretokenised.encoded(row | {"labels": labels}, len(tokenizer), where)
+        tokens = {"input_ids": row.get("input_ids"), "labels": labels, "attention_mask": row.get("attention_mask")}
+        part = pretokenised.encoded(tokens, len(tokenizer), where)
         length = row.get("prompt_length")
         if length is None:
             length = _first(part.weight) if row.get("labels") is not None and (part.weight[1:] == 0).any() else 0
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(part.tokens):
-            raise ValueError(f"{where}: field prompt_length is {length!r}, expected a whole number from 0 to {len(part.tokens)}")
+            raise ValueError(
+                f"{where}: field prompt_length is {sources.quoted(length)}, expected a whole number from 0 to {len(part.tokens)}"
+            )
         found.append(Strided(part.tokens, part.weight, length, rows.numbers[i]))
     return _some(found, rows)
 
@@ -193,7 +196,7 @@ def _talk(row: dict, where: str) -> tuple[list[dict], list[int]]:
     """(messages, which of them are replies)."""
     name = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
     names = {"role": "from", "content": "value"} if _is_sharegpt(row[name] if name in row else None) else {}
-    said = turns.messages(row.get(name), f"{where}: field {name}", **names)
+    said = turns.introduced(turns.messages(row.get(name), f"{where}: field {name}", **names), row, where)
     replies = [i for i, one in enumerate(said) if one["role"] == "assistant"]
     if not replies:
         raise ValueError(f"{where}: field {name} has no message of the assistant, expected at least one to learn from")

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, completion, instruction, pretokenised, segments, sources, spans
+from treetune.core.data import chat, completion, instruction, pretokenised, reporting, segments, sources, spans
 
 CHUNK = 512  # rows tokenised together: enough to keep the cores busy
 OVERLONG = ("drop", "truncate", "split", "error")
-EMPTY, TOO_LONG = "nothing to train on", "longer than sequence_len"
+EMPTY, TOO_LONG = "nothing to train on", reporting.TOO_LONG
+WHOLE = ("completion", "pretokenised", "input_output")  # nothing is put around these texts, so a system text has no place
 
 
 class Format(NamedTuple):
@@ -46,6 +47,9 @@ class Report(NamedTuple):
     missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
     trailing_spaces: int = 0  # boundaries between parts of a message that lie right behind a space
     roles: tuple[tuple[str, int, int], ...] = ()  # who wrote them: name, tokens and supervised tokens of the rows that came out
+    unread: tuple[str, ...] = ()  # columns, and fields of messages, that nothing reads
+    sizes: reporting.Sizes = ()  # of the documents before the length policy
+    ending: str = ""  # what closes trained turns and looks like one token, but is none
 
 
 FORMATS: dict[str, Format] = {
@@ -108,10 +112,14 @@ def encode_rows(
     overlong = overlong or known.overlong
     _check_length(sequence_len, overlong)
     read, marks = known.reader(tokenizer, **options), spans.marks(tokenizer)
-    docs, tally, roles = [], Report(name, len(rows.rows), 0, {}, *[0] * 9), {}
-    for number, encoded in _encoded(rows, read, tokenizer, marks):
+    docs, tally, roles, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 9), {}, [], {}, ""
+    columns: dict[str, None] = {}
+    for number, encoded in _encoded(rows, _watching(read, name, columns), tokenizer, marks):
         _check_bos(encoded, number, rows, marks)
         progress(1)
+        lengths.append(len(encoded.tokens))
+        unread |= dict.fromkeys(encoded.unread)
+        ending = ending or encoded.ending
         kept, tally = _fit(encoded, number, rows, sequence_len, overlong, tally)
         missing_bos = bool(kept and marks.prefix and encoded.tokens[: len(marks.prefix)].tolist() != marks.prefix)
         tally = tally._replace(missing_bos=tally.missing_bos + missing_bos)
@@ -122,7 +130,22 @@ def encode_rows(
         raise ValueError(_nothing(rows, tally, known, options))
     supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
     by_role = tuple((role, *counts) for role, counts in roles.items())
-    return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised, roles=by_role)
+    told = {"unread": (*columns, *unread), "sizes": reporting.sizes(lengths), "ending": ending, "roles": by_role}
+    return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised, **told)
+
+
+def _watching(read: Callable[[sources.Rows], list], name: str, columns: dict[str, None]) -> Callable[[sources.Rows], list]:
+    """The reader, adding the names of columns that it does not look at. Errors: ValueError for a system text among them."""
+
+    def watched(rows: sources.Rows) -> list:
+        rows = sources.watched(rows)
+        texts, unread = read(rows), sources.unread(rows)
+        if sources.SYSTEM in unread and name not in WHOLE:
+            raise sources.no_place(rows, unread[sources.SYSTEM], name)
+        columns.update(dict.fromkeys(unread))
+        return texts
+
+    return watched
 
 
 def _add_roles(roles: dict[str, list[int]], entries: Iterable[tuple[str, int, int]]) -> None:
@@ -143,7 +166,8 @@ def merged(reports: Sequence[Report]) -> Report:
     for report in reports:
         dropped.update(report.dropped)
         _add_roles(roles, report.roles)
-    return first._replace(**sums, dropped=dict(dropped), roles=tuple((role, *counts) for role, counts in roles.items()))
+    by_role = tuple((role, *counts) for role, counts in roles.items())
+    return first._replace(**sums, dropped=dict(dropped), roles=by_role, **reporting.merged(reports))
 
 
 def describe(report: Report) -> str:
@@ -157,15 +181,7 @@ def describe(report: Report) -> str:
         "documents without BOS": report.missing_bos,
         "parts that begin right behind a space": report.trailing_spaces,
     }
-    return one_line(report, unusual)
-
-
-def one_line(report: NamedTuple, unusual: dict[str, int]) -> str:
-    """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
-    share = 100 * report.supervised / max(1, report.tokens)
-    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
-    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
-    return "; ".join(parts + [f"{count} {what}" for what, count in unusual.items() if count])
+    return reporting.one_line(report, unusual)
 
 
 def _format(name: str, options: dict) -> Format:

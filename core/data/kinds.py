@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from treetune.core.data import formats, preference, reward, sources, strides, trees, unpaired
+from treetune.core.data import formats, preference, reporting, reward, sources, strides, trees, unpaired
 
 CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")  # options of formats whose rows are messages
 TALKING = ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat", "bradley_terry.chat_template")
@@ -112,9 +112,19 @@ def _encode_trees(
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
     """Documents with a branch for each continuation. foreign: give each row a second continuation from another row, of kind 1."""
     read, chat = _reader(table, format, own or {}, rows)
+    rows = sources.watched(rows)
     read = unpaired.mismatched(rows, read) if foreign else read
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
-    return trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
+    docs, report = trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
+    return docs, _with_unread(report, rows)
+
+
+def _with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
+    """The report with the columns that no reader looked at. Errors: ValueError for a system text among them."""
+    unread = sources.unread(rows)
+    if sources.SYSTEM in unread:
+        raise sources.no_place(rows, unread[sources.SYSTEM], report.format)
+    return report._replace(unread=(*unread, *report.unread))
 
 
 def _encode_steps(
@@ -128,8 +138,10 @@ def _encode_steps(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
     read, _ = _reader(reward.STEPS, format, own or {}, rows)
+    rows = sources.watched(rows)
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
-    return reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
+    docs, report = reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
+    return docs, _with_unread(report, rows)
 
 
 def _merged(reports: Sequence[trees.Report]) -> trees.Report:
@@ -141,7 +153,7 @@ def _merged(reports: Sequence[trees.Report]) -> trees.Report:
             sums[name] = max(values) if name == "longest" else sum(values)
     for report in reports:
         dropped.update(report.dropped)
-    return reports[0]._replace(**sums, dropped=dict(dropped))
+    return reports[0]._replace(**sums, dropped=dict(dropped), **reporting.merged(reports))
 
 
 def prompt(row: Mapping) -> str:

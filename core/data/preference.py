@@ -3,12 +3,16 @@
 Formats of fixed wording (chatml, llama3, zephyr) give texts; the others give messages for the chat template, or texts as they are.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from treetune.core.data import sources, trees, turns, wording
 
 PROMPTS = ("prompt", "input", "question", "instruction")
+WRITTEN_TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")  # messages as the text of a list
+LARGEST = 1e6  # of a margin
 
 
 class Fields(NamedTuple):
@@ -39,22 +43,38 @@ def text(row: dict, names: Sequence[str], where: str) -> str:
         raise ValueError(f"{where} has no field {' or '.join(names)}; it has {sources.listed(map(str, row))}")
     if not isinstance(row[name], str):
         raise ValueError(f"{where}: field {name} is {turns.kind(row[name])}, expected text")
+    if WRITTEN_TALK.match(row[name]):
+        raise ValueError(f"{where}: field {name} is a list of messages written as text: write it as a list (in .jsonl or .parquet)")
     return row[name]
 
 
 def system(row: dict, where: str, name: str = "system") -> list[dict]:
     """The row's system message, if it has one."""
-    return [{"role": "system", "content": text(row, (name,), where)}] if row.get(name) not in (None, "") else []
+    return turns.introduced([], row, where, name)
 
 
 def numbers(row: dict, name: str, where: str) -> dict[str, tuple]:
-    """The optional number `name` of a pair, for both sides. Errors: ValueError for anything but a finite number."""
+    """The optional number `name` of a pair, for both sides, also as text, since CSV files have nothing else.
+
+    Errors: ValueError for anything but a number of at most LARGEST in size.
+    """
     value = row.get(name)
-    if value is None:
+    if value is None or value == "":
         return {}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise ValueError(f"{where}: field {name} is {value!r}, expected a number")
-    return {name: (float(value), float(value))}
+    found = number(value)
+    if found is None or not abs(found) <= LARGEST:
+        raise ValueError(f"{where}: field {name} is {sources.quoted(value)}, expected a number from {-LARGEST:g} to {LARGEST:g}")
+    return {name: (found, found)}
+
+
+def number(value: object) -> float | None:
+    """A number, or the text of one, as a float; None for anything else, and for what a float cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def styled(style: wording.Style, fields: Fields) -> Callable[[dict, str], trees.Sides]:
@@ -62,19 +82,36 @@ def styled(style: wording.Style, fields: Fields) -> Callable[[dict, str], trees.
 
     def read(row: dict, where: str) -> trees.Sides:
         said = [(text(row, names, where), None) if not fields.talks else _talk(row, names[0], where) for names in fields[1:3]]
-        history = [{"role": "user", "content": text(row, fields.prompt, where)}] if fields.prompt else _shared(said, where)
-        if fields.prompt and fields.talks:
-            _check_single(said, where)
-        first = [] if history[0]["role"] == "system" else system(row, where)
+        if fields.prompt:
+            asked = text(row, fields.prompt, where)
+            if fields.talks:
+                _check_single(said, where)
+                _check_question(asked, [history for _, history in said], where, next(name for name in fields.prompt if row.get(name)))
+            history = [{"role": "user", "content": asked}]
+        else:
+            history = _shared(said, where)
         replies = tuple(reply for reply, _ in said)
-        return trees.Sides(wording.prompt(style, first + history), replies, numbers(row, "margin", where), style.end)
+        prompt = wording.prompt(style, turns.introduced(history, row, where), where)
+        return trees.Sides(prompt, replies, numbers(row, "margin", where), style.end)
 
     return read
 
 
 def _talk(row: dict, name: str, where: str) -> tuple[str, list[dict]]:
     history, reply = turns.dialogue(row.get(name), f"{where}: field {name}")
-    return reply["content"], history
+    return turns.text(reply, f"{where}: field {name}: the reply"), history
+
+
+def _check_question(prompt: str, histories: Sequence[list[dict]], where: str, name: str = "prompt") -> None:
+    """Errors: ValueError for conversations in which nobody asks what the prompt says."""
+    for side, history in zip(("chosen", "rejected"), histories, strict=True):
+        asked = [one.get("content") for one in history if one["role"] == "user"]
+        if not any(isinstance(one, str) and one.strip() == prompt.strip() for one in asked):
+            other = sources.quoted(asked[-1] if asked else "")
+            raise ValueError(
+                f"{where}: field {name} is {sources.quoted(prompt)}, but the question in {side} is {other}: "
+                f"make them alike, or remove {name}"
+            )
 
 
 def _shared(said: Sequence[tuple], where: str) -> list[dict]:
@@ -103,10 +140,11 @@ def nectar(row: dict, where: str) -> trees.Sides:
         here = f"{where}: field answers, answer {i}"
         rank = one.get("rank") if isinstance(one, dict) else None
         if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank:
-            raise ValueError(f"{here}: field rank is {rank!r}, expected an object with a text and a number (answer, rank)")
+            raise ValueError(f"{here}: field rank is {sources.quoted(rank)}, expected an object with a text and a number (answer, rank)")
         text(one, ("answer",), here)
     best, second = sorted(answers, key=lambda one: one["rank"])[:2]
-    prompt = f"<|system|>\n</s>\n<|user|>\n{prompt}</s>\n<|assistant|>\n"
+    before = "".join(one["content"] for one in system(row, where))
+    prompt = f"<|system|>\n{before}</s>\n<|user|>\n{prompt}</s>\n<|assistant|>\n"
     return trees.Sides(prompt, (best["answer"], second["answer"]), {})
 
 
@@ -132,19 +170,21 @@ def templated(
     def reply(row: dict, name: str, history: list[dict], where: str) -> dict:
         value, where = row.get(name), f"{where}: field {name}"
         if isinstance(value, str):
-            return {"role": "assistant", "content": value}
-        said = [turns.message(value, where, roles=roles, **names)] if isinstance(value, dict) else None
-        said = said or turns.messages(value, where, roles=roles, **names)
-        if said[-1]["role"] != "assistant" or said[:-1] not in ([], history, history[-1:]):
+            return {"role": "assistant", "content": text(row, (name,), where.removesuffix(f": field {name}"))}
+        said = turns.messages([value] if isinstance(value, dict) else value, where, roles=roles, replies=1, **names)
+        if said[-1]["role"] != "assistant":
             raise ValueError(f"{where} has {len(said)} messages: expected the assistant's reply, alone or after the messages of the prompt")
+        if said[:-1] not in ([], history, history[-1:]):
+            raise ValueError(f"{where} has {len(said)} messages, and those before the reply are not the prompt's: give the reply alone")
         return said[-1]
 
     def read(row: dict, where: str) -> trees.Sides:
-        value = row.get(field_messages)
-        said = [{"role": "user", "content": value}] if isinstance(value, str) else None
-        said = said or turns.messages(value, f"{where}: field {field_messages}", roles=roles, **names)
+        if isinstance(row.get(field_messages), str):
+            said = [{"role": "user", "content": text(row, (field_messages,), where)}]
+        else:
+            said = turns.messages(row.get(field_messages), f"{where}: field {field_messages}", roles=roles, replies=0, **names)
         replies = tuple(reply(row, name, said, where) for name in (field_chosen, field_rejected))
-        return trees.Sides(said, replies, numbers(row, "margin", where))
+        return trees.Sides(turns.introduced(said, row, where), replies, numbers(row, "margin", where))
 
     return read
 
@@ -152,20 +192,17 @@ def templated(
 def argilla(row: dict, where: str) -> trees.Sides:
     """chat_template.argilla: two conversations of user and assistant in turn, alike up to the last message.
 
-    A `prompt` is the question of a conversation of two messages; a `system` text goes before.
+    A `prompt` must be a question of both conversations; a `system` text goes before.
     """
     said = [turns.dialogue(row.get(name), f"{where}: field {name}") for name in ("chosen", "rejected")]
     for name, (history, _) in zip(("chosen", "rejected"), said, strict=True):
         order = [one["role"] for one in history if one["role"] != "system"]
         if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
             raise ValueError(f"{where}: field {name} has the roles {sources.listed(order)}, assistant: expected user and assistant in turn")
-    prompt = text(row, ("prompt",), where) if row.get("prompt") is not None else ""
-    if prompt and all(len(history) == 1 for history, _ in said):
-        history = [{"role": "user", "content": prompt}]
-    else:
-        history = _shared([(None, history) for history, _ in said], where)
-    first = [] if history[0]["role"] == "system" else system(row, where)
-    return trees.Sides(first + history, tuple(reply for _, reply in said), numbers(row, "margin", where))
+    if row.get("prompt") is not None:
+        _check_question(text(row, ("prompt",), where), [history for history, _ in said], where)
+    history = _shared([(None, history) for history, _ in said], where)
+    return trees.Sides(turns.introduced(history, row, where), tuple(reply for _, reply in said), numbers(row, "margin", where))
 
 
 def user_defined(

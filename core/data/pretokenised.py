@@ -51,7 +51,7 @@ def integers(value: object, where: str) -> np.ndarray:
         raise ValueError(f"{where} is {turns.kind(value)}, expected a list of whole numbers")
     wrong = next((i for i, one in enumerate(value) if isinstance(one, bool) or not isinstance(one, int) or abs(one) > 2**31), None)
     if wrong is not None:
-        raise ValueError(f"{where}: entry {wrong + 1} is {value[wrong]!r}, expected a whole number below 2**31")
+        raise ValueError(f"{where}: entry {wrong + 1} is {sources.quoted(value[wrong])}, expected a whole number below 2**31")
     return np.array(value, dtype=np.int64)
 
 

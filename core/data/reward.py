@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import preference, sources, spans, trees, turns, unpaired, wording
+from treetune.core.data import preference, reporting, sources, spans, trees, turns, unpaired, wording
 
 
 class Steps(NamedTuple):
@@ -23,7 +23,7 @@ def ranked(row: dict, where: str) -> trees.Sides:
     """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
     asked, chosen, rejected = (preference.text(row, (name,), where) for name in ("input", "chosen", "rejected"))
     replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
-    history = preference.system(row, where) + [{"role": "user", "content": asked}]
+    history = turns.introduced([{"role": "user", "content": asked}], row, where)
     return trees.Sides(history, replies, preference.numbers(row, "margin", where))
 
 
@@ -68,20 +68,21 @@ def encode_steps(
     """
     trees.check_length(sequence_len, overlong)
     known = spans.marks(tokenizer)
-    docs, tally = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7)
+    docs, tally, lengths = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7), []
     for i, row in enumerate(rows.rows):
         where = sources.where(rows, i)
         steps = read(row, where)
         reason = trees.EMPTY if not steps.steps or not all(step.strip() for step in steps.steps) else ""
         doc = None if reason else _joined(steps, tokenizer, known, rows.numbers[i], where)
         if doc is not None:
+            lengths.append(len(doc.tokens))
             tally = tally._replace(longest=max(tally.longest, len(doc.tokens)))
             doc, reason, tally = _fit(doc, sequence_len, overlong, where, tally)
         if doc is None:
             tally = trees.drop(tally, reason)
             continue
         docs.append(doc)
-    return docs, trees.total(docs, tally, rows)
+    return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.sizes(lengths))
 
 
 def _joined(steps: Steps, tokenizer, known: spans.Marks, row: int, where: str) -> trees.TreeDoc:

@@ -36,7 +36,7 @@ def segments(row: dict, where: str) -> list[tuple[str, bool]]:
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{here}: field text is {turns.kind(part.get('text'))}, expected text")
         if not isinstance(part.get("label"), bool):
-            raise ValueError(f"{here}: field label is {part.get('label')!r}, expected true or false")
+            raise ValueError(f"{here}: field label is {sources.quoted(part.get('label'))}, expected true or false")
     return [(part["text"], part["label"]) for part in value]
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from treetune.core.data import files, hub, order, records
 
+SYSTEM = "system"  # the column of a system message
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SLICE = re.compile(r"([\w.-]+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
@@ -35,6 +36,48 @@ class Rows(NamedTuple):
     numbers: list[int]
     unit: str = "row"
     origins: tuple[Origin, ...] = ()  # where each file starts, when there are several
+
+
+class Watched(dict):
+    """A row that remembers which of its fields were asked for, so that what no reader looks at can be told."""
+
+    __slots__ = ("asked",)
+
+    def __init__(self, row: dict):
+        super().__init__(row)
+        self.asked: set[str] = set()
+
+    def get(self, key, default=None):
+        """As a dict's, remembered."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def watched(rows: Rows) -> Rows:
+    """The rows, watched."""
+    return rows._replace(rows=[Watched(row) for row in rows.rows])
+
+
+def unread(rows: Rows) -> dict[str, int]:
+    """Fields in which some watched row has something that was not asked for, each with the index of the first such row."""
+    found: dict[str, int] = {}
+    for i, row in enumerate(rows.rows):
+        for name in row.keys() - row.asked - found.keys():
+            if dict.get(row, name) not in (None, "", [], {}):
+                found[name] = i
+    return {name: found[name] for name in columns(rows) if name in found}
+
+
+def no_place(rows: Rows, i: int, form: str) -> ValueError:
+    """The error for a system text that a format has no place for: it is never dropped."""
+    return ValueError(
+        f"{where(rows, i)} has a {SYSTEM} text, which rows of format {form} have no place for: remove the column, put it into the prompt, "
+        "make the prompt a list of messages, or name a format with a place for it (a user-defined one with {system} in its wording)"
+    )
 
 
 def from_list(rows: Sequence[dict], name: str = "rows") -> Rows:
@@ -64,6 +107,12 @@ def columns(rows: Rows) -> list[str]:
 def listed(names: Iterable[str]) -> str:
     """Field names or roles in one line of an error: odd ones quoted, "none" for no names."""
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
+
+
+def quoted(value: object) -> str:
+    """A value of a row in one line of an error, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def read(

@@ -16,6 +16,7 @@ import numpy as np
 from treetune.core.data import sources
 
 TEMPLATE = "template"  # the role of what no speaker wrote
+MARK = re.compile(r"\s*(<\|?[^<>|\s]{1,40}\|?>)")  # a text such as <|eot_id|> or </s>
 BYTE_SPACE = "\u0120"  # how byte-level vocabularies spell a space
 
 
@@ -62,6 +63,7 @@ class Text(NamedTuple):
     cut: int = 0  # trained turns of which the text leaves a part out
     trailing_space_boundaries: int = 0  # borders between parts of different weight that come right after a space
     speakers: tuple[Speaker, ...] = ()  # in order, apart from each other
+    unread: tuple[str, ...] = ()  # fields of its messages that nothing reads
 
 
 class Doc(NamedTuple):
@@ -92,6 +94,8 @@ class Encoded(NamedTuple):
     trailing_space_boundaries: int = 0
     role: np.ndarray | None = None  # uint8 [n], an index into `names`
     names: tuple[str, ...] = (TEMPLATE,)
+    unread: tuple[str, ...] = ()  # as in Text
+    ending: str = ""  # what closes a trained turn and looks like one token, but is none
 
 
 def tokens_by_role(encoded: Encoded, start: int = 0, stop: int | None = None) -> dict[str, tuple[int, int]]:
@@ -157,7 +161,8 @@ def _weighed(text: Text, encoding, tokenizer, known: Marks) -> Encoded:
     if text.eos is not None:
         tokens, weight, role = _wrap(tokens, weight, role, text, known)
     weight[:1] = 0.0
-    return Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names)
+    ending = _false_ending(text, begins, ends)
+    return Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names, text.unread, ending)
 
 
 def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> tuple[np.ndarray, int]:
@@ -181,6 +186,18 @@ def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray,
         for piece in turn.pieces:
             weight[np.searchsorted(begins, piece.begin, "left") : np.searchsorted(ends, piece.end, "right")] = piece.weight
     return weight, int(unclosed)
+
+
+def _false_ending(text: Text, begins: np.ndarray, ends: np.ndarray) -> str:
+    """What stands behind the content of a trained turn, spelt like a special token but in several pieces."""
+    for turn in text.turns:
+        match = MARK.match(text.text, turn.end, max(turn.tail, turn.end))
+        if match and turn.close > 0 and (turn.weight > 0 or turn.pieces):
+            begin, end = match.span(1)
+            at = int(np.searchsorted(begins, begin, "right")) - 1
+            if at >= 0 and not (begins[at] <= begin and ends[at] >= end):
+                return match[1]
+    return ""
 
 
 def _closing(

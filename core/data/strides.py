@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from treetune.core import strided
-from treetune.core.data import ebft, formats, pack, sources, trees
+from treetune.core.data import ebft, formats, pack, reporting, sources, trees
 
 PRETOKENISED = "pretokenised"
 SPLIT = ("ebft_pretrain.transform",)  # raw text, which is split where it is too long
@@ -47,6 +47,9 @@ class Report(NamedTuple):
     blocks: int = 0
     short: int = 0  # documents that have no block
     left: bool = False  # whether these are dropped
+    unread: tuple[str, ...] = ()  # columns that nothing reads
+    sizes: reporting.Sizes = ()  # of the documents before the length policy
+    ending: str = ""
 
 
 def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
@@ -105,7 +108,10 @@ def encode_rows(
     if extra := [key for key in own or {} if key not in takes(format)]:
         raise ValueError(f"format {format} takes no {', '.join(extra)}; it takes {', '.join(takes(format)) or 'no options'}")
     trees.check_length(sequence_len, overlong or "truncate")
-    read = READERS[format](rows, tokenizer, **(own or {}))
+    rows = sources.watched(rows)
+    read, unread = READERS[format](rows, tokenizer, **(own or {})), sources.unread(rows)
+    if sources.SYSTEM in unread and format not in (PRETOKENISED, *SPLIT):
+        raise sources.no_place(rows, unread[sources.SYSTEM], format)
     progress(len(rows.rows))
     dropped, docs, cut = Counter({formats.EMPTY: len(rows.rows) - len(read)}), [], Counter()
     for doc in read:
@@ -115,7 +121,8 @@ def encode_rows(
     counts = blocks(docs, places)
     docs = [doc for doc, some in zip(docs, counts, strict=True) if some or not places.needed]
     tally = Report(format, len(rows.rows), len(docs), {reason: n for reason, n in dropped.items() if n}, cut["cut"], cut["split"])
-    report = _counted(tally._replace(left=places.needed), docs, read, counts)
+    told = {"unread": tuple(unread), "sizes": reporting.sizes(len(doc.tokens) for doc in read)}
+    report = _counted(tally._replace(left=places.needed, **told), docs, read, counts)
     if not docs:
         raise ValueError(_nothing(report, rows))
     return docs, report
@@ -184,7 +191,7 @@ def describe(report: Report) -> str:
         "rows split": report.split,
         f"documents {'dropped' if report.left else 'for cross-entropy alone'} ({NO_BLOCK})": report.short,
     }
-    return formats.one_line(report, {"blocks": report.blocks} | unusual)
+    return reporting.one_line(report, {"blocks": report.blocks} | unusual)
 
 
 def merged(reports: Sequence[Report]) -> Report:
@@ -192,9 +199,11 @@ def merged(reports: Sequence[Report]) -> Report:
     dropped = Counter()
     for report in reports:
         dropped.update(report.dropped)
-    fixed = ("format", "dropped", "longest", "left")
+    fixed = ("format", "dropped", "longest", "left", "unread", "sizes", "ending")
     sums = {name: sum(getattr(one, name) for one in reports) for name in Report._fields if name not in fixed}
-    return reports[0]._replace(**sums, dropped=dict(dropped), longest=max(report.longest for report in reports))
+    return reports[0]._replace(
+        **sums, dropped=dict(dropped), longest=max(report.longest for report in reports), **reporting.merged(reports)
+    )
 
 
 def check(docs: Sequence[ebft.Strided], places: Places) -> None:

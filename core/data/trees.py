@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, formats, instruction, sources, spans
+from treetune.core.data import chat, instruction, reporting, sources, spans
 
 CHUNK = 512  # rows tokenised together
 OVERLONG = ("drop", "truncate", "error")
@@ -19,7 +19,7 @@ NO_PROMPT, NOTHING, FULL, TOO_LONG = (
     "an empty prompt",
     "nothing to train on",
     "a prompt that fills sequence_len",
-    "longer than sequence_len",
+    reporting.TOO_LONG,
 )
 
 
@@ -74,6 +74,11 @@ class Report(NamedTuple):
     dropped_eos: int  # continuations that lost their end to the cut
     missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
     trailing_space_boundaries: int  # plain prompts that end in a space, so that the first word after it may not be trained
+    missing_eos: int = 0  # completions with nothing that ends them
+    missing_parts: int = 0  # completions of which the chat template leaves a part out, reasoning mostly
+    unread: tuple[str, ...] = ()  # columns, and fields of messages, that nothing reads
+    sizes: reporting.Sizes = ()  # of the longest side of each row before the length policy
+    ending: str = ""  # what closes completions and looks like one token, but is none
 
 
 def encode_rows(
@@ -98,24 +103,34 @@ def encode_rows(
     """
     check_length(sequence_len, overlong)
     known, render = spans.marks(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
-    docs, tally = [], Report(name, len(rows.rows), 0, {}, *[0] * 7)
+    docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 7), [], {}, ""
     for i, extras, reason, parts in _sequences(rows, read, tokenizer, known, render, distinct):
         where = sources.where(rows, i)
         check_bos(parts, known, where)
         reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
+        same = not reason and distinct and any(np.array_equal(part.tokens, parts[0].tokens) for part in parts[1:])
+        reason = SAME if same else reason  # of texts that differ only in what the chat template leaves out
         doc = None if reason else join(parts, row=rows.numbers[i], extras=extras)
+        unread |= dict.fromkeys(name for part in parts for name in part.unread)
+        ending = ending or next((part.ending for part in parts if part.ending), "")
         if doc is not None:
             _check_extras(extras, docs, where)
-            tally = tally._replace(longest=max(tally.longest, *side_lengths(doc)))
+            lengths.append(max(side_lengths(doc)))
+            tally = tally._replace(longest=max(tally.longest, lengths[-1]))
             doc, reason, tally = _fit(doc, sequence_len, overlong, distinct, where, tally)
         if doc is None:
             tally = drop(tally, reason or NO_PROMPT)
             continue
         spaces = sum(part.trailing_space_boundaries for part in parts)
         lacks = bool(known.prefix) and doc.tokens[: len(known.prefix)].tolist() != known.prefix
-        tally = tally._replace(missing_bos=tally.missing_bos + lacks, trailing_space_boundaries=tally.trailing_space_boundaries + spaces)
+        tally = tally._replace(
+            missing_bos=tally.missing_bos + lacks,
+            trailing_space_boundaries=tally.trailing_space_boundaries + spaces,
+            missing_eos=tally.missing_eos + sum(part.unclosed for part in parts),
+            missing_parts=tally.missing_parts + sum(part.cut for part in parts),
+        )
         docs.append(doc)
-    return docs, total(docs, tally, rows)
+    return docs, total(docs, tally, rows)._replace(unread=tuple(unread), sizes=reporting.sizes(lengths), ending=ending)
 
 
 def grow(
@@ -204,10 +219,12 @@ def describe(report: Report) -> str:
     unusual = {
         "documents truncated": report.truncated,
         "completions lost their end": report.dropped_eos,
+        "completions without an end-of-turn token": report.missing_eos,
+        "completions of which the chat template leaves a part out": report.missing_parts,
         "documents without BOS": report.missing_bos,
         "prompts end in a space, so that the word after it may not be trained": report.trailing_space_boundaries,
     }
-    return formats.one_line(report, unusual)
+    return reporting.one_line(report, unusual)
 
 
 def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:
@@ -219,11 +236,17 @@ def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:
 
 def unusable(sides: Sides, distinct: bool) -> str:
     """Why no document can be made of the row, or nothing."""
-    texts = [reply if isinstance(reply, str) else str(reply.get("reasoning_content") or "") + reply["content"] for reply in sides.replies]
-    if not all(text.strip() for text in texts):
+    if not all(_says(reply) for reply in sides.replies):
         return EMPTY
     same = any(reply in sides.replies[:i] for i, reply in enumerate(sides.replies))
     return SAME if distinct and same else "" if sides.prompt else NO_PROMPT
+
+
+def _says(reply: str | dict) -> bool:
+    """Whether there is anything in the reply: a text, thoughts, or tool calls."""
+    if isinstance(reply, str):
+        return bool(reply.strip())
+    return bool(reply.get("tool_calls")) or bool((str(reply.get("reasoning_content") or "") + str(reply.get("content") or "")).strip())
 
 
 def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, where: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:

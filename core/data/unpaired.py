@@ -13,9 +13,11 @@ def label(row: dict, name: str, where: str) -> dict[str, tuple]:
     value = row.get(name)
     if value is None:
         raise ValueError(f"{where} has no field {name}; it has {sources.listed(map(str, row))}")
-    known = LABELS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    number = preference.number(value) if not isinstance(value, str) else None  # 1.0 is what a column of 1 and null becomes
+    text = str(value) if isinstance(value, bool | str) else f"{number:g}" if number is not None else ""
+    known = LABELS.get(text.strip().lower())
     if known is None:
-        raise ValueError(f"{where}: field {name} is {value!r}, expected true or false")
+        raise ValueError(f"{where}: field {name} is {sources.quoted(value)}, expected true or false")
     return {"desirable": (known,)}
 
 
@@ -25,7 +27,7 @@ def styled(style: wording.Style, field: str) -> Callable[[dict, str], trees.Side
     def read(row: dict, where: str) -> trees.Sides:
         history = preference.system(row, where) + [{"role": "user", "content": preference.text(row, (field,), where)}]
         reply = preference.text(row, ("completion",), where)
-        return trees.Sides(wording.prompt(style, history), (reply,), label(row, "label", where), style.end)
+        return trees.Sides(wording.prompt(style, history, where), (reply,), label(row, "label", where), style.end)
 
     return read
 
@@ -36,9 +38,12 @@ def talking(style: wording.Style) -> Callable[[dict, str], trees.Sides]:
     def read(row: dict, where: str) -> trees.Sides:
         here, said = f"{where}: field completion", row.get("completion")
         if isinstance(said, list) and len(said) == 1 and row.get("chosen") is not None:
-            said = [one for one in turns.messages(row["chosen"], f"{where}: field chosen") if one["role"] != "assistant"] + said
+            said = [
+                one for one in turns.messages(row["chosen"], f"{where}: field chosen", replies=None) if one["role"] != "assistant"
+            ] + said
         history, reply = turns.dialogue(said, here)
-        return trees.Sides(wording.prompt(style, history), (reply["content"],), label(row, "label", where), style.end)
+        prompt = wording.prompt(style, turns.introduced(history, row, where), where)
+        return trees.Sides(prompt, (turns.text(reply, f"{here}: the reply"),), label(row, "label", where), style.end)
 
     return read
 
@@ -70,10 +75,11 @@ def passthrough(row: dict, where: str) -> trees.Sides:
     judged = label(row, "label", where)
     if not isinstance(row.get("prompt"), list):
         return trees.Sides(preference.text(row, ("prompt",), where), (preference.text(row, ("completion",), where),), judged)
-    said, here = turns.messages(row["prompt"], f"{where}: field prompt"), f"{where}: field completion"
+    said, here = turns.messages(row["prompt"], f"{where}: field prompt", replies=0), f"{where}: field completion"
+    said = turns.introduced(said, row, where)
     if isinstance(row.get("completion"), str):
-        return trees.Sides(said, ({"role": "assistant", "content": row["completion"]},), judged)
-    reply = turns.messages(row.get("completion"), here)
+        return trees.Sides(said, ({"role": "assistant", "content": preference.text(row, ("completion",), where)},), judged)
+    reply = turns.messages(row.get("completion"), here, replies=1)
     if [one["role"] for one in reply] != ["assistant"]:
         raise ValueError(f"{here} has {len(reply)} messages, expected one of the assistant")
     return trees.Sides(said, (reply[0],), judged)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from treetune.core.data import sources
+from treetune.core.data import sources, turns
 
 PLACE = re.compile(r"\{(\w+)\}")
 
@@ -24,8 +24,10 @@ STYLES = {
 }
 
 
-def prompt(style: Style, messages: Sequence[dict]) -> str:
-    """The messages and the header of the assistant's turn."""
+def prompt(style: Style, messages: Sequence[dict], where: str = "row") -> str:
+    """The messages and the header of the assistant's turn. Errors: ValueError for a message without a text."""
+    for message in messages:
+        turns.text(message, f"{where}: a message of the prompt")
     turn = "{}{}{}{}{}{}".format
     said = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
     return "".join(said) + style.opening + "assistant" + style.middle

@@ -174,8 +174,8 @@ def test_blank_answers_are_nothing_to_train_on(tokenizer):
 
 
 def test_roles_are_mapped():
-    messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}, "row 1")
-    assert [message["role"] for message in messages] == ["user", "narrator"]
+    messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "row 1")
+    assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
 JUNK = st.recursive(

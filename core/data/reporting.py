@@ -1,0 +1,66 @@
+"""What became of rows, whatever their documents look like: the line that reports say, and what deserves a warning."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from treetune.core.data import sources
+
+TOO_LONG = "longer than sequence_len"
+STEP = 64  # tokens; lengths are counted in steps of this
+SHARE_KEPT, SHARE_LOST = 0.95, 0.25  # the first is what a longer sequence_len should keep, the second is too much to lose unnoticed
+SHOWN = 8  # names in a line
+Sizes = tuple[tuple[int, int], ...]  # (tokens, rounded up to a step, rows of that length)
+
+
+def one_line(report: NamedTuple, unusual: Mapping[str, int]) -> str:
+    """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
+    share = 100 * report.supervised / max(1, report.tokens)
+    parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
+    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
+    parts += [f"{count} {what}" for what, count in unusual.items() if count]
+    return "; ".join(parts + ([f"not read: {short(report.unread)}"] if report.unread else []))
+
+
+def short(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return sources.listed(names[:SHOWN]) + more
+
+
+def sizes(lengths: Iterable[int]) -> Sizes:
+    """Lengths counted."""
+    return tuple(sorted(Counter(-(-length // STEP) * STEP for length in lengths).items()))
+
+
+def merged(reports: Sequence[Any]) -> dict[str, Any]:
+    """The fields about unread columns, lengths and endings, of the reports of several parts of the rows."""
+    lengths: Counter[int] = Counter()
+    for report in reports:
+        lengths.update(dict(report.sizes))
+    unread = tuple(dict.fromkeys(name for report in reports for name in report.unread))
+    ending = next((report.ending for report in reports if report.ending), "")
+    return {"unread": unread, "sizes": tuple(sorted(lengths.items())), "ending": ending}
+
+
+def warnings(report: Any) -> list[str]:
+    """What should be noticed: rows lost to their length, and turns that end in no token."""
+    return [text for text in (_lost(report.rows, report.dropped.get(TOO_LONG, 0), report.sizes), _endless(report)) if text]
+
+
+def _lost(rows: int, lost: int, lengths: Sequence[Sequence[int]]) -> str:
+    if not lost or lost < SHARE_LOST * rows:
+        return ""
+    seen = list(accumulate(count for _, count in lengths))
+    size = next(size for (size, _), below in zip(lengths, seen, strict=True) if below >= SHARE_KEPT * seen[-1])
+    return f"{lost} of {rows} rows are {TOO_LONG} and left out: --sequence-len {size} keeps 95 % of the rows, --overlong truncate cuts them"
+
+
+def _endless(report: Any) -> str:
+    if not report.ending:
+        return ""
+    return (
+        f"trained turns end with {report.ending}, which is not one token of this tokenizer, so that answers may never stop: add it with "
+        f"--special-tokens eos_token={report.ending}, or name a --chat-template whose end of turn the tokenizer has"
+    )
