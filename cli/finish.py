@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from treetune.cli import prompts, report, rundir, setup
+from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
-from treetune.core import drafts, lora, shard, tree
+from treetune.core import check, drafts, lora, records, shard, tree
 from treetune.core.data import chat, instruction, strides
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
@@ -81,17 +82,21 @@ def sampler(config: Any, made: Any):
         screen.line(f"sample answer {when} training", "bold")
         screen.line(f"  prompt: {prompt}\n  answer: {answer.strip()}\n")
         if made.job.rank == 0:
-            rundir.append(made.where.samples, {"step": int(state.step), "prompt": prompt, "answer": answer})
+            records.append(made.where.samples, {"step": int(state.step), "prompt": prompt, "answer": answer})
 
     return show
 
 
-def leave(config: Any, made: Any, outcome: Any, screen: Screen) -> None:
-    """Save the adapter (or the model), write the report, print where everything is and what changed."""
+def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen) -> None:
+    """Save the adapter (or the model), sample an answer, write the report, print where everything is and what changed."""
     model, used = current(outcome.state, made.model, made.trees.lora)
     trained = tree.map(shard.full, outcome.state.params)  # on every rank: gathering sharded leaves is a collective
+    saved = _save(config, made, model, used, trained) if made.job.rank == 0 else None
+    try:
+        sampler(outcome.state, "after", screen)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        screen.warn(f"the sample answer failed, the trained weights are saved: {' '.join(str(error).split()) or type(error).__name__}")
     if made.job.rank == 0:
-        saved = _save(config, made, model, used, trained)
         report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
         screen.table("", _summary(made, outcome, saved))
     if torch.distributed.is_initialized():
@@ -115,7 +120,11 @@ def write_trained(
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one."""
     head = {"head": trained["head"]} if "head" in trained else {}
     if used is None:
+        # float32 reaches further than bfloat16 rounds to
         kept = model._replace(params=tree.map(lambda leaf: leaf.to(model.cfg.dtype), model.params))
+        if not check.finite(kept.params):
+            bad, dtype = check.not_finite(kept.params)[0], str(model.cfg.dtype)[6:]
+            raise RunFailed(f"{bad} is not finite in {dtype}: {path} was not saved; lower learning_rate, or compute in float32")
         if head:
             heads.save(path, kept, **head, tokenizer=tokenizer)
         else:

@@ -17,7 +17,7 @@ from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.rl_options import PipelineOptions
 from treetune.cli.screen import Screen
-from treetune.core import ckpt, shard, step
+from treetune.core import ckpt, records, shard, step
 from treetune.core.data import loader
 from treetune.core.data.prompts import Prompt
 from treetune.core.data.trees import TreeDoc
@@ -99,8 +99,7 @@ def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
         made.start(main.state)
         sampler(main.state, "before", screen)
         outcome = loop.run(main.job, main.state, main.where, config.run, screen, main.meta)
-        sampler(outcome.state, "after", screen)
-        finish.leave(config, main, outcome, screen)
+        finish.leave(config, main, outcome, sampler, screen)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum
 
 
@@ -335,7 +334,7 @@ def show(pipe: PipelineOptions, names: tuple[str, ...], groups: list[Group], ind
             said = {name: None if value != value else value for name, value in zip(names, group.rewards[j].tolist(), strict=True)}
             record = {"step": index, "prompt": group.prompt.text, "answer": one.text, "rewards": said, "advantage": group.advantage[j]}
             if pipe.log_completions:
-                rundir.append(where.samples, record | {"tokens": len(one.tokens), "stopped": one.stopped, "version": group.version})
+                records.append(where.samples, record | {"tokens": len(one.tokens), "stopped": one.stopped, "version": group.version})
             if number == 0 and place < pipe.num_completions_to_print and screen.wants(index):
                 said = ", ".join(f"{name} {value:g}" for name, value in said.items() if value is not None)
                 screen.line(f"  {one.text.strip()!r:.200}  ({said}; advantage {group.advantage[j]:.2f})", "dim")

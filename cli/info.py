@@ -11,7 +11,7 @@ from treetune.cli import fetch, rundir
 from treetune.cli.configs import Info
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen, clock
-from treetune.core import ckpt, lora, observe, param
+from treetune.core import ckpt, lora, param, records
 from treetune.models import MODELS, adapter, folder, hf
 
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
@@ -70,11 +70,13 @@ def adapter_rows(path: Path) -> dict[str, str]:
 def run_rows(path: Path) -> dict[str, str]:
     """Where a run stands: steps, losses, checkpoints."""
     run = rundir.RunDir(path, None)
-    history = observe.read(run.metrics)
+    history = records.read(run.metrics, numbers=True).records
     steps, held = [r for r in history if "train/loss" in r], [r["eval/loss"] for r in history if "eval/loss" in r]
     rows = {"run": str(path), "checkpoints": ", ".join(found.name for found in ckpt.steps(run.checkpoints)) or "none"}
     if steps:
-        rows["steps"] = f"{steps[-1]['step']} in {clock(sum(r['step_seconds'] for r in steps))}, {int(steps[-1]['num_tokens'])} tokens"
+        rows["steps"] = (
+            f"{steps[-1]['step']} in {clock(sum(r.get('step_seconds', 0) for r in steps))}, {int(steps[-1].get('num_tokens', 0))} tokens"
+        )
         rows["train loss"] = f"{steps[0]['train/loss']:.4f} -> {steps[-1]['train/loss']:.4f}"
     if held:
         rows["held-out loss"] = f"{held[0]:.4f} -> {held[-1]:.4f}, best {min(held):.4f}"

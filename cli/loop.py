@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from treetune.cli import rundir
 from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
-from treetune.core import ckpt, observe, shard
+from treetune.core import check, ckpt, durable, observe, shard
 from treetune.core.data import loader, streaming
 from treetune.core.state import Objective, TrainState
 
+BEST = "best.json"
 BY_CLASS = ("rewards/", "logps/", "logits/", "accuracy/", "ebft/")  # rates over rows of a class, or blocks, which a step may lack
 Cursor = loader.Cursor | streaming.Cursor
 
@@ -118,6 +120,24 @@ class _Loop:
         self.tell_health()
         self._watchdog(record)
 
+    def require_finite(self, state: TrainState) -> None:
+        """Fail on weights or moments that are not finite, before anything is made of them."""
+        moved = {"params": state.params, "opt": state.opt}
+        bad = not bool(check.finite(moved))
+        if shard.any_flag(bad, self.job.device) if torch.distributed.is_initialized() else bad:
+            names = check.not_finite(moved)[:3] or ["leaves of another rank"]
+            fix = "lower learning_rate, or lengthen the warm-up"
+            raise RunFailed(
+                f"the update of step {int(state.step)} is not finite in {', '.join(names)}: {fix}; nothing of it was saved; {self._where()}"
+            )
+
+    def _require_finite_loss(self, state: TrainState) -> None:
+        """Fail where the last update leaves finite weights that compute a loss which is not: no step follows that would show it."""
+        if text := observe.find_not_finite_loss(self.job.objective, state, self._prepared(state)[:1]):
+            raise RunFailed(
+                f"after the update of step {int(state.step)} {text}: lower learning_rate; nothing of it was saved; {self._where()}"
+            )
+
     def _require_alive(self, state: TrainState) -> None:
         if dead := observe.dead_leaves(self.job.objective, state, self._prepared(state)):
             raise RunFailed(f"{len(dead)} trainable leaves get no gradient, the first are {', '.join(dead[:3])}")
@@ -182,18 +202,44 @@ class _Loop:
         meta = self.job.meta | {"progress": self.progress._asdict() | {"cursor": list(self.progress.cursor)}}
         meta |= {"rollout": self.job.carry()} if self.job.carry else {}
         try:
-            path = ckpt.save(self.run.checkpoints, state, meta, rank=self.job.rank)
+            if self.job.rank == 0:
+                self._flush_records()
+            ckpt.save(self.run.checkpoints, state, meta, rank=self.job.rank)
             self.saved = step
             if self.job.rank == 0:
-                self._prune(path)
+                self._prune()
         except OSError as error:
             raise BadInput(str(error)) from error
 
-    def _prune(self, path) -> None:
-        best = None if self.progress.best_step is None else path.with_name(f"step_{self.progress.best_step:06d}")
+    def _flush_records(self) -> None:
+        """On the disk before the checkpoint that a resume continues them from."""
+        for path in (self.run.metrics, self.run.samples):
+            if path.exists():
+                durable.fsync(path)
+
+    def restore_best(self) -> None:
+        """Write best.json anew from the checkpoint's bookkeeping, on which alone a run depends."""
+        file, best = self.run.root / BEST, self._best()
+        if file.exists() and not _is_record(file):
+            self.screen.warn(f"{file} was damaged and is {'dropped' if best is None else 'written anew'}")
+        if best is None:
+            file.unlink(missing_ok=True)
+        else:
+            rundir.write(file, self._described_best(best))
+
+    def _best(self) -> Path | None:
+        """The checkpoint of the best evaluation, where there is one."""
+        found = None if self.progress.best_step is None else self.run.checkpoints / f"step_{self.progress.best_step:06d}"
+        return found if found is not None and found.exists() else None
+
+    def _prune(self) -> None:
+        best = self._best()
         ckpt.prune(self.run.checkpoints, self.options.save_total_limit, best=best)
-        if best is not None and best.exists():
-            rundir.write(self.run.root / "best.json", json.dumps({"checkpoint": best.name, f"eval_{self.job.goal}": self.progress.best}))
+        if best is not None:
+            rundir.write(self.run.root / BEST, self._described_best(best))
+
+    def _described_best(self, best: Path) -> str:
+        return json.dumps({"checkpoint": best.name, f"eval_{self.job.goal}": self.progress.best})
 
     def steps(self, state: TrainState, seen: list[int]) -> Outcome:
         """Run to the last step, or to a reason to stop."""
@@ -224,6 +270,9 @@ class _Loop:
         """Catch up with the metrics, then evaluate and save as is due; why to stop, if the evaluation says so."""
         self.record(self.recorder.flush(), state, eta_s)
         last, stopped = index == self.job.total_steps, None
+        self.require_finite(state)
+        if last:
+            self._require_finite_loss(state)
         if last or _on(index, epoch_ended, self.options.eval_steps):
             stopped = self.evaluate(state)
         if last or leaving or stopped or _on(index, epoch_ended, self.options.save_steps):
@@ -232,6 +281,13 @@ class _Loop:
 
     def _due(self, index: int, epoch_ended: bool) -> bool:
         return _on(index, epoch_ended, self.options.eval_steps) or _on(index, epoch_ended, self.options.save_steps)
+
+
+def _is_record(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()).get("checkpoint"), str)
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _known(record: dict) -> dict:
@@ -260,10 +316,16 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
     if meta is not None:
         progress = Progress(**meta["progress"] | {"cursor": job.start._make(meta["progress"]["cursor"])})
     loop = _Loop(job, where, options, screen, progress)
+    for text in where.notes:
+        screen.warn(text)
     if job.rank == 0 and meta is not None:
         if any(path.name > f"step_{int(state.step):06d}" for path in ckpt.steps(where.checkpoints)):
             screen.warn(f"back to step {int(state.step)}: the later checkpoints and records of {where.root} are dropped")
-        loop.recorder.history += rundir.rewind(where, int(state.step))
+        history, broken = rundir.rewind(where, int(state.step))
+        loop.recorder.history += history
+        loop.restore_best()
+        for text in broken:
+            screen.warn(text)
     loop.saved = int(state.step) if meta is not None else None
     with _signals(screen) as seen:
         if meta is None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from treetune.cli import rundir
-from treetune.core import observe
+from treetune.core import records
 
 CURVES = (
     ("loss (nats per supervised token)", ("train/loss", "eval/loss")),
@@ -82,7 +82,7 @@ def write(run: rundir.RunDir, *, docs: list, tokenizer, history: list[dict]) -> 
     """Write report.html into a run folder."""
     import jinja2
 
-    samples = observe.read(run.samples)
+    samples = records.read(run.samples).records
     curves = [curve for title, keys in CURVES if (curve := _curve(title, keys, history))]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     shown = {"documents": [document(doc, tokenizer) for doc in docs], "samples": samples, "curves": curves}

@@ -5,25 +5,25 @@ one has made its first step (`settle`); until then a failure, or the next proces
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import guard, marker
+from treetune.cli import guard, marker, sound
 from treetune.cli.options import RunOptions
-from treetune.core import ckpt, drafts, lock, observe, owned
+from treetune.core import ckpt, drafts, durable, lock, owned, records
 
 RUNS = Path("runs")
 
 
 class RunDir(NamedTuple):
-    """Paths of a run, and the checkpoint that it resumes from (None for a new run)."""
+    """Paths of a run, the checkpoint that it resumes from (None for a new run), and what there is to say about the choice."""
 
     root: Path
     resume: Path | None
+    notes: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -76,7 +76,7 @@ def _root(command: str, options: RunOptions) -> Path | None:
         old = _numbered(command)
         return old[-1] if old else RUNS / f"{command}-001"
     if options.resume is not None:
-        ckpt.read_meta(Path(options.resume))
+        sound.require(Path(options.resume))
         return _shorter(Path(options.resume).resolve().parent.parent)
     return None
 
@@ -134,8 +134,7 @@ def _choose(root: Path, config: Any) -> RunDir:
     if options.resume == "auto":
         if marker.holds_files(root) and marker.read(root) is None:
             raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
-        found = ckpt.steps(root / "checkpoints")
-        return RunDir(root, found[-1] if found else None)
+        return RunDir(root, *sound.newest(root / "checkpoints"))
     if not options.overwrite and marker.holds_files(root):
         raise ValueError(f"{root} already holds files; continue it with --resume auto, replace it with --overwrite, or name another folder")
     return RunDir(root, None)
@@ -143,13 +142,13 @@ def _choose(root: Path, config: Any) -> RunDir:
 
 def _from_checkpoint(path: Path, root: Path) -> RunDir:
     """Continue from a named checkpoint, in the run that it belongs to or in a new folder."""
-    ckpt.read_meta(path)
+    notes = sound.require(path)
     home = path.resolve().parent.parent
     if root.resolve() != home and marker.holds_files(root):
         raise ValueError(f"{root} already holds files and {path} is not of that run; name another --output-dir, or leave it out")
     if root.resolve() == home and (path.resolve().parent.name != "checkpoints" or marker.read(home) is None):
         raise ValueError(f"{path} does not lie in a run folder; give --output-dir")
-    return RunDir(root, path)
+    return RunDir(root, path, notes)
 
 
 def create(run: RunDir, config: str, *, makes: tuple[str, ...]) -> None:
@@ -246,21 +245,20 @@ def _recover(root: Path) -> None:
 def replace(part: Path, path: Path) -> None:
     """Give a finished result of a run its name, in place of an earlier one."""
     owned.replace(part, path, owned.MODEL)
+    durable.fsync(path.parent)
 
 
-def rewind(run: RunDir, step: int) -> list[dict]:
-    """Forget what the run did after `step`: records, sample answers, checkpoints. Returns the records up to there."""
-    if run.samples.exists():
-        observe.truncate(
-            run.samples, step, keep=lambda record: "rewards" in record
-        )  # an answer at `step` was the ending, which comes again
-    for later in ckpt.steps(run.checkpoints):
+def rewind(run: RunDir, step: int) -> tuple[list[dict], list[str]]:
+    """Forget what the run did after `step`: records, sample answers, checkpoints. Returns the records up to there, and what was broken."""
+    broken = []
+    if run.samples.exists():  # an answer at `step` was the ending, which comes again
+        samples = records.truncate(run.samples, step, keep=lambda record: "rewards" in record)
+        broken += [records.describe(run.samples, samples.broken)] if samples.broken else []
+    for later in ckpt.numbered(run.checkpoints):
         if int(later.name.removeprefix("step_")) > step:
             ckpt.remove(later)
-    best = run.root / "best.json"
-    if best.exists() and not (run.checkpoints / json.loads(best.read_text())["checkpoint"]).exists():
-        best.unlink()
-    return observe.truncate(run.metrics, step)
+    metrics = records.truncate(run.metrics, step, numbers=True)
+    return metrics.records, broken + ([records.describe(run.metrics, metrics.broken)] if metrics.broken else [])
 
 
 def write(path: Path, text: str) -> None:
@@ -296,9 +294,3 @@ def _link(draft: Path, path: Path) -> Path:
                 return target
             number += 1
             target = path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def append(path: Path, record: dict) -> None:
-    """Append one JSON object as a line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -280,6 +280,5 @@ def _train(config: Any, made: Assembly, sampler: Callable, screen: Screen, ranks
     with running(made.where.root):
         sampler(made.state, "before", screen)
         outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
-        sampler(outcome.state, "after", screen)
-        finish.leave(config, made, outcome, screen)
+        finish.leave(config, made, outcome, sampler, screen)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum

@@ -1,8 +1,9 @@
 """Checks with readable messages: a batch that keeps its contract, a tree whose numbers are finite."""
 
 import torch
+from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import shard, tree
 from treetune.core.state import AXES, Batch, Params
 
 
@@ -34,6 +35,18 @@ def _bounds(stream: Batch) -> None:
 def not_finite(params: Params) -> list[str]:
     """Paths of the leaves that hold a nan or an inf."""
     return [path for path, leaf in tree.items(params) if not torch.isfinite(leaf).all()]
+
+
+@torch.no_grad()
+def finite(params: Params) -> Tensor:
+    """Whether all numbers of a tree are finite, as a 0-d bool on its device: of a sharded tree, those of this rank.
+
+    No leaf is copied, and nothing is read by the host.
+    """
+    sides = [torch.aminmax(local) for leaf in tree.leaves(params) if (local := shard.local(leaf)).numel() and local.is_floating_point()]
+    if not sides:
+        return torch.tensor(True)
+    return torch.stack([torch.isfinite(side.min) & torch.isfinite(side.max) for side in sides]).all()
 
 
 def no_shared_storage(one: Params, other: Params) -> None:

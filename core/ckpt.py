@@ -8,7 +8,6 @@ sharding, so any number of ranks can load them.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import drafts, fields, manifest, owned, shard, tree
+from treetune.core import drafts, durable, fields, manifest, owned, shard, tree
 from treetune.core.state import Params, TrainState
 
 FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
 FIX = "resume from another checkpoint"
+fsync = durable.fsync
 
 
 class SaveError(OSError):
@@ -86,15 +86,6 @@ def recover(root: Path) -> None:
     drafts.sweep(root, held=True)
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_meta(path: Path) -> dict:
     """The JSON side of a checkpoint. Raises ValueError when `path` is not one, or its files are not as they were written."""
     path, file = Path(path), Path(path) / "state.json"
@@ -125,7 +116,7 @@ def _check_step(path: Path, meta: fields.Fields) -> None:
 def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` whose files are as they were written, and what is wrong with each newer one."""
     faults = []
-    for path in reversed(_numbered(root)):
+    for path in reversed(numbered(root)):
         try:
             read_meta(path)
         except ValueError as error:
@@ -180,10 +171,11 @@ def name(step: int) -> str:
 
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count, nor do names that no save writes."""
-    return [path for path in _numbered(root) if (path / "state.json").is_file()]
+    return [path for path in numbered(root) if (path / "state.json").is_file()]
 
 
-def _numbered(root: Path) -> list[Path]:
+def numbered(root: Path) -> list[Path]:
+    """All that has the name of a checkpoint under `root`, whole or not, oldest first."""
     found = Path(root).glob("step_*") if Path(root).is_dir() else []
     numbers = {path: int(path.name.removeprefix("step_")) for path in found if re.fullmatch(r"step_[0-9]+", path.name)}
     return sorted((path for path, number in numbers.items() if path.name == name(number)), key=numbers.get)

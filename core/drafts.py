@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.core import process
+from treetune.core import durable, process
 
 DRAFT, OLD, GONE = "draft", "old", "gone"
 NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<boot>\w*)-(?P<space>\d*)-(?P<pid>\d+)-(?P<start>\d*)-\d+\.(?P<kind>[a-z]+)")
@@ -104,14 +104,13 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: str | bytes) -> None:
     """Write a small file in one piece: it is the old or the new one at any moment, and the new one is on the disk."""
     draft = name(path)
     try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        durable.fsync(draft)
         os.replace(draft, path)
+        durable.fsync(path.parent)
     finally:
         draft.unlink(missing_ok=True)

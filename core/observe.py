@@ -3,9 +3,6 @@
 The only place that moves a number off the device. Metrics are read one step late, so a step never waits for them.
 """
 
-import json
-import math
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import check, online_health, shard, tree
+from treetune.core import check, online_health, records, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.state import Batch, Objective, Plan, TrainState
 
@@ -58,34 +55,7 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line(record))
-
-
-def _line(record: Record) -> str:
-    """A record as a line of JSON, which has no nan and no inf."""
-    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, null as nan; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            records.append({key: math.nan if value is None else value for key, value in json.loads(line).items()})
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def truncate(path: Path, step: int, *, keep: Callable[[Record], bool] = lambda record: True) -> list[Record]:
-    """Cut a file of records back to those up to `step`, as a resumed run needs; of those at `step` itself the ones to keep."""
-    kept = [record for record in read(path) if record["step"] < step or record["step"] == step and keep(record)]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-    os.replace(draft, path)
-    return kept
+            records.append(self.path, record)
 
 
 # Rules run at every step, so none but those of an evaluation may look at all of a long history.
@@ -203,6 +173,19 @@ def find_not_finite(objective: Objective, state: TrainState, micro_batches: list
     losses, grads = ([text for text in side if text] for side in zip(*found, strict=True))
     bad_loss = shard.any_flag(bool(losses), state.step.device) if torch.distributed.is_initialized() else bool(losses)
     return "; ".join(losses if bad_loss else grads) or "no micro-batch here shows it: one of another rank does, or the sum overflowed"
+
+
+@torch.no_grad()
+def find_not_finite_loss(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
+    """The rows whose loss is not finite, empty where all is well. All ranks must do the same work."""
+    values = [sum(objective.terms(state.params, state.frozen, batch, plan)[0].values()) for batch, plan in micro_batches]
+    texts = [
+        f"the loss of rows {sorted(set(batch['row'].tolist()))} is {value.item()}"
+        for (batch, _), value in zip(micro_batches, values, strict=True)
+        if not torch.isfinite(value)
+    ]
+    bad = shard.any_flag(bool(texts), state.step.device) if torch.distributed.is_initialized() else bool(texts)
+    return "; ".join(texts) or "the loss of another rank is not finite" * bad
 
 
 def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> tuple[str | None, str | None]:

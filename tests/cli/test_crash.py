@@ -269,11 +269,12 @@ def test_full_disk_while_merging_leaves_nothing(kit, tiny, tune, forked, here):
 def test_damaged_checkpoint_is_one_line(kit, tiny, tune, here):
     args = ["sft", *kit.basics(tiny, *KINDS["lora"])]
     assert tune(*args).code == 0
-    last = ckpt.steps(here / "run/checkpoints")[-1]
+    *_, first, last = ckpt.steps(here / "run/checkpoints")
     os.truncate(last / "state.safetensors", 3000)
-    kit.refused(tune(*args, "--resume", "auto"), "state.safetensors is damaged", "another checkpoint")
-    os.truncate(last / "state.json", 30)
-    kit.refused(tune(*args, "--resume", "auto"), "state.json is damaged", "another checkpoint")
+    kit.refused(tune(*args, "--resume", last), "state.safetensors has 3000 bytes", f"another checkpoint; the newest sound one is {first}")
+    os.truncate(first / "state.json", 30)
+    kit.refused(tune(*args, "--resume", first), "state.json has 30 bytes", "another checkpoint$")
+    kit.refused(tune(*args, "--resume", "auto"), "2 checkpoints, none is sound", "start anew with --overwrite")
 
 
 def test_interrupted_write_of_a_small_file_leaves_the_old_one(here, monkeypatch):

@@ -1,0 +1,21 @@
+"""Writes that last: flushed to the disk, and lines that a crash can only cut short."""
+
+import os
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line; where a crash cut the line before it short, the new one starts a line of its own."""
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(line + b"\n")
