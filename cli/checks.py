@@ -23,8 +23,7 @@ def check(config: Any, given: frozenset[str]) -> None:
         preference_checks.check(config)
         ebft_checks.check(config)
         rl_checks.check(config)
-        parse.refuse_ignored(given, _ignored_training(config) | preference_checks.ignored(config) | rl_checks.ignored(config))
-        parse.refuse_ignored(given, ebft_checks.ignored(config))
+        parse.refuse_ignored(given, ignored(config))
     if isinstance(config, Generate | Chat):
         parse.refuse_ignored(given, _ignored_sampling(config))
 
@@ -34,6 +33,12 @@ def _check_pass(values: dict[str, Any]) -> None:
     tokens = (values.get("micro_batch_size") or 1) * (values.get("sequence_len") or 1)
     if tokens > ranges.TOKENS_MAX:
         raise BadInput(f"micro_batch_size * sequence_len must be at most {ranges.TOKENS_MAX} tokens, got {tokens}: lower one of them")
+
+
+def ignored(config: Any) -> dict[str, str]:
+    """{option: why this training run would not look at it}, as far as options tell."""
+    own = preference_checks.ignored(config) | rl_checks.ignored(config) | ebft_checks.ignored(config)
+    return _ignored_training(config) | own
 
 
 def _contradictions(config: Any) -> None:

@@ -8,7 +8,21 @@ from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse, rl_data
 from treetune.cli.options import DataOptions, PairData, PretrainData, RowOptions
-from treetune.core.data import cache, chat_templates, custom, dedup, formats, kinds, loader, sources, streaming, strides, trees, workers
+from treetune.core.data import (
+    cache,
+    chat_templates,
+    custom,
+    dedup,
+    fingerprint,
+    formats,
+    kinds,
+    loader,
+    sources,
+    streaming,
+    strides,
+    trees,
+    workers,
+)
 from treetune.core.data.spans import Doc
 from treetune.models.dense import Config
 
@@ -34,6 +48,7 @@ class Corpus(NamedTuple):
     lines: list[str]
     weights: list[float] | None = None  # how often each training document is read in an epoch; None: once
     stream: Stream | None = None  # what to train on, unless it is `train`
+    digests: tuple[str, str] = ("", "")  # fingerprints of the documents to train on (of a stream the first) and of those held out
 
 
 class Part(NamedTuple):
@@ -140,6 +155,7 @@ class Encoded(NamedTuple):
     weights: list[float] | None
     lines: list[str]
     reports: list[formats.Report] | list[trees.Report]
+    digest: str = ""  # fingerprint of the documents with their weights
 
 
 def encode_all(parts: list[Part], options: Options, tokenizer, label: str, **working: Any) -> Encoded:
@@ -147,22 +163,24 @@ def encode_all(parts: list[Part], options: Options, tokenizer, label: str, **wor
 
     Errors: ValueError for bad rows, and for data sets that cannot share a batch.
     """
-    docs, lines, reports, counts, offset = [], [], [], [], 0
+    docs, lines, reports, counts, digests, offset = [], [], [], [], [], 0
     for part in parts:
-        found, report, kept = _encode(part, options, tokenizer, **working)
+        found, report, digest, kept = _encode(part, options, tokenizer, **working)
         if docs and not kinds.same_extras([docs[0], found[0]]):
             differing = ", ".join(sorted(set(docs[0].extras) ^ set(found[0].extras)))
             raise ValueError(f"{part.rows.name} and {parts[0].rows.name}: only one has the field {differing}: fill it in both or in none")
         docs += [doc._replace(row=doc.row + offset) for doc in found]
+        digests.append([digest, offset, part.weight])
         offset += max(part.rows.numbers, default=0) + 1
         lines.append(f"{label} {part.rows.name}: {part.kind.describe(report)}{' (prepared earlier)' * kept}")
         reports.append(report)
         counts.append(len(found))
-    return Encoded(docs, loader.document_weights(counts, [part.weight for part in parts]), lines, reports)
+    weights = loader.document_weights(counts, [part.weight for part in parts])
+    return Encoded(docs, weights, lines, reports, fingerprint.values(digests))
 
 
-def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **working: Any) -> tuple[Docs, Any, bool]:
-    """Documents and report of one data set, and whether they were prepared earlier."""
+def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **working: Any) -> tuple[Docs, Any, str, bool]:
+    """Documents, report and fingerprint of one data set, and whether they were prepared earlier."""
     given = _encoding(options, part) | part.options
     policy = "split" if part.format == "completion" else getattr(options, "overlong", part.kind.fallback_overlong)
     lengths_ = {"sequence_len": options.sequence_len, "overlong": policy}
@@ -173,12 +191,14 @@ def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **wo
         template = chat_templates.resolve(tokenizer, given["chat_template"]) if given.get("chat_template") else None
         key = cache.key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
         if (found := cache.load(root, key)) is not None:
-            return *found, True
+            docs, (report, digest) = found
+            return docs, report, digest, True
     working |= {"processes": processes, "kind": part.kind}
     docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_, **working)
+    digest = fingerprint.documents(docs)
     if root is not None:
-        cache.save(root, key, docs, report)
-    return docs, report, False
+        cache.save(root, key, docs, [report, digest])
+    return docs, report, digest, False
 
 
 def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part], list[str]]:
@@ -222,7 +242,8 @@ def load(options: Options, tokenizer, *, seed: int, given: frozenset[str], kind:
     train, val = encode_all(parts, options, tokenizer, "train"), encode_all(held, options, tokenizer, "held out")
     kind.check(train.docs)
     first = held[0].rows.rows[0] if held else None
-    return Corpus(train.docs, val.docs, first, (held or parts)[0].format, repeated + train.lines + val.lines, train.weights)
+    lines, digests = repeated + train.lines + val.lines, (train.digest, val.digest)
+    return Corpus(train.docs, val.docs, first, (held or parts)[0].format, lines, train.weights, digests=digests)
 
 
 def _streamed(options: PretrainData, tokenizer) -> Corpus:
@@ -235,7 +256,9 @@ def _streamed(options: PretrainData, tokenizer) -> Corpus:
     val = encode_all(held, options, tokenizer, "held out")
     said = f"train: a stream of {len(parts)} files or shards, {options.streaming_multipack_buffer_size} rows at a time"
     first = held[0].rows.rows[0] if held else None
-    return Corpus(shown, val.docs, first, "completion", [said, *val.lines], stream=Stream(parts, encode))
+    places = [[part.name, *part.start] for part in parts]
+    digests = (fingerprint.values(fingerprint.documents(shown), options.split, places), val.digest)
+    return Corpus(shown, val.docs, first, "completion", [said, *val.lines], stream=Stream(parts, encode), digests=digests)
 
 
 def _first_rows(path: str, split: str, size: int) -> Part:

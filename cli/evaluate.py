@@ -22,7 +22,7 @@ def run(config: Eval, given: frozenset[str]) -> int:
         screen = Screen(quiet=ranks.rank > 0)
         options = setup.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
-        docs, _, lines, _ = corpus.read_and_encode(config.data, tokenizer, given=given)
+        docs, _, lines, *_ = corpus.read_and_encode(config.data, tokenizer, given=given)
         model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
         corpus.check_fits(docs, config.data.sequence_len, model.cfg)
     for line in lines:

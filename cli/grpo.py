@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import corpus, finish, loop, online, rewarding, rl_data, rollouts, rundir, samplers, setup, sharing, training
+from treetune.cli import corpus, finish, loop, online, provenance, rewarding, rl_data, rollouts, rundir, samplers, setup, sharing, training
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.rl_options import PipelineOptions
 from treetune.cli.screen import Screen
-from treetune.core import ckpt, records, shard, step
-from treetune.core.data import loader
+from treetune.core import records, shard, step
+from treetune.core.data import fingerprint, loader
 from treetune.core.data.prompts import Prompt
 from treetune.core.data.trees import TreeDoc
 from treetune.core.rollout import feed
@@ -141,6 +141,7 @@ GRPO = Task("grpo", online.METHOD, _read, _functions)
 
 def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
     """All of a run's parts from its options and its folder; writes nothing. What it starts (workers, a server) is stopped if it fails."""
+    origin = provenance.begin(where, config, task.method.rates, on, processes=ranks.world, say=screen.line)
     start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     data = task.read(config, words.tokenizer)
@@ -157,23 +158,25 @@ def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, rank
         trees = setup.full(model)
     own = task.prepare(config, model, trees, words.tokenizer, data, on=on, ranks=ranks, screen=screen)
     signal = online.build(config, model, own.trees, on=on, mesh=ranks.mesh, say=screen.line, ce_coef=own.ce_coef)
-    digest = ckpt.digest(signal.parts.trees.frozen) if signal.parts.trees.frozen else ""
+    origin = provenance.loaded(origin, config, model, trees, signal.parts.trees.frozen)
+    origin = provenance.with_words(origin, words.tokenizer, setup.stop_ids(config.model, words.tokenizer))
     placed = setup.place(signal.parts.trees, model, ranks, config.run.sharding)
     signal = signal._replace(parts=signal.parts._replace(trees=placed))
     with contextlib.ExitStack() as started:
         rewards = own.start(placed)
         started.callback(rewards.close)
         rewards.check(data.train + data.val)
+        origin = provenance.with_functions(origin, [*rewards.files, config.rollout.rollout_func], rewards.models)
         seeds = [noise.keys(config.optim.seed, purpose).item() for purpose in (COMPLETIONS, EVALUATION)]
         parts = {"on": on, "root": where.root, "seeds": seeds, "say": screen.line, "around": own.around, "held": own.held}
         sampler = samplers.build(config, model, placed, words.tokenizer, **parts)
         started.callback(sampler.close)
-        made = _assemble(config, task, own, data, words.tokenizer, bare(model), signal, digest, where, on, ranks, rewards, sampler, screen)
+        made = _assemble(config, task, own, data, words.tokenizer, bare(model), signal, origin, where, on, ranks, rewards, sampler, screen)
         started.callback(made.feed.close)
         return made._replace(close=started.pop_all().close)
 
 
-def _assemble(config, task, own, data, tokenizer, model, signal, digest, where, on, ranks, rewards, sampler, screen) -> Run:
+def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, on, ranks, rewards, sampler, screen) -> Run:
     optim, parts = config.optim, signal.parts
     trees = parts.trees
     peak = optim.learning_rate or task.method.rates[trees.lora is None]
@@ -185,8 +188,13 @@ def _assemble(config, task, own, data, tokenizer, model, signal, digest, where, 
     clip = optim.max_grad_norm or None
     stepper = step.make_step(parts.objective, optimizer, schedule=schedule, clip=clip, prepare=parts.prepare, mesh=ranks.mesh)
     sizes = [len(one.tokens) for one in data.train]
-    meta = {"base_digest": digest, "stream": loader.digest(sizes, step=prompts_per_step(config) * ranks.world, seed=optim.seed)}
-    state, found = loop.restore(where, state, meta)
+    size = prompts_per_step(config) * ranks.world
+    order = fingerprint.values("prompts", size, getattr(config.data, "shuffle", True))
+    read = {"train": fingerprint.documents(data.train), "held out": fingerprint.documents(data.val), "order": order}
+    stream = loader.digest(sizes, step=size, seed=optim.seed)
+    meta, changed = provenance.check(origin, config, documents=read, stream=stream, sampled=True)
+    state, found = loop.restore(where, state, total)
+    training.tell(changed, screen)
     pool = feed.Feed(
         data.train,
         sampler.sample,

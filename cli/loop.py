@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli import rundir
+from treetune.cli import provenance, rundir
 from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
@@ -33,7 +33,7 @@ class Job(NamedTuple):
     objective: Objective
     batches: Callable[[Cursor], Iterator[tuple[list, Cursor]]]  # from a cursor: (micro-batches of a step, cursor after it)
     total_steps: int
-    meta: dict  # stored in checkpoints: base_digest, stream
+    meta: dict  # stored in checkpoints: what the run was made with
     device: torch.device
     rank: int = 0
     start: Cursor = loader.START  # of a new run; a checkpoint's cursor is one of its kind
@@ -337,11 +337,10 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
             screen.stop()
 
 
-def restore(where: rundir.RunDir, state: TrainState, job_meta: dict) -> tuple[TrainState, dict | None]:
-    """The state and meta of the checkpoint to resume from, checked against this run; unchanged for a new run."""
+def restore(where: rundir.RunDir, state: TrainState, total_steps: int) -> tuple[TrainState, dict | None]:
+    """The state and meta of the checkpoint to resume from, for a run of so many steps; unchanged for a new run."""
     if where.resume is None:
         return state, None
-    state, meta = ckpt.load(where.resume, state, base_digest=job_meta["base_digest"])
-    if meta["stream"] != job_meta["stream"]:
-        raise ValueError(f"{where.resume} was made with other data, packing or batch options; resume with the options in its config.yaml")
+    state, meta = ckpt.load(where.resume, state)
+    provenance.reached(where.resume, int(state.step), total_steps)
     return state, meta

@@ -154,7 +154,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         words = setup.load_words(config.model, config.vocabulary, say=screen.line)
         tokenizer = words.tokenizer
         with screen.counting("rows") as progress:
-            docs, _, lines, reports = corpus.read_and_encode(
+            docs, _, lines, reports, _ = corpus.read_and_encode(
                 config.data, tokenizer, given=given, kind=kind, processes=config.dataset_processes, progress=progress
             )
         rows = summary(docs, config) | ({"by role": by_role(reports)} if kind.read is None else {})

@@ -16,7 +16,8 @@ import torch
 from treetune.cli import fetch, online, score, setup
 from treetune.cli.options import ModelOptions
 from treetune.cli.rl_options import PolicyLoss, RewardFunctions
-from treetune.core.data import kinds, pack, sources, trees
+from treetune.core import ckpt
+from treetune.core.data import fingerprint, kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import builtin, stats
 from treetune.core.rollout.group import Group
@@ -47,6 +48,8 @@ class Rewards(NamedTuple):
     measure: Callable[[Sequence[Group]], dict[str, float]]
     check: Callable[[Sequence[Prompt]], None] = lambda prompts: None
     close: Callable[[], None] = lambda: None
+    models: dict[str, str] = {}  # reward models, with fingerprints of their weights
+    files: tuple[str, ...] = ()  # functions, as they were named
 
 
 def described(options: RewardFunctions) -> list[str]:
@@ -98,7 +101,8 @@ def start(options: RewardFunctions, model: ModelOptions, *, on: torch.device, sa
         return np.stack([found[name] for name in wanted], axis=-1)
 
     measure = partial(stats.metrics, names=names(options), weights=factors)
-    made = Rewards(names(options), factors, described(options), all_scores, measure)
+    digests = {f"reward model {name}": _digest(scorer.judge) for name, scorer in models.items()}
+    made = Rewards(names(options), factors, described(options), all_scores, measure, models=digests, files=tuple(functions))
     return made if pool is None else made._replace(check=pool.check, close=pool.close)
 
 
@@ -111,6 +115,11 @@ def _scorer(name: str, model: ModelOptions, on: torch.device) -> Scorer:
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
     return Scorer(score.load(options, path, tokenizer, on=on), tokenizer)
+
+
+def _digest(judge: score.Judge) -> str:
+    adapted = {} if judge.lora is None else {"lora": judge.lora.tree}
+    return fingerprint.values(ckpt.digest({"model": judge.model.params, "head": judge.head} | adapted), judge.lora and judge.lora.scale)
 
 
 def model_scores(scorer: Scorer, groups: Sequence[Group], *, on: torch.device) -> np.ndarray:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import corpus, finish, loop, parse, precompute, rundir, setup, sharing
+from treetune.cli import corpus, finish, loop, parse, precompute, provenance, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
-from treetune.core import ckpt, param, step, tree
-from treetune.core.data import chat_templates, loader, pack, sources, spans, streaming
+from treetune.core import param, step, tree
+from treetune.core.data import chat_templates, fingerprint, loader, pack, sources, spans, streaming
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, bare
 from treetune.ops import attention, noise
@@ -65,12 +65,16 @@ Dealt = Iterator[tuple[list[list[spans.Doc]], loop.Cursor]]  # step by step: doc
 
 
 class Reading(NamedTuple):
-    """How a run reads its training documents: from a cursor on, from where, for how many steps, and what tells it from others."""
+    """How a run reads its training documents: from a cursor on, from where, for how many steps.
+
+    order: fingerprint of how documents form steps. digest: the one of earlier versions, over the lengths of documents as well.
+    """
 
     deal: Callable[[loop.Cursor], Dealt]
     start: loop.Cursor
     total_steps: int
     digest: str
+    order: str
 
 
 def reading(config: Any, data: corpus.Corpus, model: Model, ranks: setup.Ranks) -> Reading:
@@ -97,7 +101,9 @@ def _of_memory(optim: Any, data: corpus.Corpus, plan: dict, dealt: dict) -> Read
     sizes = {"accum": dealt["accum"], "world": dealt["world"]}
     total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, **sizes, **plan)
     deal = partial(_from_memory, data.train, epochs=optim.num_epochs if optim.max_steps is None else None, **dealt, **plan)
-    return Reading(deal, loader.START, total, loader.digest(corpus.lengths(data.train), step=_step_size(dealt), **plan))
+    digest = loader.digest(corpus.lengths(data.train), step=_step_size(dealt), **plan)
+    order = fingerprint.values("memory", _step_size(dealt), plan | {"weights": None})
+    return Reading(deal, loader.START, total, digest, order)
 
 
 def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dealt: dict) -> Reading:
@@ -106,7 +112,9 @@ def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dea
     encode = partial(_fitting, encode=source.encode, size=data.sequence_len, model=bare(model))
     choices = {"step": _step_size(dealt), "sequence_len": data.sequence_len, "text_column": data.text_column}
     deal = partial(_from_stream, source.parts, encode, **dealt, **plan)
-    return Reading(deal, streaming.START, config.optim.max_steps, streaming.digest(source.parts, **choices, **plan))
+    digest = streaming.digest(source.parts, **choices, **plan)
+    order = fingerprint.values("stream", choices, plan)
+    return Reading(deal, streaming.START, config.optim.max_steps, digest, order)
 
 
 def _from_memory(docs: list, cursor: loader.Cursor, **options) -> Dealt:
@@ -155,6 +163,8 @@ def assemble(
     """All of a run's parts from its options and its folder; reads everything, writes nothing."""
     has_adapter = hasattr(config, "adapter") and config.adapter.adapter == "lora"
     start = config.adapter.lora_model_dir if has_adapter else None
+    on = setup.device(config.model.device)
+    origin = provenance.begin(where, config, method.rates, on, processes=ranks.world, say=screen.line)
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     tokenizer = words.tokenizer
     data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given, kind=method.kind)
@@ -163,7 +173,6 @@ def assemble(
         tokenizer.chat_template = chat_templates.resolve(tokenizer, own) or tokenizer.chat_template
     for text in data.lines:
         screen.line(text)
-    on = setup.device(config.model.device)
     base = load_model(on)
     model = setup.with_rows(base, words, config.vocabulary, start)
     changed = setup.describe_rows(words, base, model)
@@ -176,12 +185,12 @@ def assemble(
     else:
         trees = setup.full(model)
     parts = method.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)
-    digest = ckpt.digest(parts.trees.frozen) if parts.trees.frozen else ""
+    origin = provenance.with_words(provenance.loaded(origin, config, model, trees, parts.trees.frozen), tokenizer)
     parts = parts._replace(trees=setup.place(parts.trees, model, ranks, config.run.sharding))
-    return _assemble(config, method, data, tokenizer, bare(model), parts, digest, where, on, ranks, screen)
+    return _assemble(config, method, data, tokenizer, bare(model), parts, origin, where, on, ranks, screen)
 
 
-def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, ranks, screen) -> Assembly:
+def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, ranks, screen) -> Assembly:
     optim, trees = config.optim, parts.trees
     plan = batching(config, data)
     make = maker(model, on, pad_to=plan.get("budget"), streams=parts.streams)
@@ -204,7 +213,8 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
         prepare=parts.prepare,
         mesh=ranks.mesh,
     )
-    meta = {"base_digest": digest, "stream": read.digest}
+    documents = {"train": data.digests[0], "held out": data.digests[1], "order": read.order}
+    meta, changed = provenance.check(origin, config, documents=documents, stream=read.digest)
     batches = stream(read.deal, make, seed=optim.seed)
     evaluate = evaluator(parts.held, data.val, make, ranks, plan, parts.prepare)
     job = loop.Job(
@@ -222,13 +232,22 @@ def _assemble(config, method, data, tokenizer, model, parts, digest, where, on, 
         perplexity=method.perplexity,
         goal=method.goal,
     )
-    state, found = loop.restore(where, state, meta)
+    state, found = loop.restore(where, state, read.total_steps)
+    tell(changed, screen)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
 
 
 def _weights(trees: setup.Trees) -> Params:
     """The weights of the model, trained over frozen ones."""
     return tree.merge(trees.frozen.get("model", {}), trees.params.get("model", {}))
+
+
+def tell(changed: list[str], screen: Screen) -> None:
+    """What is otherwise than when the checkpoint was written, as a list."""
+    if changed:
+        screen.line("changed since the checkpoint:", "bold")
+    for text in changed:
+        screen.line(f"  {text}")
 
 
 def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:

@@ -55,10 +55,15 @@ def key(*, data: Sequence[str], tokenizer, template: str | None = None, options:
 
 def tokenizer_digest(tokenizer) -> str:
     """sha256 over the tokenizer's serialised backend, special tokens, chat template and flags; its name and place do not count."""
+    return hashlib.sha256(json.dumps([vocabulary_digest(tokenizer), tokenizer.chat_template], default=str).encode()).hexdigest()
+
+
+def vocabulary_digest(tokenizer) -> str:
+    """The same without the chat template: how a text becomes ids."""
     backend = tokenizer.backend_tokenizer.to_str()
     start = backend.find('"added_tokens":')  # before it: padding and truncation, which the last call has set
     parts = [type(tokenizer).__name__, backend[max(0, start) :], _texts(tokenizer.special_tokens_map), tokenizer.all_special_ids]
-    parts += [tokenizer.chat_template, [getattr(tokenizer, name, None) for name in TOKENIZER_FLAGS]]
+    parts += [[getattr(tokenizer, name, None) for name in TOKENIZER_FLAGS]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -152,11 +152,11 @@ def test_ahead_of_the_weights_nothing_is_lost_to_the_end_of_a_run(kit, here, lea
 
 
 CHANGED = {
-    "seed": (["--seed", 7], "other data, packing or batch options"),
-    "prompts of a step": (["--gradient-accumulation-steps", 4], "other data, packing or batch options"),
-    "steps of a generation": (["--steps-per-generation", 2], "other values of .'prompts', 'steps'.", "resume with those it had"),
-    "passes": (["--num-iterations", 2], "other values of .'iterations'."),
-    "rank": (["--lora-r", 2], "lora"),
+    "seed": (["--seed", 7], "seed 7 instead of 42"),
+    "prompts of a step": (["--gradient-accumulation-steps", 4], "gradient_accumulation_steps 4 instead of 2"),
+    "steps of a generation": (["--steps-per-generation", 2], "steps_per_generation 2 instead of 1"),
+    "passes": (["--num-iterations", 2], "num_iterations 2 instead of 1"),
+    "rank": (["--lora-r", 2], "lora_r 2 instead of"),
 }
 
 
@@ -173,7 +173,7 @@ def test_resuming_with_other_prompts_is_one_line(kit, tiny, here, learn):
     assert learn(*RUN, "--max-steps", 2).code == 0
     rows = [runs.prompt(i) for i in range(20)]
     rows[3], rows[4] = rows[4], rows[3]  # as many, of the same sizes
-    kit.refused(learn(*RUN, "--resume", "auto", rows=rows), "other data|other values of .'data'.")
+    kit.refused(learn(*RUN, "--resume", "auto", rows=rows), "other documents to train on than it was made with")
 
 
 def test_a_run_of_another_method_is_not_resumed(kit, tiny, here, tune, learn):

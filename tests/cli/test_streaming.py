@@ -171,19 +171,19 @@ def test_a_bad_row_far_into_the_stream_is_one_line_and_the_run_goes_on_when_it_i
 
 
 OTHERS = {
-    "buffer": [BUFFER, 7], "data": ["--data", "a.jsonl"],
-    "seed": ["--seed", 3], "length": ["--sequence-len", 32],
-    "step": ["--gradient-accumulation-steps", 1], "held out": ["--val-set-size", 2],
+    "streaming_multipack_buffer_size": [BUFFER, 7], "data": ["--data", "a.jsonl"],
+    "seed": ["--seed", 3], "sequence_len": ["--sequence-len", 32],
+    "gradient_accumulation_steps": ["--gradient-accumulation-steps", 1], "val_set_size": ["--val-set-size", 2],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_stream_is_not_resumed(what, kit, args, tune):
     assert tune(*args("--max-steps", 2)).code == 0
-    kit.refused(tune(*args("--max-steps", 4, "--resume", "auto", *OTHERS[what])), "other data, packing or batch options")
+    kit.refused(tune(*args("--max-steps", 4, "--resume", "auto", *OTHERS[what])), rf"cannot be continued with {what} \S+ instead of")
 
 
 def test_a_stream_and_a_run_in_memory_do_not_continue_each_other(kit, tiny, args, tune):
     options = ["--data", tiny.text, "--val-set-size", 0, "--resume", "auto", "--max-steps"]
     assert tune(*args(*options, 2)).code == 0
-    kit.refused(tune(*[arg for arg in args(*options, 4) if arg != "--streaming"]), "other data, packing or batch options")
+    kit.refused(tune(*[arg for arg in args(*options, 4) if arg != "--streaming"]), "streaming false instead of true")

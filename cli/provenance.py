@@ -1,0 +1,254 @@
+"""What a checkpoint was made with, and whether a run may go on from it: options, documents, weights, tokenizer.
+
+A record of all that is in every checkpoint, so that a resumed run is compared with the checkpoint and not with files that were edited
+since. Options are compared before anything is loaded; what they stand for, by its fingerprints, before anything is written.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import checks, configs, parse, resume_rules, rundir, setup
+from treetune.cli.main import COMMANDS
+from treetune.core import ckpt, fields
+from treetune.core.data import cache, fingerprint
+from treetune.core.rollout import builtin
+from treetune.core.state import Params
+from treetune.models import Model
+
+KEY = "provenance"  # of a checkpoint's meta
+DOCUMENTS = {
+    "train": "other documents to train on than it was made with, though no option says so: rows were edited",
+    "held out": "other held-out documents than it was made with, though no option says so: rows were edited",
+    "order": "other steps of the documents than it was made with",
+}
+WORDS = {"tokenizer": "the tokenizer numbers or splits texts otherwise", "stop tokens": "other tokens end an answer"}
+BETAS = {"adamw": 0.999, "lion": 0.99}
+
+
+class Provenance(NamedTuple):
+    """What a run is made with; fingerprints are texts. {} where a method has nothing of the kind."""
+
+    command: str
+    options: dict[str, Any]  # every option as JSON, with what was left open
+    processes: int
+    documents: dict[str, str] = {}  # "train", "held out", "order"
+    weights: dict[str, str] = {}  # "model" as the run started, "adapter", "reference", reward models
+    words: dict[str, str] = {}  # "tokenizer", "template", "stop tokens"
+    code: dict[str, str] = {}  # files of the user's own functions
+
+
+class Earlier(NamedTuple):
+    """The checkpoint that a run goes on from. `made`: what it was made with, as far as that is known."""
+
+    path: Path
+    meta: dict
+    made: Provenance
+    old: bool  # written before checkpoints had a record: `made` has the options of the run's config.yaml
+
+
+class Origin(NamedTuple):
+    """What a run is made with, the checkpoint that it goes on from, and the fingerprint of earlier versions over its frozen weights."""
+
+    now: Provenance
+    before: Earlier | None
+    base_digest: str = ""
+
+
+def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.device, *, processes: int, say) -> Origin:
+    """The record of a run whose model and rows nobody has looked at yet. rates: its learning rate with an adapter and without.
+
+    Errors: ValueError, one line, for options that the checkpoint cannot be continued with, whatever they would read or load.
+    """
+    full = not hasattr(config, "adapter") or config.adapter.adapter == "none"
+    options = {name: json.loads(json.dumps(value, default=str)) for name, value in parse.flatten(config).items()}
+    left = _resolved(options, rates[full], str(setup.compute_dtype(config.model.dtype, on))[6:])
+    now = Provenance(type(config).__name__.lower(), options | left, processes)
+    return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, say))
+
+
+def _resolved(options: dict[str, Any], rate: float, dtype: str) -> dict[str, Any]:
+    """Values of options that were left open, so that naming the default is no change."""
+    left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(options.get("optimizer", ""))}
+    if "feature_norm" in options:
+        left["feature_norm"] = "per_layer" if options["mode"] == "strided" else "raw"
+    return {name: value for name, value in left.items() if name in options and options[name] in (None, "auto")}
+
+
+def loaded(origin: Origin, config: Any, model: Model, trees: setup.Trees, frozen: Params) -> Origin:
+    """The record with fingerprints of what the run starts from; frozen: all that does not train."""
+    old = origin.before is not None and origin.before.old
+    base_digest = ckpt.digest(frozen) if old and frozen else ""
+    return origin._replace(now=origin.now._replace(weights=_weights(config, model, trees, frozen)), base_digest=base_digest)
+
+
+def _weights(config: Any, model: Model, trees: setup.Trees, frozen: Params) -> dict[str, str]:
+    """Of the model (of random weights their sizes), of the adapter that was there, and of the reference where it is another model."""
+    sizes = getattr(config.model, "from_config", None) is not None
+    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else ckpt.digest({"model": model.params})}
+    if trees.lora is not None and config.adapter.lora_model_dir is not None:
+        found["adapter"] = fingerprint.values(ckpt.digest(trees.params), trees.lora.scale, sorted(trees.info.paths))
+    if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
+        found["reference"] = ckpt.digest(frozen["ref"])
+    return found
+
+
+def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Origin:
+    """The record with fingerprints of the vocabulary, of the chat template, and of the tokens that end what is sampled."""
+    template = fingerprint.values(tokenizer.chat_template)
+    words = {"tokenizer": cache.vocabulary_digest(tokenizer), "template": template, "stop tokens": " ".join(map(str, sorted(stop)))}
+    return origin._replace(now=origin.now._replace(words=words))
+
+
+def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str, str]) -> Origin:
+    """The record with the files of the user's own functions, where they are found without importing them, and reward models."""
+    places = {name: _source(name.split("?")[0]) for name in names if name and name.split("?")[0] not in builtin.BUILTIN}
+    code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in places.items() if path is not None}
+    return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models))
+
+
+def _source(name: str) -> Path | None:
+    """The file of module.function or file.py:function."""
+    place = name.rpartition(":" if ":" in name else ".")[0]
+    top, _, rest = place.partition(".")
+    if place.endswith(".py"):
+        return Path(place) if Path(place).is_file() else None
+    try:
+        spec = importlib.util.find_spec(top) if top else None
+    except (ImportError, ValueError):
+        spec = None
+    roots = [Path.cwd() / top] + ([Path(spec.origin).with_suffix("")] if spec and spec.origin and spec.origin != "built-in" else [])
+    roots = [root.parent if root.name == "__init__" else root for root in roots]
+    parts = [root.joinpath(*rest.split(".")) if rest else root for root in roots]
+    return next((file for part in parts for file in (part.with_suffix(".py"), part / "__init__.py") if file.is_file()), None)
+
+
+def _earlier(path: Path, now: Provenance, config: Any, say: Callable[[str], None]) -> Earlier:
+    """The checkpoint to resume from, by its options alone one that can be."""
+    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))  # its digest was checked when the checkpoint was chosen
+    found = Earlier(path, meta, _read(meta[KEY], path), False) if KEY in meta else _guessed(path, meta, now, say)
+    if found.made.command != now.command:
+        raise ValueError(f"{path} was made by treetune {found.made.command}: continue it with that command, not {now.command}")
+    _raise(path, resume_rules.judge(_changes(found, now, config), now.options, same=lambda what: None).refused)
+    return found
+
+
+def _read(value: Any, path: Path) -> Provenance:
+    """The record in a checkpoint. Errors: ValueError for a damaged one."""
+    source = fields.mapping(value, f"{path}/state.json: {KEY}")
+    named = {name: fields.inner(source, name, default=fields.Fields({}, "")).values for name in Provenance._fields[3:]}
+    return Provenance(
+        fields.text(source, "command", choices=tuple(COMMANDS)),
+        fields.inner(source, "options").values,
+        fields.integer(source, "processes", least=1),
+        **{name: {key: str(text) for key, text in texts.items()} for name, texts in named.items()},
+    )
+
+
+def _guessed(path: Path, meta: dict, now: Provenance, say: Callable[[str], None]) -> Earlier:
+    """What is known of a checkpoint of an earlier version, whose options are in the run's config.yaml only."""
+    import yaml
+
+    file = path.resolve().parent.parent / "config.yaml"
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        say(f"{path} was written by an earlier version and {file} cannot be read: which options changed is not known")
+        return Earlier(path, meta, now, True)
+    say(f"{path} was written by an earlier version: its options are taken from {file}")
+    known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
+    options = {name: json.loads(json.dumps(options.get(name, known[name]), default=str)) for name in known}
+    return Earlier(path, meta, now._replace(options=options | _open(options, now)), True)
+
+
+def _open(options: dict[str, Any], now: Provenance) -> dict[str, Any]:
+    """What such options left open is as it is now."""
+    return {name: now.options[name] for name in _resolved(options, 0.0, "")}
+
+
+def _changes(found: Earlier, now: Provenance, config: Any) -> list[resume_rules.Change]:
+    known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
+    return resume_rules.changes(found.made.options, now.options, defaults=known, ignored=checks.ignored(config))
+
+
+def check(origin: Origin, config: Any, *, documents: dict[str, str], stream: str, sampled: bool = False) -> tuple[dict, list[str]]:
+    """The record as a checkpoint's meta, and what changed since the one that the run goes on from, a line each.
+
+    documents: their fingerprints. stream: the one of earlier versions, over their lengths. sampled: whether the run learns from what it
+    samples, each process with a stream of its own. Errors: ValueError, one line, for what the checkpoint cannot be continued with.
+    """
+    now = origin.now._replace(documents=documents)
+    meta = {KEY: now._asdict()}
+    return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), config, stream, sampled)
+
+
+def _compared(found: Earlier, origin: Origin, config: Any, stream: str, sampled: bool) -> list[str]:
+    now = origin.now
+    same = _old_same(found.meta, stream, origin.base_digest) if found.old else _same(found.made, now)
+    verdict = resume_rules.judge(changed := _changes(found, now, config), now.options, same=same)
+    named = {what for one in changed for what in resume_rules.judged_by(one.name)}
+    problems = verdict.refused + [text for what, text in _unnamed(found, now).items() if what not in named and same(what) is False]
+    lines = verdict.listed
+    if not found.old:
+        problems += [text for what, text in WORDS.items() if found.made.words.get(what) != now.words.get(what)]
+        lines += _quietly_changed(found.made, now)
+    if found.made.processes != now.processes:
+        (problems if sampled else lines).append(f"{now.processes} processes instead of {found.made.processes}")
+    _raise(found.path, problems)
+    return lines
+
+
+def _same(made: Provenance, now: Provenance) -> Callable[[str], bool]:
+    def same(what: str) -> bool:
+        before, after = made.documents | made.weights, now.documents | now.weights
+        return before.get(what) == after.get(what)
+
+    return same
+
+
+def _old_same(meta: dict, stream: str, base_digest: str) -> Callable[[str], bool]:
+    """Lengths, order and frozen weights are all that such a checkpoint can be asked about."""
+
+    def same(what: str) -> bool:
+        if what == "order":
+            return meta.get("stream") == stream
+        if what in ("train", "held out"):
+            return False
+        return meta.get("base_digest") == base_digest != ""
+
+    return same
+
+
+def _unnamed(found: Earlier, now: Provenance) -> dict[str, str]:
+    """What to say of fingerprints that differ where no option does."""
+    if found.old:
+        other = {"order": "other data, packing or batch options"}
+        return other | ({"model": "another base model"} if found.meta.get("base_digest") else {})
+    roles = {what: what.replace("model", "base model") if what == "model" else what for what in found.made.weights | now.weights}
+    return DOCUMENTS | {what: f"another {name}: its weights are not those it was made with" for what, name in roles.items()}
+
+
+def _quietly_changed(made: Provenance, now: Provenance) -> list[str]:
+    """Files and templates that changed in what no fingerprint above holds."""
+    out = [f"{name}: the file of this function changed" for name, text in now.code.items() if made.code.get(name, text) != text]
+    return out + ["the chat template changed, the documents did not"] * (made.words.get("template") != now.words.get("template"))
+
+
+def _raise(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{path} cannot be continued with {'; '.join(problems)}. Resume with what it was made with, or start a new run")
+
+
+def reached(path: Path, step: int, total: int) -> None:
+    """Errors: ValueError for a checkpoint beyond the last step of the run."""
+    if step > total:
+        raise ValueError(
+            f"{path} is at step {step} and this run ends at {total}: raise max_steps or num_epochs, or name another checkpoint"
+        )
