@@ -87,8 +87,8 @@ def sampler(config: Any, made: Any):
     return show
 
 
-def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen) -> None:
-    """Save the adapter (or the model), sample an answer, write the report, print where everything is and what changed."""
+def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen, about: dict[str, str]) -> None:
+    """Save the adapter (or the model), sample an answer, write the report, print where everything is. about: what the run is, in rows."""
     model, used = current(outcome.state, made.model, made.trees.lora)
     trained = tree.map(shard.full, outcome.state.params)  # on every rank: gathering sharded leaves is a collective
     saved = _save(config, made, model, used, trained) if made.job.rank == 0 else None
@@ -97,8 +97,10 @@ def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen) ->
     except (ValueError, RuntimeError, MemoryError) as error:
         screen.warn(f"the sample answer failed, the trained weights are saved: {' '.join(str(error).split()) or type(error).__name__}")
     if made.job.rank == 0:
-        report.write(made.where, docs=made.corpus.train[:8], tokenizer=made.tokenizer, history=outcome.history)
-        screen.table("", _summary(made, outcome, saved))
+        rows, method = _summary(made, outcome, saved), made.method
+        shown = {"docs": made.corpus.train[:8], "tokenizer": made.tokenizer, "kind": method.kind, "unit": method.unit}
+        report.write(made.where, history=outcome.history, rows=about | rows, **shown)
+        screen.table("", rows)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -94,12 +94,13 @@ def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
         sampler = finish.sampler(config, main)
         setup.wait_for_all(ranks)  # every rank has read what it resumes from
         sharing.share(ranks, partial(training.create, config, main))
-    screen.table("", describe(config, made, ranks))
+    about = describe(config, made, ranks)
+    screen.table("", about)
     with running(main.where.root):
         made.start(main.state)
         sampler(main.state, "before", screen)
         outcome = loop.run(main.job, main.state, main.where, config.run, screen, main.meta)
-        finish.leave(config, main, outcome, sampler, screen)
+        finish.leave(config, main, outcome, sampler, screen, about)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum
 
 

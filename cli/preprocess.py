@@ -8,36 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.text import Text
-
-from treetune.cli import corpus, guard, parse, report, rundir, setup
+from treetune.cli import corpus, guard, page, parse, passages, rundir, setup
 from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
 from treetune.cli.options import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core.data import formats, kinds, loader, trees
 from treetune.core.data.formats import Report
-from treetune.core.data.spans import Doc
 
 BINS, BAR = 12, 40
-STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}
-COLOURS = report.STYLE + ".bad { background: #fecaca }\n"
-PAGE = (
-    guard.PAGE
-    + """<title>{{ name }}</title><style>{{ style }}</style>
-<h1>{{ name }}</h1>
-<table>{% for key, value in rows.items() %}<tr><th align="left">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
-<h2>Lengths</h2><pre>{{ histogram }}</pre>
-<h2>Documents</h2><p><span class="on">supervised</span>, <span class="bad">rejected or judged bad</span>,
-<span class="half">at another weight</span>, <span class="off">read only</span></p>
-{% for row, parts in documents %}<p>row {{ row }}</p>
-{% for title, tokens in parts %}{% if title %}<p>{{ title }}</p>{% endif %}
-<pre>{% for text, kind in tokens %}<span class="{{ kind }}">{{ text }}</span>{% endfor %}</pre>
-{% endfor %}{% endfor %}"""
-)
-Part = tuple[str, list[tuple[str, str]]]  # a title, and tokens as (text, how they are shown)
-
-
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}
 
 
@@ -98,42 +77,13 @@ def by_role(reports: list[Report]) -> str:
     return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, tokens, trained in formats.merged(reports).roles if tokens)
 
 
-def parts(doc: Doc | trees.TreeDoc, tokenizer, kind: kinds.Kind) -> list[Part]:
-    """The document as it is shown: in one piece, or its prompt and then each completion."""
-    _, tokens = report.document(doc, tokenizer)
-    if kind.read == "classes":
-        judged = zip(tokens, doc.classes.tolist(), strict=True)
-        return [("", [(text, "off" if label < 0 else "on" if label else "bad") for (text, _), label in judged])]
-    if kind.read is None:
-        return [("", tokens)]
-    shown = [("prompt", [tokens[i] for i in range(len(tokens)) if doc.branch[i] == 0])]
-    for title, bad, own in zip(*titles(doc), trees.branches(doc), strict=True):
-        shown.append((title, [(tokens[i][0], "bad" if bad and tokens[i][1] == "on" else tokens[i][1]) for i in own]))
-    return shown
-
-
-def titles(doc: trees.TreeDoc) -> tuple[list[str], list[bool]]:
-    """(what each completion is, whether it is one to avoid)."""
-    if "desirable" not in doc.extras:
-        return ["chosen", "rejected"], [False, True]
-    good = bool(doc.extras["desirable"][0])
-    return [f"completion, {'' if good else 'un'}desirable", "completion of another row, for the baseline"], [not good, False]
-
-
-def coloured(tokens: list[tuple[str, str]]) -> Text:
-    """Tokens as text: supervised ones green, those to avoid red, those at another weight yellow, the rest dim."""
-    return Text.assemble(*((text, STYLES[kind]) for text, kind in tokens))
-
-
-def page(config: Preprocess, docs: corpus.Docs, tokenizer, rows: dict[str, str]) -> str:
-    """The report as one HTML page."""
-    import jinja2
-
-    kind = kinds.KINDS[METHODS[config.method]]
-    shown = [(doc.row, parts(doc, tokenizer, kind)) for doc in docs[: config.html_rows]]
-    lines = "\n".join(histogram(corpus.lengths(docs)))
-    template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return template.render(name=" ".join(config.data.data), style=COLOURS, rows=rows, histogram=lines, documents=shown)
+def show(screen: Screen, shown: list[passages.Passage], row: int, *, colours: bool) -> None:
+    """A document on the screen, in colours or with marks."""
+    screen.line(f"\nrow {row}", "bold")
+    for passage in shown:
+        if passage.title:
+            screen.line(passage.title, "bold")
+        screen.text(passages.coloured(passage.pieces) if colours else passages.marked(passage.pieces))
 
 
 def ignored(config: Preprocess) -> dict[str, str]:
@@ -160,17 +110,19 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         rows = summary(docs, config) | ({"by role": by_role(reports)} if kind.read is None else {})
         if config.html:
             guard.require_own(Path(config.html), guard.PAGE, "--html")
-            rundir.write(Path(config.html), page(config, docs, tokenizer, rows))
+            shown = page.documents(docs[: config.html_rows], tokenizer, kind)
+            lines_ = "\n".join(histogram(corpus.lengths(docs)))
+            text = page.render("rows.jinja", name=" ".join(config.data.data), rows=rows, histogram=lines_, **shown)
+            rundir.write(Path(config.html), text)
     for line in lines:
         screen.line(line)
     screen.table("", rows | {"time": f"{time.perf_counter() - start:.1f} s"})
     screen.line("\n".join(histogram(corpus.lengths(docs))))
-    for doc in docs[: config.debug]:
-        screen.line(f"\nrow {doc.row}", "bold")
-        for title, tokens in parts(doc, tokenizer, kind):
-            if title:
-                screen.line(title, "bold")
-            screen.console.print(coloured(tokens))
+    shown = [(doc.row, passages.of(doc, tokenizer, kind)) for doc in docs[: config.debug]]
+    if shown and not screen.colours:
+        screen.line(f"\n{passages.legend([one for _, parts in shown for one in parts])}; the rest is read only")
+    for row, parts in shown:
+        show(screen, parts, row, colours=screen.colours)
     if config.html:
         screen.line(f"wrote {config.html}")
     return 0

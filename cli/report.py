@@ -1,89 +1,83 @@
-"""report.html: curves, what was trained token by token, and sample answers, in one file without scripts."""
+"""report.html: what a run did, its curves, what was trained token by token, and answers with their rewards."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from treetune.cli import rundir
-from treetune.core import records
+from treetune.cli import curves, page, rundir
+from treetune.core.data import kinds
 
-CURVES = (
-    ("loss (nats per supervised token)", ("train/loss", "eval/loss")),
-    ("rewards: beta log(p / p_ref) of the two sides", ("rewards/chosen", "rewards/rejected")),
-    ("reward margin", ("rewards/margins", "eval/rewards/margins")),
-    ("share of pairs ranked right", ("rewards/accuracies", "eval/rewards/accuracies")),
-    ("accuracy of the scores", ("accuracy", "eval/accuracy")),
-    ("distance of features from those of the true text", ("ebft/cfm_loss", "eval/ebft/cfm_loss")),
-    ("gradient norm before clipping", ("grad_norm",)),
-    ("learning rate", ("learning_rate",)),
-    ("supervised tokens per second", ("supervised_tokens_per_second",)),
-)
-COLOURS = ("#2563eb", "#dc2626")
-WIDTH, HEIGHT, PAD = 460, 180, 34
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937 }
-figure { display: inline-block; margin: 0 1rem 1rem 0 } figcaption { font-size: 13px }
-text { font: 11px system-ui, sans-serif; fill: #6b7280 }
-pre { white-space: pre-wrap; background: #f9fafb; padding: .8rem; border-radius: 6px; font-size: 13px }
-.on { background: #bbf7d0 } .half { background: #fef08a } .off { color: #9ca3af }
-"""
-PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title>
-<style>{{ style }}</style>
-<h1>{{ name }}</h1>
-<h2>Curves</h2>
-{% for curve in curves %}<figure><svg width="{{ width }}" height="{{ height }}" role="img">
-<text x="2" y="12">{{ curve.high }}</text><text x="2" y="{{ height - 18 }}">{{ curve.low }}</text>
-<text x="{{ pad }}" y="{{ height - 4 }}">step {{ curve.first }}</text>
-<text x="{{ width - 2 }}" y="{{ height - 4 }}" text-anchor="end">{{ curve.last }}</text>
-{% for line in curve.lines %}<polyline fill="none" stroke="{{ line.colour }}" stroke-width="1.6" points="{{ line.points }}"/>
-{% for x, y in line.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="2.6" fill="{{ line.colour }}"/>{% endfor %}{% endfor %}
-</svg><figcaption>{{ curve.title }}{% for line in curve.lines %} · <span style="color:{{ line.colour }}">{{ line.name }}</span>{% endfor %}
-</figcaption></figure>
-{% endfor %}
-<h2>What is trained</h2>
-<p>The first documents as the model reads them: <span class="on">supervised</span>, <span class="half">at another weight</span>,
-<span class="off">read only</span>.</p>
-{% for row, tokens in documents %}<p>row {{ row }}</p>
-<pre>{% for text, kind in tokens %}<span class="{{ kind }}">{{ text }}</span>{% endfor %}</pre>
-{% endfor %}
-{% if samples %}<h2>Sample answers</h2>
-{% for sample in samples %}<p>step {{ sample.step }}: {{ sample.prompt }}</p><pre>{{ sample.answer }}</pre>
-{% endfor %}{% endif %}"""
+BEST, WORST = 3, 2  # completions of a prompt to show, where there are more
+LOSS = {
+    "supervised tokens": "nats per supervised token",
+    "pairs": "mean over pairs",
+    "completions": "mean over completions",
+    "tokens and pairs": "mean over chosen tokens, plus the odds-ratio term's over pairs",
+    "steps": "nats per judged step",
+}
 
 
-def _curve(title: str, keys: Sequence[str], history: list[dict]) -> dict | None:
-    """One chart as SVG points; all its lines share both scales."""
-    series = {key: [(record["step"], record[key]) for record in history if record.get(key) is not None] for key in keys}
-    points = [point for line in series.values() for point in line if point[1] == point[1]]
-    if not points:
-        return None
-    first, last = min(step for step, _ in points), max(step for step, _ in points)
-    low, high = min(value for _, value in points), max(value for _, value in points)
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        x = PAD + (WIDTH - PAD - 8) * (step - first) / max(last - first, 1)
-        y = 16 + (HEIGHT - 16 - PAD) * (high - value) / ((high - low) or 1.0)
-        return round(x, 1), round(y, 1)
-
-    lines = []
-    for colour, (key, line) in zip(COLOURS, series.items(), strict=False):
-        placed = [at(*point) for point in line if point[1] == point[1]]
-        if placed:
-            dots = placed if len(placed) < 12 else []
-            lines.append({"name": key, "colour": colour, "dots": dots, "points": " ".join(f"{x},{y}" for x, y in placed)})
-    return {"title": title, "lines": lines, "low": f"{low:.3g}", "high": f"{high:.3g}", "first": first, "last": last}
+def write(
+    run: rundir.RunDir, *, docs: Sequence, tokenizer: Any, kind: kinds.Kind, unit: str, history: Sequence[dict], rows: dict[str, str]
+) -> None:
+    """Write report.html into a run folder. rows: facts for its head; unit: what the loss is a mean over."""
+    steps = [record["step"] for record in history if "train/loss" in record]
+    samples, groups = _answers(run.samples, {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())
+    shown = page.documents(docs, tokenizer, kind) | {"samples": samples, "groups": groups, "rows": rows}
+    charts = curves.charts(history, loss=LOSS.get(unit, f"mean over {unit.rstrip(',')}"))
+    rundir.write(run.root / "report.html", page.render("run.jinja", name=run.root.name, charts=charts, **shown))
 
 
-def document(doc, tokenizer) -> tuple[int, list[tuple[str, str]]]:
-    """The tokens of a document as (text, class)."""
-    kinds = ["off" if weight == 0 else "on" if weight == 1 else "half" for weight in doc.weight.tolist()]
-    return doc.row, [(tokenizer.decode([token]), kind) for token, kind in zip(doc.tokens.tolist(), kinds, strict=True)]
+def _answers(path: Path, steps: set[int]) -> tuple[list, list[dict]]:
+    """Sample answers by prompt, and for each of the steps the completions of one prompt, that of the widest rewards."""
+    samples: dict[str, list] = {}
+    scored: dict[int, dict[str, list]] = {}
+    for record in _records(path):
+        if "rewards" not in record:
+            samples.setdefault(record["prompt"], []).append((record["step"], record["answer"]))
+        elif record["step"] in steps:
+            scored.setdefault(record["step"], {}).setdefault(record["prompt"], []).append(record)
+    return list(samples.items()), [_group(step, prompts) for step, prompts in sorted(scored.items())]
 
 
-def write(run: rundir.RunDir, *, docs: list, tokenizer, history: list[dict]) -> None:
-    """Write report.html into a run folder."""
-    import jinja2
+def _records(path: Path) -> Iterator[dict]:
+    """One by one, because a long run leaves more completions than fit in memory; what is no record is passed over."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and {"step", "prompt", "answer"} <= record.keys():
+                yield record
 
-    samples = records.read(run.samples).records
-    curves = [curve for title, keys in CURVES if (curve := _curve(title, keys, history))]
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    shown = {"documents": [document(doc, tokenizer) for doc in docs], "samples": samples, "curves": curves}
-    rundir.write(run.root / "report.html", page.render(name=run.root.name, style=STYLE, width=WIDTH, height=HEIGHT, pad=PAD, **shown))
+
+def _group(step: int, prompts: dict[str, list[dict]]) -> dict:
+    """The completions of the prompt whose advantages differ most, best first."""
+    prompt = max(prompts, key=lambda text: _spread(prompts[text]))
+    ordered = sorted(prompts[prompt], key=lambda record: -_number(record.get("advantage")))
+    shown = ordered if len(ordered) <= BEST + WORST else ordered[:BEST] + ordered[-WORST:]
+    return {"step": step, "prompt": prompt, "completions": [_completion(one) for one in shown], "more": len(ordered) - len(shown)}
+
+
+def _spread(records: list[dict]) -> float:
+    values = [_number(record.get("advantage")) for record in records]
+    return max(values) - min(values)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _completion(record: dict) -> dict:
+    """A completion as the template takes it."""
+    advantage = _number(record.get("advantage"))
+    rewards = [(name, "no opinion" if value is None else f"{value:.4g}") for name, value in record["rewards"].items()]
+    about = f"{record['tokens']} tokens" if "tokens" in record else ""
+    about += "" if record.get("stopped", True) else ", cut off"
+    how = "on" if advantage > 0 else "bad" if advantage < 0 else "off"
+    return {"how": how, "advantage": f"{advantage:+.2f}", "rewards": rewards, "about": about, "answer": record["answer"]}

@@ -35,6 +35,15 @@ class Screen:
         """One line of plain text."""
         self.console.print(Text(terminal.safe(text)), style=style)
 
+    @property
+    def colours(self) -> bool:
+        """Whether colours can be seen: on a terminal that has them, unless NO_COLOR says not to use them."""
+        return self.console.color_system is not None and not self.console.no_color
+
+    def text(self, text: Text | str) -> None:
+        """A text of its own styles, or plain."""
+        self.console.print(text if isinstance(text, Text) else Text(terminal.safe(text)))
+
     def warn(self, text: str) -> None:
         """One line that should be noticed."""
         self.line(f"! {text}", "yellow")

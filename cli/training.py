@@ -295,9 +295,10 @@ def create(config: Any, made: Assembly) -> None:
 
 
 def _train(config: Any, made: Assembly, sampler: Callable, screen: Screen, ranks: setup.Ranks) -> int:
-    screen.table("", describe(config, made, ranks))
+    about = describe(config, made, ranks)
+    screen.table("", about)
     with running(made.where.root):
         sampler(made.state, "before", screen)
         outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
-        finish.leave(config, made, outcome, sampler, screen)
+        finish.leave(config, made, outcome, sampler, screen, about)
     return 0 if outcome.signum is None or outcome.stopped != "interrupted" else 128 + outcome.signum

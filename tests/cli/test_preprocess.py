@@ -1,11 +1,12 @@
 """`treetune preprocess`: its numbers are those of the rows, its colours those of the weights."""
 
+import html
 import json
 import re
 
 import pytest
 
-from treetune.cli import options, preprocess, report
+from treetune.cli import options, passages, preprocess
 from treetune.core.data import spans
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(6)]
@@ -22,13 +23,22 @@ def test_counts_are_those_of_the_documents(tune, tiny):
     assert f"of which {answers} supervised" in done.out
 
 
+def shown_as(page, kind):
+    """All text of a page's runs of one kind, as a reader sees it."""
+    runs = re.findall(rf'<span class="{kind}">(.*?)</span>', page, re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]*>", "", "".join(runs)))
+
+
 def test_page_shows_each_token_with_its_weight(tune, tiny, here):
     done = tune("preprocess", "--model", tiny.model, "--data", tiny.chat, "--html", "page.html", "--html-rows", "1")
     assert done.code == 0, done.err
     page = (here / "page.html").read_text()
-    shown = {kind: "".join(re.findall(rf'<pre>.*?<span class="{kind}">|<span class="{kind}">(.*?)</span>', page)) for kind in ("on", "off")}
     first = json.loads(tiny.chat.read_text().splitlines()[0])["messages"]
-    assert first[1]["content"] in shown["on"] and first[0]["content"] in shown["off"]
+    assert shown_as(page, "on") == "".join(turn["content"] + "<|im_end|>" for turn in first if turn["role"] == "assistant")
+    assert first[0]["content"] in shown_as(page, "off")
+    assert page.count("<i class=") == len(shown_as(page, "off") + shown_as(page, "on")) - sum(
+        len(mark) - 1 for mark in ("<|im_start|>", "<|im_end|>") for _ in first
+    )
 
 
 def test_debug_prints_whole_documents(tune, tiny):
@@ -58,7 +68,7 @@ def test_weights_have_their_colours(kit):
     tokenizer = kit.tokenizer()
     ids = tokenizer("abc")["input_ids"]
     doc = spans.Doc(np.array(ids), np.array([0.0, 1.0, 0.5], np.float32), 7)
-    assert report.document(doc, tokenizer) == (7, [("a", "off"), ("b", "on"), ("c", "half")])
+    assert passages.document(doc, tokenizer) == (7, [("a", "off"), ("b", "on"), ("c", "half")])
 
 
 def test_worker_processes_change_nothing_but_the_time(tune, tiny):
@@ -108,18 +118,14 @@ def test_other_methods(show, method, rows, said):
     assert all(text in done.out for text in said) and done.out.count("\nrow 1\n") == 1
 
 
-def coloured(page, kind):
-    return "".join(re.findall(rf'<span class="{kind}">([^<]{{1,3}})</span>', page))
-
-
 def test_the_page_colours_sides_and_steps(show, here):
     assert show("dpo", PAIRS[:1], "--html", "page.html").code == 0
     page = (here / "page.html").read_text()
-    assert "<p>prompt</p>" in page and "<p>chosen</p>" in page and "<p>rejected</p>" in page
-    assert (coloured(page, "off"), coloured(page, "on"), coloured(page, "bad")) == ("0 + 1 = ", "1", "5, or so")
+    assert [page.count(f"<strong>{title}</strong>") for title in ("prompt", "chosen", "rejected")] == [1, 1, 1]
+    assert [shown_as(page, kind) for kind in ("off", "on", "bad")] == ["0 + 1 = ", "1<|im_end|>", "5, or so<|im_end|>"]
     assert show("prm", STEPS[:1], "--html", "page.html").code == 0
     page = (here / "page.html").read_text()
-    assert (coloured(page, "off"), coloured(page, "on"), coloured(page, "bad")) == ("Add.1+1=22+2=5", "\n", "\n")
+    assert [shown_as(page, kind) for kind in ("off", "on", "bad")] == ["Add.1+1=22+2=5", "\n", "\n"]
 
 
 @pytest.mark.parametrize(
@@ -147,3 +153,56 @@ def test_every_method_has_sample_rows(tune, tiny, monkeypatch):
     for method, path in options.SAMPLES.items():
         done = tune("preprocess", "--model", tiny.model, "--method", method, "--sequence-len", 2000, "--max-rows", 20)
         assert done.code == 0 and f"rows of {path}: " in done.out, done.err
+
+
+FOREIGN = ["你好，世界", "👨‍👩‍👧‍👦 family", "🇩🇪🇫🇷", "👍🏽", "e\u0301a\u0308", "שלום", "مرحبا بالعالم", "𝔘𐍈"]
+
+
+@pytest.fixture
+def foreign(kit, here):
+    """Chats in scripts that a byte-level vocabulary has no whole tokens for, as a file."""
+    rows = [[{"role": "user", "content": f"? {text}"}, {"role": "assistant", "content": f"! {text} !"}] for text in FOREIGN]
+    return kit.write_rows(here / "foreign.jsonl", [{"messages": turns} for turns in rows])
+
+
+def test_characters_of_several_tokens_are_whole_on_screen_and_page(tune, tiny, foreign, here):
+    done = tune("preprocess", "--model", tiny.model, "--data", foreign, "--debug", 9, "--html", "page.html")
+    assert done.code == 0, done.err
+    page = (here / "page.html").read_text(encoding="utf-8")
+    assert "\ufffd" not in done.out + page
+    for text in FOREIGN:
+        assert f"[[! {text} !<|im_end|>]]" in done.out and f"? {text}<" in done.out
+        assert f'<span class="on">! {text} !&lt;|im_end|&gt;</span>' in page
+
+
+def test_pairs_that_share_bytes_of_a_character_show_both(show, here):
+    """The two faces differ in their last byte only."""
+    done = show("dpo", [{"prompt": "你 ", "chosen": "😀 a", "rejected": "😁 b"}], "--debug", 1, "--html", "page.html")
+    assert done.code == 0, done.err
+    page = (here / "page.html").read_text(encoding="utf-8")
+    assert [shown_as(page, kind) for kind in ("off", "on", "bad")] == ["你 ", "😀 a<|im_end|>", "😁 b<|im_end|>"]
+    assert "prompt\n你 \nchosen\n[[😀 a<|im_end|>]]\nrejected\n{{😁 b<|im_end|>}}" in done.out
+    assert "[[supervised]], {{rejected, or judged bad}}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)]
+)
+def test_what_is_supervised_is_marked_with_and_without_colours(tune, tiny, variables, coloured, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = tune("preprocess", "--model", tiny.model, "--data", tiny.chat, "--debug", 1)
+    assert ("[[" in done.out) is not coloured and ("\x1b[30;42m" in done.out) is coloured
+
+
+def test_escape_sequences_of_rows_have_no_effect(tune, tiny, kit, here):
+    turns = [{"role": "user", "content": "\x1b]0;x\x07"}, {"role": "assistant", "content": "\x1b[2J\r\u202egone"}]
+    rows = kit.write_rows(here / "rows.jsonl", [{"messages": turns}])
+    done = tune("preprocess", "--model", tiny.model, "--data", rows, "--debug", 1, "--html", "page.html")
+    page = (here / "page.html").read_text(encoding="utf-8")
+    for text in (done.out, page):
+        assert not set("\x1b\x07\r\u202e") & set(text)
+    assert "[[\\x1b[2J\\x0d\\u202egone<|im_end|>]]" in done.out and '<u class="code">\\x1b</u>[2J' in page

@@ -1,0 +1,177 @@
+"""Charts of a run's records: which ones a method has, and their lines as places on a sheet."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from treetune.core import observe
+
+History = Sequence[dict]
+Points = list[tuple[float, float]]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 52, 12, 12, 26
+MARKED = 24  # up to so many points of a line are drawn as dots, too
+SMOOTHED = 60  # from so many points on a line is drawn thin, with its moving mean over it
+DRAWN = 600  # points of a line at most: of more, the lowest and highest of each stretch
+
+# title, keys of the records; charts without a value are left out
+CHARTS = (
+    ("reward: mean over completions", ("reward", "eval/reward")),
+    ("reward_std: deviation over all completions of a step", ("reward_std", "eval/reward_std")),
+    ("rewards: each function's mean", ("rewards/*/mean",)),
+    ("mean reward of features: alignment less diversity", ("ebft/mean_reward", "eval/ebft/mean_reward")),
+    ("alignment with the true text; higher is nearer", ("ebft/alignment", "eval/ebft/alignment")),
+    ("diversity: how alike siblings are; lower is more varied", ("ebft/diversity", "eval/ebft/diversity")),
+    ("cfm_loss: distance of mean features from the true text's", ("ebft/cfm_loss", "eval/ebft/cfm_loss")),
+    ("ce_loss: cross-entropy of the true tokens (nats)", ("ebft/ce_loss", "eval/ebft/ce_loss")),
+    ("completion length (tokens)", ("completions/mean_length", "completions/min_length", "completions/max_length")),
+    ("share of completions cut off at the longest length", ("completions/clipped_ratio",)),
+    ("share of prompts whose completions all have one reward", ("frac_reward_zero_std",)),
+    ("entropy (nats per token)", ("entropy",)),
+    ("rewards of the two sides, as the policy implies them", ("rewards/chosen", "rewards/rejected")),
+    ("margin: reward of chosen less rejected", ("rewards/margins", "eval/rewards/margins")),
+    ("share of pairs ranked right", ("rewards/accuracies", "eval/rewards/accuracies")),
+    ("accuracy of the scores", ("accuracy", "eval/accuracy")),
+    ("accuracy on good and on bad steps", ("accuracy/good", "accuracy/bad")),
+    ("margin: score of chosen less rejected", ("margin", "eval/margin")),
+    ("scores: lowest, mean and highest", ("mean_reward", "min_reward", "max_reward")),
+    ("log-probs of the two sides (nats)", ("logps/chosen", "logps/rejected")),
+    ("log-odds of chosen against rejected", ("log_odds_chosen", "eval/log_odds_chosen")),
+    ("chosen side's likelihood (nats per token)", ("nll_loss", "eval/nll_loss")),
+    ("kl: distance from the reference, as the method measures it", ("kl", "eval/kl")),
+    ("share of tokens outside the clip range", ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")),
+    ("token accuracy", ("mean_token_accuracy", "eval/mean_token_accuracy")),
+    ("gradient norm before clipping", ("grad_norm",)),
+    ("learning rate", ("learning_rate",)),
+    ("supervised tokens per second", ("supervised_tokens_per_second",)),
+    ("memory, peak so far (GiB)", ("memory_gib",)),
+)
+
+
+class Line(NamedTuple):
+    """A line: the name of its metric, which colour, its last value, and paths: all of it, its moving mean; dots (x, y, text)."""
+
+    name: str
+    colour: str
+    last: str
+    path: str
+    mean: str
+    dots: list[tuple[float, float, str]]
+
+
+class Chart(NamedTuple):
+    """Lines on one sheet with the grid behind them: (place, text) of each horizontal line, and of each step below."""
+
+    title: str
+    lines: list[Line]
+    rows: list[tuple[float, str]]
+    columns: list[tuple[float, str, str]]
+    window: int  # of the moving mean; 0: there is none
+
+
+def charts(history: History, *, loss: str) -> list[Chart]:
+    """The charts that a run's records fill. loss: what its loss is a mean over; of sampled texts it says nothing and has no chart."""
+    told = () if any(observe.sampled(record) for record in history) else ((f"loss ({loss})", ("train/loss", "eval/loss")),)
+    listed = [_chart(title, _expanded(keys, history), history) for title, keys in (*told, *CHARTS)]
+    return [one for one in listed if one is not None]
+
+
+def _expanded(keys: Sequence[str], history: History) -> list[str]:
+    """The keys, with those that a pattern stands for: one line alone would repeat the sum."""
+    if "*" not in keys[0]:
+        return list(keys)
+    before, after = keys[0].split("*")
+    pattern = re.compile(rf"{re.escape(before)}.+{re.escape(after)}")
+    named = dict.fromkeys(key for record in history for key in record if pattern.fullmatch(key))
+    return list(named) if len(named) > 1 else []
+
+
+def _chart(title: str, keys: Sequence[str], history: History) -> Chart | None:
+    series = {key: [(record["step"], record[key]) for record in history if record.get(key) is not None] for key in keys}
+    known = {key: line for key, line in series.items() if any(math.isfinite(value) for _, value in line)}
+    if not known:
+        return None
+    points = [point for line in known.values() for point in line if math.isfinite(point[1])]
+    whole = [0.0, 1.0] if title.startswith("share") else []  # a share is seen as one
+    ticks = _ticks(min([value for _, value in points] + whole), max([value for _, value in points] + whole))
+    first, last = min(step for step, _ in points), max(step for step, _ in points)
+    sheet = _Sheet(first, last, ticks[0], ticks[-1])
+    window = max((len(line) // 25 for line in known.values() if len(line) >= SMOOTHED), default=0)
+    lines = [_line(key, "abcdef"[i % 6], line, sheet, window) for i, (key, line) in enumerate(known.items())]
+    return Chart(title, lines, [(sheet.y(tick), _short(tick)) for tick in ticks], _columns(sheet), window)
+
+
+def _short(value: float) -> str:
+    """A number in few characters."""
+    plain = f"{value:.6g}"
+    return plain if len(plain) <= 6 else re.sub(r"e([+-])0*", r"e\1", f"{value:.3e}").replace("e+", "e").replace(".000e", "e")
+
+
+class _Sheet(NamedTuple):
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * ((step - self.first) / (self.last - self.first) if self.last > self.first else 0.5), 1)
+
+    def y(self, value: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low), 1)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = (0.0, 2 * high or 1.0) if high >= 0 else (2 * low, 0.0)
+    raw = (high - low) / 3
+    power = 10.0 ** math.floor(math.log10(raw))
+    size = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [i * size for i in range(first, last + 1)]
+
+
+def _columns(sheet: _Sheet) -> list[tuple[float, str, str]]:
+    """The first, the middle and the last step: (place, text, which of its ends stands there)."""
+    if sheet.first == sheet.last:
+        return [(sheet.x(sheet.first), f"step {sheet.first:g}", "middle")]
+    middle = (sheet.first + sheet.last) // 2
+    between = [(sheet.x(middle), f"{middle:g}", "middle")] if sheet.last - sheet.first > 3 else []
+    return [(sheet.x(sheet.first), f"step {sheet.first:g}", "start"), *between, (sheet.x(sheet.last), f"{sheet.last:g}", "end")]
+
+
+def _line(name: str, colour: str, points: Points, sheet: _Sheet, window: int) -> Line:
+    known = [point for point in points if math.isfinite(point[1])]
+    smooth = window if len(points) >= SMOOTHED else 0
+    mean = _path(list(_means(points, smooth)), sheet) if smooth else ""
+    dots = [(sheet.x(step), sheet.y(value), f"step {step:g}: {value:.6g}") for step, value in known] if len(known) <= MARKED else []
+    return Line(name, colour, f"{known[-1][1]:.4g}", _path(points, sheet), mean, dots)
+
+
+def _means(points: Points, window: int) -> Iterator[tuple[float, float]]:
+    """Mean of the last `window` points at each of them."""
+    for i, (step, _) in enumerate(points):
+        known = [value for _, value in points[max(0, i - window + 1) : i + 1] if math.isfinite(value)]
+        yield step, sum(known) / len(known) if known else math.nan
+
+
+def _path(points: Points, sheet: _Sheet) -> str:
+    """An SVG path, broken where values are not known."""
+    out, pen = [], "M"
+    for step, value in _thinned(points):
+        if math.isfinite(value):
+            out.append(f"{pen}{sheet.x(step)},{sheet.y(value)}")
+        pen = "L" if math.isfinite(value) else "M"
+    return "".join(out)
+
+
+def _thinned(points: Points) -> Points:
+    """Long lines as the lowest and highest of each stretch, so that no spike is lost."""
+    if len(points) <= DRAWN:
+        return points
+    size, out = 2 * len(points) / DRAWN, []
+    for i in range(DRAWN // 2):
+        stretch = [point for point in points[int(i * size) : int((i + 1) * size)] if math.isfinite(point[1])]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])} if stretch else set()
+        out += sorted(ends)
+    return out

@@ -1,0 +1,74 @@
+"""Token ids back to text, cut only where characters end.
+
+A token of a byte-level or byte-fallback vocabulary may hold a part of a character, and one token decoded alone is then U+FFFD.
+Tokens are read together until their text is whole: such a unit is one token nearly everywhere, and at most four.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+LONGEST = 4  # bytes of a character in UTF-8, hence tokens that it may lie in
+BROKEN = "\ufffd"
+
+
+class Unit(NamedTuple):
+    """Consecutive tokens that whole characters are made of, and their text."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+class Decoder:
+    """Text of a growing list of tokens: `push` gives what a token completes, `flush` what nothing will complete any more."""
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = False):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+        self.last, self.before = (), ""  # the unit before and its text: some decoders drop or add a space at the very beginning
+        self.pending: tuple[int, ...] = ()
+
+    def push(self, token: int) -> list[Unit]:
+        """The units that end with this token: none while a character is not whole."""
+        self.pending += (token,)
+        text = self._text(self.pending)
+        if not text.endswith(BROKEN) or self._is_meant(text):
+            return [self._emit(self.pending, text)]
+        return [self._emit(self.pending[:1])] if len(self.pending) == LONGEST else []
+
+    def flush(self) -> list[Unit]:
+        """The tokens that are left, in one unit: bytes that are no character."""
+        return [self._emit(self.pending)] if self.pending else []
+
+    def _emit(self, tokens: tuple[int, ...], text: str | None = None) -> Unit:
+        unit = Unit(tokens, self._text(tokens) if text is None else text)
+        self.last, self.before, self.pending = tokens, self._decode(tokens), self.pending[len(tokens) :]
+        return unit
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        """What these tokens add to the unit before them."""
+        text = self._decode(self.last + tokens)
+        return text.removeprefix(self.before) if text.startswith(self.before) else self._decode(tokens)
+
+    def _decode(self, tokens: tuple[int, ...]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)
+
+    def _is_meant(self, text: str) -> bool:
+        """Whether U+FFFD stands in the text itself: then its tokens are those of that character."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tuple(ids[-len(self.pending) :]) == self.pending  # some vocabularies begin every text with a space
+
+
+def units(tokenizer: Any, ids: Sequence[int]) -> Iterator[Unit]:
+    """All tokens in units, whose texts in a row are the text."""
+    decoder = Decoder(tokenizer)
+    for token in ids:
+        yield from decoder.push(int(token))
+    yield from decoder.flush()
+
+
+def labelled(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(text, label) of each unit; a character that tokens of two labels share has the label of the one that completes it."""
+    out, end = [], 0
+    for unit in units(tokenizer, ids):
+        end += len(unit.tokens)
+        out.append((unit.text, labels[end - 1]))
+    return out

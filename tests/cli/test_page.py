@@ -1,0 +1,36 @@
+"""Pages: blanks can be seen, nothing of a text becomes markup, and nothing is fetched."""
+
+import re
+
+import pytest
+
+from treetune.cli import page
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("plain words", [("", "plain words")]),
+        ("\n" * 57, [("gap", "57 line breaks"), ("", "\n")]),
+        (" a  b ", [("space", " "), ("", "a  b"), ("space", " ")]),
+        ("a \nb", [("", "a"), ("space", " "), ("nl", "\n"), ("", "b")]),
+        ("\ta", [("tab", "\t"), ("", "a")]),
+        ("a" + " " * 40 + "b", [("", "a"), ("gap", "40 spaces"), ("", "b")]),
+        ("\x1b[31m", [("code", "\\x1b"), ("", "[31m")]),
+        ("its own \\x1b", [("", "its own \\x1b")]),
+        ("", []),
+    ],
+)
+def test_blanks_and_control_characters_can_be_seen(text, parts):
+    assert list(page.visible(text)) == parts
+
+
+def test_nothing_becomes_markup_and_nothing_is_fetched():
+    evil = "<script>alert(1)</script>&'\"><img src=x>"
+    groups = [{"step": 1, "prompt": evil, "more": 0, "completions": [
+        {"how": "on", "advantage": "+1", "rewards": [(evil, evil)], "about": evil, "answer": evil}]}]  # fmt: skip
+    values = {"rows": {evil: evil}, "charts": [], "shown": [], "hows": set(), "groups": groups, "samples": [(evil, [(1, evil)])]}
+    text = page.render("run.jinja", name=evil, **values)
+    assert "<script" not in text and "<img" not in text
+    assert not re.search(r"https?:|<[^>]*src=|url\(|@import|<link", text)
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
