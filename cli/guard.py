@@ -19,9 +19,7 @@ PLACES = ("model", "from_config", "ref_model", "lora_model_dir", "data", "val_da
           "vllm_python", "resume")  # fmt: skip
 FUNCTIONS = ("format", "prompt_transform", "rollout_func", "reward_funcs")  # file.py:function?options, or a folder
 FIELDS = ("path", "data_files", "type")
-PAGE = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="treetune">'  # how a page of ours begins
-)
+PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="treetune">'  # a page of ours
 LOG = "# treetune: output of a vLLM server\n"
 NAMED = 3  # foreign files that a message names
 
