@@ -42,6 +42,7 @@ class Job(NamedTuple):
     perplexity: bool = True
     roll: Callable[[TrainState, int], tuple[list, dict]] | None = None  # micro-batches of a step from the state itself, and their metrics
     carry: Callable[[], dict] | None = None  # what `roll` needs to go on from a checkpoint, as JSON
+    mark: Callable[[Cursor], dict] | None = None  # which rows of a stream are read at a cursor, as JSON
     goal: str = "loss"  # what evaluations compare: a metric named loss, which should fall, or a reward, which should rise
 
 
@@ -201,6 +202,7 @@ class _Loop:
             return
         meta = self.job.meta | {"progress": self.progress._asdict() | {"cursor": list(self.progress.cursor)}}
         meta |= {"rollout": self.job.carry()} if self.job.carry else {}
+        meta |= {"rows": self.job.mark(self.progress.cursor)} if self.job.mark else {}
         try:
             if self.job.rank == 0:
                 self._flush_records()

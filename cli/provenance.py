@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,17 +68,17 @@ def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.d
     """
     full = not hasattr(config, "adapter") or config.adapter.adapter == "none"
     options = {name: json.loads(json.dumps(value, default=str)) for name, value in parse.flatten(config).items()}
-    left = _resolved(options, rates[full], str(setup.compute_dtype(config.model.dtype, on))[6:])
-    now = Provenance(type(config).__name__.lower(), options | left, processes)
-    return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, say))
+    resolve = partial(_resolved, rate=rates[full], dtype=str(setup.compute_dtype(config.model.dtype, on))[6:])
+    now = Provenance(type(config).__name__.lower(), resolve(options), processes)
+    return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, resolve, say))
 
 
-def _resolved(options: dict[str, Any], rate: float, dtype: str) -> dict[str, Any]:
-    """Values of options that were left open, so that naming the default is no change."""
+def _resolved(options: dict[str, Any], *, rate: float, dtype: str) -> dict[str, Any]:
+    """The options with values for those that were left open, so that naming the default is no change."""
     left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(options.get("optimizer", ""))}
     if "feature_norm" in options:
         left["feature_norm"] = "per_layer" if options["mode"] == "strided" else "raw"
-    return {name: value for name, value in left.items() if name in options and options[name] in (None, "auto")}
+    return options | {name: value for name, value in left.items() if name in options and options[name] in (None, "auto")}
 
 
 def loaded(origin: Origin, config: Any, model: Model, trees: setup.Trees, frozen: Params) -> Origin:
@@ -128,10 +129,10 @@ def _source(name: str) -> Path | None:
     return next((file for part in parts for file in (part.with_suffix(".py"), part / "__init__.py") if file.is_file()), None)
 
 
-def _earlier(path: Path, now: Provenance, config: Any, say: Callable[[str], None]) -> Earlier:
+def _earlier(path: Path, now: Provenance, config: Any, resolve: Callable[[dict], dict], say: Callable[[str], None]) -> Earlier:
     """The checkpoint to resume from, by its options alone one that can be."""
     meta = json.loads((path / "state.json").read_text(encoding="utf-8"))  # its digest was checked when the checkpoint was chosen
-    found = Earlier(path, meta, _read(meta[KEY], path), False) if KEY in meta else _guessed(path, meta, now, say)
+    found = Earlier(path, meta, _read(meta[KEY], path), False) if KEY in meta else _guessed(path, meta, now, resolve, say)
     if found.made.command != now.command:
         raise ValueError(f"{path} was made by treetune {found.made.command}: continue it with that command, not {now.command}")
     _raise(path, resume_rules.judge(_changes(found, now, config), now.options, same=lambda what: None).refused)
@@ -150,7 +151,7 @@ def _read(value: Any, path: Path) -> Provenance:
     )
 
 
-def _guessed(path: Path, meta: dict, now: Provenance, say: Callable[[str], None]) -> Earlier:
+def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], dict], say: Callable[[str], None]) -> Earlier:
     """What is known of a checkpoint of an earlier version, whose options are in the run's config.yaml only."""
     import yaml
 
@@ -165,12 +166,7 @@ def _guessed(path: Path, meta: dict, now: Provenance, say: Callable[[str], None]
     say(f"{path} was written by an earlier version: its options are taken from {file}")
     known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
     options = {name: json.loads(json.dumps(options.get(name, known[name]), default=str)) for name in known}
-    return Earlier(path, meta, now._replace(options=options | _open(options, now)), True)
-
-
-def _open(options: dict[str, Any], now: Provenance) -> dict[str, Any]:
-    """What such options left open is as it is now."""
-    return {name: now.options[name] for name in _resolved(options, 0.0, "")}
+    return Earlier(path, meta, now._replace(options=resolve(options)), True)
 
 
 def _changes(found: Earlier, now: Provenance, config: Any) -> list[resume_rules.Change]:

@@ -12,7 +12,7 @@ from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
 from treetune.core import param, step, tree
-from treetune.core.data import chat_templates, fingerprint, loader, pack, sources, spans, streaming
+from treetune.core.data import chat_templates, fingerprint, ledger, loader, pack, sources, spans, streaming
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, bare
 from treetune.ops import attention, noise
@@ -67,7 +67,8 @@ Dealt = Iterator[tuple[list[list[spans.Doc]], loop.Cursor]]  # step by step: doc
 class Reading(NamedTuple):
     """How a run reads its training documents: from a cursor on, from where, for how many steps.
 
-    order: fingerprint of how documents form steps. digest: the one of earlier versions, over the lengths of documents as well.
+    order: fingerprint of how documents form steps. digest: the one of earlier versions, over the lengths of documents as well. Of a
+    stream, mark(cursor) says what it has read, and go_on(cursor, mark) checks that this is still there.
     """
 
     deal: Callable[[loop.Cursor], Dealt]
@@ -75,6 +76,8 @@ class Reading(NamedTuple):
     total_steps: int
     digest: str
     order: str
+    mark: Callable[[loop.Cursor], dict] | None = None
+    go_on: Callable[[loop.Cursor, dict], None] | None = None
 
 
 def reading(config: Any, data: corpus.Corpus, model: Model, ranks: setup.Ranks) -> Reading:
@@ -111,10 +114,12 @@ def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dea
     plan = plan | {"buffer": data.streaming_multipack_buffer_size}
     encode = partial(_fitting, encode=source.encode, size=data.sequence_len, model=bare(model))
     choices = {"step": _step_size(dealt), "sequence_len": data.sequence_len, "text_column": data.text_column}
-    deal = partial(_from_stream, source.parts, encode, **dealt, **plan)
+    rows = ledger.Ledger(source.parts, data.text_column)
+    deal = partial(_from_stream, source.parts, encode, note=rows.note, **dealt, **plan)
+    go_on = partial(rows.go_on, **{name: plan[name] for name in ("buffer", "shuffle", "seed")})
     digest = streaming.digest(source.parts, **choices, **plan)
     order = fingerprint.values("stream", choices, plan)
-    return Reading(deal, streaming.START, config.optim.max_steps, digest, order)
+    return Reading(deal, streaming.START, config.optim.max_steps, digest, order, rows.mark, go_on)
 
 
 def _from_memory(docs: list, cursor: loader.Cursor, **options) -> Dealt:
@@ -231,8 +236,11 @@ def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, 
         between=parts.between,
         perplexity=method.perplexity,
         goal=method.goal,
+        mark=read.mark,
     )
     state, found = loop.restore(where, state, read.total_steps)
+    if found is not None and read.go_on is not None:
+        read.go_on(read.start._make(found["progress"]["cursor"]), found.get("rows"))
     tell(changed, screen)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
 

@@ -118,15 +118,18 @@ def micro_batches(
     buffer: int = BUFFER,
     shuffle: bool = True,
     seed: int = 0,
+    note: Callable[[sources.Rows, Cursor], None] = lambda rows, here: None,
     **options,
 ) -> Iterator[tuple[list, Cursor]]:
     """(documents of a micro-batch, cursor after it), from `cursor` on: the same for ever, or for `epochs` passes.
 
-    encode: rows to documents, [] where a block has none. options: budget (tokens) or rows, of `loader.epoch_plan`.
+    encode: rows to documents, [] where a block has none. note: told of each block that is read. options: budget (tokens) or rows, of
+    `loader.epoch_plan`.
     Errors: ValueError for a whole epoch without documents, and whatever reading and encoding say.
     """
     barren: Cursor | None = None  # the first block since there was a document
     for rows, here, behind in blocks(parts, cursor=cursor, epochs=epochs, buffer=buffer, shuffle=shuffle, seed=seed):
+        note(rows, here)
         docs = encode(rows)
         barren = None if docs else barren or here
         if barren and here.epoch > barren.epoch and here.block >= barren.block:

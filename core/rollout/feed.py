@@ -148,7 +148,8 @@ class Feed:
             differ = sorted(name for name in mine if state["of"].get(name) != mine[name])
             raise ValueError(f"the rollout state was written with other values of {differ}: resume with those it had, or start anew")
         ready = {name: tuple(Ready(i, self._unpack(i, one)) for i, one in state[name]) for name in ("overflow", "batch")}
-        stored = tuple(replay.Stored(score, number, i, self._unpack(i, one)) for score, number, i, one in state["stored"])
+        every = [replay.Stored(score, number, i, self._unpack(i, one)) for score, number, i, one in state["stored"]]
+        stored = replay.best(every, self._options.replay_size)
         flight = tuple(tuple(drawing.Draw(*one) for one in request) for request in state["flight"])
         stream = state["stream"] | {name: tuple(state["stream"][name]) for name in ("deferred", "failed")}
         numbers = {"generation": state["generation"], "part": state["part"], "metrics": tuple(state["metrics"].items())}

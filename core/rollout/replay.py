@@ -51,6 +51,12 @@ def add(stored: Sequence[Stored], groups: Sequence[tuple[int, Group]], size: int
     return tuple(kept)
 
 
+def best(stored: Sequence[Stored], size: int) -> tuple[Stored, ...]:
+    """What a buffer of `size` keeps of these: those of the highest score, the newer of two, in their order."""
+    kept = sorted(range(len(stored)), key=lambda i: stored[i][:2], reverse=True)[:size]
+    return tuple(stored[i] for i in sorted(kept))
+
+
 def draw(stored: Sequence[Stored], n: int, *key: int) -> list[Stored]:
     """Up to n different groups, each next one with probability proportional to max(score, 1e-8) among those left.
 

@@ -170,6 +170,20 @@ def test_a_bad_row_far_into_the_stream_is_one_line_and_the_run_goes_on_when_it_i
     assert [record["step"] for record in kit.metrics(here / "run") if "train/loss" in record] == list(range(1, 161))
 
 
+def test_a_row_that_was_trained_on_and_changed_is_refused_and_one_to_come_is_not(kit, args, tune, here):
+    rows = [{"text": f"{i} " + "x" * 50} for i in range(100)]
+    options = ["--data", "rows.jsonl", "--save-steps", 100, "--no-shuffle", *ONE_ROW, BUFFER, 10]
+    kit.write_rows(here / "rows.jsonl", rows)
+    assert tune(*args(*options, "--max-steps", 25)).code == 0
+    for row, refused in ((12, True), (27, True), (60, False)):
+        kit.write_rows(here / "rows.jsonl", [*rows[:row], {"text": rows[row]["text"].replace("x", "y")}, *rows[row + 1 :]])
+        done = tune(*args(*options, "--max-steps", 26, "--resume", "auto"))
+        if refused:  # of the block that the run stands in, too
+            kit.refused(done, "rows.jsonl: rows that the run has read already are not there as they were")
+        else:
+            assert done.code == 0, done.err
+
+
 OTHERS = {
     "streaming_multipack_buffer_size": [BUFFER, 7], "data": ["--data", "a.jsonl"],
     "seed": ["--seed", 3], "sequence_len": ["--sequence-len", 32],

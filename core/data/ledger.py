@@ -1,0 +1,133 @@
+"""What a stream has read, as sums of row digests, so that rows which changed on disk are noticed when they are read again.
+
+A sum depends neither on the order of the parts, which is another each epoch, nor on where blocks begin. A checkpoint holds three of them
+(`Ledger.mark`), and what the file system says of the files: only where that differs are the rows before the cursor read once more.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from treetune.core.data import sources, streaming
+
+SIZE = 16  # bytes of a row's digest
+MODULUS = 2 ** (8 * SIZE)
+Mark = dict  # sums of "rows" of the epoch before the cursor's block, of the "block" if some of it is taken, of a whole "pass"; and "files"
+
+
+class Sums(NamedTuple):
+    """Of a block: the sum of the epoch's rows before it, if it is known, and that of its own."""
+
+    before: int | None
+    own: int
+
+    @property
+    def through(self) -> int | None:
+        """The sum up to its end."""
+        return None if self.before is None else (self.before + self.own) % MODULUS
+
+
+class Ledger:
+    """Sums of the rows of a stream by block; it has a lifetime, as it follows a reader.
+
+    column: the one that is trained on. say: told once a pass of rows that changed while the run went on.
+    """
+
+    def __init__(self, parts: Sequence[streaming.Part], column: str, *, say: Callable[[str], None] = print):
+        self._parts, self._column, self._say = parts, column, say
+        self._blocks: dict[tuple[int, int], Sums] = {}  # by epoch and block
+        self._start: tuple[tuple[int, int], int | None] = ((0, 0), 0)  # a block, and the sum before it if that is known
+        self._whole: int | None = None
+        self._files = _files(parts)
+
+    def note(self, rows: sources.Rows, here: streaming.Cursor) -> None:
+        """Adds the block that starts at `here`; blocks come in order."""
+        if here.block == 0 and here.epoch:
+            self._close(self._last(here.epoch))
+        key = (here.epoch, here.block)
+        self._blocks[key] = Sums(self._before(key), self._sum(rows))
+
+    def mark(self, cursor: streaming.Cursor) -> Mark:
+        """What a checkpoint at the cursor keeps, as JSON; sums before it are then forgotten."""
+        key = (cursor.epoch, cursor.block)
+        found = self._blocks.get(key) or Sums(self._before(key), 0)
+        for old in [one for one in self._blocks if one < (cursor.epoch, cursor.block - 1)]:
+            del self._blocks[old]
+        whole = self._whole if cursor.epoch else None
+        return {"rows": _hex(found.before), "block": _hex(found.own if cursor.index else None), "pass": _hex(whole), "files": self._files}
+
+    def go_on(self, cursor: streaming.Cursor, mark: Mark | None, **options) -> None:
+        """Continues from a checkpoint, of which an earlier version kept nothing. options: buffer, shuffle and seed of `streaming.blocks`.
+
+        Errors: ValueError when rows that were read are not there as they were.
+        """
+        start = cursor._replace(index=0)
+        known = mark or {"rows": "", "block": "", "pass": "", "files": self._files}
+        self._start, self._whole = ((cursor.epoch, cursor.block), _number(known["rows"])), _number(known["pass"])
+        if known["block"]:
+            rows, here, _ = next(streaming.blocks(self._parts, cursor=start, **options))
+            _require(here == start and _hex(self._sum(rows)) == known["block"], rows.name)
+        if cursor.block and known["rows"] and known["files"] != self._files:
+            _require(self._walked(start, options) == known["rows"], ", ".join(part.name for part in self._parts[:3]))
+
+    def _walked(self, start: streaming.Cursor, options: dict) -> str:
+        """The sum of the epoch's rows before a block, read once more; nothing where none starts there any longer."""
+        total = 0
+        for rows, here, _ in streaming.blocks(self._parts, cursor=streaming.Cursor(start.epoch), **options):
+            if (here.epoch, here.block) >= (start.epoch, start.block):
+                return _hex(total) if here == start else ""
+            total = (total + self._sum(rows)) % MODULUS
+        return ""
+
+    def _before(self, key: tuple[int, int]) -> int | None:
+        """The sum of the epoch's rows before a block; None where the first of them were read by an earlier version."""
+        if key == self._start[0] or key[1] == 0:
+            return self._start[1] if key == self._start[0] else 0
+        return self._blocks[(key[0], key[1] - 1)].through
+
+    def _last(self, epoch: int) -> int | None:
+        """The sum of the rows of the pass that is over as this epoch begins."""
+        if self._blocks:
+            return self._blocks[max(self._blocks)].through
+        return self._start[1] if self._start[0][0] < epoch else None
+
+    def _close(self, total: int | None) -> None:
+        """At the end of a pass: it was that of the ones before, or files changed meanwhile."""
+        if None not in (total, self._whole) and total != self._whole:
+            self._say("the rows of the stream are not those of the pass before: a file changed while the run went on")
+        self._whole = self._whole if total is None else total
+
+    def _sum(self, rows: sources.Rows) -> int:
+        total = 0
+        for number, row in zip(rows.numbers, rows.rows, strict=True):
+            text = json.dumps([number, row.get(self._column)], default=str)
+            total += int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest())
+        return total % MODULUS
+
+
+def _hex(value: int | None) -> str:
+    return "" if value is None else f"{value:x}"
+
+
+def _number(text: str) -> int | None:
+    return int(text, 16) if text else None
+
+
+def _files(parts: Sequence[streaming.Part]) -> dict[str, list[int] | None]:
+    """Size and time of change of the parts that are files here."""
+    found = {}
+    for part in parts:
+        try:
+            stat = os.stat(part.name)
+        except (OSError, ValueError):
+            found[part.name] = None
+        else:
+            found[part.name] = [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _require(same: bool, name: str) -> None:
+    if not same:
+        raise ValueError(f"{name}: rows that the run has read already are not there as they were; put them back, or start a new run")
