@@ -129,7 +129,7 @@ REFUSED = {
     "a part": (["--streaming", "--max-steps", 2, "--val-set-size", 0.2], "val_set_size 0.2 is a part", "a number of rows"),
     "the default said": (["--streaming", "--max-steps", 2, "--val-set-size", 0.1], "val_set_size 0.1 is a part"),
     "buffer of nothing": (["--max-steps", 2, BUFFER, 5], "buffer-size would be ignored: there is no --streaming"),
-    "buffer of no rows": (["--streaming", "--max-steps", 2, BUFFER, 0], "buffer_size must be at least 1, got 0"),
+    "buffer of no rows": (["--streaming", "--max-steps", 2, BUFFER, 0], "buffer_size must be at least 1 .*got 0"),
     "rows": (["--streaming", "--max-steps", 2, "--max-rows", 5], "max-rows would be ignored"),
     "evaluations": (["--streaming", "--max-steps", 2, "--eval-steps", 1], "eval-steps would be ignored: nothing is held out"),
     "all held out": (["--streaming", "--max-steps", 2, "--val-set-size", 16], "val_set_size 16 holds out all 16 rows of .*text.jsonl"),
