@@ -29,7 +29,7 @@ def read(path: str, count: int) -> list[dict]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import configs, preferring, setup, training
+    from treetune.cli import cadence, configs, preferring, setup, training
     from treetune.cli.loss_options import DpoLoss, PreferenceOptim
     from treetune.cli.options import AdapterOptions, ModelOptions
     from treetune.core import step
@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace) -> dict:
     model, _ = setup.load_model(config.model, on=on)
     parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=on)
     optimizer = setup.optimizer(config.optim)
-    run = step.make_step(parts.objective, optimizer, schedule=setup.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
+    run = step.make_step(parts.objective, optimizer, schedule=cadence.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
     state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
     make, marks, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
     for i in range(args.steps):

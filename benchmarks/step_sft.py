@@ -42,7 +42,7 @@ def model_folder() -> str:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import setup, training
+    from treetune.cli import cadence, setup, training
     from treetune.cli.options import AdapterOptions, LossOptions, ModelOptions, OptimOptions
     from treetune.core import step
     from treetune.core.data import spans
@@ -57,7 +57,7 @@ def ours(args: argparse.Namespace) -> dict:
     objective = setup.objective(setup.logprob(model, trees.lora), LossOptions())
     options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
     optimizer = setup.optimizer(options)
-    run = step.make_step(objective, optimizer, schedule=setup.schedule(options, LR, args.steps))
+    run = step.make_step(objective, optimizer, schedule=cadence.schedule(options, LR, args.steps))
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0))
     make, times, losses, counts = training.maker(model, on), [], [], []
     for i in range(args.steps):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from treetune.cli import prompts, report, rundir, setup
+from treetune.cli import cadence, prompts, report, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
 from treetune.core import check, drafts, lora, records, shard, tree
@@ -97,7 +97,7 @@ def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen, ab
     except (ValueError, RuntimeError, MemoryError) as error:
         screen.warn(f"the sample answer failed, the trained weights are saved: {' '.join(str(error).split()) or type(error).__name__}")
     if made.job.rank == 0:
-        rows, method = _summary(made, outcome, saved), made.method
+        rows, method = _summary(config, made, outcome, saved), made.method
         shown = {"docs": made.corpus.train[:8], "tokenizer": made.tokenizer, "kind": method.kind, "unit": method.unit}
         report.write(made.where, history=outcome.history, rows=about | rows, **shown)
         screen.table("", rows)
@@ -148,7 +148,7 @@ def _carried(config: Any, tokenizer: Any) -> dict[str, Any]:
     return {"template": tokenizer.chat_template} if own else {}
 
 
-def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
+def _summary(config: Any, made: Any, outcome: Any, saved) -> dict[str, str]:
     history = outcome.history
     goal = made.job.goal
     held = [record[f"eval/{goal}"] for record in history if f"eval/{goal}" in record]
@@ -168,6 +168,8 @@ def _summary(made: Any, outcome: Any, saved) -> dict[str, str]:
     for key in made.method.shown:
         if key != goal and len(own := [record[f"eval/{key}"] for record in history if f"eval/{key}" in record]) > 1:
             rows[f"held-out {key}"] = f"{own[0]:.4f} -> {own[-1]:.4f}"
+    if missed := cadence.warnings(config, made.job, made.peak):
+        rows["warning"] = "; ".join(missed)  # again: its line went by at the start
     if "head" in made.trees.params:
         rows["try it"] = f"treetune score {made.where.root} --data ROWS"
     elif made.trees.lora is not None:

@@ -12,7 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import corpus, finish, loop, online, provenance, rewarding, rl_data, rollouts, rundir, samplers, setup, sharing, training
+from treetune.cli import (
+    cadence,
+    corpus,
+    finish,
+    loop,
+    online,
+    provenance,
+    rewarding,
+    rl_data,
+    rollouts,
+    rundir,
+    samplers,
+    setup,
+    sharing,
+    training,
+)
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.rl_options import PipelineOptions
@@ -96,6 +111,8 @@ def _train(config: Any, made: Run, screen: Screen, ranks: setup.Ranks) -> int:
         sharing.share(ranks, partial(training.create, config, main))
     about = describe(config, made, ranks)
     screen.table("", about)
+    for text in cadence.warnings(config, main.job, main.peak):
+        screen.warn(text)
     with running(main.where.root):
         made.start(main.state)
         sampler(main.state, "before", screen)
@@ -185,7 +202,7 @@ def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, 
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), parts.extra, torch.tensor(0, device=on))
     make = training.maker(model, on, streams=parts.streams)
     total = total_steps(config, len(data.train), ranks.world)
-    schedule = setup.schedule(optim, peak, total)
+    schedule = cadence.schedule(optim, peak, total)
     clip = optim.max_grad_norm or None
     stepper = step.make_step(parts.objective, optimizer, schedule=schedule, clip=clip, prepare=parts.prepare, mesh=ranks.mesh)
     sizes = [len(one.tokens) for one in data.train]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli import provenance, rundir
+from treetune.cli import cadence, provenance, rundir
 from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
@@ -54,6 +54,7 @@ class Progress(NamedTuple):
     best_step: int | None = None
     bad_evals: int = 0
     tokens_seen: int = 0
+    paused: int = 0  # the last step that was evaluated and saved because an epoch ended
 
 
 class Outcome(NamedTuple):
@@ -257,8 +258,9 @@ class _Loop:
             done = self.recorder.push(index, metrics | rolled | {"epoch": self.progress.cursor.epoch, "step_seconds": now - mark})
             mark, eta_s = now, (now - begun) / (index - first) * (total - index)
             self.record(done, state, eta_s)
-            self.previous, epoch_ended = micro_batches, cursor.epoch != self.progress.cursor.epoch
-            self.progress = self.progress._replace(cursor=cursor)
+            self.previous, ended = micro_batches, cursor.epoch != self.progress.cursor.epoch
+            epoch_ended = ended and cadence.pauses(index, self.progress.paused, total)
+            self.progress = self.progress._replace(cursor=cursor, paused=index if epoch_ended else self.progress.paused)
             leaving = _any_rank(bool(seen), index, self.job)
             if leaving or index == total or self._due(index, epoch_ended):
                 stopped, mark = self._pause(state, index, epoch_ended, leaving, eta_s), time.perf_counter()

@@ -231,9 +231,9 @@ class RunOptions:
     overwrite: bool = False
     """Start anew in an output_dir that already holds a run, deleting it."""
     eval_steps: int | None = None
-    """Evaluate every so many steps, besides before and after; if not given, at each epoch's end."""
+    """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
     save_steps: int | None = None
-    """Save a checkpoint every so many steps, besides at the end; if not given, at each epoch's end."""
+    """Save a checkpoint every so many steps, besides at the end; if not given, at the ends of epochs, up to 10 of them."""
     save_total_limit: int = 2
     """Newest checkpoints to keep; the best one by eval loss is kept besides."""
     logging_steps: int = 1

@@ -377,20 +377,6 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
     return optim.adamw(**betas, eps=options.adam_epsilon, **common)
 
 
-def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:
-    """Warm-up, then the shape that the options name, over `steps` optimiser steps."""
-    ratio = 0.03 if options.warmup_ratio is None else options.warmup_ratio
-    warm = options.warmup_steps if options.warmup_steps is not None else round(ratio * steps)
-    rest = max(steps - warm, 1)
-    if options.lr_scheduler == "constant":
-        shape = optim.constant(peak)
-    elif options.lr_scheduler == "linear":
-        shape = optim.linear(peak, rest)
-    else:
-        shape = optim.cosine(peak, rest, min_ratio=options.cosine_min_lr_ratio)
-    return optim.warmup(shape, warm)
-
-
 def model_name(options: ModelOptions) -> str:
     """How files should name the base model: a local path absolute, a known name by its hub id, anything else as given."""
     if Path(options.model).exists():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import corpus, finish, loop, parse, precompute, provenance, rundir, setup, sharing
+from treetune.cli import cadence, corpus, finish, loop, parse, precompute, provenance, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
@@ -213,7 +213,7 @@ def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, 
     stepper = step.make_step(
         parts.objective,
         optimizer,
-        schedule=setup.schedule(optim, peak, read.total_steps),
+        schedule=cadence.schedule(optim, peak, read.total_steps),
         clip=optim.max_grad_norm or None,
         prepare=parts.prepare,
         mesh=ranks.mesh,
@@ -276,7 +276,7 @@ def describe(config: Any, made: Assembly, ranks: setup.Ranks) -> dict[str, str]:
         "data": f"{read}, {len(made.corpus.val)} documents held out",
         "step": f"{optim.gradient_accumulation_steps} micro-batches of {batch} on {ranks.world} rank{'s' * (ranks.world > 1)}; "
         f"loss and gradient are means over all {made.method.unit} of a step",
-        "length": f"{made.job.total_steps} steps, peak learning rate {made.peak:g}, {optim.lr_scheduler}",
+        "length": f"{made.job.total_steps} steps, {cadence.describe(optim, made.peak, made.job.total_steps)}",
     }
 
 
@@ -305,6 +305,8 @@ def create(config: Any, made: Assembly) -> None:
 def _train(config: Any, made: Assembly, sampler: Callable, screen: Screen, ranks: setup.Ranks) -> int:
     about = describe(config, made, ranks)
     screen.table("", about)
+    for text in cadence.warnings(config, made.job, made.peak):
+        screen.warn(text)
     with running(made.where.root):
         sampler(made.state, "before", screen)
         outcome = loop.run(made.job, made.state, made.where, config.run, screen, made.meta)
