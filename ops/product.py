@@ -6,9 +6,17 @@ and for the few rows of a decoding step it comes nearer to the speed at which we
 The same product serves with and without gradients, so a policy equals its reference bit for bit while their weights do.
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# oneDNN, and the layer between it and torch, each keep a compiled kernel for up to 1024 shapes, some 0.2 MB apiece, and almost
+# every stream has a length of its own: a run would grow by 6 MB a step. A step of one length needs about 30. Read at their first use.
+CACHES, KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
+for name in CACHES:
+    os.environ.setdefault(name, str(KERNELS))
 
 
 def fast(x: Tensor) -> bool:

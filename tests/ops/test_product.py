@@ -1,5 +1,9 @@
 """Products with a weight against torch's own, for few rows and many."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -53,3 +57,34 @@ def test_only_float32_rows_on_the_cpu_take_onednn():
     x = torch.zeros(3, 4)
     assert product.fast(x) == product.fast(x[:1]) == torch.backends.mkldnn.is_available()
     assert not product.fast(x[:0]) and not product.fast(x.double()) and not product.fast(x.bfloat16()) and not product.fast(x.to("meta"))
+
+
+GROWTH = """
+import ctypes, sys
+import torch
+from treetune.ops import product
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Info
+w = torch.randn(48, 32)
+
+def run(sizes):
+    for size in sizes:
+        product.rows_t(torch.randn(size, 32), w)
+
+run(range(1, 200))
+before = libc.mallinfo2().uordblks
+run(range(200, 800))
+print(libc.mallinfo2().uordblks - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
+@pytest.mark.skipif(not product.fast(torch.ones(1, 1)), reason="torch has no oneDNN here")
+def test_stream_lengths_leave_nothing_behind():
+    """600 lengths that never come again: what is compiled for them does not pile up (265 MB with their own limits)."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4e6
