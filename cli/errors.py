@@ -1,7 +1,10 @@
 """How a command fails: bad input (exit code 2, one line, nothing written) or a run that failed (exit code 1)."""
 
 import contextlib
+import sys
 from pathlib import Path
+
+from treetune.core import fields
 
 
 class BadInput(Exception):
@@ -13,14 +16,20 @@ class RunFailed(Exception):
 
 
 @contextlib.contextmanager
-def checking_input():
-    """Inside, a ValueError and what the file system refuses are the user's to fix: they become BadInput."""
+def checking_input(what: str = "an option or an input"):
+    """Inside, options and inputs are read: what they make go wrong is the user's to fix, and becomes BadInput.
+
+    ValueErrors and what the file system refuses say what is wrong. Any other error was not foreseen: its line names `what`, or what
+    `fields.reading` knows better, and where a traceback is to be had.
+    """
     try:
         yield
     except BrokenPipeError:
         raise
     except (ValueError, *_file_errors()) as error:
         raise BadInput(str(error)) from error
+    except fields.UNFORESEEN as error:
+        raise BadInput(fields.unforeseen(what, error)) from error
 
 
 @contextlib.contextmanager
@@ -38,12 +47,11 @@ def running(root: Path):
 
 
 def _file_errors() -> tuple[type[Exception], ...]:
-    from safetensors import SafetensorError  # what its writer raises when the disk is full
-
-    return OSError, SafetensorError
+    """What the file system raises, and the safetensors writer when the disk is full; a package that was not imported raises nothing."""
+    found = sys.modules.get("safetensors")
+    return (OSError,) if found is None else (OSError, found.SafetensorError)
 
 
 def _memory_errors() -> tuple[type[Exception], ...]:
-    from torch import OutOfMemoryError
-
-    return MemoryError, OutOfMemoryError
+    found = sys.modules.get("torch")
+    return (MemoryError,) if found is None else (MemoryError, found.OutOfMemoryError)

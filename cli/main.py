@@ -3,8 +3,10 @@
 import importlib
 import os
 import sys
+import traceback
 
 from treetune.cli.errors import BadInput, RunFailed, checking_input
+from treetune.core import fields
 
 # command -> (module under treetune.cli, config class in cli.configs, one line)
 COMMANDS = {
@@ -74,12 +76,14 @@ def _run(command: str, argv: list[str]) -> int:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
         module, config, _ = COMMANDS[command]
-        parsed, given = parse.parse(command, getattr(configs, config), argv)
-        with checking_input():
+        with checking_input("the command line or its config file"):
+            parsed, given = parse.parse(command, getattr(configs, config), argv)
             checks.check(parsed, given)
             guard.check(parsed, parse.config_file(argv))
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
     except BadInput as error:
+        if os.environ.get(fields.TRACEBACK):
+            traceback.print_exc()
         print(f"treetune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RunFailed as error:

@@ -4,11 +4,15 @@ A field is read by its name and the type that it must have. Anything else is one
 expected and what was there. `unknown` names the fields that a reader does not know, so that none is passed over in silence.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+# What code raises that trusted its input, while `reading`.
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, RuntimeError, TypeError)
+TRACEBACK = "TREETUNE_TRACEBACK"  # environment variable that makes the command show where an error arose
 INT64_MAX = 2**63 - 1
 REQUIRED: Any = object()  # the default of a field that must be there
 
@@ -18,6 +22,22 @@ class Fields(NamedTuple):
 
     values: dict[str, Any]
     source: str
+
+
+@contextlib.contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Inside, a file or an option is read: an error that nobody foresaw becomes a ValueError of one line that names it."""
+    try:
+        yield
+    except (*UNFORESEEN, UnicodeError) as error:
+        raise ValueError(unforeseen(source, error)) from error
+
+
+def unforeseen(source: object, error: BaseException) -> str:
+    """The line for an error that nobody foresaw while `source` was read."""
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 200 else f"{reason[:196]} ..."
+    return f"{source} cannot be read: {type(error).__name__}{': ' * bool(reason)}{reason} ({TRACEBACK}=1 shows where)"
 
 
 def mapping(value: Any, source: str) -> Fields:
