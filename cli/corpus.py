@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse, rl_data
 from treetune.cli.options import DataOptions, PairData, PretrainData, RowOptions
+from treetune.core import fields
 from treetune.core.data import (
     cache,
     chat_templates,
@@ -71,7 +72,8 @@ def _part(entry: dict, options: Options, tokenizer, kind: kinds.Kind) -> Part:
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
     if "train_on_split" in entry:
         source["split"] = entry["train_on_split"]
-    rows = sources.read(entry.get("path"), **source)
+    with fields.reading(entry.get("path") or entry.get("data_files")):
+        rows = sources.read(entry.get("path"), **source)
     own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS | OWN_KEYS}
     own |= entry["type"] if isinstance(entry.get("type"), dict) else {}
     kept = getattr(options, "dataset_prepared_path", None) is not None
@@ -194,7 +196,8 @@ def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **wo
             docs, (report, digest) = found
             return docs, report, digest, True
     working |= {"processes": processes, "kind": part.kind}
-    docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_, **working)
+    with fields.reading(f"{part.rows.name}, read as {part.format},"):
+        docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_, **working)
     digest = fingerprint.documents(docs)
     if root is not None:
         cache.save(root, key, docs, [report, digest])

@@ -14,6 +14,7 @@ import numpy as np
 from treetune.cli import checks, rl_data, serve
 from treetune.cli.ebft_options import EbftData
 from treetune.cli.names import nearest
+from treetune.core import fields
 from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, sources, spans
 from treetune.core.data.prompts import Prompt
 
@@ -50,14 +51,16 @@ def _rows(entry: dict, options: EbftData, tokenizer: Any) -> sources.Rows:
         known = sources.listed(sorted(rl_data.SOURCE_KEYS | OWN_KEYS))
         raise ValueError(f"datasets: {entry.get('path')} has the unknown key {unknown[0]}; structured mode takes {known}")
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in rl_data.SOURCE_KEYS & entry.keys()}
-    rows = sources.read(entry.get("path"), **source)
+    with fields.reading(entry.get("path") or entry.get("data_files")):
+        rows = sources.read(entry.get("path"), **source)
     named = entry.get("type") or options.format
     if _is_own(named):
         rows, form = custom.apply(rows, custom.load(named, options), tokenizer), ebft_row
     else:
         named = _detected(rows) if named == "auto" else named
         form = _transform(named)
-    targets, dropped = ebft.structured(rows, form)
+    with fields.reading(rows.name):
+        targets, dropped = ebft.structured(rows, form)
     made = [{"prompt": one.prompt, "ground_truth": one.ground_truth, "remaining_turns": list(one.remaining_turns)} for one in targets]
     why = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
     return rows._replace(name=f"{rows.name} as {named}{why}", rows=made, numbers=[one.row for one in targets])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from treetune.cli import method, setup, training
 from treetune.cli.configs import Pretrain
-from treetune.core import tree
+from treetune.core import fields, tree
 from treetune.models import hf
 
 
@@ -21,6 +21,7 @@ def _model(config: Pretrain, on):
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"config file {file} does not exist")
-    family, _ = hf.read_config(file)
-    model = hf.random(family, file, seed=config.optim.seed, dtype=setup.compute_dtype(options.dtype, on))
+    with fields.reading(file):
+        family, _ = hf.read_config(file)
+        model = hf.random(family, file, seed=config.optim.seed, dtype=setup.compute_dtype(options.dtype, on))
     return model._replace(params=tree.map(lambda leaf: leaf.to(on), model.params))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import checks, setup
 from treetune.cli.rl_options import PromptRows, RolloutOptions
+from treetune.core import fields
 from treetune.core.data import custom, kinds, prompts, sources, turns
 
 SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}
@@ -41,7 +42,8 @@ def _rows(entry: dict, options: PromptRows, tokenizer: Any) -> sources.Rows:
         known = sources.listed(sorted(SOURCE_KEYS | OWN_KEYS))
         raise ValueError(f"datasets: {entry.get('path')} has the unknown key {unknown[0]}; prompts take {known}")
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
-    rows = sources.read(entry.get("path"), **source)
+    with fields.reading(entry.get("path") or entry.get("data_files")):
+        rows = sources.read(entry.get("path"), **source)
     if transform := entry.get("type") or options.prompt_transform:
         rows = custom.apply(rows, custom.load(transform, options), tokenizer)
     name = _column(rows, entry.get("field_prompt") or options.field_prompt)
@@ -82,7 +84,8 @@ def _read(parts: list[sources.Rows], options: PromptRows, tokenizer: Any, label:
         "chat_template_kwargs": named_values(options.chat_template_kwargs, "chat-template-kwargs"),
     }
     for part in parts:
-        some, report = prompts.read(part, tokenizer, **chosen)
+        with fields.reading(part.name):
+            some, report = prompts.read(part, tokenizer, **chosen)
         found += [one._replace(row=one.row + offset) for one in some]
         offset += max(part.numbers, default=0) + 1
         dropped = "".join(f", {count} dropped: {why}" for why, count in report.dropped.items())

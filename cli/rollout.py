@@ -45,7 +45,8 @@ def run(config: Rollout, given: frozenset[str]) -> int:
 def _groups(
     config: Rollout, options: Any, model: Model, used: Any, tokenizer: Any, prompts: list, rewards: Any, screen: Screen
 ) -> list[Group]:
-    stop, start = setup.stop_ids(options, tokenizer), time.perf_counter()
+    with checking_input():
+        stop, start = setup.stop_ids(options, tokenizer), time.perf_counter()
     draw = rollouts.local(model, used, config.rollout, stop=stop, tokenizer=tokenizer, seed=config.seed)
     wrap = rollouts.plain
     if config.rollout.rollout_func is not None:

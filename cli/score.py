@@ -15,7 +15,7 @@ from treetune.cli.configs import Score
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options import ModelOptions
 from treetune.cli.screen import Screen, peak_memory_gib
-from treetune.core import check, tree
+from treetune.core import check, fields, tree
 from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired
 from treetune.core.lora import Lora
 from treetune.core.state import Params
@@ -98,14 +98,16 @@ def load(options: ModelOptions, path: str | None, tokenizer: Any, *, on: torch.d
     found = fetch.resolve(options.model, say=say, revision=options.revision)
     used, head = None, None
     if heads.kind(found) is not None:
-        model, head = heads.load(found, dtype=setup.compute_dtype(options.dtype, on), device=on)
+        with fields.reading(f"the model {found}"):
+            model, head = heads.load(found, dtype=setup.compute_dtype(options.dtype, on), device=on)
     elif path is None:
         raise ValueError(f"{options.model} has no head that scores: expected a reward model, or --adapter with the folder of one")
     else:
         model, _ = setup.load_model(options, on=on, say=say)
     if path is not None:
         model = _sized(model, path, tokenizer)
-        used, whole, head, _ = heads.load_adapter(setup.adapter_folder(path), model)
+        with fields.reading(f"the adapter {path}"):
+            used, whole, head, _ = heads.load_adapter(setup.adapter_folder(path), model)
         model = model._replace(params=tree.merge(model.params, whole))
     judge = Judge(model, used, head, heads.kind_of(head))
     _check(judge, setup.pair_name(options, path))
@@ -150,7 +152,8 @@ def read(config: Score, tokenizer: Any, judge: Judge, given: frozenset[str]) -> 
     """The data sets as documents. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
     parts = []
     for path in config.data:
-        rows = sources.read(path, split=config.split, limit=config.max_rows)
+        with fields.reading(path):
+            rows = sources.read(path, split=config.split, limit=config.max_rows)
         parts.append(_part(rows, _format(rows, config.format, judge.kind), config, tokenizer))
     taken = {option for part in parts for option in _takes(part.format, part.rows)}
     names = ", ".join(sorted({part.format for part in parts}))

@@ -10,7 +10,7 @@ import torch
 
 from treetune.cli import fetch
 from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
-from treetune.core import check, lora, manifest, optim, param, shard, tree
+from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
@@ -82,7 +82,8 @@ def load_model(options: ModelOptions, *, on: torch.device, say=print) -> tuple[M
     """The model an option names, in its compute dtype, and the path it came from."""
     path, dtype = fetch.resolve(options.model, say=say, revision=options.revision), compute_dtype(options.dtype, on)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
-    model = load(path, dtype=dtype, device=on)
+    with fields.reading(f"the model {path}"):
+        model = load(path, dtype=dtype, device=on)
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
     return model, str(path)
@@ -142,7 +143,8 @@ def load_adapter(path: str, model: Model, *, head: bool = False) -> tuple[lora.L
     judges = heads.kind(folder) is not None
     if judges and not head:
         raise ValueError(f"{path} is a reward model's adapter: use it with treetune score, or train it on with treetune reward or prm")
-    found, whole, *_, info = (heads.load_adapter if judges else adapter.load)(folder, model)
+    with fields.reading(f"the adapter {folder}"):
+        found, whole, *_, info = (heads.load_adapter if judges else adapter.load)(folder, model)
     if bad := check.not_finite(found.tree) + check.not_finite(whole):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; train or download the adapter again")
     return found, whole, info
@@ -241,7 +243,9 @@ def _trained(leaf: torch.Tensor) -> torch.Tensor:
 
 def stop_ids(options: ModelOptions, tokenizer) -> list[int]:
     """Ids that end an answer of the model an option names."""
-    return hf.stop_ids(fetch.resolve(options.model, revision=options.revision), tokenizer)
+    path = fetch.resolve(options.model, revision=options.revision)
+    with fields.reading(f"generation_config.json of {path}"):
+        return hf.stop_ids(path, tokenizer)
 
 
 def generation_config(options: ModelOptions, tokenizer) -> dict:
