@@ -17,6 +17,7 @@ def run(config: Chat, given: frozenset[str]) -> int:
         prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}])
         model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         stop = setup.stop_ids(options, tokenizer)
+        prompts.check_ids(prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg)
     screen.line(
         f"{options.model}{' + ' + config.adapter.adapter if config.adapter.adapter else ''}; /reset starts over, /quit leaves", "dim"
     )
@@ -26,7 +27,9 @@ def run(config: Chat, given: frozenset[str]) -> int:
             messages = list(start)
         elif text:
             messages.append({"role": "user", "content": text})
-            ids = prompts.turns_ids(tokenizer, messages)
+            with checking_input():
+                ids = prompts.turns_ids(tokenizer, messages)
+                prompts.check_ids(ids, model.cfg, "the conversation")
             room = model.cfg.max_positions - len(ids)
             if room < 1:
                 screen.warn(f"the conversation fills all {model.cfg.max_positions} positions of the model; starting over")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import ebft_checks, parse, preference_checks, ranges, rl_checks
+from treetune.cli import ebft_checks, pairs, parse, preference_checks, ranges, rl_checks
 from treetune.cli.configs import Chat, Generate, Pretrain, Sft
 from treetune.cli.errors import BadInput
 
@@ -16,6 +16,7 @@ def check(config: Any, given: frozenset[str]) -> None:
         if wrong := ranges.outside(name, value):
             raise BadInput(f"{name} {wrong}")
     _check_pass(values)
+    _check_pairs(values)
     parse.refuse_ignored(given, _local_revision(values))
     if hasattr(config, "optim"):
         _contradictions(config)
@@ -39,6 +40,13 @@ def ignored(config: Any) -> dict[str, str]:
     """{option: why this training run would not look at it}, as far as options tell."""
     own = preference_checks.ignored(config) | rl_checks.ignored(config) | ebft_checks.ignored(config)
     return _ignored_training(config) | own
+
+
+def _check_pairs(values: dict[str, Any]) -> None:
+    for name in ("weight_decay_rules", "lr_rules"):
+        pairs.rules(values.get(name) or (), name.replace("_", "-"))
+    for name in parse.PAIRS:
+        pairs.named_texts(values.get(name) or (), name.replace("_", "-"))
 
 
 def _contradictions(config: Any) -> None:

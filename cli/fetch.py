@@ -70,20 +70,29 @@ def resolve(name: str | Path, *, say: Say = lambda line: None, revision: str | N
 
     Raises ValueError, one line, for a name that is nothing we can find.
     """
-    local = Path(name).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+    if (local := _local(name)) is not None:
         return local
     if (short := known_name(str(name))) is not None and revision is None:
         place = home() / "models" / short
         return place if (place / "config.json").is_file() else _fetch(short, place, say)
-    if not _looks_like_id(str(name)):
-        raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
+    check(str(name))
     from treetune.models import hf
 
     say(f"looking for {name} on the hub")
     if not _cached(str(name)) and not reachable(str(name)):
         raise ValueError(f"no folder {name} here, and the hub cannot be reached or has no such model")
     return hf.fetch(name, revision=revision)
+
+
+def _local(name: str | Path) -> Path | None:
+    local = Path(name).expanduser()
+    return local if local.is_dir() or (local.is_file() and local.suffix == ".gguf") else None
+
+
+def check(name: str) -> None:
+    """Errors: ValueError for a name that is nothing we could find, here or elsewhere."""
+    if _local(name) is None and known_name(name) is None and not _looks_like_id(name):
+        raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
 
 
 def _looks_like_id(name: str) -> bool:

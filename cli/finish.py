@@ -68,6 +68,10 @@ def sampler(config: Any, made: Any):
     """A function `(state, when, screen)` that answers the sample prompt, prints it and appends it to samples.jsonl."""
     prompt, ids = _prompt(config, made)
     tokenizer = made.tokenizer
+    prompts.check_ids(ids, made.model.cfg, "the sample prompt")
+    stop = setup.stop_ids(config.model, tokenizer) if ids else []
+    if made.trees.lora is None and "head" not in made.trees.params:
+        setup.generation_config(config.model, tokenizer)  # the saved model gets it: better refused now than at the end
 
     def show(state: TrainState, when: str, screen: Screen) -> None:
         if not ids or (when == "before" and made.meta is not None):
@@ -76,7 +80,6 @@ def sampler(config: Any, made: Any):
         room = min(config.run.sample_tokens, model.cfg.max_positions - len(ids))
         if room < 1:
             return
-        stop = setup.stop_ids(config.model, tokenizer)
         drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
         answer = prompts.answers(tokenizer, drawn)[0]
         screen.line(f"sample answer {when} training", "bold")

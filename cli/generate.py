@@ -21,6 +21,8 @@ def run(config: Generate, given: frozenset[str]) -> int:
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         ids = _prompt_ids(config, tokenizer)
         model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
+        for one in ids:
+            prompts.check_ids(one, model.cfg)
         drawn = decode.sample(
             model, ids, n=config.num_samples, lora=used, stop=setup.stop_ids(options, tokenizer), **prompts.sampling(config.sample)
         )

@@ -70,7 +70,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, guard, names, parse
+    from treetune.cli import checks, configs, early, guard, names, parse
 
     try:
         if command not in COMMANDS:
@@ -80,6 +80,7 @@ def _run(command: str, argv: list[str]) -> int:
             parsed, given = parse.parse(command, getattr(configs, config), argv)
             checks.check(parsed, given)
             guard.check(parsed, parse.config_file(argv))
+            early.check(parsed, given)
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):

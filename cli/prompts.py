@@ -1,5 +1,6 @@
 """From text to prompt ids and back, as every command that samples needs it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +28,12 @@ def turns_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text, with the special tokens that the tokenizer adds by itself."""
     return tokenizer(text)["input_ids"]
+
+
+def check_ids(ids: Sequence[int], cfg: Any, what: str = "the prompt") -> None:
+    """Errors: ValueError for an id past the model's rows, which a tokenizer of another model gives."""
+    if ids and max(ids) >= cfg.vocab_size:
+        raise ValueError(f"{what} has the token id {max(ids)}, the model ids up to {cfg.vocab_size - 1}: the tokenizer is of another model")
 
 
 def sampling(options: SampleOptions) -> dict[str, Any]:

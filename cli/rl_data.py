@@ -4,7 +4,7 @@ import inspect
 import json
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, setup
+from treetune.cli import checks, pairs
 from treetune.cli.rl_options import PromptRows, RolloutOptions
 from treetune.core import fields
 from treetune.core.data import custom, kinds, prompts, sources, turns
@@ -95,7 +95,7 @@ def _read(parts: list[sources.Rows], options: PromptRows, tokenizer: Any, label:
 
 def named_values(texts: tuple[str, ...], option: str) -> dict[str, Any]:
     """NAME=VALUE texts as a mapping, values as JSON where they are JSON."""
-    return {name: _value(text) for name, text in setup.named_texts(texts, option).items()}
+    return {name: _value(text) for name, text in pairs.named_texts(texts, option).items()}
 
 
 def _value(text: str) -> Any:

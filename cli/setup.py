@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import fetch
+from treetune.cli import fetch, pairs
 from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
@@ -172,7 +172,7 @@ def has_tokenizer(adapter_path: str) -> bool:
 def load_words(model: ModelName, options: TokenOptions, start: str | None = None, *, say=print) -> Words:
     """The tokenizer of a run: that of the model, or of the adapter it starts from, with special and extra tokens as asked."""
     plain = load_tokenizer(model, start, say=say)
-    special = named_texts(options.special_tokens, "special-tokens")
+    special = pairs.named_texts(options.special_tokens, "special-tokens")
     tokenizer, added = vocabulary.apply(plain, special_tokens=special, tokens=options.tokens)
     whole = special or options.tokens or (start is not None and has_tokenizer(start))
     return Words(tokenizer, added, len(plain), len(tokenizer) if whole else 0)
@@ -250,7 +250,9 @@ def stop_ids(options: ModelOptions, tokenizer) -> list[int]:
 
 def generation_config(options: ModelOptions, tokenizer) -> dict:
     """The generation_config.json of the model an option names, for a model made from it with this tokenizer."""
-    found = hf.generation_config(fetch.resolve(options.model, revision=options.revision))
+    path = fetch.resolve(options.model, revision=options.revision)
+    with fields.reading(f"generation_config.json of {path}"):
+        found = hf.generation_config(path)
     own = {name: value for name in ("bos_token_id", "pad_token_id") if name in found and (value := getattr(tokenizer, name)) is not None}
     if found.get("eos_token_id") is not None:
         named = found["eos_token_id"] if isinstance(found["eos_token_id"], list) else [found["eos_token_id"]]
@@ -343,36 +345,17 @@ def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ())
     return supervised.objective(logprob_fn, token_loss, want=tuple(want))
 
 
-def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:
-    """REGEX=VALUE texts as (regex, value) pairs."""
-    out = []
-    for text in texts:
-        regex, _, value = text.rpartition("=")
-        try:
-            out.append((regex, float(value)))
-        except ValueError:
-            raise ValueError(f"--{option} takes REGEX=NUMBER, got {text!r}") from None
-    return out
-
-
-def named_texts(texts: tuple[str, ...], option: str) -> dict[str, str]:
-    """NAME=TEXT texts as a mapping."""
-    out: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name in out:
-            raise ValueError(f"--{option} takes NAME=TEXT, each name once, got {text!r}")
-        out[name] = value
-    return out
-
-
 def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:
     """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side."""
-    factors = rules(options.lr_rules, "lr-rules")
+    factors = pairs.rules(options.lr_rules, "lr-rules")
     if frozen := [regex for regex, factor in factors if not factor > 0]:
         raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
     scale = factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
-    common = {"weight_decay": options.weight_decay, "decay": rules(options.weight_decay_rules, "weight-decay-rules"), "lr_scale": scale}
+    common = {
+        "weight_decay": options.weight_decay,
+        "decay": pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
+        "lr_scale": scale,
+    }
     if options.optimizer == "sgd":
         return optim.sgd(momentum=options.momentum, **common)
     betas = {"b1": options.adam_beta1} | ({} if options.adam_beta2 is None else {"b2": options.adam_beta2})

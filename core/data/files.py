@@ -22,6 +22,7 @@ PACKED = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder: of several splits, of one
 FREE_BYTES, MOST_EXPANSION = 64 << 20, 250  # a packed file may unpack to so much, or to so many times its own size
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 SPLITS = {"train": "train", "training": "train", "test": "test", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLITS |= {"validation": "validation"}
@@ -46,6 +47,14 @@ def kind_of(name: str) -> tuple[str | None, str]:
     path = Path(urlsplit(name).path if is_remote(name) else name)
     packed = path.suffix if path.suffix in PACKED else ""
     return SUFFIXES.get(path.with_suffix("").suffix if packed else path.suffix), packed
+
+
+def is_hub_id(path: str | None, ds_type: str | None = None) -> bool:
+    """Whether this is owner/name and neither is a path here nor points into a folder that is here."""
+    if path is None or ds_type is not None or kind_of(path)[0]:
+        return False
+    local = Path(path)
+    return bool(HUB_ID.fullmatch(path)) and not local.exists() and not local.parent.exists()
 
 
 def find(path: str | None, *, data_files: str | Sequence[str] = (), ds_type: str | None = None, split: str = "train") -> list[File]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from treetune.core.data import files, hub, order, records
 
 SYSTEM = "system"  # the column of a system message
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID, is_hub_id = files.HUB_ID, files.is_hub_id
 SLICE = re.compile(r"([\w.-]+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
@@ -228,14 +228,6 @@ def find_files(path: str | None, *, split: str, data_files: str | Sequence[str] 
     if base != "train" and not folder:
         raise ValueError(f"{path or data_files}: a local file has no split {base!r}; leave split out, or write train, train[:10%]")
     return files.find(path, data_files=data_files, ds_type=ds_type, split=base)
-
-
-def is_hub_id(path: str | None, ds_type: str | None = None) -> bool:
-    """Whether this is owner/name and neither is a path here nor points into a folder that is here."""
-    if path is None or ds_type is not None or files.kind_of(path)[0]:
-        return False
-    local = Path(path)
-    return bool(HUB_ID.fullmatch(path)) and not local.exists() and not local.parent.exists()
 
 
 def _source(path: str | None, *, split: str, name: str | None, revision: str | None, data_files, ds_type: str | None):

@@ -93,6 +93,8 @@ def load(name: str) -> Loaded:
     function = resolve(path)
     own = inspect.signature(function).parameters.values()
     rest = any(one.kind is one.VAR_KEYWORD for one in own)
+    if only := [one.name for one in own if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]:
+        raise ValueError(f"{path} takes {only[0]} by position alone (before a /), but rewards are called by name: take the / out")
     named = [one for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     fixed = {one.name for one in named if path in builtin.BUILTIN and one.kind is one.KEYWORD_ONLY}
     allowed = fixed if path in builtin.BUILTIN else {one.name for one in named}

@@ -29,6 +29,27 @@ QUICK = {
     "no config file": (["sft", "--config", "no.yaml"], 2),
     "config key": (["sft", "--config", "c.yaml"], 2),
     "command help": (["sft", "--help"], 0),
+    "config value": (["sft", "--config", "types.yaml"], 2),
+    "data set field": (["sft", "--config", "sets.yaml"], 2),
+    "data set file": (["sft", "--config", "files.yaml"], 2),
+    "missing data": (["sft", "--data", "nope.jsonl"], 2),
+    "data of no known type": (["sft", "--data", "c.yaml"], 2),
+    "missing held-out data": (["dpo", "--val-data", "nope.jsonl"], 2),
+    "missing model": (["grpo", "--model", "nope"], 2),
+    "missing reference": (["dpo", "--ref-model", "nope"], 2),
+    "missing adapter": (["generate", "hi", "--adapter", "nope"], 2),
+    "missing start": (["sft", "--lora-model-dir", "nope"], 2),
+    "missing shape": (["pretrain", "--from-config", "nope.json"], 2),
+    "missing reward": (["grpo", "--reward-funcs", "nope.py:f"], 2),
+    "missing rollout": (["grpo", "--rollout-func", "nope.py:f"], 2),
+    "missing template": (["sft", "--chat-template", "nope.jinja"], 2),
+    "missing checkpoint": (["sft", "--resume", "nope"], 2),
+    "missing python": (["serve", "--python", "nope"], 2),
+    "output below a file": (["sft", "--output-dir", "c.yaml/run"], 2),
+    "rows to score": (["score", "m", "--data", "nope.jsonl"], 2),
+    "rows to evaluate": (["eval", "--data", "nope.jsonl"], 2),
+    "scores below a file": (["score", "m", "--output", "c.yaml/scores.jsonl"], 2),
+    "prepared below a file": (["sft", "--dataset-prepared-path", "c.yaml/kept"], 2),
 }
 LOADED = f"""import sys
 from treetune.cli.main import main
@@ -43,10 +64,13 @@ print('LOADED', code, *[name for name in {HEAVY} if name in sys.modules])
 @pytest.mark.parametrize("case", QUICK)
 def test_answers_before_anything_heavy_is_imported(case, here):
     """What takes seconds to import is not among the modules when the answer is there; benchmarks measure the seconds."""
-    (here / "c.yaml").write_text("lora_rr: 3\n")
+    files = {"c": "lora_rr: 3", "types": "lora_r: x", "sets": "datasets: [{path: a, limit: x}]", "files": "datasets: [{path: nope.csv}]"}
+    for name, text in files.items():
+        (here / f"{name}.yaml").write_text(f"{text}\n")
     args, code = QUICK[case]
     done = subprocess.run([sys.executable, "-c", LOADED, *args], capture_output=True, text=True, cwd=here, check=False)
     assert done.stdout.splitlines()[-1] == f"LOADED {code}", done.stdout + done.stderr
+    assert done.stderr.count("\n") == (code == 2 and bool(args)), done.stderr
 
 
 def shown(command) -> str:
