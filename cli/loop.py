@@ -21,7 +21,6 @@ from treetune.core.data import loader, streaming
 from treetune.core.state import Objective, TrainState
 
 BEST = "best.json"
-BY_CLASS = ("rewards/", "logps/", "logits/", "accuracy/", "ebft/")  # rates over rows of a class, or blocks, which a step may lack
 Cursor = loader.Cursor | streaming.Cursor
 
 
@@ -295,8 +294,8 @@ def _is_record(file: Path) -> bool:
 
 
 def _known(record: dict) -> dict:
-    """The record without rates of which nothing was counted, and with the margin of rates that were counted apart."""
-    known = {key: value for key, value in record.items() if value == value or not key.startswith(BY_CLASS)}
+    """The record without numbers of which nothing was counted, and with the margin of rates that were counted apart."""
+    known = {key: value for key, value in record.items() if value == value or key in ("loss", "grad_norm")}
     if "rewards/margins" not in known and {"rewards/chosen", "rewards/rejected"} <= known.keys():
         known["rewards/margins"] = known["rewards/chosen"] - known["rewards/rejected"]
     return known

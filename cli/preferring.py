@@ -12,7 +12,7 @@ from treetune.cli.loss_options import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLoss
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
-from treetune.losses import kto, paired, preference, reduce, reference_free, unpaired
+from treetune.losses import kto, limits, paired, preference, reduce, reference_free, unpaired
 from treetune.models import Model
 
 SCORES = {"reverse_kl": preference.reverse_kl, "forward_kl": preference.forward_kl, "js": preference.js}
@@ -195,7 +195,7 @@ def _log_ratios(ref_logp: reference.Logp, logprob: Callable, state: TrainState, 
     """log p - log p_ref of completions of other prompts, summed over each: [B]."""
     batch = {key: value for key, value in reference.with_logp(ref_logp, state, batch, plan).items() if key != "seed"}
     logp = logprob(state.params, state.frozen, batch, plan).logp
-    return reduce.per_sequence(logp - batch["ref_logp"], batch["seq"], batch["seq_lens"])
+    return reduce.per_sequence(limits.minus(logp, batch["ref_logp"]), batch["seq"], batch["seq_lens"])
 
 
 def _baseline(ratios: Tensor, mesh: Any) -> Tensor:

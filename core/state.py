@@ -13,9 +13,9 @@ Terms = dict[str, Tensor]
 
 
 class Metric(NamedTuple):
-    """A detached number to report: `value` summed with `weight` ("mean"), or reduced by "sum", "min" or "max".
+    """A detached number to report: `value` averaged by `weight` ("mean"), or reduced by "sum", "min" or "max".
 
-    A "rate" is a mean that is nan, unknown, where there was nothing to average; a "mean" is 0 there.
+    A mean, least or largest value of a step whose weights are all 0 is nan, unknown, and left out of the record.
     """
 
     value: Tensor

@@ -84,21 +84,25 @@ def _clip(grads: Params, norm: Tensor, limit: float | None) -> None:
 
 
 def reduce_metrics(collected: list[dict[str, Metric]], mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
-    """One number per metric over micro-batches and ranks: weighted means as sums over summed weights, never means of means."""
+    """One number per metric over micro-batches and ranks: weighted means as sums over summed weights, never means of means.
+
+    What has no weight anywhere, and so was not computed, is nan; but a sum of nothing is 0.
+    """
     out = {}
     for name, how in {name: metric.how for metrics in collected for name, metric in metrics.items()}.items():
         found = [metrics[name] for metrics in collected if name in metrics]
         values = torch.stack([metric.value.detach().double() for metric in found])
         weights = torch.stack([metric.weight.detach().double() for metric in found])
-        if how in ("mean", "rate"):
-            empty = 0.0 if how == "mean" else torch.nan
-            products = torch.where(weights != 0, values * weights, 0.0)  # a mean over nothing may be nan
-            top, bottom = shard.all_sum([products.sum(), weights.sum()], mesh)
-            out[name] = torch.where(bottom == 0, empty, top / bottom.clamp(min=1e-38))
-        elif how == "sum":
+        counted = weights != 0  # the value of what has no weight may be anything
+        if how == "sum":
             out[name] = shard.all_sum([values.sum()], mesh)[0]
+        elif how == "mean":
+            top, bottom = shard.all_sum([torch.where(counted, values * weights, 0.0).sum(), weights.sum()], mesh)
+            out[name] = torch.where(bottom == 0, torch.nan, top / bottom.clamp(min=1e-38))
         else:
-            out[name] = shard.all_reduce(getattr(values, how)(), how, mesh)
+            (total,) = shard.all_sum([weights.sum()], mesh)
+            extreme = getattr(torch.where(counted, values, torch.inf if how == "min" else -torch.inf), how)()
+            out[name] = torch.where(total == 0, torch.nan, shard.all_reduce(extreme, how, mesh))
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from treetune.core.state import Metric
+from treetune.losses import limits
 from treetune.losses.reduce import masked_mean, per_sequence, wide
 
 
@@ -84,7 +85,7 @@ def off_policy_mask(logp: Tensor, sampler_logp: Tensor, advantage: Tensor, seq: 
     advantage [N]. A sequence that has become more likely has a mean below 0 and stays. Pass old_logp for sampler_logp where
     there is none. A logp or advantage of nan is kept, so that the loss shows it. Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
-    drift = -per_sequence(_gap(logp, sampler_logp), seq, seq_lens) / seq_lens.clamp(min=1)  # [B]
+    drift = -per_sequence(limits.capped(_gap(logp, sampler_logp)), seq, seq_lens) / seq_lens.clamp(min=1)  # [B]
     return ~((advantage.detach() < 0) & (drift[seq] > threshold))
 
 
@@ -125,21 +126,21 @@ def stats(
     every = torch.ones_like(used, dtype=torch.bool)
     name, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
     return {
-        f"{name}/mean": masked_mean(gap, known, "rate"),
+        f"{name}/mean": masked_mean(gap, known),
         f"{name}/max": Metric(_extreme(torch.where(known, gap, -torch.inf), "amax"), known.sum(), "max"),
         f"{ratio}/min": Metric(_extreme(used, "amin"), every.sum(), "min"),
-        f"{ratio}/mean": masked_mean(used, every, "rate"),
+        f"{ratio}/mean": masked_mean(used, every),
         f"{ratio}/max": Metric(_extreme(used, "amax"), every.sum(), "max"),
     }
 
 
 def _gap(logp: Tensor, sampler_logp: Tensor) -> Tensor:
-    return torch.where(sampler_logp.isnan(), 0.0, wide(logp.detach()) - wide(sampler_logp.detach()))
+    return torch.where(sampler_logp.isnan(), 0.0, limits.minus(wide(logp.detach()), wide(sampler_logp.detach())))
 
 
 def _sequence_ratio(old_logp: Tensor, sampler_logp: Tensor, seq: Tensor, seq_lens: Tensor, mean: bool) -> Tensor:
     """[N] -> [B]."""
-    total = per_sequence(_gap(old_logp, sampler_logp), seq, seq_lens)
+    total = per_sequence(limits.capped(_gap(old_logp, sampler_logp)), seq, seq_lens)
     return (total / seq_lens.clamp(min=1) if mean else total).exp()
 
 

@@ -1,6 +1,7 @@
 """Estimates of KL(policy || reference) in nats from the sampled tokens: [N] in, [N] out, float32 at least.
 
-N scored tokens. logp is the policy's log-prob of a token that the policy wrote, ref_logp the reference's, d = logp - ref_logp.
+N scored tokens. logp is the policy's log-prob of a token that the policy wrote, ref_logp the reference's, d = logp - ref_logp, 0 where
+both are -inf.
 `clamp` (nats, above 0, None for off) takes d as at least -clamp, which keeps e^-d finite where the policy all but rules a
 token out; such a token then has no gradient.
 """
@@ -8,6 +9,7 @@ token out; such a token then has no gradient.
 import torch
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import wide
 
 
@@ -21,7 +23,7 @@ def k1(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
 
 def k2(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
     """d^2 / 2: biased, never below 0; its gradient d grad logp is, on the policy's own samples, that of the divergence."""
-    return _difference(logp, ref_logp, clamp).square() / 2
+    return limits.square(_difference(logp, ref_logp, clamp)) / 2
 
 
 def k3(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
@@ -29,8 +31,7 @@ def k3(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
 
     Its own gradient, (1 - e^-d) grad logp, is not that of this divergence: see `corrected`.
     """
-    d = _difference(logp, ref_logp, clamp)
-    return torch.expm1(-d) + d
+    return limits.excess(-_difference(logp, ref_logp, clamp))
 
 
 def corrected(k: Tensor, ratio: Tensor) -> Tensor:
@@ -38,11 +39,21 @@ def corrected(k: Tensor, ratio: Tensor) -> Tensor:
 
     Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
-    return ratio * k
+    return limits.times(ratio, k)
+
+
+def corrected_k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor, ratio: Tensor) -> Tensor:
+    """`corrected` of `k3` with the ratio e^(logp - old_logp), also where k3 overflows: there it is e^(ref_logp - old_logp) + r (d - 1)."""
+    d, k = _difference(logp, ref_logp, None), k3(logp, ref_logp)
+    over = (k == torch.inf) & (d < 0)
+    near = limits.times(torch.where(over, 0.0, ratio), torch.where(over, 0.0, k))
+    beside = over & (ratio > 0) & ratio.isfinite() & d.isfinite()
+    rest = torch.where(beside, ratio, 0.0) * torch.where(beside, d - 1, 0.0)
+    return torch.where(over, limits.minus(wide(ref_logp), wide(old_logp)).exp().detach() + rest, near)
 
 
 def _difference(logp: Tensor, ref_logp: Tensor, clamp: float | None) -> Tensor:
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp={clamp!r}: expected a number of nats above 0, 20 for instance, or None for off")
-    d = wide(logp) - wide(ref_logp)
+    d = limits.minus(wide(logp), wide(ref_logp))
     return d if clamp is None else d.clamp(min=-clamp)

@@ -55,7 +55,7 @@ def steps(scores: Scores) -> Objective:
         right = logits.detach().argmax(-1) == classes
         found = {"accuracy": reduce.masked_mean(right, torch.ones_like(right))}
         for name, kind in (("good", 1), ("bad", 0)):
-            found[f"accuracy/{name}"] = reduce.masked_mean(right, classes == kind, "rate")
+            found[f"accuracy/{name}"] = reduce.masked_mean(right, classes == kind)
         return {"steps": reward.process_reward(logits, classes).sum()}, _tokens(batch) | found
 
     return Objective(counts, terms)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import wide
 
 
@@ -19,7 +20,7 @@ def baseline(logp: Tensor, ref_logp: Tensor) -> Tensor:
     An estimate of KL(policy || reference) in nats. It is a mean over what is passed: pass the whole optimiser step, so
     that the loss does not depend on the micro-batch split. Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
     """
-    return ((wide(logp) - wide(ref_logp)).sum() / max(logp.shape[0], 1)).clamp(min=0).detach()
+    return (limits.minus(wide(logp), wide(ref_logp)).sum() / max(logp.shape[0], 1)).clamp(min=0).detach()
 
 
 def kto(
@@ -37,7 +38,7 @@ def kto(
     Its authors advise w_d n_d / (w_u n_u) from 1 to 4/3, n_d and n_u the counts of the classes.
     Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
     """
-    u = wide(logp) - wide(ref_logp) - baseline
+    u = _minus(limits.minus(wide(logp), wide(ref_logp)), baseline)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-beta * u), undesirable_weight * torch.sigmoid(beta * u))
 
 
@@ -64,8 +65,13 @@ def bco(logp: Tensor, ref_logp: Tensor, desirable: Tensor, delta: Tensor, *, bet
 
     Source: Jung et al. (BCO), arXiv 2404.04656.
     """
-    shifted = beta * (wide(logp) - wide(ref_logp)) - delta
+    shifted = _minus(beta * limits.minus(wide(logp), wide(ref_logp)), delta)
     return -torch.where(desirable, F.logsigmoid(shifted), F.logsigmoid(-shifted))
+
+
+def _minus(u: Tensor, scalar: Tensor) -> Tensor:
+    """u less a 0-d tensor of any dtype, in the dtype of u."""
+    return limits.minus(u, scalar.to(u.dtype))
 
 
 class Running(NamedTuple):
@@ -82,6 +88,12 @@ def update(running: Running, rewards: Tensor) -> Running:
 
 
 def merge(running: Running, mean: Tensor, count: Tensor) -> Running:
-    """The state after `count` more rewards whose mean is known, such as those of a step over all its ranks."""
-    total = running.count + count.to(running.count.dtype)
-    return Running(running.mean + (mean.to(running.mean.dtype) - running.mean) * count / total.clamp(min=1), total)
+    """The state after `count` more rewards whose mean is known, such as those of a step over all its ranks.
+
+    No rewards, and an infinite mean, as of a banned token, leave the state: one such step would stay in it for ever.
+    """
+    known = (count > 0) & ~mean.isinf()
+    count = torch.where(known, count, 0).to(running.count.dtype)
+    total = running.count + count
+    away = torch.where(known, mean.to(running.mean.dtype), running.mean) - running.mean
+    return Running(running.mean + away * count / total.clamp(min=1), total)

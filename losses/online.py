@@ -14,10 +14,11 @@ from torch import Tensor
 
 from treetune.core.state import AXES, Batch, Metric, Objective, Params, Plan
 from treetune.losses import correction as corrections
-from treetune.losses import divergence, policy, ratio, reduce
+from treetune.losses import divergence, limits, policy, ratio, reduce
 
 # What a term and a report may ask for, by the names of their parameters: [N] each but seq_lens [B]; correction and ref_logp may be None.
 NAMES = ("ratio", "advantage", "logp", "log_ratio", "old_logp", "ref_logp", "correction", "seq", "seq_lens")
+TOKEN = ratio.token
 Tokens = dict[str, Tensor | None]
 Term = Callable[..., Tensor]
 Report = Callable[..., dict[str, Metric]]
@@ -56,6 +57,7 @@ def objective(
     takes, told = _taken(term), [(report, _taken(report)) for report in reports]
     if "correction" in takes and _by_sequence(correction):
         raise ValueError("a term that multiplies up the weights of tokens got one weight per sequence; take token_truncate or token_mask")
+    alone = getattr(ratio, "func", ratio) is TOKEN
     needed = tuple(dict.fromkeys((*want, "entropy"))) if entropy_coef else want
 
     def counts(batch: Batch) -> dict[str, Tensor]:
@@ -66,11 +68,11 @@ def objective(
     def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
         stats = logprob(params, frozen, batch, plan, want=needed)
         tokens = _tokens(stats.logp, batch, ratio, correction)
-        x = _policy_term(term, takes, tokens, batch, ratio, opsm_threshold)
+        x = _policy_term(term, takes, tokens, batch, ratio, opsm_threshold, alone=alone and "seq" not in takes)
         top, bottom = reduction(x, batch["seq"], batch["seq_lens"])
         metrics = _metrics(stats, batch, tokens, correction) | {"policy_loss": _metric(top, bottom)}
         if kl is not None:
-            away = _divergence(kl, tokens, corrected_kl)
+            away = _divergence(kl, tokens, corrected_kl, alone)
             metrics["kl"] = _token_mean(away)
             top = top + kl_coef * reduction(away, batch["seq"], batch["seq_lens"])[0] if kl_coef else top
         for report, names in told:
@@ -117,31 +119,55 @@ def _tokens(logp: Tensor, batch: Batch, ratio: Callable, correction: Callable | 
 
 
 def _against(old: Tensor, logp: Tensor, seq: Tensor, seq_lens: Tensor, ratio: Callable) -> Tokens:
-    return {"old_logp": old, "log_ratio": logp - old, "ratio": ratio(logp, old, seq, seq_lens)}
+    return {"logp": logp, "old_logp": old, "log_ratio": limits.minus(logp, old), "ratio": ratio(logp, old, seq, seq_lens)}
 
 
-def _policy_term(term: Term, takes: Sequence[str], tokens: Tokens, batch: Batch, ratio: Callable, threshold: float | None) -> Tensor:
-    """The term with what masks and corrects it: [N]."""
+def _policy_term(
+    term: Term, takes: Sequence[str], tokens: Tokens, batch: Batch, ratio: Callable, threshold: float | None, *, alone: bool
+) -> Tensor:
+    """The term with what masks and corrects it: [N]. alone: a token's term is a function of its own numbers."""
+    weight = None if "correction" in takes else tokens["correction"]
+    whole = _on_policy(tokens, batch, threshold)
+    masks = [mask for mask in (whole, batch.get("entropy_keep"), None if weight is None else weight != 0) if mask is not None]
+    if not masks:
+        return term(**_chosen(tokens, takes))
+    keep = torch.stack(masks).all(0)
+    x = torch.where(keep, term(**_chosen(_without(tokens, keep, whole, ratio, alone), takes)), 0.0)
+    return x if weight is None else torch.where(keep, weight, 0.0) * x
+
+
+def _on_policy(tokens: Tokens, batch: Batch, threshold: float | None) -> Tensor | None:
+    """Tokens [N] of the sequences that have not moved too far; None where all may."""
+    if threshold is None:
+        return None
     seq, seq_lens, logp, old = (tokens[name] for name in ("seq", "seq_lens", "logp", "old_logp"))
-    keep = None
-    if threshold is not None:
-        sampler = batch.get("sampler_logp", old)
-        keep = corrections.off_policy_mask(logp.detach(), sampler, tokens["advantage"], seq, seq_lens, threshold=threshold)
-        # What is left out may have a ratio of inf, whose gradient would be nan behind a `where`.
-        tokens = tokens | _against(torch.where(keep, old, logp.detach()), logp, seq, seq_lens, ratio)
-    x = term(**_chosen(tokens, takes))
-    for mask in (keep, batch.get("entropy_keep")):
-        x = x if mask is None else torch.where(mask, x, 0.0)
-    weight = tokens["correction"]
-    return x if weight is None or "correction" in takes else torch.where(weight != 0, weight * x, 0.0)
+    sampler = batch.get("sampler_logp", old)
+    return corrections.off_policy_mask(logp.detach(), sampler, tokens["advantage"], seq, seq_lens, threshold=threshold)
 
 
-def _divergence(kl: Callable, tokens: Tokens, corrected: bool) -> Tensor:
+def _without(tokens: Tokens, keep: Tensor, whole: Tensor | None, ratio: Callable, alone: bool) -> Tokens:
+    """The tokens with log-probs of 0, without a gradient, in place of those that are left out: a mask after the term is too late.
+
+    Behind a `where` alone a ratio of inf, or a log-prob of nan, would still give a gradient of nan. A token that its sequence's ratio
+    depends on stays, unless the sequence is left out whole or its numbers are not finite.
+    """
+    logp, old, ref = (tokens[name] for name in ("logp", "old_logp", "ref_logp"))
+    drop = ~keep if alone else ~keep & ~(logp.isfinite() & old.isfinite())
+    drop = drop if alone or whole is None else drop | ~whole
+    logp, old = torch.where(drop, 0.0, logp), torch.where(drop, 0.0, old)
+    changed = tokens | _against(old, logp, tokens["seq"], tokens["seq_lens"], ratio)
+    return changed | {"ref_logp": None if ref is None else torch.where(drop, 0.0, ref)}
+
+
+def _divergence(kl: Callable, tokens: Tokens, corrected: bool, alone: bool) -> Tensor:
     """The divergence from the reference [N], with a factor r that makes its gradient that of the reverse one."""
-    ref = tokens["ref_logp"]
-    if ref is None and tokens["logp"].shape[0]:
+    ref, logp = tokens["ref_logp"], tokens["logp"]
+    if ref is None and logp.shape[0]:
         raise ValueError("kl of a batch without ref_logp: add the reference's log-probs [N], or leave kl out")
-    value = kl(tokens["logp"], tokens["logp"] if ref is None else ref)
+    ref = logp if ref is None else ref
+    if corrected and alone and kl is divergence.k3:
+        return divergence.corrected_k3(logp, ref, tokens["old_logp"], tokens["ratio"])
+    value = kl(logp, ref)
     return divergence.corrected(value, tokens["ratio"]) if corrected else value
 
 
@@ -196,11 +222,11 @@ def clip_ratio(
     below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
     flags = {"low_mean": below, "high_mean": above, "region_mean": below | above}
     out = {f"clip_ratio/{name}": _mean(flag, seq, seq_lens, by_sequence) for name, flag in flags.items()}
-    one = torch.ones((), device=seq.device)
-    for name, flag, neutral in (("low_min", below, 1.0), ("high_max", above, 0.0)):
+    for name, flag in (("low_min", below), ("high_max", above)):
         parts, filled = _sequence_means(flag, seq, seq_lens)
-        values = torch.cat([one[None] * neutral, torch.where(filled, parts, neutral)])
-        out[f"clip_ratio/{name}"] = Metric(values.amin() if name == "low_min" else values.amax(), one, name[-3:])
+        edge = torch.inf if name == "low_min" else -torch.inf
+        values = torch.cat([parts.new_full((1,), edge), torch.where(filled, parts, edge)])
+        out[f"clip_ratio/{name}"] = Metric(values.amin() if name == "low_min" else values.amax(), filled.sum(), name[-3:])
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treetune.core.state import Batch, Metric, Objective, Params, Plan
-from treetune.losses import preference, reduce
+from treetune.losses import limits, preference, reduce
 from treetune.losses.preference import Pairs
 
 PairLoss = Callable[[Pairs], Tensor]
@@ -40,7 +40,7 @@ def implicit_rewards(beta: float) -> Rewards:
     def rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
         if pairs.ref_chosen is None:
             return beta * pairs.chosen, beta * pairs.rejected
-        return beta * (pairs.chosen - pairs.ref_chosen), beta * (pairs.rejected - pairs.ref_rejected)
+        return beta * limits.minus(pairs.chosen, pairs.ref_chosen), beta * limits.minus(pairs.rejected, pairs.ref_rejected)
 
     return rewards
 
@@ -81,7 +81,7 @@ def objective(
         if loss is not None:
             value = loss(pairs)
             if options.weighting:
-                value = value * preference.wpo_weight(stats.logp, stats.logsq, batch["seq"], batch["seq_lens"])
+                value = limits.times(preference.wpo_weight(stats.logp, stats.logsq, batch["seq"], batch["seq_lens"]), value)
             found["pairs"] = torch.where(ok, value, 0.0).sum()
         nll = _chosen_nll(stats.logp, batch) - (prompt_logp.sum() if options.prompts else 0.0)
         if options.nll_coef:
@@ -122,14 +122,15 @@ def metrics(stats: Any, batch: Batch, pairs: Pairs, rewards: Rewards) -> dict[st
     out = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
+        "rewards/margins": limits.minus(chosen, rejected),
         "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
     if pairs.ref_chosen is not None:
         tokens = (pairs.len_chosen + pairs.len_rejected).clamp(min=1)
-        out["kl"] = (pairs.chosen - pairs.ref_chosen + pairs.rejected - pairs.ref_rejected) / tokens
+        moved = (limits.minus(pairs.chosen, pairs.ref_chosen), limits.minus(pairs.rejected, pairs.ref_rejected))
+        out["kl"] = limits.minus(moved[0], -moved[1]) / tokens
     return _averages(out, ok) | token_metrics(stats, batch)
 
 

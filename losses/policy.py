@@ -3,6 +3,8 @@
 N scored tokens. ratio [N] comes from `ratio`; advantage A [N] is that of the token's sequence, a constant; logp [N] in nats;
 log_ratio rho = logp - old_logp [N]; seq [N] and seq_lens [B] as in `reduce`; sg stops gradients.
 A loss whose value is one per sequence gives it to each of its tokens, so that the mean over tokens of a sequence is that value.
+An advantage of 0 gives exactly 0 whatever the ratio; ratios come from `ratio`, whose exponentials keep a gradient of 0 at 0 where they
+overflow. Unbounded losses are inf where their limit is.
 """
 
 import math
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import per_sequence, wide
 
 
@@ -25,7 +28,7 @@ def ppo_clip(
     high = epsilon if epsilon_high is None else epsilon_high
     if delta is not None and delta <= 1 + high:
         raise ValueError(f"delta={delta}: expected more than 1 + epsilon_high = {1 + high}, or None for no second bound")
-    ratio, advantage = wide(ratio), wide(advantage)
+    ratio, advantage = _bounded(wide(ratio), wide(advantage)), wide(advantage)
     free = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(free * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
 
@@ -38,7 +41,7 @@ def cispo(ratio: Tensor, advantage: Tensor, logp: Tensor, *, epsilon_high: float
     """
     if epsilon_high < 1:
         raise ValueError(f"cispo with epsilon_high={epsilon_high}: it is the largest ratio itself, at least 1; 5 is usual")
-    return -(wide(ratio).clamp(max=epsilon_high).detach() * wide(advantage) * wide(logp))
+    return -limits.times(_bounded(wide(ratio), wide(advantage)).clamp(max=epsilon_high).detach() * wide(advantage), wide(logp))
 
 
 def sapo(ratio: Tensor, advantage: Tensor, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
@@ -87,7 +90,7 @@ def vespo(
 
     Source: VESPO, arXiv 2602.10693.
     """
-    return -(vespo_weight(log_ratio, advantage, seq, seq_lens, correction, **knobs) * wide(advantage) * wide(logp))
+    return -limits.times(vespo_weight(log_ratio, advantage, seq, seq_lens, correction, **knobs) * wide(advantage), wide(logp))
 
 
 def gmpo(
@@ -99,14 +102,14 @@ def gmpo(
     """
     rho, advantage = wide(log_ratio), wide(advantage)
     cut = rho.clamp(-epsilon, epsilon if epsilon_high is None else epsilon_high)
-    c = torch.where(advantage > 0, torch.minimum(rho, cut), torch.maximum(rho, cut))
+    c = torch.where(advantage > 0, torch.minimum(rho, cut), torch.where(advantage < 0, torch.maximum(rho, cut), cut))
     mean = per_sequence(c, seq, seq_lens) / seq_lens.clamp(min=1)
-    return -(mean.exp()[seq] * advantage)
+    return -(limits.exp(mean)[seq] * advantage)
 
 
 def reinforce(advantage: Tensor, logp: Tensor) -> Tensor:
     """-A l. Source: Williams, Simple statistical gradient-following algorithms, 1992."""
-    return -(wide(advantage) * wide(logp))
+    return -limits.times(wide(advantage), wide(logp))
 
 
 def a_star(logp: Tensor, ref_logp: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, *, beta: float = 1e-3) -> Tensor:
@@ -114,8 +117,8 @@ def a_star(logp: Tensor, ref_logp: Tensor, advantage: Tensor, seq: Tensor, seq_l
 
     Source: Brantley et al. (A*-PO), arXiv 2505.20686.
     """
-    gap = per_sequence(wide(logp) - wide(ref_logp), seq, seq_lens)[seq]
-    return (beta * gap - wide(advantage)).square()
+    gap = per_sequence(limits.minus(wide(logp), wide(ref_logp)), seq, seq_lens)[seq]
+    return limits.square(beta * gap - wide(advantage))
 
 
 def a_star_value(rewards: Tensor, *, beta: float = 0.5) -> Tensor:
@@ -151,15 +154,23 @@ def adaptive(coef: float) -> Adaptive:
 def update(state: Adaptive, entropy: Tensor, *, target: float = 0.2, delta: float = 0.005, low: float = 0.0, high: float = 1.0) -> Adaptive:
     """After a step of this mean entropy: the coefficient rises by delta where entropy <= target, else falls, within [low, high].
 
+    An entropy of nan, of a step without a token, leaves the state.
+
     Source: He et al. (Skywork-OR1), arXiv 2505.22312.
     """
     last = entropy.detach().to(state.coef)
-    return Adaptive(torch.where(last <= target, state.coef + delta, state.coef - delta).clamp(low, high), last)
+    moved = torch.where(last <= target, state.coef + delta, state.coef - delta).clamp(low, high)
+    return Adaptive(torch.where(last.isnan(), state.coef, moved), torch.where(last.isnan(), state.last, last))
 
 
 def applied(state: Adaptive, *, target: float = 0.2) -> Tensor:
     """The coefficient of the next step: 0 unless the last step's entropy was at most `target`."""
     return torch.where(state.last <= target, state.coef, 0.0)
+
+
+def _bounded(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """The ratio, 1 without a gradient where it is inf and the advantage 0."""
+    return torch.where((advantage == 0) & (ratio == torch.inf), 1.0, ratio)
 
 
 def _by_sign(positive: Tensor, one: float, other: float, like: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import per_sequence, wide
 
 Score = Callable[[Tensor], Tensor]
 PairLoss = Callable[..., Tensor]
+FLAT = 1e6  # |h| beyond which what saturates has done so exactly, whatever its temperature
 
 
 class Pairs(NamedTuple):
@@ -57,8 +59,8 @@ def ld_sum(logp: Tensor, seq: Tensor, seq_lens: Tensor, *, ld_alpha: float) -> T
     shared = _two_sided(seq_lens).amin(1, keepdim=True).expand(-1, 2).reshape(-1)  # [B]
     place = torch.arange(seq.shape[0], device=seq.device) - (seq_lens.cumsum(0) - seq_lens)[seq]
     x = wide(logp)
-    # 0 times the -inf of a banned token would be nan.
-    rest = torch.zeros_like(x) if isinstance(ld_alpha, int | float) and ld_alpha == 0 else ld_alpha * x
+    # 0 times the -inf or nan of a token that is left out would be nan.
+    rest = torch.zeros_like(x) if isinstance(ld_alpha, int | float) and ld_alpha == 0 else limits.times(ld_alpha, x)
     return per_sequence(torch.where(place < shared[seq], x, rest), seq, seq_lens)
 
 
@@ -98,19 +100,19 @@ def forward_kl(u: Tensor) -> Tensor:
 
     Source: Wang et al. (f-DPO), arXiv 2309.16240, as are `js` and `alpha_divergence`.
     """
-    return -torch.expm1(-u)
+    return -limits.expm1(-u)
 
 
 def js(u: Tensor) -> Tensor:
     """s = ln 2 + lsig(u), Jensen-Shannon."""
-    return math.log(2) + F.logsigmoid(u)
+    return math.log(2) + limits.logsigmoid(u)
 
 
 def alpha_divergence(u: Tensor, *, alpha: float = 0.5) -> Tensor:
     """s = (e^((alpha - 1) u) - 1) / (alpha - 1), and u at alpha = 1; the exponent is clamped at 80, beyond which s is flat."""
     if abs(alpha - 1) < 1e-6:
         return u
-    return torch.expm1(((alpha - 1) * u).clamp(max=80)) / (alpha - 1)
+    return limits.expm1(((alpha - 1) * u).clamp(max=80)) / (alpha - 1)
 
 
 def dpo(pairs: Pairs, *, beta: float = 0.1, score: Score = reverse_kl) -> Tensor:
@@ -128,7 +130,7 @@ def cdpo(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, score
 
 def ipo(pairs: Pairs, *, beta: float = 0.1, score: Score = reverse_kl) -> Tensor:
     """(s_c / n_c - s_r / n_r - 1 / (2 beta))^2, per-token means as its authors use it. Source: Azar et al., arXiv 2310.12036, eq. 17."""
-    return (_mean_margin(pairs, score) - 1 / (2 * beta)).square()
+    return limits.square(_mean_margin(pairs, score) - 1 / (2 * beta))
 
 
 def hinge(pairs: Pairs, *, beta: float = 0.1, score: Score = reverse_kl) -> Tensor:
@@ -142,7 +144,7 @@ def exo(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 1e-3, score
     Source: Ji et al. (EXO), arXiv 2402.00856, eq. 16.
     """
     _check_smoothing(label_smoothing, above_0=True)
-    h = beta * _margin(pairs, score)
+    h = (beta * _margin(pairs, score)).clamp(-FLAT, FLAT)
     win = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-label_smoothing))
     return win + torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))
 
@@ -160,7 +162,7 @@ def robust(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, sco
     """
     _check_smoothing(label_smoothing)
     h = beta * _margin(pairs, score)
-    return (label_smoothing * F.logsigmoid(-h) - (1 - label_smoothing) * F.logsigmoid(h)) / (1 - 2 * label_smoothing)
+    return (limits.times(label_smoothing, F.logsigmoid(-h)) - (1 - label_smoothing) * F.logsigmoid(h)) / (1 - 2 * label_smoothing)
 
 
 def bco_pair(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -172,7 +174,7 @@ def bco_pair(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 def sppo_hard(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     """(u_c - 1 / (2 beta))^2 + (u_r + 1 / (2 beta))^2, a win counted as certain. Source: Wu et al., arXiv 2405.00675, eq. 4.7."""
     chosen, rejected = _log_ratios(pairs)
-    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+    return limits.square(chosen - 0.5 / beta) + limits.square(rejected + 0.5 / beta)
 
 
 def aot(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
@@ -183,8 +185,9 @@ def aot(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, group:
     Source: Melnyk et al., arXiv 2406.05882.
     """
     _need_reference(pairs)
-    ours, ref = wide(pairs.chosen) - wide(pairs.rejected), wide(pairs.ref_chosen) - wide(pairs.ref_rejected)
-    return _smoothed(beta * (ours - _same_rank(ours, ref, group)), label_smoothing)
+    ours = limits.minus(wide(pairs.chosen), wide(pairs.rejected))
+    ref = limits.minus(wide(pairs.ref_chosen), wide(pairs.ref_rejected))
+    return _smoothed(beta * limits.minus(ours, _same_rank(ours, ref, group)), label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
@@ -193,7 +196,7 @@ def aot_unpaired(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.
     `group` as in `aot`; entry i belongs to chosen i. Source: Melnyk et al., arXiv 2406.05882.
     """
     chosen, rejected = _log_ratios(pairs)
-    return _smoothed(beta * (chosen - _same_rank(chosen, rejected, group)), label_smoothing)
+    return _smoothed(beta * limits.minus(chosen, _same_rank(chosen, rejected, group)), label_smoothing)
 
 
 def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -205,7 +208,7 @@ def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 def apo_down(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     """sig(beta u_c) + 1 - sig(beta (u_c - u_r)): both down, rejected more. Source: D'Oosterlinck et al., arXiv 2408.06266, eq. 8."""
     chosen, rejected = _rewards(pairs, beta)
-    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+    return torch.sigmoid(chosen) + torch.sigmoid(limits.minus(rejected, chosen))
 
 
 def discopop(pairs: Pairs, *, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> Tensor:
@@ -214,8 +217,13 @@ def discopop(pairs: Pairs, *, beta: float = 0.1, tau: float = 0.05, score: Score
     Source: Lu et al. (DiscoPOP), arXiv 2406.08414, eq. 5.
     """
     h = beta * _margin(pairs, score)
-    # q e^-h in one exponential: apart, they are 0 and inf for h below -88 in float32.
-    return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + torch.exp(F.logsigmoid(h / tau) - h)
+    near = h.clamp(-FLAT, FLAT)
+    # q e^-h in one exponential: apart, they are 0 and inf for h below -88 in float32. Where that overflows too, its two slopes
+    # are added before they meet the inf, as inf - inf would be nan.
+    power = F.logsigmoid(near / tau) - near
+    slope = (torch.sigmoid(-near / tau) / tau - 1).detach()
+    power = torch.where(power.detach().exp().isinf(), power.detach() + slope * (near - near.detach()), power)
+    return limits.times(-torch.sigmoid(-near / tau), F.logsigmoid(h)) + limits.exp(power)
 
 
 def dpo_norm(pairs: Pairs, *, beta: float = 0.1, score: Score = reverse_kl) -> Tensor:
@@ -237,7 +245,7 @@ def _need_reference(pairs: Pairs) -> None:
 
 def _log_ratios(pairs: Pairs) -> tuple[Tensor, Tensor]:
     _need_reference(pairs)
-    return wide(pairs.chosen) - wide(pairs.ref_chosen), wide(pairs.rejected) - wide(pairs.ref_rejected)
+    return limits.minus(wide(pairs.chosen), wide(pairs.ref_chosen)), limits.minus(wide(pairs.rejected), wide(pairs.ref_rejected))
 
 
 def _rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
@@ -247,17 +255,17 @@ def _rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
 
 def _margin(pairs: Pairs, score: Score) -> Tensor:
     chosen, rejected = _log_ratios(pairs)
-    return score(chosen) - score(rejected)
+    return limits.minus(score(chosen), score(rejected))
 
 
 def _mean_margin(pairs: Pairs, score: Score) -> Tensor:
     chosen, rejected = _log_ratios(pairs)
-    return score(chosen) / pairs.len_chosen.clamp(min=1) - score(rejected) / pairs.len_rejected.clamp(min=1)
+    return limits.minus(score(chosen) / pairs.len_chosen.clamp(min=1), score(rejected) / pairs.len_rejected.clamp(min=1))
 
 
 def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
     _check_smoothing(label_smoothing)
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - limits.times(label_smoothing, F.logsigmoid(-h))
 
 
 def _check_smoothing(eps: float, *, above_0: bool = False) -> None:

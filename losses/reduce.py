@@ -52,7 +52,7 @@ def whole_pairs(seq_lens: Tensor) -> Tensor:
     return filled[0::2] & filled[1::2]
 
 
-def masked_mean(x: Tensor, mask: Tensor, how: str = "mean") -> Metric:
+def masked_mean(x: Tensor, mask: Tensor) -> Metric:
     """The mean of x over the places where mask holds, weighted by their number."""
     count = mask.sum()
-    return Metric(torch.where(mask, x.detach().float(), 0.0).sum() / count.clamp(min=1), count, how)
+    return Metric(torch.where(mask, x.detach().float(), 0.0).sum() / count.clamp(min=1), count)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import wide
 
 
@@ -18,25 +19,25 @@ def cpo(pairs: tuple, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - eps) lsig(beta d) - eps lsig(-beta d), d = S_c - S_r, eps in [0, 0.5). Source: Xu et al., arXiv 2401.08417, eq. 3."""
     if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 and below 0.5")
-    h = beta * (wide(pairs.chosen) - wide(pairs.rejected))
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    h = beta * limits.minus(wide(pairs.chosen), wide(pairs.rejected))
+    return -(1 - label_smoothing) * F.logsigmoid(h) - limits.times(label_smoothing, F.logsigmoid(-h))
 
 
 def cpo_hinge(pairs: tuple, *, beta: float) -> Tensor:
     """max(0, 1 - beta (S_c - S_r)). Source: Zhao et al. (SLiC), arXiv 2305.10425."""
-    return F.relu(1 - beta * (wide(pairs.chosen) - wide(pairs.rejected)))
+    return F.relu(1 - beta * limits.minus(wide(pairs.chosen), wide(pairs.rejected)))
 
 
 def cpo_ipo(pairs: tuple, *, beta: float) -> Tensor:
     """(A_c - A_r - 1 / (2 beta))^2. Source: Azar et al., arXiv 2310.12036, eq. 17, without its reference."""
     chosen, rejected = _means(pairs)
-    return (chosen - rejected - 1 / (2 * beta)).square()
+    return limits.square(limits.minus(chosen, rejected) - 1 / (2 * beta))
 
 
 def simpo(pairs: tuple, *, beta: float, gamma: float) -> Tensor:
     """-lsig(beta (A_c - A_r) - gamma); gamma is a margin in units of the reward beta A. Source: Meng et al., arXiv 2405.14734, eq. 6."""
     chosen, rejected = _means(pairs)
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    return -F.logsigmoid(beta * limits.minus(chosen, rejected) - gamma)
 
 
 def alphapo(pairs: tuple, *, beta: float, gamma: float, alpha: float) -> Tensor:
@@ -47,13 +48,13 @@ def alphapo(pairs: tuple, *, beta: float, gamma: float, alpha: float) -> Tensor:
     if alpha == 0:
         return simpo(pairs, beta=beta, gamma=gamma)
     chosen, rejected = (-torch.expm1((-alpha * mean).clamp(max=80)) / alpha for mean in _means(pairs))
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    return -F.logsigmoid(beta * limits.minus(chosen, rejected) - gamma)
 
 
 def odds_ratio(pairs: tuple) -> Tensor:
     """log odds(chosen) - log odds(rejected), log odds = A - log(1 - e^A): [P]. Means are taken just below 0, where odds are finite."""
     chosen, rejected = (mean.clamp(max=-1e-12 if mean.dtype == torch.float64 else -1e-7) for mean in _means(pairs))
-    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return limits.minus(chosen, rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 
 def orpo(pairs: tuple, *, beta: float) -> Tensor:

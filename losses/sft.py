@@ -6,6 +6,7 @@ logp = log p(target), lse = log-sum-exp of the logits, mean_logit = their mean o
 import torch
 from torch import Tensor
 
+from treetune.losses import limits
 from treetune.losses.reduce import wide
 
 
@@ -19,7 +20,7 @@ def smoothed(logp: Tensor, lse: Tensor, mean_logit: Tensor, *, label_smoothing: 
 
     Source: Szegedy et al., arXiv 1512.00567, section 7.
     """
-    return (1 - label_smoothing) * -wide(logp) + label_smoothing * (wide(lse) - wide(mean_logit))
+    return limits.times(1 - label_smoothing, -wide(logp)) + label_smoothing * (wide(lse) - wide(mean_logit))
 
 
 def z_loss(lse: Tensor, *, coef: float) -> Tensor:
@@ -30,10 +31,10 @@ def z_loss(lse: Tensor, *, coef: float) -> Tensor:
 def dft(logp: Tensor) -> Tensor:
     """-sg(p(y)) log p(y), 0 where p(y) is 0: tokens count by the probability they have. Source: Wu et al., arXiv 2508.05629, eq. 9."""
     logp = wide(logp)
-    return torch.where(logp == -torch.inf, 0.0, -torch.exp(logp).detach() * logp)
+    return -limits.times(torch.exp(logp).detach(), logp)
 
 
 def eaft(logp: Tensor, topk_entropy: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """-sg(H_k^alpha) log p(y), H_k the entropy (nats) of the renormalised top-20 logits: certain tokens count less."""
+    """-sg(H_k^alpha) log p(y), H_k the entropy (nats) of the renormalised top-20 logits: certain tokens count less, at H_k = 0 nothing."""
     # A certain token's entropy comes out just below 0, which a fractional power turns into nan.
-    return -(wide(topk_entropy).clamp(min=0) ** alpha).detach() * wide(logp)
+    return -limits.times((wide(topk_entropy).clamp(min=0) ** alpha).detach(), wide(logp))

@@ -54,12 +54,12 @@ def _cross_entropy(logp: Tensor) -> tuple[Tensor, Tensor]:
 
 def _metrics(own: tuple, found: dict, coefs: dict, batch: Batch) -> dict[str, Metric]:
     """What a step reports of the texts that were sampled and of the documents."""
-    out = {f"ebft/{name}_loss": Metric(top.detach() / count.clamp(min=1), count, "rate") for name, (top, count) in found.items()}
+    out = {f"ebft/{name}_loss": Metric(top.detach() / count.clamp(min=1), count) for name, (top, count) in found.items()}
     rollouts = batch["seq_lens"] > 0
-    out |= {name: reduce.masked_mean(batch[key], rollouts, "rate") for name, key in BY_ROLLOUT.items()}
+    out |= {name: reduce.masked_mean(batch[key], rollouts) for name, key in BY_ROLLOUT.items()}
     blocks, prompts, one = batch["num_blocks"], batch["num_prompts"], torch.ones_like(batch["num_blocks"])
-    out |= {"ebft/num_blocks": Metric(blocks, one, "sum"), "ebft/anchor_offset": Metric(batch["anchor_offset"], prompts, "rate")}
-    out["ebft/advantages_std"] = Metric(batch["advantages_std"], blocks, "rate")
+    out |= {"ebft/num_blocks": Metric(blocks, one, "sum"), "ebft/anchor_offset": Metric(batch["anchor_offset"], prompts)}
+    out["ebft/advantages_std"] = Metric(batch["advantages_std"], blocks)
     trained = sum(found[name][1] for name in coefs)
     out |= {"num_tokens": Metric(reduce.real_tokens(batch), one, "sum"), "supervised_tokens": Metric(trained, one, "sum")}
     if own.entropy is not None:

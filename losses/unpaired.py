@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treetune.core.state import Batch, Metric, Objective, Params, Plan
-from treetune.losses import reduce
+from treetune.losses import limits, reduce
 
 # loss(logp [B], ref_logp [B], desirable [B], batch) -> [B], summed log-probs in nats; batch has the step's scalars
 UnpairedLoss = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
@@ -27,7 +27,9 @@ def objective(logprob: Callable[..., Any], loss: UnpairedLoss, *, beta: float, w
         stats = logprob(params, frozen, batch, plan, want=want)
         own, ref = (reduce.per_sequence(x, batch["seq"], batch["seq_lens"]) for x in (stats.logp, batch["ref_logp"]))
         value = loss(own, ref, _desirable(batch), batch)
-        return {"rows": torch.where(batch["seq_lens"] > 0, value, 0.0).sum()}, metrics(stats, batch, own, beta * (own - ref), beta)
+        return {"rows": torch.where(batch["seq_lens"] > 0, value, 0.0).sum()}, metrics(
+            stats, batch, own, beta * limits.minus(own, ref), beta
+        )
 
     return Objective(counts, terms)
 
@@ -43,10 +45,10 @@ def metrics(stats: Any, batch: Batch, logp: Tensor, rewards: Tensor, beta: float
     zero = beta * batch["baseline"] if "baseline" in batch else batch.get("delta", rewards.new_zeros(()))
     out = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     for name, rows in (("chosen", good & filled), ("rejected", ~good & filled)):
-        out[f"rewards/{name}"] = reduce.masked_mean(rewards, rows, "rate")
-        out[f"logps/{name}"] = reduce.masked_mean(logp, rows, "rate")
+        out[f"rewards/{name}"] = reduce.masked_mean(rewards, rows)
+        out[f"logps/{name}"] = reduce.masked_mean(logp, rows)
         if stats.mean_logit is not None:
-            out[f"logits/{name}"] = reduce.masked_mean(stats.mean_logit, rows[batch["seq"]], "rate")
+            out[f"logits/{name}"] = reduce.masked_mean(stats.mean_logit, rows[batch["seq"]])
     right = torch.where(good, rewards > zero, rewards < zero)
     out["rewards/accuracies"] = reduce.masked_mean(right, filled)
     out["rewards/mean"] = reduce.masked_mean(rewards, filled)

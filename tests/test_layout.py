@@ -30,7 +30,9 @@ ALLOWED = {
         "torch", "treetune.core.state", "treetune.core.check",
         *(
             f"treetune.losses.{name}"
-            for name in ("reduce", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction", "ebft")
+            for name in (
+                "reduce", "limits", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction", "ebft",
+            )
         ),
     },
 }  # fmt: skip

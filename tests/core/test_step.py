@@ -71,8 +71,18 @@ def test_a_mean_over_nothing_does_not_spoil_the_others():
     nothing = {"a": Metric(torch.tensor(math.nan), torch.tensor(0))}
     some = {"a": Metric(torch.tensor(2.0), torch.tensor(3))}
     assert step.reduce_metrics([nothing, some])["a"] == 2
-    assert step.reduce_metrics([nothing])["a"] == 0
+    assert math.isnan(step.reduce_metrics([nothing])["a"]), "unknown"
     assert math.isnan(step.reduce_metrics([some, {"a": Metric(torch.tensor(math.nan), torch.tensor(1))}])["a"])
+
+
+@pytest.mark.parametrize(("how", "value"), [("min", 2.0), ("max", 3.0)])
+def test_an_extreme_of_nothing_is_unknown_and_no_neutral_value(how, value):
+    counted = [{"a": Metric(torch.tensor(x), torch.tensor(w), how)} for x, w in ((2.0, 1), (3.0, 4), (-9.0, 0), (9.0, 0), (math.nan, 0))]
+    assert step.reduce_metrics(counted)["a"] == value
+    assert math.isnan(step.reduce_metrics(counted[2:])["a"])
+    broken = [*counted, {"a": Metric(torch.tensor(math.nan), torch.tensor(1), how)}]
+    assert math.isnan(step.reduce_metrics(broken)["a"]), "a nan that was counted shows"
+    assert step.reduce_metrics([{"a": Metric(torch.tensor(5.0), torch.tensor(0), "sum")}])["a"] == 5
 
 
 def test_a_metric_that_only_some_micro_batches_have():
