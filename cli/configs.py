@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from treetune.cli import samples
 from treetune.cli.ebft_options import EbftData, EbftLoss, EbftOptim, EbftOptions, EbftRollout
 from treetune.cli.loss_options import (
     CpoLoss,
@@ -96,7 +97,7 @@ class Kto:
     """Preference learning on completions that are each marked good or bad, held to a reference."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    data: PairData = field(default_factory=lambda: PairData(data=("examples/data/gsm8k_binary_sample.jsonl",)))
+    data: PairData = field(default_factory=lambda: PairData(data=(samples.path("gsm8k_binary_sample.jsonl"),)))
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     loss: KtoLoss = field(default_factory=KtoLoss)
@@ -162,7 +163,7 @@ class Prm:
     """A process reward model: good or bad for each step of an answer."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    data: PairData = field(default_factory=lambda: PairData(data=("examples/data/gsm8k_steps_sample.jsonl",)))
+    data: PairData = field(default_factory=lambda: PairData(data=(samples.path("gsm8k_steps_sample.jsonl"),)))
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     optim: RewardOptim = field(default_factory=RewardOptim)
@@ -232,7 +233,7 @@ class Eval:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterPath = field(default_factory=AdapterPath)
-    data: RowOptions = field(default_factory=lambda: RowOptions(data=("examples/data/gsm8k_test_sample.jsonl",)))
+    data: RowOptions = field(default_factory=lambda: RowOptions(data=(samples.path("gsm8k_test_sample.jsonl"),)))
     micro_batch_size: int = 2
     """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
 

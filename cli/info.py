@@ -1,5 +1,6 @@
 """`treetune info`: this machine, or a model, an adapter or a run, in a few lines."""
 
+import math
 import os
 import platform
 from importlib import metadata
@@ -25,9 +26,10 @@ def machine() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    pages = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    memory = f", {math.prod(map(os.sysconf, pages)) / 2**30:.0f} GiB" if hasattr(os, "sysconf") else ""  # not on Windows
     rows = {"python": platform.python_version()} | found
-    rows["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}, {memory:.0f} GiB"
+    rows["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}{memory}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return rows | {"cuda": ", ".join(names) or "none"}
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Suppress
 
+from treetune.cli import samples
+
 
 @dataclass(frozen=True)
 class ModelName:
@@ -34,11 +36,11 @@ Listed = Annotated[tuple[dict[str, Any], ...], Suppress, Fixed]
 
 
 SAMPLES = {
-    "sft": "examples/data/gsm8k_train_sample.jsonl",
-    "dpo": "examples/data/gsm8k_preference_sample.jsonl",
-    "kto": "examples/data/gsm8k_binary_sample.jsonl",
-    "reward": "examples/data/gsm8k_preference_sample.jsonl",
-    "prm": "examples/data/gsm8k_steps_sample.jsonl",
+    "sft": samples.path("gsm8k_train_sample.jsonl"),
+    "dpo": samples.path("gsm8k_preference_sample.jsonl"),
+    "kto": samples.path("gsm8k_binary_sample.jsonl"),
+    "reward": samples.path("gsm8k_preference_sample.jsonl"),
+    "prm": samples.path("gsm8k_steps_sample.jsonl"),
 }
 
 
@@ -264,7 +266,7 @@ class PretrainModel(ModelOptions):
 class PretrainData:
     """Data."""
 
-    data: tuple[str, ...] = ("examples/data/text.jsonl",)
+    data: tuple[str, ...] = (samples.path("text.jsonl"),)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids with a text column."""
     split: str = "train"
     """Split of a Hugging Face data set."""

@@ -6,6 +6,7 @@ Names are those of the documents (`num_generations`, `reward_funcs`, `replay_buf
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from treetune.cli import samples
 from treetune.cli.options import Listed, OptimOptions
 
 
@@ -44,7 +45,7 @@ class PromptRows:
 
     datasets: Listed = ()
     """Data sets with options of their own: path, split, limit, field_prompt, type, name."""
-    data: tuple[str, ...] = ("examples/data/gsm8k_train_sample.jsonl",)
+    data: tuple[str, ...] = (samples.path("gsm8k_train_sample.jsonl"),)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     split: str = "train"
     """Split of a Hugging Face data set."""

@@ -1,7 +1,7 @@
 """What a person sees: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
 import contextlib
-import resource
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -14,11 +14,18 @@ from rich.text import Text
 from treetune.cli import terminal
 from treetune.core import observe
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the allocator on CUDA, of the process on CPU (GiB)."""
+    """Peak memory so far: of the allocator on CUDA, of the process on CPU (GiB); nan where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

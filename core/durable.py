@@ -6,6 +6,8 @@ from pathlib import Path
 
 def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
+    if os.name == "nt":  # folders cannot be flushed there, and files only by who may write them
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from treetune.core import drafts, manifest
+from treetune.core import drafts, durable, manifest
 
 
 @contextlib.contextmanager
@@ -28,10 +28,10 @@ def writing(path: str | Path) -> Iterator[Path]:
         manifest.write(part)
         for file in part.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-            _flush(file)
+            durable.fsync(file)
         require_free(path)
         os.rename(part, path)
-        _flush(path.parent)
+        durable.fsync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -48,14 +48,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_json(path: Path) -> dict:

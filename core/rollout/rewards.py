@@ -325,7 +325,10 @@ def _kill(one: Process) -> None:
     """The process and what it started in its group."""
     one.channel.close()
     try:
-        os.killpg(one.process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        else:  # Windows
+            one.process.kill()
     except (ProcessLookupError, PermissionError):
         pass  # nothing of the group is left
     one.process.wait()

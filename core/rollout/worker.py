@@ -117,7 +117,8 @@ def call(one: Loaded, rows: dict) -> dict:
     except BaseException as error:  # what a foreign function raises, SystemExit included, costs its rows and nothing else
         return {"error": described(error)}
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm left over must not go off in the next call
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm left over must not go off in the next call
 
 
 def described(error: BaseException) -> str:
