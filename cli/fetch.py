@@ -140,8 +140,8 @@ def _fetch(short: str, place: Path, say: Say) -> Path:
     from treetune.models import folder
 
     known, offline = MODELS[short], "the hub cannot be reached"
-    say(f"fetching {short}")
     folder.require_free(place)
+    say(f"fetching {short}")
     with once(place):
         if reachable(known.hub_id):
             _from_hub(known.hub_id, place, say)

@@ -6,6 +6,7 @@ Everything is written once per session and never changed; each test runs in an e
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,23 @@ def tiny(tmp_path_factory) -> Tiny:
 def kit():
     """The helpers of this file, for tests that cannot import it."""
     return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, tmp_path_factory) -> Path:
+    """A LoRA run `lora` and a full run `full`, finished."""
+    from treetune.cli import main
+
+    root = tmp_path_factory.mktemp("runs")
+    for name, extra in (("lora", ()), ("full", ("--adapter", "none"))):
+        assert main.main(["sft", *basics(tiny, "--sample-prompt=", "--output-dir", root / name, *extra)]) == 0
+    return root
+
+
+@pytest.fixture
+def run(runs, here) -> Path:
+    """A run folder `r` in the working folder."""
+    return shutil.copytree(runs / "lora", here / "r")
 
 
 @pytest.fixture
@@ -265,6 +283,15 @@ def refused(done: Done, *words: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("treetune: error: "), done.err
     for word in words:
         assert re.search(word, lines[0]), f"{word!r} is not in: {lines[0]}"
+
+
+def snapshot(root: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: the bytes of files, the targets of links."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+    return {name: value for name, value in found.items() if name not in (".out", ".err")}
 
 
 def listing(root: Path) -> set[str]:
