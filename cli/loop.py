@@ -13,15 +13,17 @@ from typing import NamedTuple
 import torch
 
 from treetune.cli import cadence, provenance, rundir
+from treetune.cli import progress as bookkeeping
 from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import check, ckpt, durable, observe, shard
-from treetune.core.data import loader, streaming
+from treetune.core.data import loader
 from treetune.core.state import Objective, TrainState
 
 BEST = "best.json"
-Cursor = loader.Cursor | streaming.Cursor
+Progress = bookkeeping.Progress
+Cursor = bookkeeping.Cursor
 
 
 class Job(NamedTuple):
@@ -43,17 +45,6 @@ class Job(NamedTuple):
     carry: Callable[[], dict] | None = None  # what `roll` needs to go on from a checkpoint, as JSON
     mark: Callable[[Cursor], dict] | None = None  # which rows of a stream are read at a cursor, as JSON
     goal: str = "loss"  # what evaluations compare: a metric named loss, which should fall, or a reward, which should rise
-
-
-class Progress(NamedTuple):
-    """Bookkeeping that a checkpoint carries beside the state."""
-
-    cursor: Cursor = loader.START
-    best: float | None = None
-    best_step: int | None = None
-    bad_evals: int = 0
-    tokens_seen: int = 0
-    paused: int = 0  # the last step that was evaluated and saved because an epoch ended
 
 
 class Outcome(NamedTuple):
@@ -94,7 +85,7 @@ class _Loop:
         self.job, self.run, self.options, self.screen, self.progress = job, run, options, screen, progress
         self.recorder = observe.Recorder(run.metrics if job.rank == 0 else None, self._derive)
         self.fired: set[str] = set()
-        self.over, self.saved = 0, None
+        self.over, self.saved, self.first = 0, None, 0
         self.previous: list = []
 
     def _derive(self, record: dict) -> dict:
@@ -115,11 +106,15 @@ class _Loop:
         known = record["train/loss"] != 0 and self.job.roll is None  # a hinge at 0, or rewards that are all the same, teach nothing
         if record["step"] == 2 and record["dead_leaves"] and known:
             self._require_alive(state)
-        if self.job.rank == 0:
-            rundir.settle(self.run)
+        if record["step"] > self.first + 1:  # its loss is that of weights which a step of this run has changed
+            self._settle()
         self.screen.step(record, eta_s)
         self.tell_health()
         self._watchdog(record)
+
+    def _settle(self) -> None:
+        if self.job.rank == 0:
+            rundir.settle(self.run)
 
     def require_finite(self, state: TrainState) -> None:
         """Fail on weights or moments that are not finite, before anything is made of them."""
@@ -200,7 +195,7 @@ class _Loop:
         step = int(state.step)
         if self.saved == step:
             return
-        meta = self.job.meta | {"progress": self.progress._asdict() | {"cursor": list(self.progress.cursor)}}
+        meta = self.job.meta | {"progress": bookkeeping.stored(self.progress)}
         meta |= {"rollout": self.job.carry()} if self.job.carry else {}
         meta |= {"rows": self.job.mark(self.progress.cursor)} if self.job.mark else {}
         try:
@@ -246,7 +241,7 @@ class _Loop:
     def steps(self, state: TrainState, seen: list[int]) -> Outcome:
         """Run to the last step, or to a reason to stop."""
         first, begun, total, stopped = int(state.step), time.perf_counter(), self.job.total_steps, None
-        mark = begun
+        mark, self.first = begun, first
         for index, (micro_batches, cursor) in enumerate(self.job.batches(self.progress.cursor) if first < total else (), first + 1):
             rolled = {}
             if self.job.roll is not None:
@@ -271,11 +266,13 @@ class _Loop:
 
     def _pause(self, state: TrainState, index: int, epoch_ended: bool, leaving: bool, eta_s: float) -> str | None:
         """Catch up with the metrics, then evaluate and save as is due; why to stop, if the evaluation says so."""
-        self.record(self.recorder.flush(), state, eta_s)
-        last, stopped = index == self.job.total_steps, None
-        self.require_finite(state)
-        if last:
-            self._require_finite_loss(state)
+        done, last, stopped = self.recorder.flush(), index == self.job.total_steps, None
+        if done is not None and not done["skipped"]:
+            self.require_finite(state)
+            if last:
+                self._require_finite_loss(state)
+            self._settle()
+        self.record(done, state, eta_s)
         if last or _on(index, epoch_ended, self.options.eval_steps):
             stopped = self.evaluate(state)
         if last or leaving or stopped or _on(index, epoch_ended, self.options.save_steps):
@@ -315,14 +312,12 @@ def _any_rank(flag: bool, step: int, job: Job) -> bool:
 
 def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, screen: Screen, meta: dict | None) -> Outcome:
     """Train from `state` to the end. `meta` is that of the checkpoint it came from, None for a fresh start."""
-    progress = Progress(job.start)
-    if meta is not None:
-        progress = Progress(**meta["progress"] | {"cursor": job.start._make(meta["progress"]["cursor"])})
+    progress = Progress(job.start) if meta is None else bookkeeping.read(meta, job.start, where.resume)
     loop = _Loop(job, where, options, screen, progress)
     for text in where.notes:
         screen.warn(text)
     if job.rank == 0 and meta is not None:
-        if any(path.name > f"step_{int(state.step):06d}" for path in ckpt.steps(where.checkpoints)):
+        if any(path.name > f"step_{int(state.step):06d}" for path in ckpt.numbered(where.checkpoints)):
             screen.warn(f"back to step {int(state.step)}: the later checkpoints and records of {where.root} are dropped")
         history, broken = rundir.rewind(where, int(state.step))
         loop.recorder.history += history
@@ -340,10 +335,13 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
             screen.stop()
 
 
-def restore(where: rundir.RunDir, state: TrainState, total_steps: int) -> tuple[TrainState, dict | None]:
+def restore(where: rundir.RunDir, state: TrainState, total_steps: int, start: Cursor = loader.START) -> tuple[TrainState, dict | None]:
     """The state and meta of the checkpoint to resume from, for a run of so many steps; unchanged for a new run."""
     if where.resume is None:
         return state, None
     state, meta = ckpt.load(where.resume, state)
+    bookkeeping.read(meta, start, where.resume)
+    if not check.finite({"params": state.params, "opt": state.opt}):
+        raise ValueError(f"{where.resume} holds weights or moments that are not finite: {ckpt.FIX}")
     provenance.reached(where.resume, int(state.step), total_steps)
     return state, meta

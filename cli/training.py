@@ -238,7 +238,7 @@ def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, 
         goal=method.goal,
         mark=read.mark,
     )
-    state, found = loop.restore(where, state, read.total_steps)
+    state, found = loop.restore(where, state, read.total_steps, read.start)
     if found is not None and read.go_on is not None:
         read.go_on(read.start._make(found["progress"]["cursor"]), found.get("rows"))
     tell(changed, screen)
