@@ -18,9 +18,11 @@ from treetune.core.data import (
     formats,
     kinds,
     loader,
+    reporting,
     sources,
     streaming,
     strides,
+    suggest,
     trees,
     workers,
 )
@@ -113,7 +115,13 @@ def _format(entry: dict, options: Options, rows: sources.Rows, kind: kinds.Kind)
 
 
 def _detected(rows: sources.Rows, kind: kinds.Kind) -> str:
-    return kind.detect(sources.columns(rows), rows.rows[0])
+    columns = sources.columns(rows)
+    try:
+        return kind.detect(columns, rows.rows[0])
+    except ValueError as error:
+        entry = suggest.entry(rows.name, kind.name, columns, rows.rows[0])
+        fix = f"; a file for --config with this would read them: {entry}" if entry else ""
+        raise ValueError(f"{rows.name}: {error}{fix}") from error
 
 
 def read_all(paths: tuple[str, ...], listed: tuple[dict, ...], options: Options, tokenizer, kind: kinds.Kind = kinds.TEXT) -> list[Part]:
@@ -175,6 +183,7 @@ def encode_all(parts: list[Part], options: Options, tokenizer, label: str, **wor
         digests.append([digest, offset, part.weight])
         offset += max(part.rows.numbers, default=0) + 1
         lines.append(f"{label} {part.rows.name}: {part.kind.describe(report)}{' (prepared earlier)' * kept}")
+        lines += [f"! {part.rows.name}: {text}" for text in reporting.warnings(report)]
         reports.append(report)
         counts.append(len(found))
     weights = loader.document_weights(counts, [part.weight for part in parts])

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from treetune.cli import cadence, prompts, report, rundir, setup
@@ -14,7 +15,7 @@ from treetune.core.data import chat, instruction, strides
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
 
-OPENING = 16  # tokens of a text without a prompt to go on from
+OPENING = 16  # words or tokens of a text without a prompt, to go on from
 
 
 def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
@@ -35,17 +36,34 @@ def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
         return tokenizer.decode(ids, skip_special_tokens=True), ids
     if hasattr(next(iter(data.val + data.train), None), "prompt_length"):
         return _beginning(asked, data, tokenizer)
-    row = data.first_row if asked is None else None
-    if asked == "" or (asked is None and row is None):
+    if asked == "" or (asked is None and data.first_row is None):
         return "", []
+    return _of_row(data, tokenizer, getattr(config.data, "text_column", "text")) if asked is None else _of_option(asked, data, tokenizer)
+
+
+def _of_option(asked: str, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
+    """The prompt that was given, in the form of the rows."""
+    if data.format == "chat":
+        return asked, prompts.chat_ids(tokenizer, asked)
+    return asked, prompts.text_ids(tokenizer, instruction.prompt({"instruction": asked}) if data.format == "alpaca" else asked)
+
+
+def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
+    """What the first held-out row asks; of other rows, what their document has before its first trained token."""
+    row = data.first_row
     if data.format == "alpaca":
-        row = row or {"instruction": asked}
         return row["instruction"], prompts.text_ids(tokenizer, instruction.prompt(row))
-    if data.format == "completion":
-        text = asked or " ".join(row[getattr(config.data, "text_column", "text")].split(" ")[:16])
+    if data.format == "completion" and isinstance(row.get(column), str):
+        text = " ".join(row[column].split(" ")[:OPENING])
         return text, prompts.text_ids(tokenizer, text)
-    text = asked or _question(row)
-    return text, prompts.chat_ids(tokenizer, text) if text else []
+    if data.format == "chat" and tokenizer.chat_template and (text := _question(row)):
+        return text, prompts.chat_ids(tokenizer, text)
+    if not (data.val or data.train):
+        return "", []
+    doc = (data.val or data.train)[0]
+    before = int(np.flatnonzero(doc.weight)[0]) if doc.weight.any() else 0
+    ids = doc.tokens[: before if before > 1 else OPENING].tolist()  # where all of it is trained, its beginning
+    return tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
 def _beginning(asked: str | None, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
@@ -60,8 +78,12 @@ def _beginning(asked: str | None, data: Any, tokenizer: Any) -> tuple[str, list[
 
 
 def _question(row: dict) -> str:
-    turns = chat.conversation(row, "the first held-out row")
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+    """The first question of a row of messages; none where the row is read by options of its data set, which are not known here."""
+    try:
+        turns = chat.conversation(row, "the first held-out row")
+    except ValueError:
+        return ""
+    return next((turn["content"] for turn in turns if turn["role"] == "user" and "content" in turn), "")
 
 
 def sampler(config: Any, made: Any):

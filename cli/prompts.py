@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from treetune.cli.options import SampleOptions
+from treetune.core.data import chat_templates
 
 
 def chat_ids(tokenizer: Any, text: str, *, system: str | None = None) -> list[int]:
@@ -16,13 +17,12 @@ def turns_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a conversation, up to where the next answer begins. Errors: ValueError without a chat template."""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; continue plain text with --raw, or use a chat model")
-    import jinja2
-
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except jinja2.TemplateError as error:
+        text = chat_templates.renderer(tokenizer, None, None, {})(messages, add_generation_prompt=True)
+    except ValueError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        raise ValueError(f"{error}; its roles are {roles}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:

@@ -42,7 +42,7 @@ LAZY = {
     "core/lora.py": {"safetensors"},
     "core/quant.py": {"bitsandbytes"},
     "core/optim.py": {"bitsandbytes"},
-    "core/data/chat_templates.py": {"jinja2"},
+    "core/data/bounded_jinja.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},
     "core/data/hub.py": {"pyarrow"},
     "core/data/arrow.py": {"pyarrow"},

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 
-from treetune.core.data import conversations, templates
+from treetune.core.data import bounded_jinja, conversations, templates
 
 FOLDER = Path(__file__).parent / "jinja"
 OWN, FALLBACK, INLINE = "tokenizer_default", "tokenizer_default_fallback_", "jinja"
+FAILS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError, RuntimeError)
 SUFFIXES = (".jinja", ".jinja2")
 PROBE = "Pz3kQwJ"
 FIX = "name one with chat_template, use a model whose tokenizer has one, or train on text or alpaca rows"
@@ -94,19 +95,26 @@ def _text(template: str) -> str:
 
 
 def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | None, kwargs: Mapping) -> templates.Render:
-    """apply_chat_template without tokenising; whatever a template can raise becomes a ValueError."""
-    import jinja2
-
+    """What apply_chat_template gives without tokenising, within limits; whatever a template can raise becomes a ValueError."""
     text = resolve(tokenizer, chat_template, chat_template_jinja)
 
     def render(messages: list, *, tools: list | None = None, add_generation_prompt: bool = False):
         try:
             template = text or tokenizer.get_chat_template(None, tools=tools)
-            return tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0]})") from error
+            given = {
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **tokenizer.special_tokens_map,
+                **kwargs,
+            }
+            many = bool(messages) and isinstance(messages[0], list)
+            texts = [bounded_jinja.render(template, talk, **given) for talk in (messages if many else [messages])]
+            return texts if many else texts[0]
+        except bounded_jinja.TooMuch as error:
+            raise ValueError(f"the chat template is not run to its end: {error}") from error
+        except FAILS as error:
+            raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0][:300]})") from error
 
     return render
 

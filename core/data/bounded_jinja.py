@@ -1,0 +1,198 @@
+"""A chat template as transformers renders it, within limits: a template comes from outside and may loop or grow without end.
+
+Every turn of a loop and every call of a macro looks at the clock, and whatever makes a text or a list longer is measured before it is
+made. The clock is the thread's own processor time, so that a machine that is busy or asleep refuses nothing.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
+from typing import Any
+
+SECONDS = 20.0  # of processor time, for one conversation
+LARGEST = 1 << 26  # characters or items of one value
+WIDTH = re.compile(r"\d{7,}")  # in a format, a width of millions
+WIDEST = 10**6  # of a width that is an argument of a format
+WIDTHS = ("ljust", "rjust", "center", "zfill", "expandtabs", "indent", "wordwrap", "tojson", "batch", "slice", "truncate", "round")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates read it under, as transformers fills them
+
+
+class TooMuch(ValueError):
+    """A template went past a limit."""
+
+
+class Budget(threading.local):
+    """Processor time that is left to a rendering, in each thread."""
+
+    def __init__(self):
+        self.end = float("inf")
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.end = time.thread_time() + SECONDS
+
+    def tick(self) -> str:
+        """Nothing. Errors: TooMuch when the time is over."""
+        if time.thread_time() > self.end:
+            raise TooMuch(f"it runs for more than {SECONDS:g} seconds of processor time: it loops too often")
+        return ""
+
+
+def render(text: str, messages: list[dict], **variables: Any) -> str:
+    """The conversation as the template writes it. Errors: TooMuch for one that goes past a limit; ValueError for what Jinja raises."""
+    import jinja2
+
+    try:
+        return _rendered(text, messages, variables)
+    except jinja2.TemplateError as error:
+        raise ValueError(str(error)) from error
+
+
+def _rendered(text: str, messages: list[dict], variables: dict[str, Any]) -> str:
+    template, budget = _compiled(text)
+    budget.start()
+    chat = [_aliased({key: value for key, value in message.items() if value is not None}) for message in messages]
+    pieces, size = [], 0
+    for piece in template.generate(messages=chat, **variables):
+        pieces.append(piece)
+        size += len(piece)
+        check_size(size)
+    return "".join(pieces)
+
+
+def check_size(size: int) -> None:
+    """Errors: TooMuch for a value that is too large."""
+    if size > LARGEST:
+        raise TooMuch(f"it makes a value of {size} characters or items, more than {LARGEST}")
+
+
+def _aliased(message: dict) -> dict:
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+@lru_cache(32)
+def _compiled(text: str) -> tuple[Any, Budget]:
+    budget = Budget()
+    return _environment(budget).from_string(text), budget
+
+
+def _environment(budget: Budget) -> Any:
+    """transformers' environment for chat templates, with the limits."""
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils import chat_template_utils
+
+    theirs = chat_template_utils._compile_jinja_template("").environment
+
+    class Bounded(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def _parse(self, source: str, name: str | None, filename: str | None):
+            tree = super()._parse(source, name, filename)
+            for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+                node.body.insert(0, nodes.Output([nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)]))
+            for node in tree.find_all(nodes.AssignBlock):
+                node.filter = nodes.Filter(node.filter, "measured", [], [], None, None)
+            for node in list(tree.find_all(nodes.Concat)):
+                node.nodes = [nodes.Call(nodes.EnvironmentAttribute("measured"), node.nodes, [], None, None)]
+            return tree.set_environment(self)
+
+        def tick(self) -> str:
+            return budget.tick()
+
+        def measured(self, *parts: Any) -> str:
+            texts = [str(part) for part in parts]
+            check_size(sum(map(len, texts)))
+            return "".join(texts)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            check_size(_size_of(operator, left, right))
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+            _check_call(getattr(obj, "__self__", None), getattr(obj, "__name__", ""), args, kwargs)
+            made = super().call(context, obj, *args, **kwargs)
+            check_size(len(made) if isinstance(made, str) else 0)  # of a macro
+            return made
+
+        def wrap_str_format(self, value: Any) -> Any:
+            wrapped = super().wrap_str_format(value)
+            return wrapped and _checked_format(wrapped, value.__self__)
+
+    made = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[type(one) for one in theirs.extensions.values()])
+    made.filters.update(theirs.filters)
+    made.globals.update(theirs.globals)
+    made.globals.pop("lipsum", None)  # makes as much text as it is asked for
+    made.filters["measured"] = made.measured
+    for name in ("replace", "join", "format", *WIDTHS):
+        if name in made.filters:
+            made.filters[name] = _checked(made.filters[name], name)
+    return made
+
+
+def _size_of(operator: str, left: Any, right: Any) -> int:
+    """A bound of what the operation gives, where it can be large."""
+    if operator == "*":
+        left, right = (right, left) if isinstance(left, int) else (left, right)
+        return len(left) * max(right, 0) if isinstance(left, str | list | tuple) and isinstance(right, int) else 0
+    if operator == "**":
+        return abs(right) * left.bit_length() if isinstance(left, int) and isinstance(right, int) else 0
+    if operator == "%" and isinstance(left, str):
+        return _size_of_format(left, right if isinstance(right, list | tuple) else (right,))
+    return len(left) + len(right) if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple) else 0
+
+
+def _check_call(value: Any, name: str, args: tuple, kwargs: dict) -> None:
+    """Errors: TooMuch for a method of a text that would give a much longer one."""
+    if not isinstance(value, str):
+        return
+    if name in WIDTHS:
+        check_size(max((arg for arg in (*args, *kwargs.values()) if isinstance(arg, int)), default=0))
+    elif name == "format":
+        check_size(_size_of_format(value, (*args, *kwargs.values())))
+    elif name == "replace" and len(args) > 1:
+        check_size(len(value) + (value.count(str(args[0])) if args[0] else len(value) + 1) * len(str(args[1])))
+    elif name == "join" and args and hasattr(args[0], "__len__"):
+        check_size(len(value) * len(args[0]) + sum(len(part) for part in args[0] if isinstance(part, str)))
+    elif name == "translate":
+        raise TooMuch("it calls translate, which is not allowed")
+
+
+def _size_of_format(form: str, values: Iterable[Any]) -> int:
+    """A bound of what a format gives: every place may have the longest of the values."""
+    values = list(values)
+    if WIDTH.search(form) or any(isinstance(one, int) and abs(one) > WIDEST for one in values) and ("*" in form or "{:" in form):
+        return LARGEST + 1
+    longest = max((len(one) for one in values if isinstance(one, str)), default=0)
+    return len(form) + (form.count("%") + form.count("{")) * longest
+
+
+def _checked_format(function: Callable, form: str) -> Callable:
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_size(_size_of_format(form, (*args, *kwargs.values())))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _checked(function: Any, name: str) -> Any:
+    """A filter that looks at its arguments first, passed on as Jinja knows it (with the environment or context in front)."""
+    at = int(hasattr(function, "jinja_pass_arg"))
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value, rest = args[at], args[at + 1 :]
+        if name == "join":
+            glue = next((one for one in (*rest, kwargs.get("d")) if isinstance(one, str)), "")
+            _check_call(glue, name, (value,), {})
+        elif name in WIDTHS:
+            check_size(max((arg for arg in (*rest, *kwargs.values()) if isinstance(arg, int)), default=0))
+        else:
+            _check_call(value, name, rest, kwargs)
+        return function(*args, **kwargs)
+
+    return checked

@@ -1,0 +1,76 @@
+"""The entry of `datasets` that would read rows whose columns no format fits: names of columns are matched with what they mostly hold."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # what YAML reads as a text without quotes, but for its own words
+WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
+ASKED = "question instruction prompt input query problem ask task user human source context".split()
+ANSWERED = "answer response output completion reply solution target assistant bot gpt result label summary".split()
+BETTER = "chosen chosen_response preferred better good accepted winner win positive".split()
+WORSE = "rejected rejected_response dispreferred worse bad refused loser lose negative".split()
+JUDGED = "label desirable good is_good score rating correct thumbs".split()
+TEXTS = "content body document passage article story code markdown raw".split()
+
+
+def entry(path: str, kind: str, columns: Sequence[str], row: Mapping) -> str:
+    """An entry of `datasets` in one line of YAML, or nothing where the columns do not tell.
+
+    kind: that of `kinds.KINDS`. row: the first one, which tells conversations from texts.
+    """
+    made = _type(kind, list(columns), row)
+    return "" if made is None else f"datasets: [{{path: {_written(path)}, {made}}}]"
+
+
+def _type(kind: str, columns: list[str], row: Mapping) -> str | None:
+    if kind == "text":
+        return _text_type(columns, row)
+    asked = _named(columns, ASKED)
+    if kind in ("pairs", "ranked"):
+        found = {"field_prompt": asked, "field_chosen": _named(columns, BETTER), "field_rejected": _named(columns, WORSE)}
+    elif kind in ("unpaired", "judged"):
+        label = _named(columns, JUDGED)
+        found = {
+            "field_prompt": asked,
+            "field_completion": _named([one for one in columns if one != label], ANSWERED),
+            "field_label": label,
+        }
+    else:
+        return None
+    if None in found.values() or len(set(found.values())) < len(found):
+        return None
+    return f"type: {_mapping(found)}"
+
+
+def _text_type(columns: list[str], row: Mapping) -> str | None:
+    if talk := next((name for name in columns if _is_talk(row.get(name))), None):
+        return f"type: chat_template, field_messages: {_written(talk)}"
+    asked = _named(columns, ASKED)
+    answered = _named([name for name in columns if name != asked], ANSWERED)
+    if asked and answered:
+        rest = [name for name in columns if name not in (asked, answered)]
+        more = {} if "input" in rest else {"field_input": ""} if "input" in (asked, answered) else {}
+        return f"type: {_mapping({'field_instruction': asked, 'field_output': answered} | more)}"
+    text = _named(columns, TEXTS) or (columns[0] if len(columns) == 1 and isinstance(row.get(columns[0]), str) else None)
+    return f"type: completion, field: {_written(text)}" if text else None
+
+
+def _is_talk(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & value[0].keys())
+
+
+def _named(columns: Sequence[str], words: Sequence[str]) -> str | None:
+    """The column that is one of the words, the earlier the better; else one of whose parts is."""
+    parts = {name: re.split(r"[^a-z]+", name.lower()) for name in columns}
+    whole = next((name for word in words for name in columns if name.lower() == word), None)
+    return whole or next((name for word in words for name in columns if word in parts[name]), None)
+
+
+def _mapping(fields: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name}: {_written(value)}" for name, value in fields.items()) + "}"
+
+
+def _written(text: str) -> str:
+    """A text as YAML has it inside braces."""
+    return text if PLAIN.fullmatch(text) and text.lower() not in WORDS else json.dumps(text)
