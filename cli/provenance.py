@@ -91,11 +91,11 @@ def loaded(origin: Origin, config: Any, model: Model, trees: setup.Trees, frozen
 def _weights(config: Any, model: Model, trees: setup.Trees, frozen: Params) -> dict[str, str]:
     """Of the model (of random weights their sizes), of the adapter that was there, and of the reference where it is another model."""
     sizes = getattr(config.model, "from_config", None) is not None
-    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else ckpt.digest({"model": model.params})}
+    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else ckpt.leaf_digest(model.params)}
     if trees.lora is not None and config.adapter.lora_model_dir is not None:
-        found["adapter"] = fingerprint.values(ckpt.digest(trees.params), trees.lora.scale, sorted(trees.info.paths))
+        found["adapter"] = fingerprint.values(ckpt.leaf_digest(trees.params), trees.lora.scale, sorted(trees.info.paths))
     if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
-        found["reference"] = ckpt.digest(frozen["ref"])
+        found["reference"] = ckpt.leaf_digest(frozen["ref"])
     return found
 
 
@@ -161,9 +161,9 @@ def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], 
     except (OSError, ValueError, yaml.YAMLError):
         options = None
     if not isinstance(options, dict):
-        say(f"{path} was written by an earlier version and {file} cannot be read: which options changed is not known")
+        say(f"{path} was written by an earlier version and {_shorter(file)} cannot be read: which options changed is not known")
         return Earlier(path, meta, now, True)
-    say(f"{path} was written by an earlier version: its options are taken from {file}")
+    say(f"{path} was written by an earlier version: its options are taken from {_shorter(file)}")
     known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
     options = {name: json.loads(json.dumps(options.get(name, known[name]), default=str)) for name in known}
     return Earlier(path, meta, now._replace(options=resolve(options)), True)
@@ -239,7 +239,13 @@ def _quietly_changed(made: Provenance, now: Provenance) -> list[str]:
 
 def _raise(path: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"{path} cannot be continued with {'; '.join(problems)}. Resume with what it was made with, or start a new run")
+        file = path.resolve().parent.parent / "config.yaml"
+        fix = "resume with what it was made with" + (f" (--config {_shorter(file)} has its options)" if file.is_file() else "")
+        raise ValueError(f"{path} cannot be continued with {'; '.join(problems)}: {fix}, or start a new run")
+
+
+def _shorter(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def reached(path: Path, step: int, total: int) -> None:

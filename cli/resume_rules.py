@@ -4,6 +4,7 @@ Importing this imports no torch. A test requires a rule for every option, with i
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -107,6 +108,7 @@ RULES: dict[str, Rule] = (
     )
 )  # fmt: skip
 
+PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")  # of an address
 BY_RULE = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}  # what an option of such a rule is judged by
 BY_NAME = {"lora_model_dir": ("adapter",), "ref_model": ("reference",)} | dict.fromkeys(
     ("sequence_len", "streaming"), ("train", "held out", "order")
@@ -141,7 +143,7 @@ def shown(value: Any) -> str:
         text = " ".join(item if isinstance(item, str) else shown(item) for item in value)
     else:
         text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    text = text if text.isprintable() else json.dumps(text)
+    text = PASSWORD.sub("//...@", text if text.isprintable() else json.dumps(text))
     return text if len(text) <= 60 else text[:56] + " ..."
 
 

@@ -119,7 +119,9 @@ def _scorer(name: str, model: ModelOptions, on: torch.device) -> Scorer:
 
 def _digest(judge: score.Judge) -> str:
     adapted = {} if judge.lora is None else {"lora": judge.lora.tree}
-    return fingerprint.values(ckpt.digest({"model": judge.model.params, "head": judge.head} | adapted), judge.lora and judge.lora.scale)
+    return fingerprint.values(
+        ckpt.leaf_digest({"model": judge.model.params, "head": judge.head} | adapted), judge.lora and judge.lora.scale
+    )
 
 
 def model_scores(scorer: Scorer, groups: Sequence[Group], *, on: torch.device) -> np.ndarray:

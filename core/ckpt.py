@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from treetune.core.state import Params, TrainState
 
 FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
 FIX = "resume from another checkpoint"
+DIGEST_THREADS = 8
 fsync = durable.fsync
 
 
@@ -35,6 +37,20 @@ def digest(params: Params) -> str:
         found.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
         found.update(whole.view(torch.uint8).numpy() if whole.ndim else whole.reshape(1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def leaf_digest(params: Params) -> str:
+    """sha256 over the sha256 of every leaf, which several threads make: for whole leaves, whose paths, shapes, dtypes and bytes count."""
+
+    def one(item: tuple[str, Tensor]) -> str:
+        path, leaf = item
+        whole = leaf.detach().contiguous().cpu().reshape(-1)
+        found = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
+        found.update(whole.view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+        return hashlib.sha256("".join(threads.map(one, sorted(tree.items(params)))).encode()).hexdigest()
 
 
 def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:

@@ -2,15 +2,16 @@
 
 import importlib.util
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from treetune.cli import provenance
-from treetune.core import manifest
+from treetune.cli import provenance, resume_rules
+from treetune.core import ckpt, manifest
+from treetune.models import hf
 
 
 def _module(name: str):
@@ -145,7 +146,8 @@ def aged(here, monkeypatch):
         for path in folder.glob("checkpoints/step_*"):
             meta = json.loads((path / "state.json").read_text())
             known = meta.pop(provenance.KEY)
-            meta |= {"format": 1, "stream": streams[-1], "base_digest": known["weights"]["model"] if base else ""}
+            frozen = {"model": hf.load(known["options"]["model"], dtype=torch.float32, device="cpu").params} if base else {}
+            meta |= {"format": 1, "stream": streams[-1], "base_digest": ckpt.digest(frozen) if base else ""}
             (path / "state.json").write_text(json.dumps(meta))
             (path / manifest.NAME).unlink()
 
@@ -165,7 +167,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_or_is_refused_in_a_line(kit,
         kit.refused(sft(*resumed, 3, *args), words)
     done = sft(*resumed, 3, "--learning-rate", 1e-5)
     assert done.code == 0, done.err
-    assert re.search("written by an earlier version: its options are taken from .*run/config.yaml", done.out)
+    assert "written by an earlier version: its options are taken from run/config.yaml" in done.out
     assert "  learning_rate 0.0002 -> 1e-05\n  max_steps 2 -> 3\n" in done.out
     assert sft(*resumed, 4).code == 0, "the checkpoint after it is of this version"
 
@@ -178,3 +180,42 @@ def test_a_checkpoint_of_an_earlier_version_without_its_options(kit, here, sft, 
     kit.refused(sft(*args, "--max-rows", 20), "other data, packing or batch options")
     done = sft(*args, "--max-steps", 3)
     assert done.code == 0 and "which options changed is not known" in done.out, done.err
+
+
+def test_the_checkpoint_is_asked_and_not_a_file_that_was_edited(kit, here, sft):
+    assert sft("--output-dir", "run").code == 0
+    config = yaml.safe_load((here / "run/config.yaml").read_text()) | {"lora_alpha": 64.0}
+    (here / "run/config.yaml").write_text(yaml.safe_dump(config))
+    resumed = ["--output-dir", "run", "--resume", "auto", "--max-steps", 3]
+    kit.refused(sft(*resumed, "--lora-alpha", 64), "lora_alpha 64 instead of 32", "--config run/config.yaml has its options")
+    assert sft(*resumed).code == 0
+
+
+def test_another_function_in_the_file_of_a_reward_is_listed(tiny, here, kit, tune):
+    (here / "rewards.py").write_text(GRPO.REWARDS)
+    kit.write_rows(here / "prompts.jsonl", GRPO_ROWS)
+    assert tune("grpo", *GRPO.arguments(tiny)).code == 0
+    (here / "rewards.py").write_text(GRPO.REWARDS + "\n# mended\n")
+    done = tune("grpo", *GRPO.arguments(tiny, "--max-steps", 3, "--resume", "auto"))
+    assert done.code == 0, done.err
+    listed = done.out.partition("changed since the checkpoint:\n")[2].splitlines()[:2]
+    assert listed == ["  max_steps 2 -> 3", f"  {GRPO.SPREAD}: the file of this function changed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["adapter", "reference"])
+def test_weights_that_were_replaced_in_place_are_refused(role, tiny, here, kit, tune, sft):
+    shutil.copytree(tiny.same, here / "other")
+    assert sft("--output-dir", "start").code == sft("--output-dir", "second", "--seed", 5).code == 0
+    kit.write_rows(here / "dpo.jsonl", PAIRS.rows_of("dpo"))
+    own = {"adapter": ["--lora-model-dir", "start"], "reference": ["--ref-model", "other"]}[role]
+    args = PAIRS.arguments(tiny, "dpo", *own)
+    assert tune("dpo", *args).code == 0
+    changed, new = {"adapter": (here / "start/adapter", here / "second/adapter"), "reference": (here / "other", tiny.untied)}[role]
+    shutil.rmtree(changed)
+    shutil.copytree(new, changed)
+    kit.refused(tune("dpo", *args, "--resume", "auto"), f"another {role}: its weights are not those it was made with")
+
+
+def test_a_password_of_an_address_is_not_shown():
+    assert resume_rules.shown(["s3://me:secret@host/rows.jsonl"]) == "s3://...@host/rows.jsonl"
