@@ -12,7 +12,7 @@ import re
 import typing
 from typing import Annotated, Any
 
-from treetune.cli import entries, names, typed, yaml_config
+from treetune.cli import entries, names, ranges, typed, yaml_config
 from treetune.cli.errors import BadInput
 from treetune.cli.yaml_config import Written
 
@@ -20,6 +20,7 @@ PAIRS = frozenset(
     {"special_tokens", "chat_template_kwargs", "generation_kwargs"}
 )  # lists of NAME=VALUE, which a config file may also hold as a mapping
 LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
+LONGEST = 600  # characters of a message about a flag
 Parsed = tuple[Any, frozenset[str]]
 
 
@@ -52,6 +53,7 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     _check_text(argv)
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
+    argv = _numbers(argv, kinds(config))
     from_file = {key: value for key, value in _from_file(command, path, config, known).items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
     values = flatten(parsed)
@@ -102,6 +104,30 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
             raise BadInput(f"option {flag} is given twice")
         given.add(name)
     return given
+
+
+def _numbers(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """The arguments with whole numbers such as 1e3 written out. Errors: BadInput for a flag whose value is no number, as it must be."""
+    out = list(argv)
+    for i, arg in enumerate(argv):
+        flag, equals, text = arg.partition("=")
+        name = flag[2:].replace("-", "_")
+        kind = typed.single(types.get(name, str)) if flag.startswith("--") else str
+        text = text if equals else next(iter(argv[i + 1 : i + 2]), "--")
+        if kind not in (int, float) or text.startswith("--") or text == "None" or _parses(kind, text):
+            continue
+        value = typed.value_of(text, kind)
+        if value is None:
+            raise BadInput(f"{flag} must be {ranges.expected(name)}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
+        out[i if equals else i + 1] = f"{flag}={value}" if equals else str(value)
+    return out
+
+
+def _parses(kind: type, text: str) -> bool:
+    try:
+        return kind(text) is not None
+    except ValueError:
+        return False
 
 
 def _from_file(command: str, path: str | None, config: type, known: dict) -> dict[str, Any]:
@@ -190,10 +216,15 @@ def _with_config(config: type) -> type:
 
 
 def _one_line(box: str) -> str:
-    """The message inside tyro's error box."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] in "│|"]
-    body = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─-]{5,}", line)), len(lines))
-    return " ".join(lines[:body]) or " ".join(box.split())
+    """The message inside tyro's error box, at most LONGEST characters of it."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] in "│|"] or [
+        line.strip() for line in box.splitlines()
+    ]
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[─-]{5,}", line)]
+    body = [line for i, line in enumerate(lines) if i not in rules and not line.startswith("For full helptext")]
+    words = " ".join(body if len(rules) != 1 or rules[0] == 0 else lines[: rules[0]]).split()
+    text = " ".join(words)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -20,10 +20,9 @@ BOOLEAN_WORDS = ("true", "false")
 
 def value(written: Written, kind: Any, name: str, place: str) -> Any:
     """The value of an option of the type `kind`. Errors: BadInput with the place, the option, what was expected and what was there."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        if written.value is None:
-            return None
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if written.value is None and single(kind) is not kind:
+        return None
+    kind = single(kind)
     if written.value is None:
         raise BadInput(f"{place}: {name} has no value: it must be {_expected(kind, name)}; give one or remove the line")
     if typing.get_origin(kind) is tuple:
@@ -33,6 +32,18 @@ def value(written: Written, kind: Any, name: str, place: str) -> Any:
         items = written.value if isinstance(written.value, list) else [written]
         return tuple(_one(item, inner, name, place, _nth(i, written)) for i, item in enumerate(items, 1))
     return _one(written, kind, name, place, "")
+
+
+def single(kind: Any) -> Any:
+    """The type of an option that may also be left out."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(one for one in typing.get_args(kind) if one is not type(None))
+    return kind
+
+
+def value_of(text: str, kind: type) -> int | float | None:
+    """The number that the text of a flag writes, as in a file; None where it is none."""
+    return (integer if kind is int else number)(Written(text, text, True))
 
 
 def _nth(i: int, written: Written) -> str:

@@ -40,7 +40,7 @@ CASES = {
     "misspelt flag": lambda t, d: (sft(t, "--learning-rat", 1), "unknown option --learning-rat ", "did you mean --learning-rate"),
     "flag twice": lambda t, d: (sft(t, "--seed", 1, "--seed=2"), "--seed is given twice"),
     "negated flag twice": lambda t, d: (sft(t, "--shuffle", "--no-shuffle"), "shuffle is given twice"),
-    "wrong type": lambda t, d: (sft(t, "--lora-r", "four"), "lora-r", "four", "int"),
+    "wrong type": lambda t, d: (sft(t, "--lora-r", "four"), "--lora-r must be a whole number", "got 'four'"),
     "no value": lambda t, d: (sft(t, "--seed"), "seed"),
     "wrong choice": lambda t, d: (sft(t, "--optimizer", "adam"), "optimizer", "adamw"),
     "stray word": lambda t, d: (sft(t, "stray"), "stray"),
