@@ -102,10 +102,11 @@ def sampler(config: Any, made: Any):
         room = min(config.run.sample_tokens, model.cfg.max_positions - len(ids))
         if room < 1:
             return
-        drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
+        with screen.busy("answering the sample prompt"):
+            drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
         answer = prompts.answers(tokenizer, drawn)[0]
         screen.line(f"sample answer {when} training", "bold")
-        screen.line(f"  prompt: {prompt}\n  answer: {answer.strip()}\n")
+        screen.line(f"  prompt: {prompt}\n  answer: {answer.strip() or '(blank)'}\n")
         if made.job.rank == 0:
             records.append(made.where.samples, {"step": int(state.step), "prompt": prompt, "answer": answer})
 

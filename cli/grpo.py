@@ -321,7 +321,7 @@ class Roll(NamedTuple):
     def __call__(self, state: TrainState, index: int) -> tuple[list, dict]:
         """(micro-batches of step `index`, metrics of its completions)."""
         start = time.perf_counter()
-        with samplers.ending():
+        with samplers.ending(), self.screen.busy("sampling completions and scoring them"):
             groups, found = self.feed.next(state, index - 1)
         made = {"rollout/seconds": time.perf_counter() - start} | found | self.sampler.metrics()
         if self.ranks.rank == 0:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -66,9 +65,7 @@ def _signals(screen: Screen):
         if signum == signal.SIGINT and seen:
             raise KeyboardInterrupt
         seen.append(signum)
-        if not screen.console.quiet:
-            # The signal may have come in the middle of a print, which cannot be entered twice.
-            os.write(2, f"! {signal.Signals(signum).name}: saving after this step; Ctrl-C again leaves at once\n".encode())
+        screen.interrupt(f"{signal.Signals(signum).name}: saving after this step; Ctrl-C again leaves at once")
 
     old = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -168,7 +165,9 @@ class _Loop:
         if self.job.evaluate is None:
             return None
         step, start = int(state.step), time.perf_counter()
-        found = {f"eval/{key}": value for key, value in _known({k: v.item() for k, v in self.job.evaluate(state).items()}).items()}
+        with self.screen.busy("evaluating what is held out"):
+            values = {key: value.item() for key, value in self.job.evaluate(state).items()}
+        found = {f"eval/{key}": value for key, value in _known(values).items()}
         record = {"step": step, **found} | ({"eval/perplexity": math.exp(min(found["eval/loss"], 700.0))} if self.job.perplexity else {})
         self.recorder.note(record | {"eval/seconds": time.perf_counter() - start})
         goal, value = self.job.goal, found.get(f"eval/{self.job.goal}", math.nan)  # of no answer a reward may be known

@@ -1,23 +1,31 @@
 """What a person sees: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
+import _thread
 import contextlib
 import math
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from treetune.cli import terminal
+from treetune.cli import bar, terminal
+from treetune.cli.bar import clock as clock
 from treetune.core import observe
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+PATIENCE_S = 10  # before a screen without a bar says what it waits for
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -36,7 +44,7 @@ class Screen:
     def __init__(self, *, quiet: bool = False, every: int = 1, shown: tuple[str, ...] = ()):
         self.shown = shown
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.every, self.bar, self.task = every, None, None
+        self.every, self.bar, self.live = every, None, None
 
     def line(self, text: str, style: str = "") -> None:
         """One line of plain text."""
@@ -79,22 +87,59 @@ class Screen:
         """Show the bar of a run of `total` steps, of which `done` are behind us."""
         self.total = total
         if self.console.is_terminal:
-            columns = [TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}")]
-            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console)
-            self.task = self.bar.add_task("", total=total, completed=done)
-            self.bar.start()
+            self.bar = bar.Bar(total, done)
+            self.live = self._drawn(self.bar, transient=False)
+            self.live.start()
+
+    def _drawn(self, what: Any, *, transient: bool) -> Live:
+        return Live(what, console=self.console, refresh_per_second=8, transient=transient)
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """While something takes long: what it is and for how long, under the bar or alone; elsewhere a line after a while."""
+        if self.console.quiet:
+            yield
+        elif not self.console.is_terminal:
+            timer = threading.Timer(PATIENCE_S, self.line, (f"{what} ...",))
+            timer.daemon = True
+            timer.start()
+            try:
+                yield
+            finally:
+                timer.cancel()
+        elif self.bar is not None:
+            self.bar.activity = bar.Activity(what)
+            try:
+                yield
+            finally:
+                self.bar.activity = None
+        else:
+            self.live = self._drawn(bar.Activity(what), transient=True)
+            try:
+                with self.live:
+                    yield
+            finally:
+                self.live = None
+
+    def interrupt(self, text: str) -> None:
+        """A warning from a signal handler, which may have come in the middle of a print."""
+        if self.console.quiet:
+            return
+        if self.live is None:
+            os.write(2, f"! {text}\n".encode())
+        else:  # from a thread, which waits for the print to end; a bare one, since `threading` may be in the middle of something, too
+            _thread.start_new_thread(self.warn, (text,))
 
     def step(self, record: dict, eta_s: float) -> None:
         """The metrics of one finished step; a loss around 0 of sampled completions would say nothing."""
-        loss = "" if observe.sampled(record) else f"loss {record['train/loss']:.4f}  "
-        text = (
-            f"{loss}{self.own(record)}grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
-            f"{record['supervised_tokens_per_second']:.0f} tok/s  {record['memory_gib']:.1f} GiB"
-        )
+        loss = [] if observe.sampled(record) else [f"loss {record['train/loss']:.4f}"]
+        rates = [f"lr {record['learning_rate']:.1e}", f"{record['supervised_tokens_per_second']:.0f} tok/s"]
+        items = [*loss, *self._own(record), f"grad {record['grad_norm']:.2f}", *rates]
+        items += [] if math.isnan(record["memory_gib"]) else [f"{record['memory_gib']:.1f} GiB"]
         if self.bar is not None:
-            self.bar.update(self.task, completed=record["step"], description=text)
+            self.bar.done, self.bar.eta_s, self.bar.items = record["step"], eta_s, items
         elif record["step"] % self.every == 0 or record["step"] == self.total:
-            self.line(f"step {record['step']:>4}/{self.total}  {text}  eta {clock(eta_s)}")
+            self.line("  ".join([f"step {record['step']:>4}/{self.total}", *items, f"eta {clock(eta_s)}"]))
 
     def wants(self, step: int) -> bool:
         """Whether what belongs to this step is worth lines."""
@@ -102,17 +147,13 @@ class Screen:
 
     def own(self, record: dict, prefix: str = "") -> str:
         """The method's own numbers of a record, each followed by two spaces."""
-        return "".join(f"{key.split('/')[-1]} {record[prefix + key]:.3f}  " for key in self.shown if prefix + key in record)
+        return "".join(f"{item}  " for item in self._own(record, prefix))
+
+    def _own(self, record: dict, prefix: str = "") -> list[str]:
+        return [f"{key.split('/')[-1]} {record[prefix + key]:.3f}" for key in self.shown if prefix + key in record]
 
     def stop(self) -> None:
         """Take the bar away."""
         if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+            self.live.stop()
+            self.bar = self.live = None
