@@ -18,6 +18,7 @@ from treetune.cli import (
     finish,
     loop,
     online,
+    products,
     provenance,
     rewarding,
     rl_data,
@@ -160,6 +161,8 @@ GRPO = Task("grpo", online.METHOD, _read, _functions)
 def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
     """All of a run's parts from its options and its folder; writes nothing. What it starts (workers, a server) is stopped if it fails."""
     origin = provenance.begin(where, config, task.method.rates, on, processes=ranks.world, say=screen.line)
+    dtype = setup.compute_dtype(config.model.dtype, on)
+    products.settle(where.resume, dtype, on, share=partial(sharing.share, ranks), say=screen.line)
     start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     data = task.read(config, words.tokenizer)
@@ -211,6 +214,7 @@ def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, 
     read = {"train": fingerprint.documents(data.train), "held out": fingerprint.documents(data.val), "order": order}
     stream = loader.digest(sizes, step=size, seed=optim.seed)
     meta, changed = provenance.check(origin, config, documents=read, stream=stream, sampled=True)
+    meta |= products.record()
     state, found = loop.restore(where, state, total)
     training.tell(changed, screen)
     pool = feed.Feed(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import fetch, pairs
+from treetune.cli import fetch, pairs, products
 from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
@@ -114,6 +114,7 @@ def pair_name(options: ModelOptions, path: str | None) -> str:
 
 def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, say=print) -> tuple[Model, lora.Lora | None]:
     """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
+    products.settle(None, compute_dtype(options.dtype, on), on)
     model, _ = load_model(options, on=on, say=say)
     if path is None:
         return model, None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import cadence, corpus, finish, loop, parse, precompute, provenance, rundir, setup, sharing
+from treetune.cli import cadence, corpus, finish, loop, parse, precompute, products, provenance, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
@@ -170,6 +170,8 @@ def assemble(
     start = config.adapter.lora_model_dir if has_adapter else None
     on = setup.device(config.model.device)
     origin = provenance.begin(where, config, method.rates, on, processes=ranks.world, say=screen.line)
+    dtype = setup.compute_dtype(config.model.dtype, on)
+    products.settle(where.resume, dtype, on, share=partial(sharing.share, ranks), say=screen.line)
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     tokenizer = words.tokenizer
     data = corpus.load(config.data, tokenizer, seed=config.optim.seed, given=given, kind=method.kind)
@@ -220,6 +222,7 @@ def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, 
     )
     documents = {"train": data.digests[0], "held out": data.digests[1], "order": read.order}
     meta, changed = provenance.check(origin, config, documents=documents, stream=read.digest)
+    meta |= products.record()
     batches = stream(read.deal, make, seed=optim.seed)
     evaluate = evaluator(parts.held, data.val, make, ranks, plan, parts.prepare)
     job = loop.Job(

@@ -1,12 +1,15 @@
 """Products with a weight: x W^T, and g W and g^T x of its gradient.
 
-In float32 on the CPU they run in oneDNN, elsewhere in torch's own matrix product.
-T rows, I inputs, O outputs: 2 T I O flops each. On CPUs for which MKL picks no AVX-512 kernels, oneDNN reaches about twice its rate,
-and for the few rows of a decoding step it comes nearer to the speed at which weights are read.
+T rows, I inputs, O outputs: 2 T I O flops each. In float32 on the CPU the library and the side that it sees first are a choice, one for
+few rows (a decoding step) and one for many: which is fastest depends on the processor, by a factor of two in either direction.
+`measure` times the candidates, `choose` sets one for the process; without either it is oneDNN. Elsewhere it is torch's own product.
 The same product serves with and without gradients, so a policy equals its reference bit for bit while their weights do.
 """
 
 import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +31,81 @@ def _available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class Choice(NamedTuple):
+    """Names of `CANDIDATES` for streams of at most `FEW` rows, and for longer ones."""
+
+    few: str = "onednn"
+    many: str = "onednn"
+
+
+FEW = 32
+
+
+def _onednn(x: Tensor, w: Tensor, add: Tensor | None) -> Tensor:
+    if add is None:
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, None, "add")
+
+
+def _onednn_turned(x: Tensor, w: Tensor, add: Tensor | None) -> Tensor:
+    y = torch.ops.mkldnn._linear_pointwise(w, x, None, "none", [], "").T
+    return y.contiguous() if add is None else add.add_(y)
+
+
+def _torch(x: Tensor, w: Tensor, add: Tensor | None) -> Tensor:
+    return x @ w.T if add is None else add.add_(x @ w.T)
+
+
+def _torch_turned(x: Tensor, w: Tensor, add: Tensor | None) -> Tensor:
+    y = (w @ x.T).T
+    return y.contiguous() if add is None else add.add_(y)
+
+
+# Turned: (W x^T)^T, in which the library sees the weight's rows first and there are many of them however few x has.
+CANDIDATES: dict[str, Callable] = {"onednn": _onednn, "onednn turned": _onednn_turned, "torch": _torch, "torch turned": _torch_turned}
+_choice = Choice()
+
+
+def choose(choice: Choice) -> None:
+    """Use these products in this process. Results of runs are equal to the bit only under equal choices."""
+    global _choice
+    if unknown := set(choice) - CANDIDATES.keys():
+        raise ValueError(f"product {min(unknown)!r} is not one of {', '.join(CANDIDATES)}")
+    _choice = choice
+
+
+def chosen() -> Choice:
+    """The products in use."""
+    return _choice
+
+
+def measure(*, inputs: int = 1024, outputs: int = 2048, rounds: int = 7, margin: float = 0.85) -> Choice:
+    """The fastest candidate for 16 rows and for 256, by the best of some interleaved rounds: about half a second.
+
+    Another than oneDNN must take less than `margin` of its time, so that noise does not decide.
+    """
+    return Choice(*(_fastest(rows, inputs, outputs, rounds, margin) for rows in (16, 256)))
+
+
+def _fastest(rows: int, inputs: int, outputs: int, rounds: int, margin: float) -> str:
+    x, w = torch.ones(rows, inputs), torch.ones(outputs, inputs)
+    if not fast(x):
+        return Choice().few
+    best = dict.fromkeys(CANDIDATES, float("inf"))
+    for _ in range(rounds):
+        for name, product in CANDIDATES.items():
+            start = time.perf_counter()
+            product(x, w, None)
+            best[name] = min(best[name], time.perf_counter() - start)
+    first = min(best, key=best.__getitem__)
+    return first if best[first] < margin * best["onednn"] else "onednn"
+
+
 def rows_t(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
     """x W^T, plus `add`, which this consumes: x [T, I], w [O, I] -> [T, O]. Not differentiable: for the inside of autograd functions."""
     if not fast(x):
         return x @ w.T if add is None else add.addmm_(x, w.T)
-    if add is None:
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, None, "add")
+    return CANDIDATES[_choice.few if x.shape[0] <= FEW else _choice.many](x, w, add)
 
 
 def rows(g: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:

@@ -88,3 +88,54 @@ def test_stream_lengths_leave_nothing_behind():
     """600 lengths that never come again: what is compiled for them does not pile up (265 MB with their own limits)."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4e6
+
+
+@pytest.fixture
+def choosing():
+    yield product.choose
+    product.choose(product.Choice())
+
+
+@pytest.mark.parametrize("name", product.CANDIDATES)
+@pytest.mark.parametrize("rows", [1, 16, product.FEW, product.FEW + 1, 100])
+def test_every_candidate_is_the_product(choosing, name, rows):
+    x, w, _, _ = _inputs(torch.float32, rows)
+    choosing(product.Choice(name, name))
+    want = x.double() @ w.double().T
+    got = product.rows_t(x, w)
+    assert got.is_contiguous() and (got - want).norm() <= 1e-6 * want.norm()
+    added = product.rows_t(x, w, torch.zeros_like(got))
+    assert torch.equal(added, got), "an adapter that adds nothing changes no bit"
+    back = product.rows(got, w)
+    assert (back - got.double() @ w.double()).norm() <= 1e-6 * back.norm()
+
+
+def test_the_choice_goes_by_the_number_of_rows(choosing, monkeypatch):
+    asked = []
+    fake = {name: lambda x, w, add, name=name: asked.append(name) for name in product.CANDIDATES}
+    monkeypatch.setattr(product, "CANDIDATES", fake)
+    choosing(product.Choice("torch", "onednn turned"))
+    if product.fast(torch.ones(1, 1)):
+        product.rows_t(torch.ones(product.FEW, 2), torch.ones(3, 2))
+        product.rows_t(torch.ones(product.FEW + 1, 2), torch.ones(3, 2))
+        assert asked == ["torch", "onednn turned"]
+    with pytest.raises(ValueError, match="product 'cublas' is not one of onednn, "):
+        choosing(product.Choice("cublas"))
+
+
+def test_noise_does_not_choose(monkeypatch):
+    """Another than oneDNN must be faster by a margin; what is clearly faster is taken."""
+    clock, cost = [0.0], {"onednn": 1.0, "onednn turned": 0.9, "torch": 1.2, "torch turned": 2.0}
+
+    def spend(name):
+        def run(x, w, add):
+            clock[0] += cost[name]
+
+        return run
+
+    monkeypatch.setattr(product, "CANDIDATES", {name: spend(name) for name in cost})
+    monkeypatch.setattr(product.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(product, "fast", lambda x: True)
+    assert product.measure() == product.Choice("onednn", "onednn")
+    cost["torch turned"] = 0.5
+    assert product.measure() == product.Choice("torch turned", "torch turned")
