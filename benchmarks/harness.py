@@ -17,10 +17,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "numpy")
 
 
 def device_name() -> str:
-    """A folder name for this machine: the GPU, or the number of CPU cores."""
+    """A folder name for this kind of machine: the GPU, or CPU threads and the instruction set that torch uses; ratios differ by both."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
-    return f"cpu-{torch.get_num_threads()}-threads"
+    instructions = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    return f"cpu-{torch.get_num_threads()}-threads-{instructions}"
 
 
 def machine() -> dict:

@@ -34,6 +34,7 @@ def pack(lengths: Sequence[int], budget: int, *, seed: int | None = 0, window: i
 def _best_fit(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Longest first, each into the group with the least room that still holds it."""
     groups: list[list[int]] = []
+    budget = min(budget, sum(lengths[i] for i in indices))  # one group takes all from there on, and rooms are counted below
     by_room: list[list[int]] = [[] for _ in range(budget + 1)]
     rooms = 0  # bit r is set when some group has room r: the lowest set bit from `length` up is the best fit
     rank = {index: position for position, index in enumerate(indices)}

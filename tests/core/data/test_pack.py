@@ -175,3 +175,9 @@ def test_supervised_tokens_survive_packing(tokenizer):
         got = [tuple(part.tolist()) for batch in batches for part in batch["targets"].split(batch["seq_lens"].tolist())]
         assert sorted(got) == wanted
         assert sorted(row for batch in batches for row in batch["row"].tolist()) == list(range(1, 201))
+
+
+def test_a_budget_beyond_all_documents_costs_nothing():
+    """A table of rooms of that size would not fit in memory."""
+    assert [sorted(group) for group in pack.pack([3, 5, 2], 10**12, seed=None)] == [[0, 1, 2]]
+    assert pack.pack([], 10**12) == []
