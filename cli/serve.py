@@ -18,6 +18,7 @@ from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options import ModelName
 from treetune.cli.screen import Screen
 from treetune.cli.serve_options import Serve
+from treetune.core import manifest
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import LOOPBACK
@@ -52,6 +53,7 @@ def model_folder(options: ModelName, *, say: Callable[[str], None]) -> Path:
     """The model as a folder that vLLM reads. A .gguf file is written as one, once, in float32: the numbers that training computes with."""
     found = fetch.resolve(options.model, say=say, revision=options.revision)
     if found.suffix != ".gguf":
+        manifest.check(found)  # before a program that does not
         return found
     stat = found.stat()
     digest = hashlib.sha256(f"{found.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
@@ -65,6 +67,7 @@ def model_folder(options: ModelName, *, say: Callable[[str], None]) -> Path:
 
 def rank_of(path: str | Path) -> int:
     """The rank in an adapter folder's config. Raises ValueError where there is none."""
+    manifest.check(setup.adapter_folder(str(path)))
     found = folder.read_json(setup.adapter_folder(str(path)) / CONFIG).get("r")
     if not isinstance(found, int):
         raise ValueError(f"{path} names no rank in {CONFIG}; expected an adapter in PEFT format")

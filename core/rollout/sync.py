@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from treetune.core import check, drafts, owned
+from treetune.core import check, drafts, manifest, owned
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import Client, Lost, Unreachable
 from treetune.core.state import Params
@@ -148,6 +148,7 @@ class Adapters:
         if self.kept and version <= self.kept[-1]:
             raise ValueError(f"version {version} comes after version {self.kept[-1]}; each sync needs a higher one")
         write(self.folder(version), save)
+        _intact(self.folder(version))
         self.client.load_adapter(self.name(version), self.folder(version))
         try:
             verdict = self.canary.check(self.name(version), version, expected)
@@ -162,8 +163,14 @@ class Adapters:
     def recover(self) -> Verdict:
         """Load the current version again, on a server that was restarted and has none, and check it."""
         if self.kept:
+            self.intact()
             self.client.load_adapter(self.model, self.folder(self.kept[-1]))
         return self.canary.again(self.model)
+
+    def intact(self) -> None:
+        """Raise SyncError unless the current version's files are as they were written."""
+        if self.kept:
+            _intact(self.folder(self.kept[-1]))
 
     def _drop(self, version: int) -> None:
         self.client.unload_adapter(self.name(version))
@@ -202,6 +209,7 @@ class Weights:
         _finite(params, version)
         folder = self.root / f"weights-v{version:06}"
         write(folder, save)
+        _intact(folder)
         if self.in_place:
             self.client.reload_weights(folder)
             self.server.command = self.command(folder)  # where a restart would have to begin
@@ -212,6 +220,11 @@ class Weights:
             owned.remove(self.kept, owned.MODEL)
         self.kept = folder
         return verdict
+
+    def intact(self) -> None:
+        """Raise SyncError unless the current version's files are as they were written."""
+        if self.kept is not None:
+            _intact(self.kept)
 
     def recover(self) -> Verdict:
         """Check a server that was restarted on the current folder."""
@@ -226,6 +239,8 @@ def write(folder: Path, save: Save) -> None:
         save(part)
         if not part.is_dir() or not any(part.iterdir()):
             raise ValueError(f"save({part}) wrote nothing there; it must write the files of an adapter or a model into that folder")
+        if not (part / manifest.NAME).exists():
+            manifest.write(part)
         owned.replace(part, folder, owned.MODEL)
     finally:
         drafts.delete(part)
@@ -247,9 +262,17 @@ def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) ->
             if server.starts == starts:
                 if server.alive():
                     raise
+                sync.intact()
                 server.restart()
                 sync.recover()
     return call(sync.model)
+
+
+def _intact(folder: Path) -> None:
+    try:
+        manifest.check(folder, fix="something wrote to that folder, or the disk is failing; continue with --resume auto")
+    except ValueError as error:
+        raise SyncError(f"the weights for the server were damaged: {error}") from error
 
 
 def _finite(params: Params, version: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from treetune.core import manifest
 from treetune.core.rollout import server as server_
 from treetune.core.rollout import sync, vllm
 
@@ -197,6 +198,22 @@ def test_an_answer_to_a_load_that_got_lost_is_no_failure(fake, adapters):
 
     fake.load = torn
     assert adapters.sync(1, save(0.3), PARAMS, expected(0.3)).told and len(calls) == 2
+
+
+def test_a_folder_that_changed_on_the_disk_never_reaches_a_server(fake, adapters, monkeypatch):
+    """Right after it was written, and when a server that lost it asks again."""
+    adapters.sync(1, save(0.3), PARAMS, expected(0.3))
+    assert (adapters.folder(1) / manifest.NAME).is_file()
+    config = adapters.folder(1) / "adapter_config.json"
+    config.write_text(config.read_text().replace("0.3", "0.4"))
+    loaded = len(fake.adapters)
+    with pytest.raises(sync.SyncError, match="adapter_config.json is not as it was written"):
+        adapters.recover()
+    write = sync.write
+    monkeypatch.setattr(sync, "write", lambda folder, how: (write(folder, how), (folder / "adapter_config.json").write_text("{}")))
+    with pytest.raises(sync.SyncError, match="weights for the server were damaged: .*adapter_config.json has 2 bytes"):
+        adapters.sync(2, save(0.5), PARAMS, expected(0.5))
+    assert len(fake.adapters) == loaded
 
 
 @pytest.fixture
