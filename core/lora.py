@@ -14,6 +14,8 @@ from torch import Tensor
 from treetune.core import param, tree
 from treetune.core.param import Param, Params
 
+PEFT_LINEAR, PEFT_EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+
 
 class Lora(NamedTuple):
     """An adapter in use: its tree, its scale (never trained), and its dropout with the 0-d int64 seed of the step."""
@@ -113,7 +115,7 @@ def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
     out = {}
     for path, (a, b) in pairs(adapter).items():
         module = hf_key(path).removesuffix(".weight")
-        names = ("lora_embedding_A", "lora_embedding_B") if path == "embed_tokens" else ("lora_A.weight", "lora_B.weight")
+        names = PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR
         out[f"base_model.model.{module}.{names[0]}"] = a
         out[f"base_model.model.{module}.{names[1]}"] = b
     return out
@@ -127,12 +129,11 @@ def from_peft(tensors: dict[str, Tensor], paths: Iterable[str], hf_key: Callable
     used, found = set(), []
     for path in paths:
         module = hf_key(path).removesuffix(".weight")
-        for part, names in (("A", ("lora_A.weight", "lora_embedding_A")), ("B", ("lora_B.weight", "lora_embedding_B"))):
-            for name in names:
-                key = f"base_model.model.{module}.{name}"
-                if key in tensors:
-                    used.add(key)
-                    found.append((f"{path}.{part}", tensors[key]))
+        for part, name in zip("AB", PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR, strict=True):
+            key = f"base_model.model.{module}.{name}"
+            if key in tensors:
+                used.add(key)
+                found.append((f"{path}.{part}", tensors[key]))
     adapter = tree.from_items(found)
     _check_complete(set(tensors) - used, [path for path, _ in found])
     return adapter

@@ -15,19 +15,12 @@ from torch import Tensor
 from treetune.core import lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, folder, hf, resize
+from treetune.models import Model, adapter_config, adapter_tensors, folder, hf, resize
+from treetune.models.adapter_tensors import BASE, PREFIX, module
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # there when the adapter has a tokenizer or a template of its own
-PREFIX, BASE = "base_model.model.", ".base_layer.weight"
 CLASSIFIERS = ("classifier", "score")  # PEFT names both in the config of every classifier, whichever of them the model has
-# What an adapter_config.json may say; anything else would change the function that the adapter computes.
-PLAIN = {
-    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
-    "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "kasa_config": None, "use_bdlora": None,
-    "monteclora_config": None, "velora_config": None,
-}  # fmt: skip
 
 
 class Info(NamedTuple):
@@ -39,11 +32,6 @@ class Info(NamedTuple):
     dropout: float
     base: str
     paths: list[str]
-
-
-def module(family: str, path: str) -> str:
-    """PEFT's name of the module that owns a leaf: `model.layers.0.self_attn.q_proj`."""
-    return hf.hf_key(family, path).rpartition(".")[0]
 
 
 def check(family: str, adapted: list[str], whole: list[str]) -> None:
@@ -109,7 +97,8 @@ def save(
         name = module(family, "lm_head")
         modules |= set() if "lm_head" in found else {name}
         tensors[f"{PREFIX}{name}{BASE if 'lm_head' in found else '.weight'}"] = replaced["embed_tokens"].clone()
-    config = PLAIN | {
+    config = adapter_config.OFF | {
+        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
         "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "init_lora_weights": True,
         "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": dropout,
         "target_modules": [module(family, name) for name in found], "modules_to_save": sorted(modules) or None,
@@ -138,37 +127,28 @@ def load_beside(
 ) -> tuple[Lora, Params, dict[str, Tensor], Info]:
     """As `load`, from a folder that may hold tensors of these names besides, which come third."""
     root = Path(path).expanduser()
-    config = _read_config(root / CONFIG)
+    config = adapter_config.read(root)
     if names:
-        config["modules_to_save"] = [name for name in config.get("modules_to_save") or [] if name not in CLASSIFIERS]
+        config = config._replace(saved=tuple(name for name in config.saved if name not in CLASSIFIERS))
     tensors = _read_tensors(root / WEIGHTS)
-    shapes = dict(tree.items(hf.abstract_of(model, head=True)))
-    paths = [name for name, leaf in shapes.items() if len(leaf.shape) == 2]
-    key = partial(hf.hf_key, model.family)
-    bases = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith(BASE)}
     beside = {name: tensors.pop(PREFIX + name) for name in names if PREFIX + name in tensors}
-    whole = {name: tensors.pop(PREFIX + key(name)) for name in shapes if PREFIX + key(name) in tensors}
-    tree_ = tree.map(lambda leaf: leaf.to(model.params["norm"].device, dtype), lora.from_peft(tensors, paths, key))
-    adapted = lora.pairs(tree_)
-    _check_shapes(adapted, whole, shapes, config["r"])
-    _check_modules(model.family, config, list(adapted), list(whole))
-    whole = _untie(_based(bases, whole, model), model)
-    scale = lora.scale(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("use_rslora", False))
-    info = Info(config["r"], config["lora_alpha"], config.get("use_rslora", False), config.get("lora_dropout", 0.0),
-                config.get("base_model_name_or_path") or "", list(adapted))  # fmt: skip
+    low, whole = adapter_tensors.read(tensors, config, model, headless=bool(names))
+    low = tree.map(lambda leaf: leaf.to(model.params["norm"].device, dtype), low)
+    info = Info(config.rank, config.alpha, config.rslora, config.dropout, config.base, list(lora.pairs(low)))
     like = dict(tree.items(model.params))
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
-    return Lora(tree_, scale), tree.from_items(leaves), beside, info
+    scale = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora)
+    return Lora(low, scale), tree.from_items(leaves), beside, info
 
 
 def base_of(path: str | Path) -> str:
     """The base model that an adapter folder names; empty when it names none."""
-    return _read_config(Path(path).expanduser() / CONFIG).get("base_model_name_or_path") or ""
+    return adapter_config.read(Path(path).expanduser()).base
 
 
 def task_of(path: str | Path) -> str | None:
     """PEFT's task_type of an adapter folder; None when it names none."""
-    return _read_config(Path(path).expanduser() / CONFIG).get("task_type")
+    return adapter_config.read(Path(path).expanduser()).task
 
 
 def rows(path: str | Path, family: str) -> int | None:
@@ -185,17 +165,6 @@ def rows(path: str | Path, family: str) -> int | None:
         return None  # `load` says what is wrong with the file
 
 
-def _read_config(file: Path) -> dict:
-    config = folder.read_json(file)
-    for name, value in PLAIN.items():
-        if config.get(name) and config[name] != value:
-            raise ValueError(f"{file} has {name}={config[name]!r}; only plain LoRA is known here ({name}={value!r})")
-    if "r" not in config or "lora_alpha" not in config:
-        raise ValueError(f"{file} has no r or no lora_alpha; expected the config of a LoRA adapter")
-    manifest.check(file.parent, weights=False)
-    return config
-
-
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -205,48 +174,5 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     manifest.check(file.parent)
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): save or download the adapter again") from error
-
-
-def _check_shapes(adapted: dict, whole: dict[str, Tensor], shapes: dict, rank: int) -> None:
-    for path, (a, b) in adapted.items():
-        out, inner = shapes[path].shape[::-1] if path == "embed_tokens" else shapes[path].shape
-        if tuple(a.shape) != (rank, inner) or tuple(b.shape) != (out, rank):
-            raise ValueError(
-                f"the adapter of {path} has A {list(a.shape)} and B {list(b.shape)}; "
-                f"the model and rank {rank} ask for {[rank, inner]} and {[out, rank]}"
-            )
-    for path, leaf in whole.items():
-        if tuple(leaf.shape) != shapes[path].shape:
-            raise ValueError(f"{path} in the adapter file has shape {list(leaf.shape)}; the model has {list(shapes[path].shape)}")
-
-
-def _check_modules(family: str, config: dict, adapted: list[str], whole: list[str]) -> None:
-    """Every module that the config names with its full path must be in the file (short names stand for any number of modules)."""
-    there = {module(family, path) for path in adapted + whole}
-    targets = config.get("target_modules")
-    named = [*(targets if isinstance(targets, list) else []), *(config.get("modules_to_save") or [])]
-    for name in named:
-        if not any(owner == name or owner.endswith(f".{name}") for owner in there):
-            raise ValueError(f"adapter_config.json names {name}, and the adapter file has nothing for it")
-
-
-def _based(bases: dict[str, Tensor], whole: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """PEFT may save the base weight below an adapter: it is used when it equals the model's, or the trained tied embedding."""
-    for name, leaf in bases.items():
-        path = hf.from_hf_key(model.family, name.removeprefix(PREFIX).replace(BASE, ".weight"))
-        tied = path == "lm_head" and "lm_head" not in model.params
-        source = "embed_tokens" if tied else path
-        expected = whole.get(source, dict(tree.items(model.params)).get(source))
-        if expected is None or expected.shape != leaf.shape or not torch.equal(expected.cpu().to(leaf.dtype), leaf):
-            raise ValueError(f"the adapter file holds a base weight {name} that is not the one of this model: load it over its own base")
-    return whole
-
-
-def _untie(whole: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Drop a head that repeats the trained embedding of a tied model: the model ties the two itself."""
-    both = "lm_head" in whole and "embed_tokens" in whole and "lm_head" not in model.params
-    if both and torch.equal(whole["lm_head"], whole["embed_tokens"]):
-        return {name: leaf for name, leaf in whole.items() if name != "lm_head"}
-    return whole

@@ -76,7 +76,7 @@ def kind(path: str | Path) -> str | None:
     """What scalar head a local model or adapter folder holds: "sequence", "token", or None for another model or a file."""
     root = Path(path).expanduser()
     if (root / adapter.CONFIG).is_file():
-        task = folder.read_json(root / adapter.CONFIG).get("task_type")
+        task = adapter.task_of(root)
         return next((name for name, (_, known) in KINDS.items() if task == known), None)
     config = folder.read_json(root / "config.json") if (root / "config.json").is_file() else {}
     named = " ".join(fields.texts(fields.mapping(config, str(root / "config.json")), "architectures", default=(), null=True))
