@@ -1,6 +1,6 @@
 """`treetune chat`: a conversation in the terminal."""
 
-from treetune.cli import prompts, setup
+from treetune.cli import bases, prompts, setup
 from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
@@ -12,10 +12,10 @@ def run(config: Chat, given: frozenset[str]) -> int:
     screen = Screen()
     start = [{"role": "system", "content": config.system}] if config.system else []
     with checking_input():
-        options = setup.with_base(config.model, config.adapter.adapter, given)
+        options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}])
-        model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
+        model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         stop = setup.stop_ids(options, tokenizer)
         prompts.check_ids(prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg)
     screen.line(

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from treetune.cli import corpus, setup, training
+from treetune.cli import bases, corpus, setup, training
 from treetune.cli.configs import Eval
 from treetune.cli.errors import checking_input
 from treetune.cli.options import LossOptions
@@ -20,10 +20,10 @@ def run(config: Eval, given: frozenset[str]) -> int:
         on = setup.device(config.model.device)
         ranks = setup.ranks(on)
         screen = Screen(quiet=ranks.rank > 0)
-        options = setup.with_base(config.model, config.adapter.adapter, given)
+        options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         docs, _, lines, *_ = corpus.read_and_encode(config.data, tokenizer, given=given)
-        model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
+        model, used = bases.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
         corpus.check_fits(docs, config.data.sequence_len, model.cfg)
     for line in lines:
         screen.line(line)

@@ -71,7 +71,7 @@ def resolve(name: str | Path, *, say: Say = lambda line: None, revision: str | N
     Raises ValueError, one line, for a name that is nothing we can find.
     """
     if (local := _local(name)) is not None:
-        return local
+        return model_in(local) if local.is_dir() else local
     if (short := known_name(str(name))) is not None and revision is None:
         place = home() / "models" / short
         return place if (place / "config.json").is_file() else _fetch(short, place, say)
@@ -93,6 +93,28 @@ def check(name: str) -> None:
     """Errors: ValueError for a name that is nothing we could find, here or elsewhere."""
     if _local(name) is None and known_name(name) is None and not _looks_like_id(name):
         raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
+
+
+def model_in(folder: Path) -> Path:
+    """The model folder that a folder means: itself, or the model that a run left in it.
+
+    Raises ValueError for what only looks like a model: a checkpoint, an adapter, the run of one, a run without a result yet.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if (folder / "state.safetensors").is_file():
+        run = folder.parent.parent
+        raise ValueError(f"{folder} is a checkpoint, not a model: name its run {run} once that has ended, or go on with --resume {folder}")
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} holds an adapter, not a model: give --adapter {folder}, or --lora-model-dir {folder} to train it on"
+            )
+    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is a run that has left no model yet: let it end, with --resume auto, then name it")
+    return folder
 
 
 def _looks_like_id(name: str) -> bool:

@@ -160,7 +160,7 @@ def write_trained(
         return
     info, save = trees.info, partial(heads.save_adapter, **head) if head else adapter.save
     save(
-        path, trained["lora"], family=model.family, base=setup.model_name(config.model), rank=info.rank, alpha=info.alpha,
+        path, trained["lora"], family=model.family, base=info.base, digest=info.digest, rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=trees.lora.dropout, whole=trained.get("model"), tied=model.cfg.tied, **_carried(config, tokenizer),
     )  # fmt: skip
 

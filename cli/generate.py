@@ -1,6 +1,6 @@
 """`treetune generate`: answers to prompts, as a chat or as plain continuation."""
 
-from treetune.cli import prompts, setup
+from treetune.cli import bases, prompts, setup
 from treetune.cli.configs import Generate
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
@@ -17,10 +17,10 @@ def run(config: Generate, given: frozenset[str]) -> int:
     """Print the answers; the exit code."""
     screen = Screen()
     with checking_input():
-        options = setup.with_base(config.model, config.adapter.adapter, given)
+        options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         ids = _prompt_ids(config, tokenizer)
-        model, used = setup.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
+        model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         for one in ids:
             prompts.check_ids(one, model.cfg)
         drawn = decode.sample(

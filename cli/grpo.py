@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from treetune.cli import (
+    bases,
     cadence,
     corpus,
     finish,
@@ -169,12 +170,14 @@ def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, rank
     for text in data.lines:
         screen.line(text)
     base, _ = setup.load_model(config.model, on=on)
+    known = bases.base_of(config.model, base)
+    if start is not None:
+        bases.check(start, known, say=screen.line)
     model = setup.with_rows(base, words, config.vocabulary, start)
     if changed := setup.describe_rows(words, base, model):
         screen.line(changed)
     if config.adapter.adapter == "lora":
-        name, seed = setup.model_name(config.model), config.optim.seed
-        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", say=screen.line)
+        trees = setup.adapted(model, config.adapter, base=known, seed=config.optim.seed, new_rows=changed != "", say=screen.line)
     else:
         trees = setup.full(model)
     own = task.prepare(config, model, trees, words.tokenizer, data, on=on, ranks=ranks, screen=screen)

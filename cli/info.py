@@ -13,7 +13,7 @@ from treetune.cli.configs import Info
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen, clock
 from treetune.core import ckpt, lora, param, records
-from treetune.models import MODELS, adapter, folder, hf
+from treetune.models import MODELS, adapter, adapter_config, hf
 
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
 
@@ -58,14 +58,15 @@ def model(path: Path) -> dict[str, str]:
 
 def adapter_rows(path: Path) -> dict[str, str]:
     """Rank, scale, base model and targets of an adapter folder."""
-    base, config = adapter.base_of(path), folder.read_json(path / adapter.CONFIG)
-    targets = sorted({name.rpartition(".")[2] for name in config.get("target_modules") or []})
+    config = adapter_config.read(path)
+    names = (config.targets,) if isinstance(config.targets, str) else config.targets
+    targets = sorted({name.rpartition(".")[2] for name in names})
     return {
         "adapter": str(path),
-        "base": base or "not named",
-        "rank": f"{config['r']}, alpha {config['lora_alpha']}{', rank-stabilised' * bool(config.get('use_rslora'))}",
-        "targets": f"{len(config.get('target_modules') or [])} modules: {', '.join(targets)}",
-        "trained whole": ", ".join(config.get("modules_to_save") or []) or "none",
+        "base": config.base or "not named",
+        "rank": f"{config.rank}, alpha {config.alpha:g}{', rank-stabilised' * config.rslora}",
+        "targets": config.targets if isinstance(config.targets, str) else f"{len(names)} modules: {', '.join(targets)}",
+        "trained whole": ", ".join(config.saved) or "none",
     }
 
 

@@ -79,6 +79,10 @@ def _run(command: str, argv: list[str]) -> int:
         with checking_input("the command line or its config file"):
             parsed, given = parse.parse(command, getattr(configs, config), argv)
             checks.check(parsed, given)
+            if getattr(getattr(parsed, "adapter", None), "lora_model_dir", None) is not None:
+                from treetune.cli import bases
+
+                parsed = bases.started(parsed, given)
             guard.check(parsed, parse.config_file(argv))
             early.check(parsed, given)
         return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli import score, setup
+from treetune.cli import bases, score, setup
 from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
 from treetune.cli.options import ModelOptions
@@ -46,7 +46,7 @@ class Loaded(NamedTuple):
 def load(options: ModelOptions, path: str, tokenizer, screen: Screen) -> Loaded:
     """The model and the adapter, of a language model or of a reward model."""
     if heads.kind(setup.adapter_folder(path)) is None:
-        return Loaded(*setup.load_adapted(options, path, on=torch.device("cpu"), say=screen.line), None)
+        return Loaded(*bases.load_adapted(options, path, on=torch.device("cpu"), say=screen.line), None)
     judge = score.load(options, path, tokenizer, on=torch.device("cpu"), say=screen.line)
     return Loaded(judge.model, judge.lora, judge.head)
 
@@ -75,7 +75,7 @@ def run(config: Merge, given: frozenset[str]) -> int:
     """Merge, compare, save; the exit code."""
     screen, output = Screen(), Path(config.output)
     with checking_input():
-        options = setup.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
+        options = bases.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
         options = options if config.model is None else setup.renamed(options, config.model)
         tokenizer = setup.load_tokenizer(options, config.adapter, say=screen.line)
         model, used, head = load(options, config.adapter, tokenizer, screen)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import custom_rollout, parse, rewarding, rl_data, rollouts, rundir, setup
+from treetune.cli import bases, custom_rollout, parse, rewarding, rl_data, rollouts, rundir, setup
 from treetune.cli.configs import Rollout
 from treetune.cli.errors import checking_input
 from treetune.cli.rl_checks import VLLM_ONLY
@@ -24,7 +24,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         parse.refuse_ignored(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
-        options = setup.with_base(config.model, config.adapter.adapter, given)
+        options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         data = rl_data.load(config.data, tokenizer, seed=config.seed)
         on = setup.device(options.device)
@@ -33,7 +33,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         with checking_input():
             prompts = data.train[: config.num_prompts]
             rewards.check(prompts)
-            model, used = setup.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
+            model, used = bases.load_adapted(options, config.adapter.adapter, on=on, say=screen.line)
             rl_data.check_fits(data, config.rollout, model.cfg)
         for line in data.lines:
             screen.line(line)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import corpus, fetch, parse, rundir, setup
+from treetune.cli import bases, corpus, fetch, parse, rundir, setup
 from treetune.cli.configs import Score
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options import ModelOptions
@@ -105,6 +105,7 @@ def load(options: ModelOptions, path: str | None, tokenizer: Any, *, on: torch.d
     else:
         model, _ = setup.load_model(options, on=on, say=say)
     if path is not None:
+        bases.check(path, bases.base_of(options, model), say=say)
         model = _sized(model, path, tokenizer)
         with fields.reading(f"the adapter {path}"):
             used, whole, head, _ = heads.load_adapter(setup.adapter_folder(path), model)

@@ -22,8 +22,7 @@ from treetune.core import manifest
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import LOOPBACK
-from treetune.models import Model, folder, gguf, hf
-from treetune.models.adapter import CONFIG
+from treetune.models import Model, adapter_config, gguf, hf
 
 ENVIRONMENT = Path(".vllm-venv") / "bin" / "python"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -68,10 +67,7 @@ def model_folder(options: ModelName, *, say: Callable[[str], None]) -> Path:
 def rank_of(path: str | Path) -> int:
     """The rank in an adapter folder's config. Raises ValueError where there is none."""
     manifest.check(setup.adapter_folder(str(path)))
-    found = folder.read_json(setup.adapter_folder(str(path)) / CONFIG).get("r")
-    if not isinstance(found, int):
-        raise ValueError(f"{path} names no rank in {CONFIG}; expected an adapter in PEFT format")
-    return found
+    return adapter_config.read(setup.adapter_folder(str(path))).rank
 
 
 def log_file(port: int) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import fetch, pairs, products
+from treetune.cli import fetch, pairs
 from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
@@ -95,13 +95,6 @@ def adapter_folder(path: str) -> Path:
     return inside if inside.is_dir() else Path(path)
 
 
-def with_base(options: ModelOptions, path: str | None, given: frozenset[str]) -> ModelOptions:
-    """The model options, naming the adapter's own base model where the user named none."""
-    if path is None or "model" in given:
-        return options
-    return dataclasses.replace(options, model=adapter.base_of(adapter_folder(path)) or options.model)
-
-
 def renamed(options: ModelOptions, name: str) -> ModelOptions:
     """The options with another model."""
     return dataclasses.replace(options, model=name)
@@ -112,28 +105,8 @@ def pair_name(options: ModelOptions, path: str | None) -> str:
     return options.model if path is None else f"{options.model} + {path}"
 
 
-def load_adapted(options: ModelOptions, path: str | None, *, on: torch.device, say=print) -> tuple[Model, lora.Lora | None]:
-    """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
-    products.settle(None, compute_dtype(options.dtype, on), on)
-    model, _ = load_model(options, on=on, say=say)
-    if path is None:
-        return model, None
-    model = _as_trained(model, options, path)
-    found, whole, _ = load_adapter(path, model)
-    return model._replace(params=tree.merge(model.params, whole)), found
-
-
-def _as_trained(model: Model, options: ModelOptions, path: str) -> Model:
-    """The model with the vocabulary rows that an adapter was trained with, whether more or fewer than its own."""
-    found = adapter.rows(adapter_folder(path), model.family)
-    if found is None:
-        return resize.resize(model, len(load_tokenizer(options, path)) if has_tokenizer(path) else 0)
-    if found < model.cfg.vocab_size:
-        _check_rows(path, found, len(load_tokenizer(options, path)))
-    return resize.resize(resize.cut(model, found), found)
-
-
-def _check_rows(path: str, found: int, tokens: int) -> None:
+def check_rows(path: str, found: int, tokens: int) -> None:
+    """Raise ValueError where an adapter has fewer rows of vocabulary than its tokenizer has tokens."""
     if found < tokens:
         raise ValueError(f"{path} has {found} rows of vocabulary and its tokenizer {tokens} tokens: the adapter is of another model")
 
@@ -170,9 +143,19 @@ def has_tokenizer(adapter_path: str) -> bool:
     return (adapter_folder(adapter_path) / adapter.TOKENIZER).is_file()
 
 
+def check_files(options: ModelName) -> None:
+    """Raise ValueError for a config.json or generation_config.json that cannot be used: before rows are read, and before a run that
+    would save a model with it."""  # fmt: skip
+    path = fetch.resolve(options.model, revision=options.revision)
+    if path.is_dir() and getattr(options, "from_config", None) is None:
+        hf.read_config(path / "config.json")
+    hf.generation_config(path)
+
+
 def load_words(model: ModelName, options: TokenOptions, start: str | None = None, *, say=print) -> Words:
     """The tokenizer of a run: that of the model, or of the adapter it starts from, with special and extra tokens as asked."""
     plain = load_tokenizer(model, start, say=say)
+    check_files(model)
     special = pairs.named_texts(options.special_tokens, "special-tokens")
     tokenizer, added = vocabulary.apply(plain, special_tokens=special, tokens=options.tokens)
     whole = special or options.tokens or (start is not None and has_tokenizer(start))
@@ -183,7 +166,7 @@ def with_rows(model: Model, words: Words, options: VocabularyOptions, start: str
     """The model with a row for every token that was asked for, and for every row of the adapter that the run starts from."""
     rows = None if start is None else adapter.rows(adapter_folder(start), model.family)
     if rows is not None:
-        _check_rows(start, rows, words.before)
+        check_rows(start, rows, words.before)
     return resize.resize(model, max(words.needed, rows or 0), multiple=options.embedding_multiple)
 
 
@@ -194,7 +177,9 @@ def describe_rows(words: Words, before: Model, after: Model) -> str:
     return ", ".join(part for part in (texts, f"{old} rows grown to {new}" if new > old else "") if part)
 
 
-def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_rows: bool = False, head: bool = False, say=print) -> Trees:
+def adapted(
+    model: Model, options: AdapterOptions, *, base: adapter.Base, seed: int, new_rows: bool = False, head: bool = False, say=print
+) -> Trees:
     """Trained and frozen trees for an adapter: the low-rank pairs, and whole weights that train beside them.
 
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter.
@@ -202,7 +187,8 @@ def adapted(model: Model, options: AdapterOptions, *, name: str, seed: int, new_
     if options.lora_model_dir is not None:
         found, whole, info = _started(model, options.lora_model_dir, head)
     else:
-        found, whole, info = _fresh(model, options, name=name, seed=seed)
+        found, whole, info = _fresh(model, options, seed=seed)
+    info = info._replace(base=base.name, digest=base.digest)
     also = _vocabulary_leaves(model, options, whole, info, say=say) if new_rows else ()
     whole = tree.merge(whole_modules(model, options.lora_modules_to_save + also), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)])
@@ -214,6 +200,8 @@ def _started(model: Model, path: str, head: bool) -> tuple[lora.Lora, Params, ad
     """An adapter to train further, its vocabulary grown to that of the model."""
     rows = adapter.rows(adapter_folder(path), model.family)
     found, whole, info = load_adapter(path, model if rows is None else resize.cut(model, rows), head=head)
+    if odd := [name for name, (a, _) in lora.pairs(found.tree).items() if a.shape[0] != info.rank]:
+        raise ValueError(f"{path} has another rank on {odd[0]} than its r of {info.rank}; training goes on from adapters of one rank only")
     return found, resize.grown(whole, model.cfg.vocab_size), info
 
 
@@ -228,12 +216,12 @@ def _vocabulary_leaves(model: Model, options: AdapterOptions, whole: Params, inf
     return tuple(f"^{name}$" for name in missing)
 
 
-def _fresh(model: Model, options: AdapterOptions, *, name: str, seed: int) -> tuple[lora.Lora, Params, adapter.Info]:
+def _fresh(model: Model, options: AdapterOptions, *, seed: int) -> tuple[lora.Lora, Params, adapter.Info]:
     sizes = hf.abstract_of(model, head=True)
     targets = "all-linear" if options.lora_target_modules == ("all-linear",) else options.lora_target_modules
     paths = lora.match(sizes, targets, layers=options.lora_layers or None)
     scale = lora.scale(rank=options.lora_r, alpha=options.lora_alpha, rslora=options.lora_rslora)
-    info = adapter.Info(options.lora_r, options.lora_alpha, options.lora_rslora, options.lora_dropout, name, paths)
+    info = adapter.Info(options.lora_r, options.lora_alpha, options.lora_rslora, options.lora_dropout, "", paths)
     return lora.Lora(lora.init(sizes, paths, rank=options.lora_r, seed=seed), scale), {}, info
 
 
@@ -367,7 +355,7 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
 
 def model_name(options: ModelOptions) -> str:
     """How files should name the base model: a local path absolute, a known name by its hub id, anything else as given."""
-    if Path(options.model).exists():
-        return str(Path(options.model).resolve())
+    if (local := Path(options.model).expanduser()).exists():
+        return str((fetch.model_in(local) if local.is_dir() else local).resolve())
     short = fetch.known_name(options.model)
     return fetch.MODELS[short].hub_id if short else options.model

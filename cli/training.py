@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import cadence, corpus, finish, loop, parse, precompute, products, provenance, rundir, setup, sharing
+from treetune.cli import bases, cadence, corpus, finish, loop, parse, precompute, products, provenance, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
@@ -181,14 +181,17 @@ def assemble(
     for text in data.lines:
         screen.line(text)
     base = load_model(on)
+    known = bases.base_of(config.model, base) if has_adapter else None
+    if start is not None:
+        bases.check(start, known, say=screen.line)
     model = setup.with_rows(base, words, config.vocabulary, start)
     changed = setup.describe_rows(words, base, model)
     if changed:
         screen.line(changed)
     corpus.check_fits(data.train + data.val, config.data.sequence_len, model.cfg)
     if has_adapter:
-        name, seed = setup.model_name(config.model), config.optim.seed
-        trees = setup.adapted(model, config.adapter, name=name, seed=seed, new_rows=changed != "", head=method.head, say=screen.line)
+        how = {"base": known, "seed": config.optim.seed, "new_rows": changed != "", "head": method.head}
+        trees = setup.adapted(model, config.adapter, **how, say=screen.line)
     else:
         trees = setup.full(model)
     parts = method.build(config, model, trees, on=on, mesh=ranks.mesh, say=screen.line)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import lora, manifest, tree
+from treetune.core import fields, lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import Model, adapter_config, adapter_tensors, folder, hf, resize
@@ -20,7 +20,15 @@ from treetune.models.adapter_tensors import BASE, PREFIX, module
 
 CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # there when the adapter has a tokenizer or a template of its own
+BASE_FILE = "treetune_base.json"  # what adapter_config.json has no field for
 CLASSIFIERS = ("classifier", "score")  # PEFT names both in the config of every classifier, whichever of them the model has
+
+
+class Base(NamedTuple):
+    """The base model of an adapter: its name or path, and its `identity.digest`, empty where it is not known."""
+
+    name: str
+    digest: str
 
 
 class Info(NamedTuple):
@@ -32,6 +40,7 @@ class Info(NamedTuple):
     dropout: float
     base: str
     paths: list[str]
+    digest: str = ""  # of the base model
 
 
 def check(family: str, adapted: list[str], whole: list[str]) -> None:
@@ -73,13 +82,16 @@ def save(
     template: str | None = None,
     task: str = "CAUSAL_LM",
     beside: dict[str, Tensor] | None = None,
+    digest: str = "",
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` turns into the same function as ours.
 
     `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `base` the name or path of the base
     model, `tied` whether that model is tied. `tokenizer` goes into the folder when it is not the base model's, or only its
     chat `template` when that is all that differs. `task` is PEFT's task_type, `beside` the tensors by name of whole modules
-    that are no leaves of the family, such as a scalar head. Raises ValueError as `check` does, and when a rank is not `rank`.
+    that are no leaves of the family, such as a scalar head; `digest` tells the base model from others.
+
+    Raises ValueError as `check` does, and when a rank is not `rank`.
     """
     from safetensors.torch import save_file
 
@@ -106,6 +118,8 @@ def save(
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         folder.write_json(part / CONFIG, config)
+        if digest:
+            folder.write_json(part / BASE_FILE, {"format": 1, "base": base, "digest": digest})
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         elif template is not None:
@@ -144,6 +158,19 @@ def load_beside(
 def base_of(path: str | Path) -> str:
     """The base model that an adapter folder names; empty when it names none."""
     return adapter_config.read(Path(path).expanduser()).base
+
+
+def revision_of(path: str | Path) -> str | None:
+    """The revision of the base model that an adapter folder names; None when it names none."""
+    return adapter_config.read(Path(path).expanduser()).revision
+
+
+def base(path: str | Path) -> Base:
+    """The base model that an adapter folder was trained on, with its digest where we wrote the folder."""
+    root = Path(path).expanduser()
+    known = folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}
+    digest = fields.text(fields.mapping(known, str(root / BASE_FILE)), "digest", default="")
+    return Base(base_of(root), digest)
 
 
 def task_of(path: str | Path) -> str | None:

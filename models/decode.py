@@ -111,6 +111,8 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_token
     for name, (value, good, expected) in ranges.items():
         if not good:
             raise ValueError(f"{name} is {value}; expected {expected}")
+    if (highest := max(max(prompt) for prompt in prompts)) >= model.cfg.vocab_size:
+        raise ValueError(f"a prompt has the token id {highest}, and the model has {model.cfg.vocab_size} rows of vocabulary")
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > model.cfg.max_positions:
         raise ValueError(

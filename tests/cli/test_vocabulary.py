@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treetune.cli import setup
+from treetune.cli import bases
 from treetune.cli.options import ModelOptions
 from treetune.core import lora
 from treetune.core.data import vocabulary
@@ -21,7 +21,7 @@ PROBE = torch.tensor([51, 259, 12, 260, 84, 261, 7, 256])
 def ours(root, ids=PROBE):
     """Logits of the adapter in a run folder as every command loads it."""
     options = ModelOptions(model=adapter.base_of(root / "adapter"), dtype="float32")
-    model, used = setup.load_adapted(options, str(root), on=torch.device("cpu"))
+    model, used = bases.load_adapted(options, str(root), on=torch.device("cpu"))
     return dense.probe(model.params, ids, model.cfg, lora=used)
 
 

@@ -1,0 +1,32 @@
+"""Which model a tree of weights is, whatever dtype it was loaded in: a digest that tells an adapter's base from others."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from treetune.core import tree
+from treetune.models import Model
+
+NUMBERS = 256  # of each leaf: other weights differ in nearly all of theirs
+
+
+def digest(model: Model) -> str:
+    """sha256 over the shapes of all leaves and numbers spread over each, rounded to bfloat16; the language head is left out.
+
+    A base model with a scalar head instead, or loaded in a dtype as wide or in bfloat16, has the same digest. It says which model this
+    is, not that no bit of it has changed: manifests do.
+    """
+    total = hashlib.sha256()
+    for path, leaf in sorted(tree.items(model.params)):
+        if path != "lm_head":
+            total.update(f"{path} {tuple(leaf.shape)} ".encode())
+            total.update(_numbers(leaf).view(torch.int16).numpy())
+    return total.hexdigest()
+
+
+def _numbers(leaf: Tensor) -> Tensor:
+    """bfloat16 [<= NUMBERS] on the CPU: the first and the last number of a leaf, and others evenly between."""
+    flat = leaf.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(NUMBERS, flat.numel()), dtype=torch.float64).round().long()
+    return flat[index.to(flat.device)].cpu().to(torch.bfloat16)
