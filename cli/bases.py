@@ -34,16 +34,21 @@ def base_of(options: ModelName, model: Model) -> adapter.Base:
     return adapter.Base(setup.model_name(options), identity.digest(model))
 
 
-def check(path: str, base: adapter.Base, *, say: Callable[[str], None] = lambda line: None) -> None:
-    """Tell when an adapter names another base model than the one it is used on. Raises ValueError when it is known to be another."""
+def check(path: str, base: adapter.Base, *, say: Callable[[str], None], train: bool = False) -> None:
+    """Tell when an adapter is used on another base model than it was trained on.
+
+    Raises ValueError when it is to train further there, or when the model under the name of its base has other weights than it had.
+    """
     known = adapter.base(setup.adapter_folder(path))
-    if known.digest and known.digest != base.digest:
-        raise ValueError(
-            f"{path} was trained on {known.name}, and the weights of {base.name} are others: leave --model out, or name the model that it "
-            "was trained on"
-        )
     if not known.digest:
         tell(path, base.name, say=say)
+    elif known.digest != base.digest:
+        others = f"{path} was trained on {known.name}, and the weights of {base.name} are others"
+        if _plain(known.name) == _plain(base.name):
+            raise ValueError(f"{path} was trained on {known.name}, which has other weights now: name the model that it was trained on")
+        if train:
+            raise ValueError(f"{others}: leave --model out to train it further on its own base, or start a new adapter on this one")
+        say(f"{others}: this is another model than the one that was trained")
 
 
 def tell(path: str, name: str, *, say: Callable[[str], None]) -> None:

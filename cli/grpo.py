@@ -172,7 +172,7 @@ def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, rank
     base, _ = setup.load_model(config.model, on=on)
     known = bases.base_of(config.model, base)
     if start is not None:
-        bases.check(start, known, say=screen.line)
+        bases.check(start, known, say=screen.line, train=True)
     model = setup.with_rows(base, words, config.vocabulary, start)
     if changed := setup.describe_rows(words, base, model):
         screen.line(changed)

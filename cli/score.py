@@ -53,7 +53,7 @@ def run(config: Score, given: frozenset[str]) -> int:
         options, path = _named(config)
         on = setup.device(config.device)
         tokenizer = setup.load_tokenizer(options, path, say=screen.line)
-        judge = load(options, path, tokenizer, on=on)
+        judge = load(options, path, tokenizer, on=on, say=screen.line)
         parts = read(config, tokenizer, judge, given)
     start, found = time.perf_counter(), []
     for part in parts:

@@ -183,7 +183,7 @@ def assemble(
     base = load_model(on)
     known = bases.base_of(config.model, base) if has_adapter else None
     if start is not None:
-        bases.check(start, known, say=screen.line)
+        bases.check(start, known, say=screen.line, train=True)
     model = setup.with_rows(base, words, config.vocabulary, start)
     changed = setup.describe_rows(words, base, model)
     if changed:

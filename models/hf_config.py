@@ -32,6 +32,7 @@ COMPUTED = frozenset({
     "original_max_position_embeddings", "partial_rotary_factor", "quantization_config", "rms_norm_eps", "rope_parameters",
     "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
 })  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # More than any model has: a size beyond these is a damaged file, and is refused before anything of that size is made.
@@ -54,6 +55,8 @@ def read(hf: Fields, defaults: Defaults, **own: Any) -> Config:
 
     Raises ValueError naming file and field for what is missing, of another type, out of range, or changes a function that is not computed.
     """
+    if absent := [name for name in SIZES if name not in hf.values]:
+        raise ValueError(f"{hf.source} has no {', '.join(absent)}; expected the config.json of a causal language model")
     _check_unknown(hf)
     _check_choices(hf)
     heads, hidden = _size(hf, "num_attention_heads"), _size(hf, "hidden_size")

@@ -64,16 +64,30 @@ RUN = ("--sequence-len", 128, "--max-steps", 1, "--sample-prompt=")
 COMMANDS = {
     "sft": lambda t, run, base: ["sft", "--data", t.chat, "--lora-model-dir", run, "--model", base, *RUN],
     "generate": lambda t, run, base: ["generate", "hi", "--adapter", run, "--model", base, "--max-new-tokens", 2],
-    "chat": lambda t, run, base: ["chat", "--adapter", run, "--model", base],
     "eval": lambda t, run, base: ["eval", "--data", t.chat, "--sequence-len", 128, "--adapter", run, "--model", base],
     "merge": lambda t, run, base: ["merge", run, "merged", "--model", base],
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_base_that_is_known_to_be_another_is_refused(trained, tune, kit, tiny, here, command):
-    kit.refused(tune(*COMMANDS[command](tiny, trained, tiny.same)), "was trained on", str(tiny.model), str(tiny.same), "--model")
+def test_an_adapter_trains_on_its_own_base_only(trained, tune, kit, tiny, here):
+    done = tune(*COMMANDS["sft"](tiny, trained, tiny.same))
+    kit.refused(done, "was trained on", str(tiny.model), str(tiny.same), "leave --model out")
     assert kit.listing(here) == set()
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "merge"])
+def test_a_base_that_is_known_to_be_another_is_told(trained, tune, tiny, command):
+    done = tune(*COMMANDS[command](tiny, trained, tiny.same))
+    assert done.code == 0, done
+    assert f"was trained on {tiny.model}, and the weights of {tiny.same} are others" in " ".join(done.out.split())
+
+
+def test_a_base_that_has_changed_since_is_refused(trained, tune, kit, tiny, here):
+    shutil.copytree(trained, here / "run")
+    record = json.loads((here / "run/adapter" / adapter.BASE_FILE).read_text()) | {"digest": "0" * 64}
+    (here / "run/adapter" / adapter.BASE_FILE).write_text(json.dumps(record))
+    (here / "run/adapter" / manifest.NAME).unlink()
+    kit.refused(tune("generate", "hi", "--adapter", "run"), "which has other weights now")
 
 
 def test_the_same_base_under_another_name_is_taken(trained, tune, tiny, here):

@@ -133,7 +133,7 @@ def test_where_vllm_is_looked_for(scene, monkeypatch):
 
 def test_an_adapter_is_served_beside_the_model_and_its_rank_counts(scene):
     (scene / "mine").mkdir()
-    (scene / "mine" / "adapter_config.json").write_text(json.dumps({"r": 100}))
+    (scene / "mine" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 100, "lora_alpha": 8}))
     found = serve.command_of(Serve(model=ModelName("m"), adapter=str(scene / "mine"), max_lora_rank=8), "python", scene / "model")
     assert found[found.index("--max-lora-rank") + 1] == "128"
     assert found[found.index("--lora-modules") + 1] == f"mine={scene / 'mine'}"
