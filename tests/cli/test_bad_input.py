@@ -96,7 +96,9 @@ CASES = {
     "fetch of nothing": lambda t, d: (["fetch", "nope"], "nope is not a folder"),
     "hub out of reach": lambda t, d: (sft(t, "--model", "owner/name"), "owner/name", "hub cannot be reached"),
     "adapter missing": lambda t, d: (["generate", "hi", "--adapter", "nope"], "nope/adapter_config.json does not exist"),
-    "adapter without rank": lambda t, d: (["info", text(d, "a/adapter_config.json", '{"peft_type": "LORA"}').parent], "r must be a whole number"),
+    "adapter without rank": lambda t, d: (
+        ["info", text(d, "a/adapter_config.json", '{"peft_type": "LORA"}').parent], "r must be a whole number"
+    ),
     "merge onto a folder": lambda t, d: (["merge", "a", text(d, "out/x", "x").parent], "out exists"),
     "raw with system": lambda t, d: (["generate", "hi", "--raw", "--system", "s", "--model", t.model], "--system would be ignored"),
     "system refused": lambda t, d: (["generate", "hi", "--system", "s", "--model", refusing(t, d)], "template refuses", "system, user"),
