@@ -34,6 +34,14 @@ def base_of(options: ModelName, model: Model) -> adapter.Base:
     return adapter.Base(setup.model_name(options), identity.digest(model))
 
 
+def started_on(options: ModelName, model: Model, start: str | None, *, say: Callable[[str], None]) -> adapter.Base:
+    """`base_of` for a training run, checked against the adapter that it starts from, if any."""
+    base = base_of(options, model)
+    if start is not None:
+        check(start, base, say=say, train=True)
+    return base
+
+
 def check(path: str, base: adapter.Base, *, say: Callable[[str], None], train: bool = False) -> None:
     """Tell when an adapter is used on another base model than it was trained on.
 

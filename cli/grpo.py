@@ -162,17 +162,14 @@ GRPO = Task("grpo", online.METHOD, _read, _functions)
 def assemble(where: rundir.RunDir, config: Any, task: Task, screen: Screen, ranks: setup.Ranks, on: torch.device) -> Run:
     """All of a run's parts from its options and its folder; writes nothing. What it starts (workers, a server) is stopped if it fails."""
     origin = provenance.begin(where, config, task.method.rates, on, processes=ranks.world, say=screen.line)
-    dtype = setup.compute_dtype(config.model.dtype, on)
-    products.settle(where.resume, dtype, on, share=partial(sharing.share, ranks), say=screen.line)
+    products.settle(where.resume, setup.compute_dtype(config.model.dtype, on), on, share=partial(sharing.share, ranks), say=screen.line)
     start = config.adapter.lora_model_dir if config.adapter.adapter == "lora" else None
     words = setup.load_words(config.model, config.vocabulary, start, say=screen.line)
     data = task.read(config, words.tokenizer)
     for text in data.lines:
         screen.line(text)
     base, _ = setup.load_model(config.model, on=on)
-    known = bases.base_of(config.model, base)
-    if start is not None:
-        bases.check(start, known, say=screen.line, train=True)
+    known = bases.started_on(config.model, base, start, say=screen.line)
     model = setup.with_rows(base, words, config.vocabulary, start)
     if changed := setup.describe_rows(words, base, model):
         screen.line(changed)

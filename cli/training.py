@@ -181,9 +181,7 @@ def assemble(
     for text in data.lines:
         screen.line(text)
     base = load_model(on)
-    known = bases.base_of(config.model, base) if has_adapter else None
-    if start is not None:
-        bases.check(start, known, say=screen.line, train=True)
+    known = bases.started_on(config.model, base, start, say=screen.line)
     model = setup.with_rows(base, words, config.vocabulary, start)
     changed = setup.describe_rows(words, base, model)
     if changed:
