@@ -116,8 +116,9 @@ def grow(roll: Roll, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
     grown, place = strided.grow(host, found, tokens, n)
     plan = attention.plan(grown, window=roll.model.cfg.window, device=roll.on, dtype=roll.model.cfg.dtype)
     grown = {key: value.to(roll.on, non_blocking=True) for key, value in (grown | more).items()}
+    written, true = tokens.view(-1, n, tokens.shape[1]).to(roll.on), grown["tokens"][place.truth.to(roll.on)]
     phi, y = features(roll, state, grown, plan, place)
-    scored = alike(featuring.scores(roll.options, phi, y), tokens.view(-1, n, tokens.shape[1]).to(roll.on))
+    scored = alike(featuring.scores(roll.options, shared(phi, y, written, true), y), written)
     told = {"alignment": scored.alignment, "diversity": scored.diversity, "ebft_reward": scored.reward}
     told |= {"advantage": featuring.advantages(roll.options, scored), "cfm": scored.cfm[:, None].expand(-1, n)}
     at, size = strided.sequences(grown), grown["seq_lens"].shape[0]
@@ -125,14 +126,28 @@ def grow(roll: Roll, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
     return grown | by_sequence, plan
 
 
+def shared(phi: Tensor, y: Tensor, tokens: Tensor, true: Tensor) -> Tensor:
+    """The features [M, n, D] with those of equal rollouts, tokens [M, n, G], made equal: to the truth's where they say what it does.
+
+    true [M, G]. In bfloat16 where a rollout stands in the stream moves its features by 1e-3, which whitening would scale up to a direction.
+    """
+    phi = phi.gather(1, _first(tokens)[:, :, None].expand_as(phi))
+    return torch.where((tokens == true[:, None]).all(-1)[:, :, None], y[:, None], phi)
+
+
 def alike(scored: ebft.Scores, tokens: Tensor) -> ebft.Scores:
     """The scores with those of equal rollouts of a group made equal to the bit: tokens [M, n, G].
 
     Rounding tells their features apart, and an advantage that divides by the deviation of a group would make it a signal.
     """
-    first = (tokens[:, :, None] == tokens[:, None]).all(-1).int().argmax(-1)  # [M, n]
+    first = _first(tokens)
     reward, near, like = (value.gather(1, first) for value in (scored.reward, scored.alignment, scored.diversity))
     return scored._replace(reward=reward, alignment=near, diversity=like)
+
+
+def _first(tokens: Tensor) -> Tensor:
+    """The first rollout of the same tokens, for each: [M, n, G] -> [M, n]."""
+    return (tokens[:, :, None] == tokens[:, None]).all(-1).int().argmax(-1)
 
 
 def anchors(options: EbftOptions, host: Batch) -> tuple[strided.Anchors, Batch]:

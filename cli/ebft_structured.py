@@ -111,7 +111,7 @@ def scorer(
         parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
         found = [_completions(phi, make, groups[part], first[part], ends, on) for part in parts]
         y = torch.stack([_remembered(known, phi, make, group.prompt, on) for group in groups])
-        said = featuring.scores(config.ebft, torch.cat(found), y)
+        said = featuring.scores(config.ebft, _as_truth(torch.cat(found), y, groups, ends), y)
         columns = torch.stack([said.alignment, said.diversity, said.cfm[:, None].expand_as(said.alignment)], -1)
         return columns.cpu().numpy()[np.arange(len(groups))[:, None], first]
 
@@ -127,6 +127,12 @@ def _first_alike(groups: Sequence[Group], ends: set[int]) -> np.ndarray:
     """The first completion of the same ids, for each [P, n]: rounding must not tell apart what is the same."""
     texts = [[written(one, ends).tobytes() for one in group.completions] for group in groups]
     return np.array([[row.index(text) for text in row] for row in texts])
+
+
+def _as_truth(found: Tensor, y: Tensor, groups: Sequence[Group], ends: set[int]) -> Tensor:
+    """The features [P, n, D] with the truth's [P, D] for completions of its very ids: two passes round differently."""
+    rows = [[np.array_equal(written(one, ends), group.prompt.columns["truth"]) for one in group.completions] for group in groups]
+    return torch.where(torch.tensor(rows, device=found.device)[:, :, None], y[:, None], found)
 
 
 def _completions(phi: Callable, make: Callable, groups: Sequence[Group], first: np.ndarray, ends: set[int], on: torch.device) -> Tensor:

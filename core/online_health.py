@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 Record = dict[str, float]
 EARLY, RECENT = 20, 10  # steps before the first judgement, and those that one looks at
+FIRST = 3  # steps after which a run that has trained nothing at all is told
 
 
 def _recent(history: list[Record], key: str) -> float | None:
@@ -29,13 +30,32 @@ def _beyond(key: str, bound: float, *, above: bool = True) -> Callable[[list[Rec
 
 def _no_reward(history: list[Record]) -> str | None:
     value, spread = _recent(history, "reward"), _recent(history, "reward_std")
-    return f"no completion of the last {RECENT} steps had a reward" if value == 0 and spread == 0 else None
+    if value == 0 and spread == 0:
+        return f"no completion of the last {RECENT} steps had a reward"
+    none = _since_start(history, reward=0.0, reward_std=0.0)
+    return f"no completion of the first {none} steps had a reward, so nothing has been trained" if none else None
+
+
+def _no_signal(history: list[Record]) -> str | None:
+    if often := _beyond("frac_reward_zero_std", 0.9)(history):
+        return often
+    still = _since_start(history, frac_reward_zero_std=1.0)
+    if not still or _no_reward(history):
+        return None
+    return f"in all of the first {still} steps the completions of each prompt had the same reward, so nothing has been trained"
+
+
+def _since_start(history: list[Record], **values: float) -> int:
+    """How many steps there were, if at least FIRST and at each of them these metrics had these values; else 0."""
+    records = [record for record in history[: EARLY + 1] if "reward" in record]
+    always = all(record.get(key) == value for record in records for key, value in values.items())
+    return len(records) if always and FIRST <= len(records) <= EARLY else 0
 
 
 RULES: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
     "no_reward": (_no_reward, "try the rewards with treetune rollout: the task may be too hard, or the reward may miss its column"),
     "no_signal": (
-        _beyond("frac_reward_zero_std", 0.9),
+        _no_signal,
         "completions of a prompt all have the same reward: easier or harder prompts, more num_generations, or dynamic_sampling",
     ),
     "entropy_collapse": (_beyond("entropy", 0.01, above=False), "raise temperature or entropy_coef, or lower learning_rate"),

@@ -6,7 +6,6 @@ A function has the signature `fn(completions, **columns) -> list[float | None]`:
 parameters name them or it has **kwargs. None is no opinion. `worker` is the other end; `builtin` has rewards to start with.
 """
 
-import contextlib
 import math
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import wire, worker
+from treetune.core.rollout import descendants, echo, wire, worker
 from treetune.core.rollout.group import Group
 
 START_S = 120.0  # a module of rewards may import large packages
@@ -75,11 +74,12 @@ class Pool:
         self.names, self.weights = tuple(names), _weights(names, weights)
         if workers < 1 or not 0 < timeout_s < math.inf:
             raise ValueError(f"rewards have {workers} workers and {timeout_s} seconds: expected at least 1 worker, and seconds above 0")
-        self._workers, self._timeout_s, self._say, self._log = workers, timeout_s, say, log
+        self._workers, self._timeout_s, self._say = workers, timeout_s, say
         self._counts = [_count() for _ in self.names]
         self._seen: set[str] = set()  # columns of the prompts so far
         self._alive: set[Process] = set()
         self._busy: dict[Process, Job] = {}
+        self._echo = echo.Echo(log)
         self._kill_all = weakref.finalize(self, _kill_all, self._alive, os.getpid())
         self._takes = self._start_all()
 
@@ -92,6 +92,7 @@ class Pool:
     def close(self) -> None:
         """Ends every worker, and what their functions started."""
         self._kill_all()
+        self._echo.close()
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
@@ -145,8 +146,12 @@ class Pool:
         self._refuse_closed()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-u", "-m", worker.__name__]
-        with theirs, open(self._log, "ab") if self._log else contextlib.nullcontext(2) as out:
-            process = subprocess.Popen(command, stdin=theirs, stdout=out, stderr=out, start_new_session=True)
+        out = self._echo.pipe(ours.fileno())
+        with theirs:
+            try:
+                process = subprocess.Popen(command, stdin=theirs, stdout=out, stderr=out, start_new_session=True)
+            finally:
+                os.close(out)
         one = Process(process, ours)
         self._alive.add(one)
         self._send(one, None, {"names": self.names, "limit_s": START_S}, START_S)
@@ -154,6 +159,7 @@ class Pool:
     def _send(self, one: Process, task: Task | None, message: dict, limit_s: float) -> None:
         self._busy[one] = Job(task, time.monotonic() + limit_s)
         one.channel.settimeout(limit_s)
+        self._echo.renew(one.channel.fileno())
         try:
             worker.send(one.channel, message)
         except OSError:
@@ -322,8 +328,9 @@ def _ended(process: subprocess.Popen) -> str:
 
 
 def _kill(one: Process) -> None:
-    """The process and what it started in its group."""
+    """The process and what it started, in its group or in one of its own."""
     one.channel.close()
+    descendants.kill(one.process.pid)
     try:
         if hasattr(os, "killpg"):
             os.killpg(one.process.pid, signal.SIGKILL)

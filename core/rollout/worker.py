@@ -26,10 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.core.rollout import builtin, wire
+from treetune.core.rollout import builtin, descendants, wire
 
 GRACE_S = 5  # beyond the limit that the parent keeps: a worker whose parent was killed must end by itself
 LONGEST = 400  # characters of a message
+LARGEST = 1e30  # a reward beyond it overflows the moments that advantages are made of
 
 
 class Loaded(NamedTuple):
@@ -95,6 +96,7 @@ def load(name: str) -> Loaded:
     rest = any(one.kind is one.VAR_KEYWORD for one in own)
     if only := [one.name for one in own if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]:
         raise ValueError(f"{path} takes {only[0]} by position alone (before a /), but rewards are called by name: take the / out")
+    _refuse_signature(path, own)
     named = [one for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     fixed = {one.name for one in named if path in builtin.BUILTIN and one.kind is one.KEYWORD_ONLY}
     allowed = fixed if path in builtin.BUILTIN else {one.name for one in named}
@@ -107,13 +109,25 @@ def load(name: str) -> Loaded:
     return Loaded(partial(function, **options), [one.name for one in columns], needed, rest)
 
 
+def _refuse_signature(path: str, own) -> None:
+    """ValueError for a function that completions cannot be given to by name."""
+    taken = [one.name for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if any(one.kind is one.VAR_KEYWORD for one in own) or {"completions", "completion_ids"} & set(taken):
+        return
+    have = f"takes {', '.join(taken) or 'no named argument'}"
+    raise ValueError(
+        f"{path} {have}: columns are given by name, so write def {path.rpartition(':')[2].rpartition('.')[2]}(completions, **kwargs)"
+    )
+
+
 def call(one: Loaded, rows: dict) -> dict:
     """What a function says about rows, as a message; whatever it raises becomes a message too."""
+    wanted = len(rows["completions"])  # a function may empty the lists that it is given
     try:
         values = one.call(**{name: values for name, values in rows.items() if one.rest or name in one.takes})
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
-        return _checked(values, len(rows["completions"]))
+        return _checked(values, wanted)
     except BaseException as error:  # what a foreign function raises, SystemExit included, costs its rows and nothing else
         return {"error": described(error)}
     finally:
@@ -132,6 +146,8 @@ def described(error: BaseException) -> str:
 def main() -> None:
     """Answers messages until the channel closes."""
     channel, me = _channel(), os.getpid()
+    descendants.adopt()
+    descendants.end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path.insert(0, os.getcwd())
     functions: list[Loaded] = []
@@ -143,6 +159,7 @@ def main() -> None:
                 os._exit(1)  # a function forked and let its child return
             faulthandler.cancel_dump_traceback_later()
             send(channel, answer)
+    descendants.kill(me)
 
 
 def _load_all(names: list[str], functions: list[Loaded]) -> dict:
@@ -158,7 +175,7 @@ def _load_all(names: list[str], functions: list[Loaded]) -> dict:
 
 def _checked(values, wanted: int) -> dict:
     if isinstance(values, str | bytes | dict | set) or not hasattr(values, "__iter__"):
-        return {"length": f"returned {values!r:.60}, expected a list of {wanted} numbers, one for each completion"}
+        return {"length": f"returned {_shown(values)}, expected a list of {wanted} numbers, one for each completion"}
     values = list(values)
     if len(values) != wanted:
         return {"length": f"returned {len(values)} values for {wanted} completions, expected one for each"}
@@ -172,7 +189,16 @@ def _value(value) -> float | str | None:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    return number if math.isfinite(number) else f"gave {value!r:.60}, expected a finite number or None"
+    if math.isfinite(number) and abs(number) > LARGEST:
+        return f"gave {_shown(value)}, expected a number of size up to {LARGEST:g}: what is larger overflows advantages"
+    return number if math.isfinite(number) else f"gave {_shown(value)}, expected a finite number or None"
+
+
+def _shown(value) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # an integer of thousands of digits, or a foreign class
+        return f"a value of type {type(value).__name__}"
 
 
 async def _awaited(values):

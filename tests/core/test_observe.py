@@ -85,6 +85,23 @@ SICK = {
 }
 
 
+def test_a_run_that_trains_nothing_is_told_at_its_third_step():
+    flat = _online(reward=0.5, reward_std=0.0, frac_reward_zero_std=1.0)
+    fired = [[event.rule for event in observe.health(flat[:n])] for n in range(1, 6)]
+    assert fired[:2] == [[], []] and fired[2:] == [["no_signal"]] * 3
+    failed = _online(reward=0.0, reward_std=0.0, frac_reward_zero_std=1.0)
+    assert [event.rule for event in observe.health(failed[:3])] == ["no_reward"]
+    (event,) = observe.health(failed[:3])
+    assert "first 3 steps" in event.seen and "treetune rollout" in event.fix
+    assert observe.health([flat[0] | {"frac_reward_zero_std": 0.5}, *flat[1:6]]) == [], "one step with signal"
+
+
+def test_rules_pass_over_what_was_not_computed():
+    """Steps without signal have no entropy, so that it cannot have collapsed."""
+    hollow = [{key: value for key, value in record.items() if key not in ("entropy", "kl")} for record in _online()]
+    assert observe.health(hollow) == []
+
+
 def test_what_sampled_completions_may_do_is_left_in_peace():
     """A loss of 0 or one that jumps, and steps without a gradient, where all completions had the same reward."""
     still = [record | {"train/loss": 0.0, "grad_norm": 0.0} for record in _online()]

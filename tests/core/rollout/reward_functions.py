@@ -148,3 +148,48 @@ def forks(completions):
 def slow(completions):
     time.sleep(0.25 * len(completions))
     return [1.0] * len(completions)
+
+
+def leaves(completions, **columns):
+    """Starts a sleeper in a session of its own, of which a shell between them forgets."""
+    command = f'{sys.executable} -c \'import os, time; open("children", "a").write(str(os.getpid()) + " "); time.sleep(600)\' &'
+    subprocess.Popen(command, shell=True, start_new_session=True).wait()
+    if texts(completions)[0] == "hang":
+        time.sleep(600)
+    while not os.path.exists("children"):
+        time.sleep(0.01)
+    return [1.0 for _ in completions]
+
+
+def prints(completions, **columns):
+    for one in texts(completions):
+        if one.isdigit():
+            print("x" * int(one))
+    return [1.0 for _ in completions]
+
+
+def clears(completions, answer, **columns):
+    """Empties what it is given."""
+    count = len(completions)
+    for given in (completions, answer, *columns.values()):
+        given.clear()
+    return [1.0] * count
+
+
+def far(completions):
+    from decimal import Decimal
+
+    said = {"huge": 1e308, "below": -1e308, "digits": 10**5000, "whole": 10**20, "decimal": Decimal("1.5"), "true": True}
+    return [said[one] for one in texts(completions)]
+
+
+def by_place(completions, /):
+    return [1.0 for _ in completions]
+
+
+def alone():
+    return [1.0]
+
+
+def everything(*args):
+    return [1.0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.core.rollout import rewards
+from treetune.core.rollout import echo, rewards
 
 spec = importlib.util.spec_from_file_location("reward_scene", Path(__file__).with_name("reward_scene.py"))
 scene = importlib.util.module_from_spec(spec)
@@ -90,7 +90,7 @@ import sys
 from reward_scene import group
 from treetune.core.rollout import rewards
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
-pool = rewards.Pool(["rewards.faulty"], workers=2, timeout_s=float(sys.argv[1]))
+pool = rewards.Pool(["rewards.leaves" if sys.argv[2] == "leave" else "rewards.faulty"], workers=2, timeout_s=float(sys.argv[1]))
 print(*pool.pids(), flush=True)
 if sys.argv[2] != "idle":
     pool.score([group(sys.argv[2]), group(sys.argv[2])])
@@ -146,12 +146,62 @@ def test_a_call_whose_parent_was_killed_ends_quietly(parent):
 
 
 def test_a_worker_that_hangs_without_a_parent_ends_by_itself(parent):
-    """Nobody is left to keep the limit: the worker ends 5 seconds after it."""
-    process, pids = parent(0.9, "hang")
+    """Nobody is left to keep the limit."""
+    process, pids = parent(30, "hang")
     time.sleep(0.2)
     process.kill()
-    assert not scene.gone(pids[0], 1)
-    assert all(scene.gone(pid, 10) for pid in pids)
+    assert all(scene.gone(pid, 5) for pid in pids)
+
+
+def _children(here, count=1):
+    """Process ids that `leaves` wrote down, of sleepers in sessions of their own."""
+    end = time.monotonic() + 20
+    while not (here / "children").exists() or len((here / "children").read_text().split()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return [int(pid) for pid in (here / "children").read_text().split()]
+
+
+def test_what_a_function_started_is_gone_with_the_pool(here):
+    with rewards.Pool(["rewards.leaves"]) as pool:
+        assert pool.score([scene.group("a", "b")])[0, :, 0].tolist() == [1, 1]
+        assert not any(scene.gone(pid, 0) for pid in _children(here))
+    assert all(scene.gone(pid) for pid in _children(here))
+
+
+def test_what_a_function_started_is_gone_after_its_limit(here):
+    with rewards.Pool(["rewards.leaves"], timeout_s=1.0) as pool:
+        with pytest.raises(ValueError, match="no answer within 1 s"):
+            pool.score([scene.group("hang")])
+        assert all(scene.gone(pid) for pid in _children(here))
+
+
+def test_what_a_function_started_is_gone_with_a_killed_trainer(parent, here):
+    process, _ = parent(30, "leave")
+    children = _children(here)
+    process.kill()
+    assert all(scene.gone(pid) for pid in children)
+
+
+def test_output_of_functions_is_kept_up_to_a_limit_and_the_cut_is_told(here):
+    log = here / "rewards.log"
+    with rewards.Pool(["rewards.prints"], log=log) as pool:
+        assert pool.score([scene.group("3000000", "short")])[0, :, 0].tolist() == [1, 1]
+        pool.score([scene.group("10", "10")])
+    text = log.read_bytes()
+    assert len(text) < 1_300_000 and text.count(b"the rest is left out") == 1 and b"1048576 bytes of a call" in text
+    assert text.endswith(b"x" * 10 + b"\n"), "the next call is kept"
+
+
+def test_output_in_all_has_a_limit(tmp_path):
+    sink = echo.Echo(tmp_path / "log", call=100, all=250)
+    for _ in range(5):
+        write = sink.pipe("one")
+        os.write(write, b"Q" * 90)
+        os.close(write)
+        sink.close()
+    text = (tmp_path / "log").read_text()
+    assert text.count("Q") == 250 and text.count("250 bytes in all: the rest is left out") == 1
 
 
 def test_workers_are_light():

@@ -1,6 +1,7 @@
 """Rewards in worker processes: what functions get, how they are named, what they may return, what their faults cost."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,27 @@ def test_shapes_without_prompts_and_with_unequal_groups(here):
     assert scene.score("digits", [])[0].shape == (0, 0, 1)
     with pytest.raises(ValueError, match=r"groups have \[1, 2\] completions"):
         scene.score("digits", [scene.group("a"), scene.group("a", "b")])
+
+
+def test_a_function_that_empties_its_arguments_costs_nothing_and_nobody_else(here):
+    rows = [scene.group("a", "bb", columns={"answer": "4", "more": [1, 2]})]
+    found, report = scene.score(["rewards.clears", "rewards.size"], rows)
+    assert found[0].tolist() == [[1, 1], [1, 2]] and all(one["failed"] == 0 for one in report.values())
+
+
+@pytest.mark.parametrize(("said", "shown"), [("huge", "1e+308"), ("below", "-1e+308"), ("digits", "type int")])
+def test_a_reward_too_large_for_advantages_is_told_with_its_row(here, said, shown):
+    told = []
+    found, report = scene.score("rewards.far", [scene.group("whole", said, "true", row=7)], say=told.append)
+    assert found[0, :1, 0].tolist() == [1e20] and math.isnan(found[0, 1, 0]) and found[0, 2, 0] == 1
+    assert report["rewards.far"]["failed"] == 1 and len(told) == 1
+    assert shown in told[0] and "rewards.far" in told[0] and "data set row 7, completion 1" in told[0]
+    assert scene.values("rewards.far", "decimal", "true", "whole") == [1.5, 1, 1e20]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("by_place", "by name"), ("alone", "no named.*def alone.completions, "), ("everything", "no named")]
+)
+def test_a_signature_that_takes_no_completions_is_refused_at_the_start(here, name, why):
+    with pytest.raises(ValueError, match=why):
+        rewards.Pool([f"rewards.{name}"])
