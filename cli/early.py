@@ -3,6 +3,7 @@
 Only what is certain without reading: that a file is there and of a known type, that a folder is one, that an output can be written.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ def check(config: Any, given: frozenset[str]) -> None:
     for name in ("output", "html", "log"):
         if isinstance(values.get(name), str):
             _writable(Path(values[name]).parent, name)
-    for entry in _sources(values, given):
-        with fields.reading(entry.get("path") or entry.get("data_files")):
+    for name, entry in _sources(values, given):
+        with _naming(name):
             _rows(entry, values.get("split") or "train")
     for name, value in _named(values, FUNCTIONS):
         _function(name, value)
@@ -58,13 +59,23 @@ def _writable(folder: Path, name: str) -> None:
         raise BadInput(f"{name}: the folder {above} may not be written to")
 
 
-def _sources(values: dict[str, Any], given: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Every data set that the user named, as a mapping. Sample rows that nobody named are found where they are read."""
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Inside, a value of the option `name` is looked at: errors begin with its name."""
+    try:
+        with fields.reading("the path"):
+            yield
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{name}: {error}") from error
+
+
+def _sources(values: dict[str, Any], given: frozenset[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(option, data set as a mapping) of what the user named. Sample rows that nobody named are found where they are read."""
     for listed, plain in (("datasets", "data"), ("test_datasets", "val_data")):
         if values.get(listed):
-            yield from values[listed]
+            yield from ((f"{listed} entry {i}", entry) for i, entry in enumerate(values[listed], 1))
         elif plain in given:
-            yield from ({"path": path} for path in values.get(plain) or ())
+            yield from ((plain, {"path": path}) for path in values.get(plain) or ())
 
 
 def _rows(entry: dict[str, Any], split: str) -> None:
@@ -110,7 +121,8 @@ def _models(config: Any, values: dict[str, Any], given: frozenset[str]) -> None:
     names = ["ref_model"] + ["model"] * ("model" in given)
     for name in names:
         if isinstance(values.get(name), str):
-            fetch.check(values[name])
+            with _naming(name):
+                fetch.check(values[name])
     for name in PYTHONS:
         if values.get(name) and shutil.which(values[name]) is None:
             raise BadInput(f"there is no program {values[name]}; name the Python of the environment that has vLLM")

@@ -105,7 +105,16 @@ class _Reader:
             return Written([self.read(item, depth + 1) for item in node.value])
         if isinstance(node, yaml.MappingNode):
             return Written(self.mapping(node, depth))
-        return Written(_scalar(node), node.value, node.style is None)
+        text = self.unicode(node)
+        return Written(_scalar(node), text, node.style is None)
+
+    def unicode(self, node: Any) -> str:
+        """The text of a scalar; pairs of \\u escapes that are one character together become that character."""
+        try:
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{self.path} line {_line(node)}: the text has half of a character (a lone \\ud800 to \\udfff)") from error
+        return node.value
 
     def check_tag(self, node: Any) -> None:
         import yaml

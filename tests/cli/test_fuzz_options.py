@@ -173,3 +173,49 @@ def test_fields_of_entries_are_those_that_formats_take():
     assert json.dumps(sorted(entries.PROMPTS)) == json.dumps(
         sorted({*inspect.signature(sources.read).parameters} | {"type", "field_prompt"})
     )
+
+
+@pytest.fixture
+def assembled(monkeypatch):
+    """Training commands end before the first step, where the run folder would be made."""
+    from treetune.cli import finish, training
+
+    monkeypatch.setattr(training, "create", lambda *args: None)
+    monkeypatch.setattr(training, "_train", lambda *args: 0)
+    monkeypatch.setattr(finish, "leave", None)
+
+
+TEXTS = [text for text in SCALARS if text and len(text) < 100 and text[0] not in "!&*<"]
+DEEP = [
+    (command, name)
+    for command in ("sft", "dpo", "kto", "reward", "prm", "pretrain", "orpo", "preprocess", "eval", "score", "generate")
+    for name in parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    if name
+    not in parse.LISTED | {"model", "data", "output_dir", "sequence_len", "device", "val_set_size", "prompt", "max_new_tokens", "method"}
+]
+ROWS = KINDS | {"pretrain": "text.jsonl", "orpo": "pairs.jsonl", "preprocess": "chat.jsonl", "eval": "chat.jsonl", "score": "pairs.jsonl"}
+
+
+def a_run(here, kit, tune, tiny, command, name, text):
+    """The model, the rows and the optimiser are made of the options."""
+    import shutil
+
+    for path in here.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    rows(here, kit)
+    kit.write_rows(here / "text.jsonl", [{"text": f"line {i}"} for i in range(6)])
+    small = {"model": str(tiny.model), "data": ROWS.get(command), "sequence_len": 128, "max_new_tokens": 2}
+    known = parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    keys = {key: value for key, value in small.items() if key in known and value is not None} | {name: text}
+    (here / "c.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()), encoding="utf-8")
+    done = tune(command, "--config", "c.yaml")
+    one_line(done, "c.yaml", name, name.replace("_", "-"), text.strip("'\"[] "), "jsonl", "layers [")
+    left = {path.name for path in here.iterdir()} - {"c.yaml", "text.jsonl", *KINDS.values()}
+    assert not left or name in ("html", "output", "dataset_prepared_path") and done.code == 0, left
+
+
+@pytest.mark.slow
+@given(st.sampled_from(DEEP), st.one_of(st.sampled_from(TEXTS), st.sampled_from(TEXTS).map(lambda text: f"[{text}]")))
+@settings(**(KEPT | {"max_examples": 1500}), suppress_health_check=CHECKS)
+def test_runs_are_assembled_of_any_value_or_it_is_one_line(here, kit, tune, tiny, assembled, option, text):
+    a_run(here, kit, tune, tiny, *option, text)
