@@ -48,6 +48,7 @@ class Engine:
         self.config, self.model, self.trees, self.tokenizer, self.on, self.say = config, bare(model), trees, tokenizer, on, say
         self.ends = sorted({*stop, *rollout.stop_token_ids})
         self.server: Server | None = None
+        self.client: vllm.Client | None = None  # `close` asks, also where connecting failed
         # vLLM computes the log-probs of a prompt with the adapters of whatever else runs: the canary must run alone.
         self.alone = threading.Lock()
         host = options.vllm_server_host

@@ -21,6 +21,7 @@ from treetune.core.data import loader
 from treetune.core.state import Objective, TrainState
 
 BEST = "best.json"
+SHOWN_UNKNOWN = ("loss", "grad_norm", "completions/")  # null in a record where not known; other numbers are left out
 Progress = bookkeeping.Progress
 Cursor = bookkeeping.Cursor
 
@@ -291,7 +292,7 @@ def _is_record(file: Path) -> bool:
 
 def _known(record: dict) -> dict:
     """The record without numbers of which nothing was counted, and with the margin of rates that were counted apart."""
-    known = {key: value for key, value in record.items() if value == value or key in ("loss", "grad_norm")}
+    known = {key: value for key, value in record.items() if value == value or key.startswith(SHOWN_UNKNOWN)}
     if "rewards/margins" not in known and {"rewards/chosen", "rewards/rejected"} <= known.keys():
         known["rewards/margins"] = known["rewards/chosen"] - known["rewards/rejected"]
     return known

@@ -104,7 +104,7 @@ def adamw(
 
 
 def _stepwise(init_state: Callable, direction: Callable, weight_decay: float, decay: Rules, lr_scale: Rules) -> Optimizer:
-    """An optimiser from a per-leaf rule `direction(grad, moment, param) -> (step, new moment)`, applied as p -= lr (step + decay p)."""
+    """An optimiser from a per-leaf rule `direction(grad, moment) -> (step, new moment)`, applied as p -= lr (step + decay p)."""
     decay, lr_scale = list(decay), list(lr_scale)
 
     def init(params: Params) -> OptState:
