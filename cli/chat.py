@@ -1,9 +1,14 @@
 """`treetune chat`: a conversation in the terminal."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from treetune.cli import bases, prompts, setup
 from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
+from treetune.core.data import detokenise
 from treetune.models import decode
 
 
@@ -18,9 +23,8 @@ def run(config: Chat, given: frozenset[str]) -> int:
         model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         stop = setup.stop_ids(options, tokenizer)
         prompts.check_ids(prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg)
-    screen.line(
-        f"{options.model}{' + ' + config.adapter.adapter if config.adapter.adapter else ''}; /reset starts over, /quit leaves", "dim"
-    )
+    name = setup.pair_name(options, config.adapter.adapter)
+    screen.line(f"{name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
     messages, turn = list(start), 0
     while (text := _ask(screen)) is not None:
         if text == "/reset":
@@ -37,18 +41,59 @@ def run(config: Chat, given: frozenset[str]) -> int:
                 continue
             keywords = prompts.sampling(config.sample) | {"seed": config.sample.seed + turn}
             keywords["max_new_tokens"] = min(keywords["max_new_tokens"], room)
-            drawn = decode.sample(model, [ids], lora=used, stop=stop, **keywords)
-            answer = prompts.answers(tokenizer, drawn)[0].strip()
+            answer = told(screen, tokenizer, partial(decode.sample, model, [ids], lora=used, stop=stop, **keywords))
             messages.append({"role": "assistant", "content": answer})
-            screen.line(answer + "\n")
             turn += 1
     return 0
 
 
-def _ask(screen: Screen) -> str | None:
-    """The next line that the user types; None to leave."""
+class Told:
+    """An answer that is shown while it is drawn: whole characters, and no blanks at its ends. Lives as long as the answer."""
+
+    def __init__(self, screen: Screen, tokenizer: Any):
+        self.screen, self.tokenizer, self.tokens = screen, tokenizer, []
+        self.decoder = detokenise.Decoder(tokenizer, skip_special_tokens=True)
+        self.begun, self.blank = False, ""
+
+    def tell(self, _: Any, token: Any) -> None:
+        """One more token, as `decode.sample` tells it."""
+        self.tokens.append(int(token))
+        self.show(self.decoder.push(self.tokens[-1]))
+
+    def show(self, units: list[detokenise.Unit]) -> None:
+        """What is settled of the text; blanks are held back until something follows them."""
+        text = self.blank + "".join(unit.text for unit in units)
+        settled = text.rstrip()
+        self.blank = text[len(settled) :]
+        if settled:
+            self.screen.stream(settled if self.begun else settled.lstrip())
+            self.begun = True
+
+    def text(self) -> str:
+        """The answer as far as it came."""
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
+
+
+def told(screen: Screen, tokenizer: Any, sample: Callable[..., Any]) -> str:
+    """The answer that `sample(tell=)` draws, shown as it comes; Ctrl-C ends it where it is."""
+    answer = Told(screen, tokenizer)
     try:
-        text = screen.console.input("[bold cyan]> [/]").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return None if text == "/quit" else text
+        sample(tell=answer.tell)
+        answer.show(answer.decoder.flush())
+    except KeyboardInterrupt:
+        screen.stream(" ...")
+    screen.line("\n")
+    return answer.text()
+
+
+def _ask(screen: Screen) -> str | None:
+    """The next line that the user types; None to leave. One Ctrl-C may have been meant for the answer, two in a row leave."""
+    for again in (False, True):
+        try:
+            text = screen.console.input("[bold cyan]> [/]").strip()
+            return None if text == "/quit" else text
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            screen.line("" if again else "\n/quit or Ctrl-C again leaves", "dim")
+    return None

@@ -59,6 +59,10 @@ class Screen:
         """A text of its own styles, or plain."""
         self.console.print(text if isinstance(text, Text) else Text(terminal.safe(text)))
 
+    def stream(self, text: str) -> None:
+        """A piece of a text that goes on."""
+        self.console.print(Text(terminal.safe(text)), end="")
+
     def warn(self, text: str) -> None:
         """One line that should be noticed."""
         self.line(f"! {text}", "yellow")

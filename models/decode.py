@@ -5,7 +5,7 @@ q(y) = softmax(logits / temperature); the sampler draws from q restricted to a k
 A row's randomness is a function of (seed, id of its prompt, number of the completion, position): other rows do not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,12 +64,14 @@ def sample(
     stop: Sequence[int] = (),
     seed: int,
     ids: Sequence[int] | None = None,
+    tell: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Samples:
     """n completions of each prompt (lists of token ids), each up to a token of `stop` or `max_new_tokens`.
 
     temperature 0 takes the most probable token; its logp is that of the untempered distribution, and so is its log_kept,
     since the set is that one token. Otherwise the kept set is cut by top_k (0: off), then top_p over what is left, then
     min_p times the largest probability. `ids` name the prompts for the randomness (default: their order).
+    tell(rows [r], tokens [r]) is called with what was drawn as soon as it is; rows that are done may be among them.
 
     Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
     """
@@ -90,6 +92,8 @@ def sample(
         )
         check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, kept, done)
+        if tell is not None:
+            tell(live.row, token)
         done[live.row] |= torch.isin(token, stops)
         if step + 1 == max_new_tokens or bool(done.all()):
             break
