@@ -215,8 +215,8 @@ def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, 
     stream = loader.digest(sizes, step=size, seed=optim.seed)
     meta, changed = provenance.check(origin, config, documents=read, stream=stream, sampled=True)
     meta |= products.record()
-    state, found = loop.restore(where, state, total)
-    training.tell(changed, screen)
+    state, found = loop.restore(where, state)
+    training.tell(changed, screen, where, state, total)
     pool = feed.Feed(
         data.train,
         sampler.sample,

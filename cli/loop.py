@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli import cadence, provenance, rundir
+from treetune.cli import cadence, rundir
 from treetune.cli import progress as bookkeeping
 from treetune.cli.errors import BadInput, RunFailed
 from treetune.cli.options import RunOptions
@@ -335,13 +335,12 @@ def run(job: Job, state: TrainState, where: rundir.RunDir, options: RunOptions, 
             screen.stop()
 
 
-def restore(where: rundir.RunDir, state: TrainState, total_steps: int, start: Cursor = loader.START) -> tuple[TrainState, dict | None]:
-    """The state and meta of the checkpoint to resume from, for a run of so many steps; unchanged for a new run."""
+def restore(where: rundir.RunDir, state: TrainState, start: Cursor = loader.START) -> tuple[TrainState, dict | None]:
+    """The state and meta of the checkpoint to resume from; unchanged for a new run."""
     if where.resume is None:
         return state, None
     state, meta = ckpt.load(where.resume, state)
     bookkeeping.read(meta, start, where.resume)
     if not check.finite({"params": state.params, "opt": state.opt}):
         raise ValueError(f"{where.resume} holds weights or moments that are not finite: {ckpt.FIX}")
-    provenance.reached(where.resume, int(state.step), total_steps)
     return state, meta

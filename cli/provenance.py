@@ -248,9 +248,13 @@ def _shorter(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def reached(path: Path, step: int, total: int) -> None:
-    """Errors: ValueError for a checkpoint beyond the last step of the run."""
+def reached(path: Path, step: int, total: int, changed: list[str]) -> None:
+    """Errors: ValueError for a checkpoint beyond the last step of the run, and at it for changes that only further steps would see."""
     if step > total:
         raise ValueError(
             f"{path} is at step {step} and this run ends at {total}: raise max_steps or num_epochs, or name another checkpoint"
         )
+    names = {text: text.partition(" ")[0] for text in changed}
+    if step == total and not resume_rules.LENGTHS & set(names.values()):
+        if idle := [text for text, name in names.items() if name in resume_rules.RULES and name not in resume_rules.LASTING]:
+            raise ValueError(f"{path} is at the last step of the run, so {idle[0]} would have no effect: raise max_steps or num_epochs")

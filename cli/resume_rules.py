@@ -108,6 +108,11 @@ RULES: dict[str, Rule] = (
     )
 )  # fmt: skip
 
+LENGTHS = {"max_steps", "num_epochs"}
+# what a run that has no step left still looks at: where things are, and the last sample answer
+LASTING = {name for name, rule in RULES.items() if rule.verdict in (DOCUMENTS, ORDER, WEIGHTS)} | {
+    "sample_prompt", "sample_tokens", "device", "sharding", "feature_device", "dataset_prepared_path",
+}  # fmt: skip
 PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")  # of an address
 BY_RULE = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}  # what an option of such a rule is judged by
 BY_NAME = {"lora_model_dir": ("adapter",), "ref_model": ("reference",)} | dict.fromkeys(

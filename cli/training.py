@@ -242,10 +242,10 @@ def _assemble(config, method, data, tokenizer, model, parts, origin, where, on, 
         goal=method.goal,
         mark=read.mark,
     )
-    state, found = loop.restore(where, state, read.total_steps, read.start)
+    state, found = loop.restore(where, state, read.start)
     if found is not None and read.go_on is not None:
         read.go_on(read.start._make(found["progress"]["cursor"]), found.get("rows"))
-    tell(changed, screen)
+    tell(changed, screen, where, state, read.total_steps)
     return Assembly(job, state, model, trees, tokenizer, where, found, data, peak, method)
 
 
@@ -254,8 +254,10 @@ def _weights(trees: setup.Trees) -> Params:
     return tree.merge(trees.frozen.get("model", {}), trees.params.get("model", {}))
 
 
-def tell(changed: list[str], screen: Screen) -> None:
-    """What is otherwise than when the checkpoint was written, as a list."""
+def tell(changed: list[str], screen: Screen, where: rundir.RunDir, state: TrainState, total_steps: int) -> None:
+    """What is otherwise than when the checkpoint was written, as a list. Errors: ValueError where no step is left that would see it."""
+    if where.resume is not None:
+        provenance.reached(where.resume, int(state.step), total_steps, changed)
     if changed:
         screen.line("changed since the checkpoint:", "bold")
     for text in changed:

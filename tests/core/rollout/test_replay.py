@@ -54,6 +54,11 @@ def test_an_equal_score_replaces_nothing_and_the_older_of_two_goes():
     assert {one.number for one in replay.add(stored, [(2, scored(2, 5))], 2)} == {1, 2}
 
 
+def test_a_buffer_that_became_smaller_keeps_the_best_in_their_order():
+    stored = replay.add((), [(i, scored(i, score)) for i, score in enumerate([1, 3, 2, 3])], 4)
+    assert [[one.number for one in replay.best(stored, size)] for size in (0, 1, 2, 3, 9)] == [[], [3], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
+
+
 def test_flat_groups_are_never_stored():
     noise = np.full(7, np.float32(0.7)).astype(np.float64)
     groups = [made(0, noise, np.full(7, 5.9566e-4)), made(1, [1, 0], [0.0, 0.0]), made(2, [np.nan, 1], [0.0, 0.0])]
