@@ -15,7 +15,7 @@ from treetune.cli import checks, rl_data, serve
 from treetune.cli.ebft_options import EbftData
 from treetune.cli.names import nearest
 from treetune.core import fields
-from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, sources, spans
+from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, reporting, sources, spans, turns
 from treetune.core.data.prompts import Prompt
 
 OWN_KEYS = frozenset({"path", "type"})
@@ -59,10 +59,15 @@ def _rows(entry: dict, options: EbftData, tokenizer: Any) -> sources.Rows:
     else:
         named = _detected(rows) if named == "auto" else named
         form = _transform(named)
+    rows = sources.watched(rows)
     with fields.reading(rows.name):
         targets, dropped = ebft.structured(rows, form)
+    unread = sources.unread(rows)
+    if sources.SYSTEM in unread:
+        raise sources.no_place(rows, unread[sources.SYSTEM], named)
     made = [{"prompt": one.prompt, "ground_truth": one.ground_truth, "remaining_turns": list(one.remaining_turns)} for one in targets]
     why = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
+    why += f", not read: {reporting.short(list(unread))}" if unread else ""
     return rows._replace(name=f"{rows.name} as {named}{why}", rows=made, numbers=[one.row for one in targets])
 
 
@@ -72,8 +77,8 @@ def ebft_row(row: dict, where: str) -> list[dict]:
 
 
 def _question(row: dict, where: str) -> list[dict]:
-    asked = preference.text(row, ("question",), where)
-    return [{"prompt": [{"role": "user", "content": asked}], "ground_truth": preference.text(row, ("answer",), where)}]
+    asked = turns.introduced([{"role": "user", "content": preference.text(row, ("question",), where)}], row, where)
+    return [{"prompt": asked, "ground_truth": preference.text(row, ("answer",), where)}]
 
 
 def _completion(row: dict, where: str) -> list[dict]:

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 
+from treetune.cli import terminal
 from treetune.cli.errors import BadInput, RunFailed, checking_input
 from treetune.core import fields
 
@@ -70,7 +71,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, early, guard, names, parse, terminal
+    from treetune.cli import checks, configs, early, guard, names, parse
 
     try:
         if command not in COMMANDS:
@@ -89,10 +90,10 @@ def _run(command: str, argv: list[str]) -> int:
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()
-        print(f"treetune: error: {terminal.safe(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"treetune: error: {terminal.message(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"treetune: failed: {terminal.safe(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"treetune: failed: {terminal.message(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("treetune: interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, configs, parse, resume_rules, rundir, setup
+from treetune.cli import checks, configs, parse, resume_rules, rundir, setup, terminal
 from treetune.cli.main import COMMANDS
 from treetune.core import ckpt, fields
 from treetune.core.data import cache, fingerprint
@@ -67,7 +67,7 @@ def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.d
     Errors: ValueError, one line, for options that the checkpoint cannot be continued with, whatever they would read or load.
     """
     full = not hasattr(config, "adapter") or config.adapter.adapter == "none"
-    options = {name: json.loads(json.dumps(value, default=str)) for name, value in parse.flatten(config).items()}
+    options = {name: json.loads(terminal.masked(json.dumps(value, default=str))) for name, value in parse.flatten(config).items()}
     resolve = partial(_resolved, rate=rates[full], dtype=str(setup.compute_dtype(config.model.dtype, on))[6:])
     now = Provenance(type(config).__name__.lower(), resolve(options), processes)
     return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, resolve, say))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import curves, page, rundir
+from treetune.cli import curves, page, rundir, terminal
 from treetune.core.data import kinds
 
 BEST, WORST = 3, 2  # completions of a prompt to show, where there are more
@@ -25,6 +25,7 @@ def write(
     """Write report.html into a run folder. rows: facts for its head; unit: what the loss is a mean over."""
     steps = [record["step"] for record in history if "train/loss" in record]
     samples, groups = _answers(run.samples, {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())
+    rows = {name: terminal.masked(value) for name, value in rows.items()}
     shown = page.documents(docs, tokenizer, kind) | {"samples": samples, "groups": groups, "rows": rows}
     charts = curves.charts(history, loss=LOSS.get(unit, f"mean over {unit.rstrip(',')}"))
     rundir.write(run.root / "report.html", page.render("run.jinja", name=run.root.name, charts=charts, **shown))

@@ -73,7 +73,8 @@ def _with_prompt(row: dict, name: str, where: str) -> dict:
         return rest | {"prompt": said}
     if len(said) == 1:
         raise ValueError(f"{where}: field {name} holds an answer and no prompt")
-    return {"answer": said[-1]["content"]} | rest | {"prompt": said[:-1]}
+    answer = said[-1].get("content") or said[-1].get("tool_calls")
+    return {"answer": answer} | rest | {"prompt": said[:-1]}
 
 
 def _read(parts: list[sources.Rows], options: PromptRows, tokenizer: Any, label: str) -> tuple[list[prompts.Prompt], list[str]]:

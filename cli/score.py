@@ -135,12 +135,12 @@ def _check(judge: Judge, name: str) -> None:
 
 def _conversation(row: dict, where: str) -> trees.Sides:
     history, reply = turns.dialogue(row.get("messages"), f"{where}: field messages")
-    return trees.Sides(history, (reply,), {})
+    return trees.Sides(turns.introduced(history, row, where), (reply,), {})
 
 
 def _answer(row: dict, where: str) -> trees.Sides:
     """Prompt and completion as in unpaired rows, judged or not."""
-    return unpaired.passthrough(row | {"label": True}, where)._replace(extras={})
+    return unpaired.answer(row, where)
 
 
 SINGLE = {
@@ -199,7 +199,9 @@ def _part(rows: sources.Rows, name: str, config: Score, tokenizer: Any) -> Part:
     chat = {"chat_template": config.chat_template} if "chat_template" in _takes(name, rows) else {}
     labelled = name in reward.STEPS and "labels" in sources.columns(rows)
     if name in SINGLE:
-        docs, report = trees.encode_rows(rows, SINGLE[name].make(), tokenizer, name=name, distinct=False, **lengths, **chat)
+        watched = sources.watched(rows)
+        docs, report = trees.encode_rows(watched, SINGLE[name].make(), tokenizer, name=name, distinct=False, **lengths, **chat)
+        report = kinds.with_unread(report, watched)
     elif name in reward.STEPS:
         own = {} if config.step_separator is None else {"step_separator": config.step_separator}
         judged = rows if labelled else _unjudged(rows)

@@ -48,7 +48,7 @@ class Screen:
 
     def line(self, text: str, style: str = "") -> None:
         """One line of plain text."""
-        self.console.print(Text(terminal.safe(text)), style=style)
+        self.console.print(Text(terminal.safe(terminal.masked(text))), style=style)
 
     @property
     def colours(self) -> bool:
@@ -73,7 +73,7 @@ class Screen:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column()
         for name, value in rows.items():
-            table.add_row(name, Text(terminal.safe(value)))
+            table.add_row(name, Text(terminal.safe(terminal.masked(value))))
         self.console.print(table)
 
     @contextlib.contextmanager

@@ -140,8 +140,8 @@ def read(row: dict, where: str, known: Fields = DEFAULT) -> Talk:
     pairs = [_message(message, f"{where}: message {i}", known) for i, message in enumerate(messages, 1)]
     if known.messages != SYSTEM and (system := introduction(row.get(SYSTEM), [message for message, _ in pairs], where)):
         pairs = [({"role": SYSTEM, "content": system}, Flags(None, {})), *pairs]
-    tools = _tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
-    return Talk([message for message, _ in pairs], [flags for _, flags in pairs], tools)
+    defined = tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
+    return Talk([message for message, _ in pairs], [flags for _, flags in pairs], defined)
 
 
 def introduction(value: object, messages: list[dict], where: str, name: str = SYSTEM) -> str | None:
@@ -359,7 +359,7 @@ def _call(call: object, where: str) -> dict:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def _tools(value: object, where: str) -> list[dict] | None:
+def tools(value: object, where: str) -> list[dict] | None:
     """Tool definitions, from a list or its JSON text."""
     parsed = _parsed(value, where)
     if parsed is None or parsed == []:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, preference, pretokenised, sources, spans, trees, turns
+from treetune.core.data import chat, conversations, preference, pretokenised, sources, spans, trees, turns
 
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 THOUGHTS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
@@ -46,19 +46,19 @@ def first_turn(row: dict, where: str) -> list[dict]:
     """ebft_chat_multiturn.transform: the first reply, and everything after it as remaining_turns."""
     said, replies = _talk(row, where)
     i = replies[0]
-    return [{"prompt": said[:i], "ground_truth": said[i]["content"], "remaining_turns": said[i + 1 :]}]
+    return [{"prompt": said[:i], "ground_truth": _truth(said[i], where), "remaining_turns": said[i + 1 :]}]
 
 
 def last_turn(row: dict, where: str) -> list[dict]:
     """ebft_chat_multiturn.transform_last_turn and ebft_reasoning.transform: the last reply, with its thoughts."""
     said, replies = _talk(row, where)
-    return [{"prompt": said[: replies[-1]], "ground_truth": said[replies[-1]]["content"]}]
+    return [{"prompt": said[: replies[-1]], "ground_truth": _truth(said[replies[-1]], where)}]
 
 
 def all_turns(row: dict, where: str) -> list[dict]:
     """ebft_chat_multiturn.transform_all_turns: one row for each reply."""
     said, replies = _talk(row, where)
-    return [{"prompt": said[:i], "ground_truth": said[i]["content"]} for i in replies]
+    return [{"prompt": said[:i], "ground_truth": _truth(said[i], where)} for i in replies]
 
 
 def answer_only(row: dict, where: str) -> list[dict]:
@@ -69,10 +69,19 @@ def answer_only(row: dict, where: str) -> list[dict]:
 def split_thinking(row: dict, where: str) -> list[dict]:
     """ebft_reasoning.transform_split_thinking: thoughts of every reply in reasoning_content; the true reply wrapped in think tags."""
     said, replies = _talk(row, where)
+    _truth(said[replies[-1]] | {"reasoning_content": None}, where)
     said = [_split(one) for one in said]
     thought, answer = said[replies[-1]]["reasoning_content"], said[replies[-1]]["content"]
     wrapped = f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
     return [{"prompt": said[: replies[-1]], "ground_truth": wrapped}]
+
+
+def _truth(message: dict, where: str) -> str:
+    """A reply as the text to compare with. Errors: ValueError for tool calls, and for reasoning beside it, which would be dropped."""
+    if any(message.get(name) for name in conversations.MAPPINGS["reasoning_content"]):
+        fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
+        raise ValueError(f"{where}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
+    return turns.text(message, f"{where}: the reply")
 
 
 def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], dict[str, int]]:
@@ -96,7 +105,7 @@ def target_of(one: dict, row: int, where: str) -> Target:
     """A transform's output for the structured mode, checked."""
     prompt, rest = one.get("prompt"), one.get("remaining_turns") or []
     if isinstance(prompt, list) and prompt:
-        prompt = turns.messages(prompt, f"{where}: field prompt")
+        prompt = turns.introduced(turns.messages(prompt, f"{where}: field prompt"), one, where)
     elif prompt != []:
         prompt = preference.text(one, ("prompt",), where)
     rest = turns.messages(rest, f"{where}: field remaining_turns") if rest else []
@@ -212,7 +221,7 @@ def _split(message: dict) -> dict:
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return {"reasoning_content": ""} | message
     for opening, closing in THOUGHTS:
-        before, found, rest = message["content"].partition(opening)
+        before, found, rest = (message.get("content") or "").partition(opening)
         thought, closed, answer = rest.partition(closing)
         if found and closed:
             return message | {"reasoning_content": thought.strip(), "content": answer.strip()}

@@ -116,10 +116,10 @@ def _encode_trees(
     read = unpaired.mismatched(rows, read) if foreign else read
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
-    return docs, _with_unread(report, rows)
+    return docs, with_unread(report, rows)
 
 
-def _with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
+def with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
     """The report with the columns that no reader looked at. Errors: ValueError for a system text among them."""
     unread = sources.unread(rows)
     if sources.SYSTEM in unread:
@@ -141,7 +141,7 @@ def _encode_steps(
     rows = sources.watched(rows)
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
-    return docs, _with_unread(report, rows)
+    return docs, with_unread(report, rows)
 
 
 def _merged(reports: Sequence[trees.Report]) -> trees.Report:

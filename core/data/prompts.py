@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat_templates, preference, sources, spans, trees, turns
+from treetune.core.data import chat_templates, conversations, preference, sources, spans, trees, turns
 
 
 class Prompt(NamedTuple):
@@ -47,6 +47,8 @@ def read(
         raise ValueError(f"max_prompt_len is {max_prompt_len}: expected at least 1 token")
     known, render = spans.marks(tokenizer), _opener(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
     said = [_prompt(row, field_prompt, system, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    if system and all(isinstance(one, str) for one in said):
+        raise ValueError(f"{rows.name}: a default system message needs prompts of messages, these are plain texts: put it into them")
     texts = [
         one if isinstance(one, str) else render(one, _tools(rows.rows[i], sources.where(rows, i)), sources.where(rows, i))
         for i, one in enumerate(said)
@@ -77,16 +79,17 @@ def group(prompt: Prompt, completions: Sequence[tuple[np.ndarray, np.ndarray]], 
 
 def _prompt(row: dict, name: str, system: str, where: str) -> str | list[dict]:
     if not isinstance(row.get(name), list):
+        if row.get("system") not in (None, "") and name != "system":
+            raise ValueError(
+                f"{where}: a prompt of plain text has no place for the field system: put it into the prompt, or make it messages"
+            )
         return preference.text(row, (name,), where)
-    said = turns.messages(row[name], f"{where}: field {name}")
+    said = turns.introduced(turns.messages(row[name], f"{where}: field {name}"), row, where)
     return said if said[0]["role"] == "system" or not system else [{"role": "system", "content": system}, *said]
 
 
 def _tools(row: dict, where: str) -> list[dict] | None:
-    tools = row.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"{where}: field tools is {turns.kind(tools)}, expected a list of tool definitions")
-    return tools
+    return conversations.tools(row.get("tools"), f"{where}: field tools")
 
 
 def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:

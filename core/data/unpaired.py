@@ -73,16 +73,21 @@ def user_defined(
 def passthrough(row: dict, where: str) -> trees.Sides:
     """Prompt and completion as they are: two texts, or a conversation and the reply for the chat template."""
     judged = label(row, "label", where)
+    return answer(row, where)._replace(extras=judged)
+
+
+def answer(row: dict, where: str) -> trees.Sides:
+    """The same without a judgement."""
     if not isinstance(row.get("prompt"), list):
-        return trees.Sides(preference.text(row, ("prompt",), where), (preference.text(row, ("completion",), where),), judged)
+        return trees.Sides(preference.text(row, ("prompt",), where), (preference.text(row, ("completion",), where),), {})
     said, here = turns.messages(row["prompt"], f"{where}: field prompt", replies=0), f"{where}: field completion"
     said = turns.introduced(said, row, where)
     if isinstance(row.get("completion"), str):
-        return trees.Sides(said, ({"role": "assistant", "content": preference.text(row, ("completion",), where)},), judged)
+        return trees.Sides(said, ({"role": "assistant", "content": preference.text(row, ("completion",), where)},), {})
     reply = turns.messages(row.get("completion"), here, replies=1)
     if [one["role"] for one in reply] != ["assistant"]:
         raise ValueError(f"{here} has {len(reply)} messages, expected one of the assistant")
-    return trees.Sides(said, (reply[0],), judged)
+    return trees.Sides(said, (reply[0],), {})
 
 
 def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> Callable[[dict, str], trees.Sides]:

@@ -185,7 +185,7 @@ def test_instructions(name, tokenizer):
 def test_prompts_and_ebft(tokenizer):
     with refused(" has no field prompt; it has question"):
         prompts.read(one({"question": "a"}), tokenizer)
-    with refused(": field tools is of type str"):
+    with refused(": field tools is a text that is no JSON"):
         prompts.read(one({"prompt": [USER], "tools": "x"}), tokenizer)
     with refused(": field messages has no message of the assistant"):
         ebft.structured(one({"messages": [USER]}), ebft.last_turn)
