@@ -142,6 +142,8 @@ def prompt(row: dict) -> str:
 def _instruct(with_input: str, without: str, instruction: str = "instruction", given: str = "input") -> Callable[[dict], str]:
     def build(row: dict) -> str:
         system = row.get("system") or (with_input if row.get(given) else without)
+        if not isinstance(system, str):
+            raise ValueError(f"field system is {turns.kind(system)}, expected text")
         context = f"### Input:\n{row[given]}\n\n" if row.get(given) else ""
         return f"{system}\n\n### Instruction:\n{row[instruction]}\n\n{context}### Response:\n"
 
