@@ -213,6 +213,7 @@ class _Loop:
         for path in (self.run.metrics, self.run.samples):
             if path.exists():
                 durable.fsync(path)
+        durable.fsync(self.run.root)
 
     def restore_best(self) -> None:
         """Write best.json anew from the checkpoint's bookkeeping, on which alone a run depends."""

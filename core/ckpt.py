@@ -110,7 +110,7 @@ def read_meta(path: Path) -> dict:
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
     try:
         found = fields.mapping(json.loads(file.read_text(encoding="utf-8")), file.name)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): {FIX}") from error
     if (version := found.values.get("format")) not in (FORMAT, UNVERIFIED):
         raise ValueError(f"{path} has checkpoint format {version!r}; this version reads {UNVERIFIED} and {FORMAT}")

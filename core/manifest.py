@@ -43,6 +43,8 @@ def write(folder: Path) -> None:
     """Write the manifest of all files below `folder`. The caller flushes it with the others before the folder gets its name."""
     names = _names(folder)
     digests = _digests([folder / name for name in names])
+    if unread := [digest for digest in digests if isinstance(digest, OSError)]:
+        raise unread[0]
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests, strict=True)}
     (folder / NAME).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
 
@@ -60,7 +62,7 @@ def check(folder: str | Path, *, weights: bool = True, fix: str | None = None) -
     wrong += [f"{folder / name} was added after the folder was written" for name in _added(folder, entries)]
     chosen = {folder / name: entry for name, entry in entries.items() if weights or not name.endswith(WEIGHTS)}
     if not wrong:
-        wrong = [f"{path} is not as it was written: its sha256 differs" for path in _changed(chosen)]
+        wrong = _changed(chosen)
     if wrong:
         more = f" (and {len(wrong) - 1} more of its files)" if len(wrong) > 1 else ""
         raise ValueError(f"{wrong[0]}{more}: {fix or accept(folder)}")
@@ -120,16 +122,22 @@ def _size_error(path: Path, entry: Entry) -> str | None:
     return None if status.st_size == entry.bytes else f"{path} has {status.st_size} bytes and was written with {entry.bytes}"
 
 
-def _changed(entries: dict[Path, Entry]) -> list[Path]:
-    """The files whose digest is another one; those compared before are not read again."""
+def _changed(entries: dict[Path, Entry]) -> list[str]:
+    """What is wrong with the files whose digest is another one, or that cannot be read; those compared before are not read again."""
     keys = {path: (_identity(path), entry.sha256) for path, entry in entries.items()}
     unread = [path for path in entries if _compared.get(str(path.resolve())) != keys[path]]
     digests = dict(zip(unread, _digests(unread), strict=True))
-    wrong = [path for path, digest in digests.items() if digest != entries[path].sha256]
+    wrong = [_fault(path, digest) for path, digest in digests.items() if digest != entries[path].sha256]
     for path in unread:
-        if path not in wrong and time.time_ns() - keys[path][0][-1] > SETTLED_NS:
+        if digests[path] == entries[path].sha256 and time.time_ns() - keys[path][0][-1] > SETTLED_NS:
             _compared[str(path.resolve())] = keys[path]
     return wrong
+
+
+def _fault(path: Path, digest: str | OSError) -> str:
+    if isinstance(digest, OSError):
+        return f"{path} cannot be read ({digest.strerror or digest})"
+    return f"{path} is not as it was written: its sha256 differs"
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -137,12 +145,15 @@ def _identity(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _digests(paths: Iterable[Path]) -> list[str]:
-    """sha256 of each file, several at a time: hashing leaves the interpreter free."""
+def _digests(paths: Iterable[Path]) -> list[str | OSError]:
+    """sha256 of each file, or why it cannot be read, several at a time: hashing leaves the interpreter free."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_digest, paths))
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path) -> str | OSError:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error

@@ -175,6 +175,20 @@ def test_files_changed_a_moment_ago_are_read_again(folder, monkeypatch):
     assert len(read) == 6
 
 
+def test_a_file_that_the_disk_does_not_give_back_is_told(folder, monkeypatch):
+    digest = manifest.hashlib.file_digest
+
+    def failing(file, kind):
+        if file.name.endswith("model.safetensors"):
+            raise OSError(5, "Input/output error")
+        return digest(file, kind)
+
+    monkeypatch.setattr(manifest.hashlib, "file_digest", failing)
+    refused(folder, "model.safetensors cannot be read (Input/output error): resume", fix="resume")
+    with pytest.raises(OSError, match="Input/output error"):
+        manifest.write(folder)
+
+
 def test_a_copy_is_as_good_and_links_are_followed(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert manifest.check(copy)
