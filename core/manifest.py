@@ -23,7 +23,7 @@ WEIGHTS = ".safetensors"
 # What loaders take from a folder when it is there: such a file counts even if the manifest does not list it.
 LOADED = re.compile(
     r".*\.safetensors(\.index\.json)?|(adapter_|generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/.*|vocab\.(json|txt)|merges\.txt"
+    r"|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/.*|vocab\.(json|txt)|merges\.txt|treetune_base\.json"
 )
 THREADS = 4
 SETTLED_NS = 2 * 10**9  # a file that was changed a moment ago may change again without another time of change

@@ -16,7 +16,7 @@ CHECKPOINT = re.compile(rf"state\.safetensors|state\.json|{MANIFEST}")
 MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
     r"(model|model-\d{5}-of-\d{5}|adapter_model)\.safetensors|model\.safetensors\.index\.json|(adapter_|generation_|tokenizer_)?config\.json"
     r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"
-    rf"|vocab\.(json|txt)|merges\.txt|{MANIFEST}"
+    rf"|vocab\.(json|txt)|merges\.txt|treetune_base\.json|{MANIFEST}"
 )
 
 

@@ -1,29 +1,38 @@
 """Bits flipped at random in what treetune wrote: refused in one line, or nothing that is read has changed. Never other weights."""
 
 import random
+import shutil
 import sys
 
 import pytest
 import torch
 
-from treetune.cli import setup
+from treetune.cli import bases, setup
 from treetune.cli.options import ModelOptions
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
 from treetune.models import heads, hf
 
-FLIPS = 60  # of each kind; the slow test takes 1,000
+FLIPS = 40  # of each kind; the slow test takes 1,000
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the run is kept that every test takes a copy of."""
+    return tmp_path_factory.mktemp("kept") / "run"
 
 
 @pytest.fixture
-def adapter(sft, here):
+def adapter(sft, here, kept):
     """An adapter with whole weights and a tokenizer of its own, and the checkpoint beside it."""
-    assert sft("--output-dir", "run", "--tokens", "<a>", "--sample-prompt=").code == 0
-    return here / "run/adapter"
+    if not kept.exists():
+        assert sft("--output-dir", "run", "--tokens", "<a>", "--sample-prompt=").code == 0
+        shutil.move(here / "run", kept)
+    return shutil.copytree(kept, here / "run") / "adapter"
 
 
 @pytest.fixture
-def model(kit, tiny, here):
+def model(tiny, here):
     """A model as treetune writes it."""
     base = hf.load(tiny.model)
     hf.save(here / "saved", base, tokenizer=hf.tokenizer(tiny.model), max_shard_bytes=10_000)
@@ -55,7 +64,7 @@ def read_reward(path):
 def adapter_reader(tiny):
     def read(path):
         options = ModelOptions(model=str(tiny.model), dtype="float32", device="cpu")
-        base, used = setup.load_adapted(options, str(path), on=setup.device("cpu"))
+        base, used = bases.load_adapted(options, str(path), on=setup.device("cpu"))
         return ckpt.digest(base.params), ckpt.digest(used.tree), used.scale, words(setup.load_tokenizer(options, str(path)))
 
     return read
