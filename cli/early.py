@@ -28,7 +28,7 @@ def check(config: Any, given: frozenset[str]) -> None:
         if values.get(name) is not None:
             _writable(Path(values[name]), name)
     if values.get("resume") not in (None, "auto") and not Path(values["resume"]).is_dir():
-        raise BadInput(f"{values['resume']} is not a checkpoint: there is no such folder")
+        raise BadInput(f"resume: {values['resume']} is not a checkpoint: there is no such folder")
     for name in ("output", "html", "log"):
         if isinstance(values.get(name), str):
             _writable(Path(values[name]).parent, name)
@@ -65,7 +65,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         with fields.reading("the path"):
             yield
-    except (ValueError, OSError) as error:
+    except (BadInput, ValueError, OSError) as error:
         raise BadInput(f"{name}: {error}") from error
 
 
@@ -90,7 +90,8 @@ def _rows(entry: dict[str, Any], split: str) -> None:
         return
     if path is not None and not inside and files.saved(path):
         return
-    files.find(path, data_files=inside, ds_type=kind, split=_base(entry.get("train_on_split") or entry.get("split") or split))
+    with _naming("data_files" if inside else "path"):
+        files.find(path, data_files=inside, ds_type=kind, split=_base(entry.get("train_on_split") or entry.get("split") or split))
 
 
 def _base(split: str) -> str:
@@ -113,11 +114,12 @@ def _template(value: str, name: str) -> None:
 def _models(config: Any, values: dict[str, Any], given: frozenset[str]) -> None:
     start = values.get("from_config")
     if start is not None and not (Path(start) / "config.json" if Path(start).is_dir() else Path(start)).is_file():
-        raise BadInput(f"config file {Path(start) / 'config.json' if Path(start).is_dir() else start} does not exist")
+        raise BadInput(f"from_config: config file {Path(start) / 'config.json' if Path(start).is_dir() else start} does not exist")
     trains = hasattr(config, "optim")
     for name in ("lora_model_dir",) if trains else ("adapter",):
         if isinstance(values.get(name), str):
-            _adapter(values[name])
+            with _naming(name):
+                _adapter(values[name])
     names = ["ref_model"] + ["model"] * ("model" in given)
     for name in names:
         if isinstance(values.get(name), str):
@@ -125,7 +127,7 @@ def _models(config: Any, values: dict[str, Any], given: frozenset[str]) -> None:
                 fetch.check(values[name])
     for name in PYTHONS:
         if values.get(name) and shutil.which(values[name]) is None:
-            raise BadInput(f"there is no program {values[name]}; name the Python of the environment that has vLLM")
+            raise BadInput(f"{name}: there is no program {values[name]}; name the Python of the environment that has vLLM")
 
 
 def _adapter(path: str) -> None:
@@ -133,4 +135,4 @@ def _adapter(path: str) -> None:
     inside = Path(path) / "adapter"
     folder = inside if inside.is_dir() else Path(path)
     if not (folder / ADAPTER).is_file():
-        raise BadInput(f"{folder / ADAPTER} does not exist: expected an adapter's folder in PEFT format, or a run folder with one")
+        raise ValueError(f"{folder / ADAPTER} does not exist: expected an adapter's folder in PEFT format, or a run folder with one")

@@ -81,6 +81,7 @@ def _run(command: str, argv: list[str]) -> int:
             parsed, given = parse.parse(command, getattr(configs, config), argv)
             checks.check(parsed, given)
             if getattr(getattr(parsed, "adapter", None), "lora_model_dir", None) is not None:
+                early.check(parsed, given)
                 from treetune.cli import bases
 
                 parsed = bases.started(parsed, given)

@@ -219,7 +219,10 @@ def _vocabulary_leaves(model: Model, options: AdapterOptions, whole: Params, inf
 def _fresh(model: Model, options: AdapterOptions, *, seed: int) -> tuple[lora.Lora, Params, adapter.Info]:
     sizes = hf.abstract_of(model, head=True)
     targets = "all-linear" if options.lora_target_modules == ("all-linear",) else options.lora_target_modules
-    paths = lora.match(sizes, targets, layers=options.lora_layers or None)
+    try:
+        paths = lora.match(sizes, targets, layers=options.lora_layers or None)
+    except ValueError as error:
+        raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
     scale = lora.scale(rank=options.lora_r, alpha=options.lora_alpha, rslora=options.lora_rslora)
     info = adapter.Info(options.lora_r, options.lora_alpha, options.lora_rslora, options.lora_dropout, "", paths)
     return lora.Lora(lora.init(sizes, paths, rank=options.lora_r, seed=seed), scale), {}, info
@@ -259,7 +262,10 @@ def whole_modules(model: Model, regexes: tuple[str, ...]) -> Params:
     """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
     leaves = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params))
     for regex in regexes:
-        tree.require_match(regex, list(leaves))
+        try:
+            tree.require_match(regex, list(leaves))
+        except ValueError as error:
+            raise ValueError(f"lora_modules_to_save: {error}") from error
     chosen = [(path, leaf) for path, leaf in leaves.items() if any(re.search(regex, path) for regex in regexes)]
     return tree.from_items(chosen)
 

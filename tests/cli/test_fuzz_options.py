@@ -188,12 +188,12 @@ def assembled(monkeypatch):
 TEXTS = [text for text in SCALARS if text and len(text) < 100 and text[0] not in "!&*<"]
 DEEP = [
     (command, name)
-    for command in ("sft", "dpo", "kto", "reward", "prm", "pretrain", "orpo", "preprocess", "eval", "score", "generate")
+    for command in ("sft", "dpo", "kto", "reward", "prm", "pretrain", "orpo", "preprocess", "eval", "generate")
     for name in parse.defaults(getattr(configs, main.COMMANDS[command][1]))
     if name
     not in parse.LISTED | {"model", "data", "output_dir", "sequence_len", "device", "val_set_size", "prompt", "max_new_tokens", "method"}
 ]
-ROWS = KINDS | {"pretrain": "text.jsonl", "orpo": "pairs.jsonl", "preprocess": "chat.jsonl", "eval": "chat.jsonl", "score": "pairs.jsonl"}
+ROWS = KINDS | {"pretrain": "text.jsonl", "orpo": "pairs.jsonl", "preprocess": "chat.jsonl", "eval": "chat.jsonl"}
 
 
 def a_run(here, kit, tune, tiny, command, name, text):
@@ -209,7 +209,7 @@ def a_run(here, kit, tune, tiny, command, name, text):
     keys = {key: value for key, value in small.items() if key in known and value is not None} | {name: text}
     (here / "c.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()), encoding="utf-8")
     done = tune(command, "--config", "c.yaml")
-    one_line(done, "c.yaml", name, name.replace("_", "-"), text.strip("'\"[] "), "jsonl", "layers [")
+    one_line(done, "c.yaml", name, name.replace("_", "-"), text.strip("'\"[] "), "jsonl")
     left = {path.name for path in here.iterdir()} - {"c.yaml", "text.jsonl", *KINDS.values()}
     assert not left or name in ("html", "output", "dataset_prepared_path") and done.code == 0, left
 

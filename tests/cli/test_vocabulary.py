@@ -235,7 +235,7 @@ BAD = {
     "unknown name": (("--special-tokens", "padding=x"), "'padding'", "expected one of bos_token"),
     "empty special": (("--special-tokens", "pad_token="), "pad_token has ''"),
     "empty token": (("--tokens", "a", ""), "tokens has ''"),
-    "multiple": (("--embedding-multiple", 0), "multiple of 0 rows"),
+    "multiple": (("--embedding-multiple", 0), "embedding_multiple must be at least 1"),
     "adapted embedding": (
         ("--tokens", "<a>", "<b>", "--lora-target-modules", "embed_tokens"), "embed_tokens trains whole", "out of --lora-target-modules"
     ),
@@ -251,7 +251,7 @@ def test_what_cannot_be_is_refused(name, sft, kit, here):
 
 def test_a_mapping_needs_texts(sft, kit, here):
     (here / "c.yaml").write_text("special_tokens:\n  pad_token: 3\n")
-    kit.refused(sft("--config", "c.yaml"), "c.yaml: special_tokens has 3 for pad_token", "in quotes")
+    kit.refused(sft("--config", "c.yaml"), "c.yaml: special_tokens: pad_token must be a text, got 3", "quotes")
 
 
 def test_an_adapter_trained_further_keeps_its_template(tiny, sft, here, kit):
