@@ -6,13 +6,15 @@ one factor per frequency and are recognised as the scaling they came from.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import fields, tree
+from treetune.core.fields import Fields
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, dense, llama
 
@@ -42,62 +44,147 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # tokenizer.ggml.pre -> the split before BPE, as the models' own tokenizer.json files have it.
 SPLITS = {"gpt-2": None, "smollm": None, "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST, "qwen2": _WORDS + r"\p{N}" + _REST}
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name -> that of the file
+_MOST = 2**24  # more than any size of a model
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
+
+
+# What a reader of a damaged file raises: it takes sizes and offsets from the file itself.
+_DAMAGED = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, OSError, MemoryError, RecursionError, NotImplementedError)
+_SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_COMPUTED = (
+    *_SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+)  # fmt: skip
+_WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 
 
 def _open(path: str | Path):
     import gguf
 
     try:
-        return gguf.GGUFReader(str(path))
-    except (ValueError, FileNotFoundError, IndexError) as error:
+        reader = gguf.GGUFReader(str(path))
+    except _DAMAGED as error:
         raise ValueError(f"{path} cannot be read as GGUF ({error}): check the path, or download the file again") from error
+    _check_places(path, reader)
+    return reader
 
 
-def _get(reader, key: str, default=None):
-    field = reader.fields.get(key)
-    return default if field is None else field.contents()
+def _check_places(path: str | Path, reader) -> None:
+    """The tensors follow one another to the end of the file: a damaged offset or alignment would have other numbers read."""
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda one: int(one.data_offset)):
+        if int(tensor.data_offset) - end not in range(int(reader.alignment)):
+            raise ValueError(f"{path}: the tensor {tensor.name} does not follow the one before it: download the file again")
+        end = int(tensor.data_offset) + int(tensor.n_bytes)
+    if Path(path).stat().st_size - end not in range(max(int(reader.alignment), 1)):
+        raise ValueError(f"{path} does not end where its last tensor does: download the file again")
+
+
+def _metadata(path: str | Path, reader, names: Iterable[str]) -> Fields:
+    """The keys of a file that are there, as plain values, under their names."""
+    values = {}
+    for name in names:
+        if (field := reader.fields.get(name)) is not None:
+            try:
+                values[name] = field.contents()
+            except _DAMAGED as error:
+                raise ValueError(f"{path}: the key {name} cannot be read ({error}): download the file again") from error
+    return Fields(values, str(path))
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """The model in a .gguf file, dequantised to float32 and rounded once to `dtype`, which is also what it computes in.
 
-    Raises ValueError for an architecture or rope scaling that is not known here, and for missing or unexpected tensors.
+    Raises ValueError for an architecture, a key or a rope scaling that is not known here, and for missing or unexpected tensors.
     """
     reader = _open(path)
-    family = _get(reader, "general.architecture")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"{path} has architecture {family!r}; expected one of {', '.join(ARCHITECTURES)}")
+    family = _family(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    cfg = replace(_config(reader, family, tensors), dtype=dtype)
+    cfg = replace(_config(path, reader, family, tensors), dtype=dtype)
     return Model(family, cfg, _params(path, family, cfg, tensors, dtype, device))
 
 
-def _config(reader, family: str, tensors: dict) -> llama.Config:
-    def size(name: str, default=None):
-        return _get(reader, f"{family}.{name}", default)
+def _family(path: str | Path, reader) -> str:
+    keys = _metadata(path, reader, ("general.architecture", "split.count"))
+    if fields.integer(keys, "split.count", default=1) > 1:
+        raise fields.wrong(keys, "split.count", "1: a model in several files is not read; join them with llama-gguf-split --merge")
+    return fields.text(keys, "general.architecture", choices=ARCHITECTURES)
+
+
+def _config(path: str | Path, reader, family: str, tensors: dict) -> llama.Config:
+    keys = _metadata(path, reader, [name for name in reader.fields if name.startswith(f"{family}.")])
+    known = [f"{family}.{name}" for name in (*_COMPUTED, *_WITHOUT_EFFECT)]
+    if odd := [name for name in fields.unknown(keys, known) if keys.values[name]]:
+        raise ValueError(f"{path} has {odd[0]} = {fields.shown(keys.values[odd[0]])}, which is not known: it may change what is computed")
+
+    def size(name: str, **how) -> int:
+        return fields.integer(keys, f"{family}.{name}", least=1, most=_MOST, **how)
 
     heads, hidden = size("attention.head_count"), size("embedding_length")
     cfg = llama.Config(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=_rows(path, tensors),
         hidden_size=hidden,
         mlp_size=size("feed_forward_length"),
         num_layers=size("block_count"),
         num_heads=heads,
-        num_kv_heads=size("attention.head_count_kv", heads),
-        head_dim=size("attention.key_length") or size("rope.dimension_count") or hidden // heads,
-        # Stored as float32: the shortest decimal that rounds to it is the number of the original config.json.
-        norm_eps=float(f"{size('attention.layer_norm_rms_epsilon'):.6g}"),
-        rope_theta=float(size("rope.freq_base", 10000.0)),
-        max_positions=size("context_length"),
+        num_kv_heads=_kv_heads(keys, family, heads),
+        head_dim=_head_dim(keys, family, hidden // heads),
+        norm_eps=_epsilon(keys, family),
+        rope_theta=fields.number(keys, f"{family}.rope.freq_base", default=10000.0, least=1.0),
+        max_positions=fields.integer(keys, f"{family}.context_length", least=1, most=2**31 - 1),
         tied="output.weight" not in tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        window=size("attention.sliding_window"),
+        window=_window(keys, family),
     )
-    if (kind := size("rope.scaling.type", "none")) != "none":
-        raise ValueError(f"the file has rope scaling {kind!r}; expected none, or the frequency factors of Llama 3.1")
+    if fields.text(keys, f"{family}.rope.scaling.type", default="none") != "none":
+        raise fields.wrong(keys, f"{family}.rope.scaling.type", "none, or the frequency factors of Llama 3.1")
     return replace(cfg, rope_scaling=_rope_scaling(cfg, tensors[FACTORS])) if FACTORS in tensors else cfg
+
+
+def _rows(path: str | Path, tensors: dict) -> int:
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{path} has no matrix token_embd.weight; expected a language model")
+    return int(embedding.shape[1])
+
+
+def _kv_heads(keys: Fields, family: str, heads: int) -> int:
+    name = f"{family}.attention.head_count_kv"
+    count = fields.integer(keys, name, default=heads, least=1, most=_MOST)
+    if heads % count:
+        raise fields.wrong(keys, name, f"a divisor of {family}.attention.head_count, which is {heads}")
+    return count
+
+
+def _head_dim(keys: Fields, family: str, plain: int) -> int:
+    """Features of a head: keys, values and the rotated part are all of this size."""
+    names = [f"{family}.{name}" for name in ("attention.key_length", "rope.dimension_count", "attention.value_length")]
+    sizes = {name: fields.integer(keys, name, least=1, most=_MOST) for name in names if name in keys.values}
+    dim = next(iter(sizes.values()), plain)
+    for name, size in sizes.items():
+        if size != dim or size % 2:
+            raise fields.wrong(keys, name, f"an even number, the same in {', '.join(names)}")
+    if dim < 2 or dim % 2:
+        raise fields.wrong(keys, f"{family}.embedding_length", f"an even multiple of {family}.attention.head_count")
+    return dim
+
+
+def _epsilon(keys: Fields, family: str) -> float:
+    """Stored as float32: the shortest decimal that rounds to it is the number of the original config.json."""
+    name = f"{family}.attention.layer_norm_rms_epsilon"
+    value = fields.number(keys, name, least=0)
+    if value > 1:
+        raise fields.wrong(keys, name, "a number from 0 to 1")
+    return float(f"{value:.6g}")
+
+
+def _window(keys: Fields, family: str) -> int | None:
+    size = fields.integer(keys, f"{family}.attention.sliding_window", default=0, least=0, most=2**31 - 1)
+    if size and family != "llama":
+        raise fields.wrong(keys, f"{family}.attention.sliding_window", "0: a window is not computed for this family")
+    return size or None
 
 
 def _rope_scaling(cfg: llama.Config, tensor) -> llama.Llama3Rope:
@@ -114,7 +201,10 @@ def _dequantise(tensor) -> Tensor:
     """float32, rows first (GGUF lists the sizes the other way round)."""
     from gguf import quants
 
-    array = quants.dequantize(tensor.data, tensor.tensor_type)
+    try:
+        array = quants.dequantize(tensor.data, tensor.tensor_type)
+    except _DAMAGED as error:
+        raise ValueError(f"the tensor {tensor.name} of type {tensor.tensor_type.name} cannot be read: {error or 'unknown type'}") from error
     return torch.from_numpy(array.copy() if not array.flags.writeable else array)
 
 
@@ -124,13 +214,14 @@ def _params(path, family: str, cfg: llama.Config, tensors: dict, dtype: torch.dt
     for keys, what in ((set(abstract) - set(named), "lacks"), (set(named) - set(abstract), "has besides those of its family")):
         if keys:
             raise ValueError(f"{path}: the file {what} {len(keys)} tensors, the first is {min(keys)}")
+    for leaf, param in abstract.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+        if (shape := tuple(int(size) for size in named[leaf].shape[::-1])) != param.shape:
+            raise ValueError(f"{path}: {leaf} has shape {list(shape)}; the sizes in the file imply {list(param.shape)}")
     pairs = []
-    for leaf, param in abstract.items():
+    for leaf in abstract:
         tensor = _dequantise(named[leaf])
         if family == "llama" and leaf.endswith(("q_proj", "k_proj")):
             tensor = _unpermute(tensor, cfg.num_heads if leaf.endswith("q_proj") else cfg.num_kv_heads)
-        if tuple(tensor.shape) != param.shape:
-            raise ValueError(f"{path}: {leaf} has shape {list(tensor.shape)}; the sizes in the file imply {list(param.shape)}")
         pairs.append((leaf, tensor.to(device=device, dtype=dtype)))
     return tree.from_items(pairs)
 
@@ -154,40 +245,46 @@ def tokenizer(path: str | Path):
     from transformers import PreTrainedTokenizerFast
 
     reader = _open(path)
-    kind, pre = _get(reader, "tokenizer.ggml.model"), _get(reader, "tokenizer.ggml.pre")
+    keys = _metadata(path, reader, [name for name in reader.fields if name.startswith("tokenizer.")])
+    kind, pre = (fields.text(keys, f"tokenizer.ggml.{name}", default=None) for name in ("model", "pre"))
     if kind != "gpt2" or pre not in SPLITS:
         raise ValueError(f"{path} has tokenizer {kind!r} with pre-tokenizer {pre!r}; expected 'gpt2' with one of {', '.join(SPLITS)}")
-    tokens = _get(reader, "tokenizer.ggml.tokens")
-    special = {name: tokens[index] for name in ("bos", "eos", "pad") if (index := _special(reader, name)) is not None}
-    if (unknown := _get(reader, "tokenizer.ggml.unknown_token_id")) is not None:
-        special["unk"] = tokens[unknown]
+    tokens = list(fields.texts(keys, "tokenizer.ggml.tokens"))
+    special = {name: token for name in SPECIAL if (token := _special(keys, name, tokens)) is not None}
+    length = _metadata(path, reader, [name := f"{_family(path, reader)}.context_length"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(reader, pre, tokens, special),
+        tokenizer_object=_backend(keys, pre, tokens, special),
         **{f"{name}_token": token for name, token in special.items()},
-        chat_template=_get(reader, "tokenizer.chat_template"),
-        model_max_length=_get(reader, f"{_get(reader, 'general.architecture')}.context_length"),
+        chat_template=fields.text(keys, "tokenizer.chat_template", default=None),
+        model_max_length=fields.integer(length, name, default=None, least=1),
         clean_up_tokenization_spaces=False,
     )
 
 
-def _special(reader, name: str) -> int | None:
-    long = {"pad": "padding"}.get(name, name)
-    return _get(reader, f"tokenizer.ggml.{long}_token_id")
+def _special(keys: Fields, name: str, tokens: list[str]) -> str | None:
+    """The text of a special token, None where the file names none."""
+    long = f"tokenizer.ggml.{SPECIAL[name]}_token_id"
+    index = fields.integer(keys, long, default=None, least=0)
+    if index is not None and index >= len(tokens):
+        raise fields.wrong(keys, long, f"the number of one of the {len(tokens)} tokens")
+    return None if index is None else tokens[index]
 
 
-def _backend(reader, pre: str, tokens: list[str], special: dict[str, str]):
+def _backend(keys: Fields, pre: str, tokens: list[str], special: dict[str, str]):
     """The tokenizers.Tokenizer of the file's vocabulary, merges and special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-    types = _get(reader, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = fields.integers(keys, "tokenizer.ggml.token_type", default=(_NORMAL,) * len(tokens))
+    if len(types) != len(tokens):
+        raise fields.wrong(keys, "tokenizer.ggml.token_type", f"a list of {len(tokens)} whole numbers, one for each token")
     vocab = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in _get(reader, "tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ")) for merge in fields.texts(keys, "tokenizer.ggml.merges", default=())]
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = _split(pre), decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if _get(reader, "tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos" in special:
+    if fields.flag(keys, "tokenizer.ggml.add_bos_token", default=pre == "llama-bpe") and "bos" in special:
         bos = special["bos"]
         template = processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]

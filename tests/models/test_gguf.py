@@ -134,7 +134,7 @@ def test_what_is_not_known_is_refused(oracle, tmp_path):
     model, _ = oracle("llama")
     file = tmp_path / "model.gguf"
     for edit, message in (
-        (lambda writer: writer.add_rope_scaling_type(package.RopeScalingType.YARN), "rope scaling 'yarn'"),
+        (lambda writer: writer.add_rope_scaling_type(package.RopeScalingType.YARN), 'rope.scaling.type must be none.*got "yarn"'),
         (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)), "first is layers.0.q_bias"),
         (lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((4, 32), np.float32)), "ffn_gate_inp"),
     ):
@@ -146,7 +146,7 @@ def test_what_is_not_known_is_refused(oracle, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="architecture 'gemma3'; expected one of llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match='general.architecture must be one of llama, qwen2, qwen3, got "gemma3"'):
         gguf.load(file)
     file.write_bytes(b"not a gguf file at all")
     with pytest.raises(ValueError, match="cannot be read as GGUF"):

@@ -1,0 +1,196 @@
+"""Mutated files of models and adapters: one line that names file and field, or the logits that transformers and PEFT give."""
+
+import copy
+import json
+import random
+import warnings
+
+import pytest
+import torch
+
+from treetune.core import tree
+from treetune.models import adapter, dense, hf
+
+FAST, SLOW = 220, 2500  # mutations of each file
+IDS = torch.tensor([3, 17, 60, 2, 2, 95, 40])
+GONE = object()
+VALUES = [
+    None, True, False, 0, 1, -1, 2, 3, 7, 8, 64, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, -0.5, 1.0, 1e-30, 1e30, 1e308, float("nan"),
+    float("inf"), "", "0", "8", "full_attention", "llama", "silu", "none", "q_proj", "../x", "\u0000", "x" * 300, [], [1], [None], ["q_proj"],
+    ["full_attention", "full_attention"], [[[]]], {}, {"a": 1}, {"rope_type": "llama3"}, {"q_proj": 2}, {"a": {"b": {"c": []}}}, GONE,
+]  # fmt: skip
+NEW = ["sliding_window", "layer_types", "head_dim", "rope_scaling", "rope_theta", "attention_bias", "mlp_bias", "num_experts", "is_causal",
+       "partial_rotary_factor", "logits_scaling", "original_max_position_embeddings", "quantization_config", "use_sliding_window"]  # fmt: skip
+
+
+def paths(value, prefix=()):
+    """The path of every field of a nested mapping."""
+    found = []
+    for name, inner in value.items():
+        found.append((*prefix, name))
+        found += paths(inner, (*prefix, name)) if isinstance(inner, dict) else []
+    return found
+
+
+def mutations(fields: dict, extra: list[str], count: int, seed: int):
+    """(what was changed, the mutated mapping): all values at all fields first, then several fields at once, at random."""
+    places = paths(fields) + [(name,) for name in extra]
+    single = [[(place, value)] for place in places for value in VALUES]
+    draw = random.Random(seed)
+    draw.shuffle(single)
+    while len(single) < count:
+        single.append([(draw.choice(places), draw.choice(VALUES)) for _ in range(draw.randint(2, 4))])
+    for changes in single[:count]:
+        changed = copy.deepcopy(fields)
+        for place, value in changes:
+            inner = changed
+            for name in place[:-1]:
+                inner = inner.get(name) if isinstance(inner, dict) else None
+            if isinstance(inner, dict):
+                inner.pop(place[-1], None) if value is GONE else inner.__setitem__(place[-1], copy.deepcopy(value))
+        yield changes, changed
+
+
+def one_line(error: ValueError, file, changes) -> None:
+    message = str(error)
+    assert "\n" not in message and len(message) < 900, message
+    assert str(file.parent) in message or file.name in message, (message, changes)
+
+
+def transformers_logits(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(IDS[None]).logits[0]
+
+
+def same(ours, theirs) -> None:
+    assert torch.isfinite(ours).all() == torch.isfinite(theirs).all()
+    if torch.isfinite(theirs).all():
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+def sizes(request) -> int:
+    return SLOW if request.param == "many" else FAST
+
+
+COUNT = [pytest.param("few", id="few"), pytest.param("many", id="many", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=COUNT)
+def count(request):
+    return sizes(request)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3"])
+def test_config(oracle, tmp_path, kind, count):
+    source = oracle(kind)[1]
+    (tmp_path / hf.SINGLE).symlink_to(source / hf.SINGLE)
+    fields, taken, told = json.loads((source / "config.json").read_text()), 0, 0
+    file = tmp_path / "config.json"
+    for changes, changed in mutations(fields, NEW, count // 2, seed=1):
+        file.write_text(json.dumps(changed))
+        try:
+            with torch.no_grad():
+                model = hf.load(tmp_path)
+                ours = dense.probe(model.params, IDS, model.cfg)
+        except ValueError as error:
+            one_line(error, file, changes)
+            told += 1
+            continue
+        taken += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                theirs = transformers_logits(tmp_path)
+        except Exception:  # transformers asks for types of fields that no logit depends on
+            continue
+        same(ours, theirs)
+    assert taken and told
+
+
+def test_adapter_config(oracle, tmp_path, count):
+    import peft
+
+    model, source = oracle("llama", True)
+    base = hf.load(source)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for leaf in [leaf for leaf in wrapped.parameters() if leaf.requires_grad]:
+            leaf.add_(torch.randn(leaf.shape, generator=generator) * 0.1)
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / adapter.CONFIG
+    fields, taken, told = json.loads(file.read_text()), 0, 0
+    for changes, changed in mutations(fields, ["something_new"], count, seed=2):
+        file.write_text(json.dumps(changed))
+        try:
+            low, whole, _ = adapter.load(tmp_path, base)
+        except ValueError as error:
+            one_line(error, file, changes)
+            told += 1
+            continue
+        taken += 1
+        ours = dense.probe(tree.merge(base.params, whole), IDS, base.cfg, lora=low)
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()(IDS[None]).logits[0]
+        except Exception:  # PEFT stops at types of fields that change nothing
+            continue
+        same(ours, theirs)
+    assert taken and told
+
+
+def test_index_and_generation_config(oracle, tmp_path, words, count):
+    source = oracle("llama")[1]
+    model = hf.load(source)
+    hf.save(tmp_path / "model", model, max_shard_bytes=40_000)
+    root = tmp_path / "model"
+    (root / "treetune_manifest.json").unlink()
+    file = root / hf.INDEX
+    for changes, changed in mutations(json.loads(file.read_text()), ["x"], count // 2, seed=3):
+        file.write_text(json.dumps(changed))
+        try:
+            again = hf.load(root)
+        except ValueError as error:
+            one_line(error, file, changes)
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(again.params), tree.leaves(model.params), strict=True))
+    file, plain = root / "generation_config.json", {"eos_token_id": [1, 2], "bos_token_id": 1, "pad_token_id": 0, "temperature": 0.5}
+    for changes, changed in mutations(plain, ["x"], count // 2, seed=4):
+        file.write_text(json.dumps(changed))
+        try:
+            ids = hf.stop_ids(root, words)
+            torch.tensor(ids, dtype=torch.int64)
+            assert all(isinstance(one, int) for one in ids)
+        except ValueError as error:
+            one_line(error, file, changes)
+
+
+def test_tokenizer_config(tmp_path, words, count):
+    """Through the reader that every command uses: what goes through also encodes, decodes and writes a chat."""
+    from treetune.cli import setup
+    from treetune.cli.errors import BadInput
+    from treetune.cli.options import ModelOptions
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    words.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    plain = json.loads(file.read_text()) | {"chat_template": words.chat_template, "add_bos_token": False}
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    extra = ["bos_token", "unk_token", "additional_special_tokens", "added_tokens_decoder", "extra_special_tokens", "auto_map"]
+    from treetune.cli import prompts
+
+    for changes, changed in mutations(plain, extra, count // 2, seed=5):
+        file.write_text(json.dumps(changed))
+        try:
+            tokenizer = setup.load_tokenizer(ModelOptions(model=str(tmp_path)))
+            ids = prompts.text_ids(tokenizer, "abc 12")
+            assert isinstance(tokenizer.decode(ids), str) and len(tokenizer) > 0
+            if tokenizer.chat_template:
+                prompts.chat_ids(tokenizer, "abc")
+        except (ValueError, BadInput) as error:
+            assert "\n" not in str(error) or len(str(error)) < 3000, changes
