@@ -146,7 +146,10 @@ def load_beside(
         config = config._replace(saved=tuple(name for name in config.saved if name not in CLASSIFIERS))
     tensors = _read_tensors(root / WEIGHTS)
     beside = {name: tensors.pop(PREFIX + name) for name in names if PREFIX + name in tensors}
-    low, whole = adapter_tensors.read(tensors, config, model, headless=bool(names))
+    try:
+        low, whole = adapter_tensors.read(tensors, config, model, headless=bool(names))
+    except ValueError as error:
+        raise ValueError(str(error) if str(root) in str(error) else f"{root}: {error}") from error
     low = tree.map(lambda leaf: leaf.to(model.params["norm"].device, dtype), low)
     info = Info(config.rank, config.alpha, config.rslora, config.dropout, config.base, list(lora.pairs(low)))
     like = dict(tree.items(model.params))

@@ -33,7 +33,7 @@ USED = frozenset({
 STARTS = ("gaussian", "orthogonal", "eva")  # leave the base as it is; others (pissa, olora, corda, loftq, lora_ga, mica) do not
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for llama, mistral, qwen2 and qwen3
-MOST_RANK = 2**20
+MOST_RANK, MOST_ALPHA = 2**20, 1e6
 
 
 class AdapterConfig(NamedTuple):
@@ -67,7 +67,7 @@ def read(root: Path) -> AdapterConfig:
     made = AdapterConfig(
         source=str(file),
         rank=fields.integer(config, "r", least=1, most=MOST_RANK),
-        alpha=fields.number(config, "lora_alpha", above=0),
+        alpha=_alpha(config, "lora_alpha"),
         rslora=fields.flag(config, "use_rslora", default=False, null=True),
         dropout=_dropout(config),
         base=fields.text(config, "base_model_name_or_path", default="", null=True),
@@ -155,7 +155,14 @@ def _pattern(config: Fields, name: str) -> dict[str, Any]:
         return {}
     if name == "rank_pattern":
         return {key: fields.integer(rules, key, least=1, most=MOST_RANK) for key in rules.values}
-    return {key: fields.number(rules, key, above=0) for key in rules.values}
+    return {key: _alpha(rules, key) for key in rules.values}
+
+
+def _alpha(config: Fields, name: str) -> float:
+    value = fields.number(config, name, above=0)
+    if value > MOST_ALPHA:
+        raise fields.wrong(config, name, f"a number above 0 and at most {MOST_ALPHA:g}")
+    return value
 
 
 def _check_rules(config: Fields, made: AdapterConfig) -> None:

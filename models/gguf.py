@@ -73,6 +73,8 @@ def _open(path: str | Path):
 def _check_places(path: str | Path, reader) -> None:
     """The tensors follow one another to the end of the file: a damaged offset or alignment would have other numbers read."""
     end = reader.data_offset
+    if not reader.tensors:
+        return
     for tensor in sorted(reader.tensors, key=lambda one: int(one.data_offset)):
         if int(tensor.data_offset) - end not in range(int(reader.alignment)):
             raise ValueError(f"{path}: the tensor {tensor.name} does not follow the one before it: download the file again")

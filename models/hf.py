@@ -19,7 +19,7 @@ from torch import Tensor
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, folder, llama
+from treetune.models import MODELS, Model, folder, llama, tokenizer_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
@@ -355,8 +355,7 @@ def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remo
         return gguf.tokenizer(path_or_id)
     root = fetch(path_or_id, revision=revision)
     manifest.check(root, weights=False)
-    file = root / "tokenizer_config.json"
-    named = folder.read_json(file) if file.is_file() else {}
+    named = tokenizer_config.read(root)
     if named.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in named and (root / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 

@@ -15,12 +15,14 @@ FAST, SLOW = 220, 2500  # mutations of each file
 IDS = torch.tensor([3, 17, 60, 2, 2, 95, 40])
 GONE = object()
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 8, 64, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, -0.5, 1.0, 1e-30, 1e30, 1e308, float("nan"),
-    float("inf"), "", "0", "8", "full_attention", "llama", "silu", "none", "q_proj", "../x", "\u0000", "x" * 300, [], [1], [None], ["q_proj"],
-    ["full_attention", "full_attention"], [[[]]], {}, {"a": 1}, {"rope_type": "llama3"}, {"q_proj": 2}, {"a": {"b": {"c": []}}}, GONE,
+    None, True, False, 0, 1, -1, 2, 3, 7, 8, 64, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, -0.5, 1.0, 1e-30, 1e30, 1e308,
+    float("nan"), float("inf"), "", "0", "8", "full_attention", "llama", "silu", "none", "q_proj", "../x", "\u0000", "x" * 300,
+    [], [1], [None], ["q_proj"], ["full_attention", "full_attention"], [[[]]], {}, {"a": 1}, {"rope_type": "llama3"}, {"q_proj": 2},
+    {"a": {"b": {"c": []}}}, GONE,
 ]  # fmt: skip
-NEW = ["sliding_window", "layer_types", "head_dim", "rope_scaling", "rope_theta", "attention_bias", "mlp_bias", "num_experts", "is_causal",
-       "partial_rotary_factor", "logits_scaling", "original_max_position_embeddings", "quantization_config", "use_sliding_window"]  # fmt: skip
+NEW = ["sliding_window", "layer_types", "head_dim", "rope_scaling", "rope_theta", "attention_bias", "mlp_bias", "num_experts",
+       "is_causal", "partial_rotary_factor", "logits_scaling", "original_max_position_embeddings", "quantization_config",
+       "use_sliding_window"]  # fmt: skip
 
 
 def paths(value, prefix=()):
@@ -124,7 +126,7 @@ def test_adapter_config(oracle, tmp_path, count):
     wrapped.save_pretrained(tmp_path)
     file = tmp_path / adapter.CONFIG
     fields, taken, told = json.loads(file.read_text()), 0, 0
-    for changes, changed in mutations(fields, ["something_new"], count, seed=2):
+    for changes, changed in mutations(fields, ["something_new"], count if count == SLOW else count // 2, seed=2):
         file.write_text(json.dumps(changed))
         try:
             low, whole, _ = adapter.load(tmp_path, base)
@@ -194,3 +196,71 @@ def test_tokenizer_config(tmp_path, words, count):
                 prompts.chat_ids(tokenizer, "abc")
         except (ValueError, BadInput) as error:
             assert "\n" not in str(error) or len(str(error)) < 3000, changes
+
+
+def test_gguf_keys(oracle, tmp_path, count):
+    """Keys of a .gguf file set to other values and types, one at a time; the weights are those of the model."""
+    import gguf as package
+
+    from treetune.models import gguf
+
+    sizes = {
+        "block_count": 1, "context_length": 128, "embedding_length": 8, "feed_forward_length": 16, "attention.head_count": 2,
+        "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4, "rope.dimension_count": 4,
+    }  # fmt: skip
+    plain = {"general.architecture": "llama"} | {f"llama.{name}": value for name, value in sizes.items()}
+    extra = ["llama.attention.sliding_window", "llama.rope.scaling.type", "llama.expert_count", "llama.attention.key_length", "split.count",
+             "llama.attention.value_length", "llama.logit_scale", "general.alignment"]  # fmt: skip
+    file, taken = tmp_path / "model.gguf", 0
+    fitting = [value for value in VALUES if isinstance(value, bool | str | float) or (isinstance(value, int) and -(2**31) <= value < 2**31)]
+    cases = [(name, value) for name in (*plain, *extra) for value in (*fitting, [1, 2], ["a"], GONE)]
+    random.Random(6).shuffle(cases)
+    for name, value in cases[: count // 2]:
+        keys = plain | {name: value}
+        if name == "general.alignment" and not isinstance(value, int):
+            continue
+        write_gguf(package, file, {key: one for key, one in keys.items() if one is not GONE})
+        try:
+            with torch.no_grad():
+                model = gguf.load(file)
+                logits = dense.probe(model.params, IDS % 32, model.cfg)
+        except ValueError as error:
+            one_line(error, file, (name, value))
+            continue
+        taken += 1
+        assert logits.shape == (7, 32)
+    assert taken
+
+
+def write_gguf(package, file, keys: dict) -> None:
+    """A llama of one layer with these keys, whatever they are."""
+    import numpy as np
+
+    writer = package.GGUFWriter(str(file), "llama")
+    writer.kv_data[0].clear()
+    for key, value in keys.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
+        elif isinstance(value, float):
+            with np.errstate(all="ignore"):
+                writer.add_float32(key, max(min(value, 3e38), -3e38))
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    generator = np.random.default_rng(1)
+    shapes = {"token_embd": (32, 8), "output_norm": (8,), "output": (32, 8)} | {
+        f"blk.0.{name}": shape
+        for name, shape in {
+            "attn_norm": (8,), "attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8), "ffn_norm": (8,),
+            "ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16),
+        }.items()
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

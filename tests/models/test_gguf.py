@@ -146,7 +146,7 @@ def test_what_is_not_known_is_refused(oracle, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match='general.architecture must be one of llama, qwen2, qwen3, got "gemma3"'):
+    with pytest.raises(ValueError, match='architecture must be one of llama, qwen2, qwen3, got "gemma3"'):
         gguf.load(file)
     file.write_bytes(b"not a gguf file at all")
     with pytest.raises(ValueError, match="cannot be read as GGUF"):
