@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import cadence, prompts, report, rundir, setup
+from treetune.cli import cadence, invocation, prompts, report, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
 from treetune.core import check, drafts, lora, records, shard, tree
@@ -15,6 +15,7 @@ from treetune.core.data import chat, instruction, strides
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
 
+PASTED = ("continue with", "try it")  # commands, in one line however long
 OPENING = 16  # words or tokens of a text without a prompt, to go on from
 
 
@@ -126,7 +127,9 @@ def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen, ab
         rows, method = _summary(config, made, outcome, saved), made.method
         shown = {"docs": made.corpus.train[:8], "tokenizer": made.tokenizer, "kind": method.kind, "unit": method.unit}
         report.write(made.where, history=outcome.history, rows=about | rows, **shown)
-        screen.table("", rows)
+        screen.table("", {name: text for name, text in rows.items() if name not in PASTED})
+        for name in [name for name in PASTED if name in rows]:
+            screen.line(f"{name}  {rows[name]}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -196,8 +199,17 @@ def _summary(config: Any, made: Any, outcome: Any, saved) -> dict[str, str]:
             rows[f"held-out {key}"] = f"{own[0]:.4f} -> {own[-1]:.4f}"
     if missed := cadence.warnings(config, made.job, made.peak):
         rows["warning"] = "; ".join(missed)  # again: its line went by at the start
+    if outcome.stopped == "interrupted" and (text := invocation.continuation(made.where.root, overwrite=config.run.overwrite)):
+        rows["continue with"] = text
+    return rows | {"try it": _trial(config, made, saved)}
+
+
+def _trial(config: Any, made: Any, saved: Path) -> str:
+    """A command that tries what was trained."""
     if "head" in made.trees.params:
-        rows["try it"] = f"treetune score {made.where.root} --data ROWS"
-    elif made.trees.lora is not None:
-        rows["try it"] = f"treetune chat --adapter {saved}"
-    return rows
+        rows = config.data.data[0] if config.data.data else "ROWS"
+        return invocation.command("score", made.where.root, "--data", rows)
+    place = ("--model" if made.trees.lora is None else "--adapter", saved)
+    if not made.tokenizer.chat_template or made.corpus.format == "completion":
+        return invocation.command("generate", "Once upon a time", "--raw", *place)
+    return invocation.command("chat", *place)

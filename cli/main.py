@@ -71,8 +71,9 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, early, guard, names, parse
+    from treetune.cli import checks, configs, early, guard, invocation, names, parse
 
+    invocation.remember(command, argv)
     try:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
