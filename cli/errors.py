@@ -1,6 +1,7 @@
 """How a command fails: bad input (exit code 2, one line, nothing written) or a run that failed (exit code 1)."""
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def checking_input(what: str = "an option or an input"):
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, *_file_errors()) as error:
-        raise BadInput(str(error)) from error
-    except fields.UNFORESEEN as error:
-        raise BadInput(fields.unforeseen(what, error)) from error
+    except Exception as error:
+        if out_of_memory(error):
+            raise RunFailed(f"out of memory: take a smaller model, or give the process more ({_first_line(error)})") from error
+        if isinstance(error, (ValueError, *_file_errors())):
+            raise BadInput(str(error)) from error
+        if isinstance(error, fields.UNFORESEEN):
+            raise BadInput(fields.unforeseen(what, error)) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -39,19 +44,35 @@ def running(root: Path):
         yield
     except BrokenPipeError:
         raise
-    except _file_errors() as error:
+    except Exception as error:
+        if out_of_memory(error):
+            fix = "lower micro_batch_size or sequence_len, or turn on gradient_checkpointing"
+            raise RunFailed(f"out of memory: {fix} ({_first_line(error)})") from error
+        if not isinstance(error, _file_errors()):
+            raise
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
-    except _memory_errors() as error:
-        fix = "lower micro_batch_size or sequence_len, or turn on gradient_checkpointing"
-        raise RunFailed(f"out of memory: {fix} ({(str(error) or 'MemoryError').splitlines()[0]})") from error
+
+
+# What torch, oneDNN, the loader of libraries and the system say when there is no memory: torch has an exception of its own for CUDA only.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|cannot allocate memory|could not create a (primitive|memory)|can't start new thread"
+    r"|bad_alloc|failed to map segment|out of memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError | ImportError | OSError) and NO_MEMORY.search(str(error)) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _file_errors() -> tuple[type[Exception], ...]:
     """What the file system raises, and the safetensors writer when the disk is full; a package that was not imported raises nothing."""
     found = sys.modules.get("safetensors")
     return (OSError,) if found is None else (OSError, found.SafetensorError)
-
-
-def _memory_errors() -> tuple[type[Exception], ...]:
-    found = sys.modules.get("torch")
-    return (MemoryError,) if found is None else (MemoryError, found.OutOfMemoryError)

@@ -58,6 +58,7 @@ def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
 
     Raises SaveError when the disk refuses; earlier checkpoints stay valid.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     step = int(state.step)
@@ -71,9 +72,10 @@ def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
             (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
             manifest.write(draft)
             commit(draft, path)
-        except Exception as error:
-            shutil.rmtree(draft, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
             raise SaveError(f"could not save {path}: {error}; the checkpoints before it are intact, free some space") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return path
 
 

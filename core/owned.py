@@ -4,27 +4,37 @@ A link, a file of another name, a folder where a file belongs: whatever a run di
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from treetune.core import drafts
+from treetune.core import drafts, manifest
 
-MANIFEST = "treetune_manifest.json"
-CHECKPOINT = re.compile(rf"state\.safetensors|state\.json|{MANIFEST}")
+CHECKPOINT = re.compile(r"state\.safetensors|state\.json|treetune_\w+\.json")
 MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
     r"(model|model-\d{5}-of-\d{5}|adapter_model)\.safetensors|model\.safetensors\.index\.json|(adapter_|generation_|tokenizer_)?config\.json"
     r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"
-    rf"|vocab\.(json|txt)|merges\.txt|treetune_base\.json|{MANIFEST}"
+    r"|vocab\.(json|txt)|merges\.txt|treetune_\w+\.json"
 )
 
 
 def foreign(folder: Path, names: re.Pattern) -> list[Path]:
-    """What is below a folder besides files whose names, relative to it, match, in order; the folder itself where it is a link."""
+    """What is below a folder besides files whose names, relative to it, match or stand in its manifest; itself where it is a link."""
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
-    return [path for path in _below(folder) if not (_plain(path) and names.fullmatch(path.relative_to(folder).as_posix()))]
+    listed = _listed(folder)
+    found = ((path, path.relative_to(folder).as_posix()) for path in _below(folder))
+    return [path for path, name in found if not (_plain(path) and (name in listed or names.fullmatch(name)))]
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that were written with a folder, by its manifest: a tokenizer may have others than `MODEL` knows."""
+    try:
+        return set(json.loads((folder / manifest.NAME).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Runs that are killed before each thing they do to a disk, started in pairs, short of memory or of disk: a folder always starts or resumes."""
+"""Runs that are killed before each thing that they do to the disk: the folder that they leave always resumes, and always starts anew."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def writes(event: str, args: tuple) -> bool:
     if event == "open":
         changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         return bool(changes) and "/r/" in f"/{os.fsdecode(args[0]) if isinstance(args[0], str | bytes) else ''}"
-    return event in CHANGES and any(f"/{os.fsdecode(one)}/".find("/r/") >= 0 for one in args[:2] if isinstance(one, str | bytes | os.PathLike))
+    return event in CHANGES and any("/r/" in f"/{os.fsdecode(one)}/" for one in args[:2] if isinstance(one, str | bytes | os.PathLike))
 
 
 def die_before(number: int):
