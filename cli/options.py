@@ -231,7 +231,7 @@ class RunOptions:
     resume: str | None = None
     """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
     overwrite: bool = False
-    """Start anew in an output_dir that already holds a run, deleting it."""
+    """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
     eval_steps: int | None = None
     """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
     save_steps: int | None = None

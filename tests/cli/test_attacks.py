@@ -11,8 +11,10 @@ import sys
 import traceback
 
 import pytest
+import torch
 
-from treetune.core import ckpt
+from treetune.cli import errors
+from treetune.core import ckpt, observe
 
 RUN = ["--sample-prompt=", "--max-steps", 3, "--save-steps", 1, "--save-total-limit", 9]
 
@@ -160,19 +162,47 @@ def limited(spare: int):
     return prepare
 
 
-def test_a_run_without_memory_is_one_line_and_its_checkpoints_stay(kit, tiny, tune, forked, here):
-    """What fails inside other libraries may end the process; whatever it was, the run goes on from where it was."""
+def at_step(step: int, do):
+    """A process that does something when the weights of this step have changed."""
+
+    def prepare():
+        push = observe.Recorder.push
+        observe.Recorder.push = lambda self, index, *rest: (do() if index == step else None, push(self, index, *rest))[1]
+
+    return prepare
+
+
+def ask_for_too_much():
+    limited(1 << 30)()
+    torch.empty(1 << 38, dtype=torch.uint8)
+
+
+def test_a_run_out_of_memory_is_one_line_and_its_checkpoints_stay(kit, tiny, tune, forked, here):
+    args = kit.basics(tiny, *RUN, "--output-dir", "r")
+    done = forked(at_step(2, ask_for_too_much), "sft", *args)
+    assert done.code == 1 and done.err.count("\n") == 1 and "out of memory: lower micro_batch_size" in done.err, done
+    assert [path.name for path in ckpt.steps(here / "r/checkpoints")] == ["step_000001"]
+    assert tune("sft", *args, "--resume", "auto").code == 0
+    whole(kit, here / "r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [1, 4, 8, 16, 32, 64, 128, 256, 512])
+def test_a_run_under_a_limit_of_memory_goes_on_from_where_it_was(spare, kit, tiny, tune, forked, here):
+    """What fails inside other libraries may end the process; in Python it is one line."""
     args = kit.basics(tiny, "--sample-prompt=", "--output-dir", "r", "--adapter", "none", "--save-steps", 30, without=["--max-steps"])
     assert tune("sft", *args, "--max-steps", 1).code == 0
     before = kit.state(here / "r", 1)
-    lines = 0
-    for spare in (1, 4, 8, 16, 32):
-        done = forked(limited(spare << 20), "sft", *args, "--max-steps", 30, "--resume", "auto")
-        assert "Traceback" not in done.err, done
-        lines += done.code in (1, 2) and done.err.count("\n") == 1
-        assert done.code in (0, 1, 2) or done.code < 0, done
-        if done.code == 0:
-            break
+    done = forked(limited(spare << 20), "sft", *args, "--max-steps", 30, "--resume", "auto")
+    assert "Traceback" not in done.err and (done.code in (0, 1, 2) or done.code < 0), done
+    if done.code != 0:
         assert kit.same(kit.state(here / "r", 1), before)
-    assert lines, "no limit was met in Python"
-    assert tune("sft", *args, "--max-steps", 30, "--resume", "auto").code == 0
+        assert tune("sft", *args, "--max-steps", 30, "--resume", "auto").code == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+                                   RuntimeError("could not create a primitive"), ImportError("x.so: failed to map segment from shared object"),
+                                   OSError(12, "Cannot allocate memory")])  # fmt: skip
+def test_what_libraries_say_without_memory_is_understood(error):
+    with pytest.raises(errors.RunFailed, match="out of memory"), errors.checking_input():
+        raise error
