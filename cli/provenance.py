@@ -67,10 +67,15 @@ def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.d
     Errors: ValueError, one line, for options that the checkpoint cannot be continued with, whatever they would read or load.
     """
     full = not hasattr(config, "adapter") or config.adapter.adapter == "none"
-    options = {name: json.loads(terminal.masked(json.dumps(value, default=str))) for name, value in parse.flatten(config).items()}
+    options = {name: _plain(value) for name, value in parse.flatten(config).items()}
     resolve = partial(_resolved, rate=rates[full], dtype=str(setup.compute_dtype(config.model.dtype, on))[6:])
     now = Provenance(type(config).__name__.lower(), resolve(options), processes)
     return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, resolve, say))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON, without passwords of addresses."""
+    return json.loads(terminal.masked(json.dumps(value, default=str)))
 
 
 def _resolved(options: dict[str, Any], *, rate: float, dtype: str) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], 
         return Earlier(path, meta, now, True)
     say(f"{path} was written by an earlier version: its options are taken from {_shorter(file)}")
     known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
-    options = {name: json.loads(json.dumps(options.get(name, known[name]), default=str)) for name in known}
+    options = {name: _plain(options.get(name, known[name])) for name in known}
     return Earlier(path, meta, now._replace(options=resolve(options)), True)
 
 

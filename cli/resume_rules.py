@@ -4,9 +4,10 @@ Importing this imports no torch. A test requires a rule for every option, with i
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from treetune.cli import terminal
 
 REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, START = "refused", "listed", "documents", "order", "weights", "start"
 # refused: another value is an error. listed: it takes effect and is printed. documents, order, weights: refused unless what the option
@@ -113,7 +114,6 @@ LENGTHS = {"max_steps", "num_epochs"}
 LASTING = {name for name, rule in RULES.items() if rule.verdict in (DOCUMENTS, ORDER, WEIGHTS)} | {
     "sample_prompt", "sample_tokens", "device", "sharding", "feature_device", "dataset_prepared_path",
 }  # fmt: skip
-PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")  # of an address
 BY_RULE = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}  # what an option of such a rule is judged by
 BY_NAME = {"lora_model_dir": ("adapter",), "ref_model": ("reference",)} | dict.fromkeys(
     ("sequence_len", "streaming"), ("train", "held out", "order")
@@ -148,7 +148,7 @@ def shown(value: Any) -> str:
         text = " ".join(item if isinstance(item, str) else shown(item) for item in value)
     else:
         text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    text = PASSWORD.sub("//...@", text if text.isprintable() else json.dumps(text))
+    text = terminal.masked(text if text.isprintable() else json.dumps(text))
     return text if len(text) <= 60 else text[:56] + " ..."
 
 

@@ -4,6 +4,7 @@ A sum depends neither on the order of the parts, which is another each epoch, no
 (`Ledger.mark`), and what the file system says of the files: only where that differs are the rows before the cursor read once more.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -115,15 +116,12 @@ def _number(text: str) -> int | None:
     return int(text, 16) if text else None
 
 
-def _files(parts: Sequence[streaming.Part]) -> dict[str, list[int] | None]:
+def _files(parts: Sequence[streaming.Part]) -> dict[str, list[int]]:
     """Size and time of change of the parts that are files here."""
     found = {}
     for part in parts:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # an address, or a shard
             stat = os.stat(part.name)
-        except (OSError, ValueError):
-            found[part.name] = None
-        else:
             found[part.name] = [stat.st_size, stat.st_mtime_ns]
     return found
 

@@ -218,4 +218,4 @@ def test_weights_that_were_replaced_in_place_are_refused(role, tiny, here, kit, 
 
 
 def test_a_password_of_an_address_is_not_shown():
-    assert resume_rules.shown(["s3://me:secret@host/rows.jsonl"]) == "s3://...@host/rows.jsonl"
+    assert resume_rules.shown(["s3://me:secret@host/rows.jsonl"]) == "s3://***@host/rows.jsonl"
