@@ -7,7 +7,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s'\"]*@")  # user and password of an address
-_SECRET = re.compile(r"([?&](?:[\w.-]*(?:token|key|secret|password|passwd|signature|credential)|auth|sig|pwd)=)[^&#\s'\"]+", re.IGNORECASE)
+_SECRET = re.compile(r"([?&](?:[\w.-]*(?:token|key|secret|password|passwd|signature|credential)|auth|sig|pwd)=)[^&#\s'\",]+", re.IGNORECASE)
 HIDDEN = "***"
 
 

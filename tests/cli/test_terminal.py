@@ -23,6 +23,25 @@ def test_control_characters_are_written_out(text, shown):
     assert terminal.safe(shown) == shown
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://bob:secret@host/a.jsonl: no", "https://***@host/a.jsonl: no"),
+        ("s3://key:p%40ss@bucket/a", "s3://***@bucket/a"),
+        ("https://host/a?x=1&token=abc&y=2", "https://host/a?x=1&token=***&y=2"),
+        ("https://host/a?X-Amz-Signature=abc, https://host/b?sig=1", "https://host/a?X-Amz-Signature=*** https://host/b?sig=***"),
+        ("data:\n- https://bob:secret@host/a?api_key=k\n", "data:\n- https://***@host/a?api_key=***\n"),
+        ("ask bob@host.org; hf://owner/name; a?b=c", "ask bob@host.org; hf://owner/name; a?b=c"),
+    ],
+)
+def test_passwords_of_addresses_are_hidden(text, shown):
+    assert terminal.masked(text) == shown and terminal.masked(shown) == shown
+
+
+def test_a_message_is_one_safe_line():
+    assert terminal.message("a\n b\x1b[2J https://u:p@h/") == "a b\\x1b[2J https://***@h/"
+
+
 @pytest.mark.parametrize("text", ["naïve café", "你好，世界", "👨‍👩‍👧‍👦 🇩🇪 👍🏽", "e\u0301", "שלום עולם", "مرحبا", "[[x]] [bold]y[/]"])
 def test_people_s_texts_stay_as_they_are(text):
     assert terminal.safe(text) == text
