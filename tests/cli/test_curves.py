@@ -34,7 +34,7 @@ def test_pairs_name_their_own_mean():
         {"step": 1, "train/loss": 0.7, "rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2, "rewards/accuracies": 1}
     ]
     assert chart(history, "loss").title == "loss (mean over pairs)"
-    assert {"margin: reward of chosen less rejected", "share of pairs ranked right"} <= set(titles(history))
+    assert {"margin: reward of chosen less rejected", "share ranked right"} <= set(titles(history))
 
 
 def test_one_reward_function_has_no_chart_beside_the_sum():
@@ -60,7 +60,7 @@ def test_unknown_values_break_the_line_and_infinite_ones_do_not_scale_it():
 
 
 def test_a_share_is_seen_as_one():
-    one = chart([{"step": 1, "rewards/accuracies": 0.5}, {"step": 2, "rewards/accuracies": 0.6}], "share of pairs")
+    one = chart([{"step": 1, "rewards/accuracies": 0.5}, {"step": 2, "rewards/accuracies": 0.6}], "share ranked")
     assert [text for _, text in one.rows] == ["0", "0.5", "1"]
 
 

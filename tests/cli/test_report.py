@@ -40,7 +40,7 @@ def train(tune, tiny, here):
 def test_pairs_show_prompt_chosen_and_rejected_apart(train, pairs):
     text = train("dpo", pairs, "--sample-prompt", "", "--val-set-size", 2, "--sequence-len", 128)
     assert "loss (mean over pairs)" in captions(text) and "per supervised token" not in text
-    assert "share of pairs ranked right" in captions(text) and "margin: reward of chosen less rejected" in captions(text)
+    assert "share ranked right" in captions(text) and "margin: reward of chosen less rejected" in captions(text)
     assert re.search(r'<strong>chosen</strong></p>\n<pre class="on-side" dir="auto"><span class="on">是\d 👍🏽&lt;', text)
     assert re.search(r'<strong>rejected</strong></p>\n<pre class="bad-side" dir="auto"><span class="bad">\d+ 👎&lt;', text)
     assert re.search(r'<strong>prompt</strong></p>\n<pre class="off-side" dir="auto"><span class="off">\d \+ 1 = </span>', text)
