@@ -9,7 +9,7 @@ import torch
 
 from treetune.cli import configs, loop, parse, training
 from treetune.core import ckpt, manifest, observe
-from treetune.models import hf
+from treetune.models import adapter, hf
 
 FILES = {".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
 VOID = {"meta"}
@@ -55,7 +55,8 @@ def test_lora_run_leaves_everything_and_only_that(kit, here, sft):
     root = here / "runs/sft-001"
     assert done.code == 0 and done.err == ""
     assert {path.name for path in root.iterdir()} == FILES | {"adapter"}
-    assert {path.name for path in (root / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", manifest.NAME}
+    saved = {"adapter_config.json", "adapter_model.safetensors", adapter.BASE_FILE, manifest.NAME}
+    assert {path.name for path in (root / "adapter").iterdir()} == saved
     records = kit.metrics(root)
     assert steps_of(records) == [1, 2, 3, 4] and list(evals_of(records)) == [0, 2, 4]
     assert evals_of(records)[4] < evals_of(records)[0]
