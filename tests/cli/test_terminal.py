@@ -29,7 +29,7 @@ def test_control_characters_are_written_out(text, shown):
         ("https://bob:secret@host/a.jsonl: no", "https://***@host/a.jsonl: no"),
         ("s3://key:p%40ss@bucket/a", "s3://***@bucket/a"),
         ("https://host/a?x=1&token=abc&y=2", "https://host/a?x=1&token=***&y=2"),
-        ("https://host/a?X-Amz-Signature=abc, https://host/b?sig=1", "https://host/a?X-Amz-Signature=*** https://host/b?sig=***"),
+        ("https://host/a?X-Amz-Signature=abc, https://host/b?sig=1", "https://host/a?X-Amz-Signature=***, https://host/b?sig=***"),
         ("data:\n- https://bob:secret@host/a?api_key=k\n", "data:\n- https://***@host/a?api_key=***\n"),
         ("ask bob@host.org; hf://owner/name; a?b=c", "ask bob@host.org; hf://owner/name; a?b=c"),
     ],
