@@ -79,17 +79,21 @@ class Lock:
 def check(folder: Path) -> None:
     """Raise Busy while another process has the folder; nothing is written."""
     path = Path(folder) / NAME
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
-        return
-    try:
-        free = _flock(handle)
-        holder = _holder(handle)
-        if not _left(holder, free):
+    for last in [False] * TRIES + [True]:
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except OSError:
+            return
+        try:
+            free = _flock(handle)
+            holder = _holder(handle)
+        finally:
+            os.close(handle)
+        if _left(holder, free):
+            return
+        if last or free or not (holder is None or process.ended(holder)):
             raise Busy(_words(path, holder))
-    finally:
-        os.close(handle)
+        time.sleep(0.02)  # it is just being written
 
 
 def _flock(handle: int) -> bool:
