@@ -117,7 +117,7 @@ def an_entry(here, kit, tune, tiny, method, name, text, form):
     (here / "c.yaml").write_text(f"model: {tiny.model}\nmethod: {method}\ndatasets:\n-\n{body}", encoding="utf-8", errors="surrogatepass")
     with contextlib.chdir(here):
         done = tune("preprocess", "--config", "c.yaml")
-    one_line(done, "c.yaml", name, KINDS[method], text.strip("'\""), "format", "rows", "template")
+    one_line(done, "c.yaml", name, KINDS[method], text.strip("'\""), "format", "rows", "template", "split")
     assert {path.name for path in here.iterdir()} == {"c.yaml", *KINDS.values()}
 
 
