@@ -37,16 +37,18 @@ def k3(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
 def corrected(k: Tensor, ratio: Tensor) -> Tensor:
     """r k, r = pi / pi_old with its gradient, not clipped: of k3 on the policy's own samples this has the gradient d grad logp.
 
+    Where r k overflows only the gradient of k is left: that of r has the other sign for k3, and inf - inf would be nan.
     Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
-    return limits.times(ratio, k)
+    over = limits.times(ratio.detach(), k.detach()).isinf()
+    return limits.times(torch.where(over, ratio.detach(), ratio), k)
 
 
 def corrected_k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor, ratio: Tensor) -> Tensor:
     """`corrected` of `k3` with the ratio e^(logp - old_logp), also where k3 overflows: there it is e^(ref_logp - old_logp) + r (d - 1)."""
     d, k = _difference(logp, ref_logp, None), k3(logp, ref_logp)
     over = (k == torch.inf) & (d < 0)
-    near = limits.times(torch.where(over, 0.0, ratio), torch.where(over, 0.0, k))
+    near = corrected(torch.where(over, 0.0, k), torch.where(over, 0.0, ratio))
     beside = over & (ratio > 0) & ratio.isfinite() & d.isfinite()
     rest = torch.where(beside, ratio, 0.0) * torch.where(beside, d - 1, 0.0)
     return torch.where(over, limits.minus(wide(ref_logp), wide(old_logp)).exp().detach() + rest, near)

@@ -158,7 +158,8 @@ def forward(
         x = x + _neftune(x, batch, noise)
     key = token_keys(batch, lora.seed) if lora is not None and lora.dropout > 0 else None
     adapters = lora.tree.get("layers", []) if lora else []
-    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, lora, key)
+    how = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
+    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, how, key)
     layer_fn, features = grad.remat(_layer, remat), {}
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
@@ -205,7 +206,7 @@ _NEFTUNE_STREAM = 1 << 20
 
 
 class _Shared(NamedTuple):
-    """What every layer needs besides its own weights."""
+    """What every layer needs besides its own weights and adapters: of `lora` scale, dropout and seed."""
 
     cfg: Config
     positions: Tensor

@@ -250,7 +250,8 @@ def _blocks(batch: dict[str, torch.Tensor], tokens: int, window: int | None) -> 
     if window is not None:
         some &= ~same | (q_low.position - high.position < window)
         every &= q_high.position - low.position < window
-    every[-1] &= tokens % BLOCK == 0
+    if tokens % BLOCK:
+        every[-1] = False
     return some & ~every, every
 
 

@@ -96,9 +96,11 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor | None) ->
     return z if bias is None else z.add_(bias)
 
 
-def _write(out: Tensor, dz: Tensor, weight: Tensor) -> None:
-    """out [r, D] = dz W."""
+def _write(out: Tensor, dz: Tensor, weight: Tensor, scales: Tensor | None = None) -> None:
+    """out [r, D] = dz W, its rows times scales [r] where given."""
     out.copy_(product.rows(dz, weight)) if product.fast(dz) else torch.mm(dz, weight, out=out)
+    if scales is not None:
+        out.mul_(scales[:, None])
 
 
 def _blocks(z: Tensor):
@@ -265,8 +267,7 @@ def forward_chunks(hidden, weight, bias, targets, tau, options: _Options) -> tup
         for name, value in stats.items():
             out[name][rows] = value
         if jacobian is not None:
-            _write(jacobian[rows], dz, weight)
-            jacobian[rows] *= 1 if scales is None else scales[:, None]
+            _write(jacobian[rows], dz, weight, scales)
     return out, jacobian
 
 
@@ -305,7 +306,7 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
     width = SLAB[h.device.type]
     for i in range(0, dw.shape[0], width):
         slab = dz[:, i : i + width].T
-        dw[i : i + width] += torch.mm(slab, h, out_dtype=dw.dtype) if h.is_cuda else slab @ h
+        dw[i : i + width].add_(torch.mm(slab, h, out_dtype=dw.dtype) if h.is_cuda else slab @ h)  # `+=` would copy it onto itself
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -205,7 +205,25 @@ def test_a_corrected_divergence_of_an_unlikely_token_is_finite(logp, ref, old, v
     assert torch.autograd.grad(got.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3, abs=1e-30)
     for fn in FORMULAS.values():
         plain = divergence.corrected(fn[0](x, other), ratio.token(x, anchor, ZERO, ONE))
-        assert not plain.isnan() and (plain.isinf() or not torch.autograd.grad(plain.sum(), x)[0].isnan())
+        assert not plain.isnan() and not torch.autograd.grad(plain.sum(), x)[0].isnan()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_corrected_divergence_that_overflows_has_no_nan_slope(level, dtype):
+    """r and k3 have slopes of opposite signs, both inf there: the slope that is left points where that of r k3 does."""
+    far = torch.tensor([-INF, -1e3, -200.0, -91.0, -60.0, -1.0], dtype=dtype)
+    logp, ref, old = (x.contiguous() for x in torch.cartesian_prod(far, far, far).T)
+    seq = torch.arange(len(logp)) // (1 if level == "token" else 6)
+    for kind in (divergence.k1, divergence.k2, divergence.k3, None):
+        x = logp.clone().requires_grad_()
+        weight = getattr(ratio, level)(x, old, seq, seq.bincount())
+        value = divergence.corrected(kind(x, ref), weight) if kind else divergence.corrected_k3(x, ref, old, weight)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert not value.isnan().any() and not slope.isnan().any(), kind
+        if kind is divergence.k3:
+            over = (value == INF) & (slope != 0)
+            assert over.any() and torch.equal(slope[over].sign(), (x - ref)[over].sign())
 
 
 def test_the_objective_takes_the_form_that_does_not_overflow():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from treetune import models
 from treetune.core import grad, lora, tree
@@ -136,6 +137,21 @@ def test_rematerialisation_changes_no_gradient(ours, documents, stream):
     assert torch.equal(one, two)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(plain), tree.leaves(again), strict=True))
     assert all(leaf.abs().max() > 0 for leaf in tree.leaves(plain))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_rematerialised_layer_is_given_its_own_leaves_only(ours, documents, stream, monkeypatch, dropout):
+    """`checkpoint` walks its arguments at every layer: the adapters of all of them would cost more than the layer's own work."""
+    given, plain = [], grad.checkpoint
+    monkeypatch.setattr(grad, "checkpoint", lambda fn, *args, **options: given.append(args) or plain(fn, *args, **options))
+    used = adapter(ours, [".*"], dropout=dropout)
+    logp(ours, stream(documents), lora=used, remat="full")
+    name = {id(leaf): path for path, leaf in tree.items({"base": ours.params, "adapter": used.tree})}
+    assert len(given) == ours.cfg.num_layers > 1
+    for i, args in enumerate(given):
+        seen = {name[id(leaf)] for leaf in pytree.tree_leaves(args) if id(leaf) in name}
+        own = [path for path in name.values() if path.startswith((f"base.layers.{i}.", f"adapter.layers.{i}."))]
+        assert seen == set(own) and len([path for path in own if path.startswith("adapter.")]) == 14
 
 
 def test_whole_leaves_laid_over_the_model(ours, documents, stream):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from treetune.ops import linear_logprob as op
 from treetune.ops.linear_logprob import linear_logprob
@@ -295,6 +296,35 @@ def test_entropy_stays_within_its_bounds():
     z = torch.tensor([[0.0] * 8, [100.0] + [0.0] * 7, [1e4] + [-1e4] * 7], dtype=torch.float32)
     stats = linear_logprob(z, torch.eye(8), torch.zeros(3, dtype=torch.int64), want=("entropy",))
     torch.testing.assert_close(stats.entropy, torch.tensor([math.log(8), 0.0, 0.0]))
+
+
+class _SelfCopies(TorchDispatchMode):
+    """Counts tensors that are copied onto the memory they lie in, as `x[a:b] += y` does."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.count += args[0].data_ptr() == args[1].data_ptr() and args[0].numel() > 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_of_copies_sees_the_fault():
+    x = torch.zeros(4, 2)
+    with _SelfCopies() as seen:
+        x[1:3] += 1
+    assert seen.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_nothing_is_copied_onto_itself(head, dtype, monkeypatch):
+    monkeypatch.setitem(op.SLAB, "cpu", 8)
+    hidden, weight, _, targets = _inputs(dtype)
+    leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if head == "trained" else [])]
+    with _SelfCopies() as seen, torch.enable_grad():
+        torch.autograd.grad(linear_logprob(hidden, weight, targets).logp.sum(), leaves)
+    assert seen.count == 0
 
 
 @pytest.mark.parametrize(
