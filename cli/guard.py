@@ -1,9 +1,10 @@
 """What a command may write over: only what treetune made, and never a folder that holds what the command reads. Imports no torch."""
 
+import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from treetune.core.rollout import builtin
 
 # Options of runs that name files and folders to read; of mappings in `datasets`, these fields.
 PLACES = ("model", "from_config", "ref_model", "lora_model_dir", "data", "val_data", "datasets", "test_datasets", "dataset_prepared_path",
-          "vllm_python", "resume")  # fmt: skip
+          "vllm_python", "resume", "chat_template")  # fmt: skip
 FUNCTIONS = ("format", "prompt_transform", "rollout_func", "reward_funcs")  # file.py:function?options, or a folder
-FIELDS = ("path", "data_files", "type")
+FIELDS = ("path", "data_files", "type", "chat_template")
 PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="treetune">'  # a page of ours
 LOG = "# treetune: output of a vLLM server\n"
 NAMED = 3  # foreign files that a message names
@@ -50,6 +51,16 @@ def check_run(config: Any, config_file: str | None = None) -> None:
         raise BadInput(f"output_dir {root} is a {'link that leads nowhere' if root.is_symlink() else 'file'}; expected a folder")
     if options.overwrite and marker.holds_files(root) and not any(one.kind == marker.PREVIOUS for one in drafts.inside(root)):
         check_overwrite(root, list(inputs(config, config_file)))
+    if options.resume is not None:
+        check_results(root, inputs(config, config_file))
+
+
+def check_results(root: Path, read: Iterable[tuple[str, Path]]) -> None:
+    """Raise BadInput where a run that is continued reads what its result would replace; `read` is as of `inputs`."""
+    for option, path in read:
+        for name in marker.RESULTS:
+            if path.resolve().is_relative_to(root.resolve() / name):
+                raise BadInput(f"{root / name} would be replaced by the run, which reads {path} ({option}): move that away")
 
 
 def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
@@ -94,10 +105,12 @@ def inputs(config: Any, config_file: str | None = None) -> Iterator[tuple[str, P
     if config_file is not None:
         named.append(("config", config_file))
     for option, text in named:
-        path = _existing(text)
+        flag = f"--{option.replace('_', '-')}"
+        path = None if "{" in text and option == "chat_template" else _existing(text)
         if path is not None:
-            yield f"--{option.replace('_', '-')}", path
-            yield from ((f"the base of --{option.replace('_', '-')}", base) for base in _bases(path))
+            yield flag, path
+            yield from ((f"the base of {flag}", base) for base in _bases(path))
+            yield from ((flag, link) for link in _links(path, text))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -125,6 +138,15 @@ def _existing(text: str) -> Path | None:
         fixed = os.path.dirname(fixed) or "."
     path = os.path.expanduser(fixed)
     return Path(path) if fixed and os.path.exists(path) else None
+
+
+def _links(path: Path, text: str) -> Iterator[Path]:
+    """What matches a pattern, and links below a folder: they may lead anywhere."""
+    if re.search(r"[*?\[]", text):
+        yield from map(Path, glob.iglob(os.path.expanduser(text), recursive=True))
+    elif path.is_dir():
+        for folder, inner, names in os.walk(path):
+            yield from (link for name in (*inner, *names) if (link := Path(folder, name)).is_symlink())
 
 
 def _bases(path: Path) -> Iterator[Path]:

@@ -55,10 +55,10 @@ def marked(root: Path) -> bool:
 
 
 def _earlier(root: Path) -> Marker | None:
-    """What a version without markers left: all options in its config.yaml."""
-    file = root / "config.yaml"
+    """What a version without markers left: all options in its config.yaml, the folder of checkpoints, and results only after records."""
+    file, checkpoints = root / "config.yaml", root / "checkpoints"
     try:
-        if not _plain(file) or file.stat().st_size > 1 << 20:
+        if checkpoints.is_symlink() or not checkpoints.is_dir() or not _plain(file) or file.stat().st_size > 1 << 20:
             return None
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -66,6 +66,8 @@ def _earlier(root: Path) -> Marker | None:
     values = dict(re.findall(r"^(\w+):[ \t]*(.*)$", text, re.MULTILINE))
     if not values.keys() >= set(EARLIER):
         return None
+    if not _plain(root / "metrics.jsonl"):  # a user's own model beside a copy of a run's config
+        return Marker("", ())
     return Marker("", ("model",) if values.get("adapter", "none") == "none" else ("adapter",))
 
 

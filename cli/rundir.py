@@ -93,6 +93,8 @@ def _numbered(command: str) -> list[Path]:
 
 def _next(command: str, stack: contextlib.ExitStack) -> Path:
     """The next free folder, which this process makes: of several at once, each gets another."""
+    if os.path.lexists(RUNS) and not RUNS.is_dir():
+        raise ValueError(f"{RUNS} is a file; expected a folder of runs: move it away, or give --output-dir")
     _make(RUNS, stack)
     old = _numbered(command)
     number = int(old[-1].name.split("-")[-1]) + 1 if old else 1
@@ -132,12 +134,22 @@ def _choose(root: Path, config: Any) -> RunDir:
     if options.resume not in (None, "auto"):
         return _from_checkpoint(Path(options.resume), root)
     if options.resume == "auto":
-        if marker.holds_files(root) and marker.read(root) is None:
-            raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
-        return RunDir(root, *sound.newest(root / "checkpoints"))
+        return _newest(root)
     if not options.overwrite and marker.holds_files(root):
         raise ValueError(f"{root} already holds files; continue it with --resume auto, replace it with --overwrite, or name another folder")
     return RunDir(root, None)
+
+
+def _newest(root: Path) -> RunDir:
+    """Continue from the newest sound checkpoint of a run, or begin where there is none."""
+    found = marker.read(root) if marker.holds_files(root) else marker.Marker("", ())
+    if found is None:
+        raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
+    run = RunDir(root, *sound.newest(root / "checkpoints"))
+    others = [root / name for name in marker.RESULTS if name not in found.makes and os.path.lexists(root / name)]
+    if run.resume is None and others:
+        raise ValueError(f"{root} holds no checkpoint to resume and {others[0]}, which no run made; name another folder")
+    return run
 
 
 def _from_checkpoint(path: Path, root: Path) -> RunDir:

@@ -21,18 +21,21 @@ MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
 
 
 def foreign(folder: Path, names: re.Pattern) -> list[Path]:
-    """What is below a folder besides files whose names, relative to it, match or stand in its manifest; itself where it is a link."""
+    """What is below a folder besides the files of its manifest, or without one, those whose names, relative to it, match.
+
+    Itself where it is a link.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
     listed = _listed(folder)
     found = ((path, path.relative_to(folder).as_posix()) for path in _below(folder))
-    return [path for path, name in found if not (_plain(path) and (name in listed or names.fullmatch(name)))]
+    return [path for path, name in found if not (_plain(path) and (name in listed if listed else names.fullmatch(name)))]
 
 
 def _listed(folder: Path) -> set[str]:
-    """The files that were written with a folder, by its manifest: a tokenizer may have others than `MODEL` knows."""
+    """The files that were written with a folder, by its manifest, and that itself; none where it has none."""
     try:
-        return set(json.loads((folder / manifest.NAME).read_bytes())["files"])
+        return {manifest.NAME, *json.loads((folder / manifest.NAME).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 

@@ -275,3 +275,55 @@ def test_fetch_spares_what_is_at_its_place(kit, tune, here, monkeypatch):
     before = kit.snapshot(here)
     kit.refused(tune("fetch"), "already holds files")
     assert kit.snapshot(here) == before
+
+
+def linked_rows(here, run):
+    """The rows' folder leads into the run by a link."""
+    text(run / "samples.jsonl")
+    (here / "rows").mkdir()
+    (here / "rows" / "x.jsonl").symlink_to(run / "samples.jsonl")
+
+
+@pytest.mark.parametrize("data", ["rows", "rows/*.jsonl"])
+def test_links_among_the_rows_count_as_what_is_read(data, kit, tiny, tune, here, run):
+    linked_rows(here, run)
+    before = kit.snapshot(here)
+    kit.refused(tune("sft", *kit.basics(tiny, "--data", data, "--output-dir", "r", "--overwrite")), "holds rows/x.jsonl", "--data")
+    assert kit.snapshot(here) == before
+
+
+def test_a_chat_template_of_the_old_run_is_read(kit, tiny, tune, here, runs):
+    shutil.copytree(runs / "full", here / "r")
+    args = ["--chat-template", "r/model/chat_template.jinja", "--adapter", "none", "--output-dir", "r", "--overwrite"]
+    kit.refused(tune("sft", *kit.basics(tiny, *args)), "--chat-template")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "treetune_mine.json"])
+def test_what_a_manifest_does_not_list_is_foreign_by_any_name(name, kit, tiny, tune, here, run):
+    text(run / "adapter" / name)
+    kit.refused(tune("sft", *kit.basics(tiny, "--output-dir", "r", "--overwrite")), f"no run made r/adapter/{name}")
+    assert (run / "adapter" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_a_copied_config_beside_a_base_model_is_no_run(how, kit, tiny, tune, here, runs):
+    shutil.copytree(tiny.model, here / "r" / "model")
+    shutil.copy(runs / "full" / "config.yaml", here / "r" / "config.yaml")
+    args = kit.basics(tiny, "--adapter", "none", "--output-dir", "r", *([how] if how == "--overwrite" else [how, "auto"]))
+    before = kit.snapshot(here)
+    kit.refused(tune("sft", *args), "r")
+    (here / "r" / "checkpoints").mkdir()
+    kit.refused(tune("sft", *args), "r/model")
+    assert {name: value for name, value in kit.snapshot(here).items() if name != "r/checkpoints"} == before
+
+
+def test_a_resumed_run_never_replaces_the_model_that_it_reads(kit, tiny, tune, here):
+    args = ["--adapter", "none", "--sample-prompt=", "--output-dir", "r"]
+    assert tune("sft", *kit.basics(tiny, *args)).code == 0
+    shutil.rmtree(here / "r" / "model")
+    shutil.copytree(tiny.model, here / "r" / "model")
+    before = kit.snapshot(here)
+    kit.refused(
+        tune("sft", *kit.basics(tiny, *args, "--model", "r/model", "--max-steps", 3, "--resume", "auto")), "r/model would be replaced"
+    )
+    assert kit.snapshot(here) == before
