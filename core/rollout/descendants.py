@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+MARK = "TREETUNE_REWARD_WORKER"  # in the environment of a worker, and so of what it starts
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 LOOK_S = 0.25
 
@@ -30,10 +31,20 @@ def of(pid: int) -> list[int]:
     return found[1:]
 
 
-def kill(pid: int) -> None:
-    """Ends all descendants, also those that are started meanwhile."""
+def marked(mark: str) -> list[int]:
+    """Process ids of what lives with this MARK: what a worker left behind that has crashed is nobody's descendant any more."""
+    out, wanted = [], f"{MARK}={mark}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError, ValueError):
+            if wanted in path.read_bytes().split(b"\0"):
+                out.append(int(path.parent.name))
+    return out
+
+
+def kill(pid: int, mark: str = "") -> None:
+    """Ends all descendants, and others of its mark, also those that are started meanwhile."""
     for _ in range(5):
-        left = of(pid)
+        left = of(pid) + [one for one in (marked(mark) if mark else []) if one != pid]
         if not left:
             return
         for one in left:

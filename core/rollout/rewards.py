@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,10 +32,11 @@ NOT_COLUMNS = {*OURS, "prompt", "completion"}
 
 
 class Process(NamedTuple):
-    """A worker process, leader of a process group of its own, and the channel to it."""
+    """A worker process, leader of a process group of its own, the channel to it, and its mark."""
 
     process: subprocess.Popen
     channel: socket.socket
+    mark: str
 
 
 class Task(NamedTuple):
@@ -146,13 +148,15 @@ class Pool:
         self._refuse_closed()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-u", "-m", worker.__name__]
-        out = self._echo.pipe(ours.fileno())
+        out, mark = self._echo.pipe(ours.fileno()), uuid.uuid4().hex
         with theirs:
             try:
-                process = subprocess.Popen(command, stdin=theirs, stdout=out, stderr=out, start_new_session=True)
+                process = subprocess.Popen(
+                    command, stdin=theirs, stdout=out, stderr=out, start_new_session=True, env=os.environ | {descendants.MARK: mark}
+                )
             finally:
                 os.close(out)
-        one = Process(process, ours)
+        one = Process(process, ours, mark)
         self._alive.add(one)
         self._send(one, None, {"names": self.names, "limit_s": START_S}, START_S)
 
@@ -330,7 +334,7 @@ def _ended(process: subprocess.Popen) -> str:
 def _kill(one: Process) -> None:
     """The process and what it started, in its group or in one of its own."""
     one.channel.close()
-    descendants.kill(one.process.pid)
+    descendants.kill(one.process.pid, one.mark)
     try:
         if hasattr(os, "killpg"):
             os.killpg(one.process.pid, signal.SIGKILL)

@@ -158,6 +158,8 @@ def leaves(completions, **columns):
         time.sleep(600)
     while not os.path.exists("children"):
         time.sleep(0.01)
+    if texts(completions)[0] == "crash":
+        os._exit(3)
     return [1.0 for _ in completions]
 
 

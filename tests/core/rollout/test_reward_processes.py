@@ -176,6 +176,14 @@ def test_what_a_function_started_is_gone_after_its_limit(here):
         assert all(scene.gone(pid) for pid in _children(here))
 
 
+def test_what_a_function_started_is_gone_after_its_worker_crashed(here):
+    """Its parent is gone and its session is its own: nothing but its environment tells whose it was."""
+    with rewards.Pool(["rewards.leaves"]) as pool:
+        with pytest.raises(ValueError, match="exit"):
+            pool.score([scene.group("crash")])
+        assert all(scene.gone(pid) for pid in _children(here))
+
+
 def test_what_a_function_started_is_gone_with_a_killed_trainer(parent, here):
     process, _ = parent(30, "leave")
     children = _children(here)
