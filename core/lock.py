@@ -121,9 +121,11 @@ def _holder(handle: int) -> process.Process | None:
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         found = json.loads(os.read(handle, 4096))
-        return process.Process(**{name: found[name] for name in process.Process._fields})
-    except (ValueError, KeyError, TypeError):
+        one = process.Process(**{name: found[name] for name in process.Process._fields})
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    texts = all(isinstance(text, str) for text in one._replace(pid=""))
+    return one if texts and type(one.pid) is int and 0 < one.pid < 2**31 else None
 
 
 def _left(holder: process.Process | None, free: bool) -> bool:

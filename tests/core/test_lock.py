@@ -127,3 +127,17 @@ def test_removing_takes_what_matches_and_nothing_else(tmp_path):
     (folder / "mine/notes.md").unlink()
     (folder / "mine").rmdir()
     assert owned.remove(folder, owned.CHECKPOINT) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pid": "1"}, {"pid": -1}, {"pid": 0}, {"pid": 10**30}, {"pid": {}}, {"host": None, "boot": ""}, {"start": 1.5}]
+)
+def test_a_holder_of_other_types_is_a_damaged_file(changes, tmp_path):
+    written(tmp_path, **changes)
+    lock.check(tmp_path)
+    lock.Lock(tmp_path).release()
+
+
+def test_a_lock_of_endless_brackets_is_a_damaged_file(tmp_path):
+    (tmp_path / lock.NAME).write_text("[" * 4096)
+    lock.Lock(tmp_path).release()
