@@ -21,15 +21,16 @@ MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
 
 
 def foreign(folder: Path, names: re.Pattern) -> list[Path]:
-    """What is below a folder besides the files of its manifest, or without one, those whose names, relative to it, match.
+    """What is below a folder besides files whose names, relative to it, match or stand in its manifest; itself where it is a link.
 
-    Itself where it is a link.
+    Of a `MODEL` with a manifest only that counts: a tokenizer beside an adapter may be the user's.
     """
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
     listed = _listed(folder)
     found = ((path, path.relative_to(folder).as_posix()) for path in _below(folder))
-    return [path for path, name in found if not (_plain(path) and (name in listed if listed else names.fullmatch(name)))]
+    matching = names is not MODEL or not listed
+    return [path for path, name in found if not (_plain(path) and (name in listed or matching and names.fullmatch(name)))]
 
 
 def _listed(folder: Path) -> set[str]:
