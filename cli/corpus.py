@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -268,7 +269,8 @@ def _streamed(options: PretrainData, tokenizer) -> Corpus:
     val = encode_all(held, options, tokenizer, "held out")
     said = f"train: a stream of {len(parts)} files or shards, {options.streaming_multipack_buffer_size} rows at a time"
     first = held[0].rows.rows[0] if held else None
-    places = [[part.name, *part.start] for part in parts]
+    # Where files are is no part of what they hold; which comes first is told by their names.
+    places = [[os.path.basename(part.name) if len(parts) > 1 else "", *part.start] for part in parts]
     digests = (fingerprint.values(fingerprint.documents(shown), options.split, places), val.digest)
     return Corpus(shown, val.docs, first, "completion", [said, *val.lines], stream=Stream(parts, encode), digests=digests)
 

@@ -7,6 +7,7 @@ since. Options are compared before anything is loaded; what they stand for, by i
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, configs, parse, resume_rules, rundir, setup, terminal
+from treetune.cli import checks, configs, fetch, parse, resume_rules, rundir, setup, terminal
 from treetune.cli.main import COMMANDS
 from treetune.core import ckpt, fields
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
 from treetune.core.state import Params
-from treetune.models import Model
+from treetune.models import Model, hf, identity
+from treetune.models.dense import Config
 
 KEY = "provenance"  # of a checkpoint's meta
 DOCUMENTS = {
@@ -28,6 +30,7 @@ DOCUMENTS = {
     "held out": "other held-out documents than it was made with, though no option says so: rows were edited",
     "order": "other steps of the documents than it was made with",
 }
+FUNCTIONS, REWARD_MODEL = ("reward_funcs", "rollout_func"), "reward model "
 WORDS = {"tokenizer": "the tokenizer numbers or splits texts otherwise", "stop tokens": "other tokens end an answer"}
 BETAS = {"adamw": 0.999, "lion": 0.99}
 
@@ -42,6 +45,7 @@ class Provenance(NamedTuple):
     weights: dict[str, str] = {}  # "model" as the run started, "adapter", "reference", reward models
     words: dict[str, str] = {}  # "tokenizer", "template", "stop tokens"
     code: dict[str, str] = {}  # files of the user's own functions
+    functions: dict[str, str] = {}  # by option: those files and names, wherever they are
 
 
 class Earlier(NamedTuple):
@@ -96,12 +100,18 @@ def loaded(origin: Origin, config: Any, model: Model, trees: setup.Trees, frozen
 def _weights(config: Any, model: Model, trees: setup.Trees, frozen: Params) -> dict[str, str]:
     """Of the model (of random weights their sizes), of the adapter that was there, and of the reference where it is another model."""
     sizes = getattr(config.model, "from_config", None) is not None
-    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else ckpt.leaf_digest(model.params)}
+    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else _digest(model.params, model.family, model.cfg)}
     if trees.lora is not None and config.adapter.lora_model_dir is not None:
         found["adapter"] = fingerprint.values(ckpt.leaf_digest(trees.params), trees.lora.scale, sorted(trees.info.paths))
     if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
-        found["reference"] = ckpt.leaf_digest(frozen["ref"])
+        file = Path(fetch.resolve(config.reference.ref_model)) / "config.json"
+        found["reference"] = _digest(frozen["ref"], *(hf.read_config(file) if file.is_file() else (model.family, model.cfg)))
     return found
+
+
+def _digest(params: Params, family: str, cfg: Config) -> str:
+    """Of weights and of what is computed with them."""
+    return fingerprint.values(ckpt.leaf_digest(params), identity.settings(family, cfg))
 
 
 def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Origin:
@@ -112,10 +122,22 @@ def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Orig
 
 
 def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str, str]) -> Origin:
-    """The record with the files of the user's own functions, where they are found without importing them, and reward models."""
+    """The record with the files of the user's own functions, where they are found without importing them, and reward models.
+
+    What an option of functions stands for is what is in their files, the names in there and their options, wherever the files are.
+    """
     places = {name: _source(name.split("?")[0]) for name in names if name and name.split("?")[0] not in builtin.BUILTIN}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in places.items() if path is not None}
-    return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models))
+    options = origin.now.options
+    scorers = {name.removeprefix(REWARD_MODEL): [text] for name, text in models.items()}
+    known = scorers | {name: [text, re.split(r"[:.]", name.split("?")[0])[-1], name.partition("?")[2]] for name, text in code.items()}
+    wanted = {key: options[key] for key in FUNCTIONS if key in options}
+    functions = {key: fingerprint.values([known.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
+    return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models, functions=functions))
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _source(name: str) -> Path | None:
@@ -208,7 +230,7 @@ def _compared(found: Earlier, origin: Origin, config: Any, stream: str, sampled:
 
 def _same(made: Provenance, now: Provenance) -> Callable[[str], bool]:
     def same(what: str) -> bool:
-        before, after = made.documents | made.weights, now.documents | now.weights
+        before, after = made.documents | made.weights | made.functions, now.documents | now.weights | now.functions
         return before.get(what) == after.get(what)
 
     return same
@@ -220,7 +242,7 @@ def _old_same(meta: dict, stream: str, base_digest: str) -> Callable[[str], bool
     def same(what: str) -> bool:
         if what == "order":
             return meta.get("stream") == stream
-        if what in ("train", "held out"):
+        if what in ("train", "held out", *FUNCTIONS):
             return False
         return meta.get("base_digest") == base_digest != ""
 
@@ -232,7 +254,9 @@ def _unnamed(found: Earlier, now: Provenance) -> dict[str, str]:
     if found.old:
         other = {"order": "other data, packing or batch options"}
         return other | ({"model": "another base model"} if found.meta.get("base_digest") else {})
-    roles = {what: what.replace("model", "base model") if what == "model" else what for what in found.made.weights | now.weights}
+    shared = found.made.weights.keys() & now.weights.keys()  # a reward model from another place is judged by its option
+    roles = {what: "base model" if what == "model" else what for what in found.made.weights | now.weights}
+    roles = {what: name for what, name in roles.items() if what in shared or not what.startswith(REWARD_MODEL)}
     return DOCUMENTS | {what: f"another {name}: its weights are not those it was made with" for what, name in roles.items()}
 
 

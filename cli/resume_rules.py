@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from treetune.cli import terminal
 
-REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, START = "refused", "listed", "documents", "order", "weights", "start"
-# refused: another value is an error. listed: it takes effect and is printed. documents, order, weights: refused unless what the option
-# stands for is the same by its fingerprint, and then listed. start: says how the run is started, and is not compared.
+REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, FUNCTION, START = "refused", "listed", "documents", "order", "weights", "function", "start"
+# refused: another value is an error. listed: it takes effect and is printed. documents, order, weights, function: refused unless what
+# the option stands for is the same by its fingerprint, and then listed. start: says how the run is started, and is not compared.
 
 
 class Rule(NamedTuple):
@@ -58,7 +58,8 @@ RULES: dict[str, Rule] = (
         "kl_estimator", "use_bias_correction_kl", "entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta",
         "entropy_coef_max", "top_entropy_quantile", "mask_truncated_completions", "ce_coef", "rl_coef", "advantage_estimator",
     )
-    | _rules(REFUSED, "decides what a reward is, which curves and the best checkpoint compare", "reward_funcs", "reward_weights")
+    | _rules(REFUSED, "decides what a reward is, which curves and the best checkpoint compare", "reward_weights")
+    | _rules(FUNCTION, "decides what a reward is, which curves and the best checkpoint compare", "reward_funcs")
     | _rules(
         REFUSED, "decides what features are, and so what a reward is", "mode", "feature_layers", "embed_method", "feature_norm",
         "use_whitening", "whitening_space", "alignment_coef", "diversity_coef",
@@ -70,8 +71,9 @@ RULES: dict[str, Rule] = (
     | _rules(REFUSED, "stored groups hold this many completions", "num_generations")
     | _rules(
         REFUSED, "decides what is sampled from, which log-probs and rewards so far are of", "temperature", "top_p", "top_k", "min_p",
-        "stop_token_ids", "repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs", "rollout_func",
+        "stop_token_ids", "repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs",
     )
+    | _rules(FUNCTION, "decides what is sampled from, which log-probs and rewards so far are of", "rollout_func")
     | _rules(LISTED, "bounds the completions of the steps to come", "max_completion_length", "adaptive_max_tokens", "gt_length_multiplier")
     | _rules(
         REFUSED, "decides where rollouts start and how long they are", "stride", "context_length", "generate_max_len",
@@ -115,9 +117,12 @@ LASTING = {name for name, rule in RULES.items() if rule.verdict in (DOCUMENTS, O
     "sample_prompt", "sample_tokens", "device", "sharding", "feature_device", "dataset_prepared_path",
 }  # fmt: skip
 BY_RULE = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}  # what an option of such a rule is judged by
-BY_NAME = {"lora_model_dir": ("adapter",), "ref_model": ("reference",)} | dict.fromkeys(
-    ("sequence_len", "streaming"), ("train", "held out", "order")
-)
+BY_NAME = {
+    "lora_model_dir": ("adapter",),
+    "ref_model": ("reference",),
+    "reward_funcs": ("reward_funcs",),
+    "rollout_func": ("rollout_func",),
+} | dict.fromkeys(("sequence_len", "streaming"), ("train", "held out", "order"))
 
 
 class Change(NamedTuple):

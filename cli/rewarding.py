@@ -22,7 +22,7 @@ from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import builtin, stats
 from treetune.core.rollout.group import Group
 from treetune.core.rollout.rewards import Pool
-from treetune.models import adapter, heads
+from treetune.models import adapter, heads, identity
 
 BUDGET = 4096  # tokens in one forward pass of a reward model
 
@@ -120,7 +120,9 @@ def _scorer(name: str, model: ModelOptions, on: torch.device) -> Scorer:
 def _digest(judge: score.Judge) -> str:
     adapted = {} if judge.lora is None else {"lora": judge.lora.tree}
     return fingerprint.values(
-        ckpt.leaf_digest({"model": judge.model.params, "head": judge.head} | adapted), judge.lora and judge.lora.scale
+        ckpt.leaf_digest({"model": judge.model.params, "head": judge.head} | adapted),
+        judge.lora and judge.lora.scale,
+        identity.settings(judge.model.family, judge.model.cfg),
     )
 
 

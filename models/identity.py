@@ -1,5 +1,6 @@
 """Which model a tree of weights is, whatever dtype it was loaded in: a digest that tells an adapter's base from others."""
 
+import dataclasses
 import hashlib
 
 import torch
@@ -7,22 +8,33 @@ from torch import Tensor
 
 from treetune.core import tree
 from treetune.models import Model
+from treetune.models.dense import Config
 
+OUTER = ("dtype", "init_std", "max_positions", "tied", "vocab_size")
 NUMBERS = 256  # of each leaf: other weights differ in nearly all of theirs
 
 
 def digest(model: Model) -> str:
-    """sha256 over the shapes of all leaves and numbers spread over each, rounded to bfloat16; the language head is left out.
+    """sha256 over `settings`, the shapes of all leaves and numbers spread over each, rounded to bfloat16; the language head is left out.
 
     A base model with a scalar head instead, or loaded in a dtype as wide or in bfloat16, has the same digest. It says which model this
     is, not that no bit of it has changed: manifests do.
     """
-    total = hashlib.sha256()
+    total = hashlib.sha256(settings(model.family, model.cfg).encode())
     for path, leaf in sorted(tree.items(model.params)):
         if path != "lm_head":
             total.update(f"{path} {tuple(leaf.shape)} ".encode())
             total.update(_numbers(leaf).view(torch.int16).numpy())
     return total.hexdigest()
+
+
+def settings(family: str, cfg: Config) -> str:
+    """What a model computes besides its leaves: rotary frequencies, heads, window and the like, floats to four digits.
+
+    Left out: the dtype, how weights are drawn, and how long its documents may be, which change no number of what it computes.
+    """
+    named = ((entry.name, getattr(cfg, entry.name)) for entry in dataclasses.fields(cfg) if entry.name not in OUTER)
+    return " ".join([family, *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in named)])
 
 
 def _numbers(leaf: Tensor) -> Tensor:

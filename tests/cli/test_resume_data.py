@@ -200,6 +200,49 @@ def test_another_function_in_the_file_of_a_reward_is_listed(tiny, here, kit, tun
     assert done.code == 0, done.err
     listed = done.out.partition("changed since the checkpoint:\n")[2].splitlines()[:2]
     assert listed == ["  max_steps 2 -> 3", f"  {GRPO.SPREAD}: the file of this function changed"]
+    (here / "elsewhere").mkdir()
+    (here / "rewards.py").rename(here / "elsewhere" / "rewards.py")
+    moved = GRPO.arguments(tiny, "--max-steps", 4, "--resume", "auto")
+    moved[moved.index(GRPO.SPREAD)] = f"elsewhere/{GRPO.SPREAD}"
+    done = tune("grpo", *moved)
+    assert done.code == 0 and f"  reward_funcs {GRPO.SPREAD} -> elsewhere/{GRPO.SPREAD}\n" in done.out, done
+    (here / "elsewhere" / "rewards.py").write_text(GRPO.REWARDS)
+    moved[moved.index(f"elsewhere/{GRPO.SPREAD}")] = str(here / "elsewhere" / GRPO.SPREAD)
+    kit.refused(tune("grpo", *moved), "reward_funcs .* instead of elsewhere")
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 777.0}, {"rms_norm_eps": 0.01}])
+def test_a_model_that_computes_otherwise_with_the_same_weights_is_refused(changes, tiny, here, kit, tune, sft):
+    for name in ("own", "ref"):
+        shutil.copytree(tiny.model, here / name)
+
+    def edit(name, changes):
+        file = here / name / "config.json"
+        config = json.loads(file.read_text()) | changes
+        if "rope_theta" in changes:
+            config.pop("rope_parameters", None)
+        file.write_text(json.dumps(config))
+
+    kit.write_rows(here / "dpo.jsonl", PAIRS.rows_of("dpo"))
+    args = [*PAIRS.arguments(tiny, "dpo", "--ref-model", "ref"), "--model", "own"]
+    if str(tiny.model) in map(str, args):
+        at = list(map(str, args)).index(str(tiny.model))
+        args = args[: at - 1] + args[at + 1 :]
+    assert tune("dpo", *args).code == 0
+    before = {name: (here / name / "config.json").read_text() for name in ("own", "ref")}
+    edit("ref", changes)
+    kit.refused(tune("dpo", *args, "--resume", "auto"), "another reference")
+    (here / "ref" / "config.json").write_text(before["ref"])
+    edit("own", changes)
+    kit.refused(tune("dpo", *args, "--resume", "auto"), "another base model")
+    assert sft("--model", "own", "--output-dir", "s", "--sample-prompt=").code == 0
+    (here / "own" / "config.json").write_text(before["own"])
+    kit.refused(
+        tune("sft", *kit.basics(tiny, "--model", "own", "--lora-model-dir", "s", "--output-dir", "t", without=("--lora-r",))),
+        "was trained on",
+    )
+    edit("own", {"max_position_embeddings": 300, "initializer_range": 0.5})
+    assert tune("dpo", *args, "--resume", "auto").code == 0
 
 
 @pytest.mark.slow

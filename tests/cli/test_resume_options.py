@@ -23,7 +23,7 @@ def _module(name: str):
 
 
 COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "grpo", "ebft")
-# what becomes of another value -> options. "documents", "order" and "weights": refused unless those are the same, and then listed.
+# what becomes of another value -> options. Neither "refused" nor "listed": refused unless what they stand for is the same, then listed.
 TABLE = {
     "start": ("output_dir", "resume", "overwrite"),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
@@ -44,15 +44,16 @@ TABLE = {
         "advantage", "aggregate", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "sapo_tau_pos", "sapo_tau_neg", "beta",
         "kl_estimator", "use_bias_correction_kl", "entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta",
         "entropy_coef_max", "top_entropy_quantile", "mask_truncated_completions", "ce_coef", "rl_coef", "advantage_estimator",
-        "reward_funcs", "reward_weights", "mode", "feature_layers", "embed_method", "feature_norm", "use_whitening", "whitening_space",
+        "reward_weights", "mode", "feature_layers", "embed_method", "feature_norm", "use_whitening", "whitening_space",
         "alignment_coef", "diversity_coef", "sync_ref_model",
         # what the checkpoint holds: moments, stored groups, places in the data
         "optimizer", "seed", "num_generations", "steps_per_generation", "num_iterations", "stride", "context_length", "generate_max_len",
         "n_samples_per_prompt", "min_completion_prefix",
         # what is sampled from
         "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "repetition_penalty", "vllm_guided_decoding_regex",
-        "generation_kwargs", "rollout_func",
+        "generation_kwargs",
     ),
+    "function": ("reward_funcs", "rollout_func"),
     "listed": (
         # how large the steps to come are, and how many
         "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "weight_decay_rules",
@@ -127,7 +128,7 @@ def _require_verdict(command: str, name: str):
         (line,) = _judged(command, name, False).refused
         assert line.startswith(f"{name} ") and " instead of " in line
         assert name == "momentum" or resume_rules.RULES[name].reason in line
-    if verdict in ("documents", "order", "weights"):
+    if verdict in ("documents", "order", "weights", "function"):
         assert len(_judged(command, name, True).listed) == 1 and not _judged(command, name, True).refused
         assert _judged(command, name, None) == ([], []), "what it stands for is not known before it is read"
 

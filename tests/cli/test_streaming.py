@@ -201,3 +201,14 @@ def test_a_stream_and_a_run_in_memory_do_not_continue_each_other(kit, tiny, args
     options = ["--data", tiny.text, "--val-set-size", 0, "--resume", "auto", "--max-steps"]
     assert tune(*args(*options, 2)).code == 0
     kit.refused(tune(*[arg for arg in args(*options, 4) if arg != "--streaming"]), "streaming false instead of true")
+
+
+def test_files_of_a_stream_may_move_and_not_change_places(args, kit, tune, here):
+    assert tune(*args(BUFFER, 5, "--max-steps", 2)).code == 0
+    (here / "rows").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (here / name).rename(here / "rows" / name)
+    ending = [BUFFER, 5, "--max-steps", 3, "--resume", "auto", "--data"]
+    done = tune(*args(*ending, "rows/a.jsonl", "rows/b.jsonl"))
+    assert done.code == 0 and "  data a.jsonl b.jsonl -> rows/a.jsonl rows/b.jsonl\n" in done.out, done
+    kit.refused(tune(*args(*ending, "rows/b.jsonl", "rows/a.jsonl")), "data rows/b.jsonl rows/a.jsonl instead of rows/a.jsonl rows/b.jsonl")
