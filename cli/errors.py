@@ -63,7 +63,7 @@ NO_MEMORY = re.compile(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
         return True
     return isinstance(error, RuntimeError | ImportError | OSError) and NO_MEMORY.search(str(error)) is not None
 

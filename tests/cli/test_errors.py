@@ -17,10 +17,15 @@ def test_an_error_that_nobody_foresaw_names_what_was_read(kind):
     assert isinstance(caught.value.__cause__, ValueError) and isinstance(caught.value.__cause__.__cause__, kind)
 
 
-@pytest.mark.parametrize("kind", RAISED)
+@pytest.mark.parametrize("kind", [kind for kind in RAISED if kind is not MemoryError])
 def test_without_a_name_it_is_still_one_line(kind):
     with pytest.raises(errors.BadInput, match=f"^an option or an input cannot be read: {kind.__name__}"), errors.checking_input():
         raise kind("why\nand more")
+
+
+def test_memory_that_is_full_while_reading_is_no_bad_input():
+    with pytest.raises(errors.RunFailed, match="^out of memory: take a smaller model"), errors.checking_input():
+        raise MemoryError
 
 
 @pytest.mark.parametrize("kind", [errors.RunFailed, KeyboardInterrupt, BrokenPipeError, SystemExit])
