@@ -170,6 +170,8 @@ def _local_names(path: str) -> tuple[list[str], str | None]:
         inside = [os.path.join(at, name) for at, _, names in os.walk(path) for name in names]
         return sorted(inside), path
     if os.path.exists(path):
+        if not os.path.isfile(path):  # it may never end, and cannot be read twice
+            raise ValueError(f"{path} is no regular file but a pipe or device: save what it gives as a file first")
         return [path], None
     found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name)) if glob.has_magic(path) else []
     if not found and kind_of(path)[0] is None and not glob.has_magic(path):

@@ -13,6 +13,7 @@ from treetune.core.data import arrow, files, jsontext
 
 BOM, BLANKS = b"\xef\xbb\xbf", b" \t\r\n"
 LONGEST_LINE = 1 << 30  # bytes
+MOST_BLANK = 10_000_000  # blank lines one after another, such as a file has that is nothing else
 LONGEST_FIELD = min(1 << 30, sys.maxsize, (1 << 31) - 1)  # characters of a CSV field; csv keeps its limit in a C long
 
 
@@ -41,21 +42,33 @@ def iterate(file: files.File, place: Place = START) -> Iterator[Record]:
         yield from READERS[file.kind](stream, file.name, place)
 
 
-def _lines(stream: BinaryIO, place: Place) -> Iterator[tuple[int, bytes, int]]:
+def _lines(stream: BinaryIO, name: str, place: Place) -> Iterator[tuple[int, bytes, int]]:
     """(number, line, bytes read with it)."""
     files.skip(stream, place.offset)
     offset = place.offset
     number = place.row
     while line := stream.readline(LONGEST_LINE + 1):
         number, offset = number + 1, offset + len(line)
-        if len(line) > LONGEST_LINE:
-            raise ValueError(f"line {number} is longer than {LONGEST_LINE >> 30} GiB: expected one row per line")
+        _check_length(line, name, number)
         yield number, line, offset
 
 
+def _check_length(line: bytes | str, name: str, number: int) -> None:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"{name} line {number} is longer than {LONGEST_LINE >> 30} GiB: expected one row per line")
+
+
+def _check_blank(blank: int, name: str, number: int) -> None:
+    if blank > MOST_BLANK:
+        raise ValueError(f"{name}: {MOST_BLANK:,} lines before line {number} are blank: expected one row per line")
+
+
 def _jsonl(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
-    for number, line, offset in _lines(stream, place):
+    last = place.row
+    for number, line, offset in _lines(stream, name, place):
+        _check_blank(number - last, name, number)
         if line.strip(BOM + BLANKS):
+            last = number
             where = f"{name} line {number}"
             yield Record(number, _object(jsontext.parse(_text(line, where, first=number == 1), where), where), offset, "line")
 
@@ -94,7 +107,7 @@ def _csv(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     import csv
 
     csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process; 131,072 by default
-    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    reader = csv.DictReader(_csv_lines(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), name), strict=True)
     try:
         _check_header(reader.fieldnames or (), name)
         for number, row in enumerate(reader, 1):
@@ -105,6 +118,16 @@ def _csv(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
         raise ValueError(f"{name} line {reader.reader.line_num}: broken CSV ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _csv_lines(text: io.TextIOBase, name: str) -> Iterator[str]:
+    number = last = 0
+    while line := text.readline(LONGEST_LINE + 1):
+        number += 1
+        _check_length(line, name, number)
+        last = last if line.isspace() else number
+        _check_blank(number - last, name, number)
+        yield line
 
 
 def _check_header(names: Sequence[str], name: str) -> None:
@@ -133,7 +156,7 @@ def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[Record]:
 
 def _text_lines(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     """One row per line, blank lines too, as the datasets library reads text."""
-    for number, line, offset in _lines(stream, place):
+    for number, line, offset in _lines(stream, name, place):
         text = _text(line, f"{name} line {number}", first=number == 1)
         yield Record(number, {"text": text.removesuffix("\n").removesuffix("\r")}, offset, "line")
 

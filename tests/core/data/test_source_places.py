@@ -3,6 +3,7 @@
 import gzip
 import inspect
 import json
+import os
 import random
 from collections import Counter
 
@@ -333,3 +334,20 @@ def test_damaged_files_give_rows_or_one_line_that_names_them(name, tmp_path):
             failed += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert failed > 30
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_lines_without_end_and_blank_lines_without_end_name_the_file(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(records, "MOST_BLANK", 100)
+    path = tmp_path / name
+    for content, words in (("x" * 2000, "line 1 is longer than"), ("\n" * 300, "100 lines before line 101 are blank")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{name}:? {words}"):
+            list(records.iterate(*files.find(str(path))))
+
+
+def test_a_pipe_is_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="rows.jsonl is no regular file"):
+        files.find(str(tmp_path / "rows.jsonl"))
