@@ -73,7 +73,7 @@ def _aliased(message: dict) -> dict:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-@lru_cache(32)
+@lru_cache(128)
 def _compiled(text: str) -> tuple[Any, Budget]:
     budget = Budget()
     return _environment(budget).from_string(text), budget
