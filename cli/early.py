@@ -16,9 +16,14 @@ from treetune.core import fields
 from treetune.core.data import files
 
 ADAPTER = "adapter_config.json"
+LONGEST_NAME = 255  # bytes of a file's name, as Linux and macOS have it
 TEMPLATES = (".jinja", ".jinja2")
 FUNCTIONS = ("reward_funcs", "rollout_func", "prompt_transform", "format")
 PYTHONS = ("python", "vllm_python")
+PATHS = (
+    "model", "ref_model", "adapter", "lora_model_dir", "from_config", "data", "val_data", "output_dir", "dataset_prepared_path", "resume",
+    "output", "html", "log",
+)  # fmt: skip
 
 
 def check(config: Any, given: frozenset[str]) -> None:
@@ -45,9 +50,20 @@ def check(config: Any, given: frozenset[str]) -> None:
 def _named(values: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(option, text) of the options that hold one, or several."""
     for name in names:
-        value = values.get(name) or ()
-        for one in [value] if isinstance(value, str) else value:
+        value = values.get(name)
+        for one in [value] if isinstance(value, str) else value or ():
             yield name, one
+
+
+def check_names(config: Any) -> None:
+    """Raise BadInput for a text that can be the name of no file, folder or model."""
+    for name, value in _named(parse.flatten(config), PATHS):
+        if not value:
+            raise BadInput(f"{name} is empty; expected a name, or leave it out")
+        if "\0" in value:
+            raise BadInput(f"{name} has a zero byte in {value!r}; no file can be named so")
+        if any(len(part.encode()) > LONGEST_NAME for part in Path(value).parts):
+            raise BadInput(f"{name} has a name of more than {LONGEST_NAME} bytes: {value[:40]} ...; no file system takes it")
 
 
 def _writable(folder: Path, name: str) -> None:

@@ -91,6 +91,8 @@ def _local(name: str | Path) -> Path | None:
 
 def check(name: str) -> None:
     """Errors: ValueError for a name that is nothing we could find, here or elsewhere."""
+    if Path(name).is_file() and Path(name).suffix == ".safetensors":
+        raise ValueError(f"{name} is a file of weights: name the folder that holds it, {Path(name).parent}")
     if _local(name) is None and known_name(name) is None and not _looks_like_id(name):
         raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import cadence, invocation, prompts, report, rundir, setup
+from treetune.cli import cadence, configs, invocation, prompts, report, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
 from treetune.core import check, drafts, lora, records, shard, tree
@@ -204,11 +204,19 @@ def _summary(config: Any, made: Any, outcome: Any, saved) -> dict[str, str]:
     return rows | {"try it": _trial(config, made, saved)}
 
 
+def _as_read(config: Any) -> list:
+    """Options of `treetune score` for rows to be read as the run read them, where its defaults would not do so."""
+    default = configs.Score()
+    names = ("format", "split", "sequence_len", "chat_template", "step_separator")
+    values = {name: getattr(config.data, name, getattr(default, name)) for name in names}
+    return [part for name, value in values.items() if value != getattr(default, name) for part in (f"--{name.replace('_', '-')}", value)]
+
+
 def _trial(config: Any, made: Any, saved: Path) -> str:
     """A command that tries what was trained."""
     if "head" in made.trees.params:
         rows = config.data.data[0] if config.data.data else "ROWS"
-        return invocation.command("score", made.where.root, "--data", rows)
+        return invocation.command("score", made.where.root, "--data", rows, *_as_read(config))
     place = ("--model" if made.trees.lora is None else "--adapter", saved)
     if not made.tokenizer.chat_template or made.corpus.format == "completion":
         return invocation.command("generate", "Once upon a time", "--raw", *place)

@@ -81,6 +81,20 @@ def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
         raise BadInput(f"{name}: no run made {', '.join(map(str, others[:NAMED]))}{more}; move that away, or name another folder")
 
 
+def check_anew(root: Path, config: Any) -> None:
+    """Raise BadInput where a run without a checkpoint cannot begin anew: what it made, which goes, holds what others made, or an input."""
+    old = marker.read(root)
+    going = [root / name for name in marker.names(old)]
+    places = [root.resolve(), *(one.resolve() for one in going)]
+    reads = [
+        path for _, path in inputs(config) if path.resolve() == places[0] or any(path.resolve().is_relative_to(one) for one in places[1:])
+    ]
+    others = [path for path in marker.foreign(root, old) if any(path.is_relative_to(one) for one in going)]
+    if reads or others:
+        what = f"no run made {others[0]}" if others else f"it holds {reads[0]}, which the run reads"
+        raise BadInput(f"{root} has no checkpoint to resume, and does not begin anew: {what}; move that away, or name another folder")
+
+
 def _must_stay(root: Path) -> str | None:
     """What a folder is that no run may replace, in words; compared by device and number, so that another name does not help."""
     for what, folder in (("the working folder", Path.cwd()), ("the home folder", _home())):

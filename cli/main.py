@@ -80,6 +80,7 @@ def _run(command: str, argv: list[str]) -> int:
         module, config, _ = COMMANDS[command]
         with checking_input("the command line or its config file"):
             parsed, given = parse.parse(command, getattr(configs, config), argv)
+            early.check_names(parsed)
             checks.check(parsed, given)
             if getattr(getattr(parsed, "adapter", None), "lora_model_dir", None) is not None:
                 early.check(parsed, given)

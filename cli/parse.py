@@ -7,6 +7,7 @@ Importing this imports no torch.
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import typing
@@ -53,6 +54,7 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     _check_text(argv)
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
+    _check_flags(command, argv, kinds(config))
     argv = _numbers(argv, kinds(config))
     from_file = {key: value for key, value in _from_file(command, path, config, known).items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
@@ -76,6 +78,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
             if path is not None:
                 raise BadInput("option --config is given twice")
             path, i = (value, i + 1) if equals else (argv[i + 1], i + 2)
+            if not path:
+                raise BadInput("the name of the config file is empty: --config needs a file name")
         else:
             rest.append(argv[i])
             i += 1
@@ -104,6 +108,19 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
             raise BadInput(f"option {flag} is given twice")
         given.add(name)
     return given
+
+
+def _check_flags(command: str, argv: list[str], types: dict[str, Any]) -> None:
+    """Errors: BadInput for a value given to a flag that takes none, and for an option with one dash."""
+    for arg, following in itertools.pairwise([*argv, ""]):
+        if re.fullmatch(r"-[A-Za-z][\w-]+(=.*)?", arg):
+            meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), types, flags=True)
+            raise BadInput(f"unknown option {arg}: options begin with two dashes{meant}; see treetune {command} --help")
+        flag, equals, value = arg.partition("=")
+        name = flag[2:].replace("-", "_").removeprefix("no_")
+        if flag.startswith("--") and types.get(name) is bool and (equals or following.lower() in ("true", "false")):
+            plain = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} takes no value, got {(value if equals else following)!r}: write {plain} or --no-{plain[2:]}")
 
 
 def _numbers(argv: list[str], types: dict[str, Any]) -> list[str]:
@@ -223,7 +240,7 @@ def _one_line(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[─-]{5,}", line)]
     body = [line for i, line in enumerate(lines) if i not in rules and not line.startswith("For full helptext")]
     words = " ".join(body if len(rules) != 1 or rules[0] == 0 else lines[: rules[0]]).split()
-    text = " ".join(words)
+    text = re.sub(r"^(Unrecognized options) \1", r"\1", " ".join(words))
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 

@@ -134,13 +134,15 @@ def _choose(root: Path, config: Any) -> RunDir:
     if options.resume not in (None, "auto"):
         return _from_checkpoint(Path(options.resume), root)
     if options.resume == "auto":
-        return _newest(root)
+        return _newest(root, config)
+    if not options.overwrite and marker.holds_files(root) and marker.read(root) is None:
+        raise ValueError(f"{root} already holds files that no run made; name another folder")
     if not options.overwrite and marker.holds_files(root):
         raise ValueError(f"{root} already holds files; continue it with --resume auto, replace it with --overwrite, or name another folder")
     return RunDir(root, None)
 
 
-def _newest(root: Path) -> RunDir:
+def _newest(root: Path, config: Any) -> RunDir:
     """Continue from the newest sound checkpoint of a run, or begin where there is none."""
     found = marker.read(root) if marker.holds_files(root) else marker.Marker("", ())
     if found is None:
@@ -149,6 +151,8 @@ def _newest(root: Path) -> RunDir:
     others = [root / name for name in marker.RESULTS if name not in found.makes and os.path.lexists(root / name)]
     if run.resume is None and others:
         raise ValueError(f"{root} holds no checkpoint to resume and {others[0]}, which no run made; name another folder")
+    if run.resume is None and marker.holds_files(root):
+        guard.check_anew(root, config)
     return run
 
 

@@ -131,6 +131,8 @@ def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say=p
     try:
         tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
     except Exception as error:  # the tokenizers package raises bare Exceptions
+        if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+            raise ValueError(f"{path} holds no model: there is no config.json in it") from error
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
     if adapter_path is not None and (template := adapter_folder(adapter_path) / adapter.TEMPLATE).is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -131,7 +131,7 @@ def read(row: dict, where: str, known: Fields = DEFAULT) -> Talk:
     names = MESSAGES if known.messages == MESSAGES[0] else (known.messages,)
     field = next((name for name in names if row.get(name) is not None), None)
     if field is None:
-        raise ValueError(f"{where} has no field {' (or '.join(names)}{')' * (len(names) - 1)}; it has {sources.listed(row)}")
+        raise sources.missing(names, row, where, " (or ".join(names) + ")" * (len(names) - 1))
     messages = row[field]
     if row.get("functions") and known.tools != "functions":
         raise ValueError(f"{where}: field functions holds tool definitions: set field_tools to functions, or remove it")
@@ -168,9 +168,9 @@ def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
         present.pop("tool_calls", None)
     role = present.get("role")
     if not isinstance(role, str):
-        raise _wrong("role", role, present, where, known)
+        raise _wrong("role", role, message, where, known)
     if present.get("content") is None and "tool_calls" not in present:
-        raise _wrong("content", None, present, where, known)
+        raise _wrong("content", None, message, where, known)
     weight = _decision(present, where, known)
     present["role"] = _role(role, where, known)
     parts = _contents(present, where, known)
@@ -186,11 +186,11 @@ def _role(role: str, where: str, known: Fields) -> str:
     return role
 
 
-def _wrong(target: str, value: object, present: dict, where: str, known: Fields) -> ValueError:
+def _wrong(target: str, value: object, message: dict, where: str, known: Fields) -> ValueError:
     names = known.mappings[target]
     label = names[0] + "".join(f" (or {name})" for name in names[1:])
     if value is None:
-        return ValueError(f"{where} has no field {label}; it has {sources.listed(present)}")
+        return sources.missing(names, message, where, label)
     return ValueError(f"{where}: field {label} is {_kind(value)}, expected text")
 
 

@@ -62,7 +62,7 @@ def shaped(name: str) -> Callable:
             spans.require_text(row, needed, shape.optional, where)
             missing = next((column for column in shape.others if row.get(column) is None), None)
             if missing:
-                raise ValueError(f"{where} has no field {missing}; it has {sources.listed(map(str, row))}")
+                raise sources.missing([missing], row, where)
             return whole(*_built(shape, row, where), ending, train_on_inputs)
 
         return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]

@@ -42,8 +42,7 @@ def _detect(table: Mapping[str, trees.Form], rules: Rules, columns: Sequence[str
     """
     for needed, name in rules:
         if set(needed) <= set(columns) and (name != "chat_template.argilla" or _converses(columns, row)):
-            both = name == "passthrough" and "chosen" in needed and row is not None
-            return "chat_template.argilla" if both and isinstance(row.get("prompt"), str) and isinstance(row["chosen"], list) else name
+            return "chat_template.argilla" if "chosen" in needed and row is not None and _is_whole(name, row) else name
     named = {name: form for name, form in table.items() if name not in dict(rules).values() and not name.startswith("user_defined")}
     fitting = [name for name, form in named.items() if set(form.columns) <= set(columns)]
     if len(fitting) == 1:
@@ -52,6 +51,14 @@ def _detect(table: Mapping[str, trees.Form], rules: Rules, columns: Sequence[str
     must = ", ".join(fitting or named)
     fix = "name one of the formats with these columns" if fitting else "rename columns, or name one of the other formats"
     raise ValueError(f"the columns {sources.listed(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
+
+
+def _is_whole(name: str, row: Mapping) -> bool:
+    """Whether chosen and rejected hold the question too, though other columns would do: a `prompt` as text, or `messages` of one side."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    if name == "chat_template.default":
+        return row.get("messages") in sides and all(isinstance(side, list) and len(side) > 1 for side in sides)
+    return name == "passthrough" and isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
 
 
 def _converses(columns: Sequence[str], row: Mapping | None) -> bool:

@@ -40,7 +40,7 @@ def text(row: dict, names: Sequence[str], where: str) -> str:
     """The text under the first of `names` that the row has. Errors: ValueError when there is none, or something else than text."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
-        raise ValueError(f"{where} has no field {' or '.join(names)}; it has {sources.listed(map(str, row))}")
+        raise sources.missing(names, row, where)
     if not isinstance(row[name], str):
         raise ValueError(f"{where}: field {name} is {turns.kind(row[name])}, expected text")
     if WRITTEN_TALK.match(row[name]):

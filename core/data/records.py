@@ -91,6 +91,8 @@ def _json(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
     head = stream.read(files.CHUNK_BYTES)
     if head.lstrip(BOM + BLANKS).startswith(b"["):
         return islice(_json_list(head + stream.read(), name), place.row, None)
+    if head.lstrip(BOM + BLANKS).splitlines()[:1] == [b"{"]:
+        raise ValueError(f"{name} holds an object over several lines: expected a list of objects, or one object per line")
     if stream.seekable():
         stream.seek(0)
         return _jsonl(stream, name, place)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +107,14 @@ def columns(rows: Rows) -> list[str]:
 def listed(names: Iterable[str]) -> str:
     """Field names or roles in one line of an error: odd ones quoted, "none" for no names."""
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
+
+
+def missing(names: Sequence[str], row: Mapping, where: str, shown: str | None = None) -> ValueError:
+    """The error of a row, or of a part of one, that has no value under any of these names: a field may be null, or not there."""
+    empty = next((name for name in names if name in row), None)
+    if empty is not None:
+        return ValueError(f"{where}: field {empty} is null, expected a value")
+    return ValueError(f"{where} has no field {shown or ' or '.join(names)}; it has {listed(map(str, row))}")
 
 
 def quoted(value: object) -> str:

@@ -127,7 +127,7 @@ def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], wher
     """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
     for name in needed:
         if row.get(name) is None:
-            raise ValueError(f"{where} has no field {name}; it has {sources.listed(row)}")
+            raise sources.missing([name], row, where)
     for name in (*needed, *optional):
         if not isinstance(row.get(name, ""), str | None):
             raise ValueError(f"{where}: field {name} is of type {type(row[name]).__name__}, expected text")

@@ -12,7 +12,7 @@ def label(row: dict, name: str, where: str) -> dict[str, tuple]:
     """The row's judgement as `desirable`. Errors: ValueError for anything but true and false (or 1 and 0, or these as text)."""
     value = row.get(name)
     if value is None:
-        raise ValueError(f"{where} has no field {name}; it has {sources.listed(map(str, row))}")
+        raise sources.missing([name], row, where)
     number = preference.number(value) if not isinstance(value, str) else None  # 1.0 is what a column of 1 and null becomes
     text = str(value) if isinstance(value, bool | str) else f"{number:g}" if number is not None else ""
     known = LABELS.get(text.strip().lower())

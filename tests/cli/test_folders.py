@@ -327,3 +327,32 @@ def test_a_resumed_run_never_replaces_the_model_that_it_reads(kit, tiny, tune, h
         tune("sft", *kit.basics(tiny, *args, "--model", "r/model", "--max-steps", 3, "--resume", "auto")), "r/model would be replaced"
     )
     assert kit.snapshot(here) == before
+
+
+# {what a run without a checkpoint holds: (a file of others in it, extra arguments, words of the refusal)}
+BEGINNING_ANEW = {
+    "notes in the adapter": ("adapter/notes.txt", [], "no run made r/adapter/notes.txt"),
+    "notes for checkpoints": ("checkpoints/notes", [], "no run made r/checkpoints/notes"),
+    "a file named so": ("checkpoints", [], "no run made r/checkpoints"),
+    "the adapter to start from": (None, ["--lora-model-dir", "r/adapter"], "r/adapter would be replaced by the run, which reads r/adapter"),
+    "the run to start from": (None, ["--lora-model-dir", "r"], "it holds r, which the run reads"),
+}
+
+
+@pytest.mark.parametrize("case", BEGINNING_ANEW)
+def test_a_run_without_checkpoints_takes_nothing_along_that_no_run_made(case, kit, tiny, tune, here, run):
+    foreign, args, words = BEGINNING_ANEW[case]
+    shutil.rmtree(run / "checkpoints")
+    if foreign is not None:
+        text(run / foreign)
+    without = ("--lora-r",) if args else ()
+    before = kit.snapshot(here)
+    kit.refused(tune("sft", *kit.basics(tiny, *args, "--output-dir", "r", "--resume", "auto", without=without)), words)
+    assert kit.snapshot(here) == before
+
+
+def test_a_run_without_checkpoints_begins_anew_beside_notes_of_others(kit, tiny, tune, here, run):
+    shutil.rmtree(run / "checkpoints")
+    text(run / "notes.txt")
+    assert tune("sft", *kit.basics(tiny, "--output-dir", "r", "--resume", "auto")).code == 0
+    assert (run / "notes.txt").read_text() == "mine" and len(list((run / "checkpoints").iterdir())) > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -207,6 +208,15 @@ def test_what_is_refused(folders, kit, tiny, tune, here):
     ):
         kit.refused(tune("score", *args), *words)
     assert (here / "there.jsonl").read_text() == "mine" and not (here / "new.jsonl").exists()
+
+
+def test_the_command_to_try_reads_rows_as_the_run_did(kit, tiny, tune, here):
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no!"} for i in range(6)]
+    pairs = kit.write_rows(here / "pairs.jsonl", rows)
+    args = ("--model", tiny.model, "--data", pairs, "--sequence-len", 128, "--max-steps", 1, "--val-set-size", 0)
+    last = tune("reward", *args).out.splitlines()[-1]
+    assert last.startswith("try it") and last.endswith("--sequence-len 128")  # its default is more than this model has positions
+    assert tune(*shlex.split(last)[3:]).code == 0
 
 
 def test_scores_that_are_not_finite_are_no_result(folders, tune, monkeypatch, here):

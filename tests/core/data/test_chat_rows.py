@@ -25,7 +25,7 @@ BAD_ROWS = {
     "message": ({"messages": ["hello"]}, "row 2: message 1 is of type str"),
     "no role": ({"messages": [{"content": "a", "name": "b"}]}, "row 2: message 1 has no field role .*it has content, name"),
     "no content": ({"messages": [{"role": "user"}]}, "row 2: message 1 has no field content .*it has role"),
-    "null content": ({"messages": [{"role": "user", "content": None}]}, "row 2: message 1 has no field content"),
+    "null content": ({"messages": [{"role": "user", "content": None}]}, "row 2: message 1: field content is null"),
     "number": ({"messages": [{"role": "user", "content": 4}]}, "row 2: message 1: field content .*is of type int, expected text"),
     "train": ({"messages": [{"role": "user", "content": "a", "train": "no"}]}, "row 2: message 1: train is 'no'"),
     "weight": ({"messages": [{"role": "user", "content": "a", "weight": -1}]}, "row 2: message 1: weight is -1"),

@@ -96,7 +96,7 @@ def test_alpaca_text(tokenizer):
     ("row", "message"),
     [
         ({"instruction": "a"}, "data.jsonl row 2 has no field output; it has instruction"),
-        ({"instruction": "a", "output": None}, "row 2 has no field output; it has instruction, output"),
+        ({"instruction": "a", "output": None}, "row 2: field output is null, expected a value"),
         ({"instruction": "a", "output": 4}, "row 2: field output is of type int, expected text"),
         ({"instruction": "a", "output": "b", "input": []}, "row 2: field input is of type list"),
     ],

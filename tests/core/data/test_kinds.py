@@ -26,6 +26,14 @@ def talker(make_tokenizer, templates):
     return made
 
 
+def test_whole_conversations_beside_messages_and_prompt_are_read_as_such():
+    reply, other = {"role": "assistant", "content": "Frozen water."}, {"role": "assistant", "content": "A stone."}
+    row = {"prompt": "What is ice?", "chosen": [TALK[0], reply], "rejected": [TALK[0], other], "messages": [TALK[0], reply]}
+    assert K["pairs"].detect(list(row), row) == "chat_template.argilla"
+    assert K["pairs"].detect(list(row), row | {"chosen": reply, "rejected": other}) == "chat_template.default"
+    assert K["pairs"].detect(list(row), row | {"messages": TALK[:1]}) == "chat_template.default"
+
+
 @pytest.mark.parametrize(
     ("kind", "columns", "name"),
     [
