@@ -68,6 +68,8 @@ def check_names(config: Any) -> None:
 
 def _writable(folder: Path, name: str) -> None:
     """Errors: BadInput where the folder, or the nearest one above it that there is, is a file or may not be written to."""
+    if folder.parts[:1] and folder.parts[0].startswith("~") and not os.path.lexists(folder.parts[0]):
+        raise BadInput(f"{name}: {folder} would lie in a folder called {folder.parts[0]} here; write the whole path of the home folder")
     above = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), Path("."))
     if not above.is_dir():
         raise BadInput(f"{name}: {above} is a file; expected a folder")

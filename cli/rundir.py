@@ -131,6 +131,8 @@ def _choose(root: Path, config: Any) -> RunDir:
     """What to do in a folder. Raises ValueError where it holds files that the options do not cover."""
     options = config.run
     guard.check_run(config)
+    if folders := [name for name in marker.FILES if (root / name).is_dir()]:
+        raise ValueError(f"{root / folders[0]} is a folder, and a run writes a file of that name: move it away, or name another folder")
     if options.resume not in (None, "auto"):
         return _from_checkpoint(Path(options.resume), root)
     if options.resume == "auto":

@@ -356,3 +356,24 @@ def test_a_run_without_checkpoints_begins_anew_beside_notes_of_others(kit, tiny,
     text(run / "notes.txt")
     assert tune("sft", *kit.basics(tiny, "--output-dir", "r", "--resume", "auto")).code == 0
     assert (run / "notes.txt").read_text() == "mine" and len(list((run / "checkpoints").iterdir())) > 0
+
+
+@pytest.mark.parametrize("option", [("--output-dir", "~"), ("--output-dir", "~/runs/x"), ("--dataset-prepared-path", "~other/x")])
+def test_no_folder_is_called_home(option, kit, tiny, tune, here):
+    kit.refused(tune("sft", *kit.basics(tiny, *option)), "would lie in a folder called ~", "home folder")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "best.json", "report.html"])
+def test_a_folder_under_the_name_of_a_file_is_told_first(name, kit, tiny, tune, here, run):
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    before = kit.snapshot(here)
+    args = kit.basics(tiny, "--output-dir", "r", "--max-steps", 3, "--resume", "auto")
+    kit.refused(tune("sft", *args), f"r/{name} is a folder")
+    assert kit.snapshot(here) == before
+
+
+def test_a_file_called_runs_is_named(kit, tiny, tune, here):
+    text(here / "runs")
+    kit.refused(tune("sft", *kit.basics(tiny)), "runs is a file; expected a folder of runs")
