@@ -37,6 +37,8 @@ def check(config: Any, config_file: str | None) -> None:
         require_free(config.output, "file")
     if isinstance(config, Preprocess) and config.html is not None:
         require_own(Path(config.html), PAGE, "--html")
+        if marker.marked(Path(config.html).parent) and Path(config.html).name in marker.FILES:
+            raise BadInput(f"{config.html} belongs to a run: give --html another name")
     if isinstance(config, Serve) and config.log is not None:
         require_own(Path(config.log), LOG, "--log")
 

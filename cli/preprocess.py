@@ -113,6 +113,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
             shown = page.documents(docs[: config.html_rows], tokenizer, kind)
             lines_ = "\n".join(histogram(corpus.lengths(docs)))
             text = page.render("rows.jinja", name=" ".join(config.data.data), rows=rows, histogram=lines_, **shown)
+            Path(config.html).parent.mkdir(parents=True, exist_ok=True)
             rundir.write(Path(config.html), text)
     for line in lines:
         screen.line(line)

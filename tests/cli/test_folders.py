@@ -377,3 +377,11 @@ def test_a_folder_under_the_name_of_a_file_is_told_first(name, kit, tiny, tune, 
 def test_a_file_called_runs_is_named(kit, tiny, tune, here):
     text(here / "runs")
     kit.refused(tune("sft", *kit.basics(tiny)), "runs is a file; expected a folder of runs")
+
+
+def test_a_page_goes_into_a_new_folder_and_not_over_the_report_of_a_run(kit, tiny, tune, here, run):
+    args = ["preprocess", "--data", tiny.chat, "--model", tiny.model, "--sequence-len", 128, "--html"]
+    assert tune(*args, "new/deep/page.html").code == 0 and (here / "new/deep/page.html").is_file()
+    before = kit.snapshot(here)
+    kit.refused(tune(*args, "r/report.html"), "r/report.html belongs to a run")
+    assert kit.snapshot(here) == before
