@@ -22,6 +22,7 @@ PAIRS = frozenset(
 )  # lists of NAME=VALUE, which a config file may also hold as a mapping
 LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 LONGEST = 600  # characters of a message about a flag
+REQUIRED = dataclasses.MISSING
 Parsed = tuple[Any, frozenset[str]]
 
 
@@ -55,6 +56,7 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     argv, path = _take_config(argv)
     given = _flags(command, argv, known)
     _check_flags(command, argv, kinds(config))
+    _check_values(argv, kinds(config))
     argv = _numbers(argv, kinds(config))
     from_file = {key: value for key, value in _from_file(command, path, config, known).items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
@@ -121,6 +123,31 @@ def _check_flags(command: str, argv: list[str], types: dict[str, Any]) -> None:
         if flag.startswith("--") and types.get(name) is bool and (equals or following.lower() in ("true", "false")):
             plain = f"--{name.replace('_', '-')}"
             raise BadInput(f"{flag} takes no value, got {(value if equals else following)!r}: write {plain} or --no-{plain[2:]}")
+
+
+def _check_values(argv: list[str], types: dict[str, Any]) -> None:
+    """Errors: BadInput for a value that is not one of its flag's choices, and for a list of numbers with something else in it."""
+    for flag, texts in _texts(argv):
+        name = flag[2:].replace("-", "_")
+        kind = typed.single(types.get(name, str))
+        if typing.get_origin(kind) is tuple:
+            for text in texts:
+                typed.check_argument(flag, text, typing.get_args(kind)[0], name)
+        elif typing.get_origin(kind) is typing.Literal:
+            for text in [one for one in texts[:1] if one != "None" or kind is types[name]]:
+                typed.check_argument(flag, text, kind, name)
+
+
+def _texts(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """(flag, what stands behind it) of the arguments."""
+    found: list[tuple[str, list[str]]] = []
+    for arg in argv:
+        if arg.startswith("--"):
+            flag, equals, text = arg.partition("=")
+            found.append((flag, [text] if equals else []))
+        elif found:
+            found[-1][1].append(arg)
+    return found
 
 
 def _numbers(argv: list[str], types: dict[str, Any]) -> list[str]:
@@ -195,7 +222,12 @@ def _run_tyro(command: str, config: type, from_file: dict[str, Any], args: list[
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise BadInput(f"{_one_line(shown.getvalue())}; see treetune {command} --help") from None
+        words = _one_line(shown.getvalue())
+        if words.startswith("Required options"):
+            words = (
+                f"treetune {command} needs {' and '.join(name.upper() for name, value in defaults(config).items() if value is REQUIRED)}"
+            )
+        raise BadInput(f"{words}; see treetune {command} --help") from None
 
 
 def _start(config: type, from_file: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from treetune.core import check, fields, lora, manifest, optim, param, shard, tr
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
-from treetune.models import Model, adapter, bare, gguf, heads, hf, logprobs, resize
+from treetune.models import Model, adapter, bare, gguf, heads, hf, logprobs, resize, tokenizer_config
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -133,6 +133,8 @@ def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say=p
     except Exception as error:  # the tokenizers package raises bare Exceptions
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "tokenizer.json")):
             raise ValueError(f"{path} holds no model: there is no config.json in it") from error
+        if path.is_dir():
+            tokenizer_config.check_files(path)
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
     if adapter_path is not None and (template := adapter_folder(adapter_path) / adapter.TEMPLATE).is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")

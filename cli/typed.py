@@ -16,6 +16,7 @@ from treetune.cli.yaml_config import Reading, Written, numeral, whole
 from treetune.core import fields
 
 BOOLEAN_WORDS = ("true", "false")
+NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def value(written: Written, kind: Any, name: str, place: str) -> Any:
@@ -44,6 +45,15 @@ def single(kind: Any) -> Any:
 def value_of(text: str, kind: type) -> int | float | None:
     """The number that the text of a flag writes, as in a file; None where it is none."""
     return (integer if kind is int else number)(Written(text, text, True))
+
+
+def check_argument(flag: str, text: str, kind: Any, name: str) -> None:
+    """Errors: BadInput where the text of a flag is not one of the choices, or no number, as its type says."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if choices and text not in choices:
+        raise BadInput(f"{flag} must be {_expected(kind, name)}, got {_short(text)!r}{names.of_choice(text, choices)}")
+    if kind in (int, float) and value_of(text, kind) is None and text.lower() not in NOT_FINITE:  # their ranges are checked later
+        raise BadInput(f"{flag} must be {_expected(kind, name)}, got {_short(text)!r}")
 
 
 def _nth(i: int, written: Written) -> str:

@@ -8,6 +8,7 @@ from treetune.core.fields import Fields
 from treetune.models import folder
 
 NAME = "tokenizer_config.json"
+OBJECTS, TEMPLATE = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"), "chat_template.jinja"
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy", "split_special_tokens", "use_fast")
 SIDES = ("padding_side", "truncation_side")
@@ -31,6 +32,21 @@ def read(root: Path) -> dict[str, Any]:
     _check_template(config)
     _check_added(config)
     return config.values
+
+
+def check_files(root: Path) -> None:
+    """Raise ValueError, naming the file, for one beside tokenizer_config.json that is no JSON object, or a template that is no text.
+
+    For a tokenizer that could not be read: transformers names no file.
+    """
+    for name in OBJECTS:
+        if (root / name).is_file():
+            folder.read_json(root / name)
+    if (root / TEMPLATE).is_file():
+        try:
+            (root / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{root / TEMPLATE} is not UTF-8 text (byte {error.start}): download or save it again") from error
 
 
 def _check_token(config: Fields, name: str) -> None:

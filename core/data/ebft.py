@@ -97,7 +97,8 @@ def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], 
             else:
                 found.append(target)
     if not found:
-        raise ValueError(f"{rows.name}: not one row with a prompt and a ground truth in {len(rows.rows)} ({dropped}): fill the columns")
+        reasons = trees.counted(dropped)
+        raise ValueError(f"{rows.name}: not one row with a prompt and a ground truth in {len(rows.rows)} ({reasons}): fill the columns")
     return found, dropped
 
 

@@ -66,8 +66,9 @@ def read(
         rest = {name: value for name, value in rows.rows[i].items() if name != field_prompt}
         found.append(Prompt(tokens, texts[i], None if isinstance(said[i], str) else said[i], rest, rows.numbers[i]))
     if not found:
+        reasons = trees.counted(dropped)
         raise ValueError(
-            f"{rows.name}: not one prompt in {len(rows.rows)} rows ({dropped}): fill the field {field_prompt}, or raise max_prompt_len"
+            f"{rows.name}: not one prompt in {len(rows.rows)} rows ({reasons}): fill the field {field_prompt}, or raise max_prompt_len"
         )
     return found, Report(len(rows.rows), len(found), dropped, longest)
 

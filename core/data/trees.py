@@ -195,6 +195,11 @@ def check_length(sequence_len: int | None, overlong: str) -> None:
         raise ValueError(f"sequence_len is {sequence_len}: expected at least 2 tokens, one to read and one to predict")
 
 
+def counted(dropped: Mapping[str, int]) -> str:
+    """Rows that were left out, by reason, in one line of an error."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows"
+
+
 def drop(tally: Report, reason: str) -> Report:
     """The tally with one more row dropped."""
     return tally._replace(dropped=tally.dropped | {reason: tally.dropped.get(reason, 0) + 1})

@@ -43,6 +43,11 @@ CASES = {
     "wrong type": lambda t, d: (sft(t, "--lora-r", "four"), "--lora-r must be a whole number", "got 'four'"),
     "value of a switch": lambda t, d: (sft(t, "--shuffle", "false"), "--shuffle takes no value, got 'false'", "--no-shuffle"),
     "value of a negated switch": lambda t, d: (sft(t, "--no-shuffle=true"), "takes no value, got 'true'", "--shuffle or --no-shuffle"),
+    "near choice": lambda t, d: (sft(t, "--optimizer", "adamv"), "--optimizer must be one of adamw, lion, sgd, got", "mean adamw"),
+    "list of numbers": lambda t, d: (sft(t, "--lora-layers", 0, "b"), "--lora-layers must be a whole number .*, got 'b'"),
+    "nothing to merge": lambda t, d: (["merge"], "treetune merge needs ADAPTER and OUTPUT"),
+    "special tokens map": lambda t, d: (sft(t, "--model", rewritten(t, d, "special_tokens_map.json", "[1]")), "map.json holds a list"),
+    "template not text": lambda t, d: (sft(t, "--model", rewritten(t, d, "chat_template.jinja", "\udcff")), "template.jinja is not UTF-8"),
     "one dash": lambda t, d: (sft(t, "-lr", 1), "unknown option -lr: options begin with two dashes", "did you mean --learning-rate"),
     "empty model": lambda t, d: (sft(t, "--model", ""), "model is empty"),
     "empty data": lambda t, d: (sft(t, "--data", ""), "data is empty"),
@@ -143,6 +148,12 @@ def raw(folder, name, content):
 
 def yaml(folder, content, command="sft"):
     return [command, "--config", text(folder, "c.yaml", content)]
+
+
+def rewritten(tiny, folder, name, content):
+    path = copied(tiny, folder)
+    (path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    return path
 
 
 def copied(tiny, folder):

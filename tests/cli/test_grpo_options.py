@@ -285,7 +285,7 @@ CONTRADICTING = {
     "split of a file": (["--split", "test"], "split"),
     "missing file": (["--data", "nope.jsonl"], "nope.jsonl: no such file"),
     "column that is not there": (["--field-prompt", "ask"], "no column ask", "prompt, answer, other"),
-    "all prompts too long": (["--max-prompt-len", 10], "not one prompt in 20 rows", "longer than max_prompt_len"),
+    "all prompts too long": (["--max-prompt-len", 10], "not one prompt in 20 rows", r"\(20 longer than max_prompt_len\)"),
     "no room for a completion": (["--max-completion-length", 250], "256 positions", "lower max_prompt_len or max_completion_length"),
     "kwargs without a value": (["--chat-template-kwargs", "name"], "NAME=VALUE|name"),
     "missing reference": (["--beta", 0.1, "--ref-model", "nowhere"], "nowhere is not a folder"),

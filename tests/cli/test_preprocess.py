@@ -30,9 +30,9 @@ def shown_as(page, kind):
 
 
 def test_page_shows_each_token_with_its_weight(tune, tiny, here):
-    done = tune("preprocess", "--model", tiny.model, "--data", tiny.chat, "--html", "page.html", "--html-rows", "1")
+    done = tune("preprocess", "--model", tiny.model, "--data", tiny.chat, "--html", "pages/page.html", "--html-rows", "1")
     assert done.code == 0, done.err
-    page = (here / "page.html").read_text()
+    page = (here / "pages/page.html").read_text()
     first = json.loads(tiny.chat.read_text().splitlines()[0])["messages"]
     assert shown_as(page, "on") == "".join(turn["content"] + "<|im_end|>" for turn in first if turn["role"] == "assistant")
     assert first[0]["content"] in shown_as(page, "off")
