@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import typing
 from typing import Annotated, Any
 
@@ -115,6 +116,8 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
 def _check_flags(command: str, argv: list[str], types: dict[str, Any]) -> None:
     """Errors: BadInput for a value given to a flag that takes none, and for an option with one dash."""
     for arg, following in itertools.pairwise([*argv, ""]):
+        if re.match(r"--[\w-]+$", arg) and typed.single(types.get(arg[2:].replace("-", "_"))) is str and re.match(r"-[A-Za-z]", following):
+            raise BadInput(f"{arg} has no value, got {following!r}: write {arg}={shlex.quote(following)} if that is its value")
         if re.fullmatch(r"-[A-Za-z][\w-]+(=.*)?", arg):
             meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), types, flags=True)
             raise BadInput(f"unknown option {arg}: options begin with two dashes{meant}; see treetune {command} --help")

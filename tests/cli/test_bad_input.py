@@ -48,6 +48,7 @@ CASES = {
     "nothing to merge": lambda t, d: (["merge"], "treetune merge needs ADAPTER and OUTPUT"),
     "special tokens map": lambda t, d: (sft(t, "--model", rewritten(t, d, "special_tokens_map.json", "[1]")), "map.json holds a list"),
     "template not text": lambda t, d: (sft(t, "--model", rewritten(t, d, "chat_template.jinja", "\udcff")), "template.jinja is not UTF-8"),
+    "value with a dash": lambda t, d: (sft(t, "--default-system-message", "-be kind"), "--default-system-message='-be kind' if"),
     "one dash": lambda t, d: (sft(t, "-lr", 1), "unknown option -lr: options begin with two dashes", "did you mean --learning-rate"),
     "empty model": lambda t, d: (sft(t, "--model", ""), "model is empty"),
     "empty data": lambda t, d: (sft(t, "--data", ""), "data is empty"),
