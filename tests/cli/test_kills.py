@@ -57,10 +57,12 @@ def last(args: list) -> list:
     return [part for name, value in pairs.items() for part in (name, *value)]
 
 
-def check_after(kit, tiny, tune, here, before):
+def check_after(kit, tiny, tune, here, before, first):
     """Both ways on from a killed run end well: to go on, and to start anew."""
     shutil.copytree(here / "r", here / "copy/r", symlinks=True) if (here / "r").exists() else None
     on = tune("sft", *kit.basics(tiny, *last([*SHORT, "--resume", "auto"])))
+    if "would have no effect" in on.err:  # the run that was there before is at its end, under the options that it began with
+        on = tune("sft", *kit.basics(tiny, *last([*first, "--resume", "auto"])))
     assert on.code == 0, (on, before)
     assert kit.state(here / "r", 2) and not list((here / "r").glob("**/.*.draft")), kit.listing(here / "r")
     assert {path.name for path in (here / "r").iterdir() if path.name.startswith(".")} == {marker.NAME}
@@ -84,7 +86,7 @@ def killed_everywhere(kit, tiny, tune, forked, here, kind, stride):
             shutil.copytree(here / "start", here / "r")
         code = forked(die_before(number), "sft", *kit.basics(tiny, *last([*SHORT, *then]))).code
         assert code in (0, -signal.SIGKILL)
-        check_after(kit, tiny, tune, here, number)
+        check_after(kit, tiny, tune, here, number, first)
         number += stride
     return number
 
