@@ -66,7 +66,16 @@ def tried(tune, done, monkeypatch):
     assert program == "treetune"
     if rest[0] == "chat":
         monkeypatch.setattr("sys.stdin", open(os.devnull))
-    trial = tune(*rest, *(["--max-new-tokens", 3] if rest[0] == "generate" else ["--sequence-len", 128] if rest[0] == "score" else []))
+    trial = tune(
+        *rest,
+        *(
+            ["--max-new-tokens", 3]
+            if rest[0] == "generate"
+            else ["--sequence-len", 128]
+            if rest[0] == "score" and "--sequence-len" not in rest
+            else []
+        ),
+    )
     assert trial.code == 0, trial
     return rest
 

@@ -93,7 +93,7 @@ def test_nothing_has_moved_at_step_0(trains):
         _, told = built.objective.terms(at.params, at.frozen, built.prepare(at, [(batch, plan)])[0][0], plan)
         assert told["kl"].value == 0 and told["rewards/chosen"].value == 0 and told["rewards/rejected"].value == 0
         alone = [scene.batch(built, [doc]) for doc in docs]
-        parts = [reference.with_logp(reference.Reference(_logp(built), built.trees, {}), at, *one)["ref_logp"] for one in alone]
+        parts = [reference.with_logp(_logp(built), at, *one)["ref_logp"] for one in alone]
         _, once = built.objective.terms(at.params, at.frozen, batch | {"ref_logp": torch.cat(parts)}, plan)
     assert abs(once["kl"].value) <= 1e-6
     assert len(tree.leaves(at.params)) > 100 and len(batch["at"]) == sum(len(pack.scored(doc)) for doc in docs)
