@@ -1,7 +1,7 @@
 """Products with a weight: x W^T, and g W and g^T x of its gradient.
 
 T rows, I inputs, O outputs: 2 T I O flops each. In float32 on the CPU the library and the side that it sees first are a choice, one for
-few rows (a decoding step) and one for many: which is fastest depends on the processor, by a factor of two in either direction.
+few rows (a decoding step) and one for many: which is fastest depends on the processor.
 `measure` times the candidates, `choose` sets one for the process; without either it is oneDNN. Elsewhere it is torch's own product.
 The same product serves with and without gradients, so a policy equals its reference bit for bit while their weights do.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # oneDNN, and the layer between it and torch, each keep a compiled kernel for up to 1024 shapes, some 0.2 MB apiece, and almost
-# every stream has a length of its own: a run would grow by 6 MB a step. A step of one length needs about 30. Read at their first use.
+# every stream has a length of its own: a run would grow by 6 MB a step. Read at their first use.
 CACHES, KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
 for name in CACHES:
     os.environ.setdefault(name, str(KERNELS))
@@ -80,7 +80,7 @@ def chosen() -> Choice:
 
 
 def measure(*, inputs: int = 1024, outputs: int = 2048, rounds: int = 7, margin: float = 0.85) -> Choice:
-    """The fastest candidate for 16 rows and for 256, by the best of some interleaved rounds: about half a second.
+    """The fastest candidate for 16 rows and for 256, by the best of some interleaved rounds: 0.2 to 0.3 s on two cores.
 
     Another than oneDNN must take less than `margin` of its time, so that noise does not decide.
     """
