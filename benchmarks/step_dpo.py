@@ -30,8 +30,8 @@ def read(path: str, count: int) -> list[dict]:
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     from treetune.cli import cadence, configs, preferring, setup, training
-    from treetune.cli.loss_options import DpoLoss, PreferenceOptim
-    from treetune.cli.options import AdapterOptions, ModelOptions
+    from treetune.cli.options.losses import DpoLoss, PreferenceOptim
+    from treetune.cli.options.shared import AdapterOptions, ModelOptions
     from treetune.core import step
     from treetune.core.data import sources
     from treetune.core.state import TrainState

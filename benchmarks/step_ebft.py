@@ -37,8 +37,9 @@ def documents(folder: str, steps: int) -> list[list[int]]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import configs, ebft_options, ebft_strided, rundir, setup, training
-    from treetune.cli.options import AdapterOptions, ModelOptions, RunOptions
+    from treetune.cli import configs, ebft_strided, rundir, setup, training
+    from treetune.cli.options import ebft
+    from treetune.cli.options.shared import AdapterOptions, ModelOptions, RunOptions
     from treetune.cli.screen import Screen
 
     folder = Path(tempfile.mkdtemp())
@@ -46,14 +47,14 @@ def ours(args: argparse.Namespace) -> dict:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = configs.Ebft(
         model=ModelOptions(model=args.model, dtype="float32"),
-        data=ebft_options.EbftData(data=(str(folder / "rows.jsonl"),), sequence_len=SIZE, val_set_size=0, shuffle=False),
+        data=ebft.EbftData(data=(str(folder / "rows.jsonl"),), sequence_len=SIZE, val_set_size=0, shuffle=False),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
-        ebft=ebft_options.EbftOptions(
+        ebft=ebft.EbftOptions(
             mode="strided", stride=args.stride, context_length=CONTEXT, generate_max_len=LENGTH, n_samples_per_prompt=ROLLOUTS,
             feature_layers=LAYERS, use_whitening=True,
         ),
-        rollout=ebft_options.EbftRollout(temperature=HEAT),
-        optim=ebft_options.EbftOptim(
+        rollout=ebft.EbftRollout(temperature=HEAT),
+        optim=ebft.EbftOptim(
             learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=1, gradient_accumulation_steps=1
         ),
         run=RunOptions(output_dir=str(folder / "run")),

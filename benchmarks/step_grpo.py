@@ -43,19 +43,20 @@ def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     import torch
 
-    from treetune.cli import configs, grpo, rl_options, rundir, setup
-    from treetune.cli.options import AdapterOptions, ModelOptions, RunOptions
+    from treetune.cli import configs, grpo, rundir, setup
+    from treetune.cli.options import rollout
+    from treetune.cli.options.shared import AdapterOptions, ModelOptions, RunOptions
     from treetune.cli.screen import Screen
 
     setup.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
     config = configs.Grpo(
         model=ModelOptions(model=args.model, dtype="float32"),
-        data=rl_options.PromptData(data=(str(SAMPLE),)),
+        data=rollout.PromptData(data=(str(SAMPLE),)),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
-        rollout=rl_options.RolloutOptions(num_generations=GROUP, max_completion_length=NEW),
-        rewards=rl_options.RewardFunctions(reward_funcs=("digits",)),
-        pipeline=rl_options.PipelineOptions(log_completions=False, num_completions_to_print=0),
-        optim=rl_options.RlOptim(
+        rollout=rollout.RolloutOptions(num_generations=GROUP, max_completion_length=NEW),
+        rewards=rollout.RewardFunctions(reward_funcs=("digits",)),
+        pipeline=rollout.PipelineOptions(log_completions=False, num_completions_to_print=0),
+        optim=rollout.RlOptim(
             learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=PROMPTS, gradient_accumulation_steps=1
         ),
         run=RunOptions(output_dir=tempfile.mkdtemp()),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from treetune.cli import products, setup
-from treetune.cli.options import ModelName, ModelOptions
+from treetune.cli.options.shared import ModelName, ModelOptions
 from treetune.core import lora, tree
 from treetune.models import Model, adapter, identity, resize
 

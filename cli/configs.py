@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from treetune.cli import samples
-from treetune.cli.ebft_options import EbftData, EbftLoss, EbftOptim, EbftOptions, EbftRollout
-from treetune.cli.loss_options import (
+from treetune.cli.options.ebft import EbftData, EbftLoss, EbftOptim, EbftOptions, EbftRollout
+from treetune.cli.options.losses import (
     CpoLoss,
     DpoLoss,
     KtoLoss,
@@ -21,7 +21,20 @@ from treetune.cli.loss_options import (
     RewardOptim,
     SimpoLoss,
 )
-from treetune.cli.options import (
+from treetune.cli.options.rollout import (
+    CorrectionOptions,
+    EngineOptions,
+    PipelineOptions,
+    PolicyLoss,
+    PromptData,
+    PromptRows,
+    RewardFunctions,
+    RlOptim,
+    RlReference,
+    RolloutOptions,
+)
+from treetune.cli.options.serve import Serve as Serve
+from treetune.cli.options.shared import (
     AdapterOptions,
     AdapterPath,
     DataOptions,
@@ -38,19 +51,6 @@ from treetune.cli.options import (
     TokenOptions,
     VocabularyOptions,
 )
-from treetune.cli.rl_options import (
-    CorrectionOptions,
-    EngineOptions,
-    PipelineOptions,
-    PolicyLoss,
-    PromptData,
-    PromptRows,
-    RewardFunctions,
-    RlOptim,
-    RlReference,
-    RolloutOptions,
-)
-from treetune.cli.serve_options import Serve as Serve
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from treetune.cli import checks, parse, rl_data
-from treetune.cli.options import DataOptions, PairData, PretrainData, RowOptions
+from treetune.cli.options.shared import DataOptions, PairData, PretrainData, RowOptions
 from treetune.core import fields
 from treetune.core.data import (
     cache,

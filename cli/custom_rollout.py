@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from treetune.cli.rl_options import RolloutOptions
+from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.rollouts import Draw
 from treetune.core.data import custom
 from treetune.core.data.prompts import Prompt

@@ -3,8 +3,8 @@
 from typing import Any
 
 from treetune.cli.configs import Ebft
-from treetune.cli.ebft_options import STRIDED_ONLY, STRUCTURED_ONLY
 from treetune.cli.errors import BadInput
+from treetune.cli.options.ebft import STRIDED_ONLY, STRUCTURED_ONLY
 
 SAMPLED = ("loss", "correction", "pipeline", "engine", "reference")  # groups of options of the run that structured mode shares with grpo
 BOTH = ("temperature", "top_p")  # options of sampling that strided mode takes

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from treetune.cli import checks, rl_data, serve
-from treetune.cli.ebft_options import EbftData
+from treetune.cli import checks, rl_data
+from treetune.cli.commands import serve
 from treetune.cli.names import nearest
+from treetune.cli.options.ebft import EbftData
 from treetune.core import fields
 from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, reporting, sources, spans, turns
 from treetune.core.data.prompts import Prompt

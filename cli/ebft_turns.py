@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from treetune.cli import custom_rollout, ebft_data
-from treetune.cli.rl_options import RolloutOptions
+from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.rollouts import Draw
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, Sampled, Sampler

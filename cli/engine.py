@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import finish, rl_data, rollouts, serve, setup
+from treetune.cli import finish, rl_data, rollouts, setup
+from treetune.cli.commands import serve
 from treetune.cli.errors import RunFailed
 from treetune.core import shard, tree
 from treetune.core.data import pack, spans

@@ -11,7 +11,7 @@ from typing import Any
 from treetune.cli import marker, parse
 from treetune.cli.configs import Merge, Preprocess, Rollout, Score
 from treetune.cli.errors import BadInput
-from treetune.cli.serve_options import Serve
+from treetune.cli.options.serve import Serve
 from treetune.core import drafts, lock
 from treetune.core.rollout import builtin
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.loss_options import ReferenceOptions
+from treetune.cli.options.losses import ReferenceOptions
+from treetune.cli.options.rollout import PRESETS, PolicyLoss, Preset, clip_bounds
 from treetune.cli.rl_checks import off_policy
-from treetune.cli.rl_options import PRESETS, PolicyLoss, Preset, clip_bounds
 from treetune.core import shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState

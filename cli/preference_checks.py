@@ -4,7 +4,7 @@ from typing import Any
 
 from treetune.cli.configs import Cpo, Dpo, Kto, Prm, Reward
 from treetune.cli.errors import BadInput
-from treetune.cli.loss_options import LOSSES, SCORED, SMOOTHED, DpoLoss, KtoLoss, ReferenceOptions
+from treetune.cli.options.losses import LOSSES, SCORED, SMOOTHED, DpoLoss, KtoLoss, ReferenceOptions
 
 
 def check(config: Any) -> None:

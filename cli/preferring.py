@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.loss_options import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLoss, KtoLoss, OrpoLoss, SimpoLoss
+from treetune.cli.options.losses import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLoss, KtoLoss, OrpoLoss, SimpoLoss
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from treetune.cli.options import SampleOptions
+from treetune.cli.options.shared import SampleOptions
 from treetune.core.data import chat_templates
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from treetune.cli import precompute, setup
-from treetune.cli.loss_options import ReferenceOptions
-from treetune.cli.options import ModelOptions
+from treetune.cli.options.losses import ReferenceOptions
+from treetune.cli.options.shared import ModelOptions
 from treetune.core import tree
 from treetune.core.data import pack, trees
 from treetune.core.lora import Lora

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import fetch, online, score, setup
-from treetune.cli.options import ModelOptions
-from treetune.cli.rl_options import PolicyLoss, RewardFunctions
+from treetune.cli import fetch, online, setup
+from treetune.cli.commands import score
+from treetune.cli.options.rollout import PolicyLoss, RewardFunctions
+from treetune.cli.options.shared import ModelOptions
 from treetune.core import ckpt
 from treetune.core.data import fingerprint, kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt

@@ -5,7 +5,7 @@ from typing import Any
 
 from treetune.cli.configs import Ebft, Grpo
 from treetune.cli.errors import BadInput
-from treetune.cli.rl_options import PRESETS, PolicyLoss, clip_bounds
+from treetune.cli.options.rollout import PRESETS, PolicyLoss, clip_bounds
 
 CLIPPED = ("ppo_clip", "gmpo")
 VLLM_ONLY = ("repetition_penalty", "vllm_guided_decoding_regex", "generation_kwargs")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from treetune.cli import finish, setup
-from treetune.cli.rl_options import RolloutOptions
+from treetune.cli.options.rollout import RolloutOptions
 from treetune.core.data import prompts, trees
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, Group, Sampled, Sampler

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import fetch, pairs
-from treetune.cli.options import AdapterOptions, LossOptions, ModelName, ModelOptions, OptimOptions, TokenOptions, VocabularyOptions
+from treetune.cli.options.shared import (
+    AdapterOptions,
+    LossOptions,
+    ModelName,
+    ModelOptions,
+    OptimOptions,
+    TokenOptions,
+    VocabularyOptions,
+)
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
 from treetune.core.state import Objective, Params

@@ -19,11 +19,16 @@ ALLOWED = {
     "core": {"torch", "treetune.core"},
     "core/data": {"treetune.core", "transformers", "tokenizers", "datasets", "numpy", "torch"},
     "core/rollout": {"treetune.core", "httpx", "numpy", "tenacity", "torch"},
+    # One run, whatever the method: it is given callables, and knows no model and no terminal.
+    "core/run": {"treetune.core", "jinja2", "numpy", "torch"},
     "models": {
         "torch", "treetune.models", "treetune.ops",
         *(
             f"treetune.core.{name}"
-            for name in ("tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable")
+            for name in (
+                "tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable", "check", "state",
+                "owned",
+            )
         ),
     },
     "losses": {
@@ -52,7 +57,7 @@ LAZY = {
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.
-INNER = {"core": ("treetune.core.data", "treetune.core.rollout")}
+INNER = {"core": ("treetune.core.data", "treetune.core.rollout", "treetune.core.run")}
 LAZY_IN_CORE_DATA = {"transformers", "tokenizers", "datasets"}  # slow to import: never at the top of a file
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from treetune.cli import chat, screen
+from treetune.cli import screen
+from treetune.cli.commands import chat
 from treetune.models import decode
 
 

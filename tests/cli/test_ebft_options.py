@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import checks, configs, ebft_options, errors, parse
+from treetune.cli import checks, configs, errors, parse
+from treetune.cli.options import ebft
 
 
 def _module(name: str):
@@ -173,7 +174,7 @@ def _given(name: str, more: list) -> str:
     return _refused(flag, VALUES.get(name, 3), *more)
 
 
-@pytest.mark.parametrize("name", [*ebft_options.STRIDED_ONLY, "sample_packing", "overlong", "dataset_prepared_path",
+@pytest.mark.parametrize("name", [*ebft.STRIDED_ONLY, "sample_packing", "overlong", "dataset_prepared_path",
                                   "reroll_start_fraction", "vllm_sync_interval"])  # fmt: skip
 def test_structured_mode_refuses_what_it_would_ignore(name):
     assert f"--{name.replace('_', '-')} would be ignored" in _given(name, [])
@@ -183,7 +184,7 @@ SAMPLED = [name for group in ("rollout", "loss", "correction", "pipeline", "engi
            for name in vars(getattr(configs.Ebft(), group)) if name not in ("temperature", "top_p")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*ebft_options.STRUCTURED_ONLY, *SAMPLED])
+@pytest.mark.parametrize("name", [*ebft.STRUCTURED_ONLY, *SAMPLED])
 def test_strided_mode_refuses_the_options_of_whole_replies(name):
     twins = {"num_generations": "n-samples-per-prompt", "max_completion_length": "generate-max-len", "advantage": "advantage-estimator"}
     instead = f"; the option is --{twins[name]}" if name in twins else ""
@@ -277,4 +278,4 @@ def test_the_defaults_of_the_documents():
         "advantage_estimator": "rloo", "min_completion_prefix": 0,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert ebft_options.TEMPERATURES["strided"] == 0.6
+    assert ebft.TEMPERATURES["strided"] == 0.6

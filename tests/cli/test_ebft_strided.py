@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from treetune.cli import ebft_options
+from treetune.cli.options import ebft
 
 NUMBERS = {"rl_loss", "cfm_loss", "mean_reward", "alignment", "diversity", "num_blocks", "advantages_std"}
 SMALL = ["--stride", 4, "--context-length", 4, "--generate-max-len", 3, "--n-samples-per-prompt", 3]
@@ -220,11 +220,11 @@ CHANGES = {
     "seed": (["--seed", 5], []),
 }
 SAME_NUMBERS = ("feature_device",)  # where the frozen network is
-STRUCTURED = ("mode", *ebft_options.STRUCTURED_ONLY)
+STRUCTURED = ("mode", *ebft.STRUCTURED_ONLY)
 
 
 def test_there_is_a_row_for_every_option_of_the_mode():
-    known = {field.name for field in dataclasses.fields(ebft_options.EbftOptions)}
+    known = {field.name for field in dataclasses.fields(ebft.EbftOptions)}
     assert known <= {*CHANGES, *SAME_NUMBERS, *STRUCTURED}
 
 

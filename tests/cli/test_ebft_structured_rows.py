@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treetune.cli import ebft_turns, rollouts
-from treetune.cli.rl_options import RolloutOptions
+from treetune.cli.options.rollout import RolloutOptions
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, Sampled
 

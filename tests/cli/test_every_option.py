@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from treetune.cli import configs, options, parse
+from treetune.cli import configs, parse
+from treetune.cli.options.shared import shared
 from treetune.models import dense
 
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]
@@ -183,7 +184,7 @@ def test_sampling_option_changes_the_answer(name, tiny, tune):
     base = ["--model", tiny.model, "--temperature", 1, "--top-p", 1.0, "--max-new-tokens", 20]
     plain, changed = tune("generate", "1 + 1", *base), tune("generate", "1 + 1", *joined(base, SAMPLING[name]))
     assert plain.code == changed.code == 0 and plain.out != changed.out
-    assert set(SAMPLING) == set(vars(options.SampleOptions()))
+    assert set(SAMPLING) == set(vars(shared.SampleOptions()))
 
 
 EVALUATION = {

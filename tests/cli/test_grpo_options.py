@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, parse, rl_checks, rl_options
+from treetune.cli import configs, parse, rl_checks
+from treetune.cli.options import rollout
 from treetune.core.rollout import rewards
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
@@ -192,10 +193,10 @@ def test_the_defaults_of_the_documents():
         "ref_model_mixup_alpha": 0.6, "top_entropy_quantile": 1.0, "mask_truncated_completions": False, "delta": None,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert rl_options.clip_bounds(rl_options.PolicyLoss()) == (0.2, 0.28)
-    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="grpo")) == (0.2, 0.2)
-    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
-    assert rl_options.clip_bounds(rl_options.PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
+    assert rollout.clip_bounds(rollout.PolicyLoss()) == (0.2, 0.28)
+    assert rollout.clip_bounds(rollout.PolicyLoss(loss="grpo")) == (0.2, 0.2)
+    assert rollout.clip_bounds(rollout.PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
+    assert rollout.clip_bounds(rollout.PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
 
 
 def test_every_loss_is_its_own(kit, here, steps):

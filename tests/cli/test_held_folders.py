@@ -161,13 +161,14 @@ def test_a_checkpoint_that_stepped_aside_comes_back(kit, tiny, tune, run):
 
 def test_sample_rows_are_part_of_the_package(here, monkeypatch):
     """As a wheel lays them out: `samples` beside `cli`."""
-    from treetune.cli import options, samples
+    from treetune.cli import samples
+    from treetune.cli.options.shared import shared
 
     source = Path(samples.__file__).resolve().parent
     shutil.copytree(source, here / "treetune/cli")
     shutil.copytree(source.parent / "examples/data", here / "treetune/samples")
     monkeypatch.setattr(samples, "__file__", str(here / "treetune/cli/samples.py"))
-    names = {Path(path).name for path in options.SAMPLES.values()} | {"text.jsonl", "gsm8k_test_sample.jsonl"}
+    names = {Path(path).name for path in shared.SAMPLES.values()} | {"text.jsonl", "gsm8k_test_sample.jsonl"}
     assert all(samples.path(name) == str(here / "treetune/samples" / name) and Path(samples.path(name)).is_file() for name in names)
     monkeypatch.undo()
     assert all(Path(samples.path(name)).is_file() for name in names), "from any working folder"

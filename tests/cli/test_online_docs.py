@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from treetune.cli import checks, configs, main, parse
-from treetune.cli.rl_options import EPSILON, PRESETS
+from treetune.cli.options.rollout import EPSILON, PRESETS
 from treetune.core.data import custom
 
 ROOT = Path(__file__).parents[2]

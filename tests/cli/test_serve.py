@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import serve
+from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
-from treetune.cli.options import ModelName
-from treetune.cli.serve_options import Serve
+from treetune.cli.options.serve import Serve
+from treetune.cli.options.shared import ModelName
 from treetune.core.rollout import server as servers
 from treetune.models import gguf as ours
 from treetune.models import hf

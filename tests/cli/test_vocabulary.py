@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treetune.cli import bases
-from treetune.cli.options import ModelOptions
+from treetune.cli.options.shared import ModelOptions
 from treetune.core import lora, manifest
 from treetune.core.data import vocabulary
 from treetune.models import adapter, dense, hf, resize

@@ -105,10 +105,11 @@ def adapter():
 @pytest.fixture(scope="session")
 def objective():
     """objective(model, lora=None) -> the supervised objective that `treetune sft` trains."""
-    from treetune.cli import options, setup
+    from treetune.cli import setup
+    from treetune.cli.options.shared import shared
 
     def make(model, lora=None, remat=None, **loss):
-        return setup.objective(setup.logprob(model, lora, remat=remat), options.LossOptions(**loss))
+        return setup.objective(setup.logprob(model, lora, remat=remat), shared.LossOptions(**loss))
 
     return make
 

@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from treetune.cli import options, setup
+from treetune.cli import setup
+from treetune.cli.options.shared import shared
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
 from treetune.models import Model, llama
@@ -74,7 +75,7 @@ def micro_batches(number: int, rank: int, world: int) -> list[tuple]:
 
 
 def objective(base: Model, placed: setup.Trees):
-    return setup.objective(setup.logprob(base, placed.lora), options.LossOptions())
+    return setup.objective(setup.logprob(base, placed.lora), shared.LossOptions())
 
 
 def optimizer() -> optim.Optimizer:

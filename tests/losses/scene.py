@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import configs, loss_options, setup, tune
+from treetune.cli import configs, setup, tune
+from treetune.cli.options import losses
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.data import trees
 from treetune.core.state import TrainState
@@ -16,9 +17,9 @@ VOCAB = 53
 SIZES = ((3, 7, 2), (1, 1, 5), (9, 4, 4), (2, 12, 1), (6, 3, 8), (4, 1, 1), (5, 6, 9), (2, 2, 3))  # prompt, chosen, rejected
 CPU = torch.device("cpu")
 CONFIGS = {
-    "dpo": (configs.Dpo, loss_options.DpoLoss), "kto": (configs.Kto, loss_options.KtoLoss), "orpo": (configs.Orpo, loss_options.OrpoLoss),
-    "simpo": (configs.Simpo, loss_options.SimpoLoss), "cpo": (configs.Cpo, loss_options.CpoLoss),
-    "reward": (configs.Reward, loss_options.RewardLoss), "prm": (configs.Prm, None),
+    "dpo": (configs.Dpo, losses.DpoLoss), "kto": (configs.Kto, losses.KtoLoss), "orpo": (configs.Orpo, losses.OrpoLoss),
+    "simpo": (configs.Simpo, losses.SimpoLoss), "cpo": (configs.Cpo, losses.CpoLoss),
+    "reward": (configs.Reward, losses.RewardLoss), "prm": (configs.Prm, None),
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def whole(base: Model) -> setup.Trees:
 def config(command: str, **options):
     """The config of a command; `reference` and the loss's own options go to their groups."""
     kind, loss = CONFIGS[command]
-    groups = {"reference": loss_options.ReferenceOptions(**options.pop("reference"))} if "reference" in options else {}
+    groups = {"reference": losses.ReferenceOptions(**options.pop("reference"))} if "reference" in options else {}
     return kind(**groups) if loss is None else kind(loss=loss(**options), **groups)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from treetune.cli import configs, ebft_strided, setup
-from treetune.cli.ebft_options import EbftOptions, EbftRollout
+from treetune.cli.options.ebft import EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
 from treetune.losses import strided as objectives

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import fetch, serve
-from treetune.cli.options import ModelName
+from treetune.cli import fetch
+from treetune.cli.commands import serve
+from treetune.cli.options.shared import ModelName
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.rollout import server as servers

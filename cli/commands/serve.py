@@ -15,9 +15,9 @@ import torch
 
 from treetune.cli import fetch, guard, rundir, setup
 from treetune.cli.errors import RunFailed, checking_input
-from treetune.cli.options import ModelName
+from treetune.cli.options.serve import Serve
+from treetune.cli.options.shared import ModelName
 from treetune.cli.screen import Screen
-from treetune.cli.serve_options import Serve
 from treetune.core import manifest
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server

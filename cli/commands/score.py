@@ -13,7 +13,7 @@ import torch
 from treetune.cli import bases, corpus, fetch, parse, rundir, setup
 from treetune.cli.configs import Score
 from treetune.cli.errors import RunFailed, checking_input
-from treetune.cli.options import ModelOptions
+from treetune.cli.options.shared import ModelOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import check, fields, tree
 from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired

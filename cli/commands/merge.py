@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli import bases, score, setup
+from treetune.cli import bases, setup
+from treetune.cli.commands import score
 from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
-from treetune.cli.options import ModelOptions
+from treetune.cli.options.shared import ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core import lora, tree
 from treetune.core.state import Params

@@ -6,8 +6,8 @@ Names and defaults are those of the documents (`feature_layers`, `embed_method`,
 from dataclasses import dataclass
 from typing import Literal
 
-from treetune.cli.options import SAMPLES, AnyRows, HeldOut, OptimOptions
-from treetune.cli.rl_options import LossName, PolicyLoss, RolloutOptions
+from treetune.cli.options.rollout import LossName, PolicyLoss, RolloutOptions
+from treetune.cli.options.shared import SAMPLES, AnyRows, HeldOut, OptimOptions
 
 STRIDED_ONLY = (
     "stride", "context_length", "generate_max_len", "n_samples_per_prompt", "rl_coef", "advantage_estimator", "min_completion_prefix",

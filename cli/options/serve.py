@@ -6,7 +6,7 @@ Names are those of vLLM and of the documents. Text under the class is the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
-from treetune.cli.options import ModelName
+from treetune.cli.options.shared import ModelName
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from treetune.cli import samples
-from treetune.cli.options import Listed, OptimOptions
+from treetune.cli.options.shared import Listed, OptimOptions
 
 
 class Preset(NamedTuple):

@@ -6,7 +6,7 @@ Names are those of the documents (`rl_beta`, `dpo_label_smoothing`, ...); LOSSES
 from dataclasses import dataclass
 from typing import Literal
 
-from treetune.cli.options import OptimOptions
+from treetune.cli.options.shared import OptimOptions
 
 LOSSES = {
     "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",

@@ -8,7 +8,7 @@ import torch
 from treetune.cli import bases, corpus, setup, training
 from treetune.cli.configs import Eval
 from treetune.cli.errors import checking_input
-from treetune.cli.options import LossOptions
+from treetune.cli.options.shared import LossOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import param
 from treetune.core.state import TrainState

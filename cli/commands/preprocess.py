@@ -11,7 +11,7 @@ from pathlib import Path
 from treetune.cli import corpus, guard, page, parse, passages, rundir, setup
 from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
-from treetune.cli.options import SAMPLES
+from treetune.cli.options.shared import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core.data import formats, kinds, loader, trees
 from treetune.core.data.formats import Report
