@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 from treetune.core import fields
+from treetune.core.run.errors import RunFailed
+
+__all__ = ["BadInput", "RunFailed", "checking_input", "out_of_memory", "running"]
 
 
 class BadInput(Exception):
     """Something the user gave is wrong; the message says what, where and how to fix it."""
-
-
-class RunFailed(Exception):
-    """The run started and could not go on."""
 
 
 @contextlib.contextmanager
