@@ -11,7 +11,7 @@ from treetune.core.run.errors import RunFailed
 __all__ = ["BadInput", "RunFailed", "checking_input", "out_of_memory", "running"]
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """Something the user gave is wrong; the message says what, where and how to fix it."""
 
 

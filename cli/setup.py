@@ -20,20 +20,15 @@ from treetune.cli.options.shared import (
 )
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
 from treetune.core.data import vocabulary
+from treetune.core.run.ranks import Ranks as Ranks
+from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
+from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
 from treetune.models import Model, adapter, bare, gguf, heads, hf, logprobs, resize, tokenizer_config
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Ranks(NamedTuple):
-    """This process among those that torchrun started; one of one without it."""
-
-    rank: int
-    world: int
-    mesh: Any
 
 
 class Trees(NamedTuple):
@@ -61,24 +56,6 @@ def device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def ranks(on: torch.device) -> Ranks:
-    """Join the other processes of torchrun, if any, on a mesh with one axis `data`."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Ranks(0, 1, None)
-    if on.type == "cuda":
-        torch.cuda.set_device(on)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on.type == "cuda" else "gloo")
-    return Ranks(torch.distributed.get_rank(), world, shard.mesh(on.type, data=world))
-
-
-def wait_for_all(where: Ranks) -> None:
-    """Return when every rank has come this far."""
-    if where.world > 1:
-        torch.distributed.barrier()
 
 
 def compute_dtype(name: str, on: torch.device) -> torch.dtype:
