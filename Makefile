@@ -45,6 +45,7 @@ test-vllm: $(READY) $(VLLM)/.ready
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -153,6 +153,12 @@ def test_packages_of_pyproject_are_the_folders_with_init():
     assert not (ROOT / "__init__.py").exists()
 
 
+def test_types_resolve_on_a_checkout_and_after_an_install():
+    links = {path.name: path.resolve() for path in (ROOT / ".typing" / "treetune").iterdir()}
+    assert links == {name: ROOT / name for name in PACKAGES}
+    assert [name for name in PACKAGES if not (ROOT / name / "py.typed").exists()] == []
+
+
 def test_no_file_is_longer_than_400_lines():
     long = {_name(path): n for path in _files(*CODE) if (n := len(path.read_text().splitlines())) > 400}
     assert long == {}
