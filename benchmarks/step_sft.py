@@ -35,7 +35,7 @@ def read(path: str, count: int) -> list[dict]:
 
 
 def model_folder() -> str:
-    from treetune.cli import fetch
+    from treetune.models import fetch
 
     return str(fetch.resolve("smollm2-135m-instruct"))
 

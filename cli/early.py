@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import fetch, parse
+from treetune.cli import parse
 from treetune.cli.errors import BadInput
 from treetune.core import fields
 from treetune.core.data import files
+from treetune.models import fetch
 
 ADAPTER = "adapter_config.json"
 LONGEST_NAME = 255  # bytes of a file's name, as Linux and macOS have it

@@ -30,7 +30,7 @@ COMMANDS = {
     "generate": ("commands.generate", "Generate", "answer prompts"),
     "chat": ("commands.chat", "Chat", "talk to a model"),
     "merge": ("commands.merge", "Merge", "fold an adapter into its model"),
-    "fetch": ("fetch", "Fetch", "get a model onto this machine"),
+    "fetch": ("commands.fetch", "Fetch", "get a model onto this machine"),
     "info": ("commands.info", "Info", "describe this machine, a model, an adapter or a run"),
 }
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from treetune.cli import fetch
 from treetune.core import ckpt
+from treetune.models import fetch
 from treetune.ops import product
 
 KEY = "products"  # of a checkpoint's meta

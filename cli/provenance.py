@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, configs, fetch, parse, resume_rules, rundir, setup, terminal
+from treetune.cli import checks, configs, parse, resume_rules, rundir, setup, terminal
 from treetune.cli.main import COMMANDS
 from treetune.core import ckpt, fields
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
 from treetune.core.state import Params
-from treetune.models import Model, hf, identity
+from treetune.models import Model, fetch, hf, identity
 from treetune.models.dense import Config
 
 KEY = "provenance"  # of a checkpoint's meta

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import fetch, online, setup
+from treetune.cli import online, setup
 from treetune.cli.commands import score
 from treetune.cli.options.rollout import PolicyLoss, RewardFunctions
 from treetune.cli.options.shared import ModelOptions
@@ -23,7 +23,7 @@ from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import builtin, stats
 from treetune.core.rollout.group import Group
 from treetune.core.rollout.rewards import Pool
-from treetune.models import adapter, heads, identity
+from treetune.models import adapter, fetch, heads, identity
 
 BUDGET = 4096  # tokens in one forward pass of a reward model
 

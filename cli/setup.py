@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import fetch, pairs
+from treetune.cli import pairs
 from treetune.cli.options.shared import (
     AdapterOptions,
     LossOptions,
@@ -25,7 +25,7 @@ from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, supervised
-from treetune.models import Model, adapter, bare, gguf, heads, hf, logprobs, resize, tokenizer_config
+from treetune.models import Model, adapter, bare, fetch, gguf, heads, hf, logprobs, resize, tokenizer_config
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

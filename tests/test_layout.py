@@ -53,6 +53,7 @@ LAZY = {
     "core/data/arrow.py": {"pyarrow"},
     "models/adapter.py": {"safetensors"},
     "models/bridge.py": {"transformers"},
+    "models/fetch.py": {"huggingface_hub", "safetensors"},
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }

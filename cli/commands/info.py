@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import fetch, rundir
+from treetune.cli import rundir
 from treetune.cli.configs import Info
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen, clock
 from treetune.core import ckpt, lora, param, records
-from treetune.models import MODELS, adapter, adapter_config, hf
+from treetune.models import MODELS, adapter, adapter_config, fetch, hf
 
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, corpus, fetch, parse, rundir, setup
+from treetune.cli import bases, corpus, parse, rundir, setup
 from treetune.cli.configs import Score
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.shared import ModelOptions
@@ -19,7 +19,7 @@ from treetune.core import check, fields, tree
 from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, adapter, heads, resize
+from treetune.models import Model, adapter, fetch, heads, resize
 from treetune.ops import attention
 
 READ = {"sequence": "last", "token": "classes"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from treetune.cli import fetch, guard, rundir, setup
+from treetune.cli import guard, rundir, setup
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.serve import Serve
 from treetune.cli.options.shared import ModelName
@@ -22,7 +22,7 @@ from treetune.core import manifest
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import LOOPBACK
-from treetune.models import Model, adapter_config, gguf, hf
+from treetune.models import Model, adapter_config, fetch, gguf, hf
 
 ENVIRONMENT = Path(".vllm-venv") / "bin" / "python"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import fetch, guard, rundir
+from treetune.cli import guard, rundir
 from treetune.core import ckpt
+from treetune.models import fetch
 
 
 def text(path: Path, words: str = "mine") -> Path:

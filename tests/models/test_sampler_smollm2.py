@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import fetch
 from treetune.core.data import pack, prompts
 from treetune.core.data.prompts import Prompt
-from treetune.models import decode, hf, logprobs
+from treetune.models import decode, fetch, hf, logprobs
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "gsm8k_train_sample.jsonl"
 WAYS = [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 20, "temperature": 0.6}, {"min_p": 0.1, "top_p": 0.9}]

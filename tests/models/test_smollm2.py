@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from treetune import models
-from treetune.cli import fetch
 from treetune.core import grad, tree
-from treetune.models import decode, dense, hf
+from treetune.models import decode, dense, fetch, hf
 
 PLACE = fetch.home() / "models" / "smollm2-135m-instruct"
 pytestmark = [

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import fetch
 from treetune.cli.commands import serve
 from treetune.cli.options.shared import ModelName
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.rollout import server as servers
 from treetune.core.rollout import sync, vllm
-from treetune.models import adapter, hf, logprobs
+from treetune.models import adapter, fetch, hf, logprobs
 
 pytestmark = pytest.mark.vllm
 RANK, ALPHA = 8, 16.0

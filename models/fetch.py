@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.cli.configs import Fetch
-from treetune.cli.errors import checking_input
-
 Say = Callable[[str], None]
 
 
@@ -251,11 +248,3 @@ def weights_digest(root: Path) -> str:
         total.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-def run(config: Fetch, given: frozenset[str]) -> int:
-    """`treetune fetch`: get a model and print where it is; the exit code."""
-    with checking_input():
-        place = resolve(config.name, say=lambda line: print(line, file=sys.stderr))
-    print(place)
-    return 0

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import fetch
-from treetune.models import hf
+from treetune.models import fetch, hf
 
 
 def tiny_gguf(path):

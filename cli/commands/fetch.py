@@ -1,0 +1,15 @@
+"""`treetune fetch`: get a model onto this machine."""
+
+import sys
+
+from treetune.cli.configs import Fetch
+from treetune.cli.errors import checking_input
+from treetune.models import fetch
+
+
+def run(config: Fetch, given: frozenset[str]) -> int:
+    """Get a model and print where it is; the exit code."""
+    with checking_input():
+        path = fetch.resolve(config.name, say=lambda line: print(line, file=sys.stderr))
+    print(path)
+    return 0

@@ -1,0 +1,127 @@
+"""Model families by name, and the one call that every loss is built on: log-probs of the read rows of a stream."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from treetune.core.fields import Fields
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.models import llama, qwen2, qwen3
+from treetune.models.dense import Cache, Config, Neftune, Out
+from treetune.ops import attention
+from treetune.ops.linear_logprob import TokenStats, linear_logprob
+
+
+class Family(Protocol):
+    """What a family's module provides; `dense` has it all but the names and the config.json.
+
+    HF_TYPES: the values of `model_type` that it computes. HF_KEYS: {path of a leaf: key in transformers' files}, `{}` for the layer.
+    """
+
+    HF_TYPES: tuple[str, ...]
+    HF_KEYS: Mapping[str, str]
+
+    def config(self, hf: Fields) -> Config:
+        """The sizes in a Hugging Face config.json."""
+        ...
+
+    def to_hf(self, cfg: Config) -> dict[str, Any]:
+        """The config.json of a model: the inverse of `config`."""
+        ...
+
+    def abstract(self, cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
+        """The tree of `Param`s: shapes, axes and initial values."""
+        ...
+
+    def forward(
+        self,
+        weights: Params,
+        batch: dict,
+        plan: attention.Plan | None,
+        cfg: Config,
+        *,
+        lora: Lora | None = None,
+        cache: Cache | None = None,
+        collect: Sequence[int] = (),
+        noise: Neftune | None = None,
+        remat: str | None = None,
+    ) -> Out:
+        """Hidden states of a packed stream."""
+        ...
+
+    def read(self, hidden: Tensor, batch: dict, lora: Lora | None = None) -> Tensor:
+        """The rows `at` of the hidden states, as `head` takes them."""
+        ...
+
+    def head(self, weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
+        """The output matrix, with the B of an adapter on it as further columns."""
+        ...
+
+    def widen(self, hidden: Tensor, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
+        """Hidden states with what meets those columns beside them."""
+        ...
+
+
+MODELS: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+
+
+class Model(NamedTuple):
+    """A model is a function of a tree: which family, its sizes, its weights."""
+
+    family: str
+    cfg: Config
+    params: Params
+
+
+def bare(model: Model) -> Model:
+    """The model without weights: what a function that lives as long as a run may keep, because the run's state holds the weights."""
+    return model._replace(params={})
+
+
+def logprobs(
+    family: str,
+    cfg: Config,
+    weights: Params,
+    batch: dict,
+    plan: attention.Plan | None = None,
+    *,
+    lora: Lora | None = None,
+    temperature: float = 1.0,
+    want: tuple[str, ...] = (),
+    noise: Neftune | None = None,
+    remat: str | None = None,
+) -> TokenStats:
+    """Log-probs (nats, float32) of `targets` [N] read at rows `at` [N] of the stream, and the statistics in `want`.
+
+    Only the read rows reach the head. The plan is computed here when absent.
+    """
+    model = MODELS[family]
+    plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
+    hidden = model.forward(weights, batch, plan, cfg, lora=lora, noise=noise, remat=remat).hidden
+    rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
+    return linear_logprob(rows, weight, batch["targets"], temperature=temperature, want=want)
+
+
+def logprobs_beside(
+    family: str,
+    cfg: Config,
+    weights: Params,
+    batch: dict,
+    plan: attention.Plan,
+    *,
+    temperature: float,
+    want: tuple[str, ...] = (),
+    **how,
+) -> tuple[TokenStats, TokenStats]:
+    """`logprobs` of `targets` [N] at a temperature, and of `prompt_targets` [M] at rows `prompt_at` and temperature 1: one forward pass.
+
+    how: lora, noise, remat of `logprobs`. The statistics in `want` are those of `targets`.
+    """
+    model, lora = MODELS[family], how.get("lora")
+    hidden, weight = model.forward(weights, batch, plan, cfg, **how).hidden, model.head(weights, cfg, lora)
+    own = linear_logprob(model.read(hidden, batch, lora), weight, batch["targets"], temperature=temperature, want=want)
+    rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)
+    return own, linear_logprob(rows, weight, batch["prompt_targets"])
