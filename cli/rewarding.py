@@ -22,7 +22,7 @@ from treetune.core.data import fingerprint, kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import builtin, stats
 from treetune.core.rollout.group import Group
-from treetune.core.rollout.rewards import Pool
+from treetune.core.rollout.reward_pool import Pool
 from treetune.models import adapter, fetch, heads, identity
 
 BUDGET = 4096  # tokens in one forward pass of a reward model

@@ -2,7 +2,7 @@
 
 P prompts of a generation on this rank, G completions of each, K reward functions.
 
-A generation is drawn (`drawing`), sampled, scored; groups without signal are dropped and refilled (dynamic sampling) or replaced by
+A generation is drawn (`prompt_order`), sampled, scored; groups without signal are dropped and refilled (dynamic sampling) or replaced by
 stored ones (`replay`); old log-probs are computed with the policy of the moment; then it is dealt to `steps` optimiser steps,
 `iterations` times over. All that decides what comes next is one immutable `State`, exchanged for the next one only when a generation
 is complete: an error on the way leaves the feed as it was, and `state` and `load` continue it exactly.
@@ -16,7 +16,7 @@ import numpy as np
 
 from treetune.core.data import order
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import drawing, group, prefetch, replay, stats
+from treetune.core.rollout import group, prefetch, prompt_order, replay, stats
 from treetune.core.rollout.group import Group, Sampler, Score
 
 PARTS = 12  # purpose of the shuffle that deals a generation to its steps, beside those of `core.data.order`
@@ -49,13 +49,13 @@ class Ready(NamedTuple):
     group: Group
 
 
-Request = tuple[drawing.Draw, ...]  # prompts that go to the sampler together
+Request = tuple[prompt_order.PromptDraw, ...]  # prompts that go to the sampler together
 
 
 class State(NamedTuple):
     """All that decides what comes next."""
 
-    stream: drawing.Stream = drawing.Stream()
+    stream: prompt_order.PromptCursor = prompt_order.PromptCursor()
     flight: tuple[Request, ...] = ()  # prompts drawn and handed to the thread, in order
     overflow: tuple[Ready, ...] = ()  # groups with signal that no generation had room for yet
     stored: tuple[replay.Stored, ...] = ()
@@ -95,7 +95,7 @@ class Feed:
         _check(prompts, options)
         self._prompts, self._options, self._sample, self._score, self._advantage = prompts, options, sample, score, advantage
         self._relogp, self._measure, self._snapshot, self._together, self._say = relogp, measure, snapshot, together, say
-        self._deck = drawing.Deck(len(prompts), options.seed, options.epochs_shuffle, options.rank, options.world)
+        self._order = prompt_order.PromptOrder(len(prompts), options.seed, options.epochs_shuffle, options.rank, options.world)
         self._ahead = prefetch.Prefetch(sample) if options.prefetch_depth else None
         self._scores = prefetch.Prefetch(score) if options.chunk else None
         self._at, self._warned = State(), False
@@ -110,7 +110,7 @@ class Feed:
     @property
     def progress(self) -> float:
         """Passes over the prompts so far, as a fraction."""
-        return drawing.progress(self._at.stream, self._deck)
+        return prompt_order.progress(self._at.stream, self._order)
 
     def next(self, policy: Any, step: int) -> tuple[list[Group], dict[str, float]]:
         """(groups of this optimiser step, metrics of their generation); samples a generation when none is left.
@@ -150,10 +150,10 @@ class Feed:
         ready = {name: tuple(Ready(i, self._unpack(i, one)) for i, one in state[name]) for name in ("overflow", "batch")}
         every = [replay.Stored(score, number, i, self._unpack(i, one)) for score, number, i, one in state["stored"]]
         stored = replay.best(every, self._options.replay_size)
-        flight = tuple(tuple(drawing.Draw(*one) for one in request) for request in state["flight"])
+        flight = tuple(tuple(prompt_order.PromptDraw(*one) for one in request) for request in state["flight"])
         stream = state["stream"] | {name: tuple(state["stream"][name]) for name in ("deferred", "failed")}
         numbers = {"generation": state["generation"], "part": state["part"], "metrics": tuple(state["metrics"].items())}
-        self._at = State(drawing.Stream(**stream), flight, stored=stored, **ready, **numbers)
+        self._at = State(prompt_order.PromptCursor(**stream), flight, stored=stored, **ready, **numbers)
         if self._ahead:
             self._ahead.keep(())
 
@@ -172,7 +172,7 @@ class Feed:
         final, replayed = self._replayed(batch, at)
         failed = [one.index for one in sampled if _failed(one.group.rewards)] if o.reroll_from is not None else []
         at = at._replace(
-            stream=drawing.failed(at.stream, failed),
+            stream=prompt_order.with_failed(at.stream, failed),
             overflow=tuple(overflow),
             stored=replay.add(at.stored, [one for one in batch if _signal(one)], o.replay_size),
             generation=at.generation + 1,
@@ -224,7 +224,7 @@ class Feed:
         while (flying := sum(map(len, at.flight))) < enough:
             avoid = used + [draw.index for request in at.flight for draw in request]
             size = o.prompts if self._ahead else n - flying
-            draws, stream = drawing.draw(at.stream, self._deck, size, again=again, avoid=avoid if o.dynamic else ())
+            draws, stream = prompt_order.draw(at.stream, self._order, size, again=again, avoid=avoid if o.dynamic else ())
             at = at._replace(stream=stream, flight=at.flight + self._split(draws))
         new = [request for request in at.flight if request not in self._ahead] if self._ahead else []
         seen = self._snapshot(policy) if new and self._snapshot else None

@@ -8,7 +8,7 @@ import pytest
 
 from treetune.cli import configs, parse, rl_checks
 from treetune.cli.options import rollout
-from treetune.core.rollout import rewards
+from treetune.core.rollout import reward_pool
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
 runs = importlib.util.module_from_spec(spec)
@@ -123,8 +123,10 @@ def told(kit, tiny, here, learn, monkeypatch):
     """told(args, name) -> (what training was, what else a run did)."""
     (here / "more.py").write_text(MORE)
     kit.write_rows(here / "other.jsonl", CHATS[::-2])
-    sizes, plain = [], rewards.Pool.score
-    monkeypatch.setattr(rewards.Pool, "score", lambda self, groups: sizes.append((len(groups), len(self.pids()))) or plain(self, groups))
+    sizes, plain = [], reward_pool.Pool.score
+    monkeypatch.setattr(
+        reward_pool.Pool, "score", lambda self, groups: sizes.append((len(groups), len(self.pids()))) or plain(self, groups)
+    )
 
     def run(args, name):
         sizes.clear()

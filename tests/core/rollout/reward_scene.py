@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import rewards
+from treetune.core.rollout import reward_pool
 from treetune.core.rollout.group import Completion, Group
 
 
@@ -33,7 +33,7 @@ def group(*texts, columns=None, chat=True, row=0):
 
 
 def score(names, groups, **options):
-    with rewards.Pool(names if isinstance(names, list) else [names], **options) as pool:
+    with reward_pool.Pool(names if isinstance(names, list) else [names], **options) as pool:
         return pool.score(groups), pool.report()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treetune.core.data import order
-from treetune.core.rollout import drawing, group
+from treetune.core.rollout import group, prompt_order
 
 spec = importlib.util.spec_from_file_location("feed_scene", Path(__file__).with_name("feed_scene.py"))
 scene = importlib.util.module_from_spec(spec)
@@ -47,11 +47,11 @@ def test_seed_and_rank_change_the_stream():
 @pytest.mark.parametrize("n, size, world", [(7, 3, 1), (10, 4, 1), (5, 5, 1), (9, 4, 2), (2, 1, 4), (3, 5, 1)])
 def test_every_epoch_has_every_prompt_on_all_ranks_together(n, size, world):
     numbers = []
-    sequence = [index for epoch in range(40) for index in order.shuffled(n, 3, epoch, drawing.PROMPTS)]
+    sequence = [index for epoch in range(40) for index in order.shuffled(n, 3, epoch, prompt_order.PROMPTS)]
     for rank in range(world):
-        deck, stream, drawn = drawing.Deck(n, seed=3, rank=rank, world=world), drawing.Stream(), Counter()
+        deck, stream, drawn = prompt_order.PromptOrder(n, seed=3, rank=rank, world=world), prompt_order.PromptCursor(), Counter()
         for _ in range(12):
-            draws, stream = drawing.draw(stream, deck, size)
+            draws, stream = prompt_order.draw(stream, deck, size)
             drawn.update(one.index for one in draws)
             numbers += [one.number for one in draws]
             assert len({one.index for one in draws}) == min(size, n)
@@ -75,10 +75,10 @@ def test_a_prompt_that_would_come_twice_in_a_batch_comes_first_in_the_next():
     for step in range(4):
         made.next(0, step)
     assert sampler.rows == [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]
-    deck = drawing.Deck(4, shuffle=False)
-    draws, after = drawing.draw(drawing.Stream(), deck, 2, avoid=[0, 2])
+    deck = prompt_order.PromptOrder(4, shuffle=False)
+    draws, after = prompt_order.draw(prompt_order.PromptCursor(), deck, 2, avoid=[0, 2])
     assert [one.index for one in draws] == [1, 3] and after.deferred == (0, 2)
-    assert [one.index for one in drawing.draw(after, deck, 3)[0]] == [0, 2, 1]
+    assert [one.index for one in prompt_order.draw(after, deck, 3)[0]] == [0, 2, 1]
 
 
 def test_fewer_prompts_than_a_generation_needs():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.core.rollout import echo, rewards
+from treetune.core.rollout import echo, reward_pool
 
 spec = importlib.util.spec_from_file_location("reward_scene", Path(__file__).with_name("reward_scene.py"))
 scene = importlib.util.module_from_spec(spec)
@@ -20,7 +20,7 @@ here = scene.here
 
 
 def test_a_worker_that_dies_between_scorings_is_replaced(here):
-    with rewards.Pool(["rewards.size"], workers=2) as pool:
+    with reward_pool.Pool(["rewards.size"], workers=2) as pool:
         rows = [scene.group("a"), scene.group("bb")]
         before = pool.pids()
         for pid in before:
@@ -34,7 +34,7 @@ def test_an_interrupted_scoring_leaves_no_answer_for_the_next(here):
     def interrupt(text):
         raise KeyboardInterrupt
 
-    with rewards.Pool(["rewards.odd", "rewards.process"], workers=2, say=interrupt) as pool:
+    with reward_pool.Pool(["rewards.odd", "rewards.process"], workers=2, say=interrupt) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.score([scene.group("nan", "two")])
         assert pool.score([scene.group("two", "true")])[0, :, 0].tolist() == [2, 1]
@@ -56,7 +56,7 @@ def test_nothing_that_a_function_prints_or_reads_reaches_the_parents_streams(her
 
 
 def test_a_child_that_a_function_forked_cannot_answer_for_it(here):
-    with rewards.Pool(["rewards.forks"]) as pool:
+    with reward_pool.Pool(["rewards.forks"]) as pool:
         assert pool.score([scene.group("fork", "b")])[0, :, 0].tolist() == [1, 1]
         assert scene.gone(int((here / "child.pid").read_text()))
         assert pool.score([scene.group("a", "b")])[0, :, 0].tolist() == [1, 1]
@@ -69,7 +69,7 @@ def test_what_a_function_started_ends_with_it(here):
 
 
 def test_close_ends_every_worker(here):
-    pool = rewards.Pool(["digits"], workers=3)
+    pool = reward_pool.Pool(["digits"], workers=3)
     pids = pool.pids()
     assert len(pids) == 3 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     pool.close()
@@ -80,7 +80,7 @@ def test_close_ends_every_worker(here):
 
 
 def test_a_pool_that_is_forgotten_ends_its_workers(here):
-    (pid,) = rewards.Pool(["digits"]).pids()
+    (pid,) = reward_pool.Pool(["digits"]).pids()
     assert scene.gone(pid)
 
 
@@ -88,9 +88,9 @@ PARENT = """
 import signal
 import sys
 from reward_scene import group
-from treetune.core.rollout import rewards
+from treetune.core.rollout import reward_pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
-pool = rewards.Pool(["rewards.leaves" if sys.argv[2] == "leave" else "rewards.faulty"], workers=2, timeout_s=float(sys.argv[1]))
+pool = reward_pool.Pool(["rewards.leaves" if sys.argv[2] == "leave" else "rewards.faulty"], workers=2, timeout_s=float(sys.argv[1]))
 print(*pool.pids(), flush=True)
 if sys.argv[2] != "idle":
     pool.score([group(sys.argv[2]), group(sys.argv[2])])
@@ -163,14 +163,14 @@ def _children(here, count=1):
 
 
 def test_what_a_function_started_is_gone_with_the_pool(here):
-    with rewards.Pool(["rewards.leaves"]) as pool:
+    with reward_pool.Pool(["rewards.leaves"]) as pool:
         assert pool.score([scene.group("a", "b")])[0, :, 0].tolist() == [1, 1]
         assert not any(scene.gone(pid, 0) for pid in _children(here))
     assert all(scene.gone(pid) for pid in _children(here))
 
 
 def test_what_a_function_started_is_gone_after_its_limit(here):
-    with rewards.Pool(["rewards.leaves"], timeout_s=1.0) as pool:
+    with reward_pool.Pool(["rewards.leaves"], timeout_s=1.0) as pool:
         with pytest.raises(ValueError, match="no answer within 1 s"):
             pool.score([scene.group("hang")])
         assert all(scene.gone(pid) for pid in _children(here))
@@ -178,7 +178,7 @@ def test_what_a_function_started_is_gone_after_its_limit(here):
 
 def test_what_a_function_started_is_gone_after_its_worker_crashed(here):
     """Its parent is gone and its session is its own: nothing but its environment tells whose it was."""
-    with rewards.Pool(["rewards.leaves"]) as pool:
+    with reward_pool.Pool(["rewards.leaves"]) as pool:
         with pytest.raises(ValueError, match="exit"):
             pool.score([scene.group("crash")])
         assert all(scene.gone(pid) for pid in _children(here))
@@ -193,7 +193,7 @@ def test_what_a_function_started_is_gone_with_a_killed_trainer(parent, here):
 
 def test_output_of_functions_is_kept_up_to_a_limit_and_the_cut_is_told(here):
     log = here / "rewards.log"
-    with rewards.Pool(["rewards.prints"], log=log) as pool:
+    with reward_pool.Pool(["rewards.prints"], log=log) as pool:
         assert pool.score([scene.group("3000000", "short")])[0, :, 0].tolist() == [1, 1]
         pool.score([scene.group("10", "10")])
     text = log.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treetune.core.rollout import rewards
+from treetune.core.rollout import reward_pool
 
 spec = importlib.util.spec_from_file_location("reward_scene", Path(__file__).with_name("reward_scene.py"))
 scene = importlib.util.module_from_spec(spec)
@@ -92,7 +92,7 @@ def test_what_cannot_be_loaded_is_refused_before_anything_starts(here, name):
     (here / "dies.py").write_text("import os\nos._exit(9)\n")
     before = set(scene.children())  # earlier tests may have left helpers of multiprocessing
     with pytest.raises(ValueError, match=BAD[name]):
-        rewards.Pool([name], workers=2)
+        reward_pool.Pool([name], workers=2)
     assert set(scene.children()) <= before
 
 
@@ -103,11 +103,11 @@ def test_bad_settings_are_refused(here):
         (["digits"], {"weights": [np.nan]}, "finite"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            rewards.Pool(names, **options)
+            reward_pool.Pool(names, **options)
 
 
 def test_a_column_that_no_prompt_has_is_an_error_and_one_that_some_have_is_none(here):
-    with rewards.Pool(["rewards.named", "gsm8k"]) as pool:
+    with reward_pool.Pool(["rewards.named", "gsm8k"]) as pool:
         with pytest.raises(ValueError, match=r"reward rewards.named takes level, which is no column of the prompts \(columns: answer\)"):
             pool.check([scene.group("a", columns={"answer": 1}).prompt])
         pool.check([scene.group("a", columns={"answer": 1}).prompt, scene.group("a", columns={"level": 2}).prompt])
@@ -117,7 +117,7 @@ def test_a_column_that_no_prompt_has_is_an_error_and_one_that_some_have_is_none(
 
 
 def test_a_column_that_is_not_json_is_named(here):
-    with rewards.Pool(["rewards.seen", "digits"]) as pool:
+    with reward_pool.Pool(["rewards.seen", "digits"]) as pool:
         with pytest.raises(ValueError, match="column when holds 1j"):
             pool.score([scene.group("1", columns={"when": 1j})])
         assert pool.score([scene.group("1")])[0, 0].tolist() == [0.0, 1.0]
@@ -148,7 +148,7 @@ FAULTS = {
 def test_a_fault_costs_its_row_only(here, fault):
     told = []
     rows = [scene.group("a", "bb", row=5), scene.group("ccc", fault, row=6), scene.group(fault, "dddd", row=7)]
-    with rewards.Pool(["rewards.faulty", "rewards.size"], timeout_s=0.5, say=told.append) as pool:
+    with reward_pool.Pool(["rewards.faulty", "rewards.size"], timeout_s=0.5, say=told.append) as pool:
         made = pool.score(rows)
         np.testing.assert_array_equal(made[..., 0], [[1, 2], [3, np.nan], [np.nan, 4]])
         np.testing.assert_array_equal(made[..., 1], [[1, 2], [3, len(fault)], [len(fault), 4]])
@@ -166,7 +166,7 @@ def test_a_fault_costs_its_row_only(here, fault):
 
 def test_a_limit_too_short_for_many_rows_costs_none_and_is_told_once(here):
     told = []
-    with rewards.Pool(["rewards.slow"], timeout_s=0.5, say=told.append) as pool:
+    with reward_pool.Pool(["rewards.slow"], timeout_s=0.5, say=told.append) as pool:
         for _ in range(2):
             assert pool.score([scene.group("a", "b", "c")])[0, :, 0].tolist() == [1, 1, 1]
         count = pool.report()["rewards.slow"]
@@ -190,10 +190,11 @@ def test_a_wrong_length_is_an_error_of_the_function_and_not_tried_row_by_row(her
 
 def test_a_function_of_which_every_call_fails_stops_the_run(here):
     with pytest.raises(
-        ValueError, match=r"reward rewards.always: every call failed, 2 rows: KeyError: 'price' \(rewards.py, line \d+\); data set row 0"
+        ValueError,
+        match=r"reward rewards.always: every call failed, 2 rows: KeyError: 'price' \(rewards.py, line \d+\); data set row 0",
     ):
         scene.values("rewards.always", "a", "b")
-    with rewards.Pool(["rewards.faulty"]) as pool:
+    with reward_pool.Pool(["rewards.faulty"]) as pool:
         pool.score([scene.group("a", "b")])
         assert np.isnan(pool.score([scene.group("raise", "raise")])).all()  # one bad prompt alone is no reason
         with pytest.raises(ValueError, match="every call failed, 4 rows"):
@@ -202,7 +203,7 @@ def test_a_function_of_which_every_call_fails_stops_the_run(here):
 
 
 def test_several_functions_are_kept_apart_and_weights_are_not_applied(here):
-    with rewards.Pool(["rewards.size", "digits", "rewards.abstains"], weights=[0.5, -2, 3]) as pool:
+    with reward_pool.Pool(["rewards.size", "digits", "rewards.abstains"], weights=[0.5, -2, 3]) as pool:
         made = pool.score([scene.group("a1", "222", "b")])
         assert made.dtype == np.float64 and pool.weights.tolist() == [0.5, -2.0, 3.0]
     np.testing.assert_array_equal(made, [[[2, 0.5, np.nan], [3, 1, np.nan], [1, 0, np.nan]]])
@@ -217,7 +218,7 @@ def test_two_workers_score_as_one(here, prompts):
 
 
 def test_prompts_are_shared_between_the_workers_whole(here):
-    with rewards.Pool(["rewards.process"], workers=2) as pool:
+    with reward_pool.Pool(["rewards.process"], workers=2) as pool:
         made = pool.score([scene.group("a", "b") for _ in range(4)])[..., 0]
         assert set(made.ravel()) == set(pool.pids()) and (made[:, 0] == made[:, 1]).all()
         assert made[0, 0] == made[1, 0] != made[2, 0] == made[3, 0]
@@ -250,4 +251,4 @@ def test_a_reward_too_large_for_advantages_is_told_with_its_row(here, said, show
 )
 def test_a_signature_that_takes_no_completions_is_refused_at_the_start(here, name, why):
     with pytest.raises(ValueError, match=why):
-        rewards.Pool([f"rewards.{name}"])
+        reward_pool.Pool([f"rewards.{name}"])
