@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import cadence, configs, invocation, prompts, report, rundir, setup
+from treetune.cli import cadence, configs, invocation, prompts, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
 from treetune.core import check, drafts, lora, records, shard, tree
 from treetune.core.data import chat, instruction, strides
+from treetune.core.run import report
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
 
@@ -125,8 +126,8 @@ def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen, ab
         screen.warn(f"the sample answer failed, the trained weights are saved: {' '.join(str(error).split()) or type(error).__name__}")
     if made.job.rank == 0:
         rows, method = _summary(config, made, outcome, saved), made.method
-        shown = {"docs": made.corpus.train[:8], "tokenizer": made.tokenizer, "kind": method.kind, "unit": method.unit}
-        report.write(made.where, history=outcome.history, rows=about | rows, **shown)
+        shown = {"docs": made.corpus.train[:8], "tokenizer": made.tokenizer, "read": method.kind.read, "unit": method.unit}
+        report.write(made.where.root, history=outcome.history, rows=about | rows, **shown)
         screen.table("", {name: text for name, text in rows.items() if name not in PASTED})
         for name in [name for name in PASTED if name in rows]:
             screen.line(f"{name}  {rows[name]}")

@@ -12,7 +12,7 @@ from treetune.cli import marker, parse
 from treetune.cli.configs import Merge, Preprocess, Rollout, Score
 from treetune.cli.errors import BadInput
 from treetune.cli.options.serve import Serve
-from treetune.core import drafts, lock
+from treetune.core import drafts, lock, owned
 from treetune.core.rollout import builtin
 
 # Options of runs that name files and folders to read; of mappings in `datasets`, these fields.
@@ -20,7 +20,7 @@ PLACES = ("model", "from_config", "ref_model", "lora_model_dir", "data", "val_da
           "vllm_python", "resume", "chat_template")  # fmt: skip
 FUNCTIONS = ("format", "prompt_transform", "rollout_func", "reward_funcs")  # file.py:function?options, or a folder
 FIELDS = ("path", "data_files", "type", "chat_template")
-PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="treetune">'  # a page of ours
+PAGE = owned.PAGE
 LOG = "# treetune: output of a vLLM server\n"
 NAMED = 3  # foreign files that a message names
 

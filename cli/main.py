@@ -5,9 +5,8 @@ import os
 import sys
 import traceback
 
-from treetune.cli import terminal
 from treetune.cli.errors import BadInput, RunFailed, checking_input
-from treetune.core import fields
+from treetune.core import fields, masking
 
 # command -> (module under treetune.cli, config class in cli.configs, one line)
 COMMANDS = {
@@ -93,10 +92,10 @@ def _run(command: str, argv: list[str]) -> int:
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()
-        print(f"treetune: error: {terminal.message(str(error))}", file=sys.stderr)
+        print(f"treetune: error: {masking.one_line(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"treetune: failed: {terminal.message(str(error))}", file=sys.stderr)
+        print(f"treetune: failed: {masking.one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("treetune: interrupted", file=sys.stderr)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, configs, parse, resume_rules, rundir, setup, terminal
+from treetune.cli import checks, configs, parse, resume_rules, rundir, setup
 from treetune.cli.main import COMMANDS
-from treetune.core import ckpt, fields
+from treetune.core import ckpt, fields, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
 from treetune.core.state import Params
@@ -79,7 +79,7 @@ def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.d
 
 def _plain(value: Any) -> Any:
     """A value as JSON, without passwords of addresses."""
-    return json.loads(terminal.masked(json.dumps(value, default=str)))
+    return json.loads(masking.mask_secrets(json.dumps(value, default=str)))
 
 
 def _resolved(options: dict[str, Any], *, rate: float, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from treetune.cli import terminal
+from treetune.core import masking
 
 REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, FUNCTION, START = "refused", "listed", "documents", "order", "weights", "function", "start"
 # refused: another value is an error. listed: it takes effect and is printed. documents, order, weights, function: refused unless what
@@ -153,7 +153,7 @@ def shown(value: Any) -> str:
         text = " ".join(item if isinstance(item, str) else shown(item) for item in value)
     else:
         text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    text = terminal.masked(text if text.isprintable() else json.dumps(text))
+    text = masking.mask_secrets(text if text.isprintable() else json.dumps(text))
     return text if len(text) <= 60 else text[:56] + " ..."
 
 

@@ -16,9 +16,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from treetune.cli import bar, terminal
+from treetune.cli import bar
 from treetune.cli.bar import clock as clock
-from treetune.core import observe
+from treetune.core import masking, observe
 
 try:
     import resource
@@ -48,7 +48,7 @@ class Screen:
 
     def line(self, text: str, style: str = "") -> None:
         """One line of plain text."""
-        self.console.print(Text(terminal.safe(terminal.masked(text))), style=style)
+        self.console.print(Text(masking.escape_controls(masking.mask_secrets(text))), style=style)
 
     @property
     def colours(self) -> bool:
@@ -57,11 +57,11 @@ class Screen:
 
     def text(self, text: Text | str) -> None:
         """A text of its own styles, or plain."""
-        self.console.print(text if isinstance(text, Text) else Text(terminal.safe(text)))
+        self.console.print(text if isinstance(text, Text) else Text(masking.escape_controls(text)))
 
     def stream(self, text: str) -> None:
         """A piece of a text that goes on."""
-        self.console.print(Text(terminal.safe(text)), end="")
+        self.console.print(Text(masking.escape_controls(text)), end="")
 
     def warn(self, text: str) -> None:
         """One line that should be noticed."""
@@ -73,7 +73,7 @@ class Screen:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column()
         for name, value in rows.items():
-            table.add_row(name, Text(terminal.safe(terminal.masked(value))))
+            table.add_row(name, Text(masking.escape_controls(masking.mask_secrets(value))))
         self.console.print(table)
 
     @contextlib.contextmanager

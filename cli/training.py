@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, cadence, corpus, finish, loop, parse, precompute, products, provenance, rundir, setup, sharing, terminal
+from treetune.cli import bases, cadence, corpus, finish, loop, parse, precompute, products, provenance, rundir, setup, sharing
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
 from treetune.cli.screen import Screen
-from treetune.core import param, step, tree
+from treetune.core import masking, param, step, tree
 from treetune.core.data import chat_templates, fingerprint, ledger, loader, pack, sources, spans, streaming
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, bare
@@ -305,7 +305,7 @@ def train(command: str, config: Any, given: frozenset[str], method: methods.Meth
 def create(config: Any, made: Assembly) -> None:
     """Begin the run in its folder."""
     described = parse.to_yaml(config, without=("resume", "overwrite"))  # these say how it was started, not what it is
-    rundir.create(made.where, terminal.masked(described), makes=("model" if made.trees.lora is None else "adapter",))
+    rundir.create(made.where, masking.mask_secrets(described), makes=("model" if made.trees.lora is None else "adapter",))
 
 
 def _train(config: Any, made: Assembly, sampler: Callable, screen: Screen, ranks: setup.Ranks) -> int:

@@ -8,15 +8,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from treetune.cli import corpus, guard, page, parse, passages, rundir, setup
+from rich.text import Text
+
+from treetune.cli import corpus, guard, parse, rundir, setup
 from treetune.cli.configs import Preprocess
 from treetune.cli.errors import checking_input
 from treetune.cli.options.shared import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core.data import formats, kinds, loader, trees
+from treetune.core import masking
+from treetune.core.data import formats, kinds, loader, passages, trees
 from treetune.core.data.formats import Report
+from treetune.core.run import page
 
 BINS, BAR = 12, 40
+STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}  # by label of a passage
+MARKS = {"on": ("[[", "]]"), "bad": ("{{", "}}"), "half": ("((", "))"), "off": ("", "")}
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}
 
 
@@ -77,13 +83,29 @@ def by_role(reports: list[Report]) -> str:
     return ", ".join(f"{role} {tokens} ({trained} supervised)" for role, tokens, trained in formats.merged(reports).roles if tokens)
 
 
+def coloured(pieces: passages.Pieces) -> Text:
+    """The pieces for a terminal with colours."""
+    return Text.assemble(*((masking.escape_controls("".join(texts)), STYLES[label]) for label, texts in passages.join_runs(pieces)))
+
+
+def marked(pieces: passages.Pieces) -> str:
+    """The pieces with marks around what is not read only, for a terminal without colours."""
+    return "".join(f"{MARKS[label][0]}{''.join(texts)}{MARKS[label][1]}" for label, texts in passages.join_runs(pieces))
+
+
+def legend(parts: Sequence[passages.Passage]) -> str:
+    """What the marks of these passages mean, in a line."""
+    labels = {label for part in parts for _, label in part.pieces}
+    return ", ".join(f"{MARKS[label][0]}{meaning}{MARKS[label][1]}" for label, meaning in passages.MEANINGS.items() if label in labels)
+
+
 def show(screen: Screen, shown: list[passages.Passage], row: int, *, colours: bool) -> None:
     """A document on the screen, in colours or with marks."""
     screen.line(f"\nrow {row}", "bold")
     for passage in shown:
         if passage.title:
             screen.line(passage.title, "bold")
-        screen.text(passages.coloured(passage.pieces) if colours else passages.marked(passage.pieces))
+        screen.text(coloured(passage.pieces) if colours else marked(passage.pieces))
 
 
 def ignored(config: Preprocess) -> dict[str, str]:
@@ -110,7 +132,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         rows = summary(docs, config) | ({"by role": by_role(reports)} if kind.read is None else {})
         if config.html:
             guard.require_own(Path(config.html), guard.PAGE, "--html")
-            shown = page.documents(docs[: config.html_rows], tokenizer, kind)
+            shown = page.documents(docs[: config.html_rows], tokenizer, kind.read)
             lines_ = "\n".join(histogram(corpus.lengths(docs)))
             text = page.render("rows.jinja", name=" ".join(config.data.data), rows=rows, histogram=lines_, **shown)
             Path(config.html).parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +141,9 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         screen.line(line)
     screen.table("", rows | {"time": f"{time.perf_counter() - start:.1f} s"})
     screen.line("\n".join(histogram(corpus.lengths(docs))))
-    shown = [(doc.row, passages.of(doc, tokenizer, kind)) for doc in docs[: config.debug]]
+    shown = [(doc.row, passages.split(doc, tokenizer, kind.read)) for doc in docs[: config.debug]]
     if shown and not screen.colours:
-        screen.line(f"\n{passages.legend([one for _, parts in shown for one in parts])}; the rest is read only")
+        screen.line(f"\n{legend([one for _, parts in shown for one in parts])}; the rest is read only")
     for row, parts in shown:
         show(screen, parts, row, colours=screen.colours)
     if config.html:

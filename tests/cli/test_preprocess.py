@@ -6,10 +6,9 @@ import re
 
 import pytest
 
-from treetune.cli import passages
 from treetune.cli.commands import preprocess
 from treetune.cli.options.shared import shared
-from treetune.core.data import spans
+from treetune.core.data import passages, spans
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(6)]
 JUDGED = [{"prompt": f"{i} + 1 = ", "completion": f"it is {i + i % 2}", "label": i % 2 == 1} for i in range(6)]
@@ -70,7 +69,7 @@ def test_weights_have_their_colours(kit):
     tokenizer = kit.tokenizer()
     ids = tokenizer("abc")["input_ids"]
     doc = spans.Doc(np.array(ids), np.array([0.0, 1.0, 0.5], np.float32), 7)
-    assert passages.document(doc, tokenizer) == (7, [("a", "off"), ("b", "on"), ("c", "half")])
+    assert passages.label_tokens(doc, tokenizer) == [("a", "off"), ("b", "on"), ("c", "half")]
 
 
 def test_worker_processes_change_nothing_but_the_time(tune, tiny):

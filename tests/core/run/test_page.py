@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from treetune.cli import page
+from treetune.core.run import page
 
 
 @pytest.mark.parametrize(
@@ -22,14 +22,14 @@ from treetune.cli import page
     ],
 )
 def test_blanks_and_control_characters_can_be_seen(text, parts):
-    assert list(page.visible(text)) == parts
+    assert list(page.mark_blanks(text)) == parts
 
 
 def test_nothing_becomes_markup_and_nothing_is_fetched():
     evil = "<script>alert(1)</script>&'\"><img src=x>"
     groups = [{"step": 1, "prompt": evil, "more": 0, "completions": [
-        {"how": "on", "advantage": "+1", "rewards": [(evil, evil)], "about": evil, "answer": evil}]}]  # fmt: skip
-    values = {"rows": {evil: evil}, "charts": [], "shown": [], "hows": set(), "groups": groups, "samples": [(evil, [(1, evil)])]}
+        {"label": "on", "advantage": "+1", "rewards": [(evil, evil)], "about": evil, "answer": evil}]}]  # fmt: skip
+    values = {"rows": {evil: evil}, "charts": [], "docs": [], "labels": set(), "groups": groups, "samples": [(evil, [(1, evil)])]}
     text = page.render("run.jinja", name=evil, **values)
     assert "<script" not in text and "<img" not in text
     assert not re.search(r"https?:|<[^>]*src=|url\(|@import|<link", text)

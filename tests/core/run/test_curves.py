@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from treetune.cli import curves
+from treetune.core.run import curves
 
 
 def titles(history, loss="nats per supervised token"):

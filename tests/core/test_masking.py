@@ -1,8 +1,8 @@
-"""Text from outside as a terminal may see it."""
+"""Text from outside, safe to show."""
 
 import pytest
 
-from treetune.cli import terminal
+from treetune.core import masking
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ from treetune.cli import terminal
     ],
 )
 def test_control_characters_are_written_out(text, shown):
-    assert terminal.safe(text) == shown
-    assert terminal.safe(shown) == shown
+    assert masking.escape_controls(text) == shown
+    assert masking.escape_controls(shown) == shown
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,13 @@ def test_control_characters_are_written_out(text, shown):
     ],
 )
 def test_passwords_of_addresses_are_hidden(text, shown):
-    assert terminal.masked(text) == shown and terminal.masked(shown) == shown
+    assert masking.mask_secrets(text) == shown and masking.mask_secrets(shown) == shown
 
 
 def test_a_message_is_one_safe_line():
-    assert terminal.message("a\n b\x1b[2J https://u:p@h/") == "a b\\x1b[2J https://***@h/"
+    assert masking.one_line("a\n b\x1b[2J https://u:p@h/") == "a b\\x1b[2J https://***@h/"
 
 
 @pytest.mark.parametrize("text", ["naïve café", "你好，世界", "👨‍👩‍👧‍👦 🇩🇪 👍🏽", "e\u0301", "שלום עולם", "مرحبا", "[[x]] [bold]y[/]"])
 def test_people_s_texts_stay_as_they_are(text):
-    assert terminal.safe(text) == text
+    assert masking.escape_controls(text) == text

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import curves, page, rundir, terminal
-from treetune.core.data import kinds
+from treetune.core import drafts, masking
+from treetune.core.data.spans import Doc
+from treetune.core.data.trees import TreeDoc
+from treetune.core.run import curves, page
 
 BEST, WORST = 3, 2  # completions of a prompt to show, where there are more
 LOSS = {
@@ -20,19 +22,30 @@ LOSS = {
 
 
 def write(
-    run: rundir.RunDir, *, docs: Sequence, tokenizer: Any, kind: kinds.Kind, unit: str, history: Sequence[dict], rows: dict[str, str]
+    run_dir: Path,
+    *,
+    history: Sequence[dict],
+    rows: Mapping[str, str],
+    docs: Sequence[Doc | TreeDoc],
+    tokenizer: Any,
+    read: str | None,
+    unit: str,
 ) -> None:
-    """Write report.html into a run folder. rows: facts for its head; unit: what the loss is a mean over."""
+    """Write report.html into a run folder, with the samples of its samples.jsonl.
+
+    history: records of metrics.jsonl; rows: facts for the head of the page, by name; docs: documents to show as they are trained;
+    read: `kinds.Kind.read` of their kind; unit: what the loss is a mean over.
+    """
     steps = [record["step"] for record in history if "train/loss" in record]
-    samples, groups = _answers(run.samples, {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())
-    rows = {name: terminal.masked(value) for name, value in rows.items()}
-    shown = page.documents(docs, tokenizer, kind) | {"samples": samples, "groups": groups, "rows": rows}
-    charts = curves.charts(history, loss=LOSS.get(unit, f"mean over {unit.rstrip(',')}"))
-    rundir.write(run.root / "report.html", page.render("run.jinja", name=run.root.name, charts=charts, **shown))
+    samples, groups = _answers(run_dir / "samples.jsonl", {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())
+    values = page.documents(docs, tokenizer, read) | {"samples": samples, "groups": groups}
+    values["rows"] = {name: masking.mask_secrets(value) for name, value in rows.items()}
+    values["charts"] = curves.charts(history, loss=LOSS.get(unit, f"mean over {unit.rstrip(',')}"))
+    drafts.write(run_dir / "report.html", page.render("run.jinja", name=run_dir.name, **values))
 
 
 def _answers(path: Path, steps: set[int]) -> tuple[list, list[dict]]:
-    """Sample answers by prompt, and for each of the steps the completions of one prompt, that of the widest rewards."""
+    """Sample answers by prompt, and for each of the steps the completions of one prompt, the one with the widest advantages."""
     samples: dict[str, list] = {}
     scored: dict[int, dict[str, list]] = {}
     for record in _records(path):
@@ -44,7 +57,7 @@ def _answers(path: Path, steps: set[int]) -> tuple[list, list[dict]]:
 
 
 def _records(path: Path) -> Iterator[dict]:
-    """One by one, because a long run leaves more completions than fit in memory; what is no record is passed over."""
+    """Records one by one, because a long run leaves more completions than fit in memory; lines that are no record are skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
@@ -61,8 +74,8 @@ def _group(step: int, prompts: dict[str, list[dict]]) -> dict:
     """The completions of the prompt whose advantages differ most, best first."""
     prompt = max(prompts, key=lambda text: _spread(prompts[text]))
     ordered = sorted(prompts[prompt], key=lambda record: -_number(record.get("advantage")))
-    shown = ordered if len(ordered) <= BEST + WORST else ordered[:BEST] + ordered[-WORST:]
-    return {"step": step, "prompt": prompt, "completions": [_completion(one) for one in shown], "more": len(ordered) - len(shown)}
+    extremes = ordered if len(ordered) <= BEST + WORST else ordered[:BEST] + ordered[-WORST:]
+    return {"step": step, "prompt": prompt, "completions": [_completion(one) for one in extremes], "more": len(ordered) - len(extremes)}
 
 
 def _spread(records: list[dict]) -> float:
@@ -80,5 +93,5 @@ def _completion(record: dict) -> dict:
     rewards = [(name, "no opinion" if value is None else f"{value:.4g}") for name, value in record["rewards"].items()]
     about = f"{record['tokens']} tokens" if "tokens" in record else ""
     about += "" if record.get("stopped", True) else ", cut off"
-    how = "on" if advantage > 0 else "bad" if advantage < 0 else "off"
-    return {"how": how, "advantage": f"{advantage:+.2f}", "rewards": rewards, "about": about, "answer": record["answer"]}
+    label = "on" if advantage > 0 else "bad" if advantage < 0 else "off"
+    return {"label": label, "advantage": f"{advantage:+.2f}", "rewards": rewards, "about": about, "answer": record["answer"]}

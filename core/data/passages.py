@@ -1,0 +1,72 @@
+"""Documents as people read them: tokens as text, each with what the loss makes of it, and the sides of a pair apart."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from treetune.core.data import detokenise, trees
+from treetune.core.data.spans import Doc
+
+# Labels: "on" is supervised at weight 1 (or judged good), "half" at another weight, "bad" is to be avoided, "off" is read only.
+MEANINGS = {"on": "supervised", "bad": "rejected, or judged bad", "half": "at another weight"}
+Pieces = list[tuple[str, str]]  # (text of a token, or of several where a character needs them; label)
+
+
+class Passage(NamedTuple):
+    """A part of a document: its title ("" for a whole document) and text; side: "on" or "bad" for a completion to prefer or to avoid."""
+
+    title: str
+    pieces: Pieces
+    side: str = "off"
+
+
+def split(doc: Doc | trees.TreeDoc, tokenizer: Any, read: str | None) -> list[Passage]:
+    """The document in one passage, or its prompt and then each completion. read: `kinds.Kind.read` of its kind."""
+    if read == "classes":
+        labels = ["off" if label < 0 else "on" if label else "bad" for label in doc.classes.tolist()]
+        return [Passage("", detokenise.labelled(tokenizer, doc.tokens.tolist(), labels))]
+    if not isinstance(doc, trees.TreeDoc) or not doc.branch[-1]:
+        return [Passage("", label_tokens(doc, tokenizer))]
+    return _tree(doc, tokenizer)
+
+
+def label_tokens(doc: Doc | trees.TreeDoc, tokenizer: Any) -> Pieces:
+    """The tokens of a document as text, labelled by their weights."""
+    return detokenise.labelled(tokenizer, doc.tokens.tolist(), _weight_labels(doc))
+
+
+def _tree(doc: trees.TreeDoc, tokenizer: Any) -> list[Passage]:
+    # Each completion is decoded after its prompt: some decoders need what comes before, and a character may begin in the prompt.
+    labels, trunk = _weight_labels(doc), [i for i, branch in enumerate(doc.branch.tolist()) if branch == 0]
+    passages: list[Passage] = []
+    for title, avoid, branch in zip(*titles(doc), trees.branches(doc), strict=True):
+        rows = [*trunk, *branch]
+        marks = [
+            ("bad" if avoid and i >= len(trunk) and labels[row] == "on" else labels[row], i >= len(trunk)) for i, row in enumerate(rows)
+        ]
+        texts = detokenise.labelled(tokenizer, doc.tokens[rows].tolist(), marks)
+        prompt, completion = ([(text, label) for text, (label, part) in texts if part is after] for after in (False, True))
+        passages += [] if passages else [Passage("prompt", prompt)]
+        passages.append(Passage(title, completion, "bad" if avoid else "on"))
+    return passages
+
+
+def _weight_labels(doc: Doc | trees.TreeDoc) -> list[str]:
+    return ["off" if weight == 0 else "on" if weight == 1 else "half" for weight in doc.weight.tolist()]
+
+
+def titles(doc: trees.TreeDoc) -> tuple[list[str], list[bool]]:
+    """(title of each completion, whether it is one to avoid)."""
+    if "desirable" not in doc.extras:
+        return ["chosen", "rejected"], [False, True]
+    desirable = bool(doc.extras["desirable"][0])
+    return [f"completion, {'' if desirable else 'un'}desirable", "completion of another row, for the baseline"], [not desirable, False]
+
+
+def join_runs(pieces: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Neighbouring pieces of one label together: (label, their texts)."""
+    groups: list[tuple[str, list[str]]] = []
+    for text, label in pieces:
+        if not groups or groups[-1][0] != label:
+            groups.append((label, []))
+        groups[-1][1].append(text)
+    return groups

@@ -1,0 +1,67 @@
+"""HTML pages in one file: no scripts, nothing fetched, for light and dark and for phones."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from treetune.core import masking, owned
+from treetune.core.data import passages
+from treetune.core.data.spans import Doc
+from treetune.core.data.trees import TreeDoc
+from treetune.core.run import curves
+
+FOLDER = Path(__file__).parent / "pages"
+SIZES = {"width": curves.WIDTH, "height": curves.HEIGHT, "left": curves.LEFT, "right": curves.RIGHT}
+LONG = 8  # blanks in a row that are counted instead of drawn
+_INSIDE = re.compile(rf"\n{{3,}}|\n|\t+| {{{LONG + 1},}}|{masking.ESCAPES}")
+_ENDS = re.compile(rf"\A +| +(?=\n|\Z)|{_INSIDE.pattern}")
+
+
+def mark_blanks(text: str, *, ends: bool = True) -> Iterator[tuple[str, str]]:
+    """(class, part) of a text: class "" for what can be seen, a CSS class for line breaks, tabs, long gaps and control characters.
+
+    ends: whether spaces at both ends of the text and of its lines are marked, too.
+    """
+    escaped, end = masking.escape_controls(text), 0
+    for match in (_ENDS if ends else _INSIDE).finditer(escaped):
+        part = match.group()
+        if part.startswith("\\") and part in text:
+            continue  # the text itself has a backslash there
+        if match.start() > end:
+            yield "", escaped[end : match.start()]
+        end = match.end()
+        yield from _blank(part)
+    if end < len(escaped):
+        yield "", escaped[end:]
+
+
+def _blank(part: str) -> Iterator[tuple[str, str]]:
+    if part.startswith("\\"):
+        yield "code", part
+    elif part == "\n":
+        yield "nl", part
+    elif part[0] == "\n":
+        yield "gap", f"{len(part)} line breaks"
+        yield "", "\n"
+    elif part[0] == "\t":
+        yield "tab", part
+    else:
+        yield ("gap", f"{len(part)} spaces") if len(part) > LONG else ("space", part)
+
+
+def documents(docs: Sequence[Doc | TreeDoc], tokenizer: Any, read: str | None) -> dict[str, Any]:
+    """Values for the macros `documents` and `legend`: (row, passages) of each document, and the labels that occur in them."""
+    rows = [(doc.row, passages.split(doc, tokenizer, read)) for doc in docs]
+    return {"docs": rows, "labels": {label for _, parts in rows for part in parts for _, label in part.pieces}}
+
+
+def render(template: str, *, name: str, **values: Any) -> str:
+    """The page that a file of `pages/` makes of these values; every text is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True)
+    environment.globals |= {"mark_blanks": mark_blanks, "join_runs": passages.join_runs, "meanings": passages.MEANINGS}
+    environment.globals |= {"beginning": owned.PAGE, **SIZES}
+    source, style = ((FOLDER / file).read_text(encoding="utf-8") for file in ("parts.jinja", "style.css"))
+    return environment.from_string(source + (FOLDER / template).read_text(encoding="utf-8")).render(name=name, style=style, **values)
