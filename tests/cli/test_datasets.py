@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from treetune.cli import corpus
-from treetune.cli.options.shared import shared
+from treetune.cli.options import shared
 from treetune.core.data import kinds, trees
 from treetune.models import llama
 

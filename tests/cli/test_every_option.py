@@ -6,7 +6,7 @@ import re
 import pytest
 
 from treetune.cli import configs, parse
-from treetune.cli.options.shared import shared
+from treetune.cli.options import shared
 from treetune.models import dense
 
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_stepped_aside_comes_back(kit, tiny, tune, run):
 def test_sample_rows_are_part_of_the_package(here, monkeypatch):
     """As a wheel lays them out: `samples` beside `cli`."""
     from treetune.cli import samples
-    from treetune.cli.options.shared import shared
+    from treetune.cli.options import shared
 
     source = Path(samples.__file__).resolve().parent
     shutil.copytree(source, here / "treetune/cli")

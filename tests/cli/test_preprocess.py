@@ -7,7 +7,7 @@ import re
 import pytest
 
 from treetune.cli.commands import preprocess
-from treetune.cli.options.shared import shared
+from treetune.cli.options import shared
 from treetune.core.data import passages, spans
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(6)]

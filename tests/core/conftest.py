@@ -106,7 +106,7 @@ def adapter():
 def objective():
     """objective(model, lora=None) -> the supervised objective that `treetune sft` trains."""
     from treetune.cli import setup
-    from treetune.cli.options.shared import shared
+    from treetune.cli.options import shared
 
     def make(model, lora=None, remat=None, **loss):
         return setup.objective(setup.logprob(model, lora, remat=remat), shared.LossOptions(**loss))

@@ -9,7 +9,7 @@ import math
 import torch
 
 from treetune.cli import setup
-from treetune.cli.options.shared import shared
+from treetune.cli.options import shared
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
 from treetune.models import Model, llama
