@@ -17,7 +17,7 @@ from treetune.core.data import kinds, strides
 from treetune.core.lora import Lora
 from treetune.core.state import Batch, TrainState
 from treetune.losses import ebft
-from treetune.losses import strided as objectives
+from treetune.losses import ebft_objective as objectives
 from treetune.models import Model, bare, decode_branches, logprobs_beside
 from treetune.ops import attention, noise
 

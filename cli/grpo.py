@@ -41,7 +41,7 @@ from treetune.core.data.trees import TreeDoc
 from treetune.core.rollout import feed
 from treetune.core.rollout.group import Group
 from treetune.core.state import TrainState
-from treetune.losses import online as objectives
+from treetune.losses import policy_gradient as objectives
 from treetune.models import bare
 from treetune.ops import attention, noise
 

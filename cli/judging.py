@@ -10,7 +10,7 @@ from treetune.cli import method, setup
 from treetune.core import tree
 from treetune.core.data import kinds, pack
 from treetune.core.state import Params
-from treetune.losses import judged
+from treetune.losses import reward_objective
 from treetune.models import Model, bare, heads
 
 
@@ -58,13 +58,13 @@ def _parts(config: Any, model: Model, used: setup.Trees, on: torch.device, *, cl
 
 def reward(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: Any) -> method.Parts:
     """A reward model: one score for a whole answer."""
-    ranked = partial(judged.ranked, centre=config.loss.center_rewards_coefficient)
+    ranked = partial(reward_objective.ranked, centre=config.loss.center_rewards_coefficient)
     return _parts(config, model, used, on, classes=1, read="last", objective=ranked)
 
 
 def prm(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: Any) -> method.Parts:
     """A process reward model: good or bad, for each step."""
-    return _parts(config, model, used, on, classes=2, read="classes", objective=judged.steps)
+    return _parts(config, model, used, on, classes=2, read="classes", objective=reward_objective.steps)
 
 
 RATES = (1e-4, 1e-5)

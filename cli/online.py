@@ -14,7 +14,7 @@ from treetune.cli.rl_checks import off_policy
 from treetune.core import shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState
-from treetune.losses import advantage, correction, divergence, online, online_truth, policy, ratio, reduce
+from treetune.losses import advantage, correction, divergence, policy, policy_gradient, policy_gradient_with_sft, ratio, reduce
 from treetune.models import Model, logprobs_beside
 
 RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
@@ -91,14 +91,14 @@ def _reports(options: PolicyLoss) -> list[Callable]:
     made, (low, high) = choices(options), clip_bounds(options)
     whole = made.ratio in ("sequence", "sequence_sum")
     if made.term == "cispo":
-        return [partial(online.cispo_clip_ratio, epsilon_high=options.epsilon_high, by_sequence=whole)]
+        return [partial(policy_gradient.cispo_clip_ratio, epsilon_high=options.epsilon_high, by_sequence=whole)]
     if made.term == "vespo":
-        return [online.vespo_phi]
-    return [partial(online.clip_ratio, low=1 - low, high=1 + high, by_sequence=whole)] if made.term == "ppo_clip" else []
+        return [policy_gradient.vespo_phi]
+    return [partial(policy_gradient.clip_ratio, low=1 - low, high=1 + high, by_sequence=whole)] if made.term == "ppo_clip" else []
 
 
 def _terms(config: Any) -> dict[str, Any]:
-    """Options of losses.online.objective besides its policy term."""
+    """Options of losses.policy_gradient.objective besides its policy term."""
     loss, how, made = config.loss, config.correction, choices(config.loss)
     correct = None
     if how.vllm_importance_sampling_correction and off_policy(config):
@@ -139,8 +139,12 @@ def build(
     found = _reference(config, model, used, on, say)
     quiet = setup.logprob(model, found.trees.lora, temperature=heat)
     train = partial(setup.logprob, model, found.trees.lora, remat=remat, temperature=heat)
-    make = partial(online.objective, term=term(loss), **_terms(config))
-    objective = online_truth.objective(train(run=logprobs_beside), make, coef=ce_coef, name="ebft/ce_loss") if ce_coef else make(train())
+    make = partial(policy_gradient.objective, term=term(loss), **_terms(config))
+    objective = (
+        policy_gradient_with_sft.objective(train(run=logprobs_beside), make, coef=ce_coef, name="ebft/ce_loss")
+        if ce_coef
+        else make(train())
+    )
     extra, between = found.extra, []
     if config.reference.sync_ref_model:
         between.append(reference.syncer(config.reference))
@@ -161,7 +165,7 @@ def build(
 
 def _with_truth(docs: list, **options: Any) -> dict:
     """The stream of documents of which some have true completions."""
-    return online_truth.aside(pack.collate_trees(docs, **options))
+    return policy_gradient_with_sft.aside(pack.collate_trees(docs, **options))
 
 
 def _reference(config: Any, model: Model, used: setup.Trees, on: torch.device, say: Callable) -> reference.Reference:

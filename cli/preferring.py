@@ -12,7 +12,7 @@ from treetune.cli.options.losses import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLo
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
-from treetune.losses import kto, limits, paired, preference, reduce, reference_free, unpaired
+from treetune.losses import kto, kto_objective, limits, preference, preference_objective, reduce, reference_free
 from treetune.models import Model
 
 SCORES = {"reverse_kl": preference.reverse_kl, "forward_kl": preference.forward_kl, "js": preference.js}
@@ -32,7 +32,7 @@ def weights(options: DpoLoss) -> dict[str, float]:
     return dict(zip(map(name, options.loss), options.loss_weights or (1.0,) * len(options.loss), strict=True))
 
 
-def pair_loss(options: DpoLoss) -> paired.PairLoss | None:
+def pair_loss(options: DpoLoss) -> preference_objective.PairLoss | None:
     """The loss of a pair that the options name, sft aside, which is a mean over tokens; None when that is all."""
     parts = [(_one(key, options), weight) for key, weight in weights(options).items() if key != "sft"]
     if len(parts) == 1 and parts[0][1] == 1:
@@ -40,7 +40,7 @@ def pair_loss(options: DpoLoss) -> paired.PairLoss | None:
     return preference.weighted(tuple(parts)) if parts else None
 
 
-def _one(key: str, options: DpoLoss) -> paired.PairLoss:
+def _one(key: str, options: DpoLoss) -> preference_objective.PairLoss:
     chosen: dict[str, Any] = {"beta": options.rl_beta}
     if key in SMOOTHED and options.dpo_label_smoothing:
         chosen["label_smoothing"] = options.dpo_label_smoothing
@@ -70,8 +70,13 @@ def dpo(config: Any, model: Model, used: setup.Trees, *, on: torch.device, say=p
     found = reference.build(config.reference, model, used, config, on=on, say=say)
     train, held = _logprobs(config, model, found.trees)
     nll = weights(options).get("sft", 0.0) + (options.rpo_alpha or 0.0)
-    choices = paired.Options(nll_coef=nll, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
-    make = partial(paired.objective, loss=pair_loss(options), rewards=paired.implicit_rewards(options.rl_beta), options=choices)
+    choices = preference_objective.Options(nll_coef=nll, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
+    make = partial(
+        preference_objective.objective,
+        loss=pair_loss(options),
+        rewards=preference_objective.implicit_rewards(options.rl_beta),
+        options=choices,
+    )
     return method.Parts(
         found.trees,
         make(train),
@@ -88,14 +93,14 @@ def _free(
     config: Any,
     model: Model,
     used: setup.Trees,
-    loss: paired.PairLoss,
-    rewards: paired.Rewards,
-    options: paired.Options,
+    loss: preference_objective.PairLoss,
+    rewards: preference_objective.Rewards,
+    options: preference_objective.Options,
     more: Callable | None = None,
 ) -> method.Parts:
     """A method on pairs that needs no reference."""
     train, held = _logprobs(config, model, used)
-    make = partial(paired.objective, loss=loss, rewards=rewards, options=options, more=more)
+    make = partial(preference_objective.objective, loss=loss, rewards=rewards, options=options, more=more)
     return method.Parts(used, make(train), make(held, want=EVERY), (partial(pack.collate_trees, prompts=options.prompts),))
 
 
@@ -104,8 +109,15 @@ def cpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
     options: CpoLoss = config.loss
     fn = CPO_LOSSES.get(options.loss, reference_free.cpo)
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}
-    rewards = (paired.mean_rewards if options.loss == "ipo" else paired.implicit_rewards)(options.rl_beta)
-    return _free(config, model, used, partial(fn, beta=options.rl_beta, **smoothing), rewards, paired.Options(nll_coef=options.cpo_alpha))
+    rewards = (preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards)(options.rl_beta)
+    return _free(
+        config,
+        model,
+        used,
+        partial(fn, beta=options.rl_beta, **smoothing),
+        rewards,
+        preference_objective.Options(nll_coef=options.cpo_alpha),
+    )
 
 
 def simpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
@@ -114,7 +126,14 @@ def simpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Part
     loss = partial(reference_free.simpo, beta=options.rl_beta, gamma=options.simpo_gamma)
     if options.simpo_alpha:
         loss = partial(reference_free.alphapo, beta=options.rl_beta, gamma=options.simpo_gamma, alpha=options.simpo_alpha)
-    return _free(config, model, used, loss, paired.mean_rewards(options.rl_beta), paired.Options(nll_coef=options.cpo_alpha))
+    return _free(
+        config,
+        model,
+        used,
+        loss,
+        preference_objective.mean_rewards(options.rl_beta),
+        preference_objective.Options(nll_coef=options.cpo_alpha),
+    )
 
 
 def orpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
@@ -125,9 +144,9 @@ def orpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts
         odds = reference_free.odds_ratio(pairs)
         return {"log_odds_chosen": odds, "log_odds_ratio": torch.nn.functional.logsigmoid(odds)}
 
-    choices = paired.Options(nll_coef=1.0, prompts=options.orpo_nll_scope == "full")
+    choices = preference_objective.Options(nll_coef=1.0, prompts=options.orpo_nll_scope == "full")
     loss = partial(reference_free.orpo, beta=options.orpo_alpha)
-    return _free(config, model, used, loss, paired.mean_rewards(options.orpo_alpha), choices, more)
+    return _free(config, model, used, loss, preference_objective.mean_rewards(options.orpo_alpha), choices, more)
 
 
 def _branch(docs: list, *, which: int, **options: Any) -> dict:
@@ -135,7 +154,7 @@ def _branch(docs: list, *, which: int, **options: Any) -> dict:
     return pack.collate_trees([trees.only(doc, which) for doc in docs], **options)
 
 
-def _unpaired_loss(options: KtoLoss) -> unpaired.UnpairedLoss:
+def _unpaired_loss(options: KtoLoss) -> kto_objective.UnpairedLoss:
     chosen = {"beta": options.rl_beta}
     if options.loss == "bco":
         return lambda logp, ref, good, batch: kto.bco(logp, ref, good, batch["delta"].to(logp.dtype), **chosen)
@@ -150,7 +169,7 @@ def judged(config: Any, model: Model, used: setup.Trees, *, on: torch.device, me
     options: KtoLoss = config.loss
     found = reference.build(config.reference, model, used, config, on=on, say=say)
     train, held = _logprobs(config, model, found.trees)
-    make = partial(unpaired.objective, loss=_unpaired_loss(options), beta=options.rl_beta)
+    make = partial(kto_objective.objective, loss=_unpaired_loss(options), beta=options.rl_beta)
     streams = (partial(_branch, which=1), partial(_branch, which=2)) if options.loss == "kto" else (partial(_branch, which=1),)
     extra, between = found.extra, []
     if config.reference.sync_ref_model:

@@ -24,7 +24,7 @@ from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Objective, Params
-from treetune.losses import sft, supervised
+from treetune.losses import sft, sft_objective
 from treetune.models import Model, adapter, bare, fetch, gguf, heads, hf, logprobs, resize, tokenizer_config
 from treetune.models.dense import Neftune
 
@@ -326,7 +326,7 @@ def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ())
 
     want += ["topk_entropy"] if options.loss == "eaft" else []
     want += ["mean_logit"] if options.label_smoothing else []
-    return supervised.objective(logprob_fn, token_loss, want=tuple(want))
+    return sft_objective.objective(logprob_fn, token_loss, want=tuple(want))
 
 
 def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:

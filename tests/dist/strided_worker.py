@@ -15,7 +15,7 @@ CASES = {"full": ("full", "none"), "lora": ("lora", "none"), "full sharded": ("f
 
 
 def _loaded():
-    path = Path(__file__).parents[1] / "losses" / "test_strided_objective.py"
+    path = Path(__file__).parents[1] / "losses" / "test_ebft_objective.py"
     spec = importlib.util.spec_from_file_location("strided_scene", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from treetune.losses import online, policy, reduce
+from treetune.losses import policy, policy_gradient, reduce
 from treetune.ops.linear_logprob import TokenStats
 
 F64 = torch.float64
@@ -60,5 +60,5 @@ def run(made, params, batch):
 
 
 def of_fixture(term=PPO, *, keys=None, logp=LOGP, advantage=(1, -0.5), **options):
-    made = online.objective(stand_in, term, **options)
+    made = policy_gradient.objective(stand_in, term, **options)
     return run(made, *fixture(logp, advantage, **(keys or {})))

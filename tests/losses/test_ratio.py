@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 
 from treetune.losses import ratio
 
-spec = importlib.util.spec_from_file_location("oracle_online", Path(__file__).parents[1] / "oracle" / "online.py")
+spec = importlib.util.spec_from_file_location("oracle_policy_gradient", Path(__file__).parents[1] / "oracle" / "policy_gradient.py")
 oracle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(oracle)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from treetune.core import lora, optim, state, step, tree
-from treetune.losses import supervised
+from treetune.losses import sft_objective
 from treetune.models import hf, llama, logprobs
 from treetune.ops import attention
 
@@ -25,7 +25,7 @@ def test_evaluation_peaks_below_training(stream):
         used = lora.Lora(params["lora"], 2.0)
         return logprobs("llama", model.cfg, frozen["model"], batch, plan, lora=used, want=want)
 
-    objective, optimizer = supervised.objective(logprob), optim.adamw()
+    objective, optimizer = sft_objective.objective(logprob), optim.adamw()
     params = {"lora": adapter}
     start = state.TrainState(params, {"model": weights}, optimizer.init(params), {}, torch.tensor(0, device="cuda"))
     take, evaluate = step.make_step(objective, optimizer, schedule=optim.constant(1e-4)), step.make_eval(objective)

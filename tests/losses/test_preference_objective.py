@@ -8,7 +8,7 @@ import torch
 
 from treetune.core import tree
 from treetune.core.data import pack, trees
-from treetune.losses import paired, preference
+from treetune.losses import preference, preference_objective
 from treetune.ops import linear_logprob
 
 spec = importlib.util.spec_from_file_location("preference_scene", Path(__file__).with_name("scene.py"))
@@ -135,7 +135,10 @@ def test_documented_metrics_of_the_fixture():
     stream = {"seq": torch.arange(4).repeat_interleave(lens), "seq_lens": lens}
     stream |= {"cu_docs": torch.tensor([0, 9, 18]), "doc_of_seq": torch.tensor([0, 0, 1, 1])}
     stats = linear_logprob.TokenStats(*[None] * len(linear_logprob.TokenStats._fields))
-    got = {name: metric.value.item() for name, metric in paired.metrics(stats, stream, pairs, paired.implicit_rewards(0.1)).items()}
+    got = {
+        name: metric.value.item()
+        for name, metric in preference_objective.metrics(stats, stream, pairs, preference_objective.implicit_rewards(0.1)).items()
+    }
     assert got.items() >= {"num_tokens": 18, "supervised_tokens": 10}.items()
     expected = {
         "rewards/chosen": -0.0125, "rewards/rejected": -0.05, "rewards/margins": 0.0375, "rewards/accuracies": 0.5,

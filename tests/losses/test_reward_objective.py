@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from treetune.core import tree
 from treetune.core.data import pack, trees
-from treetune.losses import judged
+from treetune.losses import reward_objective
 from treetune.models import heads
 
 spec = importlib.util.spec_from_file_location("preference_scene", Path(__file__).with_name("scene.py"))
@@ -166,7 +166,7 @@ def test_the_fixture_of_the_contract():
     stream = pack.collate_trees(documents("reward")[:2], read="last")
     margin = {"margin": torch.tensor([0.5, 0.5, 0.0, 0.0])}
     for extra, centre, value in (({}, 0.0, 0.6064052130), (margin, 0.0, 0.7009394199), ({}, 0.01, 0.6220302130)):
-        objective = judged.ranked(lambda *_: scores, centre=centre)
+        objective = reward_objective.ranked(lambda *_: scores, centre=centre)
         terms, metrics = objective.terms({}, {}, stream | extra, None)
         assert (terms["pairs"] / objective.counts(stream)["pairs"]).item() == pytest.approx(value, abs=1e-9)
         found = {name: metrics[name].value.item() for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")}

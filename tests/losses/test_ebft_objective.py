@@ -13,7 +13,7 @@ from treetune.cli import configs, ebft_strided, setup
 from treetune.cli.options.ebft import EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
-from treetune.losses import strided as objectives
+from treetune.losses import ebft_objective as objectives
 
 
 def loaded(name: str, path: Path):

@@ -8,7 +8,7 @@ import torch
 
 from treetune.core.data import pack, trees
 from treetune.core.state import Metric, Objective
-from treetune.losses import online, online_truth, policy
+from treetune.losses import policy, policy_gradient, policy_gradient_with_sft
 from treetune.models import llama, logprobs, logprobs_beside
 from treetune.ops import attention
 
@@ -77,13 +77,13 @@ def _gradients(objective, batch, params):
 
 
 def _make(logprob):
-    return online.objective(logprob, lambda ratio, advantage: policy.ppo_clip(ratio, advantage, epsilon=0.2))
+    return policy_gradient.objective(logprob, lambda ratio, advantage: policy.ppo_clip(ratio, advantage, epsilon=0.2))
 
 
 def test_what_is_taken_aside():
     """Sequences 2 and 5 are the truth: their rows predict what they hold, and the others are numbered anew."""
     whole = pack.collate_trees(_docs(truth=True))
-    batch = online_truth.aside(whole)
+    batch = policy_gradient_with_sft.aside(whole)
     plain = pack.collate_trees(_docs(truth=False))
     for name in ("seq", "seq_lens", "doc_of_seq", "row", "targets", "advantage"):
         assert torch.equal(batch[name], plain[name]), name
@@ -92,16 +92,16 @@ def test_what_is_taken_aside():
     read = batch["tokens"][batch["prompt_at"]].tolist()
     assert read == [4, 2, 5, 8], "the last token of the prompt, then the one before; what is no reply is read past"
     assert torch.equal(batch["tokens"], whole["tokens"])
-    assert online_truth.aside(plain) is plain
+    assert policy_gradient_with_sft.aside(plain) is plain
     with pytest.raises(ValueError, match="prompt_at already"):
-        online_truth.aside(pack.collate_trees(_docs(truth=True), prompts=True))
+        policy_gradient_with_sft.aside(pack.collate_trees(_docs(truth=True), prompts=True))
 
 
 def test_the_policy_loss_does_not_see_the_truth(params):
     """Its value, its metrics and its denominators are those of documents without one; log-probs are float32, so within 1e-6."""
     plain = _gradients(_make(_run(logprobs)), pack.collate_trees(_docs(truth=False)), params)
-    objective = online_truth.objective(_run(logprobs_beside), _make, coef=0.0)
-    beside = _gradients(objective, online_truth.aside(pack.collate_trees(_docs(truth=True))), params)
+    objective = policy_gradient_with_sft.objective(_run(logprobs_beside), _make, coef=0.0)
+    beside = _gradients(objective, policy_gradient_with_sft.aside(pack.collate_trees(_docs(truth=True))), params)
     assert beside[3]["policy"] == plain[3]["policy"] == 10 and beside[3]["ce"] == 4
     assert beside[0] == pytest.approx(plain[0], abs=1e-6)
     for one, other in zip(beside[1], plain[1], strict=True):
@@ -113,8 +113,8 @@ def test_the_policy_loss_does_not_see_the_truth(params):
 
 
 def test_without_advantages_the_gradient_is_that_of_the_likelihood_at_temperature_1(params):
-    batch = online_truth.aside(pack.collate_trees(_docs(truth=True, gain=[(0.0, 0.0)] * 2)))
-    objective = online_truth.objective(_run(logprobs_beside), _make, coef=0.3, name="truth")
+    batch = policy_gradient_with_sft.aside(pack.collate_trees(_docs(truth=True, gain=[(0.0, 0.0)] * 2)))
+    objective = policy_gradient_with_sft.objective(_run(logprobs_beside), _make, coef=0.3, name="truth")
     loss, found, metrics, _ = _gradients(objective, batch, params)
     grown, total = _grown(params), 0.0
     for prompt, (ids, weight) in zip(PROMPTS, TRUTH, strict=True):  # one text at a time, through the supervised path
@@ -132,7 +132,7 @@ def test_both_are_added_with_their_own_denominators():
     inner = Objective(lambda batch: {"policy": torch.tensor(3)}, lambda *_: ({"policy": torch.tensor(6.0)}, {"x": Metric(1, 1)}))
     own, truth = SimpleNamespace(logp=None), SimpleNamespace(logp=torch.tensor([-1.0, -3.0]))
     seen = []
-    objective = online_truth.objective(
+    objective = policy_gradient_with_sft.objective(
         lambda *_, want: (own, truth), lambda logprob: seen.append(logprob) or inner, coef=0.5, want=("entropy",)
     )
     batch = {"prompt_at": torch.tensor([4, 5])}

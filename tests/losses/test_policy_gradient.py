@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.losses import correction, divergence, online, policy, ratio, reduce
+from treetune.losses import correction, divergence, policy, policy_gradient, ratio, reduce
 
 spec = importlib.util.spec_from_file_location("rollouts", Path(__file__).with_name("rollouts.py"))
 rollouts = importlib.util.module_from_spec(spec)
@@ -47,7 +47,7 @@ def test_numbers_reported_with_the_worked_losses():
     plain = of_fixture(keys={"ref_logp": REF}, kl=divergence.k3, kl_coef=0.04, corrected_kl=False)[2]
     assert plain["kl"] == pytest.approx(0.0143791630, abs=1e-9)
     assert plain["policy_loss"] == pytest.approx(-0.3444471759, abs=1e-10) and plain["entropy"] == pytest.approx(1.32)
-    assert of_fixture(policy.vespo, reports=(online.vespo_phi,))[2]["vespo/phi_seq_mean"] == pytest.approx(1.1440412611, rel=1e-6)
+    assert of_fixture(policy.vespo, reports=(policy_gradient.vespo_phi,))[2]["vespo/phi_seq_mean"] == pytest.approx(1.1440412611, rel=1e-6)
 
 
 GRADIENTS = {
@@ -100,10 +100,10 @@ def test_only_tokens_of_high_entropy_train():
     keep = correction.entropy_mask(entropy, correction.entropy_threshold(entropy, quantile=0.4))
     assert keep.tolist() == [False, True, False, False, True]
     params, batch = fixture()
-    loss, slope, _ = run(online.objective(stand_in, PPO), params, batch | {"entropy_keep": keep})
+    loss, slope, _ = run(policy_gradient.objective(stand_in, PPO), params, batch | {"entropy_keep": keep})
     assert loss.item() == pytest.approx(-0.1181269247, abs=1e-10)
     assert ((slope != 0) == keep).all()
-    bonus = run(online.objective(stand_in, PPO, entropy_coef=0.01), params, batch | {"entropy_keep": keep})
+    bonus = run(policy_gradient.objective(stand_in, PPO, entropy_coef=0.01), params, batch | {"entropy_keep": keep})
     assert (bonus[0] - loss).item() == pytest.approx(-0.01 * 2.5) and bonus[2]["entropy"] == pytest.approx(1.32)
 
 
@@ -111,7 +111,7 @@ def test_weights_between_sampler_and_trainer():
     isr = [[1, 2, 0], [0.5, 1]]
     assert of_fixture(keys={"correction": isr})[0].item() == pytest.approx(-0.4906339843, abs=1e-10)
     folded = [[1, 2, 0.5], [0.5, 1]]
-    loss, _, told = of_fixture(policy.vespo, keys={"correction": folded}, reports=(online.vespo_phi,))
+    loss, _, told = of_fixture(policy.vespo, keys={"correction": folded}, reports=(policy_gradient.vespo_phi,))
     assert loss.item() == pytest.approx(0.7740664199, abs=1e-10)
     assert told["vespo/phi_seq_mean"] == pytest.approx(0.8035781753, rel=1e-6)
 
@@ -121,12 +121,12 @@ def test_weights_are_made_from_the_log_probs_where_a_batch_has_none():
     weigh = partial(correction.token_truncate, high=3.0)
     params, batch = fixture(sampler_logp=smp)
     made = weigh(batch["old_logp"], batch["sampler_logp"], batch["seq"], batch["seq_lens"])
-    loss, slope, told = run(online.objective(stand_in, PPO, correction=weigh), params, batch)
-    given, same, _ = run(online.objective(stand_in, PPO), params, batch | {"correction": made})
+    loss, slope, told = run(policy_gradient.objective(stand_in, PPO, correction=weigh), params, batch)
+    given, same, _ = run(policy_gradient.objective(stand_in, PPO), params, batch | {"correction": made})
     assert loss == given and torch.equal(slope, same) and loss != of_fixture()[0]
     assert told["sampling/importance_sampling_ratio/max"] == 3
     del batch["old_logp"]
-    fresh, slope, _ = run(online.objective(stand_in, PPO, correction=weigh), params, batch)
+    fresh, slope, _ = run(policy_gradient.objective(stand_in, PPO, correction=weigh), params, batch)
     weights = torch.tensor([torch.tensor(x).exp().clamp(max=3) for x in (0.1, 1.5, 0, 0, 0)], dtype=F64)
     torch.testing.assert_close(slope, -weights * torch.tensor([1, 1, 1, -0.5, -0.5], dtype=F64) / 5, rtol=1e-6, atol=0)
 
@@ -152,23 +152,25 @@ def test_a_dropped_sequence_may_have_an_infinite_ratio():
 
 
 def test_an_objective_without_old_log_probs_is_on_policy():
-    loss, slope, told = of_fixture(keys={"old_logp": None}, reports=(partial(online.clip_ratio, low=0.8, high=1.2),))
+    loss, slope, told = of_fixture(keys={"old_logp": None}, reports=(partial(policy_gradient.clip_ratio, low=0.8, high=1.2),))
     assert loss.item() == pytest.approx(-(3 - 1) / 5) and slope.tolist() == pytest.approx([-0.2] * 3 + [0.1] * 2)
     assert all(told[f"clip_ratio/{name}"] == 0 for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"))
 
 
 def test_clip_metrics_of_the_fixture():
-    told = of_fixture(reports=(partial(online.clip_ratio, low=0.8, high=1.2),))[2]
+    told = of_fixture(reports=(partial(policy_gradient.clip_ratio, low=0.8, high=1.2),))[2]
     expected = {"low_mean": 0, "high_mean": 0.2, "region_mean": 0.2, "low_min": 0, "high_max": 1 / 3}
     assert {name: told[f"clip_ratio/{name}"] for name in expected} == pytest.approx(expected)
-    told = of_fixture(ratio=ratio.sequence, reports=(partial(online.clip_ratio, low=0.8, high=1.04, by_sequence=True),), advantage=(1, 1))[
-        2
-    ]
+    told = of_fixture(
+        ratio=ratio.sequence, reports=(partial(policy_gradient.clip_ratio, low=0.8, high=1.04, by_sequence=True),), advantage=(1, 1)
+    )[2]
     expected = {"low_mean": 0, "high_mean": 0.5, "region_mean": 0.5, "low_min": 0, "high_max": 1}
     assert {name: told[f"clip_ratio/{name}"] for name in expected} == pytest.approx(expected)
-    low = of_fixture(reports=(partial(online.clip_ratio, low=1.1, high=9.0),), advantage=(-1, -1))[2]
+    low = of_fixture(reports=(partial(policy_gradient.clip_ratio, low=1.1, high=9.0),), advantage=(-1, -1))[2]
     assert low["clip_ratio/low_mean"] == pytest.approx(0.6) and low["clip_ratio/low_min"] == pytest.approx(0.5)
-    assert of_fixture(CISPO, reports=(partial(online.cispo_clip_ratio, epsilon_high=1.2),))[2]["cispo_clip_ratio"] == pytest.approx(0.2)
+    assert of_fixture(CISPO, reports=(partial(policy_gradient.cispo_clip_ratio, epsilon_high=1.2),))[2][
+        "cispo_clip_ratio"
+    ] == pytest.approx(0.2)
 
 
 def test_sampling_metrics_of_the_fixture():
@@ -210,7 +212,7 @@ def test_a_coefficient_of_the_batch_goes_before_the_option():
 
 
 def test_the_bonus_is_differentiated():
-    made = online.objective(stand_in, PPO, entropy_coef=0.5)
+    made = policy_gradient.objective(stand_in, PPO, entropy_coef=0.5)
     params, batch = fixture()
     terms, _ = made.terms(params, {}, batch, None)
     slope = torch.autograd.grad(terms["entropy"], params["entropy"])[0]
@@ -220,11 +222,11 @@ def test_the_bonus_is_differentiated():
 def test_a_hollow_batch_keeps_the_denominators_and_reads_nothing():
     params, batch = fixture(advantage=(0, 0), sampler_logp=SAMPLER)
     for reduction in (reduce.by_token, reduce.by_sequence, SEQUENCES, BUDGET):
-        clips = partial(online.clip_ratio, low=0.8, high=1.2)
-        made = online.objective(stand_in, PPO, reduction=reduction, correction=correction.sequence_mask, reports=(clips,))
-        whole, short = run(made, params, batch), run(made, params, online.hollow(batch))
+        clips = partial(policy_gradient.clip_ratio, low=0.8, high=1.2)
+        made = policy_gradient.objective(stand_in, PPO, reduction=reduction, correction=correction.sequence_mask, reports=(clips,))
+        whole, short = run(made, params, batch), run(made, params, policy_gradient.hollow(batch))
         assert short[0] == whole[0] == 0 and (short[1] == 0).all()
-        assert made.counts(online.hollow(batch)) == made.counts(batch)
+        assert made.counts(policy_gradient.hollow(batch)) == made.counts(batch)
         assert short[2].keys() == whole[2].keys()
         assert (whole[2]["skipped_zero_adv_batches"], short[2]["skipped_zero_adv_batches"]) == (0, 1)
         assert (whole[2]["supervised_tokens"], short[2]["supervised_tokens"], short[2]["num_tokens"]) == (5, 0, 1)
@@ -232,13 +234,13 @@ def test_a_hollow_batch_keeps_the_denominators_and_reads_nothing():
 
 def test_what_a_term_lacks_is_told_before_anything_runs():
     with pytest.raises(ValueError, match="cispo needs epsilon_high: give it by functools.partial"):
-        online.objective(stand_in, policy.cispo)
+        policy_gradient.objective(stand_in, policy.cispo)
     with pytest.raises(ValueError, match="clip_ratio needs low, high"):
-        online.objective(stand_in, PPO, reports=(online.clip_ratio,))
+        policy_gradient.objective(stand_in, PPO, reports=(policy_gradient.clip_ratio,))
     with pytest.raises(ValueError, match="kl_coef=0.1 without kl"):
-        online.objective(stand_in, PPO, kl_coef=0.1)
+        policy_gradient.objective(stand_in, PPO, kl_coef=0.1)
     with pytest.raises(ValueError, match="one weight per sequence"):
-        online.objective(stand_in, policy.vespo, correction=partial(correction.sequence_mask, high=2.0))
+        policy_gradient.objective(stand_in, policy.vespo, correction=partial(correction.sequence_mask, high=2.0))
     with pytest.raises(ValueError, match="without ref_logp"):
         of_fixture(kl=divergence.k3)
 

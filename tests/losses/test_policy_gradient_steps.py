@@ -12,7 +12,7 @@ import torch
 from treetune.cli import setup
 from treetune.core import lora
 from treetune.core.data import pack, trees
-from treetune.losses import correction, divergence, online, policy, ratio, reduce
+from treetune.losses import correction, divergence, policy, policy_gradient, ratio, reduce
 from treetune.models import hf
 from treetune.ops import linear_logprob
 
@@ -25,13 +25,13 @@ def loaded(name: str, path: Path):
 
 
 scene = loaded("preference_scene", Path(__file__).with_name("scene.py"))
-oracle = loaded("oracle_online", Path(__file__).parents[1] / "oracle" / "online.py")
+oracle = loaded("oracle_policy_gradient", Path(__file__).parents[1] / "oracle" / "policy_gradient.py")
 
 SIZES = ((3, (7, 2, 4)), (1, (1, 5)), (9, (4, 4, 1, 3)), (2, (12, 1)), (6, (3,)))  # prompt, its completions
 N_KEYS = ("old_logp", "sampler_logp", "ref_logp", "entropy_keep")
 SEQUENCES = partial(reduce.by_sequence, count_empty=True)
 SUMS, BUDGET = partial(reduce.by_constant, length=1), partial(reduce.by_constant, length=12)
-CLIPS = partial(online.clip_ratio, low=0.8, high=1.2)
+CLIPS = partial(policy_gradient.clip_ratio, low=0.8, high=1.2)
 
 
 def groups(*, keys=N_KEYS) -> list[trees.TreeDoc]:
@@ -69,7 +69,7 @@ def made(base, term, used=None, **options):
             found.append((batch | moved | keep, plan))
         return found
 
-    objective = online.objective(setup.logprob(base, used.lora), term, **options)
+    objective = policy_gradient.objective(setup.logprob(base, used.lora), term, **options)
     return SimpleNamespace(objective=objective, prepare=prepare, streams=(pack.collate_trees,), trees=used, extra={})
 
 
@@ -84,7 +84,7 @@ METHODS = {
     "rloo": (policy.ppo_clip, {"reduction": SEQUENCES, "ratio": ratio.sequence_sum}),
     "cispo": (partial(policy.cispo, epsilon_high=5.0), {}),
     "sapo": (policy.sapo, {"reduction": SEQUENCES}),
-    "vespo": (policy.vespo, {"reports": (CLIPS, online.vespo_phi)}),
+    "vespo": (policy.vespo, {"reports": (CLIPS, policy_gradient.vespo_phi)}),
     "gmpo": (policy.gmpo, {"reduction": SEQUENCES, "correction": correction.sequence_mask}),
     "reinforce": (policy.reinforce, {}),
 }  # fmt: skip
@@ -193,7 +193,7 @@ def test_a_skipped_micro_batch_changes_nothing_but_the_reports():
     want, told = scene.gradients(built, at, [flat, docs[2:]])
 
     def skip(state, micro_batches):
-        return [(batch, plan) if batch["advantage"].any() else (online.hollow(batch), None) for batch, plan in micro_batches]
+        return [(batch, plan) if batch["advantage"].any() else (policy_gradient.hollow(batch), None) for batch, plan in micro_batches]
 
     built.prepare = skip
     grads, metrics = scene.gradients(built, at, [flat, docs[2:]])

@@ -5,7 +5,7 @@ import torch
 
 from treetune.core import step
 from treetune.core.state import TrainState
-from treetune.losses import sft, supervised
+from treetune.losses import sft, sft_objective
 from treetune.ops.linear_logprob import TokenStats
 
 
@@ -33,21 +33,21 @@ def _evaluate(objective, batches, params=PARAMS):
 
 
 def test_the_default_is_the_mean_nll_over_all_tokens():
-    found = _evaluate(supervised.objective(_logprob), [_batch([0, 1, 5], [2, 1]), _batch([3], [1])])
+    found = _evaluate(sft_objective.objective(_logprob), [_batch([0, 1, 5], [2, 1]), _batch([3], [1])])
     assert found["loss"].item() == pytest.approx((0.25 + 0.5 + 1.5 + 1.0) / 4)
     assert found["nll"] == found["loss"] and found["supervised_tokens"] == 4 and found["num_tokens"] == 9
     assert found["mean_token_accuracy"].item() == pytest.approx(2 / 4) and "entropy" not in found
 
 
 def test_weights_count_in_loss_and_nll_and_not_in_accuracy():
-    found = _evaluate(supervised.objective(_logprob), [_batch([0, 5], [2], [0.5, 0.25]), _batch([3], [1])])
+    found = _evaluate(sft_objective.objective(_logprob), [_batch([0, 5], [2], [0.5, 0.25]), _batch([3], [1])])
     assert found["loss"].item() == pytest.approx((0.5 * 0.25 + 0.25 * 1.5 + 1.0) / 1.75)
     assert found["nll"].item() == pytest.approx(found["loss"].item())
     assert found["mean_token_accuracy"].item() == pytest.approx(1 / 3)
 
 
 def test_another_token_loss_still_reports_the_nll():
-    objective = supervised.objective(_logprob, lambda s: sft.eaft(s.logp, s.topk_entropy), want=("topk_entropy", "entropy"))
+    objective = sft_objective.objective(_logprob, lambda s: sft.eaft(s.logp, s.topk_entropy), want=("topk_entropy", "entropy"))
     found = _evaluate(objective, [_batch([0, 5], [2])])
     assert found["loss"].item() == pytest.approx((0.5 * 0.25 + 3.0 * 1.5) / 2)
     assert found["nll"].item() == pytest.approx((0.25 + 1.5) / 2)
@@ -55,7 +55,7 @@ def test_another_token_loss_still_reports_the_nll():
 
 
 def test_empty_batches_count_for_nothing():
-    objective = supervised.objective(_logprob, want=("top1", "entropy"))
+    objective = sft_objective.objective(_logprob, want=("top1", "entropy"))
     empty, hollow = _batch([], [0]), _batch([], [0, 0], [])
     one = _evaluate(objective, [_batch([0, 1, 5], [2, 1])])
     many = _evaluate(objective, [empty, _batch([0, 1, 5], [2, 1]), hollow])
@@ -67,13 +67,13 @@ def test_empty_batches_count_for_nothing():
 
 
 def test_padding_documents_are_no_tokens():
-    objective = supervised.objective(_logprob)
+    objective = sft_objective.objective(_logprob)
     assert _evaluate(objective, [_batch([0], [1], documents=[5], tail=11)])["num_tokens"] == 5
 
 
 def test_numerator_and_count_are_separate():
     """The step divides; the objective never guesses the global count."""
-    objective = supervised.objective(_logprob)
+    objective = sft_objective.objective(_logprob)
     batch = _batch([0, 1, 5], [2, 1])
     terms, metrics = objective.terms(PARAMS, {}, batch, None)
     assert terms["nll"].item() == pytest.approx(2.25) and objective.counts(batch)["nll"] == 3
