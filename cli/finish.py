@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import cadence, configs, invocation, prompts, rundir, setup
+from treetune.cli import cadence, configs, invocation, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
 from treetune.core import check, drafts, lora, records, shard, tree
-from treetune.core.data import chat, instruction, strides
+from treetune.core.data import chat, instruction, prompt_ids, strides
 from treetune.core.run import report
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, adapter, decode, heads, hf
@@ -46,20 +46,20 @@ def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
 def _of_option(asked: str, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
     """The prompt that was given, in the form of the rows."""
     if data.format == "chat":
-        return asked, prompts.chat_ids(tokenizer, asked)
-    return asked, prompts.text_ids(tokenizer, instruction.prompt({"instruction": asked}) if data.format == "alpaca" else asked)
+        return asked, prompt_ids.encode_chat(tokenizer, asked)
+    return asked, prompt_ids.encode_text(tokenizer, instruction.prompt({"instruction": asked}) if data.format == "alpaca" else asked)
 
 
 def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
     """What the first held-out row asks; of other rows, what their document has before its first trained token."""
     row = data.first_row
     if data.format == "alpaca":
-        return row["instruction"], prompts.text_ids(tokenizer, instruction.prompt(row))
+        return row["instruction"], prompt_ids.encode_text(tokenizer, instruction.prompt(row))
     if data.format == "completion" and isinstance(row.get(column), str):
         text = " ".join(row[column].split(" ")[:OPENING])
-        return text, prompts.text_ids(tokenizer, text)
+        return text, prompt_ids.encode_text(tokenizer, text)
     if data.format == "chat" and tokenizer.chat_template and (text := _question(row)):
-        return text, prompts.chat_ids(tokenizer, text)
+        return text, prompt_ids.encode_chat(tokenizer, text)
     if not (data.val or data.train):
         return "", []
     doc = (data.val or data.train)[0]
@@ -75,7 +75,7 @@ def _beginning(asked: str | None, data: Any, tokenizer: Any) -> tuple[str, list[
     if asked is None:
         ids = data.val[0].tokens[: data.val[0].prompt_length or OPENING].tolist()
         return tokenizer.decode(ids, skip_special_tokens=True), ids
-    encode = prompts.chat_ids if strides.talks(data.format) else prompts.text_ids
+    encode = prompt_ids.encode_chat if strides.talks(data.format) else prompt_ids.encode_text
     return asked, encode(tokenizer, asked) if asked else []
 
 
@@ -92,7 +92,7 @@ def sampler(config: Any, made: Any):
     """A function `(state, when, screen)` that answers the sample prompt, prints it and appends it to samples.jsonl."""
     prompt, ids = _prompt(config, made)
     tokenizer = made.tokenizer
-    prompts.check_ids(ids, made.model.cfg, "the sample prompt")
+    prompt_ids.check_ids(ids, made.model.cfg.vocab_size, "the sample prompt")
     stop = setup.stop_ids(config.model, tokenizer) if ids else []
     if made.trees.lora is None and "head" not in made.trees.params:
         setup.generation_config(config.model, tokenizer)  # the saved model gets it: better refused now than at the end
@@ -106,7 +106,7 @@ def sampler(config: Any, made: Any):
             return
         with screen.busy("answering the sample prompt"):
             drawn = decode.sample(model, [ids], lora=used, max_new_tokens=room, temperature=0.0, stop=stop, seed=0)
-        answer = prompts.answers(tokenizer, drawn)[0]
+        answer = prompt_ids.decode_samples(tokenizer, drawn)[0]
         screen.line(f"sample answer {when} training", "bold")
         screen.line(f"  prompt: {prompt}\n  answer: {answer.strip() or '(blank)'}\n")
         if made.job.rank == 0:

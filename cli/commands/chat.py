@@ -1,14 +1,15 @@
 """`treetune chat`: a conversation in the terminal."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from treetune.cli import bases, prompts, setup
+from treetune.cli import bases, setup
 from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
-from treetune.core.data import detokenise
+from treetune.core.data import detokenise, prompt_ids
 from treetune.models import decode
 
 
@@ -19,10 +20,10 @@ def run(config: Chat, given: frozenset[str]) -> int:
     with checking_input():
         options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
-        prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}])
+        prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}])
         model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         stop = setup.stop_ids(options, tokenizer)
-        prompts.check_ids(prompts.turns_ids(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg)
+        prompt_ids.check_ids(prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg.vocab_size)
     name = setup.pair_name(options, config.adapter.adapter)
     screen.line(f"{name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
     messages, turn = list(start), 0
@@ -32,14 +33,14 @@ def run(config: Chat, given: frozenset[str]) -> int:
         elif text:
             messages.append({"role": "user", "content": text})
             with checking_input():
-                ids = prompts.turns_ids(tokenizer, messages)
-                prompts.check_ids(ids, model.cfg, "the conversation")
+                ids = prompt_ids.encode_turns(tokenizer, messages)
+                prompt_ids.check_ids(ids, model.cfg.vocab_size, "the conversation")
             room = model.cfg.max_positions - len(ids)
             if room < 1:
                 screen.warn(f"the conversation fills all {model.cfg.max_positions} positions of the model; starting over")
                 messages = list(start)
                 continue
-            keywords = prompts.sampling(config.sample) | {"seed": config.sample.seed + turn}
+            keywords = asdict(config.sample) | {"seed": config.sample.seed + turn}
             keywords["max_new_tokens"] = min(keywords["max_new_tokens"], room)
             answer = told(screen, tokenizer, partial(decode.sample, model, [ids], lora=used, stop=stop, **keywords))
             messages.append({"role": "assistant", "content": answer})

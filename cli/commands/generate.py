@@ -1,16 +1,19 @@
 """`treetune generate`: answers to prompts, as a chat or as plain continuation."""
 
-from treetune.cli import bases, prompts, setup
+from dataclasses import asdict
+
+from treetune.cli import bases, setup
 from treetune.cli.configs import Generate
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
+from treetune.core.data import prompt_ids
 from treetune.models import decode
 
 
 def _prompt_ids(config: Generate, tokenizer) -> list[list[int]]:
     if config.raw:
-        return [prompts.text_ids(tokenizer, text) for text in config.prompt]
-    return [prompts.chat_ids(tokenizer, text, system=config.system) for text in config.prompt]
+        return [prompt_ids.encode_text(tokenizer, text) for text in config.prompt]
+    return [prompt_ids.encode_chat(tokenizer, text, system=config.system) for text in config.prompt]
 
 
 def run(config: Generate, given: frozenset[str]) -> int:
@@ -22,11 +25,9 @@ def run(config: Generate, given: frozenset[str]) -> int:
         ids = _prompt_ids(config, tokenizer)
         model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
         for one in ids:
-            prompts.check_ids(one, model.cfg)
-        drawn = decode.sample(
-            model, ids, n=config.num_samples, lora=used, stop=setup.stop_ids(options, tokenizer), **prompts.sampling(config.sample)
-        )
-    for row, text in enumerate(prompts.answers(tokenizer, drawn)):
+            prompt_ids.check_ids(one, model.cfg.vocab_size)
+        drawn = decode.sample(model, ids, n=config.num_samples, lora=used, stop=setup.stop_ids(options, tokenizer), **asdict(config.sample))
+    for row, text in enumerate(prompt_ids.decode_samples(tokenizer, drawn)):
         if len(config.prompt) > 1 or config.num_samples > 1:
             screen.line(f"# {config.prompt[row // config.num_samples]}", "bold")
         screen.line(text.strip() + "\n" * (config.num_samples > 1 or len(config.prompt) > 1))

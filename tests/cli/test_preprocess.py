@@ -54,15 +54,6 @@ def test_nothing_to_train_on_and_ignored_options_are_errors(tune, tiny):
     assert done.code == 2 and "--html-rows would be ignored" in done.err
 
 
-def test_histogram_counts_every_length_once():
-    lengths = [3, 3, 4, 9, 30, 31, 31, 47]
-    lines = preprocess.histogram(lengths, bins=5)
-    ranges = [re.match(r" *(\d+)-(\d+) +(\d+)", line).groups() for line in lines]
-    for low, high, count in ranges:
-        assert int(count) == sum(int(low) <= length <= int(high) for length in lengths)
-    assert sum(int(count) for _, _, count in ranges) == len(lengths)
-
-
 def test_weights_have_their_colours(kit):
     import numpy as np
 

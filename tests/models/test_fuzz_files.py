@@ -184,16 +184,16 @@ def test_tokenizer_config(tmp_path, words, count):
     plain = json.loads(file.read_text()) | {"chat_template": words.chat_template, "add_bos_token": False}
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     extra = ["bos_token", "unk_token", "additional_special_tokens", "added_tokens_decoder", "extra_special_tokens", "auto_map"]
-    from treetune.cli import prompts
+    from treetune.core.data import prompt_ids
 
     for changes, changed in mutations(plain, extra, count // 2, seed=5):
         file.write_text(json.dumps(changed))
         try:
             tokenizer = setup.load_tokenizer(ModelOptions(model=str(tmp_path)))
-            ids = prompts.text_ids(tokenizer, "abc 12")
+            ids = prompt_ids.encode_text(tokenizer, "abc 12")
             assert isinstance(tokenizer.decode(ids), str) and len(tokenizer) > 0
             if tokenizer.chat_template:
-                prompts.chat_ids(tokenizer, "abc")
+                prompt_ids.encode_chat(tokenizer, "abc")
         except (ValueError, BadInput) as error:
             assert "\n" not in str(error) or len(str(error)) < 3000, changes
 

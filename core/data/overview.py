@@ -1,0 +1,69 @@
+"""What documents hold, in numbers and lines: lengths, supervised tokens, and what packing and shared prompts save."""
+
+from collections.abc import Sequence
+
+from treetune.core.data import kinds, loader, trees
+from treetune.core.data.formats import Report
+from treetune.core.data.spans import Doc
+from treetune.core.data.trees import TreeDoc
+
+BINS, BAR = 12, 40  # lines of a histogram, and characters of its longest bar
+
+
+def histogram(lengths: Sequence[int], *, bins: int = BINS) -> list[str]:
+    """One line per range of lengths (tokens): the range, how many documents, and a bar."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = [0] * (-(-(high - low + 1) // width))
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    edges = [low + i * width for i in range(len(counts))]
+    lines = zip(edges, counts, strict=True)
+    return [f"{edge:>6}-{edge + width - 1:<6} {count:>7} {'#' * round(BAR * count / max(counts))}" for edge, count in lines]
+
+
+def packing_efficiency(lengths: Sequence[int], budget: int, *, seed: int) -> float:
+    """Share of the token budget that the packed documents of an epoch fill."""
+    plan = loader.epoch_plan(lengths, budget=budget, seed=seed)
+    return sum(lengths) / (len(plan) * budget)
+
+
+def describe(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> dict[str, str]:
+    """Lines by name: how many documents and tokens there are, what is learned of them, and what shared prompts save."""
+    lengths = [len(doc.tokens) for doc in docs]
+    rows = {
+        "documents": f"{len(docs)}, {min(lengths)} to {max(lengths)} tokens, mean {sum(lengths) / len(docs):.1f}",
+        "tokens": f"{sum(lengths)}, {_describe_targets(docs, kind)}",
+    }
+    if isinstance(docs[0], TreeDoc) and docs[0].branch[-1]:
+        rows["prompts"] = _describe_sharing([doc for doc in docs if isinstance(doc, TreeDoc)])
+    return rows
+
+
+def _describe_targets(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> str:
+    """What is learned of the documents: their supervised tokens, or what a head gives at some of them."""
+    if kind.read == "last":
+        return f"with a score to learn at the end of each of {sum(len(trees.branches(doc)) for doc in docs)} completions"
+    supervised = sum(int((doc.weight > 0).sum()) for doc in docs)
+    if kind.read == "classes":
+        return f"with {supervised} judged steps, {sum(int((doc.classes == 1).sum()) for doc in docs)} of them good"
+    return f"of which {supervised} supervised ({100 * supervised / sum(len(doc.tokens) for doc in docs):.1f} %)"
+
+
+def _describe_sharing(docs: Sequence[TreeDoc]) -> str:
+    """What it saves that each prompt is there once for all its completions."""
+    shared, copied = sum(len(doc.tokens) for doc in docs), sum(sum(trees.side_lengths(doc)) for doc in docs)
+    longest = max(max(trees.side_lengths(doc)) for doc in docs)
+    return f"shared by their completions: {shared} tokens instead of {copied}; the longest prompt with one completion has {longest}"
+
+
+def describe_packing(lengths: Sequence[int], budget: int, *, seed: int, formula: str) -> str:
+    """How full micro-batches of a token budget are. formula: where the budget comes from, unless it is the longest document."""
+    full = packing_efficiency(lengths, budget, seed=seed)
+    source = "the longest document" if budget == max(lengths) else formula
+    return f"{100 * full:.1f} % full at {budget} tokens per micro-batch ({source})"
+
+
+def describe_roles(report: Report) -> str:
+    """Tokens and supervised tokens by who wrote them."""
+    return ", ".join(f"{role} {tokens} ({supervised} supervised)" for role, tokens, supervised in report.roles if tokens)
