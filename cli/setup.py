@@ -19,13 +19,12 @@ from treetune.cli.options.shared import (
     VocabularyOptions,
 )
 from treetune.core import check, fields, lora, manifest, optim, param, shard, tree
-from treetune.core.data import vocabulary
 from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Objective, Params
 from treetune.losses import sft, sft_objective
-from treetune.models import Model, adapter, bare, fetch, gguf, heads, hf, logprobs, resize, tokenizer_config
+from treetune.models import Model, adapter, bare, fetch, gguf, heads, hf, logprobs, resize, tokenizer_config, vocabulary
 from treetune.models.dense import Neftune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -55,6 +55,7 @@ LAZY = {
     "models/bridge.py": {"transformers"},
     "models/fetch.py": {"huggingface_hub", "safetensors"},
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},
+    "models/vocabulary.py": {"tokenizers"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.

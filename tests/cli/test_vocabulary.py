@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treetune.cli import bases
 from treetune.cli.options.shared import ModelOptions
 from treetune.core import lora, manifest
-from treetune.core.data import vocabulary
-from treetune.models import adapter, dense, hf, resize
+from treetune.models import adapter, dense, hf, resize, vocabulary
 
 NEW = ("--tokens", " please", "<tool>", "--special-tokens", "pad_token=<|pad|>")  # ids 259 (pad), 260, 261
 TEXT = "3 + 1 please<tool><|pad|>"

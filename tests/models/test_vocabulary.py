@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from treetune.core.data import vocabulary
+from treetune.models import vocabulary
 
 
 def make(*, around=False, roberta=False):
