@@ -1,0 +1,137 @@
+"""Models and adapters by name (a folder, a .gguf file, a known name, a hub id), read with the checks that every use of them needs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treetune.core import check, fields, tree
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
+from treetune.models.tokenizer import Say, adapter_folder, check_rows, has_tokenizer, load_tokenizer, silent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """The torch device of a name; "auto" is CUDA where there is one. Under torchrun each rank takes its own CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but this machine or this torch has no CUDA; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a model computes in: "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    return DTYPES.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load_model(
+    name: str | Path, *, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
+) -> tuple[Model, Path]:
+    """The model of a name, in its compute dtype on the device, and the path it came from.
+
+    Raises ValueError for weights that are not finite.
+    """
+    path = fetch.resolve(name, say=say, revision=revision)
+    load = gguf.load if str(path).endswith(".gguf") else hf.load
+    with fields.reading(f"the model {path}"):
+        model = load(path, dtype=compute_dtype(dtype, device), device=device)
+    if bad := check.not_finite(model.params):
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
+    return model, path
+
+
+def check_configs(name: str | Path, *, revision: str | None = None, sizes: bool = True) -> None:
+    """Raise ValueError for a generation_config.json, or with `sizes` a config.json, that cannot be used.
+
+    It is cheap: for before rows are read, and before a run that would save a model with it.
+    """
+    path = fetch.resolve(name, revision=revision)
+    if sizes and path.is_dir():
+        hf.read_config(path / "config.json")
+    hf.generation_config(path)
+
+
+def base_name(name: str) -> str:
+    """How files should name a base model: a local path absolute, a known name by its hub id, anything else as it is."""
+    if (local := Path(name).expanduser()).exists():
+        return str((fetch.model_in(local) if local.is_dir() else local).resolve())
+    short = fetch.known_name(name)
+    return fetch.MODELS[short].hub_id if short else name
+
+
+def identify_base(name: str, model: Model) -> adapter.Base:
+    """What an adapter on this model says of it; `model` is as it was loaded, before its vocabulary grows."""
+    return adapter.Base(base_name(name), identity.digest(model))
+
+
+def check_base(path: str, base: adapter.Base, *, say: Say = silent, train: bool = False) -> None:
+    """Tell when an adapter is used on another base model than it was trained on.
+
+    Raises ValueError when it is to train further there, or when the model under the name of its base has other weights than it had.
+    """
+    recorded = adapter.base(adapter_folder(path))
+    if not recorded.digest:
+        check_base_name(path, base.name, say=say)
+    elif recorded.digest != base.digest:
+        others = f"{path} was trained on {recorded.name}, and the weights of {base.name} are others"
+        if _absolute(recorded.name) == _absolute(base.name):
+            raise ValueError(f"{path} was trained on {recorded.name}, which has other weights now: name the model that it was trained on")
+        if train:
+            raise ValueError(f"{others}: leave --model out to train it further on its own base, or start a new adapter on this one")
+        say(f"{others}: this is another model than the one that was trained")
+
+
+def check_base_name(path: str, name: str, *, say: Say) -> None:
+    """Tell when an adapter names another base model than this one."""
+    recorded = adapter.base_of(adapter_folder(path))
+    if recorded and _absolute(recorded) != _absolute(name):
+        say(f"{path} names the base model {recorded}; it is used on {name} as asked: check that it was trained on it")
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def load_adapter(path: str, model: Model, *, head: bool = False) -> tuple[Lora, Params, adapter.Info]:
+    """The adapter, the leaves trained whole and the facts of an adapter folder or of the one in a run folder.
+
+    Raises ValueError for weights that are not finite, and for a reward model's adapter unless `head`.
+    """
+    folder = adapter_folder(path)
+    scores = heads.kind(folder) is not None
+    if scores and not head:
+        raise ValueError(f"{path} is a reward model's adapter: use it with treetune score, or train it on with treetune reward or prm")
+    with fields.reading(f"the adapter {folder}"):
+        low, whole, *_, info = (heads.load_adapter if scores else adapter.load)(folder, model)
+    if bad := check.not_finite(low.tree) + check.not_finite(whole):
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; train or download the adapter again")
+    return low, whole, info
+
+
+def load_adapted(
+    name: str, path: str | None, *, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
+) -> tuple[Model, Lora | None]:
+    """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
+    model, _ = load_model(name, revision=revision, dtype=dtype, device=device, say=say)
+    if path is None:
+        return model, None
+    check_base(path, identify_base(name, model), say=say)
+    model = match_rows(model, path, lambda: load_tokenizer(name, adapter_path=path, revision=revision))
+    low, whole, _ = load_adapter(path, model)
+    return model._replace(params=tree.merge(model.params, whole)), low
+
+
+def match_rows(model: Model, path: str, tokenizer: Callable[[], Any]) -> Model:
+    """The model with the vocabulary rows that an adapter was trained with, more or fewer than its own; `tokenizer` loads the adapter's."""
+    rows = adapter.rows(adapter_folder(path), model.family)
+    if rows is None:
+        return resize.resize(model, len(tokenizer())) if has_tokenizer(path) else model
+    if rows < model.cfg.vocab_size:
+        check_rows(path, rows, len(tokenizer()))
+    return resize.resize(resize.cut(model, rows), rows)

@@ -1,0 +1,271 @@
+"""A policy: a model with what trains and what does not, and the functions over it.
+
+What lives as long as a run (log-prob functions, samplers) closes over sizes only: the weights are those of the run's state, and a copy
+of the loaded ones would never be freed.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from treetune.core import lora, param, shard, tree
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.core.state import Batch
+from treetune.models import Model, adapter, heads, hf, loading, logprobs, resize
+from treetune.models.adapter import Base, Info
+from treetune.models.dense import Config, Neftune
+from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
+from treetune.ops.attention import Plan
+from treetune.ops.linear_logprob import TokenStats
+
+
+class Policy(NamedTuple):
+    """A model with what trains and what does not.
+
+    params: what trains, {"model"?, "lora"?, "head"?}; a "model" may be part of a tree. frozen: what does not, {"model"?, "ref"?,
+    "ref_lora"?, "features"?}. lora: how the adapter is applied; its tree is empty, the trained one is params["lora"]. adapter: what the
+    adapter's folder will say.
+    """
+
+    family: str
+    cfg: Config
+    params: Params
+    frozen: Params
+    lora: Lora | None = None
+    tokenizer: Any = None
+    adapter: Info | None = None
+
+
+class AdapterSpec(NamedTuple):
+    """A low-rank adapter to train.
+
+    targets: ("all-linear",) or regular expressions over paths; layers: only these, empty for all. modules_to_save: regular expressions of
+    the weights that train whole beside it. start: the folder of an adapter to train further, which then says rank, alpha and targets.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    layers: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    start: str | None = None
+
+
+class Logprob(Protocol):
+    """Log-probs of the read rows of a stream, and the statistics in `want`."""
+
+    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan | None, *, want: tuple[str, ...] = ()) -> TokenStats:
+        """TokenStats of [N] each."""
+        ...
+
+
+class Scores(Protocol):
+    """Scores [N, C] of a head at the read rows of a stream."""
+
+    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan | None) -> Tensor:
+        """float32 [N, C]."""
+        ...
+
+
+def load(
+    name: str,
+    *,
+    adapter: AdapterSpec | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    say: Say = silent,
+) -> Policy:
+    """The policy that starts from a model by name (a folder, a .gguf file, a known name, a hub id), with its tokenizer.
+
+    Without an adapter all weights train, in float32. `seed` decides how a fresh adapter starts. Raises ValueError, one line, for
+    what cannot be found or read, and for an adapter that does not fit the model.
+    """
+    start = None if adapter is None else adapter.start
+    torch_device = loading.select_device(device)
+    setup = set_up_tokenizer(name, revision=revision, start=start, say=say)
+    loaded, _ = loading.load_model(name, revision=revision, dtype=dtype, device=torch_device, say=say)
+    model = resize_embeddings(loaded, setup, start=start)
+    if adapter is None:
+        return full(model)._replace(tokenizer=setup.tokenizer)
+    base = loading.identify_base(name, loaded)
+    if start is not None:
+        loading.check_base(start, base, say=say, train=True)
+    new_rows = model.cfg.vocab_size > loaded.cfg.vocab_size
+    return adapt(model, adapter, base=base, seed=seed, new_rows=new_rows, say=say)._replace(tokenizer=setup.tokenizer)
+
+
+def bare(policy: Policy) -> Policy:
+    """The policy without weights: what a function that lives as long as a run may keep."""
+    return policy._replace(params={}, frozen={})
+
+
+def full(model: Model) -> Policy:
+    """The policy of a model that trains itself: float32 weights, nothing frozen."""
+    return Policy(model.family, model.cfg, {"model": tree.map(_master, model.params)}, {})
+
+
+def adapt(
+    model: Model,
+    spec: AdapterSpec,
+    *,
+    base: Base,
+    seed: int,
+    new_rows: bool = False,
+    head: bool = False,
+    say: Say = silent,
+) -> Policy:
+    """The policy of an adapter: low-rank pairs, and whole weights that train beside them, over the frozen model.
+
+    With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter. With `head` the
+    adapter to start from may be a reward model's.
+    """
+    low, whole, info = _fresh(model, spec, seed=seed) if spec.start is None else _started(model, spec.start, head)
+    info = info._replace(base=base.name, digest=base.digest)
+    vocabulary = _vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
+    whole = tree.merge(whole_modules(model, spec.modules_to_save + vocabulary), whole)
+    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)])
+    params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
+    return Policy(model.family, model.cfg, params, {"model": model.params}, without_tree(low._replace(dropout=spec.dropout)), None, info)
+
+
+def _master(leaf: Tensor) -> Tensor:
+    """A float32 copy that an optimiser may change in place."""
+    return leaf.detach().float().clone()
+
+
+def _fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
+    sizes = hf.abstract_of(model, head=True)
+    targets = "all-linear" if spec.targets == ("all-linear",) else spec.targets
+    try:
+        paths = lora.match(sizes, targets, layers=spec.layers or None)
+    except ValueError as error:
+        raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
+    scale = lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora)
+    info = Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths)
+    return Lora(lora.init(sizes, paths, rank=spec.rank, seed=seed), scale), {}, info
+
+
+def _started(model: Model, path: str, head: bool) -> tuple[Lora, Params, Info]:
+    """An adapter to train further, its vocabulary grown to that of the model."""
+    rows = adapter.rows(adapter_folder(path), model.family)
+    low, whole, info = loading.load_adapter(path, model if rows is None else resize.cut(model, rows), head=head)
+    if other := [name for name, (a, _) in lora.pairs(low.tree).items() if a.shape[0] != info.rank]:
+        raise ValueError(
+            f"{path} has another rank on {other[0]} than its r of {info.rank}; training goes on from adapters of one rank only"
+        )
+    return low, resize.grown(whole, model.cfg.vocab_size), info
+
+
+def _vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Info, *, say: Say) -> tuple[str, ...]:
+    """Regular expressions of the leaves with a row per token that are not trained whole yet."""
+    saved = [path for path, _ in tree.items(whole_modules(model, spec.modules_to_save))]
+    missing = [name for name in resize.LEAVES if name in model.params and name not in (*saved, *whole)]
+    if low := [name for name in missing if name in info.paths]:
+        raise ValueError(f"the vocabulary has new rows, so {low[0]} trains whole: leave it out of --lora-target-modules")
+    if missing:
+        say(f"the vocabulary has new rows: {' and '.join(missing)} train whole beside the adapter and are saved with it")
+    return tuple(f"^{name}$" for name in missing)
+
+
+def whole_modules(model: Model, regexes: tuple[str, ...]) -> Params:
+    """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
+    leaves = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params))
+    for regex in regexes:
+        try:
+            tree.require_match(regex, list(leaves))
+        except ValueError as error:
+            raise ValueError(f"lora_modules_to_save: {error}") from error
+    return tree.from_items([(path, leaf) for path, leaf in leaves.items() if any(re.search(regex, path) for regex in regexes)])
+
+
+def move_to(params: Params, model: Model) -> Params:
+    """A tree on the device of a model."""
+    device = model.params["embed_tokens"].device
+    return tree.map(lambda leaf: leaf.to(device), params)
+
+
+def without_tree(low: Lora | None) -> Lora | None:
+    """How an adapter is applied, without its weights."""
+    return None if low is None else low._replace(tree={})
+
+
+def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
+    """The policy with all leaves sharded over the ranks of a mesh ("full"), or whole on every rank ("none")."""
+    if mesh is None or sharding == "none":
+        return policy
+
+    def put(part: Params, like: Params) -> Params:
+        return shard.place(part, mesh, shard.placements(like, mesh, shard.FULLY_SHARDED))
+
+    def shapes(part: Params) -> Params:
+        return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
+
+    params = {name: put(part, shapes(part)) for name, part in policy.params.items()}
+    frozen = {}
+    for name, part in policy.frozen.items():
+        sizes = hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part)
+        frozen[name] = put(part, sizes)
+    return policy._replace(params=params, frozen=frozen)
+
+
+def logprob(
+    policy: Policy,
+    *,
+    neftune: float = 0.0,
+    remat: str | None = None,
+    temperature: float = 1.0,
+    run: Callable[..., Any] = logprobs,
+) -> Logprob:
+    """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
+
+    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too. Randomness (dropout, NEFTune) is drawn
+    from the step's seed in the batch; without one, as in evaluation, there is none.
+    """
+    family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
+
+    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, *, want: tuple[str, ...] = ()) -> TokenStats:
+        seed = batch.get("seed")
+        noise = Neftune(neftune, seed) if neftune and seed is not None else None
+        options = {"lora": _lora(low, params, seed), "want": want, "noise": noise, "remat": remat, "temperature": temperature}
+        return run(family, cfg, weights(params, frozen), batch, plan, **options)
+
+    return compute
+
+
+def scores(policy: Policy, *, remat: str | None = None) -> Scores:
+    """The scores of the policy's head: trained weights over frozen ones, and the head."""
+    family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
+
+    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None) -> Tensor:
+        adapted = _lora(low, params, batch.get("seed"))
+        return heads.scores(family, cfg, weights(params, frozen), params["head"], batch, plan, lora=adapted, remat=remat)
+
+    return compute
+
+
+def weights(params: Params, frozen: Params) -> Params:
+    """The weights of the model, trained over frozen ones."""
+    return tree.merge(frozen.get("model", {}), params.get("model", {}))
+
+
+def _lora(low: Lora | None, params: Params, seed: Tensor | None) -> Lora | None:
+    """The adapter with its trained tree; no dropout without a seed to draw it from."""
+    return None if low is None else low._replace(tree=params["lora"], seed=seed, dropout=low.dropout if seed is not None else 0.0)
+
+
+def current(policy: Policy, params: Params | None = None, frozen: Params | None = None) -> tuple[Model, Lora | None]:
+    """The model and the adapter with these weights, by default the policy's own, for sampling, saving and canaries.
+
+    Leaves are whole: a collective where they are sharded. There is no dropout.
+    """
+    trained = tree.map(shard.full, policy.params if params is None else params)
+    base = tree.map(shard.full, (policy.frozen if frozen is None else frozen).get("model", {}))
+    model = Model(policy.family, policy.cfg, weights(trained, {"model": base}))
+    return model, None if policy.lora is None else policy.lora._replace(tree=trained["lora"], dropout=0.0)

@@ -1,0 +1,143 @@
+"""The tokenizer of a model or of an adapter: read with its checks, given more tokens, and the ids that end an answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from treetune.core import fields, manifest
+from treetune.models import Model, adapter, fetch, gguf, hf, resize, tokenizer_config, vocabulary
+
+Say = Callable[[str], None]  # takes lines of progress
+
+
+class Tokenizer(Protocol):
+    """What is used here of a fast tokenizer of transformers."""
+
+    chat_template: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __len__(self) -> int:
+        """Number of tokens, added ones included."""
+        ...
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ...) -> str:
+        """The text of some ids."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each token."""
+        ...
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write the tokenizer's files."""
+        ...
+
+
+class TokenizerSetup(NamedTuple):
+    """Tokenizer of a run: added tokens, original size, and minimum embedding rows (0: no minimum)."""
+
+    tokenizer: Any
+    added: list[str]
+    original_size: int
+    min_rows: int
+
+
+def silent(line: str) -> None:
+    """Take a line of progress and show it nowhere."""
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a path means: itself, or the one inside a run folder."""
+    inside = Path(path) / "adapter"
+    return inside if inside.is_dir() else Path(path)
+
+
+def has_tokenizer(adapter_path: str | Path) -> bool:
+    """Whether an adapter carries a tokenizer of its own. Raises ValueError where its files are not as they were written."""
+    root = adapter_folder(adapter_path)
+    manifest.check(root, weights=False)
+    return (root / adapter.TOKENIZER).is_file()
+
+
+def has_template(adapter_path: str | Path) -> bool:
+    """Whether an adapter carries a chat template of its own."""
+    return (adapter_folder(adapter_path) / adapter.TEMPLATE).is_file()
+
+
+def load_tokenizer(name: str | Path, *, adapter_path: str | None = None, revision: str | None = None, say: Say = silent) -> Any:
+    """The tokenizer of a model, or the one, or the chat template, that an adapter was trained with and carries.
+
+    Raises ValueError, one line, for files that cannot be read or hold no model.
+    """
+    carries = adapter_path is not None and has_tokenizer(adapter_path)
+    path = adapter_folder(adapter_path) if carries else fetch.resolve(name, say=say, revision=revision)
+    try:
+        tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "tokenizer.json")):
+            raise ValueError(f"{path} holds no model: there is no config.json in it") from error
+        if path.is_dir():
+            tokenizer_config.check_files(path)
+        raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
+    if adapter_path is not None and has_template(adapter_path):
+        tokenizer.chat_template = (adapter_folder(adapter_path) / adapter.TEMPLATE).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def set_up_tokenizer(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    start: str | None = None,
+    special_tokens: Mapping[str, str] | None = None,
+    tokens: Sequence[str] = (),
+    say: Say = silent,
+) -> TokenizerSetup:
+    """The tokenizer of a run: that of the model, or of the adapter `start`, with special and extra tokens as asked."""
+    plain = load_tokenizer(name, adapter_path=start, revision=revision, say=say)
+    tokenizer, added = vocabulary.apply(plain, special_tokens=special_tokens, tokens=tokens)
+    # The rows that a plain tokenizer lacks or has too many are the model's own business: padded vocabularies are common.
+    covers_all = special_tokens or tokens or (start is not None and has_tokenizer(start))
+    return TokenizerSetup(tokenizer, added, len(plain), len(tokenizer) if covers_all else 0)
+
+
+def check_rows(adapter_path: str, rows: int, tokens: int) -> None:
+    """Raise ValueError where an adapter has fewer rows of vocabulary than its tokenizer has tokens."""
+    if rows < tokens:
+        raise ValueError(f"{adapter_path} has {rows} rows of vocabulary and its tokenizer {tokens} tokens: the adapter is of another model")
+
+
+def resize_embeddings(model: Model, setup: TokenizerSetup, *, multiple: int | None = None, start: str | None = None) -> Model:
+    """The model with a row for every token that was asked for, and for every row of the adapter `start`; rows rounded up to `multiple`."""
+    rows = None if start is None else adapter.rows(adapter_folder(start), model.family)
+    if start is not None and rows is not None:
+        check_rows(start, rows, setup.original_size)
+    return resize.resize(model, max(setup.min_rows, rows or 0), multiple=multiple)
+
+
+def describe_resize(setup: TokenizerSetup, before: Model, after: Model) -> str:
+    """What became of the vocabulary, in a line; empty where it is as it was."""
+    added = f"{len(setup.added)} tokens added ({' '.join(setup.added[:8])}{' ...' * (len(setup.added) > 8)})" if setup.added else ""
+    old, new = before.cfg.vocab_size, after.cfg.vocab_size
+    return ", ".join(part for part in (added, f"{old} rows grown to {new}" if new > old else "") if part)
+
+
+def stop_ids(name: str | Path, tokenizer: Any, *, revision: str | None = None) -> list[int]:
+    """Ids that end an answer of a model."""
+    path = fetch.resolve(name, revision=revision)
+    with fields.reading(f"generation_config.json of {path}"):
+        return hf.stop_ids(path, tokenizer)
+
+
+def generation_config(name: str | Path, tokenizer: Any, *, revision: str | None = None) -> dict[str, Any]:
+    """The generation_config.json of a model, for a model that was made from it with this tokenizer."""
+    path = fetch.resolve(name, revision=revision)
+    with fields.reading(f"generation_config.json of {path}"):
+        config = hf.generation_config(path)
+    ids = {key: value for key in ("bos_token_id", "pad_token_id") if key in config and (value := getattr(tokenizer, key)) is not None}
+    if config.get("eos_token_id") is not None:
+        ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+        ids["eos_token_id"] = config["eos_token_id"] if tokenizer.eos_token_id in (*ends, None) else [tokenizer.eos_token_id, *ends]
+    return config | ids
