@@ -10,22 +10,20 @@ import torch
 from treetune.cli import cadence, configs, invocation, rundir, setup
 from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
-from treetune.core import check, drafts, lora, records, shard, tree
+from treetune.core import check, drafts, records, shard, tree
 from treetune.core.data import chat, instruction, prompt_ids, strides
+from treetune.core.lora import Lora
 from treetune.core.run import report
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, adapter, decode, heads, hf
+from treetune.models import Model, adapter, decode, heads, hf, policy
 
 PASTED = ("continue with", "try it")  # commands, in one line however long
 OPENING = 16  # words or tokens of a text without a prompt, to go on from
 
 
-def current(state: TrainState, model: Model, used: lora.Lora | None) -> tuple[Model, lora.Lora | None]:
+def current(state: TrainState, model: Model, used: Lora | None) -> tuple[Model, Lora | None]:
     """The model and adapter as trained so far (whole leaves: a collective when they are sharded)."""
-    trained = tree.map(shard.full, state.params)
-    base = tree.map(shard.full, state.frozen.get("model", {}))
-    weights = tree.merge(base, trained.get("model", {}))
-    return model._replace(params=weights), None if used is None else used._replace(tree=trained["lora"], dropout=0.0)
+    return policy.current(policy.Policy(model.family, model.cfg, {}, {}, used), state.params, state.frozen)
 
 
 def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
@@ -135,7 +133,7 @@ def leave(config: Any, made: Any, outcome: Any, sampler: Any, screen: Screen, ab
         torch.distributed.barrier()
 
 
-def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained: Params):
+def _save(config: Any, made: Any, model: Model, used: Lora | None, trained: Params):
     path = made.where.root / ("model" if used is None else "adapter")
     part = drafts.name(path)
     try:
@@ -146,9 +144,7 @@ def _save(config: Any, made: Any, model: Model, used: lora.Lora | None, trained:
     return path
 
 
-def write_trained(
-    config: Any, trees: setup.Trees, tokenizer: Any, model: Model, used: lora.Lora | None, trained: Params, path: Path
-) -> None:
+def write_trained(config: Any, trees: setup.Trees, tokenizer: Any, model: Model, used: Lora | None, trained: Params, path: Path) -> None:
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one."""
     head = {"head": trained["head"]} if "head" in trained else {}
     if used is None:
@@ -162,7 +158,7 @@ def write_trained(
         else:
             hf.save(path, kept, tokenizer=tokenizer, generation=setup.generation_config(config.model, tokenizer))
         return
-    info, save = trees.info, partial(heads.save_adapter, **head) if head else adapter.save
+    info, save = trees.adapter, partial(heads.save_adapter, **head) if head else adapter.save
     save(
         path, trained["lora"], family=model.family, base=info.base, digest=info.digest, rank=info.rank, alpha=info.alpha,
         rslora=info.rslora, dropout=trees.lora.dropout, whole=trained.get("model"), tied=model.cfg.tied, **_carried(config, tokenizer),

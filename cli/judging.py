@@ -11,20 +11,7 @@ from treetune.core import tree
 from treetune.core.data import kinds, pack
 from treetune.core.state import Params
 from treetune.losses import reward_objective
-from treetune.models import Model, bare, heads
-
-
-def _scores(model: Model, used: setup.Trees, remat: str | None = None) -> Callable:
-    """scores(params, frozen, batch, plan) -> [N, C]: trained weights over frozen ones, and the head."""
-    model, low = bare(model), setup.without_tree(used.lora)
-
-    def fn(params: Params, frozen: Params, batch: dict, plan: Any):
-        weights, seed, ab = tree.merge(frozen.get("model", {}), params.get("model", {})), batch.get("seed"), None
-        if low is not None:
-            ab = low._replace(tree=params["lora"], seed=seed, dropout=low.dropout if seed is not None else 0.0)
-        return heads.scores(model.family, model.cfg, weights, params["head"], batch, plan, lora=ab, remat=remat)
-
-    return fn
+from treetune.models import Model, heads, policy
 
 
 def _with_head(config: Any, model: Model, used: setup.Trees, *, classes: int, on: torch.device) -> setup.Trees:
@@ -53,7 +40,7 @@ def _parts(config: Any, model: Model, used: setup.Trees, on: torch.device, *, cl
     used = _with_head(config, model, used, classes=classes, on=on)
     remat = "full" if config.optim.gradient_checkpointing else None
     streams = (partial(pack.collate_trees, read=read),)
-    return method.Parts(used, objective(_scores(model, used, remat)), objective(_scores(model, used)), streams)
+    return method.Parts(used, objective(policy.scores(used, remat=remat)), objective(policy.scores(used)), streams)
 
 
 def reward(config: Any, model: Model, used: setup.Trees, *, on: torch.device, **_: Any) -> method.Parts:

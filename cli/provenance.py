@@ -102,7 +102,7 @@ def _weights(config: Any, model: Model, trees: setup.Trees, frozen: Params) -> d
     sizes = getattr(config.model, "from_config", None) is not None
     found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else _digest(model.params, model.family, model.cfg)}
     if trees.lora is not None and config.adapter.lora_model_dir is not None:
-        found["adapter"] = fingerprint.values(ckpt.leaf_digest(trees.params), trees.lora.scale, sorted(trees.info.paths))
+        found["adapter"] = fingerprint.values(ckpt.leaf_digest(trees.params), trees.lora.scale, sorted(trees.adapter.paths))
     if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
         file = Path(fetch.resolve(config.reference.ref_model)) / "config.json"
         found["reference"] = _digest(frozen["ref"], *(hf.read_config(file) if file.is_file() else (model.family, model.cfg)))

@@ -90,6 +90,7 @@ def load(
     start = None if adapter is None else adapter.start
     torch_device = loading.select_device(device)
     setup = set_up_tokenizer(name, revision=revision, start=start, say=say)
+    loading.check_configs(name, revision=revision)
     loaded, _ = loading.load_model(name, revision=revision, dtype=dtype, device=torch_device, say=say)
     model = resize_embeddings(loaded, setup, start=start)
     if adapter is None:

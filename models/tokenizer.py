@@ -71,8 +71,10 @@ def load_tokenizer(name: str | Path, *, adapter_path: str | None = None, revisio
 
     Raises ValueError, one line, for files that cannot be read or hold no model.
     """
-    carries = adapter_path is not None and has_tokenizer(adapter_path)
-    path = adapter_folder(adapter_path) if carries else fetch.resolve(name, say=say, revision=revision)
+    if adapter_path is not None and has_tokenizer(adapter_path):
+        path = adapter_folder(adapter_path)
+    else:
+        path = fetch.resolve(name, say=say, revision=revision)
     try:
         tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
     except Exception as error:  # the tokenizers package raises bare Exceptions

@@ -37,7 +37,7 @@ def trees(base: Model, trains: str) -> setup.Trees:
     gen = torch.Generator().manual_seed(2)
     used = lora.Lora(tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), fresh), 0.7, dropout=0.2)
     params = {"lora": used.tree} | ({"model": tree.map(torch.clone, tree.select(base.params, "norm"))} if trains == "both" else {})
-    return setup.Trees(params, {"model": base.params}, used, None)
+    return setup.Trees(base.family, base.cfg, params, {"model": base.params}, used)
 
 
 def documents() -> list[tuple[list[int], list[int]]]:

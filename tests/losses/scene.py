@@ -96,11 +96,11 @@ def adapted(base: Model, *, scale: float = 0.7) -> setup.Trees:
     """A fresh adapter in the model's dtype."""
     paths = lora.match(hf.abstract_of(base, head=True), "all-linear")
     fresh = lora.init(base.params, paths, rank=3, seed=9, dtype=base.cfg.dtype)
-    return setup.Trees({"lora": fresh}, {"model": base.params}, lora.Lora(fresh, scale), None)
+    return setup.Trees(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, scale))
 
 
 def whole(base: Model) -> setup.Trees:
-    return setup.Trees({"model": tree.map(torch.clone, base.params)}, {}, None, None)
+    return setup.Trees(base.family, base.cfg, {"model": tree.map(torch.clone, base.params)}, {})
 
 
 def config(command: str, **options):

@@ -216,4 +216,4 @@ def test_entropy_that_is_only_told_costs_the_frozen_head_no_backward(monkeypatch
 def only_layers(base):
     """An adapter everywhere but on the head, whose matrix then is a constant."""
     fresh = lora.init(base.params, lora.match(hf.abstract_of(base), "all-linear"), rank=3, seed=9, dtype=base.cfg.dtype)
-    return setup.Trees({"lora": fresh}, {"model": base.params}, lora.Lora(fresh, 0.7), None)
+    return setup.Trees(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, 0.7))
