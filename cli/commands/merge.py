@@ -1,7 +1,7 @@
 """`treetune merge`: a plain model folder from a model and an adapter, checked on a probe before it is kept."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,65 +11,17 @@ from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
 from treetune.cli.options.shared import ModelOptions
 from treetune.cli.screen import Screen
-from treetune.core import lora, tree
+from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, dense, heads, hf
-
-PROBE = (
-    "A farmer has 17 sheep and buys 25 more. How many sheep are there now? 17 + 25 = 42.\n"
-    "def area(width, height):\n    return width * height\n"
-    "The quick brown fox jumps over the lazy dog, and nobody asks why."
-)
-
-
-class Difference(NamedTuple):
-    """How far two sets of logits are apart: largest and mean absolute difference, and mean KL in nats."""
-
-    largest: float
-    mean: float
-    kl: float
-
-
-def compare(one: torch.Tensor, other: torch.Tensor) -> Difference:
-    """Differences of logits [T, V] against logits [T, V]."""
-    gap, logp, logq = (one - other).abs(), one.log_softmax(-1), other.log_softmax(-1)
-    return Difference(gap.max().item(), gap.mean().item(), (logp.exp() * (logp - logq)).sum(-1).mean().item())
+from treetune.models import Model, heads, hf, merging
 
 
 class Loaded(NamedTuple):
     """What is to be merged: a model, the adapter on it, and the head of scores that comes with a reward model's adapter."""
 
     model: Model
-    lora: lora.Lora
+    lora: Lora
     head: Params | None
-
-
-def load(options: ModelOptions, path: str, tokenizer, screen: Screen) -> Loaded:
-    """The model and the adapter, of a language model or of a reward model."""
-    if heads.kind(setup.adapter_folder(path)) is None:
-        return Loaded(*bases.load_adapted(options, path, on=torch.device("cpu"), say=screen.line), None)
-    judge = score.load(options, path, tokenizer, on=torch.device("cpu"), say=screen.line)
-    return Loaded(judge.model, judge.lora, judge.head)
-
-
-def outputs(model: Model, ids: torch.Tensor, head: Params | None, used: lora.Lora | None = None) -> torch.Tensor:
-    """What the model says at each token of the probe: logits [T, V], or scores [T, C]."""
-    if head is None:
-        return dense.probe(model.params, ids, model.cfg, lora=used)
-    batch = dense.single(ids) | {"at": torch.arange(len(ids))}
-    return heads.scores(model.family, model.cfg, model.params, head, batch, lora=used)
-
-
-def merged(model: Model, used: lora.Lora, dtype: torch.dtype) -> Model:
-    """The model with the adapter folded in, its leaves in `dtype`."""
-    folded = lora.merge(model.params, used.tree, used.scale)
-    return model._replace(params=tree.map(lambda leaf: leaf.to(dtype), folded))
-
-
-def probe_ids(tokenizer, cfg: dense.Config) -> torch.Tensor:
-    """Token ids of the probe text, and every 997th id of the vocabulary after it."""
-    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"] + list(range(0, cfg.vocab_size, 997))
-    return torch.tensor(ids[: cfg.max_positions])
 
 
 def run(config: Merge, given: frozenset[str]) -> int:
@@ -79,24 +31,32 @@ def run(config: Merge, given: frozenset[str]) -> int:
         options = bases.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
         options = options if config.model is None else setup.renamed(options, config.model)
         tokenizer = setup.load_tokenizer(options, config.adapter, say=screen.line)
-        model, used, head = load(options, config.adapter, tokenizer, screen)
-        plain = merged(model, used, setup.DTYPES[config.save_dtype])
-        with torch.no_grad():
-            ids = probe_ids(tokenizer, model.cfg)
-            wide = plain._replace(params=tree.map(lambda leaf: leaf.float(), plain.params))
-            found = compare(outputs(model, ids, head, used), outputs(wide, ids, head))
-        what = "logit" if head is None else "score"
-        screen.line(
-            f"probe of {len(ids)} tokens: largest {what} difference {found.largest:.2e}, mean {found.mean:.2e}, KL {found.kl:.2e} nats"
-        )
-        if not found.largest <= config.max_logit_diff:
-            raise ValueError(
-                f"the merged {what}s differ by up to {found.largest:.3g}, more than max_logit_diff {config.max_logit_diff}: not saved; "
-                "keep the adapter apart, save in float32, or raise the bound"
-            )
+        model, lora, head = _load(options, config.adapter, tokenizer, screen)
+        merged = merging.merge(model, lora, tokenizer, dtype=setup.DTYPES[config.save_dtype], head=head)
+        _report(merged, "logit" if head is None else "score", config.max_logit_diff, screen)
         if head is None:
-            hf.save(output, plain, tokenizer=tokenizer, generation=setup.generation_config(options, tokenizer))
+            hf.save(output, merged.model, tokenizer=tokenizer, generation=setup.generation_config(options, tokenizer))
         else:
-            heads.save(output, plain, head, tokenizer=tokenizer)
+            heads.save(output, merged.model, head, tokenizer=tokenizer)
     screen.line(f"saved {output}")
     return 0
+
+
+def _load(options: ModelOptions, path: str, tokenizer: Any, screen: Screen) -> Loaded:
+    """The model and the adapter in a folder, of a language model or of a reward model."""
+    device = torch.device("cpu")
+    if heads.kind(setup.adapter_folder(path)) is None:
+        return Loaded(*bases.load_adapted(options, path, on=device, say=screen.line), None)
+    judge = score.load(options, path, tokenizer, on=device, say=screen.line)
+    return Loaded(judge.model, judge.lora, judge.head)
+
+
+def _report(merged: merging.Merged, output: str, bound: float, screen: Screen) -> None:
+    """Print the difference. Errors: ValueError where it is above the bound."""
+    largest, mean, kl = merged.difference
+    screen.line(f"probe of {merged.probe_tokens} tokens: largest {output} difference {largest:.2e}, mean {mean:.2e}, KL {kl:.2e} nats")
+    if not largest <= bound:
+        raise ValueError(
+            f"the merged {output}s differ by up to {largest:.3g}, more than max_logit_diff {bound}: not saved; "
+            "keep the adapter apart, save in float32, or raise the bound"
+        )

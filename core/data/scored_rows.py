@@ -1,0 +1,153 @@
+"""Rows for a reward model: answers, pairs and steps as documents to score, and what their scores amount to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any, NamedTuple
+
+from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired
+
+COLUMNS = ("score", "chosen_score", "rejected_score", "step_scores")  # what a row is given
+Values = list[list[float]]  # for each document the scores of its sequences, or of its steps
+
+
+class Encoding(NamedTuple):
+    """How rows become documents; None leaves the choice to the format and the tokenizer."""
+
+    sequence_len: int
+    overlong: str
+    chat_template: str | None = None
+    step_separator: str | None = None
+
+
+class ScoredRows(NamedTuple):
+    """The rows of one data set and the documents that they became. labelled: whether the classes of steps are known; line: a report."""
+
+    rows: sources.Rows
+    format: str
+    docs: list[trees.TreeDoc]
+    line: str
+    labelled: bool
+
+
+def _conversation(row: Mapping, where: str) -> trees.Sides:
+    history, reply = turns.dialogue(row.get("messages"), f"{where}: field messages")
+    return trees.Sides(turns.introduced(history, row, where), (reply,), {})
+
+
+def _answer(row: Mapping, where: str) -> trees.Sides:
+    """Prompt and completion as in unpaired rows, judged or not."""
+    return unpaired.answer(row, where)
+
+
+SINGLE = {
+    "prompt_completion": trees.Form(("prompt", "completion"), preference.fixed(_answer)),
+    "messages": trees.Form(("messages",), preference.fixed(_conversation)),
+}
+
+
+def detect(rows: sources.Rows, format: str, *, steps: bool) -> str:
+    """The format of rows for a reward model, or for one of steps: as named, or by the columns for "auto".
+
+    Errors: ValueError for a format or columns that the model does not score.
+    """
+    columns = set(sources.columns(rows))
+    names = sources.listed(sources.columns(rows))
+    if steps:
+        if format not in ("auto", *reward.STEPS) or not {"prompt", "completions"} <= columns:
+            what = f"the columns {names}" if format in ("auto", *reward.STEPS) else f"format {format}"
+            raise ValueError(f"{rows.name} has {what}: a process reward model scores rows of prompt + completions, a text for each step")
+        return "stepwise_supervised"
+    if format != "auto":
+        return format if format in SINGLE else kinds.KINDS["ranked"].canonical(format)
+    if {"chosen", "rejected"} <= columns:
+        return kinds.KINDS["ranked"].detect(sources.columns(rows), rows.rows[0])
+    single = next((name for name, form in SINGLE.items() if set(form.columns) <= columns), None)
+    if single is None:
+        needs = "chosen + rejected, prompt + completion, or messages"
+        raise ValueError(f"{rows.name} has the columns {names}: a reward model scores rows of {needs}; rename columns or name a --format")
+    return single
+
+
+def options(format: str, rows: sources.Rows) -> tuple[str, ...]:
+    """Encoding options that rows of a format take."""
+    if format in SINGLE:
+        return kinds.CHAT if format == "messages" or isinstance(rows.rows[0].get("prompt"), list) else ()
+    return kinds.KINDS["steps" if format in reward.STEPS else "ranked"].takes(format, rows.rows[0])
+
+
+def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) -> ScoredRows:
+    """The documents of rows of a format. Errors: ValueError naming file, row and fix."""
+    lengths: dict[str, Any] = {"sequence_len": encoding.sequence_len, "overlong": encoding.overlong}
+    chat = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
+    labelled = format in reward.STEPS and "labels" in sources.columns(rows)
+    if format in SINGLE:
+        watched = sources.watched(rows)
+        docs, report = trees.encode_rows(watched, SINGLE[format].make(), tokenizer, name=format, distinct=False, **lengths, **chat)
+        report = kinds.with_unread(report, watched)
+    elif format in reward.STEPS:
+        own = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
+        labels = rows if labelled else _with_labels(rows)
+        docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, own=own, **lengths)
+    else:
+        docs, report = kinds.KINDS["ranked"].encode(rows, tokenizer, format=format, own=chat, **lengths)
+    return ScoredRows(rows, format, docs, f"rows of {rows.name}: {trees.describe(report)}", labelled)
+
+
+def _with_labels(rows: sources.Rows) -> sources.Rows:
+    """Stepwise rows without labels, given some: only the places where steps end are read."""
+    counts = [len(steps) if isinstance(steps := row.get("completions"), list) else 0 for row in rows.rows]
+    return rows._replace(rows=[row | {"labels": [True] * count} for row, count in zip(rows.rows, counts, strict=True)])
+
+
+def score(
+    docs: Sequence[trees.TreeDoc], scores: Callable[[list[trees.TreeDoc]], Values], *, budget: int, progress: Callable[[int], None]
+) -> Values:
+    """The scores of each document. scores: those of a few documents; budget: tokens of a forward pass; progress: told how many are done."""
+    values: Values = [[] for _ in docs]
+    for group in pack.pack([len(doc.tokens) for doc in docs], budget, seed=None):
+        for i, value in zip(group, scores([docs[i] for i in group]), strict=True):
+            values[i] = value
+        progress(len(group))
+    return values
+
+
+def describe(scored: ScoredRows, values: Values) -> dict[str, str]:
+    """Lines by name: how many scores there are, their mean, and accuracy where it is known what should score higher."""
+    if scored.format in reward.STEPS:
+        return _describe_steps(scored, values)
+    if scored.format in SINGLE:
+        flat = [value[0] for value in values]
+        spread = f"deviation {pstdev(flat):.4f}, from {min(flat):.4f} to {max(flat):.4f}"
+        return {"answers": str(len(flat)), "score": f"{fmean(flat):.4f} on average, {spread}"}
+    margins = [chosen - rejected for chosen, rejected in values]
+    means = [fmean(side) for side in zip(*values, strict=True)]
+    return {
+        "pairs": str(len(values)),
+        "accuracy": f"{fmean(margin > 0 for margin in margins):.4f} (chosen scores above rejected)",
+        "margin": f"{fmean(margins):.4f} on average",
+        "score": f"chosen {means[0]:.4f}, rejected {means[1]:.4f} on average",
+    }
+
+
+def _describe_steps(scored: ScoredRows, values: Values) -> dict[str, str]:
+    flat = [value for row in values for value in row]
+    lines = {"steps": f"{len(flat)} in {len(values)} rows", "score": f"{fmean(flat):.4f} on average (probability that a step is good)"}
+    if not scored.labelled:
+        return lines
+    classes = [int(label) for doc in scored.docs if doc.classes is not None for label in doc.classes[doc.classes >= 0]]
+    hits = [(label, (value > 0.5) == bool(label)) for label, value in zip(classes, flat, strict=True)]
+    by_label = {name: [hit for label, hit in hits if label == number] for name, number in (("good", 1), ("bad", 0))}
+    parts = [f"{fmean(group):.4f} of {len(group)} {name}" for name, group in by_label.items() if group]
+    return lines | {"accuracy": f"{fmean(hit for _, hit in hits):.4f} ({', '.join(parts)})"}
+
+
+def records(scored: ScoredRows, values: Values) -> list[dict]:
+    """Each row that was scored, with its scores in further columns."""
+    rows = dict(zip(scored.rows.numbers, scored.rows.rows, strict=True))
+    return [rows[doc.row] | _columns(scored.format, value) for doc, value in zip(scored.docs, values, strict=True)]
+
+
+def _columns(format: str, value: list[float]) -> dict[str, Any]:
+    if format in reward.STEPS:
+        return {"step_scores": value}
+    return {"score": value[0]} if format in SINGLE else dict(zip(("chosen_score", "rejected_score"), value, strict=True))
