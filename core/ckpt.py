@@ -31,12 +31,12 @@ class SaveError(OSError):
 
 def digest(params: Params) -> str:
     """sha256 over the paths, shapes, dtypes and bytes of all leaves (a collective when leaves are sharded)."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for path, leaf in sorted(tree.items(params)):
         whole = shard.full(leaf).contiguous().cpu()
-        found.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
-        found.update(whole.view(torch.uint8).numpy() if whole.ndim else whole.reshape(1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
+        sha.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def leaf_digest(params: Params) -> str:
@@ -45,9 +45,9 @@ def leaf_digest(params: Params) -> str:
     def one(item: tuple[str, Tensor]) -> str:
         path, leaf = item
         whole = leaf.detach().contiguous().cpu().reshape(-1)
-        found = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
-        found.update(whole.view(torch.uint8).numpy())
-        return found.hexdigest()
+        sha = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
+        sha.update(whole.view(torch.uint8).numpy().data)
+        return sha.hexdigest()
 
     with ThreadPoolExecutor(DIGEST_THREADS) as threads:
         return hashlib.sha256("".join(threads.map(one, sorted(tree.items(params)))).encode()).hexdigest()
@@ -111,15 +111,15 @@ def read_meta(path: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
     try:
-        found = fields.mapping(json.loads(file.read_text(encoding="utf-8")), file.name)
+        meta = fields.mapping(json.loads(file.read_text(encoding="utf-8")), file.name)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): {FIX}") from error
-    if (version := found.values.get("format")) not in (FORMAT, UNVERIFIED):
+    if (version := meta.values.get("format")) not in (FORMAT, UNVERIFIED):
         raise ValueError(f"{path} has checkpoint format {version!r}; this version reads {UNVERIFIED} and {FORMAT}")
     if version == FORMAT and not listed:
         raise ValueError(f"{path} has lost its {manifest.NAME}, so its files cannot be checked: copy the whole folder, or {FIX}")
-    _check_step(path, found)
-    return found.values
+    _check_step(path, meta)
+    return meta.values
 
 
 def _check_step(path: Path, meta: fields.Fields) -> None:
@@ -194,9 +194,9 @@ def steps(root: Path) -> list[Path]:
 
 def numbered(root: Path) -> list[Path]:
     """All that has the name of a checkpoint under `root`, whole or not, oldest first."""
-    found = Path(root).glob("step_*") if Path(root).is_dir() else []
-    numbers = {path: int(path.name.removeprefix("step_")) for path in found if re.fullmatch(r"step_[0-9]+", path.name)}
-    return sorted((path for path, number in numbers.items() if path.name == name(number)), key=numbers.get)
+    folders = Path(root).glob("step_*") if Path(root).is_dir() else []
+    numbers = {path: int(path.name.removeprefix("step_")) for path in folders if re.fullmatch(r"step_[0-9]+", path.name)}
+    return sorted((path for path, number in numbers.items() if path.name == name(number)), key=numbers.__getitem__)
 
 
 def remove(path: Path) -> None:
@@ -210,8 +210,8 @@ def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Pat
     Only who has the run's folder may call it.
     """
     recover(Path(root))
-    found = steps(root)
-    old = [] if keep is None else found[: -max(keep, 1)]
+    checkpoints = steps(root)
+    old = [] if keep is None else checkpoints[: -max(keep, 1)]
     gone = [path for path in old if best is None or path.name != best.name]
     for path in gone:
         remove(path)

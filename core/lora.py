@@ -43,23 +43,23 @@ def match(abstract: Params, targets: str | Iterable[str], *, layers: Iterable[in
     """
     matrices = [path for path, leaf in tree.items(abstract) if len(leaf.shape) == 2]
     if targets == "all-linear":
-        found = linears(abstract)
+        paths = linears(abstract)
     else:
         regexes = [targets] if isinstance(targets, str) else list(targets)
         for regex in regexes:
             tree.require_match(regex, matrices)
-        found = [path for path in matrices if any(re.search(regex, path) for regex in regexes)]
-    return found if layers is None else _in_layers(found, set(layers), len(abstract["layers"]))
+        paths = [path for path in matrices if any(re.search(regex, path) for regex in regexes)]
+    return paths if layers is None else _in_layers(paths, set(layers), len(abstract["layers"]))
 
 
 def _in_layers(paths: list[str], wanted: set[int], count: int) -> list[str]:
     if outside := sorted(index for index in wanted if not 0 <= index < count):
         raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {count - 1}")
-    number = {path: re.match(r"layers\.(\d+)\.", path) for path in paths}
-    kept = [path for path in paths if number[path] is None or int(number[path][1]) in wanted]
-    if not kept:
+    layer = {path: int(match[1]) for path in paths if (match := re.match(r"layers\.(\d+)\.", path))}
+    inside = [path for path in paths if layer.get(path) is None or layer[path] in wanted]
+    if not inside:
         raise ValueError(f"none of the targets is in layers {sorted(wanted)}; they are {', '.join(paths[:3])}")
-    return kept
+    return inside
 
 
 def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dtype = torch.float32) -> Params:

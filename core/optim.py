@@ -6,7 +6,7 @@ place. Where `found_inf` (0-d float32) is 1 the whole update is skipped inside t
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,26 @@ from treetune.core.state import OptState, Params
 Rules = Iterable[tuple[str, float]]
 
 
+class Update(Protocol):
+    """p, state <- update; consumes both, in place."""
+
+    def __call__(
+        self, grads: Params, state: OptState, params: Params, lr: Tensor, found_inf: Tensor | None = None
+    ) -> tuple[Params, OptState]:
+        """New params and state; as they were where found_inf (0-d) is 1."""
+        ...
+
+
 class Optimizer(NamedTuple):
     """init(params) -> state; update as in the module docstring."""
 
     init: Callable[[Params], OptState]
-    update: Callable[..., tuple[Params, OptState]]
+    update: Update
+
+
+Moments = dict[str, Tensor]  # the optimiser's own state of one leaf, by name
+Start = Callable[[Tensor], Moments]
+Direction = Callable[[Tensor, Moments, Tensor], tuple[Tensor, Moments]]
 
 
 class _Leaf(NamedTuple):
@@ -55,10 +70,6 @@ def _locals(trees: Params) -> list[Tensor]:
     return [shard.local(leaf) for leaf in tree.leaves(trees)]
 
 
-def _zeros(params: Params) -> Params:
-    return tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), params)
-
-
 def _dense(params: Params) -> None:
     for path, leaf in tree.items(params):
         if shard.local(leaf).stride() != torch.zeros_like(shard.local(leaf)).stride():
@@ -85,7 +96,7 @@ def adamw(
         _plan(params, weight_decay, decay, lr_scale)
         _dense(params)
         count = tree.map(lambda leaf: torch.zeros((), dtype=torch.float32, device=leaf.device), params)
-        return {"mu": _zeros(params), "nu": _zeros(params), "count": count}
+        return {"mu": tree.map(_zero, params), "nu": tree.map(_zero, params), "count": count}
 
     @torch.no_grad()
     def update(grads, state, params, lr, found_inf=None):
@@ -103,24 +114,32 @@ def adamw(
     return Optimizer(init, update)
 
 
-def _stepwise(init_state: Callable, direction: Callable, weight_decay: float, decay: Rules, lr_scale: Rules) -> Optimizer:
-    """An optimiser from a per-leaf rule `direction(grad, moment) -> (step, new moment)`, applied as p -= lr (step + decay p)."""
+def stepwise(start: Start, direction: Direction, *, weight_decay: float, decay: Rules, lr_scale: Rules) -> Optimizer:
+    """An optimiser from a pair of functions on one leaf, applied as p -= lr (step + decay p).
+
+    start(leaf) -> moments: the state of a leaf before the first step, tensors by name, {} for none.
+    direction(grad, moments, param) -> (step, new moments), of the shapes that it was given. It sees the shard of a leaf that this rank
+    holds, and changes nothing in place: what it returns is kept only where the step is not skipped.
+    weight_decay, decay, lr_scale: as of `adamw`.
+    """
     decay, lr_scale = list(decay), list(lr_scale)
 
     def init(params: Params) -> OptState:
         _plan(params, weight_decay, decay, lr_scale)
-        return init_state(params)
+        moments = [(path, start(leaf)) for path, leaf in tree.items(params)]
+        names = dict.fromkeys(name for _, leaf in moments for name in leaf)
+        return {name: tree.from_items((path, leaf[name]) for path, leaf in moments if name in leaf) for name in names}
 
     @torch.no_grad()
     def update(grads, state, params, lr, found_inf=None):
-        moments = _locals(state["mu"]) if "mu" in state else None
-        for i, (leaf, grad) in enumerate(zip(_plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True)):
-            moment = moments[i] if moments else None
-            step, new = direction(grad, moment)
+        by_path = {name: dict(tree.items(side)) for name, side in state.items()}
+        for leaf, grad in zip(_plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True):
+            moments = {name: shard.local(side[leaf.path]) for name, side in by_path.items() if leaf.path in side}
+            step, moved = direction(grad, moments, leaf.param)
             target = leaf.param - (lr * leaf.lr_scale) * (step + leaf.decay * leaf.param)
             _keep(leaf.param, target, found_inf)
-            if moment is not None:
-                _keep(moment, new, found_inf)
+            for name, moment in moments.items():
+                _keep(moment, moved[name], found_inf)
         return params, state
 
     return Optimizer(init, update)
@@ -131,23 +150,33 @@ def _keep(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
     old.copy_(new if found_inf is None else torch.where(found_inf > 0, old, new.to(old.dtype)))
 
 
+def _zero(leaf: Tensor) -> Tensor:
+    return shard.like(torch.zeros_like, leaf)
+
+
 def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
     """Gradient descent with heavy-ball momentum: m <- momentum m + g; p -= lr (m + decay p). No state without momentum."""
 
-    def direction(grad, moment):
-        new = grad if moment is None else momentum * moment + grad
-        return new, new
+    def start(leaf: Tensor) -> Moments:
+        return {"mu": _zero(leaf)} if momentum else {}
 
-    return _stepwise(lambda p: {"mu": _zeros(p)} if momentum else {}, direction, weight_decay, decay, lr_scale)
+    def direction(grad: Tensor, moments: Moments, param: Tensor) -> tuple[Tensor, Moments]:
+        if not momentum:
+            return grad, {}
+        mu = momentum * moments["mu"] + grad
+        return mu, {"mu": mu}
+
+    return stepwise(start, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale)
 
 
 def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
     """Lion: p -= lr (sign(b1 m + (1 - b1) g) + decay p); m <- b2 m + (1 - b2) g. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
 
-    def direction(grad, moment):
-        return torch.sign(b1 * moment + (1 - b1) * grad), b2 * moment + (1 - b2) * grad
+    def direction(grad: Tensor, moments: Moments, param: Tensor) -> tuple[Tensor, Moments]:
+        mu = moments["mu"]
+        return torch.sign(b1 * mu + (1 - b1) * grad), {"mu": b2 * mu + (1 - b2) * grad}
 
-    return _stepwise(lambda p: {"mu": _zeros(p)}, direction, weight_decay, decay, lr_scale)
+    return stepwise(lambda leaf: {"mu": _zero(leaf)}, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale)
 
 
 Schedule = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from treetune.core.param import Param, Params
 
 if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and a run on one device never needs it
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 # Parameter axis -> mesh axis, in order of preference; the first dimension of a leaf that has a rule is sharded.
 FULLY_SHARDED: Mapping[str, str] = {
@@ -37,14 +38,16 @@ def placements(abstract: Params, device_mesh: DeviceMesh, rules: Mapping[str, st
     """A tree of DTensor placements: each mesh axis shards the first dimension whose axis name maps to it."""
     from torch.distributed.tensor import Replicate, Shard
 
+    names = device_mesh.mesh_dim_names or ()
+
     def one(param: Param) -> tuple:
         axes = [rules.get(axis) for axis in param.axes]
-        return tuple(Shard(axes.index(name)) if name in axes else Replicate() for name in device_mesh.mesh_dim_names)
+        return tuple(Shard(axes.index(name)) if name in axes else Replicate() for name in names)
 
     return tree.map(one, abstract)
 
 
-def distributed(leaf: Tensor) -> bool:
+def distributed(leaf: Tensor) -> TypeGuard[DTensor]:
     """Whether a leaf is a DTensor."""
     return hasattr(leaf, "placements")
 
@@ -54,16 +57,17 @@ def sharded(leaf: Tensor) -> bool:
     return distributed(leaf) and any(spec.is_shard() for spec in leaf.placements)
 
 
-def place(params: Params, device_mesh: DeviceMesh, where: Params) -> Params:
-    """Distribute every leaf; each rank must hold the same full values and keeps its own part."""
-    return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, where)
+def place(params: Params, device_mesh: DeviceMesh, specs: Params) -> Params:
+    """Distribute every leaf by its placements; each rank must hold the same full values and keeps its own part."""
+    return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, specs)
 
 
-def distribute(leaf: Tensor, device_mesh: DeviceMesh, where: tuple) -> Tensor:
+def distribute(leaf: Tensor, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
     """A whole leaf, the same on every rank, as a DTensor with the given placements."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(leaf, device_mesh, where, src_data_rank=None)
+    # No source rank: a broadcast would send every weight once more, and all ranks have read the same files.
+    return distribute_tensor(leaf, device_mesh, spec, src_data_rank=None)
 
 
 def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -113,7 +117,7 @@ class _Again(NamedTuple):
 
 def _without_whole(kept: Tensor) -> Tensor | _Again:
     entry = None if distributed(kept) else _gathered[-1].get(kept.untyped_storage().data_ptr())
-    return kept if entry is None else _Again(entry[1], kept.dtype, tuple(kept.shape), kept.stride(), kept.storage_offset())
+    return kept if entry is None else _Again(entry[1], kept.dtype, tuple(kept.shape), kept.stride(), int(kept.storage_offset()))
 
 
 def _with_whole(kept: Tensor | _Again) -> Tensor:

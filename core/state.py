@@ -1,7 +1,7 @@
 """The types that everything else is written against."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -9,7 +9,78 @@ Params = dict  # nested dict / list of tensors; layers are a list of equal dicts
 OptState = dict
 Batch = dict[str, Tensor]
 Plan = Any  # ops.attention.Plan: core hands it through and never looks inside
+MicroBatch = Batch | tuple[Batch, Plan]  # a model computes the plan of a batch that comes without one
 Terms = dict[str, Tensor]
+Metrics = dict[str, "Metric"]
+
+
+class TokenStats(Protocol):
+    """Statistics of the scored positions of a stream, [N] each, as `ops.linear_logprob.TokenStats` has them; None where not asked for."""
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-probability of the target, nats."""
+        ...
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """Entropy of the predicted distribution, nats."""
+        ...
+
+    @property
+    def lse(self) -> Tensor | None:
+        """Log-sum-exp of the logits."""
+        ...
+
+    @property
+    def mean_logit(self) -> Tensor | None:
+        """Mean of the logits over the vocabulary."""
+        ...
+
+    @property
+    def logsq(self) -> Tensor | None:
+        """Log of the sum of squared probabilities."""
+        ...
+
+    @property
+    def top1(self) -> Tensor | None:
+        """Whether the target is the most likely token (bool)."""
+        ...
+
+    @property
+    def topk_entropy(self) -> Tensor | None:
+        """Entropy of the renormalised 20 largest logits, nats."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self, **fields: Any) -> Self: ...
+
+
+class Logprob(Protocol):
+    """Log-probs of the scored positions of a batch under trained weights laid over frozen ones; `want` names further statistics."""
+
+    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan, /, *, want: tuple[str, ...] = ()) -> TokenStats:
+        """TokenStats of `targets` [N], read at `at` [N]."""
+        ...
+
+
+class LogprobBeside(Protocol):
+    """A `Logprob` that reads `prompt_targets` [M] too, in the same forward pass; `want` is about `targets` only."""
+
+    def __call__(
+        self, params: Params, frozen: Params, batch: Batch, plan: Plan, /, *, want: tuple[str, ...] = ()
+    ) -> tuple[TokenStats, TokenStats | None]:
+        """TokenStats of `targets` [N] and of `prompt_targets` [M], None where these are not read."""
+        ...
+
+
+class Scores(Protocol):
+    """Scores of a head of C classes at the positions `at` of a batch."""
+
+    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan, /) -> Tensor:
+        """Scores [N, C], float32."""
+        ...
 
 
 class Metric(NamedTuple):
@@ -20,7 +91,7 @@ class Metric(NamedTuple):
 
     value: Tensor
     weight: Tensor
-    how: str = "mean"
+    how: Literal["mean", "sum", "min", "max"] = "mean"
 
 
 class Objective(NamedTuple):
@@ -31,7 +102,7 @@ class Objective(NamedTuple):
     """
 
     counts: Callable[[Batch], Terms]
-    terms: Callable[[Params, Params, Batch, Plan], tuple[Terms, dict[str, Metric]]]
+    terms: Callable[[Params, Params, Batch, Plan], tuple[Terms, Metrics]]
 
 
 class TrainState(NamedTuple):

@@ -6,8 +6,8 @@ so the gradient does not depend on how a step is cut up: g = sum over micro-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,21 +15,49 @@ from torch import Tensor
 from treetune.core import shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
-from treetune.core.state import Batch, Metric, Objective, Params, Plan, Terms, TrainState
+from treetune.core.state import Batch, Metrics, MicroBatch, Objective, Params, Plan, Terms, TrainState
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def _pair(micro: Batch | tuple[Batch, Plan]) -> tuple[Batch, Plan]:
+class Step(Protocol):
+    """One optimiser step over the micro-batches of a loader; consumes the state."""
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[Any], /) -> tuple[TrainState, dict[str, Tensor]]:
+        """The state after the step and its metrics, 0-d tensors on the device."""
+        ...
+
+
+class Eval(Protocol):
+    """The objective of a state over micro-batches, without a gradient."""
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[Any], /) -> dict[str, Tensor]:
+        """Metrics, 0-d tensors on the device."""
+        ...
+
+
+class Prepare(Protocol):
+    """What is global to a step or constant in it: reference and old log-probs, a baseline. Runs without gradients.
+
+    A method's loader may give several streams a micro-batch; what comes back is one micro-batch for each.
+    """
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[Any], /) -> Sequence[MicroBatch]:
+        """Micro-batches with the keys that the objective reads."""
+        ...
+
+
+def _pair(micro: MicroBatch) -> tuple[Batch, Plan]:
     return micro if isinstance(micro, tuple) else (micro, None)
 
 
-def totals(objective: Objective, micro_batches: list, mesh: DeviceMesh | None = None) -> Terms:
+def totals(objective: Objective, micro_batches: Sequence[MicroBatch], mesh: DeviceMesh | None = None) -> Terms:
     """Global denominators by term: counts (or weights) summed over micro-batches and ranks; 1 where there is nothing to count."""
-    counted = [objective.counts(_pair(micro)[0]) for micro in micro_batches]
-    names = list(counted[0])
-    sums = [torch.stack([counts[name].double() for counts in counted]).sum() for name in names]
+    counts = [objective.counts(_pair(micro)[0]) for micro in micro_batches]
+    names = list(counts[0])
+    # float64: a float32 sum of weights would depend on how the step is cut into micro-batches.
+    sums = [torch.stack([count[name].double() for count in counts]).sum() for name in names]
     return {name: torch.where(value > 0, value, 1.0) for name, value in zip(names, shard.all_sum(sums, mesh), strict=True)}
 
 
@@ -42,16 +70,18 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _accumulate(gradient: Callable, total: Params | None, params: Params, *args) -> tuple[tuple, Params]:
+def _accumulate(gradient: Callable, total: Params | None, params: Params, *args) -> tuple[tuple[Tensor, Metrics], Params]:
     """(value, metrics) of a micro-batch, and total += its gradient in fp32, in place from the second micro-batch on."""
-    wide = all(leaf.dtype in (torch.float32, torch.float64) for leaf in tree.leaves(params))
-    found, grads = gradient(params, *args, into=total if wide else None)
-    if wide:
-        return found, grads
+    # Autograd accumulates in the dtype of the leaf, so it may add into the total itself only where leaves are float32 or wider:
+    # bfloat16 sums would lose the small micro-batches.
+    full_precision = all(leaf.dtype in (torch.float32, torch.float64) for leaf in tree.leaves(params))
+    outputs, grads = gradient(params, *args, into=total if full_precision else None)
+    if full_precision:
+        return outputs, grads
     if total is None:
-        return found, tree.map(lambda g: g if g.dtype in (torch.float32, torch.float64) else g.float(), grads)
+        return outputs, tree.map(lambda g: g if g.dtype in (torch.float32, torch.float64) else g.float(), grads)
     tree.map(lambda t, g: shard.local(t).add_(shard.local(g)), total, grads)
-    return found, total
+    return outputs, total
 
 
 def _sum_plain(grads: Params, mesh: DeviceMesh | None) -> Params:
@@ -79,31 +109,32 @@ def square_norms(grads: Params, mesh: DeviceMesh | None = None) -> Tensor:
 def _clip(grads: Params, norm: Tensor, limit: float | None) -> None:
     """Scale all gradients in place so that their global norm is at most `limit`; None leaves them."""
     if limit is not None:
+        # A branch on the norm would wait for the device; a norm of nan leaves the gradients, and found_inf skips the update.
         factor = (limit / norm.clamp(min=limit)).nan_to_num(1.0)
         torch._foreach_mul_([shard.local(leaf) for leaf in tree.leaves(grads)], factor)
 
 
-def reduce_metrics(collected: list[dict[str, Metric]], mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+def reduce_metrics(collected: Sequence[Metrics], mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
     """One number per metric over micro-batches and ranks: weighted means as sums over summed weights, never means of means.
 
     What has no weight anywhere, and so was not computed, is nan; but a sum of nothing is 0.
     """
-    out = {}
+    reduced: dict[str, Tensor] = {}
     for name, how in {name: metric.how for metrics in collected for name, metric in metrics.items()}.items():
-        found = [metrics[name] for metrics in collected if name in metrics]
-        values = torch.stack([metric.value.detach().double() for metric in found])
-        weights = torch.stack([metric.weight.detach().double() for metric in found])
+        parts = [metrics[name] for metrics in collected if name in metrics]
+        values = torch.stack([metric.value.detach().double() for metric in parts])
+        weights = torch.stack([metric.weight.detach().double() for metric in parts])
         counted = weights != 0  # the value of what has no weight may be anything
         if how == "sum":
-            out[name] = shard.all_sum([values.sum()], mesh)[0]
+            reduced[name] = shard.all_sum([values.sum()], mesh)[0]
         elif how == "mean":
             top, bottom = shard.all_sum([torch.where(counted, values * weights, 0.0).sum(), weights.sum()], mesh)
-            out[name] = torch.where(bottom == 0, torch.nan, top / bottom.clamp(min=1e-38))
+            reduced[name] = torch.where(bottom == 0, torch.nan, top / bottom.clamp(min=1e-38))
         else:
             (total,) = shard.all_sum([weights.sum()], mesh)
             extreme = getattr(torch.where(counted, values, torch.inf if how == "min" else -torch.inf), how)()
-            out[name] = torch.where(total == 0, torch.nan, shard.all_reduce(extreme, how, mesh))
-    return out
+            reduced[name] = torch.where(total == 0, torch.nan, shard.all_reduce(extreme, how, mesh))
+    return reduced
 
 
 def make_step(
@@ -112,27 +143,31 @@ def make_step(
     *,
     schedule: Schedule,
     clip: float | None = 1.0,
-    prepare: Callable | None = None,
+    prepare: Prepare | None = None,
     mesh: DeviceMesh | None = None,
-) -> Callable[[TrainState, list], tuple[TrainState, dict[str, Tensor]]]:
+) -> Step:
     """A function `step(state, micro_batches) -> (state, metrics)`; metrics are 0-d tensors, nothing waits for the device.
 
+    objective: denominators and numerators of the loss. optimizer, schedule: the update and its learning rate by step.
+    clip: largest global gradient norm, None for no clipping. prepare: adds to the micro-batches, without gradients, what is global to
+    the step. mesh: sums over its ranks; None for one process.
     metrics: loss, grad_norm (before clipping), learning_rate, skipped (1 where a non-finite loss or gradient left all
     weights as they were), dead_leaves (trainable leaves whose gradient is exactly 0), and the objective's own.
     """
     gradient = value_and_grad(_loss(objective))
 
-    def step(state: TrainState, micro_batches: list) -> tuple[TrainState, dict[str, Tensor]]:
+    def step(state: TrainState, micro_batches: Sequence[Any]) -> tuple[TrainState, dict[str, Tensor]]:
         if prepare is not None:
             with torch.no_grad():
                 micro_batches = prepare(state, micro_batches)
         denominators = totals(objective, micro_batches, mesh)
-        loss, grads, collected = None, None, []
+        losses, grads, collected = [], None, []
         for micro in micro_batches:
             (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *_pair(micro), denominators)
-            loss = value if loss is None else loss + value
+            losses.append(value)
             collected.append(metrics)
-        loss, grads = shard.all_sum([loss], mesh)[0], _sum_plain(grads, mesh)
+        assert grads is not None
+        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_plain(grads, mesh)
         squares, lr = square_norms(grads, mesh), schedule(state.step)
         norm = squares.sum().sqrt()
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
@@ -145,13 +180,11 @@ def make_step(
     return step
 
 
-def make_eval(
-    objective: Objective, *, prepare: Callable | None = None, mesh: DeviceMesh | None = None
-) -> Callable[[TrainState, list], dict[str, Tensor]]:
+def make_eval(objective: Objective, *, prepare: Prepare | None = None, mesh: DeviceMesh | None = None) -> Eval:
     """A function `evaluate(state, micro_batches) -> metrics` with the same terms and denominators as a step, no gradients."""
 
     @torch.no_grad()
-    def evaluate(state: TrainState, micro_batches: list) -> dict[str, Tensor]:
+    def evaluate(state: TrainState, micro_batches: Sequence[Any]) -> dict[str, Tensor]:
         micro_batches = micro_batches if prepare is None else prepare(state, micro_batches)
         denominators = totals(objective, micro_batches, mesh)
         loss, collected = [], []

@@ -190,7 +190,7 @@ def grow(batch: Batch, found: Anchors, generated: Tensor, n: int) -> tuple[Batch
         "tokens": tokens(place, batch["tokens"], generated.to(batch["tokens"])),
         "positions": place.positions, "branch": place.branch, "start": place.start, "cu_docs": place.cu_docs,
         "at": place.source.flatten(), "targets": generated.to(batch["tokens"]).flatten(),
-        "seq": torch.arange(each.sum(), device=rows.device).repeat_interleave(seq_lens), "seq_lens": seq_lens,
+        "seq": torch.arange(int(each.sum()), device=rows.device).repeat_interleave(seq_lens), "seq_lens": seq_lens,
         "doc_of_seq": doc_of_seq, "row": rows[doc_of_seq],
         "prompt_at": place.trunk[batch["at"]], "prompt_targets": batch["targets"],
     }  # fmt: skip

@@ -81,7 +81,7 @@ def test_weights_after_three_steps_equal_torch_on_the_dense_model(oracle, model,
 @pytest.mark.parametrize("want", [(), ("top1",), ("entropy", "mean_logit")])
 def test_masked_data_has_one_loss_with_every_head(model, documents, batch, monkeypatch, want):
     """The chunked head and its dense twin read the same rows: a mask cannot be lost on the way."""
-    from treetune import models
+    from treetune.models import families
     from treetune.ops import linear_logprob
 
     base, stream = model(torch.float64), batch(documents(weighted=True))
@@ -93,7 +93,7 @@ def test_masked_data_has_one_loss_with_every_head(model, documents, batch, monke
         return -(stream["weight"] * stats.logp).sum() / stream["weight"].sum(), None
 
     (value, _), grads = value_and_grad(loss)(base.params)
-    monkeypatch.setattr(models, "linear_logprob", linear_logprob.linear_logprob_ref)
+    monkeypatch.setattr(families, "linear_logprob", linear_logprob.linear_logprob_ref)
     (dense, _), expected = value_and_grad(loss)(base.params)
     assert value.item() == pytest.approx(dense.item(), rel=1e-12)
     for (path, got), leaf in zip(tree.items(grads), tree.leaves(expected), strict=True):

@@ -164,3 +164,46 @@ def test_adamw_takes_float32_gradients_of_bfloat16_leaves():
 def test_adamw_refuses_a_leaf_that_is_a_window_into_a_larger_tensor():
     with pytest.raises(ValueError, match="w is a view into a larger tensor; clone it"):
         optim.adamw().init({"w": torch.zeros(4, 8)[:, :4]})
+
+
+def _factored(*, eps: float = 1e-30) -> optim.Optimizer:
+    """Adafactor without its schedule of decays: second moments of a matrix by row and column, of a vector in full."""
+
+    def start(leaf):
+        if leaf.ndim < 2:
+            return {"nu": torch.zeros_like(leaf)}
+        return {"row": leaf.new_zeros(leaf.shape[0]), "column": leaf.new_zeros(leaf.shape[1])}
+
+    def direction(grad, moments, param):
+        square = grad.square() + eps
+        if "nu" in moments:
+            nu = 0.9 * moments["nu"] + 0.1 * square
+            return grad * nu.rsqrt() + 0.01 * param, {"nu": nu}
+        row, column = 0.9 * moments["row"] + 0.1 * square.mean(1), 0.9 * moments["column"] + 0.1 * square.mean(0)
+        return grad * (row[:, None] * column / row.mean()).rsqrt() + 0.01 * param, {"row": row, "column": column}
+
+    return optim.stepwise(start, direction, weight_decay=0.0, decay=(), lr_scale=())
+
+
+def test_an_optimiser_is_a_pair_of_functions_on_one_leaf():
+    params = _params(torch.float64)
+    state = _factored().init(params)
+    assert [path for path, _ in tree.items(state["nu"])] == ["layers.0.norm", "layers.1.norm"]
+    assert state["row"]["layers"][0]["w"].shape == (6,) and state["column"]["lora"]["q"]["A"].shape == (4,)
+    expected = {path: leaf.clone() for path, leaf in tree.items(params)}
+    moved, state = _run(_factored(), params, steps=1, lr=lambda _: 0.5)
+    grads = dict(tree.items(_grads(expected_tree := tree.from_items(expected.items()), 0)))
+    for path, leaf in tree.items(moved):
+        grad, square = grads[path], grads[path].square()
+        row, column = 0.1 * square.mean(-1, keepdim=True), 0.1 * square.mean(0, keepdim=True)
+        scale = (row * column / row.mean() if leaf.ndim == 2 else 0.1 * square).rsqrt()
+        torch.testing.assert_close(leaf, expected[path] - 0.5 * (grad * scale + 0.01 * expected[path]))
+    assert tree.map(lambda leaf: leaf.shape, expected_tree) == tree.map(lambda leaf: leaf.shape, moved)
+
+
+def test_a_skipped_step_keeps_the_moments_of_any_optimiser():
+    params = _params()
+    before = tree.map(torch.clone, params)
+    after, state = _run(_factored(), params, steps=2, found_inf=torch.ones(()))
+    assert all(torch.equal(one, other) for one, other in zip(tree.leaves(before), tree.leaves(after), strict=True))
+    assert all((leaf == 0).all() for leaf in tree.leaves(state))
