@@ -35,11 +35,11 @@ def ours(args: argparse.Namespace) -> dict:
         start = time.perf_counter()
         docs, report = formats.encode_rows(sources.read(str(file)), tokenizer, sequence_len=MAX_LENGTH)
         seconds = time.perf_counter() - start
-        key = cache.key(data=[sources.digest(str(file))], tokenizer=tokenizer, options={"sequence_len": MAX_LENGTH})
-        cache.save(folder, key, docs, report)
+        key = cache.entry_key(data=[sources.digest_source(str(file))], tokenizer=tokenizer, options={"sequence_len": MAX_LENGTH})
+        cache.save_entry(folder, key, docs, report)
         start = time.perf_counter()
-        again = cache.key(data=[sources.digest(str(file))], tokenizer=tokenizer, options={"sequence_len": MAX_LENGTH})
-        found, _ = cache.load(folder, again)
+        again = cache.entry_key(data=[sources.digest_source(str(file))], tokenizer=tokenizer, options={"sequence_len": MAX_LENGTH})
+        found, _ = cache.load_entry(folder, again)
         second = time.perf_counter() - start
         assert len(found) == len(docs)
     return {"seconds": seconds, "second_start_s": second, "rows": report.rows, "tokens": report.tokens, "supervised": report.supervised}

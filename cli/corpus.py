@@ -38,7 +38,7 @@ SHOWN = 8  # documents of a stream to check and to show before it starts
 class Stream(NamedTuple):
     """Training documents that are made while training: where rows are, and how some of them become documents."""
 
-    parts: list[streaming.Part]
+    parts: list[streaming.Shard]
     encode: Callable[[sources.Rows], list[Doc]]
 
 
@@ -82,10 +82,10 @@ def _part(entry: dict, options: Options, tokenizer, kind: kinds.Kind) -> Part:
     kept = getattr(options, "dataset_prepared_path", None) is not None
     named = entry.get("type", None if isinstance(options, PretrainData) or options.format == "auto" else options.format)
     if _is_custom(named, kind):
-        rows = custom.apply(rows, custom.load(named, entry), tokenizer)
-        digest = custom.digest(rows) if kept else ""
+        rows = custom.apply_transform(rows, custom.load_transform(named, entry), tokenizer)
+        digest = custom.digest_rows(rows) if kept else ""
         return Part(rows, kind, _detected(rows, kind), own, _weight(entry), digest)
-    digest = sources.digest(entry.get("path"), **source) if kept else ""
+    digest = sources.digest_source(entry.get("path"), **source) if kept else ""
     return Part(rows, kind, _format(entry, options, rows, kind), own, _weight(entry), digest)
 
 
@@ -120,7 +120,7 @@ def _detected(rows: sources.Rows, kind: kinds.Kind) -> str:
     try:
         return kind.detect(columns, rows.rows[0])
     except ValueError as error:
-        entry = suggest.entry(rows.name, kind.name, columns, rows.rows[0])
+        entry = suggest.suggest_entry(rows.name, kind.name, columns, rows.rows[0])
         fix = f"; a file for --config with this would read them: {entry}" if entry else ""
         raise ValueError(f"{rows.name}: {error}{fix}") from error
 
@@ -184,7 +184,7 @@ def encode_all(parts: list[Part], options: Options, tokenizer, label: str, **wor
         digests.append([digest, offset, part.weight])
         offset += max(part.rows.numbers, default=0) + 1
         lines.append(f"{label} {part.rows.name}: {part.kind.describe(report)}{' (prepared earlier)' * kept}")
-        lines += [f"! {part.rows.name}: {text}" for text in reporting.warnings(report)]
+        lines += [f"! {part.rows.name}: {text}" for text in reporting.find_warnings(report)]
         reports.append(report)
         counts.append(len(found))
     weights = loader.document_weights(counts, [part.weight for part in parts])
@@ -201,8 +201,8 @@ def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **wo
     if root is not None:
         choices = {"kind": part.kind.name, "format": part.format, "given": given, "numbers": part.rows.numbers, **lengths_}
         template = chat_templates.resolve(tokenizer, given["chat_template"]) if given.get("chat_template") else None
-        key = cache.key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
-        if (found := cache.load(root, key)) is not None:
+        key = cache.entry_key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
+        if (found := cache.load_entry(root, key)) is not None:
             docs, (report, digest) = found
             return docs, report, digest, True
     working |= {"processes": processes, "kind": part.kind}
@@ -210,14 +210,14 @@ def _encode(part: Part, options: Options, tokenizer, *, processes: int = 1, **wo
         docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=given, **lengths_, **working)
     digest = fingerprint.documents(docs)
     if root is not None:
-        cache.save(root, key, docs, [report, digest])
+        cache.save_entry(root, key, docs, [report, digest])
     return docs, report, digest, False
 
 
 def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part], list[str]]:
     """The data sets without repeated rows, training rows first, and a line where rows went."""
     parts = train + held
-    rows, gone = dedup.exact([part.rows for part in parts])
+    rows, gone = dedup.drop_duplicates([part.rows for part in parts])
     parts = [part._replace(rows=kept) for part, kept in zip(parts, rows, strict=True)]
     lines = [f"{part.rows.name}: {count} repeated rows left out" for part, count in zip(parts, gone, strict=True) if count]
     train, held = ([part for part in side if part.rows.rows] for side in (parts[: len(train)], parts[len(train) :]))
@@ -249,7 +249,7 @@ def load(options: Options, tokenizer, *, seed: int, given: frozenset[str], kind:
     if not held and options.val_set_size:
         size = options.val_set_size if options.val_set_size < 1 else int(options.val_set_size)
         together = None if kind.read is None else kinds.prompt  # an answer to a question that was trained on tells little
-        pairs = [sources.val_split(part.rows, size, seed, key=together) for part in parts]
+        pairs = [sources.split_validation(part.rows, size, seed, key=together) for part in parts]
         held = [part._replace(rows=val) for part, (_, val) in zip(parts, pairs, strict=True)]
         parts = [part._replace(rows=train) for part, (train, _) in zip(parts, pairs, strict=True)]
     train, val = encode_all(parts, options, tokenizer, "train"), encode_all(held, options, tokenizer, "held out")
@@ -263,7 +263,7 @@ def _streamed(options: PretrainData, tokenizer) -> Corpus:
     """A stream of the data sets' rows, but for those held out, with its first documents."""
     size = int(checks.held_out(options))
     held = read_all(options.val_data, (), options, tokenizer) + [_first_rows(path, options.split, size) for path in options.data if size]
-    parts = [part for path in options.data for part in streaming.parts(path, split=options.split, skip=size)]
+    parts = [part for path in options.data for part in streaming.list_shards(path, split=options.split, skip=size)]
     encode = partial(_encode_block, options=options, tokenizer=tokenizer)
     shown, _ = next(streaming.micro_batches(parts, encode, rows=SHOWN, buffer=SHOWN, shuffle=False))
     val = encode_all(held, options, tokenizer, "held out")
@@ -277,7 +277,7 @@ def _streamed(options: PretrainData, tokenizer) -> Corpus:
 
 def _first_rows(path: str, split: str, size: int) -> Part:
     """The first rows of a data set that has more."""
-    rows, _, _ = next(streaming.blocks(streaming.parts(path, split=split), buffer=size + 1, shuffle=False))
+    rows, _, _ = next(streaming.blocks(streaming.list_shards(path, split=split), buffer=size + 1, shuffle=False))
     if len(rows.rows) <= size:
         raise ValueError(f"val_set_size {size} holds out all {len(rows.rows)} rows of {path}: give a smaller number")
     return Part(sources.take(rows, range(size)), kinds.TEXT, "completion", {}, 1.0, "")

@@ -28,7 +28,7 @@ def wrapper(path: str, tokenizer: Any, cfg: Any) -> Callable[..., Sampler]:
 
     Errors: ValueError when there is no such function.
     """
-    return partial(sampler, fn=custom.function(path, "rollout_func"), tokenizer=tokenizer, cfg=cfg)
+    return partial(sampler, fn=custom.import_function(path, "rollout_func"), tokenizer=tokenizer, cfg=cfg)
 
 
 def sampler(draw: Draw, options: RolloutOptions, *, n: int, fn: Callable, tokenizer: Any, cfg: Any) -> Sampler:

@@ -107,7 +107,7 @@ def _rows(entry: dict[str, Any], split: str) -> None:
         _function("transform", transform)
     if files.is_hub_id(path, kind) or any(files.is_remote(one) for one in (path, inside) if isinstance(one, str)):
         return
-    if path is not None and not inside and files.saved(path):
+    if path is not None and not inside and files.saved_marker(path):
         return
     with _naming("data_files" if inside else "path"):
         files.find(path, data_files=inside, ds_type=kind, split=_base(entry.get("train_on_split") or entry.get("split") or split))

@@ -35,11 +35,11 @@ def load(config: Any, tokenizer: Any) -> rl_data.Prompts:
     held = [_rows(entry, options, tokenizer) for entry in options.test_datasets or [{"path": path} for path in options.val_data]]
     lines = []
     if options.dataset_exact_deduplication:
-        (*found,), gone = dedup.exact(parts + held)
+        (*found,), gone = dedup.drop_duplicates(parts + held)
         lines = [f"{part.name}: {lost} rows that repeat an earlier one left out" for part, lost in zip(found, gone, strict=True) if lost]
         parts, held = ([part for part in some if part.rows] for some in (found[: len(parts)], found[len(parts) :]))
     if not held and (size := checks.held_out(options)):
-        pairs = [sources.val_split(part, size if size < 1 else int(size), config.optim.seed, key=_opening) for part in parts]
+        pairs = [sources.split_validation(part, size if size < 1 else int(size), config.optim.seed, key=_opening) for part in parts]
         parts, held = ([pair[side] for pair in pairs] for side in (0, 1))
     train, told = _read(parts, options, tokenizer, "train")
     val, more = _read(held, options, tokenizer, "held out")
@@ -49,26 +49,26 @@ def load(config: Any, tokenizer: Any) -> rl_data.Prompts:
 def _rows(entry: dict, options: EbftData, tokenizer: Any) -> sources.Rows:
     """The targets of a data set, as rows with prompt, ground_truth and remaining_turns."""
     if unknown := sorted(entry.keys() - rl_data.SOURCE_KEYS - OWN_KEYS):
-        known = sources.listed(sorted(rl_data.SOURCE_KEYS | OWN_KEYS))
+        known = sources.join_names(sorted(rl_data.SOURCE_KEYS | OWN_KEYS))
         raise ValueError(f"datasets: {entry.get('path')} has the unknown key {unknown[0]}; structured mode takes {known}")
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in rl_data.SOURCE_KEYS & entry.keys()}
     with fields.reading(entry.get("path") or entry.get("data_files")):
         rows = sources.read(entry.get("path"), **source)
     named = entry.get("type") or options.format
     if _is_own(named):
-        rows, form = custom.apply(rows, custom.load(named, options), tokenizer), ebft_row
+        rows, form = custom.apply_transform(rows, custom.load_transform(named, options), tokenizer), ebft_row
     else:
         named = _detected(rows) if named == "auto" else named
         form = _transform(named)
-    rows = sources.watched(rows)
+    rows = sources.track_reads(rows)
     with fields.reading(rows.name):
         targets, dropped = ebft.structured(rows, form)
-    unread = sources.unread(rows)
+    unread = sources.unread_columns(rows)
     if sources.SYSTEM in unread:
-        raise sources.no_place(rows, unread[sources.SYSTEM], named)
+        raise sources.unplaced_system(rows, unread[sources.SYSTEM], named)
     made = [{"prompt": one.prompt, "ground_truth": one.ground_truth, "remaining_turns": list(one.remaining_turns)} for one in targets]
     why = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
-    why += f", not read: {reporting.short(list(unread))}" if unread else ""
+    why += f", not read: {reporting.abbreviate(list(unread))}" if unread else ""
     return rows._replace(name=f"{rows.name} as {named}{why}", rows=made, numbers=[one.row for one in targets])
 
 
@@ -78,7 +78,7 @@ def ebft_row(row: dict, where: str) -> list[dict]:
 
 
 def _question(row: dict, where: str) -> list[dict]:
-    asked = turns.introduced([{"role": "user", "content": preference.text(row, ("question",), where)}], row, where)
+    asked = turns.with_system([{"role": "user", "content": preference.text(row, ("question",), where)}], row, where)
     return [{"prompt": asked, "ground_truth": preference.text(row, ("answer",), where)}]
 
 
@@ -102,8 +102,8 @@ def _detected(rows: sources.Rows) -> str:
     if found := next((name for name, (needed, _) in PLAIN.items() if columns.issuperset(needed)), None):
         return found
     raise ValueError(
-        f"{rows.name} has the columns {sources.listed(sorted(columns))}: structured mode reads {'; '.join(PLAIN)}; name a transform with "
-        "--format, or give --mode strided for documents"
+        f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {'; '.join(PLAIN)}; name a transform "
+        "with --format, or give --mode strided for documents"
     )
 
 
@@ -117,8 +117,8 @@ def _transform(name: str) -> ebft.Transform:
     if name in ebft.STRUCTURED or name in PLAIN:
         return ebft.STRUCTURED.get(name) or PLAIN[name][1]
     if name in ebft.STRIDED:
-        raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.listed(ebft.STRUCTURED)}")
-    raise ValueError(f"unknown format {name}{nearest(name, list(ebft.STRUCTURED))}: expected one of {sources.listed(ebft.STRUCTURED)}")
+        raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.join_names(ebft.STRUCTURED)}")
+    raise ValueError(f"unknown format {name}{nearest(name, list(ebft.STRUCTURED))}: expected one of {sources.join_names(ebft.STRUCTURED)}")
 
 
 def _opening(row: dict) -> str:

@@ -80,7 +80,7 @@ def _beginning(asked: str | None, data: Any, tokenizer: Any) -> tuple[str, list[
 def _question(row: dict) -> str:
     """The first question of a row of messages; none where the row is read by options of its data set, which are not known here."""
     try:
-        turns = chat.conversation(row, "the first held-out row")
+        turns = chat.read_messages(row, "the first held-out row")
     except ValueError:
         return ""
     return next((turn["content"] for turn in turns if turn["role"] == "user" and "content" in turn), "")

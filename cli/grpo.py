@@ -212,7 +212,7 @@ def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, 
     size = prompts_per_step(config) * ranks.world
     order = fingerprint.values("prompts", size, getattr(config.data, "shuffle", True))
     read = {"train": fingerprint.documents(data.train), "held out": fingerprint.documents(data.val), "order": order}
-    stream = loader.digest(sizes, step=size, seed=optim.seed)
+    stream = loader.plan_fingerprint(sizes, step=size, seed=optim.seed)
     meta, changed = provenance.check(origin, config, documents=read, stream=stream, sampled=True)
     meta |= products.record()
     state, found = loop.restore(where, state)
@@ -284,7 +284,7 @@ def options(config: Any, ranks: setup.Ranks, total: int) -> feed.Options:
     )
 
 
-def tickets(step: int, epoch: int, cursor: loader.Cursor) -> Iterator[tuple[None, loader.Cursor]]:
+def tickets(step: int, epoch: int, cursor: loader.PlanCursor) -> Iterator[tuple[None, loader.PlanCursor]]:
     """One after another, the cursors after each step: how far through the prompts a run is, which `roll` deals.
 
     step, epoch: how often a prompt is looked at in either.
@@ -292,7 +292,7 @@ def tickets(step: int, epoch: int, cursor: loader.Cursor) -> Iterator[tuple[None
     index = cursor.index
     while True:
         index += 1
-        yield None, loader.Cursor(index * step // epoch, index)
+        yield None, loader.PlanCursor(index * step // epoch, index)
 
 
 def largest(ranks: setup.Ranks, on: torch.device, value: int) -> int:

@@ -40,8 +40,8 @@ def enriched(
     weights = ckpt.digest(state.frozen or state.params) if root is not None else ""
     options, sides = {"kept": NAME, "computes": computes}, []
     for docs in (data.train, data.val):
-        key = "" if root is None else cache.key(data=[_digest(docs), weights], tokenizer=tokenizer, options=options)
-        found = cache.load(root, key) if key else None
+        key = "" if root is None else cache.entry_key(data=[_digest(docs), weights], tokenizer=tokenizer, options=options)
+        found = cache.load_entry(root, key) if key else None
         if found is not None:
             screen.line(f"reference log-probs of {len(docs)} documents: prepared earlier")
             sides.append([doc._replace(values={NAME: kept.ref_logp}) for doc, kept in zip(docs, found[0], strict=True)])
@@ -50,7 +50,7 @@ def enriched(
         with screen.counting("documents read by the reference") as count:
             sides.append(enrich(state, docs, make, groups, count))
         if key and docs:
-            cache.save(root, key, [Kept(doc.values[NAME]) for doc in sides[-1]])
+            cache.save_entry(root, key, [Kept(doc.values[NAME]) for doc in sides[-1]])
     return data._replace(train=sides[0], val=sides[1])
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from treetune.core import ckpt, fields
 from treetune.core.data import loader, streaming
 
-Cursor = loader.Cursor | streaming.Cursor
+Cursor = loader.PlanCursor | streaming.StreamCursor
 
 
 class Progress(NamedTuple):

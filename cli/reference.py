@@ -149,7 +149,7 @@ def enricher(logp: Logp) -> Callable:
             found = np.asarray(logp(state, batch, plan).float().cpu())
             start = 0
             for i in group:
-                at = pack.scored(docs[i])
+                at = pack.scored_tokens(docs[i])
                 values = np.zeros(len(docs[i].tokens), np.float32)
                 values[at] = found[start : start + len(at)]
                 done[i], start = docs[i]._replace(values={precompute.NAME: values}), start + len(at)

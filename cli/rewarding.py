@@ -88,7 +88,7 @@ def start(options: RewardFunctions, model: ModelOptions, *, on: torch.device, sa
     """Load every reward and start the workers. Errors: ValueError for rewards that cannot be loaded."""
     wanted, factors = options.reward_funcs, weights(options)
     if not wanted or len(set(wanted)) != len(wanted):
-        raise ValueError(f"reward_funcs is {sources.listed(wanted)}: expected at least one reward, and none twice")
+        raise ValueError(f"reward_funcs is {sources.join_names(wanted)}: expected at least one reward, and none twice")
     models = {name: _scorer(name, model, on) for name in wanted if is_model(name)}
     functions = [name for name in wanted if name not in models]
     workers = {"workers": options.reward_num_workers, "timeout_s": options.reward_timeout}

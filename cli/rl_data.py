@@ -29,7 +29,7 @@ def load(options: Any, tokenizer: Any, *, seed: int) -> Prompts:
     held = [_rows({"path": path}, options, tokenizer) for path in getattr(options, "val_data", ())]
     if not held and (size := checks.held_out(options) if hasattr(options, "val_set_size") else 0):
         size = size if size < 1 else int(size)
-        pairs = [sources.val_split(part, size, seed, key=kinds.prompt) for part in parts]
+        pairs = [sources.split_validation(part, size, seed, key=kinds.prompt) for part in parts]
         parts, held = ([pair[side] for pair in pairs] for side in (0, 1))
     train, lines = _read(parts, options, tokenizer, "train")
     val, more = _read(held, options, tokenizer, "held out")
@@ -39,25 +39,25 @@ def load(options: Any, tokenizer: Any, *, seed: int) -> Prompts:
 def _rows(entry: dict, options: PromptRows, tokenizer: Any) -> sources.Rows:
     """The rows of a data set, each with its prompt in the column `prompt`."""
     if unknown := sorted(entry.keys() - SOURCE_KEYS - OWN_KEYS):
-        known = sources.listed(sorted(SOURCE_KEYS | OWN_KEYS))
+        known = sources.join_names(sorted(SOURCE_KEYS | OWN_KEYS))
         raise ValueError(f"datasets: {entry.get('path')} has the unknown key {unknown[0]}; prompts take {known}")
     source = {"split": options.split, "limit": options.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
     with fields.reading(entry.get("path") or entry.get("data_files")):
         rows = sources.read(entry.get("path"), **source)
     if transform := entry.get("type") or options.prompt_transform:
-        rows = custom.apply(rows, custom.load(transform, options), tokenizer)
+        rows = custom.apply_transform(rows, custom.load_transform(transform, options), tokenizer)
     name = _column(rows, entry.get("field_prompt") or options.field_prompt)
-    return rows._replace(rows=[_with_prompt(row, name, sources.where(rows, i)) for i, row in enumerate(rows.rows)])
+    return rows._replace(rows=[_with_prompt(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])
 
 
 def _column(rows: sources.Rows, named: str) -> str:
     columns = sources.columns(rows)
     if named != "auto":
         if named not in columns:
-            raise ValueError(f"{rows.name} has no column {named}; it has {sources.listed(columns)}")
+            raise ValueError(f"{rows.name} has no column {named}; it has {sources.join_names(columns)}")
         return named
     if (found := next((name for name in ("prompt", "messages", "question") if name in columns), None)) is None:
-        raise ValueError(f"{rows.name} has the columns {sources.listed(columns)}: name that of the prompt with --field-prompt")
+        raise ValueError(f"{rows.name} has the columns {sources.join_names(columns)}: name that of the prompt with --field-prompt")
     return found
 
 
@@ -68,7 +68,7 @@ def _with_prompt(row: dict, name: str, where: str) -> dict:
         return rest | {"prompt": [{"role": "user", "content": value}]}
     if not isinstance(value, list):
         return rest | {"prompt": value}
-    said = turns.messages(value, f"{where}: field {name}")
+    said = turns.read_turns(value, f"{where}: field {name}")
     if said[-1]["role"] != "assistant":
         return rest | {"prompt": said}
     if len(said) == 1:

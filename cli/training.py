@@ -104,7 +104,7 @@ def _of_memory(optim: Any, data: corpus.Corpus, plan: dict, dealt: dict) -> Read
     sizes = {"accum": dealt["accum"], "world": dealt["world"]}
     total = corpus.total_steps(data.train, epochs=optim.num_epochs, max_steps=optim.max_steps, **sizes, **plan)
     deal = partial(_from_memory, data.train, epochs=optim.num_epochs if optim.max_steps is None else None, **dealt, **plan)
-    digest = loader.digest(corpus.lengths(data.train), step=_step_size(dealt), **plan)
+    digest = loader.plan_fingerprint(corpus.lengths(data.train), step=_step_size(dealt), **plan)
     order = fingerprint.values("memory", _step_size(dealt), plan | {"weights": None})
     return Reading(deal, loader.START, total, digest, order)
 
@@ -117,20 +117,20 @@ def _of_stream(config: Any, source: corpus.Stream, model: Model, plan: dict, dea
     rows = ledger.Ledger(source.parts, data.text_column)
     deal = partial(_from_stream, source.parts, encode, note=rows.note, **dealt, **plan)
     go_on = partial(rows.go_on, **{name: plan[name] for name in ("buffer", "shuffle", "seed")})
-    digest = streaming.digest(source.parts, **choices, **plan)
+    digest = streaming.stream_fingerprint(source.parts, **choices, **plan)
     order = fingerprint.values("stream", choices, plan)
     return Reading(deal, streaming.START, config.optim.max_steps, digest, order, rows.mark, go_on)
 
 
-def _from_memory(docs: list, cursor: loader.Cursor, **options) -> Dealt:
-    for groups, after in loader.steps(corpus.lengths(docs), cursor=cursor, **options):
+def _from_memory(docs: list, cursor: loader.PlanCursor, **options) -> Dealt:
+    for groups, after in loader.epoch_steps(corpus.lengths(docs), cursor=cursor, **options):
         yield [[docs[i] for i in group] for group in groups], after
 
 
-def _from_stream(parts: list, encode, cursor: streaming.Cursor, **options) -> Dealt:
+def _from_stream(parts: list, encode, cursor: streaming.StreamCursor, **options) -> Dealt:
     """A bad row may be found at any time, and is the user's to fix."""
     with checking_input():
-        yield from streaming.ahead(streaming.steps(parts, encode, cursor=cursor, **options))
+        yield from streaming.prefetch(streaming.stream_steps(parts, encode, cursor=cursor, **options))
 
 
 def _fitting(rows: sources.Rows, *, encode, size: int, model: Model) -> list[spans.Doc]:
@@ -157,7 +157,9 @@ def evaluator(objective, docs: list, make, on_ranks: setup.Ranks, plan: dict, pr
     if not docs:
         return None
     groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan)
-    mine, _ = loader.next_step(groups, loader.Cursor(), accum=-(-len(groups) // on_ranks.world), world=on_ranks.world, rank=on_ranks.rank)
+    mine, _ = loader.next_step(
+        groups, loader.PlanCursor(), accum=-(-len(groups) // on_ranks.world), world=on_ranks.world, rank=on_ranks.rank
+    )
     evaluate = step.make_eval(objective, prepare=prepare, mesh=on_ranks.mesh)
     return lambda state: evaluate(state, [make(group, docs, seed=None) for group in mine])
 

@@ -11,7 +11,7 @@ from typing import Any
 BEGIN, END = ("bos_token", "cls_token"), ("eos_token", "sep_token")  # what a tokenizer may put around a text
 
 
-def apply(tokenizer: Any, *, special_tokens: Mapping[str, str] | None = None, tokens: Iterable[str] = ()) -> tuple[Any, list[str]]:
+def add_tokens(tokenizer: Any, *, special_tokens: Mapping[str, str] | None = None, tokens: Iterable[str] = ()) -> tuple[Any, list[str]]:
     """A tokenizer with these special tokens and extra tokens, and the tokens that got a new id, in the order of their ids.
 
     `special_tokens` maps names (bos_token, eos_token, unk_token, pad_token, sep_token, cls_token, mask_token) to texts, which

@@ -61,7 +61,7 @@ class Told:
         self.tokens.append(int(token))
         self.show(self.decoder.push(self.tokens[-1]))
 
-    def show(self, units: list[detokenise.Unit]) -> None:
+    def show(self, units: list[detokenise.TextUnit]) -> None:
         """What is settled of the text; blanks are held back until something follows them."""
         text = self.blank + "".join(unit.text for unit in units)
         settled = text.rstrip()

@@ -15,7 +15,7 @@ FREE_ROWS = 10_000_000  # and below this it is harmless
 UNREADABLE = (ValueError, OverflowError, KeyError)  # of values: dates past the year 9999, unknown time zones; ArrowInvalid is a ValueError
 
 
-def parquet(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]]:
+def read_parquet(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]]:
     """(number from 1, row) after row `skip`; row groups before it are not read. Errors: ValueError of one line."""
     from pyarrow import ArrowException, parquet
 
@@ -26,13 +26,13 @@ def parquet(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, d
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group).num_rows
             if number + size > skip:
-                yield from rows(table.iter_batches(BATCH_ROWS, row_groups=[group]), number, skip)
+                yield from iterate_batches(table.iter_batches(BATCH_ROWS, row_groups=[group]), number, skip)
             number += size
     except (ArrowException, UnicodeDecodeError, MemoryError) as error:  # a damaged length asks for any amount of memory
-        raise ValueError(f"{name}: not a readable parquet file ({files.reason(error)})") from error
+        raise ValueError(f"{name}: not a readable parquet file ({files.first_line(error)})") from error
 
 
-def ipc(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]]:
+def read_ipc(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]]:
     """The same of Arrow's IPC stream, as the datasets library writes it, or its file format."""
     from pyarrow import ArrowException
     from pyarrow import ipc as pyarrow_ipc
@@ -43,12 +43,12 @@ def ipc(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]
         table = pyarrow_ipc.open_file(stream) if is_file else pyarrow_ipc.open_stream(stream)
         check_names(table.schema, name)
         batches = (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table
-        yield from rows(batches, 0, skip)
+        yield from iterate_batches(batches, 0, skip)
     except (ArrowException, UnicodeDecodeError, MemoryError) as error:  # a damaged length asks for any amount of memory
-        raise ValueError(f"{name}: not a readable arrow file ({files.reason(error)})") from error
+        raise ValueError(f"{name}: not a readable arrow file ({files.first_line(error)})") from error
 
 
-def rows(batches: Iterable, number: int = 0, skip: int = 0) -> Iterator[tuple[int, dict]]:
+def iterate_batches(batches: Iterable, number: int = 0, skip: int = 0) -> Iterator[tuple[int, dict]]:
     """Rows of record batches after row `skip`; `number` rows precede them."""
     for batch in batches:
         batch.validate(full=True)  # a damaged buffer would otherwise be read out of bounds
@@ -61,7 +61,7 @@ def rows(batches: Iterable, number: int = 0, skip: int = 0) -> Iterator[tuple[in
 def check_names(schema: Any, name: str) -> None:
     """Errors: ValueError for two columns, or two fields of one struct, with the same name."""
     for place, names in _levels(schema.names, schema.types, "columns"):
-        if twice := jsontext.repeated(names):
+        if twice := jsontext.first_duplicate(names):
             raise ValueError(f"{name}: two {place} have the name {twice!r}: rename one of them, or remove it")
 
 

@@ -19,11 +19,11 @@ WIDTHS = ("ljust", "rjust", "center", "zfill", "expandtabs", "indent", "wordwrap
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates read it under, as transformers fills them
 
 
-class TooMuch(ValueError):
+class TemplateLimitError(ValueError):
     """A template went past a limit."""
 
 
-class Budget(threading.local):
+class RenderClock(threading.local):
     """Processor time that is left to a rendering, in each thread."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Budget(threading.local):
     def tick(self) -> str:
         """Nothing. Errors: TooMuch when the time is over."""
         if time.thread_time() > self.end:
-            raise TooMuch(f"it runs for more than {SECONDS:g} seconds of processor time: it loops too often")
+            raise TemplateLimitError(f"it runs for more than {SECONDS:g} seconds of processor time: it loops too often")
         return ""
 
 
@@ -65,7 +65,7 @@ def _rendered(text: str, messages: list[dict], variables: dict[str, Any]) -> str
 def check_size(size: int) -> None:
     """Errors: TooMuch for a value that is too large."""
     if size > LARGEST:
-        raise TooMuch(f"it makes a value of {size} characters or items, more than {LARGEST}")
+        raise TemplateLimitError(f"it makes a value of {size} characters or items, more than {LARGEST}")
 
 
 def _aliased(message: dict) -> dict:
@@ -74,12 +74,12 @@ def _aliased(message: dict) -> dict:
 
 
 @lru_cache(128)
-def _compiled(text: str) -> tuple[Any, Budget]:
-    budget = Budget()
+def _compiled(text: str) -> tuple[Any, RenderClock]:
+    budget = RenderClock()
     return _environment(budget).from_string(text), budget
 
 
-def _environment(budget: Budget) -> Any:
+def _environment(budget: RenderClock) -> Any:
     """transformers' environment for chat templates, with the limits."""
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -158,7 +158,7 @@ def _check_call(value: Any, name: str, args: tuple, kwargs: dict) -> None:
     elif name == "join" and args and hasattr(args[0], "__len__"):
         check_size(len(value) * len(args[0]) + sum(len(part) for part in args[0] if isinstance(part, str)))
     elif name == "translate":
-        raise TooMuch("it calls translate, which is not allowed")
+        raise TemplateLimitError("it calls translate, which is not allowed")
 
 
 def _size_of_format(form: str, values: Iterable[Any]) -> int:

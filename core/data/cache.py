@@ -2,7 +2,7 @@
 
 An entry is a folder: one .npy per column of the documents, and header.json with how columns form documents, the report, and the size
 and checksum of every file. It is written to a temporary folder and renamed, so an entry is either complete or not there. Whatever is
-damaged is as good as missing: `load` gives None, and the next `save` puts a sound entry in its place.
+damaged is as good as missing: `load_entry` gives None, and the next `save_entry` puts a sound entry in its place.
 
 Documents may be NamedTuples of arrays, numbers, texts, None, and tuples or lists of them; columns know nothing of their meaning.
 """
@@ -33,10 +33,10 @@ STALE_S = 24 * 3600
 CHUNK_BYTES = 1 << 24
 
 
-def key(*, data: Sequence[str], tokenizer, template: str | None = None, options: dict | None = None, code: Sequence[str] = ()) -> str:
+def entry_key(*, data: Sequence[str], tokenizer, template: str | None = None, options: dict | None = None, code: Sequence[str] = ()) -> str:
     """The name of an entry: sha256 over all that its documents depend on, so that a changed input never finds an old entry.
 
-    data: a digest of each data set (`sources.digest`), in order; template: the chat template's text, where it is not the tokenizer's own;
+    data: a digest of each data set (`sources.digest_source`), in order; template: the chat template's text, unless it is the tokenizer's;
     options: every option that reading and encoding take; code: files whose bytes count too, such as a user's own transform.
     The bytes of this package's data code and the versions of the libraries that render and tokenise are always part of it.
     Errors: ValueError for an option that is no plain value.
@@ -74,18 +74,18 @@ def code_digest(folder: Path = Path(__file__).parent) -> str:
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
-def load(root: str | Path, key: str) -> tuple[list, object] | None:
+def load_entry(root: str | Path, key: str) -> tuple[list, object] | None:
     """(documents, report) of an entry, arrays being read-only views into the mapped files; None when it is missing or damaged."""
     folder = Path(root) / key
     try:
         header = _header(folder)
         arrays = {name: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in header["files"]}
-        return columns.documents(header["schema"], arrays), columns.revived(header["report"])
+        return columns.from_columns(header["schema"], arrays), columns.report_from_json(header["report"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError):
         return None
 
 
-def save(root: str | Path, key: str, docs: Sequence, report: object = None) -> Path:
+def save_entry(root: str | Path, key: str, docs: Sequence, report: object = None) -> Path:
     """Write an entry and return its folder. When another process has finished the same one first, its entry stays.
 
     report: NamedTuples, dicts, lists and plain values. Errors: OSError for a full or read-only disk, after which nothing is left;
@@ -104,13 +104,13 @@ def save(root: str | Path, key: str, docs: Sequence, report: object = None) -> P
 
 
 def _write(folder: Path, docs: Sequence, report: object) -> None:
-    schema, arrays = columns.table(docs)
+    schema, arrays = columns.to_columns(docs)
     for name, array in arrays.items():
         with open(folder / name, "wb") as file:
             np.save(file, array, allow_pickle=False)
             _flush(file)
     sizes = {name: [os.path.getsize(folder / name), _checksum(folder / name)] for name in arrays}
-    text = json.dumps({"schema": schema, "report": columns.stored(report), "files": sizes})
+    text = json.dumps({"schema": schema, "report": columns.report_to_json(report), "files": sizes})
     with open(folder / HEADER, "w", encoding="utf-8") as file:
         file.write(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
         _flush(file)
@@ -188,7 +188,7 @@ def _texts(special: dict) -> list:
 
 
 def _file_digest(path: str | Path) -> str:
-    return files.digest([files.File(str(path), "code")])
+    return files.digest_files([files.File(str(path), "code")])
 
 
 def _flush(file) -> None:

@@ -14,7 +14,7 @@ SPACES = (" ", "\t")
 READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "id")  # of a message; ids only link calls and answers
 
 
-class Aims(NamedTuple):
+class MaskOptions(NamedTuple):
     """What to train on, by the options."""
 
     roles: tuple[str, ...] | None  # None: the last message
@@ -22,11 +22,11 @@ class Aims(NamedTuple):
     whole: bool
 
 
-class Wish(NamedTuple):
+class MessageMask(NamedTuple):
     """What to train of one message: its weight, and the characters of its contents that have another one."""
 
     weight: float
-    parts: dict[str, list[conversations.Part]]
+    parts: dict[str, list[conversations.ContentSpan]]
     spaces: int  # borders between parts right after a space
 
     @property
@@ -67,7 +67,7 @@ def reader(
     Errors: ValueError without a template, for options that contradict each other, and for malformed rows (named with their fields).
     """
     aims = _aims(roles_to_train, train_on_eos, train_on_inputs)
-    known = conversations.fields(
+    known = conversations.message_fields(
         field_messages=field_messages,
         field_tools=field_tools,
         message_property_mappings=message_property_mappings,
@@ -77,42 +77,42 @@ def reader(
         message_field_training=message_field_training,
         message_field_training_detail=message_field_training_detail,
         split_thinking=split_thinking,
-        extra_roles=lambda role: role in (aims.roles or ()) or chat_templates.names_text(source, role),
+        extra_roles=lambda role: role in (aims.roles or ()) or chat_templates.names_role(source, role),
     )
-    source = chat_templates.source(tokenizer, chat_template, chat_template_jinja)
+    source = chat_templates.template_source(tokenizer, chat_template, chat_template_jinja)
     render = chat_templates.renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
-    layout, style = templates.layouts(render), chat_templates.call_style(render)
+    layout, style = templates.layout_cache(render), chat_templates.tool_call_style(render)
 
     def read(rows: sources.Rows) -> list[spans.Text]:
-        talks = [conversations.read(row, sources.where(rows, i), known) for i, row in enumerate(rows.rows)]
+        talks = [conversations.read_conversation(row, sources.locate_row(rows, i), known) for i, row in enumerate(rows.rows)]
         talks = [style(_introduced(talk, default_system_message)) for talk in talks]
         texts = enumerate(_render_all(talks, rows, render))
-        made = [_text(talks[i], rendered, aims, layout, sources.where(rows, i)) for i, rendered in texts]
+        made = [_text(talks[i], rendered, aims, layout, sources.locate_row(rows, i)) for i, rendered in texts]
         return [text._replace(unread=_unread(talk, source)) for text, talk in zip(made, talks, strict=True)]
 
     return read
 
 
-def _unread(talk: conversations.Talk, source: str) -> tuple[str, ...]:
+def _unread(talk: conversations.Conversation, source: str) -> tuple[str, ...]:
     """Fields of the messages that neither this code nor the template looks at."""
     names = dict.fromkeys(name for message in talk.messages for name, value in message.items() if value not in ("", [], {}))
     return tuple(f"{name} (of messages)" for name in names if name not in READ and not chat_templates.mentions(source, name))
 
 
-def _introduced(talk: conversations.Talk, system: str | None) -> conversations.Talk:
+def _introduced(talk: conversations.Conversation, system: str | None) -> conversations.Conversation:
     """The conversation with this system message first, unless it has one."""
     if not system or any(message["role"] == "system" for message in talk.messages):
         return talk
     first = {"role": "system", "content": system}
-    return talk._replace(messages=[first, *talk.messages], flags=[conversations.Flags(None, {}), *talk.flags])
+    return talk._replace(messages=[first, *talk.messages], flags=[conversations.TrainFlags(None, {}), *talk.flags])
 
 
-def conversation(row: dict, where: str) -> list[dict]:
+def read_messages(row: dict, where: str) -> list[dict]:
     """The row's messages with `role` and `content`, checked. Errors: ValueError naming row, message, field and what is there."""
-    return conversations.read(row, where).messages
+    return conversations.read_conversation(row, where).messages
 
 
-def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_on_inputs: bool) -> Aims:
+def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_on_inputs: bool) -> MaskOptions:
     eos = "turn" if train_on_eos is None else train_on_eos
     if eos not in EOS:
         raise ValueError(f"train_on_eos is {train_on_eos!r}: expected one of {', '.join(EOS)}")
@@ -121,10 +121,10 @@ def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_
     roles = None if roles_to_train is None else tuple(roles_to_train)
     if train_on_inputs and (roles != ("assistant",) or eos != "turn"):
         raise ValueError("train_on_inputs trains every token already: leave roles_to_train and train_on_eos at their defaults")
-    return Aims(roles, eos, train_on_inputs)
+    return MaskOptions(roles, eos, train_on_inputs)
 
 
-def _text(talk: conversations.Talk, rendered: str, aims: Aims, layout: Callable, where: str) -> spans.Text:
+def _text(talk: conversations.Conversation, rendered: str, aims: MaskOptions, layout: Callable, where: str) -> spans.Text:
     wishes = [_wish(message, flags, aims, last=i + 1 == len(talk.messages)) for i, (message, flags) in enumerate(_both(talk))]
     if not any(wish.trained for wish in wishes):
         return spans.Text(rendered, ())
@@ -136,34 +136,34 @@ def _text(talk: conversations.Talk, rendered: str, aims: Aims, layout: Callable,
             return spans.Text(rendered, (), whole=True)
         raise
     _check_tools(talk, shape, where)
-    places = templates.spans(found, shape)
+    places = templates.message_spans(found, shape)
     turns = () if all_of_it else _turns(rendered, talk, wishes, places, found, shape, aims, where)
     cut, spaces = sum(wishes[i].trained > 0 for i in shape.cut), sum(wish.spaces for wish in wishes)
     return spans.Text(rendered, turns, aims.whole, None, cut, spaces, _speakers(talk, places))
 
 
-def _both(talk: conversations.Talk) -> list[tuple[dict, conversations.Flags]]:
+def _both(talk: conversations.Conversation) -> list[tuple[dict, conversations.TrainFlags]]:
     return list(zip(talk.messages, talk.flags, strict=True))
 
 
-def _wish(message: dict, flags: conversations.Flags, aims: Aims, *, last: bool) -> Wish:
+def _wish(message: dict, flags: conversations.TrainFlags, aims: MaskOptions, *, last: bool) -> MessageMask:
     chosen = aims.whole or (last if aims.roles is None else message["role"] in aims.roles)
     weight = flags.weight if flags.weight is not None else float(chosen)
     if not flags.parts:
-        return Wish(weight, {}, 0)
+        return MessageMask(weight, {}, 0)
     parts = {field: _filled(flags.parts.get(field, ()), message[field], weight) for field in conversations.CONTENTS if message.get(field)}
     weights = {part.weight for found in parts.values() for part in found} | ({weight} if message.get("tool_calls") else set())
     if len(weights) == 1:
-        return Wish(weights.pop(), {}, 0)
+        return MessageMask(weights.pop(), {}, 0)
     spaces = sum(message[field][part.end - 1] in SPACES for field, found in parts.items() for part in found[:-1])
-    return Wish(weight, {field: [part for part in found if part.weight != weight] for field, found in parts.items()}, spaces)
+    return MessageMask(weight, {field: [part for part in found if part.weight != weight] for field, found in parts.items()}, spaces)
 
 
-def _filled(parts: Sequence[conversations.Part], content: str, weight: float) -> list[conversations.Part]:
+def _filled(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[conversations.ContentSpan]:
     """Parts that cover the whole content, neighbours of equal weight joined; `weight` is of what no part decides."""
-    out: list[conversations.Part] = []
+    out: list[conversations.ContentSpan] = []
     gaps = [
-        conversations.Part(a, b, weight)
+        conversations.ContentSpan(a, b, weight)
         for a, b in zip([0, *(p.end for p in parts)], [*(p.begin for p in parts), len(content)], strict=True)
     ]
     for part in sorted([*parts, *gaps]):
@@ -177,7 +177,7 @@ def _filled(parts: Sequence[conversations.Part], content: str, weight: float) ->
     return out
 
 
-def _check_tools(talk: conversations.Talk, shape: templates.Layout, where: str) -> None:
+def _check_tools(talk: conversations.Conversation, shape: templates.TemplateLayout, where: str) -> None:
     for tool in talk.tools or ():
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
@@ -187,15 +187,15 @@ def _check_tools(talk: conversations.Talk, shape: templates.Layout, where: str) 
 
 
 def _locate(
-    text: str, talk: conversations.Talk, trained: list[float], layout: Callable, where: str
-) -> tuple[templates.Layout, list[templates.Found]]:
+    text: str, talk: conversations.Conversation, trained: list[float], layout: Callable, where: str
+) -> tuple[templates.TemplateLayout, list[templates.PieceSpan]]:
     """The conversation's layout, and the characters of its pieces in the text.
 
     Errors: ValueError for a message that the template leaves out, a trained one in pieces, or a text that the layout does not fit.
     """
     try:
         shape = layout(talk.messages, talk.tools)
-        found = templates.locate(text, talk.messages, shape)
+        found = templates.find_pieces(text, talk.messages, shape)
     except ValueError as error:
         raise ValueError(f"{where}: {error}, so the trained span is not known: use another chat template") from error
     for i, place in shape.places.items():
@@ -209,12 +209,12 @@ def _locate(
 
 def _turns(
     text: str,
-    talk: conversations.Talk,
-    wishes: list[Wish],
-    places: dict[int, templates.Span],
-    found: list[templates.Found],
-    shape: templates.Layout,
-    aims: Aims,
+    talk: conversations.Conversation,
+    wishes: list[MessageMask],
+    places: dict[int, templates.MessageSpan],
+    found: list[templates.PieceSpan],
+    shape: templates.TemplateLayout,
+    aims: MaskOptions,
     where: str,
 ) -> tuple[spans.Turn, ...]:
     turns = []
@@ -226,7 +226,7 @@ def _turns(
     return tuple(turns)
 
 
-def _close(i: int, wishes: list[Wish], train_on_eos: str) -> float:
+def _close(i: int, wishes: list[MessageMask], train_on_eos: str) -> float:
     """Weight of the end-of-turn token of message `i`."""
     if train_on_eos == "last" and i + 1 < len(wishes):
         return 0.0
@@ -234,7 +234,7 @@ def _close(i: int, wishes: list[Wish], train_on_eos: str) -> float:
 
 
 def _pieces(
-    text: str, i: int, message: dict, wish: Wish, found: list[templates.Found], shape: templates.Layout, where: str
+    text: str, i: int, message: dict, wish: MessageMask, found: list[templates.PieceSpan], shape: templates.TemplateLayout, where: str
 ) -> tuple[spans.Piece, ...]:
     """The message's parts as characters of the text."""
     pieces = []
@@ -243,7 +243,7 @@ def _pieces(
         if not parts:
             continue
         try:
-            run = templates.run(text, i, number, message[field], found, shape)
+            run = templates.find_run(text, i, number, message[field], found, shape)
         except ValueError as error:
             fix = "use a chat template that keeps it as it is, or put reasoning in reasoning_content"
             raise ValueError(
@@ -253,7 +253,7 @@ def _pieces(
     return tuple(sorted(piece for piece in pieces if piece.begin < piece.end))
 
 
-def _piece(part: conversations.Part, run: templates.Run, size: int) -> spans.Piece:
+def _piece(part: conversations.ContentSpan, run: templates.ContentRun, size: int) -> spans.Piece:
     """The part in the text; blanks at the ends of the content may have been stripped."""
     shift = run.start - run.first
     begin = run.begin if part.begin <= run.first else max(run.begin, part.begin + shift)
@@ -261,24 +261,24 @@ def _piece(part: conversations.Part, run: templates.Run, size: int) -> spans.Pie
     return spans.Piece(begin, end, part.weight)
 
 
-def _speakers(talk: conversations.Talk, places: dict[int, templates.Span]) -> tuple[spans.Speaker, ...]:
+def _speakers(talk: conversations.Conversation, places: dict[int, templates.MessageSpan]) -> tuple[spans.Speaker, ...]:
     """Who wrote which characters: contents, and what closes them."""
     ordered = sorted((span.begin, max(span.end, span.tail), talk.messages[i]["role"]) for i, span in places.items())
     limits = [begin for begin, _, _ in ordered[1:]] + [ordered[-1][1]] if ordered else []
     return tuple(spans.Speaker(begin, min(end, limit), role) for (begin, end, role), limit in zip(ordered, limits, strict=True))
 
 
-def _render_all(talks: list[conversations.Talk], rows: sources.Rows, render: templates.Render) -> list[str]:
+def _render_all(talks: list[conversations.Conversation], rows: sources.Rows, render: templates.Render) -> list[str]:
     try:
         if not any(talk.tools for talk in talks):
             return render([talk.messages for talk in talks])
     except ValueError:
         pass  # one of them; the loop below names it
-    return [_render_one(talk, sources.where(rows, i), render) for i, talk in enumerate(talks)]
+    return [_render_one(talk, sources.locate_row(rows, i), render) for i, talk in enumerate(talks)]
 
 
-def _render_one(talk: conversations.Talk, where: str, render: templates.Render) -> str:
+def _render_one(talk: conversations.Conversation, where: str, render: templates.Render) -> str:
     try:
         return render(talk.messages, tools=talk.tools)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; its roles are {sources.listed(message['role'] for message in talk.messages)}") from error
+        raise ValueError(f"{where}: {error}; its roles are {sources.join_names(message['role'] for message in talk.messages)}") from error

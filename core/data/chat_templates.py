@@ -20,17 +20,17 @@ FIX = "name one with chat_template, use a model whose tokenizer has one, or trai
 
 
 @cache
-def named(name: str) -> str:
+def builtin_template(name: str) -> str:
     """Jinja text of a built-in template. Errors: ValueError listing the names."""
-    if name not in names():
+    if name not in builtin_names():
         raise ValueError(
-            f"there is no chat template {name!r}: expected {OWN}, {FALLBACK}NAME, {INLINE}, a .jinja file, or {', '.join(names())}"
+            f"there is no chat template {name!r}: expected {OWN}, {FALLBACK}NAME, {INLINE}, a .jinja file, or {', '.join(builtin_names())}"
         )
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
 @cache
-def names() -> tuple[str, ...]:
+def builtin_names() -> tuple[str, ...]:
     """Names of the built-in templates."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 
@@ -54,14 +54,14 @@ def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: st
             raise ValueError(f"the tokenizer has no chat template ({type(tokenizer).__name__}): {FIX}")
         return None
     if chat_template.startswith(FALLBACK):
-        fallback = named(chat_template.removeprefix(FALLBACK))
+        fallback = builtin_template(chat_template.removeprefix(FALLBACK))
         return None if own else fallback
     if isinstance(own, dict) and chat_template in own:
         return own[chat_template]
     return _text(chat_template)
 
 
-def source(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
+def template_source(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
     """The text of the template that the options name, or of all templates of the tokenizer where it has several. Errors: as `resolve`."""
     own = getattr(tokenizer, "chat_template", None)
     text = resolve(tokenizer, chat_template, chat_template_jinja)
@@ -75,7 +75,7 @@ def mentions(source: str, name: str) -> bool:
 
 
 @lru_cache(1024)
-def names_text(source: str, text: str) -> bool:
+def names_role(source: str, text: str) -> bool:
     """Whether a template has this text in quotes, as it would to compare a role with it."""
     return f"'{text}'" in source or f'"{text}"' in source
 
@@ -85,7 +85,7 @@ def _text(template: str) -> str:
     if "{" in template:
         return template
     if not template.endswith(SUFFIXES):
-        return named(template)
+        return builtin_template(template)
     if not Path(template).is_file():
         raise ValueError(f"chat template file {template} does not exist")
     try:
@@ -111,7 +111,7 @@ def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | No
             many = bool(messages) and isinstance(messages[0], list)
             texts = [bounded_jinja.render(template, talk, **given) for talk in (messages if many else [messages])]
             return texts if many else texts[0]
-        except bounded_jinja.TooMuch as error:
+        except bounded_jinja.TemplateLimitError as error:
             raise ValueError(f"the chat template is not run to its end: {error}") from error
         except FAILS as error:
             raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0][:300]})") from error
@@ -119,11 +119,11 @@ def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | No
     return render
 
 
-def call_style(render: templates.Render) -> Callable[[conversations.Talk], conversations.Talk]:
+def tool_call_style(render: templates.Render) -> Callable[[conversations.Conversation], conversations.Conversation]:
     """A function that writes tool calls as this template takes them: arguments as object or JSON text, no content as "" or no field."""
     found: list[tuple[str | None, bool]] = []
 
-    def style(talk: conversations.Talk) -> conversations.Talk:
+    def style(talk: conversations.Conversation) -> conversations.Conversation:
         if not any("tool_calls" in message for message in talk.messages):
             return talk
         if not found:

@@ -14,38 +14,38 @@ PACKAGE = "treetune."
 TAG = "__fields_of__"
 
 
-def table(docs: Sequence) -> tuple[dict, dict[str, np.ndarray]]:
+def to_columns(docs: Sequence) -> tuple[dict, dict[str, np.ndarray]]:
     """(schema, arrays by file name) of the documents. Errors: ValueError for a field that no column can hold."""
     arrays: dict[str, np.ndarray] = {}
     return _column(list(docs), "doc", arrays), arrays
 
 
-def documents(schema: dict, arrays: dict[str, np.ndarray]) -> list:
-    """The documents that `table` took apart; arrays are views. Errors: KeyError, ValueError or TypeError when they do not fit."""
+def from_columns(schema: dict, arrays: dict[str, np.ndarray]) -> list:
+    """The documents that `to_columns` took apart; arrays are views. Errors: KeyError, ValueError or TypeError when they do not fit."""
     return _values(schema, {name: array.view(np.ndarray) for name, array in arrays.items()})
 
 
-def stored(value: object) -> object:
+def report_to_json(value: object) -> object:
     """A report as JSON: NamedTuples become objects that name their class. Errors: ValueError for other values than plain ones."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.generic):
         return value.item()
     if hasattr(value, "_fields"):
-        return {TAG: _name(type(value))} | {name: stored(item) for name, item in value._asdict().items()}
+        return {TAG: _name(type(value))} | {name: report_to_json(item) for name, item in value._asdict().items()}
     if isinstance(value, list | tuple):
-        return [stored(item) for item in value]
+        return [report_to_json(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: stored(item) for name, item in value.items()}
+        return {name: report_to_json(item) for name, item in value.items()}
     raise ValueError(f"a report holds a value of type {type(value).__name__}: expected plain values, lists, dicts and NamedTuples")
 
 
-def revived(value: object) -> object:
-    """What `stored` took apart; fields of NamedTuples come back as tuples."""
+def report_from_json(value: object) -> object:
+    """What `report_to_json` took apart; fields of NamedTuples come back as tuples."""
     if isinstance(value, list):
-        return [revived(item) for item in value]
+        return [report_from_json(item) for item in value]
     if isinstance(value, dict):
-        fields = {name: revived(item) for name, item in value.items() if name != TAG}
+        fields = {name: report_from_json(item) for name, item in value.items() if name != TAG}
         return _class(value[TAG])(**{name: _tupled(item) for name, item in fields.items()}) if TAG in value else fields
     return value
 

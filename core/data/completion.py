@@ -16,4 +16,4 @@ def reader(tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[s
         spans.require_text(row, (field,), (), where)
         return spans.Text(row[field], (), whole=True, eos=1.0) if row[field].strip() else spans.Text("", ())
 
-    return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]

@@ -1,7 +1,7 @@
 """Rows of messages, whatever their columns are called, as a chat template takes them: checked, renamed, with the flags taken out.
 
 A message comes out with `role`, `content` (text, or None beside tool calls), `reasoning_content`, `tool_calls`, and what else it had.
-What is to be trained of it is kept apart in `Flags`: a decision for the message, and characters with a decision of their own.
+What is to be trained of it is kept apart in `TrainFlags`: a decision for the message, and characters with a decision of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +35,8 @@ TRAINED = -1.0  # of a part that is to be trained with the message's own weight,
 TAGS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 
 
-class Fields(NamedTuple):
-    """Where a row keeps what: the documented options, checked by `fields`."""
+class MessageFields(NamedTuple):
+    """Where a row keeps what: the documented options, checked by `message_fields`."""
 
     messages: str
     tools: str | None
@@ -48,7 +48,7 @@ class Fields(NamedTuple):
     split_thinking: bool
 
 
-class Part(NamedTuple):
+class ContentSpan(NamedTuple):
     """Characters [begin, end) of one content. Weight None: whatever the message has."""
 
     begin: int
@@ -56,22 +56,22 @@ class Part(NamedTuple):
     weight: float | None
 
 
-class Flags(NamedTuple):
+class TrainFlags(NamedTuple):
     """What a message says about its training; None where it says nothing."""
 
     weight: float | None
-    parts: dict[str, tuple[Part, ...]]
+    parts: dict[str, tuple[ContentSpan, ...]]
 
 
-class Talk(NamedTuple):
+class Conversation(NamedTuple):
     """One conversation. `flags` go with `messages`."""
 
     messages: list[dict]
-    flags: list[Flags]
+    flags: list[TrainFlags]
     tools: list[dict] | None
 
 
-def fields(
+def message_fields(
     *,
     field_messages: str = MESSAGES[0],
     field_tools: str | None = "tools",
@@ -83,7 +83,7 @@ def fields(
     message_field_training_detail: str = "train_detail",
     split_thinking: bool = False,
     extra_roles: Callable[[str], bool] = lambda role: False,
-) -> Fields:
+) -> MessageFields:
     """The options in one value. Errors: ValueError for options that contradict each other or have the wrong kind."""
     given = dict(message_property_mappings or {})
     for target, name in (("role", message_field_role), ("content", message_field_content)):
@@ -94,10 +94,10 @@ def fields(
             raise ValueError(f"message_property_mappings has {target}: {name!r}, expected the name of a column")
     mappings = MAPPINGS | {target: (name,) for target, name in given.items()}
     flags = message_field_training, message_field_training_detail
-    return Fields(field_messages, field_tools, mappings, role_map(roles), extra_roles, *flags, split_thinking)
+    return MessageFields(field_messages, field_tools, mappings, map_roles(roles), extra_roles, *flags, split_thinking)
 
 
-def role_map(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
+def map_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
     """Role by its name in the rows: the usual names, and those of `roles`, which come first.
 
     Errors: ValueError for a mapping to something else than lists of names, or of one name to two roles.
@@ -105,46 +105,46 @@ def role_map(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
     out: dict[str, str] = {}
     for target, names in (roles or {}).items():
         if isinstance(names, str) or not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"roles has {target}: {sources.quoted(names)}, expected a list of the names that this role has in the rows")
+            raise ValueError(f"roles has {target}: {sources.quote(names)}, expected a list of the names that this role has in the rows")
         for name in names:
             if out.setdefault(name, target) != target:
                 raise ValueError(f"roles maps {name!r} to {out[name]!r} and to {target!r}: one name can be one role only")
     return {name: target for target, names in ROLES.items() for name in names} | out
 
 
-def unknown_role(role: str, roles: Mapping[str, Sequence[str]] | None = None) -> str:
+def unknown_role_fix(role: str, roles: Mapping[str, Sequence[str]] | None = None) -> str:
     """What an error says about a role that nothing maps."""
-    known = role_map(roles)
+    known = map_roles(roles)
     target = next((target for target, names in LIKELY.items() if role.strip().lower() in names), None)
     fix = f"roles: {{{target or 'assistant'}: [{role}]}}"
     return (
-        f"expected one of {sources.listed(known)}; map it in its entry of datasets, {fix}{'' if target else ' (or user, system, tool)'}, "
-        "or rename it"
+        f"expected one of {sources.join_names(known)}; map it in its entry of datasets, {fix}"
+        f"{'' if target else ' (or user, system, tool)'}, or rename it"
     )
 
 
-DEFAULT = fields()
+DEFAULT = message_fields()
 
 
-def read(row: dict, where: str, known: Fields = DEFAULT) -> Talk:
+def read_conversation(row: dict, where: str, known: MessageFields = DEFAULT) -> Conversation:
     """The row's conversation. Errors: ValueError naming row, message, field and what is there."""
     names = MESSAGES if known.messages == MESSAGES[0] else (known.messages,)
     field = next((name for name in names if row.get(name) is not None), None)
     if field is None:
-        raise sources.missing(names, row, where, " (or ".join(names) + ")" * (len(names) - 1))
+        raise sources.missing_field(names, row, where, " (or ".join(names) + ")" * (len(names) - 1))
     messages = row[field]
     if row.get("functions") and known.tools != "functions":
         raise ValueError(f"{where}: field functions holds tool definitions: set field_tools to functions, or remove it")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: {field} is {_kind(messages)}, expected a list of messages with role and content")
     pairs = [_message(message, f"{where}: message {i}", known) for i, message in enumerate(messages, 1)]
-    if known.messages != SYSTEM and (system := introduction(row.get(SYSTEM), [message for message, _ in pairs], where)):
-        pairs = [({"role": SYSTEM, "content": system}, Flags(None, {})), *pairs]
-    defined = tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
-    return Talk([message for message, _ in pairs], [flags for _, flags in pairs], defined)
+    if known.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], where)):
+        pairs = [({"role": SYSTEM, "content": system}, TrainFlags(None, {})), *pairs]
+    defined = read_tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
+    return Conversation([message for message, _ in pairs], [flags for _, flags in pairs], defined)
 
 
-def introduction(value: object, messages: list[dict], where: str, name: str = SYSTEM) -> str | None:
+def system_text(value: object, messages: list[dict], where: str, name: str = SYSTEM) -> str | None:
     """The row's system text, unless the conversation has it already. Errors: ValueError for two that differ."""
     if value in (None, ""):
         return None
@@ -156,7 +156,7 @@ def introduction(value: object, messages: list[dict], where: str, name: str = SY
     return None if own is not None else value
 
 
-def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
+def _message(message: object, where: str, known: MessageFields) -> tuple[dict, TrainFlags]:
     if not isinstance(message, dict):
         raise ValueError(f"{where} is {_kind(message)}, expected an object with role and content")
     present = _renamed({key: value for key, value in message.items() if value is not None}, where, known)
@@ -175,26 +175,26 @@ def _message(message: object, where: str, known: Fields) -> tuple[dict, Flags]:
     present["role"] = _role(role, where, known)
     parts = _contents(present, where, known)
     drop = (known.training, known.detail, "weight")
-    return {key: value for key, value in present.items() if key not in drop}, Flags(weight, parts)
+    return {key: value for key, value in present.items() if key not in drop}, TrainFlags(weight, parts)
 
 
-def _role(role: str, where: str, known: Fields) -> str:
+def _role(role: str, where: str, known: MessageFields) -> str:
     if role in known.roles:
         return known.roles[role]
     if role not in known.roles.values() and not known.extra_roles(role):
-        raise ValueError(f"{where}: role is {sources.quoted(role)}, {unknown_role(role)}")
+        raise ValueError(f"{where}: role is {sources.quote(role)}, {unknown_role_fix(role)}")
     return role
 
 
-def _wrong(target: str, value: object, message: dict, where: str, known: Fields) -> ValueError:
+def _wrong(target: str, value: object, message: dict, where: str, known: MessageFields) -> ValueError:
     names = known.mappings[target]
     label = names[0] + "".join(f" (or {name})" for name in names[1:])
     if value is None:
-        return sources.missing(names, message, where, label)
+        return sources.missing_field(names, message, where, label)
     return ValueError(f"{where}: field {label} is {_kind(value)}, expected text")
 
 
-def _renamed(present: dict, where: str, known: Fields) -> dict:
+def _renamed(present: dict, where: str, known: MessageFields) -> dict:
     """The message under the names that templates use, role and content first."""
     out, used = {}, set()
     for target, names in known.mappings.items():
@@ -208,7 +208,7 @@ def _renamed(present: dict, where: str, known: Fields) -> dict:
     return out | {key: value for key, value in present.items() if key not in used and key not in out}
 
 
-def _decision(present: dict, where: str, known: Fields) -> float | None:
+def _decision(present: dict, where: str, known: MessageFields) -> float | None:
     """The weight that the message asks for, or None."""
     train, weight = present.get(known.training), present.get("weight")
     _check_flags(train, weight, where, known.training)
@@ -219,18 +219,18 @@ def _decision(present: dict, where: str, known: Fields) -> float | None:
 
 def _check_flags(train: object, weight: object, where: str, name: str = "train") -> None:
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where}: {name} is {sources.quoted(train)}, expected true or false")
+        raise ValueError(f"{where}: {name} is {sources.quote(train)}, expected true or false")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT):
-        raise ValueError(f"{where}: weight is {sources.quoted(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
+        raise ValueError(f"{where}: weight is {sources.quote(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
 
 
-def _contents(present: dict, where: str, known: Fields) -> dict[str, tuple[Part, ...]]:
+def _contents(present: dict, where: str, known: MessageFields) -> dict[str, tuple[ContentSpan, ...]]:
     """Parts of the contents that have any; lists of parts in `present` become text."""
     parts = {}
     for field in CONTENTS:
         value = present.get(field)
         if isinstance(value, list):
-            present[field], parts[field] = joined(value, f"{where}: field {field}")
+            present[field], parts[field] = join_parts(value, f"{where}: field {field}")
         elif value is not None and not isinstance(value, str):
             raise _wrong(field, value, present, where, known) if field in known.mappings else _not_text(field, value, where)
     if present.get(known.detail) is not None:
@@ -243,7 +243,7 @@ def _contents(present: dict, where: str, known: Fields) -> dict[str, tuple[Part,
     return {field: tuple(_scaled(part, scale) for part in found) for field, found in parts.items()}
 
 
-def _scaled(part: Part, scale: float) -> Part:
+def _scaled(part: ContentSpan, scale: float) -> ContentSpan:
     return part._replace(weight=scale) if part.weight == TRAINED else part
 
 
@@ -251,14 +251,14 @@ def _not_text(field: str, value: object, where: str) -> ValueError:
     return ValueError(f"{where}: {field} is {_kind(value)}, expected text")
 
 
-def joined(items: list, where: str) -> tuple[str, tuple[Part, ...]]:
+def join_parts(items: list, where: str) -> tuple[str, tuple[ContentSpan, ...]]:
     """(text, parts) of a list of content parts."""
     if not items:
         raise ValueError(f"{where} is empty, expected text or a list of parts")
     text, parts = "", []
     for i, item in enumerate(items, 1):
         piece, weight = _part(item, f"{where}: part {i}")
-        parts.append(Part(len(text), len(text) + len(piece), weight))
+        parts.append(ContentSpan(len(text), len(text) + len(piece), weight))
         text += piece
     return text, tuple(parts)
 
@@ -270,10 +270,10 @@ def _part(item: object, where: str) -> tuple[str, float | None]:
         raise ValueError(f"{where} is {_kind(item)}, expected an object with type and text")
     present = {key: value for key, value in item.items() if value is not None}
     if present.get("type") != "text":
-        raise ValueError(f"{where}: type is {sources.quoted(present.get('type'))}: only parts of type 'text' can be trained on")
+        raise ValueError(f"{where}: type is {sources.quote(present.get('type'))}: only parts of type 'text' can be trained on")
     texts = [present[name] for name in PART_TEXTS if name in present]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise ValueError(f"{where} has {sources.listed(present)}: expected one text, under text, content or value")
+        raise ValueError(f"{where} has {sources.join_names(present)}: expected one text, under text, content or value")
     train, weight = present.get("train"), present.get("weight")
     _check_flags(train, weight, where)
     if train is None:
@@ -281,7 +281,7 @@ def _part(item: object, where: str) -> tuple[str, float | None]:
     return texts[0], 0.0 if not train else TRAINED if weight is None else float(weight)
 
 
-def _detail(items: object, content: str, where: str) -> tuple[Part, ...]:
+def _detail(items: object, content: str, where: str) -> tuple[ContentSpan, ...]:
     """Parts from character offsets; both ends belong to the part."""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"{where} is {_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
@@ -291,12 +291,12 @@ def _detail(items: object, content: str, where: str) -> tuple[Part, ...]:
         whole = all(isinstance(offset, int) and not isinstance(offset, bool) for offset in (begin, end))
         if not whole or not isinstance(train, bool):
             raise ValueError(
-                f"{where}: entry {i} is {sources.quoted(item)}: expected whole begin_offset and end_offset, and train true or false"
+                f"{where}: entry {i} is {sources.quote(item)}: expected whole begin_offset and end_offset, and train true or false"
             )
         if not 0 <= begin <= end < len(content):
             fix = f"expected 0 <= begin <= end <= {len(content) - 1}; end_offset is the last character of the entry, not the one behind it"
             raise ValueError(f"{where}: entry {i} has the offsets {begin} to {end}: {fix}")
-        found.append(Part(begin, end + 1, TRAINED if train else 0.0))
+        found.append(ContentSpan(begin, end + 1, TRAINED if train else 0.0))
     found.sort()
     for before, after in zip(found, found[1:], strict=False):
         if after.begin < before.end:
@@ -304,7 +304,7 @@ def _detail(items: object, content: str, where: str) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def _split_thinking(present: dict, parts: dict[str, tuple[Part, ...]], where: str) -> None:
+def _split_thinking(present: dict, parts: dict[str, tuple[ContentSpan, ...]], where: str) -> None:
     """Move the text between reasoning tags at the start of the content to `reasoning_content`, with its parts."""
     content = present["content"]
     tags = next((pair for pair in TAGS if pair[1] in content), None)
@@ -329,7 +329,7 @@ def _stripped(text: str, begin: int, end: int) -> tuple[int, int]:
     return begin + len(inner) - len(inner.lstrip()), max(begin + len(inner) - len(inner.lstrip()), begin + len(inner.rstrip()))
 
 
-def _clip(part: Part, first: int, last: int) -> Part:
+def _clip(part: ContentSpan, first: int, last: int) -> ContentSpan:
     return part._replace(begin=max(part.begin, first) - first, end=min(part.end, last) - first)
 
 
@@ -351,7 +351,7 @@ def _call(call: object, where: str) -> dict:
         call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
     function = call["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise ValueError(f"{where}: function is {sources.quoted(function)}, expected an object with name and arguments")
+        raise ValueError(f"{where}: function is {sources.quote(function)}, expected an object with name and arguments")
     arguments = _parsed(function.get("arguments", {}), f"{where}: arguments")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
@@ -359,7 +359,7 @@ def _call(call: object, where: str) -> dict:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def tools(value: object, where: str) -> list[dict] | None:
+def read_tools(value: object, where: str) -> list[dict] | None:
     """Tool definitions, from a list or its JSON text."""
     parsed = _parsed(value, where)
     if parsed is None or parsed == []:

@@ -34,13 +34,13 @@ class Transform(NamedTuple):
     takes_tokenizer: bool
 
 
-def load(path: str, cfg: object = None, **options) -> Transform:
+def load_transform(path: str, cfg: object = None, **options) -> Transform:
     """The transform at "module.function" or "folder/file.py:function", called with (cfg, **options).
 
     A module is looked for as any import is, then as a file under the working folder.
     Errors: ValueError when there is no such module or function, or when it does not give what the module's text says.
     """
-    named = function(path)
+    named = import_function(path)
     try:
         made = named(cfg, **options)
     except RAISED as error:
@@ -48,7 +48,7 @@ def load(path: str, cfg: object = None, **options) -> Transform:
     return _checked(path, *(made if isinstance(made, tuple) and len(made) == 2 else (made, {})))
 
 
-def function(path: str, what: str = "transform") -> Callable:
+def import_function(path: str, what: str = "transform") -> Callable:
     """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `what`, when there is none."""
     place, _, name = path.rpartition(":" if ":" in path else ".")
     if not place or not name:
@@ -62,21 +62,21 @@ def function(path: str, what: str = "transform") -> Callable:
 def _checked(path: str, fn: object, extra: object) -> Transform:
     if not callable(fn) or not isinstance(extra, dict):
         example = "{'remove_columns': '__all__'}"
-        raise ValueError(f"transform {path!r} gave {turns.kind(fn)}: expected a function, or a function and a dict such as {example}")
+        raise ValueError(f"transform {path!r} gave {turns.type_name(fn)}: expected a function, or a function and a dict such as {example}")
     removed = extra.get("remove_columns") or ()
     takes = inspect.signature(fn).parameters
     wants = "tokenizer" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
     return Transform(path, fn, None if removed == "__all__" else removed, bool(extra.get("batched")), wants)
 
 
-def apply(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.Rows:
+def apply_transform(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.Rows:
     """The rows through the transform; every new row has the number of the one it was made from.
 
     Errors: ValueError, naming the row, for what the function raises and for anything but a dict.
     """
     made, origin = [], []
     for i, row in enumerate(rows.rows):
-        for one in _call(transform, row, tokenizer, sources.where(rows, i)):
+        for one in _call(transform, row, tokenizer, sources.locate_row(rows, i)):
             made.append(one)
             origin.append(i)
     if not made:
@@ -84,7 +84,7 @@ def apply(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.R
     return sources.take(rows, origin)._replace(rows=made)
 
 
-def digest(rows: sources.Rows) -> str:
+def digest_rows(rows: sources.Rows) -> str:
     """Of the rows themselves: what a function gives may depend on more than its file."""
     found = hashlib.sha256()
     for row in rows.rows:
@@ -99,7 +99,7 @@ def _call(transform: Transform, row: dict, tokenizer, where: str) -> list[dict]:
     except RAISED as error:
         raise ValueError(f"{where}: transform {transform.name!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(out, dict) or not all(isinstance(name, str) for name in out):
-        raise ValueError(f"{where}: transform {transform.name!r} gave {turns.kind(out)}, expected a dict of columns")
+        raise ValueError(f"{where}: transform {transform.name!r} gave {turns.type_name(out)}, expected a dict of columns")
     kept = {} if transform.removed is None else {name: value for name, value in row.items() if name not in transform.removed}
     if not transform.batched:
         return [kept | out]

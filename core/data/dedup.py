@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from treetune.core.data import sources
 
 
-def identity(row: dict) -> bytes:
+def row_digest(row: dict) -> bytes:
     """sha256 of the row's canonical JSON: fields sorted, values that JSON lacks (dates, bytes) by type and representation."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=lambda value: f"{type(value).__name__} {value!r}")
     return hashlib.sha256(text.encode()).digest()
 
 
-def exact(parts: Sequence[sources.Rows]) -> tuple[list[sources.Rows], list[int]]:
+def drop_duplicates(parts: Sequence[sources.Rows]) -> tuple[list[sources.Rows], list[int]]:
     """(the parts without rows seen before in the same or an earlier part, how many each has lost).
 
     Give training parts first and held-out parts behind them: a held-out row that is trained on goes. Order and numbers are kept.
     """
     seen: set[bytes] = set()
-    kept = [[i for i, row in enumerate(part.rows) if _first(identity(row), seen)] for part in parts]
+    kept = [[i for i, row in enumerate(part.rows) if _first(row_digest(row), seen)] for part in parts]
     return [sources.take(part, mine) for part, mine in zip(parts, kept, strict=True)], [
         len(part.rows) - len(mine) for part, mine in zip(parts, kept, strict=True)
     ]

@@ -11,7 +11,7 @@ LONGEST = 4  # bytes of a character in UTF-8, hence tokens that it may lie in
 BROKEN = "\ufffd"
 
 
-class Unit(NamedTuple):
+class TextUnit(NamedTuple):
     """Consecutive tokens that whole characters are made of, and their text."""
 
     tokens: tuple[int, ...]
@@ -26,7 +26,7 @@ class Decoder:
         self.last, self.before = (), ""  # the unit before and its text: some decoders drop or add a space at the very beginning
         self.pending: tuple[int, ...] = ()
 
-    def push(self, token: int) -> list[Unit]:
+    def push(self, token: int) -> list[TextUnit]:
         """The units that end with this token: none while a character is not whole."""
         self.pending += (token,)
         text = self._text(self.pending)
@@ -34,12 +34,12 @@ class Decoder:
             return [self._emit(self.pending, text)]
         return [self._emit(self.pending[:1])] if len(self.pending) == LONGEST else []
 
-    def flush(self) -> list[Unit]:
+    def flush(self) -> list[TextUnit]:
         """The tokens that are left, in one unit: bytes that are no character."""
         return [self._emit(self.pending)] if self.pending else []
 
-    def _emit(self, tokens: tuple[int, ...], text: str | None = None) -> Unit:
-        unit = Unit(tokens, self._text(tokens) if text is None else text)
+    def _emit(self, tokens: tuple[int, ...], text: str | None = None) -> TextUnit:
+        unit = TextUnit(tokens, self._text(tokens) if text is None else text)
         self.last, self.before, self.pending = tokens, self._decode(tokens), self.pending[len(tokens) :]
         return unit
 
@@ -57,7 +57,7 @@ class Decoder:
         return tuple(ids[-len(self.pending) :]) == self.pending  # some vocabularies begin every text with a space
 
 
-def units(tokenizer: Any, ids: Sequence[int]) -> Iterator[Unit]:
+def decode_units(tokenizer: Any, ids: Sequence[int]) -> Iterator[TextUnit]:
     """All tokens in units, whose texts in a row are the text."""
     decoder = Decoder(tokenizer)
     for token in ids:
@@ -65,10 +65,10 @@ def units(tokenizer: Any, ids: Sequence[int]) -> Iterator[Unit]:
     yield from decoder.flush()
 
 
-def labelled(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
+def label_units(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
     """(text, label) of each unit; a character that tokens of two labels share has the label of the one that completes it."""
     out, end = [], 0
-    for unit in units(tokenizer, ids):
+    for unit in decode_units(tokenizer, ids):
         end += len(unit.tokens)
         out.append((unit.text, labels[end - 1]))
     return out

@@ -39,7 +39,7 @@ class Strided(NamedTuple):
 def opencode(row: dict, where: str) -> list[dict]:
     """ebft_opencode.transform: input and output."""
     asked, answer = preference.text(row, ("input",), where), preference.text(row, ("output",), where)
-    return [{"prompt": turns.introduced([{"role": "user", "content": asked}], row, where), "ground_truth": answer}]
+    return [{"prompt": turns.with_system([{"role": "user", "content": asked}], row, where), "ground_truth": answer}]
 
 
 def first_turn(row: dict, where: str) -> list[dict]:
@@ -81,14 +81,14 @@ def _truth(message: dict, where: str) -> str:
     if any(message.get(name) for name in conversations.MAPPINGS["reasoning_content"]):
         fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
         raise ValueError(f"{where}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
-    return turns.text(message, f"{where}: the reply")
+    return turns.turn_text(message, f"{where}: the reply")
 
 
 def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], dict[str, int]]:
     """(targets in the order of the rows, rows dropped by reason). Errors: ValueError naming row and field, or when none is left."""
     found, dropped = [], {}
     for i, row in enumerate(rows.rows):
-        where = sources.where(rows, i)
+        where = sources.locate_row(rows, i)
         for one in transform(row, where):
             target = target_of(one, rows.numbers[i], where)
             reason = trees.EMPTY if not target.ground_truth.strip() else "" if target.prompt else trees.NO_PROMPT
@@ -106,10 +106,10 @@ def target_of(one: dict, row: int, where: str) -> Target:
     """A transform's output for the structured mode, checked."""
     prompt, rest = one.get("prompt"), one.get("remaining_turns") or []
     if isinstance(prompt, list) and prompt:
-        prompt = turns.introduced(turns.messages(prompt, f"{where}: field prompt"), one, where)
+        prompt = turns.with_system(turns.read_turns(prompt, f"{where}: field prompt"), one, where)
     elif prompt != []:
         prompt = preference.text(one, ("prompt",), where)
-    rest = turns.messages(rest, f"{where}: field remaining_turns") if rest else []
+    rest = turns.read_turns(rest, f"{where}: field remaining_turns") if rest else []
     return Target(prompt, preference.text(one, ("ground_truth",), where), tuple(rest), row)
 
 
@@ -118,16 +118,16 @@ def pretrain(rows: sources.Rows, tokenizer) -> list[Strided]:
     spans.require_eos(tokenizer)
     texts = []
     for i, row in enumerate(rows.rows):
-        body = preference.text(row, ("text", "question"), sources.where(rows, i))
+        body = preference.text(row, ("text", "question"), sources.locate_row(rows, i))
         texts.append(spans.Text(body, (), whole=True, eos=1.0) if body.strip() else spans.Text("", ()))
     return _strided(rows, texts, tokenizer, raw=True)
 
 
 def strided_structured(rows: sources.Rows, tokenizer) -> list[Strided]:
     """ebft_strided_structured.transform: input (prompt, question), output (completion, answer); no EOS is added."""
-    texts, known = [], spans.marks(tokenizer)
+    texts, known = [], spans.read_special_tokens(tokenizer)
     for i, row in enumerate(rows.rows):
-        where = sources.where(rows, i)
+        where = sources.locate_row(rows, i)
         asked = preference.text(row, ("input", "prompt", "question"), where)
         texts.append(trees.plain(asked, preference.text(row, ("output", "completion", "answer"), where)))
     return _strided(rows, texts, tokenizer, prefix=known.prefix)
@@ -141,7 +141,7 @@ def strided_chat(rows: sources.Rows, tokenizer, *, last_only: bool = False, **te
     read = chat.reader(tokenizer, **template)
     talks = []
     for i, row in enumerate(rows.rows):
-        said, replies = _talk(row, sources.where(rows, i))
+        said, replies = _talk(row, sources.locate_row(rows, i))
         trained = replies[-1:] if last_only else replies
         talks.append({"messages": [one | {"train": at in trained} for at, one in enumerate(said)]})
     return _strided(rows, read(rows._replace(rows=talks)), tokenizer)
@@ -156,16 +156,16 @@ def strided(rows: sources.Rows, tokenizer) -> list[Strided]:
     """Output of a user's transform for the strided mode: input_ids, labels, prompt_length, checked; padding is taken off."""
     found = []
     for i, row in enumerate(rows.rows):
-        where = sources.where(rows, i)
+        where = sources.locate_row(rows, i)
         labels = row.get("input_ids") if row.get("labels") is None else row["labels"]
         tokens = {"input_ids": row.get("input_ids"), "labels": labels, "attention_mask": row.get("attention_mask")}
-        part = pretokenised.encoded(tokens, len(tokenizer), where)
+        part = pretokenised.encode_row(tokens, len(tokenizer), where)
         length = row.get("prompt_length")
         if length is None:
             length = _first(part.weight) if row.get("labels") is not None and (part.weight[1:] == 0).any() else 0
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(part.tokens):
             raise ValueError(
-                f"{where}: field prompt_length is {sources.quoted(length)}, expected a whole number from 0 to {len(part.tokens)}"
+                f"{where}: field prompt_length is {sources.quote(length)}, expected a whole number from 0 to {len(part.tokens)}"
             )
         found.append(Strided(part.tokens, part.weight, length, rows.numbers[i]))
     return _some(found, rows)
@@ -178,15 +178,15 @@ def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
 
 
 def _strided(rows: sources.Rows, texts: list[spans.Text], tokenizer, *, raw: bool = False, prefix: list[int] = ()) -> list[Strided]:
-    known = spans.marks(tokenizer)
+    known = spans.read_special_tokens(tokenizer)
     for i, text in enumerate(texts):
-        trees.check_unicode(text.text, sources.where(rows, i))
+        trees.check_unicode(text.text, sources.locate_row(rows, i))
     found = []
     for i, part in enumerate(spans.encode(texts, tokenizer, known)):
         missing = [] if part.tokens[: len(prefix)].tolist() == list(prefix) else list(prefix)
         tokens = np.concatenate([np.array(missing, np.int32), part.tokens]).astype(np.int32)
         weight = np.concatenate([np.zeros(len(missing)), part.weight]).astype(np.float32)
-        trees.check_bos([part._replace(tokens=tokens)], known, sources.where(rows, i))
+        trees.check_bos([part._replace(tokens=tokens)], known, sources.locate_row(rows, i))
         found.append(Strided(tokens, weight, 0 if raw else _first(weight), rows.numbers[i]))
     return _some(found, rows)
 
@@ -206,7 +206,7 @@ def _talk(row: dict, where: str) -> tuple[list[dict], list[int]]:
     """(messages, which of them are replies)."""
     name = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
     names = {"role": "from", "content": "value"} if _is_sharegpt(row[name] if name in row else None) else {}
-    said = turns.introduced(turns.messages(row.get(name), f"{where}: field {name}", **names), row, where)
+    said = turns.with_system(turns.read_turns(row.get(name), f"{where}: field {name}", **names), row, where)
     replies = [i for i, one in enumerate(said) if one["role"] == "assistant"]
     if not replies:
         raise ValueError(f"{where}: field {name} has no message of the assistant, expected at least one to learn from")

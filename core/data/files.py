@@ -77,30 +77,30 @@ def find(path: str | None, *, data_files: str | Sequence[str] = (), ds_type: str
     return [file for name in full for file in _expand(name, ds_type, split)]
 
 
-def saved(path: str) -> str | None:
+def saved_marker(path: str) -> str | None:
     """Which of SAVED the folder has, or None when it is no folder written by `save_to_disk`."""
     if is_remote(path):
         return None if kind_of(path)[0] else next((name for name in SAVED if _remote_exists(f"{path.rstrip('/')}/{name}")), None)
     return next((name for name in SAVED if os.path.isfile(os.path.join(path, name))), None)
 
 
-def whole_folder(path: str) -> list[File]:
+def folder_files(path: str) -> list[File]:
     """Every file of a folder, with its place in it as its kind: for a digest."""
     names, folder = _remote_names(path) if is_remote(path) else _local_names(path)
     return [File(name, name[len(folder or path) :]) for name in names]
 
 
 @contextmanager
-def opened(file: File) -> Iterator[BinaryIO]:
+def open_file(file: File) -> Iterator[BinaryIO]:
     """The file's unpacked bytes. Errors: ValueError of one line for whatever goes wrong while it is open."""
     try:
         with _raw(file.name) as raw, _unpacked(raw, file) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, ImportError) as error:
-        raise ValueError(f"{file.name}: cannot be read ({reason(error)})") from error
+        raise ValueError(f"{file.name}: cannot be read ({first_line(error)})") from error
 
 
-def skip(stream: BinaryIO, offset: int) -> None:
+def skip_bytes(stream: BinaryIO, offset: int) -> None:
     """Move a stream that is at its start to `offset` bytes."""
     if stream.seekable():
         stream.seek(offset)
@@ -109,19 +109,19 @@ def skip(stream: BinaryIO, offset: int) -> None:
         offset -= len(chunk)
 
 
-def digest(files: Sequence[File]) -> str:
+def digest_files(files: Sequence[File]) -> str:
     """sha256 over kinds, packing and bytes, in order. Names do not count: a moved file is the same file."""
     total = hashlib.sha256()
     for file in files:
         one = hashlib.sha256(f"{file.kind} {file.packed} ".encode())
-        with opened(file._replace(packed="")) as stream:
+        with open_file(file._replace(packed="")) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 one.update(chunk)
         total.update(one.digest())
     return total.hexdigest()
 
 
-def reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what went wrong."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.splitlines() or [type(error).__name__])[0]
@@ -209,7 +209,7 @@ def _remote_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({reason(error)})") from error
+        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _system(path: str):
@@ -278,4 +278,4 @@ def _zstandard(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
         with io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), CHUNK_BYTES) as stream:
             yield stream
     except zstandard.ZstdError as error:
-        raise ValueError(f"{name}: cannot be read ({reason(error)})") from error
+        raise ValueError(f"{name}: cannot be read ({first_line(error)})") from error

@@ -48,7 +48,7 @@ class Report(NamedTuple):
     trailing_spaces: int = 0  # boundaries between parts of a message that lie right behind a space
     roles: tuple[tuple[str, int, int], ...] = ()  # who wrote them: name, tokens and supervised tokens of the rows that came out
     unread: tuple[str, ...] = ()  # columns, and fields of messages, that nothing reads
-    sizes: reporting.Sizes = ()  # of the documents before the length policy
+    sizes: reporting.LengthCounts = ()  # of the documents before the length policy
     ending: str = ""  # what closes trained turns and looks like one token, but is none
 
 
@@ -76,7 +76,7 @@ def detect(columns: Sequence[str]) -> str:
             return name
     seen = {name: known for name, known in FORMATS.items() if known.detected}
     needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in seen.items())
-    raise ValueError(f"no format fits the columns {sources.listed(columns)}: {needs}. Rename columns or name one of the other formats")
+    raise ValueError(f"no format fits the columns {sources.join_names(columns)}: {needs}. Rename columns or name one of the other formats")
 
 
 def takes(name: str) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def encode_rows(
     known = _format(name, options)
     overlong = overlong or known.overlong
     _check_length(sequence_len, overlong)
-    read, marks = known.reader(tokenizer, **options), spans.marks(tokenizer)
+    read, marks = known.reader(tokenizer, **options), spans.read_special_tokens(tokenizer)
     docs, tally, roles, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 9), {}, [], {}, ""
     columns: dict[str, None] = {}
     for number, encoded in _encoded(rows, _watching(read, name, columns), tokenizer, marks):
@@ -130,7 +130,7 @@ def encode_rows(
         raise ValueError(_nothing(rows, tally, known, options))
     supervised = sum(int(np.count_nonzero(doc.weight)) for doc in docs)
     by_role = tuple((role, *counts) for role, counts in roles.items())
-    told = {"unread": (*columns, *unread), "sizes": reporting.sizes(lengths), "ending": ending, "roles": by_role}
+    told = {"unread": (*columns, *unread), "sizes": reporting.count_lengths(lengths), "ending": ending, "roles": by_role}
     return docs, tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised, **told)
 
 
@@ -138,10 +138,10 @@ def _watching(read: Callable[[sources.Rows], list], name: str, columns: dict[str
     """The reader, adding the names of columns that it does not look at. Errors: ValueError for a system text among them."""
 
     def watched(rows: sources.Rows) -> list:
-        rows = sources.watched(rows)
-        texts, unread = read(rows), sources.unread(rows)
+        rows = sources.track_reads(rows)
+        texts, unread = read(rows), sources.unread_columns(rows)
         if sources.SYSTEM in unread and name not in WHOLE:
-            raise sources.no_place(rows, unread[sources.SYSTEM], name)
+            raise sources.unplaced_system(rows, unread[sources.SYSTEM], name)
         columns.update(dict.fromkeys(unread))
         return texts
 
@@ -167,7 +167,7 @@ def merged(reports: Sequence[Report]) -> Report:
         dropped.update(report.dropped)
         _add_roles(roles, report.roles)
     by_role = tuple((role, *counts) for role, counts in roles.items())
-    return first._replace(**sums, dropped=dict(dropped), roles=by_role, **reporting.merged(reports))
+    return first._replace(**sums, dropped=dict(dropped), roles=by_role, **reporting.merge_fields(reports))
 
 
 def describe(report: Report) -> str:
@@ -181,7 +181,7 @@ def describe(report: Report) -> str:
         "documents without BOS": report.missing_bos,
         "parts that begin right behind a space": report.trailing_spaces,
     }
-    return reporting.one_line(report, unusual)
+    return reporting.format_report(report, unusual)
 
 
 def _format(name: str, options: dict) -> Format:
@@ -198,7 +198,7 @@ def _check_length(sequence_len: int | None, overlong: str) -> None:
         raise ValueError(f"sequence_len is {sequence_len}: expected at least 2 tokens, one to read and one to predict")
 
 
-def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.Marks) -> Iterator[tuple[int, spans.Encoded]]:
+def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.SpecialTokens) -> Iterator[tuple[int, spans.EncodedText]]:
     """(index of the row, its tokens) row by row. The next rows are tokenised while these are weighed."""
     with ThreadPoolExecutor(1) as pool:
         behind = None
@@ -213,19 +213,19 @@ def _encoded(rows: sources.Rows, read: Callable, tokenizer, marks: spans.Marks) 
 def _texts(chunk: sources.Rows, read: Callable) -> list:
     texts = read(chunk)
     for i, text in enumerate(texts if _to_tokenise(texts) else ()):
-        _check_unicode(text.text, sources.where(chunk, i))
+        _check_unicode(text.text, sources.locate_row(chunk, i))
     return texts
 
 
 def _to_tokenise(texts: list) -> bool:
     """Whether these are texts; a format may also give rows that were tokens already."""
-    return not (texts and isinstance(texts[0], spans.Encoded))
+    return not (texts and isinstance(texts[0], spans.EncodedText))
 
 
-def _weighed(chunk: tuple | None, tokenizer, marks: spans.Marks) -> Iterator[tuple[int, spans.Encoded]]:
+def _weighed(chunk: tuple | None, tokenizer, marks: spans.SpecialTokens) -> Iterator[tuple[int, spans.EncodedText]]:
     if chunk is not None:
         start, texts, tokenised = chunk
-        done = spans.weighed(texts, tokenised.result(), tokenizer, marks) if _to_tokenise(texts) else texts
+        done = spans.weigh_tokens(texts, tokenised.result(), tokenizer, marks) if _to_tokenise(texts) else texts
         yield from enumerate(done, start)
 
 
@@ -236,13 +236,15 @@ def _check_unicode(text: str, where: str) -> None:
         raise ValueError(f"{where}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
 
 
-def _check_bos(encoded: spans.Encoded, i: int, rows: sources.Rows, marks: spans.Marks) -> None:
+def _check_bos(encoded: spans.EncodedText, i: int, rows: sources.Rows, marks: spans.SpecialTokens) -> None:
     if marks.bos is not None and len(encoded.tokens) > 1 and encoded.tokens[0] == encoded.tokens[1] == marks.bos:
-        raise ValueError(f"{sources.where(rows, i)} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
+        raise ValueError(
+            f"{sources.locate_row(rows, i)} starts with two BOS tokens: take the BOS out of the chat template or out of the text"
+        )
 
 
 def _fit(
-    encoded: spans.Encoded, i: int, rows: sources.Rows, sequence_len: int | None, overlong: str, tally: Report
+    encoded: spans.EncodedText, i: int, rows: sources.Rows, sequence_len: int | None, overlong: str, tally: Report
 ) -> tuple[list[spans.Doc], Report]:
     """The row's documents under the length policy, and the tally with the row in it."""
     tokens, weight = encoded.tokens, encoded.weight
@@ -252,7 +254,7 @@ def _fit(
     fits = sequence_len is None or len(tokens) <= sequence_len
     if not fits and overlong == "error":
         fix = "raise sequence_len, or set overlong to drop, truncate or split"
-        raise ValueError(f"{sources.where(rows, i)} has {len(tokens)} tokens, more than sequence_len {sequence_len}: {fix}")
+        raise ValueError(f"{sources.locate_row(rows, i)} has {len(tokens)} tokens, more than sequence_len {sequence_len}: {fix}")
     if not fits and overlong == "drop":
         return [], _drop(tally, TOO_LONG)
     starts = [0] if fits or overlong == "truncate" else range(0, len(tokens) - 1, sequence_len - 1)
@@ -288,6 +290,6 @@ def _nothing(rows: sources.Rows, tally: Report, known: Format, options: dict) ->
     fix = f"raise sequence_len (the longest row has {tally.longest} tokens)" if TOO_LONG in tally.dropped else known.fix
     template = " with the given chat template" if options.get("chat_template") else ""
     return (
-        f"{rows.name}: not one token to train on in {tally.rows} rows ({reasons}); the first is {sources.where(rows, 0)}, "
-        f"read as {tally.format}{template}, with the fields {sources.listed(rows.rows[0])}: {fix}"
+        f"{rows.name}: not one token to train on in {tally.rows} rows ({reasons}); the first is {sources.locate_row(rows, 0)}, "
+        f"read as {tally.format}{template}, with the fields {sources.join_names(rows.rows[0])}: {fix}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from treetune.core.data import arrow, files
 
 
-def load(
+def load_dataset(
     path: str,
     *,
     split: str,
@@ -22,11 +22,11 @@ def load(
         return datasets.load_dataset(path, name, split=split, **{key: value for key, value in given.items() if value})
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{path}: no such file here, and no such dataset on the hub or no way to reach it ({files.reason(error)})"
+            f"{path}: no such file here, and no such dataset on the hub or no way to reach it ({files.first_line(error)})"
         ) from error
 
 
-def load_saved(path: str, split: str):
+def load_saved_dataset(path: str, split: str):
     """One split of a folder written by `save_to_disk`. Errors: ValueError for a split that it lacks or a folder that is damaged."""
     import datasets
     from pyarrow import ArrowException
@@ -34,7 +34,7 @@ def load_saved(path: str, split: str):
     try:
         data = datasets.load_from_disk(path)
     except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
-        raise ValueError(f"{path}: not a readable saved dataset ({files.reason(error)})") from error
+        raise ValueError(f"{path}: not a readable saved dataset ({files.first_line(error)})") from error
     splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
     if split in splits:
         return splits[split]
@@ -43,7 +43,7 @@ def load_saved(path: str, split: str):
     raise ValueError(f"{path} has no split {split!r}: expected one of {', '.join(splits)}")
 
 
-def rows(data) -> list[dict]:
+def read_rows(data) -> list[dict]:
     """All rows of a dataset as plain dicts."""
     tables = data.with_format("arrow").iter(batch_size=arrow.BATCH_ROWS)
-    return [row for _, row in arrow.rows(batch for table in tables for batch in table.to_batches())]
+    return [row for _, row in arrow.iterate_batches(batch for table in tables for batch in table.to_batches())]

@@ -62,10 +62,10 @@ def shaped(name: str) -> Callable:
             spans.require_text(row, needed, shape.optional, where)
             missing = next((column for column in shape.others if row.get(column) is None), None)
             if missing:
-                raise sources.missing([missing], row, where)
+                raise sources.missing_field([missing], row, where)
             return whole(*_built(shape, row, where), ending, train_on_inputs)
 
-        return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+        return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
     return made
 
@@ -116,13 +116,13 @@ def user_defined(
     if not field_instruction or not field_output:
         raise ValueError(f"field_instruction is {field_instruction!r} and field_output is {field_output!r}: both need the name of a column")
     fill = {
-        True: wording.filler("format", format, ("instruction",), ("input", "system")),
-        False: wording.filler(
+        True: wording.compile_wording("format", format, ("instruction",), ("input", "system")),
+        False: wording.compile_wording(
             "no_input_format", no_input_format or format, ("instruction",), ("system",) if no_input_format else ("input", "system")
         ),
     }
     forms = {True: format, False: no_input_format or format}
-    opening = wording.filler("system_format", system_format, ("system",))
+    opening = wording.compile_wording("system_format", system_format, ("system",))
 
     def text(row: dict, where: str) -> spans.Text:
         spans.require_text(row, (field_instruction, field_output), [name for name in (field_system, field_input) if name], where)
@@ -131,7 +131,7 @@ def user_defined(
         asked = fill[bool(given)](instruction=row[field_instruction], input=given, system=system)
         return whole(before + asked, row[field_output], "", train_on_inputs)
 
-    return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
 def prompt(row: dict) -> str:
@@ -143,7 +143,7 @@ def _instruct(with_input: str, without: str, instruction: str = "instruction", g
     def build(row: dict) -> str:
         system = row.get("system") or (with_input if row.get(given) else without)
         if not isinstance(system, str):
-            raise ValueError(f"field system is {turns.kind(system)}, expected text")
+            raise ValueError(f"field system is {turns.type_name(system)}, expected text")
         context = f"### Input:\n{row[given]}\n\n" if row.get(given) else ""
         return f"{system}\n\n### Instruction:\n{row[instruction]}\n\n{context}### Response:\n"
 
@@ -165,7 +165,7 @@ def _said(opening: str, question: str) -> str:
 def _choices(opening: str) -> Callable[[dict], str]:
     def build(row: dict) -> str:
         if not isinstance(row["choices"], list) or not row["choices"] or not all(isinstance(choice, str) for choice in row["choices"]):
-            raise ValueError(f"field choices is {turns.kind(row['choices'])}, expected a list of texts")
+            raise ValueError(f"field choices is {turns.type_name(row['choices'])}, expected a list of texts")
         return _said(opening, "\n".join([row["question"], *(f'- "{choice}"' for choice in row["choices"])]))
 
     return build
@@ -173,7 +173,7 @@ def _choices(opening: str) -> Callable[[dict], str]:
 
 def _solution(row: dict) -> str:
     if not row.get("solution") and not row.get("explanation"):
-        raise ValueError(f"there is neither a solution nor an explanation; it has {sources.listed(map(str, row))}")
+        raise ValueError(f"there is neither a solution nor an explanation; it has {sources.join_names(map(str, row))}")
     return row.get("solution") or row["explanation"]
 
 

@@ -31,7 +31,7 @@ def parse(text: str, where: str) -> object:
     return value
 
 
-def items(text: str, name: str) -> Iterator[object]:
+def iterate_items(text: str, name: str) -> Iterator[object]:
     """The items of a list, one at a time. Errors: as `parse`, with the line of broken JSON or the row, counted from 1."""
     end, number = _blanks(text, _blanks(text, 0) + 1), 0
     try:
@@ -73,7 +73,7 @@ def _blanks(text: str, begin: int) -> int:
     return BLANKS.match(text, begin).end()
 
 
-def repeated(names: Iterable[str]) -> str | None:
+def first_duplicate(names: Iterable[str]) -> str | None:
     """The first name that comes a second time."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
@@ -82,7 +82,7 @@ def repeated(names: Iterable[str]) -> str | None:
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Repeated(f"the field {repeated(name for name, _ in pairs)!r} comes twice in one object")
+        raise _Repeated(f"the field {first_duplicate(name for name, _ in pairs)!r} comes twice in one object")
     return found
 
 

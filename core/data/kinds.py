@@ -50,7 +50,7 @@ def _detect(table: Mapping[str, trees.Form], rules: Rules, columns: Sequence[str
     needs = "; ".join(f"{name} needs {' + '.join(needed)}" for needed, name in rules)
     must = ", ".join(fitting or named)
     fix = "name one of the formats with these columns" if fitting else "rename columns, or name one of the other formats"
-    raise ValueError(f"the columns {sources.listed(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
+    raise ValueError(f"the columns {sources.join_names(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
 
 
 def _is_whole(name: str, row: Mapping) -> bool:
@@ -119,7 +119,7 @@ def _encode_trees(
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
     """Documents with a branch for each continuation. foreign: give each row a second continuation from another row, of kind 1."""
     read, chat = _reader(table, format, own or {}, rows)
-    rows = sources.watched(rows)
+    rows = sources.track_reads(rows)
     read = unpaired.mismatched(rows, read) if foreign else read
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
@@ -128,9 +128,9 @@ def _encode_trees(
 
 def with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
     """The report with the columns that no reader looked at. Errors: ValueError for a system text among them."""
-    unread = sources.unread(rows)
+    unread = sources.unread_columns(rows)
     if sources.SYSTEM in unread:
-        raise sources.no_place(rows, unread[sources.SYSTEM], report.format)
+        raise sources.unplaced_system(rows, unread[sources.SYSTEM], report.format)
     return report._replace(unread=(*unread, *report.unread))
 
 
@@ -145,7 +145,7 @@ def _encode_steps(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
     read, _ = _reader(reward.STEPS, format, own or {}, rows)
-    rows = sources.watched(rows)
+    rows = sources.track_reads(rows)
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
     return docs, with_unread(report, rows)
@@ -160,7 +160,7 @@ def _merged(reports: Sequence[trees.Report]) -> trees.Report:
             sums[name] = max(values) if name == "longest" else sum(values)
     for report in reports:
         dropped.update(report.dropped)
-    return reports[0]._replace(**sums, dropped=dict(dropped), **reporting.merged(reports))
+    return reports[0]._replace(**sums, dropped=dict(dropped), **reporting.merge_fields(reports))
 
 
 def prompt(row: Mapping) -> str:

@@ -15,10 +15,12 @@ from treetune.core.data import sources, streaming
 
 SIZE = 16  # bytes of a row's digest
 MODULUS = 2 ** (8 * SIZE)
-Mark = dict  # sums of "rows" of the epoch before the cursor's block, of the "block" if some of it is taken, of a whole "pass"; and "files"
+LedgerMark = (
+    dict  # sums of "rows" of the epoch before the cursor's block, of the "block" if some of it is taken, of a whole "pass"; and "files"
+)
 
 
-class Sums(NamedTuple):
+class BlockSums(NamedTuple):
     """Of a block: the sum of the epoch's rows before it, if it is known, and that of its own."""
 
     before: int | None
@@ -36,30 +38,30 @@ class Ledger:
     column: the one that is trained on. say: told once a pass of rows that changed while the run went on.
     """
 
-    def __init__(self, parts: Sequence[streaming.Part], column: str, *, say: Callable[[str], None] = print):
+    def __init__(self, parts: Sequence[streaming.Shard], column: str, *, say: Callable[[str], None] = print):
         self._parts, self._column, self._say = parts, column, say
-        self._blocks: dict[tuple[int, int], Sums] = {}  # by epoch and block
+        self._blocks: dict[tuple[int, int], BlockSums] = {}  # by epoch and block
         self._start: tuple[tuple[int, int], int | None] = ((0, 0), 0)  # a block, and the sum before it if that is known
         self._whole: int | None = None
         self._files = _files(parts)
 
-    def note(self, rows: sources.Rows, here: streaming.Cursor) -> None:
+    def note(self, rows: sources.Rows, here: streaming.StreamCursor) -> None:
         """Adds the block that starts at `here`; blocks come in order."""
         if here.block == 0 and here.epoch:
             self._close(self._last(here.epoch))
         key = (here.epoch, here.block)
-        self._blocks[key] = Sums(self._before(key), self._sum(rows))
+        self._blocks[key] = BlockSums(self._before(key), self._sum(rows))
 
-    def mark(self, cursor: streaming.Cursor) -> Mark:
+    def mark(self, cursor: streaming.StreamCursor) -> LedgerMark:
         """What a checkpoint at the cursor keeps, as JSON; sums before it are then forgotten."""
         key = (cursor.epoch, cursor.block)
-        found = self._blocks.get(key) or Sums(self._before(key), 0)
+        found = self._blocks.get(key) or BlockSums(self._before(key), 0)
         for old in [one for one in self._blocks if one < (cursor.epoch, cursor.block - 1)]:
             del self._blocks[old]
         whole = self._whole if cursor.epoch else None
         return {"rows": _hex(found.before), "block": _hex(found.own if cursor.index else None), "pass": _hex(whole), "files": self._files}
 
-    def go_on(self, cursor: streaming.Cursor, mark: Mark | None, **options) -> None:
+    def go_on(self, cursor: streaming.StreamCursor, mark: LedgerMark | None, **options) -> None:
         """Continues from a checkpoint, of which an earlier version kept nothing. options: buffer, shuffle and seed of `streaming.blocks`.
 
         Errors: ValueError when rows that were read are not there as they were.
@@ -73,10 +75,10 @@ class Ledger:
         if cursor.block and known["rows"] and known["files"] != self._files:
             _require(self._walked(start, options) == known["rows"], ", ".join(part.name for part in self._parts[:3]))
 
-    def _walked(self, start: streaming.Cursor, options: dict) -> str:
+    def _walked(self, start: streaming.StreamCursor, options: dict) -> str:
         """The sum of the epoch's rows before a block, read once more; nothing where none starts there any longer."""
         total = 0
-        for rows, here, _ in streaming.blocks(self._parts, cursor=streaming.Cursor(start.epoch), **options):
+        for rows, here, _ in streaming.blocks(self._parts, cursor=streaming.StreamCursor(start.epoch), **options):
             if (here.epoch, here.block) >= (start.epoch, start.block):
                 return _hex(total) if here == start else ""
             total = (total + self._sum(rows)) % MODULUS
@@ -116,7 +118,7 @@ def _number(text: str) -> int | None:
     return int(text, 16) if text else None
 
 
-def _files(parts: Sequence[streaming.Part]) -> dict[str, list[int]]:
+def _files(parts: Sequence[streaming.Shard]) -> dict[str, list[int]]:
     """Size and time of change of the parts that are files here."""
     found = {}
     for part in parts:

@@ -1,6 +1,6 @@
 """Which documents form which micro-batch of which step, on which rank: pure functions of (lengths, options, seed, epoch).
 
-Nothing is drawn and nothing advances but a `Cursor`, so a run that resumes from one sees exactly the documents it would have seen.
+Nothing is drawn and nothing advances but a `PlanCursor`, so a run that resumes from one sees exactly the documents it would have seen.
 A plan depends neither on the number of ranks nor on gradient accumulation; both only say how many of its micro-batches a step takes.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 from treetune.core.data import order, pack
 
 
-class Cursor(NamedTuple):
+class PlanCursor(NamedTuple):
     """Where a run stands: the epoch, and how many micro-batches of its plan all ranks together have taken."""
 
     epoch: int = 0
     index: int = 0
 
 
-START = Cursor()
+START = PlanCursor()
 
 
 def appearances(weights: Sequence[float], *, seed: int = 0, epoch: int = 0) -> list[int]:
@@ -38,7 +38,7 @@ def appearances(weights: Sequence[float], *, seed: int = 0, epoch: int = 0) -> l
         found = f"document {bad[0]} has weight {values[bad[0]]}" if len(bad) else "all weights are 0"
         raise ValueError(f"{found}: expected finite numbers from 0 up, not all of them 0")
     whole = np.floor(values)
-    drawn = np.array(order.shuffled(len(values), seed, epoch, order.REPEATS), dtype=np.int64)
+    drawn = np.array(order.permutation(len(values), seed, epoch, order.REPEATS), dtype=np.int64)
     drawn = drawn[np.argsort(values[drawn], kind="stable")]
     reached = np.concatenate([[0.0], np.cumsum((values - whole)[drawn])]) + order.uniform(seed, epoch, order.REPEATS)
     counts = whole.astype(np.int64)
@@ -80,16 +80,16 @@ def epoch_plan(
         return [[chosen[i] for i in group] for group in plan]
     key = seed * 1_000_003 + epoch if shuffle else None
     if rows is not None:
-        return pack.in_order(lengths, rows, seed=key)
+        return pack.group_rows(lengths, rows, seed=key)
     groups = pack.pack(lengths, budget, seed=key, window=window)
     if key is None:
         return sorted(groups, key=min)
-    return [groups[i] for i in order.shuffled(len(groups), key, order.BATCHES)]
+    return [groups[i] for i in order.permutation(len(groups), key, order.BATCHES)]
 
 
 def next_step(
-    plan: Sequence[list[int]], cursor: Cursor, *, accum: int = 1, world: int = 1, rank: int = 0
-) -> tuple[list[list[int]], Cursor]:
+    plan: Sequence[list[int]], cursor: PlanCursor, *, accum: int = 1, world: int = 1, rank: int = 0
+) -> tuple[list[list[int]], PlanCursor]:
     """(this rank's micro-batches of the step at `cursor`, the cursor after the step).
 
     A step takes accum * world micro-batches of the plan, dealt to the ranks in turn; the last of an epoch takes what is left.
@@ -100,19 +100,19 @@ def next_step(
     mine = list(taken[rank::world])
     mine += [[]] * (-(-len(taken) // world) - len(mine))
     index = cursor.index + len(taken)
-    return mine, Cursor(cursor.epoch, index) if index < len(plan) else Cursor(cursor.epoch + 1, 0)
+    return mine, PlanCursor(cursor.epoch, index) if index < len(plan) else PlanCursor(cursor.epoch + 1, 0)
 
 
-def steps(
+def epoch_steps(
     lengths: Sequence[int],
     *,
-    cursor: Cursor = START,
+    cursor: PlanCursor = START,
     epochs: int | None = None,
     accum: int = 1,
     world: int = 1,
     rank: int = 0,
     **options,
-) -> Iterator[tuple[list[list[int]], Cursor]]:
+) -> Iterator[tuple[list[list[int]], PlanCursor]]:
     """(micro-batches, cursor after them) step by step, from `cursor` to the end of `epochs` epochs, or for ever.
 
     options: those of epoch_plan. Keep the cursor of the last step done: starting from it continues the same stream.
@@ -129,6 +129,6 @@ def steps_per_epoch(lengths: Sequence[int], *, accum: int = 1, world: int = 1, *
     return -(-len(epoch_plan(lengths, **options)) // (accum * world))
 
 
-def digest(lengths: Sequence[int], **options) -> str:
+def plan_fingerprint(lengths: Sequence[int], **options) -> str:
     """A fingerprint of the documents' lengths and of the options of epoch_plan: a cursor is good only for the plan it was made on."""
     return hashlib.sha256(json.dumps([list(map(int, lengths)), sorted(options.items())]).encode()).hexdigest()[:16]

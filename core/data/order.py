@@ -6,7 +6,7 @@ SPLIT, DOCUMENTS, BATCHES, SHARDS, REPEATS, FILES = 1, 2, 3, 4, 5, 6  # what a s
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-def shuffled(n: int, *key: int) -> list[int]:
+def permutation(n: int, *key: int) -> list[int]:
     """A permutation of range(n), decided by the integers of `key`: indices sorted by a 64-bit hash of (key, index).
 
     Source: the hash is splitmix64's (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014).

@@ -27,7 +27,7 @@ def pack(lengths: Sequence[int], budget: int, *, seed: int | None = 0, window: i
         raise ValueError(
             f"document {worst} has {lengths[worst]} tokens, more than the budget of {budget} per micro-batch: raise the budget"
         )
-    indices = range(len(lengths)) if seed is None else order.shuffled(len(lengths), seed, order.DOCUMENTS)
+    indices = range(len(lengths)) if seed is None else order.permutation(len(lengths), seed, order.DOCUMENTS)
     return [group for start in range(0, len(lengths), window) for group in _best_fit(indices[start : start + window], lengths, budget)]
 
 
@@ -54,11 +54,11 @@ def _best_fit(indices: Sequence[int], lengths: Sequence[int], budget: int) -> li
     return [sorted(group, key=rank.__getitem__) for group in groups]
 
 
-def in_order(lengths: Sequence[int], rows_per_batch: int, *, seed: int | None = None) -> list[list[int]]:
+def group_rows(lengths: Sequence[int], rows_per_batch: int, *, seed: int | None = None) -> list[list[int]]:
     """Document indices in groups of `rows_per_batch`, in the order given or shuffled by `seed`; the last group may be smaller."""
     if rows_per_batch < 1:
         raise ValueError(f"rows per micro-batch is {rows_per_batch}: expected at least 1")
-    indices = list(range(len(lengths))) if seed is None else order.shuffled(len(lengths), seed, order.DOCUMENTS)
+    indices = list(range(len(lengths))) if seed is None else order.permutation(len(lengths), seed, order.DOCUMENTS)
     return [indices[start : start + rows_per_batch] for start in range(0, len(indices), rows_per_batch)]
 
 
@@ -72,7 +72,7 @@ def collate(docs: Sequence[spans.Doc], *, budget: int | None = None, pad: bool =
     lengths, filler = _filled(docs, budget, pad)
     stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id)
     batch = stream | _reads(docs, lengths)
-    check(batch)
+    check_stream(batch)
     return batch
 
 
@@ -155,7 +155,7 @@ def _prompts(docs: Sequence[trees.TreeDoc], lengths: list[int]) -> dict[str, tor
     return {"prompt_at": _int64(_joined(at, np.int64)), "prompt_targets": _int64(_joined(targets, np.int64))}  # [M]
 
 
-def scored(doc: trees.TreeDoc) -> np.ndarray:
+def scored_tokens(doc: trees.TreeDoc) -> np.ndarray:
     """Indices of a document's scored tokens in the order in which a stream reads them."""
     return np.concatenate([_scored(doc, own, "tokens") for own in trees.branches(doc)])
 
@@ -208,7 +208,7 @@ def _reads(docs: Sequence[spans.Doc], lengths: list[int]) -> dict[str, torch.Ten
     return keys | ({"weight": torch.from_numpy(weight)} if (weight != 1.0).any() else {})
 
 
-def check(batch: dict[str, torch.Tensor]) -> None:
+def check_stream(batch: dict[str, torch.Tensor]) -> None:
     """Invariants of a stream; they hold for whatever collate builds. Errors: AssertionError."""
     total, bounds = len(batch["tokens"]), batch["cu_docs"]
     assert bounds[0] == 0 and bounds[-1] == total and (bounds[1:] > bounds[:-1]).all(), "document borders do not tile the stream"
@@ -224,7 +224,7 @@ def check(batch: dict[str, torch.Tensor]) -> None:
 def check_trees(batch: dict[str, torch.Tensor], read: str = "tokens") -> None:
     """Invariants of a stream with branches. Errors: AssertionError."""
     if "branch" not in batch and read == "tokens":
-        check(batch)
+        check_stream(batch)
         return
     total, bounds = len(batch["tokens"]), batch["cu_docs"].long()
     assert bounds[0] == 0 and bounds[-1] == total and (bounds[1:] > bounds[:-1]).all(), "document borders do not tile the stream"

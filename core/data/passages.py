@@ -23,7 +23,7 @@ def split(doc: Doc | trees.TreeDoc, tokenizer: Any, read: str | None) -> list[Pa
     """The document in one passage, or its prompt and then each completion. read: `kinds.Kind.read` of its kind."""
     if read == "classes":
         labels = ["off" if label < 0 else "on" if label else "bad" for label in doc.classes.tolist()]
-        return [Passage("", detokenise.labelled(tokenizer, doc.tokens.tolist(), labels))]
+        return [Passage("", detokenise.label_units(tokenizer, doc.tokens.tolist(), labels))]
     if not isinstance(doc, trees.TreeDoc) or not doc.branch[-1]:
         return [Passage("", label_tokens(doc, tokenizer))]
     return _tree(doc, tokenizer)
@@ -31,7 +31,7 @@ def split(doc: Doc | trees.TreeDoc, tokenizer: Any, read: str | None) -> list[Pa
 
 def label_tokens(doc: Doc | trees.TreeDoc, tokenizer: Any) -> Pieces:
     """The tokens of a document as text, labelled by their weights."""
-    return detokenise.labelled(tokenizer, doc.tokens.tolist(), _weight_labels(doc))
+    return detokenise.label_units(tokenizer, doc.tokens.tolist(), _weight_labels(doc))
 
 
 def _tree(doc: trees.TreeDoc, tokenizer: Any) -> list[Passage]:
@@ -43,7 +43,7 @@ def _tree(doc: trees.TreeDoc, tokenizer: Any) -> list[Passage]:
         marks = [
             ("bad" if avoid and i >= len(trunk) and labels[row] == "on" else labels[row], i >= len(trunk)) for i, row in enumerate(rows)
         ]
-        texts = detokenise.labelled(tokenizer, doc.tokens[rows].tolist(), marks)
+        texts = detokenise.label_units(tokenizer, doc.tokens[rows].tolist(), marks)
         prompt, completion = ([(text, label) for text, (label, part) in texts if part is after] for after in (False, True))
         passages += [] if passages else [Passage("prompt", prompt)]
         passages.append(Passage(title, completion, "bad" if avoid else "on"))

@@ -40,9 +40,9 @@ def text(row: dict, names: Sequence[str], where: str) -> str:
     """The text under the first of `names` that the row has. Errors: ValueError when there is none, or something else than text."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
-        raise sources.missing(names, row, where)
+        raise sources.missing_field(names, row, where)
     if not isinstance(row[name], str):
-        raise ValueError(f"{where}: field {name} is {turns.kind(row[name])}, expected text")
+        raise ValueError(f"{where}: field {name} is {turns.type_name(row[name])}, expected text")
     if WRITTEN_TALK.match(row[name]):
         raise ValueError(f"{where}: field {name} is a list of messages written as text: write it as a list (in .jsonl or .parquet)")
     return row[name]
@@ -50,7 +50,7 @@ def text(row: dict, names: Sequence[str], where: str) -> str:
 
 def system(row: dict, where: str, name: str = "system") -> list[dict]:
     """The row's system message, if it has one."""
-    return turns.introduced([], row, where, name)
+    return turns.with_system([], row, where, name)
 
 
 def numbers(row: dict, name: str, where: str) -> dict[str, tuple]:
@@ -63,7 +63,7 @@ def numbers(row: dict, name: str, where: str) -> dict[str, tuple]:
         return {}
     found = number(value)
     if found is None or not abs(found) <= LARGEST:
-        raise ValueError(f"{where}: field {name} is {sources.quoted(value)}, expected a number from {-LARGEST:g} to {LARGEST:g}")
+        raise ValueError(f"{where}: field {name} is {sources.quote(value)}, expected a number from {-LARGEST:g} to {LARGEST:g}")
     return {name: (found, found)}
 
 
@@ -77,7 +77,7 @@ def number(value: object) -> float | None:
         return None
 
 
-def styled(style: wording.Style, fields: Fields) -> Callable[[dict, str], trees.Sides]:
+def styled(style: wording.TurnStyle, fields: Fields) -> Callable[[dict, str], trees.Sides]:
     """Reader of rows in a fixed wording."""
 
     def read(row: dict, where: str) -> trees.Sides:
@@ -91,15 +91,15 @@ def styled(style: wording.Style, fields: Fields) -> Callable[[dict, str], trees.
         else:
             history = _shared(said, where)
         replies = tuple(reply for reply, _ in said)
-        prompt = wording.prompt(style, turns.introduced(history, row, where), where)
+        prompt = wording.render_prompt(style, turns.with_system(history, row, where), where)
         return trees.Sides(prompt, replies, numbers(row, "margin", where), style.end)
 
     return read
 
 
 def _talk(row: dict, name: str, where: str) -> tuple[str, list[dict]]:
-    history, reply = turns.dialogue(row.get(name), f"{where}: field {name}")
-    return turns.text(reply, f"{where}: field {name}: the reply"), history
+    history, reply = turns.read_dialogue(row.get(name), f"{where}: field {name}")
+    return turns.turn_text(reply, f"{where}: field {name}: the reply"), history
 
 
 def _check_question(prompt: str, histories: Sequence[list[dict]], where: str, name: str = "prompt") -> None:
@@ -107,9 +107,9 @@ def _check_question(prompt: str, histories: Sequence[list[dict]], where: str, na
     for side, history in zip(("chosen", "rejected"), histories, strict=True):
         asked = [one.get("content") for one in history if one["role"] == "user"]
         if not any(isinstance(one, str) and one.strip() == prompt.strip() for one in asked):
-            other = sources.quoted(asked[-1] if asked else "")
+            other = sources.quote(asked[-1] if asked else "")
             raise ValueError(
-                f"{where}: field {name} is {sources.quoted(prompt)}, but the question in {side} is {other}: "
+                f"{where}: field {name} is {sources.quote(prompt)}, but the question in {side} is {other}: "
                 f"make them alike, or remove {name}"
             )
 
@@ -135,12 +135,12 @@ def nectar(row: dict, where: str) -> trees.Sides:
     """zephyr.nectar: the answer of the best rank (the lowest number) against the next best."""
     prompt, answers = text(row, ("prompt",), where), row.get("answers")
     if not isinstance(answers, list) or len(answers) < 2:
-        raise ValueError(f"{where}: field answers is {turns.kind(answers)}, expected a list of two or more answers with their ranks")
+        raise ValueError(f"{where}: field answers is {turns.type_name(answers)}, expected a list of two or more answers with their ranks")
     for i, one in enumerate(answers, 1):
         here = f"{where}: field answers, answer {i}"
         rank = one.get("rank") if isinstance(one, dict) else None
         if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank:
-            raise ValueError(f"{here}: field rank is {sources.quoted(rank)}, expected an object with a text and a number (answer, rank)")
+            raise ValueError(f"{here}: field rank is {sources.quote(rank)}, expected an object with a text and a number (answer, rank)")
         text(one, ("answer",), here)
     best, second = sorted(answers, key=lambda one: one["rank"])[:2]
     before = "".join(one["content"] for one in system(row, where))
@@ -171,7 +171,7 @@ def templated(
         value, where = row.get(name), f"{where}: field {name}"
         if isinstance(value, str):
             return {"role": "assistant", "content": text(row, (name,), where.removesuffix(f": field {name}"))}
-        said = turns.messages([value] if isinstance(value, dict) else value, where, roles=roles, replies=1, **names)
+        said = turns.read_turns([value] if isinstance(value, dict) else value, where, roles=roles, replies=1, **names)
         if said[-1]["role"] != "assistant":
             raise ValueError(f"{where} has {len(said)} messages: expected the assistant's reply, alone or after the messages of the prompt")
         if said[:-1] not in ([], history, history[-1:]):
@@ -182,9 +182,9 @@ def templated(
         if isinstance(row.get(field_messages), str):
             said = [{"role": "user", "content": text(row, (field_messages,), where)}]
         else:
-            said = turns.messages(row.get(field_messages), f"{where}: field {field_messages}", roles=roles, replies=0, **names)
+            said = turns.read_turns(row.get(field_messages), f"{where}: field {field_messages}", roles=roles, replies=0, **names)
         replies = tuple(reply(row, name, said, where) for name in (field_chosen, field_rejected))
-        return trees.Sides(turns.introduced(said, row, where), replies, numbers(row, "margin", where))
+        return trees.Sides(turns.with_system(said, row, where), replies, numbers(row, "margin", where))
 
     return read
 
@@ -194,15 +194,17 @@ def argilla(row: dict, where: str) -> trees.Sides:
 
     A `prompt` must be a question of both conversations; a `system` text goes before.
     """
-    said = [turns.dialogue(row.get(name), f"{where}: field {name}") for name in ("chosen", "rejected")]
+    said = [turns.read_dialogue(row.get(name), f"{where}: field {name}") for name in ("chosen", "rejected")]
     for name, (history, _) in zip(("chosen", "rejected"), said, strict=True):
         order = [one["role"] for one in history if one["role"] != "system"]
         if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
-            raise ValueError(f"{where}: field {name} has the roles {sources.listed(order)}, assistant: expected user and assistant in turn")
+            raise ValueError(
+                f"{where}: field {name} has the roles {sources.join_names(order)}, assistant: expected user and assistant in turn"
+            )
     if row.get("prompt") is not None:
         _check_question(text(row, ("prompt",), where), [history for history, _ in said], where)
     history = _shared([(None, history) for history, _ in said], where)
-    return trees.Sides(turns.introduced(history, row, where), tuple(reply for _, reply in said), numbers(row, "margin", where))
+    return trees.Sides(turns.with_system(history, row, where), tuple(reply for _, reply in said), numbers(row, "margin", where))
 
 
 def user_defined(
@@ -220,9 +222,9 @@ def user_defined(
     Errors: ValueError for a format that lacks its own field or names an unknown one.
     """
     fill = [
-        wording.filler("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",)),
-        wording.filler("chosen_format", chosen_format or "{chosen}", ("chosen",)),
-        wording.filler("rejected_format", rejected_format or "{rejected}", ("rejected",)),
+        wording.compile_wording("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",)),
+        wording.compile_wording("chosen_format", chosen_format or "{chosen}", ("chosen",)),
+        wording.compile_wording("rejected_format", rejected_format or "{rejected}", ("rejected",)),
     ]
 
     def read(row: dict, where: str) -> trees.Sides:

@@ -12,21 +12,21 @@ from treetune.core.data import sources, spans, turns
 IGNORED = -100
 
 
-def reader(tokenizer) -> Callable[[sources.Rows], list[spans.Encoded]]:
+def reader(tokenizer) -> Callable[[sources.Rows], list[spans.EncodedText]]:
     """A function from rows to tokens with weights; nothing is added and nothing tokenised. Padding (mask 0 at an end) is taken off.
 
     Errors: ValueError (row and field named) for ids outside the vocabulary, fields of different lengths, labels other than the
     token or -100, masked tokens between others, and labels on masked tokens.
     """
     size = len(tokenizer)
-    return lambda rows: [encoded(row, size, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    return lambda rows: [encode_row(row, size, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def encoded(row: dict, vocabulary: int, where: str) -> spans.Encoded:
+def encode_row(row: dict, vocabulary: int, where: str) -> spans.EncodedText:
     """One row's tokens [n] and weights [n]."""
-    tokens, labels = (integers(row.get(name), f"{where}: field {name}") for name in ("input_ids", "labels"))
+    tokens, labels = (read_integers(row.get(name), f"{where}: field {name}") for name in ("input_ids", "labels"))
     given = row.get("attention_mask")
-    mask = np.ones_like(tokens) if given is None else integers(given, f"{where}: field attention_mask")
+    mask = np.ones_like(tokens) if given is None else read_integers(given, f"{where}: field attention_mask")
     for name, values in (("labels", labels), ("attention_mask", mask)):
         if len(values) != len(tokens):
             raise ValueError(f"{where}: field {name} has {len(values)} entries, expected {len(tokens)}, one for each of input_ids")
@@ -42,16 +42,16 @@ def encoded(row: dict, vocabulary: int, where: str) -> spans.Encoded:
     _check(begin + np.flatnonzero(mask[begin:end] == 0), mask, f"{where}: field attention_mask", "1 between other tokens")
     weight = (labels[begin:end] != IGNORED).astype(np.float32)
     weight[:1] = 0.0
-    return spans.Encoded(tokens[begin:end].astype(np.int32), weight, 0, 0)
+    return spans.EncodedText(tokens[begin:end].astype(np.int32), weight, 0, 0)
 
 
-def integers(value: object, where: str) -> np.ndarray:
+def read_integers(value: object, where: str) -> np.ndarray:
     """A list of whole numbers as int64 [n]. Errors: ValueError naming the field and the first entry that is none."""
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {turns.kind(value)}, expected a list of whole numbers")
+        raise ValueError(f"{where} is {turns.type_name(value)}, expected a list of whole numbers")
     wrong = next((i for i, one in enumerate(value) if isinstance(one, bool) or not isinstance(one, int) or abs(one) > 2**31), None)
     if wrong is not None:
-        raise ValueError(f"{where}: entry {wrong + 1} is {sources.quoted(value[wrong])}, expected a whole number below 2**31")
+        raise ValueError(f"{where}: entry {wrong + 1} is {sources.quote(value[wrong])}, expected a whole number below 2**31")
     return np.array(value, dtype=np.int64)
 
 

@@ -45,20 +45,20 @@ def read(
     """
     if max_prompt_len is not None and max_prompt_len < 1:
         raise ValueError(f"max_prompt_len is {max_prompt_len}: expected at least 1 token")
-    known, render = spans.marks(tokenizer), _opener(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
-    said = [_prompt(row, field_prompt, system, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    known, render = spans.read_special_tokens(tokenizer), _opener(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
+    said = [_prompt(row, field_prompt, system, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
     if system and all(isinstance(one, str) for one in said):
         raise ValueError(f"{rows.name}: a default system message needs prompts of messages, these are plain texts: put it into them")
     texts = [
-        one if isinstance(one, str) else render(one, _tools(rows.rows[i], sources.where(rows, i)), sources.where(rows, i))
+        one if isinstance(one, str) else render(one, _tools(rows.rows[i], sources.locate_row(rows, i)), sources.locate_row(rows, i))
         for i, one in enumerate(said)
     ]
     for i, text in enumerate(texts):
-        trees.check_unicode(text, sources.where(rows, i))
+        trees.check_unicode(text, sources.locate_row(rows, i))
     found, dropped, longest = [], {}, 0
     for i, part in enumerate(spans.encode([spans.Text(text, ()) for text in texts], tokenizer, known)):
         tokens = _opened(part.tokens, known) if isinstance(said[i], str) else part.tokens
-        trees.check_bos([part._replace(tokens=tokens)], known, sources.where(rows, i))
+        trees.check_bos([part._replace(tokens=tokens)], known, sources.locate_row(rows, i))
         longest, reason = max(longest, len(tokens)), _unusable(tokens, texts[i], max_prompt_len)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
@@ -85,12 +85,12 @@ def _prompt(row: dict, name: str, system: str, where: str) -> str | list[dict]:
                 f"{where}: a prompt of plain text has no place for the field system: put it into the prompt, or make it messages"
             )
         return preference.text(row, (name,), where)
-    said = turns.introduced(turns.messages(row[name], f"{where}: field {name}"), row, where)
+    said = turns.with_system(turns.read_turns(row[name], f"{where}: field {name}"), row, where)
     return said if said[0]["role"] == "system" or not system else [{"role": "system", "content": system}, *said]
 
 
 def _tools(row: dict, where: str) -> list[dict] | None:
-    return conversations.tools(row.get("tools"), f"{where}: field tools")
+    return conversations.read_tools(row.get("tools"), f"{where}: field tools")
 
 
 def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:
@@ -99,7 +99,7 @@ def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:
     return "longer than max_prompt_len" if limit is not None and len(tokens) > limit else ""
 
 
-def _opened(tokens: np.ndarray, known: spans.Marks) -> np.ndarray:
+def _opened(tokens: np.ndarray, known: spans.SpecialTokens) -> np.ndarray:
     prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
     return np.concatenate([np.array(prefix, np.int32), tokens]).astype(np.int32)
 
@@ -114,6 +114,6 @@ def _opener(tokenizer, *template) -> Callable[[list[dict], object, str], str]:
         try:
             return made[0](messages, tools=tools, add_generation_prompt=True)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; its roles are {sources.listed(one['role'] for one in messages)}") from error
+            raise ValueError(f"{where}: {error}; its roles are {sources.join_names(one['role'] for one in messages)}") from error
 
     return render

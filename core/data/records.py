@@ -17,7 +17,7 @@ MOST_BLANK = 10_000_000  # blank lines one after another, such as a file has tha
 LONGEST_FIELD = min(1 << 30, sys.maxsize, (1 << 31) - 1)  # characters of a CSV field; csv keeps its limit in a C long
 
 
-class Place(NamedTuple):
+class ReadPosition(NamedTuple):
     """How much of a file has been read: lines or rows, and bytes (0 where only rows are counted)."""
 
     row: int = 0
@@ -33,18 +33,18 @@ class Record(NamedTuple):
     unit: str
 
 
-START = Place()
+START = ReadPosition()
 
 
-def iterate(file: files.File, place: Place = START) -> Iterator[Record]:
+def iterate(file: files.File, place: ReadPosition = START) -> Iterator[Record]:
     """The rows of a file from `place` on. Errors: ValueError of one line that names the file and the line or row."""
-    with files.opened(file) as stream:
+    with files.open_file(file) as stream:
         yield from READERS[file.kind](stream, file.name, place)
 
 
-def _lines(stream: BinaryIO, name: str, place: Place) -> Iterator[tuple[int, bytes, int]]:
+def _lines(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[tuple[int, bytes, int]]:
     """(number, line, bytes read with it)."""
-    files.skip(stream, place.offset)
+    files.skip_bytes(stream, place.offset)
     offset = place.offset
     number = place.row
     while line := stream.readline(LONGEST_LINE + 1):
@@ -63,7 +63,7 @@ def _check_blank(blank: int, name: str, number: int) -> None:
         raise ValueError(f"{name}: {MOST_BLANK:,} lines before line {number} are blank: expected one row per line")
 
 
-def _jsonl(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
+def _jsonl(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     last = place.row
     for number, line, offset in _lines(stream, name, place):
         _check_blank(number - last, name, number)
@@ -86,7 +86,7 @@ def _object(row: object, where: str) -> dict:
     return row
 
 
-def _json(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
+def _json(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     """A list of objects, or one object per line under the wrong suffix."""
     head = stream.read(files.CHUNK_BYTES)
     if head.lstrip(BOM + BLANKS).startswith(b"["):
@@ -100,11 +100,11 @@ def _json(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
 
 
 def _json_list(data: bytes, name: str) -> Iterator[Record]:
-    for number, row in enumerate(jsontext.items(_text(data, name, first=True), name), 1):
+    for number, row in enumerate(jsontext.iterate_items(_text(data, name, first=True), name), 1):
         yield Record(number, _object(row, f"{name} row {number}"), 0, "row")
 
 
-def _csv(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
+def _csv(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     """All values are text: nothing is guessed, "007" stays "007"."""
     import csv
 
@@ -133,7 +133,7 @@ def _csv_lines(text: io.TextIOBase, name: str) -> Iterator[str]:
 
 
 def _check_header(names: Sequence[str], name: str) -> None:
-    if twice := jsontext.repeated(names):
+    if twice := jsontext.first_duplicate(names):
         raise ValueError(f"{name} line 1: the header has the column {twice!r} twice: rename one of them, or remove it")
 
 
@@ -143,12 +143,12 @@ def _check_width(row: dict, names: list[str], where: str) -> None:
         raise ValueError(f"{where} has {found} values: expected {len(names)}, one per column of the header")
 
 
-def _parquet(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
-    return _numbered(arrow.parquet(stream, name, place.row))
+def _parquet(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+    return _numbered(arrow.read_parquet(stream, name, place.row))
 
 
-def _arrow(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
-    return _numbered(arrow.ipc(stream, name, place.row))
+def _arrow(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+    return _numbered(arrow.read_ipc(stream, name, place.row))
 
 
 def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[Record]:
@@ -156,20 +156,20 @@ def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[Record]:
         yield Record(number, row, 0, "row")
 
 
-def _text_lines(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
+def _text_lines(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     """One row per line, blank lines too, as the datasets library reads text."""
     for number, line, offset in _lines(stream, name, place):
         text = _text(line, f"{name} line {number}", first=number == 1)
         yield Record(number, {"text": text.removesuffix("\n").removesuffix("\r")}, offset, "line")
 
 
-def _document(stream: BinaryIO, name: str, place: Place) -> Iterator[Record]:
+def _document(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     """The whole file as one row."""
     if place.row == 0:
         yield Record(1, {"text": _text(stream.read(), name, first=True)}, 0, "row")
 
 
-READERS: dict[str, Callable[[BinaryIO, str, Place], Iterator[Record]]] = {
+READERS: dict[str, Callable[[BinaryIO, str, ReadPosition], Iterator[Record]]] = {
     "jsonl": _jsonl,
     "json": _json,
     "csv": _csv,

@@ -11,30 +11,30 @@ TOO_LONG = "longer than sequence_len"
 STEP = 64  # tokens; lengths are counted in steps of this
 SHARE_KEPT, SHARE_LOST = 0.95, 0.25  # the first is what a longer sequence_len should keep, the second is too much to lose unnoticed
 SHOWN = 8  # names in a line
-Sizes = tuple[tuple[int, int], ...]  # (tokens, rounded up to a step, rows of that length)
+LengthCounts = tuple[tuple[int, int], ...]  # (tokens, rounded up to a step, rows of that length)
 
 
-def one_line(report: NamedTuple, unusual: Mapping[str, int]) -> str:
+def format_report(report: NamedTuple, unusual: Mapping[str, int]) -> str:
     """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
     share = 100 * report.supervised / max(1, report.tokens)
     parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
     parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
     parts += [f"{count} {what}" for what, count in unusual.items() if count]
-    return "; ".join(parts + ([f"not read: {short(report.unread)}"] if report.unread else []))
+    return "; ".join(parts + ([f"not read: {abbreviate(report.unread)}"] if report.unread else []))
 
 
-def short(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return sources.listed(names[:SHOWN]) + more
+    return sources.join_names(names[:SHOWN]) + more
 
 
-def sizes(lengths: Iterable[int]) -> Sizes:
+def count_lengths(lengths: Iterable[int]) -> LengthCounts:
     """Lengths counted."""
     return tuple(sorted(Counter(-(-length // STEP) * STEP for length in lengths).items()))
 
 
-def merged(reports: Sequence[Any]) -> dict[str, Any]:
+def merge_fields(reports: Sequence[Any]) -> dict[str, Any]:
     """The fields about unread columns, lengths and endings, of the reports of several parts of the rows."""
     lengths: Counter[int] = Counter()
     for report in reports:
@@ -44,7 +44,7 @@ def merged(reports: Sequence[Any]) -> dict[str, Any]:
     return {"unread": unread, "sizes": tuple(sorted(lengths.items())), "ending": ending}
 
 
-def warnings(report: Any) -> list[str]:
+def find_warnings(report: Any) -> list[str]:
     """What should be noticed: rows lost to their length, and turns that end in no token."""
     return [text for text in (_lost(report.rows, report.dropped.get(TOO_LONG, 0), report.sizes), _endless(report)) if text]
 

@@ -23,7 +23,7 @@ def ranked(row: dict, where: str) -> trees.Sides:
     """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
     asked, chosen, rejected = (preference.text(row, (name,), where) for name in ("input", "chosen", "rejected"))
     replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
-    history = turns.introduced([{"role": "user", "content": asked}], row, where)
+    history = turns.with_system([{"role": "user", "content": asked}], row, where)
     return trees.Sides(history, replies, preference.numbers(row, "margin", where))
 
 
@@ -39,7 +39,7 @@ def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = Fals
         prompt, steps, labels = preference.text(row, ("prompt",), where), row.get("completions"), row.get("labels")
         for name, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, list):
-                raise ValueError(f"{where}: field {name} is {turns.kind(value)}, expected a list with one entry for each step")
+                raise ValueError(f"{where}: field {name} is {turns.type_name(value)}, expected a list with one entry for each step")
         if len(steps) != len(labels):
             raise ValueError(f"{where}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
         texts = tuple(preference.text({"completions": step}, ("completions",), f"{where}, step {i}") for i, step in enumerate(steps, 1))
@@ -67,10 +67,10 @@ def encode_steps(
     Errors: ValueError for bad rows (named), and when no row is left.
     """
     trees.check_length(sequence_len, overlong)
-    known = spans.marks(tokenizer)
+    known = spans.read_special_tokens(tokenizer)
     docs, tally, lengths = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7), []
     for i, row in enumerate(rows.rows):
-        where = sources.where(rows, i)
+        where = sources.locate_row(rows, i)
         steps = read(row, where)
         reason = trees.EMPTY if not steps.steps or not all(step.strip() for step in steps.steps) else ""
         doc = None if reason else _joined(steps, tokenizer, known, rows.numbers[i], where)
@@ -82,10 +82,10 @@ def encode_steps(
             tally = trees.drop(tally, reason)
             continue
         docs.append(doc)
-    return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.sizes(lengths))
+    return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.count_lengths(lengths))
 
 
-def _joined(steps: Steps, tokenizer, known: spans.Marks, row: int, where: str) -> trees.TreeDoc:
+def _joined(steps: Steps, tokenizer, known: spans.SpecialTokens, row: int, where: str) -> trees.TreeDoc:
     texts = [steps.prompt, *steps.steps]
     for one in texts:
         trees.check_unicode(one, where)

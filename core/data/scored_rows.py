@@ -30,8 +30,8 @@ class ScoredRows(NamedTuple):
 
 
 def _conversation(row: Mapping, where: str) -> trees.Sides:
-    history, reply = turns.dialogue(row.get("messages"), f"{where}: field messages")
-    return trees.Sides(turns.introduced(history, row, where), (reply,), {})
+    history, reply = turns.read_dialogue(row.get("messages"), f"{where}: field messages")
+    return trees.Sides(turns.with_system(history, row, where), (reply,), {})
 
 
 def _answer(row: Mapping, where: str) -> trees.Sides:

@@ -7,46 +7,46 @@ from treetune.core.data import instruction, sources, spans, turns
 
 
 def reader(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows to texts: the `segments` one after another, those with label true trained.
+    """A function from rows to texts: the `read_segments` one after another, those with label true trained.
 
     Trained neighbours are one stretch, so a token across their border is trained too. train_on_inputs: every token is trained.
     Errors: ValueError for rows without segments, or segments without a text and a label (named).
     """
 
     def text(row: dict, where: str) -> spans.Text:
-        parts = segments(row, where)
+        parts = read_segments(row, where)
         joined = "".join(part for part, _ in parts)
         if train_on_inputs:
             return spans.Text(joined, (), whole=bool(joined))
-        found = tuple(spans.Turn(begin, end, end, end, 1.0, 0.0) for begin, end in stretches(parts))
-        return spans.Text(joined, found, trailing_space_boundaries=spaces(parts))
+        found = tuple(spans.Turn(begin, end, end, end, 1.0, 0.0) for begin, end in trained_stretches(parts))
+        return spans.Text(joined, found, trailing_space_boundaries=count_trailing_spaces(parts))
 
-    return lambda rows: [text(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def segments(row: dict, where: str) -> list[tuple[str, bool]]:
+def read_segments(row: dict, where: str) -> list[tuple[str, bool]]:
     """(text, whether it is trained) in order. Errors: ValueError naming row, segment and field."""
     value = row.get("segments")
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: field segments is {turns.kind(value)}, expected a list of objects with text and label")
+        raise ValueError(f"{where}: field segments is {turns.type_name(value)}, expected a list of objects with text and label")
     for i, part in enumerate(value, 1):
         here = f"{where}: field segments, segment {i}"
         if not isinstance(part, dict):
-            raise ValueError(f"{here} is {turns.kind(part)}, expected an object with text and label")
+            raise ValueError(f"{here} is {turns.type_name(part)}, expected an object with text and label")
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"{here}: field text is {turns.kind(part.get('text'))}, expected text")
+            raise ValueError(f"{here}: field text is {turns.type_name(part.get('text'))}, expected text")
         if not isinstance(part.get("label"), bool):
-            raise ValueError(f"{here}: field label is {sources.quoted(part.get('label'))}, expected true or false")
+            raise ValueError(f"{here}: field label is {sources.quote(part.get('label'))}, expected true or false")
     return [(part["text"], part["label"]) for part in value]
 
 
-def spaces(parts: list[tuple[str, bool]]) -> int:
+def count_trailing_spaces(parts: list[tuple[str, bool]]) -> int:
     """Borders between a trained segment and another that come right after a space."""
     told = [(text, label) for text, label in parts if text]
     return sum(a[1] != b[1] and instruction.trailing_space(a[0], b[0]) for a, b in pairwise(told))
 
 
-def stretches(parts: list[tuple[str, bool]]) -> list[tuple[int, int]]:
+def trained_stretches(parts: list[tuple[str, bool]]) -> list[tuple[int, int]]:
     """Characters [begin, end) of the trained stretches, neighbours joined."""
     found, begin = [], 0
     for text, label in parts:

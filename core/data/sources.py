@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     origins: tuple[Origin, ...] = ()  # where each file starts, when there are several
 
 
-class Watched(dict):
+class TrackedRow(dict):
     """A row that remembers which of its fields were asked for, so that what no reader looks at can be told."""
 
     __slots__ = ("asked",)
@@ -57,12 +57,12 @@ class Watched(dict):
         return super().__getitem__(key)
 
 
-def watched(rows: Rows) -> Rows:
+def track_reads(rows: Rows) -> Rows:
     """The rows, watched."""
-    return rows._replace(rows=[Watched(row) for row in rows.rows])
+    return rows._replace(rows=[TrackedRow(row) for row in rows.rows])
 
 
-def unread(rows: Rows) -> dict[str, int]:
+def unread_columns(rows: Rows) -> dict[str, int]:
     """Fields in which some watched row has something that was not asked for, each with the index of the first such row."""
     found: dict[str, int] = {}
     for i, row in enumerate(rows.rows):
@@ -72,11 +72,12 @@ def unread(rows: Rows) -> dict[str, int]:
     return {name: found[name] for name in columns(rows) if name in found}
 
 
-def no_place(rows: Rows, i: int, form: str) -> ValueError:
+def unplaced_system(rows: Rows, i: int, form: str) -> ValueError:
     """The error for a system text that a format has no place for: it is never dropped."""
     return ValueError(
-        f"{where(rows, i)} has a {SYSTEM} text, which rows of format {form} have no place for: remove the column, put it into the prompt, "
-        "make the prompt a list of messages, or name a format with a place for it (a user-defined one with {system} in its wording)"
+        f"{locate_row(rows, i)} has a {SYSTEM} text, which rows of format {form} have no place for: remove the column, "
+        "put it into the prompt, make the prompt a list of messages, or name a format with a place for it "
+        "(a user-defined one with {system} in its wording)"
     )
 
 
@@ -85,7 +86,7 @@ def from_list(rows: Sequence[dict], name: str = "rows") -> Rows:
     return Rows(name, list(rows), list(range(1, len(rows) + 1)))
 
 
-def where(rows: Rows, i: int) -> str:
+def locate_row(rows: Rows, i: int) -> str:
     """How an error names row `i`: "data.jsonl line 3"."""
     number = rows.numbers[i]
     if not rows.origins:
@@ -104,20 +105,20 @@ def columns(rows: Rows) -> list[str]:
     return list(dict.fromkeys(key for row in rows.rows for key in row))
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """Field names or roles in one line of an error: odd ones quoted, "none" for no names."""
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
 
 
-def missing(names: Sequence[str], row: Mapping, where: str, shown: str | None = None) -> ValueError:
+def missing_field(names: Sequence[str], row: Mapping, where: str, shown: str | None = None) -> ValueError:
     """The error of a row, or of a part of one, that has no value under any of these names: a field may be null, or not there."""
     empty = next((name for name in names if name in row), None)
     if empty is not None:
         return ValueError(f"{where}: field {empty} is null, expected a value")
-    return ValueError(f"{where} has no field {shown or ' or '.join(names)}; it has {listed(map(str, row))}")
+    return ValueError(f"{where} has no field {shown or ' or '.join(names)}; it has {join_names(map(str, row))}")
 
 
-def quoted(value: object) -> str:
+def quote(value: object) -> str:
     """A value of a row in one line of an error, at most 80 characters of it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]} ..."
@@ -140,26 +141,26 @@ def read(
     path: a file, folder, pattern or remote address (.jsonl, .json, .parquet, .csv, .arrow, .txt; .gz and .zst of them), see `files.find`.
     split: a split and perhaps a part of it: "train[:1%]", "train[100:200]", "train[:5%]+train[-5%:]".
     name, revision: configuration and version of a hub dataset. ds_type: json, csv, parquet, arrow, text, document.
-    shards, shard_index: only this one of so many random parts (`shard`). limit: only the first rows of what is left.
+    shards, shard_index: only this one of so many random parts (`take_shard`). limit: only the first rows of what is left.
     Errors: ValueError of one line for a missing, empty, broken or unsupported source; it names the file and the line or row.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1 row")
     place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
     if place == "hub":
-        rows = from_list(hub.rows(hub.load(path, split=split, name=name, revision=revision, data_files=data_files)), path)
+        rows = from_list(hub.read_rows(hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files)), path)
     elif place == "saved":
-        rows = sliced(from_list(hub.rows(hub.load_saved(path, _base(split))), path), split)
+        rows = slice_rows(from_list(hub.read_rows(hub.load_saved_dataset(path, _base(split))), path), split)
     else:
         whole = shards is None and "[" not in split and "+" not in split
-        rows = sliced(_read_files(place, path, limit if whole else None), split)
+        rows = slice_rows(_read_files(place, path, limit if whole else None), split)
     if not rows.rows:
         raise ValueError(f"{path or data_files} has no rows" + ("" if split == "train" else f" in split {split}"))
-    rows = rows if shards is None else shard(rows, shards, shard_index)
+    rows = rows if shards is None else take_shard(rows, shards, shard_index)
     return rows if limit is None else take(rows, range(min(limit, len(rows.rows))))
 
 
-def digest(
+def digest_source(
     path: str | None, *, split: str = "train", name=None, revision=None, data_files=(), ds_type=None, shards=None, shard_index=0, limit=None
 ) -> str:
     """A fingerprint of the rows that `read` would give for the same arguments, without reading them: sha256 over the bytes of the files
@@ -167,13 +168,13 @@ def digest(
     """
     place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
     if place == "hub":
-        content = hub.load(path, split=split, name=name, revision=revision, data_files=data_files)._fingerprint
+        content = hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files)._fingerprint
     else:
-        content = files.digest(files.whole_folder(path) if place == "saved" else place)
+        content = files.digest_files(files.folder_files(path) if place == "saved" else place)
     return hashlib.sha256(json.dumps([content, split, name, revision, shards, shard_index, limit]).encode()).hexdigest()
 
 
-def sliced(rows: Rows, split: str) -> Rows:
+def slice_rows(rows: Rows, split: str) -> Rows:
     """The parts of the rows that a split expression such as "train[:10%]+train[-5:]" names, in its order.
 
     Bounds count rows or percent (rounded to the nearest row), from the end when negative, and are clipped, as in the datasets library.
@@ -183,20 +184,20 @@ def sliced(rows: Rows, split: str) -> Rows:
     return rows if chosen == list(range(len(rows.rows))) else take(rows, chosen)
 
 
-def shard(rows: Rows, shards: int, index: int = 0) -> Rows:
+def take_shard(rows: Rows, shards: int, index: int = 0) -> Rows:
     """One of `shards` parts of the rows, in source order: disjoint, together all rows, sizes within one of each other.
 
     Rows are drawn, since a source may be sorted, but always the same ones. Errors: ValueError for no such part, or an empty one.
     """
     if shards < 1 or not 0 <= index < shards:
         raise ValueError(f"shard {index} of {shards}: expected at least 1 shard and an index from 0 to one below their number")
-    mine = sorted(order.shuffled(len(rows.rows), order.SHARDS)[index::shards])
+    mine = sorted(order.permutation(len(rows.rows), order.SHARDS)[index::shards])
     if not mine:
         raise ValueError(f"{rows.name}: shard {index} of {shards} is empty, there are {len(rows.rows)} rows: use fewer shards")
     return take(rows, mine)
 
 
-def val_split(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[dict], str] | None = None) -> tuple[Rows, Rows]:
+def split_validation(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[dict], str] | None = None) -> tuple[Rows, Rows]:
     """(training rows, validation rows): disjoint, together all rows, each in file order, decided by `seed` alone.
 
     size: a fraction of the rows (float below 1) or a number of them (int); at least one row lands on each side.
@@ -208,7 +209,7 @@ def val_split(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[di
     count = min(max(1, round(total * size)), total - 1) if isinstance(size, float) else size
     if not 0 < count < total:
         raise ValueError(f"validation size {size} takes {count} of {total} rows and leaves none to train on: choose a smaller one")
-    shuffled = order.shuffled(total, seed, order.SPLIT)
+    shuffled = order.permutation(total, seed, order.SPLIT)
     held = set(shuffled[:count]) if key is None else _held_groups([key(row) for row in rows.rows], shuffled, count)
     return take(rows, [i for i in range(total) if i not in held]), take(rows, sorted(held))
 
@@ -246,7 +247,7 @@ def _source(path: str | None, *, split: str, name: str | None, revision: str | N
         return "hub"
     if name is not None or revision is not None:
         raise ValueError(f"{path or data_files}: files have neither configurations nor revisions; leave name and revision out")
-    if path is not None and not data_files and files.saved(path):
+    if path is not None and not data_files and files.saved_marker(path):
         return "saved"
     return find_files(path, split=split, data_files=data_files, ds_type=ds_type)
 

@@ -74,7 +74,7 @@ class Doc(NamedTuple):
     row: int
 
 
-class Marks(NamedTuple):
+class SpecialTokens(NamedTuple):
     """What the masks need to know of a tokenizer."""
 
     special: np.ndarray  # ids
@@ -84,7 +84,7 @@ class Marks(NamedTuple):
     eos: int | None
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """One tokenised text, and how many of its trained turns have nothing that closes them or lack a part."""
 
     tokens: np.ndarray  # int32 [n]
@@ -98,7 +98,7 @@ class Encoded(NamedTuple):
     ending: str = ""  # what closes a trained turn and looks like one token, but is none
 
 
-def tokens_by_role(encoded: Encoded, start: int = 0, stop: int | None = None) -> dict[str, tuple[int, int]]:
+def tokens_by_role(encoded: EncodedText, start: int = 0, stop: int | None = None) -> dict[str, tuple[int, int]]:
     """(tokens, trained tokens) by role of the tokens [start, stop); those that no speaker wrote are under "template"."""
     trained, role = encoded.weight[start:stop] > 0, encoded.role
     role = np.zeros(len(trained), np.uint8) if role is None else role[start:stop]
@@ -106,7 +106,7 @@ def tokens_by_role(encoded: Encoded, start: int = 0, stop: int | None = None) ->
     return {name: (int(total), int(count)) for name, total, count in zip(encoded.names, *totals, strict=True)}
 
 
-def marks(tokenizer) -> Marks:
+def read_special_tokens(tokenizer) -> SpecialTokens:
     """Marks of a fast tokenizer. Errors: ValueError when it cannot give character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
@@ -114,7 +114,9 @@ def marks(tokenizer) -> Marks:
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     other = {i for i, token in added.items() if i not in special and token.content.strip()}
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # stands for any text
-    return Marks(_ids(special - unknown), _ids(other - unknown), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return SpecialTokens(
+        _ids(special - unknown), _ids(other - unknown), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    )
 
 
 def require_eos(tokenizer) -> None:
@@ -127,15 +129,15 @@ def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], wher
     """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
     for name in needed:
         if row.get(name) is None:
-            raise sources.missing([name], row, where)
+            raise sources.missing_field([name], row, where)
     for name in (*needed, *optional):
         if not isinstance(row.get(name, ""), str | None):
             raise ValueError(f"{where}: field {name} is of type {type(row[name]).__name__}, expected text")
 
 
-def encode(texts: Sequence[Text], tokenizer, known: Marks) -> list[Encoded]:
+def encode(texts: Sequence[Text], tokenizer, known: SpecialTokens) -> list[EncodedText]:
     """Tokenise each text once and weigh its tokens."""
-    return weighed(texts, tokenise(texts, tokenizer), tokenizer, known)
+    return weigh_tokens(texts, tokenise(texts, tokenizer), tokenizer, known)
 
 
 def tokenise(texts: Sequence[Text], tokenizer) -> list:
@@ -147,12 +149,12 @@ def tokenise(texts: Sequence[Text], tokenizer) -> list:
     return backend.encode_batch([text.text for text in texts], add_special_tokens=False) if texts else []
 
 
-def weighed(texts: Sequence[Text], encodings: Sequence, tokenizer, known: Marks) -> list[Encoded]:
+def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer, known: SpecialTokens) -> list[EncodedText]:
     """The tokens of each text with their weights and roles."""
     return [_weighed(text, encoding, tokenizer, known) for text, encoding in zip(texts, encodings, strict=True)]
 
 
-def _weighed(text: Text, encoding, tokenizer, known: Marks) -> Encoded:
+def _weighed(text: Text, encoding, tokenizer, known: SpecialTokens) -> EncodedText:
     tokens = np.array(encoding.ids, dtype=np.int32)
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(tokens))
     begins, ends = _extents(tokens, offsets.reshape(-1, 2), tokenizer)
@@ -162,10 +164,10 @@ def _weighed(text: Text, encoding, tokenizer, known: Marks) -> Encoded:
         tokens, weight, role = _wrap(tokens, weight, role, text, known)
     weight[:1] = 0.0
     ending = _false_ending(text, begins, ends)
-    return Encoded(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names, text.unread, ending)
+    return EncodedText(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names, text.unread, ending)
 
 
-def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> tuple[np.ndarray, int]:
+def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens) -> tuple[np.ndarray, int]:
     """(weight [n], trained turns that nothing closes)."""
     weight = np.full(len(tokens), float(text.whole), dtype=np.float32)
     unclosed = 0
@@ -201,7 +203,7 @@ def _false_ending(text: Text, begins: np.ndarray, ends: np.ndarray) -> str:
 
 
 def _closing(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens
 ) -> tuple[int, int, bool]:
     """(first, one past the last) of the tokens that close the turn whose content ends before token `start`, and whether any do."""
     if turn.calls:
@@ -211,7 +213,7 @@ def _closing(
 
 
 def _closing_calls(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens
 ) -> tuple[int, int, bool]:
     """The same where special tokens may also be part of what is written: the last one before `tail` closes, if only blanks follow it."""
     tail, stop = int(np.searchsorted(begins, turn.tail, "left")), int(np.searchsorted(begins, turn.limit, "left"))
@@ -226,7 +228,7 @@ def _closing_calls(
     return start, after, after > start
 
 
-def _closing_text(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: Marks) -> int:
+def _closing_text(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens) -> int:
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
     stop = int(np.searchsorted(begins, turn.limit, "left"))
     begin = start
@@ -271,7 +273,7 @@ def _roles(speakers: tuple[Speaker, ...], begins: np.ndarray) -> tuple[np.ndarra
 
 
 def _wrap(
-    tokens: np.ndarray, weight: np.ndarray, role: np.ndarray | None, text: Text, known: Marks
+    tokens: np.ndarray, weight: np.ndarray, role: np.ndarray | None, text: Text, known: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Default prefix before, EOS behind, each unless it is there already."""
     prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []

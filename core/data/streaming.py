@@ -1,8 +1,8 @@
 """Endless rows -> micro-batches, without ever holding more than one block of rows.
 
 Rows are read in order, `buffer` of them at a time; such a block is encoded, shuffled and packed like a small epoch of its own. All
-that a block becomes is decided by (seed, epoch, block), so a `Cursor` of six integers is the whole state: resuming reads the block
-again and goes on inside it. A source is a list of `Part`s (files, or shards of a hub dataset), whose order is another each epoch.
+that a block becomes is decided by (seed, epoch, block), so a `StreamCursor` of six integers is the whole state: resuming reads the block
+again and goes on inside it. A source is a list of `Shard`s (files, or shards of a hub dataset), whose order is another each epoch.
 
 Every rank reads every row and takes its own micro-batches of the same plan, so neither the number of ranks nor gradient
 accumulation changes the stream.
@@ -17,7 +17,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from treetune.core.data import files, hub, loader, order, records, sources
-from treetune.core.data.records import Place
+from treetune.core.data.records import ReadPosition
 
 BUFFER = 10_000  # rows
 PART_BITS = 36  # a row number is (part << PART_BITS) + its number in the part
@@ -25,15 +25,15 @@ EPOCH_BLOCKS = 1_000_000_007
 END = object()
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """Something that is read from its start: a file or a shard. `read(place)` gives the rows after `place`."""
 
     name: str
-    read: Callable[[Place], Iterator[records.Record]]
-    start: Place = Place()
+    read: Callable[[ReadPosition], Iterator[records.Record]]
+    start: ReadPosition = ReadPosition()
 
 
-class Cursor(NamedTuple):
+class StreamCursor(NamedTuple):
     """Where a stream stands: the block that starts after `row` lines or rows (`offset` bytes) of part `part` of this epoch's order,
     and how many of its micro-batches all ranks together have taken."""
 
@@ -45,10 +45,10 @@ class Cursor(NamedTuple):
     index: int = 0
 
 
-START = Cursor()
+START = StreamCursor()
 
 
-def parts(
+def list_shards(
     path: str | None,
     *,
     split: str = "train",
@@ -57,7 +57,7 @@ def parts(
     data_files: str | Sequence[str] = (),
     ds_type: str | None = None,
     skip: int = 0,
-) -> list[Part]:
+) -> list[Shard]:
     """The parts of a source that `sources.read` would read whole; options are the same. skip: rows to leave out at its beginning.
 
     Errors: ValueError for a slice of a split, which needs the number of rows, and as `sources.read`.
@@ -65,30 +65,36 @@ def parts(
     if "[" in split or "+" in split:
         raise ValueError(f"split {split!r}: a stream has no parts of splits; name a split, and use skip or max_steps")
     if sources.is_hub_id(path, ds_type):
-        data = hub.load(path, split=split, name=name, revision=revision, data_files=data_files, streaming=True)
-        found = shards(data, path)
+        data = hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files, streaming=True)
+        found = hub_shards(data, path)
     else:
         if name is not None or revision is not None:
             raise ValueError(f"{path or data_files}: files have neither configurations nor revisions; leave name and revision out")
-        if ds_type is None and path is not None and not data_files and files.saved(path):
+        if ds_type is None and path is not None and not data_files and files.saved_marker(path):
             ds_type = "arrow"  # what `save_to_disk` keeps rows in; the rest of its folder is JSON about them
-        found = [file_part(file) for file in sources.find_files(path, split=split, data_files=data_files, ds_type=ds_type)]
+        found = [file_shard(file) for file in sources.find_files(path, split=split, data_files=data_files, ds_type=ds_type)]
     return _without(found, skip)
 
 
-def file_part(file: files.File) -> Part:
+def file_shard(file: files.File) -> Shard:
     """A file as a part."""
-    return Part(file.name, lambda place: records.iterate(file, place))
+    return Shard(file.name, lambda place: records.iterate(file, place))
 
 
-def shards(data, name: str) -> list[Part]:
+def hub_shards(data, name: str) -> list[Shard]:
     """The shards of an iterable dataset of the datasets library; it can skip rows, but has to pass over them."""
-    return [Part(f"{name} shard {i}", _shard_reader(data, i)) for i in range(data.num_shards)]
+    return [Shard(f"{name} shard {i}", _shard_reader(data, i)) for i in range(data.num_shards)]
 
 
 def blocks(
-    parts: Sequence[Part], *, cursor: Cursor = START, epochs: int | None = None, buffer: int = BUFFER, shuffle: bool = True, seed: int = 0
-) -> Iterator[tuple[sources.Rows, Cursor, Cursor]]:
+    parts: Sequence[Shard],
+    *,
+    cursor: StreamCursor = START,
+    epochs: int | None = None,
+    buffer: int = BUFFER,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> Iterator[tuple[sources.Rows, StreamCursor, StreamCursor]]:
     """(rows, cursor of the block, cursor behind it): blocks of `buffer` rows from `cursor` on, the last of an epoch being shorter.
 
     shuffle: parts in another order each epoch. Errors: ValueError for a buffer below 1 and for a source without rows.
@@ -97,37 +103,37 @@ def blocks(
         raise ValueError(f"the shuffle buffer has {buffer} rows: expected at least 1")
     here = cursor._replace(index=0)
     while epochs is None or here.epoch < epochs:
-        turn = order.shuffled(len(parts), seed, here.epoch, order.FILES) if shuffle else list(range(len(parts)))
+        turn = order.permutation(len(parts), seed, here.epoch, order.FILES) if shuffle else list(range(len(parts)))
         found = _records(parts, turn, here)
         while taken := list(islice(found, buffer)):
             at, _, last = taken[-1]
-            behind = Cursor(here.epoch, at, last.number, last.offset, here.block + 1)
+            behind = StreamCursor(here.epoch, at, last.number, last.offset, here.block + 1)
             yield _rows(parts, turn, taken), here, behind
             here = behind
-        if here == Cursor(here.epoch):
+        if here == StreamCursor(here.epoch):
             raise ValueError(f"{', '.join(part.name for part in parts[:3]) or 'the source'}: no rows to stream")
-        here = Cursor(here.epoch + 1)
+        here = StreamCursor(here.epoch + 1)
 
 
 def micro_batches(
-    parts: Sequence[Part],
+    parts: Sequence[Shard],
     encode: Callable[[sources.Rows], list],
     *,
-    cursor: Cursor = START,
+    cursor: StreamCursor = START,
     epochs: int | None = None,
     buffer: int = BUFFER,
     shuffle: bool = True,
     seed: int = 0,
-    note: Callable[[sources.Rows, Cursor], None] = lambda rows, here: None,
+    note: Callable[[sources.Rows, StreamCursor], None] = lambda rows, here: None,
     **options,
-) -> Iterator[tuple[list, Cursor]]:
+) -> Iterator[tuple[list, StreamCursor]]:
     """(documents of a micro-batch, cursor after it), from `cursor` on: the same for ever, or for `epochs` passes.
 
     encode: rows to documents, [] where a block has none. note: told of each block that is read. options: budget (tokens) or rows, of
     `loader.epoch_plan`.
     Errors: ValueError for a whole epoch without documents, and whatever reading and encoding say.
     """
-    barren: Cursor | None = None  # the first block since there was a document
+    barren: StreamCursor | None = None  # the first block since there was a document
     for rows, here, behind in blocks(parts, cursor=cursor, epochs=epochs, buffer=buffer, shuffle=shuffle, seed=seed):
         note(rows, here)
         docs = encode(rows)
@@ -140,15 +146,15 @@ def micro_batches(
             yield [docs[i] for i in group], here._replace(index=index) if index < len(plan) else behind
 
 
-def _plan(docs: list, here: Cursor, **options) -> list[list[int]]:
+def _plan(docs: list, here: StreamCursor, **options) -> list[list[int]]:
     """The micro-batches of a block, each a list of document indices."""
     number = here.epoch * EPOCH_BLOCKS + here.block
     return loader.epoch_plan([len(doc.tokens) for doc in docs], epoch=number, window=max(1, len(docs)), **options)
 
 
-def steps(
-    parts: Sequence[Part], encode: Callable[[sources.Rows], list], *, accum: int = 1, world: int = 1, rank: int = 0, **options
-) -> Iterator[tuple[list[list], Cursor]]:
+def stream_steps(
+    parts: Sequence[Shard], encode: Callable[[sources.Rows], list], *, accum: int = 1, world: int = 1, rank: int = 0, **options
+) -> Iterator[tuple[list[list], StreamCursor]]:
     """(this rank's micro-batches, cursor after them) step by step; options are those of `micro_batches`.
 
     A step takes accum * world micro-batches, dealt to the ranks in turn. Only the last step of all may have fewer: every rank then
@@ -161,7 +167,7 @@ def steps(
         yield mine, taken[-1][1]
 
 
-def ahead(items: Iterator, depth: int = 16) -> Iterator:
+def prefetch(items: Iterator, depth: int = 16) -> Iterator:
     """The same items, made up to `depth` ahead by a thread, so that encoding a block overlaps with training on the one before.
 
     Cursors travel with the items, so what has been made but not taken is made again after a stop. Errors come out where they occur.
@@ -176,22 +182,22 @@ def ahead(items: Iterator, depth: int = 16) -> Iterator:
             worker.shutdown(cancel_futures=True)
 
 
-def digest(parts: Sequence[Part], **options) -> str:
+def stream_fingerprint(parts: Sequence[Shard], **options) -> str:
     """A fingerprint of the parts' names and of the options of the stream: a cursor is good only for the stream it was made on."""
     named = [[part.name, *part.start] for part in parts]
     return hashlib.sha256(json.dumps([named, sorted(options.items())]).encode()).hexdigest()[:16]
 
 
-def _records(parts: Sequence[Part], turn: list[int], cursor: Cursor) -> Iterator[tuple[int, int, records.Record]]:
+def _records(parts: Sequence[Shard], turn: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, records.Record]]:
     """(position in the epoch's order, part, record) of the rest of the epoch."""
     for position in range(cursor.part, len(turn)):
         part = parts[turn[position]]
-        place = Place(cursor.row, cursor.offset) if position == cursor.part else part.start
+        place = ReadPosition(cursor.row, cursor.offset) if position == cursor.part else part.start
         for record in part.read(max(place, part.start)):
             yield position, turn[position], record
 
 
-def _rows(parts: Sequence[Part], turn: list[int], taken: list[tuple[int, int, records.Record]]) -> sources.Rows:
+def _rows(parts: Sequence[Shard], turn: list[int], taken: list[tuple[int, int, records.Record]]) -> sources.Rows:
     """The block as rows that know their part and line."""
     seen = dict.fromkeys(part for _, part, _ in taken)
     units = {part: record.unit for _, part, record in taken}
@@ -200,7 +206,7 @@ def _rows(parts: Sequence[Part], turn: list[int], taken: list[tuple[int, int, re
     return sources.Rows(", ".join(parts[part].name for part in seen), [record.row for _, _, record in taken], numbers, origins=origins)
 
 
-def _without(found: list[Part], skip: int) -> list[Part]:
+def _without(found: list[Shard], skip: int) -> list[Shard]:
     """The parts without their first `skip` rows."""
     for i, part in enumerate(found):
         if skip == 0:
@@ -208,14 +214,14 @@ def _without(found: list[Part], skip: int) -> list[Part]:
         for record in part.read(part.start):
             skip -= 1
             if skip == 0:
-                return [part._replace(start=Place(record.number, record.offset)), *found[i + 1 :]]
+                return [part._replace(start=ReadPosition(record.number, record.offset)), *found[i + 1 :]]
     if skip:
         raise ValueError(f"skip leaves out every row: there are {skip} too few")
     return found
 
 
-def _shard_reader(data, i: int) -> Callable[[Place], Iterator[records.Record]]:
-    def read(place: Place) -> Iterator[records.Record]:
+def _shard_reader(data, i: int) -> Callable[[ReadPosition], Iterator[records.Record]]:
+    def read(place: ReadPosition) -> Iterator[records.Record]:
         for number, row in enumerate(data.shard(data.num_shards, i).skip(place.row), place.row + 1):
             yield records.Record(number, row, 0, "row")
 

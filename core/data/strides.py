@@ -48,7 +48,7 @@ class Report(NamedTuple):
     short: int = 0  # documents that have no block
     left: bool = False  # whether these are dropped
     unread: tuple[str, ...] = ()  # columns that nothing reads
-    sizes: reporting.Sizes = ()  # of the documents before the length policy
+    sizes: reporting.LengthCounts = ()  # of the documents before the length policy
     ending: str = ""
 
 
@@ -65,8 +65,9 @@ def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
         return "ebft_strided_structured.transform"
     needs = " + ".join(" or ".join(names) for names in ANSWERED)
     raise ValueError(
-        f"the columns {sources.listed(columns)} do not tell the format: ebft_pretrain.transform needs text, ebft_strided_chat.transform "
-        f"messages or conversations, ebft_strided_structured.transform {needs}, pretokenised input_ids; rename columns, or name one"
+        f"the columns {sources.join_names(columns)} do not tell the format: ebft_pretrain.transform needs text, "
+        f"ebft_strided_chat.transform messages or conversations, ebft_strided_structured.transform {needs}, pretokenised input_ids; "
+        "rename columns, or name one"
     )
 
 
@@ -108,10 +109,10 @@ def encode_rows(
     if extra := [key for key in own or {} if key not in takes(format)]:
         raise ValueError(f"format {format} takes no {', '.join(extra)}; it takes {', '.join(takes(format)) or 'no options'}")
     trees.check_length(sequence_len, overlong or "truncate")
-    rows = sources.watched(rows)
-    read, unread = READERS[format](rows, tokenizer, **(own or {})), sources.unread(rows)
+    rows = sources.track_reads(rows)
+    read, unread = READERS[format](rows, tokenizer, **(own or {})), sources.unread_columns(rows)
     if sources.SYSTEM in unread and format not in (PRETOKENISED, *SPLIT):
-        raise sources.no_place(rows, unread[sources.SYSTEM], format)
+        raise sources.unplaced_system(rows, unread[sources.SYSTEM], format)
     progress(len(rows.rows))
     dropped, docs, cut = Counter({formats.EMPTY: len(rows.rows) - len(read)}), [], Counter()
     for doc in read:
@@ -121,7 +122,7 @@ def encode_rows(
     counts = blocks(docs, places)
     docs = [doc for doc, some in zip(docs, counts, strict=True) if some or not places.needed]
     tally = Report(format, len(rows.rows), len(docs), {reason: n for reason, n in dropped.items() if n}, cut["cut"], cut["split"])
-    told = {"unread": tuple(unread), "sizes": reporting.sizes(len(doc.tokens) for doc in read)}
+    told = {"unread": tuple(unread), "sizes": reporting.count_lengths(len(doc.tokens) for doc in read)}
     report = _counted(tally._replace(left=places.needed, **told), docs, read, counts)
     if not docs:
         raise ValueError(_nothing(report, rows))
@@ -147,7 +148,7 @@ def _fit(doc: ebft.Strided, size: int | None, overlong: str, rows: sources.Rows)
     if doc.prompt_length == 0:
         return [part for start in range(0, len(doc.tokens) - 1, size - 1) if (part := _part(doc, start, size)).weight.any()], "split"
     if overlong == "error":
-        where = sources.where(rows, rows.numbers.index(doc.row))
+        where = sources.locate_row(rows, rows.numbers.index(doc.row))
         raise ValueError(f"{where} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to truncate")
     if overlong == "drop":
         return [], trees.TOO_LONG
@@ -191,7 +192,7 @@ def describe(report: Report) -> str:
         "rows split": report.split,
         f"documents {'dropped' if report.left else 'for cross-entropy alone'} ({NO_BLOCK})": report.short,
     }
-    return reporting.one_line(report, {"blocks": report.blocks} | unusual)
+    return reporting.format_report(report, {"blocks": report.blocks} | unusual)
 
 
 def merged(reports: Sequence[Report]) -> Report:
@@ -202,7 +203,7 @@ def merged(reports: Sequence[Report]) -> Report:
     fixed = ("format", "dropped", "longest", "left", "unread", "sizes", "ending")
     sums = {name: sum(getattr(one, name) for one in reports) for name in Report._fields if name not in fixed}
     return reports[0]._replace(
-        **sums, dropped=dict(dropped), longest=max(report.longest for report in reports), **reporting.merged(reports)
+        **sums, dropped=dict(dropped), longest=max(report.longest for report in reports), **reporting.merge_fields(reports)
     )
 
 

@@ -14,7 +14,7 @@ JUDGED = "label desirable good is_good score rating correct thumbs".split()
 TEXTS = "content body document passage article story code markdown raw".split()
 
 
-def entry(path: str, kind: str, columns: Sequence[str], row: Mapping) -> str:
+def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping) -> str:
     """An entry of `datasets` in one line of YAML, or nothing where the columns do not tell.
 
     kind: that of `kinds.KINDS`. row: the first one, which tells conversations from texts.

@@ -28,7 +28,7 @@ Key = tuple[int, int, int]  # message, field, piece
 Render = Callable[..., str]  # (messages, *, tools=None, add_generation_prompt=False) -> text
 
 
-class Place(NamedTuple):
+class MessageSlot(NamedTuple):
     """One message in a layout: its first and last piece, and how far its turn reaches into the text around them."""
 
     first: int
@@ -39,17 +39,17 @@ class Place(NamedTuple):
     calls: bool = False  # it has tool calls
 
 
-class Layout(NamedTuple):
+class TemplateLayout(NamedTuple):
     """What a template writes around a conversation of one shape: statics[0], piece, statics[1], piece, ..., statics[-1]."""
 
     statics: list[str]
     keys: list[Key]
-    places: dict[int, Place | str]  # by message; a string says why the message has no single place
+    places: dict[int, MessageSlot | str]  # by message; a string says why the message has no single place
     cut: frozenset[int]  # messages of which the template leaves a piece out
     lost: frozenset[int]  # messages of which it leaves out a part of a tool call
 
 
-class Found(NamedTuple):
+class PieceSpan(NamedTuple):
     """Characters [begin, end) of one piece in the rendered text; blanks aside, it starts at `core`."""
 
     begin: int
@@ -57,7 +57,7 @@ class Found(NamedTuple):
     end: int
 
 
-class Run(NamedTuple):
+class ContentRun(NamedTuple):
     """Character c in [first, last) of a content stands at start + c - first; with the blanks kept around them they are [begin, end)."""
 
     first: int
@@ -67,7 +67,7 @@ class Run(NamedTuple):
     end: int
 
 
-class Span(NamedTuple):
+class MessageSpan(NamedTuple):
     """Characters of one message in the rendered text: content, and the limits of what may close it."""
 
     begin: int
@@ -76,11 +76,11 @@ class Span(NamedTuple):
     tail: int
 
 
-def layouts(render: Render) -> Callable[..., Layout]:
+def layout_cache(render: Render) -> Callable[..., TemplateLayout]:
     """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
-    known: dict[str, Layout] = {}
+    known: dict[str, TemplateLayout] = {}
 
-    def layout(messages: Sequence[dict], tools: list | None = None) -> Layout:
+    def layout(messages: Sequence[dict], tools: list | None = None) -> TemplateLayout:
         marked = [_marked(i, message) for i, message in enumerate(messages)]
         key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
         if key not in known:
@@ -92,7 +92,7 @@ def layouts(render: Render) -> Callable[..., Layout]:
     return layout
 
 
-def locate(text: str, messages: Sequence[dict], layout: Layout) -> list[Found]:
+def find_pieces(text: str, messages: Sequence[dict], layout: TemplateLayout) -> list[PieceSpan]:
     """Characters of every piece of `layout.keys`. Errors: ValueError when the rendered text does not match the layout."""
     found, position = [], len(layout.statics[0])
     if not text.startswith(layout.statics[0]):
@@ -103,17 +103,17 @@ def locate(text: str, messages: Sequence[dict], layout: Layout) -> list[Found]:
         place = _piece(text, position, content, after, final=final) or _piece(text, position, _escaped(content), after, final=final)
         if place is None:
             raise ValueError(f"the template changes the content of message {key[0] + 1} beyond recognition")
-        found.append(Found(position, *place))
+        found.append(PieceSpan(position, *place))
         position = place[1] + len(after)
     return found
 
 
-def spans(found: list[Found], layout: Layout) -> dict[int, Span]:
+def message_spans(found: list[PieceSpan], layout: TemplateLayout) -> dict[int, MessageSpan]:
     """Span of every message that has a place."""
-    return {i: _span(place, found, layout) for i, place in layout.places.items() if isinstance(place, Place)}
+    return {i: _span(place, found, layout) for i, place in layout.places.items() if isinstance(place, MessageSlot)}
 
 
-def run(text: str, i: int, field: int, content: str, found: list[Found], layout: Layout) -> Run:
+def find_run(text: str, i: int, field: int, content: str, found: list[PieceSpan], layout: TemplateLayout) -> ContentRun:
     """Where a field's content stands literally in the text: all of it but for blanks around it, or its only piece that is rendered.
 
     Errors: ValueError when the template takes the content apart or rewrites it.
@@ -126,10 +126,10 @@ def run(text: str, i: int, field: int, content: str, found: list[Found], layout:
     offset = sum(map(len, parts[:number]))
     start = first.core - _blanks(parts[number])
     if text.startswith(content.strip(), start - offset + _blanks(content)):
-        return Run(0, len(content), start - offset, min(first.begin, start - offset + _blanks(content)), found[at[-1]].end)
+        return ContentRun(0, len(content), start - offset, min(first.begin, start - offset + _blanks(content)), found[at[-1]].end)
     if len(at) > 1 or not text.startswith(parts[number].strip(), first.core):
         raise ValueError("takes it apart")
-    return Run(offset, offset + len(parts[number]), start, first.begin, first.end)
+    return ContentRun(offset, offset + len(parts[number]), start, first.begin, first.end)
 
 
 def _blanks(text: str) -> int:
@@ -142,9 +142,9 @@ def _escaped(content: str) -> str:
     return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
-def _span(place: Place, found: list[Found], layout: Layout) -> Span:
+def _span(place: MessageSlot, found: list[PieceSpan], layout: TemplateLayout) -> MessageSpan:
     begin, end = found[place.first].begin - place.lead, found[place.last].end
-    return Span(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
+    return MessageSpan(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
 
 
 def _content(message: dict, key: Key) -> str:
@@ -169,14 +169,16 @@ def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> 
     return None
 
 
-def _layout(marked: list[dict], render: Render) -> Layout:
+def _layout(marked: list[dict], render: Render) -> TemplateLayout:
     statics, keys = _split(render(marked))
     places = {i: _place(i, marked, statics, keys, render) for i, message in enumerate(marked) if _marks(message)}
     missing = {key for message in marked for key in _marks(message)} - set(keys)
-    return Layout(statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS))
+    return TemplateLayout(
+        statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS)
+    )
 
 
-def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> Place | str:
+def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> MessageSlot | str:
     at = _own(i, keys)
     if not at:
         return MISSING
@@ -186,7 +188,7 @@ def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], rend
     lead, tail = _lead(i, at[0], marked, statics, keys, render), _tail(i, at[-1], marked, statics, keys, render, whole=calls)
     if calls and (lead is None or tail is None):
         return "has tool calls whose limits are not known as they are written"
-    return Place(at[0], at[-1], lead or 0, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail or 0, calls)
+    return MessageSlot(at[0], at[-1], lead or 0, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail or 0, calls)
 
 
 def _own(i: int, keys: list[Key]) -> list[int]:

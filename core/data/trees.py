@@ -77,7 +77,7 @@ class Report(NamedTuple):
     missing_eos: int = 0  # completions with nothing that ends them
     missing_parts: int = 0  # completions of which the chat template leaves a part out, reasoning mostly
     unread: tuple[str, ...] = ()  # columns, and fields of messages, that nothing reads
-    sizes: reporting.Sizes = ()  # of the longest side of each row before the length policy
+    sizes: reporting.LengthCounts = ()  # of the longest side of each row before the length policy
     ending: str = ""  # what closes completions and looks like one token, but is none
 
 
@@ -102,10 +102,10 @@ def encode_rows(
     Errors: ValueError for bad rows (named), and when no row is left.
     """
     check_length(sequence_len, overlong)
-    known, render = spans.marks(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
+    known, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
     docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 7), [], {}, ""
     for i, extras, reason, parts in _sequences(rows, read, tokenizer, known, render, distinct):
-        where = sources.where(rows, i)
+        where = sources.locate_row(rows, i)
         check_bos(parts, known, where)
         reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
         same = not reason and distinct and any(np.array_equal(part.tokens, parts[0].tokens) for part in parts[1:])
@@ -130,7 +130,7 @@ def encode_rows(
             missing_parts=tally.missing_parts + sum(part.cut for part in parts),
         )
         docs.append(doc)
-    return docs, total(docs, tally, rows)._replace(unread=tuple(unread), sizes=reporting.sizes(lengths), ending=ending)
+    return docs, total(docs, tally, rows)._replace(unread=tuple(unread), sizes=reporting.count_lengths(lengths), ending=ending)
 
 
 def grow(
@@ -144,7 +144,7 @@ def grow(
     return TreeDoc(tokens, branch, np.where(branch > 0, len(trunk), 0).astype(np.int32), weight, row, extras or {})
 
 
-def join(parts: Sequence[spans.Encoded], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
+def join(parts: Sequence[spans.EncodedText], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
     """A document of sequences that begin alike: what they share before the first trained token is the trunk; one is all trunk.
 
     What follows the last trained token of a sequence is left out: nothing reads it. None when they share no first token.
@@ -229,7 +229,7 @@ def describe(report: Report) -> str:
         "documents without BOS": report.missing_bos,
         "prompts end in a space, so that the word after it may not be trained": report.trailing_space_boundaries,
     }
-    return reporting.one_line(report, unusual)
+    return reporting.format_report(report, unusual)
 
 
 def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:
@@ -288,12 +288,12 @@ def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
 
 
 def _sequences(
-    rows: sources.Rows, read: Callable, tokenizer, known: spans.Marks, render: Callable, distinct: bool
-) -> Iterator[tuple[int, dict, str, list[spans.Encoded]]]:
+    rows: sources.Rows, read: Callable, tokenizer, known: spans.SpecialTokens, render: Callable, distinct: bool
+) -> Iterator[tuple[int, dict, str, list[spans.EncodedText]]]:
     """(index of the row, its extras, why it cannot be used, its tokens with each continuation) row by row."""
     for start in range(0, len(rows.rows), CHUNK):
         chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
-        sides = [read(row, sources.where(chunk, i)) for i, row in enumerate(chunk.rows)]
+        sides = [read(row, sources.locate_row(chunk, i)) for i, row in enumerate(chunk.rows)]
         reasons = [unusable(one, distinct) for one in sides]
         usable = [i for i, reason in enumerate(reasons) if not reason]
         texts = _texts([sides[i] for i in usable], sources.take(chunk, usable), render)
@@ -318,7 +318,7 @@ def _texts(sides: Sequence[Sides], rows: sources.Rows, render: Callable) -> list
         for reply in one.replies
     ]
     for i, text in texts:
-        check_unicode(text.text, sources.where(rows, i))
+        check_unicode(text.text, sources.locate_row(rows, i))
     return [text for _, text in texts]
 
 
@@ -329,7 +329,7 @@ def plain(prompt: str, completion: str) -> spans.Text:
     return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
 
 
-def _close(part: spans.Encoded, sides: Sides, tokenizer, known: spans.Marks) -> spans.Encoded:
+def _close(part: spans.EncodedText, sides: Sides, tokenizer, known: spans.SpecialTokens) -> spans.EncodedText:
     """Plain text with the default prefix before and a trained EOS behind, each unless it is there already or `end` does its work."""
     if not isinstance(sides.prompt, str):
         return part
@@ -344,7 +344,7 @@ def _close(part: spans.Encoded, sides: Sides, tokenizer, known: spans.Marks) -> 
     return part._replace(tokens=tokens, weight=weight)
 
 
-def check_bos(parts: Sequence[spans.Encoded], known: spans.Marks, where: str) -> None:
+def check_bos(parts: Sequence[spans.EncodedText], known: spans.SpecialTokens, where: str) -> None:
     """Errors: ValueError for a sequence that starts with two BOS tokens."""
     if known.bos is not None and any(part.tokens[:2].tolist() == [known.bos] * 2 for part in parts):
         raise ValueError(f"{where} starts with two BOS tokens: take the BOS out of the chat template or out of the text")

@@ -12,38 +12,38 @@ def label(row: dict, name: str, where: str) -> dict[str, tuple]:
     """The row's judgement as `desirable`. Errors: ValueError for anything but true and false (or 1 and 0, or these as text)."""
     value = row.get(name)
     if value is None:
-        raise sources.missing([name], row, where)
+        raise sources.missing_field([name], row, where)
     number = preference.number(value) if not isinstance(value, str) else None  # 1.0 is what a column of 1 and null becomes
     text = str(value) if isinstance(value, bool | str) else f"{number:g}" if number is not None else ""
     known = LABELS.get(text.strip().lower())
     if known is None:
-        raise ValueError(f"{where}: field {name} is {sources.quoted(value)}, expected true or false")
+        raise ValueError(f"{where}: field {name} is {sources.quote(value)}, expected true or false")
     return {"desirable": (known,)}
 
 
-def styled(style: wording.Style, field: str) -> Callable[[dict, str], trees.Sides]:
+def styled(style: wording.TurnStyle, field: str) -> Callable[[dict, str], trees.Sides]:
     """Reader of rows in a fixed wording."""
 
     def read(row: dict, where: str) -> trees.Sides:
         history = preference.system(row, where) + [{"role": "user", "content": preference.text(row, (field,), where)}]
         reply = preference.text(row, ("completion",), where)
-        return trees.Sides(wording.prompt(style, history, where), (reply,), label(row, "label", where), style.end)
+        return trees.Sides(wording.render_prompt(style, history, where), (reply,), label(row, "label", where), style.end)
 
     return read
 
 
-def talking(style: wording.Style) -> Callable[[dict, str], trees.Sides]:
+def talking(style: wording.TurnStyle) -> Callable[[dict, str], trees.Sides]:
     """argilla_chat: the completion is a conversation, or the reply alone with the question in `chosen`."""
 
     def read(row: dict, where: str) -> trees.Sides:
         here, said = f"{where}: field completion", row.get("completion")
         if isinstance(said, list) and len(said) == 1 and row.get("chosen") is not None:
             said = [
-                one for one in turns.messages(row["chosen"], f"{where}: field chosen", replies=None) if one["role"] != "assistant"
+                one for one in turns.read_turns(row["chosen"], f"{where}: field chosen", replies=None) if one["role"] != "assistant"
             ] + said
-        history, reply = turns.dialogue(said, here)
-        prompt = wording.prompt(style, turns.introduced(history, row, where), where)
-        return trees.Sides(prompt, (turns.text(reply, f"{here}: the reply"),), label(row, "label", where), style.end)
+        history, reply = turns.read_dialogue(said, here)
+        prompt = wording.render_prompt(style, turns.with_system(history, row, where), where)
+        return trees.Sides(prompt, (turns.turn_text(reply, f"{here}: the reply"),), label(row, "label", where), style.end)
 
     return read
 
@@ -58,8 +58,8 @@ def user_defined(
     completion_format: str = "{completion}",
 ) -> Callable[[dict, str], trees.Sides]:
     """user_defined.default: columns of any name, put into texts of any wording. A missing system leaves its place empty."""
-    ask = wording.filler("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",))
-    answer = wording.filler("completion_format", completion_format or "{completion}", ("completion",))
+    ask = wording.compile_wording("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",))
+    answer = wording.compile_wording("completion_format", completion_format or "{completion}", ("completion",))
 
     def read(row: dict, where: str) -> trees.Sides:
         before = "".join(one["content"] for one in preference.system(row, where, field_system))
@@ -80,11 +80,11 @@ def answer(row: dict, where: str) -> trees.Sides:
     """The same without a judgement."""
     if not isinstance(row.get("prompt"), list):
         return trees.Sides(preference.text(row, ("prompt",), where), (preference.text(row, ("completion",), where),), {})
-    said, here = turns.messages(row["prompt"], f"{where}: field prompt", replies=0), f"{where}: field completion"
-    said = turns.introduced(said, row, where)
+    said, here = turns.read_turns(row["prompt"], f"{where}: field prompt", replies=0), f"{where}: field completion"
+    said = turns.with_system(said, row, where)
     if isinstance(row.get("completion"), str):
         return trees.Sides(said, ({"role": "assistant", "content": preference.text(row, ("completion",), where)},), {})
-    reply = turns.messages(row.get("completion"), here, replies=1)
+    reply = turns.read_turns(row.get("completion"), here, replies=1)
     if [one["role"] for one in reply] != ["assistant"]:
         raise ValueError(f"{here} has {len(reply)} messages, expected one of the assistant")
     return trees.Sides(said, (reply[0],), {})
@@ -96,7 +96,7 @@ def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> 
     `kind` is 0 for the row's own completion and 1 for the foreign one, of which KTO's baseline is made; encode with distinct=False.
     Errors: ValueError when all rows have one prompt.
     """
-    own = [read(row, sources.where(rows, i)) for i, row in enumerate(rows.rows)]
+    own = [read(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
     usable = [i for i, sides in enumerate(own) if trees.unusable(sides, False) == ""]
     if usable and all(own[i].prompt == own[usable[0]].prompt for i in usable):
         raise ValueError(

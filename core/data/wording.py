@@ -9,7 +9,7 @@ from treetune.core.data import sources, turns
 PLACE = re.compile(r"\{(\w+)\}")
 
 
-class Style(NamedTuple):
+class TurnStyle(NamedTuple):
     """What is written around a turn: opening + role + middle + content + end + gap."""
 
     opening: str
@@ -19,21 +19,21 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    "chatml": Style("<|im_start|>", "\n", "<|im_end|>", "\n"),
-    "llama3": Style("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""),
+    "chatml": TurnStyle("<|im_start|>", "\n", "<|im_end|>", "\n"),
+    "llama3": TurnStyle("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""),
 }
 
 
-def prompt(style: Style, messages: Sequence[dict], where: str = "row") -> str:
+def render_prompt(style: TurnStyle, messages: Sequence[dict], where: str = "row") -> str:
     """The messages and the header of the assistant's turn. Errors: ValueError for a message without a text."""
     for message in messages:
-        turns.text(message, f"{where}: a message of the prompt")
+        turns.turn_text(message, f"{where}: a message of the prompt")
     turn = "{}{}{}{}{}{}".format
     said = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
     return "".join(said) + style.opening + "assistant" + style.middle
 
 
-def filler(option: str, form: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Callable[..., str]:
+def compile_wording(option: str, form: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Callable[..., str]:
     """A function that puts texts into the places {name} of `form`; braces in the texts are left alone.
 
     Errors: ValueError, naming the option, for a form without a needed place or with an unknown one.
@@ -43,7 +43,7 @@ def filler(option: str, form: str, needed: Sequence[str], optional: Sequence[str
     found = set(PLACE.findall(form))
     unknown, missing = found - {*needed, *optional}, set(needed) - found
     if unknown or missing:
-        places = sources.listed(f"{{{name}}}" for name in (*needed, *optional))
-        wrong = f"names {sources.listed(sorted(unknown))}" if unknown else f"lacks {sources.listed(sorted(missing))}"
+        places = sources.join_names(f"{{{name}}}" for name in (*needed, *optional))
+        wrong = f"names {sources.join_names(sorted(unknown))}" if unknown else f"lacks {sources.join_names(sorted(missing))}"
         raise ValueError(f"{option} {form!r} {wrong}: its places are {places}")
     return lambda **texts: PLACE.sub(lambda match: texts[match[1]], form)

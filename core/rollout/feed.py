@@ -307,7 +307,7 @@ class Feed:
 def _dealt(at: State, options: Options) -> list[int]:
     """Which groups of the generation this step trains on: each pass deals all of them, in an order of its own."""
     passed, piece = divmod(at.part, options.steps)
-    mixed = order.shuffled(len(at.batch), options.seed, options.rank, at.generation, passed, PARTS)
+    mixed = order.permutation(len(at.batch), options.seed, options.rank, at.generation, passed, PARTS)
     size = options.prompts // options.steps
     return mixed[piece * size : (piece + 1) * size]
 

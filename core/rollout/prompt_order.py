@@ -8,7 +8,7 @@ import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
-from treetune.core.data.order import shuffled
+from treetune.core.data.order import permutation
 
 PROMPTS = 11  # purpose of these shuffles, beside those of `core.data.order`
 
@@ -86,4 +86,4 @@ def _at(order: PromptOrder, position: int) -> int:
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def _epoch(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(shuffled(n, seed, epoch, PROMPTS))
+    return tuple(permutation(n, seed, epoch, PROMPTS))

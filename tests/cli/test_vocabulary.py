@@ -219,7 +219,7 @@ def test_an_adapter_with_fewer_rows_than_tokens_is_refused(tiny, tune, sft, here
 def test_an_adapter_with_a_larger_tokenizer_only_gets_mean_rows(tiny, sft, tune, here):
     """As AutoPeftModelForCausalLM reads it."""
     assert sft("--output-dir", "plain").code == 0
-    tokenizer, _ = vocabulary.apply(hf.tokenizer(tiny.model), tokens=["<a>", "<b>"])
+    tokenizer, _ = vocabulary.add_tokens(hf.tokenizer(tiny.model), tokens=["<a>", "<b>"])
     tokenizer.save_pretrained(here / "plain/adapter")
     (here / "plain/adapter" / manifest.NAME).unlink()  # which would tell that files were added
     found, ids = ours(here / "plain", PROBE.clamp(max=260)), PROBE.clamp(max=260)

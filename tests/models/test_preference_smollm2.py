@@ -96,7 +96,7 @@ def test_nothing_has_moved_at_step_0(trains):
         parts = [reference.with_logp(_logp(built), at, *one)["ref_logp"] for one in alone]
         _, once = built.objective.terms(at.params, at.frozen, batch | {"ref_logp": torch.cat(parts)}, plan)
     assert abs(once["kl"].value) <= 1e-6
-    assert len(tree.leaves(at.params)) > 100 and len(batch["at"]) == sum(len(pack.scored(doc)) for doc in docs)
+    assert len(tree.leaves(at.params)) > 100 and len(batch["at"]) == sum(len(pack.scored_tokens(doc)) for doc in docs)
 
 
 def _logp(built):

@@ -42,14 +42,14 @@ LARGE = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_templates(name, monkeypatch):
     monkeypatch.setattr(bounded_jinja, "SECONDS", 0.05)
-    with pytest.raises(bounded_jinja.TooMuch, match="it loops too often"):
+    with pytest.raises(bounded_jinja.TemplateLimitError, match="it loops too often"):
         bounded_jinja.render(ENDLESS[name], TALK)
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_values(name, monkeypatch):
     monkeypatch.setattr(bounded_jinja, "LARGEST", 1 << 20)
-    with pytest.raises(bounded_jinja.TooMuch, match="characters or items, more than"):
+    with pytest.raises(bounded_jinja.TemplateLimitError, match="characters or items, more than"):
         bounded_jinja.render(LARGE[name], TALK)
 
 
@@ -63,7 +63,7 @@ def test_a_row_names_the_template(tokenizer):
         chat.reader(tokenizer)(rows)
 
 
-@pytest.mark.parametrize("name", chat_templates.names())
+@pytest.mark.parametrize("name", chat_templates.builtin_names())
 def test_others_render_as_ever(name, tokenizer):
     def outcome(call):
         try:
@@ -76,8 +76,10 @@ def test_others_render_as_ever(name, tokenizer):
             given = {"tools": tools, "add_generation_prompt": len(talk) == 3}
             theirs = outcome(
                 lambda talk=talk, given=given: tokenizer.apply_chat_template(
-                    talk, chat_template=chat_templates.named(name), tokenize=False, **given
+                    talk, chat_template=chat_templates.builtin_template(name), tokenize=False, **given
                 )
             )
             given |= {"documents": None, **tokenizer.special_tokens_map}
-            assert outcome(lambda talk=talk, given=given: bounded_jinja.render(chat_templates.named(name), talk, **given)) == theirs
+            assert (
+                outcome(lambda talk=talk, given=given: bounded_jinja.render(chat_templates.builtin_template(name), talk, **given)) == theirs
+            )

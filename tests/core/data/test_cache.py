@@ -37,19 +37,19 @@ def make_docs(count, seed=0):
 
 def test_documents_and_report_come_back(tmp_path):
     docs = make_docs(100)
-    cache.save(tmp_path, "k", docs, REPORT)
-    back, report = cache.load(tmp_path, "k")
+    cache.save_entry(tmp_path, "k", docs, REPORT)
+    back, report = cache.load_entry(tmp_path, "k")
     assert same(back, docs) and report == REPORT and type(report) is formats.Report
     assert not back[0].tokens.flags.writeable and not back[0].tokens.flags.owndata
-    assert os.listdir(tmp_path) == ["k"] and cache.load(tmp_path, "other") is None
+    assert os.listdir(tmp_path) == ["k"] and cache.load_entry(tmp_path, "other") is None
     assert not any(path.suffix in (".pkl", ".pickle") for path in (tmp_path / "k").iterdir())
     batch, want = pack.collate(back[:5]), pack.collate(docs[:5])
     assert set(batch) == set(want) and all(batch[key].equal(want[key]) for key in want)
 
 
 def test_no_documents_and_plain_reports(tmp_path):
-    cache.save(tmp_path, "k", [], {"a": [1, 2.5, None, True, {"b": "é"}], "r": [REPORT, REPORT]})
-    assert cache.load(tmp_path, "k") == ([], {"a": [1, 2.5, None, True, {"b": "é"}], "r": [REPORT, REPORT]})
+    cache.save_entry(tmp_path, "k", [], {"a": [1, 2.5, None, True, {"b": "é"}], "r": [REPORT, REPORT]})
+    assert cache.load_entry(tmp_path, "k") == ([], {"a": [1, 2.5, None, True, {"b": "é"}], "r": [REPORT, REPORT]})
 
 
 ARRAYS = st.lists(st.integers(-5, 5), max_size=4).map(lambda x: np.array(x, dtype=np.int32))
@@ -77,14 +77,14 @@ SHAPES = st.sampled_from([TEXTS, DOCS, TREES, PROMPTS, st.tuples(ARRAYS, st.list
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(SHAPES.flatmap(lambda shape: st.lists(shape, max_size=5)))
 def test_any_tree_of_fields_comes_back(docs):
-    schema, arrays = columns.table(docs)
-    assert same(columns.documents(json.loads(json.dumps(schema)), arrays), docs)
+    schema, arrays = columns.to_columns(docs)
+    assert same(columns.from_columns(json.loads(json.dumps(schema)), arrays), docs)
 
 
 @pytest.mark.parametrize("docs", [[2**70, 1], [2**63, -1], [(2**63, -1)], [1, 1.0, True], [float("inf")], [{"a": 2**70}, {"b": [None]}]])
 def test_odd_numbers_come_back(docs, tmp_path):
-    cache.save(tmp_path, "k", docs)
-    assert same(cache.load(tmp_path, "k")[0], docs)
+    cache.save_entry(tmp_path, "k", docs)
+    assert same(cache.load_entry(tmp_path, "k")[0], docs)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_odd_numbers_come_back(docs, tmp_path):
 )
 def test_what_no_column_can_hold(docs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        cache.save(tmp_path, "k", docs)
+        cache.save_entry(tmp_path, "k", docs)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_entry_cannot_name_classes_of_others(tmp_path):
     with pytest.raises(ValueError, match="no class of this package"):
-        columns.revived({"__fields_of__": "subprocess:Popen", "args": "true"})
+        columns.report_from_json({"__fields_of__": "subprocess:Popen", "args": "true"})
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_entry_cannot_name_classes_of_others(tmp_path):
 )
 def test_damaged_entries_are_seen_and_replaced(damage, tmp_path):
     docs = make_docs(20)
-    folder = cache.save(tmp_path, "k", docs, REPORT)
+    folder = cache.save_entry(tmp_path, "k", docs, REPORT)
     data, header = folder / "doc.tokens.npy", folder / "header.json"
     match damage:
         case "cut":
@@ -138,17 +138,17 @@ def test_damaged_entries_are_seen_and_replaced(damage, tmp_path):
             header.write_text(cache.hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
         case "not a folder":
             [path.unlink() for path in folder.iterdir()]
-    assert cache.load(tmp_path, "k") is None
+    assert cache.load_entry(tmp_path, "k") is None
     if damage == "other schema":
         return  # sums hold: only another version's code writes that, and its key differs
-    cache.save(tmp_path, "k", docs, REPORT)
-    assert same(cache.load(tmp_path, "k")[0], docs) and os.listdir(tmp_path) == ["k"]
+    cache.save_entry(tmp_path, "k", docs, REPORT)
+    assert same(cache.load_entry(tmp_path, "k")[0], docs) and os.listdir(tmp_path) == ["k"]
 
 
 def test_a_sound_entry_is_never_touched_again(tmp_path):
-    folder = cache.save(tmp_path, "k", make_docs(20), REPORT)
+    folder = cache.save_entry(tmp_path, "k", make_docs(20), REPORT)
     before = os.stat(folder / "header.json").st_ino
-    assert cache.save(tmp_path, "k", make_docs(20), REPORT) == folder
+    assert cache.save_entry(tmp_path, "k", make_docs(20), REPORT) == folder
     assert os.stat(folder / "header.json").st_ino == before and os.listdir(tmp_path) == ["k"]
 
 
@@ -171,9 +171,9 @@ for turn in range(25):
             os.replace(broken, folder / "doc.tokens.npy")  # not in place: a file that is mapped must not shrink
         except FileNotFoundError:
             broken.unlink()
-    if cache.load(root, key) is None:
-        cache.save(root, key, docs, {"turn": turn})
-    found = cache.load(root, key)
+    if cache.load_entry(root, key) is None:
+        cache.save_entry(root, key, docs, {"turn": turn})
+    found = cache.load_entry(root, key)
     if found is not None:
         assert found[1] == {"turn": turn} and len(found[0]) == 300
         assert all((doc.tokens == i).all() and doc.row == i for i, doc in enumerate(found[0]))
@@ -188,7 +188,7 @@ def test_two_processes_race_for_the_same_entries(tmp_path):
     assert [process.returncode for process in both] == [0, 0], errors
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     for turn in range(25):
-        if cache.load(tmp_path, f"k{turn}") is None:
+        if cache.load_entry(tmp_path, f"k{turn}") is None:
             assert turn % 3 == 0, "only an entry damaged on purpose may be unreadable"
 
 
@@ -203,17 +203,17 @@ def die_at(handle):
         os.kill(os.getpid(), 9)
     real(handle)
 os.fsync = die_at
-cache.save(sys.argv[1], "k", [spans.Doc(np.ones(5, np.int32), np.ones(5, np.float32), 1)], None)
+cache.save_entry(sys.argv[1], "k", [spans.Doc(np.ones(5, np.int32), np.ones(5, np.float32), 1)], None)
 """
 
 
 @pytest.mark.parametrize("at", [1, 6])
 def test_a_killed_save_leaves_no_entry(at, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(at)], check=False)
-    assert done.returncode == -9 and cache.load(tmp_path, "k") is None
+    assert done.returncode == -9 and cache.load_entry(tmp_path, "k") is None
     docs = make_docs(3)
-    cache.save(tmp_path, "k", docs)
-    assert same(cache.load(tmp_path, "k")[0], docs)
+    cache.save_entry(tmp_path, "k", docs)
+    assert same(cache.load_entry(tmp_path, "k")[0], docs)
 
 
 def test_what_killed_processes_left_is_swept_after_a_day(tmp_path):
@@ -222,23 +222,23 @@ def test_what_killed_processes_left_is_swept_after_a_day(tmp_path):
     for name, age in (("old", 2 * 86400), ("new", 60), ("foreign", 2 * 86400)):
         (tmp_path / names[name]).mkdir()
         os.utime(tmp_path / names[name], (time.time() - age,) * 2)
-    cache.save(tmp_path, "k", make_docs(2))
+    cache.save_entry(tmp_path, "k", make_docs(2))
     assert sorted(os.listdir(tmp_path)) == sorted([names["new"], names["foreign"], "k"])
 
 
 def test_what_a_killed_process_left_is_swept_at_once(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "6"], check=False)
     assert os.listdir(tmp_path)
-    cache.save(tmp_path, "other", make_docs(2))
+    cache.save_entry(tmp_path, "other", make_docs(2))
     assert os.listdir(tmp_path) == ["other"]
 
 
 def test_a_damaged_entry_with_a_foreign_file_is_not_deleted(tmp_path):
-    folder = cache.save(tmp_path, "k", make_docs(2))
+    folder = cache.save_entry(tmp_path, "k", make_docs(2))
     (folder / "notes.txt").write_text("mine")
     (folder / cache.HEADER).write_text("broken")
     with pytest.raises(OSError, match="holds files that are not of this cache"):
-        cache.save(tmp_path, "k", make_docs(2))
+        cache.save_entry(tmp_path, "k", make_docs(2))
     assert (folder / "notes.txt").read_text() == "mine"
 
 
@@ -260,7 +260,9 @@ def inputs(tmp_path, build_tokenizer, variants):
 
 
 def key_of(path, tokenizer, own, template=None, options=OPTIONS):
-    return cache.key(data=[sources.digest(str(path))], tokenizer=tokenizer, template=template, options=options, code=[str(own)])
+    return cache.entry_key(
+        data=[sources.digest_source(str(path))], tokenizer=tokenizer, template=template, options=options, code=[str(own)]
+    )
 
 
 def test_every_input_changes_the_key(inputs, build_tokenizer, variants, monkeypatch):
@@ -325,7 +327,7 @@ def test_any_change_of_the_data_changes_its_digest(tmp_path_factory, seed, chang
     path = tmp_path_factory.mktemp("data") / "a.jsonl"
     data = bytearray(b"".join(b'{"text": "row %d"}\n' % i for i in range(5)))
     path.write_bytes(data)
-    before, original, at = sources.digest(str(path)), bytes(data), draw.randrange(len(data) - 1)
+    before, original, at = sources.digest_source(str(path)), bytes(data), draw.randrange(len(data) - 1)
     match change:
         case "flip":
             data[at] ^= 1 << draw.randrange(8)
@@ -338,7 +340,7 @@ def test_any_change_of_the_data_changes_its_digest(tmp_path_factory, seed, chang
         case "append":
             data += b"\n"
     path.write_bytes(data)
-    assert (sources.digest(str(path)) == before) == (bytes(data) == original)
+    assert (sources.digest_source(str(path)) == before) == (bytes(data) == original)
 
 
 def test_the_code_digest_sees_every_file(tmp_path):

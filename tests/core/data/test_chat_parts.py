@@ -19,7 +19,7 @@ def reader_text(row, tokenizer, **options):
 
 
 def encoded(row, tokenizer, **options):
-    return spans.encode([reader_text(row, tokenizer, **options)], tokenizer, spans.marks(tokenizer))[0]
+    return spans.encode([reader_text(row, tokenizer, **options)], tokenizer, spans.read_special_tokens(tokenizer))[0]
 
 
 def user(content="hello", **rest):
@@ -160,7 +160,7 @@ def test_parts_around_reasoning_tags(templates, tokenizer):
 def test_split_thinking(template, templates, tokenizer):
     tokenizer.chat_template = templates[template]
     row = {"messages": [user(), says("<think>the quick </think>\n\nIt is 4.")]}
-    messages = conversations.read(row, "row 1", conversations.fields(split_thinking=True)).messages
+    messages = conversations.read_conversation(row, "row 1", conversations.message_fields(split_thinking=True)).messages
     assert messages[1] == {"role": "assistant", "content": "It is 4.", "reasoning_content": "the quick"}
     trained = {"qwen3": "<think>\nthe quick\n</think>\n\nIt is 4.<|im_end|>", "chatml": "It is 4.<|im_end|>"}[template]
     assert runs(row, tokenizer, split_thinking=True) == [(trained, 1.0)]

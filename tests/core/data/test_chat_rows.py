@@ -123,7 +123,7 @@ def test_tokenizer_without_offsets():
         is_fast = False
 
     with pytest.raises(ValueError, match="Slow gives no character offsets"):
-        spans.marks(Slow())
+        spans.read_special_tokens(Slow())
 
 
 UNKNOWN_SPANS = {
@@ -174,7 +174,7 @@ def test_blank_answers_are_nothing_to_train_on(tokenizer):
 
 
 def test_roles_are_mapped():
-    messages = chat.conversation({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "row 1")
+    messages = chat.read_messages({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "row 1")
     assert [message["role"] for message in messages] == ["user", "assistant"]
 
 

@@ -95,7 +95,7 @@ THINKS = {"qwen3": "<think>\n\n</think>\n\n", "qwen3_5": "\n</think>\n\n"}  # wh
 
 
 def test_every_name_is_tested():
-    assert set(chat_templates.names()) == set(PLAIN_RUNS)
+    assert set(chat_templates.builtin_names()) == set(PLAIN_RUNS)
 
 
 @pytest.mark.parametrize("name", PLAIN_RUNS)
@@ -103,7 +103,7 @@ def test_named_templates(name, tokenizer):
     before, close = PLAIN_RUNS[name]
     last = THINKS.get(name, before)
     assert runs({"messages": PLAIN}, tokenizer, chat_template=name) == [before + "the answer" + close, last + "It is 4." + close]
-    reference = tokenizer.apply_chat_template(PLAIN, chat_template=chat_templates.named(name))["input_ids"]
+    reference = tokenizer.apply_chat_template(PLAIN, chat_template=chat_templates.builtin_template(name))["input_ids"]
     assert ids({"messages": PLAIN}, tokenizer, chat_template=name) == reference
 
 
@@ -129,7 +129,7 @@ RENDERED = {
 @pytest.mark.parametrize("name", RENDERED)
 def test_what_named_templates_write(name, tokenizer):
     messages = talk(("user", "hello"), ("assistant", "hi"))
-    assert tokenizer.apply_chat_template(messages, chat_template=chat_templates.named(name), tokenize=False) == RENDERED[name]
+    assert tokenizer.apply_chat_template(messages, chat_template=chat_templates.builtin_template(name), tokenize=False) == RENDERED[name]
 
 
 CALLED = {
@@ -160,7 +160,9 @@ def test_tool_calls(name, tokenizer):
     wanted = [first, before + "It is 20." + close, THINKS.get(name, before) + "see you" + close]
     row = {"messages": tooled(content=""), "tools": TOOLS}
     assert runs(row, tokenizer, chat_template=name) == wanted
-    reference = tokenizer.apply_chat_template(row["messages"], tools=TOOLS, chat_template=chat_templates.named(name))["input_ids"]
+    reference = tokenizer.apply_chat_template(row["messages"], tools=TOOLS, chat_template=chat_templates.builtin_template(name))[
+        "input_ids"
+    ]
     assert ids(row, tokenizer, chat_template=name) == reference
     for same in (tooled(), tooled(json.dumps(ARGUMENTS)), tooled(content=None)):
         text = {"messages": same, "tools": json.dumps(TOOLS)}
@@ -272,7 +274,7 @@ def test_variables_of_a_template(tokenizer):
 )
 def test_templates_run_in_a_sandbox(attack, tokenizer):
     with pytest.raises(ValueError, match="rows row 1: the chat template refuses this conversation"):
-        ids({"messages": PLAIN}, tokenizer, chat_template=attack + chat_templates.named("chatml"))
+        ids({"messages": PLAIN}, tokenizer, chat_template=attack + chat_templates.builtin_template("chatml"))
 
 
 def stock():

@@ -9,16 +9,16 @@ from treetune.core.data import dedup, sources
 def test_the_first_of_equal_rows_stays():
     one = sources.from_list([{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1}, {"a": [1, {"x": "é", "y": None}]}], "one")
     two = sources.from_list([{"a": 1}, {"a": [1, {"y": None, "x": "é"}]}, {"a": 2}], "two")
-    (first, second), dropped = dedup.exact([one, two])
+    (first, second), dropped = dedup.drop_duplicates([one, two])
     assert first.numbers == [1, 3, 4] and second.numbers == [3] and dropped == [1, 2]
-    assert sources.where(second, 0) == "two row 3"
+    assert sources.locate_row(second, 0) == "two row 3"
 
 
 def test_rows_that_look_alike_differ():
     rows = [{"a": 1}, {"a": 1.0}, {"a": "1"}, {"a": True}, {"a": None}, {}, {"a": [1]}, {"a": {"a": 1}}, {"b": 1}, {"a": "\ud800"}]
     rows += [{"a": datetime.date(2020, 1, 2)}, {"a": datetime.date(2020, 1, 3)}, {"a": b"1"}, {"a": "a b"}, {"a": "a  b"}]
-    assert dedup.exact([sources.from_list(rows)])[1] == [0]
-    assert dedup.exact([sources.from_list(rows * 2)])[1] == [len(rows)]
+    assert dedup.drop_duplicates([sources.from_list(rows)])[1] == [0]
+    assert dedup.drop_duplicates([sources.from_list(rows * 2)])[1] == [len(rows)]
 
 
 VALUES = st.recursive(
@@ -37,7 +37,7 @@ def typed(value):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(ROWS, ROWS)
 def test_it_is_the_set_of_rows(train, held):
-    (one, two), dropped = dedup.exact([sources.from_list(train), sources.from_list(held)])
+    (one, two), dropped = dedup.drop_duplicates([sources.from_list(train), sources.from_list(held)])
     kept = [typed(row) for row in one.rows + two.rows]
     assert len(kept) == len(set(kept)) and set(kept) == {typed(row) for row in train + held}
     assert dropped == [len(train) - len(one.rows), len(held) - len(two.rows)]

@@ -54,7 +54,7 @@ def whole(tokenizer, ids):
 def test_units_in_a_row_are_the_text(kind, text):
     tokenizer = KINDS[kind]
     ids = tokenizer(text)["input_ids"]
-    found = list(detokenise.units(tokenizer, ids))
+    found = list(detokenise.decode_units(tokenizer, ids))
     assert [token for unit in found for token in unit.tokens] == ids
     assert "".join(unit.text for unit in found) == whole(tokenizer, ids) == text
     if "\ufffd" not in text:
@@ -65,7 +65,7 @@ def test_units_in_a_row_are_the_text(kind, text):
 def test_words_of_pieces_keep_their_letters_and_spaces():
     tokenizer = pieces_of_words()
     ids = tokenizer("abc de f")["input_ids"]
-    assert "".join(unit.text for unit in detokenise.units(tokenizer, ids)) == whole(tokenizer, ids) == "abc de f"
+    assert "".join(unit.text for unit in detokenise.decode_units(tokenizer, ids)) == whole(tokenizer, ids) == "abc de f"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -73,7 +73,7 @@ def test_any_bytes_whatever_keep_all_their_tokens(seed):
     """Cut and mixed bytes are U+FFFD where they are no character, and every whole character around them is there."""
     rng, tokenizer = random.Random(seed), KINDS["bytes"]
     ids = [token for text in rng.choices(TEXTS, k=6) for token in tokenizer(text)["input_ids"] if rng.random() > 0.1]
-    found = list(detokenise.units(tokenizer, ids))
+    found = list(detokenise.decode_units(tokenizer, ids))
     assert [token for unit in found for token in unit.tokens] == ids
     assert all(len(unit.tokens) <= detokenise.LONGEST for unit in found)
     kept = "".join(unit.text for unit in found).replace("\ufffd", "")
@@ -83,7 +83,7 @@ def test_any_bytes_whatever_keep_all_their_tokens(seed):
 def test_a_character_of_two_labels_has_the_one_that_completes_it():
     tokenizer = KINDS["bytes"]
     ids = tokenizer("a你b")["input_ids"]
-    assert detokenise.labelled(tokenizer, ids, ["off", "off", "off", "on", "on"]) == [("a", "off"), ("你", "on"), ("b", "on")]
+    assert detokenise.label_units(tokenizer, ids, ["off", "off", "off", "on", "on"]) == [("a", "off"), ("你", "on"), ("b", "on")]
 
 
 def test_a_growing_text_is_told_in_whole_characters():

@@ -146,15 +146,15 @@ def test_a_stream_knows_its_prompts(words):
     for some, budget in ((docs, None), (docs, 64), ([], None)):
         batch = strides.collate(some, budget=budget, pad=budget is not None)
         check.batch(batch)
-        pack.check(batch)
+        pack.check_stream(batch)
         assert batch["prompt_length"].tolist() == [6, 1][: len(some)] and batch["prompt_length"].dtype == torch.int64
         assert strided.scored(batch).tolist()[: sum(len(doc.tokens) for doc in some)] == [w > 0 for doc in some for w in doc.weight]
 
 
 def test_kept_on_disk_as_they_were(words, tmp_path):
     docs, report = encode([{"text": "x" * 30}, {"text": "y"}], words)
-    cache.save(tmp_path, "one", docs, report)
-    again, told = cache.load(tmp_path, "one")
+    cache.save_entry(tmp_path, "one", docs, report)
+    again, told = cache.load_entry(tmp_path, "one")
     assert told == report and len(again) == len(docs)
     for one, other in zip(docs, again, strict=True):
         assert one.prompt_length == other.prompt_length and (one.tokens == other.tokens).all() and (one.weight == other.weight).all()

@@ -42,10 +42,10 @@ def test_borders_and_order_count():
 
 def test_documents_of_the_cache_have_the_fingerprint_of_those_that_were_kept(tmp_path):
     docs = [TREE._replace(row=i) for i in range(fingerprint.CHUNK + 3)]
-    cache.save(tmp_path, "k", docs)
-    assert fingerprint.documents(cache.load(tmp_path, "k")[0]) == fingerprint.documents(docs)
+    cache.save_entry(tmp_path, "k", docs)
+    assert fingerprint.documents(cache.load_entry(tmp_path, "k")[0]) == fingerprint.documents(docs)
     assert fingerprint.values({"a": (1, 2), "b": None}) == fingerprint.values({"b": None, "a": [1, 2]})
-    assert columns.revived(columns.stored([None, "d"])) == [None, "d"]
+    assert columns.report_from_json(columns.report_to_json([None, "d"])) == [None, "d"]
 
 
 def test_foreign_objects_are_not_told_apart_by_their_place_in_memory():

@@ -156,7 +156,7 @@ def halves(tokens, weight, tokenizer):
 
 
 def encoded(read, rows, tokenizer):
-    return spans.encode(read(rows), tokenizer, spans.marks(tokenizer))
+    return spans.encode(read(rows), tokenizer, spans.read_special_tokens(tokenizer))
 
 
 def form(name):
@@ -286,7 +286,7 @@ def test_ebft_strided(name, tokenizer):
 def test_custom(path, tokenizer, monkeypatch):
     rows = example("custom")
     monkeypatch.chdir(FOLDER)
-    made = custom.apply(rows, custom.load(path), tokenizer)
+    made = custom.apply_transform(rows, custom.load_transform(path), tokenizer)
     assert made.rows == [{"prompt": "What is ice?\n", "chosen": GOOD, "rejected": BAD}] and made.numbers == rows.numbers
     docs, _ = trees.encode_rows(made, preference.passthrough, tokenizer)
     assert len(docs) == 1

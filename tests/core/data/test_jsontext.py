@@ -33,7 +33,7 @@ def test_case_counts_and_nesting_within_the_limit_is_read():
 @pytest.mark.parametrize("value", [[], [1], [{"a": [1, {"b": None}]}, "x", 2.5]])
 def test_items_are_those_of_the_list(value):
     for indent in (None, 1):
-        assert list(jsontext.items(f" {json.dumps(value, indent=indent)}\n", "x")) == value
+        assert list(jsontext.iterate_items(f" {json.dumps(value, indent=indent)}\n", "x")) == value
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_items_are_those_of_the_list(value):
 )
 def test_a_broken_list_names_its_line_or_row(text, message):
     with pytest.raises(ValueError, match=f"^x {message}"):
-        list(jsontext.items(text, "x"))
+        list(jsontext.iterate_items(text, "x"))
 
 
 def test_a_repeated_column_of_a_file_is_refused(tmp_path):

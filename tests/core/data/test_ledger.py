@@ -25,7 +25,7 @@ def files(tmp_path):
 
 def read(files, blocks, *, say=print, cursor=streaming.START, mark=None):
     """(ledger, cursor) after some blocks from a cursor on, of which one row is taken from the last."""
-    parts = [part for file in files for part in streaming.parts(str(file))]
+    parts = [part for file in files for part in streaming.list_shards(str(file))]
     made = ledger.Ledger(parts, "text", say=say)
     if cursor != streaming.START:
         made.go_on(cursor, mark, **OPTIONS)
@@ -57,7 +57,7 @@ def test_sums_of_a_pass_do_not_depend_on_its_order(files):
 def test_a_row_that_was_read_and_changed_is_refused_one_to_come_is_not(row, file, files):
     cursor, mark = saved(files, 2)
     rows = [json.loads(line)["text"] for line in files[file].read_text().splitlines()]
-    first = streaming.parts(str(files[0])) + streaming.parts(str(files[1]))
+    first = streaming.list_shards(str(files[0])) + streaming.list_shards(str(files[1]))
     taken = [row["text"] for _, (rows_, _, _) in zip(range(2), streaming.blocks(first, **OPTIONS), strict=False) for row in rows_.rows]
     known = rows[row] in taken
     write(files[file], [*rows[:row], rows[row].upper(), *rows[row + 1 :]])
@@ -90,13 +90,13 @@ def test_rows_that_moved_in_the_file_are_refused_even_if_their_texts_are_the_sam
 
 def test_rows_that_change_while_a_run_goes_on_are_told_when_they_are_read_again(files):
     said = []
-    parts = [part for file in files for part in streaming.parts(str(file))]
+    parts = [part for file in files for part in streaming.list_shards(str(file))]
     made = ledger.Ledger(parts, "text", say=said.append)
     for rows, here, _ in streaming.blocks(parts, **OPTIONS, epochs=3):
         if here.epoch == 1 and here.block == 0:
             write(files[0], ["changed"] + [f"a {i}" for i in range(1, 7)])
         made.note(rows, here)
-    made.note(rows, streaming.Cursor(3))
+    made.note(rows, streaming.StreamCursor(3))
     assert len(said) in (1, 2) and "a file changed while the run went on" in said[0]
 
 

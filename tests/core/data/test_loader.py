@@ -27,7 +27,7 @@ def seen(stream):
 @pytest.mark.parametrize("accum", [1, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_cover_each_document_once_per_epoch(options, accum, world):
-    ranks = [list(loader.steps(LENGTHS, epochs=2, accum=accum, world=world, rank=rank, **options)) for rank in range(world)]
+    ranks = [list(loader.epoch_steps(LENGTHS, epochs=2, accum=accum, world=world, rank=rank, **options)) for rank in range(world)]
     assert len({len(steps) for steps in ranks}) == 1, "ranks disagree about the number of steps"
     for steps in zip(*ranks, strict=True):
         assert len({len(micro_batches) for micro_batches, _ in steps}) == 1, "ranks disagree about the number of micro-batches"
@@ -48,9 +48,9 @@ def in_epoch(steps, epoch):
 
 
 def test_a_global_batch_does_not_depend_on_how_it_is_spread():
-    reference = list(loader.steps(LENGTHS, epochs=1, accum=4, budget=128))
+    reference = list(loader.epoch_steps(LENGTHS, epochs=1, accum=4, budget=128))
     for accum, world in ((2, 2), (1, 4)):
-        ranks = [list(loader.steps(LENGTHS, epochs=1, accum=accum, world=world, rank=rank, budget=128)) for rank in range(world)]
+        ranks = [list(loader.epoch_steps(LENGTHS, epochs=1, accum=accum, world=world, rank=rank, budget=128)) for rank in range(world)]
         for (whole, cursor), *parts in zip(reference, *ranks, strict=True):
             assert sorted(seen([(whole, cursor)])) == sorted(seen(parts)) and all(part[1] == cursor for part in parts)
 
@@ -68,17 +68,19 @@ def test_resuming_continues_the_same_stream(count, stop, accum, seed, options, w
     """Stop after any step, take the cursor through JSON, go on: nothing repeats, nothing is missing."""
     lengths = LENGTHS[:count]
     options = options | ({"weights": ([2.5, 1.0, 0.3, 0.0] * 15)[:count]} if weighted else {})
-    whole = list(loader.steps(lengths, epochs=3, accum=accum, seed=seed, **options))
+    whole = list(loader.epoch_steps(lengths, epochs=3, accum=accum, seed=seed, **options))
     stop %= len(whole)
     cursor = loader.START if stop == 0 else whole[stop - 1][1]
     state = json.loads(json.dumps(cursor._asdict()))
-    assert list(loader.steps(lengths, cursor=loader.Cursor(**state), epochs=3, accum=accum, seed=seed, **options)) == whole[stop:]
+    assert list(loader.epoch_steps(lengths, cursor=loader.PlanCursor(**state), epochs=3, accum=accum, seed=seed, **options)) == whole[stop:]
 
 
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_cover_each_weighted_document_as_often_as_it_appears(options, world):
-    ranks = [list(loader.steps(LENGTHS, weights=WEIGHTS, epochs=2, accum=2, world=world, rank=rank, **options)) for rank in range(world)]
+    ranks = [
+        list(loader.epoch_steps(LENGTHS, weights=WEIGHTS, epochs=2, accum=2, world=world, rank=rank, **options)) for rank in range(world)
+    ]
     for epoch in (0, 1):
         of_epoch = [s for steps in ranks for s in in_epoch(steps, epoch)]
         assert Counter(seen(of_epoch)) == Counter(loader.appearances(WEIGHTS, epoch=epoch))
@@ -89,10 +91,10 @@ def test_ranks_cover_each_row_of_all_shards_once(world):
     rows = sources.from_list([{"text": "x" * n} for n in LENGTHS])
     found = Counter()
     for index in range(3):
-        part = sources.shard(rows, 3, index)
+        part = sources.take_shard(rows, 3, index)
         lengths = [len(row["text"]) for row in part.rows]
         for rank in range(world):
-            stream = loader.steps(lengths, epochs=1, accum=2, world=world, rank=rank, budget=128)
+            stream = loader.epoch_steps(lengths, epochs=1, accum=2, world=world, rank=rank, budget=128)
             found.update(part.numbers[i] for i in seen(stream))
     assert found == Counter(range(1, len(LENGTHS) + 1))
 
@@ -136,20 +138,20 @@ def test_weights_of_1_change_nothing():
 
 
 def test_resuming_with_other_ranks_and_accumulation_misses_nothing():
-    first = list(loader.steps(LENGTHS, epochs=1, accum=2, world=2, rank=0, budget=128))[:3]
-    second = list(loader.steps(LENGTHS, epochs=1, accum=2, world=2, rank=1, budget=128))[:3]
-    rest = list(loader.steps(LENGTHS, cursor=first[-1][1], epochs=1, accum=3, world=1, budget=128))
+    first = list(loader.epoch_steps(LENGTHS, epochs=1, accum=2, world=2, rank=0, budget=128))[:3]
+    second = list(loader.epoch_steps(LENGTHS, epochs=1, accum=2, world=2, rank=1, budget=128))[:3]
+    rest = list(loader.epoch_steps(LENGTHS, cursor=first[-1][1], epochs=1, accum=3, world=1, budget=128))
     assert Counter(seen(first) + seen(second) + seen(rest)) == Counter(range(len(LENGTHS)))
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left():
-    steps = list(loader.steps([5] * 7, epochs=1, accum=2, rows=2, shuffle=False))
+    steps = list(loader.epoch_steps([5] * 7, epochs=1, accum=2, rows=2, shuffle=False))
     assert [micro_batches for micro_batches, _ in steps] == [[[0, 1], [2, 3]], [[4, 5], [6]]]
     assert [cursor for _, cursor in steps] == [(0, 2), (1, 0)]
-    steps = list(loader.steps([5] * 5, epochs=1, accum=2, rows=2, shuffle=False))
+    steps = list(loader.epoch_steps([5] * 5, epochs=1, accum=2, rows=2, shuffle=False))
     assert [micro_batches for micro_batches, _ in steps] == [[[0, 1], [2, 3]], [[4]]]
     plan = loader.epoch_plan([5] * 5, rows=1, shuffle=False)
-    assert [loader.next_step(plan, loader.Cursor(0, 4), world=4, rank=rank)[0] for rank in range(4)] == [[[4]], [[]], [[]], [[]]]
+    assert [loader.next_step(plan, loader.PlanCursor(0, 4), world=4, rank=rank)[0] for rank in range(4)] == [[[4]], [[]], [[]], [[]]]
     assert len(pack.collate([])["at"]) == 0
 
 
@@ -157,7 +159,7 @@ def test_epochs_and_seeds_differ_and_order_can_be_kept():
     plans = [loader.epoch_plan(LENGTHS, rows=1, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len({json.dumps(plan) for plan in plans}) == 3
     kept = [loader.epoch_plan(LENGTHS, rows=4, shuffle=False, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert kept[0] == kept[1] == kept[2] == pack.in_order(LENGTHS, 4)
+    assert kept[0] == kept[1] == kept[2] == pack.group_rows(LENGTHS, 4)
     packed = loader.epoch_plan(LENGTHS, budget=128, shuffle=False)
     assert packed == loader.epoch_plan(LENGTHS, budget=128, shuffle=False, epoch=3)
     assert [min(group) for group in packed] == sorted(min(group) for group in packed)
@@ -177,12 +179,12 @@ def test_one_of_budget_and_rows(options):
 
 
 def test_digest_tells_plans_apart():
-    base = loader.digest(LENGTHS, budget=128, seed=0)
-    assert base == loader.digest(np.array(LENGTHS), seed=0, budget=128)
+    base = loader.plan_fingerprint(LENGTHS, budget=128, seed=0)
+    assert base == loader.plan_fingerprint(np.array(LENGTHS), seed=0, budget=128)
     others = [
-        loader.digest(LENGTHS[:-1], budget=128, seed=0),
-        loader.digest(LENGTHS, budget=129, seed=0),
-        loader.digest(LENGTHS, budget=128, seed=1),
-        loader.digest(LENGTHS[::-1], budget=128, seed=0),
+        loader.plan_fingerprint(LENGTHS[:-1], budget=128, seed=0),
+        loader.plan_fingerprint(LENGTHS, budget=129, seed=0),
+        loader.plan_fingerprint(LENGTHS, budget=128, seed=1),
+        loader.plan_fingerprint(LENGTHS[::-1], budget=128, seed=0),
     ]
     assert len({base, *others}) == 5

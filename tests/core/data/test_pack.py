@@ -76,11 +76,11 @@ def test_a_document_over_the_budget_is_an_error():
 
 
 def test_in_order():
-    assert pack.in_order([5] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert sorted(sum(pack.in_order([5] * 7, 3, seed=1), [])) == list(range(7))
-    assert pack.in_order([], 3) == []
+    assert pack.group_rows([5] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert sorted(sum(pack.group_rows([5] * 7, 3, seed=1), [])) == list(range(7))
+    assert pack.group_rows([], 3) == []
     with pytest.raises(ValueError, match="rows per micro-batch is 0"):
-        pack.in_order([5], 0)
+        pack.group_rows([5], 0)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -149,7 +149,7 @@ def test_broken_streams_are_caught(key, value, message):
     docs = [spans.Doc(np.arange(1, n + 1, dtype=np.int32) + n, np.array([0] + [1] * (n - 1), np.float32), 1) for n in (4, 5)]
     batch = pack.collate(docs)
     with pytest.raises(AssertionError, match=message):
-        pack.check(batch | {key: value})
+        pack.check_stream(batch | {key: value})
 
 
 def test_a_read_across_a_border_is_caught():
@@ -157,7 +157,7 @@ def test_a_read_across_a_border_is_caught():
     batch = pack.collate(docs)
     crossed = batch | {"at": torch.tensor([0, 1, 2, 3, 4, 5, 6]), "targets": batch["tokens"][1:8]}
     with pytest.raises(AssertionError, match="scored across its border"):
-        pack.check(crossed)
+        pack.check_stream(crossed)
 
 
 def test_supervised_tokens_survive_packing(tokenizer):
@@ -169,7 +169,7 @@ def test_supervised_tokens_survive_packing(tokenizer):
     docs, report = formats.encode_rows(sources.from_list(rows), tokenizer)
     lengths = [len(doc.tokens) for doc in docs]
     wanted = sorted(tuple(doc.tokens[doc.weight > 0].tolist()) for doc in docs)
-    for groups in (pack.pack(lengths, 512), pack.pack(lengths, 512, seed=None, window=16), pack.in_order(lengths, 4)):
+    for groups in (pack.pack(lengths, 512), pack.pack(lengths, 512, seed=None, window=16), pack.group_rows(lengths, 4)):
         batches = [pack.collate([docs[i] for i in group]) for group in groups]
         assert sum(len(batch["at"]) for batch in batches) == report.supervised
         got = [tuple(part.tolist()) for batch in batches for part in batch["targets"].split(batch["seq_lens"].tolist())]

@@ -270,14 +270,17 @@ def test_custom_transforms(tmp_path, monkeypatch):
     )
     Path("broken.py").write_text("def f(:\n")
     rows = sources.from_list([{"a": 1, "b": 2}, {"a": 5, "b": 6}], "data.jsonl")
-    assert custom.apply(rows, custom.load("mine.bare", 10)).rows == [{"a": 1, "b": 2, "n": 11}, {"a": 5, "b": 6, "n": 15}]
-    assert custom.apply(rows, custom.load("mine.py:some"), "T").rows == [{"b": 2, "t": "T"}, {"b": 6, "t": "T"}]
-    made = custom.apply(rows, custom.load("mine.many"))
+    assert custom.apply_transform(rows, custom.load_transform("mine.bare", 10)).rows == [
+        {"a": 1, "b": 2, "n": 11},
+        {"a": 5, "b": 6, "n": 15},
+    ]
+    assert custom.apply_transform(rows, custom.load_transform("mine.py:some"), "T").rows == [{"b": 2, "t": "T"}, {"b": 6, "t": "T"}]
+    made = custom.apply_transform(rows, custom.load_transform("mine.many"))
     assert made.rows == [{"a": 1}, {"a": 1}, {"a": 5}, {"a": 5}] and made.numbers == [1, 1, 2, 2]
     with refused(": transform 'mine.bare' raised KeyError: 'a'"):
-        custom.apply(one({"b": 1}), custom.load("mine.bare", 1))
+        custom.apply_transform(one({"b": 1}), custom.load_transform("mine.bare", 1))
     with refused(": transform 'mine.uneven' is batched: expected lists of one length"):
-        custom.apply(one({"b": 1}), custom.load("mine.uneven"))
+        custom.apply_transform(one({"b": 1}), custom.load_transform("mine.uneven"))
     for path, message in (
         ("mine.other", "has no function other"),
         ("mine.value", "has no function value"),
@@ -288,4 +291,4 @@ def test_custom_transforms(tmp_path, monkeypatch):
         ("alone", "expected module.function or file.py:function"),
     ):
         with pytest.raises(ValueError, match=message):
-            custom.load(path)
+            custom.load_transform(path)

@@ -57,8 +57,8 @@ def encoded(read, rows, tokenizer):
     """As formats.encode_rows does it."""
     texts = read(rows)
     for i, text in enumerate(texts):
-        trees.check_unicode(text.text, sources.where(rows, i))
-    return spans.encode(texts, tokenizer, spans.marks(tokenizer))
+        trees.check_unicode(text.text, sources.locate_row(rows, i))
+    return spans.encode(texts, tokenizer, spans.read_special_tokens(tokenizer))
 
 
 def families(tokenizer):
@@ -160,7 +160,7 @@ def check_result(found, name):
         assert (batch["seq_lens"] > 0).all()
         return
     for one in found:
-        if isinstance(one, spans.Encoded | spans.Doc | ebft.Strided):
+        if isinstance(one, spans.EncodedText | spans.Doc | ebft.Strided):
             assert len(one.tokens) == len(one.weight) and not one.weight[:1].any() and np.isfinite(one.weight).all()
         else:
             assert one.tokens.size if name == "grpo" else one.ground_truth.strip() and one.prompt

@@ -196,11 +196,11 @@ def test_reasoning_that_a_template_drops_is_told_of_pairs(tokenizer):
 def test_rows_lost_to_their_length_are_a_warning(tokenizer):
     rows = [{"text": "hello " * (2 if i < 6 else 100)} for i in range(30)]
     _, report = formats.encode_rows(sources.from_list(rows), tokenizer, sequence_len=40, overlong="drop")
-    (said,) = reporting.warnings(report)
+    (said,) = reporting.find_warnings(report)
     assert said.startswith("24 of 30 rows are longer than sequence_len and left out: --sequence-len ")
     size = int(said.split("--sequence-len ")[1].split()[0])
     assert len(formats.encode_rows(sources.from_list(rows), tokenizer, sequence_len=size, overlong="drop")[0]) >= 29
-    assert reporting.warnings(formats.encode_rows(sources.from_list(rows[:6]), tokenizer, sequence_len=40)[1]) == []
+    assert reporting.find_warnings(formats.encode_rows(sources.from_list(rows[:6]), tokenizer, sequence_len=40)[1]) == []
 
 
 def test_an_end_of_turn_that_is_no_token_is_a_warning(tokenizer, make_tokenizer):
@@ -211,8 +211,8 @@ def test_an_end_of_turn_that_is_no_token_is_a_warning(tokenizer, make_tokenizer)
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
         _, report = encode("text", {"messages": [USER, REPLY]}, words)
-        assert bool(reporting.warnings(report)) == told
-    assert "trained turns end with <|eot_id|>, which is not one token" in reporting.warnings(report)[0]
+        assert bool(reporting.find_warnings(report)) == told
+    assert "trained turns end with <|eot_id|>, which is not one token" in reporting.find_warnings(report)[0]
 
 
 @pytest.mark.parametrize("value", [int("9" * 400), float("inf"), float("nan"), True, [1], "x", "1e400", 1e300, {}])
@@ -233,4 +233,4 @@ def test_margins_and_labels_as_files_have_them():
 
 
 def test_nothing_of_a_message_is_lost_in_the_default_reading():
-    assert chat.conversation({"messages": [USER, REPLY], "system": "s"}, "row")[0] == {"role": "system", "content": "s"}
+    assert chat.read_messages({"messages": [USER, REPLY], "system": "s"}, "row")[0] == {"role": "system", "content": "s"}

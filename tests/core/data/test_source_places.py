@@ -79,13 +79,13 @@ def test_reading_from_any_place_continues_the_rows(name, tmp_path):
     file = files.find(path)[0]
     whole = list(records.iterate(file))
     for i, record in enumerate(whole):
-        assert list(records.iterate(file, records.Place(record.number, record.offset))) == whole[i + 1 :]
+        assert list(records.iterate(file, records.ReadPosition(record.number, record.offset))) == whole[i + 1 :]
 
 
 def test_text_is_one_row_per_line_or_per_file(tmp_path):
     path = put(tmp_path, "a.txt", "\ufeffone\r\n\ntwo é\n three".encode())
     rows = sources.read(path)
-    assert [row["text"] for row in rows.rows] == ["one", "", "two é", " three"] and sources.where(rows, 2).endswith("a.txt line 3")
+    assert [row["text"] for row in rows.rows] == ["one", "", "two é", " three"] and sources.locate_row(rows, 2).endswith("a.txt line 3")
     assert sources.read(path, ds_type="document").rows == [{"text": "one\r\n\ntwo é\n three"}]
     with pytest.raises(ValueError, match=r"b.txt line 2: not UTF-8"):
         sources.read(put(tmp_path, "b.txt", b"a\n\xff\n"))
@@ -112,7 +112,7 @@ def test_zstandard(tmp_path):
     assert sources.read(path).rows == ROWS
     file = files.find(path)[0]
     whole = list(records.iterate(file))
-    assert list(records.iterate(file, records.Place(whole[2].number, whole[2].offset))) == whole[3:]
+    assert list(records.iterate(file, records.ReadPosition(whole[2].number, whole[2].offset))) == whole[3:]
     put(tmp_path, "a.jsonl.zst", b"no frame")
     with pytest.raises(ValueError, match="a.jsonl.zst: cannot be read"):
         sources.read(path)
@@ -137,7 +137,7 @@ def test_patterns_and_folders_name_each_rows_own_file(tmp_path):
     for path in (f"{tmp_path}/b", f"{tmp_path}/*/[0-9].jsonl*", f"{tmp_path}/**/*.jsonl*"):
         rows = sources.read(path)
         assert rows.rows == ROWS and len(set(rows.numbers)) == 7
-        names = [sources.where(rows, i).removeprefix(f"{tmp_path}/b/") for i in range(7)]
+        names = [sources.locate_row(rows, i).removeprefix(f"{tmp_path}/b/") for i in range(7)]
         assert names == [f"1.jsonl line {i}" for i in (1, 2, 3)] + ["2.jsonl line 2", "2.jsonl line 3"] + [
             f"3.jsonl.gz line {i}" for i in (1, 2)
         ]
@@ -192,9 +192,9 @@ def test_a_folder_saved_by_the_datasets_library(saved, tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     path = str(tmp_path / "saved")
     (data if saved == "one split" else datasets.DatasetDict(train=data, test=data.select([4, 5]))).save_to_disk(path)
-    before = sources.digest(path)
+    before = sources.digest_source(path)
     assert sources.read(path).rows == ROWS and sources.read(path, split="train[2:4]").rows == ROWS[2:4]
-    assert sources.digest(path) == before
+    assert sources.digest_source(path) == before
     if saved == "splits":
         assert sources.read(path, split="test").rows == ROWS[4:6]
     with pytest.raises(ValueError, match="has no split 'nope'"):
@@ -210,7 +210,7 @@ def test_remote_paths_in_memory():
     assert sources.read("memory://places/1.jsonl").rows == ROWS[:3]
     assert sources.read("memory://places/*.jsonl*").rows == ROWS
     rows = sources.read("memory://places")
-    assert rows.rows == ROWS and sources.where(rows, 3).endswith("places/2.jsonl.gz line 1")
+    assert rows.rows == ROWS and sources.locate_row(rows, 3).endswith("places/2.jsonl.gz line 1")
     assert sources.read("memory://places", split="test").rows == ROWS[:1]
     assert sources.read(None, data_files=["memory://places/1.jsonl"]).rows == ROWS[:3]
     for path in ("memory://places/gone.jsonl", "memory://gone", "memory://places/*.csv", "nosuch://a/b.jsonl"):
@@ -237,7 +237,7 @@ def test_slices_are_those_of_the_datasets_library(split, total):
 
     rows = sources.from_list([{"n": i} for i in range(total)])
     theirs = [i for part in ReadInstruction.from_spec(split).to_absolute({"train": total}) for i in range(part.from_, part.to)]
-    assert [row["n"] for row in sources.sliced(rows, split).rows] == theirs
+    assert [row["n"] for row in sources.slice_rows(rows, split).rows] == theirs
 
 
 def test_slices_that_make_no_sense(tmp_path):
@@ -253,7 +253,7 @@ def test_slices_that_make_no_sense(tmp_path):
         with pytest.raises(ValueError, match=message):
             sources.read(path, split=split)
     # the last 10 % of 4 rows: none, where the datasets library gives all 4
-    assert sources.sliced(sources.from_list([{}] * 4), "train[-10%:]").rows == []
+    assert sources.slice_rows(sources.from_list([{}] * 4), "train[-10%:]").rows == []
     with pytest.raises(ValueError, match="neither configurations nor revisions"):
         sources.read(path, revision="main")
     with pytest.raises(ValueError, match="neither configurations nor revisions"):
@@ -271,34 +271,34 @@ def test_shards_are_disjoint_and_cover_all_rows(shards, tmp_path):
 
 def test_shards_are_drawn_not_cut():
     rows = sources.from_list([{"n": i} for i in range(1000)])
-    mean = sum(sources.shard(rows, 4, 0).numbers) / 250
-    assert 430 < mean < 570 and sources.shard(rows, 4, 0) == sources.shard(rows, 4, 0)
+    mean = sum(sources.take_shard(rows, 4, 0).numbers) / 250
+    assert 430 < mean < 570 and sources.take_shard(rows, 4, 0) == sources.take_shard(rows, 4, 0)
 
 
 @pytest.mark.parametrize(("shards", "index"), [(0, 0), (2, 2), (2, -1), (9, 8)])
 def test_shards_that_make_no_sense(shards, index):
     with pytest.raises(ValueError, match=f"shard {index} of {shards}"):
-        sources.shard(sources.from_list(ROWS), shards, index)
+        sources.take_shard(sources.from_list(ROWS), shards, index)
 
 
 def test_digest_is_of_bytes_and_kinds(tmp_path):
     one, two = put(tmp_path, "a/1.jsonl", lines(ROWS[:3])), put(tmp_path, "a/2.jsonl", lines(ROWS[3:]))
-    base = sources.digest(str(tmp_path / "a"))
-    assert sources.digest(None, data_files=[one, two]) == base != sources.digest(None, data_files=[two, one])
+    base = sources.digest_source(str(tmp_path / "a"))
+    assert sources.digest_source(None, data_files=[one, two]) == base != sources.digest_source(None, data_files=[two, one])
     moved = put(tmp_path, "b/1.jsonl", lines(ROWS[:3]))
-    assert sources.digest(moved) == sources.digest(one) != sources.digest(one, ds_type="text")
+    assert sources.digest_source(moved) == sources.digest_source(one) != sources.digest_source(one, ds_type="text")
     put(tmp_path, "b/1.jsonl", lines(ROWS[:3])[:-1])
-    assert sources.digest(moved) != sources.digest(one)
+    assert sources.digest_source(moved) != sources.digest_source(one)
     put(tmp_path, "a/1.jsonl", lines(ROWS[:4]))
     put(tmp_path, "a/2.jsonl", lines(ROWS[4:]))
-    assert sources.digest(str(tmp_path / "a")) != base, "where one file ends and the next begins is part of it"
+    assert sources.digest_source(str(tmp_path / "a")) != base, "where one file ends and the next begins is part of it"
 
 
 def test_digest_counts_what_chooses_the_rows(tmp_path, monkeypatch):
     path = put(tmp_path, "a.jsonl", lines(ROWS))
     choices = [{}, {"split": "train[:2]"}, {"split": "train[:50%]"}, {"limit": 3}, {"shards": 2}, {"shards": 2, "shard_index": 1}]
-    assert len({sources.digest(path, **choice) for choice in choices}) == len(choices)
-    assert inspect.signature(sources.digest).parameters.keys() == inspect.signature(sources.read).parameters.keys()
+    assert len({sources.digest_source(path, **choice) for choice in choices}) == len(choices)
+    assert inspect.signature(sources.digest_source).parameters.keys() == inspect.signature(sources.read).parameters.keys()
 
 
 def test_digest_of_a_hub_dataset_is_that_of_its_rows(monkeypatch):
@@ -306,9 +306,9 @@ def test_digest_of_a_hub_dataset_is_that_of_its_rows(monkeypatch):
 
     tables = {"v1": ROWS, "v2": ROWS[:6]}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: datasets.Dataset.from_list(tables[revision]))
-    one, two = (sources.digest("owner/data", revision=revision) for revision in ("v1", "v2"))
+    one, two = (sources.digest_source("owner/data", revision=revision) for revision in ("v1", "v2"))
     tables["v2"] = ROWS
-    assert one != two and sources.digest("owner/data", revision="v1") == one
+    assert one != two and sources.digest_source("owner/data", revision="v1") == one
 
 
 WHOLE = [name for name in WRITERS if not name.endswith(".gz")] + ["a.csv", "a.txt", "a.jsonl.gz"]

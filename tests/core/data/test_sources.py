@@ -15,12 +15,12 @@ def write(path, text):
 def test_jsonl_keeps_line_numbers(tmp_path):
     rows = sources.read(write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\n  \n{"text": "é"}'))
     assert rows.rows == [{"text": "a"}, {"text": "é"}] and rows.numbers == [1, 4]
-    assert sources.where(rows, 1).endswith("a.jsonl line 4")
+    assert sources.locate_row(rows, 1).endswith("a.jsonl line 4")
 
 
 def test_json_list_and_json_lines_under_the_wrong_suffix(tmp_path):
     rows = sources.read(write(tmp_path / "a.json", json.dumps([{"text": "a"}, {"text": "b"}], indent=1)))
-    assert rows.rows == [{"text": "a"}, {"text": "b"}] and sources.where(rows, 1).endswith("a.json row 2")
+    assert rows.rows == [{"text": "a"}, {"text": "b"}] and sources.locate_row(rows, 1).endswith("a.json row 2")
     assert sources.read(write(tmp_path / "b.json", '{"text": "a"}\n{"text": "b"}\n')).rows == rows.rows
 
 
@@ -107,18 +107,18 @@ def test_hub_ids_go_to_the_datasets_library(monkeypatch):
 @pytest.mark.parametrize(("size", "count"), [(0.1, 10), (0.001, 1), (0.999, 99), (7, 7), (99, 99)])
 def test_validation_split(size, count):
     rows = sources.from_list([{"text": str(i)} for i in range(100)])
-    train, val = sources.val_split(rows, size, seed=3)
+    train, val = sources.split_validation(rows, size, seed=3)
     assert len(val.rows) == count
     assert sorted(train.numbers + val.numbers) == list(range(1, 101))
     assert train.numbers == sorted(train.numbers) and [row["text"] for row in val.rows] == [str(n - 1) for n in val.numbers]
-    assert sources.val_split(rows, size, seed=3) == (train, val)
-    assert count > 90 or count < 5 or sources.val_split(rows, size, seed=4)[1].numbers != val.numbers
+    assert sources.split_validation(rows, size, seed=3) == (train, val)
+    assert count > 90 or count < 5 or sources.split_validation(rows, size, seed=4)[1].numbers != val.numbers
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, 0.0, 1.5, 5, 6])
 def test_validation_sizes_that_make_no_sense(size):
     with pytest.raises(ValueError, match="validation size"):
-        sources.val_split(sources.from_list([{"text": "a"}] * 5), size)
+        sources.split_validation(sources.from_list([{"text": "a"}] * 5), size)
 
 
 def test_columns_of_all_rows():
@@ -127,10 +127,10 @@ def test_columns_of_all_rows():
 
 def test_shuffle_is_pinned():
     """A change of these numbers would silently change the data order of every resumed run."""
-    assert order.shuffled(10, 0, 1) == [9, 4, 1, 7, 5, 8, 0, 6, 3, 2]
-    assert sorted(order.shuffled(1000, 5)) == list(range(1000))
-    assert order.shuffled(100, 5) != order.shuffled(100, 6) and order.shuffled(100, 5, 1) != order.shuffled(100, 5, 2)
-    assert order.shuffled(0, 1) == []
+    assert order.permutation(10, 0, 1) == [9, 4, 1, 7, 5, 8, 0, 6, 3, 2]
+    assert sorted(order.permutation(1000, 5)) == list(range(1000))
+    assert order.permutation(100, 5) != order.permutation(100, 6) and order.permutation(100, 5, 1) != order.permutation(100, 5, 2)
+    assert order.permutation(0, 1) == []
 
 
 def splitmix(x):
@@ -150,7 +150,7 @@ def plain_shuffle(n, *key):
 
 @pytest.mark.parametrize("key", [(0,), (7, 2), (-3, 1), (2**70, 5)])
 def test_shuffle_equals_plain_integers(key):
-    assert order.shuffled(500, *key) == plain_shuffle(500, *key)
+    assert order.permutation(500, *key) == plain_shuffle(500, *key)
 
 
 def test_importing_is_light():
@@ -164,11 +164,11 @@ def test_importing_is_light():
 
 def test_rows_of_one_prompt_are_held_out_together():
     rows = sources.from_list([{"prompt": f"q{i % 17}", "n": i} for i in range(100)])
-    train, held = sources.val_split(rows, 0.2, 3, key=lambda row: row["prompt"])
+    train, held = sources.split_validation(rows, 0.2, 3, key=lambda row: row["prompt"])
     sides = [{row["prompt"] for row in side.rows} for side in (train, held)]
     assert not sides[0] & sides[1] and 15 <= len(held.rows) <= 20
     assert sorted(row["n"] for row in train.rows + held.rows) == list(range(100))
-    _, few = sources.val_split(rows, 1, 3, key=lambda row: row["prompt"])
+    _, few = sources.split_validation(rows, 1, 3, key=lambda row: row["prompt"])
     assert len({row["prompt"] for row in few.rows}) == 2
     one = sources.from_list([{"prompt": "q", "n": i} for i in range(10)])
-    assert len(sources.val_split(one, 0.2, 3, key=lambda row: row["prompt"])[1].rows) == 2
+    assert len(sources.split_validation(one, 0.2, 3, key=lambda row: row["prompt"])[1].rows) == 2

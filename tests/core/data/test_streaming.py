@@ -64,7 +64,7 @@ def rows_of(micro_batches):
 
 @pytest.fixture(params=KINDS)
 def parts(request, tmp_path):
-    return streaming.parts(write(tmp_path, request.param))
+    return streaming.list_shards(write(tmp_path, request.param))
 
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
@@ -86,7 +86,7 @@ def test_resuming_from_any_state_continues_the_same_stream(parts, options):
     want = [rows_of([docs]) for docs, _ in stream]
     for stop in range(0, len(stream), max(1, len(stream) // 25)):
         state = json.loads(json.dumps(stream[stop][1]._asdict()))
-        rest = list(streaming.micro_batches(parts, encode, epochs=2, cursor=streaming.Cursor(**state), **options))
+        rest = list(streaming.micro_batches(parts, encode, epochs=2, cursor=streaming.StreamCursor(**state), **options))
         assert [rows_of([docs]) for docs, _ in rest] == want[stop + 1 :]
         assert [cursor for _, cursor in rest] == [cursor for _, cursor in stream[stop + 1 :]]
 
@@ -98,14 +98,14 @@ def test_steps_resume_and_ranks_cover_each_row_once(tmp_path_factory, stop, accu
     if not folder.exists():
         folder.mkdir()
         write(folder, "jsonl")
-    parts = streaming.parts(str(folder))
+    parts = streaming.list_shards(str(folder))
     options = {"epochs": 1, "accum": accum, "buffer": buffer, "seed": seed} | ({"budget": 64} if packed else {"rows": 2})
-    whole = list(streaming.steps(parts, encode, **options))
+    whole = list(streaming.stream_steps(parts, encode, **options))
     stop %= len(whole)
-    rest = list(streaming.steps(parts, encode, cursor=whole[stop][1], **options))
+    rest = list(streaming.stream_steps(parts, encode, cursor=whole[stop][1], **options))
     assert [[rows_of([m]) for m in step] for step, _ in rest] == [[rows_of([m]) for m in step] for step, _ in whole[stop + 1 :]]
     for world in (1, 2, 4):
-        ranks = [list(streaming.steps(parts, encode, world=world, rank=rank, **options)) for rank in range(world)]
+        ranks = [list(streaming.stream_steps(parts, encode, world=world, rank=rank, **options)) for rank in range(world)]
         assert len({len(steps) for steps in ranks}) == 1
         for step in zip(*ranks, strict=True):
             assert len({cursor for _, cursor in step}) == 1 and len({len(micro) for micro, _ in step}) == 1
@@ -114,9 +114,9 @@ def test_steps_resume_and_ranks_cover_each_row_once(tmp_path_factory, stop, accu
 
 
 def test_the_stream_does_not_depend_on_ranks_or_accumulation(tmp_path):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
-    one = [rows_of(micro) for micro, _ in streaming.steps(parts, encode, accum=4, epochs=2, budget=64, buffer=20)]
-    two = [list(streaming.steps(parts, encode, accum=2, world=2, rank=rank, epochs=2, budget=64, buffer=20)) for rank in (0, 1)]
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
+    one = [rows_of(micro) for micro, _ in streaming.stream_steps(parts, encode, accum=4, epochs=2, budget=64, buffer=20)]
+    two = [list(streaming.stream_steps(parts, encode, accum=2, world=2, rank=rank, epochs=2, budget=64, buffer=20)) for rank in (0, 1)]
     assert [sorted(rows_of(a[0]) + rows_of(b[0])) for a, b in zip(*two, strict=True)] == [sorted(rows) for rows in one]
 
 
@@ -131,7 +131,7 @@ def test_blocks_bound_what_is_read_ahead(tmp_path):
 
         return part._replace(read=reading)
 
-    parts = [watched(part) for part in streaming.parts(write(tmp_path, "jsonl"))]
+    parts = [watched(part) for part in streaming.list_shards(write(tmp_path, "jsonl"))]
     stream, taken = streaming.micro_batches(parts, encode, rows=1, buffer=10), 0
     for _ in range(60):
         taken += len(next(stream)[0])
@@ -146,24 +146,24 @@ def test_a_large_file_is_never_held_in_memory(tmp_path):
     assert path.stat().st_size > 12e6
     short = lambda rows: [spans.Doc(np.ones(4, np.int32), np.ones(4, np.float32), n) for n in rows.numbers]  # noqa: E731
     tracemalloc.start()
-    count = sum(len(docs) for docs, _ in streaming.micro_batches(streaming.parts(str(path)), short, epochs=1, rows=8, buffer=50))
+    count = sum(len(docs) for docs, _ in streaming.micro_batches(streaming.list_shards(str(path)), short, epochs=1, rows=8, buffer=50))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 6000 and peak < 2e6
 
 
 def test_resuming_reads_only_what_is_left(tmp_path, monkeypatch):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
     cursor = list(streaming.micro_batches(parts, encode, rows=1, buffer=10, epochs=1, shuffle=False))[34][1]
-    assert cursor == streaming.Cursor(epoch=0, part=0, row=cursor.row, offset=cursor.offset, block=3, index=5)
+    assert cursor == streaming.StreamCursor(epoch=0, part=0, row=cursor.row, offset=cursor.offset, block=3, index=5)
     skipped = []
-    monkeypatch.setattr(files, "skip", lambda stream, offset: (skipped.append(offset), stream.seek(offset)))
+    monkeypatch.setattr(files, "skip_bytes", lambda stream, offset: (skipped.append(offset), stream.seek(offset)))
     got = next(streaming.micro_batches(parts, encode, rows=1, buffer=10, shuffle=False, cursor=cursor))
     assert len(got[0][0].tokens) == len(TEXTS[35]) and skipped[0] == cursor.offset > 0
 
 
 def test_packing_fills_micro_batches_within_a_block(tmp_path):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
     stream = list(streaming.micro_batches(parts, encode, epochs=1, budget=64, buffer=103))
     used = [sum(len(doc.tokens) for doc in docs) for docs, _ in stream]
     assert max(used) <= 64 and sum(used) / (64 * len(used)) > 0.95
@@ -172,10 +172,10 @@ def test_packing_fills_micro_batches_within_a_block(tmp_path):
 
 
 def test_seeds_and_blocks_shuffle_differently(tmp_path):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
     orders = [rows_of(d for d, _ in streaming.micro_batches(parts, encode, epochs=1, rows=1, buffer=20, seed=s)) for s in range(4)]
     assert len({tuple(order) for order in orders}) == 4
-    parts = streaming.parts(str(tmp_path / "1.jsonl")) + streaming.parts(str(tmp_path / "3.jsonl"))
+    parts = streaming.list_shards(str(tmp_path / "1.jsonl")) + streaming.list_shards(str(tmp_path / "3.jsonl"))
     numbers = rows_of(docs for docs, _ in streaming.micro_batches(parts[1:], encode, epochs=1, rows=1, buffer=11))
     blocks = [numbers[i : i + 11] for i in (0, 11, 22)]
     ranks = [[sorted(block).index(n) for n in block] for block in blocks]
@@ -183,10 +183,10 @@ def test_seeds_and_blocks_shuffle_differently(tmp_path):
 
 
 def test_errors_name_the_file_and_line_of_a_row(tmp_path):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
     for rows, _, _ in streaming.blocks(parts, buffer=1000, epochs=1, shuffle=False):
-        assert sources.where(rows, 0) == f"{tmp_path}/0.jsonl line 2" and sources.where(rows, 40) == f"{tmp_path}/1.jsonl line 2"
-        assert sources.where(rows, 102) == f"{tmp_path}/3.jsonl line {2 + 33}"
+        assert sources.locate_row(rows, 0) == f"{tmp_path}/0.jsonl line 2" and sources.locate_row(rows, 40) == f"{tmp_path}/1.jsonl line 2"
+        assert sources.locate_row(rows, 102) == f"{tmp_path}/3.jsonl line {2 + 33}"
     (tmp_path / "2.jsonl").write_text('{"text": "a"}\nbroken\n')
     with pytest.raises(ValueError, match="2.jsonl line 2: broken JSON"):
         list(streaming.micro_batches(parts, encode, epochs=1, rows=1))
@@ -196,14 +196,14 @@ def test_skip_leaves_rows_out_at_the_beginning(tmp_path):
     path = write(tmp_path, "jsonl")
     held = sources.read(path, limit=45).rows
     for skip in (0, 1, 39, 40, 41, 45, 102):
-        parts = streaming.parts(path, skip=skip)
+        parts = streaming.list_shards(path, skip=skip)
         stream = streaming.blocks(parts, buffer=10, epochs=2, shuffle=True)
         assert Counter(row["text"] for rows, _, _ in stream for row in rows.rows) == Counter(TEXTS[skip:] * 2)
         if skip == 45:
             first = next(streaming.blocks(parts, buffer=100, shuffle=False))[0].rows
             assert [row["text"] for row in held + first] == TEXTS
     with pytest.raises(ValueError, match="skip leaves out every row"):
-        streaming.parts(path, skip=200)
+        streaming.list_shards(path, skip=200)
 
 
 def test_an_iterable_dataset_of_the_datasets_library(monkeypatch):
@@ -212,7 +212,7 @@ def test_an_iterable_dataset_of_the_datasets_library(monkeypatch):
     data = datasets.Dataset.from_list([{"text": text} for text in TEXTS]).to_iterable_dataset(num_shards=4)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: asked.append((path, name, options)) or data)
-    parts = streaming.parts("owner/data", name="main", split="test", revision="v1")
+    parts = streaming.list_shards("owner/data", name="main", split="test", revision="v1")
     assert asked == [("owner/data", "main", {"split": "test", "revision": "v1", "streaming": True})] and len(parts) == 4
     stream = list(streaming.micro_batches(parts, encode, epochs=1, budget=64, buffer=20))
     assert len(set(rows_of(docs for docs, _ in stream))) == len(TEXTS)
@@ -228,7 +228,7 @@ def test_a_saved_folder_streams(kind, tmp_path):
     data = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     saved = data if kind == "one split" else datasets.DatasetDict(train=data, test=data.select([0]))
     saved.save_to_disk(str(tmp_path / "set"), **({"num_shards": 3} if kind == "one split" else {"num_shards": {"train": 3, "test": 1}}))
-    parts = streaming.parts(str(tmp_path / "set"))
+    parts = streaming.list_shards(str(tmp_path / "set"))
     blocks = streaming.blocks(parts, epochs=1, buffer=20, shuffle=False)
     assert len(parts) == 3 and [row["text"] for rows, _, _ in blocks for row in rows.rows] == TEXTS
 
@@ -237,7 +237,7 @@ def test_remote_files_stream(tmp_path):
     import fsspec
 
     fsspec.filesystem("memory").pipe("/streams/a.jsonl", lines(TEXTS))
-    parts = streaming.parts("memory://streams/a.jsonl")
+    parts = streaming.list_shards("memory://streams/a.jsonl")
     stream = list(streaming.micro_batches(parts, encode, epochs=1, rows=2, buffer=10))
     assert len(set(rows_of(docs for docs, _ in stream))) == len(TEXTS)
     rest = streaming.micro_batches(parts, encode, epochs=1, rows=2, buffer=10, cursor=stream[20][1])
@@ -252,7 +252,7 @@ def test_raw_text_streams_through_the_format(tmp_path, make_tokenizer):
         return formats.encode_rows(rows, tokenizer, format="completion", sequence_len=16)[0]
 
     whole = Counter(doc.tokens.tobytes() for doc in read(sources.read(path)))
-    stream = streaming.micro_batches(streaming.parts(path), read, epochs=1, budget=32, buffer=20)
+    stream = streaming.micro_batches(streaming.list_shards(path), read, epochs=1, budget=32, buffer=20)
     assert Counter(doc.tokens.tobytes() for docs, _ in stream for doc in docs) == whole
 
 
@@ -260,8 +260,8 @@ def test_streams_that_make_no_sense(tmp_path):
     path = write(tmp_path, "txt")
     for bad, message in (({"split": "train[:1%]"}, "no parts of splits"), ({"revision": "x"}, "neither configurations nor revisions")):
         with pytest.raises(ValueError, match=message):
-            streaming.parts(path, **bad)
-    parts = streaming.parts(path)
+            streaming.list_shards(path, **bad)
+    parts = streaming.list_shards(path)
     with pytest.raises(ValueError, match="buffer has 0 rows"):
         next(streaming.micro_batches(parts, encode, rows=1, buffer=0))
     with pytest.raises(ValueError, match="give exactly one"):
@@ -271,26 +271,26 @@ def test_streams_that_make_no_sense(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="a.jsonl: no rows to stream"):
-        next(streaming.micro_batches(streaming.parts(str(tmp_path / "empty")), encode, rows=1))
+        next(streaming.micro_batches(streaming.list_shards(str(tmp_path / "empty")), encode, rows=1))
 
 
 def test_digest_tells_streams_apart(tmp_path):
     path = write(tmp_path, "jsonl")
-    base = [streaming.digest(streaming.parts(path), seed=0, budget=64) for _ in range(2)]
+    base = [streaming.stream_fingerprint(streaming.list_shards(path), seed=0, budget=64) for _ in range(2)]
     others = [
-        streaming.digest(streaming.parts(path), seed=1, budget=64),
-        streaming.digest(streaming.parts(path)[1:], seed=0, budget=64),
-        streaming.digest(streaming.parts(path, skip=1), seed=0, budget=64),
+        streaming.stream_fingerprint(streaming.list_shards(path), seed=1, budget=64),
+        streaming.stream_fingerprint(streaming.list_shards(path)[1:], seed=0, budget=64),
+        streaming.stream_fingerprint(streaming.list_shards(path, skip=1), seed=0, budget=64),
     ]
     assert base[0] == base[1] and len({*base, *others}) == 4
 
 
 def test_a_thread_makes_the_same_items_ahead(tmp_path):
-    parts = streaming.parts(write(tmp_path, "jsonl"))
+    parts = streaming.list_shards(write(tmp_path, "jsonl"))
     want = [cursor for _, cursor in streaming.micro_batches(parts, encode, epochs=2, rows=2, buffer=10)]
-    assert [cursor for _, cursor in streaming.ahead(streaming.micro_batches(parts, encode, epochs=2, rows=2, buffer=10))] == want
+    assert [cursor for _, cursor in streaming.prefetch(streaming.micro_batches(parts, encode, epochs=2, rows=2, buffer=10))] == want
     before, made = threading.active_count(), []
-    endless = streaming.ahead((made.append(i) or i for i in itertools.count()), depth=3)
+    endless = streaming.prefetch((made.append(i) or i for i in itertools.count()), depth=3)
     assert [next(endless) for _ in range(5)] == list(range(5)) and threading.active_count() == before + 1
     endless.close()
     assert threading.active_count() == before and len(made) <= 5 + 3 + 1
@@ -302,7 +302,7 @@ def test_errors_of_the_thread_come_out_in_their_place():
         yield 2
         raise ValueError("row 3")
 
-    items = streaming.ahead(broken())
+    items = streaming.prefetch(broken())
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(ValueError, match="row 3"):
         next(items)

@@ -23,7 +23,7 @@ def test_the_entry_reads_the_rows(name, tokenizer):
     kind, row = ROWS[name]
     with pytest.raises(ValueError, match="the columns"):
         kinds.KINDS[kind].detect(list(row), row)
-    entry = yaml.safe_load(suggest.entry("a b.jsonl", kind, list(row), row))["datasets"][0]
+    entry = yaml.safe_load(suggest.suggest_entry("a b.jsonl", kind, list(row), row))["datasets"][0]
     assert entry.pop("path") == "a b.jsonl"
     form = entry.pop("type")
     own, form = (form, "user_defined") if isinstance(form, dict) else (entry, formats.ALIASES.get(form, form))
@@ -33,4 +33,7 @@ def test_the_entry_reads_the_rows(name, tokenizer):
 
 
 def test_nothing_is_proposed_where_nothing_fits():
-    assert suggest.entry("a", "text", ["x", "y"], {"x": 1, "y": 2}) == "" and suggest.entry("a", "steps", ["question"], {}) == ""
+    assert (
+        suggest.suggest_entry("a", "text", ["x", "y"], {"x": 1, "y": 2}) == ""
+        and suggest.suggest_entry("a", "steps", ["question"], {}) == ""
+    )

@@ -86,7 +86,7 @@ def test_each_side_is_the_sequence_of_its_own_text(make_tokenizer, variants, tem
     for name in variants:
         tokenizer = make_tokenizer(name)
         tokenizer.chat_template = templates["chatml"]
-        known = spans.marks(tokenizer)
+        known = spans.read_special_tokens(tokenizer)
         doc = encode([PAIR], tokenizer)[0][0]
         for side, (tokens, weight) in zip(("chosen", "rejected"), sequences(doc), strict=True):
             text = spans.Text(PAIR["prompt"] + PAIR[side], trees.plain(PAIR["prompt"], PAIR[side]).turns, eos=1.0)

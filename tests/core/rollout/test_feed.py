@@ -47,7 +47,7 @@ def test_seed_and_rank_change_the_stream():
 @pytest.mark.parametrize("n, size, world", [(7, 3, 1), (10, 4, 1), (5, 5, 1), (9, 4, 2), (2, 1, 4), (3, 5, 1)])
 def test_every_epoch_has_every_prompt_on_all_ranks_together(n, size, world):
     numbers = []
-    sequence = [index for epoch in range(40) for index in order.shuffled(n, 3, epoch, prompt_order.PROMPTS)]
+    sequence = [index for epoch in range(40) for index in order.permutation(n, 3, epoch, prompt_order.PROMPTS)]
     for rank in range(world):
         deck, stream, drawn = prompt_order.PromptOrder(n, seed=3, rank=rank, world=world), prompt_order.PromptCursor(), Counter()
         for _ in range(12):
