@@ -93,7 +93,7 @@ def _score(scored: ScoredRows, judge: Judge, config: Score, device: torch.device
 
 def _show(scored: ScoredRows, values: Values, count: int, screen: Screen) -> None:
     for doc, value in list(zip(scored.docs, values, strict=True))[:count]:
-        place = sources.where(scored.rows, scored.rows.numbers.index(doc.row))
+        place = sources.locate_row(scored.rows, scored.rows.numbers.index(doc.row))
         screen.line(f"  {place}: {' '.join(f'{score:.4f}' for score in value)}")
     screen.table("", {"rows": scored.rows.name} | scored_rows.describe(scored, values))
 

@@ -51,7 +51,7 @@ def detect(rows: sources.Rows, format: str, *, steps: bool) -> str:
     Errors: ValueError for a format or columns that the model does not score.
     """
     columns = set(sources.columns(rows))
-    names = sources.listed(sources.columns(rows))
+    names = sources.join_names(sources.columns(rows))
     if steps:
         if format not in ("auto", *reward.STEPS) or not {"prompt", "completions"} <= columns:
             what = f"the columns {names}" if format in ("auto", *reward.STEPS) else f"format {format}"
@@ -81,7 +81,7 @@ def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) 
     chat = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
     labelled = format in reward.STEPS and "labels" in sources.columns(rows)
     if format in SINGLE:
-        watched = sources.watched(rows)
+        watched = sources.track_reads(rows)
         docs, report = trees.encode_rows(watched, SINGLE[format].make(), tokenizer, name=format, distinct=False, **lengths, **chat)
         report = kinds.with_unread(report, watched)
     elif format in reward.STEPS:
