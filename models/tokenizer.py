@@ -99,7 +99,7 @@ def set_up_tokenizer(
 ) -> TokenizerSetup:
     """The tokenizer of a run: that of the model, or of the adapter `start`, with special and extra tokens as asked."""
     plain = load_tokenizer(name, adapter_path=start, revision=revision, say=say)
-    tokenizer, added = vocabulary.apply(plain, special_tokens=special_tokens, tokens=tokens)
+    tokenizer, added = vocabulary.add_tokens(plain, special_tokens=special_tokens, tokens=tokens)
     # The rows that a plain tokenizer lacks or has too many are the model's own business: padded vocabularies are common.
     covers_all = special_tokens or tokens or (start is not None and has_tokenizer(start))
     return TokenizerSetup(tokenizer, added, len(plain), len(tokenizer) if covers_all else 0)
