@@ -19,7 +19,6 @@ from treetune.models.adapter import Base, Info
 from treetune.models.dense import Config, Neftune
 from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
 from treetune.ops.attention import Plan
-from treetune.ops.linear_logprob import TokenStats
 
 
 class Policy(NamedTuple):
@@ -215,7 +214,7 @@ def logprob(
     """
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
 
-    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /, *, want: tuple[str, ...] = ()) -> TokenStats:
+    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /, *, want: tuple[str, ...] = ()) -> Any:
         seed = batch.get("seed")
         noise = Neftune(neftune, seed) if neftune and seed is not None else None
         options = {"lora": _lora(low, params, seed), "want": want, "noise": noise, "remat": remat, "temperature": temperature}
