@@ -1,16 +1,16 @@
 """`treetune chat`: a conversation in the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from treetune.cli import bases, setup
+from treetune.cli.commands import target
 from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
 from treetune.cli.screen import Screen
 from treetune.core.data import detokenise, prompt_ids
-from treetune.models import decode
+from treetune.models import decode, loading
 
 
 def run(config: Chat, given: frozenset[str]) -> int:
@@ -18,14 +18,13 @@ def run(config: Chat, given: frozenset[str]) -> int:
     screen = Screen()
     start = [{"role": "system", "content": config.system}] if config.system else []
     with checking_input():
-        options = bases.with_base(config.model, config.adapter.adapter, given)
-        tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
-        prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}])
-        model, used = bases.load_adapted(options, config.adapter.adapter, on=setup.device(options.device), say=screen.line)
-        stop = setup.stop_ids(options, tokenizer)
-        prompt_ids.check_ids(prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}]), model.cfg.vocab_size)
-    name = setup.pair_name(options, config.adapter.adapter)
-    screen.line(f"{name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
+        chosen = target.choose(config.model, config.adapter.adapter, given)
+        tokenizer = target.load_tokenizer(chosen, say=screen.line)
+        ids = prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}])  # whether it can chat, before weights are read
+        model, lora = target.load_model(chosen, loading.select_device(config.model.device), say=screen.line)
+        stop = target.stop_ids(chosen, tokenizer)
+        prompt_ids.check_ids(ids, model.cfg.vocab_size)
+    screen.line(f"{chosen.name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
     messages, turn = list(start), 0
     while (text := _ask(screen)) is not None:
         if text == "/reset":
@@ -40,46 +39,47 @@ def run(config: Chat, given: frozenset[str]) -> int:
                 screen.warn(f"the conversation fills all {model.cfg.max_positions} positions of the model; starting over")
                 messages = list(start)
                 continue
-            keywords = asdict(config.sample) | {"seed": config.sample.seed + turn}
-            keywords["max_new_tokens"] = min(keywords["max_new_tokens"], room)
-            answer = told(screen, tokenizer, partial(decode.sample, model, [ids], lora=used, stop=stop, **keywords))
+            options = asdict(config.sample) | {"seed": config.sample.seed + turn}
+            options["max_new_tokens"] = min(options["max_new_tokens"], room)
+            answer = print_answer(screen, tokenizer, partial(decode.sample, model, [ids], lora=lora, stop=stop, **options))
             messages.append({"role": "assistant", "content": answer})
             turn += 1
     return 0
 
 
-class Told:
-    """An answer that is shown while it is drawn: whole characters, and no blanks at its ends. Lives as long as the answer."""
+class Answer:
+    """An answer that is shown while it is sampled: whole characters, and no blanks at its ends. Lives as long as the answer."""
 
     def __init__(self, screen: Screen, tokenizer: Any):
-        self.screen, self.tokenizer, self.tokens = screen, tokenizer, []
+        self.screen, self.tokenizer = screen, tokenizer
+        self.tokens: list[int] = []
         self.decoder = detokenise.Decoder(tokenizer, skip_special_tokens=True)
-        self.begun, self.blank = False, ""
+        self.started, self.blank = False, ""
 
-    def tell(self, _: Any, token: Any) -> None:
-        """One more token, as `decode.sample` tells it."""
+    def push(self, _: Any, token: Any) -> None:
+        """Take one more token, as `decode.sample` tells it."""
         self.tokens.append(int(token))
         self.show(self.decoder.push(self.tokens[-1]))
 
-    def show(self, units: list[detokenise.TextUnit]) -> None:
-        """What is settled of the text; blanks are held back until something follows them."""
+    def show(self, units: Sequence[detokenise.TextUnit]) -> None:
+        """Print what is settled of the text; blanks are held back until something follows them."""
         text = self.blank + "".join(unit.text for unit in units)
         settled = text.rstrip()
         self.blank = text[len(settled) :]
         if settled:
-            self.screen.stream(settled if self.begun else settled.lstrip())
-            self.begun = True
+            self.screen.stream(settled if self.started else settled.lstrip())
+            self.started = True
 
     def text(self) -> str:
         """The answer as far as it came."""
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
 
 
-def told(screen: Screen, tokenizer: Any, sample: Callable[..., Any]) -> str:
-    """The answer that `sample(tell=)` draws, shown as it comes; Ctrl-C ends it where it is."""
-    answer = Told(screen, tokenizer)
+def print_answer(screen: Screen, tokenizer: Any, sample: Callable[..., Any]) -> str:
+    """The answer that `sample(tell=)` draws, printed as it comes; Ctrl-C ends it where it is."""
+    answer = Answer(screen, tokenizer)
     try:
-        sample(tell=answer.tell)
+        sample(tell=answer.push)
         answer.show(answer.decoder.flush())
     except KeyboardInterrupt:
         screen.stream(" ...")

@@ -1,19 +1,20 @@
 """`treetune merge`: a plain model folder from a model and an adapter, checked on a probe before it is kept."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, setup
-from treetune.cli.commands import score
+from treetune.cli.commands import score, target
 from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
 from treetune.cli.options.shared import ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, heads, hf, merging
+from treetune.models import Model, heads, hf, loading, merging
+from treetune.models import tokenizer as tokenizers
 
 
 class Loaded(NamedTuple):
@@ -28,26 +29,28 @@ def run(config: Merge, given: frozenset[str]) -> int:
     """Merge, compare, save; the exit code."""
     screen, output = Screen(), Path(config.output)
     with checking_input():
-        options = bases.with_base(ModelOptions(dtype="float32", device="cpu", revision=config.revision), config.adapter, given)
-        options = options if config.model is None else setup.renamed(options, config.model)
-        tokenizer = setup.load_tokenizer(options, config.adapter, say=screen.line)
-        model, lora, head = _load(options, config.adapter, tokenizer, screen)
-        merged = merging.merge(model, lora, tokenizer, dtype=setup.DTYPES[config.save_dtype], head=head)
+        options = ModelOptions(dtype="float32", device="cpu", revision=config.revision)
+        options = options if config.model is None else dataclasses.replace(options, model=config.model)
+        chosen = target.choose(options, config.adapter, given)
+        tokenizer = target.load_tokenizer(chosen, say=screen.line)
+        model, lora, head = _load(chosen, tokenizer, screen)
+        merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
         _report(merged, "logit" if head is None else "score", config.max_logit_diff, screen)
         if head is None:
-            hf.save(output, merged.model, tokenizer=tokenizer, generation=setup.generation_config(options, tokenizer))
+            generation = tokenizers.generation_config(chosen.options.model, tokenizer, revision=chosen.options.revision)
+            hf.save(output, merged.model, tokenizer=tokenizer, generation=generation)
         else:
             heads.save(output, merged.model, head, tokenizer=tokenizer)
     screen.line(f"saved {output}")
     return 0
 
 
-def _load(options: ModelOptions, path: str, tokenizer: Any, screen: Screen) -> Loaded:
+def _load(chosen: target.Target, tokenizer: Any, screen: Screen) -> Loaded:
     """The model and the adapter in a folder, of a language model or of a reward model."""
     device = torch.device("cpu")
-    if heads.kind(setup.adapter_folder(path)) is None:
-        return Loaded(*bases.load_adapted(options, path, on=device, say=screen.line), None)
-    judge = score.load(options, path, tokenizer, on=device, say=screen.line)
+    if heads.kind(tokenizers.adapter_folder(chosen.adapter)) is None:
+        return Loaded(*target.load_model(chosen, device, say=screen.line), None)
+    judge = score.load(chosen.options, chosen.adapter, tokenizer, on=device, say=screen.line)
     return Loaded(judge.model, judge.lora, judge.head)
 
 

@@ -30,7 +30,7 @@ def drawn(text, kit, *, until=None):
             tell(None, torch.tensor([token]))
             shown.append(one.console.file.getvalue())
 
-    return shown, chat.told(one, tokenizer, sample), one.console.file.getvalue()
+    return shown, chat.print_answer(one, tokenizer, sample), one.console.file.getvalue()
 
 
 def test_each_token_is_shown_at_once_and_characters_only_when_whole(kit):
@@ -47,7 +47,7 @@ def test_blanks_at_the_ends_and_special_tokens_are_not_shown(kit):
 def test_half_a_character_at_the_end_is_shown_as_broken(kit):
     one, tokenizer = quiet(), kit.tokenizer()
     ids = tokenizer("a👍")["input_ids"][:3]
-    answer = chat.told(one, tokenizer, lambda tell: [tell(None, torch.tensor([token])) for token in ids])
+    answer = chat.print_answer(one, tokenizer, lambda tell: [tell(None, torch.tensor([token])) for token in ids])
     assert one.console.file.getvalue() == "a\ufffd\n\n" and answer == "a\ufffd"
 
 
