@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from treetune.cli import reference
 from treetune.core import tree
 from treetune.core.data import kinds, pack, sources
-from treetune.models import fetch, heads, hf, reference
+from treetune.models import fetch, heads, hf
 
 PLACE = fetch.home() / "models" / "smollm2-135m-instruct"
 ROOT = Path(__file__).parents[2]
