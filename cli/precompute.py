@@ -1,29 +1,18 @@
-"""What a method computes once for every document before it trains, kept on disk when prepared rows are."""
+"""The reference's log-probs of a run's documents, with what is shown while they are computed."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from treetune.cli import corpus
 from treetune.cli.screen import Screen
 from treetune.core import ckpt
-from treetune.core.data import cache, loader, trees
+from treetune.core.data import loader, reference_logps, trees
 from treetune.core.state import TrainState
-
-NAME = "ref_logp"
-
-
-class Kept(NamedTuple):
-    """The reference's log-probs at the tokens of one document, 0 where none is scored."""
-
-    ref_logp: np.ndarray
 
 
 def enriched(
     data: corpus.Corpus,
-    enrich: Callable,
+    enrich: reference_logps.Enrich,
     state: TrainState,
     make: Callable,
     plan: dict,
@@ -37,27 +26,14 @@ def enriched(
 
     computes: what besides weights and tokens the numbers depend on, such as the dtype that the model computes in.
     """
-    weights = ckpt.digest(state.frozen or state.params) if root is not None else ""
-    options, sides = {"kept": NAME, "computes": computes}, []
-    for docs in (data.train, data.val):
-        key = "" if root is None else cache.entry_key(data=[_digest(docs), weights], tokenizer=tokenizer, options=options)
-        found = cache.load_entry(root, key) if key else None
-        if found is not None:
-            screen.line(f"reference log-probs of {len(docs)} documents: prepared earlier")
-            sides.append([doc._replace(values={NAME: kept.ref_logp}) for doc, kept in zip(docs, found[0], strict=True)])
-            continue
+
+    def compute(docs: Sequence[trees.TreeDoc]) -> list[trees.TreeDoc]:
         groups = loader.epoch_plan(corpus.lengths(docs), shuffle=False, **plan) if docs else []
         with screen.counting("documents read by the reference") as count:
-            sides.append(enrich(state, docs, make, groups, count))
-        if key and docs:
-            cache.save_entry(root, key, [Kept(doc.values[NAME]) for doc in sides[-1]])
-    return data._replace(train=sides[0], val=sides[1])
+            return enrich(state, docs, make, groups, count)
 
-
-def _digest(docs: Sequence[trees.TreeDoc]) -> str:
-    """Of the tokens, their tree, and which of them are scored."""
-    found = hashlib.sha256()
-    for doc in docs:
-        for part in (doc.tokens, doc.branch, doc.start, doc.weight):
-            found.update(np.ascontiguousarray(part).tobytes() + b"|")
-    return found.hexdigest()
+    store = None
+    if root is not None:
+        store = reference_logps.Store(root, ckpt.digest(state.frozen or state.params), computes, tokenizer)
+    train, val = (reference_logps.load_or_compute(docs, compute, store, say=screen.line) for docs in (data.train, data.val))
+    return data._replace(train=train, val=val)

@@ -21,7 +21,7 @@ from treetune.core.lora import Lora
 from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
-from treetune.core.state import Objective
+from treetune.core.state import Logprob, Objective
 from treetune.losses import sft, sft_objective
 from treetune.models import Model, adapter, loading, logprobs, policy
 from treetune.models import tokenizer as tokenizers
@@ -128,7 +128,7 @@ def logprob(
     remat: str | None = None,
     temperature: float = 1.0,
     run: Callable[..., Any] = logprobs,
-) -> policy.Logprob:
+) -> Logprob:
     """`policy.logprob` for a model and how its adapter is applied."""
     sizes = Policy(model.family, model.cfg, {}, {}, used)
     return policy.logprob(sizes, neftune=neftune, remat=remat, temperature=temperature, run=run)

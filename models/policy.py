@@ -6,20 +6,19 @@ of the loaded ones would never be freed.
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from treetune.core import lora, param, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.core.state import Batch
+from treetune.core.state import Batch, Logprob, Scores
 from treetune.models import Model, adapter, heads, hf, loading, logprobs, resize
 from treetune.models.adapter import Base, Info
 from treetune.models.dense import Config, Neftune
 from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
 from treetune.ops.attention import Plan
-from treetune.ops.linear_logprob import TokenStats
 
 
 class Policy(NamedTuple):
@@ -54,22 +53,6 @@ class AdapterSpec(NamedTuple):
     layers: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     start: str | None = None
-
-
-class Logprob(Protocol):
-    """Log-probs of the read rows of a stream, and the statistics in `want`."""
-
-    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan | None, *, want: tuple[str, ...] = ()) -> TokenStats:
-        """TokenStats of [N] each."""
-        ...
-
-
-class Scores(Protocol):
-    """Scores [N, C] of a head at the read rows of a stream."""
-
-    def __call__(self, params: Params, frozen: Params, batch: Batch, plan: Plan | None) -> Tensor:
-        """float32 [N, C]."""
-        ...
 
 
 def load(
@@ -231,7 +214,7 @@ def logprob(
     """
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
 
-    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, *, want: tuple[str, ...] = ()) -> TokenStats:
+    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /, *, want: tuple[str, ...] = ()) -> Any:
         seed = batch.get("seed")
         noise = Neftune(neftune, seed) if neftune and seed is not None else None
         options = {"lora": _lora(low, params, seed), "want": want, "noise": noise, "remat": remat, "temperature": temperature}
@@ -244,7 +227,7 @@ def scores(policy: Policy, *, remat: str | None = None) -> Scores:
     """The scores of the policy's head: trained weights over frozen ones, and the head."""
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
 
-    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None) -> Tensor:
+    def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /) -> Tensor:
         adapted = _lora(low, params, batch.get("seed"))
         return heads.scores(family, cfg, weights(params, frozen), params["head"], batch, plan, lora=adapted, remat=remat)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, parse, reference, tune
+from treetune.cli import configs, parse, tune
 from treetune.cli.options import losses as loss_options
+from treetune.models import reference
 
 spec = importlib.util.spec_from_file_location("preference_runs", Path(__file__).with_name("test_preference.py"))
 runs = importlib.util.module_from_spec(spec)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.cli import reference
 from treetune.core import tree
 from treetune.core.data import kinds, pack, sources
-from treetune.models import fetch, heads, hf
+from treetune.models import fetch, heads, hf, reference
 
 PLACE = fetch.home() / "models" / "smollm2-135m-instruct"
 ROOT = Path(__file__).parents[2]
