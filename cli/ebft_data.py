@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from treetune.cli import checks, rl_data
-from treetune.cli.commands import serve
+from treetune.cli import checks, rl_data, samplers
 from treetune.cli.names import nearest
 from treetune.cli.options.ebft import EbftData
 from treetune.core import fields
-from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, reporting, sources, spans, turns
+from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, reporting, sources, turns
+from treetune.core.data.ebft_rows import document, first_reply
 from treetune.core.data.prompts import Prompt
+
+__all__ = ["check_fits", "document", "first_reply", "load"]
 
 OWN_KEYS = frozenset({"path", "type"})
 REPLY = "A reply that nobody would write: 7f3a19."  # stands for one where a chat template shows what it puts around it
@@ -185,23 +187,10 @@ def _around(tokenizer: Any, template: Sequence, said: list[dict], where: str) ->
     return after
 
 
-def first_reply(prompt: Prompt) -> int:
-    """Tokens of the true reply itself, without what followed it."""
-    replies = prompt.columns["replies"]
-    return len(replies) if replies.all() else int(np.argmin(replies))
-
-
-def document(prompt: Prompt) -> spans.Doc:
-    """The prompt with the true conversation, its replies scored: what supervised fine-tuning would train on."""
-    tokens = np.concatenate([prompt.tokens, prompt.columns["truth"]]).astype(np.int32)
-    weight = np.concatenate([np.zeros(len(prompt.tokens)), prompt.columns["replies"]]).astype(np.float32)
-    return spans.Doc(tokens, weight, prompt.row)
-
-
 def check_fits(data: rl_data.Prompts, config: Any, cfg: Any) -> None:
     """Errors: ValueError when a prompt with its true or its longest sampled conversation does not fit the model, or ids are not its own."""
     new, engine, limit, whose = config.rollout.max_completion_length, config.engine, cfg.max_positions, "the model"
-    if engine.use_vllm and engine.vllm_mode == "managed" and (served := engine.vllm_max_model_len or serve.longest(config)) < limit:
+    if engine.use_vllm and engine.vllm_mode == "managed" and (served := engine.vllm_max_model_len or samplers.longest(config)) < limit:
         limit, whose = served, "the server (vllm_max_model_len)"
     for one in data.train + data.val:
         between = one.columns["between"]

@@ -1,26 +1,37 @@
-"""Who samples a run's completions: the trainer itself, a vLLM server, or a rollout function of the user's on top of either."""
+"""The sampler of a run from its options: the trainer's own weights or a vLLM server, and a rollout on top of either."""
 
-import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from treetune.cli import custom_rollout, engine, rollouts, setup
-from treetune.cli.errors import RunFailed
-from treetune.core import tree
-from treetune.core.rollout import sync, vllm
-from treetune.core.rollout.group import Sampler
-from treetune.core.state import TrainState
-from treetune.models import Model
+from treetune.cli import finish, rl_data, setup
+from treetune.cli.commands import serve
+from treetune.core.data import pack, spans
+from treetune.core.lora import Lora
+from treetune.core.rollout import custom, server, vllm
+from treetune.core.rollout import engine as engines
+from treetune.core.rollout import sampler as core_sampler
+from treetune.core.rollout.documents import TokenSamples
+from treetune.core.rollout.group import PromptSampler
+from treetune.core.rollout.sampler import Wrapper, fatal_errors
+from treetune.core.state import Params, TrainState
+from treetune.models import Model, bare, decode, logprobs
+from treetune.ops import attention
+
+__all__ = ["Samplers", "build", "describe", "ending", "local", "rollout_of", "sampler_of"]
+
+ending = fatal_errors
 
 
 class Samplers(NamedTuple):
-    """sample: num_generations completions of each prompt. held: those for evaluation. The rest as in `engine.Drawers`."""
+    """A `sampler.Sampler` under its former names."""
 
-    sample: Sampler
-    held: Sampler
+    sample: PromptSampler
+    held: PromptSampler
     snapshot: Callable[[Any], Any]
     start: Callable[[TrainState], None]
     between: Callable[[TrainState, dict, int], TrainState] | None
@@ -32,8 +43,8 @@ def describe(config: Any) -> str:
     """Who samples, and how."""
     if not config.engine.use_vllm:
         return "the trainer's own weights" + (", a generation ahead" if config.pipeline.async_prefetch else "")
-    where, every = f"{config.engine.vllm_server_host}:{config.engine.vllm_server_port}", config.pipeline.vllm_sync_interval
-    return f"vLLM at {where}, which gets the weights " + ("after every step" if every == 1 else f"every {every} steps")
+    address, every = f"{config.engine.vllm_server_host}:{config.engine.vllm_server_port}", config.pipeline.vllm_sync_interval
+    return f"vLLM at {address}, which gets the weights " + ("after every step" if every == 1 else f"every {every} steps")
 
 
 def build(
@@ -46,37 +57,172 @@ def build(
     root: Path,
     seeds: Sequence[int],
     say: Callable,
-    around: Callable[[Callable], Callable] = lambda wrap: wrap,
+    around: Wrapper = lambda rollout: rollout,
     held: int = 1,
 ) -> Samplers:
-    """The sampler that the options name; seeds for training and for evaluation, which takes `held` completions of each prompt.
+    """`sampler_of` under its former names."""
+    engine = _engine(config, model, trees, tokenizer, device=on, root=root, seeds=seeds, say=say)
+    made = sampler_of(config, engine, around(rollout_of(config.rollout, tokenizer, model.cfg)), evaluation_n=held)
+    return Samplers(made.train, made.evaluation, engine.snapshot, engine.start, engine.after_step, engine.close, engine.metrics)
 
-    around: from what makes a sampler of who draws, as `rollouts.plain` does, to what makes the one that is used.
-    """
-    stop = setup.stop_ids(config.model, tokenizer)
+
+def sampler_of(config: Any, engine: core_sampler.Engine, rollout: core_sampler.Rollout, *, evaluation_n: int = 1) -> core_sampler.Sampler:
+    """The sampler of a run on an engine; evaluations take evaluation_n completions of each prompt."""
+    options = config.rollout
+    sizes = {"n": options.num_generations, "evaluation_n": evaluation_n, "max_tokens": options.max_completion_length}
+    return core_sampler.build(engine, rollout, **sizes)
+
+
+def rollout_of(options: Any, tokenizer: Any, cfg: Any) -> core_sampler.Rollout:
+    """The user's rollout function, or one reply after each prompt. Errors: ValueError when there is no such function."""
+    if options.rollout_func is None:
+        return core_sampler.single_turn
+    return custom.load(options.rollout_func, tokenizer, vocab_size=cfg.vocab_size, max_positions=cfg.max_positions)
+
+
+def local(model: Model, lora: Lora | None, params: vllm.SamplingParams, tokenizer: Any, *, seed: int) -> core_sampler.TokenSampler:
+    """The sampler of the trainer's own weights."""
+    # A closure over the loaded weights would keep them in memory beside those that train.
+    model, lora = bare(model), setup.without_tree(lora)
+    stop_ids = list(params.stop_ids)
+    shape = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
+
+    def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> TokenSamples:
+        policy, adapter = finish.current(state, model, lora)
+        names = list(numbers)
+        return decode.sample(policy, ids, n=n, lora=adapter, max_new_tokens=max_tokens, stop=stop_ids, seed=seed, ids=names, **shape)
+
+    return core_sampler.local(sample, stop_ids=stop_ids, tokenizer=tokenizer)
+
+
+def sampling_params(options: Any, stop: Sequence[int]) -> vllm.SamplingParams:
+    """How the options draw tokens; stop: the ids that end a completion of the model."""
+    return vllm.SamplingParams(
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.min_p,
+        options.repetition_penalty,
+        sorted({*stop, *options.stop_token_ids}),
+        options.vllm_guided_decoding_regex,
+        rl_data.named_values(options.generation_kwargs, "generation-kwargs"),
+    )
+
+
+def _engine(
+    config: Any, model: Model, trees: setup.Trees, tokenizer: Any, *, device: torch.device, root: Path, seeds: Sequence[int], say: Callable
+) -> core_sampler.Engine:
+    """The engine that the options name."""
+    params = sampling_params(config.rollout, setup.stop_ids(config.model, tokenizer))
     if config.engine.use_vllm:
-        drawn = engine.build(config, model, trees, tokenizer, stop=stop, on=on, root=root, seeds=seeds, say=say)
-    else:
-        how = {"stop": stop, "tokenizer": tokenizer}
-        pair = [rollouts.local(model, trees.lora, config.rollout, seed=seed, **how) for seed in seeds]
-        drawn = engine.Drawers(*pair, snapshot)
-    wrap = rollouts.plain
-    if config.rollout.rollout_func is not None:
-        wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
-    made = around(wrap)
-    sample = made(drawn.train, config.rollout, n=config.rollout.num_generations)
-    return Samplers(sample, made(drawn.held, config.rollout, n=held), *drawn[2:])
+        settings, managed = _server(config, model, root / "engine", (seeds[0], seeds[1]), say)
+        return _vllm_engine(config, settings, params, managed, model, trees, tokenizer, device)
+    return core_sampler.LocalEngine(*(local(model, trees.lora, params, tokenizer, seed=seed) for seed in seeds))
 
 
-def snapshot(state: TrainState) -> TrainState:
-    """The state with trained weights of its own: the optimiser changes the others in place. The frozen ones are shared."""
-    return state._replace(params=tree.map(lambda leaf: leaf.detach().clone(), state.params))
+def _server(
+    config: Any, model: Model, folder: Path, seeds: tuple[int, int], say: Callable
+) -> tuple[engines.EngineSettings, engines.ManagedServer | None]:
+    """How to reach the server of a run; a managed one is started."""
+    options, pipeline = config.engine, config.pipeline
+    host = options.vllm_server_host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{options.vllm_server_port}"
+    managed = None
+    if options.vllm_mode == "managed":
+        managed = _managed(config, say)
+        url = managed.server.url
+    versions = engines.adapter_versions(
+        steps_per_generation=pipeline.steps_per_generation * pipeline.num_iterations,
+        sync_interval=pipeline.vllm_sync_interval,
+        prefetch_depth=pipeline.prefetch_depth if pipeline.async_prefetch else 0,
+    )
+    place = serve.model_folder(config.model, say=say)
+    settings = engines.EngineSettings(
+        url,
+        serve.served_name(config.model),
+        (config.model.model, str(place), setup.model_name(config.model)),
+        model.cfg.vocab_size,
+        longest(config),
+        folder,
+        seeds,
+        serve.DTYPES[model.cfg.dtype],
+        options.vllm_server_timeout,
+        options.vllm_canary_tolerance,
+        pipeline.vllm_sync_interval,
+        versions if config.adapter.adapter == "lora" else None,
+        options.vllm_reload_in_place,
+        config.adapter.lora_model_dir is not None,
+    )
+    return settings, managed
 
 
-@contextlib.contextmanager
-def ending():
-    """Inside, what a server, a reward or a rollout function cannot go on from ends the run with one line."""
-    try:
-        yield
-    except (ValueError, sync.SyncError, vllm.Lost, vllm.Unreachable) as error:
-        raise RunFailed(f"{error}; once that is repaired, --resume auto goes on from the last checkpoint") from error
+def longest(config: Any) -> int:
+    """Tokens of the longest prompt with its completion that a run asks a server for."""
+    prompt = config.data.max_prompt_len if hasattr(config.data, "max_prompt_len") else config.data.sequence_len
+    return prompt + config.rollout.max_completion_length
+
+
+def _managed(config: Any, say: Callable) -> engines.ManagedServer:
+    options = config.engine
+    place, log = serve.model_folder(config.model, say=say), serve.log_file(options.vllm_server_port)
+    command = partial(_command, config)
+    line = command(place)
+    say(f"starting vLLM on port {options.vllm_server_port}; its output goes to {log}")
+    in_place = options.vllm_reload_in_place
+    running = server.managed(line, host=options.vllm_server_host, port=options.vllm_server_port, log=log, in_place=in_place)
+    return engines.ManagedServer(running, command)
+
+
+def _command(config: Any, folder: str | Path) -> list[str]:
+    """The command line of the server that a run starts for itself, on a model folder."""
+    options, adapter = config.engine, config.adapter
+    device, start = setup.device(config.model.device), adapter.lora_model_dir
+    settings = server.ServerOptions(
+        serve.served_name(config.model),
+        options.vllm_server_port,
+        options.vllm_server_host,
+        serve.DTYPES[setup.compute_dtype(config.model.dtype, device)],
+        max_model_len=options.vllm_max_model_len or longest(config),
+        gpu_memory_utilization=options.vllm_gpu_memory_utilization if device.type == "cuda" else None,
+        enforce_eager=device.type == "cpu",
+        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else serve.rank_of(start),
+        logprobs_mode=server.logprobs_mode(config.rollout.temperature),
+    )
+    return server.command(server.find_python(options.vllm_python), folder, settings)
+
+
+def _vllm_engine(
+    config: Any,
+    settings: engines.EngineSettings,
+    params: vllm.SamplingParams,
+    managed: engines.ManagedServer | None,
+    model: Model,
+    trees: setup.Trees,
+    tokenizer: Any,
+    device: torch.device,
+) -> engines.VllmEngine:
+    """The engine of a server, with what it needs of the model."""
+    sizes = bare(model)
+
+    def save(state: TrainState, trained: Params, folder: Path, /) -> None:
+        policy, lora = finish.current(state, sizes, trees.lora)
+        finish.write_trained(config, trees, tokenizer, policy, lora, trained, folder)
+
+    def prompt_logprobs(state: TrainState, tokens: Sequence[int], /) -> np.ndarray:
+        return _prompt_logprobs(*finish.current(state, sizes, trees.lora), tokens, device)
+
+    def base_logprobs(tokens: Sequence[int]) -> np.ndarray:
+        return _prompt_logprobs(model, None, tokens, device)
+
+    calls = {"save": save, "prompt_logprobs": prompt_logprobs, "base_logprobs": base_logprobs}
+    return engines.VllmEngine(settings, params, tokenizer, **calls, managed=managed)
+
+
+@torch.no_grad()
+def _prompt_logprobs(model: Model, lora: Lora | None, tokens: Sequence[int], device: torch.device) -> np.ndarray:
+    """The model's log-probs of tokens[1:] at temperature 1, float64."""
+    ids = np.array(tokens, np.int32)
+    batch = pack.collate([spans.Doc(ids, (np.arange(len(ids)) > 0).astype(np.float32), 0)])
+    plan = attention.plan(batch, window=model.cfg.window, device=device, dtype=model.cfg.dtype)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    return np.asarray(logprobs(model.family, model.cfg, model.params, batch, plan, lora=lora).logp.double().cpu())

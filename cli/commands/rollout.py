@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import bases, custom_rollout, parse, rewarding, rl_data, rollouts, rundir, setup
+from treetune.cli import bases, parse, rewarding, rl_data, rundir, samplers, setup
 from treetune.cli.configs import Rollout
 from treetune.cli.errors import checking_input
 from treetune.cli.rl_checks import VLLM_ONLY
@@ -47,12 +47,10 @@ def _groups(
 ) -> list[Group]:
     with checking_input():
         stop, start = setup.stop_ids(options, tokenizer), time.perf_counter()
-    draw = rollouts.local(model, used, config.rollout, stop=stop, tokenizer=tokenizer, seed=config.seed)
-    wrap = rollouts.plain
-    if config.rollout.rollout_func is not None:
-        with checking_input():
-            wrap = custom_rollout.wrapper(config.rollout.rollout_func, tokenizer, model.cfg)
-    sample = wrap(draw, config.rollout, n=config.rollout.num_generations)
+    draw = samplers.local(model, used, samplers.sampling_params(config.rollout, stop), tokenizer, seed=config.seed)
+    with checking_input():
+        rollout = samplers.rollout_of(config.rollout, tokenizer, model.cfg)
+    sample = rollout(draw, n=config.rollout.num_generations, max_tokens=config.rollout.max_completion_length)
     params = {} if used is None else {"lora": used.tree}
     state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0))
     with checking_input():

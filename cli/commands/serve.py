@@ -1,11 +1,7 @@
 """`treetune serve`: a vLLM server for a model; and the servers that a run starts for itself."""
 
 import hashlib
-import importlib.util
-import os
-import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,25 +18,9 @@ from treetune.core import manifest
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import LOOPBACK
-from treetune.models import Model, adapter_config, fetch, gguf, hf
+from treetune.models import adapter_config, fetch, gguf, hf
 
-ENVIRONMENT = Path(".vllm-venv") / "bin" / "python"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def find_python(option: str | None) -> str:
-    """The Python that has vLLM: the option, $TREETUNE_VLLM_PYTHON, .vllm-venv in this folder, or this one. Raises ValueError."""
-    named = option or os.environ.get("TREETUNE_VLLM_PYTHON")
-    if named:
-        if shutil.which(named) is None:
-            raise ValueError(f"there is no program {named}; name the Python of the environment that has vLLM")
-        return named
-    if ENVIRONMENT.is_file():
-        return str(ENVIRONMENT.absolute())
-    if importlib.util.find_spec("vllm") is None:
-        how = "name its Python with --python (treetune serve), --vllm-python (treetune grpo) or TREETUNE_VLLM_PYTHON"
-        raise ValueError(f"vLLM was not found: `make vllm-env` builds .vllm-venv; or {how}")
-    return sys.executable
 
 
 def served_name(options: ModelName) -> str:
@@ -75,57 +55,6 @@ def log_file(port: int) -> Path:
     return fetch.home() / "logs" / f"vllm-{port}.log"
 
 
-def managed_command(config: Any, path: str | Path) -> list[str]:
-    """The command line of the server that a run of reinforcement learning starts for itself, on a model folder."""
-    engine, adapter = config.engine, config.adapter
-    on = setup.device(config.model.device)
-    start = adapter.lora_model_dir
-    return servers.command(
-        find_python(engine.vllm_python),
-        path,
-        name=served_name(config.model),
-        host=engine.vllm_server_host,
-        port=engine.vllm_server_port,
-        dtype=DTYPES[setup.compute_dtype(config.model.dtype, on)],
-        max_model_len=engine.vllm_max_model_len or longest(config),
-        gpu_memory_utilization=engine.vllm_gpu_memory_utilization if on.type == "cuda" else None,
-        enforce_eager=on.type == "cpu",
-        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else rank_of(start),
-        logprobs_mode=logprobs_mode(config.rollout),
-    )
-
-
-def longest(config: Any) -> int:
-    """Tokens of the longest prompt with its completion that a run asks a server for."""
-    prompt = config.data.max_prompt_len if hasattr(config.data, "max_prompt_len") else config.data.sequence_len
-    return prompt + config.rollout.max_completion_length
-
-
-def logprobs_mode(rollout: Any) -> str:
-    """Which log-probs the server of a run should report: raw ones serve cut distributions at temperature 1 too, processed ones any
-    temperature without cuts (see core/rollout/vllm.py)."""  # fmt: skip
-    return "raw_logprobs" if rollout.temperature == 1 else "processed_logprobs"
-
-
-def managed(config: Any, model: Model, *, say: Callable[[str], None], log: Path | None = None) -> tuple[Server, str]:
-    """The running server that a run starts for itself, and its URL; it ends with the run. Raises as `Server` does."""
-    engine = config.engine
-    place, where = model_folder(config.model, say=say), log or log_file(engine.vllm_server_port)
-    command = managed_command(config, place)
-    say(f"starting vLLM on port {engine.vllm_server_port}; its output goes to {where}")
-    also = {"VLLM_SERVER_DEV_MODE": "1"} if engine.vllm_reload_in_place else {}
-    try:
-        made = Server(command, host=engine.vllm_server_host, port=engine.vllm_server_port, log=where, environment=also)
-    except RuntimeError as error:
-        raise RunFailed(str(error)) from error
-    return made, made.url
-
-
-def engine_dtype(config: Any, model: Model) -> str:
-    """The dtype that a managed server computes in: the trainer's."""
-    return DTYPES[model.cfg.dtype]
-
-
 def command_of(config: Serve, python: str, place: Path) -> list[str]:
     """The command line of vLLM for these options and a model folder."""
     extra, rank = list(config.vllm_args), config.max_lora_rank or None
@@ -134,9 +63,7 @@ def command_of(config: Serve, python: str, place: Path) -> list[str]:
         rank = max(rank or 0, rank_of(found))
         extra += ["--lora-modules", f"{Path(config.adapter).name}={found.absolute()}"]
     cuda = torch.cuda.is_available()
-    return servers.command(
-        python,
-        place,
+    options = servers.ServerOptions(
         name=served_name(config.model),
         host=config.host,
         port=config.port,
@@ -151,6 +78,7 @@ def command_of(config: Serve, python: str, place: Path) -> list[str]:
         logprobs_mode=config.logprobs_mode,
         extra=extra,
     )
+    return servers.command(python, place, options)
 
 
 def _check(config: Serve) -> None:
@@ -173,7 +101,7 @@ def run(config: Serve, given: frozenset[str]) -> int:
         signal.signal(number, _interrupt)
     with checking_input():
         _check(config)
-        python = find_python(config.python)
+        python = servers.find_python(config.python)
         place = model_folder(config.model, say=screen.line)
         command, log = command_of(config, python, place), Path(config.log) if config.log else log_file(config.port)
         if config.host not in LOOPBACK:

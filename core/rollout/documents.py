@@ -11,7 +11,7 @@ import torch
 
 from treetune.core.data import prompts, trees
 from treetune.core.rollout.group import Completion, Group
-from treetune.core.state import Batch, Params, TrainState
+from treetune.core.state import Batch, Logprob, Plan, TrainState
 
 
 class TokenSamples(Protocol):
@@ -33,17 +33,7 @@ class TokenSamples(Protocol):
         ...
 
 
-class TokenLogprobs(Protocol):
-    """What a forward pass says of the N scored tokens of a batch."""
-
-    @property
-    def logp(self) -> torch.Tensor:
-        """Log-probs, [N], nats."""
-        ...
-
-
-Logprob = Callable[[Params, Params, Batch, Any], TokenLogprobs]  # (params, frozen, batch, plan)
-Collate = Callable[[list[trees.TreeDoc]], tuple[Batch, Any]]  # documents -> (batch, plan) on the device
+Collate = Callable[[list[trees.TreeDoc]], tuple[Batch, Plan]]  # documents -> (batch, plan) on the device
 
 
 def completions(samples: TokenSamples, *, n: int, stop_ids: set[int], tokenizer: Any) -> list[list[Completion]]:

@@ -17,7 +17,7 @@ import numpy as np
 from treetune.core.data import order
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import group, prefetch, prompt_order, replay, stats
-from treetune.core.rollout.group import Group, Sampler, Score
+from treetune.core.rollout.group import Group, GroupScorer, PromptSampler
 
 PARTS = 12  # purpose of the shuffle that deals a generation to its steps, beside those of `core.data.order`
 FAILED = 1e-6  # a prompt failed if every reward function gave this or less, in size, to every completion
@@ -81,8 +81,8 @@ class Feed:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        sample: Sampler,
-        score: Score,
+        sample: PromptSampler,
+        score: GroupScorer,
         advantage: Callable[[np.ndarray], np.ndarray],
         options: Options,
         *,

@@ -3,8 +3,8 @@
 G completions of a prompt, n tokens of a completion, K reward functions.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,8 +40,20 @@ class Group(NamedTuple):
     old_logp: tuple[np.ndarray, ...] | None = None  # the trainer's log-probs at sampling time, float32 [n] each
 
 
-Sampler = Callable[[Any, Sequence[Prompt], Sequence[int]], Sampled]  # (policy, prompts, their numbers)
-Score = Callable[[Sequence[Group]], np.ndarray]  # groups -> rewards float64 [P, G, K]
+class PromptSampler(Protocol):
+    """Completions of prompts; `numbers` name the randomness of each."""
+
+    def __call__(self, policy: Any, prompts: Sequence[Prompt], numbers: Sequence[int], /) -> Sampled:
+        """As many completions of each prompt, in the order of the prompts."""
+        ...
+
+
+class GroupScorer(Protocol):
+    """Rewards of completions."""
+
+    def __call__(self, groups: Sequence[Group], /) -> np.ndarray:
+        """Float64 [P, G, K]; nan where a reward abstains."""
+        ...
 
 
 def to_json(group: Group) -> dict:

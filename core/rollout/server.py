@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -12,8 +13,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
+
+from treetune.core.run.errors import RunFailed
 
 # Between us and the server: ends the whole process group when the server ends, or when the process that wanted it is gone,
 # killed or not. It outlives SIGTERM, which the group gets, to reap the server.
@@ -34,29 +38,46 @@ sys.exit(child.returncode if child.returncode >= 0 else 128 - child.returncode)
 """
 # What the server needs in its environment, unless the user has set it: adapters at run time, no usage reports.
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+VENV_PYTHON = Path(".vllm-venv") / "bin" / "python"  # in the working folder: `make vllm-env` builds it
 TAIL = 8  # lines of its log that an error shows
 
 
-def command(
-    python: str | Path,
-    model: str | Path,
-    *,
-    name: str,
-    port: int,
-    host: str = "127.0.0.1",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    gpu_memory_utilization: float | None = None,
-    tensor_parallel_size: int = 1,
-    data_parallel_size: int = 1,
-    enable_prefix_caching: bool | None = None,
-    enforce_eager: bool = False,
-    max_lora_rank: int | None = None,
-    logprobs_mode: str = "processed_logprobs",
-    seed: int = 0,
-    extra: Sequence[str] = (),
-) -> list[str]:
-    """The command line of vLLM's server for a model folder, served as `name`; `max_lora_rank` None is without adapters.
+def find_python(named: str | None) -> str:
+    """The Python that has vLLM: the one named, $TREETUNE_VLLM_PYTHON, .vllm-venv in this folder, or this one. Raises ValueError."""
+    named = named or os.environ.get("TREETUNE_VLLM_PYTHON")
+    if named:
+        if shutil.which(named) is None:
+            raise ValueError(f"there is no program {named}; name the Python of the environment that has vLLM")
+        return named
+    if VENV_PYTHON.is_file():
+        return str(VENV_PYTHON.absolute())
+    if importlib.util.find_spec("vllm") is None:
+        how = "name its Python with --python (treetune serve), --vllm-python (treetune grpo) or TREETUNE_VLLM_PYTHON"
+        raise ValueError(f"vLLM was not found: `make vllm-env` builds .vllm-venv; or {how}")
+    return sys.executable
+
+
+class ServerOptions(NamedTuple):
+    """Options of vLLM's server; None leaves the choice to vLLM. max_lora_rank None: no adapters."""
+
+    name: str  # of the model in requests
+    port: int
+    host: str = "127.0.0.1"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_prefix_caching: bool | None = None
+    enforce_eager: bool = False
+    max_lora_rank: int | None = None
+    logprobs_mode: str = "processed_logprobs"
+    seed: int = 0
+    extra: Sequence[str] = ()  # arguments of its command line
+
+
+def command(python: str | Path, model: str | Path, options: ServerOptions) -> list[str]:
+    """The command line of vLLM's server for a model folder.
 
     Sampling defaults of the model's generation_config.json are off: a request says all. Two adapters can be in use, the current one
     and the one before it.
@@ -65,16 +86,27 @@ def command(
     """
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is not a model folder (no config.json): the server needs one with config.json, weights and tokenizer")
-    options: dict[str, object] = {
-        "model": model, "served-model-name": name, "host": host, "port": port, "dtype": dtype, "max-model-len": max_model_len,
-        "gpu-memory-utilization": gpu_memory_utilization, "tensor-parallel-size": tensor_parallel_size,
-        "data-parallel-size": data_parallel_size, "logprobs-mode": logprobs_mode, "generation-config": "vllm", "seed": seed,
+    values: dict[str, object] = {
+        "model": model, "served-model-name": options.name, "host": options.host, "port": options.port, "dtype": options.dtype,
+        "max-model-len": options.max_model_len, "gpu-memory-utilization": options.gpu_memory_utilization,
+        "tensor-parallel-size": options.tensor_parallel_size, "data-parallel-size": options.data_parallel_size,
+        "logprobs-mode": options.logprobs_mode, "generation-config": "vllm", "seed": options.seed,
     }  # fmt: skip
-    flags = [] if enable_prefix_caching is None else ["--enable-prefix-caching" if enable_prefix_caching else "--no-enable-prefix-caching"]
-    flags += ["--enforce-eager"] * enforce_eager
-    flags += [] if max_lora_rank is None else ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(lora_rank(max_lora_rank))]
-    named = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
-    return [str(python), "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *extra]
+    caching = options.enable_prefix_caching
+    flags = [] if caching is None else ["--enable-prefix-caching" if caching else "--no-enable-prefix-caching"]
+    flags += ["--enforce-eager"] * options.enforce_eager
+    if options.max_lora_rank is not None:
+        flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(lora_rank(options.max_lora_rank))]
+    pairs = [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+    return [str(python), "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *options.extra]
+
+
+def logprobs_mode(temperature: float) -> str:
+    """The log-probs that the server of a run should report (see `vllm`).
+
+    Raw ones serve cut distributions at temperature 1 too, processed ones any temperature without cuts.
+    """
+    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
 
 
 def lora_rank(rank: int) -> int:
@@ -209,6 +241,18 @@ class Server:
                     pass
                 time.sleep(0.2)
         raise RuntimeError(f"the server was not up after {self.deadline_s:g} s; {self.log}: {self.tail()}")
+
+
+def managed(command: Sequence[str], *, host: str, port: int, log: Path, in_place: bool) -> Server:
+    """The server that a run starts for itself and that ends with it; in_place opens the endpoints that `Client.reload_weights` needs.
+
+    Raises RunFailed when it does not come up, ValueError when the port is taken or the program is missing.
+    """
+    environment = {"VLLM_SERVER_DEV_MODE": "1"} if in_place else {}
+    try:
+        return Server(command, host=host, port=port, log=log, environment=environment)
+    except RuntimeError as error:
+        raise RunFailed(str(error)) from error
 
 
 def _signal(group: int, number: int) -> None:

@@ -40,6 +40,23 @@ class Drawn(NamedTuple):
     finish_reason: str
 
 
+class SamplingParams(NamedTuple):
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 change nothing.
+
+    stop_ids end a completion, and nothing else does. regex: what completions must match. extra: further options of the completions
+    endpoint by name (STOPPING and SHAPING).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: Sequence[int] = ()
+    regex: str | None = None
+    extra: Mapping[str, Any] = {}
+
+
 class Served(NamedTuple):
     """A model or adapter that a server offers: its name in requests, the path or id it was loaded from, the longest sequence."""
 
@@ -66,25 +83,16 @@ def request_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "big") >> 2
 
 
-def comparable(
-    mode: str,
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    regex: str | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> bool:
+def comparable(mode: str, params: SamplingParams) -> bool:
     """Whether log-probs reported in this mode (raw_logprobs, processed_logprobs) are those of softmax(logits / temperature).
 
     Temperature 0 counts as 1, as in the local sampler: the likeliest token, with its log-prob in the untempered distribution.
     """
     if mode == "raw_logprobs":
-        return temperature in (0, 1)
-    whole = top_p == 1 and top_k <= 0 and min_p == 0 or temperature == 0
-    return mode == "processed_logprobs" and whole and repetition_penalty == 1 and regex is None and not SHAPING & set(extra or ())
+        return params.temperature in (0, 1)
+    whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0 or params.temperature == 0
+    reshaped = params.repetition_penalty != 1 or params.regex is not None or SHAPING & set(params.extra)
+    return mode == "processed_logprobs" and whole and not reshaped
 
 
 class Client:
@@ -163,38 +171,31 @@ class Client:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
+        params: SamplingParams = SamplingParams(),  # noqa: B008  (immutable)
         *,
         max_tokens: int,
         n: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_token_ids: Sequence[int] = (),
-        regex: str | None = None,
-        extra: Mapping[str, Any] | None = None,
         model: str | None = None,
     ) -> list[list[Drawn]]:
-        """n completions of each prompt, drawn with the prompt's own seed (`request_seed`); only `stop_token_ids` end one early.
-
-        `extra` are further options of the endpoint by name (STOPPING and SHAPING), `model` an adapter's name.
+        """n completions of each prompt, drawn with the prompt's own seed (`request_seed`). model: an adapter's name.
 
         Raises ValueError for an option or a length that the server does not take, and for an answer that is not what was asked:
         another number of completions, other prompt ids, ids outside the vocabulary, log-probs that do not match the ids.
         """
-        shape = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
-        _check_options(shape, n, max_tokens, extra or {})
+        _check_params(params, n, max_tokens)
         self._check_prompts(prompts, seeds, max_tokens)
-        known = comparable(self.mode, regex=regex, extra=extra, **shape)
-        common = shape | {
-            "model": model or self.model, "n": n, "max_tokens": max_tokens, "stop_token_ids": list(stop_token_ids), "ignore_eos": True,
-            "logprobs": 0, "return_token_ids": True, **({} if regex is None else {"structured_outputs": {"regex": regex}}), **(extra or {}),
+        is_comparable = comparable(self.mode, params)
+        # Without ignore_eos vLLM would end completions at an end token of its own choice, and stop_ids would not be the whole truth.
+        common = {
+            "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p,
+            "repetition_penalty": params.repetition_penalty, "model": model or self.model, "n": n, "max_tokens": max_tokens,
+            "stop_token_ids": list(params.stop_ids), "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
+            **({} if params.regex is None else {"structured_outputs": {"regex": params.regex}}), **params.extra,
         }  # fmt: skip
 
         def one(prompt: Sequence[int], seed: int) -> list[Drawn]:
             payload = common | {"prompt": [int(token) for token in prompt], "seed": int(seed)}
-            return _read(self._send("POST", "/v1/completions", payload), payload, self.vocab_size, known)
+            return _read(self._send("POST", "/v1/completions", payload), payload, self.vocab_size, is_comparable)
 
         with ThreadPoolExecutor(max(1, min(self.concurrency, len(prompts)))) as pool:
             waiting = [pool.submit(one, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -306,37 +307,37 @@ def _message(reply: httpx.Response) -> str:
     return " ".join(str(text).split())[:400]
 
 
-def _check_options(shape: dict[str, float], n: int, max_tokens: int, extra: Mapping[str, Any]) -> None:
+def _check_params(params: SamplingParams, n: int, max_tokens: int) -> None:
     if n < 1 or max_tokens < 1:
         raise ValueError(f"n is {n} and max_tokens {max_tokens}; expected at least 1 of each")
-    if not shape["temperature"] >= 0 or n > 1 and shape["temperature"] == 0:
-        raise ValueError(f"temperature is {shape['temperature']} for n {n}; expected a number above 0, or 0 for a single completion")
-    if unknown := sorted(set(extra) - STOPPING - SHAPING):
+    if not params.temperature >= 0 or n > 1 and params.temperature == 0:
+        raise ValueError(f"temperature is {params.temperature} for n {n}; expected a number above 0, or 0 for a single completion")
+    if unknown := sorted(set(params.extra) - STOPPING - SHAPING):
         known = ", ".join(sorted(STOPPING | SHAPING))
         raise ValueError(f"generation option {unknown[0]!r} is unknown; besides those of the run the vLLM sampler takes {known}")
 
 
-def _read(answer: dict, asked: dict, vocab_size: int, known: bool) -> list[Drawn]:
+def _read(answer: dict, payload: dict, vocab_size: int, is_comparable: bool) -> list[Drawn]:
     """The completions of one answer, in order. Raises ValueError where it is not what was asked."""
     choices = sorted(answer.get("choices", ()), key=lambda choice: choice["index"])
-    if len(choices) != asked["n"]:
-        raise ValueError(f"the server gave {len(choices)} completions of a prompt; asked were {asked['n']}")
-    return [_drawn(choice, asked, vocab_size, known) for choice in choices]
+    if len(choices) != payload["n"]:
+        raise ValueError(f"the server gave {len(choices)} completions of a prompt; asked were {payload['n']}")
+    return [_drawn(choice, payload, vocab_size, is_comparable) for choice in choices]
 
 
-def _drawn(choice: dict, asked: dict, vocab_size: int, known: bool) -> Drawn:
+def _drawn(choice: dict, payload: dict, vocab_size: int, is_comparable: bool) -> Drawn:
     ids, reported = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
     if ids is None or reported is None:
         raise ValueError("the server gives no token ids or no log-probs (return_token_ids, logprobs): it needs a newer vLLM")
-    if choice.get("prompt_token_ids") not in (None, asked["prompt"]):
+    if choice.get("prompt_token_ids") not in (None, payload["prompt"]):
         raise ValueError("the server answered another prompt than the ids it was given: ids must pass it unchanged")
-    if len(ids) != len(reported) or not 0 < len(ids) <= asked["max_tokens"]:
+    if len(ids) != len(reported) or not 0 < len(ids) <= payload["max_tokens"]:
         raise ValueError(
-            f"a completion came with {len(ids)} ids and {len(reported)} log-probs; expected as many, 1 to {asked['max_tokens']}"
+            f"a completion came with {len(ids)} ids and {len(reported)} log-probs; expected as many, 1 to {payload['max_tokens']}"
         )
     if outside := [token for token in ids if not 0 <= token < vocab_size]:
         raise ValueError(f"a completion holds token {outside[0]}, and the vocabulary has {vocab_size}: the server has another model")
     if choice.get("finish_reason") not in FINISHED:
         raise ValueError(f"a completion ended with {choice.get('finish_reason')!r}; expected one of {', '.join(FINISHED)}")
-    logp = [math.nan if value is None or not known else value for value in reported]
+    logp = [math.nan if value is None or not is_comparable else value for value in reported]
     return Drawn(np.array(ids, np.int32), np.array(logp, np.float32), choice["finish_reason"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import ebft_turns, rollouts
+from treetune.cli import rollouts
 from treetune.models import decode
 
 spec = importlib.util.spec_from_file_location("oracle_ebft", Path(__file__).parents[1] / "oracle" / "ebft.py")
@@ -259,11 +259,6 @@ def test_the_truth_trains_beside_all_that_the_policy_loss_can_have(what, steps):
 
 
 # --- lengths
-
-
-def test_lengths_go_by_the_truth_and_never_above_the_cap():
-    worked = {((10, 20), 256): 64, ((100, 90), 256): 150, ((300,), 256): 256, ((10,), 32): 32}
-    assert {key: ebft_turns.room(key[0], multiplier=1.5, cap=key[1]) for key in worked} == worked
 
 
 @pytest.mark.parametrize(

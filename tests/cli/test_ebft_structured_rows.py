@@ -6,11 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treetune.cli import ebft_turns, rollouts
-from treetune.cli.options.rollout import RolloutOptions
-from treetune.core.data.prompts import Prompt
-from treetune.core.rollout.group import Completion, Sampled
-
 spec = importlib.util.spec_from_file_location("ebft_runs", Path(__file__).with_name("test_ebft_structured.py"))
 runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
@@ -18,29 +13,6 @@ learn, steps, groups = runs.learn, runs.steps, runs.groups  # the fixtures
 STOPS, row, talk, stops = runs.STOPS, runs.row, runs.talk, runs.stops
 
 # --- conversations
-
-
-def test_turns_are_those_of_the_row_whoever_samples():
-    """Three rows of none, one and two further replies, two samples of each; an end of turn that was sampled is not repeated."""
-    asked, end = [], 7
-    betweens = ([], [[end, 1]], [[end, 2], [end, 3]])
-    rows = [Prompt(np.array([50 + i]), "", [], {"between": between}, i) for i, between in enumerate(betweens)]
-
-    def draw(policy, ids, numbers, *, n, max_tokens):
-        asked.append(([list(one) for one in ids], list(numbers), n, max_tokens))
-        made = [[np.array([100 + len(asked), *([end] if j else [])], np.int32) for j in range(n)] for _ in ids]
-        done = [[Completion(one, np.zeros(len(one), np.float32), np.ones(len(one), bool), True, "a") for one in row] for row in made]
-        return Sampled(done, 9 - len(asked))
-
-    wrap = ebft_turns.turns(rollouts.plain, 30)
-    made = wrap(draw, RolloutOptions(max_completion_length=5), n=2)("policy", rows, [11, 12, 13])
-    assert [(n, most) for _, _, n, most in asked] == [(2, 5), (1, 30), (1, 30)] and made.version == 6
-    assert asked[1][0] == [[51, 101, end, 1], [51, 101, end, 1], [52, 101, end, 2], [52, 101, end, 2]]
-    assert asked[2][0] == [[52, 101, end, 2, 102, end, 3], [52, 101, end, 2, 102, end, 3]]
-    assert len({*asked[1][1], *asked[2][1]}) == 6, "randomness of its own for each"
-    told = [[one.tokens.tolist() for one in group] for group in made.completions]
-    assert told[0] == [[101], [101, end]] and told[1] == [[101, end, 1, 102]] * 2 and told[2] == [[101, end, 2, 102, end, 3, 103]] * 2
-    assert [one.trained.sum() for group in made.completions for one in group] == [1, 2] * 3
 
 
 def test_each_sample_goes_on_through_the_turns_of_its_own_row(kit, tiny, groups, learn):

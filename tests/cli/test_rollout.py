@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import custom_rollout, rl_checks
+from treetune.cli import rl_checks
+from treetune.core.rollout import sampler
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
 runs = importlib.util.module_from_spec(spec)
@@ -148,19 +149,11 @@ def test_what_cannot_be_is_one_line(what, kit, here, roll):
     assert {path.name for path in here.iterdir()} <= {"rewards.py", "turns.py", "prompts.jsonl", "__pycache__"}
 
 
-def test_a_random_name_for_each_sequence_of_a_rollout_function():
-    """No two sequences of a run draw the same numbers."""
-    names = {custom_rollout.sequence_name(number, call, k) for number in range(20) for call in range(5) for k in range(8)}
-    assert len(names) == 800 and all(0 <= name < 2**62 for name in names)
-
-
 def test_more_prompts_than_fit_in_a_batch(monkeypatch, roll, drawn):
     """Nothing depends on how many are sampled together."""
-    from treetune.cli import rollouts
-
     assert roll("--num-prompts", 5).code == 0
     whole = list(drawn)
     drawn.clear()
-    monkeypatch.setattr(rollouts, "ROWS", 4)
+    monkeypatch.setattr(sampler, "ROWS", 4)
     assert roll("--num-prompts", 5).code == 0
     assert [one[:2] for one in drawn] == [one[:2] for one in whole]

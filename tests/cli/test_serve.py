@@ -23,7 +23,8 @@ from treetune.models import gguf as ours
 from treetune.models import hf
 
 FAKE = Path(__file__).parents[1] / "core" / "rollout" / "fake_vllm.py"
-CODE = "import sys; from treetune.cli import parse, serve, serve_options, errors\n" \
+CODE = "import sys; from treetune.cli import parse, errors; from treetune.cli.commands import serve\n" \
+    "from treetune.cli.options import serve as serve_options\n" \
     "config, given = parse.parse('serve', serve_options.Serve, sys.argv[1:])\n" \
     "try: sys.exit(serve.run(config, given))\n" \
     "except (errors.BadInput, errors.RunFailed) as error: sys.exit(f'{type(error).__name__}: {error}')"  # fmt: skip
@@ -120,15 +121,15 @@ def test_what_cannot_work_is_said_before_anything_starts(scene, options, message
 
 
 def test_where_vllm_is_looked_for(scene, monkeypatch):
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(servers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="make vllm-env"):
-        serve.find_python(None)
+        servers.find_python(None)
     (scene / ".vllm-venv" / "bin").mkdir(parents=True)
     (scene / ".vllm-venv" / "bin" / "python").write_text("")
-    assert serve.find_python(None) == str(scene / ".vllm-venv" / "bin" / "python")
+    assert servers.find_python(None) == str(scene / ".vllm-venv" / "bin" / "python")
     monkeypatch.setenv("TREETUNE_VLLM_PYTHON", sys.executable)
-    assert serve.find_python(None) == sys.executable
-    assert serve.find_python(str(scene / "python")) == str(scene / "python")
+    assert servers.find_python(None) == sys.executable
+    assert servers.find_python(str(scene / "python")) == str(scene / "python")
 
 
 def test_an_adapter_is_served_beside_the_model_and_its_rank_counts(scene):

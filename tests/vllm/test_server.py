@@ -59,8 +59,8 @@ def scored(model, prompt, tokens, *, used: Lora | None = None, temperature: floa
 
 
 def command(place: Path, port: int) -> list[str]:
-    return servers.command(serve.find_python(None), place, name="smol", port=port, dtype="float32", max_model_len=256, enforce_eager=True,
-                           max_lora_rank=RANK)  # fmt: skip
+    options = servers.ServerOptions("smol", port, dtype="float32", max_model_len=256, enforce_eager=True, max_lora_rank=RANK)
+    return servers.command(servers.find_python(None), place, options)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def engine(trainer, tmp_path_factory):
     server.stop()
 
 
-def drawn(engine, trainer, **options):
+def drawn(engine, trainer, *, model=None, **params):
     seeds = [vllm.request_seed(3, number) for number in range(len(trainer.prompts))]
-    return engine.client.sample(trainer.prompts, seeds, **({"max_tokens": 16, "n": 2} | options))
+    return engine.client.sample(trainer.prompts, seeds, vllm.SamplingParams(**params), max_tokens=16, n=2, model=model)
 
 
 def gaps(groups, trainer, *, used=None, temperature=1.0) -> np.ndarray:
@@ -119,11 +119,12 @@ def test_the_same_seeds_draw_the_same_ids_and_neighbours_differ(engine, trainer)
 def test_only_the_given_tokens_end_a_completion_and_a_regex_is_kept(engine, trainer):
     end = trainer.tokenizer.eos_token_id
     (((stopped,),), ((free,),)) = (
-        engine.client.sample([trainer.prompts[1]], [1], max_tokens=60, temperature=0.0, stop_token_ids=ids) for ids in ([end], [])
+        engine.client.sample([trainer.prompts[1]], [1], vllm.SamplingParams(0.0, stop_ids=ids), max_tokens=60) for ids in ([end], [])
     )
     assert stopped.finish_reason == "stop" and stopped.tokens[-1] == end and len(stopped.tokens) < 60
     assert free.finish_reason == "length" and free.tokens[: len(stopped.tokens)].tolist() == stopped.tokens.tolist()
-    ((digits,),) = engine.client.sample([trainer.prompts[1]], [1], max_tokens=8, regex="[0-9]{3}", stop_token_ids=[end])
+    params = vllm.SamplingParams(regex="[0-9]{3}", stop_ids=[end])
+    ((digits,),) = engine.client.sample([trainer.prompts[1]], [1], params, max_tokens=8)
     text = trainer.tokenizer.decode(digits.tokens, skip_special_tokens=True)
     assert len(text) == 3 and text.isdigit() and np.isnan(digits.logp).all()
 

@@ -135,17 +135,17 @@ def test_the_server_ends_with_its_owner_however_that_ends(how, tmp_path):
 
 def test_the_command_line_says_all_that_it_must(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
-    found = server_.command("python", tmp_path, name="tiny", port=81, max_lora_rank=9, max_model_len=128, enable_prefix_caching=False,
-                            enforce_eager=True, extra=["--swap-space", "1"])  # fmt: skip
+    options = server_.ServerOptions("tiny", 81, max_lora_rank=9, max_model_len=128, enable_prefix_caching=False, enforce_eager=True)
+    found = server_.command("python", tmp_path, options._replace(extra=["--swap-space", "1"]))
     text = " ".join(found)
     assert found[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
     for part in ("--host 127.0.0.1", "--port 81", "--served-model-name tiny", "--max-model-len 128", "--logprobs-mode processed_logprobs",
                  "--generation-config vllm", "--enable-lora --max-loras 2 --max-lora-rank 16", "--no-enable-prefix-caching",
                  "--enforce-eager", "--swap-space 1"):  # fmt: skip
         assert part in text
-    assert "lora" not in " ".join(server_.command("python", tmp_path, name="tiny", port=81))
+    assert "lora" not in " ".join(server_.command("python", tmp_path, server_.ServerOptions("tiny", 81)))
     with pytest.raises(ValueError, match="is not a model folder"):
-        server_.command("python", tmp_path / "nothing", name="tiny", port=81)
+        server_.command("python", tmp_path / "nothing", server_.ServerOptions("tiny", 81))
 
 
 def test_ranks_go_up_to_what_vllm_offers():

@@ -14,11 +14,12 @@ fake_vllm = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake_vllm)
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
 SEEDS = [vllm.request_seed(7, number) for number in range(3)]
+Params = vllm.SamplingParams
 WIDE = dict(max_tokens=20, n=4)
 
 
 def test_completions_are_the_ids_that_the_server_drew_in_order(fake, client):
-    drawn = client.sample(PROMPTS, SEEDS, temperature=0.7, **WIDE)
+    drawn = client.sample(PROMPTS, SEEDS, Params(temperature=0.7), **WIDE)
     assert [len(group) for group in drawn] == [4, 4, 4]
     asked = {tuple(ask["prompt"]): ask for path, ask in fake.asked if path == "/v1/completions" and ask.get("n") == 4}
     for prompt, seed, group in zip(PROMPTS, SEEDS, drawn, strict=True):
@@ -45,7 +46,7 @@ def test_seeds_of_neighbouring_prompts_are_far_apart():
 
 def test_log_probs_are_those_of_the_trainer_at_its_temperature(client):
     for temperature in (0.6, 1.0, 1.7):
-        for prompt, group in zip(PROMPTS, client.sample(PROMPTS, SEEDS, temperature=temperature, **WIDE), strict=True):
+        for prompt, group in zip(PROMPTS, client.sample(PROMPTS, SEEDS, Params(temperature=temperature), **WIDE), strict=True):
             for one in group:
                 np.testing.assert_allclose(one.logp, trainer(prompt, one.tokens, temperature), atol=1e-6)
 
@@ -70,7 +71,7 @@ def trainer(prompt, tokens, temperature):
 def test_log_probs_of_another_distribution_come_back_unknown(mode, options, known, start):
     fake, client = start(mode=mode)
     assert client.mode == mode
-    drawn = client.sample(PROMPTS, SEEDS, **options, **WIDE)
+    drawn = client.sample(PROMPTS, SEEDS, Params(**options), **WIDE)
     for prompt, group in zip(PROMPTS, drawn, strict=True):
         for one in group:
             if known:
@@ -83,11 +84,11 @@ def test_log_probs_of_another_distribution_come_back_unknown(mode, options, know
     "shape", [dict(min_p=0.1), dict(repetition_penalty=1.1), dict(regex="[0-9]+"), dict(extra={"logit_bias": {"3": 1.0}})]
 )
 def test_what_reshapes_the_distribution_is_not_comparable_in_processed_mode(shape):
-    assert vllm.comparable("processed_logprobs", temperature=0.6)
-    assert not vllm.comparable("processed_logprobs", temperature=1.0, **shape)
-    assert vllm.comparable("raw_logprobs", temperature=1.0, **shape)
-    assert not vllm.comparable("", temperature=1.0)
-    assert vllm.comparable("processed_logprobs", temperature=1.0, extra={"stop": ["x"]})
+    assert vllm.comparable("processed_logprobs", Params(temperature=0.6))
+    assert not vllm.comparable("processed_logprobs", Params(temperature=1.0, **shape))
+    assert vllm.comparable("raw_logprobs", Params(temperature=1.0, **shape))
+    assert not vllm.comparable("", Params(temperature=1.0))
+    assert vllm.comparable("processed_logprobs", Params(temperature=1.0, extra={"stop": ["x"]}))
 
 
 def test_log_probs_are_unknown_before_the_server_was_asked_for_its_mode(client):
@@ -96,15 +97,16 @@ def test_log_probs_are_unknown_before_the_server_was_asked_for_its_mode(client):
 
 
 def test_every_option_reaches_the_server(fake, client):
-    options = dict(temperature=0.5, top_p=0.9, top_k=7, min_p=0.05, repetition_penalty=1.2, stop_token_ids=[3], max_tokens=9, n=2)
-    client.sample([[1]], [5], **options, regex="a+", extra={"min_tokens": 2, "stop": ["x"]})
-    asked = fake.asked[-1][1]
+    options = dict(temperature=0.5, top_p=0.9, top_k=7, min_p=0.05, repetition_penalty=1.2)
+    params = Params(**options, stop_ids=[3], regex="a+", extra={"min_tokens": 2, "stop": ["x"]})
+    client.sample([[1]], [5], params, max_tokens=9, n=2)
+    asked, options = fake.asked[-1][1], options | {"stop_token_ids": [3], "max_tokens": 9, "n": 2}
     assert {name: asked[name] for name in options} == options
     assert asked["structured_outputs"] == {"regex": "a+"} and asked["min_tokens"] == 2 and asked["stop"] == ["x"]
 
 
 def test_a_stop_token_ends_a_completion_and_belongs_to_it(client):
-    groups = client.sample(PROMPTS, SEEDS, stop_token_ids=[2, 9], **WIDE)
+    groups = client.sample(PROMPTS, SEEDS, Params(stop_ids=[2, 9]), **WIDE)
     stopped = [one for group in groups for one in group if one.finish_reason == "stop"]
     assert len(stopped) > 5
     assert all(one.tokens[-1] in (2, 9) and not set(one.tokens[:-1].tolist()) & {2, 9} for one in stopped)
@@ -135,19 +137,19 @@ def test_a_prompt_that_does_not_fit_names_itself(client):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "params, size, message",
     [
-        (dict(max_tokens=0), "max_tokens 0"),
-        (dict(max_tokens=2, n=0), "n is 0"),
-        (dict(max_tokens=2, n=2, temperature=0.0), "temperature is 0.0 for n 2"),
-        (dict(max_tokens=2, temperature=float("nan")), "temperature is nan"),
-        (dict(max_tokens=2, extra={"best_of": 3}), "'best_of' is unknown"),
-        (dict(max_tokens=2, extra={"temperature": 0.3}), "'temperature' is unknown"),
+        (dict(), dict(max_tokens=0), "max_tokens 0"),
+        (dict(), dict(n=0), "n is 0"),
+        (dict(temperature=0.0), dict(n=2), "temperature is 0.0 for n 2"),
+        (dict(temperature=float("nan")), dict(), "temperature is nan"),
+        (dict(extra={"best_of": 3}), dict(), "'best_of' is unknown"),
+        (dict(extra={"temperature": 0.3}), dict(), "'temperature' is unknown"),
     ],
 )
-def test_options_that_the_engine_would_ignore_or_refuse_are_errors(client, options, message):
+def test_options_that_the_engine_would_ignore_or_refuse_are_errors(client, params, size, message):
     with pytest.raises(ValueError, match=message):
-        client.sample([[1]], [1], **options)
+        client.sample([[1]], [1], Params(**params), **({"max_tokens": 2} | size))
 
 
 def spoiled(change):

@@ -1,0 +1,203 @@
+"""A vLLM server as the engine of a run: requests, weights that follow the trainer's, and the canary that proves it."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from treetune.core import shard, tree
+from treetune.core.rollout import documents, sync, vllm
+from treetune.core.rollout.group import Completion, Sampled
+from treetune.core.rollout.server import Server
+from treetune.core.run.errors import RunFailed
+from treetune.core.state import Params, TrainState
+
+CANARY = 32  # tokens
+PATIENCE_S = 5.0  # that a server is waited for when a run starts; later a busy one gets more
+
+
+class EngineSettings(NamedTuple):
+    """How a run reaches its server, and when and how weights go there."""
+
+    url: str
+    model: str  # its name in requests
+    model_paths: tuple[str, ...]  # other names, paths and ids that the server may have loaded it from
+    vocab_size: int
+    longest: int  # tokens of the longest prompt with its completion
+    folder: Path  # weights for the server are written here
+    seeds: tuple[int, int]  # of training and of evaluation
+    dtype: str  # the trainer computes in
+    timeout_s: float = 240.0
+    canary_tolerance: float | None = None  # mean difference of log-probs, nats; None: by dtype
+    sync_interval: int = 1  # optimiser steps
+    adapter_versions: int | None = 2  # adapters that stay loaded; None: whole weights are synced, not adapters
+    in_place: bool = False  # whole weights reach the server without a restart
+    sync_at_start: bool = False  # the run starts with other weights than the server's
+
+
+class Save(Protocol):
+    """Writes what trains as vLLM loads it: an adapter folder, or a model folder."""
+
+    def __call__(self, state: TrainState, trained: Params, folder: Path, /) -> object:
+        """trained: the whole leaves of state.params, which may be sharded there."""
+        ...
+
+
+class PromptLogprobs(Protocol):
+    """The trainer's log-probs of a prompt, for the canary."""
+
+    def __call__(self, state: TrainState, tokens: Sequence[int], /) -> np.ndarray:
+        """Float64 [c - 1], nats at temperature 1, of tokens[1:] under the weights of the state."""
+        ...
+
+
+class ManagedServer(NamedTuple):
+    """A server that the run started, and its command line on a model folder."""
+
+    server: Server
+    command: Callable[[Path], list[str]]
+
+
+class VllmEngine:
+    """The weights of a run on a server. It owns connections, weight folders and a managed server: call `close`.
+
+    base_logprobs(tokens): as `prompt_logprobs`, of the model that the server begins with; called once.
+    Raises ValueError where no server answers, and for one of another model or with too short a window.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        params: vllm.SamplingParams,
+        tokenizer: Any,
+        *,
+        save: Save,
+        prompt_logprobs: PromptLogprobs,
+        base_logprobs: Callable[[Sequence[int]], np.ndarray],
+        managed: ManagedServer | None = None,
+    ):
+        self.settings, self.params, self.tokenizer = settings, params, tokenizer
+        self.save, self.prompt_logprobs = save, prompt_logprobs
+        self.server = None if managed is None else managed.server
+        # vLLM computes the log-probs of a prompt with the adapters of whatever else runs: the canary must run alone.
+        self.alone = threading.Lock()
+        self.version = 0
+        self.verdict: sync.Verdict | None = None
+        with contextlib.ExitStack() as resources:  # ended here if the server is refused
+            if self.server is not None:
+                resources.callback(self.server.stop)
+            self.client = self._connected(resources)
+            canary = self._canary()
+            self.sync = self._adapters(canary) if settings.adapter_versions is not None else self._weights(canary, managed)
+            self.base_logp = base_logprobs(canary.tokens)
+            self.resources = resources.pop_all()
+
+    def _connected(self, resources: contextlib.ExitStack) -> vllm.Client:
+        """A client that has checked what the server serves; nobody waits long for one that is not there."""
+        settings = self.settings
+        client = vllm.Client(
+            settings.url,
+            model=settings.model,
+            vocab_size=settings.vocab_size,
+            timeout_s=settings.timeout_s,
+            alive=self.server.alive if self.server else lambda: True,
+        )
+        resources.callback(client.close)
+        patience_s, client.retry_s = client.retry_s, PATIENCE_S
+        try:
+            client.check(accepted=[settings.model, *settings.model_paths], needed_len=settings.longest)
+        except vllm.Lost as error:
+            raise ValueError(str(error)) from error
+        except vllm.Unreachable as error:
+            raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
+        client.retry_s = patience_s
+        return client
+
+    def _canary(self) -> sync.Canary:
+        settings = self.settings
+        tokens = [i % settings.vocab_size for i in range(17, 17 + CANARY)]
+        foreign = self.server is None  # which may compute in another dtype than the trainer
+        return sync.Canary(self.client, tokens, dtype=settings.dtype, tolerance=settings.canary_tolerance, widen=foreign)
+
+    def _adapters(self, canary: sync.Canary) -> sync.Adapters:
+        return sync.Adapters(self.client, self.settings.folder, canary, keep=self.settings.adapter_versions or 2)
+
+    def _weights(self, canary: sync.Canary, managed: ManagedServer | None) -> sync.Weights:
+        if managed is None:
+            raise ValueError("whole weights reach only a server that the run has started: give --vllm-mode managed, or train an adapter")
+        how = {"server": managed.server, "command": managed.command, "in_place": self.settings.in_place}
+        return sync.Weights(self.client, self.settings.folder, canary, **how)
+
+    def draw(self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Sampled:
+        """Completions from the weights that the server has."""
+        return self._draw(ids, [vllm.request_seed(self.settings.seeds[0], number) for number in numbers], n=n, max_tokens=max_tokens)
+
+    def draw_evaluation(
+        self, policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int
+    ) -> Sampled:
+        """Completions from the weights of the state: what is evaluated is what is saved."""
+        if self.version != int(policy.step):
+            self.push(policy)
+        return self._draw(ids, [vllm.request_seed(self.settings.seeds[1], number) for number in numbers], n=n, max_tokens=max_tokens)
+
+    def _draw(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], *, n: int, max_tokens: int) -> Sampled:
+        ask = partial(self.client.sample, ids, seeds, self.params, n=n, max_tokens=max_tokens)
+        with self.alone:
+            # The version is read inside: after a restart, the call is made again with the adapter that is loaded then.
+            version, groups = sync.steady(lambda name: (self.version, ask(model=name)), self.sync, self.server)
+        return Sampled([[self._completion(one) for one in group] for group in groups], version)
+
+    def _completion(self, drawn: vllm.Drawn) -> Completion:
+        completion = documents.completion(drawn.tokens, drawn.logp, set(self.params.stop_ids), self.tokenizer)
+        return completion._replace(stopped=drawn.finish_reason == "stop")  # by a text, too
+
+    def snapshot(self, state: TrainState) -> None:
+        """Nothing: the server has weights of its own."""
+
+    def start(self, state: TrainState) -> None:
+        """Check that the server has the base model, and give it the weights where the run has others already."""
+        self.verdict = self._steady(lambda _: self.sync.start(-1, self.base_logp))
+        if int(state.step) > 0 or self.settings.sync_at_start:
+            self.push(state)
+
+    def push(self, state: TrainState) -> None:
+        """Give the server the weights of the state, and check that it has them."""
+        trained = tree.map(shard.full, state.params)
+        version, expected = int(state.step), self.prompt_logprobs(state, self.sync.canary.tokens)
+        with self.alone:
+            save = partial(self.save, state, trained)
+            self.verdict = self._steady(lambda _: self.sync.sync(version, save, trained, expected))
+            self.version = version
+
+    def _steady(self, call: Callable[[str], sync.Verdict]) -> sync.Verdict:
+        """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
+        try:
+            return sync.steady(call, self.sync, self.server)
+        except (RuntimeError, ValueError) as error:  # a lost sync, no answer, a server that does not come up, an adapter that it refuses
+            raise RunFailed(str(error)) from error
+
+    def after_step(self, state: TrainState, metrics: dict[str, Any], step: int) -> TrainState:
+        """Sync every sync_interval steps."""
+        if step % self.settings.sync_interval == 0:
+            self.push(state)
+        return state
+
+    def metrics(self) -> dict[str, float]:
+        """How far the server was from the trainer at the last sync."""
+        if self.verdict is None:
+            return {}
+        gaps = {"mean": self.verdict.mean_diff, "max": self.verdict.max_diff}
+        return {f"sync/logp_difference_{how}": gap for how, gap in gaps.items()} | {"sync/version": self.version}
+
+    def close(self) -> None:
+        """Leave the server, or end it if it is ours."""
+        self.resources.close()
+
+
+def adapter_versions(*, steps_per_generation: int, sync_interval: int, prefetch_depth: int = 0) -> int:
+    """Adapters that requests under way may still name: those of the generations that are sampled ahead, and two more."""
+    return 2 + -(-steps_per_generation * (prefetch_depth + 1) // sync_interval)
