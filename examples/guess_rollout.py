@@ -1,7 +1,7 @@
-"""An environment of several turns: the model guesses a number, the environment says higher or lower. See examples/guess.yaml.
+"""A multi-turn environment: the model guesses a number, the environment answers higher or lower. See examples/guess.yaml.
 
-Tokens of the environment are marked False in `trained`: the model sees them and never learns to write them. What the model wrote is
-passed on as the ids that were sampled; only the environment's own words are encoded.
+Tokens of the environment are marked False in `trained`: they are context and are not trained on. Sampled token ids are passed on
+unchanged; only the text of the environment is tokenised.
 """
 
 import re
@@ -10,7 +10,7 @@ TURNS, TOKENS = 4, 8  # guesses of a game, tokens of a guess
 
 
 def rollout(prompts, generate, *, num_generations, tokenizer):
-    """Plays num_generations games for each prompt, all of them at once, a turn at a time."""
+    """Play num_generations games for each prompt, one turn of all games at a time."""
     games = [[_game(prompt) for _ in range(num_generations)] for prompt in prompts]
     every = [game for group in games for game in group]
     for turn in range(TURNS):
@@ -33,8 +33,8 @@ def solved(completions, number) -> list[float]:
 
 def near(completions, number) -> list[float]:
     """How near the nearest guess came, 1 at the number and 0 at a distance of 10, or without any number."""
-    found = [[int(guess) for guess in re.findall(r"^(\d+) ", one[-1]["content"], re.M)] for one in completions]
-    return [max((1 - abs(guess - right) / 10 for guess in some), default=0.0) for some, right in zip(found, number, strict=True)]
+    guesses = [[int(guess) for guess in re.findall(r"^(\d+) ", one[-1]["content"], re.M)] for one in completions]
+    return [max((1 - abs(guess - right) / 10 for guess in some), default=0.0) for some, right in zip(guesses, number, strict=True)]
 
 
 def _game(prompt: dict) -> dict:
@@ -50,17 +50,17 @@ def _add(game: dict, tokens: list[int], logp: list[float], *, trained: bool) -> 
 
 def _reply(game: dict, text: str) -> str:
     """What the environment says to a guess; keeps the transcript."""
-    found = re.search(r"\d{1,3}", text)
-    guess, number = int(found[0]) if found else None, game["number"]
+    match = re.search(r"\d{1,3}", text)
+    guess, number = int(match[0]) if match else None, game["number"]
     reply = "a number, please" if guess is None else "right" if guess == number else "higher" if guess < number else "lower"
     game["over"] = reply == "right"
     game["text"] = f"{game['text']}\n{'?' if guess is None else guess} {reply}".strip()
     return reply
 
 
-def _encoded(said: str, tokenizer, *, after: int) -> list[int]:
+def _encoded(reply: str, tokenizer, *, after: int) -> list[int]:
     """The ids between two turns of the model: the end of its turn, unless it wrote that itself, and the environment's turn."""
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}, {"role": "user", "content": said}]
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}, {"role": "user", "content": reply}]
     text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text.rpartition("ANSWER")[2], add_special_tokens=False)
     return ids[1:] if ids[0] == after else ids
