@@ -164,9 +164,9 @@ def _check_call(value: Any, name: str, args: tuple, kwargs: dict) -> None:
 def _size_of_format(form: str, values: Iterable[Any]) -> int:
     """A bound of what a format gives: every place may have the longest of the values."""
     values = list(values)
-    if WIDTH.search(form) or any(isinstance(one, int) and abs(one) > WIDEST for one in values) and ("*" in form or "{:" in form):
+    if WIDTH.search(form) or any(isinstance(value, int) and abs(value) > WIDEST for value in values) and ("*" in form or "{:" in form):
         return LARGEST + 1
-    longest = max((len(one) for one in values if isinstance(one, str)), default=0)
+    longest = max((len(value) for value in values if isinstance(value, str)), default=0)
     return len(form) + (form.count("%") + form.count("{")) * longest
 
 
@@ -181,13 +181,13 @@ def _checked_format(function: Callable, form: str) -> Callable:
 
 def _checked(function: Any, name: str) -> Any:
     """A filter that looks at its arguments first, passed on as Jinja knows it (with the environment or context in front)."""
-    at = int(hasattr(function, "jinja_pass_arg"))
+    first = int(hasattr(function, "jinja_pass_arg"))
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        value, rest = args[at], args[at + 1 :]
+        value, rest = args[first], args[first + 1 :]
         if name == "join":
-            glue = next((one for one in (*rest, kwargs.get("d")) if isinstance(one, str)), "")
+            glue = next((argument for argument in (*rest, kwargs.get("d")) if isinstance(argument, str)), "")
             _check_call(glue, name, (value,), {})
         elif name in WIDTHS:
             check_size(max((arg for arg in (*rest, *kwargs.values()) if isinstance(arg, int)), default=0))

@@ -69,8 +69,8 @@ def vocabulary_digest(tokenizer) -> str:
 
 def code_digest(folder: Path = Path(__file__).parent) -> str:
     """sha256 over the code and templates of this package's data folder."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".jinja", ".jinja2"))
-    text = [[path.relative_to(folder).as_posix(), _file_digest(path)] for path in found]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".jinja", ".jinja2"))
+    text = [[path.relative_to(folder).as_posix(), _file_digest(path)] for path in paths]
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
@@ -172,15 +172,15 @@ def _sweep(root: Path) -> None:
             drafts.delete(path)
 
 
-def _plain(value: object, where: str) -> object:
+def _plain(value: object, path: str) -> object:
     """The option with its types spelled out where JSON would merge them."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
-        return {"": [[_plain(name, where), _plain(item, f"{where}.{name}")] for name, item in sorted(value.items(), key=repr)]}
-    raise ValueError(f"{where} is of type {type(value).__name__}: only plain values can be part of a cache key")
+        return {"": [[_plain(name, path), _plain(item, f"{path}.{name}")] for name, item in sorted(value.items(), key=repr)]}
+    raise ValueError(f"{path} is of type {type(value).__name__}: only plain values can be part of a cache key")
 
 
 def _texts(special: dict) -> list:

@@ -66,8 +66,8 @@ def reader(
     default_system_message: put before conversations without a system message; trained if roles_to_train says so.
     Errors: ValueError without a template, for options that contradict each other, and for malformed rows (named with their fields).
     """
-    aims = _aims(roles_to_train, train_on_eos, train_on_inputs)
-    known = conversations.message_fields(
+    options = _mask_options(roles_to_train, train_on_eos, train_on_inputs)
+    fields = conversations.message_fields(
         field_messages=field_messages,
         field_tools=field_tools,
         message_property_mappings=message_property_mappings,
@@ -77,18 +77,18 @@ def reader(
         message_field_training=message_field_training,
         message_field_training_detail=message_field_training_detail,
         split_thinking=split_thinking,
-        extra_roles=lambda role: role in (aims.roles or ()) or chat_templates.names_role(source, role),
+        extra_roles=lambda role: role in (options.roles or ()) or chat_templates.names_role(template, role),
     )
-    source = chat_templates.template_source(tokenizer, chat_template, chat_template_jinja)
+    template = chat_templates.template_source(tokenizer, chat_template, chat_template_jinja)
     render = chat_templates.renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
-    layout, style = templates.layout_cache(render), chat_templates.tool_call_style(render)
+    find_layout, style_calls = templates.layout_cache(render), chat_templates.tool_call_style(render)
 
     def read(rows: sources.Rows) -> list[spans.Text]:
-        talks = [conversations.read_conversation(row, sources.locate_row(rows, i), known) for i, row in enumerate(rows.rows)]
-        talks = [style(_introduced(talk, default_system_message)) for talk in talks]
+        talks = [conversations.read_conversation(row, sources.locate_row(rows, i), fields) for i, row in enumerate(rows.rows)]
+        talks = [style_calls(_add_default_system(talk, default_system_message)) for talk in talks]
         texts = enumerate(_render_all(talks, rows, render))
-        made = [_text(talks[i], rendered, aims, layout, sources.locate_row(rows, i)) for i, rendered in texts]
-        return [text._replace(unread=_unread(talk, source)) for text, talk in zip(made, talks, strict=True)]
+        made = [_text(talks[i], rendered, options, find_layout, sources.locate_row(rows, i)) for i, rendered in texts]
+        return [text._replace(unread=_unread(talk, template)) for text, talk in zip(made, talks, strict=True)]
 
     return read
 
@@ -99,7 +99,7 @@ def _unread(talk: conversations.Conversation, source: str) -> tuple[str, ...]:
     return tuple(f"{name} (of messages)" for name in names if name not in READ and not chat_templates.mentions(source, name))
 
 
-def _introduced(talk: conversations.Conversation, system: str | None) -> conversations.Conversation:
+def _add_default_system(talk: conversations.Conversation, system: str | None) -> conversations.Conversation:
     """The conversation with this system message first, unless it has one."""
     if not system or any(message["role"] == "system" for message in talk.messages):
         return talk
@@ -107,12 +107,12 @@ def _introduced(talk: conversations.Conversation, system: str | None) -> convers
     return talk._replace(messages=[first, *talk.messages], flags=[conversations.TrainFlags(None, {}), *talk.flags])
 
 
-def read_messages(row: dict, where: str) -> list[dict]:
+def read_messages(row: dict, location: str) -> list[dict]:
     """The row's messages with `role` and `content`, checked. Errors: ValueError naming row, message, field and what is there."""
-    return conversations.read_conversation(row, where).messages
+    return conversations.read_conversation(row, location).messages
 
 
-def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_on_inputs: bool) -> MaskOptions:
+def _mask_options(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_on_inputs: bool) -> MaskOptions:
     eos = "turn" if train_on_eos is None else train_on_eos
     if eos not in EOS:
         raise ValueError(f"train_on_eos is {train_on_eos!r}: expected one of {', '.join(EOS)}")
@@ -124,44 +124,49 @@ def _aims(roles_to_train: Sequence[str] | None, train_on_eos: str | None, train_
     return MaskOptions(roles, eos, train_on_inputs)
 
 
-def _text(talk: conversations.Conversation, rendered: str, aims: MaskOptions, layout: Callable, where: str) -> spans.Text:
-    wishes = [_wish(message, flags, aims, last=i + 1 == len(talk.messages)) for i, (message, flags) in enumerate(_both(talk))]
-    if not any(wish.trained for wish in wishes):
+def _text(talk: conversations.Conversation, rendered: str, options: MaskOptions, find_layout: Callable, location: str) -> spans.Text:
+    masks = [
+        _message_mask(message, flags, options, last=i + 1 == len(talk.messages))
+        for i, (message, flags) in enumerate(_flagged_messages(talk))
+    ]
+    if not any(mask.trained for mask in masks):
         return spans.Text(rendered, ())
-    all_of_it = aims.whole and all(wish.weight == 1.0 and not wish.parts for wish in wishes)
+    whole_text = options.whole and all(mask.weight == 1.0 and not mask.parts for mask in masks)
     try:
-        shape, found = _locate(rendered, talk, [wish.trained for wish in wishes], layout, where)
+        layout, piece_spans = _find_pieces(rendered, talk, [mask.trained for mask in masks], find_layout, location)
     except ValueError:
-        if all_of_it:  # the mask does not depend on what the template writes where
+        if whole_text:  # the mask does not depend on what the template writes where
             return spans.Text(rendered, (), whole=True)
         raise
-    _check_tools(talk, shape, where)
-    places = templates.message_spans(found, shape)
-    turns = () if all_of_it else _turns(rendered, talk, wishes, places, found, shape, aims, where)
-    cut, spaces = sum(wishes[i].trained > 0 for i in shape.cut), sum(wish.spaces for wish in wishes)
-    return spans.Text(rendered, turns, aims.whole, None, cut, spaces, _speakers(talk, places))
+    _check_tools(talk, layout, location)
+    message_spans = templates.message_spans(piece_spans, layout)
+    turns = () if whole_text else _turns(rendered, talk, masks, message_spans, piece_spans, layout, options, location)
+    cut, spaces = sum(masks[i].trained > 0 for i in layout.cut), sum(mask.spaces for mask in masks)
+    return spans.Text(rendered, turns, options.whole, None, cut, spaces, _speakers(talk, message_spans))
 
 
-def _both(talk: conversations.Conversation) -> list[tuple[dict, conversations.TrainFlags]]:
+def _flagged_messages(talk: conversations.Conversation) -> list[tuple[dict, conversations.TrainFlags]]:
     return list(zip(talk.messages, talk.flags, strict=True))
 
 
-def _wish(message: dict, flags: conversations.TrainFlags, aims: MaskOptions, *, last: bool) -> MessageMask:
-    chosen = aims.whole or (last if aims.roles is None else message["role"] in aims.roles)
+def _message_mask(message: dict, flags: conversations.TrainFlags, options: MaskOptions, *, last: bool) -> MessageMask:
+    chosen = options.whole or (last if options.roles is None else message["role"] in options.roles)
     weight = flags.weight if flags.weight is not None else float(chosen)
     if not flags.parts:
         return MessageMask(weight, {}, 0)
-    parts = {field: _filled(flags.parts.get(field, ()), message[field], weight) for field in conversations.CONTENTS if message.get(field)}
-    weights = {part.weight for found in parts.values() for part in found} | ({weight} if message.get("tool_calls") else set())
+    parts = {
+        field: _cover_content(flags.parts.get(field, ()), message[field], weight) for field in conversations.CONTENTS if message.get(field)
+    }
+    weights = {part.weight for weighted in parts.values() for part in weighted} | ({weight} if message.get("tool_calls") else set())
     if len(weights) == 1:
         return MessageMask(weights.pop(), {}, 0)
-    spaces = sum(message[field][part.end - 1] in SPACES for field, found in parts.items() for part in found[:-1])
-    return MessageMask(weight, {field: [part for part in found if part.weight != weight] for field, found in parts.items()}, spaces)
+    spaces = sum(message[field][part.end - 1] in SPACES for field, weighted in parts.items() for part in weighted[:-1])
+    return MessageMask(weight, {field: [part for part in weighted if part.weight != weight] for field, weighted in parts.items()}, spaces)
 
 
-def _filled(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[conversations.ContentSpan]:
+def _cover_content(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[conversations.ContentSpan]:
     """Parts that cover the whole content, neighbours of equal weight joined; `weight` is of what no part decides."""
-    out: list[conversations.ContentSpan] = []
+    merged: list[conversations.ContentSpan] = []
     gaps = [
         conversations.ContentSpan(a, b, weight)
         for a, b in zip([0, *(p.end for p in parts)], [*(p.begin for p in parts), len(content)], strict=True)
@@ -170,84 +175,92 @@ def _filled(parts: Sequence[conversations.ContentSpan], content: str, weight: fl
         part = part._replace(weight=weight if part.weight is None else part.weight)
         if part.end == part.begin:
             continue
-        if out and out[-1].weight == part.weight:
-            out[-1] = out[-1]._replace(end=part.end)
+        if merged and merged[-1].weight == part.weight:
+            merged[-1] = merged[-1]._replace(end=part.end)
         else:
-            out.append(part)
-    return out
+            merged.append(part)
+    return merged
 
 
-def _check_tools(talk: conversations.Conversation, shape: templates.TemplateLayout, where: str) -> None:
+def _check_tools(talk: conversations.Conversation, layout: templates.TemplateLayout, location: str) -> None:
     for tool in talk.tools or ():
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and not any(name in static for static in shape.statics):
+        if isinstance(name, str) and not any(name in static for static in layout.statics):
             fix = "use a chat template that renders tools, or set field_tools to null"
-            raise ValueError(f"{where}: the chat template leaves out the tool {name!r}: {fix}")
+            raise ValueError(f"{location}: the chat template leaves out the tool {name!r}: {fix}")
 
 
-def _locate(
-    text: str, talk: conversations.Conversation, trained: list[float], layout: Callable, where: str
+def _find_pieces(
+    text: str, talk: conversations.Conversation, trained: list[float], find_layout: Callable, location: str
 ) -> tuple[templates.TemplateLayout, list[templates.PieceSpan]]:
     """The conversation's layout, and the characters of its pieces in the text.
 
     Errors: ValueError for a message that the template leaves out, a trained one in pieces, or a text that the layout does not fit.
     """
     try:
-        shape = layout(talk.messages, talk.tools)
-        found = templates.find_pieces(text, talk.messages, shape)
+        layout = find_layout(talk.messages, talk.tools)
+        piece_spans = templates.find_pieces(text, talk.messages, layout)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}, so the trained span is not known: use another chat template") from error
-    for i, place in shape.places.items():
+        raise ValueError(f"{location}: {error}, so the trained span is not known: use another chat template") from error
+    for i, place in layout.places.items():
         if place == templates.MISSING or isinstance(place, str) and trained[i] > 0:
             role = talk.messages[i]["role"]
-            raise ValueError(f"{where}: message {i + 1} (role {role!r}) {place} by the chat template: use another one, or change the role")
-    for i in shape.lost:
-        raise ValueError(f"{where}: the chat template leaves out tool calls of message {i + 1}: use one that renders them")
-    return shape, found
+            raise ValueError(
+                f"{location}: message {i + 1} (role {role!r}) {place} by the chat template: use another one, or change the role"
+            )
+    for i in layout.lost:
+        raise ValueError(f"{location}: the chat template leaves out tool calls of message {i + 1}: use one that renders them")
+    return layout, piece_spans
 
 
 def _turns(
     text: str,
     talk: conversations.Conversation,
-    wishes: list[MessageMask],
-    places: dict[int, templates.MessageSpan],
-    found: list[templates.PieceSpan],
-    shape: templates.TemplateLayout,
-    aims: MaskOptions,
-    where: str,
+    masks: list[MessageMask],
+    message_spans: dict[int, templates.MessageSpan],
+    piece_spans: list[templates.PieceSpan],
+    layout: templates.TemplateLayout,
+    options: MaskOptions,
+    location: str,
 ) -> tuple[spans.Turn, ...]:
     turns = []
-    for i, span in places.items():
-        wish, close = wishes[i], _close(i, wishes, aims.eos)
-        if wish.weight != 1.0 or wish.parts if aims.whole else wish.trained > 0 or close > 0:
-            pieces = _pieces(text, i, talk.messages[i], wish, found, shape, where) if wish.parts else ()
-            turns.append(spans.Turn(*span, wish.weight, close, pieces, shape.places[i].calls))
+    for i, span in message_spans.items():
+        mask, close = masks[i], _close(i, masks, options.eos)
+        if mask.weight != 1.0 or mask.parts if options.whole else mask.trained > 0 or close > 0:
+            pieces = _pieces(text, i, talk.messages[i], mask, piece_spans, layout, location) if mask.parts else ()
+            turns.append(spans.Turn(*span, mask.weight, close, pieces, layout.places[i].calls))
     return tuple(turns)
 
 
-def _close(i: int, wishes: list[MessageMask], train_on_eos: str) -> float:
+def _close(i: int, masks: list[MessageMask], train_on_eos: str) -> float:
     """Weight of the end-of-turn token of message `i`."""
-    if train_on_eos == "last" and i + 1 < len(wishes):
+    if train_on_eos == "last" and i + 1 < len(masks):
         return 0.0
-    return wishes[i].trained if wishes[i].trained > 0 or train_on_eos == "turn" else 1.0
+    return masks[i].trained if masks[i].trained > 0 or train_on_eos == "turn" else 1.0
 
 
 def _pieces(
-    text: str, i: int, message: dict, wish: MessageMask, found: list[templates.PieceSpan], shape: templates.TemplateLayout, where: str
+    text: str,
+    i: int,
+    message: dict,
+    mask: MessageMask,
+    piece_spans: list[templates.PieceSpan],
+    layout: templates.TemplateLayout,
+    location: str,
 ) -> tuple[spans.Piece, ...]:
     """The message's parts as characters of the text."""
     pieces = []
     for number, field in enumerate(templates.FIELDS):
-        parts = wish.parts.get(field)
+        parts = mask.parts.get(field)
         if not parts:
             continue
         try:
-            run = templates.find_run(text, i, number, message[field], found, shape)
+            run = templates.find_run(text, i, number, message[field], piece_spans, layout)
         except ValueError as error:
             fix = "use a chat template that keeps it as it is, or put reasoning in reasoning_content"
             raise ValueError(
-                f"{where}: {field} of message {i + 1} has parts of different weight, but the template {error}: {fix}"
+                f"{location}: {field} of message {i + 1} has parts of different weight, but the template {error}: {fix}"
             ) from error
         pieces += [_piece(part, run, len(message[field])) for part in parts if part.begin < run.last and part.end > run.first]
     return tuple(sorted(piece for piece in pieces if piece.begin < piece.end))
@@ -261,9 +274,9 @@ def _piece(part: conversations.ContentSpan, run: templates.ContentRun, size: int
     return spans.Piece(begin, end, part.weight)
 
 
-def _speakers(talk: conversations.Conversation, places: dict[int, templates.MessageSpan]) -> tuple[spans.Speaker, ...]:
+def _speakers(talk: conversations.Conversation, message_spans: dict[int, templates.MessageSpan]) -> tuple[spans.Speaker, ...]:
     """Who wrote which characters: contents, and what closes them."""
-    ordered = sorted((span.begin, max(span.end, span.tail), talk.messages[i]["role"]) for i, span in places.items())
+    ordered = sorted((span.begin, max(span.end, span.tail), talk.messages[i]["role"]) for i, span in message_spans.items())
     limits = [begin for begin, _, _ in ordered[1:]] + [ordered[-1][1]] if ordered else []
     return tuple(spans.Speaker(begin, min(end, limit), role) for (begin, end, role), limit in zip(ordered, limits, strict=True))
 
@@ -277,8 +290,10 @@ def _render_all(talks: list[conversations.Conversation], rows: sources.Rows, ren
     return [_render_one(talk, sources.locate_row(rows, i), render) for i, talk in enumerate(talks)]
 
 
-def _render_one(talk: conversations.Conversation, where: str, render: templates.Render) -> str:
+def _render_one(talk: conversations.Conversation, location: str, render: templates.Render) -> str:
     try:
         return render(talk.messages, tools=talk.tools)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; its roles are {sources.join_names(message['role'] for message in talk.messages)}") from error
+        raise ValueError(
+            f"{location}: {error}; its roles are {sources.join_names(message['role'] for message in talk.messages)}"
+        ) from error

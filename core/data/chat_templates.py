@@ -48,24 +48,26 @@ def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: st
         return _text(chat_template_jinja)
     if chat_template == INLINE:
         raise ValueError("chat_template is jinja, but chat_template_jinja is missing: put the Jinja text or a .jinja file there")
-    own = getattr(tokenizer, "chat_template", None)
+    tokenizer_template = getattr(tokenizer, "chat_template", None)
     if chat_template in (None, OWN):
-        if not own:
+        if not tokenizer_template:
             raise ValueError(f"the tokenizer has no chat template ({type(tokenizer).__name__}): {FIX}")
         return None
     if chat_template.startswith(FALLBACK):
         fallback = builtin_template(chat_template.removeprefix(FALLBACK))
-        return None if own else fallback
-    if isinstance(own, dict) and chat_template in own:
-        return own[chat_template]
+        return None if tokenizer_template else fallback
+    if isinstance(tokenizer_template, dict) and chat_template in tokenizer_template:
+        return tokenizer_template[chat_template]
     return _text(chat_template)
 
 
 def template_source(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
     """The text of the template that the options name, or of all templates of the tokenizer where it has several. Errors: as `resolve`."""
-    own = getattr(tokenizer, "chat_template", None)
+    tokenizer_template = getattr(tokenizer, "chat_template", None)
     text = resolve(tokenizer, chat_template, chat_template_jinja)
-    return text if text is not None else "\n".join(own.values()) if isinstance(own, dict) else own
+    return (
+        text if text is not None else "\n".join(tokenizer_template.values()) if isinstance(tokenizer_template, dict) else tokenizer_template
+    )
 
 
 @lru_cache(1024)
@@ -101,16 +103,16 @@ def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | No
     def render(messages: list, *, tools: list | None = None, add_generation_prompt: bool = False):
         try:
             template = text or tokenizer.get_chat_template(None, tools=tools)
-            given = {
+            variables = {
                 "tools": tools,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **tokenizer.special_tokens_map,
                 **kwargs,
             }
-            many = bool(messages) and isinstance(messages[0], list)
-            texts = [bounded_jinja.render(template, talk, **given) for talk in (messages if many else [messages])]
-            return texts if many else texts[0]
+            is_batch = bool(messages) and isinstance(messages[0], list)
+            texts = [bounded_jinja.render(template, talk, **variables) for talk in (messages if is_batch else [messages])]
+            return texts if is_batch else texts[0]
         except bounded_jinja.TemplateLimitError as error:
             raise ValueError(f"the chat template is not run to its end: {error}") from error
         except FAILS as error:
@@ -121,14 +123,14 @@ def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | No
 
 def tool_call_style(render: templates.Render) -> Callable[[conversations.Conversation], conversations.Conversation]:
     """A function that writes tool calls as this template takes them: arguments as object or JSON text, no content as "" or no field."""
-    found: list[tuple[str | None, bool]] = []
+    cached: list[tuple[str | None, bool]] = []
 
     def style(talk: conversations.Conversation) -> conversations.Conversation:
         if not any("tool_calls" in message for message in talk.messages):
             return talk
-        if not found:
-            found.append(_probe(render))
-        return talk._replace(messages=[_styled(message, *found[0]) for message in talk.messages])
+        if not cached:
+            cached.append(_probe(render))
+        return talk._replace(messages=[_styled(message, *cached[0]) for message in talk.messages])
 
     return style
 
@@ -137,15 +139,15 @@ def _probe(render: templates.Render) -> tuple[str | None, bool]:
     """(content where there is none, or None for no field, arguments as text): the first of the ways that the template renders."""
     function = {"name": f"{PROBE}name", "arguments": {f"{PROBE}key": f"{PROBE}value"}}
     call = {"role": "assistant", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}]}
-    ways = [(content, as_text) for content in ("", None) for as_text in (False, True)]
-    for way in ways:
+    candidates = [(content, as_text) for content in ("", None) for as_text in (False, True)]
+    for candidate in candidates:
         try:
-            text = render([{"role": "user", "content": "a"}, _styled(call, *way)])
+            text = render([{"role": "user", "content": "a"}, _styled(call, *candidate)])
         except ValueError:
             continue
         if all(PROBE + part in text for part in ("name", "key", "value")):
-            return way
-    return ways[0]
+            return candidate
+    return candidates[0]
 
 
 def _styled(message: dict, empty: str | None, as_text: bool) -> dict:

@@ -56,22 +56,22 @@ def _tupled(value: object) -> object:
 
 def _column(values: list, name: str, arrays: dict) -> dict:
     """The schema of one field of all documents. Plain values that are too mixed for columns of their own are kept as JSON texts."""
-    own: dict[str, np.ndarray] = {}
+    field_arrays: dict[str, np.ndarray] = {}
     try:
-        schema = _typed(values, name, own)
+        schema = _typed(values, name, field_arrays)
     except ValueError:
         if not all(_is_json(value) for value in values):
             raise
-        own = {}
-        schema = _write_texts([json.dumps(value) for value in values], name, own) | {"kind": "json"}
-    arrays.update(own)
+        field_arrays = {}
+        schema = _write_texts([json.dumps(value) for value in values], name, field_arrays) | {"kind": "json"}
+    arrays.update(field_arrays)
     return schema
 
 
 def _typed(values: list, name: str, arrays: dict) -> dict:
     if any(value is None for value in values):
-        there = [value is not None for value in values]
-        mask = _keep(np.array(there, dtype=bool), f"{name}.there", arrays)
+        present = [value is not None for value in values]
+        mask = _keep(np.array(present, dtype=bool), f"{name}.there", arrays)
         return {"kind": "optional", "mask": mask, "of": _column([value for value in values if value is not None], name, arrays)}
     kinds = {_kind(value, name) for value in values} or {"int"}
     if len(kinds) > 1:
@@ -90,9 +90,9 @@ def _is_json(value: object) -> bool:
 
 
 def _kind(value: object, name: str) -> str:
-    known = {"fields": hasattr(value, "_fields") and tuple, "array": np.ndarray, "bool": bool | np.bool_, "int": int | np.integer}
-    known |= {"float": float | np.floating, "text": str, "tuple": tuple, "list": list, "dict": dict}
-    for kind, types in known.items():
+    types_by_kind = {"fields": hasattr(value, "_fields") and tuple, "array": np.ndarray, "bool": bool | np.bool_, "int": int | np.integer}
+    types_by_kind |= {"float": float | np.floating, "text": str, "tuple": tuple, "list": list, "dict": dict}
+    for kind, types in types_by_kind.items():
         if types and isinstance(value, types):
             return kind
     raise ValueError(f"{name} is of type {type(value).__name__}: documents hold arrays, numbers, texts, tuples, dicts and NamedTuples")
@@ -159,7 +159,7 @@ def _values(schema: dict, arrays: dict[str, np.ndarray]) -> list:
     kind = schema["kind"]
     if kind == "optional":
         present = iter(_values(schema["of"], arrays))
-        return [next(present) if there else None for there in arrays[schema["mask"]]]
+        return [next(present) if is_present else None for is_present in arrays[schema["mask"]]]
     if kind in ("bool", "int", "float"):
         return arrays[schema["flat"]].tolist()
     return _joined(schema, arrays) if "fields" in schema else _cut(schema, arrays)
@@ -173,10 +173,10 @@ def _joined(schema: dict, arrays: dict[str, np.ndarray]) -> list:
     rows = zip(*fields.values(), strict=True)
     if kind in ("tuple", "list"):
         return [row if kind == "tuple" else list(row) for row in rows]
-    made = _class(schema["class"])
-    if made._fields != tuple(fields):
+    record_class = _class(schema["class"])
+    if record_class._fields != tuple(fields):
         raise ValueError(f"{schema['class']} has other fields now")
-    return [made(*row) for row in rows]
+    return [record_class(*row) for row in rows]
 
 
 def _cut(schema: dict, arrays: dict[str, np.ndarray]) -> list:

@@ -12,8 +12,8 @@ def reader(tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[s
     """
     spans.require_eos(tokenizer)
 
-    def text(row: dict, where: str) -> spans.Text:
-        spans.require_text(row, (field,), (), where)
+    def text(row: dict, location: str) -> spans.Text:
+        spans.require_text(row, (field,), (), location)
         return spans.Text(row[field], (), whole=True, eos=1.0) if row[field].strip() else spans.Text("", ())
 
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]

@@ -85,14 +85,16 @@ def message_fields(
     extra_roles: Callable[[str], bool] = lambda role: False,
 ) -> MessageFields:
     """The options in one value. Errors: ValueError for options that contradict each other or have the wrong kind."""
-    given = dict(message_property_mappings or {})
+    custom_names = dict(message_property_mappings or {})
     for target, name in (("role", message_field_role), ("content", message_field_content)):
-        if name is not None and given.setdefault(target, name) != name:
-            raise ValueError(f"message_field_{target} is {name!r}, but message_property_mappings has {target}: {given[target]!r}: give one")
-    for target, name in given.items():
+        if name is not None and custom_names.setdefault(target, name) != name:
+            raise ValueError(
+                f"message_field_{target} is {name!r}, but message_property_mappings has {target}: {custom_names[target]!r}: give one"
+            )
+    for target, name in custom_names.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"message_property_mappings has {target}: {name!r}, expected the name of a column")
-    mappings = MAPPINGS | {target: (name,) for target, name in given.items()}
+    mappings = MAPPINGS | {target: (name,) for target, name in custom_names.items()}
     flags = message_field_training, message_field_training_detail
     return MessageFields(field_messages, field_tools, mappings, map_roles(roles), extra_roles, *flags, split_thinking)
 
@@ -102,23 +104,23 @@ def map_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
 
     Errors: ValueError for a mapping to something else than lists of names, or of one name to two roles.
     """
-    out: dict[str, str] = {}
+    role_by_name: dict[str, str] = {}
     for target, names in (roles or {}).items():
         if isinstance(names, str) or not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"roles has {target}: {sources.quote(names)}, expected a list of the names that this role has in the rows")
         for name in names:
-            if out.setdefault(name, target) != target:
-                raise ValueError(f"roles maps {name!r} to {out[name]!r} and to {target!r}: one name can be one role only")
-    return {name: target for target, names in ROLES.items() for name in names} | out
+            if role_by_name.setdefault(name, target) != target:
+                raise ValueError(f"roles maps {name!r} to {role_by_name[name]!r} and to {target!r}: one name can be one role only")
+    return {name: target for target, names in ROLES.items() for name in names} | role_by_name
 
 
 def unknown_role_fix(role: str, roles: Mapping[str, Sequence[str]] | None = None) -> str:
     """What an error says about a role that nothing maps."""
-    known = map_roles(roles)
+    role_by_name = map_roles(roles)
     target = next((target for target, names in LIKELY.items() if role.strip().lower() in names), None)
     fix = f"roles: {{{target or 'assistant'}: [{role}]}}"
     return (
-        f"expected one of {sources.join_names(known)}; map it in its entry of datasets, {fix}"
+        f"expected one of {sources.join_names(role_by_name)}; map it in its entry of datasets, {fix}"
         f"{'' if target else ' (or user, system, tool)'}, or rename it"
     )
 
@@ -126,185 +128,187 @@ def unknown_role_fix(role: str, roles: Mapping[str, Sequence[str]] | None = None
 DEFAULT = message_fields()
 
 
-def read_conversation(row: dict, where: str, known: MessageFields = DEFAULT) -> Conversation:
+def read_conversation(row: dict, location: str, fields: MessageFields = DEFAULT) -> Conversation:
     """The row's conversation. Errors: ValueError naming row, message, field and what is there."""
-    names = MESSAGES if known.messages == MESSAGES[0] else (known.messages,)
+    names = MESSAGES if fields.messages == MESSAGES[0] else (fields.messages,)
     field = next((name for name in names if row.get(name) is not None), None)
     if field is None:
-        raise sources.missing_field(names, row, where, " (or ".join(names) + ")" * (len(names) - 1))
+        raise sources.missing_field(names, row, location, " (or ".join(names) + ")" * (len(names) - 1))
     messages = row[field]
-    if row.get("functions") and known.tools != "functions":
-        raise ValueError(f"{where}: field functions holds tool definitions: set field_tools to functions, or remove it")
+    if row.get("functions") and fields.tools != "functions":
+        raise ValueError(f"{location}: field functions holds tool definitions: set field_tools to functions, or remove it")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {field} is {_kind(messages)}, expected a list of messages with role and content")
-    pairs = [_message(message, f"{where}: message {i}", known) for i, message in enumerate(messages, 1)]
-    if known.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], where)):
+        raise ValueError(f"{location}: {field} is {_kind(messages)}, expected a list of messages with role and content")
+    pairs = [_message(message, f"{location}: message {i}", fields) for i, message in enumerate(messages, 1)]
+    if fields.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], location)):
         pairs = [({"role": SYSTEM, "content": system}, TrainFlags(None, {})), *pairs]
-    defined = read_tools(row.get(known.tools), f"{where}: field {known.tools}") if known.tools else None
+    defined = read_tools(row.get(fields.tools), f"{location}: field {fields.tools}") if fields.tools else None
     return Conversation([message for message, _ in pairs], [flags for _, flags in pairs], defined)
 
 
-def system_text(value: object, messages: list[dict], where: str, name: str = SYSTEM) -> str | None:
+def system_text(value: object, messages: list[dict], location: str, name: str = SYSTEM) -> str | None:
     """The row's system text, unless the conversation has it already. Errors: ValueError for two that differ."""
     if value in (None, ""):
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field {name} is {_kind(value)}, expected text")
-    own = next((message for message in messages if message["role"] == SYSTEM), None)
-    if own is not None and own.get("content") != value:
-        raise ValueError(f"{where}: field {name} says something else than the system message of the conversation: keep one of them")
-    return None if own is not None else value
+        raise ValueError(f"{location}: field {name} is {_kind(value)}, expected text")
+    system_message = next((message for message in messages if message["role"] == SYSTEM), None)
+    if system_message is not None and system_message.get("content") != value:
+        raise ValueError(f"{location}: field {name} says something else than the system message of the conversation: keep one of them")
+    return None if system_message is not None else value
 
 
-def _message(message: object, where: str, known: MessageFields) -> tuple[dict, TrainFlags]:
+def _message(message: object, location: str, fields: MessageFields) -> tuple[dict, TrainFlags]:
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_kind(message)}, expected an object with role and content")
-    present = _renamed({key: value for key, value in message.items() if value is not None}, where, known)
+        raise ValueError(f"{location} is {_kind(message)}, expected an object with role and content")
+    present = _renamed({key: value for key, value in message.items() if value is not None}, location, fields)
     if present.get("function_call"):
-        raise ValueError(f"{where}: function_call is the older form of tool_calls, which templates do not render: rewrite it as tool_calls")
+        raise ValueError(
+            f"{location}: function_call is the older form of tool_calls, which templates do not render: rewrite it as tool_calls"
+        )
     if present.get("tool_calls"):
-        present["tool_calls"] = _calls(present["tool_calls"], f"{where}: tool_calls")
+        present["tool_calls"] = _calls(present["tool_calls"], f"{location}: tool_calls")
     else:
         present.pop("tool_calls", None)
     role = present.get("role")
     if not isinstance(role, str):
-        raise _wrong("role", role, message, where, known)
+        raise _wrong("role", role, message, location, fields)
     if present.get("content") is None and "tool_calls" not in present:
-        raise _wrong("content", None, message, where, known)
-    weight = _decision(present, where, known)
-    present["role"] = _role(role, where, known)
-    parts = _contents(present, where, known)
-    drop = (known.training, known.detail, "weight")
+        raise _wrong("content", None, message, location, fields)
+    weight = _decision(present, location, fields)
+    present["role"] = _role(role, location, fields)
+    parts = _contents(present, location, fields)
+    drop = (fields.training, fields.detail, "weight")
     return {key: value for key, value in present.items() if key not in drop}, TrainFlags(weight, parts)
 
 
-def _role(role: str, where: str, known: MessageFields) -> str:
-    if role in known.roles:
-        return known.roles[role]
-    if role not in known.roles.values() and not known.extra_roles(role):
-        raise ValueError(f"{where}: role is {sources.quote(role)}, {unknown_role_fix(role)}")
+def _role(role: str, location: str, fields: MessageFields) -> str:
+    if role in fields.roles:
+        return fields.roles[role]
+    if role not in fields.roles.values() and not fields.extra_roles(role):
+        raise ValueError(f"{location}: role is {sources.quote(role)}, {unknown_role_fix(role)}")
     return role
 
 
-def _wrong(target: str, value: object, message: dict, where: str, known: MessageFields) -> ValueError:
-    names = known.mappings[target]
+def _wrong(target: str, value: object, message: dict, location: str, fields: MessageFields) -> ValueError:
+    names = fields.mappings[target]
     label = names[0] + "".join(f" (or {name})" for name in names[1:])
     if value is None:
-        return sources.missing_field(names, message, where, label)
-    return ValueError(f"{where}: field {label} is {_kind(value)}, expected text")
+        return sources.missing_field(names, message, location, label)
+    return ValueError(f"{location}: field {label} is {_kind(value)}, expected text")
 
 
-def _renamed(present: dict, where: str, known: MessageFields) -> dict:
+def _renamed(present: dict, location: str, fields: MessageFields) -> dict:
     """The message under the names that templates use, role and content first."""
-    out, used = {}, set()
-    for target, names in known.mappings.items():
+    renamed, source_names = {}, set()
+    for target, names in fields.mappings.items():
         name = next((name for name in names if name in present), None)
-        used.update(names)
+        source_names.update(names)
         if name is None:
             continue
-        if target not in names and target in present and target not in used:
-            raise ValueError(f"{where} has both {name} and {target}: message_property_mappings takes {name} for {target}; remove one")
-        out[target] = present[name]
-    return out | {key: value for key, value in present.items() if key not in used and key not in out}
+        if target not in names and target in present and target not in source_names:
+            raise ValueError(f"{location} has both {name} and {target}: message_property_mappings takes {name} for {target}; remove one")
+        renamed[target] = present[name]
+    return renamed | {key: value for key, value in present.items() if key not in source_names and key not in renamed}
 
 
-def _decision(present: dict, where: str, known: MessageFields) -> float | None:
+def _decision(present: dict, location: str, fields: MessageFields) -> float | None:
     """The weight that the message asks for, or None."""
-    train, weight = present.get(known.training), present.get("weight")
-    _check_flags(train, weight, where, known.training)
+    train, weight = present.get(fields.training), present.get("weight")
+    _check_flags(train, weight, location, fields.training)
     if train is None:
         return None if weight is None else float(weight)
     return (1.0 if weight is None else float(weight)) if train else 0.0
 
 
-def _check_flags(train: object, weight: object, where: str, name: str = "train") -> None:
+def _check_flags(train: object, weight: object, location: str, name: str = "train") -> None:
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where}: {name} is {sources.quote(train)}, expected true or false")
+        raise ValueError(f"{location}: {name} is {sources.quote(train)}, expected true or false")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT):
-        raise ValueError(f"{where}: weight is {sources.quote(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
+        raise ValueError(f"{location}: weight is {sources.quote(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
 
 
-def _contents(present: dict, where: str, known: MessageFields) -> dict[str, tuple[ContentSpan, ...]]:
+def _contents(present: dict, location: str, fields: MessageFields) -> dict[str, tuple[ContentSpan, ...]]:
     """Parts of the contents that have any; lists of parts in `present` become text."""
     parts = {}
     for field in CONTENTS:
         value = present.get(field)
         if isinstance(value, list):
-            present[field], parts[field] = join_parts(value, f"{where}: field {field}")
+            present[field], parts[field] = join_parts(value, f"{location}: field {field}")
         elif value is not None and not isinstance(value, str):
-            raise _wrong(field, value, present, where, known) if field in known.mappings else _not_text(field, value, where)
-    if present.get(known.detail) is not None:
+            raise _wrong(field, value, present, location, fields) if field in fields.mappings else _not_text(field, value, location)
+    if present.get(fields.detail) is not None:
         if "content" in parts or not present.get("content"):
-            raise ValueError(f"{where}: {known.detail} needs content that is one text, without parts: keep one of the two")
-        parts["content"] = _detail(present[known.detail], present["content"], f"{where}: {known.detail}")
-    if known.split_thinking and present["role"] == "assistant" and present.get("content") and "reasoning_content" not in present:
-        _split_thinking(present, parts, where)
+            raise ValueError(f"{location}: {fields.detail} needs content that is one text, without parts: keep one of the two")
+        parts["content"] = _detail(present[fields.detail], present["content"], f"{location}: {fields.detail}")
+    if fields.split_thinking and present["role"] == "assistant" and present.get("content") and "reasoning_content" not in present:
+        _split_thinking(present, parts, location)
     scale = float(present.get("weight") or 1.0)
-    return {field: tuple(_scaled(part, scale) for part in found) for field, found in parts.items()}
+    return {field: tuple(_scaled(part, scale) for part in spans) for field, spans in parts.items()}
 
 
 def _scaled(part: ContentSpan, scale: float) -> ContentSpan:
     return part._replace(weight=scale) if part.weight == TRAINED else part
 
 
-def _not_text(field: str, value: object, where: str) -> ValueError:
-    return ValueError(f"{where}: {field} is {_kind(value)}, expected text")
+def _not_text(field: str, value: object, location: str) -> ValueError:
+    return ValueError(f"{location}: {field} is {_kind(value)}, expected text")
 
 
-def join_parts(items: list, where: str) -> tuple[str, tuple[ContentSpan, ...]]:
+def join_parts(items: list, location: str) -> tuple[str, tuple[ContentSpan, ...]]:
     """(text, parts) of a list of content parts."""
     if not items:
-        raise ValueError(f"{where} is empty, expected text or a list of parts")
+        raise ValueError(f"{location} is empty, expected text or a list of parts")
     text, parts = "", []
     for i, item in enumerate(items, 1):
-        piece, weight = _part(item, f"{where}: part {i}")
+        piece, weight = _part(item, f"{location}: part {i}")
         parts.append(ContentSpan(len(text), len(text) + len(piece), weight))
         text += piece
     return text, tuple(parts)
 
 
-def _part(item: object, where: str) -> tuple[str, float | None]:
+def _part(item: object, location: str) -> tuple[str, float | None]:
     if isinstance(item, str):
         return item, None
     if not isinstance(item, dict):
-        raise ValueError(f"{where} is {_kind(item)}, expected an object with type and text")
+        raise ValueError(f"{location} is {_kind(item)}, expected an object with type and text")
     present = {key: value for key, value in item.items() if value is not None}
     if present.get("type") != "text":
-        raise ValueError(f"{where}: type is {sources.quote(present.get('type'))}: only parts of type 'text' can be trained on")
+        raise ValueError(f"{location}: type is {sources.quote(present.get('type'))}: only parts of type 'text' can be trained on")
     texts = [present[name] for name in PART_TEXTS if name in present]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise ValueError(f"{where} has {sources.join_names(present)}: expected one text, under text, content or value")
+        raise ValueError(f"{location} has {sources.join_names(present)}: expected one text, under text, content or value")
     train, weight = present.get("train"), present.get("weight")
-    _check_flags(train, weight, where)
+    _check_flags(train, weight, location)
     if train is None:
         return texts[0], None if weight is None else float(weight)
     return texts[0], 0.0 if not train else TRAINED if weight is None else float(weight)
 
 
-def _detail(items: object, content: str, where: str) -> tuple[ContentSpan, ...]:
+def _detail(items: object, content: str, location: str) -> tuple[ContentSpan, ...]:
     """Parts from character offsets; both ends belong to the part."""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{where} is {_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
-    found = []
+        raise ValueError(f"{location} is {_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
+    spans = []
     for i, item in enumerate(items, 1):
         begin, end, train = (item.get(name) for name in ("begin_offset", "end_offset", "train"))
         whole = all(isinstance(offset, int) and not isinstance(offset, bool) for offset in (begin, end))
         if not whole or not isinstance(train, bool):
             raise ValueError(
-                f"{where}: entry {i} is {sources.quote(item)}: expected whole begin_offset and end_offset, and train true or false"
+                f"{location}: entry {i} is {sources.quote(item)}: expected whole begin_offset and end_offset, and train true or false"
             )
         if not 0 <= begin <= end < len(content):
             fix = f"expected 0 <= begin <= end <= {len(content) - 1}; end_offset is the last character of the entry, not the one behind it"
-            raise ValueError(f"{where}: entry {i} has the offsets {begin} to {end}: {fix}")
-        found.append(ContentSpan(begin, end + 1, TRAINED if train else 0.0))
-    found.sort()
-    for before, after in zip(found, found[1:], strict=False):
+            raise ValueError(f"{location}: entry {i} has the offsets {begin} to {end}: {fix}")
+        spans.append(ContentSpan(begin, end + 1, TRAINED if train else 0.0))
+    spans.sort()
+    for before, after in zip(spans, spans[1:], strict=False):
         if after.begin < before.end:
-            raise ValueError(f"{where}: two entries hold character {after.begin}; end_offset is the last character of an entry")
-    return tuple(found)
+            raise ValueError(f"{location}: two entries hold character {after.begin}; end_offset is the last character of an entry")
+    return tuple(spans)
 
 
-def _split_thinking(present: dict, parts: dict[str, tuple[ContentSpan, ...]], where: str) -> None:
+def _split_thinking(present: dict, parts: dict[str, tuple[ContentSpan, ...]], location: str) -> None:
     """Move the text between reasoning tags at the start of the content to `reasoning_content`, with its parts."""
     content = present["content"]
     tags = next((pair for pair in TAGS if pair[1] in content), None)
@@ -313,15 +317,15 @@ def _split_thinking(present: dict, parts: dict[str, tuple[ContentSpan, ...]], wh
     close = content.index(tags[1])
     begin = content.find(tags[0], 0, close)
     if content[: max(begin, 0)].strip():
-        raise ValueError(f"{where}: text stands before {tags[0]}, so split_thinking cannot tell reasoning from answer")
+        raise ValueError(f"{location}: text stands before {tags[0]}, so split_thinking cannot tell reasoning from answer")
     begin = 0 if begin < 0 else begin + len(tags[0])
     after = close + len(tags[1])
     cuts = {"reasoning_content": _stripped(content, begin, close), "content": _stripped(content, after, len(content))}
-    found = parts.pop("content", ())
+    spans = parts.pop("content", ())
     for field, (first, last) in cuts.items():
         present[field] = content[first:last]
-        if found:
-            parts[field] = tuple(_clip(part, first, last) for part in found if part.begin < last and part.end > first)
+        if spans:
+            parts[field] = tuple(_clip(part, first, last) for part in spans if part.begin < last and part.end > first)
 
 
 def _stripped(text: str, begin: int, end: int) -> tuple[int, int]:
@@ -333,57 +337,57 @@ def _clip(part: ContentSpan, first: int, last: int) -> ContentSpan:
     return part._replace(begin=max(part.begin, first) - first, end=min(part.end, last) - first)
 
 
-def _calls(value: object, where: str) -> list[dict]:
+def _calls(value: object, location: str) -> list[dict]:
     """Tool calls with their arguments as objects. Nested nulls go: columnar files put them where a key is missing."""
-    value = _parsed(value, where)
+    value = _parsed(value, location)
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {_kind(value)}, expected a list of calls")
-    return [_call(call, f"{where}: call {i}") for i, call in enumerate(value, 1)]
+        raise ValueError(f"{location} is {_kind(value)}, expected a list of calls")
+    return [_call(call, f"{location}: call {i}") for i, call in enumerate(value, 1)]
 
 
-def _call(call: object, where: str) -> dict:
-    call = _parsed(call, where)
+def _call(call: object, location: str) -> dict:
+    call = _parsed(call, location)
     if not isinstance(call, dict):
-        raise ValueError(f"{where} is {_kind(call)}, expected an object with function")
+        raise ValueError(f"{location} is {_kind(call)}, expected an object with function")
     call = without_nulls(call)
     if "function" not in call:  # the short form
         extra = {key: call[key] for key in ("id",) if key in call}
         call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
     function = call["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise ValueError(f"{where}: function is {sources.quote(function)}, expected an object with name and arguments")
-    arguments = _parsed(function.get("arguments", {}), f"{where}: arguments")
+        raise ValueError(f"{location}: function is {sources.quote(function)}, expected an object with name and arguments")
+    arguments = _parsed(function.get("arguments", {}), f"{location}: arguments")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: arguments is {_kind(arguments)}, expected an object or its JSON text")
+        raise ValueError(f"{location}: arguments is {_kind(arguments)}, expected an object or its JSON text")
     return call | {"function": function | {"arguments": arguments}}
 
 
-def read_tools(value: object, where: str) -> list[dict] | None:
+def read_tools(value: object, location: str) -> list[dict] | None:
     """Tool definitions, from a list or its JSON text."""
-    parsed = _parsed(value, where)
+    parsed = _parsed(value, location)
     if parsed is None or parsed == []:
         return None
     if not isinstance(parsed, list):
-        raise ValueError(f"{where} is {_kind(parsed)}, expected a list of tool definitions or its JSON text")
-    tools = [_parsed(tool, f"{where}: tool {i}") for i, tool in enumerate(parsed, 1)]
+        raise ValueError(f"{location} is {_kind(parsed)}, expected a list of tool definitions or its JSON text")
+    tools = [_parsed(tool, f"{location}: tool {i}") for i, tool in enumerate(parsed, 1)]
     for i, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            raise ValueError(f"{where}: tool {i} is {_kind(tool)}, expected an object")
+            raise ValueError(f"{location}: tool {i} is {_kind(tool)}, expected an object")
     return (
         tools
         if isinstance(value, str)
-        else [tool if isinstance(given, str) else without_nulls(tool) for tool, given in zip(tools, value, strict=True)]
+        else [tool if isinstance(definition, str) else without_nulls(tool) for tool, definition in zip(tools, value, strict=True)]
     )
 
 
-def _parsed(value: object, where: str) -> object:
+def _parsed(value: object, location: str) -> object:
     """The value, or what its JSON text says."""
     if not isinstance(value, str):
         return value
     if not value.strip():
         return None
-    return jsontext.parse(value, f"{where} is a text that is no JSON")
+    return jsontext.parse(value, f"{location} is a text that is no JSON")
 
 
 def without_nulls(value: object) -> object:

@@ -40,23 +40,23 @@ def load_transform(path: str, cfg: object = None, **options) -> Transform:
     A module is looked for as any import is, then as a file under the working folder.
     Errors: ValueError when there is no such module or function, or when it does not give what the module's text says.
     """
-    named = import_function(path)
+    factory = import_function(path)
     try:
-        made = named(cfg, **options)
+        result = factory(cfg, **options)
     except RAISED as error:
         raise ValueError(f"transform {path!r} raised {type(error).__name__}: {error}; it is called with (cfg, **kwargs)") from error
-    return _checked(path, *(made if isinstance(made, tuple) and len(made) == 2 else (made, {})))
+    return _checked(path, *(result if isinstance(result, tuple) and len(result) == 2 else (result, {})))
 
 
-def import_function(path: str, what: str = "transform") -> Callable:
-    """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `what`, when there is none."""
-    place, _, name = path.rpartition(":" if ":" in path else ".")
-    if not place or not name:
-        raise ValueError(f"{what} {path!r}: expected module.function or file.py:function")
-    found = getattr(_module(place, path, what), name, None)
-    if not callable(found):
-        raise ValueError(f"{what} {path!r}: {place} has no function {name}")
-    return found
+def import_function(path: str, role: str = "transform") -> Callable:
+    """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `role`, when there is none."""
+    module_path, _, name = path.rpartition(":" if ":" in path else ".")
+    if not module_path or not name:
+        raise ValueError(f"{role} {path!r}: expected module.function or file.py:function")
+    function = getattr(_module(module_path, path, role), name, None)
+    if not callable(function):
+        raise ValueError(f"{role} {path!r}: {module_path} has no function {name}")
+    return function
 
 
 def _checked(path: str, fn: object, extra: object) -> Transform:
@@ -65,7 +65,7 @@ def _checked(path: str, fn: object, extra: object) -> Transform:
         raise ValueError(f"transform {path!r} gave {turns.type_name(fn)}: expected a function, or a function and a dict such as {example}")
     removed = extra.get("remove_columns") or ()
     takes = inspect.signature(fn).parameters
-    wants = "tokenizer" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    wants = "tokenizer" in takes or any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     return Transform(path, fn, None if removed == "__all__" else removed, bool(extra.get("batched")), wants)
 
 
@@ -74,55 +74,55 @@ def apply_transform(rows: sources.Rows, transform: Transform, tokenizer=None) ->
 
     Errors: ValueError, naming the row, for what the function raises and for anything but a dict.
     """
-    made, origin = [], []
+    new_rows, origins = [], []
     for i, row in enumerate(rows.rows):
-        for one in _call(transform, row, tokenizer, sources.locate_row(rows, i)):
-            made.append(one)
-            origin.append(i)
-    if not made:
+        for new_row in _call(transform, row, tokenizer, sources.locate_row(rows, i)):
+            new_rows.append(new_row)
+            origins.append(i)
+    if not new_rows:
         raise ValueError(f"{rows.name}: transform {transform.name!r} gave no row at all from {len(rows.rows)}")
-    return sources.take(rows, origin)._replace(rows=made)
+    return sources.take(rows, origins)._replace(rows=new_rows)
 
 
 def digest_rows(rows: sources.Rows) -> str:
     """Of the rows themselves: what a function gives may depend on more than its file."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in rows.rows:
-        found.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
-def _call(transform: Transform, row: dict, tokenizer, where: str) -> list[dict]:
-    given = {name: [value] for name, value in row.items()} if transform.batched else dict(row)
+def _call(transform: Transform, row: dict, tokenizer, location: str) -> list[dict]:
+    argument = {name: [value] for name, value in row.items()} if transform.batched else dict(row)
     try:
-        out = transform.fn(given, tokenizer=tokenizer) if transform.takes_tokenizer else transform.fn(given)
+        output = transform.fn(argument, tokenizer=tokenizer) if transform.takes_tokenizer else transform.fn(argument)
     except RAISED as error:
-        raise ValueError(f"{where}: transform {transform.name!r} raised {type(error).__name__}: {error}") from error
-    if not isinstance(out, dict) or not all(isinstance(name, str) for name in out):
-        raise ValueError(f"{where}: transform {transform.name!r} gave {turns.type_name(out)}, expected a dict of columns")
-    kept = {} if transform.removed is None else {name: value for name, value in row.items() if name not in transform.removed}
+        raise ValueError(f"{location}: transform {transform.name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(output, dict) or not all(isinstance(name, str) for name in output):
+        raise ValueError(f"{location}: transform {transform.name!r} gave {turns.type_name(output)}, expected a dict of columns")
+    columns = {} if transform.removed is None else {name: value for name, value in row.items() if name not in transform.removed}
     if not transform.batched:
-        return [kept | out]
-    sizes = {name: len(value) if isinstance(value, list | tuple) else -1 for name, value in out.items()}
+        return [columns | output]
+    sizes = {name: len(value) if isinstance(value, list | tuple) else -1 for name, value in output.items()}
     if len(set(sizes.values())) > 1 or -1 in sizes.values():
-        raise ValueError(f"{where}: transform {transform.name!r} is batched: expected lists of one length, got {sizes}")
-    return [kept | {name: value[at] for name, value in out.items()} for at in range(next(iter(sizes.values()), 0))]
+        raise ValueError(f"{location}: transform {transform.name!r} is batched: expected lists of one length, got {sizes}")
+    return [columns | {name: value[i] for name, value in output.items()} for i in range(next(iter(sizes.values()), 0))]
 
 
-def _module(place: str, path: str, what: str) -> ModuleType:
-    file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
-    if not place.endswith(".py"):
+def _module(module_path: str, path: str, role: str) -> ModuleType:
+    file = Path(module_path if module_path.endswith(".py") else module_path.replace(".", "/") + ".py")
+    if not module_path.endswith(".py"):
         try:
-            return importlib.import_module(place)
+            return importlib.import_module(module_path)
         except ImportError as error:
             if not file.is_file():
-                raise ValueError(f"{what} {path!r}: no module {place} ({error}), and no file {file} in {Path.cwd()}") from error
+                raise ValueError(f"{role} {path!r}: no module {module_path} ({error}), and no file {file} in {Path.cwd()}") from error
     if not file.is_file():
-        raise ValueError(f"{what} {path!r}: no file {file} in {Path.cwd()}")
+        raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (*RAISED, ImportError, SyntaxError, OSError) as error:
-        raise ValueError(f"{what} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{role} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
     return module

@@ -19,9 +19,9 @@ def drop_duplicates(parts: Sequence[sources.Rows]) -> tuple[list[sources.Rows], 
     Give training parts first and held-out parts behind them: a held-out row that is trained on goes. Order and numbers are kept.
     """
     seen: set[bytes] = set()
-    kept = [[i for i, row in enumerate(part.rows) if _first(row_digest(row), seen)] for part in parts]
-    return [sources.take(part, mine) for part, mine in zip(parts, kept, strict=True)], [
-        len(part.rows) - len(mine) for part, mine in zip(parts, kept, strict=True)
+    indices_by_part = [[i for i, row in enumerate(part.rows) if _first(row_digest(row), seen)] for part in parts]
+    return [sources.take(part, indices) for part, indices in zip(parts, indices_by_part, strict=True)], [
+        len(part.rows) - len(indices) for part, indices in zip(parts, indices_by_part, strict=True)
     ]
 
 

@@ -67,8 +67,8 @@ def decode_units(tokenizer: Any, ids: Sequence[int]) -> Iterator[TextUnit]:
 
 def label_units(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
     """(text, label) of each unit; a character that tokens of two labels share has the label of the one that completes it."""
-    out, end = [], 0
+    pairs, end = [], 0
     for unit in decode_units(tokenizer, ids):
         end += len(unit.tokens)
-        out.append((unit.text, labels[end - 1]))
-    return out
+        pairs.append((unit.text, labels[end - 1]))
+    return pairs

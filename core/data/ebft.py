@@ -36,81 +36,81 @@ class Strided(NamedTuple):
     row: int
 
 
-def opencode(row: dict, where: str) -> list[dict]:
+def opencode(row: dict, location: str) -> list[dict]:
     """ebft_opencode.transform: input and output."""
-    asked, answer = preference.text(row, ("input",), where), preference.text(row, ("output",), where)
-    return [{"prompt": turns.with_system([{"role": "user", "content": asked}], row, where), "ground_truth": answer}]
+    question, answer = preference.text(row, ("input",), location), preference.text(row, ("output",), location)
+    return [{"prompt": turns.with_system([{"role": "user", "content": question}], row, location), "ground_truth": answer}]
 
 
-def first_turn(row: dict, where: str) -> list[dict]:
+def first_turn(row: dict, location: str) -> list[dict]:
     """ebft_chat_multiturn.transform: the first reply, and everything after it as remaining_turns."""
-    said, replies = _talk(row, where)
+    messages, replies = _talk(row, location)
     i = replies[0]
-    return [{"prompt": said[:i], "ground_truth": _truth(said[i], where), "remaining_turns": said[i + 1 :]}]
+    return [{"prompt": messages[:i], "ground_truth": _truth(messages[i], location), "remaining_turns": messages[i + 1 :]}]
 
 
-def last_turn(row: dict, where: str) -> list[dict]:
+def last_turn(row: dict, location: str) -> list[dict]:
     """ebft_chat_multiturn.transform_last_turn and ebft_reasoning.transform: the last reply, with its thoughts."""
-    said, replies = _talk(row, where)
-    return [{"prompt": said[: replies[-1]], "ground_truth": _truth(said[replies[-1]], where)}]
+    messages, replies = _talk(row, location)
+    return [{"prompt": messages[: replies[-1]], "ground_truth": _truth(messages[replies[-1]], location)}]
 
 
-def all_turns(row: dict, where: str) -> list[dict]:
+def all_turns(row: dict, location: str) -> list[dict]:
     """ebft_chat_multiturn.transform_all_turns: one row for each reply."""
-    said, replies = _talk(row, where)
-    return [{"prompt": said[:i], "ground_truth": _truth(said[i], where)} for i in replies]
+    messages, replies = _talk(row, location)
+    return [{"prompt": messages[:i], "ground_truth": _truth(messages[i], location)} for i in replies]
 
 
-def answer_only(row: dict, where: str) -> list[dict]:
+def answer_only(row: dict, location: str) -> list[dict]:
     """ebft_reasoning.transform_answer_only: the last reply without its thoughts; earlier turns keep theirs."""
-    return [one | {"ground_truth": THOUGHT.sub("", one["ground_truth"]).strip()} for one in last_turn(row, where)]
+    return [turn_row | {"ground_truth": THOUGHT.sub("", turn_row["ground_truth"]).strip()} for turn_row in last_turn(row, location)]
 
 
-def split_thinking(row: dict, where: str) -> list[dict]:
+def split_thinking(row: dict, location: str) -> list[dict]:
     """ebft_reasoning.transform_split_thinking: thoughts of every reply in reasoning_content; the true reply wrapped in think tags."""
-    said, replies = _talk(row, where)
-    _truth(said[replies[-1]] | {"reasoning_content": None}, where)
-    said = [_split(one) for one in said]
-    thought, answer = said[replies[-1]]["reasoning_content"], said[replies[-1]]["content"]
+    messages, replies = _talk(row, location)
+    _truth(messages[replies[-1]] | {"reasoning_content": None}, location)
+    messages = [_split(message) for message in messages]
+    thought, answer = messages[replies[-1]]["reasoning_content"], messages[replies[-1]]["content"]
     wrapped = f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
-    return [{"prompt": said[: replies[-1]], "ground_truth": wrapped}]
+    return [{"prompt": messages[: replies[-1]], "ground_truth": wrapped}]
 
 
-def _truth(message: dict, where: str) -> str:
+def _truth(message: dict, location: str) -> str:
     """A reply as the text to compare with. Errors: ValueError for tool calls, and for reasoning beside it, which would be dropped."""
     if any(message.get(name) for name in conversations.MAPPINGS["reasoning_content"]):
         fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
-        raise ValueError(f"{where}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
-    return turns.turn_text(message, f"{where}: the reply")
+        raise ValueError(f"{location}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
+    return turns.turn_text(message, f"{location}: the reply")
 
 
 def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], dict[str, int]]:
     """(targets in the order of the rows, rows dropped by reason). Errors: ValueError naming row and field, or when none is left."""
-    found, dropped = [], {}
+    targets, dropped = [], {}
     for i, row in enumerate(rows.rows):
-        where = sources.locate_row(rows, i)
-        for one in transform(row, where):
-            target = target_of(one, rows.numbers[i], where)
+        location = sources.locate_row(rows, i)
+        for output in transform(row, location):
+            target = target_of(output, rows.numbers[i], location)
             reason = trees.EMPTY if not target.ground_truth.strip() else "" if target.prompt else trees.NO_PROMPT
             if reason:
                 dropped[reason] = dropped.get(reason, 0) + 1
             else:
-                found.append(target)
-    if not found:
+                targets.append(target)
+    if not targets:
         reasons = trees.counted(dropped)
         raise ValueError(f"{rows.name}: not one row with a prompt and a ground truth in {len(rows.rows)} ({reasons}): fill the columns")
-    return found, dropped
+    return targets, dropped
 
 
-def target_of(one: dict, row: int, where: str) -> Target:
+def target_of(output: dict, row: int, location: str) -> Target:
     """A transform's output for the structured mode, checked."""
-    prompt, rest = one.get("prompt"), one.get("remaining_turns") or []
+    prompt, remaining = output.get("prompt"), output.get("remaining_turns") or []
     if isinstance(prompt, list) and prompt:
-        prompt = turns.with_system(turns.read_turns(prompt, f"{where}: field prompt"), one, where)
+        prompt = turns.with_system(turns.read_turns(prompt, f"{location}: field prompt"), output, location)
     elif prompt != []:
-        prompt = preference.text(one, ("prompt",), where)
-    rest = turns.read_turns(rest, f"{where}: field remaining_turns") if rest else []
-    return Target(prompt, preference.text(one, ("ground_truth",), where), tuple(rest), row)
+        prompt = preference.text(output, ("prompt",), location)
+    remaining = turns.read_turns(remaining, f"{location}: field remaining_turns") if remaining else []
+    return Target(prompt, preference.text(output, ("ground_truth",), location), tuple(remaining), row)
 
 
 def pretrain(rows: sources.Rows, tokenizer) -> list[Strided]:
@@ -125,12 +125,12 @@ def pretrain(rows: sources.Rows, tokenizer) -> list[Strided]:
 
 def strided_structured(rows: sources.Rows, tokenizer) -> list[Strided]:
     """ebft_strided_structured.transform: input (prompt, question), output (completion, answer); no EOS is added."""
-    texts, known = [], spans.read_special_tokens(tokenizer)
+    texts, special = [], spans.read_special_tokens(tokenizer)
     for i, row in enumerate(rows.rows):
-        where = sources.locate_row(rows, i)
-        asked = preference.text(row, ("input", "prompt", "question"), where)
-        texts.append(trees.plain(asked, preference.text(row, ("output", "completion", "answer"), where)))
-    return _strided(rows, texts, tokenizer, prefix=known.prefix)
+        location = sources.locate_row(rows, i)
+        question = preference.text(row, ("input", "prompt", "question"), location)
+        texts.append(trees.plain(question, preference.text(row, ("output", "completion", "answer"), location)))
+    return _strided(rows, texts, tokenizer, prefix=special.prefix)
 
 
 def strided_chat(rows: sources.Rows, tokenizer, *, last_only: bool = False, **template) -> list[Strided]:
@@ -141,9 +141,9 @@ def strided_chat(rows: sources.Rows, tokenizer, *, last_only: bool = False, **te
     read = chat.reader(tokenizer, **template)
     talks = []
     for i, row in enumerate(rows.rows):
-        said, replies = _talk(row, sources.locate_row(rows, i))
+        messages, replies = _talk(row, sources.locate_row(rows, i))
         trained = replies[-1:] if last_only else replies
-        talks.append({"messages": [one | {"train": at in trained} for at, one in enumerate(said)]})
+        talks.append({"messages": [message | {"train": i in trained} for i, message in enumerate(messages)]})
     return _strided(rows, read(rows._replace(rows=talks)), tokenizer)
 
 
@@ -154,21 +154,21 @@ def reasoning_strided(rows: sources.Rows, tokenizer, **template) -> list[Strided
 
 def strided(rows: sources.Rows, tokenizer) -> list[Strided]:
     """Output of a user's transform for the strided mode: input_ids, labels, prompt_length, checked; padding is taken off."""
-    found = []
+    docs = []
     for i, row in enumerate(rows.rows):
-        where = sources.locate_row(rows, i)
+        location = sources.locate_row(rows, i)
         labels = row.get("input_ids") if row.get("labels") is None else row["labels"]
         tokens = {"input_ids": row.get("input_ids"), "labels": labels, "attention_mask": row.get("attention_mask")}
-        part = pretokenised.encode_row(tokens, len(tokenizer), where)
+        encoded = pretokenised.encode_row(tokens, len(tokenizer), location)
         length = row.get("prompt_length")
         if length is None:
-            length = _first(part.weight) if row.get("labels") is not None and (part.weight[1:] == 0).any() else 0
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(part.tokens):
+            length = _first(encoded.weight) if row.get("labels") is not None and (encoded.weight[1:] == 0).any() else 0
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(encoded.tokens):
             raise ValueError(
-                f"{where}: field prompt_length is {sources.quote(length)}, expected a whole number from 0 to {len(part.tokens)}"
+                f"{location}: field prompt_length is {sources.quote(length)}, expected a whole number from 0 to {len(encoded.tokens)}"
             )
-        found.append(Strided(part.tokens, part.weight, length, rows.numbers[i]))
-    return _some(found, rows)
+        docs.append(Strided(encoded.tokens, encoded.weight, length, rows.numbers[i]))
+    return _some(docs, rows)
 
 
 def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
@@ -178,39 +178,39 @@ def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
 
 
 def _strided(rows: sources.Rows, texts: list[spans.Text], tokenizer, *, raw: bool = False, prefix: list[int] = ()) -> list[Strided]:
-    known = spans.read_special_tokens(tokenizer)
+    special = spans.read_special_tokens(tokenizer)
     for i, text in enumerate(texts):
         trees.check_unicode(text.text, sources.locate_row(rows, i))
-    found = []
-    for i, part in enumerate(spans.encode(texts, tokenizer, known)):
-        missing = [] if part.tokens[: len(prefix)].tolist() == list(prefix) else list(prefix)
-        tokens = np.concatenate([np.array(missing, np.int32), part.tokens]).astype(np.int32)
-        weight = np.concatenate([np.zeros(len(missing)), part.weight]).astype(np.float32)
-        trees.check_bos([part._replace(tokens=tokens)], known, sources.locate_row(rows, i))
-        found.append(Strided(tokens, weight, 0 if raw else _first(weight), rows.numbers[i]))
-    return _some(found, rows)
+    docs = []
+    for i, encoded in enumerate(spans.encode(texts, tokenizer, special)):
+        missing = [] if encoded.tokens[: len(prefix)].tolist() == list(prefix) else list(prefix)
+        tokens = np.concatenate([np.array(missing, np.int32), encoded.tokens]).astype(np.int32)
+        weight = np.concatenate([np.zeros(len(missing)), encoded.weight]).astype(np.float32)
+        trees.check_bos([encoded._replace(tokens=tokens)], special, sources.locate_row(rows, i))
+        docs.append(Strided(tokens, weight, 0 if raw else _first(weight), rows.numbers[i]))
+    return _some(docs, rows)
 
 
 def _first(weight: np.ndarray) -> int:
     return int(np.flatnonzero(weight)[0]) if weight.any() else len(weight)
 
 
-def _some(found: list[Strided], rows: sources.Rows) -> list[Strided]:
-    kept = [doc for doc in found if doc.weight.any()]
-    if not kept:
+def _some(docs: list[Strided], rows: sources.Rows) -> list[Strided]:
+    trainable = [doc for doc in docs if doc.weight.any()]
+    if not trainable:
         raise ValueError(f"{rows.name}: not one token to train on in {len(rows.rows)} rows: fill the columns")
-    return kept
+    return trainable
 
 
-def _talk(row: dict, where: str) -> tuple[list[dict], list[int]]:
+def _talk(row: dict, location: str) -> tuple[list[dict], list[int]]:
     """(messages, which of them are replies)."""
     name = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
     names = {"role": "from", "content": "value"} if _is_sharegpt(row[name] if name in row else None) else {}
-    said = turns.with_system(turns.read_turns(row.get(name), f"{where}: field {name}", **names), row, where)
-    replies = [i for i, one in enumerate(said) if one["role"] == "assistant"]
+    messages = turns.with_system(turns.read_turns(row.get(name), f"{location}: field {name}", **names), row, location)
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
-        raise ValueError(f"{where}: field {name} has no message of the assistant, expected at least one to learn from")
-    return said, replies
+        raise ValueError(f"{location}: field {name} has no message of the assistant, expected at least one to learn from")
+    return messages, replies
 
 
 def _is_sharegpt(value: object) -> bool:
@@ -222,9 +222,9 @@ def _split(message: dict) -> dict:
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return {"reasoning_content": ""} | message
     for opening, closing in THOUGHTS:
-        before, found, rest = (message.get("content") or "").partition(opening)
-        thought, closed, answer = rest.partition(closing)
-        if found and closed:
+        before, tag, remainder = (message.get("content") or "").partition(opening)
+        thought, closing_tag, answer = remainder.partition(closing)
+        if tag and closing_tag:
             return message | {"reasoning_content": thought.strip(), "content": answer.strip()}
     return message | {"reasoning_content": ""}
 

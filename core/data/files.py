@@ -113,11 +113,11 @@ def digest_files(files: Sequence[File]) -> str:
     """sha256 over kinds, packing and bytes, in order. Names do not count: a moved file is the same file."""
     total = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256(f"{file.kind} {file.packed} ".encode())
+        file_digest = hashlib.sha256(f"{file.kind} {file.packed} ".encode())
         with open_file(file._replace(packed="")) as stream:
             while chunk := stream.read(CHUNK_BYTES):
-                one.update(chunk)
-        total.update(one.digest())
+                file_digest.update(chunk)
+        total.update(file_digest.digest())
     return total.hexdigest()
 
 
@@ -132,14 +132,14 @@ def _expand(path: str, ds_type: str | None, split: str) -> list[File]:
     if folder is None:
         return [_file(name, ds_type) for name in names]
     hidden = re.compile(r"(^|/)\.")
-    known = [name for name in names if kind_of(name)[0] in SERVES.get(ds_type, (ds_type,)) and not hidden.search(name[len(folder) :])]
-    mine = [_file(name, ds_type) for name in _of_split(known, folder, split)]
-    if not mine:
+    candidates = [name for name in names if kind_of(name)[0] in SERVES.get(ds_type, (ds_type,)) and not hidden.search(name[len(folder) :])]
+    matches = [_file(name, ds_type) for name in _of_split(candidates, folder, split)]
+    if not matches:
         raise ValueError(f"{path} has no files of {ds_type or 'these types'}: expected {', '.join(SUFFIXES)}, packed or not")
-    kinds = {"json" if file.kind == "jsonl" else file.kind for file in mine}
+    kinds = {"json" if file.kind == "jsonl" else file.kind for file in matches}
     if len(kinds) > 1:
         raise ValueError(f"{path} has files of several types ({', '.join(sorted(kinds))}): choose with ds_type or data_files")
-    return mine
+    return matches
 
 
 def _of_split(names: list[str], folder: str, split: str) -> list[str]:
@@ -167,18 +167,18 @@ def _file(name: str, ds_type: str | None) -> File:
 def _local_names(path: str) -> tuple[list[str], str | None]:
     """(sorted names, the folder when it is one)."""
     if os.path.isdir(path):
-        inside = [os.path.join(at, name) for at, _, names in os.walk(path) for name in names]
-        return sorted(inside), path
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        return sorted(paths), path
     if os.path.exists(path):
         if not os.path.isfile(path):  # it may never end, and cannot be read twice
             raise ValueError(f"{path} is no regular file but a pipe or device: save what it gives as a file first")
         return [path], None
-    found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name)) if glob.has_magic(path) else []
-    if not found and kind_of(path)[0] is None and not glob.has_magic(path):
+    paths = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name)) if glob.has_magic(path) else []
+    if not paths and kind_of(path)[0] is None and not glob.has_magic(path):
         _file(path, None)
-    if not found:
+    if not paths:
         raise ValueError(f"{path}: no such file (looked in {Path.cwd()})")
-    return found, None
+    return paths, None
 
 
 def _remote_names(path: str) -> tuple[list[str], str | None]:
@@ -188,14 +188,14 @@ def _remote_names(path: str) -> tuple[list[str], str | None]:
     with _remote_errors(path):
         system, inner = _system(path)
         if pattern:
-            found, folder = [name for name in system.glob(inner) if system.isfile(name)], None
+            paths, folder = [name for name in system.glob(inner) if system.isfile(name)], None
         elif system.isdir(inner):
-            found, folder = system.find(inner), system.unstrip_protocol(inner)
+            paths, folder = system.find(inner), system.unstrip_protocol(inner)
         else:
-            found, folder = [inner] if system.exists(inner) else [], None
-        if not found:
+            paths, folder = [inner] if system.exists(inner) else [], None
+        if not paths:
             raise ValueError("no such file")
-        return sorted(system.unstrip_protocol(name) for name in found), folder
+        return sorted(system.unstrip_protocol(name) for name in paths), folder
 
 
 def _remote_exists(path: str) -> bool:

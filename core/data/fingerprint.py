@@ -17,8 +17,8 @@ def documents(docs: Sequence) -> str:
     """sha256 over every field of NamedTuples such as `spans.Doc`, `trees.TreeDoc` and `prompts.Prompt`, in order."""
     total = hashlib.sha256(f"{len(docs)} ".encode())
     for start in range(0, len(docs), CHUNK):
-        some = docs[start : start + CHUNK]
-        for name, column in zip(type(some[0])._fields, zip(*some, strict=True), strict=True):
+        chunk = docs[start : start + CHUNK]
+        for name, column in zip(type(chunk[0])._fields, zip(*chunk, strict=True), strict=True):
             total.update(f"{name} ".encode())
             _column(total, column)
     return total.hexdigest()

@@ -17,9 +17,9 @@ def load_dataset(
     """A dataset `owner/name`, one split or a part of it. Errors: ValueError of one line when it is not there or cannot be reached."""
     import datasets
 
-    given = {"revision": revision, "data_files": data_files if isinstance(data_files, str) else list(data_files), "streaming": streaming}
+    options = {"revision": revision, "data_files": data_files if isinstance(data_files, str) else list(data_files), "streaming": streaming}
     try:
-        return datasets.load_dataset(path, name, split=split, **{key: value for key, value in given.items() if value})
+        return datasets.load_dataset(path, name, split=split, **{key: value for key, value in options.items() if value})
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{path}: no such file here, and no such dataset on the hub or no way to reach it ({files.first_line(error)})"

@@ -57,24 +57,24 @@ def shaped(name: str) -> Callable:
         spans.require_eos(tokenizer)
         ending = tokenizer.eos_token * shape.ends if shape.ends > 1 else ""
 
-        def text(row: dict, where: str) -> spans.Text:
+        def text(row: dict, location: str) -> spans.Text:
             needed = [column for column in shape.columns if column not in shape.others]
-            spans.require_text(row, needed, shape.optional, where)
+            spans.require_text(row, needed, shape.optional, location)
             missing = next((column for column in shape.others if row.get(column) is None), None)
             if missing:
-                raise sources.missing_field([missing], row, where)
-            return whole(*_built(shape, row, where), ending, train_on_inputs)
+                raise sources.missing_field([missing], row, location)
+            return whole(*_built(shape, row, location), ending, train_on_inputs)
 
         return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
     return made
 
 
-def _built(shape: Shape, row: dict, where: str) -> tuple[str, str]:
+def _built(shape: Shape, row: dict, location: str) -> tuple[str, str]:
     try:
         return shape.prompt(row), shape.response(row)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{location}: {error}") from error
 
 
 def whole(before: str, output: str, ending: str, train_on_inputs: bool) -> spans.Text:
@@ -124,12 +124,12 @@ def user_defined(
     forms = {True: format, False: no_input_format or format}
     opening = wording.compile_wording("system_format", system_format, ("system",))
 
-    def text(row: dict, where: str) -> spans.Text:
-        spans.require_text(row, (field_instruction, field_output), [name for name in (field_system, field_input) if name], where)
-        system, given = row.get(field_system) or system_prompt, row.get(field_input) or ""
-        before = opening(system=system) if system and "{system}" not in forms[bool(given)] else ""
-        asked = fill[bool(given)](instruction=row[field_instruction], input=given, system=system)
-        return whole(before + asked, row[field_output], "", train_on_inputs)
+    def text(row: dict, location: str) -> spans.Text:
+        spans.require_text(row, (field_instruction, field_output), [name for name in (field_system, field_input) if name], location)
+        system, input_text = row.get(field_system) or system_prompt, row.get(field_input) or ""
+        before = opening(system=system) if system and "{system}" not in forms[bool(input_text)] else ""
+        question = fill[bool(input_text)](instruction=row[field_instruction], input=input_text, system=system)
+        return whole(before + question, row[field_output], "", train_on_inputs)
 
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
@@ -139,20 +139,20 @@ def prompt(row: dict) -> str:
     return _instruct(WITH_INPUT, WITHOUT_INPUT)(row)
 
 
-def _instruct(with_input: str, without: str, instruction: str = "instruction", given: str = "input") -> Callable[[dict], str]:
+def _instruct(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[dict], str]:
     def build(row: dict) -> str:
-        system = row.get("system") or (with_input if row.get(given) else without)
+        system = row.get("system") or (with_input if row.get(context_field) else without)
         if not isinstance(system, str):
             raise ValueError(f"field system is {turns.type_name(system)}, expected text")
-        context = f"### Input:\n{row[given]}\n\n" if row.get(given) else ""
+        context = f"### Input:\n{row[context_field]}\n\n" if row.get(context_field) else ""
         return f"{system}\n\n### Instruction:\n{row[instruction]}\n\n{context}### Response:\n"
 
     return build
 
 
-def _chat(with_input: str, without: str, instruction: str = "instruction", given: str = "input") -> Callable[[dict], str]:
+def _chat(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[dict], str]:
     def build(row: dict) -> str:
-        context = f"{row[given]}\n" if row.get(given) else ""
+        context = f"{row[context_field]}\n" if row.get(context_field) else ""
         return _said(with_input if context else without, f"{row[instruction]}\n{context}".removesuffix("\n"))
 
     return build

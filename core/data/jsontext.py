@@ -17,17 +17,17 @@ class _Repeated(ValueError):
     pass
 
 
-def parse(text: str, where: str) -> object:
+def parse(text: str, location: str) -> object:
     """The value of a text on one line.
 
     Errors: ValueError for what is no JSON, for an object that has a name twice, and for more than DEEPEST levels.
     """
     try:
-        value, end = _value(text, 0, where)
+        value, end = _value(text, 0, location)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(f"{location}: broken JSON ({error.msg} at column {error.colno})") from error
     return value
 
 
@@ -50,21 +50,21 @@ def iterate_items(text: str, name: str) -> Iterator[object]:
         raise ValueError(f"{name} line {error.lineno}: broken JSON ({error.msg} at column {error.colno})") from error
 
 
-def _value(text: str, begin: int, where: str) -> tuple[object, int]:
-    """(value, where the next one would begin). Errors: JSONDecodeError for what is no JSON; ValueError that begins with `where`."""
+def _value(text: str, begin: int, location: str) -> tuple[object, int]:
+    """(value, where the next one would begin). Errors: JSONDecodeError for what is no JSON; ValueError that begins with `location`."""
     begin = _blanks(text, begin)
     try:
         value, end = DECODER.raw_decode(text, begin)
     except json.JSONDecodeError:
         raise
     except _Repeated as error:
-        raise ValueError(f"{where}: {error}: rename one of them, or remove it") from error
+        raise ValueError(f"{location}: {error}: rename one of them, or remove it") from error
     except RecursionError as error:
-        raise _too_deep(where) from error
+        raise _too_deep(location) from error
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{where}: broken JSON ({str(error).partition(';')[0]})") from error
+        raise ValueError(f"{location}: broken JSON ({str(error).partition(';')[0]})") from error
     if text.count("[", begin, end) + text.count("{", begin, end) > DEEPEST and _is_deep(value):
-        raise _too_deep(where)
+        raise _too_deep(location)
     return value, _blanks(text, end)
 
 
@@ -80,21 +80,23 @@ def first_duplicate(names: Iterable[str]) -> str | None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise _Repeated(f"the field {first_duplicate(name for name, _ in pairs)!r} comes twice in one object")
-    return found
+    return fields
 
 
-def _too_deep(where: str) -> ValueError:
-    return ValueError(f"{where}: objects and lists lie in each other more than {DEEPEST} levels deep: flatten them")
+def _too_deep(location: str) -> ValueError:
+    return ValueError(f"{location}: objects and lists lie in each other more than {DEEPEST} levels deep: flatten them")
 
 
 def _is_deep(value: object) -> bool:
     """Whether there are more than DEEPEST levels, without recursion."""
     level = [value]
     for _ in range(DEEPEST + 1):
-        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one) if isinstance(item, dict | list)]
+        level = [
+            item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent) if isinstance(item, dict | list)
+        ]
         if not level:
             return False
     return True

@@ -55,11 +55,11 @@ class Ledger:
     def mark(self, cursor: streaming.StreamCursor) -> LedgerMark:
         """What a checkpoint at the cursor keeps, as JSON; sums before it are then forgotten."""
         key = (cursor.epoch, cursor.block)
-        found = self._blocks.get(key) or BlockSums(self._before(key), 0)
-        for old in [one for one in self._blocks if one < (cursor.epoch, cursor.block - 1)]:
+        sums = self._blocks.get(key) or BlockSums(self._before(key), 0)
+        for old in [past for past in self._blocks if past < (cursor.epoch, cursor.block - 1)]:
             del self._blocks[old]
         whole = self._whole if cursor.epoch else None
-        return {"rows": _hex(found.before), "block": _hex(found.own if cursor.index else None), "pass": _hex(whole), "files": self._files}
+        return {"rows": _hex(sums.before), "block": _hex(sums.own if cursor.index else None), "pass": _hex(whole), "files": self._files}
 
     def go_on(self, cursor: streaming.StreamCursor, mark: LedgerMark | None, **options) -> None:
         """Continues from a checkpoint, of which an earlier version kept nothing. options: buffer, shuffle and seed of `streaming.blocks`.
@@ -67,13 +67,13 @@ class Ledger:
         Errors: ValueError when rows that were read are not there as they were.
         """
         start = cursor._replace(index=0)
-        known = mark or {"rows": "", "block": "", "pass": "", "files": self._files}
-        self._start, self._whole = ((cursor.epoch, cursor.block), _number(known["rows"])), _number(known["pass"])
-        if known["block"]:
+        saved = mark or {"rows": "", "block": "", "pass": "", "files": self._files}
+        self._start, self._whole = ((cursor.epoch, cursor.block), _number(saved["rows"])), _number(saved["pass"])
+        if saved["block"]:
             rows, here, _ = next(streaming.blocks(self._parts, cursor=start, **options))
-            _require(here == start and _hex(self._sum(rows)) == known["block"], rows.name)
-        if cursor.block and known["rows"] and known["files"] != self._files:
-            _require(self._walked(start, options) == known["rows"], ", ".join(part.name for part in self._parts[:3]))
+            _require(here == start and _hex(self._sum(rows)) == saved["block"], rows.name)
+        if cursor.block and saved["rows"] and saved["files"] != self._files:
+            _require(self._walked(start, options) == saved["rows"], ", ".join(part.name for part in self._parts[:3]))
 
     def _walked(self, start: streaming.StreamCursor, options: dict) -> str:
         """The sum of the epoch's rows before a block, read once more; nothing where none starts there any longer."""

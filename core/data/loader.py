@@ -35,8 +35,8 @@ def appearances(weights: Sequence[float], *, seed: int = 0, epoch: int = 0) -> l
     values = np.asarray(weights, dtype=np.float64)
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
     if len(bad) or not values.any():
-        found = f"document {bad[0]} has weight {values[bad[0]]}" if len(bad) else "all weights are 0"
-        raise ValueError(f"{found}: expected finite numbers from 0 up, not all of them 0")
+        problem = f"document {bad[0]} has weight {values[bad[0]]}" if len(bad) else "all weights are 0"
+        raise ValueError(f"{problem}: expected finite numbers from 0 up, not all of them 0")
     whole = np.floor(values)
     drawn = np.array(order.permutation(len(values), seed, epoch, order.REPEATS), dtype=np.int64)
     drawn = drawn[np.argsort(values[drawn], kind="stable")]
@@ -95,12 +95,12 @@ def next_step(
     A step takes accum * world micro-batches of the plan, dealt to the ranks in turn; the last of an epoch takes what is left.
     All ranks get the same number: where the plan runs out, a rank gets an empty one ([], which `pack.collate` accepts).
     """
-    taken = plan[cursor.index : cursor.index + accum * world]
-    assert taken, f"cursor {cursor} lies past a plan of {len(plan)} micro-batches"
-    mine = list(taken[rank::world])
-    mine += [[]] * (-(-len(taken) // world) - len(mine))
-    index = cursor.index + len(taken)
-    return mine, PlanCursor(cursor.epoch, index) if index < len(plan) else PlanCursor(cursor.epoch + 1, 0)
+    step_groups = plan[cursor.index : cursor.index + accum * world]
+    assert step_groups, f"cursor {cursor} lies past a plan of {len(plan)} micro-batches"
+    rank_groups = list(step_groups[rank::world])
+    rank_groups += [[]] * (-(-len(step_groups) // world) - len(rank_groups))
+    index = cursor.index + len(step_groups)
+    return rank_groups, PlanCursor(cursor.epoch, index) if index < len(plan) else PlanCursor(cursor.epoch + 1, 0)
 
 
 def epoch_steps(

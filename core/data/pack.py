@@ -109,12 +109,12 @@ def collate_trees(
 def _filled(docs: Sequence, budget: int | None, pad: bool) -> tuple[list[int], int]:
     """(tokens of each document, tokens of padding behind them)."""
     lengths = [len(doc.tokens) for doc in docs]
-    used = sum(lengths)
-    if budget is not None and used > budget:
-        raise ValueError(f"{len(docs)} documents hold {used} tokens, more than the budget of {budget}")
+    token_count = sum(lengths)
+    if budget is not None and token_count > budget:
+        raise ValueError(f"{len(docs)} documents hold {token_count} tokens, more than the budget of {budget}")
     if pad and budget is None:
         raise ValueError("pad needs the budget to fill")
-    return lengths, budget - used if pad else int(not docs)
+    return lengths, budget - token_count if pad else int(not docs)
 
 
 def _places(doc: trees.TreeDoc) -> np.ndarray:
@@ -125,12 +125,12 @@ def _places(doc: trees.TreeDoc) -> np.ndarray:
 def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) -> dict[str, torch.Tensor]:
     """Keys with axis N or B; N is what `read` asks for."""
     starts = np.cumsum([0, *lengths])[: len(docs)]
-    parts = [(start, doc, own) for start, doc in zip(starts, docs, strict=True) for own in trees.branches(doc)]
-    scored = [_scored(doc, own, read) for _, doc, own in parts]
-    before = [at if read != "tokens" else _before(doc, at) for (_, doc, _), at in zip(parts, scored, strict=True)]
-    counts = np.array([len(at) for at in scored], dtype=np.int64)
+    parts = [(start, doc, indices) for start, doc in zip(starts, docs, strict=True) for indices in trees.branches(doc)]
+    scored = [_scored(doc, indices, read) for _, doc, indices in parts]
+    predictors = [rows if read != "tokens" else _before(doc, rows) for (_, doc, _), rows in zip(parts, scored, strict=True)]
+    counts = np.array([len(rows) for rows in scored], dtype=np.int64)
     keys = {
-        "at": _int64(_joined([start + at for (start, _, _), at in zip(parts, before, strict=True)], np.int64)),  # [N]
+        "at": _int64(_joined([start + rows for (start, _, _), rows in zip(parts, predictors, strict=True)], np.int64)),  # [N]
         "seq": _int64(np.repeat(np.arange(len(parts)), counts)),  # [N]
         "seq_lens": _int64(counts),  # [B]
         "doc_of_seq": _int64(np.repeat(np.arange(len(docs)), [len(trees.branches(doc)) for doc in docs])),  # [B]
@@ -138,11 +138,11 @@ def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) ->
     }
     if read == "last":
         return keys
-    pick = [(doc.classes if read == "classes" else doc.tokens)[at] for (_, doc, _), at in zip(parts, scored, strict=True)]
-    weight = _joined([doc.weight[at] for (_, doc, _), at in zip(parts, scored, strict=True)], np.float32)
+    pick = [(doc.classes if read == "classes" else doc.tokens)[rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
+    weight = _joined([doc.weight[rows] for (_, doc, _), rows in zip(parts, scored, strict=True)], np.float32)
     keys["targets"] = _int64(_joined(pick, np.int64))  # [N]
     for name in docs[0].values or () if docs else ():
-        values = [doc.values[name][at] for (_, doc, _), at in zip(parts, scored, strict=True)]
+        values = [doc.values[name][rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
         keys[name] = torch.from_numpy(_joined(values, np.float32))  # [N]
     return keys | ({"weight": torch.from_numpy(weight)} if (weight != 1.0).any() else {})
 
@@ -150,28 +150,28 @@ def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) ->
 def _prompts(docs: Sequence[trees.TreeDoc], lengths: list[int]) -> dict[str, torch.Tensor]:
     """Rows of the trunks that predict the next trunk token, and these tokens."""
     starts, sizes = np.cumsum([0, *lengths])[: len(docs)], [int((doc.branch == 0).sum()) for doc in docs]
-    at = [start + np.arange(size - 1) for start, size in zip(starts, sizes, strict=True)]
+    rows = [start + np.arange(size - 1) for start, size in zip(starts, sizes, strict=True)]
     targets = [doc.tokens[1:size] for doc, size in zip(docs, sizes, strict=True)]
-    return {"prompt_at": _int64(_joined(at, np.int64)), "prompt_targets": _int64(_joined(targets, np.int64))}  # [M]
+    return {"prompt_at": _int64(_joined(rows, np.int64)), "prompt_targets": _int64(_joined(targets, np.int64))}  # [M]
 
 
 def scored_tokens(doc: trees.TreeDoc) -> np.ndarray:
     """Indices of a document's scored tokens in the order in which a stream reads them."""
-    return np.concatenate([_scored(doc, own, "tokens") for own in trees.branches(doc)])
+    return np.concatenate([_scored(doc, indices, "tokens") for indices in trees.branches(doc)])
 
 
-def _scored(doc: trees.TreeDoc, own: np.ndarray, read: str) -> np.ndarray:
+def _scored(doc: trees.TreeDoc, indices: np.ndarray, read: str) -> np.ndarray:
     """Indices in the document of the tokens of one sequence that count."""
     if read == "last":
-        return own[-1:]
+        return indices[-1:]
     assert read == "tokens" or doc.classes is not None, "a document without classes cannot be read by classes"
-    return own[(doc.weight if read == "tokens" else doc.classes + 1)[own] > 0]
+    return indices[(doc.weight if read == "tokens" else doc.classes + 1)[indices] > 0]
 
 
-def _before(doc: trees.TreeDoc, at: np.ndarray) -> np.ndarray:
-    """Indices in the document of the tokens that predict the tokens `at`."""
-    first = np.searchsorted(doc.branch, doc.branch[at], "left") == at
-    return np.where(first & (doc.branch[at] > 0), doc.start[at] - 1, at - 1)
+def _before(doc: trees.TreeDoc, indices: np.ndarray) -> np.ndarray:
+    """Indices in the document of the tokens that predict the tokens `indices`."""
+    first = np.searchsorted(doc.branch, doc.branch[indices], "left") == indices
+    return np.where(first & (doc.branch[indices] > 0), doc.start[indices] - 1, indices - 1)
 
 
 def _extras(docs: Sequence[trees.TreeDoc]) -> dict[str, torch.Tensor]:
@@ -182,10 +182,10 @@ def _extras(docs: Sequence[trees.TreeDoc]) -> dict[str, torch.Tensor]:
 
 def _stream(docs: Sequence[spans.Doc], lengths: list[int], pad_id: int) -> dict[str, torch.Tensor]:
     """Keys with axis T or D + 1. Lengths beyond the documents' own are padding documents."""
-    used = [doc.tokens for doc in docs]
+    token_arrays = [doc.tokens for doc in docs]
     padding = [np.full(length, pad_id) for length in lengths[len(docs) :]]
     return {
-        "tokens": _int64(np.concatenate(used + padding)),  # [T]
+        "tokens": _int64(np.concatenate(token_arrays + padding)),  # [T]
         "positions": _int64(np.concatenate([np.arange(length) for length in lengths])),  # [T]
         "cu_docs": torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),  # [D + 1]
     }
@@ -195,11 +195,11 @@ def _reads(docs: Sequence[spans.Doc], lengths: list[int]) -> dict[str, torch.Ten
     """Keys with axis N or B: the row before each scored token predicts it."""
     starts = np.cumsum([0, *lengths])[: len(docs)]
     scored = [np.flatnonzero(doc.weight) for doc in docs]
-    counts = np.array([len(at) for at in scored], dtype=np.int64)
-    weight = _joined([doc.weight[at] for doc, at in zip(docs, scored, strict=True)], np.float32)
+    counts = np.array([len(indices) for indices in scored], dtype=np.int64)
+    weight = _joined([doc.weight[indices] for doc, indices in zip(docs, scored, strict=True)], np.float32)
     keys = {
-        "at": _int64(_joined([start + at - 1 for start, at in zip(starts, scored, strict=True)], np.int64)),  # [N]
-        "targets": _int64(_joined([doc.tokens[at] for doc, at in zip(docs, scored, strict=True)], np.int64)),  # [N]
+        "at": _int64(_joined([start + indices - 1 for start, indices in zip(starts, scored, strict=True)], np.int64)),  # [N]
+        "targets": _int64(_joined([doc.tokens[indices] for doc, indices in zip(docs, scored, strict=True)], np.int64)),  # [N]
         "seq": _int64(np.repeat(np.arange(len(docs)), counts)),  # [N]
         "seq_lens": _int64(counts),  # [B]
         "doc_of_seq": _int64(np.arange(len(docs))),  # [B]
@@ -243,13 +243,13 @@ def _check_branches(batch: dict[str, torch.Tensor], bounds: torch.Tensor, docume
     assert (branch[bounds[:-1]] == 0).all() and (start[branch == 0] == 0).all(), "a document does not begin with its trunk"
     assert (batch["positions"][new] == start[new]).all(), "a branch does not continue from where it leaves the trunk"
     first = torch.searchsorted(batch["doc_of_seq"], batch["doc_of_seq"])
-    own = torch.arange(len(first)) - first + (branch[bounds[1:] - 1] > 0)[batch["doc_of_seq"]].long()  # branch of each sequence
+    branch_of_seq = torch.arange(len(first)) - first + (branch[bounds[1:] - 1] > 0)[batch["doc_of_seq"]].long()  # branch of each sequence
     key = (document * (branch.max() + 1) + branch) * len(branch) + before
-    read = (batch["doc_of_seq"][batch["seq"]] * (branch.max() + 1) + own[batch["seq"]]) * len(branch) + batch["at"]
+    read = (batch["doc_of_seq"][batch["seq"]] * (branch.max() + 1) + branch_of_seq[batch["seq"]]) * len(branch) + batch["at"]
     order = key.sort()
-    found = torch.searchsorted(order.values, read).clamp(max=len(key) - 1)
-    assert (order.values[found] == read).all(), "a row is read that predicts no token of its sequence"
-    assert (batch["tokens"][order.indices[found]] == batch["targets"]).all(), "a target is not the token that its row predicts"
+    matches = torch.searchsorted(order.values, read).clamp(max=len(key) - 1)
+    assert (order.values[matches] == read).all(), "a row is read that predicts no token of its sequence"
+    assert (batch["tokens"][order.indices[matches]] == batch["targets"]).all(), "a target is not the token that its row predicts"
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -22,39 +22,39 @@ def reader(tokenizer) -> Callable[[sources.Rows], list[spans.EncodedText]]:
     return lambda rows: [encode_row(row, size, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def encode_row(row: dict, vocabulary: int, where: str) -> spans.EncodedText:
+def encode_row(row: dict, vocabulary: int, location: str) -> spans.EncodedText:
     """One row's tokens [n] and weights [n]."""
-    tokens, labels = (read_integers(row.get(name), f"{where}: field {name}") for name in ("input_ids", "labels"))
-    given = row.get("attention_mask")
-    mask = np.ones_like(tokens) if given is None else read_integers(given, f"{where}: field attention_mask")
+    tokens, labels = (read_integers(row.get(name), f"{location}: field {name}") for name in ("input_ids", "labels"))
+    mask_column = row.get("attention_mask")
+    mask = np.ones_like(tokens) if mask_column is None else read_integers(mask_column, f"{location}: field attention_mask")
     for name, values in (("labels", labels), ("attention_mask", mask)):
         if len(values) != len(tokens):
-            raise ValueError(f"{where}: field {name} has {len(values)} entries, expected {len(tokens)}, one for each of input_ids")
+            raise ValueError(f"{location}: field {name} has {len(values)} entries, expected {len(tokens)}, one for each of input_ids")
     _check(
-        np.flatnonzero((tokens < 0) | (tokens >= vocabulary)), tokens, f"{where}: field input_ids", f"a token from 0 to {vocabulary - 1}"
+        np.flatnonzero((tokens < 0) | (tokens >= vocabulary)), tokens, f"{location}: field input_ids", f"a token from 0 to {vocabulary - 1}"
     )
-    _check(np.flatnonzero((mask != 0) & (mask != 1)), mask, f"{where}: field attention_mask", "0 or 1")
+    _check(np.flatnonzero((mask != 0) & (mask != 1)), mask, f"{location}: field attention_mask", "0 or 1")
     wrong = (labels != IGNORED) & (labels != tokens)
-    _check(np.flatnonzero(wrong), labels, f"{where}: field labels", "the token of input_ids there, or -100")
-    _check(np.flatnonzero((labels != IGNORED) & (mask == 0)), labels, f"{where}: field labels", "-100 where attention_mask is 0")
+    _check(np.flatnonzero(wrong), labels, f"{location}: field labels", "the token of input_ids there, or -100")
+    _check(np.flatnonzero((labels != IGNORED) & (mask == 0)), labels, f"{location}: field labels", "-100 where attention_mask is 0")
     seen = np.flatnonzero(mask)
     begin, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
-    _check(begin + np.flatnonzero(mask[begin:end] == 0), mask, f"{where}: field attention_mask", "1 between other tokens")
+    _check(begin + np.flatnonzero(mask[begin:end] == 0), mask, f"{location}: field attention_mask", "1 between other tokens")
     weight = (labels[begin:end] != IGNORED).astype(np.float32)
     weight[:1] = 0.0
     return spans.EncodedText(tokens[begin:end].astype(np.int32), weight, 0, 0)
 
 
-def read_integers(value: object, where: str) -> np.ndarray:
+def read_integers(value: object, location: str) -> np.ndarray:
     """A list of whole numbers as int64 [n]. Errors: ValueError naming the field and the first entry that is none."""
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {turns.type_name(value)}, expected a list of whole numbers")
-    wrong = next((i for i, one in enumerate(value) if isinstance(one, bool) or not isinstance(one, int) or abs(one) > 2**31), None)
+        raise ValueError(f"{location} is {turns.type_name(value)}, expected a list of whole numbers")
+    wrong = next((i for i, entry in enumerate(value) if isinstance(entry, bool) or not isinstance(entry, int) or abs(entry) > 2**31), None)
     if wrong is not None:
-        raise ValueError(f"{where}: entry {wrong + 1} is {sources.quote(value[wrong])}, expected a whole number below 2**31")
+        raise ValueError(f"{location}: entry {wrong + 1} is {sources.quote(value[wrong])}, expected a whole number below 2**31")
     return np.array(value, dtype=np.int64)
 
 
-def _check(wrong: np.ndarray, values: np.ndarray, where: str, expected: str) -> None:
+def _check(wrong: np.ndarray, values: np.ndarray, location: str, expected: str) -> None:
     if len(wrong):
-        raise ValueError(f"{where}: entry {int(wrong[0]) + 1} is {int(values[wrong[0]])}, expected {expected}")
+        raise ValueError(f"{location}: entry {int(wrong[0]) + 1} is {int(values[wrong[0]])}, expected {expected}")

@@ -69,20 +69,20 @@ def _jsonl(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]
         _check_blank(number - last, name, number)
         if line.strip(BOM + BLANKS):
             last = number
-            where = f"{name} line {number}"
-            yield Record(number, _object(jsontext.parse(_text(line, where, first=number == 1), where), where), offset, "line")
+            location = f"{name} line {number}"
+            yield Record(number, _object(jsontext.parse(_text(line, location, first=number == 1), location), location), offset, "line")
 
 
-def _text(data: bytes, where: str, *, first: bool) -> str:
+def _text(data: bytes, location: str, *, first: bool) -> str:
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{location}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _object(row: object, where: str) -> dict:
+def _object(row: object, location: str) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is a {type(row).__name__}: expected an object with named fields")
+        raise ValueError(f"{location} is a {type(row).__name__}: expected an object with named fields")
     return row
 
 
@@ -137,10 +137,10 @@ def _check_header(names: Sequence[str], name: str) -> None:
         raise ValueError(f"{name} line 1: the header has the column {twice!r} twice: rename one of them, or remove it")
 
 
-def _check_width(row: dict, names: list[str], where: str) -> None:
+def _check_width(row: dict, names: list[str], location: str) -> None:
     if None in row or None in row.values():
-        found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
-        raise ValueError(f"{where} has {found} values: expected {len(names)}, one per column of the header")
+        count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
+        raise ValueError(f"{location} has {count} values: expected {len(names)}, one per column of the header")
 
 
 def _parquet(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:

@@ -19,12 +19,12 @@ class Steps(NamedTuple):
     classes: tuple[int, ...]
 
 
-def ranked(row: dict, where: str) -> trees.Sides:
+def ranked(row: dict, location: str) -> trees.Sides:
     """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
-    asked, chosen, rejected = (preference.text(row, (name,), where) for name in ("input", "chosen", "rejected"))
+    question, chosen, rejected = (preference.text(row, (name,), location) for name in ("input", "chosen", "rejected"))
     replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
-    history = turns.with_system([{"role": "user", "content": asked}], row, where)
-    return trees.Sides(history, replies, preference.numbers(row, "margin", where))
+    history = turns.with_system([{"role": "user", "content": question}], row, location)
+    return trees.Sides(history, replies, preference.numbers(row, "margin", location))
 
 
 def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = False) -> Callable[[dict, str], Steps]:
@@ -35,15 +35,17 @@ def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = Fals
     if not isinstance(step_separator, str) or not step_separator:
         raise ValueError(f"step_separator is {step_separator!r}, expected text")
 
-    def read(row: dict, where: str) -> Steps:
-        prompt, steps, labels = preference.text(row, ("prompt",), where), row.get("completions"), row.get("labels")
+    def read(row: dict, location: str) -> Steps:
+        prompt, steps, labels = preference.text(row, ("prompt",), location), row.get("completions"), row.get("labels")
         for name, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, list):
-                raise ValueError(f"{where}: field {name} is {turns.type_name(value)}, expected a list with one entry for each step")
+                raise ValueError(f"{location}: field {name} is {turns.type_name(value)}, expected a list with one entry for each step")
         if len(steps) != len(labels):
-            raise ValueError(f"{where}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
-        texts = tuple(preference.text({"completions": step}, ("completions",), f"{where}, step {i}") for i, step in enumerate(steps, 1))
-        classes = [int(unpaired.label({"labels": one}, "labels", f"{where}, step {i}")["desirable"][0]) for i, one in enumerate(labels, 1)]
+            raise ValueError(f"{location}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
+        texts = tuple(preference.text({"completions": step}, ("completions",), f"{location}, step {i}") for i, step in enumerate(steps, 1))
+        classes = [
+            int(unpaired.label({"labels": label}, "labels", f"{location}, step {i}")["desirable"][0]) for i, label in enumerate(labels, 1)
+        ]
         if train_on_last_step_only:
             classes[:-1] = [-1] * (len(classes) - 1)
         return Steps(prompt, tuple(step + step_separator for step in texts), tuple(classes))
@@ -67,17 +69,17 @@ def encode_steps(
     Errors: ValueError for bad rows (named), and when no row is left.
     """
     trees.check_length(sequence_len, overlong)
-    known = spans.read_special_tokens(tokenizer)
+    special = spans.read_special_tokens(tokenizer)
     docs, tally, lengths = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7), []
     for i, row in enumerate(rows.rows):
-        where = sources.locate_row(rows, i)
-        steps = read(row, where)
+        location = sources.locate_row(rows, i)
+        steps = read(row, location)
         reason = trees.EMPTY if not steps.steps or not all(step.strip() for step in steps.steps) else ""
-        doc = None if reason else _joined(steps, tokenizer, known, rows.numbers[i], where)
+        doc = None if reason else _joined(steps, tokenizer, special, rows.numbers[i], location)
         if doc is not None:
             lengths.append(len(doc.tokens))
             tally = tally._replace(longest=max(tally.longest, len(doc.tokens)))
-            doc, reason, tally = _fit(doc, sequence_len, overlong, where, tally)
+            doc, reason, tally = _fit(doc, sequence_len, overlong, location, tally)
         if doc is None:
             tally = trees.drop(tally, reason)
             continue
@@ -85,14 +87,14 @@ def encode_steps(
     return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.count_lengths(lengths))
 
 
-def _joined(steps: Steps, tokenizer, known: spans.SpecialTokens, row: int, where: str) -> trees.TreeDoc:
+def _joined(steps: Steps, tokenizer, special: spans.SpecialTokens, row: int, location: str) -> trees.TreeDoc:
     texts = [steps.prompt, *steps.steps]
-    for one in texts:
-        trees.check_unicode(one, where)
-    prompt, *parts = (part.tokens for part in spans.encode([spans.Text(one, ()) for one in texts], tokenizer, known))
-    prefix = [] if prompt[: len(known.prefix)].tolist() == known.prefix else known.prefix
+    for text in texts:
+        trees.check_unicode(text, location)
+    prompt, *parts = (part.tokens for part in spans.encode([spans.Text(text, ()) for text in texts], tokenizer, special))
+    prefix = [] if prompt[: len(special.prefix)].tolist() == special.prefix else special.prefix
     if not all(len(part) for part in parts):
-        raise ValueError(f"{where}: field completions has a step without any token: remove it")
+        raise ValueError(f"{location}: field completions has a step without any token: remove it")
     tokens = np.concatenate([np.array(prefix, np.int32), prompt, *parts]).astype(np.int32)
     classes = np.full(len(tokens), -1, np.int32)
     classes[len(tokens) - 1 - np.cumsum([0, *(len(part) for part in parts[:0:-1])])[::-1]] = steps.classes
@@ -101,13 +103,13 @@ def _joined(steps: Steps, tokenizer, known: spans.SpecialTokens, row: int, where
 
 
 def _fit(
-    doc: trees.TreeDoc, size: int | None, overlong: str, where: str, tally: trees.Report
+    doc: trees.TreeDoc, size: int | None, overlong: str, location: str, tally: trees.Report
 ) -> tuple[trees.TreeDoc | None, str, trees.Report]:
     if size is None or len(doc.tokens) <= size:
         return doc, "", tally
     if overlong == "error":
         raise ValueError(
-            f"{where} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to drop or truncate"
+            f"{location} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to drop or truncate"
         )
     ends = np.flatnonzero(doc.classes[:size] >= 0)
     if overlong == "drop" or len(ends) == 0:

@@ -13,24 +13,24 @@ def reader(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Row
     Errors: ValueError for rows without segments, or segments without a text and a label (named).
     """
 
-    def text(row: dict, where: str) -> spans.Text:
-        parts = read_segments(row, where)
+    def text(row: dict, location: str) -> spans.Text:
+        parts = read_segments(row, location)
         joined = "".join(part for part, _ in parts)
         if train_on_inputs:
             return spans.Text(joined, (), whole=bool(joined))
-        found = tuple(spans.Turn(begin, end, end, end, 1.0, 0.0) for begin, end in trained_stretches(parts))
-        return spans.Text(joined, found, trailing_space_boundaries=count_trailing_spaces(parts))
+        trained = tuple(spans.Turn(begin, end, end, end, 1.0, 0.0) for begin, end in trained_stretches(parts))
+        return spans.Text(joined, trained, trailing_space_boundaries=count_trailing_spaces(parts))
 
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def read_segments(row: dict, where: str) -> list[tuple[str, bool]]:
+def read_segments(row: dict, location: str) -> list[tuple[str, bool]]:
     """(text, whether it is trained) in order. Errors: ValueError naming row, segment and field."""
     value = row.get("segments")
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: field segments is {turns.type_name(value)}, expected a list of objects with text and label")
+        raise ValueError(f"{location}: field segments is {turns.type_name(value)}, expected a list of objects with text and label")
     for i, part in enumerate(value, 1):
-        here = f"{where}: field segments, segment {i}"
+        here = f"{location}: field segments, segment {i}"
         if not isinstance(part, dict):
             raise ValueError(f"{here} is {turns.type_name(part)}, expected an object with text and label")
         if not isinstance(part.get("text"), str):
@@ -42,18 +42,18 @@ def read_segments(row: dict, where: str) -> list[tuple[str, bool]]:
 
 def count_trailing_spaces(parts: list[tuple[str, bool]]) -> int:
     """Borders between a trained segment and another that come right after a space."""
-    told = [(text, label) for text, label in parts if text]
-    return sum(a[1] != b[1] and instruction.trailing_space(a[0], b[0]) for a, b in pairwise(told))
+    nonempty = [(text, label) for text, label in parts if text]
+    return sum(a[1] != b[1] and instruction.trailing_space(a[0], b[0]) for a, b in pairwise(nonempty))
 
 
 def trained_stretches(parts: list[tuple[str, bool]]) -> list[tuple[int, int]]:
     """Characters [begin, end) of the trained stretches, neighbours joined."""
-    found, begin = [], 0
+    stretches, begin = [], 0
     for text, label in parts:
         end = begin + len(text)
-        if label and text and found and found[-1][1] == begin:
-            found[-1] = (found[-1][0], end)
+        if label and text and stretches and stretches[-1][1] == begin:
+            stretches[-1] = (stretches[-1][0], end)
         elif label and text:
-            found.append((begin, end))
+            stretches.append((begin, end))
         begin = end
-    return found
+    return stretches

@@ -64,12 +64,12 @@ def track_reads(rows: Rows) -> Rows:
 
 def unread_columns(rows: Rows) -> dict[str, int]:
     """Fields in which some watched row has something that was not asked for, each with the index of the first such row."""
-    found: dict[str, int] = {}
+    first_index: dict[str, int] = {}
     for i, row in enumerate(rows.rows):
-        for name in row.keys() - row.asked - found.keys():
+        for name in row.keys() - row.asked - first_index.keys():
             if dict.get(row, name) not in (None, "", [], {}):
-                found[name] = i
-    return {name: found[name] for name in columns(rows) if name in found}
+                first_index[name] = i
+    return {name: first_index[name] for name in columns(rows) if name in first_index}
 
 
 def unplaced_system(rows: Rows, i: int, form: str) -> ValueError:
@@ -91,7 +91,7 @@ def locate_row(rows: Rows, i: int) -> str:
     number = rows.numbers[i]
     if not rows.origins:
         return f"{rows.name} {rows.unit} {number}"
-    origin = rows.origins[bisect_left(rows.origins, number, key=lambda known: known.start) - 1]
+    origin = rows.origins[bisect_left(rows.origins, number, key=lambda candidate: candidate.start) - 1]
     return f"{origin.name} {origin.unit} {number - origin.start}"
 
 
@@ -110,12 +110,12 @@ def join_names(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
 
 
-def missing_field(names: Sequence[str], row: Mapping, where: str, shown: str | None = None) -> ValueError:
+def missing_field(names: Sequence[str], row: Mapping, location: str, shown: str | None = None) -> ValueError:
     """The error of a row, or of a part of one, that has no value under any of these names: a field may be null, or not there."""
     empty = next((name for name in names if name in row), None)
     if empty is not None:
-        return ValueError(f"{where}: field {empty} is null, expected a value")
-    return ValueError(f"{where} has no field {shown or ' or '.join(names)}; it has {join_names(map(str, row))}")
+        return ValueError(f"{location}: field {empty} is null, expected a value")
+    return ValueError(f"{location} has no field {shown or ' or '.join(names)}; it has {join_names(map(str, row))}")
 
 
 def quote(value: object) -> str:
@@ -191,10 +191,10 @@ def take_shard(rows: Rows, shards: int, index: int = 0) -> Rows:
     """
     if shards < 1 or not 0 <= index < shards:
         raise ValueError(f"shard {index} of {shards}: expected at least 1 shard and an index from 0 to one below their number")
-    mine = sorted(order.permutation(len(rows.rows), order.SHARDS)[index::shards])
-    if not mine:
+    indices = sorted(order.permutation(len(rows.rows), order.SHARDS)[index::shards])
+    if not indices:
         raise ValueError(f"{rows.name}: shard {index} of {shards} is empty, there are {len(rows.rows)} rows: use fewer shards")
-    return take(rows, mine)
+    return take(rows, indices)
 
 
 def split_validation(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[dict], str] | None = None) -> tuple[Rows, Rows]:
@@ -210,8 +210,8 @@ def split_validation(rows: Rows, size: float | int, seed: int = 0, *, key: Calla
     if not 0 < count < total:
         raise ValueError(f"validation size {size} takes {count} of {total} rows and leaves none to train on: choose a smaller one")
     shuffled = order.permutation(total, seed, order.SPLIT)
-    held = set(shuffled[:count]) if key is None else _held_groups([key(row) for row in rows.rows], shuffled, count)
-    return take(rows, [i for i in range(total) if i not in held]), take(rows, sorted(held))
+    validation = set(shuffled[:count]) if key is None else _held_groups([key(row) for row in rows.rows], shuffled, count)
+    return take(rows, [i for i in range(total) if i not in validation]), take(rows, sorted(validation))
 
 
 def _held_groups(keys: list[str], shuffled: Sequence[int], count: int) -> set[int]:
@@ -224,11 +224,11 @@ def _held_groups(keys: list[str], shuffled: Sequence[int], count: int) -> set[in
         groups.setdefault(keys[i], []).append(i)
     if len(groups) == 1:
         return set(shuffled[:count])
-    held: set[int] = set()
+    validation: set[int] = set()
     for i, group in enumerate(groups.values()):
-        if i < (1 if len(groups) < 3 else 2) or len(held) + len(group) <= count:
-            held |= set(group)
-    return held
+        if i < (1 if len(groups) < 3 else 2) or len(validation) + len(group) <= count:
+            validation |= set(group)
+    return validation
 
 
 def find_files(path: str | None, *, split: str, data_files: str | Sequence[str] = (), ds_type: str | None = None) -> list[files.File]:
@@ -281,15 +281,15 @@ def _bound(text: str, total: int) -> int:
     return max(total - count, 0) if text.startswith("-") else min(count, total)
 
 
-def _read_files(found: Sequence[files.File], path: str | None, limit: int | None) -> Rows:
-    parts, left = [], limit
-    for file in found:
-        rows = list(islice(records.iterate(file), left))
+def _read_files(file_list: Sequence[files.File], path: str | None, limit: int | None) -> Rows:
+    parts, remaining = [], limit
+    for file in file_list:
+        rows = list(islice(records.iterate(file), remaining))
         parts.append(Rows(file.name, [row.row for row in rows], [row.number for row in rows], rows[0].unit if rows else "row"))
-        left = None if left is None else left - len(rows)
-        if left == 0:
+        remaining = None if remaining is None else remaining - len(rows)
+        if remaining == 0:
             break
-    return parts[0] if len(parts) == 1 else join(parts, path or f"{found[0].name} and {len(found) - 1} more")
+    return parts[0] if len(parts) == 1 else join(parts, path or f"{file_list[0].name} and {len(file_list) - 1} more")
 
 
 def join(parts: Sequence[Rows], name: str) -> Rows:

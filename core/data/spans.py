@@ -125,19 +125,19 @@ def require_eos(tokenizer) -> None:
         raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set eos_token in its tokenizer_config.json")
 
 
-def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], where: str) -> None:
+def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], location: str) -> None:
     """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
     for name in needed:
         if row.get(name) is None:
-            raise sources.missing_field([name], row, where)
+            raise sources.missing_field([name], row, location)
     for name in (*needed, *optional):
         if not isinstance(row.get(name, ""), str | None):
-            raise ValueError(f"{where}: field {name} is of type {type(row[name]).__name__}, expected text")
+            raise ValueError(f"{location}: field {name} is of type {type(row[name]).__name__}, expected text")
 
 
-def encode(texts: Sequence[Text], tokenizer, known: SpecialTokens) -> list[EncodedText]:
+def encode(texts: Sequence[Text], tokenizer, special: SpecialTokens) -> list[EncodedText]:
     """Tokenise each text once and weigh its tokens."""
-    return weigh_tokens(texts, tokenise(texts, tokenizer), tokenizer, known)
+    return weigh_tokens(texts, tokenise(texts, tokenizer), tokenizer, special)
 
 
 def tokenise(texts: Sequence[Text], tokenizer) -> list:
@@ -149,31 +149,31 @@ def tokenise(texts: Sequence[Text], tokenizer) -> list:
     return backend.encode_batch([text.text for text in texts], add_special_tokens=False) if texts else []
 
 
-def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer, known: SpecialTokens) -> list[EncodedText]:
+def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer, special: SpecialTokens) -> list[EncodedText]:
     """The tokens of each text with their weights and roles."""
-    return [_weighed(text, encoding, tokenizer, known) for text, encoding in zip(texts, encodings, strict=True)]
+    return [_weighed(text, encoding, tokenizer, special) for text, encoding in zip(texts, encodings, strict=True)]
 
 
-def _weighed(text: Text, encoding, tokenizer, known: SpecialTokens) -> EncodedText:
+def _weighed(text: Text, encoding, tokenizer, special: SpecialTokens) -> EncodedText:
     tokens = np.array(encoding.ids, dtype=np.int32)
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(tokens))
     begins, ends = _extents(tokens, offsets.reshape(-1, 2), tokenizer)
-    weight, unclosed = _weigh(text, tokens, begins, ends, known)
+    weight, unclosed = _weigh(text, tokens, begins, ends, special)
     role, names = _roles(text.speakers, begins)
     if text.eos is not None:
-        tokens, weight, role = _wrap(tokens, weight, role, text, known)
+        tokens, weight, role = _wrap(tokens, weight, role, text, special)
     weight[:1] = 0.0
     ending = _false_ending(text, begins, ends)
     return EncodedText(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names, text.unread, ending)
 
 
-def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens) -> tuple[np.ndarray, int]:
+def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens) -> tuple[np.ndarray, int]:
     """(weight [n], trained turns that nothing closes)."""
     weight = np.full(len(tokens), float(text.whole), dtype=np.float32)
     unclosed = 0
     for turn in text.turns:
         first, inside = np.searchsorted(begins, turn.begin, "left"), np.searchsorted(ends, turn.end, "right")
-        opens, after, closed = _closing(text.text, turn, int(inside), tokens, begins, ends, known)
+        opens, after, closed = _closing(text.text, turn, int(inside), tokens, begins, ends, special)
         trained = turn.weight > 0 or any(piece.weight > 0 for piece in turn.pieces)
         unclosed += trained and turn.close > 0 and not closed
         if text.whole:  # tokens across the border go too
@@ -196,28 +196,28 @@ def _false_ending(text: Text, begins: np.ndarray, ends: np.ndarray) -> str:
         match = MARK.match(text.text, turn.end, max(turn.tail, turn.end))
         if match and turn.close > 0 and (turn.weight > 0 or turn.pieces):
             begin, end = match.span(1)
-            at = int(np.searchsorted(begins, begin, "right")) - 1
-            if at >= 0 and not (begins[at] <= begin and ends[at] >= end):
+            i = int(np.searchsorted(begins, begin, "right")) - 1
+            if i >= 0 and not (begins[i] <= begin and ends[i] >= end):
                 return match[1]
     return ""
 
 
 def _closing(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
 ) -> tuple[int, int, bool]:
     """(first, one past the last) of the tokens that close the turn whose content ends before token `start`, and whether any do."""
     if turn.calls:
-        return _closing_calls(text, turn, start, tokens, begins, ends, known)
-    after = _closing_text(text, turn, start, tokens, begins, ends, known)
+        return _closing_calls(text, turn, start, tokens, begins, ends, special)
+    after = _closing_text(text, turn, start, tokens, begins, ends, special)
     return int(np.searchsorted(begins, turn.end, "left")), after, after > start
 
 
 def _closing_calls(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
 ) -> tuple[int, int, bool]:
     """The same where special tokens may also be part of what is written: the last one before `tail` closes, if only blanks follow it."""
     tail, stop = int(np.searchsorted(begins, turn.tail, "left")), int(np.searchsorted(begins, turn.limit, "left"))
-    for kind in (known.special, known.added):
+    for kind in (special.special, special.added):
         hits = start + np.flatnonzero(np.isin(tokens[start:stop], kind))
         before, behind = hits[hits < tail], hits[hits >= tail]
         if len(before) and not text[ends[before[-1]] : turn.tail].strip():
@@ -228,13 +228,15 @@ def _closing_calls(
     return start, after, after > start
 
 
-def _closing_text(text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, known: SpecialTokens) -> int:
+def _closing_text(
+    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
+) -> int:
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
     stop = int(np.searchsorted(begins, turn.limit, "left"))
     begin = start
     while begin < stop and text[begins[begin] : turn.end].strip():
         begin += 1  # content, in one token with what follows it
-    for kind in (known.special, known.added):
+    for kind in (special.special, special.added):
         hits = np.flatnonzero(np.isin(tokens[begin:stop], kind))
         if len(hits) == 0:
             continue
@@ -273,11 +275,11 @@ def _roles(speakers: tuple[Speaker, ...], begins: np.ndarray) -> tuple[np.ndarra
 
 
 def _wrap(
-    tokens: np.ndarray, weight: np.ndarray, role: np.ndarray | None, text: Text, known: SpecialTokens
+    tokens: np.ndarray, weight: np.ndarray, role: np.ndarray | None, text: Text, special: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Default prefix before, EOS behind, each unless it is there already."""
-    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
-    suffix = [known.eos] if len(tokens) == 0 or tokens[-1] != known.eos else []
+    prefix = special.prefix if tokens[: len(special.prefix)].tolist() != special.prefix else []
+    suffix = [special.eos] if len(tokens) == 0 or tokens[-1] != special.eos else []
     tokens = np.concatenate([_ids(prefix), tokens, _ids(suffix)])
     weight = np.concatenate([np.full(len(prefix), float(text.whole)), weight, np.zeros(len(suffix))])
     weight[-1] = text.eos

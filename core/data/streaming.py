@@ -66,14 +66,14 @@ def list_shards(
         raise ValueError(f"split {split!r}: a stream has no parts of splits; name a split, and use skip or max_steps")
     if sources.is_hub_id(path, ds_type):
         data = hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files, streaming=True)
-        found = hub_shards(data, path)
+        shards = hub_shards(data, path)
     else:
         if name is not None or revision is not None:
             raise ValueError(f"{path or data_files}: files have neither configurations nor revisions; leave name and revision out")
         if ds_type is None and path is not None and not data_files and files.saved_marker(path):
             ds_type = "arrow"  # what `save_to_disk` keeps rows in; the rest of its folder is JSON about them
-        found = [file_shard(file) for file in sources.find_files(path, split=split, data_files=data_files, ds_type=ds_type)]
-    return _without(found, skip)
+        shards = [file_shard(file) for file in sources.find_files(path, split=split, data_files=data_files, ds_type=ds_type)]
+    return _without(shards, skip)
 
 
 def file_shard(file: files.File) -> Shard:
@@ -87,7 +87,7 @@ def hub_shards(data, name: str) -> list[Shard]:
 
 
 def blocks(
-    parts: Sequence[Shard],
+    shards: Sequence[Shard],
     *,
     cursor: StreamCursor = START,
     epochs: int | None = None,
@@ -101,22 +101,22 @@ def blocks(
     """
     if buffer < 1:
         raise ValueError(f"the shuffle buffer has {buffer} rows: expected at least 1")
-    here = cursor._replace(index=0)
-    while epochs is None or here.epoch < epochs:
-        turn = order.permutation(len(parts), seed, here.epoch, order.FILES) if shuffle else list(range(len(parts)))
-        found = _records(parts, turn, here)
-        while taken := list(islice(found, buffer)):
-            at, _, last = taken[-1]
-            behind = StreamCursor(here.epoch, at, last.number, last.offset, here.block + 1)
-            yield _rows(parts, turn, taken), here, behind
-            here = behind
-        if here == StreamCursor(here.epoch):
-            raise ValueError(f"{', '.join(part.name for part in parts[:3]) or 'the source'}: no rows to stream")
-        here = StreamCursor(here.epoch + 1)
+    block_cursor = cursor._replace(index=0)
+    while epochs is None or block_cursor.epoch < epochs:
+        epoch_order = order.permutation(len(shards), seed, block_cursor.epoch, order.FILES) if shuffle else list(range(len(shards)))
+        records = _records(shards, epoch_order, block_cursor)
+        while block_records := list(islice(records, buffer)):
+            position, _, last = block_records[-1]
+            next_cursor = StreamCursor(block_cursor.epoch, position, last.number, last.offset, block_cursor.block + 1)
+            yield _rows(shards, epoch_order, block_records), block_cursor, next_cursor
+            block_cursor = next_cursor
+        if block_cursor == StreamCursor(block_cursor.epoch):
+            raise ValueError(f"{', '.join(shard.name for shard in shards[:3]) or 'the source'}: no rows to stream")
+        block_cursor = StreamCursor(block_cursor.epoch + 1)
 
 
 def micro_batches(
-    parts: Sequence[Shard],
+    shards: Sequence[Shard],
     encode: Callable[[sources.Rows], list],
     *,
     cursor: StreamCursor = START,
@@ -124,7 +124,7 @@ def micro_batches(
     buffer: int = BUFFER,
     shuffle: bool = True,
     seed: int = 0,
-    note: Callable[[sources.Rows, StreamCursor], None] = lambda rows, here: None,
+    note: Callable[[sources.Rows, StreamCursor], None] = lambda rows, block_cursor: None,
     **options,
 ) -> Iterator[tuple[list, StreamCursor]]:
     """(documents of a micro-batch, cursor after it), from `cursor` on: the same for ever, or for `epochs` passes.
@@ -133,38 +133,38 @@ def micro_batches(
     `loader.epoch_plan`.
     Errors: ValueError for a whole epoch without documents, and whatever reading and encoding say.
     """
-    barren: StreamCursor | None = None  # the first block since there was a document
-    for rows, here, behind in blocks(parts, cursor=cursor, epochs=epochs, buffer=buffer, shuffle=shuffle, seed=seed):
-        note(rows, here)
+    first_empty: StreamCursor | None = None  # the first block since there was a document
+    for rows, block_cursor, next_cursor in blocks(shards, cursor=cursor, epochs=epochs, buffer=buffer, shuffle=shuffle, seed=seed):
+        note(rows, block_cursor)
         docs = encode(rows)
-        barren = None if docs else barren or here
-        if barren and here.epoch > barren.epoch and here.block >= barren.block:
+        first_empty = None if docs else first_empty or block_cursor
+        if first_empty and block_cursor.epoch > first_empty.epoch and block_cursor.block >= first_empty.block:
             raise ValueError(f"{rows.name}: not one document in a whole pass through the source")
-        plan = _plan(docs, here, shuffle=shuffle, seed=seed, **options)
-        done = cursor.index if cursor._replace(index=0) == here else 0
-        for index, group in enumerate(plan[done:], done + 1):
-            yield [docs[i] for i in group], here._replace(index=index) if index < len(plan) else behind
+        plan = _plan(docs, block_cursor, shuffle=shuffle, seed=seed, **options)
+        first_index = cursor.index if cursor._replace(index=0) == block_cursor else 0
+        for index, group in enumerate(plan[first_index:], first_index + 1):
+            yield [docs[i] for i in group], block_cursor._replace(index=index) if index < len(plan) else next_cursor
 
 
-def _plan(docs: list, here: StreamCursor, **options) -> list[list[int]]:
+def _plan(docs: list, block_cursor: StreamCursor, **options) -> list[list[int]]:
     """The micro-batches of a block, each a list of document indices."""
-    number = here.epoch * EPOCH_BLOCKS + here.block
+    number = block_cursor.epoch * EPOCH_BLOCKS + block_cursor.block
     return loader.epoch_plan([len(doc.tokens) for doc in docs], epoch=number, window=max(1, len(docs)), **options)
 
 
 def stream_steps(
-    parts: Sequence[Shard], encode: Callable[[sources.Rows], list], *, accum: int = 1, world: int = 1, rank: int = 0, **options
+    shards: Sequence[Shard], encode: Callable[[sources.Rows], list], *, accum: int = 1, world: int = 1, rank: int = 0, **options
 ) -> Iterator[tuple[list[list], StreamCursor]]:
     """(this rank's micro-batches, cursor after them) step by step; options are those of `micro_batches`.
 
     A step takes accum * world micro-batches, dealt to the ranks in turn. Only the last step of all may have fewer: every rank then
     still gets the same number, some of them empty ([], which `pack.collate` accepts).
     """
-    stream = micro_batches(parts, encode, **options)
-    while taken := list(islice(stream, accum * world)):
-        mine = [docs for docs, _ in taken[rank::world]]
-        mine += [[]] * (-(-len(taken) // world) - len(mine))
-        yield mine, taken[-1][1]
+    stream = micro_batches(shards, encode, **options)
+    while step_batches := list(islice(stream, accum * world)):
+        rank_batches = [docs for docs, _ in step_batches[rank::world]]
+        rank_batches += [[]] * (-(-len(step_batches) // world) - len(rank_batches))
+        yield rank_batches, step_batches[-1][1]
 
 
 def prefetch(items: Iterator, depth: int = 16) -> Iterator:
@@ -182,42 +182,49 @@ def prefetch(items: Iterator, depth: int = 16) -> Iterator:
             worker.shutdown(cancel_futures=True)
 
 
-def stream_fingerprint(parts: Sequence[Shard], **options) -> str:
+def stream_fingerprint(shards: Sequence[Shard], **options) -> str:
     """A fingerprint of the parts' names and of the options of the stream: a cursor is good only for the stream it was made on."""
-    named = [[part.name, *part.start] for part in parts]
-    return hashlib.sha256(json.dumps([named, sorted(options.items())]).encode()).hexdigest()[:16]
+    identity = [[shard.name, *shard.start] for shard in shards]
+    return hashlib.sha256(json.dumps([identity, sorted(options.items())]).encode()).hexdigest()[:16]
 
 
-def _records(parts: Sequence[Shard], turn: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, records.Record]]:
+def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, records.Record]]:
     """(position in the epoch's order, part, record) of the rest of the epoch."""
-    for position in range(cursor.part, len(turn)):
-        part = parts[turn[position]]
-        place = ReadPosition(cursor.row, cursor.offset) if position == cursor.part else part.start
-        for record in part.read(max(place, part.start)):
-            yield position, turn[position], record
+    for position in range(cursor.part, len(epoch_order)):
+        shard = shards[epoch_order[position]]
+        place = ReadPosition(cursor.row, cursor.offset) if position == cursor.part else shard.start
+        for record in shard.read(max(place, shard.start)):
+            yield position, epoch_order[position], record
 
 
-def _rows(parts: Sequence[Shard], turn: list[int], taken: list[tuple[int, int, records.Record]]) -> sources.Rows:
+def _rows(shards: Sequence[Shard], epoch_order: list[int], block_records: list[tuple[int, int, records.Record]]) -> sources.Rows:
     """The block as rows that know their part and line."""
-    seen = dict.fromkeys(part for _, part, _ in taken)
-    units = {part: record.unit for _, part, record in taken}
-    origins = tuple(sources.Origin(part << PART_BITS, parts[part].name, units[part]) for part in sorted(seen))
-    numbers = [(part << PART_BITS) + record.number for _, part, record in taken]
-    return sources.Rows(", ".join(parts[part].name for part in seen), [record.row for _, _, record in taken], numbers, origins=origins)
+    shard_indices = dict.fromkeys(shard_index for _, shard_index, _ in block_records)
+    units = {shard_index: record.unit for _, shard_index, record in block_records}
+    origins = tuple(
+        sources.Origin(shard_index << PART_BITS, shards[shard_index].name, units[shard_index]) for shard_index in sorted(shard_indices)
+    )
+    numbers = [(shard_index << PART_BITS) + record.number for _, shard_index, record in block_records]
+    return sources.Rows(
+        ", ".join(shards[shard_index].name for shard_index in shard_indices),
+        [record.row for _, _, record in block_records],
+        numbers,
+        origins=origins,
+    )
 
 
-def _without(found: list[Shard], skip: int) -> list[Shard]:
+def _without(shards: list[Shard], skip: int) -> list[Shard]:
     """The parts without their first `skip` rows."""
-    for i, part in enumerate(found):
+    for i, shard in enumerate(shards):
         if skip == 0:
-            return found[i:]
-        for record in part.read(part.start):
+            return shards[i:]
+        for record in shard.read(shard.start):
             skip -= 1
             if skip == 0:
-                return [part._replace(start=ReadPosition(record.number, record.offset)), *found[i + 1 :]]
+                return [shard._replace(start=ReadPosition(record.number, record.offset)), *shards[i + 1 :]]
     if skip:
         raise ValueError(f"skip leaves out every row: there are {skip} too few")
-    return found
+    return shards
 
 
 def _shard_reader(data, i: int) -> Callable[[ReadPosition], Iterator[records.Record]]:

@@ -19,39 +19,39 @@ def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping) ->
 
     kind: that of `kinds.KINDS`. row: the first one, which tells conversations from texts.
     """
-    made = _type(kind, list(columns), row)
-    return "" if made is None else f"datasets: [{{path: {_written(path)}, {made}}}]"
+    type_fields = _type(kind, list(columns), row)
+    return "" if type_fields is None else f"datasets: [{{path: {_written(path)}, {type_fields}}}]"
 
 
 def _type(kind: str, columns: list[str], row: Mapping) -> str | None:
     if kind == "text":
         return _text_type(columns, row)
-    asked = _named(columns, ASKED)
+    question = _named(columns, ASKED)
     if kind in ("pairs", "ranked"):
-        found = {"field_prompt": asked, "field_chosen": _named(columns, BETTER), "field_rejected": _named(columns, WORSE)}
+        fields = {"field_prompt": question, "field_chosen": _named(columns, BETTER), "field_rejected": _named(columns, WORSE)}
     elif kind in ("unpaired", "judged"):
         label = _named(columns, JUDGED)
-        found = {
-            "field_prompt": asked,
-            "field_completion": _named([one for one in columns if one != label], ANSWERED),
+        fields = {
+            "field_prompt": question,
+            "field_completion": _named([name for name in columns if name != label], ANSWERED),
             "field_label": label,
         }
     else:
         return None
-    if None in found.values() or len(set(found.values())) < len(found):
+    if None in fields.values() or len(set(fields.values())) < len(fields):
         return None
-    return f"type: {_mapping(found)}"
+    return f"type: {_mapping(fields)}"
 
 
 def _text_type(columns: list[str], row: Mapping) -> str | None:
     if talk := next((name for name in columns if _is_talk(row.get(name))), None):
         return f"type: chat_template, field_messages: {_written(talk)}"
-    asked = _named(columns, ASKED)
-    answered = _named([name for name in columns if name != asked], ANSWERED)
-    if asked and answered:
-        rest = [name for name in columns if name not in (asked, answered)]
-        more = {} if "input" in rest else {"field_input": ""} if "input" in (asked, answered) else {}
-        return f"type: {_mapping({'field_instruction': asked, 'field_output': answered} | more)}"
+    question = _named(columns, ASKED)
+    answer = _named([name for name in columns if name != question], ANSWERED)
+    if question and answer:
+        rest = [name for name in columns if name not in (question, answer)]
+        more = {} if "input" in rest else {"field_input": ""} if "input" in (question, answer) else {}
+        return f"type: {_mapping({'field_instruction': question, 'field_output': answer} | more)}"
     text = _named(columns, TEXTS) or (columns[0] if len(columns) == 1 and isinstance(row.get(columns[0]), str) else None)
     return f"type: completion, field: {_written(text)}" if text else None
 

@@ -78,23 +78,23 @@ class MessageSpan(NamedTuple):
 
 def layout_cache(render: Render) -> Callable[..., TemplateLayout]:
     """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
-    known: dict[str, TemplateLayout] = {}
+    cache: dict[str, TemplateLayout] = {}
 
     def layout(messages: Sequence[dict], tools: list | None = None) -> TemplateLayout:
         marked = [_marked(i, message) for i, message in enumerate(messages)]
         key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
-        if key not in known:
-            if len(known) >= CACHE_SIZE:
-                known.clear()
-            known[key] = _layout(marked, partial(render, tools=tools) if tools else render)
-        return known[key]
+        if key not in cache:
+            if len(cache) >= CACHE_SIZE:
+                cache.clear()
+            cache[key] = _layout(marked, partial(render, tools=tools) if tools else render)
+        return cache[key]
 
     return layout
 
 
 def find_pieces(text: str, messages: Sequence[dict], layout: TemplateLayout) -> list[PieceSpan]:
     """Characters of every piece of `layout.keys`. Errors: ValueError when the rendered text does not match the layout."""
-    found, position = [], len(layout.statics[0])
+    piece_spans, position = [], len(layout.statics[0])
     if not text.startswith(layout.statics[0]):
         raise ValueError("the template writes different text around these contents than around others")
     for i, key in enumerate(layout.keys):
@@ -103,31 +103,33 @@ def find_pieces(text: str, messages: Sequence[dict], layout: TemplateLayout) -> 
         place = _piece(text, position, content, after, final=final) or _piece(text, position, _escaped(content), after, final=final)
         if place is None:
             raise ValueError(f"the template changes the content of message {key[0] + 1} beyond recognition")
-        found.append(PieceSpan(position, *place))
+        piece_spans.append(PieceSpan(position, *place))
         position = place[1] + len(after)
-    return found
+    return piece_spans
 
 
-def message_spans(found: list[PieceSpan], layout: TemplateLayout) -> dict[int, MessageSpan]:
+def message_spans(piece_spans: list[PieceSpan], layout: TemplateLayout) -> dict[int, MessageSpan]:
     """Span of every message that has a place."""
-    return {i: _span(place, found, layout) for i, place in layout.places.items() if isinstance(place, MessageSlot)}
+    return {i: _message_span(place, piece_spans, layout) for i, place in layout.places.items() if isinstance(place, MessageSlot)}
 
 
-def find_run(text: str, i: int, field: int, content: str, found: list[PieceSpan], layout: TemplateLayout) -> ContentRun:
+def find_run(text: str, i: int, field: int, content: str, piece_spans: list[PieceSpan], layout: TemplateLayout) -> ContentRun:
     """Where a field's content stands literally in the text: all of it but for blanks around it, or its only piece that is rendered.
 
     Errors: ValueError when the template takes the content apart or rewrites it.
     """
-    at = [k for k, key in enumerate(layout.keys) if key[:2] == (i, field)]
-    if not at:
+    indices = [k for k, key in enumerate(layout.keys) if key[:2] == (i, field)]
+    if not indices:
         raise ValueError("leaves it out")
     parts = TAGS.split(content)
-    number, first = layout.keys[at[0]][2], found[at[0]]
+    number, first = layout.keys[indices[0]][2], piece_spans[indices[0]]
     offset = sum(map(len, parts[:number]))
     start = first.core - _blanks(parts[number])
     if text.startswith(content.strip(), start - offset + _blanks(content)):
-        return ContentRun(0, len(content), start - offset, min(first.begin, start - offset + _blanks(content)), found[at[-1]].end)
-    if len(at) > 1 or not text.startswith(parts[number].strip(), first.core):
+        return ContentRun(
+            0, len(content), start - offset, min(first.begin, start - offset + _blanks(content)), piece_spans[indices[-1]].end
+        )
+    if len(indices) > 1 or not text.startswith(parts[number].strip(), first.core):
         raise ValueError("takes it apart")
     return ContentRun(offset, offset + len(parts[number]), start, first.begin, first.end)
 
@@ -142,8 +144,8 @@ def _escaped(content: str) -> str:
     return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
-def _span(place: MessageSlot, found: list[PieceSpan], layout: TemplateLayout) -> MessageSpan:
-    begin, end = found[place.first].begin - place.lead, found[place.last].end
+def _message_span(place: MessageSlot, piece_spans: list[PieceSpan], layout: TemplateLayout) -> MessageSpan:
+    begin, end = piece_spans[place.first].begin - place.lead, piece_spans[place.last].end
     return MessageSpan(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
 
 
@@ -161,66 +163,66 @@ def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> 
     start = text.find(core, begin, begin + len(lead) + len(core))
     if start < 0 or not lead.endswith(text[begin:start]):
         return None
-    for kept in range(len(trail), -1, -1):
-        end = start + len(core) + kept
+    for blanks_kept in range(len(trail), -1, -1):
+        end = start + len(core) + blanks_kept
         whole = end + len(static) == len(text) or not final
-        if whole and text.startswith(trail[:kept] + static, start + len(core)):
+        if whole and text.startswith(trail[:blanks_kept] + static, start + len(core)):
             return start, end
     return None
 
 
 def _layout(marked: list[dict], render: Render) -> TemplateLayout:
-    statics, keys = _split(render(marked))
-    places = {i: _place(i, marked, statics, keys, render) for i, message in enumerate(marked) if _marks(message)}
+    statics, keys = _split_at_markers(render(marked))
+    places = {i: _message_slot(i, marked, statics, keys, render) for i, message in enumerate(marked) if _marks(message)}
     missing = {key for message in marked for key in _marks(message)} - set(keys)
     return TemplateLayout(
         statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS)
     )
 
 
-def _place(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> MessageSlot | str:
-    at = _own(i, keys)
-    if not at:
+def _message_slot(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> MessageSlot | str:
+    indices = _piece_indices(i, keys)
+    if not indices:
         return MISSING
-    if at != list(range(at[0], at[-1] + 1)) or len(at) != len({keys[k] for k in at}):
+    if indices != list(range(indices[0], indices[-1] + 1)) or len(indices) != len({keys[k] for k in indices}):
         return "is rendered more than once or in pieces"
     calls = bool(marked[i].get("tool_calls"))
-    lead, tail = _lead(i, at[0], marked, statics, keys, render), _tail(i, at[-1], marked, statics, keys, render, whole=calls)
+    lead, tail = _lead(i, indices[0], marked, statics, keys, render), _tail(i, indices[-1], marked, statics, keys, render, whole=calls)
     if calls and (lead is None or tail is None):
         return "has tool calls whose limits are not known as they are written"
-    return MessageSlot(at[0], at[-1], lead or 0, _trail(marked[i], keys[at[-1]], statics[at[-1] + 1]), tail or 0, calls)
+    return MessageSlot(indices[0], indices[-1], lead or 0, _trail(marked[i], keys[indices[-1]], statics[indices[-1] + 1]), tail or 0, calls)
 
 
-def _own(i: int, keys: list[Key]) -> list[int]:
+def _piece_indices(i: int, keys: list[Key]) -> list[int]:
     """Where the pieces of message `i` are. A function's name that an answer to the call repeats belongs to the answer."""
-    at, own = [], set()
+    indices, seen = [], set()
     for k, key in enumerate(keys):
-        if key[0] == i and not (key[1] == CALLS and key in own):
-            at.append(k)
-            own.add(key)
-    return at
+        if key[0] == i and not (key[1] == CALLS and key in seen):
+            indices.append(k)
+            seen.add(key)
+    return indices
 
 
 def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
     """Characters between the generation prompt and the content: the model has to produce them itself, so they count."""
     before = statics[first]
     if marked[i]["role"] == "assistant" and i > 0:
-        prompt, shown = _try_split(marked[:i], render, add_generation_prompt=True)
+        prompt, shown = _try_split_at_markers(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
     if marked[i].get("tool_calls") and keys[first][1] == CALLS:
         return _lead_of_calls(i, first, marked, statics, keys, render)
-    own = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
+    lead_text = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
-    kept = [len(text) for text in (own, own.lstrip()) if before.endswith(text)]
-    return max(kept + [len(before) - opened.start() if opened else 0])
+    lengths = [len(text) for text in (lead_text, lead_text.lstrip()) if before.endswith(text)]
+    return max(lengths + [len(before) - opened.start() if opened else 0])
 
 
 def _lead_of_calls(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
     """The same for a message that starts with a call: it begins where plain content of the same speaker would, in the same place."""
     plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
     for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
-        header, shown = _try_split(talk, render)
+        header, shown = _try_split_at_markers(talk, render)
         if shown[: first + 1] == [*keys[:first], (i, 1, 0)] and header[first] and statics[first].startswith(header[first]):
             return len(statics[first]) - len(header[first])
     return None
@@ -230,8 +232,8 @@ def _trail(message: dict, last: Key, after: str) -> int:
     """Length of what the content itself has after its last piece: a tag, blanks."""
     if last[1] == CALLS:
         return 0
-    own = message[FIELDS[last[1]]].partition(_marker(last))[2]
-    return max(len(text) for text in (own, own.rstrip(), "") if after.startswith(text))
+    trail_text = message[FIELDS[last[1]]].partition(_marker(last))[2]
+    return max(len(text) for text in (trail_text, trail_text.rstrip(), "") if after.startswith(text))
 
 
 def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render, *, whole: bool = False) -> int | None:
@@ -239,7 +241,7 @@ def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[
     after = statics[last + 1]
     if i + 1 == len(marked):
         return len(after)
-    alone, shown = _try_split(marked[: i + 1], render)
+    alone, shown = _try_split_at_markers(marked[: i + 1], render)
     if shown[-1:] != [keys[last]]:
         return None
     shared = os.path.commonprefix([after, alone[-1]])
@@ -248,15 +250,15 @@ def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[
     return None if whole else re.match(r"(.*\s)?", shared, re.DOTALL).end()
 
 
-def _try_split(marked: list[dict], render: Render, **options) -> tuple[list[str], list[Key]]:
+def _try_split_at_markers(marked: list[dict], render: Render, **options) -> tuple[list[str], list[Key]]:
     """As _split, or nothing where the template refuses a conversation that stops here."""
     try:
-        return _split(render(marked, **options))
+        return _split_at_markers(render(marked, **options))
     except ValueError:
         return [""], []
 
 
-def _split(text: str) -> tuple[list[str], list[Key]]:
+def _split_at_markers(text: str) -> tuple[list[str], list[Key]]:
     return re.split(MARKER + r"m\d+f\d+p\d+e", text), _keys(text)
 
 
@@ -306,8 +308,8 @@ def _marker(key: Key) -> str:
 
 def _marks(message: dict) -> list[Key]:
     """Markers in a marked message."""
-    found = [key for field in FIELDS if message.get(field) for key in _keys(message[field])]
-    return found + [key for text in (_leaves(message) if message.get("tool_calls") else ()) for key in _keys(text)]
+    keys = [key for field in FIELDS if message.get(field) for key in _keys(message[field])]
+    return keys + [key for text in (_leaves(message) if message.get("tool_calls") else ()) for key in _keys(text)]
 
 
 def _reasons(message: dict) -> bool:

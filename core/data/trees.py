@@ -102,11 +102,11 @@ def encode_rows(
     Errors: ValueError for bad rows (named), and when no row is left.
     """
     check_length(sequence_len, overlong)
-    known, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
+    special, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
     docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 7), [], {}, ""
-    for i, extras, reason, parts in _sequences(rows, read, tokenizer, known, render, distinct):
-        where = sources.locate_row(rows, i)
-        check_bos(parts, known, where)
+    for i, extras, reason, parts in _sequences(rows, read, tokenizer, special, render, distinct):
+        location = sources.locate_row(rows, i)
+        check_bos(parts, special, location)
         reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
         same = not reason and distinct and any(np.array_equal(part.tokens, parts[0].tokens) for part in parts[1:])
         reason = SAME if same else reason  # of texts that differ only in what the chat template leaves out
@@ -114,15 +114,15 @@ def encode_rows(
         unread |= dict.fromkeys(name for part in parts for name in part.unread)
         ending = ending or next((part.ending for part in parts if part.ending), "")
         if doc is not None:
-            _check_extras(extras, docs, where)
+            _check_extras(extras, docs, location)
             lengths.append(max(side_lengths(doc)))
             tally = tally._replace(longest=max(tally.longest, lengths[-1]))
-            doc, reason, tally = _fit(doc, sequence_len, overlong, distinct, where, tally)
+            doc, reason, tally = _fit(doc, sequence_len, overlong, distinct, location, tally)
         if doc is None:
             tally = drop(tally, reason or NO_PROMPT)
             continue
         spaces = sum(part.trailing_space_boundaries for part in parts)
-        lacks = bool(known.prefix) and doc.tokens[: len(known.prefix)].tolist() != known.prefix
+        lacks = bool(special.prefix) and doc.tokens[: len(special.prefix)].tolist() != special.prefix
         tally = tally._replace(
             missing_bos=tally.missing_bos + lacks,
             trailing_space_boundaries=tally.trailing_space_boundaries + spaces,
@@ -149,18 +149,18 @@ def join(parts: Sequence[spans.EncodedText], *, row: int, extras: dict[str, tupl
 
     What follows the last trained token of a sequence is left out: nothing reads it. None when they share no first token.
     """
-    cut = [part.tokens[: np.flatnonzero(part.weight)[-1] + 1] for part in parts]
+    token_lists = [part.tokens[: np.flatnonzero(part.weight)[-1] + 1] for part in parts]
     if len(parts) == 1:
-        none = np.zeros(len(cut[0]), np.int32)
-        return TreeDoc(cut[0], none, none, parts[0].weight[: len(none)], row, extras or {})
+        none = np.zeros(len(token_lists[0]), np.int32)
+        return TreeDoc(token_lists[0], none, none, parts[0].weight[: len(none)], row, extras or {})
     size = min(int(np.flatnonzero(part.weight)[0]) for part in parts)
-    equal = np.all([tokens[:size] == cut[0][:size] for tokens in cut], axis=0)
+    equal = np.all([tokens[:size] == token_lists[0][:size] for tokens in token_lists], axis=0)
     size = size if equal.all() else int(np.argmin(equal))
     if size == 0:
         return None
     return grow(
-        cut[0][:size],
-        [(tokens[size:], part.weight[size : len(tokens)]) for tokens, part in zip(cut, parts, strict=True)],
+        token_lists[0][:size],
+        [(tokens[size:], part.weight[size : len(tokens)]) for tokens, part in zip(token_lists, parts, strict=True)],
         row=row,
         extras=extras,
     )
@@ -232,11 +232,11 @@ def describe(report: Report) -> str:
     return reporting.format_report(report, unusual)
 
 
-def _check_extras(extras: dict, docs: Sequence[TreeDoc], where: str) -> None:
+def _check_extras(extras: dict, docs: Sequence[TreeDoc], location: str) -> None:
     differing = sorted(set(extras) ^ set(docs[0].extras)) if docs else []
     if differing:
         has = "has" if differing[0] in extras else "lacks"
-        raise ValueError(f"{where} {has} the field {differing[0]}, unlike row {docs[0].row}: fill it in all rows or in none")
+        raise ValueError(f"{location} {has} the field {differing[0]}, unlike row {docs[0].row}: fill it in all rows or in none")
 
 
 def unusable(sides: Sides, distinct: bool) -> str:
@@ -254,7 +254,7 @@ def _says(reply: str | dict) -> bool:
     return bool(reply.get("tool_calls")) or bool((str(reply.get("reasoning_content") or "") + str(reply.get("content") or "")).strip())
 
 
-def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, where: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:
+def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, location: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:
     """(document under the length policy or None, why not, tally)."""
     sizes = side_lengths(doc)
     longest = max(length for length, foreign in zip(sizes, doc.extras.get("kind", [0] * len(sizes)), strict=True) if not foreign)
@@ -264,15 +264,15 @@ def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, where: s
         return cut_at(doc, size), "", tally
     if overlong == "error":
         raise ValueError(
-            f"{where} has {longest} tokens, more than sequence_len {size}: raise sequence_len, or set overlong to drop or truncate"
+            f"{location} has {longest} tokens, more than sequence_len {size}: raise sequence_len, or set overlong to drop or truncate"
         )
     if overlong == "drop":
         return None, TOO_LONG, tally
     doc = cut_at(doc, size)
-    own = [part for part in branches(doc) if doc.weight[part].any()]
-    if len(own) < len(sizes):
+    scored_branches = [part for part in branches(doc) if doc.weight[part].any()]
+    if len(scored_branches) < len(sizes):
         return None, FULL, tally
-    texts = [tuple(doc.tokens[part]) for part in own]
+    texts = [tuple(doc.tokens[part]) for part in scored_branches]
     if distinct and len(set(texts)) < len(texts):
         return None, SAME_CUT, tally
     lost = sum(length > size for length in sizes)
@@ -288,34 +288,39 @@ def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
 
 
 def _sequences(
-    rows: sources.Rows, read: Callable, tokenizer, known: spans.SpecialTokens, render: Callable, distinct: bool
+    rows: sources.Rows, read: Callable, tokenizer, special: spans.SpecialTokens, render: Callable, distinct: bool
 ) -> Iterator[tuple[int, dict, str, list[spans.EncodedText]]]:
     """(index of the row, its extras, why it cannot be used, its tokens with each continuation) row by row."""
     for start in range(0, len(rows.rows), CHUNK):
         chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
         sides = [read(row, sources.locate_row(chunk, i)) for i, row in enumerate(chunk.rows)]
-        reasons = [unusable(one, distinct) for one in sides]
+        reasons = [unusable(row_sides, distinct) for row_sides in sides]
         usable = [i for i, reason in enumerate(reasons) if not reason]
         texts = _texts([sides[i] for i in usable], sources.take(chunk, usable), render)
-        parts = iter(spans.encode(texts, tokenizer, known))
-        for i, (one, reason) in enumerate(zip(sides, reasons, strict=True)):
-            own = [] if reason else [next(parts) for _ in one.replies]
-            yield start + i, one.extras, reason, [_close(part, one, tokenizer, known) for part in own]
+        parts = iter(spans.encode(texts, tokenizer, special))
+        for i, (row_sides, reason) in enumerate(zip(sides, reasons, strict=True)):
+            encoded_replies = [] if reason else [next(parts) for _ in row_sides.replies]
+            yield start + i, row_sides.extras, reason, [_close(part, row_sides, tokenizer, special) for part in encoded_replies]
 
 
 def _texts(sides: Sequence[Sides], rows: sources.Rows, render: Callable) -> list[spans.Text]:
     """One text for each continuation of each row, in order."""
-    talks = [(i, reply) for i, one in enumerate(sides) if isinstance(one.prompt, list) for reply in one.replies]
-    flagged = [
-        {"messages": [said | {"train": False} for said in sides[i].prompt] + [reply | {"train": True}], "tools": rows.rows[i].get("tools")}
-        for i, reply in talks
+    templated_replies = [
+        (i, reply) for i, row_sides in enumerate(sides) if isinstance(row_sides.prompt, list) for reply in row_sides.replies
     ]
-    repeated = sources.take(rows, [i for i, _ in talks])._replace(rows=flagged)
-    rendered = iter(render(repeated) if talks else ())
+    flagged = [
+        {
+            "messages": [message | {"train": False} for message in sides[i].prompt] + [reply | {"train": True}],
+            "tools": rows.rows[i].get("tools"),
+        }
+        for i, reply in templated_replies
+    ]
+    repeated = sources.take(rows, [i for i, _ in templated_replies])._replace(rows=flagged)
+    rendered = iter(render(repeated) if templated_replies else ())
     texts = [
-        (i, plain(one.prompt, reply + one.end) if isinstance(one.prompt, str) else next(rendered))
-        for i, one in enumerate(sides)
-        for reply in one.replies
+        (i, plain(row_sides.prompt, reply + row_sides.end) if isinstance(row_sides.prompt, str) else next(rendered))
+        for i, row_sides in enumerate(sides)
+        for reply in row_sides.replies
     ]
     for i, text in texts:
         check_unicode(text.text, sources.locate_row(rows, i))
@@ -329,42 +334,42 @@ def plain(prompt: str, completion: str) -> spans.Text:
     return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
 
 
-def _close(part: spans.EncodedText, sides: Sides, tokenizer, known: spans.SpecialTokens) -> spans.EncodedText:
+def _close(part: spans.EncodedText, sides: Sides, tokenizer, special: spans.SpecialTokens) -> spans.EncodedText:
     """Plain text with the default prefix before and a trained EOS behind, each unless it is there already or `end` does its work."""
     if not isinstance(sides.prompt, str):
         return part
     spans.require_eos(tokenizer)
     tokens, weight = part.tokens, part.weight
-    ends = {known.eos, tokenizer.convert_tokens_to_ids(sides.end) if sides.end else None} - {tokenizer.unk_token_id}
-    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
-    suffix = [] if len(tokens) and int(tokens[-1]) in ends else [known.eos]
+    ends = {special.eos, tokenizer.convert_tokens_to_ids(sides.end) if sides.end else None} - {tokenizer.unk_token_id}
+    prefix = special.prefix if tokens[: len(special.prefix)].tolist() != special.prefix else []
+    suffix = [] if len(tokens) and int(tokens[-1]) in ends else [special.eos]
     tokens = np.concatenate([np.array(prefix, np.int32), tokens, np.array(suffix, np.int32)]).astype(np.int32)
     weight = np.concatenate([np.zeros(len(prefix)), weight, np.ones(len(suffix))]).astype(np.float32)
     weight[:1] = 0.0
     return part._replace(tokens=tokens, weight=weight)
 
 
-def check_bos(parts: Sequence[spans.EncodedText], known: spans.SpecialTokens, where: str) -> None:
+def check_bos(parts: Sequence[spans.EncodedText], special: spans.SpecialTokens, location: str) -> None:
     """Errors: ValueError for a sequence that starts with two BOS tokens."""
-    if known.bos is not None and any(part.tokens[:2].tolist() == [known.bos] * 2 for part in parts):
-        raise ValueError(f"{where} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
+    if special.bos is not None and any(part.tokens[:2].tolist() == [special.bos] * 2 for part in parts):
+        raise ValueError(f"{location} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
 
 
-def check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, location: str) -> None:
     """Errors: ValueError for a text that no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
+        raise ValueError(f"{location}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
 
 
 def _renderer(tokenizer, template: str | None, jinja: str | None, kwargs: Mapping | None) -> Callable[[sources.Rows], list[spans.Text]]:
     """chat's reader, made when the first row of messages comes: rows of plain text need no chat template."""
-    made = []
+    readers = []
 
     def render(rows: sources.Rows) -> list[spans.Text]:
-        if not made:
-            made.append(chat.reader(tokenizer, chat_template=template, chat_template_jinja=jinja, chat_template_kwargs=kwargs))
-        return made[0](rows)
+        if not readers:
+            readers.append(chat.reader(tokenizer, chat_template=template, chat_template_jinja=jinja, chat_template_kwargs=kwargs))
+        return readers[0](rows)
 
     return render

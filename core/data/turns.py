@@ -10,29 +10,29 @@ FLAGS = ("train", "weight")
 
 def read_turns(
     value: object,
-    where: str,
+    location: str,
     *,
     role: str = "role",
     content: str = "content",
     roles: Mapping[str, Sequence[str]] = ROLES,
     replies: int | None = None,
 ) -> list[dict]:
-    """The messages in `value` with text under `role` and `content`, other keys kept. `where` ends with the field's name.
+    """The messages in `value` with text under `role` and `content`, other keys kept. `location` ends with the field's name.
 
     role, content: what these are called in the row; roles: the names in the row by role, besides the usual ones. replies: how many
     of the last messages are learned, so that a `train` or `weight` that says otherwise is refused; None: nothing is, so none counts.
     Errors: ValueError for anything but a list of one or more messages, each with a known role and a text or tool calls.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where} is {type_name(value)}, expected a list of messages with {role} and {content}")
+        raise ValueError(f"{location} is {type_name(value)}, expected a list of messages with {role} and {content}")
     learned = [None if replies is None else i >= len(value) - replies for i in range(len(value))]
     names = {"role": role, "content": content, "roles": roles}
-    return [read_turn(one, f"{where}, message {i}", learned=learned[i - 1], **names) for i, one in enumerate(value, 1)]
+    return [read_turn(message, f"{location}, message {i}", learned=learned[i - 1], **names) for i, message in enumerate(value, 1)]
 
 
 def read_turn(
     value: object,
-    where: str,
+    location: str,
     *,
     role: str = "role",
     content: str = "content",
@@ -41,64 +41,64 @@ def read_turn(
 ) -> dict:
     """One message, read as in `read_turns`. learned: whether it is a reply to learn from; None where nothing is."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {type_name(value)}, expected an object with {role} and {content}")
-    said, calls = value.get(content), value.get("tool_calls")
-    if isinstance(said, list) and said:
-        said = _plain(said, f"{where}: field {content}")
-    for name, text in ((role, value.get(role)), (content, said)):
+        raise ValueError(f"{location} is {type_name(value)}, expected an object with {role} and {content}")
+    text_content, calls = value.get(content), value.get("tool_calls")
+    if isinstance(text_content, list) and text_content:
+        text_content = _plain(text_content, f"{location}: field {content}")
+    for name, text in ((role, value.get(role)), (content, text_content)):
         if not isinstance(text, str) and not (name == content and text is None and calls):
-            raise ValueError(f"{where}: field {name} is {type_name(text)}, expected text; it has {sources.join_names(map(str, value))}")
-    known = conversations.map_roles(roles).get(value[role])
-    if known is None:
-        raise ValueError(f"{where}: field {role} is {sources.quote(value[role])}, {conversations.unknown_role_fix(value[role], roles)}")
+            raise ValueError(f"{location}: field {name} is {type_name(text)}, expected text; it has {sources.join_names(map(str, value))}")
+    role_name = conversations.map_roles(roles).get(value[role])
+    if role_name is None:
+        raise ValueError(f"{location}: field {role} is {sources.quote(value[role])}, {conversations.unknown_role_fix(value[role], roles)}")
     if learned is not None:
-        _check_flags(value, learned, where)
-    rest = {key: kept for key, kept in value.items() if key not in (role, content, *FLAGS) and kept is not None}
-    return {"role": known} | ({} if said is None else {"content": said}) | rest
+        _check_flags(value, learned, location)
+    rest = {key: item for key, item in value.items() if key not in (role, content, *FLAGS) and item is not None}
+    return {"role": role_name} | ({} if text_content is None else {"content": text_content}) | rest
 
 
-def _plain(parts: list, where: str) -> str:
-    text, found = conversations.join_parts(parts, where)
-    if any(part.weight is not None for part in found):
-        raise ValueError(f"{where} has parts with train or weight: a reply is learned as a whole here, so remove them")
+def _plain(parts: list, location: str) -> str:
+    text, spans = conversations.join_parts(parts, location)
+    if any(part.weight is not None for part in spans):
+        raise ValueError(f"{location} has parts with train or weight: a reply is learned as a whole here, so remove them")
     return text
 
 
-def _check_flags(value: dict, learned: bool, where: str) -> None:
+def _check_flags(value: dict, learned: bool, location: str) -> None:
     """Errors: ValueError for a message whose flags ask for something else than what happens to it."""
     train, weight = (value.get(name) for name in FLAGS)
     if train is not None and train is not learned:
         what = "is a reply, which is always learned" if learned else "is of the prompt, which is never learned"
-        raise ValueError(f"{where}: train is {sources.quote(train)}, but this message {what} here: remove train, or the row")
+        raise ValueError(f"{location}: train is {sources.quote(train)}, but this message {what} here: remove train, or the row")
     if weight is not None and (isinstance(weight, bool) or weight != (1 if learned else 0)):
         what = "replies count fully" if learned else "the prompt is never learned"
-        raise ValueError(f"{where}: weight is {sources.quote(weight)}, but {what} here: remove weight, or the row")
+        raise ValueError(f"{location}: weight is {sources.quote(weight)}, but {what} here: remove weight, or the row")
     if value.get("train_detail") is not None:
-        raise ValueError(f"{where}: train_detail is not read here, a message is learned as a whole or not at all: remove it")
+        raise ValueError(f"{location}: train_detail is not read here, a message is learned as a whole or not at all: remove it")
 
 
-def read_dialogue(value: object, where: str, **names) -> tuple[list[dict], dict]:
+def read_dialogue(value: object, location: str, **names) -> tuple[list[dict], dict]:
     """(history, reply) of a conversation that ends with the assistant. Errors: ValueError for any other."""
-    said = read_turns(value, where, **({"replies": 1} | names))
-    if len(said) < 2 or said[-1]["role"] != "assistant":
-        found = sources.join_names(one["role"] for one in said)
-        raise ValueError(f"{where} has the roles {found}: expected a question first and a reply of the assistant last")
-    return said[:-1], said[-1]
+    messages = read_turns(value, location, **({"replies": 1} | names))
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = sources.join_names(message["role"] for message in messages)
+        raise ValueError(f"{location} has the roles {roles}: expected a question first and a reply of the assistant last")
+    return messages[:-1], messages[-1]
 
 
-def turn_text(message: dict, where: str) -> str:
+def turn_text(message: dict, location: str) -> str:
     """What a message says, where only text will do. Errors: ValueError for tool calls."""
     if message.get("tool_calls") or "content" not in message:
-        raise ValueError(f"{where} has tool calls, which this format has no wording for: use rows of messages and a chat template")
+        raise ValueError(f"{location} has tool calls, which this format has no wording for: use rows of messages and a chat template")
     return message["content"]
 
 
-def with_system(history: list[dict], row: Mapping, where: str, name: str = "system") -> list[dict]:
+def with_system(history: list[dict], row: Mapping, location: str, name: str = "system") -> list[dict]:
     """The messages with the row's system text in front.
 
     Errors: ValueError for a field that is no text, or that says something else than the messages' own system message.
     """
-    system = conversations.system_text(row.get(name), history, where, name)
+    system = conversations.system_text(row.get(name), history, location, name)
     return [{"role": "system", "content": system}, *history] if system else history
 
 

@@ -8,26 +8,26 @@ FIELDS = {"argilla": "instruction", "intel": "question", "prompt_pairs": "prompt
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def label(row: dict, name: str, where: str) -> dict[str, tuple]:
+def label(row: dict, name: str, location: str) -> dict[str, tuple]:
     """The row's judgement as `desirable`. Errors: ValueError for anything but true and false (or 1 and 0, or these as text)."""
     value = row.get(name)
     if value is None:
-        raise sources.missing_field([name], row, where)
+        raise sources.missing_field([name], row, location)
     number = preference.number(value) if not isinstance(value, str) else None  # 1.0 is what a column of 1 and null becomes
     text = str(value) if isinstance(value, bool | str) else f"{number:g}" if number is not None else ""
-    known = LABELS.get(text.strip().lower())
-    if known is None:
-        raise ValueError(f"{where}: field {name} is {sources.quote(value)}, expected true or false")
-    return {"desirable": (known,)}
+    desirable = LABELS.get(text.strip().lower())
+    if desirable is None:
+        raise ValueError(f"{location}: field {name} is {sources.quote(value)}, expected true or false")
+    return {"desirable": (desirable,)}
 
 
 def styled(style: wording.TurnStyle, field: str) -> Callable[[dict, str], trees.Sides]:
     """Reader of rows in a fixed wording."""
 
-    def read(row: dict, where: str) -> trees.Sides:
-        history = preference.system(row, where) + [{"role": "user", "content": preference.text(row, (field,), where)}]
-        reply = preference.text(row, ("completion",), where)
-        return trees.Sides(wording.render_prompt(style, history, where), (reply,), label(row, "label", where), style.end)
+    def read(row: dict, location: str) -> trees.Sides:
+        history = preference.system(row, location) + [{"role": "user", "content": preference.text(row, (field,), location)}]
+        reply = preference.text(row, ("completion",), location)
+        return trees.Sides(wording.render_prompt(style, history, location), (reply,), label(row, "label", location), style.end)
 
     return read
 
@@ -35,15 +35,17 @@ def styled(style: wording.TurnStyle, field: str) -> Callable[[dict, str], trees.
 def talking(style: wording.TurnStyle) -> Callable[[dict, str], trees.Sides]:
     """argilla_chat: the completion is a conversation, or the reply alone with the question in `chosen`."""
 
-    def read(row: dict, where: str) -> trees.Sides:
-        here, said = f"{where}: field completion", row.get("completion")
-        if isinstance(said, list) and len(said) == 1 and row.get("chosen") is not None:
-            said = [
-                one for one in turns.read_turns(row["chosen"], f"{where}: field chosen", replies=None) if one["role"] != "assistant"
-            ] + said
-        history, reply = turns.read_dialogue(said, here)
-        prompt = wording.render_prompt(style, turns.with_system(history, row, where), where)
-        return trees.Sides(prompt, (turns.turn_text(reply, f"{here}: the reply"),), label(row, "label", where), style.end)
+    def read(row: dict, location: str) -> trees.Sides:
+        field_location, messages = f"{location}: field completion", row.get("completion")
+        if isinstance(messages, list) and len(messages) == 1 and row.get("chosen") is not None:
+            messages = [
+                message
+                for message in turns.read_turns(row["chosen"], f"{location}: field chosen", replies=None)
+                if message["role"] != "assistant"
+            ] + messages
+        history, reply = turns.read_dialogue(messages, field_location)
+        prompt = wording.render_prompt(style, turns.with_system(history, row, location), location)
+        return trees.Sides(prompt, (turns.turn_text(reply, f"{field_location}: the reply"),), label(row, "label", location), style.end)
 
     return read
 
@@ -61,33 +63,33 @@ def user_defined(
     ask = wording.compile_wording("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",))
     answer = wording.compile_wording("completion_format", completion_format or "{completion}", ("completion",))
 
-    def read(row: dict, where: str) -> trees.Sides:
-        before = "".join(one["content"] for one in preference.system(row, where, field_system))
-        asked, reply = (preference.text(row, (name,), where) for name in (field_prompt, field_completion))
+    def read(row: dict, location: str) -> trees.Sides:
+        before = "".join(message["content"] for message in preference.system(row, location, field_system))
+        question, reply = (preference.text(row, (name,), location) for name in (field_prompt, field_completion))
         filled = answer(completion=reply) if reply.strip() else ""
-        return trees.Sides(ask(prompt=asked, system=before), (filled,), label(row, field_label, where))
+        return trees.Sides(ask(prompt=question, system=before), (filled,), label(row, field_label, location))
 
     return read
 
 
-def passthrough(row: dict, where: str) -> trees.Sides:
+def passthrough(row: dict, location: str) -> trees.Sides:
     """Prompt and completion as they are: two texts, or a conversation and the reply for the chat template."""
-    judged = label(row, "label", where)
-    return answer(row, where)._replace(extras=judged)
+    judged = label(row, "label", location)
+    return answer(row, location)._replace(extras=judged)
 
 
-def answer(row: dict, where: str) -> trees.Sides:
+def answer(row: dict, location: str) -> trees.Sides:
     """The same without a judgement."""
     if not isinstance(row.get("prompt"), list):
-        return trees.Sides(preference.text(row, ("prompt",), where), (preference.text(row, ("completion",), where),), {})
-    said, here = turns.read_turns(row["prompt"], f"{where}: field prompt", replies=0), f"{where}: field completion"
-    said = turns.with_system(said, row, where)
+        return trees.Sides(preference.text(row, ("prompt",), location), (preference.text(row, ("completion",), location),), {})
+    messages, field_location = turns.read_turns(row["prompt"], f"{location}: field prompt", replies=0), f"{location}: field completion"
+    messages = turns.with_system(messages, row, location)
     if isinstance(row.get("completion"), str):
-        return trees.Sides(said, ({"role": "assistant", "content": preference.text(row, ("completion",), where)},), {})
-    reply = turns.read_turns(row.get("completion"), here, replies=1)
-    if [one["role"] for one in reply] != ["assistant"]:
-        raise ValueError(f"{here} has {len(reply)} messages, expected one of the assistant")
-    return trees.Sides(said, (reply[0],), {})
+        return trees.Sides(messages, ({"role": "assistant", "content": preference.text(row, ("completion",), location)},), {})
+    reply = turns.read_turns(row.get("completion"), field_location, replies=1)
+    if [message["role"] for message in reply] != ["assistant"]:
+        raise ValueError(f"{field_location} has {len(reply)} messages, expected one of the assistant")
+    return trees.Sides(messages, (reply[0],), {})
 
 
 def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> Callable[[dict, str], trees.Sides]:
@@ -96,16 +98,16 @@ def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> 
     `kind` is 0 for the row's own completion and 1 for the foreign one, of which KTO's baseline is made; encode with distinct=False.
     Errors: ValueError when all rows have one prompt.
     """
-    own = [read(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
-    usable = [i for i, sides in enumerate(own) if trees.unusable(sides, False) == ""]
-    if usable and all(own[i].prompt == own[usable[0]].prompt for i in usable):
+    row_sides = [read(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
+    usable = [i for i, sides in enumerate(row_sides) if trees.unusable(sides, False) == ""]
+    if usable and all(row_sides[i].prompt == row_sides[usable[0]].prompt for i in usable):
         raise ValueError(
             f"{rows.name}: all {len(usable)} rows have one prompt, so no completion is foreign to it: add rows with other prompts"
         )
-    foreign = {id(rows.rows[i]): own[_before(own, usable, at)].replies[0] for at, i in enumerate(usable)}
+    foreign = {id(rows.rows[i]): row_sides[_before(row_sides, usable, position)].replies[0] for position, i in enumerate(usable)}
 
-    def both(row: dict, where: str) -> trees.Sides:
-        sides = read(row, where)
+    def both(row: dict, location: str) -> trees.Sides:
+        sides = read(row, location)
         if id(row) not in foreign:
             return sides
         extras = {name: values * 2 for name, values in sides.extras.items()} | {"kind": (0, 1)}
@@ -114,9 +116,9 @@ def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> 
     return both
 
 
-def _before(own: Sequence[trees.Sides], usable: Sequence[int], at: int) -> int:
-    circle = (usable[at - step] for step in range(1, len(usable)))
-    return next(i for i in circle if own[i].prompt != own[usable[at]].prompt)
+def _before(row_sides: Sequence[trees.Sides], usable: Sequence[int], position: int) -> int:
+    circle = (usable[position - step] for step in range(1, len(usable)))
+    return next(i for i in circle if row_sides[i].prompt != row_sides[usable[position]].prompt)
 
 
 def _styles() -> dict[str, trees.Form]:

@@ -24,13 +24,13 @@ STYLES = {
 }
 
 
-def render_prompt(style: TurnStyle, messages: Sequence[dict], where: str = "row") -> str:
+def render_prompt(style: TurnStyle, messages: Sequence[dict], location: str = "row") -> str:
     """The messages and the header of the assistant's turn. Errors: ValueError for a message without a text."""
     for message in messages:
-        turns.turn_text(message, f"{where}: a message of the prompt")
+        turns.turn_text(message, f"{location}: a message of the prompt")
     turn = "{}{}{}{}{}{}".format
-    said = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
-    return "".join(said) + style.opening + "assistant" + style.middle
+    texts = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
+    return "".join(texts) + style.opening + "assistant" + style.middle
 
 
 def compile_wording(option: str, form: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Callable[..., str]:
@@ -43,7 +43,7 @@ def compile_wording(option: str, form: str, needed: Sequence[str], optional: Seq
     found = set(PLACE.findall(form))
     unknown, missing = found - {*needed, *optional}, set(needed) - found
     if unknown or missing:
-        places = sources.join_names(f"{{{name}}}" for name in (*needed, *optional))
+        place_names = sources.join_names(f"{{{name}}}" for name in (*needed, *optional))
         wrong = f"names {sources.join_names(sorted(unknown))}" if unknown else f"lacks {sources.join_names(sorted(missing))}"
-        raise ValueError(f"{option} {form!r} {wrong}: its places are {places}")
+        raise ValueError(f"{option} {form!r} {wrong}: its places are {place_names}")
     return lambda **texts: PLACE.sub(lambda match: texts[match[1]], form)

@@ -29,8 +29,8 @@ def encode_rows(
     docs, reports = [], []
     try:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for part, (found, report) in zip(parts, pool.map(encode, parts), strict=True):
-                docs += found
+            for part, (part_docs, report) in zip(parts, pool.map(encode, parts), strict=True):
+                docs += part_docs
                 reports.append(report)
                 progress(len(part.rows))
     except ValueError:
