@@ -7,7 +7,7 @@ What is to be trained of it is kept apart in `TrainFlags`: a decision for the me
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from treetune.core.data import jsontext, sources
+from treetune.core.data import sources, tool_calls
 
 MESSAGES = ("messages", "conversations")  # the second where the first is the default and the row has none
 MAPPINGS = {
@@ -138,11 +138,11 @@ def read_conversation(row: dict, location: str, fields: MessageFields = DEFAULT)
     if row.get("functions") and fields.tools != "functions":
         raise ValueError(f"{location}: field functions holds tool definitions: set field_tools to functions, or remove it")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{location}: {field} is {_kind(messages)}, expected a list of messages with role and content")
+        raise ValueError(f"{location}: {field} is {sources.value_kind(messages)}, expected a list of messages with role and content")
     pairs = [_message(message, f"{location}: message {i}", fields) for i, message in enumerate(messages, 1)]
     if fields.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], location)):
         pairs = [({"role": SYSTEM, "content": system}, TrainFlags(None, {})), *pairs]
-    defined = read_tools(row.get(fields.tools), f"{location}: field {fields.tools}") if fields.tools else None
+    defined = tool_calls.read_tools(row.get(fields.tools), f"{location}: field {fields.tools}") if fields.tools else None
     return Conversation([message for message, _ in pairs], [flags for _, flags in pairs], defined)
 
 
@@ -151,7 +151,7 @@ def system_text(value: object, messages: list[dict], location: str, name: str = 
     if value in (None, ""):
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{location}: field {name} is {_kind(value)}, expected text")
+        raise ValueError(f"{location}: field {name} is {sources.value_kind(value)}, expected text")
     system_message = next((message for message in messages if message["role"] == SYSTEM), None)
     if system_message is not None and system_message.get("content") != value:
         raise ValueError(f"{location}: field {name} says something else than the system message of the conversation: keep one of them")
@@ -160,14 +160,14 @@ def system_text(value: object, messages: list[dict], location: str, name: str = 
 
 def _message(message: object, location: str, fields: MessageFields) -> tuple[dict, TrainFlags]:
     if not isinstance(message, dict):
-        raise ValueError(f"{location} is {_kind(message)}, expected an object with role and content")
+        raise ValueError(f"{location} is {sources.value_kind(message)}, expected an object with role and content")
     present = _renamed({key: value for key, value in message.items() if value is not None}, location, fields)
     if present.get("function_call"):
         raise ValueError(
             f"{location}: function_call is the older form of tool_calls, which templates do not render: rewrite it as tool_calls"
         )
     if present.get("tool_calls"):
-        present["tool_calls"] = _calls(present["tool_calls"], f"{location}: tool_calls")
+        present["tool_calls"] = tool_calls.read_calls(present["tool_calls"], f"{location}: tool_calls")
     else:
         present.pop("tool_calls", None)
     role = present.get("role")
@@ -195,7 +195,7 @@ def _wrong(target: str, value: object, message: dict, location: str, fields: Mes
     label = names[0] + "".join(f" (or {name})" for name in names[1:])
     if value is None:
         return sources.missing_field(names, message, location, label)
-    return ValueError(f"{location}: field {label} is {_kind(value)}, expected text")
+    return ValueError(f"{location}: field {label} is {sources.value_kind(value)}, expected text")
 
 
 def _renamed(present: dict, location: str, fields: MessageFields) -> dict:
@@ -252,7 +252,7 @@ def _scaled(part: ContentSpan, scale: float) -> ContentSpan:
 
 
 def _not_text(field: str, value: object, location: str) -> ValueError:
-    return ValueError(f"{location}: {field} is {_kind(value)}, expected text")
+    return ValueError(f"{location}: {field} is {sources.value_kind(value)}, expected text")
 
 
 def join_parts(items: list, location: str) -> tuple[str, tuple[ContentSpan, ...]]:
@@ -271,7 +271,7 @@ def _part(item: object, location: str) -> tuple[str, float | None]:
     if isinstance(item, str):
         return item, None
     if not isinstance(item, dict):
-        raise ValueError(f"{location} is {_kind(item)}, expected an object with type and text")
+        raise ValueError(f"{location} is {sources.value_kind(item)}, expected an object with type and text")
     present = {key: value for key, value in item.items() if value is not None}
     if present.get("type") != "text":
         raise ValueError(f"{location}: type is {sources.quote(present.get('type'))}: only parts of type 'text' can be trained on")
@@ -288,7 +288,7 @@ def _part(item: object, location: str) -> tuple[str, float | None]:
 def _detail(items: object, content: str, location: str) -> tuple[ContentSpan, ...]:
     """Parts from character offsets; both ends belong to the part."""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{location} is {_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
+        raise ValueError(f"{location} is {sources.value_kind(items)}, expected a list of objects with begin_offset, end_offset and train")
     spans = []
     for i, item in enumerate(items, 1):
         begin, end, train = (item.get(name) for name in ("begin_offset", "end_offset", "train"))
@@ -335,67 +335,3 @@ def _stripped(text: str, begin: int, end: int) -> tuple[int, int]:
 
 def _clip(part: ContentSpan, first: int, last: int) -> ContentSpan:
     return part._replace(begin=max(part.begin, first) - first, end=min(part.end, last) - first)
-
-
-def _calls(value: object, location: str) -> list[dict]:
-    """Tool calls with their arguments as objects. Nested nulls go: columnar files put them where a key is missing."""
-    value = _parsed(value, location)
-    if not isinstance(value, list):
-        raise ValueError(f"{location} is {_kind(value)}, expected a list of calls")
-    return [_call(call, f"{location}: call {i}") for i, call in enumerate(value, 1)]
-
-
-def _call(call: object, location: str) -> dict:
-    call = _parsed(call, location)
-    if not isinstance(call, dict):
-        raise ValueError(f"{location} is {_kind(call)}, expected an object with function")
-    call = without_nulls(call)
-    if "function" not in call:  # the short form
-        extra = {key: call[key] for key in ("id",) if key in call}
-        call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
-    function = call["function"]
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise ValueError(f"{location}: function is {sources.quote(function)}, expected an object with name and arguments")
-    arguments = _parsed(function.get("arguments", {}), f"{location}: arguments")
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{location}: arguments is {_kind(arguments)}, expected an object or its JSON text")
-    return call | {"function": function | {"arguments": arguments}}
-
-
-def read_tools(value: object, location: str) -> list[dict] | None:
-    """Tool definitions, from a list or its JSON text."""
-    parsed = _parsed(value, location)
-    if parsed is None or parsed == []:
-        return None
-    if not isinstance(parsed, list):
-        raise ValueError(f"{location} is {_kind(parsed)}, expected a list of tool definitions or its JSON text")
-    tools = [_parsed(tool, f"{location}: tool {i}") for i, tool in enumerate(parsed, 1)]
-    for i, tool in enumerate(tools, 1):
-        if not isinstance(tool, dict):
-            raise ValueError(f"{location}: tool {i} is {_kind(tool)}, expected an object")
-    return (
-        tools
-        if isinstance(value, str)
-        else [tool if isinstance(definition, str) else without_nulls(tool) for tool, definition in zip(tools, value, strict=True)]
-    )
-
-
-def _parsed(value: object, location: str) -> object:
-    """The value, or what its JSON text says."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    return jsontext.parse(value, f"{location} is a text that is no JSON")
-
-
-def without_nulls(value: object) -> object:
-    """The value without the entries of objects that are null, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _kind(value: object) -> str:
-    return "empty" if value in ([], {}, "") else f"of type {type(value).__name__}"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat_templates, conversations, preference, sources, spans, trees, turns
+from treetune.core.data import chat_templates, preference, sources, spans, tool_calls, trees, turns
 
 
 class Prompt(NamedTuple):
@@ -90,7 +90,7 @@ def _prompt(row: dict, name: str, system: str, where: str) -> str | list[dict]:
 
 
 def _tools(row: dict, where: str) -> list[dict] | None:
-    return conversations.read_tools(row.get("tools"), f"{where}: field tools")
+    return tool_calls.read_tools(row.get("tools"), f"{where}: field tools")
 
 
 def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:

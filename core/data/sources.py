@@ -118,6 +118,11 @@ def missing_field(names: Sequence[str], row: Mapping, location: str, shown: str 
     return ValueError(f"{location} has no field {shown or ' or '.join(names)}; it has {join_names(map(str, row))}")
 
 
+def value_kind(value: object) -> str:
+    """Type of a value of a row, or "empty", as an error names it."""
+    return "empty" if value in ([], {}, "") else f"of type {type(value).__name__}"
+
+
 def quote(value: object) -> str:
     """A value of a row in one line of an error, at most 80 characters of it."""
     text = repr(value)
