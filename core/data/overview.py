@@ -42,11 +42,13 @@ def describe(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> dict[
 
 def _describe_targets(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> str:
     """What is learned of the documents: their supervised tokens, or what a head gives at some of them."""
+    branching = [doc for doc in docs if isinstance(doc, TreeDoc)]
     if kind.read == "last":
-        return f"with a score to learn at the end of each of {sum(len(trees.branches(doc)) for doc in docs)} completions"
+        return f"with a score to learn at the end of each of {sum(len(trees.branches(doc)) for doc in branching)} completions"
     supervised = sum(int((doc.weight > 0).sum()) for doc in docs)
     if kind.read == "classes":
-        return f"with {supervised} judged steps, {sum(int((doc.classes == 1).sum()) for doc in docs)} of them good"
+        good = sum(int((doc.classes == 1).sum()) for doc in branching if doc.classes is not None)
+        return f"with {supervised} judged steps, {good} of them good"
     return f"of which {supervised} supervised ({100 * supervised / sum(len(doc.tokens) for doc in docs):.1f} %)"
 
 

@@ -1,6 +1,6 @@
 """Rows for a reward model: answers, pairs and steps as documents to score, and what their scores amount to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ class ScoredRows(NamedTuple):
     labelled: bool
 
 
-def _conversation(row: Mapping, where: str) -> trees.Sides:
+def _conversation(row: dict, where: str) -> trees.Sides:
     history, reply = turns.read_dialogue(row.get("messages"), f"{where}: field messages")
     return trees.Sides(turns.with_system(history, row, where), (reply,), {})
 
 
-def _answer(row: Mapping, where: str) -> trees.Sides:
+def _answer(row: dict, where: str) -> trees.Sides:
     """Prompt and completion as in unpaired rows, judged or not."""
     return unpaired.answer(row, where)
 
@@ -78,7 +78,7 @@ def options(format: str, rows: sources.Rows) -> tuple[str, ...]:
 def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) -> ScoredRows:
     """The documents of rows of a format. Errors: ValueError naming file, row and fix."""
     lengths: dict[str, Any] = {"sequence_len": encoding.sequence_len, "overlong": encoding.overlong}
-    chat = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
+    chat: dict[str, Any] = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
     labelled = format in reward.STEPS and "labels" in sources.columns(rows)
     if format in SINGLE:
         watched = sources.track_reads(rows)

@@ -1,0 +1,40 @@
+"""A model or an adapter in a few lines: sizes, parameters, targets."""
+
+from pathlib import Path
+
+from treetune.core import lora, param
+from treetune.models import MODELS, adapter_config, gguf, hf
+
+
+def describe_model(path: Path) -> dict[str, str]:
+    """Lines by name for a model folder or a .gguf file: family, sizes, parameters, and what LoRA of rank 16 would add."""
+    if path.suffix == ".gguf":
+        model = gguf.load(path)
+        family, cfg = model.family, model.cfg
+    else:
+        family, cfg = hf.read_config(path / "config.json")
+    sizes = MODELS[family].abstract(cfg)
+    count, low_rank = param.count(sizes), param.count(lora.abstract(sizes, lora.linears(sizes), rank=16))
+    return {
+        "model": str(path),
+        "family": f"{family}, {cfg.num_layers} layers, hidden {cfg.hidden_size}, mlp {cfg.mlp_size}",
+        "attention": f"{cfg.num_heads} query and {cfg.num_kv_heads} key heads of {cfg.head_dim}, window {cfg.window or 'none'}",
+        "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
+        "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
+        "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",
+        "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
+    }
+
+
+def describe_adapter(path: Path) -> dict[str, str]:
+    """Lines by name for an adapter folder: rank, scale, base model and targets."""
+    config = adapter_config.read(path)
+    names = (config.targets,) if isinstance(config.targets, str) else config.targets
+    targets = sorted({name.rpartition(".")[2] for name in names})
+    return {
+        "adapter": str(path),
+        "base": config.base or "not named",
+        "rank": f"{config.rank}, alpha {config.alpha:g}{', rank-stabilised' * config.rslora}",
+        "targets": config.targets if isinstance(config.targets, str) else f"{len(names)} modules: {', '.join(targets)}",
+        "trained whole": ", ".join(config.saved) or "none",
+    }
