@@ -1,6 +1,5 @@
 """What a run leaves behind: sample answers before and after, an adapter or a model folder, a report, a summary."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,16 @@ import numpy as np
 import torch
 
 from treetune.cli import cadence, configs, invocation, rundir, setup
-from treetune.cli.errors import RunFailed
 from treetune.cli.screen import Screen, clock
-from treetune.core import check, drafts, records, shard, tree
+from treetune.core import drafts, records, shard, tree
 from treetune.core.data import chat, instruction, prompt_ids, strides
 from treetune.core.lora import Lora
 from treetune.core.run import report
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, adapter, decode, heads, hf, policy
+from treetune.models import Model, decode, policy
+from treetune.models.adapter import Carried
+from treetune.models.policy import Policy
+from treetune.models.tokenizer import has_template, has_tokenizer
 
 PASTED = ("continue with", "try it")  # commands, in one line however long
 OPENING = 16  # words or tokens of a text without a prompt, to go on from
@@ -23,7 +24,7 @@ OPENING = 16  # words or tokens of a text without a prompt, to go on from
 
 def current(state: TrainState, model: Model, used: Lora | None) -> tuple[Model, Lora | None]:
     """The model and adapter as trained so far (whole leaves: a collective when they are sharded)."""
-    return policy.current(policy.Policy(model.family, model.cfg, {}, {}, used), state.params, state.frozen)
+    return policy.current(Policy(model.family, model.cfg, {}, {}, used), state.params, state.frozen)
 
 
 def _prompt(config: Any, made: Any) -> tuple[str, list[int]]:
@@ -144,34 +145,20 @@ def _save(config: Any, made: Any, model: Model, used: Lora | None, trained: Para
     return path
 
 
-def write_trained(config: Any, trees: setup.Trees, tokenizer: Any, model: Model, used: Lora | None, trained: Params, path: Path) -> None:
+def write_trained(config: Any, trees: Policy, tokenizer: Any, _model: Any, _lora: Any, trained: Params, path: Path) -> None:
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one."""
-    head = {"head": trained["head"]} if "head" in trained else {}
-    if used is None:
-        # float32 reaches further than bfloat16 rounds to
-        kept = model._replace(params=tree.map(lambda leaf: leaf.to(model.cfg.dtype), model.params))
-        if not check.finite(kept.params):
-            bad, dtype = check.not_finite(kept.params)[0], str(model.cfg.dtype)[6:]
-            raise RunFailed(f"{bad} is not finite in {dtype}: {path} was not saved; lower learning_rate, or compute in float32")
-        if head:
-            heads.save(path, kept, **head, tokenizer=tokenizer)
-        else:
-            hf.save(path, kept, tokenizer=tokenizer, generation=setup.generation_config(config.model, tokenizer))
-        return
-    info, save = trees.adapter, partial(heads.save_adapter, **head) if head else adapter.save
-    save(
-        path, trained["lora"], family=model.family, base=info.base, digest=info.digest, rank=info.rank, alpha=info.alpha,
-        rslora=info.rslora, dropout=trees.lora.dropout, whole=trained.get("model"), tied=model.cfg.tied, **_carried(config, tokenizer),
-    )  # fmt: skip
+    generation = None if trees.lora is not None or "head" in trained else setup.generation_config(config.model, tokenizer)
+    carried = None if trees.lora is None else _carried(config, tokenizer)
+    policy.save(trees._replace(tokenizer=tokenizer), path, params=trained, generation=generation, carried=carried)
 
 
-def _carried(config: Any, tokenizer: Any) -> dict[str, Any]:
+def _carried(config: Any, tokenizer: Any) -> Carried:
     """What of the tokenizer an adapter folder must hold, because the base model's is another."""
     start, words = config.adapter.lora_model_dir, config.vocabulary
-    if words.special_tokens or words.tokens or (start is not None and setup.has_tokenizer(start)):
-        return {"tokenizer": tokenizer}
-    own = config.data.chat_template is not None or (start is not None and (setup.adapter_folder(start) / adapter.TEMPLATE).is_file())
-    return {"template": tokenizer.chat_template} if own else {}
+    if words.special_tokens or words.tokens or (start is not None and has_tokenizer(start)):
+        return Carried(tokenizer=tokenizer)
+    own = config.data.chat_template is not None or (start is not None and has_template(start))
+    return Carried(template=tokenizer.chat_template if own else None)
 
 
 def _summary(config: Any, made: Any, outcome: Any, saved) -> dict[str, str]:

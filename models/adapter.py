@@ -4,10 +4,10 @@ A [r, in] and B [out, r] keep our orientation. Whole modules trained beside the 
 `modules_to_save`, under the key of the base model; every file key must be used, and every needed key be there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +32,29 @@ class Base(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What an adapter_config.json says: sizes, dropout while training, the base model, and the paths of the adapted leaves."""
+    """What an adapter_config.json says: sizes, dropout in training, the base model and its digest, the paths of the adapted leaves."""
 
     rank: int
     alpha: float
-    rslora: bool
-    dropout: float
-    base: str
-    paths: list[str]
-    digest: str = ""  # of the base model
+    rslora: bool = False
+    dropout: float = 0.0
+    base: str = ""
+    paths: Sequence[str] = ()
+    digest: str = ""
+
+
+class Carried(NamedTuple):
+    """What of a tokenizer goes into an adapter's folder: all of it, where it is not the base model's, or only its chat template."""
+
+    tokenizer: Any = None
+    template: str | None = None
+
+
+class Head(NamedTuple):
+    """A head that is no leaf of the family: PEFT's task_type for it, and its tensors by name."""
+
+    task: str
+    tensors: dict[str, Tensor]
 
 
 def check(family: str, adapted: list[str], whole: list[str]) -> None:
@@ -71,59 +85,60 @@ def save(
     adapter: Params,
     *,
     family: str,
-    base: str,
-    rank: int,
-    alpha: float,
-    rslora: bool = False,
-    dropout: float = 0.0,
+    info: Info,
     whole: Params | None = None,
     tied: bool = False,
-    tokenizer=None,
-    template: str | None = None,
-    task: str = "CAUSAL_LM",
-    beside: dict[str, Tensor] | None = None,
-    digest: str = "",
+    carried: Carried | None = None,
+    head: Head | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` turns into the same function as ours.
 
-    `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `base` the name or path of the base
-    model, `tied` whether that model is tied. `tokenizer` goes into the folder when it is not the base model's, or only its
-    chat `template` when that is all that differs. `task` is PEFT's task_type, `beside` the tensors by name of whole modules
-    that are no leaves of the family, such as a scalar head; `digest` tells the base model from others.
-
-    Raises ValueError as `check` does, and when a rank is not `rank`.
+    `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `tied` whether the base model is tied; the paths in
+    `info` are those of the tree. Raises ValueError as `check` does, and when a rank is not `info.rank`.
     """
     from safetensors.torch import save_file
 
-    replaced = dict(tree.items(whole or {}))
-    found = lora.pairs(adapter)
-    check(family, list(found), list(replaced))
-    if wrong := [name for name, (a, _) in found.items() if a.shape[0] != rank]:
-        raise ValueError(f"the adapter of {wrong[0]} has rank {found[wrong[0]][0].shape[0]}; adapter_config.json would say {rank}")
-    key = partial(hf.hf_key, family)
-    tensors = lora.to_peft(adapter, key) | {PREFIX + key(name): leaf for name, leaf in replaced.items()}
-    tensors |= {PREFIX + name: leaf for name, leaf in (beside or {}).items()}
-    modules = {module(family, name) for name in replaced} | {name.rpartition(".")[0] for name in beside or {}}
-    if tied and "embed_tokens" in replaced and "lm_head" not in replaced:
-        # PEFT would leave a tied head at the old embedding: give it the new one, as a module or under its adapter.
-        name = module(family, "lm_head")
-        modules |= set() if "lm_head" in found else {name}
-        tensors[f"{PREFIX}{name}{BASE if 'lm_head' in found else '.weight'}"] = replaced["embed_tokens"].clone()
+    pairs = lora.pairs(adapter)
+    check(family, list(pairs), [name for name, _ in tree.items(whole or {})])
+    if wrong := [name for name, (a, _) in pairs.items() if a.shape[0] != info.rank]:
+        raise ValueError(f"the adapter of {wrong[0]} has rank {pairs[wrong[0]][0].shape[0]}; adapter_config.json would say {info.rank}")
+    tensors, modules = _saved_modules(family, whole or {}, tied, pairs)
+    if head is not None:
+        tensors |= {PREFIX + name: leaf for name, leaf in head.tensors.items()}
+        modules |= {name.rpartition(".")[0] for name in head.tensors}
+    tensors = lora.to_peft(adapter, partial(hf.hf_key, family)) | tensors
     config = adapter_config.OFF | {
         "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-        "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "init_lora_weights": True,
-        "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": dropout,
-        "target_modules": [module(family, name) for name in found], "modules_to_save": sorted(modules) or None,
+        "task_type": "CAUSAL_LM" if head is None else head.task, "base_model_name_or_path": info.base, "inference_mode": True,
+        "init_lora_weights": True, "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
+        "target_modules": [module(family, name) for name in pairs], "modules_to_save": sorted(modules) or None,
     }  # fmt: skip
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         folder.write_json(part / CONFIG, config)
-        if digest:
-            folder.write_json(part / BASE_FILE, {"format": 1, "base": base, "digest": digest})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        elif template is not None:
-            (part / TEMPLATE).write_text(template, encoding="utf-8")
+        if info.digest:
+            folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest})
+        _write_carried(carried or Carried(), part)
+
+
+def _saved_modules(family: str, whole: Params, tied: bool, adapted: Container[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of leaves trained whole by PEFT's key, and the modules that PEFT's config names for them."""
+    leaves = dict(tree.items(whole))
+    tensors = {PREFIX + hf.hf_key(family, name): leaf for name, leaf in leaves.items()}
+    modules = {module(family, name) for name in leaves}
+    if tied and "embed_tokens" in leaves and "lm_head" not in leaves:
+        # PEFT would leave a tied head at the old embedding: give it the new one, as a module or under its adapter.
+        name = module(family, "lm_head")
+        modules |= set() if "lm_head" in adapted else {name}
+        tensors[f"{PREFIX}{name}{BASE if 'lm_head' in adapted else '.weight'}"] = leaves["embed_tokens"].clone()
+    return tensors, modules
+
+
+def _write_carried(carried: Carried, part: Path) -> None:
+    if carried.tokenizer is not None:
+        carried.tokenizer.save_pretrained(part)
+    elif carried.template is not None:
+        (part / TEMPLATE).write_text(carried.template, encoding="utf-8")
 
 
 def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) -> tuple[Lora, Params, Info]:

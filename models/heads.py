@@ -132,18 +132,27 @@ def load(
     return Model(family, cfg, params), tree.from_items((name, found[name]) for name in score)
 
 
-def save_adapter(path: str | Path, tree_: Params, head: Params, **options) -> None:
+def save_adapter(
+    path: str | Path,
+    tree_: Params,
+    head: Params,
+    *,
+    family: str,
+    info: adapter.Info,
+    whole: Params | None = None,
+    carried: adapter.Carried | None = None,
+) -> None:
     """Write an adapter folder that AutoPeftModelForSequenceClassification (or ...ForTokenClassification) loads, with `num_labels`.
 
-    `tree_` is the LoRA tree; options are those of `adapter.save`. The base model may be a plain one or one with a head.
+    `tree_` is the LoRA tree, `whole` the leaves trained whole beside it. The base model may be a plain one or one with a head.
     PEFT takes no padding token from an adapter: for batches, set `config.pad_token_id` of the base.
     Raises ValueError for an adapter or whole weights on the language head, which no score depends on.
     """
-    if "lm_head" in tree_ or "lm_head" in (options.get("whole") or {}):
+    if "lm_head" in tree_ or "lm_head" in (whole or {}):
         raise ValueError("lm_head trains beside a scalar head, and no score depends on it: leave it out of the targets and whole modules")
-    beside = dict(tree.items(head))
-    # `tied` would only tell PEFT how to keep up a language head, which these models lack.
-    adapter.save(path, tree_, **options | {"tied": False}, task=KINDS[kind_of(head)][1], beside=beside)
+    saved = adapter.Head(KINDS[kind_of(head)][1], dict(tree.items(head)))
+    # Not `tied`: that would only tell PEFT how to keep up a language head, which these models lack.
+    adapter.save(path, tree_, family=family, info=info, whole=whole, carried=carried, head=saved)
 
 
 def load_adapter(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) -> tuple[Lora, Params, Params, adapter.Info]:

@@ -6,6 +6,7 @@ of the loaded ones would never be freed.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,8 +15,8 @@ from treetune.core import lora, param, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch, Logprob, Scores
-from treetune.models import Model, adapter, heads, hf, loading, logprobs, resize
-from treetune.models.adapter import Base, Info
+from treetune.models import Model, adapter, artifacts, heads, hf, loading, logprobs, resize
+from treetune.models.adapter import Base, Carried, Info
 from treetune.models.dense import Config, Neftune
 from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
 from treetune.ops.attention import Plan
@@ -253,3 +254,27 @@ def current(policy: Policy, params: Params | None = None, frozen: Params | None 
     base = tree.map(shard.full, (policy.frozen if frozen is None else frozen).get("model", {}))
     model = Model(policy.family, policy.cfg, weights(trained, {"model": base}))
     return model, None if policy.lora is None else policy.lora._replace(tree=trained["lora"], dropout=0.0)
+
+
+def save(
+    policy: Policy,
+    path: str | Path,
+    *,
+    params: Params | None = None,
+    generation: dict[str, Any] | None = None,
+    carried: Carried | None = None,
+) -> None:
+    """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one.
+
+    params: whole trained leaves, by default the policy's own. generation: the generation_config.json of a model. carried: what of the
+    tokenizer an adapter's folder holds, where the base model's is another. Raises RunFailed for weights that are not finite.
+    """
+    trained = policy.params if params is None else params
+    if policy.lora is None:
+        model = Model(policy.family, policy.cfg, trained["model"])
+        artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation)
+    elif policy.adapter is None:
+        raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")
+    else:
+        info = policy.adapter._replace(dropout=policy.lora.dropout)
+        artifacts.save_adapter(path, trained, family=policy.family, info=info, tied=policy.cfg.tied, carried=carried)

@@ -27,7 +27,7 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable", "check", "state",
-                "owned",
+                "owned", "run.errors",
             )
         ),
     },

@@ -212,7 +212,7 @@ def rotten(tiny, folder):
     base = hf.load(tiny.model)
     tree = lora.init(base.params, ["layers.0.q_proj"], rank=2, seed=0)
     tree["layers"][0]["q_proj"]["B"][0] = float("nan")
-    adapter.save(folder / "a", tree, family="llama", base=str(tiny.model), rank=2, alpha=4)
+    adapter.save(folder / "a", tree, family="llama", info=adapter.Info(2, 4, base=str(tiny.model)))
     return folder / "a"
 
 

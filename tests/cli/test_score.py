@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from treetune.core import lora, tree
-from treetune.models import heads, hf
+from treetune.models import adapter, heads, hf
 
 PAIRS = [
     {"prompt": f"{i} + {i}?", "chosen": f" {2 * i}." + " Sure." * (i % 3), "rejected": f" {2 * i + 1}!" + " So." * (i % 2)}
@@ -137,7 +137,7 @@ def adapted(tiny, here):
     generator = torch.Generator().manual_seed(2)
     fresh = tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=generator), fresh)
     head = head_of(model, 1)
-    heads.save_adapter(here / "run/adapter", fresh, head, family="llama", base=str(tiny.long), rank=2, alpha=4.0)
+    heads.save_adapter(here / "run/adapter", fresh, head, family="llama", info=adapter.Info(2, 4.0, base=str(tiny.long)))
     return model._replace(params=lora.merge(model.params, fresh, 2.0)), head
 
 

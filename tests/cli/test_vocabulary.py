@@ -195,7 +195,7 @@ def small_adapter(path, base, rows):
     made = lora.init(hf.abstract_of(model), ["layers.0.q_proj"], rank=2, seed=0)
     made["layers"][0]["q_proj"]["B"] += 0.1
     whole = {"embed_tokens": model.params["embed_tokens"] * 1.5}
-    adapter.save(path, made, family=model.family, base=str(base), rank=2, alpha=4, whole=whole, tied=True)
+    adapter.save(path, made, family=model.family, info=adapter.Info(2, 4, base=str(base)), whole=whole, tied=True)
     return model._replace(params=model.params | whole), lora.Lora(made, 2.0)
 
 

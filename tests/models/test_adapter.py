@@ -66,8 +66,8 @@ def test_peft_computes_the_same_logits(oracle, documents, tmp_path, case, tied):
     ours, ids = hf.load(folder), torch.tensor(documents[1])
     tree_, scale, whole = trained(ours, **options)
     adapter.save(
-        tmp_path / "adapter", tree_, family=ours.family, base=str(folder), rank=RANK, alpha=ALPHA,
-        rslora=options.get("rslora", False), dropout=0.1, whole=whole, tied=tied,
+        tmp_path / "adapter", tree_, family=ours.family, whole=whole, tied=tied,
+        info=adapter.Info(RANK, ALPHA, options.get("rslora", False), 0.1, str(folder)),
     )  # fmt: skip
     expected = logits(ours, ids, tree_, scale, whole)
     assert (expected - dense.probe(ours.params, ids, ours.cfg)).abs().max() > 0.1
@@ -84,7 +84,7 @@ def test_every_family_has_peft_names(oracle, documents, tmp_path, kind):
     model, folder = oracle(kind)
     ours, ids = hf.load(folder), torch.tensor(documents[1])
     tree_, scale, whole = trained(ours, "all-linear", whole="norm")
-    adapter.save(tmp_path, tree_, family=ours.family, base="x", rank=RANK, alpha=ALPHA, whole=whole)
+    adapter.save(tmp_path, tree_, family=ours.family, info=adapter.Info(RANK, ALPHA, base="x"), whole=whole)
     got = in_peft(model, tmp_path, ids)
     torch.testing.assert_close(got, logits(ours, ids, tree_, scale, whole), atol=1e-5, rtol=1e-5)
 
@@ -112,7 +112,7 @@ def saved(oracle, tmp_path):
     """(folder of an adapter with a whole norm, its model, edit(tensors, config) that rewrites the folder)."""
     ours = hf.load(oracle("llama")[1])
     tree_, _, whole = trained(ours, ["q_proj", "up_proj"], whole="^norm$")
-    adapter.save(tmp_path, tree_, family="llama", base="x", rank=RANK, alpha=ALPHA, whole=whole)
+    adapter.save(tmp_path, tree_, family="llama", info=adapter.Info(RANK, ALPHA, base="x"), whole=whole)
     (tmp_path / manifest.NAME).unlink()
 
     def edit(tensors=None, config=None):
@@ -178,7 +178,7 @@ def test_one_rank(oracle, tmp_path):
     ours = hf.load(oracle("llama")[1])
     tree_, _, _ = trained(ours, ["q_proj"])
     with pytest.raises(ValueError, match="rank 4"):
-        adapter.save(tmp_path / "adapter", tree_, family="llama", base="x", rank=8, alpha=ALPHA)
+        adapter.save(tmp_path / "adapter", tree_, family="llama", info=adapter.Info(8, ALPHA, base="x"))
     assert not (tmp_path / "adapter").exists()
 
 

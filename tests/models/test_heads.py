@@ -329,7 +329,7 @@ def test_peft_scores_a_saved_adapter_alike(oracle, stream, texts, tmp_path, kind
     _, folder = oracle(kind, tied)
     ours = hf.load(folder)
     tree_, head, replaced = trained(ours, what, whole)
-    options = dict(family=ours.family, base=str(folder), rank=RANK, alpha=ALPHA, whole=replaced, tied=tied)
+    options = dict(family=ours.family, info=adapter.Info(RANK, ALPHA, base=str(folder)), whole=replaced)
     heads.save_adapter(tmp_path, tree_, head, **options)
     laid, scale = ours._replace(params=tree.merge(ours.params, replaced)), lora.scale(rank=RANK, alpha=ALPHA)
     expected = scored(laid, head, stream(texts), what, lora.Lora(tree_, scale))
@@ -365,7 +365,7 @@ def test_an_adapter_written_by_peft_is_read(oracle, stream, texts, tmp_path, wha
 def test_adapters_without_their_head_are_refused(oracle, tmp_path):
     ours = hf.load(oracle("llama")[1])
     tree_, head, _ = trained(ours, "token")
-    options = dict(family=ours.family, base="x", rank=RANK, alpha=ALPHA)
+    options = dict(family=ours.family, info=adapter.Info(RANK, ALPHA, base="x"))
     heads.save_adapter(tmp_path / "whole", tree_, head, **options)
     (tmp_path / "whole" / manifest.NAME).unlink()
     with pytest.raises(ValueError, match="cannot use, the first is base_model.model.score"):
