@@ -217,18 +217,17 @@ def _assemble(config, task, own, data, tokenizer, model, signal, origin, where, 
     meta |= products.record()
     state, found = loop.restore(where, state)
     training.tell(changed, screen, where, state, total)
-    pool = feed.Feed(
-        data.train,
+    calls = feed.FeedCalls(
         sampler.sample,
         rewards.score,
         rewarding.advantage(config.loss, rewards.weights, ranks),
-        options(config, ranks, total),
-        relogp=rollouts.scorer(signal.logprob, make, optim.micro_batch_size) if online.scored_apart(config) else None,
-        measure=partial(measured, rewards, ranks),
-        snapshot=sampler.snapshot,
-        together=partial(largest, ranks, on),
-        say=screen.warn,
+        rollouts.scorer(signal.logprob, make, optim.micro_batch_size) if online.scored_apart(config) else None,
+        partial(measured, rewards, ranks),
+        sampler.snapshot,
+        partial(largest, ranks, on),
+        screen.warn,
     )
+    pool = feed.Feed(data.train, calls, options(config, ranks, total))
     if found is not None:
         pool.load(found["rollout"][ranks.rank])
     between = [fn for fn in (parts.between, sampler.between) if fn is not None]
@@ -264,10 +263,10 @@ def total_steps(config: Any, prompts: int, world: int) -> int:
     return generations * config.pipeline.steps_per_generation * config.pipeline.num_iterations
 
 
-def options(config: Any, ranks: setup.Ranks, total: int) -> feed.Options:
+def options(config: Any, ranks: setup.Ranks, total: int) -> feed.FeedSettings:
     """The options of the pipeline."""
     pipe, fraction = config.pipeline, config.pipeline.reroll_start_fraction
-    return feed.Options(
+    return feed.FeedSettings(
         prompts=prompts_per_step(config) * pipe.steps_per_generation,
         steps=pipe.steps_per_generation,
         iterations=pipe.num_iterations,

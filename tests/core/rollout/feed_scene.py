@@ -63,7 +63,8 @@ def relogp(policy, groups) -> list[group.Group]:
 
 
 def make(n: int, *, sampler=sample, scorer=score, advantages=advantage, relogged=relogp, say=lambda text: None, more=None, **options):
-    return feed.Feed(prompts(n), sampler, scorer, advantages, feed.Options(**options), relogp=relogged, say=say, **more or {})
+    calls = feed.FeedCalls(sampler, scorer, advantages, relogged, warn=say)._replace(**more or {})
+    return feed.Feed(prompts(n), calls, feed.FeedSettings(**options))
 
 
 def line(result) -> str:

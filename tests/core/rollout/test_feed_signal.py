@@ -38,7 +38,7 @@ def test_what_a_generation_has_no_room_for_is_trained_on_next():
     def scorer(groups):
         return np.stack([np.zeros((4, 1)) if next(flat) else np.array([[1.0], [0], [0], [1]]) for _ in groups])
 
-    together = {"more": {"together": lambda n: 2 if n else 0}}
+    together = {"more": {"max_over_ranks": lambda n: 2 if n else 0}}
     made = scene.make(20, sampler=sampler, scorer=scorer, prompts=2, dynamic=True, **together)
     first, metrics = made.next(0, 0)
     assert [len(rows) for rows in sampler.rows] == [2, 2]
@@ -77,7 +77,7 @@ def test_ranks_refill_together():
             calls[rank].append(len(prompts))
             return scene.sample(policy, prompts, numbers)
 
-        made = scene.make(23, sampler=sampler, prompts=4, rank=rank, world=2, more={"together": together}, **scene.ALL)
+        made = scene.make(23, sampler=sampler, prompts=4, rank=rank, world=2, more={"max_over_ranks": together}, **scene.ALL)
         for step in range(8):
             made.next(step, step)
 
