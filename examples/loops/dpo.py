@@ -13,7 +13,7 @@ from treetune.core.data import kinds, loader, pack, preference, sources, trees
 from treetune.core.state import TrainState
 from treetune.losses import preference as losses
 from treetune.losses import preference_objective
-from treetune.models import adapter, logprobs, policy
+from treetune.models import logprobs, policy
 
 RANK, SEED = 16, 42
 
@@ -65,9 +65,7 @@ def train(
             break
 
     history.append(report(steps, evaluate(state, held_batches), "eval/"))
-    about = start.adapter
-    names = {"family": start.family, "base": about.base, "digest": about.digest, "tied": start.cfg.tied}
-    adapter.save(output, state.params["lora"], rank=about.rank, alpha=about.alpha, **names)
+    policy.save(start, output, params=state.params)
     return history
 
 

@@ -17,7 +17,7 @@ from treetune.core.rollout.group import Group
 from treetune.core.state import TrainState
 from treetune.losses import advantage, policy_gradient
 from treetune.losses import policy as terms
-from treetune.models import adapter, decode, hf, policy
+from treetune.models import decode, hf, policy
 from treetune.ops import noise
 
 Reward = Callable[[list[str]], list[float]]  # completions -> a number for each
@@ -77,9 +77,7 @@ def train(
         print(f"step {number}: reward {mean:.4f}")
 
     history.append(evaluate(state))
-    about = start.adapter
-    names = {"family": start.family, "base": about.base, "digest": about.digest, "tied": start.cfg.tied}
-    adapter.save(output, state.params["lora"], rank=about.rank, alpha=about.alpha, **names)
+    policy.save(start, output, params=state.params)
     return history
 
 

@@ -12,7 +12,7 @@ from treetune.core import optim, step
 from treetune.core.data import formats, loader, pack, sources
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
-from treetune.models import adapter, policy
+from treetune.models import policy
 
 RANK, SEED = 16, 42
 
@@ -57,9 +57,7 @@ def train(
             break
 
     history.append(report(steps, evaluate(state, held_batches), "eval/"))
-    about = start.adapter
-    names = {"family": start.family, "base": about.base, "digest": about.digest, "tied": start.cfg.tied}
-    adapter.save(output, state.params["lora"], rank=about.rank, alpha=about.alpha, **names)
+    policy.save(start, output, params=state.params)
     return history
 
 

@@ -9,11 +9,12 @@ from treetune.cli import configs, main, parse
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def test_the_code_runs(tiny):
+def test_the_code_runs(tiny, here):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(code.replace("path/to/model", str(tiny.model)).replace("chats.jsonl", str(tiny.chat)), names)
-    assert names["metrics"]["loss"] > 0 and names["metrics"]["grad_norm"] > 0 and int(names["now"].step) == 1
+    assert names["metrics"]["loss"] > 0 and names["metrics"]["grad_norm"] > 0 and int(names["state"].step) == 1
+    assert names["held_out"]["loss"] > 0 and (here / "adapter" / "adapter_config.json").is_file()
 
 
 def test_the_commands_parse():
