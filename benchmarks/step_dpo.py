@@ -29,16 +29,17 @@ def read(path: str, count: int) -> list[dict]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import cadence, configs, preferring, setup, training
-    from treetune.cli.options.losses import DpoLoss, PreferenceOptim
-    from treetune.cli.options.shared import AdapterOptions, ModelOptions
+    from treetune.cli import cadence, preferring, setup, training
+    from treetune.cli.methods.dpo import Dpo, DpoLoss
+    from treetune.cli.options.model import AdapterOptions, ModelOptions
+    from treetune.cli.options.optim import PreferenceOptim
     from treetune.core import step
     from treetune.core.data import sources
     from treetune.core.state import TrainState
     from treetune.models import hf
 
     on = torch.device("cpu")
-    config = configs.Dpo(
+    config = Dpo(
         model=ModelOptions(model=args.model, dtype=args.dtype),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
         loss=DpoLoss(rl_beta=BETA),

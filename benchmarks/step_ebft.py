@@ -37,24 +37,25 @@ def documents(folder: str, steps: int) -> list[list[int]]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import configs, ebft_strided, rundir, setup, training
-    from treetune.cli.options import ebft
-    from treetune.cli.options.shared import AdapterOptions, ModelOptions, RunOptions
+    from treetune.cli import ebft_strided, rundir, setup, training
+    from treetune.cli.methods.ebft import Ebft, EbftData, EbftOptim, EbftOptions, EbftRollout
+    from treetune.cli.options.model import AdapterOptions, ModelOptions
+    from treetune.cli.options.run import RunOptions
     from treetune.cli.screen import Screen
 
     folder = Path(tempfile.mkdtemp())
     rows = [{"input_ids": ids, "labels": ids} for ids in documents(args.model, args.steps)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = configs.Ebft(
+    config = Ebft(
         model=ModelOptions(model=args.model, dtype="float32"),
-        data=ebft.EbftData(data=(str(folder / "rows.jsonl"),), sequence_len=SIZE, val_set_size=0, shuffle=False),
+        data=EbftData(data=(str(folder / "rows.jsonl"),), sequence_len=SIZE, val_set_size=0, shuffle=False),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
-        ebft=ebft.EbftOptions(
+        ebft=EbftOptions(
             mode="strided", stride=args.stride, context_length=CONTEXT, generate_max_len=LENGTH, n_samples_per_prompt=ROLLOUTS,
             feature_layers=LAYERS, use_whitening=True,
         ),
-        rollout=ebft.EbftRollout(temperature=HEAT),
-        optim=ebft.EbftOptim(
+        rollout=EbftRollout(temperature=HEAT),
+        optim=EbftOptim(
             learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=1, gradient_accumulation_steps=1
         ),
         run=RunOptions(output_dir=str(folder / "run")),

@@ -43,22 +43,25 @@ def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     import torch
 
-    from treetune.cli import configs, grpo, rundir, setup
-    from treetune.cli.options import rollout
-    from treetune.cli.options.shared import AdapterOptions, ModelOptions, RunOptions
+    from treetune.cli import grpo, rundir, setup
+    from treetune.cli.methods.grpo import Grpo
+    from treetune.cli.options.data import PromptData
+    from treetune.cli.options.model import AdapterOptions, ModelOptions
+    from treetune.cli.options.optim import RlOptim
+    from treetune.cli.options.pipeline import PipelineOptions
+    from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
+    from treetune.cli.options.run import RunOptions
     from treetune.cli.screen import Screen
 
     setup.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
-    config = configs.Grpo(
+    config = Grpo(
         model=ModelOptions(model=args.model, dtype="float32"),
-        data=rollout.PromptData(data=(str(SAMPLE),)),
+        data=PromptData(data=(str(SAMPLE),)),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
-        rollout=rollout.RolloutOptions(num_generations=GROUP, max_completion_length=NEW),
-        rewards=rollout.RewardFunctions(reward_funcs=("digits",)),
-        pipeline=rollout.PipelineOptions(log_completions=False, num_completions_to_print=0),
-        optim=rollout.RlOptim(
-            learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=PROMPTS, gradient_accumulation_steps=1
-        ),
+        rollout=RolloutOptions(num_generations=GROUP, max_completion_length=NEW),
+        rewards=RewardFunctions(reward_funcs=("digits",)),
+        pipeline=PipelineOptions(log_completions=False, num_completions_to_print=0),
+        optim=RlOptim(learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=PROMPTS, gradient_accumulation_steps=1),
         run=RunOptions(output_dir=tempfile.mkdtemp()),
     )
     ranks, times, tokens = setup.Ranks(0, 1, None), [], []

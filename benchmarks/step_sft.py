@@ -43,7 +43,9 @@ def model_folder() -> str:
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     from treetune.cli import cadence, setup, training
-    from treetune.cli.options.shared import AdapterOptions, LossOptions, ModelOptions, OptimOptions
+    from treetune.cli.methods.sft import LossOptions
+    from treetune.cli.options.model import AdapterOptions, ModelOptions
+    from treetune.cli.options.optim import OptimOptions
     from treetune.core import step
     from treetune.core.data import spans
     from treetune.core.state import TrainState

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from treetune.cli import products, setup
-from treetune.cli.options.shared import ModelName, ModelOptions
+from treetune.cli.options.model import ModelName, ModelOptions
 from treetune.core.lora import Lora
 from treetune.models import Model, adapter, loading
 from treetune.models.loading import check_base as check

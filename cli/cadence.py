@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from treetune.cli.options.shared import OptimOptions
+from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim
 
 PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no option says how often

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, parse, rl_data
-from treetune.cli.options.shared import DataOptions, PairData, PretrainData, RowOptions
+from treetune.cli import checks, rl_data
+from treetune.cli.methods.pretrain import PretrainData
+from treetune.cli.options.data import DataOptions, PairData, RowOptions
 from treetune.core import fields
 from treetune.core.data import (
     cache,
@@ -227,7 +228,7 @@ def _unique(train: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]
 def read_and_encode(options: RowOptions, tokenizer, *, given: frozenset[str], kind: kinds.Kind = kinds.TEXT, **working: Any) -> Encoded:
     """All documents of the data sets, for commands that hold nothing out."""
     parts = read_all(options.data, options.datasets, options, tokenizer, kind)
-    parse.refuse_ignored(given, ignored(options, parts))
+    checks.refuse_unused(given, ignored(options, parts))
     parts, _, lines = _unique(parts, []) if options.dataset_exact_deduplication else (parts, [], [])
     found = encode_all(parts, options, tokenizer, "rows of", **working)
     kind.check(found.docs)
@@ -243,7 +244,7 @@ def load(options: Options, tokenizer, *, seed: int, given: frozenset[str], kind:
     listed, tests = getattr(options, "datasets", ()), getattr(options, "test_datasets", ())
     parts = read_all(options.data, listed, options, tokenizer, kind)
     held = read_all(options.val_data, tests, options, tokenizer, kind)
-    parse.refuse_ignored(given, ignored(options, parts + held))
+    checks.refuse_unused(given, ignored(options, parts + held))
     unique = getattr(options, "dataset_exact_deduplication", False)
     parts, held, repeated = _unique(parts, held) if unique else (parts, held, [])
     if not held and options.val_set_size:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from treetune.cli import ebft_strided, ebft_structured
-from treetune.cli.options.ebft import TEMPERATURES
+from treetune.cli.methods.ebft import TEMPERATURES
 
 
 def run(config: Any, given: frozenset[str]) -> int:

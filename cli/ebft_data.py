@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from treetune.cli import checks, rl_data, samplers
+from treetune.cli.methods.ebft import EbftData
 from treetune.cli.names import nearest
-from treetune.cli.options.ebft import EbftData
 from treetune.core import fields
 from treetune.core.data import chat_templates, custom, dedup, ebft, preference, prompts, reporting, sources, turns
 from treetune.core.data.ebft_rows import document, first_reply

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from treetune.cli import featuring, method, setup, training
-from treetune.cli.options.ebft import EbftOptions
+from treetune.cli.methods.ebft import EbftOptions
 from treetune.core import shard, strided, tree
 from treetune.core.data import kinds, strides
 from treetune.core.lora import Lora

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from treetune.cli import ebft_data, ebft_turns, featuring, grpo, online, rewarding, rl_data, setup, training
-from treetune.cli.options.shared import LossOptions
+from treetune.cli.methods.sft import LossOptions
 from treetune.core import shard, tree
 from treetune.core.data import pack, trees
 from treetune.core.data.prompts import Prompt

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import names, typed
 from treetune.cli.errors import BadInput
-from treetune.cli.ranges import FLOAT_MAX, ROWS_MAX
+from treetune.cli.options.ranges import FLOAT_MAX, ROWS_MAX
 from treetune.cli.yaml_config import Reading, Written
 from treetune.core.data.files import KINDS
 

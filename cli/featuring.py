@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from treetune.cli import setup
-from treetune.cli.options.ebft import EbftOptions
+from treetune.cli.methods.ebft import EbftOptions
 from treetune.core import tree
 from treetune.core.state import Params
 from treetune.losses import ebft

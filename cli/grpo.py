@@ -32,7 +32,7 @@ from treetune.cli import (
 )
 from treetune.cli import method as methods
 from treetune.cli.errors import checking_input, running
-from treetune.cli.options.rollout import PipelineOptions
+from treetune.cli.options.pipeline import PipelineOptions
 from treetune.cli.screen import Screen
 from treetune.core import records, shard, step
 from treetune.core.data import fingerprint, loader

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from treetune.cli import marker, parse
-from treetune.cli.configs import Merge, Preprocess, Rollout, Score
 from treetune.cli.errors import BadInput
+from treetune.cli.options.commands import Merge, Preprocess, Rollout, Score
 from treetune.cli.options.serve import Serve
 from treetune.core import drafts, lock, owned
 from treetune.core.rollout import builtin

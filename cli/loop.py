@@ -14,7 +14,7 @@ import torch
 from treetune.cli import cadence, rundir
 from treetune.cli import progress as bookkeeping
 from treetune.cli.errors import BadInput, RunFailed
-from treetune.cli.options.shared import RunOptions
+from treetune.cli.options.run import RunOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import check, ckpt, durable, observe, shard
 from treetune.core.data import loader

@@ -4,39 +4,40 @@ import importlib
 import os
 import sys
 import traceback
+from typing import NamedTuple
 
 from treetune.cli.errors import BadInput, RunFailed, checking_input
+from treetune.cli.methods import METHODS
+from treetune.cli.options import commands
 from treetune.core import fields, masking
 
-# command -> (module under treetune.cli, config class in cli.configs, one line)
-COMMANDS = {
-    "sft": ("sft", "Sft", "fine-tune on chats, instructions or text"),
-    "pretrain": ("pretrain", "Pretrain", "train on raw text, from a model or from random weights"),
-    "dpo": ("tune", "Dpo", "learn from pairs: DPO, IPO and the rest of the family"),
-    "kto": ("tune", "Kto", "learn from completions marked good or bad"),
-    "orpo": ("tune", "Orpo", "fine-tune and learn from pairs at once"),
-    "simpo": ("tune", "Simpo", "learn from pairs without a reference"),
-    "cpo": ("tune", "Cpo", "learn from pairs by their likelihoods"),
-    "reward": ("tune", "Reward", "train a reward model on pairs"),
-    "prm": ("tune", "Prm", "train a reward model of steps"),
-    "grpo": ("grpo", "Grpo", "learn from rewards of sampled completions: GRPO, DAPO, GSPO, RLOO, ..."),
-    "ebft": ("ebft", "Ebft", "learn from true texts by their features, without a reward function"),
-    "rollout": ("commands.rollout", "Rollout", "sample and score without training: try a reward"),
-    "serve": ("commands.serve", "Serve", "start a vLLM server for a model"),
-    "preprocess": ("commands.preprocess", "Preprocess", "show what a run would read, token by token"),
-    "eval": ("commands.evaluate", "Eval", "loss, perplexity and accuracy on a data set"),
-    "score": ("commands.score", "Score", "score answers or steps with a reward model"),
-    "generate": ("commands.generate", "Generate", "answer prompts"),
-    "chat": ("commands.chat", "Chat", "talk to a model"),
-    "merge": ("commands.merge", "Merge", "fold an adapter into its model"),
-    "fetch": ("commands.fetch", "Fetch", "get a model onto this machine"),
-    "info": ("commands.info", "Info", "describe this machine, a model, an adapter or a run"),
+
+class Command(NamedTuple):
+    """A subcommand: the module under treetune.cli whose `run(config, explicit)` does it, its config class, its line in the help."""
+
+    module: str
+    config: type
+    help: str
+
+
+TRAINERS = {"sft": "sft", "pretrain": "pretrain", "grpo": "grpo", "ebft": "ebft"}
+COMMANDS = {name: Command(TRAINERS.get(name, "tune"), method.config, method.help) for name, method in METHODS.items()} | {
+    "rollout": Command("commands.rollout", commands.Rollout, "sample and score without training: try a reward"),
+    "serve": Command("commands.serve", commands.Serve, "start a vLLM server for a model"),
+    "preprocess": Command("commands.preprocess", commands.Preprocess, "show what a run would read, token by token"),
+    "eval": Command("commands.evaluate", commands.Eval, "loss, perplexity and accuracy on a data set"),
+    "score": Command("commands.score", commands.Score, "score answers or steps with a reward model"),
+    "generate": Command("commands.generate", commands.Generate, "answer prompts"),
+    "chat": Command("commands.chat", commands.Chat, "talk to a model"),
+    "merge": Command("commands.merge", commands.Merge, "fold an adapter into its model"),
+    "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine"),
+    "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),
 }
 
 
 def usage() -> str:
     """The text of `treetune --help`."""
-    lines = [f"  {name:10} {COMMANDS[name][2]}" for name in COMMANDS]
+    lines = [f"  {name:10} {COMMANDS[name].help}" for name in COMMANDS]
     return "\n".join(
         ["usage: treetune COMMAND [--config run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
          "treetune COMMAND --help lists the options of a command.",
@@ -70,15 +71,15 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, configs, early, guard, invocation, names, parse
+    from treetune.cli import checks, early, guard, invocation, names, parse
 
     invocation.remember(command, argv)
     try:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
-        module, config, _ = COMMANDS[command]
+        chosen = COMMANDS[command]
         with checking_input("the command line or its config file"):
-            parsed, given = parse.parse(command, getattr(configs, config), argv)
+            parsed, given = parse.parse(command, chosen.config, argv)
             early.check_names(parsed)
             checks.check(parsed, given)
             if getattr(getattr(parsed, "adapter", None), "lora_model_dir", None) is not None:
@@ -88,7 +89,7 @@ def _run(command: str, argv: list[str]) -> int:
                 parsed = bases.started(parsed, given)
             guard.check(parsed, parse.config_file(argv))
             early.check(parsed, given)
-        return importlib.import_module(f"treetune.cli.{module}").run(parsed, given) or 0
+        return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()

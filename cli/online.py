@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.options.losses import ReferenceOptions
-from treetune.cli.options.rollout import PRESETS, PolicyLoss, Preset, clip_bounds
+from treetune.cli.options.policy_loss import PRESETS, PolicyLoss, Preset, clip_bounds
+from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.rl_checks import off_policy
 from treetune.core import shard
 from treetune.core.data import kinds, pack

@@ -2,7 +2,7 @@
 
 import re
 
-from treetune.cli.ranges import FLOAT_MAX
+from treetune.cli.options.ranges import FLOAT_MAX
 
 
 def rules(texts: tuple[str, ...], option: str) -> list[tuple[str, float]]:

@@ -12,39 +12,22 @@ import json
 import re
 import shlex
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from treetune.cli import entries, names, ranges, typed, yaml_config
+from treetune.cli import entries, names, typed, yaml_config
 from treetune.cli.errors import BadInput
+from treetune.cli.options import table
+from treetune.cli.options.table import REQUIRED, Option
+from treetune.cli.options.table import defaults as defaults
+from treetune.cli.options.table import flatten as flatten
+from treetune.cli.options.table import kinds as kinds
 from treetune.cli.yaml_config import Written
 
-PAIRS = frozenset(
-    {"special_tokens", "chat_template_kwargs", "generation_kwargs"}
-)  # lists of NAME=VALUE, which a config file may also hold as a mapping
 LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 LONGEST = 600  # characters of a message about a flag
-REQUIRED = dataclasses.MISSING
 Parsed = tuple[Any, frozenset[str]]
-
-
-def defaults(config: type) -> dict[str, Any]:
-    """{option: default} of a config class, whose groups are its fields that are dataclasses; MISSING where there is none."""
-    known: dict[str, Any] = {}
-    hints = typing.get_type_hints(config)
-    for entry in dataclasses.fields(config):
-        if dataclasses.is_dataclass(hints[entry.name]):
-            known |= flatten(entry.default_factory())
-        else:
-            known[entry.name] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-    return known
-
-
-def kinds(config: type) -> dict[str, Any]:
-    """{option: type} of a config class."""
-    found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(config).items():
-        found |= kinds(kind) if dataclasses.is_dataclass(kind) else {name: kind}
-    return found
+Options = Mapping[str, Option]
 
 
 def parse(command: str, config: type, argv: list[str]) -> Parsed:
@@ -52,17 +35,17 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
 
     A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option.
     """
-    known = defaults(config)
+    options = table.options(config)
     _check_text(argv)
     argv, path = _take_config(argv)
-    given = _flags(command, argv, known)
-    _check_flags(command, argv, kinds(config))
-    _check_values(argv, kinds(config))
-    argv = _numbers(argv, kinds(config))
-    from_file = {key: value for key, value in _from_file(command, path, config, known).items() if key not in given}
+    given = _flags(command, argv, options)
+    _check_flags(command, argv, options)
+    _check_values(argv, options)
+    argv = _numbers(argv, options)
+    from_file = {key: value for key, value in _from_file(command, path, options).items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
     values = flatten(parsed)
-    return parsed, frozenset(given | {key for key in from_file if values[key] != known[key]})
+    return parsed, frozenset(given | {key for key in from_file if values[key] != options[key].default})
 
 
 def _check_text(argv: list[str]) -> None:
@@ -94,7 +77,7 @@ def config_file(argv: list[str]) -> str | None:
     return _take_config(argv)[1]
 
 
-def _flags(command: str, argv: list[str], known: dict) -> set[str]:
+def _flags(command: str, argv: list[str], known: Options) -> set[str]:
     """Names of the options given as flags; an unknown or repeated one is an error."""
     given: set[str] = set()
     for arg in argv:
@@ -113,32 +96,38 @@ def _flags(command: str, argv: list[str], known: dict) -> set[str]:
     return given
 
 
-def _check_flags(command: str, argv: list[str], types: dict[str, Any]) -> None:
+def _check_flags(command: str, argv: list[str], options: Options) -> None:
     """Errors: BadInput for a value given to a flag that takes none, and for an option with one dash."""
     for arg, following in itertools.pairwise([*argv, ""]):
-        if re.match(r"--[\w-]+$", arg) and typed.single(types.get(arg[2:].replace("-", "_"))) is str and re.match(r"-[A-Za-z]", following):
+        if re.match(r"--[\w-]+$", arg) and _kind(options, arg) is str and re.match(r"-[A-Za-z]", following):
             raise BadInput(f"{arg} has no value, got {following!r}: write {arg}={shlex.quote(following)} if that is its value")
         if re.fullmatch(r"-[A-Za-z][\w-]+(=.*)?", arg):
-            meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), types, flags=True)
+            meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), options, flags=True)
             raise BadInput(f"unknown option {arg}: options begin with two dashes{meant}; see treetune {command} --help")
         flag, equals, value = arg.partition("=")
         name = flag[2:].replace("-", "_").removeprefix("no_")
-        if flag.startswith("--") and types.get(name) is bool and (equals or following.lower() in ("true", "false")):
+        if flag.startswith("--") and name in options and options[name].kind is bool and (equals or following.lower() in ("true", "false")):
             plain = f"--{name.replace('_', '-')}"
             raise BadInput(f"{flag} takes no value, got {(value if equals else following)!r}: write {plain} or --no-{plain[2:]}")
 
 
-def _check_values(argv: list[str], types: dict[str, Any]) -> None:
+def _kind(options: Options, flag: str) -> Any:
+    """The type of a flag's value; None for what is no flag of the command."""
+    option = options.get(flag[2:].replace("-", "_"))
+    return None if option is None else typed.single(option.kind)
+
+
+def _check_values(argv: list[str], options: Options) -> None:
     """Errors: BadInput for a value that is not one of its flag's choices, and for a list of numbers with something else in it."""
     for flag, texts in _texts(argv):
-        name = flag[2:].replace("-", "_")
-        kind = typed.single(types.get(name, str))
+        kind = _kind(options, flag)
+        option = options.get(flag[2:].replace("-", "_"))
         if typing.get_origin(kind) is tuple:
             for text in texts:
-                typed.check_argument(flag, text, typing.get_args(kind)[0], name)
+                typed.check_argument(flag, text, typing.get_args(kind)[0], option.range)
         elif typing.get_origin(kind) is typing.Literal:
-            for text in [one for one in texts[:1] if one != "None" or kind is types[name]]:
-                typed.check_argument(flag, text, kind, name)
+            for text in [one for one in texts[:1] if one != "None" or kind is option.kind]:
+                typed.check_argument(flag, text, kind, option.range)
 
 
 def _texts(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -153,19 +142,19 @@ def _texts(argv: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _numbers(argv: list[str], types: dict[str, Any]) -> list[str]:
+def _numbers(argv: list[str], options: Options) -> list[str]:
     """The arguments with whole numbers such as 1e3 written out. Errors: BadInput for a flag whose value is no number, as it must be."""
     out = list(argv)
     for i, arg in enumerate(argv):
         flag, equals, text = arg.partition("=")
-        name = flag[2:].replace("-", "_")
-        kind = typed.single(types.get(name, str)) if flag.startswith("--") else str
+        kind = _kind(options, flag) if flag.startswith("--") else None
         text = text if equals else next(iter(argv[i + 1 : i + 2]), "--")
         if kind not in (int, float) or text.startswith("--") or text == "None" or _parses(kind, text):
             continue
         value = typed.value_of(text, kind)
         if value is None:
-            raise BadInput(f"{flag} must be {ranges.expected(name)}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
+            expected = options[flag[2:].replace("-", "_")].range.expected()
+            raise BadInput(f"{flag} must be {expected}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
         out[i if equals else i + 1] = f"{flag}={value}" if equals else str(value)
     return out
 
@@ -177,24 +166,24 @@ def _parses(kind: type, text: str) -> bool:
         return False
 
 
-def _from_file(command: str, path: str | None, config: type, known: dict) -> dict[str, Any]:
+def _from_file(command: str, path: str | None, options: Options) -> dict[str, Any]:
     """{option: value} of a config file, typed. Errors: BadInput naming the file and all unknown keys, or the key and its value."""
     if path is None:
         return {}
     written = yaml_config.load(path)
-    if unknown := [key for key in written if key not in known]:
-        raise BadInput(f"{path}: {names.all_of(unknown, known)}; see treetune {command} --help")
-    types, fields = kinds(config), entries.PROMPTS if "field_prompt" in known else entries.ROWS
-    return {key: _value(key, value, types[key], path, fields) for key, value in written.items()}
+    if unknown := [key for key in written if key not in options]:
+        raise BadInput(f"{path}: {names.all_of(unknown, options)}; see treetune {command} --help")
+    fields = entries.PROMPTS if "field_prompt" in options else entries.ROWS
+    return {key: _value(options[key], value, path, fields) for key, value in written.items()}
 
 
-def _value(key: str, written: Written, kind: Any, path: str, fields: dict[str, entries.Field]) -> Any:
-    if key in LISTED:
-        found: Any = entries.entries(written, key, path, fields)
-    elif key in PAIRS and isinstance(written.value, dict):
-        found = tuple(_pair(key, name, item, path) for name, item in written.value.items())
+def _value(option: Option, written: Written, path: str, fields: dict[str, entries.Field]) -> Any:
+    if option.name in LISTED:
+        found: Any = entries.entries(written, option.name, path, fields)
+    elif option.pairs is not None and option.pairs.named and isinstance(written.value, dict):
+        found = tuple(_pair(option.name, name, item, path) for name, item in written.value.items())
     else:
-        found = typed.value(written, kind, key, path)
+        found = typed.value(written, option, path)
     return list(found) if isinstance(found, tuple) else found
 
 
@@ -279,15 +268,6 @@ def _one_line(box: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """The config as one flat mapping, option -> value, in the order of the help."""
-    out: dict[str, Any] = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        out |= flatten(value) if dataclasses.is_dataclass(value) else {entry.name: list(value) if isinstance(value, tuple) else value}
-    return out
-
-
 def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
     """The resolved config as YAML that `--config` reads back."""
     import yaml
@@ -301,9 +281,3 @@ def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
 
     kept = {key: value for key, value in flatten(config).items() if value is not None and key not in without}
     return yaml.dump(kept, Dumper=Dumper, sort_keys=False)
-
-
-def refuse_ignored(given: frozenset[str], ignored: dict[str, str]) -> None:
-    """Raise BadInput for an option that the user set and this run would ignore; `ignored` maps it to the reason."""
-    for name in sorted(given & ignored.keys()):
-        raise BadInput(f"--{name.replace('_', '-')} would be ignored: {ignored[name]}")

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.options.losses import LOSSES, SCORED, SMOOTHED, CpoLoss, DpoLoss, KtoLoss, OrpoLoss, SimpoLoss
+from treetune.cli.methods.cpo import CpoLoss
+from treetune.cli.methods.dpo import LOSSES, SCORED, SMOOTHED, DpoLoss
+from treetune.cli.methods.kto import KtoLoss
+from treetune.cli.methods.orpo import OrpoLoss
+from treetune.cli.methods.simpo import SimpoLoss
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treetune.cli import method, setup, training
-from treetune.cli.configs import Pretrain
+from treetune.cli.methods.pretrain import Pretrain
 from treetune.core import fields, tree
 from treetune.models import hf
 

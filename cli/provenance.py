@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, configs, parse, resume_rules, rundir, setup
+from treetune.cli import checks, parse, resume_rules, rundir, setup
 from treetune.cli.main import COMMANDS
 from treetune.core import ckpt, fields, masking
 from treetune.core.data import cache, fingerprint
@@ -191,13 +191,13 @@ def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], 
         say(f"{path} was written by an earlier version and {_shorter(file)} cannot be read: which options changed is not known")
         return Earlier(path, meta, now, True)
     say(f"{path} was written by an earlier version: its options are taken from {_shorter(file)}")
-    known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
+    known = parse.defaults(COMMANDS[now.command].config)
     options = {name: _plain(options.get(name, known[name])) for name in known}
     return Earlier(path, meta, now._replace(options=resolve(options)), True)
 
 
 def _changes(found: Earlier, now: Provenance, config: Any) -> list[resume_rules.Change]:
-    known = parse.defaults(getattr(configs, COMMANDS[now.command][1]))
+    known = parse.defaults(COMMANDS[now.command].config)
     return resume_rules.changes(found.made.options, now.options, defaults=known, ignored=checks.ignored(config))
 
 

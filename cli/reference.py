@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import setup
-from treetune.cli.options.losses import ReferenceOptions
+from treetune.cli.options.reference import ReferenceOptions
 from treetune.core.data.reference_logps import enricher as enricher
 from treetune.core.state import TrainState
 from treetune.models import Model

@@ -15,8 +15,9 @@ import torch
 
 from treetune.cli import online, setup
 from treetune.cli.commands import score
-from treetune.cli.options.rollout import PolicyLoss, RewardFunctions
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.model import ModelOptions
+from treetune.cli.options.policy_loss import PolicyLoss
+from treetune.cli.options.rollout import RewardFunctions
 from treetune.core import ckpt
 from treetune.core.data import fingerprint, kinds, pack, sources, trees
 from treetune.core.data.prompts import Prompt

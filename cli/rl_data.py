@@ -5,7 +5,8 @@ import json
 from typing import Any, NamedTuple
 
 from treetune.cli import checks, pairs
-from treetune.cli.options.rollout import PromptRows, RolloutOptions
+from treetune.cli.options.data import PromptRows
+from treetune.cli.options.rollout import RolloutOptions
 from treetune.core import fields
 from treetune.core.data import custom, kinds, prompts, sources, turns
 

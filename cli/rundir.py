@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli import guard, marker, sound
-from treetune.cli.options.shared import RunOptions
+from treetune.cli.options.run import RunOptions
 from treetune.core import ckpt, drafts, durable, lock, owned, records
 
 RUNS = Path("runs")

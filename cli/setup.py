@@ -7,15 +7,9 @@ from typing import Any
 import torch
 
 from treetune.cli import pairs
-from treetune.cli.options.shared import (
-    AdapterOptions,
-    LossOptions,
-    ModelName,
-    ModelOptions,
-    OptimOptions,
-    TokenOptions,
-    VocabularyOptions,
-)
+from treetune.cli.methods.sft import LossOptions
+from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
+from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim
 from treetune.core.lora import Lora
 from treetune.core.run.ranks import Ranks as Ranks

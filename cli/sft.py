@@ -1,7 +1,7 @@
 """`treetune sft`: supervised fine-tuning."""
 
 from treetune.cli import method, training
-from treetune.cli.configs import Sft
+from treetune.cli.methods.sft import Sft
 
 
 def run(config: Sft, given: frozenset[str]) -> int:

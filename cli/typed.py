@@ -1,6 +1,6 @@
 """Values of a config file as the types of the options: nothing passes through text, and a value of another type is one line.
 
-`value(written, type, name, place)` takes what `yaml_config.load` read. Whole numbers may be written 1e1 or 2_000, numbers 1e-5.
+`value(written, option, place)` takes what `yaml_config.load` read. Whole numbers may be written 1e1 or 2_000, numbers 1e-5.
 Imports no torch.
 """
 
@@ -10,8 +10,10 @@ import typing
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
-from treetune.cli import names, ranges
+from treetune.cli import names
 from treetune.cli.errors import BadInput
+from treetune.cli.options.ranges import Range
+from treetune.cli.options.table import Option
 from treetune.cli.yaml_config import Reading, Written, numeral, whole
 from treetune.core import fields
 
@@ -19,20 +21,20 @@ BOOLEAN_WORDS = ("true", "false")
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def value(written: Written, kind: Any, name: str, place: str) -> Any:
-    """The value of an option of the type `kind`. Errors: BadInput with the place, the option, what was expected and what was there."""
-    if written.value is None and single(kind) is not kind:
+def value(written: Written, option: Option, place: str) -> Any:
+    """The value of an option. Errors: BadInput with the place, the option, what was expected and what was there."""
+    name, kind = option.name, single(option.kind)
+    if written.value is None and kind is not option.kind:
         return None
-    kind = single(kind)
     if written.value is None:
-        raise BadInput(f"{place}: {name} has no value: it must be {_expected(kind, name)}; give one or remove the line")
+        raise BadInput(f"{place}: {name} has no value: it must be {_expected(kind, option.range)}; give one or remove the line")
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         if isinstance(written.value, dict):
-            raise wrong(written, f"{place}: {name}", _expected(kind, name))
+            raise wrong(written, f"{place}: {name}", _expected(kind, option.range))
         items = written.value if isinstance(written.value, list) else [written]
-        return tuple(_one(item, inner, name, place, _nth(i, written)) for i, item in enumerate(items, 1))
-    return _one(written, kind, name, place, "")
+        return tuple(_one(item, inner, option.range, f"{place}: {name}{_nth(i, written)}") for i, item in enumerate(items, 1))
+    return _one(written, kind, option.range, f"{place}: {name}")
 
 
 def single(kind: Any) -> Any:
@@ -47,39 +49,39 @@ def value_of(text: str, kind: type) -> int | float | None:
     return (integer if kind is int else number)(Written(text, text, True))
 
 
-def check_argument(flag: str, text: str, kind: Any, name: str) -> None:
+def check_argument(flag: str, text: str, kind: Any, range: Range | None) -> None:
     """Errors: BadInput where the text of a flag is not one of the choices, or no number, as its type says."""
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     if choices and text not in choices:
-        raise BadInput(f"{flag} must be {_expected(kind, name)}, got {_short(text)!r}{names.of_choice(text, choices)}")
+        raise BadInput(f"{flag} must be {_expected(kind, range)}, got {_short(text)!r}{names.of_choice(text, choices)}")
     if kind in (int, float) and value_of(text, kind) is None and text.lower() not in NOT_FINITE:  # their ranges are checked later
-        raise BadInput(f"{flag} must be {_expected(kind, name)}, got {_short(text)!r}")
+        raise BadInput(f"{flag} must be {_expected(kind, range)}, got {_short(text)!r}")
 
 
 def _nth(i: int, written: Written) -> str:
     return f" entry {i}" if isinstance(written.value, list) else ""
 
 
-def _one(written: Written, kind: Any, name: str, place: str, nth: str) -> Any:
+def _one(written: Written, kind: Any, range: Range | None, subject: str) -> Any:
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     read: Callable = {bool: flag, int: integer, float: number}.get(kind, text)
     out = read(written, choices=choices) if choices else read(written)
     if out is None:
         near = names.of_choice(written.value, choices) if choices and isinstance(written.value, str) else ""
-        raise wrong(written, f"{place}: {name}{nth}", _expected(kind, name), near)
-    if kind in (int, float) and name in ranges.RANGES and not ranges.RANGES[name].holds(out):
-        raise BadInput(f"{place}: {name}{nth} must be {ranges.expected(name)}, got {written.text or out}")
+        raise wrong(written, subject, _expected(kind, range), near)
+    if kind in (int, float) and range is not None and not range.holds(out):
+        raise BadInput(f"{subject} must be {range.expected()}, got {written.text or out}")
     return out
 
 
-def _expected(kind: Any, name: str) -> str:
+def _expected(kind: Any, range: Range | None) -> str:
     if typing.get_origin(kind) is tuple:
-        inner = _expected(typing.get_args(kind)[0], name)
+        inner = _expected(typing.get_args(kind)[0], range)
         return f"{inner}, or a list of such"
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
-    if kind in (int, float) and name in ranges.RANGES:
-        return ranges.expected(name)
+    if kind in (int, float) and range is not None:
+        return range.expected()
     return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, "a text")
 
 

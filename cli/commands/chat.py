@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from treetune.cli.commands import target
-from treetune.cli.configs import Chat
 from treetune.cli.errors import checking_input
+from treetune.cli.options.commands import Chat
 from treetune.cli.screen import Screen
 from treetune.core.data import detokenise, prompt_ids
 from treetune.models import decode, loading

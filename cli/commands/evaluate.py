@@ -8,9 +8,9 @@ import torch
 
 from treetune.cli import corpus, setup, training
 from treetune.cli.commands import target
-from treetune.cli.configs import Eval
 from treetune.cli.errors import checking_input
-from treetune.cli.options.shared import LossOptions
+from treetune.cli.methods.sft import LossOptions
+from treetune.cli.options.commands import Eval
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import param
 from treetune.core.run import ranks

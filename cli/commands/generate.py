@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from treetune.cli.commands import target
-from treetune.cli.configs import Generate
 from treetune.cli.errors import checking_input
+from treetune.cli.options.commands import Generate
 from treetune.cli.screen import Screen
 from treetune.core.data import prompt_ids
 from treetune.models import decode, loading

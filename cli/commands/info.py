@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from treetune.cli import rundir
-from treetune.cli.configs import Info
 from treetune.cli.errors import checking_input
+from treetune.cli.options.commands import Info
 from treetune.cli.screen import Screen, clock
 from treetune.core import ckpt, records
 from treetune.models import adapter, describe, fetch

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli.commands import score, target
-from treetune.cli.configs import Merge
 from treetune.cli.errors import checking_input
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.commands import Merge
+from treetune.cli.options.model import ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core.lora import Lora
 from treetune.core.state import Params

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from treetune.cli import corpus, guard, parse, setup
-from treetune.cli.configs import Preprocess
+from treetune.cli import checks, corpus, guard, setup
 from treetune.cli.errors import checking_input
-from treetune.cli.options.shared import SAMPLES
+from treetune.cli.options.commands import Preprocess
+from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core import drafts, masking, owned
 from treetune.core.data import formats, kinds, overview, passages
@@ -39,7 +39,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     screen, start = Screen(), time.perf_counter()
     kind = kinds.KINDS[METHODS[config.method]]
     with checking_input():
-        parse.refuse_ignored(given, unused_options(config))
+        checks.refuse_unused(given, unused_options(config))
         if "data" not in given:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
         encoded = _encode(config, given, kind, screen)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import bases, parse, rewarding, rl_data, rundir, samplers, setup
-from treetune.cli.configs import Rollout
+from treetune.cli import bases, checks, rewarding, rl_data, rundir, samplers, setup
 from treetune.cli.errors import checking_input
-from treetune.cli.rl_checks import VLLM_ONLY
+from treetune.cli.options.commands import Rollout
+from treetune.cli.options.rollout import VLLM_ONLY
 from treetune.cli.screen import Screen
 from treetune.core.rollout import stats
 from treetune.core.rollout.group import Group
@@ -23,7 +23,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
     """Sample, score, print, and write; the exit code."""
     screen = Screen()
     with checking_input():
-        parse.refuse_ignored(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
+        checks.refuse_unused(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
         options = bases.with_base(config.model, config.adapter.adapter, given)
         tokenizer = setup.load_tokenizer(options, config.adapter.adapter, say=screen.line)
         data = rl_data.load(config.data, tokenizer, seed=config.seed)

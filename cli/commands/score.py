@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, corpus, parse, rundir, setup
-from treetune.cli.configs import Score
+from treetune.cli import bases, checks, corpus, rundir, setup
 from treetune.cli.errors import RunFailed, checking_input
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.commands import Score
+from treetune.cli.options.model import ModelOptions
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import check, fields, tree
 from treetune.core.data import pack, scored_rows, sources, trees
@@ -73,7 +73,7 @@ def _read(config: Score, tokenizer: Any, judge: Judge, given: frozenset[str]) ->
         data.append(scored_rows.encode(rows, scored_rows.detect(rows, config.format, steps=judge.kind == "token"), tokenizer, encoding))
     used = {option for scored in data for option in scored_rows.options(scored.format, scored.rows)}
     reason = f"rows of format {', '.join(sorted({scored.format for scored in data}))} do not take it"
-    parse.refuse_ignored(given, {name: reason for name in ("chat_template", "step_separator") if name not in used})
+    checks.refuse_unused(given, {name: reason for name in ("chat_template", "step_separator") if name not in used})
     for scored in data:
         corpus.check_fits(scored.docs, config.sequence_len, judge.model.cfg)
         if config.output is not None and (taken := [name for name in scored_rows.COLUMNS if name in sources.columns(scored.rows)]):

@@ -11,8 +11,8 @@ import torch
 
 from treetune.cli import guard, rundir, setup
 from treetune.cli.errors import RunFailed, checking_input
+from treetune.cli.options.model import ModelName
 from treetune.cli.options.serve import Serve
-from treetune.cli.options.shared import ModelName
 from treetune.cli.screen import Screen
 from treetune.core import manifest
 from treetune.core.rollout import server as servers

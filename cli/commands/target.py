@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import bases, products
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.model import ModelOptions
 from treetune.core.lora import Lora
 from treetune.models import Model, loading
 from treetune.models import tokenizer as tokenizers

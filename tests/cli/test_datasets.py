@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from treetune.cli import corpus
-from treetune.cli.options import shared
+from treetune.cli.options.data import PairData
 from treetune.core.data import kinds, trees
 from treetune.models import llama
 
@@ -190,7 +190,7 @@ def test_a_transform_may_give_pairs(tune, tiny, config, here):
 
 
 def load(tokenizer, path, kind="pairs", **chosen):
-    data = shared.PairData(data=(str(path),), **chosen)
+    data = PairData(data=(str(path),), **chosen)
     return corpus.load(data, tokenizer, seed=1, given=frozenset(chosen), kind=kinds.KINDS[kind])
 
 
@@ -237,7 +237,7 @@ def test_repeated_pairs_go(here, kit):
 
 def test_the_budget_of_pairs_and_the_models_positions(here, kit):
     kit.write_rows(here / "rows.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "c" * 30}])
-    data = shared.PairData(data=("rows.jsonl",), sequence_len=32, val_set_size=0)
+    data = PairData(data=("rows.jsonl",), sequence_len=32, val_set_size=0)
     docs = corpus.load(data, kit.tokenizer(), seed=1, given=frozenset(), kind=kinds.KINDS["pairs"]).train
     assert corpus.lengths(docs) == [63] and trees.side_lengths(docs[0]) == [32, 32]
     assert corpus.batching(data, 1, longest=63) == {"budget": 63} and corpus.batching(data, 2, longest=63) == {"budget": 64}

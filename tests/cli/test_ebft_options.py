@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import checks, configs, errors, parse
-from treetune.cli.options import ebft
+from treetune.cli import checks, errors, parse
+from treetune.cli.methods.ebft import TEMPERATURES, Ebft
 
 
 def _module(name: str):
@@ -144,16 +144,16 @@ ELSEWHERE = {"datasets", "test_datasets", "split", "mode", "feature_device"}  # 
 def _refused(*args) -> str:
     """The line that these options are refused with before anything is read, or nothing."""
     try:
-        checks.check(*parse.parse("ebft", configs.Ebft, [str(arg) for arg in args]))
+        checks.check(*parse.parse("ebft", Ebft, [str(arg) for arg in args]))
     except errors.BadInput as error:
         return str(error)
     return ""
 
 
 def test_every_option_of_a_structured_run_changes_it_or_is_refused():
-    expected = {option for group in GROUPS for option in vars(getattr(configs.Ebft(), group))}
+    expected = {option for group in GROUPS for option in vars(getattr(Ebft(), group))}
     refused = {name for name in expected - set(CHANGES) - ELSEWHERE if _given(name, [])}
-    assert expected - refused - ELSEWHERE == set(CHANGES) - set(vars(configs.Ebft().optim)) | {"use_vllm"}
+    assert expected - refused - ELSEWHERE == set(CHANGES) - set(vars(Ebft().optim)) | {"use_vllm"}
 
 
 VALUES = {
@@ -168,23 +168,28 @@ VALUES = {
 
 def _given(name: str, more: list) -> str:
     """The line that an option is refused with when it is set."""
-    value, flag = parse.flatten(configs.Ebft())[name], f"--{name.replace('_', '-')}"
+    value, flag = parse.flatten(Ebft())[name], f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return _refused(flag.replace("--", "--no-" if value else "--", 1), *more)
     return _refused(flag, VALUES.get(name, 3), *more)
 
 
-@pytest.mark.parametrize("name", [*ebft.STRIDED_ONLY, "sample_packing", "overlong", "dataset_prepared_path",
+STRIDED_ONLY = (
+    "stride", "context_length", "generate_max_len", "n_samples_per_prompt", "rl_coef", "advantage_estimator", "min_completion_prefix",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*STRIDED_ONLY, "sample_packing", "overlong", "dataset_prepared_path",
                                   "reroll_start_fraction", "vllm_sync_interval"])  # fmt: skip
 def test_structured_mode_refuses_what_it_would_ignore(name):
     assert f"--{name.replace('_', '-')} would be ignored" in _given(name, [])
 
 
 SAMPLED = [name for group in ("rollout", "loss", "correction", "pipeline", "engine", "reference")
-           for name in vars(getattr(configs.Ebft(), group)) if name not in ("temperature", "top_p")]  # fmt: skip
+           for name in vars(getattr(Ebft(), group)) if name not in ("temperature", "top_p")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*ebft.STRUCTURED_ONLY, *SAMPLED])
+@pytest.mark.parametrize("name", ["adaptive_max_tokens", "gt_length_multiplier", *SAMPLED])
 def test_strided_mode_refuses_the_options_of_whole_replies(name):
     twins = {"num_generations": "n-samples-per-prompt", "max_completion_length": "generate-max-len", "advantage": "advantage-estimator"}
     instead = f"; the option is --{twins[name]}" if name in twins else ""
@@ -270,7 +275,7 @@ def test_data_sets_with_options_of_their_own(kit, tiny, here, learn):
 
 
 def test_the_defaults_of_the_documents():
-    flat = parse.flatten(configs.Ebft())
+    flat = parse.flatten(Ebft())
     expected = {
         "mode": "structured", "feature_layers": [0.25, 0.5, 0.75], "embed_method": "last_token", "use_whitening": False,
         "alignment_coef": 1.0, "diversity_coef": 1.0, "ce_coef": 0.0, "adaptive_max_tokens": True, "gt_length_multiplier": 1.5, "stride": 8,
@@ -278,4 +283,4 @@ def test_the_defaults_of_the_documents():
         "advantage_estimator": "rloo", "min_completion_prefix": 0,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert ebft.TEMPERATURES["strided"] == 0.6
+    assert TEMPERATURES["strided"] == 0.6

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from treetune.cli.options import ebft
+from treetune.cli.methods import ebft
 
 NUMBERS = {"rl_loss", "cfm_loss", "mean_reward", "alignment", "diversity", "num_blocks", "advantages_std"}
 SMALL = ["--stride", 4, "--context-length", 4, "--generate-max-len", 3, "--n-samples-per-prompt", 3]
@@ -220,7 +220,7 @@ CHANGES = {
     "seed": (["--seed", 5], []),
 }
 SAME_NUMBERS = ("feature_device",)  # where the frozen network is
-STRUCTURED = ("mode", *ebft.STRUCTURED_ONLY)
+STRUCTURED = ("mode", "adaptive_max_tokens", "gt_length_multiplier")
 
 
 def test_there_is_a_row_for_every_option_of_the_mode():

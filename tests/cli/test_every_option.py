@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from treetune.cli import configs, parse
-from treetune.cli.options import shared
+from treetune.cli import parse
+from treetune.cli.methods.sft import Sft
+from treetune.cli.options.run import SampleOptions
 from treetune.models import dense
 
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]
@@ -170,7 +171,7 @@ def test_option_changes_the_run(name, tiny, observed):
 
 
 def test_there_is_a_row_for_every_option():
-    assert set(CHANGES) == set(parse.flatten(configs.Sft())) - parse.LISTED  # lists are tested in test_datasets.py
+    assert set(CHANGES) == set(parse.flatten(Sft())) - parse.LISTED  # lists are tested in test_datasets.py
 
 
 SAMPLING = {
@@ -184,7 +185,7 @@ def test_sampling_option_changes_the_answer(name, tiny, tune):
     base = ["--model", tiny.model, "--temperature", 1, "--top-p", 1.0, "--max-new-tokens", 20]
     plain, changed = tune("generate", "1 + 1", *base), tune("generate", "1 + 1", *joined(base, SAMPLING[name]))
     assert plain.code == changed.code == 0 and plain.out != changed.out
-    assert set(SAMPLING) == set(vars(shared.SampleOptions()))
+    assert set(SAMPLING) == set(vars(SampleOptions()))
 
 
 EVALUATION = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from treetune.cli import bases, setup
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.model import ModelOptions
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
 from treetune.models import heads, hf

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treetune.cli import configs, entries, main, parse
+from treetune.cli import entries, main, parse
 
 SCALARS = [
     "", "~", "null", "true", "no", "On", "0", "-1", "1", "7", "1.5", "-0.5", "1e1", "1e-5", "1e23", "1e400", "-1e400", "1.0e+400", "5.0",
@@ -38,7 +38,7 @@ NESTED = st.recursive(
     max_leaves=6,
 )
 VALUES = st.one_of(st.sampled_from(SCALARS), NESTED, st.integers(1, 200).map(lambda depth: "[" * depth + "x" + "]" * depth))
-OPTIONS = [(command, name) for command, (_, config, _) in main.COMMANDS.items() for name in parse.defaults(getattr(configs, config))]
+OPTIONS = [(command, name) for command in main.COMMANDS for name in parse.defaults(main.COMMANDS[command].config)]
 REQUIRED = {"merge": ["a", "b"]}
 KEPT = {"max_examples": 200, "deadline": None, "derandomize": True}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -189,7 +189,7 @@ TEXTS = [text for text in SCALARS if text and len(text) < 100 and text[0] not in
 DEEP = [
     (command, name)
     for command in ("sft", "dpo", "kto", "reward", "prm", "pretrain", "orpo", "preprocess", "eval", "generate")
-    for name in parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    for name in parse.defaults(main.COMMANDS[command].config)
     if name
     not in parse.LISTED | {"model", "data", "output_dir", "sequence_len", "device", "val_set_size", "prompt", "max_new_tokens", "method"}
 ]
@@ -205,7 +205,7 @@ def a_run(here, kit, tune, tiny, command, name, text):
     rows(here, kit)
     kit.write_rows(here / "text.jsonl", [{"text": f"line {i}"} for i in range(6)])
     small = {"model": str(tiny.model), "data": ROWS.get(command), "sequence_len": 128, "max_new_tokens": 2}
-    known = parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    known = parse.defaults(main.COMMANDS[command].config)
     keys = {key: value for key, value in small.items() if key in known and value is not None} | {name: text}
     (here / "c.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()), encoding="utf-8")
     done = tune(command, "--config", "c.yaml")

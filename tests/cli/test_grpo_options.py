@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, parse, rl_checks
-from treetune.cli.options import rollout
+from treetune.cli import parse, rl_checks
+from treetune.cli.methods.grpo import Grpo
+from treetune.cli.options import policy_loss
+from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.core.rollout import reward_pool
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
@@ -180,13 +182,13 @@ ELSEWHERE = {"datasets", "split", "val_data"}  # tests of their own, here or for
 
 
 def test_there_is_a_row_for_every_option():
-    expected = {option for group in GROUPS for option in vars(getattr(configs.Grpo(), group))}
-    vllm = {*vars(configs.Grpo().engine), *rl_checks.VLLM_ONLY, "vllm_sync_interval"}
-    assert set(CHANGES) - set(vars(configs.Grpo().optim)) == expected - vllm - ELSEWHERE
+    expected = {option for group in GROUPS for option in vars(getattr(Grpo(), group))}
+    vllm = {*vars(Grpo().engine), *rl_checks.VLLM_ONLY, "vllm_sync_interval"}
+    assert set(CHANGES) - set(vars(Grpo().optim)) == expected - vllm - ELSEWHERE
 
 
 def test_the_defaults_of_the_documents():
-    flat = parse.flatten(configs.Grpo())
+    flat = parse.flatten(Grpo())
     expected = {
         "loss": "dapo", "beta": 0.0, "num_generations": 8, "max_completion_length": 256, "temperature": 1.0, "num_iterations": 1,
         "entropy_target": 0.2, "entropy_coef_delta": 0.005, "entropy_coef_max": 1.0, "vllm_importance_sampling_cap": 3.0,
@@ -195,10 +197,10 @@ def test_the_defaults_of_the_documents():
         "ref_model_mixup_alpha": 0.6, "top_entropy_quantile": 1.0, "mask_truncated_completions": False, "delta": None,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert rollout.clip_bounds(rollout.PolicyLoss()) == (0.2, 0.28)
-    assert rollout.clip_bounds(rollout.PolicyLoss(loss="grpo")) == (0.2, 0.2)
-    assert rollout.clip_bounds(rollout.PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
-    assert rollout.clip_bounds(rollout.PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
+    assert policy_loss.clip_bounds(PolicyLoss()) == (0.2, 0.28)
+    assert policy_loss.clip_bounds(PolicyLoss(loss="grpo")) == (0.2, 0.2)
+    assert policy_loss.clip_bounds(PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
+    assert policy_loss.clip_bounds(PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
 
 
 def test_every_loss_is_its_own(kit, here, steps):
@@ -225,7 +227,7 @@ def test_a_correction_repairs_what_is_ahead_of_the_weights(steps):
     assert off[name + "max"] > 1.02 and off["sampling/sampling_logp_difference/mean"] > 1e-3
 
 
-VLLM = {f"--{name.replace('_', '-')}": value for name, value in vars(configs.Grpo().engine).items() if name != "use_vllm"}
+VLLM = {f"--{name.replace('_', '-')}": value for name, value in vars(Grpo().engine).items() if name != "use_vllm"}
 VALUES = {"--vllm-mode": "managed", "--vllm-server-host": "h", "--vllm-python": "p", "--vllm-gpu-memory-utilization": 0.5}
 IGNORED = {
     **{f"{flag} without vLLM": ([flag] if value is False else [flag, VALUES.get(flag, 3)], "use_vllm is off")

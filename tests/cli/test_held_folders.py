@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import marker, rundir
+from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt, drafts, lock, observe
 
 
@@ -113,9 +114,9 @@ def test_a_run_in_use_is_refused_with_host_and_number(kit, tiny, tune, here, run
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tiny, here, kit):
-    from treetune.cli import configs, parse
+    from treetune.cli import parse
 
-    config, _ = parse.parse("sft", configs.Sft, kit.basics(tiny))
+    config, _ = parse.parse("sft", Sft, kit.basics(tiny))
     with rundir.hold("sft", config) as one, rundir.hold("sft", config) as two:
         assert {one.root.name, two.root.name} == {"sft-001", "sft-002"}
     assert list(here.iterdir()) == []
@@ -162,13 +163,13 @@ def test_a_checkpoint_that_stepped_aside_comes_back(kit, tiny, tune, run):
 def test_sample_rows_are_part_of_the_package(here, monkeypatch):
     """As a wheel lays them out: `samples` beside `cli`."""
     from treetune.cli import samples
-    from treetune.cli.options import shared
+    from treetune.cli.options.data import SAMPLES
 
     source = Path(samples.__file__).resolve().parent
     shutil.copytree(source, here / "treetune/cli")
     shutil.copytree(source.parent / "examples/data", here / "treetune/samples")
     monkeypatch.setattr(samples, "__file__", str(here / "treetune/cli/samples.py"))
-    names = {Path(path).name for path in shared.SAMPLES.values()} | {"text.jsonl", "gsm8k_test_sample.jsonl"}
+    names = {Path(path).name for path in SAMPLES.values()} | {"text.jsonl", "gsm8k_test_sample.jsonl"}
     assert all(samples.path(name) == str(here / "treetune/samples" / name) and Path(samples.path(name)).is_file() for name in names)
     monkeypatch.undo()
     assert all(Path(samples.path(name)).is_file() for name in names), "from any working folder"

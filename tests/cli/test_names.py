@@ -2,9 +2,10 @@
 
 import pytest
 
-from treetune.cli import configs, main, names, parse
+from treetune.cli import main, names, parse
+from treetune.cli.methods.sft import Sft
 
-SFT = parse.defaults(configs.Sft)
+SFT = parse.defaults(Sft)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_coincidences_are_not_suggested(word):
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_what_is_suggested_exists(command):
-    known = parse.defaults(getattr(configs, main.COMMANDS[command][1]))
+    known = parse.defaults(main.COMMANDS[command].config)
     for word in names.OPTIONS:
         said = names.of_option(word, known)
         if "did you mean " in said:
@@ -51,7 +52,7 @@ def test_what_is_suggested_exists(command):
 
 
 def test_every_name_in_the_table_is_an_option_of_some_command():
-    known = {name for _, config, _ in main.COMMANDS.values() for name in parse.defaults(getattr(configs, config))}
+    known = {name for command in main.COMMANDS.values() for name in parse.defaults(command.config)}
     for word, meant in names.OPTIONS.items():
         head = meant.partition(":")[0].partition(",")[0].partition(" ")[0]
         assert head in known or meant in (names.ALWAYS,) or head == "torchrun", (word, meant)

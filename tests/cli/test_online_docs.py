@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from treetune.cli import checks, configs, main, parse
-from treetune.cli.options.rollout import EPSILON, PRESETS
+from treetune.cli import checks, main, parse
+from treetune.cli.options.policy_loss import EPSILON, PRESETS
 from treetune.core.data import custom
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_the_commands_parse():
     calls = [shlex.split(line)[1:] for line in lines if line.startswith("treetune ")]
     assert len(calls) >= 5
     for command, *args in calls:
-        checks.check(*parse.parse(command, getattr(configs, main.COMMANDS[command][1]), args))
+        checks.check(*parse.parse(command, main.COMMANDS[command].config, args))
 
 
 def test_the_table_of_losses_is_that_of_the_program():
@@ -54,7 +54,7 @@ def test_the_table_of_losses_is_that_of_the_program():
 
 
 def test_every_option_that_the_text_names_exists():
-    known = {"config", *(name for command in main.COMMANDS.values() for name in parse.defaults(getattr(configs, command[1])))}
+    known = {"config", *(name for command in main.COMMANDS.values() for name in parse.defaults(command.config))}
     named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", TEXT)}
     assert named - known - {f"no_{name}" for name in known} == set()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import configs, parse, tune
-from treetune.cli.options import losses as loss_options
+from treetune.cli import parse, tune
+from treetune.cli.methods import dpo as loss_options
+from treetune.cli.methods.reward import Reward
 from treetune.models import reference
 
 spec = importlib.util.spec_from_file_location("preference_runs", Path(__file__).with_name("test_preference.py"))
@@ -242,4 +243,4 @@ def test_options_of_peers_have_the_documented_defaults():
     }  # fmt: skip
     for command, values in expected.items():
         assert {name: flat[command][name] for name in values} == values
-    assert configs.Reward in tune.METHODS
+    assert Reward in tune.METHODS

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from treetune.cli.commands import preprocess
-from treetune.cli.options import shared
+from treetune.cli.options.data import SAMPLES
 from treetune.core.data import passages, spans
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(6)]
@@ -140,9 +140,9 @@ def test_a_method_refuses_what_does_not_fit(show, method, rows, args, said):
 def test_every_method_has_sample_rows(tune, tiny, monkeypatch):
     from pathlib import Path
 
-    assert set(shared.SAMPLES) == set(preprocess.METHODS)
+    assert set(SAMPLES) == set(preprocess.METHODS)
     monkeypatch.chdir(Path(__file__).parents[2])
-    for method, path in shared.SAMPLES.items():
+    for method, path in SAMPLES.items():
         done = tune("preprocess", "--model", tiny.model, "--method", method, "--sequence-len", 2000, "--max-rows", 20)
         assert done.code == 0 and f"rows of {path}: " in done.out, done.err
 

@@ -6,7 +6,15 @@ import typing
 
 import pytest
 
-from treetune.cli import configs, main, parse, ranges
+from treetune.cli import main, parse
+from treetune.cli.options import table
+
+RANGES = {
+    name: option.range
+    for command in main.COMMANDS.values()
+    for name, option in table.options(command.config).items()
+    if option.range is not None
+}
 
 
 def numeric(config) -> set[str]:
@@ -20,28 +28,30 @@ def numeric(config) -> set[str]:
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_numeric_option_has_a_range_with_two_ends(command):
-    names = numeric(getattr(configs, main.COMMANDS[command][1]))
-    assert not names - ranges.RANGES.keys()
-    assert all(math.isfinite(ranges.RANGES[name].low) and math.isfinite(ranges.RANGES[name].high) for name in names)
+    names = numeric(main.COMMANDS[command].config)
+    known = {name: option.range for name, option in table.options(main.COMMANDS[command].config).items() if option.range is not None}
+    assert not names - known.keys()
+    assert all(math.isfinite(known[name].low) and math.isfinite(known[name].high) for name in names)
+    assert all(known[name] == RANGES[name] for name in names), "an option has two ranges"
 
 
 def test_every_range_is_of_an_option():
-    known = {name for _, (_, config, _) in main.COMMANDS.items() for name in numeric(getattr(configs, config))}
-    assert not ranges.RANGES.keys() - known
+    known = {name for command in main.COMMANDS.values() for name in numeric(command.config)}
+    assert not RANGES.keys() - known
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_defaults_lie_in_their_ranges(command):
-    for name, default in parse.defaults(getattr(configs, main.COMMANDS[command][1])).items():
+    for name, default in parse.defaults(main.COMMANDS[command].config).items():
         if default is not dataclasses.MISSING:
-            assert ranges.outside(name, default) == ""
+            assert name not in RANGES or default is None or RANGES[name].outside(default) == ""
 
 
-@pytest.mark.parametrize("name", ranges.RANGES)
+@pytest.mark.parametrize("name", RANGES)
 def test_no_range_holds_what_the_machine_does_not(name):
-    known = ranges.RANGES[name]
+    known = RANGES[name]
     assert not any(known.holds(value) for value in (math.nan, math.inf, -math.inf, 1e39, -1e39, 10**40, -(10**40)))
-    assert ranges.outside(name, 10**5000).startswith("must be ") and "5001 digits" in ranges.outside(name, 10**5000)
+    assert known.outside(10**5000).startswith("must be ") and "5001 digits" in known.outside(10**5000)
     if known.whole:
         assert known.holds(known.low) and known.holds(known.high) and not known.holds(known.high + 1)
 

@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from treetune.cli import configs, main, parse
+from treetune.cli import main, parse
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -22,4 +22,4 @@ def test_the_commands_parse():
     calls = [shlex.split(line)[1:] for line in lines if line.startswith("treetune ")]
     assert len(calls) >= 5
     for command, *args in calls:
-        parse.parse(command, getattr(configs, main.COMMANDS[command][1]), args)
+        parse.parse(command, main.COMMANDS[command].config, args)

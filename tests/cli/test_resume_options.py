@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from treetune.cli import configs, main, parse, resume_rules
+from treetune.cli import main, parse, resume_rules
+from treetune.cli.methods.pretrain import Pretrain
+from treetune.cli.methods.sft import Sft
 
 
 def _module(name: str):
@@ -76,7 +78,7 @@ VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}
 
 
 def _config(command: str) -> type:
-    return getattr(configs, main.COMMANDS[command][1])
+    return main.COMMANDS[command].config
 
 
 def _options() -> list[tuple[str, str]]:
@@ -134,14 +136,14 @@ def _require_verdict(command: str, name: str):
 
 
 def test_options_that_the_run_does_not_look_at_are_not_compared():
-    before = parse.defaults(configs.Sft)
+    before = parse.defaults(Sft)
     after = before | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.5}
     found = resume_rules.changes(before, after, defaults={}, ignored={"cosine_min_lr_ratio": "the schedule is constant"})
     assert [one.name for one in found] == ["lr_scheduler"]
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_had_its_default():
-    known = parse.defaults(configs.Sft)
+    known = parse.defaults(Sft)
     before = {name: value for name, value in known.items() if name != "z_loss_coef"}
     assert resume_rules.changes(before, known, defaults=known, ignored={}) == []
     assert [str(one) for one in resume_rules.changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == [
@@ -150,7 +152,7 @@ def test_an_option_that_is_newer_than_the_checkpoint_had_its_default():
 
 
 def test_a_changed_value_that_would_do_nothing_is_refused():
-    before = parse.defaults(configs.Sft) | {"max_steps": 4, "optimizer": "sgd", "momentum": 0.5}
+    before = parse.defaults(Sft) | {"max_steps": 4, "optimizer": "sgd", "momentum": 0.5}
     for changed, words in (({"num_epochs": 3}, "max_steps is given"), ({"momentum": 0.0}, "moments with momentum only")):
         after = before | changed
         (line,) = resume_rules.judge(resume_rules.changes(before, after, defaults={}, ignored={}), after, same=lambda what: True).refused
@@ -169,7 +171,7 @@ TEXT = ["--data", "more.jsonl"]
 ONE_PASS = ["--max-rows", 6, "--max-steps", None]
 PRETRAIN = {
     name: row for name, row in ((name, SFT.CHANGES[name][1:]) for name in SFT.CHANGES)
-    if name in parse.defaults(configs.Pretrain) and name not in ("data", "split", "max_rows", "sequence_len", "val_data", "tokens")
+    if name in parse.defaults(Pretrain) and name not in ("data", "split", "max_rows", "sequence_len", "val_data", "tokens")
 } | {
     "data": (lambda t: TEXT, []), "text_column": (lambda t: ["--text-column", "other"], TEXT),
     "max_rows": (lambda t: ["--max-rows", 7], []), "sequence_len": (lambda t: ["--sequence-len", 40], []),

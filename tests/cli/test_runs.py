@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from treetune.cli import configs, loop, parse, training
+from treetune.cli import loop, parse, training
+from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt, manifest, observe
 from treetune.models import adapter, hf
 
@@ -101,8 +102,8 @@ def loss_of(done):
 def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, sft, tune):
     assert sft("--output-dir", "a", "--lora-layers", 1, "--lora-dropout", 0.1, "--sample-prompt", "- x: {1}", "--warmup-steps", 1).code == 0
     text = (here / "a/config.yaml").read_text()
-    again, given = parse.parse("sft", configs.Sft, ["--config", "a/config.yaml"])
-    first, _ = parse.parse("sft", configs.Sft, kit.basics(tiny, "--output-dir", "a", "--lora-layers", "1", "--lora-dropout", "0.1",
+    again, given = parse.parse("sft", Sft, ["--config", "a/config.yaml"])
+    first, _ = parse.parse("sft", Sft, kit.basics(tiny, "--output-dir", "a", "--lora-layers", "1", "--lora-dropout", "0.1",
                                                         "--sample-prompt=- x: {1}", "--warmup-steps", "1"))  # fmt: skip
     assert again == first and parse.to_yaml(again, without=("resume", "overwrite")) == text
     assert "lora_dropout" in given and "momentum" not in given
@@ -130,7 +131,7 @@ def test_overwriting_and_resuming_are_not_handed_on(here, sft, tune):
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(here, tiny, sft):
     (here / "c.yaml").write_text(f"model: {tiny.other}\nseed: 7\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-3\n")
-    parsed, given = parse.parse("sft", configs.Sft, ["--config", "c.yaml", "--seed=8"])
+    parsed, given = parse.parse("sft", Sft, ["--config", "c.yaml", "--seed=8"])
     assert parsed.optim.seed == 8 and parsed.optim.learning_rate == 1e-3 and parsed.model.model == str(tiny.other)
     assert parsed.adapter.lora_target_modules == ("q_proj", "v_proj") and parsed.adapter.lora_r == 16
     assert given == {"seed", "model", "lora_target_modules", "learning_rate"}

@@ -16,8 +16,8 @@ import torch
 
 from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
+from treetune.cli.options.model import ModelName
 from treetune.cli.options.serve import Serve
-from treetune.cli.options.shared import ModelName
 from treetune.core.rollout import server as servers
 from treetune.models import gguf as ours
 from treetune.models import hf

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import checks, configs, main, parse
+from treetune.cli import checks, main, parse
 
 ROOT = Path(__file__).parents[2]
 TREETUNE = str(Path(sys.executable).with_name("treetune"))
@@ -85,7 +85,7 @@ def shown(command) -> str:
 def test_help_shows_every_option_with_its_default(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
-    for name, default in parse.defaults(getattr(configs, main.COMMANDS[command][1])).items():
+    for name, default in parse.defaults(main.COMMANDS[command].config).items():
         flag = f" --{name.replace('_', '-')}"
         if name in parse.LISTED:
             assert f"`{name}`" in text or name == "test_datasets"
@@ -149,7 +149,7 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     said = re.fullmatch(rf"# treetune (\w+) --config examples/{re.escape(Path(path).name)}( .*)?", first)
     assert said, f"{first!r} does not say how to run it"
     command = said[1]
-    config = getattr(configs, main.COMMANDS[command][1])
+    config = main.COMMANDS[command].config
     os.symlink(ROOT / "examples", here / "examples")
     parsed, given = parse.parse(command, config, ["--config", path])
     assert parsed

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treetune.cli import bases
-from treetune.cli.options.shared import ModelOptions
+from treetune.cli.options.model import ModelOptions
 from treetune.core import lora, manifest
 from treetune.models import adapter, dense, hf, resize, vocabulary
 

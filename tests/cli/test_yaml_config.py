@@ -5,8 +5,10 @@ import random
 import pytest
 import yaml
 
-from treetune.cli import configs, main, parse
+from treetune.cli import main, parse
 from treetune.cli.errors import BadInput
+from treetune.cli.methods.sft import Sft
+from treetune.cli.options import table
 
 READ = {
     "max_steps: 1e1": ("max_steps", 10),
@@ -40,7 +42,7 @@ READ = {
 
 def parsed(text, folder, command="sft", *flags):
     (folder / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    config, given = parse.parse(command, getattr(configs, main.COMMANDS[command][1]), ["--config", "c.yaml", *flags])
+    config, given = parse.parse(command, main.COMMANDS[command].config, ["--config", "c.yaml", *flags])
     return parse.flatten(config), given
 
 
@@ -204,22 +206,19 @@ TEXTS = [
 ]
 
 
-def odd(kind, name, draw):
+def odd(kind, known, draw):
     """A value of an option that is hard to write."""
     import typing
 
-    from treetune.cli import ranges
-
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and args[0] is not str:
-        return tuple(odd(args[0], name, draw) for _ in range(3))
+        return tuple(odd(args[0], known, draw) for _ in range(3))
     if origin is tuple:
         return tuple(draw.sample(TEXTS, 4))
     if origin is typing.Literal:
         return draw.choice(args)
     if type(None) in args:
-        return odd(next(one for one in args if one is not type(None)), name, draw)
-    known = ranges.RANGES.get(name)
+        return odd(next(one for one in args if one is not type(None)), known, draw)
     if kind is int:
         return int(draw.choice([known.low, known.high, draw.randint(int(known.low), int(known.high))]))
     if kind is float:
@@ -233,7 +232,7 @@ def filled(config, draw):
     """A config of this class with an odd value for each option."""
     import dataclasses
 
-    kinds, parts = parse.kinds(config), {}
+    kinds, options, parts = parse.kinds(config), table.options(config), {}
     entry = {"path": draw.choice(TEXTS) or "x", "type": None, "roles": {"user": draw.sample(TEXTS, 3)}, "limit": 3, "weight": 0.5}
     entry |= {"chat_template_kwargs": {"a": [1, 2.5, None, "yes"], "12:30": {}}, "train_on_inputs": False, "field_tools": None}
     entry["path"] = entry["path"].strip() or "x"
@@ -241,16 +240,16 @@ def filled(config, draw):
     for part in dataclasses.fields(config):
         group = part.default_factory() if part.default_factory is not dataclasses.MISSING else None
         if group is None:
-            parts[part.name] = odd(kinds[part.name], part.name, draw)
+            parts[part.name] = odd(kinds[part.name], options[part.name].range, draw)
         else:
-            values = {name: rows if name in parse.LISTED else odd(kinds[name], name, draw) for name in vars(group)}
+            values = {name: rows if name in parse.LISTED else odd(kinds[name], options[name].range, draw) for name in vars(group)}
             parts[part.name] = dataclasses.replace(group, **values)
     return config(**parts)
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_a_config_that_was_written_reads_back_as_the_same(command, here):
-    config = getattr(configs, main.COMMANDS[command][1])
+    config = main.COMMANDS[command].config
     for seed in range(5):
         written = filled(config, random.Random(seed))
         text = parse.to_yaml(written)
@@ -261,7 +260,7 @@ def test_a_config_that_was_written_reads_back_as_the_same(command, here):
 
 def test_yaml_itself_agrees_with_what_is_written():
     """Other tools read our config.yaml as we do."""
-    written = filled(configs.Sft, random.Random(0))
+    written = filled(Sft, random.Random(0))
     assert yaml.safe_load(parse.to_yaml(written)) == parse.flatten(written)
 
 

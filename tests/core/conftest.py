@@ -106,10 +106,10 @@ def adapter():
 def objective():
     """objective(model, lora=None) -> the supervised objective that `treetune sft` trains."""
     from treetune.cli import setup
-    from treetune.cli.options import shared
+    from treetune.cli.methods.sft import LossOptions
 
     def make(model, lora=None, remat=None, **loss):
-        return setup.objective(setup.logprob(model, lora, remat=remat), shared.LossOptions(**loss))
+        return setup.objective(setup.logprob(model, lora, remat=remat), LossOptions(**loss))
 
     return make
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 from treetune.cli import setup
-from treetune.cli.options import shared
+from treetune.cli.methods.sft import LossOptions
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
 from treetune.models import Model, llama
@@ -75,7 +75,7 @@ def micro_batches(number: int, rank: int, world: int) -> list[tuple]:
 
 
 def objective(base: Model, placed: setup.Trees):
-    return setup.objective(setup.logprob(base, placed.lora), shared.LossOptions())
+    return setup.objective(setup.logprob(base, placed.lora), LossOptions())
 
 
 def optimizer() -> optim.Optimizer:

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import configs, setup, tune
-from treetune.cli.options import losses
+from treetune.cli import setup, tune
+from treetune.cli.methods.cpo import Cpo, CpoLoss
+from treetune.cli.methods.dpo import Dpo, DpoLoss
+from treetune.cli.methods.kto import Kto, KtoLoss
+from treetune.cli.methods.orpo import Orpo, OrpoLoss
+from treetune.cli.methods.prm import Prm
+from treetune.cli.methods.reward import Reward, RewardLoss
+from treetune.cli.methods.simpo import Simpo, SimpoLoss
+from treetune.cli.options.reference import ReferenceOptions
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.data import trees
 from treetune.core.state import TrainState
@@ -17,9 +24,9 @@ VOCAB = 53
 SIZES = ((3, 7, 2), (1, 1, 5), (9, 4, 4), (2, 12, 1), (6, 3, 8), (4, 1, 1), (5, 6, 9), (2, 2, 3))  # prompt, chosen, rejected
 CPU = torch.device("cpu")
 CONFIGS = {
-    "dpo": (configs.Dpo, losses.DpoLoss), "kto": (configs.Kto, losses.KtoLoss), "orpo": (configs.Orpo, losses.OrpoLoss),
-    "simpo": (configs.Simpo, losses.SimpoLoss), "cpo": (configs.Cpo, losses.CpoLoss),
-    "reward": (configs.Reward, losses.RewardLoss), "prm": (configs.Prm, None),
+    "dpo": (Dpo, DpoLoss), "kto": (Kto, KtoLoss), "orpo": (Orpo, OrpoLoss),
+    "simpo": (Simpo, SimpoLoss), "cpo": (Cpo, CpoLoss),
+    "reward": (Reward, RewardLoss), "prm": (Prm, None),
 }  # fmt: skip
 
 
@@ -106,7 +113,7 @@ def whole(base: Model) -> setup.Trees:
 def config(command: str, **options):
     """The config of a command; `reference` and the loss's own options go to their groups."""
     kind, loss = CONFIGS[command]
-    groups = {"reference": losses.ReferenceOptions(**options.pop("reference"))} if "reference" in options else {}
+    groups = {"reference": ReferenceOptions(**options.pop("reference"))} if "reference" in options else {}
     return kind(**groups) if loss is None else kind(loss=loss(**options), **groups)
 
 

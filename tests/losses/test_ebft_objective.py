@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import configs, ebft_strided, setup
-from treetune.cli.options.ebft import EbftOptions, EbftRollout
+from treetune.cli import ebft_strided, setup
+from treetune.cli.methods.ebft import Ebft, EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
 from treetune.losses import ebft_objective as objectives
@@ -48,7 +48,7 @@ def documents() -> list[ebft.Strided]:
 def made(base, used=None, *, top_p=1.0, temperature=TEMPERATURE, mesh=None, **options):
     """The method put together as the command does it."""
     chosen = dataclasses.replace(OPTIONS, **options)
-    config = configs.Ebft(ebft=chosen, rollout=EbftRollout(temperature=temperature, top_p=top_p))
+    config = Ebft(ebft=chosen, rollout=EbftRollout(temperature=temperature, top_p=top_p))
     return ebft_strided.build(config, base, used or scene.whole(base), on=scene.CPU, mesh=mesh, say=lambda text: None)
 
 

@@ -176,7 +176,7 @@ def test_tokenizer_config(tmp_path, words, count):
     """Through the reader that every command uses: what goes through also encodes, decodes and writes a chat."""
     from treetune.cli import setup
     from treetune.cli.errors import BadInput
-    from treetune.cli.options.shared import ModelOptions
+    from treetune.cli.options.model import ModelOptions
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     words.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from treetune.cli.commands import serve
-from treetune.cli.options.shared import ModelName
+from treetune.cli.options.model import ModelName
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.rollout import server as servers

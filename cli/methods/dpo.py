@@ -1,0 +1,134 @@
+"""`treetune dpo`: preference learning on pairs, held to a reference."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from treetune.cli.errors import BadInput
+from treetune.cli.methods.method import Method
+from treetune.cli.options import reference
+from treetune.cli.options.data import PairData
+from treetune.cli.options.marks import OBJECTIVE, Unused, Values, unused_unless
+from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
+from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
+from treetune.cli.options.ranges import ANY, BELOW_HALF, PART, POSITIVE
+from treetune.cli.options.reference import ReferenceOptions
+from treetune.cli.options.run import RunOptions
+from treetune.cli.options.table import group
+
+LOSSES = {
+    "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",
+    "kto_pair": "apo_zero_unpaired", "js_divergence": "js", "alpha_divergence": "alpha",
+}  # fmt: skip
+
+SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")  # losses that take label smoothing
+SCORED = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")  # losses that other divergences fit
+
+PairLoss = Literal[
+    "dpo", "ipo", "hinge", "cdpo", "robust", "exo", "nca", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "discopop", "dpo_norm", "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm",
+]  # fmt: skip
+
+
+def names(losses: Iterable[str]) -> list[str]:
+    """Our names of losses, whatever tool their names come from."""
+    return [LOSSES.get(name, name) for name in losses]
+
+
+def _unsmoothed(values: Values) -> str:
+    losses = names(values["loss"])
+    if not set(losses) & set(SMOOTHED):
+        return f"{', '.join(losses)} takes no label smoothing; cdpo, robust, exo and aot do"
+    undefined = "exo" in losses and values["dpo_label_smoothing"] == 0
+    return "exo is not defined without; give it a number above 0, or leave it at its own 0.001" if undefined else ""
+
+
+def _unscored(values: Values) -> str:
+    losses = names(values["loss"])
+    return "" if set(losses) & set(SCORED) else f"{', '.join(losses)} is defined for reverse_kl only"
+
+
+def _no_discopop(values: Values) -> str:
+    losses = names(values["loss"])
+    return "" if "discopop" in losses else f"the loss is {', '.join(losses)}"
+
+
+PAIRWISE = Unused(lambda values: "the loss is sft alone" if names(values["loss"]) == ["sft"] else "")
+
+
+@dataclass(frozen=True)
+class DpoLoss:
+    """Loss."""
+
+    loss: Annotated[tuple[PairLoss, ...], OBJECTIVE] = ("dpo",)
+    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood.
+    aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
+    loss_weights: Annotated[tuple[float, ...], POSITIVE._replace(words="numbers above 0"), OBJECTIVE] = ()
+    """A weight for each loss; 1 each if not given."""
+    rl_beta: Annotated[float, POSITIVE, OBJECTIVE, PAIRWISE] = 0.1
+    """How strongly the policy is held to the reference."""
+    dpo_label_smoothing: Annotated[float, BELOW_HALF, OBJECTIVE, Unused(_unsmoothed)] = 0.0
+    """Share of labels taken to be wrong (cdpo, robust, exo, aot)."""
+    f_divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "js", "alpha", "js_divergence", "alpha_divergence"], OBJECTIVE, Unused(_unscored)
+    ] = "reverse_kl"
+    """Divergence from the reference that log-ratios stand for."""
+    f_alpha_divergence_coef: Annotated[
+        float, ANY, OBJECTIVE, unused_unless("f_divergence", "alpha", "alpha_divergence", reason="the divergence is {f_divergence}")
+    ] = 0.5
+    """Order of the alpha divergence."""
+    discopop_tau: Annotated[float, POSITIVE, OBJECTIVE, Unused(_no_discopop)] = 0.05
+    """Temperature of discopop's mixture."""
+    ld_alpha: Annotated[float | None, PART, OBJECTIVE, PAIRWISE] = None
+    """LD-DPO: weight, from 0 to 1, of the tokens of the longer side beyond the shorter one's length."""
+    dpo_use_weighting: Annotated[bool, OBJECTIVE, PAIRWISE] = False
+    """WPO: weigh pairs by how likely the policy is to write them."""
+    rpo_alpha: Annotated[float | None, POSITIVE, OBJECTIVE] = None
+    """Add the chosen side's mean negative log-likelihood times this."""
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Preference learning on pairs, held to a reference: DPO and its family (--loss ipo, hinge, robust, ...)."""
+
+    model: ModelOptions = group(ModelOptions)
+    data: PairData = group(PairData)
+    vocabulary: VocabularyOptions = group(VocabularyOptions)
+    adapter: AdapterOptions = group(AdapterOptions)
+    loss: DpoLoss = group(DpoLoss)
+    reference: ReferenceOptions = group(ReferenceOptions)
+    optim: PreferenceOptim = group(PreferenceOptim)
+    run: RunOptions = group(RunOptions)
+
+
+def conflicts(config: Dpo) -> None:
+    """Raise BadInput for losses that cannot be summed, and for a reference that cannot follow."""
+    options, losses = config.loss, names(config.loss.loss)
+    if not losses or len(set(losses)) < len(losses):
+        raise BadInput(f"--loss {' '.join(options.loss)}: give one or more losses, each once")
+    if options.dpo_use_weighting and (aot := [name for name in losses if name.startswith("aot")]):
+        raise BadInput(f"dpo_use_weighting does not go with {aot[0]}, whose terms are not of single pairs")
+    if options.loss_weights and len(options.loss_weights) != len(losses):
+        raise BadInput(f"loss_weights has {len(options.loss_weights)} numbers for {len(losses)} losses; give one for each")
+    if wrong := [weight for weight in options.loss_weights if not 0 < weight < float("inf")]:
+        raise BadInput(f"loss_weights must be numbers above 0, got {wrong[0]}; leave out a loss that is not wanted")
+    reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
+
+
+def parts(*args: Any, **options: Any) -> Any:
+    """The method put together for one model. Imports torch, which no option needs."""
+    from treetune.cli import preferring
+
+    return preferring.dpo(*args, **options)
+
+
+METHOD = Method(
+    "dpo",
+    "learn from pairs: DPO, IPO and the rest of the family",
+    Dpo,
+    PREFERENCE_RATES,
+    "pairs",
+    parts,
+    ("rewards/margins", "rewards/accuracies"),
+    conflicts=conflicts,
+)

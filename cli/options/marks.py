@@ -1,0 +1,104 @@
+"""Marks in the annotation of an option's field, beside its range: when it is unused, and what it does to a run that is resumed.
+
+    momentum: Annotated[float, BELOW_ONE, STEP_SIZE, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")] = 0.0
+
+An option that a command does not have leaves no other option unused. Importing this imports no torch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from treetune.cli import pairs
+
+Values = Mapping[str, Any]  # option -> value, of all options of a command
+REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, FUNCTION, START = "refused", "listed", "documents", "order", "weights", "function", "start"
+JUDGES = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}
+
+
+class Unused(NamedTuple):
+    """When the run does not look at the option: reason(values) -> why, empty where it does."""
+
+    reason: Callable[[Values], str]
+
+
+def unused_if(option: str, *values: Any, reason: str) -> Unused:
+    """Unused where the other option has one of the values, or is set at all if none are given; {option} in the reason is its value."""
+    return Unused(lambda all_: reason.format(**all_) if option in all_ and _has(all_[option], values) else "")
+
+
+def unused_unless(option: str, *values: Any, reason: str) -> Unused:
+    """Unused where the other option has none of the values, or is not set at all if none are given."""
+    return Unused(lambda all_: reason.format(**all_) if option in all_ and not _has(all_[option], values) else "")
+
+
+def _has(value: Any, values: tuple) -> bool:
+    return value in values if values else bool(value)
+
+
+class Rule(NamedTuple):
+    """What becomes of another value on resuming, and why.
+
+    refused: an error. listed: it takes effect and is printed. documents, order, weights, function: refused unless what the option stands
+    for has the same fingerprints (`judged_by`), and then listed. start: says how the run is started, and is not compared.
+    lasting: a run that has no step left still looks at the option.
+    """
+
+    verdict: str
+    reason: str
+    judged_by: tuple[str, ...] = ()
+    lasting: bool = False
+
+
+def _judged(verdict: str, reason: str, *judged_by: str) -> Rule:
+    return Rule(verdict, reason, judged_by or JUDGES[verdict], lasting=True)
+
+
+def refused(reason: str) -> Rule:
+    """Another value cannot continue the run."""
+    return Rule(REFUSED, reason)
+
+
+def listed(reason: str, *, lasting: bool = False) -> Rule:
+    """Another value takes effect, and is printed."""
+    return Rule(LISTED, reason, lasting=lasting)
+
+
+def function(reason: str, option: str) -> Rule:
+    """Another value is refused unless the functions that it names are the same."""
+    return Rule(FUNCTION, reason, (option,))
+
+
+class Pairs(NamedTuple):
+    """The option holds texts with an equals sign: read(texts, option) raises ValueError for what is none. named: or a mapping in a file."""
+
+    read: Callable[[tuple[str, ...], str], Any]
+    named: bool
+
+
+NAMED_TEXTS, REGEX_NUMBERS = Pairs(pairs.named_texts, True), Pairs(pairs.rules, False)
+
+STARTED = Rule(START, "says how the run is started")
+MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")
+ROWS_READ = _judged(DOCUMENTS, "decides which documents are read, and which of their tokens are supervised")
+ROWS_AND_ORDER = _judged(DOCUMENTS, ROWS_READ.reason, "train", "held out", "order")
+STEP_ROWS = _judged(ORDER, "decides which documents a step reads")
+ADAPTER_WEIGHTS = _judged(WEIGHTS, "the adapter was trained on from this one", "adapter")
+REFERENCE_WEIGHTS = _judged(WEIGHTS, "the losses so far are distances from this reference", "reference")
+TOKEN_IDS = refused("decides the ids of the rows and the shape of the model")
+TRAINED = refused("decides what trains")
+ADAPTER_SCALE = refused("scales everything that the adapter has learned")
+OBJECTIVE = refused("decides what the loss is, which curves, early stopping and the best checkpoint compare")
+REWARD = refused("decides what a reward is, which curves and the best checkpoint compare")
+SAMPLED_FROM = refused("decides what is sampled from, which log-probs and rewards so far are of")
+STORED = refused("decides how a stored generation is dealt to steps")
+REFERENCE_PACE = listed("sets how fast the reference follows from here on")
+GENERATIONS = listed("says how the generations to come are made")
+COMPLETIONS = listed("bounds the completions of the steps to come")
+CORRECTION = listed("corrects the samples of the steps to come for who makes them, which may change")
+SAMPLER = listed("says who samples, and where it is")
+STEP_SIZE = listed("sets how large the steps to come are")
+RUN_LENGTH = listed("sets how long the run is")
+RESOURCES = listed("trades time for memory, on the machine at hand")
+PLACE = listed(RESOURCES.reason, lasting=True)
+SHOWN = listed("says what is shown, evaluated and kept, and when a run stops")
+ANSWER = listed(SHOWN.reason, lasting=True)

@@ -1,0 +1,105 @@
+"""Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from treetune.cli.errors import BadInput
+from treetune.cli.options.marks import (
+    REGEX_NUMBERS,
+    RESOURCES,
+    RUN_LENGTH,
+    STEP_ROWS,
+    STEP_SIZE,
+    refused,
+    unused_if,
+    unused_unless,
+)
+from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
+
+RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
+
+
+def peak(rates: tuple[float, float]) -> Any:
+    """The help of the learning rate, whose default is the first of the rates with an adapter and the second without."""
+    low, full = (f"{rate:.0e}".replace("e-0", "e-") for rate in rates)
+    return arg(help=f"Peak learning rate; if not given, {low} with an adapter and {full} without.")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation."""
+
+    optimizer: Annotated[Literal["adamw", "lion", "sgd"], refused("the moments in the checkpoint are those of this optimizer")] = "adamw"
+    """Update rule; all work in place."""
+    learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RATES)] = None
+    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], STEP_SIZE] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    cosine_min_lr_ratio: Annotated[
+        float, PART, STEP_SIZE, unused_unless("lr_scheduler", "cosine", reason="the schedule is {lr_scheduler}")
+    ] = 0.0
+    """Where the cosine ends, as a part of the peak."""
+    warmup_steps: Annotated[int | None, COUNT_OR_NONE, STEP_SIZE] = None
+    """Steps of linear warm-up."""
+    warmup_ratio: Annotated[float | None, PART, STEP_SIZE] = None
+    """Warm-up as a part of all steps, instead of warmup_steps; neither: 0.03."""
+    weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 0.0
+    """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
+    weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE] = ()
+    """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
+    lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE] = ()
+    """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
+    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead")] = 0.9
+    """First moment's decay (adamw, lion)."""
+    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead")] = None
+    """Second moment's decay (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
+    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, unused_unless("optimizer", "adamw", reason="{optimizer} has no epsilon")] = 1e-8
+    """Added to the root of the second moment (adamw)."""
+    momentum: Annotated[float, BELOW_ONE, STEP_SIZE, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")] = 0.0
+    """Heavy-ball momentum (sgd)."""
+    max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
+    """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1
+    """Passes over the training rows, unless max_steps is given."""
+    max_steps: Annotated[int | None, COUNT, RUN_LENGTH] = None
+    """Optimiser steps of the run, whatever num_epochs says."""
+    micro_batch_size: Annotated[int, SMALL, STEP_ROWS] = 2
+    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass on one device."""
+    gradient_accumulation_steps: Annotated[int, COUNT, STEP_ROWS] = 2
+    """Micro-batches in one optimiser step on one device; the split never changes the gradient."""
+    gradient_checkpointing: Annotated[bool, RESOURCES] = False
+    """Recompute each layer in the backward pass: about 1.4 times the time for about half the memory."""
+    seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
+    """The only source of randomness."""
+
+
+@dataclass(frozen=True)
+class PreferenceOptim(OptimOptions):
+    """Optimisation."""
+
+    learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(PREFERENCE_RATES)] = None
+
+
+@dataclass(frozen=True)
+class RewardOptim(OptimOptions):
+    """Optimisation."""
+
+    learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(REWARD_RATES)] = None
+
+
+@dataclass(frozen=True)
+class RlOptim(OptimOptions):
+    """Optimisation."""
+
+    learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RL_RATES)] = None
+    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], STEP_SIZE] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    micro_batch_size: Annotated[int, SMALL, STEP_ROWS] = 2
+    """Prompts, each with its completions, in one forward pass on one device."""
+
+
+def conflicts(optim: OptimOptions) -> None:
+    """Raise BadInput for two ways of saying how long the warm-up is."""
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        raise BadInput("give warmup_steps or warmup_ratio, not both")

@@ -1,0 +1,81 @@
+"""Options of a run (its folder, evaluations, checkpoints, stopping) and of sampling an answer. Importing this imports no torch."""
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from treetune.cli.errors import BadInput
+from treetune.cli.options.marks import ANSWER, PLACE, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
+from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
+
+
+def _nothing_held_out(values: Values) -> str:
+    size = 0 if values.get("streaming") and values["val_set_size"] < 1 else values["val_set_size"]
+    return "" if values["val_data"] or values.get("test_datasets") or size else "nothing is held out"
+
+
+def _one_process(values: Values) -> str:
+    alone = values["sharding"] != "none" and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return "there is one process; start several with torchrun" if alone else ""
+
+
+HELD_OUT = Unused(_nothing_held_out)
+GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run."""
+
+    output_dir: Annotated[str | None, STARTED] = None
+    """Run folder; if not given, the first free runs/COMMAND-NNN."""
+    resume: Annotated[str | None, STARTED] = None
+    """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
+    overwrite: Annotated[bool, STARTED] = False
+    """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
+    eval_steps: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
+    """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
+    save_steps: Annotated[int | None, COUNT, SHOWN] = None
+    """Save a checkpoint every so many steps, besides at the end; if not given, at the ends of epochs, up to 10 of them."""
+    save_total_limit: Annotated[int, COUNT, SHOWN] = 2
+    """Newest checkpoints to keep; the best one by eval loss is kept besides."""
+    logging_steps: Annotated[int, COUNT, SHOWN] = 1
+    """Steps between lines on a plain screen; metrics.jsonl has every step."""
+    early_stopping_patience: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
+    """Stop after this many evaluations in a row without a new best loss."""
+    loss_watchdog_threshold: Annotated[float | None, POSITIVE, SHOWN] = None
+    """Stop when train/loss stays above this for loss_watchdog_patience steps."""
+    loss_watchdog_patience: Annotated[
+        int, COUNT, SHOWN, unused_unless("loss_watchdog_threshold", reason="there is no loss_watchdog_threshold")
+    ] = 3
+    """Steps above the threshold before the watchdog stops the run."""
+    sharding: Annotated[Literal["none", "full"], PLACE, Unused(_one_process)] = "none"
+    """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    sample_prompt: Annotated[str | None, ANSWER] = None
+    """Prompt answered before and after training; if not given, the first held-out chat row. Empty: none."""
+    sample_tokens: Annotated[int, TOKENS, ANSWER, unused_if("sample_prompt", "", reason="sample_prompt is empty")] = 160
+    """Longest sample answer."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sampling."""
+
+    max_new_tokens: Annotated[int, TOKENS] = 200
+    """Longest answer in tokens."""
+    temperature: Annotated[float, TEMPERATURE] = 0.7
+    """0 takes the likeliest token every time."""
+    top_p: Annotated[float, SHARE, GREEDY] = 0.95
+    """Sample among the likeliest tokens that together have this probability."""
+    top_k: Annotated[int, COUNT_OR_NONE, GREEDY] = 0
+    """Sample among this many likeliest tokens; 0 for all."""
+    min_p: Annotated[float, BELOW_ONE, GREEDY] = 0.0
+    """Leave out tokens with less than this part of the likeliest one's probability."""
+    seed: Annotated[int, SEED, GREEDY] = 0
+    """Same seed, same answer."""
+
+
+def conflicts(run: RunOptions) -> None:
+    """Raise BadInput for a run that is continued and deleted at once."""
+    if run.resume is not None and run.overwrite:
+        raise BadInput("give resume or overwrite, not both: one continues a run, the other deletes it")
