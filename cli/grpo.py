@@ -343,7 +343,7 @@ class Roll(NamedTuple):
             docs = [self.document(group) for group in some]
             batch, plan = self.make(range(len(docs)), docs, seed=seed)
             if skip and not any(group.advantage.any() for group in some):
-                batch = objectives.hollow(batch)
+                batch = objectives.zero_signal_batch(batch)
                 plan = attention.plan(batch, window=plan.window, device=batch["tokens"].device)
             out.append((batch, plan))
         return out

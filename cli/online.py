@@ -8,27 +8,25 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
-from treetune.cli.options.policy_loss import PRESETS, PolicyLoss, Preset, clip_bounds
+from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.rl_checks import off_policy
 from treetune.core import shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState
-from treetune.losses import advantage, correction, divergence, policy, policy_gradient, policy_gradient_with_sft, ratio, reduce
+from treetune.losses import advantage, correction, policy, policy_gradient, policy_gradient_with_sft, presets
 from treetune.models import Model, logprobs_beside
 
-RATIOS = {"token": ratio.token, "sequence": ratio.sequence, "sequence_token": ratio.sequence_token, "sequence_sum": ratio.sequence_sum}
 MEANS = {
     "token": "mean over all tokens of a step", "sequence": "mean over completions of their token means",
     "constant": "mean over completions of their token sums, by max_completion_length", "sum": "mean over completions of their token sums",
 }  # fmt: skip
-KL = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}
 
 
-def choices(options: PolicyLoss) -> Preset:
+def choices(options: PolicyLoss) -> presets.PolicyPreset:
     """What the loss stands for, with what the user chose instead."""
     chosen = {"advantage": options.advantage, "ratio": options.importance_sampling_level, "aggregate": options.aggregate}
-    return PRESETS[options.loss]._replace(**{name: value for name, value in chosen.items() if value is not None})
+    return presets.POLICY_LOSSES[options.loss]._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def describe(options: PolicyLoss) -> str:
@@ -45,39 +43,23 @@ def describe(options: PolicyLoss) -> str:
 
 def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], Tensor]:
     """Rewards [P, G, K] -> advantages [P, G]."""
-    name, w = choices(options).advantage, torch.tensor(weights, dtype=torch.float64)
-    if name == "gdpo":
-        return lambda rewards: advantage.gdpo(rewards, w)
-    fn = getattr(advantage, name)
+    entry, w = presets.ADVANTAGES[choices(options).advantage], torch.tensor(weights, dtype=torch.float64)
+    fn = presets.resolve(entry.function)
+    if entry.per_reward:
+        return lambda rewards: fn(rewards, w)
     return lambda rewards: fn(advantage.combined(rewards, w))
 
 
 def batch_wide(options: PolicyLoss) -> bool:
     """Whether an advantage depends on other prompts of the generation."""
-    return choices(options).advantage in ("batch_scaled", "gdpo")
+    return presets.ADVANTAGES[choices(options).advantage].across_prompts
 
 
-def term(options: PolicyLoss) -> Callable:
-    """The policy term of losses.policy with its options."""
-    name, (low, high) = choices(options).term, clip_bounds(options)
-    if name == "ppo_clip":
-        return partial(policy.ppo_clip, epsilon=low, epsilon_high=high, delta=options.delta)
-    if name == "gmpo":
-        return partial(policy.gmpo, epsilon=low, epsilon_high=high)
-    if name == "cispo":
-        return partial(policy.cispo, epsilon_high=options.epsilon_high)
-    if name == "sapo":
-        return partial(policy.sapo, tau_pos=options.sapo_tau_pos, tau_neg=options.sapo_tau_neg)
-    return getattr(policy, name)
-
-
-def reduction(aggregate: str, length: int) -> Callable:
-    """(x, seq, seq_lens) -> (numerator, denominator)."""
-    if aggregate == "token":
-        return reduce.by_token
-    if aggregate == "sequence":
-        return partial(reduce.by_sequence, count_empty=True)
-    return partial(reduce.by_constant, length=length if aggregate == "constant" else 1)
+def surrogate(options: PolicyLoss, length: int) -> policy_gradient.Surrogate:
+    """The policy loss; length: tokens of a completion at most."""
+    low, high = clip_bounds(options)
+    knobs = {"delta": options.delta, "tau_pos": options.sapo_tau_pos, "tau_neg": options.sapo_tau_neg}
+    return policy_gradient.surrogate(choices(options), length=length, epsilon=low, epsilon_high=high, **knobs)
 
 
 def skippable(options: PolicyLoss) -> bool:
@@ -86,34 +68,19 @@ def skippable(options: PolicyLoss) -> bool:
     return not options.beta and not bonus and options.top_entropy_quantile == 1
 
 
-def _reports(options: PolicyLoss) -> list[Callable]:
-    """Numbers that only some terms have."""
-    made, (low, high) = choices(options), clip_bounds(options)
-    whole = made.ratio in ("sequence", "sequence_sum")
-    if made.term == "cispo":
-        return [partial(policy_gradient.cispo_clip_ratio, epsilon_high=options.epsilon_high, by_sequence=whole)]
-    if made.term == "vespo":
-        return [policy_gradient.vespo_phi]
-    return [partial(policy_gradient.clip_ratio, low=1 - low, high=1 + high, by_sequence=whole)] if made.term == "ppo_clip" else []
-
-
 def _terms(config: Any) -> dict[str, Any]:
-    """Options of losses.policy_gradient.objective besides its policy term."""
-    loss, how, made = config.loss, config.correction, choices(config.loss)
+    """Options of losses.policy_gradient.objective besides its policy loss."""
+    loss, how = config.loss, config.correction
     correct = None
     if how.vllm_importance_sampling_correction and off_policy(config):
         cuts = {"low": how.vllm_importance_sampling_min, "high": how.vllm_importance_sampling_cap}
-        correct = partial(getattr(correction, how.vllm_importance_sampling_mode), **cuts)
+        correct = presets.bind(presets.CORRECTIONS[how.vllm_importance_sampling_mode], **cuts)
+    estimator = presets.bind(presets.DIVERGENCES[loss.kl_estimator]) if loss.beta else None
     return {
-        "ratio": RATIOS[made.ratio],
-        "reduction": reduction(made.aggregate, config.rollout.max_completion_length),
-        "kl": KL[loss.kl_estimator] if loss.beta else None,
-        "kl_coef": loss.beta,
-        "corrected_kl": loss.use_bias_correction_kl,
+        "kl": policy_gradient.Divergence(estimator, loss.beta, loss.use_bias_correction_kl),
         "correction": correct,
         "opsm_threshold": how.off_policy_mask_threshold,
         "entropy_coef": 0.0 if loss.use_adaptive_entropy else loss.entropy_coef,
-        "reports": _reports(loss),
     }
 
 
@@ -139,7 +106,7 @@ def build(
     found = _reference(config, model, used, on, say)
     quiet = setup.logprob(model, found.trees.lora, temperature=heat)
     train = partial(setup.logprob, model, found.trees.lora, remat=remat, temperature=heat)
-    make = partial(policy_gradient.objective, term=term(loss), **_terms(config))
+    make = partial(policy_gradient.objective, loss=surrogate(loss, config.rollout.max_completion_length), **_terms(config))
     objective = (
         policy_gradient_with_sft.objective(train(run=logprobs_beside), make, coef=ce_coef, name="ebft/ce_loss")
         if ce_coef

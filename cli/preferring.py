@@ -9,18 +9,16 @@ from torch import Tensor
 
 from treetune.cli import method, reference, setup
 from treetune.cli.methods.cpo import CpoLoss
-from treetune.cli.methods.dpo import LOSSES, SCORED, SMOOTHED, DpoLoss
+from treetune.cli.methods.dpo import LOSSES, DpoLoss
 from treetune.cli.methods.kto import KtoLoss
 from treetune.cli.methods.orpo import OrpoLoss
 from treetune.cli.methods.simpo import SimpoLoss
 from treetune.core import shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
-from treetune.losses import kto, kto_objective, limits, preference, preference_objective, reduce, reference_free
+from treetune.losses import kto, kto_objective, limits, preference, preference_objective, presets, reduce, reference_free
 from treetune.models import Model
 
-SCORES = {"reverse_kl": preference.reverse_kl, "forward_kl": preference.forward_kl, "js": preference.js}
-CPO_LOSSES = {"hinge": reference_free.cpo_hinge, "ipo": reference_free.cpo_ipo}
 EVERY = ("mean_logit", "entropy", "top1")
 
 
@@ -45,21 +43,13 @@ def pair_loss(options: DpoLoss) -> preference_objective.PairLoss | None:
 
 
 def _one(key: str, options: DpoLoss) -> preference_objective.PairLoss:
-    chosen: dict[str, Any] = {"beta": options.rl_beta}
-    if key in SMOOTHED and options.dpo_label_smoothing:
-        chosen["label_smoothing"] = options.dpo_label_smoothing
-    if key in SCORED:
-        chosen["score"] = score(options)
-    if key == "discopop":
-        chosen["tau"] = options.discopop_tau
-    return partial(getattr(preference, key), **chosen)
+    smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}  # 0: the loss's own
+    return preference_objective.pair_loss(key, beta=options.rl_beta, score=score(options), tau=options.discopop_tau, **smoothing)
 
 
 def score(options: DpoLoss) -> Callable[[Tensor], Tensor]:
     """The function of log-ratios that a divergence stands for."""
-    if name(options.f_divergence) == "alpha":
-        return partial(preference.alpha_divergence, alpha=options.f_alpha_divergence_coef)
-    return SCORES[name(options.f_divergence)]
+    return presets.bind(presets.PAIR_SCORES[name(options.f_divergence)], alpha=options.f_alpha_divergence_coef)
 
 
 def _logprobs(config: Any, model: Model, used: setup.Trees) -> tuple[Callable, Callable]:
@@ -111,14 +101,14 @@ def _free(
 def cpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
     """CPO: summed log-probs and the chosen side's likelihood."""
     options: CpoLoss = config.loss
-    fn = CPO_LOSSES.get(options.loss, reference_free.cpo)
-    smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}
+    entry = presets.CPO_LOSSES["cpo" if options.loss == "sigmoid" else options.loss]
+    loss = presets.bind(entry, beta=options.rl_beta, label_smoothing=options.dpo_label_smoothing)
     rewards = (preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards)(options.rl_beta)
     return _free(
         config,
         model,
         used,
-        partial(fn, beta=options.rl_beta, **smoothing),
+        loss,
         rewards,
         preference_objective.Options(nll_coef=options.cpo_alpha),
     )
@@ -158,14 +148,9 @@ def _branch(docs: list, *, which: int, **options: Any) -> dict:
     return pack.collate_trees([trees.only(doc, which) for doc in docs], **options)
 
 
-def _unpaired_loss(options: KtoLoss) -> kto_objective.UnpairedLoss:
-    chosen = {"beta": options.rl_beta}
-    if options.loss == "bco":
-        return lambda logp, ref, good, batch: kto.bco(logp, ref, good, batch["delta"].to(logp.dtype), **chosen)
-    chosen |= {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
-    if options.loss == "apo_zero_unpaired":
-        return lambda logp, ref, good, batch: kto.apo_zero_unpaired(logp, ref, good, **chosen)
-    return lambda logp, ref, good, batch: kto.kto(logp, ref, good, batch["baseline"].to(logp.dtype), **chosen)
+def _unpaired_loss(options: KtoLoss) -> kto_objective.CompletionLoss:
+    weights = {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
+    return kto_objective.completion_loss(options.loss, beta=options.rl_beta, **weights)
 
 
 def judged(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say=print) -> method.Parts:

@@ -16,7 +16,7 @@ from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Logprob, Objective
-from treetune.losses import sft, sft_objective
+from treetune.losses import sft_objective
 from treetune.models import Model, adapter, loading, logprobs, policy
 from treetune.models import tokenizer as tokenizers
 from treetune.models.loading import DTYPES as DTYPES
@@ -130,21 +130,9 @@ def logprob(
 
 def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ()) -> Objective:
     """The supervised objective that the loss options name; `report` names statistics to report besides accuracy."""
-    want = ["top1", *report]
-
-    def token_loss(stats):
-        if options.loss == "dft":
-            value = sft.dft(stats.logp)
-        elif options.loss == "eaft":
-            value = sft.eaft(stats.logp, stats.topk_entropy)
-        elif options.label_smoothing:
-            value = sft.smoothed(stats.logp, stats.lse, stats.mean_logit, label_smoothing=options.label_smoothing)
-        else:
-            value = sft.nll(stats.logp)
-        return value + sft.z_loss(stats.lse, coef=options.z_loss_coef) if options.z_loss_coef else value
-
-    want += ["topk_entropy"] if options.loss == "eaft" else []
-    want += ["mean_logit"] if options.label_smoothing else []
+    name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
+    token_loss, outputs = sft_objective.token_loss(name, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
+    want = dict.fromkeys(("top1", *report, *outputs))
     return sft_objective.objective(logprob_fn, token_loss, want=tuple(want))
 
 

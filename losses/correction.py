@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treetune.core.state import Metric
 from treetune.losses import limits
-from treetune.losses.reduce import masked_mean, per_sequence, wide
+from treetune.losses.reduce import masked_mean, per_sequence, upcast
 
 
 def token_truncate(
@@ -97,7 +97,7 @@ def entropy_threshold(entropy: Tensor, *, quantile: float) -> Tensor:
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile={quantile!r}: expected the share of tokens to keep, from 0 to 1, 0.2 for instance")
-    ordered = wide(entropy.detach()).sort().values  # torch.quantile refuses more than 16 million
+    ordered = upcast(entropy.detach()).sort().values  # torch.quantile refuses more than 16 million
     if ordered.numel() == 0:
         return ordered.new_full((), -torch.inf)
     # Rounded, because (1 - 0.7) * 10 is above 3, which would put the threshold above the very token that reaches it.
@@ -109,7 +109,7 @@ def entropy_threshold(entropy: Tensor, *, quantile: float) -> Tensor:
 
 def entropy_mask(entropy: Tensor, threshold: Tensor) -> Tensor:
     """Tokens to keep, [N] bool: entropy >= threshold (0-d, of `entropy_threshold`). nan is kept, so that the loss shows it."""
-    return ~(wide(entropy.detach()) < threshold)
+    return ~(upcast(entropy.detach()) < threshold)
 
 
 def stats(
@@ -135,7 +135,7 @@ def stats(
 
 
 def _gap(logp: Tensor, sampler_logp: Tensor) -> Tensor:
-    return torch.where(sampler_logp.isnan(), 0.0, limits.minus(wide(logp.detach()), wide(sampler_logp.detach())))
+    return torch.where(sampler_logp.isnan(), 0.0, limits.minus(upcast(logp.detach()), upcast(sampler_logp.detach())))
 
 
 def _sequence_ratio(old_logp: Tensor, sampler_logp: Tensor, seq: Tensor, seq_lens: Tensor, mean: bool) -> Tensor:

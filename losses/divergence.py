@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treetune.losses import limits
-from treetune.losses.reduce import wide
+from treetune.losses.reduce import upcast
 
 
 def k1(logp: Tensor, ref_logp: Tensor, *, clamp: float | None = None) -> Tensor:
@@ -51,11 +51,11 @@ def corrected_k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor, ratio: Tensor
     near = corrected(torch.where(over, 0.0, k), torch.where(over, 0.0, ratio))
     beside = over & (ratio > 0) & ratio.isfinite() & d.isfinite()
     rest = torch.where(beside, ratio, 0.0) * torch.where(beside, d - 1, 0.0)
-    return torch.where(over, limits.minus(wide(ref_logp), wide(old_logp)).exp().detach() + rest, near)
+    return torch.where(over, limits.minus(upcast(ref_logp), upcast(old_logp)).exp().detach() + rest, near)
 
 
 def _difference(logp: Tensor, ref_logp: Tensor, clamp: float | None) -> Tensor:
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp={clamp!r}: expected a number of nats above 0, 20 for instance, or None for off")
-    d = limits.minus(wide(logp), wide(ref_logp))
+    d = limits.minus(upcast(logp), upcast(ref_logp))
     return d if clamp is None else d.clamp(min=-clamp)

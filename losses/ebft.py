@@ -39,7 +39,7 @@ def layers(fractions: Sequence[float], num_layers: int) -> tuple[int, ...]:
 
 def raw(hidden: Sequence[Tensor]) -> Tensor:
     """The layers side by side, as they are: L times [N, H] -> [N, L H], float32 at least."""
-    return torch.cat([reduce.wide(x) for x in hidden], dim=-1)
+    return torch.cat([reduce.upcast(x) for x in hidden], dim=-1)
 
 
 def per_layer(hidden: Sequence[Tensor]) -> Tensor:
@@ -54,7 +54,7 @@ def joint(hidden: Sequence[Tensor]) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) along the last dim: [..., D] -> [..., D]; zero stays zero. For pooled features that are not whitened."""
-    return F.normalize(reduce.wide(x), dim=-1)
+    return F.normalize(reduce.upcast(x), dim=-1)
 
 
 def last_token(x: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def completion_mean(x: Tensor, seq: Tensor, seq_lens: Tensor, prompt_lens: Tenso
     if prompt_lens.shape != seq_lens.shape:
         raise ValueError(f"prompt_lens {tuple(prompt_lens.shape)} for {seq_lens.shape[0]} sequences; expected one length for each")
     place = torch.arange(len(x), device=x.device) - (seq_lens.cumsum(0) - seq_lens)[seq]
-    rows = torch.where((place >= prompt_lens[seq])[:, None], reduce.wide(x), 0.0)
+    rows = torch.where((place >= prompt_lens[seq])[:, None], reduce.upcast(x), 0.0)
     sums = rows.new_zeros(len(seq_lens), x.shape[1]).index_add(0, seq, rows)
     return sums / (seq_lens - prompt_lens).clamp(min=1)[:, None]
 
@@ -182,17 +182,17 @@ def total(rl: tuple[Tensor, Tensor], ce: tuple[Tensor, Tensor], *, rl_coef: floa
     """rl_coef * rl + ce_coef * ce of two (sum, count), 0-d; a term of count 0 is 0 with a graph. ValueError where no coef is set."""
     if rl_coef == 0 and ce_coef == 0:
         raise ValueError("rl_coef=0 and ce_coef=0: nothing would train; give one of them a value")
-    used = [(coef, *term) for coef, term in ((rl_coef, rl), (ce_coef, ce)) if coef != 0]
-    return sum(coef * number / torch.where(count > 0, count, 1) for coef, number, count in used)
+    means = [coef * top / torch.where(count > 0, count, 1) for coef, (top, count) in ((rl_coef, rl), (ce_coef, ce)) if coef != 0]
+    return sum(means[1:], means[0])
 
 
 def _picked(x: Tensor, seq: Tensor, seq_lens: Tensor, place: Tensor) -> Tensor:
     """Rows at place [B, J] of their sequences, side by side: [N, D] -> [B, J D]; zeros where a sequence has none."""
     _check_rows(x, seq, seq_lens)
     if len(x) == 0:
-        return reduce.wide(x).new_zeros(len(seq_lens), place.shape[1] * x.shape[1])
+        return reduce.upcast(x).new_zeros(len(seq_lens), place.shape[1] * x.shape[1])
     index = (seq_lens.cumsum(0) - seq_lens)[:, None] + place.clamp(min=0)
-    found = reduce.wide(x[index.clamp(max=len(x) - 1)])
+    found = reduce.upcast(x[index.clamp(max=len(x) - 1)])
     return torch.where((seq_lens > 0)[:, None, None], found, 0.0).flatten(1)
 
 
@@ -216,7 +216,7 @@ def _each(y: Tensor) -> Tensor:
 
 
 def _float(x: Tensor) -> torch.dtype:
-    return reduce.wide(x[:0]).dtype
+    return reduce.upcast(x[:0]).dtype
 
 
 def _check_rows(x: Tensor, seq: Tensor, seq_lens: Tensor) -> None:

@@ -4,22 +4,21 @@ N generated tokens of B sequences, one for each rollout; M scored tokens of the 
 `core.strided.grow`), whose batch holds the advantage, reward and its parts of each rollout [B].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from treetune.core.state import Batch, Metric, Objective, Params, Plan, Terms
+from treetune.core.state import Batch, LogprobBeside, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import ebft, reduce
 
-# logprob(params, frozen, batch, plan, want=...) -> (TokenStats of the generated tokens [N], those of the documents' [M] or None)
-Logprob = Callable[..., tuple]
 BY_ROLLOUT = {"ebft/mean_reward": "ebft_reward", "ebft/alignment": "alignment", "ebft/diversity": "diversity", "ebft/cfm_loss": "cfm"}
 
 
-def objective(logprob: Logprob, *, rl_coef: float = 1.0, ce_coef: float = 0.0, want: Sequence[str] = ("entropy",)) -> Objective:
+def objective(logprob: LogprobBeside, *, rl_coef: float = 1.0, ce_coef: float = 0.0, want: Sequence[str] = ("entropy",)) -> Objective:
     """rl_coef mean_i(-A_i log p_i) + ce_coef mean_j(-log p_j), i over all generated tokens of the step, j over the documents' tokens.
 
+    logprob: statistics of the generated tokens [N], and of the documents' [M] or None where only the first are trained.
     A is the advantage of the token's rollout, a constant. log p_i is at the temperature of sampling, log p_j at 1. A term of coefficient
     0 is left out; both terms are reported where log-probs are given. The metrics of rollouts are means over all rollouts of the step, and
     nan, unknown, for a step without any.
@@ -30,21 +29,21 @@ def objective(logprob: Logprob, *, rl_coef: float = 1.0, ce_coef: float = 0.0, w
         raise ValueError("rl_coef=0 and ce_coef=0: nothing would train; give one of them a value")
 
     def counts(batch: Batch) -> Terms:
-        found = {"rl": batch["seq_lens"].sum(), "ce": batch["seq_lens"].new_tensor(batch["prompt_at"].shape[0])}
-        return {name: found[name] for name in coefs}
+        tokens = {"rl": batch["seq_lens"].sum(), "ce": batch["seq_lens"].new_tensor(batch["prompt_at"].shape[0])}
+        return {name: tokens[name] for name in coefs}
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, dict[str, Metric]]:
-        own, document = logprob(params, frozen, batch, plan, want=tuple(want))
-        found = {"rl": _policy(own.logp, batch)} | ({} if document is None else {"ce": _cross_entropy(document.logp)})
-        if missing := [name for name in coefs if name not in found]:
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
+        generated, document = logprob(params, frozen, batch, plan, want=tuple(want))
+        means = {"rl": _policy(generated.logp, batch)} | ({} if document is None else {"ce": _cross_entropy(document.logp)})
+        if missing := [name for name in coefs if name not in means]:
             raise ValueError(f"{missing[0]}_coef={coefs[missing[0]]} without log-probs of the documents' tokens; read `prompt_at` too")
-        return {name: coef * found[name][0] for name, coef in coefs.items()}, _metrics(own, found, coefs, batch)
+        return {name: coef * means[name][0] for name, coef in coefs.items()}, _metrics(generated, means, list(coefs), batch)
 
     return Objective(counts, terms)
 
 
 def _policy(logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    return ebft.policy_term(logp, batch["advantage"].to(reduce.wide(logp).dtype), batch["seq"], batch["seq_lens"])
+    return ebft.policy_term(logp, batch["advantage"].to(reduce.upcast(logp).dtype), batch["seq"], batch["seq_lens"])
 
 
 def _cross_entropy(logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,17 +51,17 @@ def _cross_entropy(logp: Tensor) -> tuple[Tensor, Tensor]:
     return ebft.cross_entropy_term(logp, torch.zeros_like(logp, dtype=torch.int64), count[None])
 
 
-def _metrics(own: tuple, found: dict, coefs: dict, batch: Batch) -> dict[str, Metric]:
-    """What a step reports of the texts that were sampled and of the documents."""
-    out = {f"ebft/{name}_loss": Metric(top.detach() / count.clamp(min=1), count) for name, (top, count) in found.items()}
+def _metrics(generated: TokenStats, means: dict[str, tuple[Tensor, Tensor]], trained: Sequence[str], batch: Batch) -> Metrics:
+    """Metrics of the rollouts and of the documents; means: (sum, count) by term, of which `trained` are in the loss."""
+    metrics = {f"ebft/{name}_loss": Metric(top.detach() / count.clamp(min=1), count) for name, (top, count) in means.items()}
     rollouts = batch["seq_lens"] > 0
-    out |= {name: reduce.masked_mean(batch[key], rollouts) for name, key in BY_ROLLOUT.items()}
+    metrics |= {name: reduce.masked_mean(batch[key], rollouts) for name, key in BY_ROLLOUT.items()}
     blocks, prompts, one = batch["num_blocks"], batch["num_prompts"], torch.ones_like(batch["num_blocks"])
-    out |= {"ebft/num_blocks": Metric(blocks, one, "sum"), "ebft/anchor_offset": Metric(batch["anchor_offset"], prompts)}
-    out["ebft/advantages_std"] = Metric(batch["advantages_std"], blocks)
-    trained = sum(found[name][1] for name in coefs)
-    out |= {"num_tokens": Metric(reduce.real_tokens(batch), one, "sum"), "supervised_tokens": Metric(trained, one, "sum")}
-    if own.entropy is not None:
-        count = found["rl"][1]
-        out["entropy"] = Metric(own.entropy.detach().float().sum() / count.clamp(min=1), count)
-    return out
+    metrics |= {"ebft/num_blocks": Metric(blocks, one, "sum"), "ebft/anchor_offset": Metric(batch["anchor_offset"], prompts)}
+    metrics["ebft/advantages_std"] = Metric(batch["advantages_std"], blocks)
+    tokens = torch.stack([means[name][1] for name in trained]).sum()
+    metrics |= {"num_tokens": Metric(reduce.real_tokens(batch), one, "sum"), "supervised_tokens": Metric(tokens, one, "sum")}
+    if generated.entropy is not None:
+        count = means["rl"][1]
+        metrics["entropy"] = Metric(generated.entropy.detach().float().sum() / count.clamp(min=1), count)
+    return metrics

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treetune.losses import limits
-from treetune.losses.reduce import wide
+from treetune.losses.reduce import upcast
 
 
 def baseline(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def baseline(logp: Tensor, ref_logp: Tensor) -> Tensor:
     An estimate of KL(policy || reference) in nats. It is a mean over what is passed: pass the whole optimiser step, so
     that the loss does not depend on the micro-batch split. Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
     """
-    return (limits.minus(wide(logp), wide(ref_logp)).sum() / max(logp.shape[0], 1)).clamp(min=0).detach()
+    return (limits.minus(upcast(logp), upcast(ref_logp)).sum() / max(logp.shape[0], 1)).clamp(min=0).detach()
 
 
 def kto(
@@ -38,7 +38,7 @@ def kto(
     Its authors advise w_d n_d / (w_u n_u) from 1 to 4/3, n_d and n_u the counts of the classes.
     Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
     """
-    u = _minus(limits.minus(wide(logp), wide(ref_logp)), baseline)
+    u = _minus(limits.minus(upcast(logp), upcast(ref_logp)), baseline)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-beta * u), undesirable_weight * torch.sigmoid(beta * u))
 
 
@@ -55,7 +55,7 @@ def apo_zero_unpaired(
 
     Source: D'Oosterlinck et al., arXiv 2408.06266, eq. 7.
     """
-    zero = torch.zeros((), dtype=wide(logp).dtype, device=logp.device)
+    zero = torch.zeros((), dtype=upcast(logp).dtype, device=logp.device)
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     return kto(logp, ref_logp, desirable, zero, beta=beta, **weights)
 
@@ -65,7 +65,7 @@ def bco(logp: Tensor, ref_logp: Tensor, desirable: Tensor, delta: Tensor, *, bet
 
     Source: Jung et al. (BCO), arXiv 2404.04656.
     """
-    shifted = _minus(beta * limits.minus(wide(logp), wide(ref_logp)), delta)
+    shifted = _minus(beta * limits.minus(upcast(logp), upcast(ref_logp)), delta)
     return -torch.where(desirable, F.logsigmoid(shifted), F.logsigmoid(-shifted))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treetune.losses import limits
-from treetune.losses.reduce import per_sequence, wide
+from treetune.losses.reduce import per_sequence, upcast
 
 
 def ppo_clip(
@@ -28,7 +28,7 @@ def ppo_clip(
     high = epsilon if epsilon_high is None else epsilon_high
     if delta is not None and delta <= 1 + high:
         raise ValueError(f"delta={delta}: expected more than 1 + epsilon_high = {1 + high}, or None for no second bound")
-    ratio, advantage = _bounded(wide(ratio), wide(advantage)), wide(advantage)
+    ratio, advantage = _bounded(upcast(ratio), upcast(advantage)), upcast(advantage)
     free = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(free * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
 
@@ -41,7 +41,7 @@ def cispo(ratio: Tensor, advantage: Tensor, logp: Tensor, *, epsilon_high: float
     """
     if epsilon_high < 1:
         raise ValueError(f"cispo with epsilon_high={epsilon_high}: it is the largest ratio itself, at least 1; 5 is usual")
-    return -limits.times(_bounded(wide(ratio), wide(advantage)).clamp(max=epsilon_high).detach() * wide(advantage), wide(logp))
+    return -limits.times(_bounded(upcast(ratio), upcast(advantage)).clamp(max=epsilon_high).detach() * upcast(advantage), upcast(logp))
 
 
 def sapo(ratio: Tensor, advantage: Tensor, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
@@ -49,7 +49,7 @@ def sapo(ratio: Tensor, advantage: Tensor, *, tau_pos: float = 1.0, tau_neg: flo
 
     Source: Gao et al. (SAPO), arXiv 2511.20347.
     """
-    ratio, advantage = wide(ratio), wide(advantage)
+    ratio, advantage = upcast(ratio), upcast(advantage)
     tau = _by_sign(advantage > 0, tau_pos, tau_neg, ratio)
     return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
 
@@ -61,36 +61,40 @@ def vespo_weight(
     seq_lens: Tensor,
     correction: Tensor | None = None,
     *,
-    k_pos: float = 2.0,
-    lambda_pos: float = 3.0,
-    k_neg: float = 3.0,
-    lambda_neg: float = 2.0,
+    k: tuple[float, float] = (2.0, 3.0),
+    rate: tuple[float, float] = (3.0, 2.0),
 ) -> Tensor:
-    """phi(w) = exp(lambda + k log w - lambda w), 1 at w = 1: [N], one value per sequence, a constant.
+    """phi(w) = exp(rate + k log w - rate w), 1 at w = 1: [N], one value per sequence, a constant.
 
     w is the ratio of the whole sequence, times its correction weights per token (not per sequence: they are multiplied up here);
-    log w is cut to [ln 1e-8, 20]. An infinite phi counts as 0. k and lambda are those of the sign of A.
+    log w is cut to [ln 1e-8, 20]. An infinite phi counts as 0. k and rate (the paper's lambda): for A >= 0, and for A < 0.
     Source: VESPO, arXiv 2602.10693.
     """
     floor = math.log(1e-8)
-    logs = wide(log_ratio).detach().clamp(-20, 20)
+    logs = upcast(log_ratio).detach().clamp(-20, 20)
     if correction is not None:
-        logs = logs + wide(correction).log().clamp(floor, 20)
+        logs = logs + upcast(correction).log().clamp(floor, 20)
     log_w = per_sequence(logs, seq, seq_lens).clamp(floor, 20)[seq]
     rises = advantage >= 0
-    k, lam = _by_sign(rises, k_pos, k_neg, log_w), _by_sign(rises, lambda_pos, lambda_neg, log_w)
-    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    power, lam = _by_sign(rises, *k, log_w), _by_sign(rises, *rate, log_w)
+    phi = (lam + power * log_w - lam * log_w.exp()).exp()
     return torch.where(phi == torch.inf, 0.0, phi)  # nan stays: it says that a log-prob is broken
 
 
 def vespo(
-    log_ratio: Tensor, advantage: Tensor, logp: Tensor, seq: Tensor, seq_lens: Tensor, correction: Tensor | None = None, **knobs: float
+    log_ratio: Tensor,
+    advantage: Tensor,
+    logp: Tensor,
+    seq: Tensor,
+    seq_lens: Tensor,
+    correction: Tensor | None = None,
+    **knobs: tuple[float, float],
 ) -> Tensor:
     """-phi A l with the weight of `vespo_weight`, which takes the correction between sampler and trainer in (and the knobs).
 
     Source: VESPO, arXiv 2602.10693.
     """
-    return -limits.times(vespo_weight(log_ratio, advantage, seq, seq_lens, correction, **knobs) * wide(advantage), wide(logp))
+    return -limits.times(vespo_weight(log_ratio, advantage, seq, seq_lens, correction, **knobs) * upcast(advantage), upcast(logp))
 
 
 def gmpo(
@@ -100,7 +104,7 @@ def gmpo(
 
     The bounds are in log space; epsilon_high defaults to epsilon. Source: Zhao et al. (GMPO), arXiv 2507.20673.
     """
-    rho, advantage = wide(log_ratio), wide(advantage)
+    rho, advantage = upcast(log_ratio), upcast(advantage)
     cut = rho.clamp(-epsilon, epsilon if epsilon_high is None else epsilon_high)
     c = torch.where(advantage > 0, torch.minimum(rho, cut), torch.where(advantage < 0, torch.maximum(rho, cut), cut))
     mean = per_sequence(c, seq, seq_lens) / seq_lens.clamp(min=1)
@@ -109,7 +113,7 @@ def gmpo(
 
 def reinforce(advantage: Tensor, logp: Tensor) -> Tensor:
     """-A l. Source: Williams, Simple statistical gradient-following algorithms, 1992."""
-    return -limits.times(wide(advantage), wide(logp))
+    return -limits.times(upcast(advantage), upcast(logp))
 
 
 def a_star(logp: Tensor, ref_logp: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, *, beta: float = 1e-3) -> Tensor:
@@ -117,8 +121,8 @@ def a_star(logp: Tensor, ref_logp: Tensor, advantage: Tensor, seq: Tensor, seq_l
 
     Source: Brantley et al. (A*-PO), arXiv 2505.20686.
     """
-    gap = per_sequence(limits.minus(wide(logp), wide(ref_logp)), seq, seq_lens)[seq]
-    return limits.square(beta * gap - wide(advantage))
+    gap = per_sequence(limits.minus(upcast(logp), upcast(ref_logp)), seq, seq_lens)[seq]
+    return limits.square(beta * gap - upcast(advantage))
 
 
 def a_star_value(rewards: Tensor, *, beta: float = 0.5) -> Tensor:
@@ -126,7 +130,7 @@ def a_star_value(rewards: Tensor, *, beta: float = 0.5) -> Tensor:
 
     Source: Brantley et al. (A*-PO), arXiv 2505.20686.
     """
-    return beta * ((wide(rewards) / beta).logsumexp(1) - math.log(rewards.shape[1]))
+    return beta * ((upcast(rewards) / beta).logsumexp(1) - math.log(rewards.shape[1]))
 
 
 def value_clip(value: Tensor, old_value: Tensor, returns: Tensor, *, epsilon: float = 0.2) -> Tensor:
@@ -134,7 +138,7 @@ def value_clip(value: Tensor, old_value: Tensor, returns: Tensor, *, epsilon: fl
 
     Source: Schulman et al., arXiv 1707.06347, as the baselines of its authors clip it.
     """
-    value, old, returns = wide(value), wide(old_value), wide(returns)
+    value, old, returns = upcast(value), upcast(old_value), upcast(returns)
     near = old + (value - old).clamp(-epsilon, epsilon)
     return torch.maximum((value - returns).square(), (near - returns).square()) / 2
 

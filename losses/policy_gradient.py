@@ -1,4 +1,4 @@
-"""The objective of online RL over sampled completions: a policy loss, a divergence from a reference and an entropy bonus.
+"""The policy-gradient objective over sampled completions: a policy loss, a divergence from a reference and an entropy bonus.
 
 N scored tokens, B sequences, one per completion; a completion with nothing to train on has seq_lens 0 and still is one of B.
 A batch has advantage [B], and may have old_logp, sampler_logp (nan: unknown), correction, ref_logp [N], entropy_keep bool [N] and the
@@ -7,132 +7,237 @@ scalar entropy_coef. Which of these it has must be the same for every micro-batc
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from treetune.core.state import AXES, Batch, Metric, Objective, Params, Plan
+from treetune.core.state import AXES, Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import correction as corrections
-from treetune.losses import divergence, limits, policy, ratio, reduce
+from treetune.losses import divergence, limits, policy, presets, ratio, reduce
 
-# What a term and a report may ask for, by the names of their parameters: [N] each but seq_lens [B]; correction and ref_logp may be None.
-NAMES = ("ratio", "advantage", "logp", "log_ratio", "old_logp", "ref_logp", "correction", "seq", "seq_lens")
-TOKEN = ratio.token
-Tokens = dict[str, Tensor | None]
-Term = Callable[..., Tensor]
-Report = Callable[..., dict[str, Metric]]
+
+class Tokens(NamedTuple):
+    """What a term and a report may take of the scored tokens, by the names of their parameters: [N] each but seq_lens [B]."""
+
+    ratio: Tensor
+    advantage: Tensor
+    logp: Tensor
+    log_ratio: Tensor
+    old_logp: Tensor
+    seq: Tensor
+    seq_lens: Tensor
+    ref_logp: Tensor | None
+    correction: Tensor | None
+
+
+Term = Callable[..., Tensor]  # of some of Tokens, by name -> [N]
+Report = Callable[..., Metrics]  # of some of Tokens, by name
+Estimator = Callable[[Tensor, Tensor], Tensor]  # (logp, ref_logp) -> [N]
+
+
+class Ratio(Protocol):
+    """A function of `losses.ratio`."""
+
+    def __call__(self, logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, /) -> Tensor:
+        """Ratio of the policy to an older one at each token, [N]."""
+        ...
+
+
+class Reduction(Protocol):
+    """A function of `losses.reduce`."""
+
+    def __call__(self, x: Tensor, seq: Tensor, seq_lens: Tensor, /) -> tuple[Tensor, Tensor]:
+        """(numerator, denominator) of the mean of x [N]."""
+        ...
+
+
+class Correction(Protocol):
+    """A function of `losses.correction`."""
+
+    def __call__(self, old_logp: Tensor, sampler_logp: Tensor, seq: Tensor, seq_lens: Tensor, /) -> Tensor:
+        """Weight of each token between trainer and sampler, [N], a constant."""
+        ...
+
+
+class Surrogate(NamedTuple):
+    """A policy loss: the term of a token, its ratio, the mean over tokens, and what is reported of it.
+
+    term, reports: called with those of `Tokens` that they have as parameters, as partials of `policy.ppo_clip` and of `clip_ratio`.
+    reduction: sums per sequence are `reduce.by_sum`.
+    """
+
+    term: Term
+    ratio: Ratio = ratio.token
+    reduction: Reduction = reduce.by_token
+    reports: Sequence[Report] = ()
+
+
+class Divergence(NamedTuple):
+    """coef times an estimate of KL(policy || reference); a coefficient of 0 reports it only, without an estimator there is none.
+
+    corrected: multiply it by the ratio, which makes its gradient that of the divergence.
+    """
+
+    estimator: Estimator | None = None
+    coef: float = 0.0
+    corrected: bool = True
+
+
+NO_DIVERGENCE = Divergence()
+
+
+def surrogate(preset: presets.PolicyPreset, *, length: int = 1, **options: Any) -> Surrogate:
+    """The policy loss of a row of `presets.POLICY_LOSSES`.
+
+    length: tokens that "constant" divides a sequence by. options: what the row takes, and epsilon and epsilon_high for its report.
+    """
+    aggregate = presets.bind(presets.AGGREGATES[preset.aggregate], length=length, count_empty=True)
+    return Surrogate(
+        presets.bind(preset, **options), presets.resolve(presets.RATIOS[preset.ratio].function), aggregate, _reports(preset, options)
+    )
+
+
+def _reports(preset: presets.PolicyPreset, options: dict[str, Any]) -> list[Report]:
+    """What only this term reports, at its own bounds."""
+    if preset.report is None:
+        return []
+    low, high = presets.clip_bounds(preset, options.get("epsilon"), options.get("epsilon_high"))
+    bounds = {"low": 1 - low, "high": 1 + high, "epsilon_high": high, "by_sequence": preset.ratio in presets.ONE_RATIO_PER_SEQUENCE}
+    report = presets.resolve(preset.report)
+    return [partial(report, **{name: bounds[name] for name in inspect.signature(report).parameters if name in bounds})]
 
 
 def objective(
-    logprob: Callable[..., Any],
-    term: Term,
+    logprob: Logprob,
+    loss: Surrogate,
     *,
-    ratio: Callable[..., Tensor] = ratio.token,
-    reduction: Callable[..., tuple[Tensor, Tensor]] = reduce.by_token,
-    kl: Callable[[Tensor, Tensor], Tensor] | None = None,
-    kl_coef: float = 0.0,
-    corrected_kl: bool = True,
-    correction: Callable[..., Tensor] | None = None,
+    kl: Divergence = NO_DIVERGENCE,
+    correction: Correction | None = None,
     opsm_threshold: float | None = None,
     entropy_coef: float = 0.0,
-    reports: Sequence[Report] = (),
     want: tuple[str, ...] = ("entropy",),
 ) -> Objective:
     """reduction(m e c term + kl_coef r kl) - entropy_coef * mean entropy, per token, with the policy term alone masked and corrected.
 
     m leaves out sequences that moved too far (`opsm_threshold`), e keeps the tokens of `entropy_keep`, c is the weight between
     sampler and trainer: `correction` of the batch, else correction(old_logp, sampler_logp, seq, seq_lens), else 1. A term that takes
-    `correction` itself is not multiplied by it. r is the ratio, or 1 without `corrected_kl`.
+    `correction` itself is not multiplied by it. r is the ratio, or 1 where the divergence is not corrected.
 
-    logprob(params, frozen, batch, plan, want=...) -> TokenStats. A batch without old_logp was sampled by the policy as it is: the
-    ratio is 1, with a gradient. term and reports are called with those of NAMES that they have as parameters, as partials of
-    `policy.ppo_clip` and of `clip_ratio`. reduction(x [N], seq, seq_lens) -> (numerator, denominator) of `reduce`; sums per sequence
-    are `by_constant` of length 1. The bonus is a mean over the kept tokens of the step; its coefficient is the batch's
-    `entropy_coef` where there is one. `want` names statistics to report.
-    Errors: ValueError for a term that needs what it is not given, for kl_coef without kl, and for `vespo` with weights per sequence.
+    A batch without old_logp was sampled by the policy as it is: the ratio is 1, with a gradient. The bonus is a mean over the kept tokens
+    of the step; its coefficient is the batch's `entropy_coef` where there is one. `want` names statistics to report.
+    Errors: ValueError for a term that needs what it is not given, for a coefficient of the divergence without an estimator, and for
+    `vespo` with weights per sequence.
     """
-    if kl is None and kl_coef:
-        raise ValueError(f"kl_coef={kl_coef} without kl; pass an estimator such as divergence.k3")
-    takes, told = _taken(term), [(report, _taken(report)) for report in reports]
+    if kl.estimator is None and kl.coef:
+        raise ValueError(f"a divergence with coef={kl.coef} has no estimator; pass one such as divergence.k3")
+    takes, reports = _parameters(loss.term), [(report, _parameters(report)) for report in loss.reports]
     if "correction" in takes and _by_sequence(correction):
         raise ValueError("a term that multiplies up the weights of tokens got one weight per sequence; take token_truncate or token_mask")
-    alone = getattr(ratio, "func", ratio) is TOKEN
-    needed = tuple(dict.fromkeys((*want, "entropy"))) if entropy_coef else want
+    weighing = _Weighing(loss, takes, correction, opsm_threshold)
+    outputs = tuple(dict.fromkeys((*want, "entropy"))) if entropy_coef else want
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
+    def counts(batch: Batch) -> Terms:
         nothing = torch.zeros_like(batch["seq"], dtype=torch.float32)
-        found = {"policy": reduction(nothing, batch["seq"], batch["seq_lens"])[1]}
-        return found | ({"entropy": _kept_tokens(batch)} if entropy_coef or "entropy_coef" in batch else {})
+        tokens = {"policy": loss.reduction(nothing, batch["seq"], batch["seq_lens"])[1]}
+        return tokens | ({"entropy": _kept_tokens(batch)} if entropy_coef or "entropy_coef" in batch else {})
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
-        stats = logprob(params, frozen, batch, plan, want=needed)
-        tokens = _tokens(stats.logp, batch, ratio, correction)
-        x = _policy_term(term, takes, tokens, batch, ratio, opsm_threshold, alone=alone and "seq" not in takes)
-        top, bottom = reduction(x, batch["seq"], batch["seq_lens"])
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
+        stats = logprob(params, frozen, batch, plan, want=outputs)
+        tokens = _tokens(stats.logp, batch, loss.ratio, correction)
+        top, bottom = loss.reduction(_policy_term(weighing, tokens, batch), batch["seq"], batch["seq_lens"])
         metrics = _metrics(stats, batch, tokens, correction) | {"policy_loss": _metric(top, bottom)}
-        if kl is not None:
-            away = _divergence(kl, tokens, corrected_kl, alone)
-            metrics["kl"] = _token_mean(away)
-            top = top + kl_coef * reduction(away, batch["seq"], batch["seq_lens"])[0] if kl_coef else top
-        for report, names in told:
-            metrics |= report(**_chosen(tokens, names))
-        found = {"policy": top}
+        if kl.estimator is not None:
+            distance = _divergence(kl.estimator, tokens, kl.corrected, weighing.ratio_of_token)
+            metrics["kl"] = _token_mean(distance)
+            top = top + kl.coef * loss.reduction(distance, batch["seq"], batch["seq_lens"])[0] if kl.coef else top
+        for report, names in reports:
+            metrics |= report(**_named(tokens, names))
+        numerators = {"policy": top}
         if entropy_coef or "entropy_coef" in batch:
             coef = batch.get("entropy_coef", top.new_tensor(entropy_coef))
-            found["entropy"] = -coef.to(top.dtype) * _kept_entropy(stats.entropy, batch)
+            numerators["entropy"] = -coef.to(top.dtype) * _kept_entropy(stats.entropy, batch)
             metrics["entropy_coef"] = Metric(coef, torch.ones_like(coef))
-        return found, metrics
+        return numerators, metrics
 
     return Objective(counts, terms)
 
 
-def _taken(fn: Callable) -> tuple[str, ...]:
-    """The parameters of a function that are among NAMES; ValueError when it needs others."""
+class _Weighing(NamedTuple):
+    """How the policy term of a token is masked and corrected."""
+
+    loss: Surrogate
+    takes: tuple[str, ...]
+    correction: Correction | None
+    opsm_threshold: float | None
+
+    @property
+    def ratio_of_token(self) -> bool:
+        """Whether a token's ratio depends on no other token."""
+        return _function(self.loss.ratio) is ratio.token
+
+    @property
+    def alone(self) -> bool:
+        """Whether a token's term is a function of its own numbers."""
+        return self.ratio_of_token and "seq" not in self.takes
+
+
+def _function(fn: Any) -> Any:
+    """The function below a `functools.partial`."""
+    return getattr(fn, "func", fn)
+
+
+def _parameters(fn: Callable) -> tuple[str, ...]:
+    """The parameters of a function that are among `Tokens`; ValueError when it needs others."""
     parameters = inspect.signature(fn).parameters.values()
     free = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing := [p.name for p in free if p.default is p.empty and p.name not in NAMES]:
-        name = getattr(getattr(fn, "func", fn), "__name__", repr(fn))
+    if missing := [p.name for p in free if p.default is p.empty and p.name not in Tokens._fields]:
+        name = getattr(_function(fn), "__name__", repr(fn))
         raise ValueError(f"{name} needs {', '.join(missing)}: give it by functools.partial({name}, {missing[0]}=...)")
-    return tuple(p.name for p in free if p.name in NAMES)
+    return tuple(p.name for p in free if p.name in Tokens._fields)
 
 
-def _by_sequence(correction: Callable | None) -> bool:
-    return getattr(correction, "func", correction) in (corrections.sequence_truncate, corrections.sequence_mask)
+def _by_sequence(correction: Correction | None) -> bool:
+    return _function(correction) in (corrections.sequence_truncate, corrections.sequence_mask)
 
 
-def _chosen(tokens: Tokens, names: Sequence[str]) -> Tokens:
-    return {name: tokens[name] for name in names}
+def _named(tokens: Tokens, names: Sequence[str]) -> dict[str, Tensor | None]:
+    return {name: getattr(tokens, name) for name in names}
 
 
-def _tokens(logp: Tensor, batch: Batch, ratio: Callable, correction: Callable | None) -> Tokens:
-    """All of NAMES for the scored tokens of a batch."""
-    logp, seq, seq_lens = reduce.wide(logp), batch["seq"], batch["seq_lens"]
-    old = batch["old_logp"].to(logp.dtype) if "old_logp" in batch else logp.detach()
+def _tokens(logp: Tensor, batch: Batch, ratio: Ratio, correction: Correction | None) -> Tokens:
+    """The numbers of the scored tokens of a batch."""
+    logp, seq, seq_lens = reduce.upcast(logp), batch["seq"], batch["seq_lens"]
+    old_logp = batch["old_logp"].to(logp.dtype) if "old_logp" in batch else logp.detach()
     weight = batch.get("correction")
     if weight is None and correction is not None and "sampler_logp" in batch:
-        weight = correction(old, batch["sampler_logp"], seq, seq_lens)
+        weight = correction(old_logp, batch["sampler_logp"], seq, seq_lens)
     advantage = batch["advantage"] if "advantage" in batch else torch.zeros_like(seq_lens)  # a batch without documents
-    same = {"logp": logp, "seq": seq, "seq_lens": seq_lens, "ref_logp": batch.get("ref_logp")}
-    same |= {"advantage": advantage.to(logp.dtype)[seq], "correction": None if weight is None else weight.to(logp.dtype)}
-    return same | _against(old, logp, seq, seq_lens, ratio)
+    log_ratio = limits.minus(logp, old_logp)
+    return Tokens(
+        ratio=ratio(logp, old_logp, seq, seq_lens),
+        advantage=advantage.to(logp.dtype)[seq],
+        logp=logp,
+        log_ratio=log_ratio,
+        old_logp=old_logp,
+        seq=seq,
+        seq_lens=seq_lens,
+        ref_logp=batch.get("ref_logp"),
+        correction=None if weight is None else weight.to(logp.dtype),
+    )
 
 
-def _against(old: Tensor, logp: Tensor, seq: Tensor, seq_lens: Tensor, ratio: Callable) -> Tokens:
-    return {"logp": logp, "old_logp": old, "log_ratio": limits.minus(logp, old), "ratio": ratio(logp, old, seq, seq_lens)}
-
-
-def _policy_term(
-    term: Term, takes: Sequence[str], tokens: Tokens, batch: Batch, ratio: Callable, threshold: float | None, *, alone: bool
-) -> Tensor:
-    """The term with what masks and corrects it: [N]. alone: a token's term is a function of its own numbers."""
-    weight = None if "correction" in takes else tokens["correction"]
-    whole = _on_policy(tokens, batch, threshold)
-    masks = [mask for mask in (whole, batch.get("entropy_keep"), None if weight is None else weight != 0) if mask is not None]
+def _policy_term(weighing: _Weighing, tokens: Tokens, batch: Batch) -> Tensor:
+    """The term with what masks and corrects it: [N]."""
+    term, takes = weighing.loss.term, weighing.takes
+    weight = None if "correction" in takes else tokens.correction
+    near = _on_policy(tokens, batch, weighing.opsm_threshold)
+    masks = [mask for mask in (near, batch.get("entropy_keep"), None if weight is None else weight != 0) if mask is not None]
     if not masks:
-        return term(**_chosen(tokens, takes))
+        return term(**_named(tokens, takes))
     keep = torch.stack(masks).all(0)
-    x = torch.where(keep, term(**_chosen(_without(tokens, keep, whole, ratio, alone), takes)), 0.0)
+    x = torch.where(keep, term(**_named(_without_gradient(tokens, keep, near, weighing), takes)), 0.0)
     return x if weight is None else torch.where(keep, weight, 0.0) * x
 
 
@@ -140,35 +245,41 @@ def _on_policy(tokens: Tokens, batch: Batch, threshold: float | None) -> Tensor 
     """Tokens [N] of the sequences that have not moved too far; None where all may."""
     if threshold is None:
         return None
-    seq, seq_lens, logp, old = (tokens[name] for name in ("seq", "seq_lens", "logp", "old_logp"))
-    sampler = batch.get("sampler_logp", old)
-    return corrections.off_policy_mask(logp.detach(), sampler, tokens["advantage"], seq, seq_lens, threshold=threshold)
+    sampler_logp = batch.get("sampler_logp", tokens.old_logp)
+    return corrections.off_policy_mask(
+        tokens.logp.detach(), sampler_logp, tokens.advantage, tokens.seq, tokens.seq_lens, threshold=threshold
+    )
 
 
-def _without(tokens: Tokens, keep: Tensor, whole: Tensor | None, ratio: Callable, alone: bool) -> Tokens:
+def _without_gradient(tokens: Tokens, keep: Tensor, near: Tensor | None, weighing: _Weighing) -> Tokens:
     """The tokens with log-probs of 0, without a gradient, in place of those that are left out: a mask after the term is too late.
 
     Behind a `where` alone a ratio of inf, or a log-prob of nan, would still give a gradient of nan. A token that its sequence's ratio
     depends on stays, unless the sequence is left out whole or its numbers are not finite.
     """
-    logp, old, ref = (tokens[name] for name in ("logp", "old_logp", "ref_logp"))
-    drop = ~keep if alone else ~keep & ~(logp.isfinite() & old.isfinite())
-    drop = drop if alone or whole is None else drop | ~whole
-    logp, old = torch.where(drop, 0.0, logp), torch.where(drop, 0.0, old)
-    changed = tokens | _against(old, logp, tokens["seq"], tokens["seq_lens"], ratio)
-    return changed | {"ref_logp": None if ref is None else torch.where(drop, 0.0, ref)}
+    alone = weighing.alone
+    drop = ~keep if alone else ~keep & ~(tokens.logp.isfinite() & tokens.old_logp.isfinite())
+    drop = drop if alone or near is None else drop | ~near
+    logp, old_logp = torch.where(drop, 0.0, tokens.logp), torch.where(drop, 0.0, tokens.old_logp)
+    return tokens._replace(
+        logp=logp,
+        old_logp=old_logp,
+        log_ratio=limits.minus(logp, old_logp),
+        ratio=weighing.loss.ratio(logp, old_logp, tokens.seq, tokens.seq_lens),
+        ref_logp=None if tokens.ref_logp is None else torch.where(drop, 0.0, tokens.ref_logp),
+    )
 
 
-def _divergence(kl: Callable, tokens: Tokens, corrected: bool, alone: bool) -> Tensor:
+def _divergence(estimator: Estimator, tokens: Tokens, corrected: bool, ratio_of_token: bool) -> Tensor:
     """The divergence from the reference [N], with a factor r that makes its gradient that of the reverse one."""
-    ref, logp = tokens["ref_logp"], tokens["logp"]
-    if ref is None and logp.shape[0]:
+    ref_logp, logp = tokens.ref_logp, tokens.logp
+    if ref_logp is None and logp.shape[0]:
         raise ValueError("kl of a batch without ref_logp: add the reference's log-probs [N], or leave kl out")
-    ref = logp if ref is None else ref
-    if corrected and alone and kl is divergence.k3:
-        return divergence.corrected_k3(logp, ref, tokens["old_logp"], tokens["ratio"])
-    value = kl(logp, ref)
-    return divergence.corrected(value, tokens["ratio"]) if corrected else value
+    ref_logp = logp if ref_logp is None else ref_logp
+    if corrected and ratio_of_token and estimator is divergence.k3:
+        return divergence.corrected_k3(logp, ref_logp, tokens.old_logp, tokens.ratio)
+    value = estimator(logp, ref_logp)
+    return divergence.corrected(value, tokens.ratio) if corrected else value
 
 
 def _kept_tokens(batch: Batch) -> Tensor:
@@ -189,57 +300,63 @@ def _token_mean(x: Tensor) -> Metric:
     return _metric(x.sum(), torch.tensor(x.shape[0], device=x.device))
 
 
-def _metrics(stats: Any, batch: Batch, tokens: Tokens, correction: Callable | None) -> dict[str, Metric]:
+def _metrics(stats: TokenStats, batch: Batch, tokens: Tokens, correction: Correction | None) -> Metrics:
     """What every run reports, of the tokens that were read."""
-    read = torch.tensor(batch["seq"].shape[0], device=batch["seq"].device)
-    out = {"num_tokens": Metric(reduce.real_tokens(batch), read, "sum"), "supervised_tokens": Metric(read, read, "sum")}
-    one = torch.ones_like(read)
-    out["skipped_zero_adv_batches"] = Metric((batch["seq_lens"].sum() > read).to(one.dtype), one)
+    count = torch.tensor(batch["seq"].shape[0], device=batch["seq"].device)
+    metrics = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
+    one = torch.ones_like(count)
+    metrics["skipped_zero_adv_batches"] = Metric((batch["seq_lens"].sum() > count).to(one.dtype), one)
     if stats.entropy is not None:
-        out["entropy"] = _token_mean(stats.entropy)
+        metrics["entropy"] = _token_mean(stats.entropy)
     if "sampler_logp" in batch:
-        out |= _sampling(batch["sampler_logp"], tokens, correction)
-    return out
+        metrics |= _sampling(batch["sampler_logp"], tokens, correction)
+    return metrics
 
 
-def _sampling(sampler_logp: Tensor, tokens: Tokens, correction: Callable | None) -> dict[str, Metric]:
+def _sampling(sampler_logp: Tensor, tokens: Tokens, correction: Correction | None) -> Metrics:
     """How far trainer and sampler disagree; without a correction, the ratios themselves."""
-    old, weight, seq, lens = (tokens[name] for name in ("old_logp", "correction", "seq", "seq_lens"))
+    weight, seq, seq_lens = tokens.correction, tokens.seq, tokens.seq_lens
     if weight is None:
-        weight = corrections.token_mask(old, sampler_logp, seq, lens, high=None)
-    read = torch.zeros_like(lens).index_add(0, seq, torch.ones_like(seq))
-    return corrections.stats(old, sampler_logp, weight, seq, read, by_sequence=_by_sequence(correction))
+        weight = corrections.token_mask(tokens.old_logp, sampler_logp, seq, seq_lens, high=None)
+    # Of a micro-batch without signal no token is read, though its seq_lens stay: count the tokens that are there.
+    lens = torch.zeros_like(seq_lens).index_add(0, seq, torch.ones_like(seq))
+    return corrections.stats(tokens.old_logp, sampler_logp, weight, seq, lens, by_sequence=_by_sequence(correction))
 
 
 def clip_ratio(
     ratio: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, *, low: float, high: float, by_sequence: bool = False
-) -> dict[str, Metric]:
-    """Parts of the tokens whose ratio has left [low, high] in the direction of their advantage, and the extremes over sequences.
+) -> Metrics:
+    """Shares of the tokens whose ratio has left [low, high] in the direction of their advantage, and the extremes over sequences.
 
     by_sequence: for ratios that are one per sequence, so that every sequence counts once.
     """
     ratio = ratio.detach()
     below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
     flags = {"low_mean": below, "high_mean": above, "region_mean": below | above}
-    out = {f"clip_ratio/{name}": _mean(flag, seq, seq_lens, by_sequence) for name, flag in flags.items()}
-    for name, flag in (("low_min", below), ("high_max", above)):
-        parts, filled = _sequence_means(flag, seq, seq_lens)
-        edge = torch.inf if name == "low_min" else -torch.inf
-        values = torch.cat([parts.new_full((1,), edge), torch.where(filled, parts, edge)])
-        out[f"clip_ratio/{name}"] = Metric(values.amin() if name == "low_min" else values.amax(), filled.sum(), name[-3:])
-    return out
+    metrics = {f"clip_ratio/{name}": _mean(flag, seq, seq_lens, by_sequence) for name, flag in flags.items()}
+    least, filled = _with_edge(below, seq, seq_lens, torch.inf)
+    most, _ = _with_edge(above, seq, seq_lens, -torch.inf)
+    metrics["clip_ratio/low_min"] = Metric(least.amin(), filled.sum(), "min")
+    metrics["clip_ratio/high_max"] = Metric(most.amax(), filled.sum(), "max")
+    return metrics
+
+
+def _with_edge(flag: Tensor, seq: Tensor, seq_lens: Tensor, edge: float) -> tuple[Tensor, Tensor]:
+    """(edge and the share of each sequence, with the edge where nothing was read, [1 + B]; which sequences were read, [B])."""
+    shares, filled = _sequence_means(flag, seq, seq_lens)
+    return torch.cat([shares.new_full((1,), edge), torch.where(filled, shares, edge)]), filled
 
 
 def cispo_clip_ratio(
     ratio: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, *, epsilon_high: float, by_sequence: bool = False
-) -> dict[str, Metric]:
-    """Part of the tokens with a positive advantage and a ratio above the cap of `policy.cispo`."""
+) -> Metrics:
+    """Share of the tokens with a positive advantage and a ratio above the cap of `policy.cispo`."""
     return {"cispo_clip_ratio": _mean((ratio.detach() > epsilon_high) & (advantage > 0), seq, seq_lens, by_sequence)}
 
 
 def vespo_phi(
-    log_ratio: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, correction: Tensor | None = None, **knobs: float
-) -> dict[str, Metric]:
+    log_ratio: Tensor, advantage: Tensor, seq: Tensor, seq_lens: Tensor, correction: Tensor | None = None, **knobs: tuple[float, float]
+) -> Metrics:
     """Mean weight of a sequence under `policy.vespo`, with the same knobs."""
     phi = policy.vespo_weight(log_ratio, advantage, seq, seq_lens, correction, **knobs)
     return {"vespo/phi_seq_mean": _mean(phi, seq, seq_lens, True)}
@@ -258,11 +375,12 @@ def _mean(x: Tensor, seq: Tensor, seq_lens: Tensor, by_sequence: bool) -> Metric
     return _token_mean(x.float() if not x.is_floating_point() else x)
 
 
-def hollow(batch: Batch) -> Batch:
-    """What stands in for a micro-batch whose advantages are all 0: one token, no row to read, and the same denominators.
+def zero_signal_batch(batch: Batch) -> Batch:
+    """The stand-in of a micro-batch whose advantages are all 0: one token, no scored position, and the same denominators.
 
     Only where nothing but a loss that is proportional to the advantage would train: no divergence, no bonus, not `policy.a_star`.
     """
+    # Left out altogether it would change denominators and metrics, and a rank without it would miss a collective of the others.
     short = {"T": slice(1), "N": slice(0), "M": slice(0)}
-    out = {key: value[short[axis]] if (axis := AXES[key]) in short else value for key, value in batch.items()}
-    return out | {"cu_docs": batch["cu_docs"].new_tensor([0, 1]), "doc_of_seq": torch.zeros_like(batch["doc_of_seq"])}
+    stand_in = {key: value[short[axis]] if (axis := AXES[key]) in short else value for key, value in batch.items()}
+    return stand_in | {"cu_docs": batch["cu_docs"].new_tensor([0, 1]), "doc_of_seq": torch.zeros_like(batch["doc_of_seq"])}

@@ -5,12 +5,12 @@ the documents; `aside` takes it out of the sequences, so that nothing of the pol
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from treetune.core.state import AXES, Batch, Metric, Objective, Params, Plan
+from treetune.core.state import AXES, Batch, Logprob, LogprobBeside, Metric, Metrics, Objective, Params, Plan, Terms
 from treetune.losses import sft
 
 
@@ -23,17 +23,17 @@ def aside(batch: Batch) -> Batch:
         return batch
     if "prompt_at" in batch:
         raise ValueError("a batch with true completions reads prompt_at already: collate it without prompts")
-    own = batch["kind"] == 0  # [B]
-    read = own[batch["seq"]]  # [N]
-    keep = {"B": own, "N": read}
-    out = {key: value[keep[axis]] if (axis := AXES[key]) in keep else value for key, value in batch.items() if key != "kind"}
-    number = own.cumsum(0) - 1
-    return out | {"seq": number[out["seq"]], "prompt_at": batch["at"][~read], "prompt_targets": batch["targets"][~read]}
+    sampled = batch["kind"] == 0  # [B]
+    scored = sampled[batch["seq"]]  # [N]
+    masks = {"B": sampled, "N": scored}
+    rest = {key: value[masks[axis]] if (axis := AXES[key]) in masks else value for key, value in batch.items() if key != "kind"}
+    number = sampled.cumsum(0) - 1
+    return rest | {"seq": number[rest["seq"]], "prompt_at": batch["at"][~scored], "prompt_targets": batch["targets"][~scored]}
 
 
 def objective(
-    logprobs: Callable[..., tuple[Any, Any]],
-    make: Callable[[Callable], Objective],
+    logprobs: LogprobBeside,
+    make: Callable[[Logprob], Objective],
     *,
     coef: float,
     name: str = "ce_loss",
@@ -41,21 +41,26 @@ def objective(
 ) -> Objective:
     """The terms of make(logprob), and coef * mean of -log p over the true tokens of the step, at temperature 1.
 
-    logprobs(params, frozen, batch, plan, want=...) -> (TokenStats of `targets` [N], TokenStats of `prompt_targets` [M]);
-    make: from a logprob of the first alone to an objective, which asks for the statistics `want` at most. name: of that mean's metric.
+    logprobs: statistics of `targets` [N] and of `prompt_targets` [M]. make: from a logprob of the first alone to an objective, which
+    asks for the statistics `want` at most. coef: weight of the likelihood. name: of that mean's metric.
     """
-    plain = make(lambda *_, **__: None)
+    plain = make(_no_logprob)
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
+    def counts(batch: Batch) -> Terms:
         return plain.counts(batch) | {"ce": _tokens(batch)}
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
-        own, truth = logprobs(params, frozen, batch, plan, want=want)
-        found, metrics = make(lambda *_, **__: own).terms(params, frozen, batch, plan)
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
+        sampled, truth = logprobs(params, frozen, batch, plan, want=want)
+        assert truth is not None
+        numerators, metrics = make(lambda *_, **__: sampled).terms(params, frozen, batch, plan)
         nll, count = sft.nll(truth.logp).sum(), _tokens(batch)
-        return found | {"ce": coef * nll}, metrics | {name: Metric(nll.detach() / count.clamp(min=1), count)}
+        return numerators | {"ce": coef * nll}, metrics | {name: Metric(nll.detach() / count.clamp(min=1), count)}
 
     return Objective(counts, terms)
+
+
+def _no_logprob(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("denominators need no log-probs")
 
 
 def _tokens(batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treetune.losses import limits
-from treetune.losses.reduce import per_sequence, wide
+from treetune.losses.reduce import per_sequence, upcast
 
 Score = Callable[[Tensor], Tensor]
 PairLoss = Callable[..., Tensor]
@@ -42,10 +42,10 @@ def pairs(logp: Tensor, ref_logp: Tensor | None, seq: Tensor, seq_lens: Tensor, 
         return per_sequence(x, seq, seq_lens) if ld_alpha is None else ld_sum(x, seq, seq_lens, ld_alpha=ld_alpha)
 
     lens = _two_sided(seq_lens)
-    ours = _two_sided(sums(logp))
+    policy = _two_sided(sums(logp))
     ref = None if ref_logp is None else _two_sided(sums(ref_logp))
-    refs = (None, None) if ref is None else (ref[:, 0], ref[:, 1])
-    return Pairs(ours[:, 0], ours[:, 1], *refs, lens[:, 0], lens[:, 1])
+    ref_chosen, ref_rejected = (None, None) if ref is None else (ref[:, 0], ref[:, 1])
+    return Pairs(policy[:, 0], policy[:, 1], ref_chosen, ref_rejected, lens[:, 0], lens[:, 1])
 
 
 def ld_sum(logp: Tensor, seq: Tensor, seq_lens: Tensor, *, ld_alpha: float) -> Tensor:
@@ -58,7 +58,7 @@ def ld_sum(logp: Tensor, seq: Tensor, seq_lens: Tensor, *, ld_alpha: float) -> T
         raise ValueError(f"ld_alpha={ld_alpha!r}: expected a number from 0 (leave surplus tokens out) to 1 (plain DPO)")
     shared = _two_sided(seq_lens).amin(1, keepdim=True).expand(-1, 2).reshape(-1)  # [B]
     place = torch.arange(seq.shape[0], device=seq.device) - (seq_lens.cumsum(0) - seq_lens)[seq]
-    x = wide(logp)
+    x = upcast(logp)
     # 0 times the -inf or nan of a token that is left out would be nan.
     rest = torch.zeros_like(x) if isinstance(ld_alpha, int | float) and ld_alpha == 0 else limits.times(ld_alpha, x)
     return per_sequence(torch.where(place < shared[seq], x, rest), seq, seq_lens)
@@ -71,7 +71,7 @@ def wpo_weight(logp: Tensor, logsq: Tensor, seq: Tensor, seq_lens: Tensor) -> Te
     others, so it does not go with `aot`, which does.
     Source: Zhou et al. (WPO), arXiv 2406.11827, eq. 2.
     """
-    means = per_sequence(wide(logp) - wide(logsq), seq, seq_lens) / seq_lens.clamp(min=1)
+    means = per_sequence(upcast(logp) - upcast(logsq), seq, seq_lens) / seq_lens.clamp(min=1)
     return _two_sided(means).sum(1).exp().detach()
 
 
@@ -80,12 +80,13 @@ def weighted(parts: Sequence[tuple[PairLoss, float]]) -> PairLoss:
 
     Parts of weight 0 are not computed. ValueError without any other. Source: Wang et al. (MPO), arXiv 2411.10442.
     """
-    used = [(fn, weight) for fn, weight in parts if weight != 0]
-    if not used:
+    weighted_losses = [(fn, weight) for fn, weight in parts if weight != 0]
+    if not weighted_losses:
         raise ValueError(f"a mixture of {len(parts)} losses, none with a weight; give at least one a weight that is not 0")
 
     def mixture(pairs: Pairs, **options) -> Tensor:
-        return sum(weight * fn(pairs, **options) for fn, weight in used)
+        first, *others = [weight * fn(pairs, **options) for fn, weight in weighted_losses]
+        return sum(others, first)
 
     return mixture
 
@@ -184,10 +185,10 @@ def aot(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, group:
     int64 numbers the pairs that are ranked together (default: all that are passed). Entry i belongs to pair i.
     Source: Melnyk et al., arXiv 2406.05882.
     """
-    _need_reference(pairs)
-    ours = limits.minus(wide(pairs.chosen), wide(pairs.rejected))
-    ref = limits.minus(wide(pairs.ref_chosen), wide(pairs.ref_rejected))
-    return _smoothed(beta * limits.minus(ours, _same_rank(ours, ref, group)), label_smoothing)
+    ref_chosen, ref_rejected = _reference(pairs)
+    margins = limits.minus(upcast(pairs.chosen), upcast(pairs.rejected))
+    ref_margins = limits.minus(ref_chosen, ref_rejected)
+    return _smoothed(beta * limits.minus(margins, _same_rank(margins, ref_margins, group)), label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
@@ -238,14 +239,15 @@ def _two_sided(x: Tensor) -> Tensor:
     return x.reshape(-1, 2)
 
 
-def _need_reference(pairs: Pairs) -> None:
+def _reference(pairs: Pairs) -> tuple[Tensor, Tensor]:
     if pairs.ref_chosen is None or pairs.ref_rejected is None:
         raise ValueError("pairs without reference log-probs; pass ref_logp to preference.pairs, or take a loss of reference_free")
+    return upcast(pairs.ref_chosen), upcast(pairs.ref_rejected)
 
 
 def _log_ratios(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    _need_reference(pairs)
-    return limits.minus(wide(pairs.chosen), wide(pairs.ref_chosen)), limits.minus(wide(pairs.rejected), wide(pairs.ref_rejected))
+    ref_chosen, ref_rejected = _reference(pairs)
+    return limits.minus(upcast(pairs.chosen), ref_chosen), limits.minus(upcast(pairs.rejected), ref_rejected)
 
 
 def _rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core.state import Batch, Metric, Objective, Params, Plan
-from treetune.losses import limits, preference, reduce
+from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
+from treetune.losses import limits, preference, presets, reduce
 from treetune.losses.preference import Pairs
 
 PairLoss = Callable[[Pairs], Tensor]
@@ -18,10 +18,10 @@ STATS = ("top1",)  # a mean of logits is differentiable, so it would cost the he
 
 
 class Options(NamedTuple):
-    """What of a pair counts, besides its loss: all off by default.
+    """Terms and weights besides the loss of a pair: all off by default.
 
-    nll_coef: weight of the chosen side's mean negative log-likelihood per token, on the prompt's tokens too where `prompts`.
-    ld_alpha: LD-DPO's weight of the tokens past the shorter side. weighting: WPO.
+    nll_coef: weight of the chosen side's mean negative log-likelihood per token. prompts: count the prompt's tokens in it.
+    ld_alpha: LD-DPO's weight of the tokens past the shorter side, None for 1. weighting: weigh pairs by `preference.wpo_weight`.
     """
 
     nll_coef: float = 0.0
@@ -31,14 +31,19 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
-Rewards = Callable[[Pairs], tuple[Tensor, Tensor]]
+Rewards = Callable[[Pairs], tuple[Tensor, Tensor]]  # of the chosen and the rejected side, [P] each
+
+
+def pair_loss(name: str, **options: Any) -> PairLoss:
+    """The loss of a name of `presets.PAIR_LOSSES`, with those of `options` that it takes (beta, label_smoothing, score, ...)."""
+    return presets.bind(presets.PAIR_LOSSES[name], **options)
 
 
 def implicit_rewards(beta: float) -> Rewards:
     """beta (log p - log p_ref) of each side, the reward that a policy implies; without a reference, beta log p."""
 
     def rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
-        if pairs.ref_chosen is None:
+        if pairs.ref_chosen is None or pairs.ref_rejected is None:
             return beta * pairs.chosen, beta * pairs.rejected
         return beta * limits.minus(pairs.chosen, pairs.ref_chosen), beta * limits.minus(pairs.rejected, pairs.ref_rejected)
 
@@ -55,7 +60,7 @@ def mean_rewards(beta: float) -> Rewards:
 
 
 def objective(
-    logprob: Callable[..., Any],
+    logprob: Logprob,
     loss: PairLoss | None,
     *,
     rewards: Rewards,
@@ -65,41 +70,47 @@ def objective(
 ) -> Objective:
     """mean_i loss(pair i) + nll_coef * mean over chosen tokens of -log p; `loss` None leaves the second alone.
 
-    logprob(params, frozen, batch, plan, want=...) -> TokenStats. The reference comes with the batch as `ref_logp` [N], or not at all.
-    `more(pairs)` gives further numbers to report, [P] each.
+    The reference comes with the batch as `ref_logp` [N], or not at all. rewards: what `rewards/*` report of a pair.
+    more(pairs): further numbers to report, [P] each. want: statistics to report.
     """
-    needed = want + (("logsq",) if options.weighting else ())
+    outputs = want + (("logsq",) if options.weighting else ())
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
-        found = {"pairs": reduce.whole_pairs(batch["seq_lens"]).sum()} if loss else {}
-        return found | ({"nll": _nll_tokens(batch, options.prompts)} if options.nll_coef else {})
+    def counts(batch: Batch) -> Terms:
+        pairs = {"pairs": reduce.whole_pairs(batch["seq_lens"]).sum()} if loss else {}
+        return pairs | ({"nll": _nll_tokens(batch, options.prompts)} if options.nll_coef else {})
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
-        stats, prompt_logp = _stats(logprob, params, frozen, batch, plan, needed, options.prompts)
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
+        read = _with_prompts(batch) if options.prompts else batch
+        stats, prompt_logp = _apart(logprob(params, frozen, read, plan, want=outputs), batch["at"].shape[0], options.prompts)
         pairs = preference.pairs(stats.logp, batch.get("ref_logp"), batch["seq"], batch["seq_lens"], ld_alpha=options.ld_alpha)
-        found, ok = {}, reduce.whole_pairs(batch["seq_lens"])
+        numerators, whole = {}, reduce.whole_pairs(batch["seq_lens"])
         if loss is not None:
             value = loss(pairs)
             if options.weighting:
+                assert stats.logsq is not None
                 value = limits.times(preference.wpo_weight(stats.logp, stats.logsq, batch["seq"], batch["seq_lens"]), value)
-            found["pairs"] = torch.where(ok, value, 0.0).sum()
-        nll = _chosen_nll(stats.logp, batch) - (prompt_logp.sum() if options.prompts else 0.0)
+            numerators["pairs"] = torch.where(whole, value, 0.0).sum()
+        nll = _chosen_nll(stats.logp, batch) - (0.0 if prompt_logp is None else prompt_logp.sum())
         if options.nll_coef:
-            found["nll"] = options.nll_coef * nll
-        reported = metrics(stats, batch, pairs, rewards) | _averages(more(pairs) if more else {}, ok)
+            numerators["nll"] = options.nll_coef * nll
+        reported = metrics(stats, batch, pairs, rewards) | _averages(more(pairs) if more else {}, whole)
         tokens = _nll_tokens(batch, options.prompts)
-        return found, reported | {"nll_loss": Metric(nll.detach() / tokens.clamp(min=1), tokens)}
+        return numerators, reported | {"nll_loss": Metric(nll.detach() / tokens.clamp(min=1), tokens)}
 
     return Objective(counts, terms)
 
 
-def _stats(logprob, params, frozen, batch, plan, want, prompts: bool):
-    """The statistics of the scored rows, and the log-probs of the prompts' tokens where these are read too."""
+def _with_prompts(batch: Batch) -> Batch:
+    """The batch with the prompts' tokens [M] read after its own [N], in one pass of the head."""
+    return batch | {name: torch.cat([batch[name], batch[f"prompt_{name}"]]) for name in ("at", "targets")}
+
+
+def _apart(stats: TokenStats, n: int, prompts: bool) -> tuple[TokenStats, Tensor | None]:
+    """The statistics of the first n rows, and the log-probs of the prompts' tokens behind them where these were read."""
     if not prompts:
-        return logprob(params, frozen, batch, plan, want=want), None
-    both = batch | {name: torch.cat([batch[name], batch[f"prompt_{name}"]]) for name in ("at", "targets")}
-    stats, n = logprob(params, frozen, both, plan, want=want), batch["at"].shape[0]
-    return type(stats)(*[None if value is None else value[:n] for value in stats]), stats.logp[n:]
+        return stats, None
+    rows = {name: None if value is None else value[:n] for name, value in stats._asdict().items()}
+    return stats._replace(**rows), stats.logp[n:]
 
 
 def _nll_tokens(batch: Batch, prompts: bool) -> Tensor:
@@ -108,18 +119,18 @@ def _nll_tokens(batch: Batch, prompts: bool) -> Tensor:
 
 
 def _chosen_nll(logp: Tensor, batch: Batch) -> Tensor:
-    return torch.where(batch["seq"] % 2 == 0, -reduce.wide(logp), 0.0).sum()
+    return torch.where(batch["seq"] % 2 == 0, -reduce.upcast(logp), 0.0).sum()
 
 
-def _averages(values: dict[str, Tensor], ok: Tensor) -> dict[str, Metric]:
-    count = ok.sum()
-    return {name: Metric(torch.where(ok, x.detach(), 0.0).sum() / count.clamp(min=1), count) for name, x in values.items()}
+def _averages(values: dict[str, Tensor], whole: Tensor) -> Metrics:
+    count = whole.sum()
+    return {name: Metric(torch.where(whole, x.detach(), 0.0).sum() / count.clamp(min=1), count) for name, x in values.items()}
 
 
-def metrics(stats: Any, batch: Batch, pairs: Pairs, rewards: Rewards) -> dict[str, Metric]:
+def metrics(stats: TokenStats, batch: Batch, pairs: Pairs, rewards: Rewards) -> Metrics:
     """The documented numbers: rewards/*, logps/* (nats, summed over a side), logits/* (token means), accuracy of chosen tokens."""
-    ok, (chosen, rejected) = reduce.whole_pairs(batch["seq_lens"]), rewards(pairs)
-    out = {
+    chosen, rejected = rewards(pairs)
+    numbers = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": limits.minus(chosen, rejected),
@@ -127,22 +138,22 @@ def metrics(stats: Any, batch: Batch, pairs: Pairs, rewards: Rewards) -> dict[st
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    if pairs.ref_chosen is not None:
+    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
         tokens = (pairs.len_chosen + pairs.len_rejected).clamp(min=1)
         moved = (limits.minus(pairs.chosen, pairs.ref_chosen), limits.minus(pairs.rejected, pairs.ref_rejected))
-        out["kl"] = limits.minus(moved[0], -moved[1]) / tokens
-    return _averages(out, ok) | token_metrics(stats, batch)
+        numbers["kl"] = limits.minus(moved[0], -moved[1]) / tokens
+    return _averages(numbers, reduce.whole_pairs(batch["seq_lens"])) | token_metrics(stats, batch)
 
 
-def token_metrics(stats: Any, batch: Batch) -> dict[str, Metric]:
+def token_metrics(stats: TokenStats, batch: Batch) -> Metrics:
     """Token means of the statistics that there are, and how many tokens were read and scored."""
     side, count = batch["seq"] % 2 == 0, batch["seq_lens"].sum()
-    out = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
+    reported = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     for name, mask in (("chosen", side), ("rejected", ~side)):
         if stats.mean_logit is not None:
-            out[f"logits/{name}"] = reduce.masked_mean(stats.mean_logit, mask)
+            reported[f"logits/{name}"] = reduce.masked_mean(stats.mean_logit, mask)
     if stats.entropy is not None:
-        out["entropy"] = reduce.masked_mean(stats.entropy, torch.ones_like(side))
+        reported["entropy"] = reduce.masked_mean(stats.entropy, torch.ones_like(side))
     if stats.top1 is not None:
-        out["mean_token_accuracy"] = reduce.masked_mean(stats.top1, side)
-    return out
+        reported["mean_token_accuracy"] = reduce.masked_mean(stats.top1, side)
+    return reported

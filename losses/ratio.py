@@ -8,7 +8,7 @@ without it exponents above 88 give inf in float32, whose gradient is exactly 0 w
 from torch import Tensor
 
 from treetune.losses import limits
-from treetune.losses.reduce import per_sequence, wide
+from treetune.losses.reduce import per_sequence, upcast
 
 
 def token(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def sequence_token(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor
 
     Source: Zheng et al. (GSPO-token), arXiv 2507.18071.
     """
-    logp = wide(logp)
+    logp = upcast(logp)
     own = logp.detach()
     return _exp(limits.minus(logp, own) + _mean(log_ratio(own, old_logp), seq, seq_lens), clamp)
 
@@ -41,7 +41,7 @@ def sequence_sum(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, 
 
 def log_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     """rho of each token: [N]."""
-    return limits.minus(wide(logp), wide(old_logp))
+    return limits.minus(upcast(logp), upcast(old_logp))
 
 
 def _mean(rho: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:

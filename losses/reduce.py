@@ -9,20 +9,20 @@ from torch import Tensor
 from treetune.core.state import Metric
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32 where it is bfloat16 or float16: sums and logarithms in those lose what a loss is about."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def per_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
     """Sum of x over each sequence: [N] -> [B]."""
-    x = wide(x)
+    x = upcast(x)
     return torch.zeros(seq_lens.shape[0], dtype=x.dtype, device=x.device).index_add(0, seq, x)
 
 
 def by_token(x: Tensor, seq: Tensor, seq_lens: Tensor, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean over tokens: sum of weight * x over sum of weight (weight [N], default 1). A token of weight 0 adds exactly 0."""
-    x = wide(x)
+    x = upcast(x)
     if weight is None:
         return x.sum(), seq_lens.sum()
     return torch.where(weight != 0, weight * x, 0.0).sum(), weight.sum()
@@ -37,7 +37,12 @@ def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool =
 
 def by_constant(x: Tensor, seq: Tensor, seq_lens: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
     """Sum over B * length, the fixed budget of Dr. GRPO. Source: Liu et al., arXiv 2503.20783, section 3.2."""
-    return wide(x).sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)
+    return upcast(x).sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)
+
+
+def by_sum(x: Tensor, seq: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over sequences of each sequence's sum; empty sequences count."""
+    return by_constant(x, seq, seq_lens, length=1)
 
 
 def real_tokens(batch: dict[str, Tensor]) -> Tensor:

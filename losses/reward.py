@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.losses.reduce import wide
+from treetune.losses.reduce import upcast
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 0.0) -> Tensor:
@@ -15,13 +15,13 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 
 
     Source: Ouyang et al., arXiv 2203.02155, eq. 1; the margin: Touvron et al. (Llama 2), arXiv 2307.09288, eq. 2.
     """
-    margin = wide(margin) if isinstance(margin, Tensor) else margin
-    return -F.logsigmoid(wide(chosen) - wide(rejected) - margin)
+    margin = upcast(margin) if isinstance(margin, Tensor) else margin
+    return -F.logsigmoid(upcast(chosen) - upcast(rejected) - margin)
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(chosen + rejected)^2, [P]: keeps scores around 0, which Bradley-Terry leaves open. Source: Eisenstein et al., arXiv 2312.09244."""
-    return (wide(chosen) + wide(rejected)).square()
+    return (upcast(chosen) + upcast(rejected)).square()
 
 
 def process_reward(logits: Tensor, classes: Tensor) -> Tensor:
@@ -29,4 +29,4 @@ def process_reward(logits: Tensor, classes: Tensor) -> Tensor:
 
     Source: Uesato et al., arXiv 2211.14275.
     """
-    return -torch.log_softmax(wide(logits), -1).gather(-1, classes[:, None])[:, 0]
+    return -torch.log_softmax(upcast(logits), -1).gather(-1, classes[:, None])[:, 0]

@@ -3,26 +3,22 @@
 N read rows, P pairs, C classes. scores(params, frozen, batch, plan) -> [N, C].
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from treetune.core.state import Batch, Metric, Objective, Params, Plan
+from treetune.core.state import Batch, Metric, Metrics, Objective, Params, Plan, Scores, Terms
 from treetune.losses import reduce, reward
-
-Scores = Callable[[Params, Params, Batch, Plan], Tensor]
 
 
 def ranked(scores: Scores, *, centre: float = 0.0) -> Objective:
     """mean over pairs of -log sigma(r_c - r_r - margin) + centre (r_c + r_r)^2; one read row per sequence, a pair's rows side by side."""
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
+    def counts(batch: Batch) -> Terms:
         return {"pairs": reduce.whole_pairs(batch["seq_lens"]).sum()}
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
-        found = reduce.wide(scores(params, frozen, batch, plan)[:, 0])
-        chosen, rejected = found[0::2], found[1::2]
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
+        rewards = reduce.upcast(scores(params, frozen, batch, plan)[:, 0])
+        chosen, rejected = rewards[0::2], rewards[1::2]
         value = reward.bradley_terry(chosen, rejected, margin=batch["margin"][0::2] if "margin" in batch else 0.0)
         if centre:
             value = value + centre * reward.centring(chosen, rejected)
@@ -31,7 +27,7 @@ def ranked(scores: Scores, *, centre: float = 0.0) -> Objective:
     return Objective(counts, terms)
 
 
-def _ranking(batch: Batch, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
+def _ranking(batch: Batch, chosen: Tensor, rejected: Tensor) -> Metrics:
     every = torch.ones_like(chosen, dtype=torch.bool)
     both, count = torch.cat([chosen, rejected]), every.sum()
     worst = both.new_full((1,), torch.inf)
@@ -47,20 +43,20 @@ def _ranking(batch: Batch, chosen: Tensor, rejected: Tensor) -> dict[str, Metric
 def steps(scores: Scores) -> Objective:
     """Mean over judged steps of the cross entropy of their class."""
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
+    def counts(batch: Batch) -> Terms:
         return {"steps": batch["seq_lens"].sum()}
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
         logits, classes = scores(params, frozen, batch, plan), batch["targets"]
         right = logits.detach().argmax(-1) == classes
-        found = {"accuracy": reduce.masked_mean(right, torch.ones_like(right))}
-        for name, kind in (("good", 1), ("bad", 0)):
-            found[f"accuracy/{name}"] = reduce.masked_mean(right, classes == kind)
-        return {"steps": reward.process_reward(logits, classes).sum()}, _tokens(batch) | found
+        accuracy = {"accuracy": reduce.masked_mean(right, torch.ones_like(right))}
+        for name, label in (("good", 1), ("bad", 0)):
+            accuracy[f"accuracy/{name}"] = reduce.masked_mean(right, classes == label)
+        return {"steps": reward.process_reward(logits, classes).sum()}, _tokens(batch) | accuracy
 
     return Objective(counts, terms)
 
 
-def _tokens(batch: Batch) -> dict[str, Metric]:
+def _tokens(batch: Batch) -> Metrics:
     count = batch["seq_lens"].sum()
     return {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}

@@ -1,17 +1,36 @@
 """The supervised objective: a per-token loss over the scored rows of a stream, averaged over all tokens of the step."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from treetune.core.state import Batch, Metric, Objective, Params, Plan
-from treetune.losses import reduce, sft
+from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
+from treetune.losses import presets, reduce, sft
 
-# logprob(params, frozen, batch, plan, want=...) -> TokenStats of the scored rows
-Logprob = Callable[..., tuple]
+TokenLoss = Callable[[TokenStats], Tensor]  # -> [N]
 
 
-def objective(logprob: Logprob, token_loss: Callable[..., Tensor] | None = None, *, want: tuple[str, ...] = ("top1",)) -> Objective:
+def token_loss(name: str, *, z_loss_coef: float = 0.0, **options: Any) -> tuple[TokenLoss, tuple[str, ...]]:
+    """The loss of a name of `presets.TOKEN_LOSSES`, and the statistics that `objective` must be asked for (`want`).
+
+    z_loss_coef: weight of the squared log-sum-exp that is added to it. options: what the function takes, as label_smoothing.
+    """
+    loss = presets.bind(presets.TOKEN_LOSSES[name], **options)
+    names = [key for key, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
+
+    def of_stats(stats: TokenStats) -> Tensor:
+        value = loss(*(getattr(stats, key) for key in names))
+        if not z_loss_coef:
+            return value
+        assert stats.lse is not None
+        return value + sft.z_loss(stats.lse, coef=z_loss_coef)
+
+    return of_stats, tuple(key for key in names if key not in ("logp", "lse"))
+
+
+def objective(logprob: Logprob, token_loss: TokenLoss | None = None, *, want: tuple[str, ...] = ("top1",)) -> Objective:
     """sum_i w_i token_loss(stats)_i / sum_i w_i over the scored tokens i, where w is `batch["weight"]` (default 1).
 
     `token_loss(stats) -> [N]` takes the TokenStats of `logprob`, default nll; `want` names the statistics it needs and
@@ -19,11 +38,11 @@ def objective(logprob: Logprob, token_loss: Callable[..., Tensor] | None = None,
     """
     token_loss = token_loss or (lambda stats: sft.nll(stats.logp))
 
-    def counts(batch: Batch) -> dict[str, Tensor]:
+    def counts(batch: Batch) -> Terms:
         weight = batch.get("weight")
         return {"nll": batch["seq_lens"].sum() if weight is None else weight.sum()}
 
-    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[dict, dict]:
+    def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
         stats = logprob(params, frozen, batch, plan, want=want)
         top, bottom = reduce.by_token(token_loss(stats), batch["seq"], batch["seq_lens"], weight=batch.get("weight"))
         return {"nll": top}, metrics(stats, batch, bottom)
@@ -31,13 +50,13 @@ def objective(logprob: Logprob, token_loss: Callable[..., Tensor] | None = None,
     return Objective(counts, terms)
 
 
-def metrics(stats: tuple, batch: Batch, weight: Tensor) -> dict[str, Metric]:
+def metrics(stats: TokenStats, batch: Batch, weight: Tensor) -> Metrics:
     """nll (nats per scored token), and where they were computed mean_token_accuracy and entropy (nats); token counts."""
     count = batch["seq_lens"].sum()
-    out = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
+    reported = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     plain, total = reduce.by_token(-stats.logp.detach(), batch["seq"], batch["seq_lens"], weight=batch.get("weight"))
-    out["nll"] = Metric(plain / total.clamp(min=1e-38), weight)
+    reported["nll"] = Metric(plain / total.clamp(min=1e-38), weight)
     for name, value in (("mean_token_accuracy", stats.top1), ("entropy", stats.entropy)):
         if value is not None:
-            out[name] = Metric(value.detach().float().sum() / count.clamp(min=1), count)
-    return out
+            reported[name] = Metric(value.detach().float().sum() / count.clamp(min=1), count)
+    return reported

@@ -59,6 +59,13 @@ def run(made, params, batch):
     return loss, grads[0], {name: metric.value.item() for name, metric in metrics.items()}
 
 
+def objective(logprob, term, *, kl=None, kl_coef=0.0, corrected_kl=True, **options):
+    """policy_gradient.objective from one flat list of options."""
+    loss = {name: options.pop(name) for name in ("ratio", "reduction", "reports") if name in options}
+    divergence = policy_gradient.Divergence(kl, kl_coef, corrected_kl)
+    return policy_gradient.objective(logprob, policy_gradient.Surrogate(term, **loss), kl=divergence, **options)
+
+
 def of_fixture(term=PPO, *, keys=None, logp=LOGP, advantage=(1, -0.5), **options):
-    made = policy_gradient.objective(stand_in, term, **options)
+    made = objective(stand_in, term, **options)
     return run(made, *fixture(logp, advantage, **(keys or {})))

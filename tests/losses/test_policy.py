@@ -194,7 +194,7 @@ def test_vespo_weight_is_finite_wherever_log_probs_are():
     for a in (1.0, -1.0, 0.0):
         phi = policy.vespo_weight(gaps, torch.full((5,), a), torch.arange(5), torch.ones(5, dtype=torch.int64))
         assert phi.isfinite().all() and (phi >= 0).all() and phi[2] == 1
-    huge = policy.vespo_weight(gaps, torch.ones(5), torch.arange(5), torch.ones(5, dtype=torch.int64), k_pos=30.0, lambda_pos=0.1)
+    huge = policy.vespo_weight(gaps, torch.ones(5), torch.arange(5), torch.ones(5, dtype=torch.int64), k=(30.0, 3.0), rate=(0.1, 2.0))
     assert (huge[3:] == 0).all()
 
 

@@ -100,10 +100,10 @@ def test_only_tokens_of_high_entropy_train():
     keep = correction.entropy_mask(entropy, correction.entropy_threshold(entropy, quantile=0.4))
     assert keep.tolist() == [False, True, False, False, True]
     params, batch = fixture()
-    loss, slope, _ = run(policy_gradient.objective(stand_in, PPO), params, batch | {"entropy_keep": keep})
+    loss, slope, _ = run(rollouts.objective(stand_in, PPO), params, batch | {"entropy_keep": keep})
     assert loss.item() == pytest.approx(-0.1181269247, abs=1e-10)
     assert ((slope != 0) == keep).all()
-    bonus = run(policy_gradient.objective(stand_in, PPO, entropy_coef=0.01), params, batch | {"entropy_keep": keep})
+    bonus = run(rollouts.objective(stand_in, PPO, entropy_coef=0.01), params, batch | {"entropy_keep": keep})
     assert (bonus[0] - loss).item() == pytest.approx(-0.01 * 2.5) and bonus[2]["entropy"] == pytest.approx(1.32)
 
 
@@ -121,12 +121,12 @@ def test_weights_are_made_from_the_log_probs_where_a_batch_has_none():
     weigh = partial(correction.token_truncate, high=3.0)
     params, batch = fixture(sampler_logp=smp)
     made = weigh(batch["old_logp"], batch["sampler_logp"], batch["seq"], batch["seq_lens"])
-    loss, slope, told = run(policy_gradient.objective(stand_in, PPO, correction=weigh), params, batch)
-    given, same, _ = run(policy_gradient.objective(stand_in, PPO), params, batch | {"correction": made})
+    loss, slope, told = run(rollouts.objective(stand_in, PPO, correction=weigh), params, batch)
+    given, same, _ = run(rollouts.objective(stand_in, PPO), params, batch | {"correction": made})
     assert loss == given and torch.equal(slope, same) and loss != of_fixture()[0]
     assert told["sampling/importance_sampling_ratio/max"] == 3
     del batch["old_logp"]
-    fresh, slope, _ = run(policy_gradient.objective(stand_in, PPO, correction=weigh), params, batch)
+    fresh, slope, _ = run(rollouts.objective(stand_in, PPO, correction=weigh), params, batch)
     weights = torch.tensor([torch.tensor(x).exp().clamp(max=3) for x in (0.1, 1.5, 0, 0, 0)], dtype=F64)
     torch.testing.assert_close(slope, -weights * torch.tensor([1, 1, 1, -0.5, -0.5], dtype=F64) / 5, rtol=1e-6, atol=0)
 
@@ -212,21 +212,21 @@ def test_a_coefficient_of_the_batch_goes_before_the_option():
 
 
 def test_the_bonus_is_differentiated():
-    made = policy_gradient.objective(stand_in, PPO, entropy_coef=0.5)
+    made = rollouts.objective(stand_in, PPO, entropy_coef=0.5)
     params, batch = fixture()
     terms, _ = made.terms(params, {}, batch, None)
     slope = torch.autograd.grad(terms["entropy"], params["entropy"])[0]
     assert (slope == -0.5).all() and made.counts(batch)["entropy"] == 5
 
 
-def test_a_hollow_batch_keeps_the_denominators_and_reads_nothing():
+def test_a_batch_without_signal_keeps_the_denominators_and_reads_nothing():
     params, batch = fixture(advantage=(0, 0), sampler_logp=SAMPLER)
     for reduction in (reduce.by_token, reduce.by_sequence, SEQUENCES, BUDGET):
         clips = partial(policy_gradient.clip_ratio, low=0.8, high=1.2)
-        made = policy_gradient.objective(stand_in, PPO, reduction=reduction, correction=correction.sequence_mask, reports=(clips,))
-        whole, short = run(made, params, batch), run(made, params, policy_gradient.hollow(batch))
+        made = rollouts.objective(stand_in, PPO, reduction=reduction, correction=correction.sequence_mask, reports=(clips,))
+        whole, short = run(made, params, batch), run(made, params, policy_gradient.zero_signal_batch(batch))
         assert short[0] == whole[0] == 0 and (short[1] == 0).all()
-        assert made.counts(policy_gradient.hollow(batch)) == made.counts(batch)
+        assert made.counts(policy_gradient.zero_signal_batch(batch)) == made.counts(batch)
         assert short[2].keys() == whole[2].keys()
         assert (whole[2]["skipped_zero_adv_batches"], short[2]["skipped_zero_adv_batches"]) == (0, 1)
         assert (whole[2]["supervised_tokens"], short[2]["supervised_tokens"], short[2]["num_tokens"]) == (5, 0, 1)
@@ -234,13 +234,13 @@ def test_a_hollow_batch_keeps_the_denominators_and_reads_nothing():
 
 def test_what_a_term_lacks_is_told_before_anything_runs():
     with pytest.raises(ValueError, match="cispo needs epsilon_high: give it by functools.partial"):
-        policy_gradient.objective(stand_in, policy.cispo)
+        rollouts.objective(stand_in, policy.cispo)
     with pytest.raises(ValueError, match="clip_ratio needs low, high"):
-        policy_gradient.objective(stand_in, PPO, reports=(policy_gradient.clip_ratio,))
-    with pytest.raises(ValueError, match="kl_coef=0.1 without kl"):
-        policy_gradient.objective(stand_in, PPO, kl_coef=0.1)
+        rollouts.objective(stand_in, PPO, reports=(policy_gradient.clip_ratio,))
+    with pytest.raises(ValueError, match="coef=0.1 has no estimator"):
+        rollouts.objective(stand_in, PPO, kl_coef=0.1)
     with pytest.raises(ValueError, match="one weight per sequence"):
-        policy_gradient.objective(stand_in, policy.vespo, correction=partial(correction.sequence_mask, high=2.0))
+        rollouts.objective(stand_in, policy.vespo, correction=partial(correction.sequence_mask, high=2.0))
     with pytest.raises(ValueError, match="without ref_logp"):
         of_fixture(kl=divergence.k3)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.losses import correction, divergence, policy, policy_gradient, ratio
+from treetune.losses import correction, divergence, policy, ratio
 
 spec = importlib.util.spec_from_file_location("rollouts", Path(__file__).with_name("rollouts.py"))
 rollouts = importlib.util.module_from_spec(spec)
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_loops(name, full):
         params, batch = as_batch(keys, advantage)
         if not full:
             del batch["entropy_keep"]
-        loss, slope, _ = run(policy_gradient.objective(stand_in, term, **options, **(FULL if full else {})), params, batch)
+        loss, slope, _ = run(rollouts.objective(stand_in, term, **options, **(FULL if full else {})), params, batch)
         want, their_slope = by_loops(found, advantage, params["logp"].detach().clone().requires_grad_(), loops, knobs, full)
         assert loss.item() == pytest.approx(want.item(), rel=1e-12)
         torch.testing.assert_close(slope, their_slope, rtol=1e-11, atol=1e-14)
@@ -94,7 +94,7 @@ def test_loss_and_gradient_are_those_of_loops(name, full):
 @pytest.mark.parametrize("name", METHODS)
 def test_nan_of_the_sampler_is_harmless_and_of_the_policy_never_hidden(name):
     term, options, _ = METHODS[name]
-    made = policy_gradient.objective(stand_in, term, **options, **FULL, correction=correction.token_truncate)
+    made = rollouts.objective(stand_in, term, **options, **FULL, correction=correction.token_truncate)
     found, advantage = drawn()
     for row in found["sampler_logp"]:
         row[:] = [torch.tensor(NAN, dtype=F64)] * len(row)
@@ -112,7 +112,7 @@ def test_nan_of_the_sampler_is_harmless_and_of_the_policy_never_hidden(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_to_train_on_is_an_exact_0_with_a_graph(name):
     term, options, _ = METHODS[name]
-    made = policy_gradient.objective(stand_in, term, **options, **FULL)
+    made = rollouts.objective(stand_in, term, **options, **FULL)
     empty = {key: [[], [], []] for key in ("logp", "old_logp", "ref_logp", "sampler_logp", "correction", "entropy", "entropy_keep")}
     for rows, advantage in ((empty, (1, -1, 2)), ({key: [] for key in empty}, ())):
         params, batch = as_batch(rows, advantage)
@@ -121,7 +121,7 @@ def test_nothing_to_train_on_is_an_exact_0_with_a_graph(name):
         assert told["entropy"] == told["policy_loss"] == told["kl"] == 0
     params, batch = fixture(logp=LOGP)
     del batch["advantage"]
-    assert run(policy_gradient.objective(stand_in, term, **options), params, batch)[1].abs().sum() == 0
+    assert run(rollouts.objective(stand_in, term, **options), params, batch)[1].abs().sum() == 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -129,7 +129,7 @@ def test_float32_follows_float64(name):
     term, options, _ = METHODS[name]
     found, advantage = drawn(2)
     params, batch = as_batch(found, advantage)
-    made = policy_gradient.objective(stand_in, term, **options, **FULL)
+    made = rollouts.objective(stand_in, term, **options, **FULL)
     want = run(made, params, batch)
     low = {key: x.detach().float().requires_grad_() for key, x in params.items()}
     got = run(made, low, {key: x.float() if x.is_floating_point() and key != "advantage" else x for key, x in batch.items()})
@@ -140,7 +140,7 @@ def test_float32_follows_float64(name):
 
 def test_an_order_of_completions_does_not_matter():
     found, advantage = drawn()
-    made = policy_gradient.objective(stand_in, PPO, reduction=SEQUENCES, **FULL)
+    made = rollouts.objective(stand_in, PPO, reduction=SEQUENCES, **FULL)
     want = run(made, *as_batch(found, advantage))
     order = [7, 2, 11, 0, 5, 3, 9, 1, 4, 10, 6, 8]
     moved = {key: [rows[i] for i in order] for key, rows in found.items()}

@@ -25,6 +25,7 @@ def loaded(name: str, path: Path):
 
 
 scene = loaded("preference_scene", Path(__file__).with_name("scene.py"))
+rollouts = loaded("rollouts", Path(__file__).with_name("rollouts.py"))
 oracle = loaded("oracle_policy_gradient", Path(__file__).parents[1] / "oracle" / "policy_gradient.py")
 
 SIZES = ((3, (7, 2, 4)), (1, (1, 5)), (9, (4, 4, 1, 3)), (2, (12, 1)), (6, (3,)))  # prompt, its completions
@@ -69,7 +70,7 @@ def made(base, term, used=None, **options):
             found.append((batch | moved | keep, plan))
         return found
 
-    objective = policy_gradient.objective(setup.logprob(base, used.lora), term, **options)
+    objective = rollouts.objective(setup.logprob(base, used.lora), term, **options)
     return SimpleNamespace(objective=objective, prepare=prepare, streams=(pack.collate_trees,), trees=used, extra={})
 
 
@@ -193,7 +194,9 @@ def test_a_skipped_micro_batch_changes_nothing_but_the_reports():
     want, told = scene.gradients(built, at, [flat, docs[2:]])
 
     def skip(state, micro_batches):
-        return [(batch, plan) if batch["advantage"].any() else (policy_gradient.hollow(batch), None) for batch, plan in micro_batches]
+        return [
+            (batch, plan) if batch["advantage"].any() else (policy_gradient.zero_signal_batch(batch), None) for batch, plan in micro_batches
+        ]
 
     built.prepare = skip
     grads, metrics = scene.gradients(built, at, [flat, docs[2:]])

@@ -77,7 +77,8 @@ def _gradients(objective, batch, params):
 
 
 def _make(logprob):
-    return policy_gradient.objective(logprob, lambda ratio, advantage: policy.ppo_clip(ratio, advantage, epsilon=0.2))
+    term = policy_gradient.Surrogate(lambda ratio, advantage: policy.ppo_clip(ratio, advantage, epsilon=0.2))
+    return policy_gradient.objective(logprob, term)
 
 
 def test_what_is_taken_aside():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from treetune.losses import correction, divergence, policy, policy_gradient, ratio, reduce
+from treetune.losses import correction, divergence, policy, ratio, reduce
 
 
 def module(folder, name):
@@ -228,7 +228,7 @@ def test_a_corrected_divergence_that_overflows_has_no_nan_slope(level, dtype):
 
 def test_the_objective_takes_the_form_that_does_not_overflow():
     rows = {"logp": [[-200.0, -1.0]], "old_logp": [[-3.0, -1.2]], "ref_logp": [[-1.0, -1.1]], "advantage": (0.0,)}
-    single = policy_gradient.objective(rollouts.stand_in, rollouts.PPO, kl=divergence.k3, kl_coef=1.0)
+    single = rollouts.objective(rollouts.stand_in, rollouts.PPO, kl=divergence.k3, kl_coef=1.0)
     params, batch = rollouts.fixture(**rows)
     want = rollouts.run(single, params, batch)
     low = {key: x.detach().float().requires_grad_() for key, x in params.items()}
@@ -273,7 +273,7 @@ FORMS = {
 @pytest.mark.parametrize("which", OUT)
 @pytest.mark.parametrize("name", FORMS)
 def test_a_token_that_is_left_out_adds_exactly_0(name, which, sign):
-    made = policy_gradient.objective(rollouts.stand_in, FORMS[name])
+    made = rollouts.objective(rollouts.stand_in, FORMS[name])
     rows = {"logp": rollouts.LOGP, "old_logp": rollouts.OLD, which: OUT[which], "advantage": (sign, -sign)}
     want = None
     for column in (None, "logp", "old_logp"):
@@ -291,7 +291,7 @@ def test_a_token_that_is_left_out_adds_exactly_0(name, which, sign):
 @pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_sum"])
 @pytest.mark.parametrize("which", OUT)
 def test_left_out_tokens_of_sequence_ratios_never_give_nan(level, which):
-    made = policy_gradient.objective(rollouts.stand_in, rollouts.PPO, ratio=LEVELS[level], reduction=rollouts.SEQUENCES)
+    made = rollouts.objective(rollouts.stand_in, rollouts.PPO, ratio=LEVELS[level], reduction=rollouts.SEQUENCES)
     for column in ("logp", "old_logp"):
         for bad in (NAN, INF, -INF):
             rows = {"logp": rollouts.LOGP, "old_logp": rollouts.OLD, which: OUT[which]}
@@ -306,7 +306,7 @@ def test_left_out_tokens_of_sequence_ratios_never_give_nan(level, which):
 @pytest.mark.parametrize("bad", [NAN, INF, 1e3])
 def test_a_sequence_that_left_the_policy_adds_exactly_0(bad):
     for term, options in ((rollouts.PPO, {}), (policy.gmpo, {}), (policy.vespo, {}), (rollouts.CISPO, {"ratio": ratio.sequence_sum})):
-        made = policy_gradient.objective(rollouts.stand_in, term, opsm_threshold=0.15, **options)
+        made = rollouts.objective(rollouts.stand_in, term, opsm_threshold=0.15, **options)
         rows = {"logp": rollouts.LOGP, "old_logp": [[-1.2, -0.5, -1.5], [-0.6, -1 if math.isnan(bad) else -1.2 - bad]]}
         rows["sampler_logp"] = [[-1.0, -0.5, -2.0], [5.0, 0.0]]
         loss, slope, _ = rollouts.run(made, *rollouts.fixture(**rows))
@@ -315,7 +315,7 @@ def test_a_sequence_that_left_the_policy_adds_exactly_0(bad):
 
 def test_a_nan_that_counts_is_never_hidden():
     for name, term in FORMS.items():
-        made = policy_gradient.objective(rollouts.stand_in, term)
+        made = rollouts.objective(rollouts.stand_in, term)
         params, batch = rollouts.fixture(logp=[[-1.0, NAN, -2.0], [-0.3, -1.2]], correction=[[1.0, 1.0, 0.0], [1.0, 1.0]])
         assert rollouts.run(made, params, batch)[0].isnan(), name
 
