@@ -1,0 +1,61 @@
+"""Reward models as rewards: completions become rows, rows documents, and documents scores.
+
+P prompts, G completions of each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treetune.core.data import kinds, pack, scored_rows, sources, trees
+from treetune.core.rollout.group import Group
+
+BUDGET = 4096  # tokens in one forward pass
+
+
+class RewardModel(NamedTuple):
+    """A reward model, its tokenizer, and the fingerprint of its weights.
+
+    scores: of some documents, for each the scores of its sequences, or of its steps where the model scores steps.
+    """
+
+    scores: Callable[[list[trees.TreeDoc]], list[list[float]]]
+    tokenizer: Any
+    steps: bool
+    digest: str
+
+
+def score(model: RewardModel, groups: Sequence[Group]) -> np.ndarray:
+    """Scores [P, G] of whole answers, or the smallest probability that a step (a line) of one is good; nan: nothing to score."""
+    size = len(groups[0].completions)
+    rows = sources.from_list([_row(model, group, one.text) for group in groups for one in group.completions], "completions")
+    values = np.full(len(rows.rows), np.nan)
+    usable = [i for i, row in enumerate(rows.rows) if row is not None]
+    if usable:
+        docs = _documents(model, sources.take(rows, usable))
+        sizes = [len(doc.tokens) for doc in docs]
+        for part in pack.pack(sizes, max(BUDGET, *sizes), seed=None):
+            for i, scores in zip(part, model.scores([docs[i] for i in part]), strict=True):
+                values[docs[i].row - 1] = min(scores)
+    return np.where(np.isfinite(values), values, np.nan).reshape(len(groups), size)
+
+
+def _row(model: RewardModel, group: Group, text: str) -> dict | None:
+    """The row of a completion; None where there is nothing to score."""
+    prompt = group.prompt.text if group.prompt.messages is None else group.prompt.messages
+    if not text.strip():
+        return None
+    if model.steps:
+        return {"prompt": prompt, "completions": [line for line in text.split("\n") if line.strip()]}
+    return {"prompt": prompt, "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]}
+
+
+def _documents(model: RewardModel, rows: sources.Rows) -> list[trees.TreeDoc]:
+    if model.steps:
+        # The reader wants a judgement of each step; what it says is not read here.
+        judged = rows._replace(rows=[row | {"labels": [True] * len(row["completions"])} for row in rows.rows])
+        options = {"format": "stepwise_supervised", "own": {}, "sequence_len": None, "overlong": "drop"}
+        return kinds.KINDS["steps"].encode(judged, model.tokenizer, **options)[0]
+    form = scored_rows.SINGLE["prompt_completion"]
+    return trees.encode_rows(rows, form.make(), model.tokenizer, name="prompt_completion", distinct=False)[0]
