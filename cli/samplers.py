@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from treetune.cli import finish, rl_data, setup
-from treetune.cli.commands import serve
 from treetune.core.data import pack, spans
 from treetune.core.lora import Lora
 from treetune.core.rollout import custom, server, vllm
@@ -19,7 +18,7 @@ from treetune.core.rollout.documents import TokenSamples
 from treetune.core.rollout.group import PromptSampler
 from treetune.core.rollout.sampler import Wrapper, fatal_errors
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, bare, decode, logprobs
+from treetune.models import Model, bare, decode, logprobs, serving
 from treetune.ops import attention
 
 __all__ = ["Samplers", "build", "describe", "ending", "local", "rollout_of", "sampler_of"]
@@ -136,16 +135,16 @@ def _server(
         sync_interval=pipeline.vllm_sync_interval,
         prefetch_depth=pipeline.prefetch_depth if pipeline.async_prefetch else 0,
     )
-    place = serve.model_folder(config.model, say=say)
+    place = serving.model_folder(config.model.model, revision=config.model.revision, say=say)
     settings = engines.EngineSettings(
         url,
-        serve.served_name(config.model),
+        serving.served_name(config.model.model),
         (config.model.model, str(place), setup.model_name(config.model)),
         model.cfg.vocab_size,
         longest(config),
         folder,
         seeds,
-        serve.DTYPES[model.cfg.dtype],
+        serving.DTYPES[model.cfg.dtype],
         options.vllm_server_timeout,
         options.vllm_canary_tolerance,
         pipeline.vllm_sync_interval,
@@ -164,7 +163,10 @@ def longest(config: Any) -> int:
 
 def _managed(config: Any, say: Callable) -> engines.ManagedServer:
     options = config.engine
-    place, log = serve.model_folder(config.model, say=say), serve.log_file(options.vllm_server_port)
+    place, log = (
+        serving.model_folder(config.model.model, revision=config.model.revision, say=say),
+        serving.log_file(options.vllm_server_port),
+    )
     command = partial(_command, config)
     line = command(place)
     say(f"starting vLLM on port {options.vllm_server_port}; its output goes to {log}")
@@ -178,14 +180,14 @@ def _command(config: Any, folder: str | Path) -> list[str]:
     options, adapter = config.engine, config.adapter
     device, start = setup.device(config.model.device), adapter.lora_model_dir
     settings = server.ServerOptions(
-        serve.served_name(config.model),
+        serving.served_name(config.model.model),
         options.vllm_server_port,
         options.vllm_server_host,
-        serve.DTYPES[setup.compute_dtype(config.model.dtype, device)],
+        serving.DTYPES[setup.compute_dtype(config.model.dtype, device)],
         max_model_len=options.vllm_max_model_len or longest(config),
         gpu_memory_utilization=options.vllm_gpu_memory_utilization if device.type == "cuda" else None,
         enforce_eager=device.type == "cpu",
-        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else serve.rank_of(start),
+        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else serving.adapter_rank(start),
         logprobs_mode=server.logprobs_mode(config.rollout.temperature),
     )
     return server.command(server.find_python(options.vllm_python), folder, settings)

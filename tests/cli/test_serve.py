@@ -8,19 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import httpx
-import numpy as np
 import pytest
-import torch
 
 from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
 from treetune.cli.options.model import ModelName
 from treetune.cli.options.serve import Serve
 from treetune.core.rollout import server as servers
-from treetune.models import gguf as ours
-from treetune.models import hf
 
 FAKE = Path(__file__).parents[1] / "core" / "rollout" / "fake_vllm.py"
 CODE = "import sys; from treetune.cli import parse, errors; from treetune.cli.commands import serve\n" \
@@ -135,43 +130,8 @@ def test_where_vllm_is_looked_for(scene, monkeypatch):
 def test_an_adapter_is_served_beside_the_model_and_its_rank_counts(scene):
     (scene / "mine").mkdir()
     (scene / "mine" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 100, "lora_alpha": 8}))
-    found = serve.command_of(Serve(model=ModelName("m"), adapter=str(scene / "mine"), max_lora_rank=8), "python", scene / "model")
+    found = serve.build_command(Serve(model=ModelName("m"), adapter=str(scene / "mine"), max_lora_rank=8), "python", scene / "model")
     assert found[found.index("--max-lora-rank") + 1] == "128"
     assert found[found.index("--lora-modules") + 1] == f"mine={scene / 'mine'}"
-    plain = serve.command_of(Serve(model=ModelName("m"), max_lora_rank=0, enable_prefix_caching=False), "python", scene / "model")
+    plain = serve.build_command(Serve(model=ModelName("m"), max_lora_rank=0, enable_prefix_caching=False), "python", scene / "model")
     assert "--enable-lora" not in plain and "--no-enable-prefix-caching" in plain
-
-
-def test_known_models_have_one_name(scene):
-    assert serve.served_name(ModelName("HuggingFaceTB/SmolLM2-135M-Instruct")) == "smollm2-135m-instruct"
-    assert serve.served_name(ModelName("some/model")) == "some/model"
-
-
-def test_a_gguf_file_is_written_as_a_folder_once_with_the_numbers_that_training_reads(scene):
-    path = tiny_gguf(scene / "tiny.gguf")
-    said = []
-    place = serve.model_folder(ModelName(str(path)), say=said.append)
-    assert place.is_relative_to(scene / "home") and len(said) == 1
-    wanted, found = ours.load(path, dtype=torch.float32).params, hf.load(place).params
-    assert torch.equal(found["layers"][0]["q_proj"], wanted["layers"][0]["q_proj"])
-    assert serve.model_folder(ModelName(str(path)), say=said.append) == place and len(said) == 1
-
-
-def tiny_gguf(path: Path) -> Path:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    for name, value in {"block_count": 1, "context_length": 32, "embedding_length": 8, "feed_forward_length": 16, "head_count": 2,
-                        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "tokenizer_model": "gpt2", "tokenizer_pre": "smollm",
-                        "token_list": ["<|end|>", "a", "b", "ab"], "token_types": [3, 1, 1, 1], "token_merges": ["a b"],
-                        "eos_token_id": 0}.items():  # fmt: skip
-        getattr(writer, f"add_{name}")(value)
-    generator = np.random.default_rng(0)
-    shapes = {"attn_norm": (8,), "attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8), "ffn_norm": (8,),
-              "ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16)}  # fmt: skip
-    named = {f"blk.0.{name}": shape for name, shape in shapes.items()} | {"token_embd": (4, 8), "output_norm": (8,)}
-    for name, shape in named.items():
-        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path

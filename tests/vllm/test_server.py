@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli.commands import serve
-from treetune.cli.options.model import ModelName
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.rollout import server as servers
 from treetune.core.rollout import sync, vllm
-from treetune.models import adapter, fetch, hf, logprobs
+from treetune.models import adapter, fetch, hf, logprobs, serving
 
 pytestmark = pytest.mark.vllm
 RANK, ALPHA = 8, 16.0
@@ -222,4 +220,4 @@ def test_a_killed_server_is_restarted_with_whole_weights_and_gets_its_adapter_ag
 
 
 def test_the_default_model_is_served_as_the_folder_that_training_reads():
-    assert serve.model_folder(ModelName(), say=print) == fetch.resolve("smollm2-135m-instruct")
+    assert serving.model_folder("smollm2-135m-instruct", say=print) == fetch.resolve("smollm2-135m-instruct")
