@@ -20,7 +20,7 @@ from treetune.core.data import fingerprint
 from treetune.core.rollout import rewards
 from treetune.core.rollout.reward_models import RewardModel
 from treetune.core.rollout.rewards import Rewards
-from treetune.models import adapter, fetch, heads, identity
+from treetune.models import adapter, fetch, heads, identity, reward_model
 
 __all__ = ["Rewards", "advantage", "names", "start", "weights"]
 
@@ -52,11 +52,11 @@ def _model(name: str, model: ModelOptions, device: torch.device) -> RewardModel:
     tokenizer = setup.load_tokenizer(options, path)
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
-    judge = score.load(options, path, tokenizer, on=device)
+    judge = score.load(options, path, on=device)
     return RewardModel(partial(score.scores, judge, on=device), tokenizer, judge.kind == "token", _digest(judge))
 
 
-def _digest(judge: score.Judge) -> str:
+def _digest(judge: reward_model.RewardModel) -> str:
     adapted = {} if judge.lora is None else {"lora": judge.lora.tree}
     return fingerprint.values(
         ckpt.leaf_digest({"model": judge.model.params, "head": judge.head} | adapted),

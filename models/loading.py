@@ -1,9 +1,7 @@
 """Models and adapters by name (a folder, a .gguf file, a known name, a hub id), read with the checks that every use of them needs."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -122,16 +120,19 @@ def load_adapted(
     if path is None:
         return model, None
     check_base(path, identify_base(name, model), say=say)
-    model = match_rows(model, path, lambda: load_tokenizer(name, adapter_path=path, revision=revision))
+    model = match_rows(model, path, name, revision=revision)
     low, whole, _ = load_adapter(path, model)
     return model._replace(params=tree.merge(model.params, whole)), low
 
 
-def match_rows(model: Model, path: str, tokenizer: Callable[[], Any]) -> Model:
-    """The model with the vocabulary rows that an adapter was trained with, more or fewer than its own; `tokenizer` loads the adapter's."""
+def match_rows(model: Model, path: str, name: str, *, revision: str | None = None) -> Model:
+    """The model of a name with the vocabulary rows that an adapter was trained with, more or fewer than its own."""
     rows = adapter.rows(adapter_folder(path), model.family)
-    if rows is None:
-        return resize.resize(model, len(tokenizer())) if has_tokenizer(path) else model
-    if rows < model.cfg.vocab_size:
-        check_rows(path, rows, len(tokenizer()))
+    if rows is None and not has_tokenizer(path):
+        return model
+    if rows is None or rows < model.cfg.vocab_size:
+        tokens = len(load_tokenizer(name, adapter_path=path, revision=revision))
+        if rows is None:
+            return resize.resize(model, tokens)
+        check_rows(path, rows, tokens)
     return resize.resize(resize.cut(model, rows), rows)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ def run(config: Merge, given: frozenset[str]) -> int:
         options = options if config.model is None else dataclasses.replace(options, model=config.model)
         chosen = target.choose(options, config.adapter, given)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        model, lora, head = _load(chosen, tokenizer, screen)
+        model, lora, head = _load(chosen, screen)
         merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
         _report(merged, "logit" if head is None else "score", config.max_logit_diff, screen)
         if head is None:
@@ -45,12 +45,12 @@ def run(config: Merge, given: frozenset[str]) -> int:
     return 0
 
 
-def _load(chosen: target.Target, tokenizer: Any, screen: Screen) -> Loaded:
+def _load(chosen: target.Target, screen: Screen) -> Loaded:
     """The model and the adapter in a folder, of a language model or of a reward model."""
     device = torch.device("cpu")
     if heads.kind(tokenizers.adapter_folder(chosen.adapter)) is None:
         return Loaded(*target.load_model(chosen, device, say=screen.line), None)
-    judge = score.load(chosen.options, chosen.adapter, tokenizer, on=device, say=screen.line)
+    judge = score.load(chosen.options, chosen.adapter, on=device, say=screen.line)
     return Loaded(judge.model, judge.lora, judge.head)
 
 

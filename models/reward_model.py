@@ -1,0 +1,80 @@
+"""Reward models: a model with a head that scores sequences, or that tells good tokens from bad ones.
+
+N read rows of D documents, C classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from treetune.core import check, fields, tree
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.core.state import Batch
+from treetune.models import Model, fetch, heads, loading
+from treetune.models.tokenizer import Say, adapter_folder, silent
+from treetune.ops import attention
+
+# Kind of head -> what a batch reads (`read` of `pack.collate_trees`), and its classes.
+READ = {"sequence": "last", "token": "classes"}
+CLASSES = {"sequence": 1, "token": 2}
+
+
+class RewardModel(NamedTuple):
+    """A model, the adapter on it, its head, and what that scores: "sequence", or "token" for a process reward model."""
+
+    model: Model
+    lora: Lora | None
+    head: Params
+    kind: str
+
+
+def load(
+    name: str, *, adapter_path: str | None = None, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
+) -> RewardModel:
+    """The model of a name with its own head, or with the adapter and the head in a folder.
+
+    Raises ValueError where there is no head, one of other classes than it should have, or weights that are not finite.
+    """
+    path, low = fetch.resolve(name, say=say, revision=revision), None
+    if heads.kind(path) is not None:
+        with fields.reading(f"the model {path}"):
+            model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device)
+    elif adapter_path is None:
+        raise ValueError(f"{name} has no head that scores: expected a reward model, or --adapter with the folder of one")
+    else:
+        model, head = loading.load_model(name, revision=revision, dtype=dtype, device=device, say=say)[0], {}
+    if adapter_path is not None:
+        loading.check_base(adapter_path, loading.identify_base(name, model), say=say)
+        model = loading.match_rows(model, adapter_path, name, revision=revision)
+        with fields.reading(f"the adapter {adapter_path}"):
+            low, whole, head, _ = heads.load_adapter(adapter_folder(adapter_path), model)
+        model = model._replace(params=tree.merge(model.params, whole))
+    loaded = RewardModel(model, low, head, heads.kind_of(head))
+    _check(loaded, name if adapter_path is None else f"{name} + {adapter_path}")
+    return loaded
+
+
+def _check(loaded: RewardModel, name: str) -> None:
+    classes = loaded.head["score"]["weight"].shape[0]
+    if classes != CLASSES[loaded.kind]:
+        expected = "one score" if loaded.kind == "sequence" else "two classes, bad and good"
+        raise ValueError(f"the head of {name} has {classes} classes; expected {expected}")
+    adapted = {} if loaded.lora is None else loaded.lora.tree
+    if bad := check.not_finite({"model": loaded.model.params, "lora": adapted, "head": loaded.head}):
+        raise ValueError(f"{name} holds weights that are not finite: {', '.join(bad[:3])}; train or download the model again")
+
+
+@torch.no_grad()
+def scores(reward_model: RewardModel, batch: Batch, *, documents: int, device: torch.device) -> list[list[float]]:
+    """For each document the score of each sequence (its branches, or itself), or the probability that each step is good.
+
+    batch: a stream on the host that reads READ[reward_model.kind]; documents: how many of its documents are no padding.
+    """
+    counts = torch.zeros(documents, dtype=torch.int64).index_add(0, batch["doc_of_seq"], batch["seq_lens"]).tolist()
+    model = reward_model.model
+    plan = attention.plan(batch, window=model.cfg.window, device=device, dtype=model.cfg.dtype)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    logits = heads.scores(model.family, model.cfg, model.params, reward_model.head, batch, plan, lora=reward_model.lora)  # [N, C]
+    flat = logits[:, 0] if reward_model.kind == "sequence" else logits.softmax(-1)[:, 1]
+    return [part.tolist() for part in flat.cpu().split(counts)]
