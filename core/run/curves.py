@@ -70,34 +70,34 @@ class Chart(NamedTuple):
 
 
 def charts(history: History, *, loss: str) -> list[Chart]:
-    """The charts that a run's records fill. loss: what its loss is a mean over; of sampled texts it says nothing and has no chart."""
-    told = () if any(observe.sampled(record) for record in history) else ((f"loss ({loss})", ("train/loss", "eval/loss")),)
-    listed = [_chart(title, _expanded(keys, history), history) for title, keys in (*told, *CHARTS)]
-    return [one for one in listed if one is not None]
+    """The charts that a run's records fill. loss: what the loss is a mean over; of sampled texts it says nothing and has no chart."""
+    losses = () if any(observe.sampled(record) for record in history) else ((f"loss ({loss})", ("train/loss", "eval/loss")),)
+    drawn = [_chart(title, _expand(keys, history), history) for title, keys in (*losses, *CHARTS)]
+    return [chart for chart in drawn if chart is not None]
 
 
-def _expanded(keys: Sequence[str], history: History) -> list[str]:
-    """The keys, with those that a pattern stands for: one line alone would repeat the sum."""
+def _expand(keys: Sequence[str], history: History) -> list[str]:
+    """The keys, or those that a pattern matches, if there are several: a line alone would repeat the chart of the sum."""
     if "*" not in keys[0]:
         return list(keys)
     before, after = keys[0].split("*")
     pattern = re.compile(rf"{re.escape(before)}.+{re.escape(after)}")
-    named = dict.fromkeys(key for record in history for key in record if pattern.fullmatch(key))
-    return list(named) if len(named) > 1 else []
+    matches = list(dict.fromkeys(key for record in history for key in record if pattern.fullmatch(key)))
+    return matches if len(matches) > 1 else []
 
 
 def _chart(title: str, keys: Sequence[str], history: History) -> Chart | None:
     series = {key: [(record["step"], record[key]) for record in history if record.get(key) is not None] for key in keys}
-    known = {key: line for key, line in series.items() if any(math.isfinite(value) for _, value in line)}
-    if not known:
+    series = {key: points for key, points in series.items() if any(math.isfinite(value) for _, value in points)}
+    if not series:
         return None
-    points = [point for line in known.values() for point in line if math.isfinite(point[1])]
-    whole = [0.0, 1.0] if title.startswith("share") else []  # a share is seen as one
-    ticks = _ticks(min([value for _, value in points] + whole), max([value for _, value in points] + whole))
-    first, last = min(step for step, _ in points), max(step for step, _ in points)
+    finite = [point for points in series.values() for point in points if math.isfinite(point[1])]
+    bounds = [0.0, 1.0] if title.startswith("share") else []  # a share is seen against the whole
+    ticks = _ticks(min([value for _, value in finite] + bounds), max([value for _, value in finite] + bounds))
+    first, last = min(step for step, _ in finite), max(step for step, _ in finite)
     sheet = _Sheet(first, last, ticks[0], ticks[-1])
-    window = max((len(line) // 25 for line in known.values() if len(line) >= SMOOTHED), default=0)
-    lines = [_line(key, "abcdef"[i % 6], line, sheet, window) for i, (key, line) in enumerate(known.items())]
+    window = max((len(points) // 25 for points in series.values() if len(points) >= SMOOTHED), default=0)
+    lines = [_line(key, "abcdef"[i % 6], points, sheet, window) for i, (key, points) in enumerate(series.items())]
     return Chart(title, lines, [(sheet.y(tick), _short(tick)) for tick in ticks], _columns(sheet), window)
 
 
@@ -136,42 +136,42 @@ def _columns(sheet: _Sheet) -> list[tuple[float, str, str]]:
     if sheet.first == sheet.last:
         return [(sheet.x(sheet.first), f"step {sheet.first:g}", "middle")]
     middle = (sheet.first + sheet.last) // 2
-    between = [(sheet.x(middle), f"{middle:g}", "middle")] if sheet.last - sheet.first > 3 else []
-    return [(sheet.x(sheet.first), f"step {sheet.first:g}", "start"), *between, (sheet.x(sheet.last), f"{sheet.last:g}", "end")]
+    centre = [(sheet.x(middle), f"{middle:g}", "middle")] if sheet.last - sheet.first > 3 else []
+    return [(sheet.x(sheet.first), f"step {sheet.first:g}", "start"), *centre, (sheet.x(sheet.last), f"{sheet.last:g}", "end")]
 
 
 def _line(name: str, colour: str, points: Points, sheet: _Sheet, window: int) -> Line:
-    known = [point for point in points if math.isfinite(point[1])]
+    finite = [point for point in points if math.isfinite(point[1])]
     smooth = window if len(points) >= SMOOTHED else 0
     mean = _path(list(_means(points, smooth)), sheet) if smooth else ""
-    dots = [(sheet.x(step), sheet.y(value), f"step {step:g}: {value:.6g}") for step, value in known] if len(known) <= MARKED else []
-    return Line(name, colour, f"{known[-1][1]:.4g}", _path(points, sheet), mean, dots)
+    dots = [(sheet.x(step), sheet.y(value), f"step {step:g}: {value:.6g}") for step, value in finite] if len(finite) <= MARKED else []
+    return Line(name, colour, f"{finite[-1][1]:.4g}", _path(points, sheet), mean, dots)
 
 
 def _means(points: Points, window: int) -> Iterator[tuple[float, float]]:
     """Mean of the last `window` points at each of them."""
     for i, (step, _) in enumerate(points):
-        known = [value for _, value in points[max(0, i - window + 1) : i + 1] if math.isfinite(value)]
-        yield step, sum(known) / len(known) if known else math.nan
+        values = [value for _, value in points[max(0, i - window + 1) : i + 1] if math.isfinite(value)]
+        yield step, sum(values) / len(values) if values else math.nan
 
 
 def _path(points: Points, sheet: _Sheet) -> str:
-    """An SVG path, broken where values are not known."""
-    out, pen = [], "M"
-    for step, value in _thinned(points):
+    """An SVG path, broken where values are not finite."""
+    commands, pen = [], "M"
+    for step, value in _thin(points):
         if math.isfinite(value):
-            out.append(f"{pen}{sheet.x(step)},{sheet.y(value)}")
+            commands.append(f"{pen}{sheet.x(step)},{sheet.y(value)}")
         pen = "L" if math.isfinite(value) else "M"
-    return "".join(out)
+    return "".join(commands)
 
 
-def _thinned(points: Points) -> Points:
+def _thin(points: Points) -> Points:
     """Long lines as the lowest and highest of each stretch, so that no spike is lost."""
     if len(points) <= DRAWN:
         return points
-    size, out = 2 * len(points) / DRAWN, []
+    size, extremes = 2 * len(points) / DRAWN, []
     for i in range(DRAWN // 2):
         stretch = [point for point in points[int(i * size) : int((i + 1) * size)] if math.isfinite(point[1])]
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])} if stretch else set()
-        out += sorted(ends)
-    return out
+        extremes += sorted(ends)
+    return extremes
