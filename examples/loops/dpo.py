@@ -4,15 +4,16 @@ The numbers are those of `treetune dpo` with the same seed, rows and options, bi
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from treetune.core import optim, step
-from treetune.core.data import kinds, loader, pack, preference, sources, trees
+from treetune.core.data import kinds, loader, pack, sources, trees
+from treetune.core.data.preference import passthrough
 from treetune.core.state import TrainState
-from treetune.losses import preference as losses
-from treetune.losses import preference_objective
+from treetune.losses import preference, preference_objective
 from treetune.models import logprobs, policy
 
 RANK, SEED = 16, 42
@@ -25,6 +26,7 @@ def train(
     *,
     steps: int = 50,
     learning_rate: float = 5e-5,
+    loss: Callable[..., torch.Tensor] = preference.dpo,
     beta: float = 0.1,
     sequence_len: int = 512,
 ) -> list[dict[str, float]]:
@@ -34,7 +36,7 @@ def train(
 
     # Rows -> token trees: the prompt is the trunk, the chosen and the rejected completion are its branches.
     training, held_out = sources.split_validation(sources.read(rows), 0.1, SEED, key=kinds.prompt)
-    encode = partial(trees.encode_rows, read=preference.passthrough, tokenizer=start.tokenizer, sequence_len=sequence_len, overlong="drop")
+    encode = partial(trees.encode_rows, read=passthrough, tokenizer=start.tokenizer, sequence_len=sequence_len, overlong="drop")
     docs, held_docs = (encode(some)[0] for some in (training, held_out))
     lengths, held_lengths = ([len(doc.tokens) for doc in some] for some in (docs, held_docs))
     packing = {"budget": max(2 * sequence_len, *lengths, *held_lengths)}
@@ -44,7 +46,7 @@ def train(
         return [batch | {"ref_logp": logprobs(family, cfg, state.frozen["model"], batch).logp} for batch in micro_batches]
 
     objective = preference_objective.objective(
-        policy.logprob(start), partial(losses.dpo, beta=beta), rewards=preference_objective.implicit_rewards(beta)
+        policy.logprob(start), partial(loss, beta=beta), rewards=preference_objective.implicit_rewards(beta)
     )
     optimizer = optim.adamw()
     warmup = round(0.03 * steps)

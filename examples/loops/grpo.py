@@ -22,6 +22,7 @@ from treetune.ops import noise
 
 Reward = Callable[[list[str]], list[float]]  # completions -> a number for each
 RANK, SEED, HELD_OUT = 16, 42, 4
+ADVANTAGE, TERM = advantage.group_scaled, partial(terms.ppo_clip, epsilon=0.2, epsilon_high=0.28)
 
 
 def train(
@@ -49,7 +50,7 @@ def train(
         samples = decode.sample(now, [prompt.tokens.tolist() for prompt in some], **how)
         completions = documents.completions(samples, n=n, stop_ids=stop_ids, tokenizer=start.tokenizer)
         rewards = np.array([reward([one.text for one in group]) for group in completions], np.float64)  # [P, G]
-        scaled = advantage.group_scaled(torch.from_numpy(rewards)).numpy()
+        scaled = ADVANTAGE(torch.from_numpy(rewards)).numpy()
         parts = zip(some, numbers, completions, rewards[:, :, None], scaled, strict=True)
         return [Group(prompt, number, tuple(group), int(state.step), *values) for prompt, number, group, *values in parts]
 
@@ -58,7 +59,7 @@ def train(
         return {"step": int(state.step), "eval/reward": float(np.mean([group.rewards for group in groups]))}
 
     # Sampled by the policy that trains, one step for each generation: ratios are 1, with a gradient, and no old log-probs are needed.
-    objective = policy_gradient.objective(policy.logprob(start), partial(terms.ppo_clip, epsilon=0.2, epsilon_high=0.28))
+    objective = policy_gradient.objective(policy.logprob(start), TERM)
     optimizer = optim.adamw()
     schedule = optim.warmup(optim.constant(learning_rate), round(0.03 * steps))
     take_step = step.make_step(objective, optimizer, schedule=schedule, clip=1.0)
