@@ -59,7 +59,7 @@ def train(
         return {"step": int(state.step), "eval/reward": float(np.mean([group.rewards for group in groups]))}
 
     # Sampled by the policy that trains, one step for each generation: ratios are 1, with a gradient, and no old log-probs are needed.
-    objective = policy_gradient.objective(policy.logprob(start), TERM)
+    objective = policy_gradient.objective(policy.logprob(start), policy_gradient.Surrogate(TERM))
     optimizer = optim.adamw()
     schedule = optim.warmup(optim.constant(learning_rate), round(0.03 * steps))
     take_step = step.make_step(objective, optimizer, schedule=schedule, clip=1.0)
