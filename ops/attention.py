@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,8 @@ def plan(
         raise ValueError(f"window got {window}: expected at least 1 token, or None for full attention")
     device = torch.device(batch["cu_docs"].device if device is None else device)
     longest = max((hi - lo for lo, hi in zip(offsets, offsets[1:], strict=False)), default=0)
-    window = None if window is not None and tokens and int(_positions(batch).max()) < window else window  # nothing is out of reach
+    # A window that reaches every document's start is none: backends without windows can then serve, and trunks stay causal calls.
+    window = None if window is not None and tokens and int(_positions(batch).max()) < window else window
     backend = _choose(backend, device, dtype, "branch" in batch, window)
     cu_docs = batch["cu_docs"].to(device, torch.int32)
     if backend == "sdpa":
@@ -174,7 +176,7 @@ def _varlen_lacks(device: torch.device, dtype: torch.dtype | None, branches: boo
 
 
 @functools.cache
-def _varlen():
+def _varlen() -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
     """varlen_attn and its parameter names, which differ between torch 2.10 and 2.13; (None, ()) where it is missing."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -183,19 +185,21 @@ def _varlen():
     return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
 
 
-def _documents(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None):
+def _documents(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None) -> Iterator[Document]:
     """Token counts and masks of each document, from the rule restricted to its rows."""
     for lo, hi in zip(offsets, offsets[1:], strict=False):
-        one = {"cu_docs": torch.tensor([0, hi - lo])} | {key: batch[key][lo:hi] for key in ("positions", "branch", "start") if key in batch}
-        sizes = one["branch"].bincount().tolist() if "branch" in one else [hi - lo]
+        document = {"cu_docs": torch.tensor([0, hi - lo])} | {
+            key: batch[key][lo:hi] for key in ("positions", "branch", "start") if key in batch
+        }
+        sizes = document["branch"].bincount().tolist() if "branch" in document else [hi - lo]
         trunk, groups = (sizes or [0])[0], _groups(sizes[1:])
         rows, trunk_mask, seen, group_masks, end = torch.arange(hi - lo), None, [], [], trunk
         if window is not None and trunk > window:
-            trunk_mask = allowed(one, rows[:trunk, None], rows[None, :trunk], window)
+            trunk_mask = allowed(document, rows[:trunk, None], rows[None, :trunk], window)
         for group in groups:
             queries = rows[end : end + group]
-            seen.append(int(one["start"][queries].max()))
-            group_masks.append(allowed(one, queries[:, None], torch.cat([rows[: seen[-1]], queries])[None], window))
+            seen.append(int(document["start"][queries].max()))
+            group_masks.append(allowed(document, queries[:, None], torch.cat([rows[: seen[-1]], queries])[None], window))
             end += group
         yield Document(trunk, groups, tuple(seen), trunk_mask, tuple(group_masks))
 
@@ -211,16 +215,17 @@ def _groups(branches: list[int]) -> tuple[int, ...]:
 
 
 class _Span(NamedTuple):
-    """What the tokens of each block of the stream have in common; all [blocks]."""
+    """The smallest, or the largest, values among the tokens of each block of the stream; all [blocks]."""
 
-    document: tuple[torch.Tensor, torch.Tensor]  # smallest and largest, likewise below
-    branch: tuple[torch.Tensor, torch.Tensor]
-    position: tuple[torch.Tensor, torch.Tensor]
-    limit: tuple[torch.Tensor, torch.Tensor]  # trunk tokens that a query may see: start, or all of them for a trunk token
-    trunk_index: tuple[torch.Tensor, torch.Tensor]  # over trunk tokens; branch tokens count as past the end
+    document: torch.Tensor
+    branch: torch.Tensor
+    position: torch.Tensor
+    limit: torch.Tensor  # trunk tokens that a query may see: start, or all of them for a trunk token
+    trunk_index: torch.Tensor  # over trunk tokens; branch tokens count as past the end
 
 
-def _spans(batch: dict[str, torch.Tensor], tokens: int) -> _Span:
+def _spans(batch: dict[str, torch.Tensor], tokens: int) -> tuple[_Span, _Span]:
+    """Smallest and largest values of each block."""
     document = _document_of(batch["cu_docs"])
     end = torch.full_like(document, torch.iinfo(torch.int64).max)
     branch = batch["branch"].long() if "branch" in batch else torch.zeros_like(document)
@@ -232,40 +237,44 @@ def _spans(batch: dict[str, torch.Tensor], tokens: int) -> _Span:
         blocks = torch.cat([x, x[-1:].expand(pad)]).view(-1, BLOCK)
         return blocks.amin(1), blocks.amax(1)
 
-    return _Span(*(extent(x) for x in (document, branch, _positions(batch).long(), limit, trunk_index)))
+    low, high = zip(*(extent(x) for x in (document, branch, _positions(batch).long(), limit, trunk_index)), strict=True)
+    return _Span(*low), _Span(*high)
 
 
 def _blocks(batch: dict[str, torch.Tensor], tokens: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks [q, k] of the mask that may hold a visible pair, and those where every pair is visible: from extents, without [T, T]."""
-    low, high = (_Span(*(pair[i][None] for pair in _spans(batch, tokens))) for i in (0, 1))
+    low, high = (_Span(*(x[None] for x in side)) for side in _spans(batch, tokens))
     q_low, q_high = (_Span(*(x.T for x in side)) for side in (low, high))  # [q, 1]; low and high serve the keys, [1, k]
     order = torch.arange(low.document.shape[1])
-    before, one = order[:, None] > order, (q_low.document == q_high.document) & (low.document == high.document)
-    same = one & (low.document == q_low.document)
+    before, single = order[:, None] > order, (q_low.document == q_high.document) & (low.document == high.document)
+    same = single & (low.document == q_low.document)
     trunk = low.trunk_index < q_high.limit
     branch = (high.branch >= q_low.branch) & (low.branch <= q_high.branch)
-    some = (order[:, None] >= order) & (high.document >= q_low.document) & (~same | trunk | branch)
+    visible = (order[:, None] >= order) & (high.document >= q_low.document) & (~same | trunk | branch)
     alike = (low.branch == high.branch) & (q_low.branch == q_high.branch) & (low.branch == q_low.branch)
     every = before & same & ((high.trunk_index < q_low.limit) | alike)
     if window is not None:
-        some &= ~same | (q_low.position - high.position < window)
+        visible &= ~same | (q_low.position - high.position < window)
         every &= q_high.position - low.position < window
     if tokens % BLOCK:
+        # The last block is short: a whole block would let its padding be read.
         every[-1] = False
-    return some & ~every, every
+    return visible & ~every, every
 
 
-def _block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, device: torch.device):
+def _block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, device: torch.device) -> object:
     from torch.nn.attention.flex_attention import BlockMask
 
+    # Block by block from extents: create_block_mask would fill [T, T] on the host, 460 MB and 2 s at 8192 tokens.
     here = {key: batch[key].to(device) for key in ("cu_docs", "positions", "branch", "start") if key in batch}
     document, positions = _document_of(here["cu_docs"]), _positions(here)
     first = here["cu_docs"].long()[document]
     branch, start = here.get("branch"), here.get("start")
 
+    # The rule of `allowed` over tensors that are made once: the compiled kernel calls this for every pair of a partial block.
     def mask_mod(b, h, q, k):
         seen = (document[q] == document[k]) & (k <= q)
-        if branch is not None:
+        if branch is not None and start is not None:
             seen = seen & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] < start[q])))
         return seen if window is None else seen & (positions[q] - positions[k] < window)
 
@@ -285,31 +294,39 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def _sdpa(q, k, v, mask, scale) -> torch.Tensor:
     """[n, H, d] queries over [m, K, d] keys; causal when mask is None."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    wide = (kv_heads, groups, k.shape[0], k.shape[2])
-    out = F.scaled_dot_product_attention(
-        _grouped(q, kv_heads), _grouped(k, kv_heads).expand(wide), _grouped(v, kv_heads).expand(wide), mask, 0.0, mask is None, scale=scale
+    shape = (kv_heads, groups, k.shape[0], k.shape[2])
+    # is_causal only without a mask, hence with as many keys as queries: with more keys it aligns top-left, which hides the trunk.
+    values = F.scaled_dot_product_attention(
+        _grouped(q, kv_heads),
+        _grouped(k, kv_heads).expand(shape),
+        _grouped(v, kv_heads).expand(shape),
+        mask,
+        0.0,
+        mask is None,
+        scale=scale,
     )
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
+    return values.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _attention_cpu(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
     lengths = [n for doc in plan.documents for n in (doc.trunk, *doc.groups)]
     # split and not slices: the backward of a slice writes a gradient of the whole stream, once per document
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    out = []
+    outputs = []
     for doc in plan.documents:
         tq, tk, tv = next(parts)
         if doc.trunk:
-            out.append(_sdpa(tq, tk, tv, doc.trunk_mask, scale))
+            outputs.append(_sdpa(tq, tk, tv, doc.trunk_mask, scale))
         for seen, mask in zip(doc.seen, doc.group_masks, strict=True):
             bq, bk, bv = next(parts)
-            out.append(_sdpa(bq, torch.cat([tk[:seen], bk]), torch.cat([tv[:seen], bv]), mask, scale))
-    return torch.cat(out) if out else q.clone()
+            outputs.append(_sdpa(bq, torch.cat([tk[:seen], bk]), torch.cat([tv[:seen], bv]), mask, scale))
+    return torch.cat(outputs) if outputs else q.clone()
 
 
 def _attention_varlen(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
     varlen_attn, names = _varlen()
-    options = {"scale": scale} if scale is not None else {}
+    assert varlen_attn is not None
+    options: dict[str, Any] = {"scale": scale} if scale is not None else {}
     if scale is not None and "scale" not in names:
         q, options = q * (scale * q.shape[-1] ** 0.5), {}
     if "window_size" in names:
@@ -326,7 +343,7 @@ def _attention_varlen(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
 
 
 @functools.cache
-def _compiled_flex():
+def _compiled_flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -334,8 +351,8 @@ def _compiled_flex():
 
 def _attention_flex(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, d]
-    out = _compiled_flex()(q, k, v, block_mask=plan.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    values = _compiled_flex()(q, k, v, block_mask=plan.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return values[0].transpose(0, 1)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scale: float | None = None) -> torch.Tensor:

@@ -5,6 +5,9 @@ Kernels read `tl` only when they run, so every op imports without Triton; a laun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 try:
@@ -14,8 +17,9 @@ except ImportError:
     triton = tl = None
 
 
-def jit(kernel):
+def jit(kernel: Callable) -> Any:
     """Compile a kernel with Triton where there is Triton (interpreted when TRITON_INTERPRET=1 is set at import)."""
+    # Kernels upcast right after they load: under the interpreter bfloat16 products are wrong and bfloat16 stores truncate.
     return kernel if triton is None else triton.jit(kernel)
 
 

@@ -15,26 +15,25 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import backend, logprob_kernels, product
+from treetune.ops import backend, logprob_kernels, logprob_torch, product
+from treetune.ops.logprob_torch import TOP, Chunk, Grads, Options, entropy_of, final_logits, rows_of
 
 WANT = ("entropy", "mean_logit", "logsq", "top1", "topk_entropy")
 ROWS = {"cpu": 256, "cuda": 1024}  # rows of a chunk
-BLOCK = 1 << 18  # elements of a chunk that the CPU works on at a time: 1 MiB of float32 stays in its cache
 SLAB = {"cpu": 1 << 11, "cuda": 1 << 14}  # rows of the head whose gradient is added at a time: the CPU keeps the product in its cache
-TOP = 20
-FLOOR = -1e4  # of log p where p multiplies it: exp(FLOOR) is 0, and 0 * -inf would be nan
 
 
 class TokenStats(NamedTuple):
-    """Per-row results [N]; None where not wanted (logp: where there are no targets)."""
+    """Per-row results [N]; None where not wanted. Without targets logp is None too, which no objective asks for."""
 
-    logp: Tensor | None
+    logp: Tensor
     entropy: Tensor | None = None
     lse: Tensor | None = None
     mean_logit: Tensor | None = None
@@ -43,24 +42,26 @@ class TokenStats(NamedTuple):
     topk_entropy: Tensor | None = None
 
 
-class _Options(NamedTuple):
-    softcap: float | None
-    want: frozenset[str]
-    rows: int
-    ahead: bool  # make dlogp/dhidden in the forward
-    dtype: torch.dtype  # of the matrix products
+class _Inputs(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V], targets [N], temperature [N] or a number."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor | None
+    tau: Tensor | float
 
 
-class _Grads(NamedTuple):
-    """Upstream gradients of a chunk [r], or None."""
-
-    logp: Tensor | None
-    entropy: Tensor | None
-    lse: Tensor | None
-    mean_logit: Tensor | None
-
-
-def linear_logprob_ref(hidden, weight, targets, *, bias=None, softcap=None, temperature=1.0, want=()) -> TokenStats:
+def linear_logprob_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    want: tuple[str, ...] = (),
+) -> TokenStats:
     """The formulas on the whole [N, V], differentiated by autograd: the twin that tests compare against."""
     z = hidden @ weight.to(hidden.dtype).T
     z = (z if bias is None else z + bias.to(z.dtype)).to(backend.stat_dtype(hidden))
@@ -77,11 +78,11 @@ def linear_logprob_ref(hidden, weight, targets, *, bias=None, softcap=None, temp
         "top1": None if targets is None else z.argmax(-1) == targets,
         "topk_entropy": -(top * (top + 1e-10).log()).sum(-1),
     }
-    logp = None if targets is None else z.gather(-1, targets[:, None])[:, 0] - lse
+    logp: Any = None if targets is None else z.gather(-1, targets[:, None])[:, 0] - lse
     return TokenStats(logp, lse=lse, **{name: stats[name] for name in want})
 
 
-def _buffer(hidden: Tensor, weight: Tensor, options: _Options) -> Tensor | None:
+def _buffer(hidden: Tensor, weight: Tensor, options: Options) -> Tensor | None:
     """One buffer for the logits of every chunk, where torch makes them on the CPU: fresh pages cost as much as a pass over them."""
     return None if hidden.is_cuda or product.fast(hidden) else hidden.new_empty(min(options.rows, hidden.shape[0]), weight.shape[0])
 
@@ -103,194 +104,90 @@ def _write(out: Tensor, dz: Tensor, weight: Tensor, scales: Tensor | None = None
         out.mul_(scales[:, None])
 
 
-def _blocks(z: Tensor):
-    step = max(1, BLOCK // max(1, z.shape[1]))
-    return (slice(i, i + step) for i in range(0, z.shape[0], step))
-
-
-def _final(z: Tensor, softcap: float | None, tau: Tensor | float) -> Tensor:
-    """Raw logits of a private block -> final logits in the statistics dtype, in place where the dtype allows."""
-    z = z.to(backend.stat_dtype(z))
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    if isinstance(tau, Tensor):
-        return z.div_(tau[:, None])
-    return z if tau == 1.0 else z.div_(tau)
-
-
-def _slope(f: Tensor, softcap: float, tau: Tensor | float) -> Tensor:
-    """d softcap(u) / du = 1 - tanh^2 from the final logits f = softcap(u) / tau."""
-    t = f * ((tau[:, None] if isinstance(tau, Tensor) else tau) / softcap)
-    return t.square_().neg_().add_(1)
-
-
-def _entropy_of(top: Tensor) -> Tensor:
-    r = top.softmax(-1)
-    return -(r * (r + 1e-10).log()).sum(-1)
-
-
-def _block_stats(f: Tensor, y: Tensor | None, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Statistics of a block of final logits, which this consumes; and e = exp(f - max) with its row sums."""
-    out = {}
-    if "mean_logit" in want:
-        finite = f > -torch.inf
-        out["mean_logit"] = torch.where(finite, f, 0).sum(-1) / finite.sum(-1)
-    if "topk_entropy" in want:
-        out["topk_entropy"] = _entropy_of(f.topk(min(TOP, f.shape[1]), -1).values)
-    if "top1" in want and y is not None:
-        out["top1"] = f.argmax(-1) == y
-    top = f.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0)
-    d = f.sub_(top)
-    target = None if y is None else d.gather(1, y[:, None])[:, 0]
-    e = d.exp() if "entropy" in want else d.exp_()
-    total = e.sum(-1)
-    log_total = total.log()
-    if "entropy" in want:
-        d.clamp_(min=FLOOR)
-        out["entropy"] = log_total - d.mul_(e).sum(-1) / total
-    if "logsq" in want:
-        out["logsq"] = e.square().sum(-1).log() - 2 * log_total
-    out["lse"] = log_total + top[:, 0]
-    if y is not None:
-        out["logp"] = target - log_total
-    return out, e, total
-
-
-def stats_torch(z: Tensor, y: Tensor | None, tau: Tensor | float, options: _Options):
-    """Statistics of a chunk of raw logits z [r, V], which this consumes; with `ahead` also dlogp/dz [r, V] up to row scales [r]."""
-    parts, scales = [], []
-    for rows in _blocks(z):
-        block, tau_rows, y_rows = z[rows], _at(tau, rows), None if y is None else y[rows]
-        f = _final(block, options.softcap, tau_rows)
-        slope = _slope(f, options.softcap, tau_rows) if options.ahead and options.softcap is not None else None
-        stats, e, total = _block_stats(f, y_rows, options.want)
-        parts.append(stats)
-        if options.ahead:
-            e.scatter_(1, y_rows[:, None], (stats["logp"].expm1() * total)[:, None])
-            _store(block, e if slope is None else e.mul_(slope))
-            scales.append(-1 / (total * tau_rows))
-    stats = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return (stats, z, torch.cat(scales)) if options.ahead else (stats, None, None)
-
-
-def _at(x, rows: slice):
-    return x[rows] if isinstance(x, Tensor) else x
-
-
-def _store(block: Tensor, value: Tensor) -> None:
-    if value.data_ptr() != block.data_ptr():
-        block.copy_(value)
-
-
-def _own_grad(own: Tensor, g: _Grads, entropy: Tensor | None, count: Tensor | None) -> Tensor:
-    """Gradient of a row with respect to the final logit of its target, whose log-prob is own [r]."""
-    p, out = own.exp(), -g.logp * own.expm1()
-    if g.lse is not None:
-        out = out + g.lse * p
-    if g.entropy is not None:
-        out = out - g.entropy * p * (own.clamp(min=FLOOR) + entropy)
-    return out if g.mean_logit is None else out + torch.where(own > -torch.inf, g.mean_logit / count, 0)
-
-
-def _block_grad(f: Tensor, y: Tensor | None, lse: Tensor, entropy: Tensor | None, g: _Grads) -> Tensor:
-    """Gradient with respect to a block of final logits, which this consumes."""
-    logs = f.sub_(lse[:, None])
-    own = None if g.logp is None else logs.gather(1, y[:, None])[:, 0]
-    finite = logs > -torch.inf if g.mean_logit is not None else None
-    count = None if finite is None else finite.sum(-1)
-    slope = (0 if g.lse is None else g.lse) - (0 if g.logp is None else g.logp)
-    if g.entropy is None:
-        dz = logs.exp_().mul_(_column(slope))
-    else:
-        p = logs.exp()
-        logs.clamp_(min=FLOOR).add_(entropy[:, None])
-        dz = logs.mul_(-g.entropy[:, None]).add_(_column(slope)).mul_(p)
-    if finite is not None:
-        dz.add_(torch.where(finite, (g.mean_logit / count)[:, None], 0))
-    return dz if own is None else dz.scatter_(1, y[:, None], _own_grad(own, g, entropy, count)[:, None])
-
-
-def _column(x):
-    return x[:, None] if isinstance(x, Tensor) else x
-
-
-def grad_torch(z: Tensor, y, tau, lse: Tensor, entropy: Tensor | None, g: _Grads, options: _Options) -> Tensor:
-    """Raw logits z [r, V] of a chunk -> gradient with respect to them, in place."""
-    for rows in _blocks(z):
-        block, tau_rows, g_rows = z[rows], _at(tau, rows), _Grads(*(_at(x, rows) for x in g))
-        f = _final(block, options.softcap, tau_rows)
-        slope = None if options.softcap is None else _slope(f, options.softcap, tau_rows)
-        dz = _block_grad(f, _at(y, rows), lse[rows], _at(entropy, rows), g_rows)
-        dz = dz if slope is None else dz.mul_(slope)
-        _store(block, dz.div_(_column(tau_rows)) if isinstance(tau, Tensor) or tau != 1.0 else dz)
-    return z
-
-
-def stats_triton(z: Tensor, y: Tensor | None, tau: Tensor | float, options: _Options):
-    """What stats_torch gives, from the Triton kernel; dlogp/dz comes exact, without row scales."""
+def stats_triton(z: Tensor, y: Tensor | None, tau: Tensor | float, options: Options) -> Chunk:
+    """What logprob_torch.stats gives, from the Triton kernel; dlogp/dz comes exact, without row scales."""
     stats = {}
     if "topk_entropy" in options.want:
         top = z.topk(min(TOP, z.shape[1]), -1).values  # softcap and temperature keep the order
-        stats["topk_entropy"] = _entropy_of(_final(top, options.softcap, tau))
+        stats["topk_entropy"] = entropy_of(final_logits(top, options.softcap, tau))
     ahead = options.dtype if options.ahead else None
     rows, dz = logprob_kernels.stats(z, y, tau, options.softcap, extras=bool(options.want), ahead=ahead)
     wanted = {"lse", *options.want} if y is None else {"lse", "logp", *options.want}
     return stats | {name: row for name, row in rows.items() if name in wanted}, dz, None
 
 
-def grad_triton(z: Tensor, y, tau, lse: Tensor, entropy: Tensor | None, g: _Grads, options: _Options) -> Tensor:
-    """What grad_torch gives, from the Triton kernel."""
+def grad_triton(
+    z: Tensor,
+    y: Tensor | None,
+    tau: Tensor | float,
+    lse: Tensor,
+    entropy: Tensor | None,
+    g: Grads,
+    options: Options,
+) -> Tensor:
+    """What logprob_torch.grad gives, from the Triton kernel."""
     return logprob_kernels.grad(z, y, tau, options.softcap, lse, (*g, entropy), dtype=options.dtype)
 
 
-def _chunks(n: int, rows: int):
+def _chunks(n: int, rows: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
 
 
 def _empty_stats(hidden: Tensor, has_targets: bool, want: frozenset[str]) -> dict[str, Tensor]:
     names = ["lse", *(["logp"] if has_targets else []), *sorted(want)]
-    wide = backend.stat_dtype(hidden)
-    return {name: hidden.new_empty(hidden.shape[0], dtype=torch.bool if name == "top1" else wide) for name in names}
+    dtype = backend.stat_dtype(hidden)
+    return {name: hidden.new_empty(hidden.shape[0], dtype=torch.bool if name == "top1" else dtype) for name in names}
 
 
-def forward_chunks(hidden, weight, bias, targets, tau, options: _Options) -> tuple[dict[str, Tensor], Tensor | None]:
+def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor], Tensor | None]:
     """All statistics [N] by name, and dlogp/dhidden [N, D] with `ahead`."""
-    n, run = hidden.shape[0], stats_triton if backend.use_triton(hidden) else stats_torch
+    hidden, weight, bias, targets, tau = inputs
+    n, run = hidden.shape[0], stats_triton if backend.use_triton(hidden) else logprob_torch.stats
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    out = _empty_stats(hidden, targets is not None, options.want)
+    stats = _empty_stats(hidden, targets is not None, options.want)
     jacobian = torch.empty_like(hidden) if options.ahead else None
     buffer = _buffer(hidden, weight, options)
     for rows in _chunks(n, options.rows):
         z = _logits(hidden[rows], weight, bias, buffer)
-        stats, dz, scales = run(z, _at(targets, rows), _at(tau, rows), options)
-        for name, value in stats.items():
-            out[name][rows] = value
+        chunk, dz, scales = run(z, rows_of(targets, rows), rows_of(tau, rows), options)
+        for name, value in chunk.items():
+            stats[name][rows] = value
         if jacobian is not None:
+            assert dz is not None
             _write(jacobian[rows], dz, weight, scales)
-    return out, jacobian
+    return stats, jacobian
 
 
-def backward_chunks(hidden, weight, bias, targets, tau, lse, entropy, g: _Grads, needs, options: _Options):
+def backward_chunks(
+    inputs: _Inputs, lse: Tensor, entropy: Tensor | None, g: Grads, needs: Sequence[bool], options: Options
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dweight and dbias (None where not needed); the logits of a chunk are made again."""
-    run = grad_triton if backend.use_triton(hidden) else grad_torch
-    wide = backend.stat_dtype(hidden)
+    hidden, weight, bias, targets, tau = inputs
+    run = grad_triton if backend.use_triton(hidden) else logprob_torch.grad
+    dtype = backend.stat_dtype(hidden)  # float32 sums over chunks: in bfloat16 64 chunks would err by 1e-2
     w, b = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     dh = torch.empty_like(hidden) if needs[0] else None
-    dw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
-    db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs[2] else None
+    dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
+    db = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if needs[2] else None
     buffer = _buffer(hidden, w, options)
     for rows in _chunks(hidden.shape[0], options.rows):
-        h = hidden[rows]
-        chunk = _Grads(*(_at(x, rows) for x in g))
-        dz = run(_logits(h, w, b, buffer), _at(targets, rows), _at(tau, rows), lse[rows], _at(entropy, rows), chunk, options)
+        h, chunk = hidden[rows], Grads(*(rows_of(x, rows) for x in g))
+        dz = run(
+            _logits(h, w, b, buffer),
+            rows_of(targets, rows),
+            rows_of(tau, rows),
+            lse[rows],
+            rows_of(entropy, rows),
+            chunk,
+            options,
+        )
         if dh is not None:
             _write(dh[rows], dz, w)
         if db is not None:
-            db += dz.sum(0, dtype=wide)
+            db += dz.sum(0, dtype=dtype)
         if dw is not None:
-            _accumulate(dw, dz, h, _at(targets, rows))
-    return dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+            _accumulate(dw, dz, h, rows_of(targets, rows))
+    return dh, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
 
 
 def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
@@ -300,8 +197,8 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
         return
     if not h.is_cuda and y is not None:
         # Products are rounded to h.dtype on the CPU. The targets' entries, the large ones, go around that: they are a sparse sum
-        own = dz.gather(1, y[:, None]).to(dw.dtype)
-        dw.index_add_(0, y, own * h)
+        entries = dz.gather(1, y[:, None]).to(dw.dtype)
+        dw.index_add_(0, y, entries * h)
         dz.scatter_(1, y[:, None], 0)
     width = SLAB[h.device.type]
     for i in range(0, dw.shape[0], width):
@@ -312,8 +209,8 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(hidden, weight, bias, targets, tau, options):
-        out, jacobian = forward_chunks(hidden, weight, bias, targets, tau, options)
-        return *(out.get(name) for name in TokenStats._fields), jacobian
+        stats, jacobian = forward_chunks(_Inputs(hidden, weight, bias, targets, tau), options)
+        return *(stats.get(name) for name in TokenStats._fields), jacobian
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -329,13 +226,13 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logp, entropy, lse, mean_logit, *_):
         hidden, weight, bias, targets, tau, saved_lse, saved_entropy, jacobian = ctx.saved_tensors
-        g, needs = _Grads(logp, entropy, lse, mean_logit), ctx.needs_input_grad
+        g, needs = Grads(logp, entropy, lse, mean_logit), ctx.needs_input_grad
         if all(x is None for x in g):
             return (None,) * 6
         if jacobian is not None and all(x is None for x in g[1:]):
             return (jacobian * logp[:, None]).to(hidden.dtype), *(None,) * 5
         tau = ctx.tau if tau is None else tau
-        grads = backward_chunks(hidden, weight, bias, targets, tau, saved_lse, saved_entropy, g, needs, ctx.options)
+        grads = backward_chunks(_Inputs(hidden, weight, bias, targets, tau), saved_lse, saved_entropy, g, needs, ctx.options)
         return *grads, None, None, None
 
 
@@ -360,12 +257,20 @@ def linear_logprob(
     _check(hidden, weight, targets, bias, softcap, temperature, want)
     constant_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
     ahead = torch.is_grad_enabled() and hidden.requires_grad and constant_head and targets is not None and "mean_logit" not in want
-    options = _Options(softcap, frozenset(want), ROWS[hidden.device.type], ahead, hidden.dtype)
+    options = Options(softcap, frozenset(want), ROWS[hidden.device.type], ahead, hidden.dtype)
     tau = temperature.to(hidden.device, backend.stat_dtype(hidden)) if isinstance(temperature, Tensor) else float(temperature)
     return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, targets, tau, options)[:-1])
 
 
-def _check(hidden, weight, targets, bias, softcap, temperature, want) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float | Tensor,
+    want: tuple[str, ...],
+) -> None:
     n = hidden.shape[0]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_logprob got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [N, D] and [V, D]")

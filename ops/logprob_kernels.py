@@ -1,7 +1,7 @@
 """Triton kernels of linear_logprob: statistics of a chunk of logits, and the gradient with respect to them.
 
 One program per row walks over the vocabulary with an online maximum; no atomics, so two runs agree bit for bit. Formulas, shapes and the
-torch twins (`stats_torch`, `grad_torch`) are in linear_logprob.
+torch twins are in linear_logprob and logprob_torch.
 Bytes moved for r rows and V columns of 4 bytes: statistics 4rV, or 8rV and the write with dlogp/dz; gradient 4rV and the write (8rV for a
 gradient of mean_logit).
 Shapes: z [r, V] raw logits, y int64 [r], tau [r].
@@ -45,7 +45,7 @@ def _miss_kernel(logp):
 
 
 @backend.jit
-def _stats_kernel(
+def _stats_kernel(  # noqa: PLR0913
     z,
     y,
     tau,
@@ -111,7 +111,9 @@ def _stats_kernel(
 
 
 @backend.jit
-def _grad_kernel(z, y, tau, softcap, columns, rows, lse, g, dz, HAS_CAP: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _grad_kernel(  # noqa: PLR0913
+    z, y, tau, softcap, columns, rows, lse, g, dz, HAS_CAP: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row per program. g [5, r]: upstream gradients of logp, entropy, lse and mean_logit, and the entropy; 0 where there is none."""
     row = tl.program_id(0).to(tl.int64)
     t, total, target = tl.load(tau + row), tl.load(lse + row), tl.load(y + row)

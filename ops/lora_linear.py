@@ -25,6 +25,7 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(x, u, scale, n, *tensors):
         weights, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        # One product for all adapters: n products of rank r would each read the input again and leave most of the cores idle.
         low = (x if u is None else u) @ torch.cat(downs).T  # [T, n r]
         ranks = [down.shape[0] for down in downs]
         outs = []
@@ -61,6 +62,7 @@ def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor], low: tuple |
     d_x = None  # [T, I]
     for g, w in zip(grads, weights, strict=True):
         d_x = product.rows(g, w, add=d_x)
+    assert d_x is not None
     return d_x if low is None else d_x.addmm_(low[0], torch.cat(low[1]))
 
 
@@ -70,12 +72,12 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict |
     Projections without an adapter are plain products; the adapted ones share one backward pass. `u` [T, I] replaces x
     as the adapters' input (dropout).
     """
-    adapted = [i for i, ab in enumerate(adapters) if ab]
-    outs: list = [None if ab else product.linear(x, w) for w, ab in zip(weights, adapters, strict=True)]
+    adapted = {i: ab for i, ab in enumerate(adapters) if ab}
+    projections: list = [None if ab else product.linear(x, w) for w, ab in zip(weights, adapters, strict=True)]
     if adapted:
-        downs = [adapters[i]["A"].to(x.dtype) for i in adapted]
-        ups = [adapters[i]["B"].to(x.dtype) for i in adapted]
+        downs = [ab["A"].to(x.dtype) for ab in adapted.values()]
+        ups = [ab["B"].to(x.dtype) for ab in adapted.values()]
         results = _LoraLinears.apply(x, u, scale, len(adapted), *(weights[i] for i in adapted), *downs, *ups)
         for i, y in zip(adapted, results, strict=False):
-            outs[i] = y
-    return outs
+            projections[i] = y
+    return projections

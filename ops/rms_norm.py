@@ -62,7 +62,9 @@ def _forward_kernel(x, scale, y, rstd, dim, eps, BLOCK: tl.constexpr):
 
 
 @backend.jit
-def _backward_kernel(dy, x, scale, rstd, dx, partial, rows, dim, programs, WITH_DSCALE: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(  # noqa: PLR0913
+    dy, x, scale, rstd, dx, partial, rows, dim, programs, WITH_DSCALE: tl.constexpr, BLOCK: tl.constexpr
+):
     first = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < dim

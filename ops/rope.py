@@ -50,7 +50,7 @@ def rotate_torch(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor
 
 
 @backend.jit
-def _rotate_heads(x, y, cos, sin, row, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate_heads(x, y, cos, sin, row, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):  # noqa: PLR0913
     at_half = tl.arange(0, HALF)[None, :]
     at_head = tl.arange(0, HEADS)[:, None]
     inside = (at_head < heads) & (at_half < half)
@@ -64,7 +64,9 @@ def _rotate_heads(x, y, cos, sin, row, heads, half, HEADS: tl.constexpr, HALF: t
 
 
 @backend.jit
-def _kernel(q, k, q_out, k_out, cos, sin, q_heads, k_heads, half, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr):
+def _kernel(  # noqa: PLR0913
+    q, k, q_out, k_out, cos, sin, q_heads, k_heads, half, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     _rotate_heads(q, q_out, cos, sin, row, q_heads, half, Q_HEADS, HALF)
     _rotate_heads(k, k_out, cos, sin, row, k_heads, half, K_HEADS, HALF)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from treetune.ops import linear_logprob as op
+from treetune.ops import logprob_torch
 from treetune.ops.linear_logprob import linear_logprob
 
 DIFFERENTIABLE = ("logp", "entropy", "lse", "mean_logit")
@@ -48,7 +49,7 @@ def _dense(hidden, weight, bias, targets, softcap=None, temperature=1.0):
 def small_chunks(monkeypatch):
     """Several chunks, each of several blocks, with a ragged end."""
     monkeypatch.setitem(op.ROWS, "cpu", 5)
-    monkeypatch.setattr(op, "BLOCK", 2 * 37)
+    monkeypatch.setattr(logprob_torch, "BLOCK", 2 * 37)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -218,7 +219,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, rows, frozen):
     monkeypatch.setitem(op.ROWS, "cpu", 50)
     whole = run()
     monkeypatch.setitem(op.ROWS, "cpu", rows)
-    monkeypatch.setattr(op, "BLOCK", 37 * 2)
+    monkeypatch.setattr(logprob_torch, "BLOCK", 37 * 2)
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
 
@@ -228,7 +229,7 @@ def test_bf16_head_gradient_error_is_that_of_one_product(monkeypatch, rows, rela
     hidden, weight, _, targets = _inputs(torch.bfloat16, n=1024, dim=64, vocab=512, spread=0.2)
     coefficient = torch.linspace(0.1, 1, 1024)
     monkeypatch.setitem(op.ROWS, "cpu", rows)
-    monkeypatch.setattr(op, "BLOCK", 1 << 18)
+    monkeypatch.setattr(logprob_torch, "BLOCK", 1 << 18)
 
     def gradient(logp, w):
         return torch.autograd.grad((logp * coefficient).sum(), w)[0]
@@ -259,7 +260,7 @@ def test_hidden_gradient_and_logp_errors_are_those_of_the_plain_formula(dtype, r
 def test_softmax_of_low_precision_logits_is_float32():
     z = torch.randn(16, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.arange(16)
-    logp = op.stats_torch(z.clone(), targets, 1.0, op._Options(None, frozenset(), 16, False, z.dtype))[0]["logp"]
+    logp = logprob_torch.stats(z.clone(), targets, 1.0, logprob_torch.Options(None, frozenset(), 16, False, z.dtype))[0]["logp"]
     exact = z.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert (logp - exact).abs().max() < 4e-6
     assert (z.log_softmax(-1).gather(1, targets[:, None])[:, 0] - exact).abs().max() > 1e-2
