@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from treetune.cli import online, setup
-from treetune.cli.commands import score
 from treetune.cli.options.model import ModelOptions
 from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.cli.options.rollout import RewardFunctions
 from treetune.core import ckpt
-from treetune.core.data import fingerprint
+from treetune.core.data import fingerprint, scored_rows
 from treetune.core.rollout import rewards
 from treetune.core.rollout.reward_models import RewardModel
 from treetune.core.rollout.rewards import Rewards
@@ -52,8 +51,10 @@ def _model(name: str, model: ModelOptions, device: torch.device) -> RewardModel:
     tokenizer = setup.load_tokenizer(options, path)
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
-    judge = score.load(options, path, on=device)
-    return RewardModel(partial(score.scores, judge, on=device), tokenizer, judge.kind == "token", _digest(judge))
+    judge = reward_model.load(base, adapter_path=path, dtype=model.dtype, device=device)
+    forward = partial(reward_model.scores, judge, device=device)
+    scores = partial(scored_rows.score_batch, forward=forward, read=reward_model.READ[judge.kind])
+    return RewardModel(scores, tokenizer, judge.kind == "token", _digest(judge))
 
 
 def _digest(judge: reward_model.RewardModel) -> str:

@@ -3,6 +3,7 @@
 N read rows of D documents, C classes.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch
-from treetune.models import Model, fetch, heads, loading
+from treetune.models import Model, adapter, fetch, heads, loading
 from treetune.models.tokenizer import Say, adapter_folder, silent
 from treetune.ops import attention
 
@@ -27,6 +28,22 @@ class RewardModel(NamedTuple):
     lora: Lora | None
     head: Params
     kind: str
+
+
+def locate(name: str | None, adapter_path: str | None) -> tuple[str, str | None]:
+    """The base model and the adapter folder of a reward model; `name` may be the folder of an adapter or of a run, too.
+
+    Raises ValueError where the adapter names no base model.
+    """
+    if name is not None and adapter_path is None and (adapter_folder(name) / adapter.CONFIG).is_file():
+        name, adapter_path = None, name
+    if name is not None:
+        inside = Path(name) / "model"
+        return str(inside) if inside.is_dir() and not (Path(name) / "config.json").exists() else name, adapter_path
+    base = "" if adapter_path is None else adapter.base_of(adapter_folder(adapter_path))
+    if not base:
+        raise ValueError(f"{adapter_path} names no base model: give one before --adapter")
+    return base, adapter_path
 
 
 def load(

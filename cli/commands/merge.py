@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.cli.commands import score, target
+from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Merge
 from treetune.cli.options.model import ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, heads, hf, loading, merging
+from treetune.models import Model, heads, hf, loading, merging, reward_model
 from treetune.models import tokenizer as tokenizers
 
 
@@ -33,8 +33,9 @@ def run(config: Merge, given: frozenset[str]) -> int:
         options = options if config.model is None else dataclasses.replace(options, model=config.model)
         chosen = target.choose(options, config.adapter, given)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        model, lora, head = _load(chosen, screen)
-        merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
+        loaded = _load(chosen, config.adapter, screen)
+        dtype, head = loading.DTYPES[config.save_dtype], loaded.head
+        merged = merging.merge(loaded.model, loaded.lora, tokenizer, dtype=dtype, head=head)
         _report(merged, "logit" if head is None else "score", config.max_logit_diff, screen)
         if head is None:
             generation = tokenizers.generation_config(chosen.options.model, tokenizer, revision=chosen.options.revision)
@@ -45,13 +46,17 @@ def run(config: Merge, given: frozenset[str]) -> int:
     return 0
 
 
-def _load(chosen: target.Target, screen: Screen) -> Loaded:
-    """The model and the adapter in a folder, of a language model or of a reward model."""
-    device = torch.device("cpu")
-    if heads.kind(tokenizers.adapter_folder(chosen.adapter)) is None:
-        return Loaded(*target.load_model(chosen, device, say=screen.line), None)
-    judge = score.load(chosen.options, chosen.adapter, on=device, say=screen.line)
-    return Loaded(judge.model, judge.lora, judge.head)
+def _load(chosen: target.Target, adapter: str, screen: Screen) -> Loaded:
+    device, name, revision = torch.device("cpu"), chosen.options.model, chosen.options.revision
+    if heads.kind(tokenizers.adapter_folder(adapter)) is None:
+        model, lora = target.load_model(chosen, device, say=screen.line)
+        head = None
+    else:
+        model, lora, head, _ = reward_model.load(
+            name, adapter_path=adapter, revision=revision, dtype=chosen.options.dtype, device=device, say=screen.line
+        )
+    assert lora is not None, "an adapter was named"
+    return Loaded(model, lora, head)
 
 
 def _report(merged: merging.Merged, output: str, bound: float, screen: Screen) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired
+from treetune.core.state import Batch
 
 COLUMNS = ("score", "chosen_score", "rejected_score", "step_scores")  # what a row is given
 Values = list[list[float]]  # for each document the scores of its sequences, or of its steps
@@ -27,6 +28,14 @@ class ScoredRows(NamedTuple):
     docs: list[trees.TreeDoc]
     line: str
     labelled: bool
+
+
+class Forward(Protocol):
+    """Scores of a stream by a reward model."""
+
+    def __call__(self, batch: Batch, *, documents: int) -> Values:
+        """The scores of each of the `documents` of the stream that are no padding."""
+        ...
 
 
 def _conversation(row: dict, where: str) -> trees.Sides:
@@ -99,16 +108,20 @@ def _with_labels(rows: sources.Rows) -> sources.Rows:
     return rows._replace(rows=[row | {"labels": [True] * count} for row, count in zip(rows.rows, counts, strict=True)])
 
 
-def score(
-    docs: Sequence[trees.TreeDoc], scores: Callable[[list[trees.TreeDoc]], Values], *, budget: int, progress: Callable[[int], None]
-) -> Values:
-    """The scores of each document. scores: those of a few documents; budget: tokens of a forward pass; progress: told how many are done."""
+def score(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, budget: int, pad: bool, progress: Callable[[int], None]) -> Values:
+    """The scores of each document, in forward passes of up to `budget` tokens, or of so many if `pad`; progress counts documents."""
     values: Values = [[] for _ in docs]
     for group in pack.pack([len(doc.tokens) for doc in docs], budget, seed=None):
-        for i, value in zip(group, scores([docs[i] for i in group]), strict=True):
+        batch = score_batch([docs[i] for i in group], forward, read=read, pad_to=budget if pad else None)
+        for i, value in zip(group, batch, strict=True):
             values[i] = value
         progress(len(group))
     return values
+
+
+def score_batch(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, pad_to: int | None = None) -> Values:
+    """The scores of documents in one forward pass. read: what the head scores, as of `pack.collate_trees`."""
+    return forward(pack.collate_trees(docs, read=read, budget=pad_to, pad=pad_to is not None), documents=len(docs))
 
 
 def describe(scored: ScoredRows, values: Values) -> dict[str, str]:

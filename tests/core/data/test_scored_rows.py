@@ -35,11 +35,18 @@ def test_columns_that_a_model_does_not_score_are_refused(row, steps):
         scored_rows.detect(rows_of(row), "auto", steps=steps)
 
 
+@pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("budget", [9, 20, 1000])
-def test_scores_come_in_the_order_of_the_documents(budget):
-    docs, done = [doc(i, i + 2) for i in range(7)], []
-    values = scored_rows.score(docs, lambda some: [[float(one.row)] for one in some], budget=budget, progress=done.append)
+def test_scores_come_in_the_order_of_the_documents(budget, pad):
+    docs, done, sizes = [doc(i, i + 2) for i in range(7)], [], []
+
+    def forward(batch, *, documents):
+        sizes.append(len(batch["tokens"]))
+        return [[float(row)] for row in batch["row"][:documents].tolist()]
+
+    values = scored_rows.score(docs, forward, read="last", budget=budget, pad=pad, progress=done.append)
     assert values == [[float(i)] for i in range(7)] and sum(done) == 7
+    assert set(sizes) == {budget} if pad else max(sizes) <= budget
 
 
 def test_pairs_have_accuracy_and_margin():
