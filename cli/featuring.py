@@ -3,72 +3,39 @@
 N rows of B sequences in a stream; P groups (a prompt, or an anchor of a document) of n rollouts; D features.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from treetune.cli import setup
 from treetune.cli.methods.ebft import EbftOptions
-from treetune.core import tree
-from treetune.core.state import Params
 from treetune.losses import ebft
-from treetune.models import Model, bare, features
-from treetune.ops import attention
+from treetune.models import Model, feature_network
+from treetune.models.feature_network import COPY as COPY
+from treetune.models.feature_network import sequence_rows as rows  # noqa: F401
 
 NORMS = {"per_layer": ebft.per_layer, "joint": ebft.joint, "raw": ebft.raw}
 WHITEN = {"features": ebft.whiten_features, "rows": ebft.whiten_rows}
-COPY = "features"  # the frozen tree that is the network where the model itself trains
-
-
-class Rows(NamedTuple):
-    """Where sequences stand in a stream: rows at [N] of each in turn, seq [N], lens [B]; the first prompt_lens [B] rows are its prompt."""
-
-    at: Tensor
-    seq: Tensor
-    lens: Tensor
-    prompt_lens: Tensor
 
 
 class Network(NamedTuple):
-    """phi(frozen, batch, plan, rows) -> features [B, D] of sequences in a stream, float32 at least; the run's trees with its own."""
+    """As `feature_network.FeatureNetwork`."""
 
-    phi: Callable[[Params, dict, Any, Rows], Tensor]
+    phi: feature_network.Pooled
     trees: setup.Trees
 
 
-def rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -> Rows:
-    """Sequences of these lengths [B], whose rows are at [N]; without prompt_lens nothing of them is a prompt."""
-    seq = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(lens)
-    return Rows(at, seq, lens, torch.zeros_like(lens) if prompt_lens is None else prompt_lens)
-
-
 def build(options: EbftOptions, model: Model, used: setup.Trees) -> Network:
-    """The network that a run starts from, without its adapter: the frozen base itself under LoRA, else a frozen copy."""
-    layers = ebft.layers(options.feature_layers, model.cfg.num_layers)
-    pooled = partial(_pooled, options, bare(model), layers)
-    if options.feature_device == "cpu":
-        kept = tree.map(lambda leaf: leaf.detach().to("cpu", model.cfg.dtype, copy=True), model.params)
-        return Network(lambda frozen, *stream: pooled(kept, *stream), used)
-    if used.lora is not None:
-        return Network(lambda frozen, *stream: pooled(frozen["model"], *stream), used)
-    own = tree.map(lambda leaf: leaf.detach().to(model.cfg.dtype, copy=True), model.params)
-    return Network(lambda frozen, *stream: pooled(frozen[COPY], *stream), used._replace(frozen=used.frozen | {COPY: own}))
-
-
-def _pooled(options: EbftOptions, model: Model, layers: tuple[int, ...], weights: Params, batch: dict, plan: Any, where: Rows) -> Tensor:
-    here, there = where.at.device, tree.leaves(weights)[0].device
-    if there != here:
-        batch = {key: value.to(there) for key, value in batch.items()}
-        cut = {key: value.cpu() for key, value in batch.items()}
-        plan = attention.plan(cut, window=model.cfg.window, device=there, dtype=model.cfg.dtype)
-    hidden = features.hidden(model.family, model.cfg, weights, batch, plan, where.at.to(there), layers=layers)
-    x = NORMS[norm(options)](hidden).to(here)
+    """The network that the options describe, without the adapter of the run."""
     pool = getattr(ebft, options.embed_method)
-    more = (where.prompt_lens,) if options.embed_method == "completion_mean" else ()
-    return pool(x, where.seq, where.lens, *more)
+
+    def pooled(x: Tensor, where: feature_network.SequenceRows) -> Tensor:
+        more = (where.prompt_lens,) if options.embed_method == "completion_mean" else ()
+        return pool(x, where.seq, where.lens, *more)
+
+    layers = ebft.layers(options.feature_layers, model.cfg.num_layers)
+    recipe = feature_network.Recipe(layers, NORMS[norm(options)], pooled)
+    return Network(*feature_network.build(used, recipe, on_cpu=options.feature_device == "cpu"))
 
 
 def norm(options: EbftOptions) -> str:

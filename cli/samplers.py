@@ -14,11 +14,12 @@ from treetune.core.lora import Lora
 from treetune.core.rollout import custom, server, vllm
 from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
-from treetune.core.rollout.documents import TokenSamples
 from treetune.core.rollout.group import PromptSampler
 from treetune.core.rollout.sampler import Wrapper, fatal_errors
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, bare, decode, logprobs, serving
+from treetune.models import Model, bare, logprobs, serving
+from treetune.models import policy as policies
+from treetune.models.policy import Policy
 from treetune.ops import attention
 
 __all__ = ["Samplers", "build", "describe", "ending", "local", "rollout_of", "sampler_of"]
@@ -81,17 +82,10 @@ def rollout_of(options: Any, tokenizer: Any, cfg: Any) -> core_sampler.Rollout:
 
 def local(model: Model, lora: Lora | None, params: vllm.SamplingParams, tokenizer: Any, *, seed: int) -> core_sampler.TokenSampler:
     """The sampler of the trainer's own weights."""
-    # A closure over the loaded weights would keep them in memory beside those that train.
-    model, lora = bare(model), setup.without_tree(lora)
-    stop_ids = list(params.stop_ids)
+    sizes = Policy(model.family, model.cfg, {}, {}, lora)
     shape = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
-
-    def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> TokenSamples:
-        policy, adapter = finish.current(state, model, lora)
-        names = list(numbers)
-        return decode.sample(policy, ids, n=n, lora=adapter, max_new_tokens=max_tokens, stop=stop_ids, seed=seed, ids=names, **shape)
-
-    return core_sampler.local(sample, stop_ids=stop_ids, tokenizer=tokenizer)
+    sample = policies.sampler(sizes, **shape, stop=params.stop_ids, seed=seed)
+    return core_sampler.local(sample, stop_ids=list(params.stop_ids), tokenizer=tokenizer)
 
 
 def sampling_params(options: Any, stop: Sequence[int]) -> vllm.SamplingParams:

@@ -5,18 +5,19 @@ of the loaded ones would never be freed.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from treetune.core import lora, param, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.core.state import Batch, Logprob, Scores
-from treetune.models import Model, adapter, artifacts, heads, hf, loading, logprobs, resize
+from treetune.core.state import Batch, Logprob, Scores, TrainState
+from treetune.models import Model, adapter, artifacts, decode, heads, hf, loading, logprobs, resize
 from treetune.models.adapter import Base, Carried, Info
+from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
 from treetune.ops.attention import Plan
@@ -88,7 +89,7 @@ def load(
 
 def bare(policy: Policy) -> Policy:
     """The policy without weights: what a function that lives as long as a run may keep."""
-    return policy._replace(params={}, frozen={})
+    return policy._replace(params={}, frozen={}, lora=without_tree(policy.lora))
 
 
 def full(model: Model) -> Policy:
@@ -254,6 +255,34 @@ def current(policy: Policy, params: Params | None = None, frozen: Params | None 
     base = tree.map(shard.full, (policy.frozen if frozen is None else frozen).get("model", {}))
     model = Model(policy.family, policy.cfg, weights(trained, {"model": base}))
     return model, None if policy.lora is None else policy.lora._replace(tree=trained["lora"], dropout=0.0)
+
+
+class LocalSample(Protocol):
+    """The policy's own sampling: n completions of each of P prompts, R = P n rows, prompt by prompt."""
+
+    def __call__(self, state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
+        """Completions of at most max_tokens tokens from the weights of the state; `numbers` name the randomness of each prompt."""
+        ...
+
+
+def sampler(
+    policy: Policy,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[int] = (),
+    seed: int,
+) -> LocalSample:
+    """The sampler of the weights of the state that it is given: the policy that trains, so that the importance ratio is 1."""
+    sizes, options = bare(policy), {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+
+    def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
+        model, low = current(sizes, state.params, state.frozen)
+        return decode.sample(model, ids, n=n, lora=low, max_new_tokens=max_tokens, stop=stop, seed=seed, ids=list(numbers), **options)
+
+    return sample
 
 
 def save(

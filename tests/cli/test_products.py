@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from treetune.cli import products
 from treetune.core import ckpt
+from treetune.models import products
 from treetune.ops import product
 
 TURNED = product.Choice("onednn turned", "torch")
@@ -32,7 +32,7 @@ def test_a_machine_is_measured_once(machine, tiny, tune, here):
     (kept,) = (here / "home/products").iterdir()
     for text in ("", "[]", '{"few": "cublas", "many": "torch"}'):
         kept.write_text(text)
-        assert products._of_machine() == TURNED
+        assert products.measured() == TURNED
     assert len(machine) == 4 and json.loads(kept.read_text())["few"] == "onednn turned"
 
 
@@ -41,7 +41,7 @@ def test_a_resumed_run_goes_on_with_its_own_products(machine, tiny, tune, here, 
     meta = ckpt.read_meta(here / "run/checkpoints/step_000002")
     assert meta["products"] == TURNED._asdict()
     other = product.Choice()
-    monkeypatch.setattr(products, "_of_machine", lambda: other)
+    monkeypatch.setattr(products, "measured", lambda: other)
     done = tune(*args(tiny, "--max-steps", 4, "--resume", "auto"))
     assert done.code == 0 and product.chosen() == TURNED, done.err
     assert "products: onednn turned for few rows and torch for many, as in step_000002" in done.out

@@ -1,0 +1,92 @@
+"""The frozen network whose features compare texts: hidden states of the model that a run starts from, pooled over sequences.
+
+N rows of B sequences in a stream, H hidden size, D features.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from treetune.core import tree
+from treetune.core.param import Params
+from treetune.core.state import Batch
+from treetune.models import features
+from treetune.models.dense import Config
+from treetune.models.policy import Policy
+from treetune.ops import attention
+from treetune.ops.attention import Plan
+
+COPY = "features"  # the frozen tree that is the network where the model itself trains
+
+
+class SequenceRows(NamedTuple):
+    """Where sequences stand in a stream: rows at [N] of each in turn, seq [N], lens [B]; the first prompt_lens [B] rows are its prompt."""
+
+    at: Tensor
+    seq: Tensor
+    lens: Tensor
+    prompt_lens: Tensor
+
+
+class Pooled(Protocol):
+    """Features [B, D] of sequences in a stream, float32 at least."""
+
+    def __call__(self, frozen: Params, batch: Batch, plan: Plan, rows: SequenceRows, /) -> Tensor:
+        """[B, D]."""
+        ...
+
+
+class FeatureNetwork(NamedTuple):
+    """phi(frozen, batch, plan, rows) -> features [B, D], and the policy with the frozen tree that it needs."""
+
+    phi: Pooled
+    policy: Policy
+
+
+class Recipe(NamedTuple):
+    """layers: of which hidden states are taken. norm: L times [N, H] -> [N, D]. pool: ([N, D], rows) -> [B, D]."""
+
+    layers: Sequence[int]
+    norm: Callable[[list[Tensor]], Tensor]
+    pool: Callable[[Tensor, SequenceRows], Tensor]
+
+
+def sequence_rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -> SequenceRows:
+    """Sequences of these lengths [B], whose rows are at [N]; without prompt_lens nothing of them is a prompt."""
+    seq = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(lens)
+    return SequenceRows(at, seq, lens, torch.zeros_like(lens) if prompt_lens is None else prompt_lens)
+
+
+def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False) -> FeatureNetwork:
+    """The network that a run starts from, without its adapter: the frozen base itself under LoRA, else a frozen copy.
+
+    on_cpu: a copy in the memory of the host, which computes there, too.
+    """
+    family, cfg = policy.family, policy.cfg
+    if on_cpu:
+        copy = _copy(_base(policy), cfg, "cpu")
+        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, copy, *stream), policy)
+    if policy.lora is not None:
+        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen["model"], *stream), policy)
+    frozen_policy = policy._replace(frozen=policy.frozen | {COPY: _copy(_base(policy), cfg, None)})
+    return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen[COPY], *stream), frozen_policy)
+
+
+def _base(policy: Policy) -> Params:
+    return policy.params["model"] if policy.lora is None else policy.frozen["model"]
+
+
+def _copy(params: Params, cfg: Config, device: str | None) -> Params:
+    return tree.map(lambda leaf: leaf.detach().to(device or leaf.device, cfg.dtype, copy=True), params)
+
+
+def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batch, plan: Plan, rows: SequenceRows) -> Tensor:
+    device, network_device = rows.at.device, tree.leaves(weights)[0].device
+    if network_device != device:
+        batch = {key: value.to(network_device) for key, value in batch.items()}
+        # The plan's masks live where the attention runs, and are made from a batch on the host.
+        plan = attention.plan({key: value.cpu() for key, value in batch.items()}, window=cfg.window, device=network_device, dtype=cfg.dtype)
+    hidden = features.hidden(family, cfg, weights, batch, plan, rows.at.to(network_device), layers=recipe.layers)
+    return recipe.pool(recipe.norm(hidden).to(device), rows)

@@ -1,0 +1,99 @@
+"""Which matrix products a run computes with on a CPU: measured once on each machine, recorded in checkpoints, taken from there on resuming.
+
+The choice is stored under `$TREETUNE_HOME/products` by processor, torch version and threads, so that runs of one machine agree.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treetune.models import fetch
+from treetune.models.tokenizer import Say, silent
+from treetune.ops import product
+
+KEY = "products"  # of a checkpoint's meta
+Share = Callable[[Callable[[], Any]], Any]  # runs a function on one rank and gives its result to all
+
+
+def settle(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    recorded: Mapping[str, str] | None = None,
+    source: str = "",
+    share: Share | None = None,
+    say: Say = silent,
+) -> None:
+    """Choose the products for this process: those recorded in a checkpoint to go on from, else those of the machine.
+
+    recorded: what `record` gave, under KEY; source: the checkpoint's name. share: runs a function on rank 0 and gives its result to all
+    ranks, which must agree.
+    """
+    product.choose(product.Choice())  # whatever ran in this process before may have had another
+    if device.type != "cpu" or dtype != torch.float32:
+        return
+    fastest = measured() if share is None else share(measured)
+    choice = fastest if recorded is None else product.Choice(**recorded)
+    product.choose(choice)
+    if choice != fastest:
+        say(f"products: {_describe(choice)}, as in {source}; on this machine {_describe(fastest)} would be faster")
+
+
+def record() -> dict[str, dict[str, str]]:
+    """What a checkpoint keeps of the choice."""
+    return {KEY: product.chosen()._asdict()}
+
+
+def _describe(choice: product.Choice) -> str:
+    return f"{choice.few} for few rows and {choice.many} for many"
+
+
+def measured() -> product.Choice:
+    """The choice that is stored for this machine, measured when there is none; where nothing can be written, each start measures."""
+    name = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    path = fetch.home() / "products" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    if (stored := _read(path)) is not None:
+        return stored
+    choice = product.measure()
+    _write(path, {"machine": name, **choice._asdict()})
+    return _read(path) or choice  # another process may have been first, and all must agree
+
+
+def _read(path: Path) -> product.Choice | None:
+    try:
+        stored = json.loads(path.read_text())
+        choice = product.Choice(stored["few"], stored["many"])
+        return choice if set(choice) <= product.CANDIDATES.keys() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, entry: dict[str, str]) -> None:
+    """Write the file unless there is a sound one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(entry, indent=1))
+        if _read(path) is None:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    with contextlib.suppress(OSError):
+        draft.unlink(missing_ok=True)
+
+
+def processor() -> str:
+    """The name of the CPU with the instruction set that torch uses on it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
