@@ -1,6 +1,8 @@
 """Options that hold NAME=TEXT or REGEX=NUMBER pairs. Imports no torch."""
 
+import json
 import re
+from typing import Any
 
 from treetune.cli.options.ranges import FLOAT_MAX
 
@@ -33,3 +35,15 @@ def named_texts(texts: tuple[str, ...], option: str) -> dict[str, str]:
             raise ValueError(f"--{option} takes NAME=TEXT, each name once, got {text!r}")
         out[name] = value
     return out
+
+
+def named_values(texts: tuple[str, ...], option: str) -> dict[str, Any]:
+    """NAME=VALUE texts as a mapping, values as JSON where they are JSON."""
+    return {name: _value(text) for name, text in named_texts(texts, option).items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

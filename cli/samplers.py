@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.cli import finish, rl_data, setup
+from treetune.cli import finish, pairs, setup
 from treetune.core.data import pack, spans
 from treetune.core.lora import Lora
 from treetune.core.rollout import custom, server, vllm
@@ -98,7 +98,7 @@ def sampling_params(options: Any, stop: Sequence[int]) -> vllm.SamplingParams:
         options.repetition_penalty,
         sorted({*stop, *options.stop_token_ids}),
         options.vllm_guided_decoding_regex,
-        rl_data.named_values(options.generation_kwargs, "generation-kwargs"),
+        pairs.named_values(options.generation_kwargs, "generation-kwargs"),
     )
 
 

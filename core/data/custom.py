@@ -48,6 +48,13 @@ def load_transform(path: str, cfg: object = None, **options) -> Transform:
     return _checked(path, *(result if isinstance(result, tuple) and len(result) == 2 else (result, {})))
 
 
+def is_path(name: object, formats: Sequence[str]) -> bool:
+    """Whether a type names the user's own transform, after which rows are known by their columns, and none of the formats."""
+    if not isinstance(name, str) or name in formats or not ("." in name or ":" in name):
+        return False
+    return name.partition(".")[0] not in {known.partition(".")[0] for known in formats if "." in known}
+
+
 def import_function(path: str, role: str = "transform") -> Callable:
     """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `role`, when there is none."""
     module_path, _, name = path.rpartition(":" if ":" in path else ".")

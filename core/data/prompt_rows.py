@@ -1,0 +1,108 @@
+"""Prompts of reinforcement learning: rows of any shape -> core.data.prompts.Prompt, held out or not."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from treetune.core import fields
+from treetune.core.data import custom, dataset, kinds, prompts, sources, turns
+from treetune.core.data.dataset import Dataset, RowSettings
+from treetune.core.data.prompts import Prompt
+
+OWN_KEYS = frozenset({"path", "type", "field_prompt"})  # of an entry of `datasets`, besides the source's
+COLUMNS = ("prompt", "messages", "question")  # that hold the prompt where none is named; the first that a data set has
+
+
+def load(settings: RowSettings, tokenizer: Any, *, seed: int, field_prompt: str = "auto", transform: str | None = None) -> Dataset:
+    """All prompts of the settings. Errors: ValueError naming file, row and fix.
+
+    field_prompt, transform: the column of the prompt, and a user's function by import path, where an entry names none.
+    """
+    if not settings.data and not settings.datasets:
+        raise ValueError("no prompts: give --data at least one file or data set")
+    defaults = {"field_prompt": field_prompt, "type": transform}
+    parts = [_rows(entry, settings, tokenizer, defaults) for entry in settings.training_entries()]
+    val_parts = [_rows(entry, settings, tokenizer, defaults) for entry in settings.held_out_entries()]
+    if not val_parts and settings.val_set_size:
+        parts, val_parts = dataset.hold_out(parts, settings.val_set_size, seed, key=kinds.prompt)
+    train, lines = _read(parts, settings, tokenizer, "train")
+    val, val_lines = _read(val_parts, settings, tokenizer, "held out")
+    return Dataset(train, val, None, "prompts", lines + val_lines)
+
+
+def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any, defaults: Mapping[str, Any]) -> sources.Rows:
+    """The rows of a data set, each with its prompt in the column `prompt`."""
+    dataset.check_keys(entry, OWN_KEYS, "prompts take")
+    rows = dataset.read_source(entry, settings)
+    if transform := entry.get("type") or defaults["type"]:
+        rows = custom.apply_transform(rows, custom.load_transform(transform, settings.transform_config), tokenizer)
+    name = _column(rows, entry.get("field_prompt") or defaults["field_prompt"])
+    return rows._replace(rows=[_with_prompt(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])
+
+
+def _column(rows: sources.Rows, named: str) -> str:
+    columns = sources.columns(rows)
+    if named != "auto":
+        if named not in columns:
+            raise ValueError(f"{rows.name} has no column {named}; it has {sources.join_names(columns)}")
+        return named
+    name = next((name for name in COLUMNS if name in columns), None)
+    if name is None:
+        raise ValueError(f"{rows.name} has the columns {sources.join_names(columns)}: name that of the prompt with --field-prompt")
+    return name
+
+
+def _with_prompt(row: dict, name: str, location: str) -> dict:
+    """The row with `prompt`; an answer at the end of messages becomes a column, for rewards to compare with."""
+    value, rest = row.get(name), {key: other for key, other in row.items() if key != name}
+    if name == "question" and isinstance(value, str):
+        return rest | {"prompt": [{"role": "user", "content": value}]}
+    if not isinstance(value, list):
+        return rest | {"prompt": value}
+    messages = turns.read_turns(value, f"{location}: field {name}")
+    if messages[-1]["role"] != "assistant":
+        return rest | {"prompt": messages}
+    if len(messages) == 1:
+        raise ValueError(f"{location}: field {name} holds an answer and no prompt")
+    answer = messages[-1].get("content") or messages[-1].get("tool_calls")
+    return {"answer": answer} | rest | {"prompt": messages[:-1]}
+
+
+def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, label: str) -> tuple[list[Prompt], list[str]]:
+    """The prompts of all data sets, with rows numbered through, and a line about each set."""
+    read, lines, offset = [], [], 0
+    for part in parts:
+        with fields.reading(part.name):
+            some, report = prompts.read(part, tokenizer, **settings.encoding)
+        read += [one._replace(row=one.row + offset) for one in some]
+        offset += max(part.numbers, default=0) + 1
+        lines.append(
+            f"{label} {part.name}: {report.prompts} prompts, the longest {report.longest} tokens{describe_dropped(report.dropped)}"
+        )
+    return read, lines
+
+
+def describe_dropped(dropped: Mapping[str, int]) -> str:
+    """The rows that were dropped, by reason, as the end of a line."""
+    return "".join(f", {count} dropped: {why}" for why, count in dropped.items())
+
+
+def check_fits(
+    prompts: Sequence[Prompt], *, max_completion_length: int, stop_ids: Sequence[int], vocab_size: int, max_positions: int
+) -> None:
+    """Errors: ValueError when a prompt with a completion needs more positions than the model has, or an id is none of its own."""
+    longest = max(prompts, key=lambda one: len(one.tokens))
+    if len(longest.tokens) + max_completion_length > max_positions:
+        raise ValueError(
+            f"row {longest.row} has a prompt of {len(longest.tokens)} tokens, with max_completion_length {max_completion_length} more than "
+            f"the {max_positions} positions of the model: lower max_prompt_len or max_completion_length"
+        )
+    check_ids(prompts, stop_ids=stop_ids, vocab_size=vocab_size)
+
+
+def check_ids(prompts: Sequence[Prompt], *, stop_ids: Sequence[int], vocab_size: int) -> None:
+    """Errors: ValueError when an id of the prompts or of stop_token_ids is none of the model's."""
+    largest = max(int(one.tokens.max()) for one in prompts)
+    if largest >= vocab_size:
+        raise ValueError(f"the prompts hold token id {largest}, the model has {vocab_size}: the tokenizer is of another model")
+    if wrong := [one for one in stop_ids if not 0 <= one < vocab_size]:
+        raise ValueError(f"stop_token_ids has {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
