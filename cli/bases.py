@@ -4,11 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from treetune.cli import products, setup
 from treetune.cli.options.model import ModelName, ModelOptions
-from treetune.core.lora import Lora
 from treetune.models import Model, adapter, loading
 from treetune.models.loading import check_base as check
 from treetune.models.tokenizer import adapter_folder
@@ -41,11 +37,3 @@ def started_on(options: ModelName, model: Model, start: str | None, *, say: Call
     if start is not None:
         check(start, base, say=say, train=True)
     return base
-
-
-def load_adapted(
-    options: ModelOptions, path: str | None, *, on: torch.device, say: Callable[[str], None] = print
-) -> tuple[Model, Lora | None]:
-    """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
-    products.settle(None, setup.compute_dtype(options.dtype, on), on)
-    return loading.load_adapted(options.model, path, revision=options.revision, dtype=options.dtype, device=on, say=say)

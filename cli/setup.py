@@ -1,6 +1,5 @@
 """From options to a model, a tokenizer, a policy, and the functions over it; the policy's own are in `models`."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,16 +53,6 @@ def load_model(options: ModelOptions, *, on: torch.device, say: Say = print) -> 
     """The model that the options name, in its compute dtype, and the path it came from."""
     model, path = loading.load_model(options.model, revision=options.revision, dtype=options.dtype, device=on, say=say)
     return model, str(path)
-
-
-def renamed(options: ModelOptions, name: str) -> ModelOptions:
-    """The options with another model."""
-    return dataclasses.replace(options, model=name)
-
-
-def pair_name(options: ModelOptions, path: str | None) -> str:
-    """Model and adapter as a person would name them."""
-    return options.model if path is None else f"{options.model} + {path}"
 
 
 def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say: Say = print) -> Any:

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from treetune.cli import bases, setup
+from treetune.cli import setup
+from treetune.cli.commands import target
 from treetune.cli.options.model import ModelOptions
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
@@ -64,7 +65,7 @@ def read_reward(path):
 def adapter_reader(tiny):
     def read(path):
         options = ModelOptions(model=str(tiny.model), dtype="float32", device="cpu")
-        base, used = bases.load_adapted(options, str(path), on=setup.device("cpu"))
+        base, used = target.load_model(target.Target(options, str(path)), torch.device("cpu"), say=print)
         return ckpt.digest(base.params), ckpt.digest(used.tree), used.scale, words(setup.load_tokenizer(options, str(path)))
 
     return read

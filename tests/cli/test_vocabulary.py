@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treetune.cli import bases
+from treetune.cli.commands import target
 from treetune.cli.options.model import ModelOptions
 from treetune.core import lora, manifest
 from treetune.models import adapter, dense, hf, resize, vocabulary
@@ -20,7 +20,7 @@ PROBE = torch.tensor([51, 259, 12, 260, 84, 261, 7, 256])
 def ours(root, ids=PROBE):
     """Logits of the adapter in a run folder as every command loads it."""
     options = ModelOptions(model=adapter.base_of(root / "adapter"), dtype="float32")
-    model, used = bases.load_adapted(options, str(root), on=torch.device("cpu"))
+    model, used = target.load_model(target.Target(options, str(root)), torch.device("cpu"), say=print)
     return dense.probe(model.params, ids, model.cfg, lora=used)
 
 
