@@ -2,43 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from treetune.core import fields, manifest
+from treetune.core.protocols import Tokenizer
 from treetune.models import Model, adapter, fetch, gguf, hf, resize, tokenizer_config, vocabulary
 
 Say = Callable[[str], None]  # takes lines of progress
 
 
-class Tokenizer(Protocol):
-    """What is used here of a fast tokenizer of transformers."""
-
-    chat_template: Any
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
-
-    def __len__(self) -> int:
-        """Number of tokens, added ones included."""
-        ...
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = ...) -> str:
-        """The text of some ids."""
-        ...
-
-    def get_vocab(self) -> dict[str, int]:
-        """The id of each token."""
-        ...
-
-    def save_pretrained(self, save_directory: Any) -> Any:
-        """Write the tokenizer's files."""
-        ...
-
-
 class TokenizerSetup(NamedTuple):
     """Tokenizer of a run: added tokens, original size, and minimum embedding rows (0: no minimum)."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     added: list[str]
     original_size: int
     min_rows: int

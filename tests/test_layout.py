@@ -27,7 +27,7 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable", "check", "state",
-                "owned", "run.errors",
+                "owned", "protocols", "run.errors",
             )
         ),
     },
@@ -87,7 +87,11 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 
 def _eager(parsed: ast.Module) -> list[ast.stmt]:
     """The statements that run when the file is imported, functions left out."""
-    return [node for node in parsed.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [node for node in parsed.body if not isinstance(node, ast.FunctionDef | ast.ClassDef) and not _for_types_only(node)]
+
+
+def _for_types_only(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _within(module: str, allowed: set[str]) -> bool:

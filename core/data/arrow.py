@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from treetune.core.data import files, jsontext
+from treetune.core.data.rows import Row
 
 BATCH_ROWS = 1024
 MOST_ROWS_PER_BYTE = 100  # constant columns are stored once; beyond this a file is a bomb
@@ -89,7 +90,7 @@ def _check_size(metadata: Any, name: str) -> None:
         )
 
 
-def _dicts(batch: Any) -> list[dict]:
+def _dicts(batch: Any) -> list[Row]:
     columns = [_values(batch.column(i)) for i in range(batch.num_columns)]
     names = batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)] if columns else [{} for _ in range(batch.num_rows)]

@@ -7,9 +7,11 @@ made. The clock is the thread's own processor time, so that a machine that is bu
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
+
+from treetune.core.data.rows import Message
 
 SECONDS = 20.0  # of processor time, for one conversation
 LARGEST = 1 << 26  # characters or items of one value
@@ -40,7 +42,7 @@ class RenderClock(threading.local):
         return ""
 
 
-def render(text: str, messages: list[dict], **variables: Any) -> str:
+def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
     """The conversation as the template writes it. Errors: TooMuch for one that goes past a limit; ValueError for what Jinja raises."""
     import jinja2
 
@@ -50,7 +52,7 @@ def render(text: str, messages: list[dict], **variables: Any) -> str:
         raise ValueError(str(error)) from error
 
 
-def _rendered(text: str, messages: list[dict], variables: dict[str, Any]) -> str:
+def _rendered(text: str, messages: Sequence[Message], variables: dict[str, Any]) -> str:
     template, budget = _compiled(text)
     budget.start()
     chat = [_aliased({key: value for key, value in message.items() if value is not None}) for message in messages]
@@ -68,7 +70,7 @@ def check_size(size: int) -> None:
         raise TemplateLimitError(f"it makes a value of {size} characters or items, more than {LARGEST}")
 
 
-def _aliased(message: dict) -> dict:
+def _aliased(message: Message) -> dict:
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -15,13 +15,15 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
 from treetune.core import ckpt, drafts, owned
 from treetune.core.data import columns, files
+from treetune.core.protocols import Tokenizer
 
 HEADER = "header.json"
 ENTRY = re.compile(rf"{HEADER}|.+\.npy")  # the files of an entry
@@ -33,7 +35,14 @@ STALE_S = 24 * 3600
 CHUNK_BYTES = 1 << 24
 
 
-def entry_key(*, data: Sequence[str], tokenizer, template: str | None = None, options: dict | None = None, code: Sequence[str] = ()) -> str:
+def entry_key(
+    *,
+    data: Sequence[str],
+    tokenizer: Tokenizer,
+    template: str | None = None,
+    options: dict[str, Any] | None = None,
+    code: Sequence[str] = (),
+) -> str:
     """The name of an entry: sha256 over all that its documents depend on, so that a changed input never finds an old entry.
 
     data: a digest of each data set (`sources.digest_source`), in order; template: the chat template's text, unless it is the tokenizer's;
@@ -53,12 +62,12 @@ def entry_key(*, data: Sequence[str], tokenizer, template: str | None = None, op
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """sha256 over the tokenizer's serialised backend, special tokens, chat template and flags; its name and place do not count."""
     return hashlib.sha256(json.dumps([vocabulary_digest(tokenizer), tokenizer.chat_template], default=str).encode()).hexdigest()
 
 
-def vocabulary_digest(tokenizer) -> str:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """The same without the chat template: how a text becomes ids."""
     backend = tokenizer.backend_tokenizer.to_str()
     start = backend.find('"added_tokens":')  # before it: padding and truncation, which the last call has set
@@ -74,7 +83,7 @@ def code_digest(folder: Path = Path(__file__).parent) -> str:
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
-def load_entry(root: str | Path, key: str) -> tuple[list, object] | None:
+def load_entry(root: str | Path, key: str) -> tuple[list, Any] | None:
     """(documents, report) of an entry, arrays being read-only views into the mapped files; None when it is missing or damaged."""
     folder = Path(root) / key
     try:
@@ -183,7 +192,7 @@ def _plain(value: object, path: str) -> object:
     raise ValueError(f"{path} is of type {type(value).__name__}: only plain values can be part of a cache key")
 
 
-def _texts(special: dict) -> list:
+def _texts(special: Mapping[str, Any]) -> list[list[str]]:
     return sorted([name, str(token)] for name, token in special.items())
 
 
@@ -191,6 +200,6 @@ def _file_digest(path: str | Path) -> str:
     return files.digest_files([files.File(str(path), "code")])
 
 
-def _flush(file) -> None:
+def _flush(file: BinaryIO | TextIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from treetune.core.data import chat_templates, conversations, sources, spans, templates
+from treetune.core.data.rows import Message, Row
+from treetune.core.protocols import Tokenizer
 
 EOS = ("turn", "all", "last")
 SPACES = (" ", "\t")
@@ -22,11 +24,19 @@ class MaskOptions(NamedTuple):
     whole: bool
 
 
+class WeightedSpan(NamedTuple):
+    """Characters [begin, end) of one content, and their weight."""
+
+    begin: int
+    end: int
+    weight: float
+
+
 class MessageMask(NamedTuple):
     """What to train of one message: its weight, and the characters of its contents that have another one."""
 
     weight: float
-    parts: dict[str, list[conversations.ContentSpan]]
+    parts: dict[str, list[WeightedSpan]]
     spaces: int  # borders between parts right after a space
 
     @property
@@ -36,7 +46,7 @@ class MessageMask(NamedTuple):
 
 
 def reader(
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     chat_template: str | None = None,
     chat_template_jinja: str | None = None,
@@ -86,9 +96,10 @@ def reader(
     def read(rows: sources.Rows) -> list[spans.Text]:
         talks = [conversations.read_conversation(row, sources.locate_row(rows, i), fields) for i, row in enumerate(rows.rows)]
         talks = [style_calls(_add_default_system(talk, default_system_message)) for talk in talks]
-        texts = enumerate(_render_all(talks, rows, render))
-        made = [_text(talks[i], rendered, options, find_layout, sources.locate_row(rows, i)) for i, rendered in texts]
-        return [text._replace(unread=_unread(talk, template)) for text, talk in zip(made, talks, strict=True)]
+        locations = [sources.locate_row(rows, i) for i in range(len(talks))]
+        rendered = [_render(talk, location, render) for talk, location in zip(talks, locations, strict=True)]
+        texts = [_text(*parts, options, find_layout) for parts in zip(talks, rendered, locations, strict=True)]
+        return [text._replace(unread=_unread(talk, template)) for text, talk in zip(texts, talks, strict=True)]
 
     return read
 
@@ -107,7 +118,7 @@ def _add_default_system(talk: conversations.Conversation, system: str | None) ->
     return talk._replace(messages=[first, *talk.messages], flags=[conversations.TrainFlags(None, {}), *talk.flags])
 
 
-def read_messages(row: dict, location: str) -> list[dict]:
+def read_messages(row: Row, location: str) -> list[Message]:
     """The row's messages with `role` and `content`, checked. Errors: ValueError naming row, message, field and what is there."""
     return conversations.read_conversation(row, location).messages
 
@@ -124,7 +135,9 @@ def _mask_options(roles_to_train: Sequence[str] | None, train_on_eos: str | None
     return MaskOptions(roles, eos, train_on_inputs)
 
 
-def _text(talk: conversations.Conversation, rendered: str, options: MaskOptions, find_layout: Callable, location: str) -> spans.Text:
+def _text(
+    talk: conversations.Conversation, rendered: str, location: str, options: MaskOptions, find_layout: templates.FindLayout
+) -> spans.Text:
     masks = [
         _message_mask(message, flags, options, last=i + 1 == len(talk.messages))
         for i, (message, flags) in enumerate(_flagged_messages(talk))
@@ -149,7 +162,7 @@ def _flagged_messages(talk: conversations.Conversation) -> list[tuple[dict, conv
     return list(zip(talk.messages, talk.flags, strict=True))
 
 
-def _message_mask(message: dict, flags: conversations.TrainFlags, options: MaskOptions, *, last: bool) -> MessageMask:
+def _message_mask(message: Message, flags: conversations.TrainFlags, options: MaskOptions, *, last: bool) -> MessageMask:
     chosen = options.whole or (last if options.roles is None else message["role"] in options.roles)
     weight = flags.weight if flags.weight is not None else float(chosen)
     if not flags.parts:
@@ -164,15 +177,13 @@ def _message_mask(message: dict, flags: conversations.TrainFlags, options: MaskO
     return MessageMask(weight, {field: [part for part in weighted if part.weight != weight] for field, weighted in parts.items()}, spaces)
 
 
-def _cover_content(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[conversations.ContentSpan]:
+def _cover_content(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[WeightedSpan]:
     """Parts that cover the whole content, neighbours of equal weight joined; `weight` is of what no part decides."""
-    merged: list[conversations.ContentSpan] = []
-    gaps = [
-        conversations.ContentSpan(a, b, weight)
-        for a, b in zip([0, *(p.end for p in parts)], [*(p.begin for p in parts), len(content)], strict=True)
-    ]
-    for part in sorted([*parts, *gaps]):
-        part = part._replace(weight=weight if part.weight is None else part.weight)
+    merged: list[WeightedSpan] = []
+    bounds = zip([0, *(part.end for part in parts)], [*(part.begin for part in parts), len(content)], strict=True)
+    gaps = [WeightedSpan(begin, end, weight) for begin, end in bounds]
+    resolved = [WeightedSpan(part.begin, part.end, weight if part.weight is None else part.weight) for part in parts]
+    for part in sorted([*resolved, *gaps], key=lambda part: part[:2]):
         if part.end == part.begin:
             continue
         if merged and merged[-1].weight == part.weight:
@@ -192,7 +203,7 @@ def _check_tools(talk: conversations.Conversation, layout: templates.TemplateLay
 
 
 def _find_pieces(
-    text: str, talk: conversations.Conversation, trained: list[float], find_layout: Callable, location: str
+    text: str, talk: conversations.Conversation, trained: list[float], find_layout: templates.FindLayout, location: str
 ) -> tuple[templates.TemplateLayout, list[templates.PieceSpan]]:
     """The conversation's layout, and the characters of its pieces in the text.
 
@@ -229,7 +240,9 @@ def _turns(
         mask, close = masks[i], _close(i, masks, options.eos)
         if mask.weight != 1.0 or mask.parts if options.whole else mask.trained > 0 or close > 0:
             pieces = _pieces(text, i, talk.messages[i], mask, piece_spans, layout, location) if mask.parts else ()
-            turns.append(spans.Turn(*span, mask.weight, close, pieces, layout.places[i].calls))
+            slot = layout.places[i]
+            assert isinstance(slot, templates.MessageSlot)  # messages without one have no span
+            turns.append(spans.Turn(*span, mask.weight, close, pieces, slot.calls))
     return tuple(turns)
 
 
@@ -243,7 +256,7 @@ def _close(i: int, masks: list[MessageMask], train_on_eos: str) -> float:
 def _pieces(
     text: str,
     i: int,
-    message: dict,
+    message: Message,
     mask: MessageMask,
     piece_spans: list[templates.PieceSpan],
     layout: templates.TemplateLayout,
@@ -266,7 +279,7 @@ def _pieces(
     return tuple(sorted(piece for piece in pieces if piece.begin < piece.end))
 
 
-def _piece(part: conversations.ContentSpan, run: templates.ContentRun, size: int) -> spans.Piece:
+def _piece(part: WeightedSpan, run: templates.ContentRun, size: int) -> spans.Piece:
     """The part in the text; blanks at the ends of the content may have been stripped."""
     shift = run.start - run.first
     begin = run.begin if part.begin <= run.first else max(run.begin, part.begin + shift)
@@ -281,16 +294,7 @@ def _speakers(talk: conversations.Conversation, message_spans: dict[int, templat
     return tuple(spans.Speaker(begin, min(end, limit), role) for (begin, end, role), limit in zip(ordered, limits, strict=True))
 
 
-def _render_all(talks: list[conversations.Conversation], rows: sources.Rows, render: templates.Render) -> list[str]:
-    try:
-        if not any(talk.tools for talk in talks):
-            return render([talk.messages for talk in talks])
-    except ValueError:
-        pass  # one of them; the loop below names it
-    return [_render_one(talk, sources.locate_row(rows, i), render) for i, talk in enumerate(talks)]
-
-
-def _render_one(talk: conversations.Conversation, location: str, render: templates.Render) -> str:
+def _render(talk: conversations.Conversation, location: str, render: templates.Render) -> str:
     try:
         return render(talk.messages, tools=talk.tools)
     except ValueError as error:

@@ -5,11 +5,14 @@ The named ones are files of `jinja/`: the conversation formats of the model fami
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from treetune.core.data import bounded_jinja, conversations, templates
+from treetune.core.data.rows import Message
+from treetune.core.protocols import Tokenizer
 
 FOLDER = Path(__file__).parent / "jinja"
 OWN, FALLBACK, INLINE = "tokenizer_default", "tokenizer_default_fallback_", "jinja"
@@ -35,7 +38,7 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 
 
-def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str | None:
+def resolve(tokenizer: Tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str | None:
     """Jinja text of the template that the options name; None for the tokenizer's own.
 
     chat_template: "tokenizer_default" (the default), "tokenizer_default_fallback_NAME", a built-in name, "jinja", a .jinja or .jinja2
@@ -61,13 +64,13 @@ def resolve(tokenizer, chat_template: str | None = None, chat_template_jinja: st
     return _text(chat_template)
 
 
-def template_source(tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
+def template_source(tokenizer: Tokenizer, chat_template: str | None = None, chat_template_jinja: str | None = None) -> str:
     """The text of the template that the options name, or of all templates of the tokenizer where it has several. Errors: as `resolve`."""
     tokenizer_template = getattr(tokenizer, "chat_template", None)
     text = resolve(tokenizer, chat_template, chat_template_jinja)
-    return (
-        text if text is not None else "\n".join(tokenizer_template.values()) if isinstance(tokenizer_template, dict) else tokenizer_template
-    )
+    if text is not None:
+        return text
+    return "\n".join(tokenizer_template.values()) if isinstance(tokenizer_template, dict) else str(tokenizer_template)
 
 
 @lru_cache(1024)
@@ -96,11 +99,13 @@ def _text(template: str) -> str:
         raise ValueError(f"chat template file {template} is not readable as UTF-8 text ({error})") from error
 
 
-def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | None, kwargs: Mapping) -> templates.Render:
+def renderer(
+    tokenizer: Tokenizer, chat_template: str | None, chat_template_jinja: str | None, kwargs: Mapping[str, Any]
+) -> templates.Render:
     """What apply_chat_template gives without tokenising, within limits; whatever a template can raise becomes a ValueError."""
     text = resolve(tokenizer, chat_template, chat_template_jinja)
 
-    def render(messages: list, *, tools: list | None = None, add_generation_prompt: bool = False):
+    def render(messages: Sequence[Message], *, tools: templates.Tools = None, add_generation_prompt: bool = False) -> str:
         try:
             template = text or tokenizer.get_chat_template(None, tools=tools)
             variables = {
@@ -110,9 +115,7 @@ def renderer(tokenizer, chat_template: str | None, chat_template_jinja: str | No
                 **tokenizer.special_tokens_map,
                 **kwargs,
             }
-            is_batch = bool(messages) and isinstance(messages[0], list)
-            texts = [bounded_jinja.render(template, talk, **variables) for talk in (messages if is_batch else [messages])]
-            return texts if is_batch else texts[0]
+            return bounded_jinja.render(template, messages, **variables)
         except bounded_jinja.TemplateLimitError as error:
             raise ValueError(f"the chat template is not run to its end: {error}") from error
         except FAILS as error:
@@ -150,7 +153,7 @@ def _probe(render: templates.Render) -> tuple[str | None, bool]:
     return candidates[0]
 
 
-def _styled(message: dict, empty: str | None, as_text: bool) -> dict:
+def _styled(message: Message, empty: str | None, as_text: bool) -> dict:
     if "tool_calls" not in message:
         return message
     calls = [_as_text(call) for call in message["tool_calls"]] if as_text else message["tool_calls"]

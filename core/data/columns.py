@@ -31,8 +31,8 @@ def report_to_json(value: object) -> object:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if hasattr(value, "_fields"):
-        return {TAG: _name(type(value))} | {name: report_to_json(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple) and (names := _field_names(value)):
+        return {TAG: _name(type(value))} | {name: report_to_json(item) for name, item in zip(names, value, strict=True)}
     if isinstance(value, list | tuple):
         return [report_to_json(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
@@ -48,6 +48,11 @@ def report_from_json(value: object) -> object:
         fields = {name: report_from_json(item) for name, item in value.items() if name != TAG}
         return _class(value[TAG])(**{name: _tupled(item) for name, item in fields.items()}) if TAG in value else fields
     return value
+
+
+def _field_names(value: object) -> tuple[str, ...]:
+    """Names of a NamedTuple's fields; none for any other value."""
+    return getattr(value, "_fields", ())
 
 
 def _tupled(value: object) -> object:

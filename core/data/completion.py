@@ -3,16 +3,18 @@
 from collections.abc import Callable
 
 from treetune.core.data import sources, spans
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 
-def reader(tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[spans.Text]]:
+def reader(tokenizer: Tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts, each the row's `field`.
 
     Errors: ValueError for a tokenizer without EOS and for rows without the field (named with the fields they have).
     """
     spans.require_eos(tokenizer)
 
-    def text(row: dict, location: str) -> spans.Text:
+    def text(row: Row, location: str) -> spans.Text:
         spans.require_text(row, (field,), (), location)
         return spans.Text(row[field], (), whole=True, eos=1.0) if row[field].strip() else spans.Text("", ())
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from treetune.core.data import sources, tool_calls
+from treetune.core.data.rows import Message, Row
 
 MESSAGES = ("messages", "conversations")  # the second where the first is the default and the row has none
 MAPPINGS = {
@@ -66,9 +67,9 @@ class TrainFlags(NamedTuple):
 class Conversation(NamedTuple):
     """One conversation. `flags` go with `messages`."""
 
-    messages: list[dict]
+    messages: list[Message]
     flags: list[TrainFlags]
-    tools: list[dict] | None
+    tools: list[Message] | None
 
 
 def message_fields(
@@ -128,7 +129,7 @@ def unknown_role_fix(role: str, roles: Mapping[str, Sequence[str]] | None = None
 DEFAULT = message_fields()
 
 
-def read_conversation(row: dict, location: str, fields: MessageFields = DEFAULT) -> Conversation:
+def read_conversation(row: Row, location: str, fields: MessageFields = DEFAULT) -> Conversation:
     """The row's conversation. Errors: ValueError naming row, message, field and what is there."""
     names = MESSAGES if fields.messages == MESSAGES[0] else (fields.messages,)
     field = next((name for name in names if row.get(name) is not None), None)
@@ -146,7 +147,7 @@ def read_conversation(row: dict, location: str, fields: MessageFields = DEFAULT)
     return Conversation([message for message, _ in pairs], [flags for _, flags in pairs], defined)
 
 
-def system_text(value: object, messages: list[dict], location: str, name: str = SYSTEM) -> str | None:
+def system_text(value: object, messages: list[Message], location: str, name: str = SYSTEM) -> str | None:
     """The row's system text, unless the conversation has it already. Errors: ValueError for two that differ."""
     if value in (None, ""):
         return None
@@ -190,7 +191,7 @@ def _role(role: str, location: str, fields: MessageFields) -> str:
     return role
 
 
-def _wrong(target: str, value: object, message: dict, location: str, fields: MessageFields) -> ValueError:
+def _wrong(target: str, value: object, message: Message, location: str, fields: MessageFields) -> ValueError:
     names = fields.mappings[target]
     label = names[0] + "".join(f" (or {name})" for name in names[1:])
     if value is None:
@@ -198,7 +199,7 @@ def _wrong(target: str, value: object, message: dict, location: str, fields: Mes
     return ValueError(f"{location}: field {label} is {sources.value_kind(value)}, expected text")
 
 
-def _renamed(present: dict, location: str, fields: MessageFields) -> dict:
+def _renamed(present: Message, location: str, fields: MessageFields) -> dict:
     """The message under the names that templates use, role and content first."""
     renamed, source_names = {}, set()
     for target, names in fields.mappings.items():
@@ -212,7 +213,7 @@ def _renamed(present: dict, location: str, fields: MessageFields) -> dict:
     return renamed | {key: value for key, value in present.items() if key not in source_names and key not in renamed}
 
 
-def _decision(present: dict, location: str, fields: MessageFields) -> float | None:
+def _decision(present: Message, location: str, fields: MessageFields) -> float | None:
     """The weight that the message asks for, or None."""
     train, weight = present.get(fields.training), present.get("weight")
     _check_flags(train, weight, location, fields.training)
@@ -228,7 +229,7 @@ def _check_flags(train: object, weight: object, location: str, name: str = "trai
         raise ValueError(f"{location}: weight is {sources.quote(weight)}, expected a number from 0 to {MAX_WEIGHT:g}")
 
 
-def _contents(present: dict, location: str, fields: MessageFields) -> dict[str, tuple[ContentSpan, ...]]:
+def _contents(present: Message, location: str, fields: MessageFields) -> dict[str, tuple[ContentSpan, ...]]:
     """Parts of the contents that have any; lists of parts in `present` become text."""
     parts = {}
     for field in CONTENTS:
@@ -308,7 +309,7 @@ def _detail(items: object, content: str, location: str) -> tuple[ContentSpan, ..
     return tuple(spans)
 
 
-def _split_thinking(present: dict, parts: dict[str, tuple[ContentSpan, ...]], location: str) -> None:
+def _split_thinking(present: Message, parts: dict[str, tuple[ContentSpan, ...]], location: str) -> None:
     """Move the text between reasoning tags at the start of the content to `reasoning_content`, with its parts."""
     content = present["content"]
     tags = next((pair for pair in TAGS if pair[1] in content), None)

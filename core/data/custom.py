@@ -17,9 +17,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treetune.core.data import sources, turns
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -28,13 +30,13 @@ class Transform(NamedTuple):
     """What a user's function gave: from a row to columns, which columns of the row go, and whether it works on lists."""
 
     name: str
-    fn: Callable
+    fn: Callable[..., Any]  # (row, perhaps tokenizer=) -> columns
     removed: Sequence[str] | None  # None: all
     batched: bool
     takes_tokenizer: bool
 
 
-def load_transform(path: str, cfg: object = None, **options) -> Transform:
+def load_transform(path: str, cfg: object = None, **options: Any) -> Transform:
     """The transform at "module.function" or "folder/file.py:function", called with (cfg, **options).
 
     A module is looked for as any import is, then as a file under the working folder.
@@ -55,7 +57,7 @@ def is_path(name: object, formats: Sequence[str]) -> bool:
     return name.partition(".")[0] not in {known.partition(".")[0] for known in formats if "." in known}
 
 
-def import_function(path: str, role: str = "transform") -> Callable:
+def import_function(path: str, role: str = "transform") -> Callable[..., Any]:
     """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `role`, when there is none."""
     module_path, _, name = path.rpartition(":" if ":" in path else ".")
     if not module_path or not name:
@@ -76,7 +78,7 @@ def _checked(path: str, fn: object, extra: object) -> Transform:
     return Transform(path, fn, None if removed == "__all__" else removed, bool(extra.get("batched")), wants)
 
 
-def apply_transform(rows: sources.Rows, transform: Transform, tokenizer=None) -> sources.Rows:
+def apply_transform(rows: sources.Rows, transform: Transform, tokenizer: Tokenizer | None = None) -> sources.Rows:
     """The rows through the transform; every new row has the number of the one it was made from.
 
     Errors: ValueError, naming the row, for what the function raises and for anything but a dict.
@@ -99,7 +101,7 @@ def digest_rows(rows: sources.Rows) -> str:
     return digest.hexdigest()
 
 
-def _call(transform: Transform, row: dict, tokenizer, location: str) -> list[dict]:
+def _call(transform: Transform, row: Row, tokenizer: Tokenizer | None, location: str) -> list[Row]:
     argument = {name: [value] for name, value in row.items()} if transform.batched else dict(row)
     try:
         output = transform.fn(argument, tokenizer=tokenizer) if transform.takes_tokenizer else transform.fn(argument)
@@ -127,6 +129,7 @@ def _module(module_path: str, path: str, role: str) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

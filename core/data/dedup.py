@@ -5,9 +5,10 @@ import json
 from collections.abc import Sequence
 
 from treetune.core.data import sources
+from treetune.core.data.rows import Row
 
 
-def row_digest(row: dict) -> bytes:
+def row_digest(row: Row) -> bytes:
     """sha256 of the row's canonical JSON: fields sorted, values that JSON lacks (dates, bytes) by type and representation."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=lambda value: f"{type(value).__name__} {value!r}")
     return hashlib.sha256(text.encode()).digest()

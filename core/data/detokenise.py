@@ -7,6 +7,8 @@ Tokens are read together until their text is whole: such a unit is one token nea
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from treetune.core.protocols import Tokenizer
+
 LONGEST = 4  # bytes of a character in UTF-8, hence tokens that it may lie in
 BROKEN = "\ufffd"
 
@@ -21,7 +23,7 @@ class TextUnit(NamedTuple):
 class Decoder:
     """Text of a growing list of tokens: `push` gives what a token completes, `flush` what nothing will complete any more."""
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = False):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.last, self.before = (), ""  # the unit before and its text: some decoders drop or add a space at the very beginning
         self.pending: tuple[int, ...] = ()
@@ -57,7 +59,7 @@ class Decoder:
         return tuple(ids[-len(self.pending) :]) == self.pending  # some vocabularies begin every text with a space
 
 
-def decode_units(tokenizer: Any, ids: Sequence[int]) -> Iterator[TextUnit]:
+def decode_units(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[TextUnit]:
     """All tokens in units, whose texts in a row are the text."""
     decoder = Decoder(tokenizer)
     for token in ids:
@@ -65,7 +67,7 @@ def decode_units(tokenizer: Any, ids: Sequence[int]) -> Iterator[TextUnit]:
     yield from decoder.flush()
 
 
-def label_units(tokenizer: Any, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
+def label_units(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, Any]]:
     """(text, label) of each unit; a character that tokens of two labels share has the label of the one that completes it."""
     pairs, end = [], 0
     for unit in decode_units(tokenizer, ids):

@@ -6,12 +6,14 @@ n tokens of one document.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from treetune.core.data import chat, conversations, preference, pretokenised, sources, spans, trees, turns
+from treetune.core.data.rows import Message, Row
+from treetune.core.protocols import Tokenizer
 
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 THOUGHTS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
@@ -21,7 +23,7 @@ Transform = Callable[[dict, str], list[dict]]  # (row, how errors name it) -> ro
 class Target(NamedTuple):
     """A row of the structured mode."""
 
-    prompt: str | list[dict]
+    prompt: str | list[Message]
     ground_truth: str
     remaining_turns: tuple[dict, ...]  # what followed the ground truth in the conversation
     row: int
@@ -36,37 +38,37 @@ class Strided(NamedTuple):
     row: int
 
 
-def opencode(row: dict, location: str) -> list[dict]:
+def opencode(row: Row, location: str) -> list[Message]:
     """ebft_opencode.transform: input and output."""
     question, answer = preference.text(row, ("input",), location), preference.text(row, ("output",), location)
     return [{"prompt": turns.with_system([{"role": "user", "content": question}], row, location), "ground_truth": answer}]
 
 
-def first_turn(row: dict, location: str) -> list[dict]:
+def first_turn(row: Row, location: str) -> list[Message]:
     """ebft_chat_multiturn.transform: the first reply, and everything after it as remaining_turns."""
     messages, replies = _talk(row, location)
     i = replies[0]
     return [{"prompt": messages[:i], "ground_truth": _truth(messages[i], location), "remaining_turns": messages[i + 1 :]}]
 
 
-def last_turn(row: dict, location: str) -> list[dict]:
+def last_turn(row: Row, location: str) -> list[Message]:
     """ebft_chat_multiturn.transform_last_turn and ebft_reasoning.transform: the last reply, with its thoughts."""
     messages, replies = _talk(row, location)
     return [{"prompt": messages[: replies[-1]], "ground_truth": _truth(messages[replies[-1]], location)}]
 
 
-def all_turns(row: dict, location: str) -> list[dict]:
+def all_turns(row: Row, location: str) -> list[Message]:
     """ebft_chat_multiturn.transform_all_turns: one row for each reply."""
     messages, replies = _talk(row, location)
     return [{"prompt": messages[:i], "ground_truth": _truth(messages[i], location)} for i in replies]
 
 
-def answer_only(row: dict, location: str) -> list[dict]:
+def answer_only(row: Row, location: str) -> list[Message]:
     """ebft_reasoning.transform_answer_only: the last reply without its thoughts; earlier turns keep theirs."""
     return [turn_row | {"ground_truth": THOUGHT.sub("", turn_row["ground_truth"]).strip()} for turn_row in last_turn(row, location)]
 
 
-def split_thinking(row: dict, location: str) -> list[dict]:
+def split_thinking(row: Row, location: str) -> list[Message]:
     """ebft_reasoning.transform_split_thinking: thoughts of every reply in reasoning_content; the true reply wrapped in think tags."""
     messages, replies = _talk(row, location)
     _truth(messages[replies[-1]] | {"reasoning_content": None}, location)
@@ -76,7 +78,7 @@ def split_thinking(row: dict, location: str) -> list[dict]:
     return [{"prompt": messages[: replies[-1]], "ground_truth": wrapped}]
 
 
-def _truth(message: dict, location: str) -> str:
+def _truth(message: Message, location: str) -> str:
     """A reply as the text to compare with. Errors: ValueError for tool calls, and for reasoning beside it, which would be dropped."""
     if any(message.get(name) for name in conversations.MAPPINGS["reasoning_content"]):
         fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
@@ -104,16 +106,17 @@ def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], 
 
 def target_of(output: dict, row: int, location: str) -> Target:
     """A transform's output for the structured mode, checked."""
-    prompt, remaining = output.get("prompt"), output.get("remaining_turns") or []
+    prompt: str | list[Message] = output.get("prompt") or []
+    remaining = output.get("remaining_turns") or []
     if isinstance(prompt, list) and prompt:
         prompt = turns.with_system(turns.read_turns(prompt, f"{location}: field prompt"), output, location)
-    elif prompt != []:
+    elif output.get("prompt") != []:  # an empty list of messages is dropped and counted, as an empty text is
         prompt = preference.text(output, ("prompt",), location)
     remaining = turns.read_turns(remaining, f"{location}: field remaining_turns") if remaining else []
     return Target(prompt, preference.text(output, ("ground_truth",), location), tuple(remaining), row)
 
 
-def pretrain(rows: sources.Rows, tokenizer) -> list[Strided]:
+def pretrain(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
     """ebft_pretrain.transform: raw text (text or question) with the default prefix and an EOS, all of it trained."""
     spans.require_eos(tokenizer)
     texts = []
@@ -123,7 +126,7 @@ def pretrain(rows: sources.Rows, tokenizer) -> list[Strided]:
     return _strided(rows, texts, tokenizer, raw=True)
 
 
-def strided_structured(rows: sources.Rows, tokenizer) -> list[Strided]:
+def strided_structured(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
     """ebft_strided_structured.transform: input (prompt, question), output (completion, answer); no EOS is added."""
     texts, special = [], spans.read_special_tokens(tokenizer)
     for i, row in enumerate(rows.rows):
@@ -133,7 +136,7 @@ def strided_structured(rows: sources.Rows, tokenizer) -> list[Strided]:
     return _strided(rows, texts, tokenizer, prefix=special.prefix)
 
 
-def strided_chat(rows: sources.Rows, tokenizer, *, last_only: bool = False, **template) -> list[Strided]:
+def strided_chat(rows: sources.Rows, tokenizer: Tokenizer, *, last_only: bool = False, **template) -> list[Strided]:
     """ebft_strided_chat.transform: a conversation through the chat template, every reply trained.
 
     last_only: only the last reply. template: chat_template, chat_template_jinja and chat_template_kwargs of `chat.reader`.
@@ -147,12 +150,12 @@ def strided_chat(rows: sources.Rows, tokenizer, *, last_only: bool = False, **te
     return _strided(rows, read(rows._replace(rows=talks)), tokenizer)
 
 
-def reasoning_strided(rows: sources.Rows, tokenizer, **template) -> list[Strided]:
+def reasoning_strided(rows: sources.Rows, tokenizer: Tokenizer, **template) -> list[Strided]:
     """ebft_reasoning.transform_strided: a conversation through the chat template, the last reply trained with its thoughts."""
     return strided_chat(rows, tokenizer, last_only=True, **template)
 
 
-def strided(rows: sources.Rows, tokenizer) -> list[Strided]:
+def strided(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
     """Output of a user's transform for the strided mode: input_ids, labels, prompt_length, checked; padding is taken off."""
     docs = []
     for i, row in enumerate(rows.rows):
@@ -177,7 +180,9 @@ def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
     return [doc for doc in short if doc.weight.any() and doc.prompt_length < len(doc.tokens)]
 
 
-def _strided(rows: sources.Rows, texts: list[spans.Text], tokenizer, *, raw: bool = False, prefix: list[int] = ()) -> list[Strided]:
+def _strided(
+    rows: sources.Rows, texts: list[spans.Text], tokenizer: Tokenizer, *, raw: bool = False, prefix: Sequence[int] = ()
+) -> list[Strided]:
     special = spans.read_special_tokens(tokenizer)
     for i, text in enumerate(texts):
         trees.check_unicode(text.text, sources.locate_row(rows, i))
@@ -202,11 +207,12 @@ def _some(docs: list[Strided], rows: sources.Rows) -> list[Strided]:
     return trainable
 
 
-def _talk(row: dict, location: str) -> tuple[list[dict], list[int]]:
+def _talk(row: Row, location: str) -> tuple[list[Message], list[int]]:
     """(messages, which of them are replies)."""
     name = "messages" if row.get("messages") is not None or row.get("conversations") is None else "conversations"
-    names = {"role": "from", "content": "value"} if _is_sharegpt(row[name] if name in row else None) else {}
-    messages = turns.with_system(turns.read_turns(row.get(name), f"{location}: field {name}", **names), row, location)
+    role, content = ("from", "value") if _is_sharegpt(row[name] if name in row else None) else ("role", "content")
+    messages = turns.read_turns(row.get(name), f"{location}: field {name}", role=role, content=content)
+    messages = turns.with_system(messages, row, location)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
         raise ValueError(f"{location}: field {name} has no message of the assistant, expected at least one to learn from")
@@ -217,7 +223,7 @@ def _is_sharegpt(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "from" in value[0] and "role" not in value[0]
 
 
-def _split(message: dict) -> dict:
+def _split(message: Message) -> dict:
     """The message with its thoughts in reasoning_content, which is there in every message."""
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return {"reasoning_content": ""} | message

@@ -6,6 +6,7 @@ A `File` is a name, what is in it (a key of `records.READERS`) and how it is pac
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 from urllib.parse import urlsplit
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
@@ -49,7 +50,7 @@ def kind_of(name: str) -> tuple[str | None, str]:
     return SUFFIXES.get(path.with_suffix("").suffix if packed else path.suffix), packed
 
 
-def is_hub_id(path: str | None, ds_type: str | None = None) -> bool:
+def is_hub_id(path: str | None, ds_type: str | None = None) -> TypeGuard[str]:
     """Whether this is owner/name and neither is a path here nor points into a folder that is here."""
     if path is None or ds_type is not None or kind_of(path)[0]:
         return False
@@ -70,6 +71,7 @@ def find(path: str | None, *, data_files: str | Sequence[str] = (), ds_type: str
     if names and path in KINDS and not os.path.exists(path):
         path, ds_type = None, ds_type or path
     if not names:
+        assert path is not None
         return _expand(path, ds_type, split)
     if path is not None and not is_remote(path) and not os.path.isdir(path):
         raise ValueError(f"{path} is no folder that data_files could lie in: give a folder, a kind such as json, or no path")
@@ -160,8 +162,10 @@ def _file(name: str, ds_type: str | None) -> File:
             f"{name}: unsupported file type {suffix!r}, expected one of {expected} (also .gz or .zst), "
             "or a dataset id owner/name; ds_type says what a file is whatever its name"
         )
-    same_family = ds_type == "json" and kind == "jsonl"
-    return File(name, kind if ds_type is None or same_family else ds_type, packed)
+    if kind is not None and (ds_type is None or (ds_type == "json" and kind == "jsonl")):
+        return File(name, kind, packed)
+    assert ds_type is not None
+    return File(name, ds_type, packed)
 
 
 def _local_names(path: str) -> tuple[list[str], str | None]:
@@ -212,7 +216,8 @@ def _remote_errors(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def _system(path: str):
+def _system(path: str) -> tuple[Any, str]:
+    """(fsspec file system, path inside it) of an address."""
     import fsspec
 
     return fsspec.core.url_to_fs(path)
@@ -243,7 +248,7 @@ def _unpacked(raw: BinaryIO, file: File) -> Iterator[BinaryIO]:
 class _Unpacking(io.RawIOBase):
     """An unpacking stream that refuses to become much longer than what it is unpacked from."""
 
-    def __init__(self, stream: BinaryIO, packed: BinaryIO, name: str):
+    def __init__(self, stream: io.BufferedIOBase, packed: BinaryIO, name: str):
         self.stream, self.packed, self.name = stream, packed, name
 
     def readable(self) -> bool:
@@ -258,7 +263,7 @@ class _Unpacking(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self.stream.seek(offset, whence)
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         size, done, packed = self.stream.readinto(buffer), self.stream.tell(), self.packed.tell()
         if done > FREE_BYTES and done > MOST_EXPANSION * packed:
             raise ValueError(
@@ -269,9 +274,9 @@ class _Unpacking(io.RawIOBase):
 
 
 @contextmanager
-def _zstandard(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
+def _zstandard(raw: BinaryIO, name: str) -> Iterator[io.BufferedIOBase]:
     try:
-        import zstandard
+        zstandard = importlib.import_module("zstandard")  # not one of our requirements
     except ImportError as error:
         raise ValueError(f"{name}: reading .zst files needs the package zstandard: install it, or unpack the file") from error
     try:

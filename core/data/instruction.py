@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from treetune.core.data import sources, spans, turns, wording
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 BLANKS = (" ", "\t")
 WITH_INPUT = (
@@ -34,13 +36,13 @@ class Shape(NamedTuple):
 
     columns: tuple[str, ...]
     optional: tuple[str, ...]
-    prompt: Callable[[dict], str]
-    response: Callable[[dict], str]
+    prompt: Callable[[Row], str]
+    response: Callable[[Row], str]
     others: tuple[str, ...] = ()  # needed columns that hold something else than text
     ends: int = 1  # EOS tokens behind the response
 
 
-def reader(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
+def reader(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts: the prompt, then the output, then a trained EOS. A row's `system` replaces the opening lines.
 
     train_on_inputs: every token is trained, else those of the output and the EOS.
@@ -53,11 +55,11 @@ def shaped(name: str) -> Callable:
     """The reader of a format of SHAPES, with the options and errors of `reader`."""
     shape = SHAPES[name]
 
-    def made(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
+    def made(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
         spans.require_eos(tokenizer)
-        ending = tokenizer.eos_token * shape.ends if shape.ends > 1 else ""
+        ending = str(tokenizer.eos_token) * shape.ends if shape.ends > 1 else ""
 
-        def text(row: dict, location: str) -> spans.Text:
+        def text(row: Row, location: str) -> spans.Text:
             needed = [column for column in shape.columns if column not in shape.others]
             spans.require_text(row, needed, shape.optional, location)
             missing = next((column for column in shape.others if row.get(column) is None), None)
@@ -70,7 +72,7 @@ def shaped(name: str) -> Callable:
     return made
 
 
-def _built(shape: Shape, row: dict, location: str) -> tuple[str, str]:
+def _built(shape: Shape, row: Row, location: str) -> tuple[str, str]:
     try:
         return shape.prompt(row), shape.response(row)
     except ValueError as error:
@@ -93,7 +95,7 @@ def trailing_space(before: str, output: str) -> int:
 
 
 def user_defined(
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     field_system: str = "system",
     field_instruction: str = "instruction",
@@ -124,7 +126,7 @@ def user_defined(
     forms = {True: format, False: no_input_format or format}
     opening = wording.compile_wording("system_format", system_format, ("system",))
 
-    def text(row: dict, location: str) -> spans.Text:
+    def text(row: Row, location: str) -> spans.Text:
         spans.require_text(row, (field_instruction, field_output), [name for name in (field_system, field_input) if name], location)
         system, input_text = row.get(field_system) or system_prompt, row.get(field_input) or ""
         before = opening(system=system) if system and "{system}" not in forms[bool(input_text)] else ""
@@ -134,13 +136,13 @@ def user_defined(
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def prompt(row: dict) -> str:
+def prompt(row: Row) -> str:
     """The text before the response in the Alpaca wording."""
     return _instruct(WITH_INPUT, WITHOUT_INPUT)(row)
 
 
-def _instruct(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[dict], str]:
-    def build(row: dict) -> str:
+def _instruct(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[Row], str]:
+    def build(row: Row) -> str:
         system = row.get("system") or (with_input if row.get(context_field) else without)
         if not isinstance(system, str):
             raise ValueError(f"field system is {turns.type_name(system)}, expected text")
@@ -150,8 +152,8 @@ def _instruct(with_input: str, without: str, instruction: str = "instruction", c
     return build
 
 
-def _chat(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[dict], str]:
-    def build(row: dict) -> str:
+def _chat(with_input: str, without: str, instruction: str = "instruction", context_field: str = "input") -> Callable[[Row], str]:
+    def build(row: Row) -> str:
         context = f"{row[context_field]}\n" if row.get(context_field) else ""
         return _said(with_input if context else without, f"{row[instruction]}\n{context}".removesuffix("\n"))
 
@@ -162,8 +164,8 @@ def _said(opening: str, question: str) -> str:
     return f"{opening}\n\nUSER: {question}\nASSISTANT:" if opening else f"USER: {question}\nASSISTANT:"
 
 
-def _choices(opening: str) -> Callable[[dict], str]:
-    def build(row: dict) -> str:
+def _choices(opening: str) -> Callable[[Row], str]:
+    def build(row: Row) -> str:
         if not isinstance(row["choices"], list) or not row["choices"] or not all(isinstance(choice, str) for choice in row["choices"]):
             raise ValueError(f"field choices is {turns.type_name(row['choices'])}, expected a list of texts")
         return _said(opening, "\n".join([row["question"], *(f'- "{choice}"' for choice in row["choices"])]))
@@ -171,18 +173,18 @@ def _choices(opening: str) -> Callable[[dict], str]:
     return build
 
 
-def _solution(row: dict) -> str:
+def _solution(row: Row) -> str:
     if not row.get("solution") and not row.get("explanation"):
         raise ValueError(f"there is neither a solution nor an explanation; it has {sources.join_names(map(str, row))}")
     return row.get("solution") or row["explanation"]
 
 
-def _open_orca(row: dict) -> str:
+def _open_orca(row: Row) -> str:
     system = f"### System:\n{row['system_prompt']}\n" if row["system_prompt"] else ""
     return f"{system}### Human:\n{row['question']}\n### Assistant:\n"
 
 
-def _evaluation(row: dict) -> str:
+def _evaluation(row: Row) -> str:
     return _yaml({"scores": row["scores"]}) + _yaml({"critiques": row["critiques"]})
 
 
@@ -194,24 +196,24 @@ def _yaml(value: object, depth: int = 0) -> str:
     return ("\n" if depth else "") + "".join(lines)
 
 
-def _reflection(row: dict) -> str:
+def _reflection(row: Row) -> str:
     return f"### Thought:\n{row['output']}\n\n### Agent Reflection:\n{row['reflection']}\n\n### Final Response:\n{row['corrected']}"
 
 
-def _reflection_chat(row: dict) -> str:
+def _reflection_chat(row: Row) -> str:
     return f" {row['output']}\nASSISTANT REFLECTION: {row['reflection']}\nASSISTANT: {row['corrected']}"
 
 
-def _column(name: str, before: str = "") -> Callable[[dict], str]:
+def _column(name: str, before: str = "") -> Callable[[Row], str]:
     return lambda row: before + row[name] if row[name].strip() else ""
 
 
-def _about(context: str, question: str, opening: str = CONTEXT) -> Callable[[dict], str]:
+def _about(context: str, question: str, opening: str = CONTEXT) -> Callable[[Row], str]:
     return lambda row: _said(opening, f"{row[context]}\n===\n{row[question]}")
 
 
-def _rated(question: str, *, evaluated: bool = False) -> Callable[[dict], str]:
-    def build(row: dict) -> str:
+def _rated(question: str, *, evaluated: bool = False) -> Callable[[Row], str]:
+    def build(row: Row) -> str:
         evaluation = f"\nEvaluation:\n{_evaluation(row)}".removesuffix("\n") if evaluated else ""
         return _said("", f"{question}\n\nQuestion: {row['instruction']}\nAnswer: {row['answer']}{evaluation}")
 

@@ -6,10 +6,9 @@ Python's parser keeps the last of two equal names, and its depth limit is that o
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 DEEPEST = 200  # levels; what walks rows later recurses
-
-
 BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -17,7 +16,7 @@ class _Repeated(ValueError):
     pass
 
 
-def parse(text: str, location: str) -> object:
+def parse(text: str, location: str) -> Any:
     """The value of a text on one line.
 
     Errors: ValueError for what is no JSON, for an object that has a name twice, and for more than DEEPEST levels.
@@ -31,7 +30,7 @@ def parse(text: str, location: str) -> object:
     return value
 
 
-def iterate_items(text: str, name: str) -> Iterator[object]:
+def iterate_items(text: str, name: str) -> Iterator[Any]:
     """The items of a list, one at a time. Errors: as `parse`, with the line of broken JSON or the row, counted from 1."""
     end, number = _blanks(text, _blanks(text, 0) + 1), 0
     try:
@@ -70,7 +69,9 @@ def _value(text: str, begin: int, location: str) -> tuple[object, int]:
 
 def _blanks(text: str, begin: int) -> int:
     """Where the blanks at `begin` end."""
-    return BLANKS.match(text, begin).end()
+    match = BLANKS.match(text, begin)
+    assert match is not None
+    return match.end()
 
 
 def first_duplicate(names: Iterable[str]) -> str | None:

@@ -81,6 +81,7 @@ def epoch_plan(
     key = seed * 1_000_003 + epoch if shuffle else None
     if rows is not None:
         return pack.group_rows(lengths, rows, seed=key)
+    assert budget is not None
     groups = pack.pack(lengths, budget, seed=key, window=window)
     if key is None:
         return sorted(groups, key=min)

@@ -21,7 +21,7 @@ def uniform(*key: int) -> float:
 
 def _hashes(n: int, key: tuple[int, ...]) -> np.ndarray:
     with np.errstate(over="ignore"):
-        state = np.uint64(0)
+        state = np.zeros(1, np.uint64)
         for part in key:
             state = _mix(state + np.uint64(part & (2**64 - 1)) + GAMMA)
         return _mix(state + np.arange(1, n + 1, dtype=np.uint64) * GAMMA)

@@ -5,14 +5,38 @@ seq, seq_lens, doc_of_seq, row).
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from treetune.core.data import order, spans, trees
+from treetune.core.data import order, trees
 
-WINDOW = 8192
+WINDOW = 8192  # documents
 READS = ("tokens", "last", "classes")
+
+
+class Tokens(Protocol):
+    """A document of any kind."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Ids, int32 [n]."""
+        ...
+
+
+class BareDoc(Tokens, Protocol):
+    """A document without branches."""
+
+    @property
+    def weight(self) -> np.ndarray:
+        """Weights, float32 [n]; a token with one above 0 is scored."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """Number of the data set row."""
+        ...
 
 
 def pack(lengths: Sequence[int], budget: int, *, seed: int | None = 0, window: int = WINDOW) -> list[list[int]]:
@@ -62,7 +86,7 @@ def group_rows(lengths: Sequence[int], rows_per_batch: int, *, seed: int | None 
     return [indices[start : start + rows_per_batch] for start in range(0, len(indices), rows_per_batch)]
 
 
-def collate(docs: Sequence[spans.Doc], *, budget: int | None = None, pad: bool = False, pad_id: int = 0) -> dict[str, torch.Tensor]:
+def collate(docs: Sequence[BareDoc], *, budget: int | None = None, pad: bool = False, pad_id: int = 0) -> dict[str, torch.Tensor]:
     """The packed stream of bare trunks: one sequence per document, one scored token per weight above 0.
 
     `pad` fills the stream to `budget` tokens with a document that nothing reads. No documents at all give a legal stream of one
@@ -106,7 +130,7 @@ def collate_trees(
     return batch
 
 
-def _filled(docs: Sequence, budget: int | None, pad: bool) -> tuple[list[int], int]:
+def _filled(docs: Sequence[Tokens], budget: int | None, pad: bool) -> tuple[list[int], int]:
     """(tokens of each document, tokens of padding behind them)."""
     lengths = [len(doc.tokens) for doc in docs]
     token_count = sum(lengths)
@@ -114,7 +138,7 @@ def _filled(docs: Sequence, budget: int | None, pad: bool) -> tuple[list[int], i
         raise ValueError(f"{len(docs)} documents hold {token_count} tokens, more than the budget of {budget}")
     if pad and budget is None:
         raise ValueError("pad needs the budget to fill")
-    return lengths, budget - token_count if pad else int(not docs)
+    return lengths, budget - token_count if pad and budget is not None else int(not docs)
 
 
 def _places(doc: trees.TreeDoc) -> np.ndarray:
@@ -138,11 +162,11 @@ def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) ->
     }
     if read == "last":
         return keys
-    pick = [(doc.classes if read == "classes" else doc.tokens)[rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
+    pick = [_targets(doc, read)[rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
     weight = _joined([doc.weight[rows] for (_, doc, _), rows in zip(parts, scored, strict=True)], np.float32)
     keys["targets"] = _int64(_joined(pick, np.int64))  # [N]
     for name in docs[0].values or () if docs else ():
-        values = [doc.values[name][rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
+        values = [(doc.values or {})[name][rows] for (_, doc, _), rows in zip(parts, scored, strict=True)]
         keys[name] = torch.from_numpy(_joined(values, np.float32))  # [N]
     return keys | ({"weight": torch.from_numpy(weight)} if (weight != 1.0).any() else {})
 
@@ -164,8 +188,15 @@ def _scored(doc: trees.TreeDoc, indices: np.ndarray, read: str) -> np.ndarray:
     """Indices in the document of the tokens of one sequence that count."""
     if read == "last":
         return indices[-1:]
-    assert read == "tokens" or doc.classes is not None, "a document without classes cannot be read by classes"
-    return indices[(doc.weight if read == "tokens" else doc.classes + 1)[indices] > 0]
+    return indices[(doc.weight if read == "tokens" else _targets(doc, read) + 1)[indices] > 0]
+
+
+def _targets(doc: trees.TreeDoc, read: str) -> np.ndarray:
+    """What is predicted at each token of a document: the token, or its class."""
+    if read != "classes":
+        return doc.tokens
+    assert doc.classes is not None, "a document without classes cannot be read by classes"
+    return doc.classes
 
 
 def _before(doc: trees.TreeDoc, indices: np.ndarray) -> np.ndarray:
@@ -180,7 +211,7 @@ def _extras(docs: Sequence[trees.TreeDoc]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([value for doc in docs for value in doc.extras[name]]) for name in names}
 
 
-def _stream(docs: Sequence[spans.Doc], lengths: list[int], pad_id: int) -> dict[str, torch.Tensor]:
+def _stream(docs: Sequence[Tokens], lengths: list[int], pad_id: int) -> dict[str, torch.Tensor]:
     """Keys with axis T or D + 1. Lengths beyond the documents' own are padding documents."""
     token_arrays = [doc.tokens for doc in docs]
     padding = [np.full(length, pad_id) for length in lengths[len(docs) :]]
@@ -191,7 +222,7 @@ def _stream(docs: Sequence[spans.Doc], lengths: list[int], pad_id: int) -> dict[
     }
 
 
-def _reads(docs: Sequence[spans.Doc], lengths: list[int]) -> dict[str, torch.Tensor]:
+def _reads(docs: Sequence[BareDoc], lengths: list[int]) -> dict[str, torch.Tensor]:
     """Keys with axis N or B: the row before each scored token predicts it."""
     starts = np.cumsum([0, *lengths])[: len(docs)]
     scored = [np.flatnonzero(doc.weight) for doc in docs]

@@ -1,10 +1,11 @@
 """Documents as people read them: tokens as text, each with what the loss makes of it, and the sides of a pair apart."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from treetune.core.data import detokenise, trees
 from treetune.core.data.spans import Doc
+from treetune.core.protocols import Tokenizer
 
 # Labels: "on" is supervised at weight 1 (or judged good), "half" at another weight, "bad" is to be avoided, "off" is read only.
 MEANINGS = {"on": "supervised", "bad": "rejected, or judged bad", "half": "at another weight"}
@@ -19,7 +20,7 @@ class Passage(NamedTuple):
     side: str = "off"
 
 
-def split(doc: Doc | trees.TreeDoc, tokenizer: Any, read: str | None) -> list[Passage]:
+def split(doc: Doc | trees.TreeDoc, tokenizer: Tokenizer, read: str | None) -> list[Passage]:
     """The document in one passage, or its prompt and then each completion. read: `kinds.Kind.read` of its kind."""
     if read == "classes" and isinstance(doc, trees.TreeDoc) and doc.classes is not None:
         labels = ["off" if label < 0 else "on" if label else "bad" for label in doc.classes.tolist()]
@@ -29,12 +30,12 @@ def split(doc: Doc | trees.TreeDoc, tokenizer: Any, read: str | None) -> list[Pa
     return _tree(doc, tokenizer)
 
 
-def label_tokens(doc: Doc | trees.TreeDoc, tokenizer: Any) -> Pieces:
+def label_tokens(doc: Doc | trees.TreeDoc, tokenizer: Tokenizer) -> Pieces:
     """The tokens of a document as text, labelled by their weights."""
     return detokenise.label_units(tokenizer, doc.tokens.tolist(), _weight_labels(doc))
 
 
-def _tree(doc: trees.TreeDoc, tokenizer: Any) -> list[Passage]:
+def _tree(doc: trees.TreeDoc, tokenizer: Tokenizer) -> list[Passage]:
     # Each completion is decoded after its prompt: some decoders need what comes before, and a character may begin in the prompt.
     labels, trunk = _weight_labels(doc), [i for i, branch in enumerate(doc.branch.tolist()) if branch == 0]
     passages: list[Passage] = []

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 from treetune.core.data import sources, spans, turns
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 IGNORED = -100
 
 
-def reader(tokenizer) -> Callable[[sources.Rows], list[spans.EncodedText]]:
+def reader(tokenizer: Tokenizer) -> Callable[[sources.Rows], list[spans.EncodedText]]:
     """A function from rows to tokens with weights; nothing is added and nothing tokenised. Padding (mask 0 at an end) is taken off.
 
     Errors: ValueError (row and field named) for ids outside the vocabulary, fields of different lengths, labels other than the
@@ -22,7 +24,7 @@ def reader(tokenizer) -> Callable[[sources.Rows], list[spans.EncodedText]]:
     return lambda rows: [encode_row(row, size, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def encode_row(row: dict, vocabulary: int, location: str) -> spans.EncodedText:
+def encode_row(row: Row, vocabulary: int, location: str) -> spans.EncodedText:
     """One row's tokens [n] and weights [n]."""
     tokens, labels = (read_integers(row.get(name), f"{location}: field {name}") for name in ("input_ids", "labels"))
     mask_column = row.get("attention_mask")

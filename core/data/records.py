@@ -7,9 +7,10 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from treetune.core.data import arrow, files, jsontext
+from treetune.core.data.rows import Row
 
 BOM, BLANKS = b"\xef\xbb\xbf", b" \t\r\n"
 LONGEST_LINE = 1 << 30  # bytes
@@ -28,7 +29,7 @@ class Record(NamedTuple):
     """A row, its number in the file counted from 1 in `unit`s, and the bytes read when it was complete."""
 
     number: int
-    row: dict
+    row: Row
     offset: int
     unit: str
 
@@ -111,9 +112,10 @@ def _csv(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process; 131,072 by default
     reader = csv.DictReader(_csv_lines(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), name), strict=True)
     try:
-        _check_header(reader.fieldnames or (), name)
+        names = list(reader.fieldnames or ())
+        _check_header(names, name)
         for number, row in enumerate(reader, 1):
-            _check_width(row, reader.fieldnames, f"{name} row {number}")
+            _check_width(row, names, f"{name} row {number}")
             if number > place.row:
                 yield Record(number, row, 0, "row")
     except csv.Error as error:
@@ -137,7 +139,7 @@ def _check_header(names: Sequence[str], name: str) -> None:
         raise ValueError(f"{name} line 1: the header has the column {twice!r} twice: rename one of them, or remove it")
 
 
-def _check_width(row: dict, names: list[str], location: str) -> None:
+def _check_width(row: dict[Any, Any], names: list[str], location: str) -> None:
     if None in row or None in row.values():
         count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
         raise ValueError(f"{location} has {count} values: expected {len(names)}, one per column of the header")

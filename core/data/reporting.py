@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 from treetune.core.data import sources
 
@@ -14,7 +14,56 @@ SHOWN = 8  # names in a line
 LengthCounts = tuple[tuple[int, int], ...]  # (tokens, rounded up to a step, rows of that length)
 
 
-def format_report(report: NamedTuple, unusual: Mapping[str, int]) -> str:
+class Report(Protocol):
+    """What every report of rows says, whatever their documents look like."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format that the rows were read as."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    @property
+    def docs(self) -> int:
+        """Number of documents that came out."""
+        ...
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows that gave no document, by reason."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the documents."""
+        ...
+
+    @property
+    def supervised(self) -> int:
+        """Tokens with a weight above 0."""
+        ...
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Columns, and fields of messages, that nothing reads."""
+        ...
+
+    @property
+    def sizes(self) -> LengthCounts:
+        """Lengths before the length policy."""
+        ...
+
+    @property
+    def ending(self) -> str:
+        """What closes trained turns and looks like one token, but is none."""
+        ...
+
+
+def format_report(report: Report, unusual: Mapping[str, int]) -> str:
     """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
     share = 100 * report.supervised / max(1, report.tokens)
     parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
@@ -34,7 +83,7 @@ def count_lengths(lengths: Iterable[int]) -> LengthCounts:
     return tuple(sorted(Counter(-(-length // STEP) * STEP for length in lengths).items()))
 
 
-def merge_fields(reports: Sequence[Any]) -> dict[str, Any]:
+def merge_fields(reports: Sequence[Report]) -> dict[str, Any]:
     """The fields about unread columns, lengths and endings, of the reports of several parts of the rows."""
     lengths: Counter[int] = Counter()
     for report in reports:
@@ -44,7 +93,7 @@ def merge_fields(reports: Sequence[Any]) -> dict[str, Any]:
     return {"unread": unread, "sizes": tuple(sorted(lengths.items())), "ending": ending}
 
 
-def find_warnings(report: Any) -> list[str]:
+def find_warnings(report: Report) -> list[str]:
     """What should be noticed: rows lost to their length, and turns that end in no token."""
     return [text for text in (_lost(report.rows, report.dropped.get(TOO_LONG, 0), report.sizes), _endless(report)) if text]
 
@@ -57,7 +106,7 @@ def _lost(rows: int, lost: int, lengths: Sequence[Sequence[int]]) -> str:
     return f"{lost} of {rows} rows are {TOO_LONG} and left out: --sequence-len {size} keeps 95 % of the rows, --overlong truncate cuts them"
 
 
-def _endless(report: Any) -> str:
+def _endless(report: Report) -> str:
     if not report.ending:
         return ""
     return (

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from treetune.core.data import preference, reporting, sources, spans, trees, turns, unpaired, wording
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 
 class Steps(NamedTuple):
@@ -19,7 +21,7 @@ class Steps(NamedTuple):
     classes: tuple[int, ...]
 
 
-def ranked(row: dict, location: str) -> trees.Sides:
+def ranked(row: Row, location: str) -> trees.Sides:
     """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
     question, chosen, rejected = (preference.text(row, (name,), location) for name in ("input", "chosen", "rejected"))
     replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
@@ -27,7 +29,7 @@ def ranked(row: dict, location: str) -> trees.Sides:
     return trees.Sides(history, replies, preference.numbers(row, "margin", location))
 
 
-def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = False) -> Callable[[dict, str], Steps]:
+def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = False) -> Callable[[Row, str], Steps]:
     """stepwise_supervised: prompt, completions (one text for each step) and labels (true or false for each).
 
     step_separator: text after each step; its last token is the one that is judged.
@@ -35,11 +37,9 @@ def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = Fals
     if not isinstance(step_separator, str) or not step_separator:
         raise ValueError(f"step_separator is {step_separator!r}, expected text")
 
-    def read(row: dict, location: str) -> Steps:
-        prompt, steps, labels = preference.text(row, ("prompt",), location), row.get("completions"), row.get("labels")
-        for name, value in (("completions", steps), ("labels", labels)):
-            if not isinstance(value, list):
-                raise ValueError(f"{location}: field {name} is {turns.type_name(value)}, expected a list with one entry for each step")
+    def read(row: Row, location: str) -> Steps:
+        prompt = preference.text(row, ("prompt",), location)
+        steps, labels = (_step_list(row, name, location) for name in ("completions", "labels"))
         if len(steps) != len(labels):
             raise ValueError(f"{location}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
         texts = tuple(preference.text({"completions": step}, ("completions",), f"{location}, step {i}") for i, step in enumerate(steps, 1))
@@ -53,10 +53,17 @@ def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = Fals
     return read
 
 
+def _step_list(row: Row, name: str, location: str) -> list:
+    value = row.get(name)
+    if not isinstance(value, list):
+        raise ValueError(f"{location}: field {name} is {turns.type_name(value)}, expected a list with one entry for each step")
+    return value
+
+
 def encode_steps(
     rows: sources.Rows,
-    read: Callable[[dict, str], Steps],
-    tokenizer,
+    read: Callable[[Row, str], Steps],
+    tokenizer: Tokenizer,
     *,
     name: str = "stepwise_supervised",
     sequence_len: int | None = None,
@@ -70,7 +77,7 @@ def encode_steps(
     """
     trees.check_length(sequence_len, overlong)
     special = spans.read_special_tokens(tokenizer)
-    docs, tally, lengths = [], trees.Report(name, len(rows.rows), 0, {}, *[0] * 7), []
+    docs, tally, lengths = [], trees.Report(name, len(rows.rows)), []
     for i, row in enumerate(rows.rows):
         location = sources.locate_row(rows, i)
         steps = read(row, location)
@@ -87,7 +94,7 @@ def encode_steps(
     return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.count_lengths(lengths))
 
 
-def _joined(steps: Steps, tokenizer, special: spans.SpecialTokens, row: int, location: str) -> trees.TreeDoc:
+def _joined(steps: Steps, tokenizer: Tokenizer, special: spans.SpecialTokens, row: int, location: str) -> trees.TreeDoc:
     texts = [steps.prompt, *steps.steps]
     for text in texts:
         trees.check_unicode(text, location)
@@ -111,6 +118,7 @@ def _fit(
         raise ValueError(
             f"{location} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to drop or truncate"
         )
+    assert doc.classes is not None
     ends = np.flatnonzero(doc.classes[:size] >= 0)
     if overlong == "drop" or len(ends) == 0:
         return None, trees.TOO_LONG if overlong == "drop" else trees.FULL, tally

@@ -4,16 +4,18 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from treetune.core.data import instruction, sources, spans, turns
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 
-def reader(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
+def reader(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts: the `read_segments` one after another, those with label true trained.
 
     Trained neighbours are one stretch, so a token across their border is trained too. train_on_inputs: every token is trained.
     Errors: ValueError for rows without segments, or segments without a text and a label (named).
     """
 
-    def text(row: dict, location: str) -> spans.Text:
+    def text(row: Row, location: str) -> spans.Text:
         parts = read_segments(row, location)
         joined = "".join(part for part, _ in parts)
         if train_on_inputs:
@@ -24,7 +26,7 @@ def reader(tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Row
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def read_segments(row: dict, location: str) -> list[tuple[str, bool]]:
+def read_segments(row: Row, location: str) -> list[tuple[str, bool]]:
     """(text, whether it is trained) in order. Errors: ValueError naming row, segment and field."""
     value = row.get("segments")
     if not isinstance(value, list) or not value:

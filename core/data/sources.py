@@ -11,9 +11,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from treetune.core.data import files, hub, order, records
+from treetune.core.data.rows import Row
 
 SYSTEM = "system"  # the column of a system message
 HUB_ID, is_hub_id = files.HUB_ID, files.is_hub_id
@@ -32,10 +33,26 @@ class Rows(NamedTuple):
     """Dataset rows with their numbers in the source, counted from 1 in `unit`s ("line" or "row"), on through several files."""
 
     name: str
-    rows: list[dict]
+    rows: list[Row]
     numbers: list[int]
     unit: str = "row"
     origins: tuple[Origin, ...] = ()  # where each file starts, when there are several
+
+
+class HubDataset(NamedTuple):
+    """A dataset of the hub: the arguments of `hub.load_dataset`."""
+
+    path: str
+    split: str
+    name: str | None
+    revision: str | None
+    data_files: str | Sequence[str]
+
+
+class SavedFolder(NamedTuple):
+    """A folder that the datasets library saved."""
+
+    path: str
 
 
 class TrackedRow(dict):
@@ -43,16 +60,16 @@ class TrackedRow(dict):
 
     __slots__ = ("asked",)
 
-    def __init__(self, row: dict):
+    def __init__(self, row: Row):
         super().__init__(row)
         self.asked: set[str] = set()
 
-    def get(self, key, default=None):
+    def get(self, key: Any, default: Any = None) -> Any:
         """As a dict's, remembered."""
         self.asked.add(key)
         return super().get(key, default)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         self.asked.add(key)
         return super().__getitem__(key)
 
@@ -66,6 +83,7 @@ def unread_columns(rows: Rows) -> dict[str, int]:
     """Fields in which some watched row has something that was not asked for, each with the index of the first such row."""
     first_index: dict[str, int] = {}
     for i, row in enumerate(rows.rows):
+        assert isinstance(row, TrackedRow)
         for name in row.keys() - row.asked - first_index.keys():
             if dict.get(row, name) not in (None, "", [], {}):
                 first_index[name] = i
@@ -81,7 +99,7 @@ def unplaced_system(rows: Rows, i: int, form: str) -> ValueError:
     )
 
 
-def from_list(rows: Sequence[dict], name: str = "rows") -> Rows:
+def from_list(rows: Sequence[Row], name: str = "rows") -> Rows:
     """Rows held in memory, numbered from 1."""
     return Rows(name, list(rows), list(range(1, len(rows) + 1)))
 
@@ -110,7 +128,7 @@ def join_names(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() and name.strip() else repr(name) for name in names) or "none"
 
 
-def missing_field(names: Sequence[str], row: Mapping, location: str, shown: str | None = None) -> ValueError:
+def missing_field(names: Sequence[str], row: Mapping[str, Any], location: str, shown: str | None = None) -> ValueError:
     """The error of a row, or of a part of one, that has no value under any of these names: a field may be null, or not there."""
     empty = next((name for name in names if name in row), None)
     if empty is not None:
@@ -129,17 +147,18 @@ def quote(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
+class SourceOptions(TypedDict, total=False):
+    """What chooses rows at a path: the keys of an entry of `datasets`."""
+
+    split: str
+    name: str | None
+    revision: str | None
+    data_files: str | Sequence[str]
+    ds_type: str | None
+
+
 def read(
-    path: str | None,
-    *,
-    split: str = "train",
-    name: str | None = None,
-    revision: str | None = None,
-    data_files: str | Sequence[str] = (),
-    ds_type: str | None = None,
-    shards: int | None = None,
-    shard_index: int = 0,
-    limit: int | None = None,
+    path: str | None, *, shards: int | None = None, shard_index: int = 0, limit: int | None = None, **options: Unpack[SourceOptions]
 ) -> Rows:
     """Rows of files, of a folder saved by the datasets library, or of a Hugging Face dataset `owner/name`.
 
@@ -151,31 +170,32 @@ def read(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1 row")
-    place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
-    if place == "hub":
-        rows = from_list(hub.read_rows(hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files)), path)
-    elif place == "saved":
-        rows = slice_rows(from_list(hub.read_rows(hub.load_saved_dataset(path, _base(split))), path), split)
+    split, place = options.get("split", "train"), _resolve(path, **options)
+    if isinstance(place, HubDataset):
+        rows = from_list(hub.read_rows(hub.load_dataset(**place._asdict())), place.path)
+    elif isinstance(place, SavedFolder):
+        rows = slice_rows(from_list(hub.read_rows(hub.load_saved_dataset(place.path, _base(split))), place.path), split)
     else:
         whole = shards is None and "[" not in split and "+" not in split
         rows = slice_rows(_read_files(place, path, limit if whole else None), split)
     if not rows.rows:
-        raise ValueError(f"{path or data_files} has no rows" + ("" if split == "train" else f" in split {split}"))
+        raise ValueError(f"{path or options.get('data_files')} has no rows" + ("" if split == "train" else f" in split {split}"))
     rows = rows if shards is None else take_shard(rows, shards, shard_index)
     return rows if limit is None else take(rows, range(min(limit, len(rows.rows))))
 
 
 def digest_source(
-    path: str | None, *, split: str = "train", name=None, revision=None, data_files=(), ds_type=None, shards=None, shard_index=0, limit=None
+    path: str | None, *, shards: int | None = None, shard_index: int = 0, limit: int | None = None, **options: Unpack[SourceOptions]
 ) -> str:
     """A fingerprint of the rows that `read` would give for the same arguments, without reading them: sha256 over the bytes of the files
     (or the datasets library's own fingerprint of a hub dataset) and over what chooses among the rows. Where files lie does not count.
     """
-    place = _source(path, split=split, name=name, revision=revision, data_files=data_files, ds_type=ds_type)
-    if place == "hub":
-        content = hub.load_dataset(path, split=split, name=name, revision=revision, data_files=data_files)._fingerprint
+    place = _resolve(path, **options)
+    if isinstance(place, HubDataset):
+        content = hub.load_dataset(**place._asdict())._fingerprint
     else:
-        content = files.digest_files(files.folder_files(path) if place == "saved" else place)
+        content = files.digest_files(files.folder_files(place.path) if isinstance(place, SavedFolder) else place)
+    split, name, revision = options.get("split", "train"), options.get("name"), options.get("revision")
     return hashlib.sha256(json.dumps([content, split, name, revision, shards, shard_index, limit]).encode()).hexdigest()
 
 
@@ -202,7 +222,7 @@ def take_shard(rows: Rows, shards: int, index: int = 0) -> Rows:
     return take(rows, indices)
 
 
-def split_validation(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[dict], str] | None = None) -> tuple[Rows, Rows]:
+def split_validation(rows: Rows, size: float | int, seed: int = 0, *, key: Callable[[Row], str] | None = None) -> tuple[Rows, Rows]:
     """(training rows, validation rows): disjoint, together all rows, each in file order, decided by `seed` alone.
 
     size: a fraction of the rows (float below 1) or a number of them (int); at least one row lands on each side.
@@ -244,16 +264,24 @@ def find_files(path: str | None, *, split: str, data_files: str | Sequence[str] 
     return files.find(path, data_files=data_files, ds_type=ds_type, split=base)
 
 
-def _source(path: str | None, *, split: str, name: str | None, revision: str | None, data_files, ds_type: str | None):
-    """The files, or "hub" or "saved"."""
+def _resolve(
+    path: str | None,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: str | Sequence[str] = (),
+    ds_type: str | None = None,
+) -> HubDataset | SavedFolder | list[files.File]:
+    """The place that the options name. Errors: ValueError for options that a place of this kind does not take."""
     if path is None and not data_files:
         raise ValueError("a data set has neither a path nor data_files: give one")
     if is_hub_id(path, ds_type):
-        return "hub"
+        return HubDataset(path, split, name, revision, data_files)
     if name is not None or revision is not None:
         raise ValueError(f"{path or data_files}: files have neither configurations nor revisions; leave name and revision out")
     if path is not None and not data_files and files.saved_marker(path):
-        return "saved"
+        return SavedFolder(path)
     return find_files(path, split=split, data_files=data_files, ds_type=ds_type)
 
 
@@ -272,7 +300,7 @@ def _parsed(text: str) -> tuple[str, str | None, str | None]:
     match = SLICE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"split {text!r}: expected a name, or a part such as train[:1%], train[10:20] or train[:10%]+train[-5:]")
-    return match.groups()
+    return match[1], match[2], match[3]
 
 
 def _bounds(text: str, total: int) -> range:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from treetune.core.data import sources
+from treetune.core.data.rows import Row
+from treetune.core.protocols import Tokenizer
 
 TEMPLATE = "template"  # the role of what no speaker wrote
 MARK = re.compile(r"\s*(<\|?[^<>|\s]{1,40}\|?>)")  # a text such as <|eot_id|> or </s>
@@ -106,7 +108,7 @@ def tokens_by_role(encoded: EncodedText, start: int = 0, stop: int | None = None
     return {name: (int(total), int(count)) for name, total, count in zip(encoded.names, *totals, strict=True)}
 
 
-def read_special_tokens(tokenizer) -> SpecialTokens:
+def read_special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Marks of a fast tokenizer. Errors: ValueError when it cannot give character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
@@ -119,13 +121,13 @@ def read_special_tokens(tokenizer) -> SpecialTokens:
     )
 
 
-def require_eos(tokenizer) -> None:
+def require_eos(tokenizer: Tokenizer) -> None:
     """Errors: ValueError for a tokenizer without an end-of-text token."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set eos_token in its tokenizer_config.json")
 
 
-def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], location: str) -> None:
+def require_text(row: Row, needed: Sequence[str], optional: Sequence[str], location: str) -> None:
     """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
     for name in needed:
         if row.get(name) is None:
@@ -135,12 +137,12 @@ def require_text(row: dict, needed: Sequence[str], optional: Sequence[str], loca
             raise ValueError(f"{location}: field {name} is of type {type(row[name]).__name__}, expected text")
 
 
-def encode(texts: Sequence[Text], tokenizer, special: SpecialTokens) -> list[EncodedText]:
+def encode(texts: Sequence[Text], tokenizer: Tokenizer, special: SpecialTokens) -> list[EncodedText]:
     """Tokenise each text once and weigh its tokens."""
     return weigh_tokens(texts, tokenise(texts, tokenizer), tokenizer, special)
 
 
-def tokenise(texts: Sequence[Text], tokenizer) -> list:
+def tokenise(texts: Sequence[Text], tokenizer: Tokenizer) -> list:
     """Ids and character offsets of each text, without special tokens around it. Runs outside the interpreter."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -149,12 +151,12 @@ def tokenise(texts: Sequence[Text], tokenizer) -> list:
     return backend.encode_batch([text.text for text in texts], add_special_tokens=False) if texts else []
 
 
-def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer, special: SpecialTokens) -> list[EncodedText]:
+def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer: Tokenizer, special: SpecialTokens) -> list[EncodedText]:
     """The tokens of each text with their weights and roles."""
     return [_weighed(text, encoding, tokenizer, special) for text, encoding in zip(texts, encodings, strict=True)]
 
 
-def _weighed(text: Text, encoding, tokenizer, special: SpecialTokens) -> EncodedText:
+def _weighed(text: Text, encoding, tokenizer: Tokenizer, special: SpecialTokens) -> EncodedText:
     tokens = np.array(encoding.ids, dtype=np.int32)
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(tokens))
     begins, ends = _extents(tokens, offsets.reshape(-1, 2), tokenizer)
@@ -257,7 +259,8 @@ def _adjoins(text: str, i: int, begins: np.ndarray, ends: np.ndarray) -> bool:
 def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np.ndarray) -> int:
     """The same for a closing in plain text. Blanks that a tokenizer glues to its last characters come along."""
     run = len(text[turn.end : turn.tail].rstrip())
-    blank = re.match(r"\s*", text[turn.end + run :]).end() if run else 0
+    behind = text[turn.end + run :]
+    blank = len(behind) - len(behind.lstrip()) if run else 0
     after = int(np.searchsorted(begins, turn.end + run, "left"))
     while after > start and ends[after - 1] > turn.end + run + blank:
         after -= 1
@@ -287,7 +290,7 @@ def _wrap(
     return tokens.astype(np.int32), weight.astype(np.float32), role
 
 
-def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(begins, ends) [n]: offsets with the spaces back that some byte-level tokenizers trim off them."""
     begins, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
     previous = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
@@ -301,7 +304,7 @@ def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer) -> tuple[np.nda
     return np.maximum.accumulate(np.minimum(begins, ends)), ends
 
 
-def _default_prefix(tokenizer) -> list[int]:
+def _default_prefix(tokenizer: Tokenizer) -> list[int]:
     """Ids that the tokenizer puts before a text on its own: [BOS], nothing, or whatever its family uses."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

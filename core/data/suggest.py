@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # what YAML reads as a text without quotes, but for its own words
 WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
@@ -14,7 +15,7 @@ JUDGED = "label desirable good is_good score rating correct thumbs".split()
 TEXTS = "content body document passage article story code markdown raw".split()
 
 
-def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping) -> str:
+def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping[str, Any]) -> str:
     """An entry of `datasets` in one line of YAML, or nothing where the columns do not tell.
 
     kind: that of `kinds.KINDS`. row: the first one, which tells conversations from texts.
@@ -23,7 +24,7 @@ def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping) ->
     return "" if type_fields is None else f"datasets: [{{path: {_written(path)}, {type_fields}}}]"
 
 
-def _type(kind: str, columns: list[str], row: Mapping) -> str | None:
+def _type(kind: str, columns: list[str], row: Mapping[str, Any]) -> str | None:
     if kind == "text":
         return _text_type(columns, row)
     question = _named(columns, ASKED)
@@ -38,12 +39,13 @@ def _type(kind: str, columns: list[str], row: Mapping) -> str | None:
         }
     else:
         return None
-    if None in fields.values() or len(set(fields.values())) < len(fields):
+    named = {field: column for field, column in fields.items() if column is not None}
+    if len(set(named.values())) < len(fields):
         return None
-    return f"type: {_mapping(fields)}"
+    return f"type: {_mapping(named)}"
 
 
-def _text_type(columns: list[str], row: Mapping) -> str | None:
+def _text_type(columns: list[str], row: Mapping[str, Any]) -> str | None:
     if talk := next((name for name in columns if _is_talk(row.get(name))), None):
         return f"type: chat_template, field_messages: {_written(talk)}"
     question = _named(columns, ASKED)

@@ -14,7 +14,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+from treetune.core.data.rows import Message
 
 FIELDS = ("reasoning_content", "content")
 CALLS = len(FIELDS)  # the field number of tool calls
@@ -25,7 +27,23 @@ CACHE_SIZE = 4096
 MISSING = "is not rendered"
 
 Key = tuple[int, int, int]  # message, field, piece
-Render = Callable[..., str]  # (messages, *, tools=None, add_generation_prompt=False) -> text
+Tools = list[dict[str, Any]] | None  # definitions of a conversation's tools
+
+
+class Render(Protocol):
+    """Chat template of a run, applied to one conversation; a template that refuses it raises ValueError."""
+
+    def __call__(self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = False) -> str:
+        """Text of the conversation, perhaps with the header of the assistant's next turn behind it."""
+        ...
+
+
+class FindLayout(Protocol):
+    """Layout of a conversation's shape, made once for all rows of that shape."""
+
+    def __call__(self, messages: Sequence[Message], tools: Tools = None) -> "TemplateLayout":
+        """Layout of a conversation with these tools."""
+        ...
 
 
 class MessageSlot(NamedTuple):
@@ -47,6 +65,15 @@ class TemplateLayout(NamedTuple):
     places: dict[int, MessageSlot | str]  # by message; a string says why the message has no single place
     cut: frozenset[int]  # messages of which the template leaves a piece out
     lost: frozenset[int]  # messages of which it leaves out a part of a tool call
+
+
+class Markers(NamedTuple):
+    """A conversation with markers for contents, and its rendering cut at them."""
+
+    messages: list[Message]
+    statics: list[str]
+    keys: list[Key]
+    render: Render
 
 
 class PieceSpan(NamedTuple):
@@ -76,11 +103,11 @@ class MessageSpan(NamedTuple):
     tail: int
 
 
-def layout_cache(render: Render) -> Callable[..., TemplateLayout]:
+def layout_cache(render: Render) -> FindLayout:
     """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
     cache: dict[str, TemplateLayout] = {}
 
-    def layout(messages: Sequence[dict], tools: list | None = None) -> TemplateLayout:
+    def layout(messages: Sequence[Message], tools: Tools = None) -> TemplateLayout:
         marked = [_marked(i, message) for i, message in enumerate(messages)]
         key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
         if key not in cache:
@@ -92,7 +119,7 @@ def layout_cache(render: Render) -> Callable[..., TemplateLayout]:
     return layout
 
 
-def find_pieces(text: str, messages: Sequence[dict], layout: TemplateLayout) -> list[PieceSpan]:
+def find_pieces(text: str, messages: Sequence[Message], layout: TemplateLayout) -> list[PieceSpan]:
     """Characters of every piece of `layout.keys`. Errors: ValueError when the rendered text does not match the layout."""
     piece_spans, position = [], len(layout.statics[0])
     if not text.startswith(layout.statics[0]):
@@ -149,7 +176,7 @@ def _message_span(place: MessageSlot, piece_spans: list[PieceSpan], layout: Temp
     return MessageSpan(begin, end + place.trail, end + len(layout.statics[place.last + 1]), end + max(place.trail, place.tail))
 
 
-def _content(message: dict, key: Key) -> str:
+def _content(message: Message, key: Key) -> str:
     """The piece that a key stands for."""
     if key[1] == CALLS:
         return _leaves(message)[key[2]]
@@ -171,26 +198,30 @@ def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> 
     return None
 
 
-def _layout(marked: list[dict], render: Render) -> TemplateLayout:
+def _layout(marked: list[Message], render: Render) -> TemplateLayout:
     statics, keys = _split_at_markers(render(marked))
-    places = {i: _message_slot(i, marked, statics, keys, render) for i, message in enumerate(marked) if _marks(message)}
+    markers = Markers(marked, statics, keys, render)
+    places = {i: _message_slot(i, markers) for i, message in enumerate(marked) if _marks(message)}
     missing = {key for message in marked for key in _marks(message)} - set(keys)
     return TemplateLayout(
         statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS)
     )
 
 
-def _message_slot(i: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> MessageSlot | str:
+def _message_slot(i: int, markers: Markers) -> MessageSlot | str:
+    keys = markers.keys
     indices = _piece_indices(i, keys)
     if not indices:
         return MISSING
     if indices != list(range(indices[0], indices[-1] + 1)) or len(indices) != len({keys[k] for k in indices}):
         return "is rendered more than once or in pieces"
-    calls = bool(marked[i].get("tool_calls"))
-    lead, tail = _lead(i, indices[0], marked, statics, keys, render), _tail(i, indices[-1], marked, statics, keys, render, whole=calls)
+    message = markers.messages[i]
+    calls = bool(message.get("tool_calls"))
+    lead, tail = _lead(i, indices[0], markers), _tail(i, indices[-1], markers, whole=calls)
     if calls and (lead is None or tail is None):
         return "has tool calls whose limits are not known as they are written"
-    return MessageSlot(indices[0], indices[-1], lead or 0, _trail(marked[i], keys[indices[-1]], statics[indices[-1] + 1]), tail or 0, calls)
+    trail = _trail(message, keys[indices[-1]], markers.statics[indices[-1] + 1])
+    return MessageSlot(indices[0], indices[-1], lead or 0, trail, tail or 0, calls)
 
 
 def _piece_indices(i: int, keys: list[Key]) -> list[int]:
@@ -203,23 +234,25 @@ def _piece_indices(i: int, keys: list[Key]) -> list[int]:
     return indices
 
 
-def _lead(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
+def _lead(i: int, first: int, markers: Markers) -> int | None:
     """Characters between the generation prompt and the content: the model has to produce them itself, so they count."""
+    marked, statics, keys, render = markers
     before = statics[first]
     if marked[i]["role"] == "assistant" and i > 0:
         prompt, shown = _try_split_at_markers(marked[:i], render, add_generation_prompt=True)
         if shown[-1:] == keys[:first][-1:] and prompt[-1] and before.startswith(prompt[-1]):
             return len(before) - len(prompt[-1])
     if marked[i].get("tool_calls") and keys[first][1] == CALLS:
-        return _lead_of_calls(i, first, marked, statics, keys, render)
+        return _lead_of_calls(i, first, markers)
     lead_text = marked[i][FIELDS[keys[first][1]]].partition(_marker(keys[first]))[0]
     opened = re.search(r"<think>\s*$", before) if _reasons(marked[i]) else None
     lengths = [len(text) for text in (lead_text, lead_text.lstrip()) if before.endswith(text)]
     return max(lengths + [len(before) - opened.start() if opened else 0])
 
 
-def _lead_of_calls(i: int, first: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render) -> int | None:
+def _lead_of_calls(i: int, first: int, markers: Markers) -> int | None:
     """The same for a message that starts with a call: it begins where plain content of the same speaker would, in the same place."""
+    marked, statics, keys, render = markers
     plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
     for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
         header, shown = _try_split_at_markers(talk, render)
@@ -228,7 +261,7 @@ def _lead_of_calls(i: int, first: int, marked: list[dict], statics: list[str], k
     return None
 
 
-def _trail(message: dict, last: Key, after: str) -> int:
+def _trail(message: Message, last: Key, after: str) -> int:
     """Length of what the content itself has after its last piece: a tag, blanks."""
     if last[1] == CALLS:
         return 0
@@ -236,8 +269,9 @@ def _trail(message: dict, last: Key, after: str) -> int:
     return max(len(text) for text in (trail_text, trail_text.rstrip(), "") if after.startswith(text))
 
 
-def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[Key], render: Render, *, whole: bool = False) -> int | None:
+def _tail(i: int, last: int, markers: Markers, *, whole: bool = False) -> int | None:
     """Length of what the template writes after the content whether or not another message follows; `whole`: None if that is in doubt."""
+    marked, statics, keys, render = markers
     after = statics[last + 1]
     if i + 1 == len(marked):
         return len(after)
@@ -247,13 +281,13 @@ def _tail(i: int, last: int, marked: list[dict], statics: list[str], keys: list[
     shared = os.path.commonprefix([after, alone[-1]])
     if shared in (after, alone[-1]):  # else it may end inside a token that two different endings happen to start with
         return len(shared)
-    return None if whole else re.match(r"(.*\s)?", shared, re.DOTALL).end()
+    return None if whole else len(shared) - len(re.split(r"\s", shared)[-1])
 
 
-def _try_split_at_markers(marked: list[dict], render: Render, **options) -> tuple[list[str], list[Key]]:
-    """As _split, or nothing where the template refuses a conversation that stops here."""
+def _try_split_at_markers(marked: list[Message], render: Render, *, add_generation_prompt: bool = False) -> tuple[list[str], list[Key]]:
+    """As `_split_at_markers`, or nothing where the template refuses a conversation that stops here."""
     try:
-        return _split_at_markers(render(marked, **options))
+        return _split_at_markers(render(marked, add_generation_prompt=add_generation_prompt))
     except ValueError:
         return [""], []
 
@@ -263,10 +297,10 @@ def _split_at_markers(text: str) -> tuple[list[str], list[Key]]:
 
 
 def _keys(text: str) -> list[Key]:
-    return [tuple(map(int, match.groups())) for match in MARKERS.finditer(text)]
+    return [(int(match[1]), int(match[2]), int(match[3])) for match in MARKERS.finditer(text)]
 
 
-def _marked(i: int, message: dict) -> dict:
+def _marked(i: int, message: Message) -> dict:
     """The message with a marker in place of each piece of its content; tags and blank pieces stay."""
     marked = message | {field: _mark(i, f, message[field]) for f, field in enumerate(FIELDS) if message.get(field)}
     if message.get("tool_calls"):
@@ -289,7 +323,7 @@ def _mark_value(value: object, mark: Callable[[str], str]) -> object:
     return mark(value) if isinstance(value, str) and value.strip() else value
 
 
-def _leaves(message: dict) -> list[str]:
+def _leaves(message: Message) -> list[str]:
     """Pieces of the tool calls, in the order of their numbers."""
     texts: list[str] = []
     for call in message["tool_calls"]:
@@ -306,11 +340,11 @@ def _marker(key: Key) -> str:
     return MARKER + "m{}f{}p{}e".format(*key)
 
 
-def _marks(message: dict) -> list[Key]:
+def _marks(message: Message) -> list[Key]:
     """Markers in a marked message."""
     keys = [key for field in FIELDS if message.get(field) for key in _keys(message[field])]
     return keys + [key for text in (_leaves(message) if message.get("tool_calls") else ()) for key in _keys(text)]
 
 
-def _reasons(message: dict) -> bool:
+def _reasons(message: Message) -> bool:
     return FIELDS[0] in message or bool(TAGS.search(message.get("content") or ""))

@@ -1,9 +1,12 @@
 """Tool calls and tool definitions of rows: as objects or as their JSON text, in the short form or the long one."""
 
+from typing import Any
+
 from treetune.core.data import jsontext, sources
+from treetune.core.data.rows import Message
 
 
-def read_calls(value: object, location: str) -> list[dict]:
+def read_calls(value: object, location: str) -> list[Message]:
     """Tool calls with their arguments as objects. Nested nulls go: columnar files put them where a key is missing."""
     value = _parse_text(value, location)
     if not isinstance(value, list):
@@ -11,11 +14,11 @@ def read_calls(value: object, location: str) -> list[dict]:
     return [_call(call, f"{location}: call {i}") for i, call in enumerate(value, 1)]
 
 
-def _call(call: object, location: str) -> dict:
-    call = _parse_text(call, location)
-    if not isinstance(call, dict):
-        raise ValueError(f"{location} is {sources.value_kind(call)}, expected an object with function")
-    call = without_nulls(call)
+def _call(value: object, location: str) -> dict[str, Any]:
+    parsed = _parse_text(value, location)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{location} is {sources.value_kind(parsed)}, expected an object with function")
+    call = without_nulls(parsed)
     if "function" not in call:  # the short form
         extra = {key: call[key] for key in ("id",) if key in call}
         call = {"type": "function", **extra, "function": {key: call[key] for key in ("name", "arguments") if key in call}}
@@ -29,7 +32,7 @@ def _call(call: object, location: str) -> dict:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def read_tools(value: object, location: str) -> list[dict] | None:
+def read_tools(value: object, location: str) -> list[Message] | None:
     """Tool definitions, from a list or its JSON text."""
     parsed = _parse_text(value, location)
     if parsed is None or parsed == []:
@@ -40,14 +43,12 @@ def read_tools(value: object, location: str) -> list[dict] | None:
     for i, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
             raise ValueError(f"{location}: tool {i} is {sources.value_kind(tool)}, expected an object")
-    return (
-        tools
-        if isinstance(value, str)
-        else [tool if isinstance(definition, str) else without_nulls(tool) for tool, definition in zip(tools, value, strict=True)]
-    )
+    if not isinstance(value, list):  # JSON text holds the nulls that its author wrote
+        return tools
+    return [tool if isinstance(definition, str) else without_nulls(tool) for tool, definition in zip(tools, value, strict=True)]
 
 
-def _parse_text(value: object, location: str) -> object:
+def _parse_text(value: object, location: str) -> Any:
     """The value, or what its JSON text says."""
     if not isinstance(value, str):
         return value
@@ -56,7 +57,7 @@ def _parse_text(value: object, location: str) -> object:
     return jsontext.parse(value, f"{location} is a text that is no JSON")
 
 
-def without_nulls(value: object) -> object:
+def without_nulls(value: Any) -> Any:
     """The value without the entries of objects that are null, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}

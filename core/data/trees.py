@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from treetune.core.data import chat, instruction, reporting, sources, spans
+from treetune.core.data.rows import Message, Row
+from treetune.core.protocols import Tokenizer
 
 CHUNK = 512  # rows tokenised together
 OVERLONG = ("drop", "truncate", "error")
@@ -21,6 +23,9 @@ NO_PROMPT, NOTHING, FULL, TOO_LONG = (
     "a prompt that fills sequence_len",
     reporting.TOO_LONG,
 )
+
+
+ReadTexts = Callable[[sources.Rows], list[spans.Text]]  # rows of messages, through the chat template
 
 
 class Form(NamedTuple):
@@ -37,7 +42,7 @@ class Sides(NamedTuple):
     extras: tuples of numbers, one for each continuation, such as {"desirable": (True,)}; they become keys of the batch.
     """
 
-    prompt: str | list[dict]
+    prompt: str | list[Message]
     replies: tuple
     extras: dict[str, tuple]
     end: str = ""
@@ -65,15 +70,15 @@ class Report(NamedTuple):
 
     format: str
     rows: int
-    docs: int
-    dropped: dict[str, int]  # rows by reason
-    truncated: int  # documents cut at sequence_len
-    tokens: int
-    supervised: int
-    longest: int  # tokens of the longest prompt with one continuation, before the length policy
-    dropped_eos: int  # continuations that lost their end to the cut
-    missing_bos: int  # documents without the BOS that the tokenizer adds to plain text
-    trailing_space_boundaries: int  # plain prompts that end in a space, so that the first word after it may not be trained
+    docs: int = 0
+    dropped: dict[str, int] = {}  # rows by reason
+    truncated: int = 0  # documents cut at sequence_len
+    tokens: int = 0
+    supervised: int = 0
+    longest: int = 0  # tokens of the longest prompt with one continuation, before the length policy
+    dropped_eos: int = 0  # continuations that lost their end to the cut
+    missing_bos: int = 0  # documents without the BOS that the tokenizer adds to plain text
+    trailing_space_boundaries: int = 0  # plain prompts that end in a space, so that the first word after it may not be trained
     missing_eos: int = 0  # completions with nothing that ends them
     missing_parts: int = 0  # completions of which the chat template leaves a part out, reasoning mostly
     unread: tuple[str, ...] = ()  # columns, and fields of messages, that nothing reads
@@ -83,8 +88,8 @@ class Report(NamedTuple):
 
 def encode_rows(
     rows: sources.Rows,
-    read: Callable[[dict, str], Sides],
-    tokenizer,
+    read: Callable[[Row, str], Sides],
+    tokenizer: Tokenizer,
     *,
     name: str = "rows",
     distinct: bool = True,
@@ -103,7 +108,7 @@ def encode_rows(
     """
     check_length(sequence_len, overlong)
     special, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
-    docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows), 0, {}, *[0] * 7), [], {}, ""
+    docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows)), [], {}, ""
     for i, extras, reason, parts in _sequences(rows, read, tokenizer, special, render, distinct):
         location = sources.locate_row(rows, i)
         check_bos(parts, special, location)
@@ -283,12 +288,22 @@ def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
     """The document without the tokens at position `size` and after, in every branch alike."""
     first = np.searchsorted(doc.branch, doc.branch, "left")
     keep = np.arange(len(doc.tokens)) - first + doc.start < size
-    parts = [field[keep] if isinstance(field, np.ndarray) else field for field in doc]
-    return TreeDoc(*parts)
+    return doc._replace(
+        tokens=doc.tokens[keep],
+        branch=doc.branch[keep],
+        start=doc.start[keep],
+        weight=doc.weight[keep],
+        classes=None if doc.classes is None else doc.classes[keep],
+    )
 
 
 def _sequences(
-    rows: sources.Rows, read: Callable, tokenizer, special: spans.SpecialTokens, render: Callable, distinct: bool
+    rows: sources.Rows,
+    read: Callable[[Row, str], Sides],
+    tokenizer: Tokenizer,
+    special: spans.SpecialTokens,
+    render: ReadTexts,
+    distinct: bool,
 ) -> Iterator[tuple[int, dict, str, list[spans.EncodedText]]]:
     """(index of the row, its extras, why it cannot be used, its tokens with each continuation) row by row."""
     for start in range(0, len(rows.rows), CHUNK):
@@ -303,20 +318,17 @@ def _sequences(
             yield start + i, row_sides.extras, reason, [_close(part, row_sides, tokenizer, special) for part in encoded_replies]
 
 
-def _texts(sides: Sequence[Sides], rows: sources.Rows, render: Callable) -> list[spans.Text]:
+def _texts(sides: Sequence[Sides], rows: sources.Rows, render: ReadTexts) -> list[spans.Text]:
     """One text for each continuation of each row, in order."""
-    templated_replies = [
-        (i, reply) for i, row_sides in enumerate(sides) if isinstance(row_sides.prompt, list) for reply in row_sides.replies
-    ]
-    flagged = [
-        {
-            "messages": [message | {"train": False} for message in sides[i].prompt] + [reply | {"train": True}],
-            "tools": rows.rows[i].get("tools"),
-        }
-        for i, reply in templated_replies
-    ]
-    repeated = sources.take(rows, [i for i, _ in templated_replies])._replace(rows=flagged)
-    rendered = iter(render(repeated) if templated_replies else ())
+    conversations, indices = [], []
+    for i, row_sides in enumerate(sides):
+        if not isinstance(row_sides.prompt, str):
+            prompt = [message | {"train": False} for message in row_sides.prompt]
+            tools = rows.rows[i].get("tools")
+            conversations += [{"messages": [*prompt, reply | {"train": True}], "tools": tools} for reply in row_sides.replies]
+            indices += [i] * len(row_sides.replies)
+    repeated = sources.take(rows, indices)._replace(rows=conversations)
+    rendered = iter(render(repeated) if conversations else ())
     texts = [
         (i, plain(row_sides.prompt, reply + row_sides.end) if isinstance(row_sides.prompt, str) else next(rendered))
         for i, row_sides in enumerate(sides)
@@ -334,7 +346,7 @@ def plain(prompt: str, completion: str) -> spans.Text:
     return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
 
 
-def _close(part: spans.EncodedText, sides: Sides, tokenizer, special: spans.SpecialTokens) -> spans.EncodedText:
+def _close(part: spans.EncodedText, sides: Sides, tokenizer: Tokenizer, special: spans.SpecialTokens) -> spans.EncodedText:
     """Plain text with the default prefix before and a trained EOS behind, each unless it is there already or `end` does its work."""
     if not isinstance(sides.prompt, str):
         return part
@@ -363,7 +375,7 @@ def check_unicode(text: str, location: str) -> None:
         raise ValueError(f"{location}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
 
 
-def _renderer(tokenizer, template: str | None, jinja: str | None, kwargs: Mapping | None) -> Callable[[sources.Rows], list[spans.Text]]:
+def _renderer(tokenizer: Tokenizer, template: str | None, jinja: str | None, kwargs: Mapping | None) -> ReadTexts:
     """chat's reader, made when the first row of messages comes: rows of plain text need no chat template."""
     readers = []
 

@@ -1,8 +1,10 @@
 """Messages of preference, reward and prompt rows: read and checked; which part of them gets trained is decided by `chat`."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from treetune.core.data import conversations, sources
+from treetune.core.data.rows import Message
 
 ROLES: Mapping[str, Sequence[str]] = conversations.ROLES
 FLAGS = ("train", "weight")
@@ -16,7 +18,7 @@ def read_turns(
     content: str = "content",
     roles: Mapping[str, Sequence[str]] = ROLES,
     replies: int | None = None,
-) -> list[dict]:
+) -> list[Message]:
     """The messages in `value` with text under `role` and `content`, other keys kept. `location` ends with the field's name.
 
     role, content: what these are called in the row; roles: the names in the row by role, besides the usual ones. replies: how many
@@ -26,8 +28,10 @@ def read_turns(
     if not isinstance(value, list) or not value:
         raise ValueError(f"{location} is {type_name(value)}, expected a list of messages with {role} and {content}")
     learned = [None if replies is None else i >= len(value) - replies for i in range(len(value))]
-    names = {"role": role, "content": content, "roles": roles}
-    return [read_turn(message, f"{location}, message {i}", learned=learned[i - 1], **names) for i, message in enumerate(value, 1)]
+    return [
+        read_turn(message, f"{location}, message {i}", role=role, content=content, roles=roles, learned=learned[i - 1])
+        for i, message in enumerate(value, 1)
+    ]
 
 
 def read_turn(
@@ -77,23 +81,23 @@ def _check_flags(value: dict, learned: bool, location: str) -> None:
         raise ValueError(f"{location}: train_detail is not read here, a message is learned as a whole or not at all: remove it")
 
 
-def read_dialogue(value: object, location: str, **names) -> tuple[list[dict], dict]:
+def read_dialogue(value: object, location: str) -> tuple[list[Message], Message]:
     """(history, reply) of a conversation that ends with the assistant. Errors: ValueError for any other."""
-    messages = read_turns(value, location, **({"replies": 1} | names))
+    messages = read_turns(value, location, replies=1)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = sources.join_names(message["role"] for message in messages)
         raise ValueError(f"{location} has the roles {roles}: expected a question first and a reply of the assistant last")
     return messages[:-1], messages[-1]
 
 
-def turn_text(message: dict, location: str) -> str:
+def turn_text(message: Message, location: str) -> str:
     """What a message says, where only text will do. Errors: ValueError for tool calls."""
     if message.get("tool_calls") or "content" not in message:
         raise ValueError(f"{location} has tool calls, which this format has no wording for: use rows of messages and a chat template")
     return message["content"]
 
 
-def with_system(history: list[dict], row: Mapping, location: str, name: str = "system") -> list[dict]:
+def with_system(history: list[Message], row: Mapping[str, Any], location: str, name: str = "system") -> list[Message]:
     """The messages with the row's system text in front.
 
     Errors: ValueError for a field that is no text, or that says something else than the messages' own system message.

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from treetune.core.data import preference, sources, trees, turns, wording
+from treetune.core.data.rows import Row
 
 FIELDS = {"argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt"}
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def label(row: dict, name: str, location: str) -> dict[str, tuple]:
+def label(row: Row, name: str, location: str) -> dict[str, tuple]:
     """The row's judgement as `desirable`. Errors: ValueError for anything but true and false (or 1 and 0, or these as text)."""
     value = row.get(name)
     if value is None:
@@ -21,10 +22,10 @@ def label(row: dict, name: str, location: str) -> dict[str, tuple]:
     return {"desirable": (desirable,)}
 
 
-def styled(style: wording.TurnStyle, field: str) -> Callable[[dict, str], trees.Sides]:
+def styled(style: wording.TurnStyle, field: str) -> Callable[[Row, str], trees.Sides]:
     """Reader of rows in a fixed wording."""
 
-    def read(row: dict, location: str) -> trees.Sides:
+    def read(row: Row, location: str) -> trees.Sides:
         history = preference.system(row, location) + [{"role": "user", "content": preference.text(row, (field,), location)}]
         reply = preference.text(row, ("completion",), location)
         return trees.Sides(wording.render_prompt(style, history, location), (reply,), label(row, "label", location), style.end)
@@ -32,10 +33,10 @@ def styled(style: wording.TurnStyle, field: str) -> Callable[[dict, str], trees.
     return read
 
 
-def talking(style: wording.TurnStyle) -> Callable[[dict, str], trees.Sides]:
+def talking(style: wording.TurnStyle) -> Callable[[Row, str], trees.Sides]:
     """argilla_chat: the completion is a conversation, or the reply alone with the question in `chosen`."""
 
-    def read(row: dict, location: str) -> trees.Sides:
+    def read(row: Row, location: str) -> trees.Sides:
         field_location, messages = f"{location}: field completion", row.get("completion")
         if isinstance(messages, list) and len(messages) == 1 and row.get("chosen") is not None:
             messages = [
@@ -58,12 +59,12 @@ def user_defined(
     field_label: str = "label",
     prompt_format: str = "{prompt}",
     completion_format: str = "{completion}",
-) -> Callable[[dict, str], trees.Sides]:
+) -> Callable[[Row, str], trees.Sides]:
     """user_defined.default: columns of any name, put into texts of any wording. A missing system leaves its place empty."""
     ask = wording.compile_wording("prompt_format", prompt_format or "{prompt}", ("prompt",), ("system",))
     answer = wording.compile_wording("completion_format", completion_format or "{completion}", ("completion",))
 
-    def read(row: dict, location: str) -> trees.Sides:
+    def read(row: Row, location: str) -> trees.Sides:
         before = "".join(message["content"] for message in preference.system(row, location, field_system))
         question, reply = (preference.text(row, (name,), location) for name in (field_prompt, field_completion))
         filled = answer(completion=reply) if reply.strip() else ""
@@ -72,13 +73,13 @@ def user_defined(
     return read
 
 
-def passthrough(row: dict, location: str) -> trees.Sides:
+def passthrough(row: Row, location: str) -> trees.Sides:
     """Prompt and completion as they are: two texts, or a conversation and the reply for the chat template."""
     judged = label(row, "label", location)
     return answer(row, location)._replace(extras=judged)
 
 
-def answer(row: dict, location: str) -> trees.Sides:
+def answer(row: Row, location: str) -> trees.Sides:
     """The same without a judgement."""
     if not isinstance(row.get("prompt"), list):
         return trees.Sides(preference.text(row, ("prompt",), location), (preference.text(row, ("completion",), location),), {})
@@ -92,7 +93,7 @@ def answer(row: dict, location: str) -> trees.Sides:
     return trees.Sides(messages, (reply[0],), {})
 
 
-def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> Callable[[dict, str], trees.Sides]:
+def mismatched(rows: sources.Rows, read: Callable[[Row, str], trees.Sides]) -> Callable[[Row, str], trees.Sides]:
     """A reader that gives each row a second continuation: that of the nearest row before it (in a circle) with another prompt.
 
     `kind` is 0 for the row's own completion and 1 for the foreign one, of which KTO's baseline is made; encode with distinct=False.
@@ -106,7 +107,7 @@ def mismatched(rows: sources.Rows, read: Callable[[dict, str], trees.Sides]) -> 
         )
     foreign = {id(rows.rows[i]): row_sides[_before(row_sides, usable, position)].replies[0] for position, i in enumerate(usable)}
 
-    def both(row: dict, location: str) -> trees.Sides:
+    def both(row: Row, location: str) -> trees.Sides:
         sides = read(row, location)
         if id(row) not in foreign:
             return sides

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from treetune.core.data import sources, turns
+from treetune.core.data.rows import Message
 
 PLACE = re.compile(r"\{(\w+)\}")
 
@@ -24,7 +25,7 @@ STYLES = {
 }
 
 
-def render_prompt(style: TurnStyle, messages: Sequence[dict], location: str = "row") -> str:
+def render_prompt(style: TurnStyle, messages: Sequence[Message], location: str = "row") -> str:
     """The messages and the header of the assistant's turn. Errors: ValueError for a message without a text."""
     for message in messages:
         turns.turn_text(message, f"{location}: a message of the prompt")

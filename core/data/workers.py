@@ -1,23 +1,24 @@
 """Encoding with worker processes: the rows in equal parts, the documents and the report as from one process."""
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 from treetune.core.data import kinds, sources
+from treetune.core.data.rows import Progress
+from treetune.core.protocols import Tokenizer
 
 PARTS = 8  # of the rows per process: progress moves, and a slow part does not hold up the end
 
 
 def encode_rows(
     rows: sources.Rows,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     processes: int,
     kind: kinds.Kind = kinds.TEXT,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress = lambda rows: None,
     **options,
 ) -> tuple[list, Any]:
     """`kind.encode` over `processes` processes; the same documents in the same order, and the same errors."""
@@ -42,5 +43,5 @@ def encode_rows(
     return docs, kind.merged(reports)
 
 
-def _encode(rows: sources.Rows, *, tokenizer, kind: str, **options) -> tuple[list, Any]:
+def _encode(rows: sources.Rows, *, tokenizer: Tokenizer, kind: str, **options) -> tuple[list, Any]:
     return kinds.KINDS[kind].encode(rows, tokenizer, **options)
