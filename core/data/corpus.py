@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from treetune.core import fields
 from treetune.core.data import (
@@ -135,12 +135,13 @@ def encode_all(parts: list[DataSetRows], settings: RowSettings, tokenizer, label
 
     Errors: ValueError for bad rows, and for data sets that cannot share a batch.
     """
-    docs, lines, reports, counts, digests, offset = [], [], [], [], [], 0
+    docs: list[Any] = []
+    lines, reports, counts, digests, offset = [], [], [], [], 0
     for part in parts:
         encoded, report, digest, prepared = _encode(part, settings, tokenizer, **working)
-        if docs and not kinds.same_extras([docs[0], encoded[0]]):
-            differing = ", ".join(sorted(set(docs[0].extras) ^ set(encoded[0].extras)))
-            raise ValueError(f"{part.rows.name} and {parts[0].rows.name}: only one has the field {differing}: fill it in both or in none")
+        if docs and (names := kinds.differing_extras(docs[0], encoded[0])):
+            which = f"only one has the field {', '.join(names)}"
+            raise ValueError(f"{part.rows.name} and {parts[0].rows.name}: {which}: fill it in both or in none")
         docs += [doc._replace(row=doc.row + offset) for doc in encoded]
         digests.append([digest, offset, part.weight])
         offset += max(part.rows.numbers, default=0) + 1
@@ -163,7 +164,8 @@ def _encode(part: DataSetRows, settings: RowSettings, tokenizer, *, processes: i
         template = chat_templates.resolve(tokenizer, options["chat_template"]) if options.get("chat_template") else None
         key = cache.entry_key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
         if (entry := cache.load_entry(folder, key)) is not None:
-            docs, (report, digest) = entry
+            docs, reported = entry
+            report, digest = cast(tuple[Any, str], reported)
             return docs, report, digest, True
     working |= {"processes": processes, "kind": part.kind}
     with fields.reading(f"{part.rows.name}, read as {part.format},"):

@@ -142,7 +142,7 @@ def _opening(row: dict) -> str:
 
 def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, label: str) -> tuple[list[Prompt], list[str]]:
     """The prompts of all data sets with their truths, rows numbered through, and a line about each set."""
-    encoding = {"chat_template": None, "chat_template_jinja": None, "chat_template_kwargs": None} | dict(settings.encoding)
+    encoding: dict[str, Any] = {"chat_template": None, "chat_template_jinja": None, "chat_template_kwargs": None} | dict(settings.encoding)
     read, lines, offset = [], [], 0
     for part in parts:
         some, report = prompts.read(part, tokenizer, **encoding)

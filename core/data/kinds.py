@@ -171,6 +171,11 @@ def prompt(row: Mapping) -> str:
     return json.dumps(value, sort_keys=True, default=repr)
 
 
+def differing_extras(one: Any, other: Any) -> list[str]:
+    """The extras that only one of two documents has."""
+    return sorted(set(getattr(one, "extras", ())) ^ set(getattr(other, "extras", ())))
+
+
 def same_extras(docs: Sequence) -> bool:
     """Whether all documents have the same extras, so that any of them can share a batch."""
     return len({frozenset(getattr(doc, "extras", ())) for doc in docs}) <= 1

@@ -18,7 +18,7 @@ from treetune.core.data import order
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import feed_state, prefetch, prompt_order, replay, stats
 from treetune.core.rollout.feed_state import FeedState, IndexedGroup, Request
-from treetune.core.rollout.group import Group, GroupScorer, PromptSampler
+from treetune.core.rollout.group import Group, GroupScorer, PromptSampler, rewards_of
 
 PARTS = 12  # purpose of the shuffle that deals a generation to its steps, beside those of `core.data.order`
 FAILED = 1e-6  # a prompt failed if every reward function gave this or less, in size, to every completion
@@ -256,7 +256,7 @@ class Feed:
         return [_signal(one) for one in self._advantaged(groups)] if self._settings.dynamic else [True] * len(groups)
 
     def _advantaged(self, groups: list[IndexedGroup]) -> list[IndexedGroup]:
-        rewards = np.stack([_rewards(one.group) for one in groups])  # [P, G, K]
+        rewards = np.stack([rewards_of(one.group) for one in groups])  # [P, G, K]
         values = np.asarray(self._calls.advantage(rewards), np.float64)
         if values.shape != rewards.shape[:2] or not np.isfinite(values).all():
             raise ValueError(f"advantages {values.shape} of rewards {rewards.shape}: expected a finite number for each completion")
@@ -307,15 +307,9 @@ def _signal(one: IndexedGroup) -> bool:
     return bool(np.any(one.group.advantage))
 
 
-def _rewards(one: Group) -> np.ndarray:
-    """The rewards of a group that was scored, [G, K]."""
-    assert one.rewards is not None
-    return one.rewards
-
-
 def _failed(one: Group) -> bool:
     """Whether every function gave every completion 0, abstentions left out; not where all functions abstain."""
-    opinions = [column[~np.isnan(column)] for column in _rewards(one).T]
+    opinions = [column[~np.isnan(column)] for column in rewards_of(one).T]
     return any(values.size for values in opinions) and all(stats.flat(values) and np.all(np.abs(values) < FAILED) for values in opinions)
 
 

@@ -56,6 +56,12 @@ class GroupScorer(Protocol):
         ...
 
 
+def rewards_of(group: Group) -> np.ndarray:
+    """The rewards [G, K] of a group that was scored."""
+    assert group.rewards is not None
+    return group.rewards
+
+
 def to_json(group: Group) -> dict:
     """The group as JSON values; float32 and float64 survive exactly, nan as NaN."""
     prompt = group.prompt._asdict() | {"tokens": group.prompt.tokens.tolist()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from treetune.core.data import order
 from treetune.core.rollout import stats
-from treetune.core.rollout.group import Group
+from treetune.core.rollout.group import Group, rewards_of
 
 REPLAY = 13  # purpose of these draws, beside those of `core.data.order`
 LEAST = 1e-8  # smallest weight of a draw
@@ -28,7 +28,8 @@ class Stored(NamedTuple):
 
 def score(group: Group) -> float:
     """How much a scored group can teach: sum_i |A_i| * sum_k std_k, ddof 1, nan left out; 0 for a flat group, exactly."""
-    spread = np.array([stats.deviation(column) for column in group.rewards.T])
+    assert group.advantage is not None
+    spread = np.array([stats.deviation(column) for column in rewards_of(group).T])
     return float(np.abs(group.advantage).sum() * np.nansum(spread))
 
 

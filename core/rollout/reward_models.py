@@ -29,11 +29,12 @@ class RewardModel(NamedTuple):
 def score(model: RewardModel, groups: Sequence[Group]) -> np.ndarray:
     """Scores [P, G] of whole answers, or the smallest probability that a step (a line) of one is good; nan: nothing to score."""
     size = len(groups[0].completions)
-    rows = sources.from_list([_row(model, group, one.text) for group in groups for one in group.completions], "completions")
-    values = np.full(len(rows.rows), np.nan)
-    usable = [i for i, row in enumerate(rows.rows) if row is not None]
+    rows = [_row(model, group, one.text) for group in groups for one in group.completions]
+    values = np.full(len(rows), np.nan)
+    usable = [i for i, row in enumerate(rows) if row is not None]
     if usable:
-        docs = _documents(model, sources.take(rows, usable))
+        numbered = sources.from_list([row or {} for row in rows], "completions")
+        docs = _documents(model, sources.take(numbered, usable))
         sizes = [len(doc.tokens) for doc in docs]
         for part in pack.pack(sizes, max(BUDGET, *sizes), seed=None):
             for i, scores in zip(part, model.scores([docs[i] for i in part]), strict=True):

@@ -133,9 +133,10 @@ class Pool:
             raise RuntimeError("the pool of rewards is closed")
 
     def _start_all(self) -> list[dict]:
+        """What the first worker says of each function."""
         for _ in range(self._workers):
             self._start()
-        infos: list[dict] = []
+        infos: list[list[dict]] = []
         try:
             while self._busy:
                 infos += [answer["functions"] for _, _, answer, _ in self._answers() if answer]
@@ -149,11 +150,10 @@ class Pool:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-u", "-m", worker.__name__]
         out, mark = self._echo.pipe(ours.fileno()), uuid.uuid4().hex
+        environment = dict(os.environ) | {descendants.MARK: mark}
         with theirs:
             try:
-                process = subprocess.Popen(
-                    command, stdin=theirs, stdout=out, stderr=out, start_new_session=True, env=os.environ | {descendants.MARK: mark}
-                )
+                process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=out, stderr=out, start_new_session=True, env=environment)
             finally:
                 os.close(out)
         one = Process(process, ours, mark)

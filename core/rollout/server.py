@@ -232,8 +232,9 @@ class Server:
         end = time.monotonic() + self.deadline_s
         with httpx.Client(trust_env=False, timeout=5.0) as http:
             while time.monotonic() < end:
-                if not self.alive():
-                    raise RuntimeError(f"the server ended with code {self.process.returncode} before it was up; {self.log}: {self.tail()}")
+                if self.process is None or not self.alive():
+                    code = "?" if self.process is None else self.process.returncode
+                    raise RuntimeError(f"the server ended with code {code} before it was up; {self.log}: {self.tail()}")
                 try:
                     if http.get(f"{self.url}/health").status_code == 200:
                         return

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treetune.core.rollout.group import Completion, Group
+from treetune.core.rollout.group import Completion, Group, rewards_of
 
 
 def metrics(groups: Sequence[Group], names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
@@ -21,8 +21,8 @@ def metrics(groups: Sequence[Group], names: Sequence[str], weights: Sequence[flo
     Errors: ValueError when there is no group, one without rewards, or another number of names or weights than of functions.
     """
     _check(groups, names, weights)
-    rows = np.concatenate([group.rewards for group in groups])  # [R, K]
-    total = [combined(group.rewards, weights) for group in groups]
+    rows = np.concatenate([rewards_of(group) for group in groups])  # [R, K]
+    total = [combined(rewards_of(group), weights) for group in groups]
     out = {"reward": mean(np.concatenate(total)), "reward_std": deviation(np.concatenate(total))}
     for name, column in zip(names, rows.T, strict=True):
         out |= {f"rewards/{name}/mean": mean(column), f"rewards/{name}/std": deviation(column)}
@@ -71,7 +71,7 @@ def _lengths(completions: Sequence[Completion]) -> dict[str, float]:
 def _check(groups: Sequence[Group], names: Sequence[str], weights: Sequence[float]) -> None:
     if not groups or any(group.rewards is None for group in groups):
         raise ValueError(f"{len(groups)} groups, some maybe without rewards: expected at least one, all of them scored first")
-    functions = {group.rewards.shape[-1] for group in groups}
+    functions = {rewards_of(group).shape[-1] for group in groups}
     if functions != {len(names)} or len(weights) != len(names):
         raise ValueError(
             f"rewards of {sorted(functions)} functions with {len(names)} names and {len(weights)} weights: expected one of each"

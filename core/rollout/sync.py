@@ -60,8 +60,10 @@ def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution:
         raise SyncError(f"the sync of version {now.version} was lost: the server still has version {before.version}{_moved(moved)}")
     if not gap.mean() <= tolerance:
         text = f"mean difference of log-probs {gap.mean():.2e}, at most {tolerance:g} allowed"
-        stale = before is not None and np.abs(now.got - before.expected).mean() <= tolerance
-        raise SyncError(f"the server has {f'version {before.version}' if stale else 'other weights'}, not version {now.version}: {text}")
+        weights = "other weights"
+        if before is not None and np.abs(now.got - before.expected).mean() <= tolerance:
+            weights = f"version {before.version}"
+        raise SyncError(f"the server has {weights}, not version {now.version}: {text}")
     return Verdict(float(gap.mean()), float(gap.max()), moved, before is not None and moved > resolution)
 
 
