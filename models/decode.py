@@ -80,16 +80,16 @@ def sample(
     weights = shard.gather_all(model.params, model.cfg.dtype)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
     live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
-    head, device = MODELS[model.family].head(weights, model.cfg, quiet), live.hidden.device
+    family, device = MODELS[model.family], live.hidden.device
+    head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
     names = torch.tensor(list(range(len(prompts))) if ids is None else list(ids), device=device).repeat_interleave(n)
     key = noise.keys(seed, names, torch.arange(n, device=device).repeat(len(prompts)))
     stops = torch.tensor(list(stop), dtype=torch.int64, device=device)
     out = _empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token, logp, kept = pick(
-            logits_of(MODELS[model.family].widen(live.hidden, quiet), head), noise.keys(key[live.row], live.position), draw
-        )
+        logits = logits_of(family.widen(live.hidden, quiet), head, rule)
+        token, logp, kept = pick(logits, noise.keys(key[live.row], live.position), draw)
         check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, kept, done)
         if tell is not None:
@@ -162,11 +162,11 @@ def _advance(model: Model, weights: Params, live: _Live, token: Tensor, done: Te
     return _Live(row, position + 1, hidden, cache)
 
 
-def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+def logits_of(hidden: Tensor, head: Tensor, rule: dense.LogitMap) -> Tensor:
     """float32 [r, V]; the product has the precision of the trainer's (see ops.linear_logprob)."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return product.rows_t(hidden, head).float()
+        return dense.map_logits(torch.mm(hidden, head.T, out_dtype=torch.float32), rule)
+    return dense.map_logits(product.rows_t(hidden, head).float(), rule)
 
 
 def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:

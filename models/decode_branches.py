@@ -6,7 +6,7 @@ The keys and values of the documents are kept once, [T, K, d] a layer, and those
 both without a copy of its prefix, so memory grows with T + R G. Every branch has G tokens; an end token does not stop it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -74,9 +74,11 @@ def branches(
     key = _keys(seed, anchors, n, ids).to(device)
     shape = dense.kv_shape(model.cfg, count, length)
     own = [[torch.empty(shape, dtype=model.cfg.dtype, device=device) for _ in range(model.cfg.num_layers)] for _ in "kv"]
-    head, steps = MODELS[model.family].head(weights, model.cfg, quiet), []
+    family, steps = MODELS[model.family], []
+    head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
+    logits = partial(decode.logits_of, head=head, rule=rule)
     for step in range(length):
-        steps.append(_draw(MODELS[model.family].widen(hidden, quiet), head, noise.keys(key, trunk.start + step), draw))
+        steps.append(_draw(family.widen(hidden, quiet), logits, noise.keys(key, trunk.start + step), draw))
         decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
         if step + 1 < length:
             hidden = _advance(model, weights, trunk, own, steps[-1][0], step, quiet)
@@ -132,12 +134,9 @@ def _keys(seed: int, anchors: strided.Anchors, n: int, ids: Sequence[int] | None
     return noise.keys(seed, names.repeat_interleave(n), anchors.start.repeat_interleave(n), rollout)
 
 
-def _draw(hidden: Tensor, head: Tensor, key: Tensor, draw: decode.Draw) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(hidden: Tensor, logits: Callable[[Tensor], Tensor], key: Tensor, draw: decode.Draw) -> tuple[Tensor, Tensor, Tensor]:
     """Token, log q and log kept mass [R] each, a few rows of logits at a time."""
-    parts = [
-        decode.pick(decode.logits_of(rows, head), keys, draw)
-        for rows, keys in zip(hidden.split(HEAD_ROWS), key.split(HEAD_ROWS), strict=True)
-    ]
+    parts = [decode.pick(logits(rows), keys, draw) for rows, keys in zip(hidden.split(HEAD_ROWS), key.split(HEAD_ROWS), strict=True)]
     token, logp, kept = zip(*parts, strict=True)
     return torch.cat(token), torch.cat(logp), torch.cat(kept)
 

@@ -86,6 +86,24 @@ class Out(NamedTuple):
     cache: Cache | None
 
 
+class LogitMap(NamedTuple):
+    """What a family does with the product z = h W^T of hidden states and output matrix: c tanh(s z / c), or s z where there is no cap c."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logit_map(cfg: Config) -> LogitMap:
+    """The product as it is."""
+    return LogitMap()
+
+
+def map_logits(product: Tensor, rule: LogitMap) -> Tensor:
+    """The logits of a product [..., V]."""
+    z = product if rule.scale == 1 else product * rule.scale
+    return z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)
+
+
 def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     """The tree of `Param`s of a model: shapes, axes and initial values."""
     normal, deep = f"normal:{cfg.init_std}", f"normal:{cfg.init_std / math.sqrt(2 * cfg.num_layers)}"

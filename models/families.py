@@ -10,7 +10,7 @@ from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import llama, qwen2, qwen3
-from treetune.models.dense import Cache, Config, Neftune, Out
+from treetune.models.dense import Cache, Config, LogitMap, Neftune, Out
 from treetune.ops import attention
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
 
@@ -64,6 +64,10 @@ class Family(Protocol):
         """Hidden states with what meets those columns beside them."""
         ...
 
+    def logit_map(self, cfg: Config) -> LogitMap:
+        """Scale and soft-cap of the product of hidden states and output matrix."""
+        ...
+
 
 MODELS: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 
@@ -102,7 +106,16 @@ def logprobs(
     plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, noise=noise, remat=remat).hidden
     rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
-    return linear_logprob(rows, weight, batch["targets"], temperature=temperature, want=want)
+    return linear_logprob(rows, weight, batch["targets"], **_logit_options(model.logit_map(cfg), temperature), want=want)
+
+
+def _logit_options(rule: LogitMap, temperature: float) -> dict[str, Any]:
+    """The options of `linear_logprob` for logits c tanh(s z / c) at a temperature t.
+
+    They are (c / s) tanh(z / (c / s)) / (t / s): a scale costs no product and no rounding of its own.
+    """
+    softcap = None if rule.softcap is None else rule.softcap / rule.scale
+    return {"softcap": softcap, "temperature": temperature / rule.scale}
 
 
 def logprobs_beside(
@@ -122,6 +135,7 @@ def logprobs_beside(
     """
     model, lora = MODELS[family], how.get("lora")
     hidden, weight = model.forward(weights, batch, plan, cfg, **how).hidden, model.head(weights, cfg, lora)
-    own = linear_logprob(model.read(hidden, batch, lora), weight, batch["targets"], temperature=temperature, want=want)
-    rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)
-    return own, linear_logprob(rows, weight, batch["prompt_targets"])
+    rule, rows = model.logit_map(cfg), model.read(hidden, batch, lora)
+    stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
+    prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)
+    return stats, linear_logprob(prompt_rows, weight, batch["prompt_targets"], **_logit_options(rule, 1.0))

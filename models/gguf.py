@@ -16,7 +16,8 @@ from torch import Tensor
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, dense, llama
+from treetune.models import MODELS, Model, dense
+from treetune.models.dense import Config, Llama3Rope
 
 NAMES = {
     "token_embd.weight": "embed_tokens",
@@ -114,7 +115,7 @@ def _family(path: str | Path, reader) -> str:
     return fields.text(keys, "general.architecture", choices=ARCHITECTURES)
 
 
-def _config(path: str | Path, reader, family: str, tensors: dict) -> llama.Config:
+def _config(path: str | Path, reader, family: str, tensors: dict) -> Config:
     keys = _metadata(path, reader, [name for name in reader.fields if name.startswith(f"{family}.")])
     known = [f"{family}.{name}" for name in (*_COMPUTED, *_WITHOUT_EFFECT)]
     if odd := [name for name in fields.unknown(keys, known) if keys.values[name]]:
@@ -124,7 +125,7 @@ def _config(path: str | Path, reader, family: str, tensors: dict) -> llama.Confi
         return fields.integer(keys, f"{family}.{name}", least=1, most=_MOST, **how)
 
     heads, hidden = size("attention.head_count"), size("embedding_length")
-    cfg = llama.Config(
+    cfg = Config(
         vocab_size=_rows(path, tensors),
         hidden_size=hidden,
         mlp_size=size("feed_forward_length"),
@@ -189,10 +190,10 @@ def _window(keys: Fields, family: str) -> int | None:
     return size or None
 
 
-def _rope_scaling(cfg: llama.Config, tensor) -> llama.Llama3Rope:
+def _rope_scaling(cfg: Config, tensor) -> Llama3Rope:
     """The Llama 3.1 scaling whose frequencies are the plain ones divided by the stored factors [d/2]."""
     factors = _dequantise(tensor)
-    scaling = llama.Llama3Rope(round(float(factors.max()), 4), 1.0, 4.0, 8192)
+    scaling = Llama3Rope(round(float(factors.max()), 4), 1.0, 4.0, 8192)
     plain = dense.inv_freq(cfg, torch.device("cpu"))
     if not torch.allclose(plain / factors, dense.inv_freq(replace(cfg, rope_scaling=scaling), plain.device), rtol=1e-4):
         raise ValueError(f"{FACTORS} holds frequency factors that are not those of Llama 3.1; this rope scaling is not known")
@@ -210,7 +211,7 @@ def _dequantise(tensor) -> Tensor:
     return torch.from_numpy(array.copy() if not array.flags.writeable else array)
 
 
-def _params(path, family: str, cfg: llama.Config, tensors: dict, dtype: torch.dtype, device) -> Params:
+def _params(path, family: str, cfg: Config, tensors: dict, dtype: torch.dtype, device) -> Params:
     named = {_leaf_path(name): tensor for name, tensor in tensors.items() if name != FACTORS}
     abstract = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
     for keys, what in ((set(abstract) - set(named), "lacks"), (set(named) - set(abstract), "has besides those of its family")):

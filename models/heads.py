@@ -17,8 +17,8 @@ from treetune.core import fields, param, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, adapter, folder, hf, llama
-from treetune.models.dense import Neftune
+from treetune.models import MODELS, Model, adapter, folder, hf
+from treetune.models.dense import Config, Neftune
 from treetune.ops import attention
 
 # kind -> (what replaces "ForCausalLM" in transformers' class names, PEFT's task_type)
@@ -27,7 +27,7 @@ LABELS = {"sequence": ("reward",), "token": ("bad", "good")}
 PAD = "<|pad|>"
 
 
-def abstract(cfg: llama.Config, classes: int, *, bias: bool) -> Params:
+def abstract(cfg: Config, classes: int, *, bias: bool) -> Params:
     """The tree of `Param`s of a head: weight [C, D] normal with the model's own deviation, bias [C] zero."""
     if classes < 1:
         raise ValueError(f"a head of {classes} classes was asked for; expected at least 1")
@@ -35,7 +35,7 @@ def abstract(cfg: llama.Config, classes: int, *, bias: bool) -> Params:
     return {"score": score | ({"bias": Param((classes,), axes=("classes",), init="zeros")} if bias else {})}
 
 
-def init(cfg: llama.Config, classes: int, *, bias: bool, seed: int) -> Params:
+def init(cfg: Config, classes: int, *, bias: bool, seed: int) -> Params:
     """A fresh head in float32, a function of the seed and the sizes."""
     return param.init(abstract(cfg, classes, bias=bias), seed=seed)
 
@@ -53,7 +53,7 @@ def logits(rows: Tensor, head: Params) -> Tensor:
 
 def scores(
     family: str,
-    cfg: llama.Config,
+    cfg: Config,
     weights: Params,
     head: Params,
     batch: dict,
@@ -195,7 +195,7 @@ def padding(tokenizer, rows: int):
     return tokenizer
 
 
-def _check(head: Params, cfg: llama.Config, where: str) -> int:
+def _check(head: Params, cfg: Config, where: str) -> int:
     """The number of classes. Raises ValueError unless the weight is [C, D] and the bias, if any, [C]."""
     weight, bias = head["score"]["weight"], head["score"].get("bias")
     classes = weight.shape[0]

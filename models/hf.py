@@ -19,7 +19,8 @@ from torch import Tensor
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, folder, llama, tokenizer_config
+from treetune.models import MODELS, Model, folder, tokenizer_config
+from treetune.models.dense import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
@@ -53,7 +54,7 @@ def family_of(hf: Fields) -> str:
     return next(name for name, module in MODELS.items() if kind in module.HF_TYPES)
 
 
-def read_config(path: Path) -> tuple[str, llama.Config]:
+def read_config(path: Path) -> tuple[str, Config]:
     """Family and sizes in a config.json file. Raises ValueError for what no family here computes."""
     hf = fields.mapping(folder.read_json(path), str(path))
     family = family_of(hf)
@@ -107,7 +108,7 @@ def load(
     return Model(family, replace(cfg, tied="lm_head" not in params), params)
 
 
-def _read_params(root: Path, family: str, cfg: llama.Config, dtype: torch.dtype, device: torch.device | str) -> Params:
+def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
     abstract = MODELS[family].abstract(cfg, dtype=dtype)
     wanted = {hf_key(family, path): leaf for path, leaf in tree.items(abstract)}
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
@@ -212,10 +213,10 @@ def abstract_of(model: Model, *, head: bool = False) -> Params:
     return MODELS[model.family].abstract(replace(model.cfg, tied=tied), dtype=dtype)
 
 
-def random(family: str, source: llama.Config | str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Model:
+def random(family: str, source: Config | str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Model:
     """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone."""
     cfg = source
-    if not isinstance(source, llama.Config):
+    if not isinstance(source, Config):
         named, cfg = read_config(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
         if named != family:
             raise ValueError(f"{source} describes a {named} model, not {family}")

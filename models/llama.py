@@ -26,6 +26,7 @@ forward = dense.forward
 head = dense.head
 read = dense.read
 widen = dense.widen
+logit_map = dense.logit_map
 
 
 DEFAULTS = {"llama": hf_config.Defaults(None, 2048), "mistral": hf_config.Defaults(8, 131072)}
@@ -53,4 +54,4 @@ def to_hf(cfg: Config) -> dict:
     return hf_config.to_hf(cfg) | extra | {"model_type": names[0], "architectures": [names[1]]}
 
 
-__all__ = ["HF_KEYS", "HF_TYPES", "Config", "Llama3Rope", "abstract", "config", "forward", "head", "read", "to_hf", "widen"]
+__all__ = ["HF_KEYS", "HF_TYPES", "Config", "Llama3Rope", "abstract", "config", "forward", "head", "logit_map", "read", "to_hf", "widen"]

@@ -12,6 +12,7 @@ forward = dense.forward
 head = dense.head
 read = dense.read
 widen = dense.widen
+logit_map = dense.logit_map
 
 
 def config(hf: Fields) -> Config:
