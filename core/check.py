@@ -25,10 +25,12 @@ def _bounds(stream: Batch) -> None:
     cu, total = stream["cu_docs"], stream["tokens"].shape[0]
     if cu[0] != 0 or cu[-1] != total or (cu.diff() < 0).any():
         raise ValueError(f"cu_docs must rise from 0 to the {total} tokens of the stream, got {cu.tolist()}")
-    at, seq = stream["at"], stream["seq"]
-    if at.numel() and (at.min() < 0 or at.max() >= total):
-        raise ValueError(f"at must name rows 0 to {total - 1} of the stream, got {int(at.min())} to {int(at.max())}")
-    if (seq.diff() < 0).any() or not torch.equal(torch.bincount(seq, minlength=len(stream["seq_lens"])), stream["seq_lens"]):
+    logit_index, segment_ids = stream["at"], stream["seq"]
+    if logit_index.numel() and (logit_index.min() < 0 or logit_index.max() >= total):
+        raise ValueError(f"at must name rows 0 to {total - 1} of the stream, got {int(logit_index.min())} to {int(logit_index.max())}")
+    if (segment_ids.diff() < 0).any() or not torch.equal(
+        torch.bincount(segment_ids, minlength=len(stream["seq_lens"])), stream["seq_lens"]
+    ):
         raise ValueError("seq must be sorted and agree with seq_lens")
 
 
@@ -51,7 +53,7 @@ def finite(params: Params) -> Tensor:
 
 def no_shared_storage(one: Params, other: Params) -> None:
     """Raise ValueError when two trees alias: an optimiser updates in place, so a reference or average must be a clone."""
-    taken = {leaf.untyped_storage().data_ptr(): path for path, leaf in tree.items(one)}
+    owners = {leaf.untyped_storage().data_ptr(): path for path, leaf in tree.items(one)}
     for path, leaf in tree.items(other):
-        if (owner := taken.get(leaf.untyped_storage().data_ptr())) is not None and leaf.numel():
+        if (owner := owners.get(leaf.untyped_storage().data_ptr())) is not None and leaf.numel():
             raise ValueError(f"{path} shares memory with {owner}; clone it, because updates happen in place")

@@ -166,11 +166,11 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tup
 
 
 def _same_leaves(path: Path, saved: dict[str, tuple], parts: Params) -> None:
-    wanted = {key: tuple(leaf.shape) for key, leaf in tree.items(parts)}
-    for key in sorted(wanted.keys() ^ saved.keys()):
-        where = "the checkpoint but not in this run" if key in saved else "this run but not in the checkpoint"
-        raise ValueError(f"{path} belongs to another model or method: {key} is in {where}")
-    for key, shape in wanted.items():
+    shapes = {key: tuple(leaf.shape) for key, leaf in tree.items(parts)}
+    for key in sorted(shapes.keys() ^ saved.keys()):
+        place = "the checkpoint but not in this run" if key in saved else "this run but not in the checkpoint"
+        raise ValueError(f"{path} belongs to another model or method: {key} is in {place}")
+    for key, shape in shapes.items():
         if saved[key] != shape:
             raise ValueError(f"{path} belongs to another model: {key} has shape {saved[key]} there and {shape} here")
 
@@ -212,7 +212,7 @@ def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Pat
     recover(Path(root))
     checkpoints = steps(root)
     old = [] if keep is None else checkpoints[: -max(keep, 1)]
-    gone = [path for path in old if best is None or path.name != best.name]
-    for path in gone:
+    removed = [path for path in old if best is None or path.name != best.name]
+    for path in removed:
         remove(path)
-    return gone
+    return removed

@@ -40,8 +40,8 @@ class Draft(NamedTuple):
 
 def name(path: Path, kind: str = DRAFT) -> Path:
     """A new name beside `path` for a draft of this process."""
-    one = process.own()
-    owner = f"{process.short(one.host)}-{one.boot}-{one.space}-{one.pid}-{one.start}"
+    this = process.own()
+    owner = f"{process.short(this.host)}-{this.boot}-{this.space}-{this.pid}-{this.start}"
     whole = path.name if kind == OLD else path.name[:LONGEST]
     return path.with_name(f".{whole}.{owner}-{next(_count)}.{kind}")
 
@@ -51,8 +51,8 @@ def read(path: Path) -> Draft | None:
     match = NAME.fullmatch(path.name)
     if match is None:
         return _earlier(path)
-    own = process.own()
-    host = own.host if match["host"] == process.short(own.host) else match["host"]
+    this = process.own()
+    host = this.host if match["host"] == process.short(this.host) else match["host"]
     owner = process.Process(host, match["boot"], match["space"], int(match["pid"]), match["start"])
     return Draft(path, match["name"], owner, match["kind"])
 
@@ -68,18 +68,18 @@ def _earlier(path: Path) -> Draft | None:
 def inside(folder: Path) -> Iterator[Draft]:
     """The drafts in a folder; none where there is no folder."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if (found := read(path)) is not None:
-            yield found
+        if (draft := read(path)) is not None:
+            yield draft
 
 
-def abandoned(one: Draft, *, held: bool = False) -> bool:
+def abandoned(draft: Draft, *, held: bool = False) -> bool:
     """Whether nobody will come back to a draft. `held`: nobody but this process may write here, so what it cannot ask has ended."""
-    if one.owner == process.own():
+    if draft.owner == process.own():
         return False
-    if isinstance(one.owner, int):
-        return process.pid_ended(one.owner)
-    ended = None if one.owner is None else process.ended(one.owner)
-    return held or _age_s(one.path) > STALE_S if ended is None else ended
+    if isinstance(draft.owner, int):
+        return process.pid_ended(draft.owner)
+    ended = None if draft.owner is None else process.ended(draft.owner)
+    return held or _age_s(draft.path) > STALE_S if ended is None else ended
 
 
 def _age_s(path: Path) -> float:
@@ -91,9 +91,9 @@ def _age_s(path: Path) -> float:
 
 def sweep(folder: Path, *, held: bool = False) -> None:
     """Delete the abandoned drafts of a folder, and what was on its way out; what is old waits for its owner to put it back."""
-    for one in inside(folder):
-        if one.kind in (DRAFT, GONE) and abandoned(one, held=held):
-            delete(one.path)
+    for draft in inside(folder):
+        if draft.kind in (DRAFT, GONE) and abandoned(draft, held=held):
+            delete(draft.path)
 
 
 def delete(path: Path) -> None:

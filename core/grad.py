@@ -38,13 +38,13 @@ def value_and_grad(fn: Callable) -> Callable:
 
 def _own(grads: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous tensors, none in the place of another: autograd may hand out an expanded, a transposed or a shared one."""
-    out, taken = [], set()
+    owned, addresses = [], set()
     for grad in grads:
         grad = grad.contiguous()
-        place = shard.local(grad).data_ptr()
-        out.append(grad.clone() if place in taken else grad)
-        taken.add(place)
-    return out
+        address = shard.local(grad).data_ptr()
+        owned.append(grad.clone() if address in addresses else grad)
+        addresses.add(address)
+    return owned
 
 
 def remat(fn: Callable, policy: str | None) -> Callable:

@@ -120,12 +120,12 @@ def _holder(handle: int) -> process.Process | None:
     """Who wrote the file; None where it is empty or damaged, as a crash may leave it."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
-        found = json.loads(os.read(handle, 4096))
-        one = process.Process(**{name: found[name] for name in process.Process._fields})
+        values = json.loads(os.read(handle, 4096))
+        holder = process.Process(**{name: values[name] for name in process.Process._fields})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    texts = all(isinstance(text, str) for text in one._replace(pid=""))
-    return one if texts and type(one.pid) is int and 0 < one.pid < 2**31 else None
+    texts = all(isinstance(text, str) for text in holder._replace(pid=""))
+    return holder if texts and type(holder.pid) is int and 0 < holder.pid < 2**31 else None
 
 
 def _left(holder: process.Process | None, free: bool) -> bool:
@@ -141,6 +141,6 @@ def _left(holder: process.Process | None, free: bool) -> bool:
 def _words(path: Path, holder: process.Process | None) -> str:
     if holder is None:
         return f"{path.parent} is in use by another process: wait for it, or name another folder"
-    here = holder.host == process.own().host
-    fix = "wait for it, or name another folder" if here else f"if that process has ended, delete {path}"
+    local = holder.host == process.own().host
+    fix = "wait for it, or name another folder" if local else f"if that process has ended, delete {path}"
     return f"{path.parent} is in use by process {holder.pid} on {holder.host}: {fix}"

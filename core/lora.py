@@ -67,10 +67,10 @@ def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dty
     shapes = {path: leaf for path, leaf in tree.items(model)}
     pairs = []
     for path in paths:
-        (out, inner), axes = shapes[path].shape, getattr(shapes[path], "axes", ()) or ("out", "in")
+        (outputs, inputs), axes = shapes[path].shape, getattr(shapes[path], "axes", ()) or ("out", "in")
         # PEFT starts an embedding's pair the other way round: A zero, B normal.
         a, b = ("zeros", "normal:1.0") if path == "embed_tokens" else ("kaiming", "zeros")
-        dims = (inner, out) if path == "embed_tokens" else (out, inner)
+        dims = (inputs, outputs) if path == "embed_tokens" else (outputs, inputs)
         axes = axes[::-1] if path == "embed_tokens" else axes
         pairs.append((f"{path}.A", Param((rank, dims[1]), dtype, ("rank", axes[1]), a)))
         pairs.append((f"{path}.B", Param((dims[0], rank), dtype, (axes[0], "rank"), b)))
@@ -100,25 +100,25 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
     A tied model (no `lm_head` leaf) whose adapters sit on the embedding or the head only comes out untied, because the
     two matrices then differ.
     """
-    found = pairs(adapter)
+    adapted = pairs(adapter)
     base = dict(tree.items(model))
     tied = "lm_head" not in base
-    if tied and ("lm_head" in found or "embed_tokens" in found):
+    if tied and ("lm_head" in adapted or "embed_tokens" in adapted):
         base["lm_head"] = base["embed_tokens"]
-    for path, (a, b) in found.items():
+    for path, (a, b) in adapted.items():
         base[path] = (base[path].float() + delta(path, a, b, scaling)).to(base[path].dtype)
     return tree.from_items(base.items())
 
 
 def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
     """PEFT's tensor names for an adapter tree; `hf_key` maps a leaf path to its Hugging Face name."""
-    out = {}
+    named = {}
     for path, (a, b) in pairs(adapter).items():
         module = hf_key(path).removesuffix(".weight")
         names = PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR
-        out[f"base_model.model.{module}.{names[0]}"] = a
-        out[f"base_model.model.{module}.{names[1]}"] = b
-    return out
+        named[f"base_model.model.{module}.{names[0]}"] = a
+        named[f"base_model.model.{module}.{names[1]}"] = b
+    return named
 
 
 def from_peft(tensors: dict[str, Tensor], paths: Iterable[str], hf_key: Callable[[str], str]) -> Params:
@@ -126,24 +126,24 @@ def from_peft(tensors: dict[str, Tensor], paths: Iterable[str], hf_key: Callable
 
     Raises ValueError unless every tensor of the file is used and every A has its B, naming the first that is not.
     """
-    used, found = set(), []
+    matched, leaves = set(), []
     for path in paths:
         module = hf_key(path).removesuffix(".weight")
         for part, name in zip("AB", PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR, strict=True):
             key = f"base_model.model.{module}.{name}"
             if key in tensors:
-                used.add(key)
-                found.append((f"{path}.{part}", tensors[key]))
-    adapter = tree.from_items(found)
-    _check_complete(set(tensors) - used, [path for path, _ in found])
+                matched.add(key)
+                leaves.append((f"{path}.{part}", tensors[key]))
+    adapter = tree.from_items(leaves)
+    _check_complete(set(tensors) - matched, [path for path, _ in leaves])
     return adapter
 
 
-def _check_complete(unused: set[str], found: list[str]) -> None:
+def _check_complete(unused: set[str], paths: list[str]) -> None:
     if unused:
         raise ValueError(f"the adapter file has {len(unused)} tensors that this model cannot use, the first is {min(unused)}")
-    if not found:
+    if not paths:
         raise ValueError("the adapter file holds no LoRA tensors")
-    for path in found:
-        if (twin := path[:-1] + ("B" if path.endswith("A") else "A")) not in found:
+    for path in paths:
+        if (twin := path[:-1] + ("B" if path.endswith("A") else "A")) not in paths:
             raise ValueError(f"the adapter file has {path} but not {twin}")

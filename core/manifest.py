@@ -60,9 +60,9 @@ def check(folder: str | Path, *, weights: bool = True, fix: str | None = None) -
     entries = read(folder)
     wrong = [text for name, entry in entries.items() if (text := _size_error(folder / name, entry))]
     wrong += [f"{folder / name} was added after the folder was written" for name in _added(folder, entries)]
-    chosen = {folder / name: entry for name, entry in entries.items() if weights or not name.endswith(WEIGHTS)}
+    compared = {folder / name: entry for name, entry in entries.items() if weights or not name.endswith(WEIGHTS)}
     if not wrong:
-        wrong = _changed(chosen)
+        wrong = _changed(compared)
     if wrong:
         more = f" (and {len(wrong) - 1} more of its files)" if len(wrong) > 1 else ""
         raise ValueError(f"{wrong[0]}{more}: {fix or accept(folder)}")
@@ -78,11 +78,11 @@ def read(folder: Path) -> dict[str, Entry]:
     """The entries of a folder's manifest by file name. Raises ValueError for one that is damaged."""
     file = folder / NAME
     try:
-        found = fields.mapping(json.loads(file.read_bytes().decode()), str(file))
-        version = fields.integer(found, "format")
+        meta = fields.mapping(json.loads(file.read_bytes().decode()), str(file))
+        version = fields.integer(meta, "format")
         if version != FORMAT:
             raise ValueError(f"{file} has format {version}; this version reads {FORMAT}")
-        listed = fields.inner(found, "files")
+        listed = fields.inner(meta, "files")
         return {_inside(name, file): _entry(listed, name) for name in listed.values}
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): {accept(folder)}") from error
@@ -101,15 +101,15 @@ def _inside(name: str, file: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != NAME)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != NAME)
 
 
 def _added(folder: Path, entries: dict[str, Entry]) -> list[str]:
     """Files that a loader would take and the manifest does not list."""
     places = (folder, folder / "additional_chat_templates")
-    found = (path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
-    return sorted(name for name in found if name not in entries and LOADED.fullmatch(name))
+    names = (path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
+    return sorted(name for name in names if name not in entries and LOADED.fullmatch(name))
 
 
 def _size_error(path: Path, entry: Entry) -> str | None:

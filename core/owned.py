@@ -29,9 +29,9 @@ def foreign(folder: Path, names: re.Pattern) -> list[Path]:
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
     listed = _listed(folder)
-    found = ((path, path.relative_to(folder).as_posix()) for path in _below(folder))
+    paths = ((path, path.relative_to(folder).as_posix()) for path in _below(folder))
     matching = names is not MODEL or not listed
-    return [path for path, name in found if not (_plain(path) and (name in listed or matching and names.fullmatch(name)))]
+    return [path for path, name in paths if not (_plain(path) and (name in listed or matching and names.fullmatch(name)))]
 
 
 def _listed(folder: Path) -> set[str]:
@@ -64,9 +64,9 @@ def remove(folder: Path, names: re.Pattern) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     if not foreign(folder, names):
-        gone = drafts.name(folder, drafts.GONE)
-        os.rename(folder, gone)
-        drafts.delete(gone)
+        retired = drafts.name(folder, drafts.GONE)
+        os.rename(folder, retired)
+        drafts.delete(retired)
         return True
     others = set(foreign(folder, names))
     for path in list(_below(folder)):
@@ -114,10 +114,10 @@ def restore(folder: Path, names: re.Pattern, *, held: bool = False) -> None:
 
     held: as for `drafts.abandoned`.
     """
-    for one in drafts.inside(folder):
-        if one.kind == drafts.OLD and drafts.abandoned(one, held=held):
-            path = folder / one.name
+    for draft in drafts.inside(folder):
+        if draft.kind == drafts.OLD and drafts.abandoned(draft, held=held):
+            path = folder / draft.name
             if os.path.lexists(path):
-                _retire(one.path, path, names)
+                _retire(draft.path, path, names)
             else:
-                os.rename(one.path, path)
+                os.rename(draft.path, path)

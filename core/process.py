@@ -51,17 +51,17 @@ def _start(pid: int) -> str | None:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def ended(one: Process) -> bool | None:
+def ended(process: Process) -> bool | None:
     """Whether a process has ended; None where this machine cannot know, because it ran on another or in another container."""
     host, boot, space = _machine()
-    if one.host != host:
+    if process.host != host:
         return None
-    if one.boot != boot:
+    if process.boot != boot:
         return True
-    if one.space != space:
+    if process.space != space:
         return None
-    start = _start(one.pid)
-    return not _runs(one.pid) if start is None else start != one.start
+    start = _start(process.pid)
+    return not _runs(process.pid) if start is None else start != process.start
 
 
 def _runs(pid: int) -> bool:

@@ -31,13 +31,13 @@ def read(path: Path, *, numbers: bool = False) -> Read:
 def truncate(path: Path, step: int, *, numbers: bool = False, keep: Callable[[Record], bool] = lambda record: True) -> Read:
     """Cut a file back to its records up to `step`, as a resumed run needs; of those at `step` itself to the ones to keep."""
     entries = _entries(path, numbers)
-    kept = [
+    remaining = [
         (line, record)
         for line, record in entries.values()
         if record is not None and (record["step"] < step or (record["step"] == step and keep(record)))
     ]
-    drafts.write(path, b"".join(line + b"\n" for line, _ in kept))
-    return Read([record for _, record in kept], _broken(entries))
+    drafts.write(path, b"".join(line + b"\n" for line, _ in remaining))
+    return Read([record for _, record in remaining], _broken(entries))
 
 
 def append(path: Path, record: Record) -> None:
@@ -74,14 +74,14 @@ def _entries(path: Path, numbers: bool) -> dict[int, tuple[bytes, Record | None]
 
 def _parsed(line: bytes, numbers: bool) -> Record | None:
     try:
-        found = json.loads(line.decode())
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not _whole(found.get("step")):
+    if not isinstance(record, dict) or not _whole(record.get("step")):
         return None
-    if numbers and not all(value is None or (isinstance(value, int | float) and abs(value) < 1e308) for value in found.values()):
+    if numbers and not all(value is None or (isinstance(value, int | float) and abs(value) < 1e308) for value in record.values()):
         return None
-    return {key: math.nan if value is None else value for key, value in found.items()}
+    return {key: math.nan if value is None else value for key, value in record.items()}
 
 
 def _whole(step: object) -> bool:

@@ -78,20 +78,20 @@ def anchors(
     if prompts.shape != lens.shape:
         raise ValueError(f"prompt_lengths has shape {list(prompts.shape)}; expected {list(lens.shape)}, one per document")
     begin = first(prompts, context_length=context_length, min_completion_prefix=min_completion_prefix)
-    found = counts(lens, begin, stride=stride, generate_max_len=generate_max_len)
-    document = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(found)
-    number = torch.arange(document.shape[0], device=lens.device) - (found.cumsum(0) - found)[document]
+    per_document = counts(lens, begin, stride=stride, generate_max_len=generate_max_len)
+    document = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(per_document)
+    number = torch.arange(document.shape[0], device=lens.device) - (per_document.cumsum(0) - per_document)[document]
     return Anchors(document, begin[document] + stride * number, generate_max_len)
 
 
-def kept(found: Anchors, cu_docs: Tensor, scored: Tensor) -> Anchors:
+def trained_blocks(blocks: Anchors, cu_docs: Tensor, scored: Tensor) -> Anchors:
     """The anchors whose whole true block is trained: scored bool [T] of the documents' tokens, cu_docs [D + 1] their bounds.
 
     In a conversation these are blocks of the assistant's words; one that reaches into another turn has no truth to be compared with.
     """
-    rows = prefix_rows(cu_docs, found)[:, None] + 1 + torch.arange(found.length, device=scored.device)  # [M, G]
+    rows = prefix_rows(cu_docs, blocks)[:, None] + 1 + torch.arange(blocks.length, device=scored.device)  # [M, G]
     whole = scored[rows].all(1)
-    return found._replace(document=found.document[whole], start=found.start[whole])
+    return blocks._replace(document=blocks.document[whole], start=blocks.start[whole])
 
 
 def scored(batch: Batch) -> Tensor:
@@ -102,29 +102,29 @@ def scored(batch: Batch) -> Tensor:
 def lengths(batch: Batch) -> Tensor:
     """Tokens of each document of a stream, int64 [D]; 0 for a padding document, which no sequence belongs to."""
     lens = batch["cu_docs"].long().diff()
-    used = torch.zeros_like(lens).scatter(0, batch["doc_of_seq"], 1)
-    return lens * used
+    real = torch.zeros_like(lens).scatter(0, batch["doc_of_seq"], 1)
+    return lens * real
 
 
-def prefix_rows(cu_docs: Tensor, found: Anchors) -> Tensor:
+def prefix_rows(cu_docs: Tensor, blocks: Anchors) -> Tensor:
     """Rows of the stream of documents that predict the first token of each anchor's block: int64 [M]."""
-    return cu_docs.long()[found.document] + found.start - 1
+    return cu_docs.long()[blocks.document] + blocks.start - 1
 
 
-def layout(cu_docs: Tensor, found: Anchors, n: int) -> Layout:
+def layout(cu_docs: Tensor, blocks: Anchors, n: int) -> Layout:
     """The tree stream of n rollouts from each anchor of the documents bounded by cu_docs [D + 1], padding documents included.
 
     Raises ValueError for n below 1, or anchors that are out of order or outside their documents.
     """
     bounds = cu_docs.long()
     lens = bounds.diff()
-    check(lens, found, n)
-    document, start = found.document.repeat_interleave(n), found.start.repeat_interleave(n)  # [R]
+    check(lens, blocks, n)
+    document, start = blocks.document.repeat_interleave(n), blocks.start.repeat_interleave(n)  # [R]
     branches = torch.bincount(document, minlength=lens.shape[0])
-    cu = F.pad((lens + branches * found.length).cumsum(0), (1, 0))  # [D + 1]
+    cu = F.pad((lens + branches * blocks.length).cumsum(0), (1, 0))  # [D + 1]
     number = torch.arange(document.shape[0], device=lens.device) - (branches.cumsum(0) - branches)[document]
-    step = torch.arange(found.length, device=lens.device)  # [G]
-    generated = (cu[document] + lens[document] + number * found.length)[:, None] + step
+    step = torch.arange(blocks.length, device=lens.device)  # [G]
+    generated = (cu[document] + lens[document] + number * blocks.length)[:, None] + step
     source = torch.cat([(cu[document] + start - 1)[:, None], generated[:, :-1]], dim=1)
     inside = torch.arange(int(bounds[-1]), device=lens.device) - bounds[:-1].repeat_interleave(lens)  # [T]
     trunk = inside + cu[:-1].repeat_interleave(lens)
@@ -132,43 +132,43 @@ def layout(cu_docs: Tensor, found: Anchors, n: int) -> Layout:
     continued = start[:, None] + step
     return Layout(
         positions=zeros.index_copy(0, trunk, inside).index_copy(0, generated.flatten(), continued.flatten()),
-        branch=zeros.index_copy(0, generated.flatten(), (number + 1).repeat_interleave(found.length)).int(),
-        start=zeros.index_copy(0, generated.flatten(), start.repeat_interleave(found.length)).int(),
+        branch=zeros.index_copy(0, generated.flatten(), (number + 1).repeat_interleave(blocks.length)).int(),
+        start=zeros.index_copy(0, generated.flatten(), start.repeat_interleave(blocks.length)).int(),
         cu_docs=cu.int(),
         trunk=trunk,
         generated=generated,
         source=source,
-        truth=(cu[found.document] + found.start)[:, None] + step,
+        truth=(cu[blocks.document] + blocks.start)[:, None] + step,
     )
 
 
-def check(lens: Tensor, found: Anchors, n: int) -> None:
+def check(lens: Tensor, blocks: Anchors, n: int) -> None:
     """Raise ValueError unless n is at least 1 and the anchors are in order, each with a token before it, inside documents of lens [D]."""
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1 rollout from each anchor")
-    document, start = found.document, found.start
+    document, start = blocks.document, blocks.start
     if document.numel() == 0:
         return
     if bool((document.diff() < 0).any()) or int(document[0]) < 0 or int(document[-1]) >= lens.shape[0]:
         raise ValueError(f"anchors name documents {document.tolist()}; expected numbers below {lens.shape[0]} in rising order")
     wrong = ((start < 1) | (start > lens[document])).nonzero()
     if wrong.numel():
-        at = int(wrong[0])
+        index = int(wrong[0])
         raise ValueError(
-            f"anchor {at} starts after {int(start[at])} tokens of document {int(document[at])}; "
-            f"expected 1 to {int(lens[document[at]])}, the tokens of the document"
+            f"anchor {index} starts after {int(start[index])} tokens of document {int(document[index])}; "
+            f"expected 1 to {int(lens[document[index]])}, the tokens of the document"
         )
 
 
-def tokens(place: Layout, trunk: Tensor, generated: Tensor) -> Tensor:
+def tokens(layout: Layout, trunk: Tensor, generated: Tensor) -> Tensor:
     """The tokens [P] of the tree stream from those of the documents [T] and of the rollouts [R, G]."""
-    if generated.shape != place.generated.shape:
-        raise ValueError(f"rollouts of shape {list(generated.shape)}; expected {list(place.generated.shape)}, as laid out")
-    empty = trunk.new_zeros(place.positions.shape[0])
-    return empty.index_copy(0, place.trunk, trunk).index_copy(0, place.generated.flatten(), generated.flatten())
+    if generated.shape != layout.generated.shape:
+        raise ValueError(f"rollouts of shape {list(generated.shape)}; expected {list(layout.generated.shape)}, as laid out")
+    empty = trunk.new_zeros(layout.positions.shape[0])
+    return empty.index_copy(0, layout.trunk, trunk).index_copy(0, layout.generated.flatten(), generated.flatten())
 
 
-def grow(batch: Batch, found: Anchors, generated: Tensor, n: int) -> tuple[Batch, Layout]:
+def grow(batch: Batch, blocks: Anchors, generated: Tensor, n: int) -> tuple[Batch, Layout]:
     """The stream of documents with their rollouts generated [R, G], and where everything stands.
 
     at, targets [R G]: the rollouts' tokens and the rows that predict them, rollout by rollout; each rollout is a sequence.
@@ -178,14 +178,14 @@ def grow(batch: Batch, found: Anchors, generated: Tensor, n: int) -> tuple[Batch
 
     Raises ValueError for a stream that branches already, or whose tokens have weights.
     """
-    if taken := [key for key in ("branch", "weight") if key in batch]:
-        raise ValueError(f"the stream has {', '.join(taken)}; expected bare documents whose tokens are scored or not")
-    place = layout(batch["cu_docs"], found, n)
-    used, rows = _documents(batch)
-    branches = torch.bincount(found.document, minlength=rows.shape[0]) * n  # [D]
-    each = torch.maximum(branches, used)  # sequences of each document
+    if keys := [key for key in ("branch", "weight") if key in batch]:
+        raise ValueError(f"the stream has {', '.join(keys)}; expected bare documents whose tokens are scored or not")
+    place = layout(batch["cu_docs"], blocks, n)
+    real, rows = _documents(batch)
+    branches = torch.bincount(blocks.document, minlength=rows.shape[0]) * n  # [D]
+    each = torch.maximum(branches, real)  # sequences of each document
     doc_of_seq = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(each)
-    seq_lens = found.length * (branches[doc_of_seq] > 0)
+    seq_lens = blocks.length * (branches[doc_of_seq] > 0)
     grown = {
         "tokens": tokens(place, batch["tokens"], generated.to(batch["tokens"])),
         "positions": place.positions, "branch": place.branch, "start": place.start, "cu_docs": place.cu_docs,

@@ -95,9 +95,9 @@ def rloo(rewards: Tensor) -> Tensor:
 def rloo_normalized(rewards: Tensor, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
     """A = (a - m_b) / (s_b + eps) of a = `rloo`: [P, G] -> [P, G]; flat groups are in the moments and stay exactly 0."""
     rewards = _checked(rewards, 2)
-    found = torch.where(rewards.isnan(), torch.nan, rloo(rewards))
-    mean, std = _moments(found, (0, 1), ddof)
-    return _within(rewards, (found - mean) / (std + eps))
+    centred = torch.where(rewards.isnan(), torch.nan, rloo(rewards))
+    mean, std = _moments(centred, (0, 1), ddof)
+    return _within(rewards, (centred - mean) / (std + eps))
 
 
 def reinforce(rewards: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float, lam: float) -> tuple[T
         raise ValueError(f"rewards {tuple(rewards.shape)} and values {tuple(values.shape)}: expected one completion's tokens, [T] both")
     rewards, values = rewards.detach().double(), values.detach().double()
     delta = rewards + gamma * torch.cat([values[1:], values.new_zeros(1)])[: len(values)] - values
-    found, after = [], values.new_zeros(())
+    advantages, after = [], values.new_zeros(())
     for step in reversed(delta.unbind()):
         after = step + gamma * lam * after
-        found.append(after)
-    advantage = torch.stack(found[::-1]) if found else delta
+        advantages.append(after)
+    advantage = torch.stack(advantages[::-1]) if advantages else delta
     return advantage, advantage + values
 
 
@@ -146,8 +146,8 @@ def _checked(rewards: Tensor, ndim: int) -> Tensor:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)}: expected {shape}")
     rewards = rewards.detach().double()
     if rewards.isinf().any():
-        where = torch.nonzero(rewards.isinf())[0].tolist()
-        raise ValueError(f"the reward at {where} is infinite; expected a finite number, or nan for no opinion")
+        index = torch.nonzero(rewards.isinf())[0].tolist()
+        raise ValueError(f"the reward at {index} is infinite; expected a finite number, or nan for no opinion")
     return rewards
 
 

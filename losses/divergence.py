@@ -40,18 +40,18 @@ def corrected(k: Tensor, ratio: Tensor) -> Tensor:
     Where r k overflows only the gradient of k is left: that of r has the other sign for k3, and inf - inf would be nan.
     Source: DeepSeek-V3.2, arXiv 2512.02556.
     """
-    over = limits.times(ratio.detach(), k.detach()).isinf()
-    return limits.times(torch.where(over, ratio.detach(), ratio), k)
+    overflow = limits.times(ratio.detach(), k.detach()).isinf()
+    return limits.times(torch.where(overflow, ratio.detach(), ratio), k)
 
 
 def corrected_k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor, ratio: Tensor) -> Tensor:
     """`corrected` of `k3` with the ratio e^(logp - old_logp), also where k3 overflows: there it is e^(ref_logp - old_logp) + r (d - 1)."""
     d, k = _difference(logp, ref_logp, None), k3(logp, ref_logp)
-    over = (k == torch.inf) & (d < 0)
-    near = corrected(torch.where(over, 0.0, k), torch.where(over, 0.0, ratio))
-    beside = over & (ratio > 0) & ratio.isfinite() & d.isfinite()
-    rest = torch.where(beside, ratio, 0.0) * torch.where(beside, d - 1, 0.0)
-    return torch.where(over, limits.minus(upcast(ref_logp), upcast(old_logp)).exp().detach() + rest, near)
+    overflow = (k == torch.inf) & (d < 0)
+    near = corrected(torch.where(overflow, 0.0, k), torch.where(overflow, 0.0, ratio))
+    finite = overflow & (ratio > 0) & ratio.isfinite() & d.isfinite()
+    rest = torch.where(finite, ratio, 0.0) * torch.where(finite, d - 1, 0.0)
+    return torch.where(overflow, limits.minus(upcast(ref_logp), upcast(old_logp)).exp().detach() + rest, near)
 
 
 def _difference(logp: Tensor, ref_logp: Tensor, clamp: float | None) -> Tensor:

@@ -90,9 +90,9 @@ def whiten_features(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Distinct rollouts become orthonormal, so diversity only counts duplicates: a pair of them has product 1/2, m have 1/m.
     W is never built. ValueError for one rollout (its alignment would be 2 or -2) and for features that are not finite.
     """
-    _, inverse, right, wide = _svd(phi, y)
+    _, inverse, right, phi64 = _svd(phi, y)
     y = (y.detach().double()[:, None] @ right.mT * inverse[:, None]) @ right
-    return ((wide @ right.mT * inverse[:, None]) @ right).to(_float(phi)), y[:, 0].to(_float(phi))
+    return ((phi64 @ right.mT * inverse[:, None]) @ right).to(_float(phi)), y[:, 0].to(_float(phi))
 
 
 def whiten_rows(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,10 +101,10 @@ def whiten_rows(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     phi comes out as there, but y keeps its direction, so alignment is absolute. M on n copies of y scales each; where that
     factor is negative its sign is dropped, because alignment would turn around with it.
     """
-    left, inverse, _, wide = _svd(phi, y)
+    left, inverse, _, phi64 = _svd(phi, y)
     rows = (left * inverse[:, None]) @ left.mT
     copies = rows.sum(-1, keepdim=True).abs() * y.detach().double()[:, None]
-    return (rows @ wide).to(_float(phi)), copies.to(_float(phi))
+    return (rows @ phi64).to(_float(phi)), copies.to(_float(phi))
 
 
 def alignment(phi: Tensor, y: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ def _picked(x: Tensor, seq: Tensor, seq_lens: Tensor, place: Tensor) -> Tensor:
     if len(x) == 0:
         return reduce.upcast(x).new_zeros(len(seq_lens), place.shape[1] * x.shape[1])
     index = (seq_lens.cumsum(0) - seq_lens)[:, None] + place.clamp(min=0)
-    found = reduce.upcast(x[index.clamp(max=len(x) - 1)])
-    return torch.where((seq_lens > 0)[:, None, None], found, 0.0).flatten(1)
+    rows = reduce.upcast(x[index.clamp(max=len(x) - 1)])
+    return torch.where((seq_lens > 0)[:, None, None], rows, 0.0).flatten(1)
 
 
 def _svd(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,9 +205,9 @@ def _svd(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             "sample more, or switch use_whitening off"
         )
     _check_finite(phi, y)
-    wide = phi.detach().double()
-    left, s, right = torch.linalg.svd(wide, full_matrices=False)
-    return left, torch.where(s > SMALL * s[:, :1], 1 / (s + 1e-12), 0.0), right, wide
+    phi64 = phi.detach().double()
+    left, s, right = torch.linalg.svd(phi64, full_matrices=False)
+    return left, torch.where(s > SMALL * s[:, :1], 1 / (s + 1e-12), 0.0), right, phi64
 
 
 def _each(y: Tensor) -> Tensor:

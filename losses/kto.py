@@ -95,5 +95,5 @@ def merge(running: Running, mean: Tensor, count: Tensor) -> Running:
     known = (count > 0) & ~mean.isinf()
     count = torch.where(known, count, 0).to(running.count.dtype)
     total = running.count + count
-    away = torch.where(known, mean.to(running.mean.dtype), running.mean) - running.mean
-    return Running(running.mean + away * count / total.clamp(min=1), total)
+    shift = torch.where(known, mean.to(running.mean.dtype), running.mean) - running.mean
+    return Running(running.mean + shift * count / total.clamp(min=1), total)

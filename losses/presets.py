@@ -158,8 +158,8 @@ def resolve(function: str) -> Callable[..., Any]:
 
 def bind(entry: Entry | PolicyPreset | KtoEntry, **options: Any) -> Callable[..., Any]:
     """The function of a row, with those of `options` that it takes. An option that is left out keeps the function's own default."""
-    function, chosen = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
-    return partial(function, **chosen) if chosen else function
+    function, keywords = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
+    return partial(function, **keywords) if keywords else function
 
 
 def clip_bounds(preset: PolicyPreset, epsilon: float | None = None, epsilon_high: float | None = None) -> tuple[float, float]:

@@ -27,8 +27,8 @@ def sequence_token(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor
     Source: Zheng et al. (GSPO-token), arXiv 2507.18071.
     """
     logp = upcast(logp)
-    own = logp.detach()
-    return _exp(limits.minus(logp, own) + _mean(log_ratio(own, old_logp), seq, seq_lens), clamp)
+    constant = logp.detach()
+    return _exp(limits.minus(logp, constant) + _mean(log_ratio(constant, old_logp), seq, seq_lens), clamp)
 
 
 def sequence_sum(logp: Tensor, old_logp: Tensor, seq: Tensor, seq_lens: Tensor, *, clamp: float | None = None) -> Tensor:

@@ -29,12 +29,12 @@ def ranked(scores: Scores, *, centre: float = 0.0) -> Objective:
 
 def _ranking(batch: Batch, chosen: Tensor, rejected: Tensor) -> Metrics:
     every = torch.ones_like(chosen, dtype=torch.bool)
-    both, count = torch.cat([chosen, rejected]), every.sum()
-    worst = both.new_full((1,), torch.inf)
+    scores, count = torch.cat([chosen, rejected]), every.sum()
+    edge = scores.new_full((1,), torch.inf)
     return _tokens(batch) | {
-        "mean_reward": reduce.masked_mean(both, torch.ones_like(both, dtype=torch.bool)),
-        "min_reward": Metric(torch.cat([both, worst]).min(), count, "min"),
-        "max_reward": Metric(torch.cat([both, -worst]).max(), count, "max"),
+        "mean_reward": reduce.masked_mean(scores, torch.ones_like(scores, dtype=torch.bool)),
+        "min_reward": Metric(torch.cat([scores, edge]).min(), count, "min"),
+        "max_reward": Metric(torch.cat([scores, -edge]).max(), count, "max"),
         "accuracy": reduce.masked_mean(chosen > rejected, every),
         "margin": reduce.masked_mean(chosen - rejected, every),
     }

@@ -47,15 +47,15 @@ class Plan(NamedTuple):
 def allowed(batch: dict[str, torch.Tensor], q: torch.Tensor, k: torch.Tensor, window: int | None) -> torch.Tensor:
     """Whether row q may see row k: broadcast boolean over two index tensors. The attention rule, written once."""
     document = _document_of(batch["cu_docs"])
-    seen = (document[q] == document[k]) & (k <= q)
+    visible = (document[q] == document[k]) & (k <= q)
     if "branch" in batch:
         branch, start = batch["branch"], batch["start"]
         trunk_index = k - batch["cu_docs"][document[k]]
-        seen = seen & ((branch[k] == branch[q]) | ((branch[k] == 0) & (trunk_index < start[q])))
+        visible = visible & ((branch[k] == branch[q]) | ((branch[k] == 0) & (trunk_index < start[q])))
     if window is not None:
         positions = _positions(batch)
-        seen = seen & (positions[q] - positions[k] < window)
-    return seen
+        visible = visible & (positions[q] - positions[k] < window)
+    return visible
 
 
 def _document_of(cu_docs: torch.Tensor) -> torch.Tensor:
@@ -193,15 +193,15 @@ def _documents(batch: dict[str, torch.Tensor], offsets: list[int], window: int |
         }
         sizes = document["branch"].bincount().tolist() if "branch" in document else [hi - lo]
         trunk, groups = (sizes or [0])[0], _groups(sizes[1:])
-        rows, trunk_mask, seen, group_masks, end = torch.arange(hi - lo), None, [], [], trunk
+        rows, trunk_mask, reach, group_masks, end = torch.arange(hi - lo), None, [], [], trunk
         if window is not None and trunk > window:
             trunk_mask = allowed(document, rows[:trunk, None], rows[None, :trunk], window)
         for group in groups:
             queries = rows[end : end + group]
-            seen.append(int(document["start"][queries].max()))
-            group_masks.append(allowed(document, queries[:, None], torch.cat([rows[: seen[-1]], queries])[None], window))
+            reach.append(int(document["start"][queries].max()))
+            group_masks.append(allowed(document, queries[:, None], torch.cat([rows[: reach[-1]], queries])[None], window))
             end += group
-        yield Document(trunk, groups, tuple(seen), trunk_mask, tuple(group_masks))
+        yield Document(trunk, groups, tuple(reach), trunk_mask, tuple(group_masks))
 
 
 def _groups(branches: list[int]) -> tuple[int, ...]:
@@ -266,20 +266,20 @@ def _block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None,
     from torch.nn.attention.flex_attention import BlockMask
 
     # Block by block from extents: create_block_mask would fill [T, T] on the host, 460 MB and 2 s at 8192 tokens.
-    here = {key: batch[key].to(device) for key in ("cu_docs", "positions", "branch", "start") if key in batch}
-    document, positions = _document_of(here["cu_docs"]), _positions(here)
-    first = here["cu_docs"].long()[document]
-    branch, start = here.get("branch"), here.get("start")
+    moved = {key: batch[key].to(device) for key in ("cu_docs", "positions", "branch", "start") if key in batch}
+    document, positions = _document_of(moved["cu_docs"]), _positions(moved)
+    first = moved["cu_docs"].long()[document]
+    branch, start = moved.get("branch"), moved.get("start")
 
     # The rule of `allowed` over tensors that are made once: the compiled kernel calls this for every pair of a partial block.
     def mask_mod(b, h, q, k):
-        seen = (document[q] == document[k]) & (k <= q)
+        visible = (document[q] == document[k]) & (k <= q)
         if branch is not None and start is not None:
-            seen = seen & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] < start[q])))
-        return seen if window is None else seen & (positions[q] - positions[k] < window)
+            visible = visible & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] < start[q])))
+        return visible if window is None else visible & (positions[q] - positions[k] < window)
 
     lists = []
-    for blocks in _blocks({key: batch[key].cpu() for key in here}, tokens, window):
+    for blocks in _blocks({key: batch[key].cpu() for key in moved}, tokens, window):
         index = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         lists += [x.to(device, torch.int32)[None, None] for x in (blocks.sum(-1), index)]
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(tokens, tokens))
@@ -317,9 +317,9 @@ def _attention_cpu(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
         tq, tk, tv = next(parts)
         if doc.trunk:
             outputs.append(_sdpa(tq, tk, tv, doc.trunk_mask, scale))
-        for seen, mask in zip(doc.seen, doc.group_masks, strict=True):
+        for reach, mask in zip(doc.seen, doc.group_masks, strict=True):
             bq, bk, bv = next(parts)
-            outputs.append(_sdpa(bq, torch.cat([tk[:seen], bk]), torch.cat([tv[:seen], bv]), mask, scale))
+            outputs.append(_sdpa(bq, torch.cat([tk[:reach], bk]), torch.cat([tv[:reach], bv]), mask, scale))
     return torch.cat(outputs) if outputs else q.clone()
 
 

@@ -95,8 +95,8 @@ def _stats_kernel(  # noqa: PLR0913
         tl.store(out + 4 * rows + row, tl.log(square) - 2 * log_total)
     if HAS_Y:
         target = tl.load(y + row)
-        own = tl.load(z + row * columns + target, (target >= 0) & (target < columns), float("nan")).to(tl.float32)
-        logp = _final_kernel(own, t, softcap, HAS_CAP) - best - log_total
+        raw = tl.load(z + row * columns + target, (target >= 0) & (target < columns), float("nan")).to(tl.float32)
+        logp = _final_kernel(raw, t, softcap, HAS_CAP) - best - log_total
         tl.store(out + row, logp)
         if EXTRAS:
             tl.store(out + 5 * rows + row, (first == target).to(tl.float32))

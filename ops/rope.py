@@ -36,10 +36,10 @@ def rope_ref(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     cos, sin = torch.cat([cos, cos], -1).to(x.dtype), sin.to(x.dtype)  # [T, 1, d], [T, 1, d/2]
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin)
-    return out
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin)
+    return rotated
 
 
 def rotate_torch(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,16 +51,16 @@ def rotate_torch(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor
 
 @backend.jit
 def _rotate_heads(x, y, cos, sin, row, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):  # noqa: PLR0913
-    at_half = tl.arange(0, HALF)[None, :]
-    at_head = tl.arange(0, HEADS)[:, None]
-    inside = (at_head < heads) & (at_half < half)
-    at = (row * heads + at_head) * (2 * half) + at_half
-    c = tl.load(cos + row * half + at_half, at_half < half, 0)
-    s = tl.load(sin + row * half + at_half, at_half < half, 0)
-    x1 = tl.load(x + at, inside, 0).to(tl.float32)
-    x2 = tl.load(x + at + half, inside, 0).to(tl.float32)
-    tl.store(y + at, x1 * c - x2 * s, inside)
-    tl.store(y + at + half, x2 * c + x1 * s, inside)
+    half_index = tl.arange(0, HALF)[None, :]
+    head_index = tl.arange(0, HEADS)[:, None]
+    inside = (head_index < heads) & (half_index < half)
+    index = (row * heads + head_index) * (2 * half) + half_index
+    c = tl.load(cos + row * half + half_index, half_index < half, 0)
+    s = tl.load(sin + row * half + half_index, half_index < half, 0)
+    x1 = tl.load(x + index, inside, 0).to(tl.float32)
+    x2 = tl.load(x + index + half, inside, 0).to(tl.float32)
+    tl.store(y + index, x1 * c - x2 * s, inside)
+    tl.store(y + index + half, x2 * c + x1 * s, inside)
 
 
 @backend.jit
@@ -80,12 +80,12 @@ def rotate_triton(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tenso
     q, k = q.contiguous(), k.contiguous()
     angles = _angles(positions, inv_freq).float()
     cos, sin = angles.cos(), angles.sin().mul_(sign)
-    out = torch.empty_like(q), torch.empty_like(k)
+    rotated = torch.empty_like(q), torch.empty_like(k)
     heads, half = (q.shape[1], k.shape[1]), q.shape[2] // 2
     tiles = [1 << (n - 1).bit_length() for n in (*heads, half)]
     if q.shape[0]:
-        _kernel[(q.shape[0],)](q, k, *out, cos, sin, *heads, half, *tiles, num_warps=4 if tiles[0] * tiles[2] <= 2048 else 8)
-    return out
+        _kernel[(q.shape[0],)](q, k, *rotated, cos, sin, *heads, half, *tiles, num_warps=4 if tiles[0] * tiles[2] <= 2048 else 8)
+    return rotated
 
 
 class _Rope(torch.autograd.Function):

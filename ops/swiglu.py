@@ -34,22 +34,22 @@ def backward_torch(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tu
 
 @backend.jit
 def _forward_kernel(gate, up, y, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    g = tl.load(gate + at, inside, 0).to(tl.float32)
-    tl.store(y + at, g / (1 + tl.exp(-g)) * tl.load(up + at, inside, 0).to(tl.float32), inside)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    g = tl.load(gate + index, inside, 0).to(tl.float32)
+    tl.store(y + index, g / (1 + tl.exp(-g)) * tl.load(up + index, inside, 0).to(tl.float32), inside)
 
 
 @backend.jit
 def _backward_kernel(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    d = tl.load(dy + at, inside, 0).to(tl.float32)
-    g = tl.load(gate + at, inside, 0).to(tl.float32)
-    u = tl.load(up + at, inside, 0).to(tl.float32)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    d = tl.load(dy + index, inside, 0).to(tl.float32)
+    g = tl.load(gate + index, inside, 0).to(tl.float32)
+    u = tl.load(up + index, inside, 0).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    tl.store(dgate + at, d * u * s * (1 + g * (1 - s)), inside)
-    tl.store(dup + at, d * g * s, inside)
+    tl.store(dgate + index, d * u * s * (1 + g * (1 - s)), inside)
+    tl.store(dup + index, d * g * s, inside)
 
 
 def forward_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

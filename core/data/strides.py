@@ -170,7 +170,7 @@ def blocks(docs: Sequence[ebft.Strided], places: Places) -> np.ndarray:
     prompts = torch.tensor([doc.prompt_length for doc in docs])
     scored = torch.from_numpy(np.concatenate([doc.weight for doc in docs]) > 0)
     found = strided.anchors(lens, prompt_lengths=prompts, **among(places))
-    found = strided.kept(found, F.pad(lens.cumsum(0), (1, 0)), scored)
+    found = strided.trained_blocks(found, F.pad(lens.cumsum(0), (1, 0)), scored)
     return torch.bincount(found.document, minlength=len(docs)).numpy()
 
 

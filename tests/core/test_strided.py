@@ -67,7 +67,7 @@ def test_blocks_that_are_not_trained_to_their_end_have_no_anchor(documents, stri
     lens = torch.tensor([len(flags) for flags in documents])
     cu, scored = torch.nn.functional.pad(lens.cumsum(0), (1, 0)), torch.tensor([flag for flags in documents for flag in flags])
     found = strided.anchors(lens, stride=stride, context_length=1, generate_max_len=length)
-    kept = strided.kept(found, cu, scored)
+    kept = strided.trained_blocks(found, cu, scored)
     pairs = zip(found.document.tolist(), found.start.tolist(), strict=True)
     expected = [(doc, at) for doc, at in pairs if all(documents[doc][at : at + length])]
     assert list(zip(kept.document.tolist(), kept.start.tolist(), strict=True)) == expected and kept.length == length

@@ -111,7 +111,7 @@ def test_blocks_of_a_conversation_are_what_the_assistant_said(words, name):
     docs, report = encode([{"messages": TALK}], words, format=name, places=places)
     batch = strides.collate(docs)
     found = strided.anchors(strided.lengths(batch), prompt_lengths=batch["prompt_length"], **strides.among(places))
-    kept = strided.kept(found, batch["cu_docs"], strided.scored(batch))
+    kept = strided.trained_blocks(found, batch["cu_docs"], strided.scored(batch))
     blocks = [words.decode(batch["tokens"][start : start + 4]) for start in kept.start.tolist()]
     replies = [said["content"] + "<|im_end|>" for said in TALK if said["role"] == "assistant"]
     replies = replies if name == "ebft_strided_chat.transform" else replies[1:]
