@@ -3,16 +3,18 @@
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
-from treetune.cli import corpus, setup, training
+from treetune.cli import checks, row_settings, setup, training
 from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.methods.sft import LossOptions
 from treetune.cli.options.commands import Eval
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import param
+from treetune.core.data import corpus, dataset, kinds
 from treetune.core.run import ranks
 from treetune.core.state import TrainState
 from treetune.models import Model, loading
@@ -26,15 +28,17 @@ def run(config: Eval, given: frozenset[str]) -> int:
         screen = Screen(quiet=processes.rank > 0)
         chosen = target.choose(config.model, config.adapter.adapter, given)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        docs, _, lines, *_ = corpus.read_and_encode(config.data, tokenizer, given=given)
+        rows = row_settings.documents(config.data)
+        docs, _, lines, *_ = corpus.read_and_encode(kinds.TEXT, rows, tokenizer, refuse=partial(checks.refuse_unused, given))
         model, lora = target.load_model(chosen, device, say=screen.line)
-        corpus.check_fits(docs, config.data.sequence_len, model.cfg)
+        dataset.check_fits(docs, config.data.sequence_len, vocab_size=model.cfg.vocab_size, max_positions=model.cfg.max_positions)
     for line in lines:
         screen.line(line)
     params = {} if lora is None else {"lora": lora.tree}
     state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=device))
     objective = setup.objective(setup.logprob(model, lora), LossOptions(), report=("entropy",))
-    batching = corpus.batching(config.data, config.micro_batch_size)
+    sizes = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
+    batching = dataset.batching(packing=config.data.sample_packing, **sizes)
     evaluate = training.evaluator(objective, docs, training.maker(model, device), processes, batching)
     start = time.perf_counter()
     metrics = {key: value.item() for key, value in evaluate(state).items()}

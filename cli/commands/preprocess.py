@@ -6,18 +6,19 @@ Encodes every row as `--method` does and reports what became of them; `--debug` 
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from treetune.cli import checks, corpus, guard, setup
+from treetune.cli import checks, guard, row_settings, setup
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core import drafts, masking, owned
-from treetune.core.data import formats, kinds, overview, passages
+from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
 from treetune.core.run import page
 
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}  # to names of kinds
@@ -28,7 +29,7 @@ MARKS = {"on": ("[[", "]]"), "bad": ("{{", "}}"), "half": ("((", "))"), "off": (
 class Encoded(NamedTuple):
     """Documents of all rows, a line for each data set, and what there is to say of them, by name."""
 
-    docs: corpus.Docs
+    docs: dataset.Docs
     lines: list[str]
     rows: dict[str, str]
     tokenizer: Any
@@ -48,7 +49,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     for line in encoded.lines:
         screen.line(line)
     screen.table("", encoded.rows | {"time": f"{time.perf_counter() - start:.1f} s"})
-    screen.line("\n".join(overview.histogram(corpus.lengths(encoded.docs))))
+    screen.line("\n".join(overview.histogram(dataset.lengths(encoded.docs))))
     _show([(doc.row, passages.split(doc, encoded.tokenizer, kind.read)) for doc in encoded.docs[: config.debug]], screen)
     if config.html:
         screen.line(f"wrote {config.html}")
@@ -66,11 +67,17 @@ def _encode(config: Preprocess, given: frozenset[str], kind: kinds.Kind, screen:
     tokenizer = setup.load_words(config.model, config.vocabulary, say=screen.line).tokenizer
     with screen.counting("rows") as progress:
         docs, _, lines, reports, _ = corpus.read_and_encode(
-            config.data, tokenizer, given=given, kind=kind, processes=config.dataset_processes, progress=progress
+            kind,
+            row_settings.documents(config.data),
+            tokenizer,
+            refuse=partial(checks.refuse_unused, given),
+            processes=config.dataset_processes,
+            progress=progress,
         )
-    rows, lengths = overview.describe(docs, kind), corpus.lengths(docs)
+    rows, lengths = overview.describe(docs, kind), dataset.lengths(docs)
     if config.data.sample_packing:
-        budget = corpus.batching(config.data, config.micro_batch_size, longest=max(lengths))["budget"]
+        sizes = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
+        budget = dataset.batching(packing=True, **sizes, longest=max(lengths))["budget"]
         formula = f"{config.micro_batch_size} x {config.data.sequence_len}"
         rows["packing"] = overview.describe_packing(lengths, budget, seed=config.seed, formula=formula)
     if kind.read is None:
@@ -81,7 +88,7 @@ def _encode(config: Preprocess, given: frozenset[str], kind: kinds.Kind, screen:
 def _write_page(path: Path, config: Preprocess, encoded: Encoded, kind: kinds.Kind) -> None:
     guard.require_own(path, owned.PAGE, "--html")
     values = page.documents(encoded.docs[: config.html_rows], encoded.tokenizer, kind.read)
-    histogram = "\n".join(overview.histogram(corpus.lengths(encoded.docs)))
+    histogram = "\n".join(overview.histogram(dataset.lengths(encoded.docs)))
     text = page.render("rows.jinja", name=" ".join(config.data.data), rows=encoded.rows, histogram=histogram, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     drafts.write(path, text)

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import checks, rewarding, rl_data, rundir, samplers
+from treetune.cli import checks, rewarding, row_settings, rundir, samplers
 from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Rollout
 from treetune.cli.options.rollout import VLLM_ONLY
 from treetune.cli.screen import Screen
+from treetune.core.data import prompt_rows
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import stats
 from treetune.core.rollout.group import Group, PromptSampler
 from treetune.core.state import TrainState
 from treetune.models import loading
+from treetune.models.dense import Config
 
 
 def run(config: Rollout, given: frozenset[str]) -> int:
@@ -29,7 +31,8 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         checks.refuse_unused(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
         chosen = target.choose(config.model, config.adapter.adapter, given)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        data = rl_data.load(config.data, tokenizer, seed=config.seed)
+        columns = {"field_prompt": config.data.field_prompt, "transform": config.data.prompt_transform}
+        data = prompt_rows.load(row_settings.prompts(config.data), tokenizer, seed=config.seed, **columns)
         device = loading.select_device(config.model.device)
         rewards = rewarding.start(config.rewards, chosen.options, on=device, say=screen.warn)
     try:
@@ -37,7 +40,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
             prompts = data.train[: config.num_prompts]
             rewards.check(prompts)
             model, lora = target.load_model(chosen, device, say=screen.line)
-            rl_data.check_fits(data, config.rollout, model.cfg)
+            _check_fits(config, data.train + data.val, model.cfg)
         for line in data.lines:
             screen.line(line)
         with checking_input():
@@ -50,6 +53,12 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         return _report(config, groups, screen)
     finally:
         rewards.close()
+
+
+def _check_fits(config: Rollout, prompts: Sequence[Prompt], cfg: Config) -> None:
+    length, stop_ids = config.rollout.max_completion_length, config.rollout.stop_token_ids
+    sizes = {"vocab_size": cfg.vocab_size, "max_positions": cfg.max_positions}
+    prompt_rows.check_fits(prompts, max_completion_length=length, stop_ids=stop_ids, **sizes)
 
 
 def _sample(sample: PromptSampler, state: TrainState, prompts: Sequence[Prompt], rewards: rewarding.Rewards, screen: Screen) -> list[Group]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from treetune.cli import checks, corpus, rundir
+from treetune.cli import checks, rundir
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.commands import Score
 from treetune.cli.screen import Screen, peak_memory_gib
 from treetune.core import fields
-from treetune.core.data import scored_rows, sources
+from treetune.core.data import dataset, scored_rows, sources
 from treetune.core.data.scored_rows import Encoding, ScoredRows, Values
 from treetune.models import loading, reward_model
 from treetune.models import tokenizer as tokenizers
@@ -41,7 +41,7 @@ def run(config: Score, given: frozenset[str]) -> int:
     seconds = time.perf_counter() - start
     for scored, part in zip(data, values, strict=True):
         _show(scored, part, config.show, screen)
-    tokens = sum(sum(corpus.lengths(scored.docs)) for scored in data)
+    tokens = sum(sum(dataset.lengths(scored.docs)) for scored in data)
     rows = {"model": name if path is None else f"{name} + {path}"}
     rows["speed"] = f"{tokens / seconds:.0f} tokens/s, peak memory {peak_memory_gib(device):.1f} GiB"
     if config.output is not None:
@@ -63,15 +63,16 @@ def _read(config: Score, tokenizer: Any, model: RewardModel, given: frozenset[st
     used = {option for scored in data for option in scored_rows.options(scored.format, scored.rows)}
     reason = f"rows of format {', '.join(sorted({scored.format for scored in data}))} do not take it"
     checks.refuse_unused(given, {name: reason for name in ("chat_template", "step_separator") if name not in used})
+    cfg = model.model.cfg
     for scored in data:
-        corpus.check_fits(scored.docs, config.sequence_len, model.model.cfg)
+        dataset.check_fits(scored.docs, config.sequence_len, vocab_size=cfg.vocab_size, max_positions=cfg.max_positions)
         if config.output is not None and (taken := [name for name in scored_rows.COLUMNS if name in sources.columns(scored.rows)]):
             raise ValueError(f"{scored.rows.name} has a column {taken[0]} already, which --output would write over: rename it")
     return data
 
 
 def _score(scored: ScoredRows, model: RewardModel, config: Score, device: torch.device, screen: Screen) -> Values:
-    budget = max(config.micro_batch_size * config.sequence_len, *corpus.lengths(scored.docs))
+    budget = max(config.micro_batch_size * config.sequence_len, *dataset.lengths(scored.docs))
     forward, read = partial(reward_model.scores, model, device=device), reward_model.READ[model.kind]
     with screen.counting("rows") as progress:
         values = scored_rows.score(scored.docs, forward, read=read, budget=budget, pad=device.type == "cuda", progress=progress)
