@@ -1,4 +1,4 @@
-"""What moves on a terminal: two lines under what is printed, as wide as it is; a bar with times, and metrics or what is going on."""
+"""Progress on a terminal: two lines under the printed ones, a bar with times, and metrics or the current activity."""
 
 import time
 from collections.abc import Sequence
@@ -21,33 +21,33 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def fitting(items: Sequence[str], width: int) -> str:
+def fit(items: Sequence[str], width: int) -> str:
     """The first items that fit in so many columns, two spaces apart; the very first is cut if need be."""
-    out = ""
+    line = ""
     for item in items:
-        longer = f"{out}  {item}" if out else item
+        longer = f"{line}  {item}" if line else item
         if cell_len(longer) > width:
             break
-        out = longer
-    return out or (items[0][:width] if items else "")
+        line = longer
+    return line or (items[0][:width] if items else "")
 
 
 class Activity:
-    """What takes a while, with a spinner and the time that it has taken."""
+    """An activity that takes a while, with a spinner and the time since it started."""
 
-    def __init__(self, what: str):
-        self.what, self.start, self.spinner = what, time.monotonic(), Spinner("dots")
+    def __init__(self, name: str):
+        self.name, self.start, self.spinner = name, time.monotonic(), Spinner("dots")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width - ECHO
-        taken = clock(time.monotonic() - self.start)
-        what = fitting([self.what], width - len(taken) - 4)
+        elapsed = clock(time.monotonic() - self.start)
+        name = fit([self.name], width - len(elapsed) - 4)
         frame = self.spinner.render(console.get_time())
-        yield Text.assemble(frame if isinstance(frame, Text) else "", " ", (what, "cyan"), "  ", taken, no_wrap=True, overflow="crop")
+        yield Text.assemble(frame if isinstance(frame, Text) else "", " ", (name, "cyan"), "  ", elapsed, no_wrap=True, overflow="crop")
 
 
 class Bar:
-    """The progress of a run. A class because it lives as long as the run and is drawn by another thread."""
+    """The progress of a run; has a lifetime: rich draws it from another thread until the run ends."""
 
     def __init__(self, total: int, done: int):
         self.total, self.done, self.start = total, done, time.monotonic()
@@ -57,7 +57,7 @@ class Bar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._bar(options.max_width - 1)
-        yield self.activity or Text(fitting(self.items, options.max_width - ECHO), style="dim", no_wrap=True, overflow="crop")
+        yield self.activity or Text(fit(self.items, options.max_width - ECHO), style="dim", no_wrap=True, overflow="crop")
 
     def _bar(self, width: int) -> Table | Text:
         """Steps, a bar where there is room for one, the time so far and the time to come."""
@@ -65,7 +65,7 @@ class Bar:
         times = f"{clock(time.monotonic() - self.start)} eta {'-:--' if self.eta_s is None else clock(self.eta_s)}"
         room = width - len(steps) - len(times) - 2
         if room < SHORTEST:
-            return Text(fitting([steps, times], width), no_wrap=True, overflow="crop")
+            return Text(fit([steps, times], width), no_wrap=True, overflow="crop")
         size = min(room, LONGEST)
         row = Table.grid(padding=(0, 1, 0, 0))
         row.add_row(Text(steps, style="bold"), ProgressBar(total=max(self.total, 1), completed=self.done, width=size), Text(times))

@@ -12,4 +12,4 @@ def path(name: str) -> str:
     package = Path(__file__).resolve().parents[1]
     if (package / local).exists() and os.path.exists(local) and os.path.samefile(local, package / local):
         return local
-    return next((str(found) for found in (package / local, package / "samples" / name) if found.exists()), local)
+    return next((str(file) for file in (package / local, package / "samples" / name) if file.exists()), local)

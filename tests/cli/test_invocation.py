@@ -97,4 +97,4 @@ def test_texts_are_tried_with_a_text_and_scores_with_rows(tune, tiny, kit, here,
 
 def test_the_command_line_is_known_to_every_run(monkeypatch):
     monkeypatch.setattr(main.importlib, "import_module", lambda _: (_ for _ in ()).throw(main.BadInput("far enough")))
-    assert main.main(["info"]) == 2 and invocation._GIVEN.get() == ("info",)
+    assert main.main(["info"]) == 2 and invocation._COMMAND_LINE.get() == ("info",)
