@@ -21,6 +21,7 @@ def read_parquet(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[i
     from pyarrow import ArrowException, parquet
 
     try:
+        # A row group at a time: a whole table of a large file would not fit into memory, and groups before `skip` are never read.
         table, number = parquet.ParquetFile(stream), 0
         check_names(table.schema_arrow, name)
         _check_size(table.metadata, name)
@@ -39,6 +40,7 @@ def read_ipc(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, 
     from pyarrow import ipc as pyarrow_ipc
 
     try:
+        # Both formats have the suffix .arrow: a file begins with its magic bytes, a stream with a length.
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         table = pyarrow_ipc.open_file(stream) if is_file else pyarrow_ipc.open_stream(stream)
@@ -97,6 +99,7 @@ def _dicts(batch: Any) -> list[Row]:
 
 
 def _values(column: Any) -> list:
+    # Value by value only where the column as a whole fails.
     try:
         return column.to_pylist()
     except UNREADABLE:

@@ -28,6 +28,8 @@ class TemplateLimitError(ValueError):
 class RenderClock(threading.local):
     """Processor time that is left to a rendering, in each thread."""
 
+    # A compiled template is shared by all threads that render with it, each of which renders a conversation of its own.
+
     def __init__(self):
         self.end = float("inf")
 
@@ -56,6 +58,7 @@ def _rendered(text: str, messages: Sequence[Message], variables: dict[str, Any])
     template, budget = _compiled(text)
     budget.start()
     chat = [_aliased({key: value for key, value in message.items() if value is not None}) for message in messages]
+    # Piece by piece and not with `render`, which would join a text of any size before it is measured.
     pieces, size = [], 0
     for piece in template.generate(messages=chat, **variables):
         pieces.append(piece)
@@ -83,24 +86,18 @@ def _compiled(text: str) -> tuple[Any, RenderClock]:
 
 def _environment(budget: RenderClock) -> Any:
     """transformers' environment for chat templates, with the limits."""
-    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from transformers.utils import chat_template_utils
 
+    # A template must render as transformers renders it, and the filters, globals and the generation tag that it adds are made in a
+    # private function only.
     theirs = chat_template_utils._compile_jinja_template("").environment
 
     class Bounded(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-        def _parse(self, source: str, name: str | None, filename: str | None):
-            tree = super()._parse(source, name, filename)
-            for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-                node.body.insert(0, nodes.Output([nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)]))
-            for node in tree.find_all(nodes.AssignBlock):
-                node.filter = nodes.Filter(node.filter, "measured", [], [], None, None)
-            for node in list(tree.find_all(nodes.Concat)):
-                node.nodes = [nodes.Call(nodes.EnvironmentAttribute("measured"), node.nodes, [], None, None)]
-            return tree.set_environment(self)
+        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+            return _instrument(super()._parse(source, name, filename)).set_environment(self)
 
         def tick(self) -> str:
             return budget.tick()
@@ -116,23 +113,37 @@ def _environment(budget: RenderClock) -> Any:
 
         def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
             _check_call(getattr(obj, "__self__", None), getattr(obj, "__name__", ""), args, kwargs)
-            made = super().call(context, obj, *args, **kwargs)
-            check_size(len(made) if isinstance(made, str) else 0)  # of a macro
-            return made
+            result = super().call(context, obj, *args, **kwargs)
+            check_size(len(result) if isinstance(result, str) else 0)  # of a macro
+            return result
 
         def wrap_str_format(self, value: Any) -> Any:
             wrapped = super().wrap_str_format(value)
             return wrapped and _checked_format(wrapped, value.__self__)
 
-    made = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[type(one) for one in theirs.extensions.values()])
-    made.filters.update(theirs.filters)
-    made.globals.update(theirs.globals)
-    made.globals.pop("lipsum", None)  # makes as much text as it is asked for
-    made.filters["measured"] = made.measured
-    for name in ("replace", "join", "format", *WIDTHS):
-        if name in made.filters:
-            made.filters[name] = _checked(made.filters[name], name)
-    return made
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[type(extension) for extension in theirs.extensions.values()])
+    environment.filters.update(theirs.filters)
+    environment.globals.update(theirs.globals)
+    environment.globals.pop("lipsum", None)  # makes as much text as it is asked for
+    environment.filters["measured"] = environment.measured
+    for name in {"replace", "join", "format", *WIDTHS} & environment.filters.keys():
+        environment.filters[name] = _checked(environment.filters[name], name)
+    return environment
+
+
+def _instrument(tree: Any) -> Any:
+    """The syntax tree of a template with a look at the clock in every loop and macro, and with every joined text measured."""
+    from jinja2 import nodes
+
+    # In the tree and not in the objects that a loop runs over: nested short loops, or one over a text, are seen as well.
+    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        node.body.insert(0, nodes.Output([nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)]))
+    for node in tree.find_all(nodes.AssignBlock):
+        node.filter = nodes.Filter(node.filter, "measured", [], [], None, None)
+    # `~` is no operator that the sandbox intercepts, so it becomes a call.
+    for node in list(tree.find_all(nodes.Concat)):
+        node.nodes = [nodes.Call(nodes.EnvironmentAttribute("measured"), node.nodes, [], None, None)]
+    return tree
 
 
 def _size_of(operator: str, left: Any, right: Any) -> int:

@@ -118,6 +118,7 @@ def renderer(
             return bounded_jinja.render(template, messages, **variables)
         except bounded_jinja.TemplateLimitError as error:
             raise ValueError(f"the chat template is not run to its end: {error}") from error
+        # Templates are programs: whatever Python can raise in an expression comes out of one for the wrong conversation.
         except FAILS as error:
             raise ValueError(f"the chat template refuses this conversation ({(str(error).splitlines() or [''])[0][:300]})") from error
 
@@ -126,6 +127,8 @@ def renderer(
 
 def tool_call_style(render: templates.Render) -> Callable[[conversations.Conversation], conversations.Conversation]:
     """A function that writes tool calls as this template takes them: arguments as object or JSON text, no content as "" or no field."""
+    # Templates do not say how they take tool calls: one concatenates the arguments, another runs tojson over them, a third asks
+    # whether there is content. The first conversation with a call tries the ways out.
     cached: list[tuple[str | None, bool]] = []
 
     def style(talk: conversations.Conversation) -> conversations.Conversation:
@@ -144,6 +147,7 @@ def _probe(render: templates.Render) -> tuple[str | None, bool]:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}]}
     candidates = [(content, as_text) for content in ("", None) for as_text in (False, True)]
     for candidate in candidates:
+        # A template may render a call that it does not understand without complaint, so the call must also be in the text.
         try:
             text = render([{"role": "user", "content": "a"}, _styled(call, *candidate)])
         except ValueError:

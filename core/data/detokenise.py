@@ -25,7 +25,9 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self.last, self.before = (), ""  # the unit before and its text: some decoders drop or add a space at the very beginning
+        # The unit before and its text are decoded along: some decoders drop or add a space at the very beginning of a text.
+        self.last: tuple[int, ...] = ()
+        self.before = ""
         self.pending: tuple[int, ...] = ()
 
     def push(self, token: int) -> list[TextUnit]:

@@ -32,6 +32,7 @@ def parse(text: str, location: str) -> Any:
 
 def iterate_items(text: str, name: str) -> Iterator[Any]:
     """The items of a list, one at a time. Errors: as `parse`, with the line of broken JSON or the row, counted from 1."""
+    # Python's parser takes a list as a whole. Item by item, an error has a row, and the objects of a long list are not all held at once.
     end, number = _blanks(text, _blanks(text, 0) + 1), 0
     try:
         while number or text[end : end + 1] != "]":
@@ -62,6 +63,7 @@ def _value(text: str, begin: int, location: str) -> tuple[object, int]:
         raise _too_deep(location) from error
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{location}: broken JSON ({str(error).partition(';')[0]})") from error
+    # Brackets in the text bound the depth from above, so that nearly every row is spared the walk.
     if text.count("[", begin, end) + text.count("{", begin, end) > DEEPEST and _is_deep(value):
         raise _too_deep(location)
     return value, _blanks(text, end)

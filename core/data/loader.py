@@ -40,6 +40,7 @@ def appearances(weights: Sequence[float], *, seed: int = 0, epoch: int = 0) -> l
     whole = np.floor(values)
     drawn = np.array(order.permutation(len(values), seed, epoch, order.REPEATS), dtype=np.int64)
     drawn = drawn[np.argsort(values[drawn], kind="stable")]
+    # The small number is for sums of fractions that miss a whole number by rounding: the expected count must not lose a document.
     reached = np.concatenate([[0.0], np.cumsum((values - whole)[drawn])]) + order.uniform(seed, epoch, order.REPEATS)
     counts = whole.astype(np.int64)
     counts[drawn] += np.diff(np.floor(reached + 1e-9)).astype(np.int64)
@@ -78,6 +79,7 @@ def epoch_plan(
         sizes = [lengths[i] for i in chosen]
         plan = epoch_plan(sizes, epoch=epoch, budget=budget, rows=rows, shuffle=shuffle, seed=seed, window=window)
         return [[chosen[i] for i in group] for group in plan]
+    # A prime factor: seeds and epochs in use do not meet in one key.
     key = seed * 1_000_003 + epoch if shuffle else None
     if rows is not None:
         return pack.group_rows(lengths, rows, seed=key)
@@ -85,6 +87,7 @@ def epoch_plan(
     groups = pack.pack(lengths, budget, seed=key, window=window)
     if key is None:
         return sorted(groups, key=min)
+    # Best-fit decreasing opens its groups from the longest documents down; in that order a run would see long ones first.
     return [groups[i] for i in order.permutation(len(groups), key, order.BATCHES)]
 
 

@@ -60,7 +60,9 @@ def _best_fit(indices: Sequence[int], lengths: Sequence[int], budget: int) -> li
     groups: list[list[int]] = []
     budget = min(budget, sum(lengths[i] for i in indices))  # one group takes all from there on, and rooms are counted below
     by_room: list[list[int]] = [[] for _ in range(budget + 1)]
-    rooms = 0  # bit r is set when some group has room r: the lowest set bit from `length` up is the best fit
+    # Bit r is set when some group has room r: the lowest set bit from `length` up is the best fit. One shift of a long integer takes
+    # the place of a search through the groups.
+    rooms = 0
     rank = {index: position for position, index in enumerate(indices)}
     for index in sorted(indices, key=lambda i: (-lengths[i], rank[i])):
         length = lengths[index]
@@ -201,11 +203,13 @@ def _targets(doc: trees.TreeDoc, read: str) -> np.ndarray:
 
 def _before(doc: trees.TreeDoc, indices: np.ndarray) -> np.ndarray:
     """Indices in the document of the tokens that predict the tokens `indices`."""
+    # The first token of a branch follows the last trunk token that it sees, which is not the token before it in the stream.
     first = np.searchsorted(doc.branch, doc.branch[indices], "left") == indices
     return np.where(first & (doc.branch[indices] > 0), doc.start[indices] - 1, indices - 1)
 
 
 def _extras(docs: Sequence[trees.TreeDoc]) -> dict[str, torch.Tensor]:
+    # A key of axis B needs a value for every sequence, so documents with other extras cannot share a batch.
     names = docs[0].extras.keys() if docs else ()
     assert all(doc.extras.keys() == names for doc in docs), "documents of one batch have different extras"
     return {name: torch.tensor([value for doc in docs for value in doc.extras[name]]) for name in names}
@@ -273,6 +277,7 @@ def _check_branches(batch: dict[str, torch.Tensor], bounds: torch.Tensor, docume
     before = torch.where(new & (branch > 0), base + start - 1, torch.arange(len(branch)) - 1)
     assert (branch[bounds[:-1]] == 0).all() and (start[branch == 0] == 0).all(), "a document does not begin with its trunk"
     assert (batch["positions"][new] == start[new]).all(), "a branch does not continue from where it leaves the trunk"
+    # One sorted key for (document, branch, token before): whether a row predicts a token of its sequence is a search, not a loop.
     first = torch.searchsorted(batch["doc_of_seq"], batch["doc_of_seq"])
     branch_of_seq = torch.arange(len(first)) - first + (branch[bounds[1:] - 1] > 0)[batch["doc_of_seq"]].long()  # branch of each sequence
     key = (document * (branch.max() + 1) + branch) * len(branch) + before

@@ -89,6 +89,7 @@ def _object(row: object, location: str) -> dict:
 
 def _json(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     """A list of objects, or one object per line under the wrong suffix."""
+    # By the first character and not by the suffix, since line files are also called .json.
     head = stream.read(files.CHUNK_BYTES)
     if head.lstrip(BOM + BLANKS).startswith(b"["):
         return islice(_json_list(head + stream.read(), name), place.row, None)

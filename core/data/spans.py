@@ -9,7 +9,7 @@ n tokens of one document. Offsets are characters of the text.
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -76,8 +76,24 @@ class Doc(NamedTuple):
     row: int
 
 
+class Encoding(Protocol):
+    """What is read of an encoding of the tokenizers library."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class TextTokens(NamedTuple):
+    """Tokens of a text: token i covers the characters [begins[i], ends[i]), neither of which ever falls."""
+
+    text: str
+    ids: np.ndarray  # int32 [n]
+    begins: np.ndarray  # int64 [n]
+    ends: np.ndarray  # int64 [n]
+
+
 class SpecialTokens(NamedTuple):
-    """What the masks need to know of a tokenizer."""
+    """Ids of a tokenizer that masks depend on."""
 
     special: np.ndarray  # ids
     added: np.ndarray  # ids of added tokens that are not special, blank ones left out
@@ -109,13 +125,14 @@ def tokens_by_role(encoded: EncodedText, start: int = 0, stop: int | None = None
 
 
 def read_special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Marks of a fast tokenizer. Errors: ValueError when it cannot give character offsets."""
+    """Special and added tokens of a fast tokenizer. Errors: ValueError for one that cannot give character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a tokenizer with a tokenizer.json is needed")
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     other = {i for i, token in added.items() if i not in special and token.content.strip()}
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # stands for any text
+    # The unknown token stands for any text, so it closes no turn; unless it is the EOS too, as in GPT-2's vocabulary.
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     return SpecialTokens(
         _ids(special - unknown), _ids(other - unknown), _default_prefix(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     )
@@ -142,40 +159,41 @@ def encode(texts: Sequence[Text], tokenizer: Tokenizer, special: SpecialTokens) 
     return weigh_tokens(texts, tokenise(texts, tokenizer), tokenizer, special)
 
 
-def tokenise(texts: Sequence[Text], tokenizer: Tokenizer) -> list:
+def tokenise(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Encoding]:
     """Ids and character offsets of each text, without special tokens around it. Runs outside the interpreter."""
     backend = tokenizer.backend_tokenizer
+    # Truncation and padding stay set in the backend after a call that asked for them, and tokenizer.json may bring them along.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
     return backend.encode_batch([text.text for text in texts], add_special_tokens=False) if texts else []
 
 
-def weigh_tokens(texts: Sequence[Text], encodings: Sequence, tokenizer: Tokenizer, special: SpecialTokens) -> list[EncodedText]:
-    """The tokens of each text with their weights and roles."""
-    return [_weighed(text, encoding, tokenizer, special) for text, encoding in zip(texts, encodings, strict=True)]
+def weigh_tokens(texts: Sequence[Text], encodings: Sequence[Encoding], tokenizer: Tokenizer, special: SpecialTokens) -> list[EncodedText]:
+    """Tokens of each text with their weights and roles."""
+    return [_weigh_text(text, encoding, tokenizer, special) for text, encoding in zip(texts, encodings, strict=True)]
 
 
-def _weighed(text: Text, encoding, tokenizer: Tokenizer, special: SpecialTokens) -> EncodedText:
-    tokens = np.array(encoding.ids, dtype=np.int32)
-    offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(tokens))
-    begins, ends = _extents(tokens, offsets.reshape(-1, 2), tokenizer)
-    weight, unclosed = _weigh(text, tokens, begins, ends, special)
-    role, names = _roles(text.speakers, begins)
+def _weigh_text(text: Text, encoding: Encoding, tokenizer: Tokenizer, special: SpecialTokens) -> EncodedText:
+    located = _locate_tokens(text.text, encoding, tokenizer)
+    weight, unclosed = _weigh(text, located, special)
+    role, names = _roles(text.speakers, located.begins)
+    tokens = located.ids
     if text.eos is not None:
         tokens, weight, role = _wrap(tokens, weight, role, text, special)
-    weight[:1] = 0.0
-    ending = _false_ending(text, begins, ends)
+    weight[:1] = 0.0  # nothing predicts the first token
+    ending = _false_ending(text, located)
     return EncodedText(tokens, weight, unclosed, text.cut, text.trailing_space_boundaries, role, names, text.unread, ending)
 
 
-def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens) -> tuple[np.ndarray, int]:
+def _weigh(text: Text, tokens: TextTokens, special: SpecialTokens) -> tuple[np.ndarray, int]:
     """(weight [n], trained turns that nothing closes)."""
-    weight = np.full(len(tokens), float(text.whole), dtype=np.float32)
+    begins, ends = tokens.begins, tokens.ends
+    weight = np.full(len(tokens.ids), float(text.whole), dtype=np.float32)
     unclosed = 0
     for turn in text.turns:
         first, inside = np.searchsorted(begins, turn.begin, "left"), np.searchsorted(ends, turn.end, "right")
-        opens, after, closed = _closing(text.text, turn, int(inside), tokens, begins, ends, special)
+        opens, after, closed = _closing(tokens, turn, int(inside), special)
         trained = turn.weight > 0 or any(piece.weight > 0 for piece in turn.pieces)
         unclosed += trained and turn.close > 0 and not closed
         if text.whole:  # tokens across the border go too
@@ -185,6 +203,8 @@ def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray,
         else:
             weight[first : opens if turn.calls else inside] = turn.weight
             weight[opens:after] = turn.close
+        # First every token that touches a piece, then those inside one: a token that two pieces share ends with weight 0, whichever
+        # of them comes last.
         for piece in turn.pieces:
             weight[np.searchsorted(ends, piece.begin, "right") : np.searchsorted(begins, piece.end, "left")] = 0.0
         for piece in turn.pieces:
@@ -192,8 +212,9 @@ def _weigh(text: Text, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray,
     return weight, int(unclosed)
 
 
-def _false_ending(text: Text, begins: np.ndarray, ends: np.ndarray) -> str:
-    """What stands behind the content of a trained turn, spelt like a special token but in several pieces."""
+def _false_ending(text: Text, tokens: TextTokens) -> str:
+    """Text behind the content of a trained turn that is spelt like a special token but is several tokens; "" for none."""
+    begins, ends = tokens.begins, tokens.ends
     for turn in text.turns:
         match = MARK.match(text.text, turn.end, max(turn.tail, turn.end))
         if match and turn.close > 0 and (turn.weight > 0 or turn.pieces):
@@ -204,64 +225,63 @@ def _false_ending(text: Text, begins: np.ndarray, ends: np.ndarray) -> str:
     return ""
 
 
-def _closing(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
-) -> tuple[int, int, bool]:
+def _closing(tokens: TextTokens, turn: Turn, start: int, special: SpecialTokens) -> tuple[int, int, bool]:
     """(first, one past the last) of the tokens that close the turn whose content ends before token `start`, and whether any do."""
     if turn.calls:
-        return _closing_calls(text, turn, start, tokens, begins, ends, special)
-    after = _closing_text(text, turn, start, tokens, begins, ends, special)
-    return int(np.searchsorted(begins, turn.end, "left")), after, after > start
+        return _closing_calls(tokens, turn, start, special)
+    after = _closing_text(tokens, turn, start, special)
+    return int(np.searchsorted(tokens.begins, turn.end, "left")), after, after > start
 
 
-def _closing_calls(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
-) -> tuple[int, int, bool]:
+def _closing_calls(tokens: TextTokens, turn: Turn, start: int, special: SpecialTokens) -> tuple[int, int, bool]:
     """The same where special tokens may also be part of what is written: the last one before `tail` closes, if only blanks follow it."""
+    text, ids, begins, ends = tokens
     tail, stop = int(np.searchsorted(begins, turn.tail, "left")), int(np.searchsorted(begins, turn.limit, "left"))
     for kind in (special.special, special.added):
-        hits = start + np.flatnonzero(np.isin(tokens[start:stop], kind))
+        hits = start + np.flatnonzero(np.isin(ids[start:stop], kind))
         before, behind = hits[hits < tail], hits[hits >= tail]
         if len(before) and not text[ends[before[-1]] : turn.tail].strip():
             return int(before[-1]), int(before[-1]) + 1, True
         if len(behind) and not text[turn.tail : begins[behind[0]]].strip():
             return int(behind[0]), int(behind[0]) + 1, True
-    after = _closing_run(text, turn, start, begins, ends)
+    after = _closing_run(tokens, turn, start)
     return start, after, after > start
 
 
-def _closing_text(
-    text: str, turn: Turn, start: int, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, special: SpecialTokens
-) -> int:
+def _closing_text(tokens: TextTokens, turn: Turn, start: int, special: SpecialTokens) -> int:
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
+    text, ids, begins, ends = tokens
     stop = int(np.searchsorted(begins, turn.limit, "left"))
     begin = start
     while begin < stop and text[begins[begin] : turn.end].strip():
         begin += 1  # content, in one token with what follows it
+    # Some tokenizers do not mark their end of turn as special, it is only an added token: these are asked second, since added tokens
+    # may also be ordinary text.
     for kind in (special.special, special.added):
-        hits = np.flatnonzero(np.isin(tokens[begin:stop], kind))
+        hits = np.flatnonzero(np.isin(ids[begin:stop], kind))
         if len(hits) == 0:
             continue
         last = begin + int(hits[0])
         if begins[last] >= turn.tail and text[turn.end : begins[last]].strip():
             break  # it belongs to the next speaker's header
-        while last + 1 < stop and _adjoins(text, last, begins, ends) and ends[last + 1] <= turn.tail and tokens[last + 1] in kind:
+        while last + 1 < stop and _adjoins(tokens, last) and ends[last + 1] <= turn.tail and ids[last + 1] in kind:
             last += 1
         return last + 1
-    return _closing_run(text, turn, start, begins, ends)
+    return _closing_run(tokens, turn, start)
 
 
-def _adjoins(text: str, i: int, begins: np.ndarray, ends: np.ndarray) -> bool:
-    """Token i + 1 follows without a blank, be it one that token i has swallowed."""
-    return begins[i + 1] == ends[i] and not text[ends[i] - 1].isspace()
+def _adjoins(tokens: TextTokens, i: int) -> bool:
+    """Whether token i + 1 follows without a blank, be it one that token i has swallowed."""
+    return tokens.begins[i + 1] == tokens.ends[i] and not tokens.text[tokens.ends[i] - 1].isspace()
 
 
-def _closing_run(text: str, turn: Turn, start: int, begins: np.ndarray, ends: np.ndarray) -> int:
-    """The same for a closing in plain text. Blanks that a tokenizer glues to its last characters come along."""
+def _closing_run(tokens: TextTokens, turn: Turn, start: int) -> int:
+    """As `_closing_text` for a closing in plain text. Blanks that a tokenizer glues to its last characters come along."""
+    text, ends = tokens.text, tokens.ends
     run = len(text[turn.end : turn.tail].rstrip())
     behind = text[turn.end + run :]
     blank = len(behind) - len(behind.lstrip()) if run else 0
-    after = int(np.searchsorted(begins, turn.end + run, "left"))
+    after = int(np.searchsorted(tokens.begins, turn.end + run, "left"))
     while after > start and ends[after - 1] > turn.end + run + blank:
         after -= 1
     return max(after, start)
@@ -290,27 +310,33 @@ def _wrap(
     return tokens.astype(np.int32), weight.astype(np.float32), role
 
 
-def _extents(tokens: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(begins, ends) [n]: offsets with the spaces back that some byte-level tokenizers trim off them."""
+def _locate_tokens(text: str, encoding: Encoding, tokenizer: Tokenizer) -> TextTokens:
+    """Tokens of a text and their characters, with the spaces back that some byte-level tokenizers trim off their offsets."""
+    ids = np.array(encoding.ids, dtype=np.int32)
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+    # Tokens that hold the bytes of one character have its offsets each; `searchsorted` needs ends and begins that never fall.
     begins, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
     previous = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+    # A post-processor with trim_offsets takes the spaces of a token out of its offsets, which leaves a gap before the token or behind
+    # the one before it. The vocabulary's spelling says whose they are.
     gaps = np.flatnonzero(begins > previous)
     for i in gaps:
-        word = tokenizer.convert_ids_to_tokens(int(tokens[i]))
+        word = tokenizer.convert_ids_to_tokens(int(ids[i]))
         begins[i] = max(previous[i], begins[i] - (len(word) - len(word.lstrip(BYTE_SPACE))))
     for i in gaps[gaps > 0] - 1:
-        word = tokenizer.convert_ids_to_tokens(int(tokens[i]))
+        word = tokenizer.convert_ids_to_tokens(int(ids[i]))
         ends[i] = min(begins[i + 1], ends[i] + len(word) - len(word.rstrip(BYTE_SPACE)))
-    return np.maximum.accumulate(np.minimum(begins, ends)), ends
+    return TextTokens(text, ids, np.maximum.accumulate(np.minimum(begins, ends)), ends)
 
 
 def _default_prefix(tokenizer: Tokenizer) -> list[int]:
     """Ids that the tokenizer puts before a text on its own: [BOS], nothing, or whatever its family uses."""
+    # Asked of an encoded text, as neither add_bos_token nor bos_token says what a tokenizer's post-processor does.
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
     return full[: starts[0]] if bare and starts else []
 
 
-def _ids(values) -> np.ndarray:
+def _ids(values: set[int] | Sequence[int | None]) -> np.ndarray:
     return np.array(sorted(values) if isinstance(values, set) else values, dtype=np.int32)

@@ -138,6 +138,7 @@ def micro_batches(
         note(rows, block_cursor)
         docs = encode(rows)
         first_empty = None if docs else first_empty or block_cursor
+        # Without an end to the stream, rows that give no document would be read for ever.
         if first_empty and block_cursor.epoch > first_empty.epoch and block_cursor.block >= first_empty.block:
             raise ValueError(f"{rows.name}: not one document in a whole pass through the source")
         plan = _plan(docs, block_cursor, shuffle=shuffle, seed=seed, **options)
@@ -148,6 +149,7 @@ def micro_batches(
 
 def _plan(docs: list, block_cursor: StreamCursor, **options) -> list[list[int]]:
     """The micro-batches of a block, each a list of document indices."""
+    # Each block is shuffled as an epoch of its own; the factor, a prime beyond any count of blocks, keeps the numbers apart.
     number = block_cursor.epoch * EPOCH_BLOCKS + block_cursor.block
     return loader.epoch_plan([len(doc.tokens) for doc in docs], epoch=number, window=max(1, len(docs)), **options)
 
@@ -172,6 +174,7 @@ def prefetch(items: Iterator, depth: int = 16) -> Iterator:
 
     Cursors travel with the items, so what has been made but not taken is made again after a stop. Errors come out where they occur.
     """
+    # One thread: items come in order, and the iterator is never entered twice at once.
     with ThreadPoolExecutor(1) as worker:
         waiting = deque(worker.submit(next, items, END) for _ in range(depth))
         try:
@@ -179,6 +182,7 @@ def prefetch(items: Iterator, depth: int = 16) -> Iterator:
                 waiting.append(worker.submit(next, items, END))
                 yield item
         finally:
+            # A consumer that stops early must not wait for items that nobody takes.
             worker.shutdown(cancel_futures=True)
 
 

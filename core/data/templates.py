@@ -105,6 +105,7 @@ class MessageSpan(NamedTuple):
 
 def layout_cache(render: Render) -> FindLayout:
     """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
+    # A layout costs several renderings, and a data set has few shapes; the bound keeps one of endless shapes from filling the memory.
     cache: dict[str, TemplateLayout] = {}
 
     def layout(messages: Sequence[Message], tools: Tools = None) -> TemplateLayout:
@@ -125,6 +126,7 @@ def find_pieces(text: str, messages: Sequence[Message], layout: TemplateLayout) 
     if not text.startswith(layout.statics[0]):
         raise ValueError("the template writes different text around these contents than around others")
     for i, key in enumerate(layout.keys):
+        # A template may write a content as it is or as JSON text (of tool calls, mostly), with its blanks or without.
         content = _content(messages[key[0]], key)
         after, final = layout.statics[i + 1], i + 1 == len(layout.keys)
         place = _piece(text, position, content, after, final=final) or _piece(text, position, _escaped(content), after, final=final)
@@ -185,6 +187,8 @@ def _content(message: Message, key: Key) -> str:
 
 def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> tuple[int, int] | None:
     """(core, end) of the piece that starts at `begin`: its content, perhaps stripped of blanks, must be followed by `static`."""
+    # The text behind the content decides how many of its last blanks were kept. The most are tried first, because what the template
+    # writes there may begin with blanks of its own.
     core = content.strip()
     lead, trail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
     start = text.find(core, begin, begin + len(lead) + len(core))
@@ -275,6 +279,8 @@ def _tail(i: int, last: int, markers: Markers, *, whole: bool = False) -> int | 
     after = statics[last + 1]
     if i + 1 == len(marked):
         return len(after)
+    # What stands between two messages is the end of one turn and the header of the next. The conversation that stops here has only
+    # the first.
     alone, shown = _try_split_at_markers(marked[: i + 1], render)
     if shown[-1:] != [keys[last]]:
         return None

@@ -29,6 +29,7 @@ def encode_rows(
     encode = partial(_encode, tokenizer=tokenizer, kind=kind.name, **kind.in_parts, **options)
     docs, reports = [], []
     try:
+        # Spawned, not forked: a fork copies locks that threads of torch or tokenizers may hold, and the child can hang.
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             for part, (part_docs, report) in zip(parts, pool.map(encode, parts), strict=True):
                 docs += part_docs
