@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from treetune.cli.options.optim import OptimOptions
-from treetune.core import optim
+from treetune.core import optim, registry
 
 PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no option says how often
 
@@ -26,13 +26,8 @@ def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:
     """Warm-up, then the shape that the options name, over `steps` optimiser steps."""
     warm = warmup_steps(options, steps)
     rest = max(steps - warm, 1)
-    if options.lr_scheduler == "constant":
-        shape = optim.constant(peak)
-    elif options.lr_scheduler == "linear":
-        shape = optim.linear(peak, rest)
-    else:
-        shape = optim.cosine(peak, rest, min_ratio=options.cosine_min_lr_ratio)
-    return optim.warmup(shape, warm)
+    shape = registry.bind(registry.SCHEDULES[options.lr_scheduler], min_ratio=options.cosine_min_lr_ratio)
+    return optim.warmup(shape(peak, rest), warm)
 
 
 def describe(options: OptimOptions, peak: float, total: int) -> str:

@@ -11,7 +11,7 @@ from treetune.cli import method, reference, setup
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.rl_checks import off_policy
-from treetune.core import shard
+from treetune.core import registry, shard
 from treetune.core.data import kinds, pack
 from treetune.core.state import TrainState
 from treetune.losses import advantage, correction, policy, policy_gradient, policy_gradient_with_sft, presets
@@ -44,7 +44,7 @@ def describe(options: PolicyLoss) -> str:
 def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], Tensor]:
     """Rewards [P, G, K] -> advantages [P, G]."""
     entry, w = presets.ADVANTAGES[choices(options).advantage], torch.tensor(weights, dtype=torch.float64)
-    fn = presets.resolve(entry.function)
+    fn = registry.resolve(entry.function)
     if entry.per_reward:
         return lambda rewards: fn(rewards, w)
     return lambda rewards: fn(advantage.combined(rewards, w))
@@ -74,8 +74,8 @@ def _terms(config: Any) -> dict[str, Any]:
     correct = None
     if how.vllm_importance_sampling_correction and off_policy(config):
         cuts = {"low": how.vllm_importance_sampling_min, "high": how.vllm_importance_sampling_cap}
-        correct = presets.bind(presets.CORRECTIONS[how.vllm_importance_sampling_mode], **cuts)
-    estimator = presets.bind(presets.DIVERGENCES[loss.kl_estimator]) if loss.beta else None
+        correct = registry.bind(presets.CORRECTIONS[how.vllm_importance_sampling_mode], **cuts)
+    estimator = registry.bind(presets.DIVERGENCES[loss.kl_estimator]) if loss.beta else None
     return {
         "kl": policy_gradient.Divergence(estimator, loss.beta, loss.use_bias_correction_kl),
         "correction": correct,

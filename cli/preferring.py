@@ -13,7 +13,7 @@ from treetune.cli.methods.dpo import LOSSES, DpoLoss
 from treetune.cli.methods.kto import KtoLoss
 from treetune.cli.methods.orpo import OrpoLoss
 from treetune.cli.methods.simpo import SimpoLoss
-from treetune.core import shard
+from treetune.core import registry, shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
 from treetune.losses import kto, kto_objective, limits, preference, preference_objective, presets, reduce, reference_free
@@ -49,7 +49,7 @@ def _one(key: str, options: DpoLoss) -> preference_objective.PairLoss:
 
 def score(options: DpoLoss) -> Callable[[Tensor], Tensor]:
     """The function of log-ratios that a divergence stands for."""
-    return presets.bind(presets.PAIR_SCORES[name(options.f_divergence)], alpha=options.f_alpha_divergence_coef)
+    return registry.bind(presets.PAIR_SCORES[name(options.f_divergence)], alpha=options.f_alpha_divergence_coef)
 
 
 def _logprobs(config: Any, model: Model, used: setup.Trees) -> tuple[Callable, Callable]:
@@ -102,7 +102,7 @@ def cpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
     """CPO: summed log-probs and the chosen side's likelihood."""
     options: CpoLoss = config.loss
     entry = presets.CPO_LOSSES["cpo" if options.loss == "sigmoid" else options.loss]
-    loss = presets.bind(entry, beta=options.rl_beta, label_smoothing=options.dpo_label_smoothing)
+    loss = registry.bind(entry, beta=options.rl_beta, label_smoothing=options.dpo_label_smoothing)
     rewards = (preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards)(options.rl_beta)
     return _free(
         config,

@@ -9,7 +9,7 @@ from treetune.cli import pairs
 from treetune.cli.methods.sft import LossOptions
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
-from treetune.core import optim
+from treetune.core import optim, registry
 from treetune.core.lora import Lora
 from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
@@ -136,12 +136,9 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
         "decay": pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
         "lr_scale": scale,
     }
-    if options.optimizer == "sgd":
-        return optim.sgd(momentum=options.momentum, **common)
-    betas = {"b1": options.adam_beta1} | ({} if options.adam_beta2 is None else {"b2": options.adam_beta2})
-    if options.optimizer == "lion":
-        return optim.lion(**betas, **common)
-    return optim.adamw(**betas, eps=options.adam_epsilon, **common)
+    knobs = {"b1": options.adam_beta1, "eps": options.adam_epsilon, "momentum": options.momentum}
+    knobs |= {} if options.adam_beta2 is None else {"b2": options.adam_beta2}
+    return registry.bind(registry.OPTIMIZERS[options.optimizer], **knobs, **common)()
 
 
 def model_name(options: ModelName) -> str:

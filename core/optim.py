@@ -182,8 +182,8 @@ def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay:
 Schedule = Callable[[Tensor], Tensor]
 
 
-def constant(peak: float) -> Schedule:
-    """lr(step) = peak."""
+def constant(peak: float, steps: int = 1) -> Schedule:
+    """lr(step) = peak, whatever the `steps`, which other shapes take."""
     return lambda step: torch.full((), peak, device=step.device)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from treetune.core import registry
 from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import limits, presets, reduce
 
@@ -25,7 +26,7 @@ class CompletionLoss(Protocol):
 def completion_loss(name: str, **options: Any) -> CompletionLoss:
     """The loss of a name of `presets.KTO_LOSSES`, with those of `options` that it takes (beta, desirable_weight, ...)."""
     entry = presets.KTO_LOSSES[name]
-    fn = presets.bind(entry, **options)
+    fn = registry.bind(entry, **options)
 
     def loss(logp: Tensor, ref_logp: Tensor, desirable: Tensor, batch: Batch, /) -> Tensor:
         scalar = () if entry.scalar is None else (batch[entry.scalar].to(logp.dtype),)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from treetune.core import registry
 from treetune.core.state import AXES, Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import correction as corrections
 from treetune.losses import divergence, limits, policy, presets, ratio, reduce
@@ -93,9 +94,9 @@ def surrogate(preset: presets.PolicyPreset, *, length: int = 1, **options: Any) 
 
     length: tokens that "constant" divides a sequence by. options: what the row takes, and epsilon and epsilon_high for its report.
     """
-    aggregate = presets.bind(presets.AGGREGATES[preset.aggregate], length=length, count_empty=True)
+    aggregate = registry.bind(presets.AGGREGATES[preset.aggregate], length=length, count_empty=True)
     return Surrogate(
-        presets.bind(preset, **options), presets.resolve(presets.RATIOS[preset.ratio].function), aggregate, _reports(preset, options)
+        registry.bind(preset, **options), registry.resolve(presets.RATIOS[preset.ratio].function), aggregate, _reports(preset, options)
     )
 
 
@@ -105,7 +106,7 @@ def _reports(preset: presets.PolicyPreset, options: dict[str, Any]) -> list[Repo
         return []
     low, high = presets.clip_bounds(preset, options.get("epsilon"), options.get("epsilon_high"))
     bounds = {"low": 1 - low, "high": 1 + high, "epsilon_high": high, "by_sequence": preset.ratio in presets.ONE_RATIO_PER_SEQUENCE}
-    report = presets.resolve(preset.report)
+    report = registry.resolve(preset.report)
     return [partial(report, **{name: bounds[name] for name in inspect.signature(report).parameters if name in bounds})]
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from treetune.core import registry
 from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import limits, preference, presets, reduce
 from treetune.losses.preference import Pairs
@@ -36,7 +37,7 @@ Rewards = Callable[[Pairs], tuple[Tensor, Tensor]]  # of the chosen and the reje
 
 def pair_loss(name: str, **options: Any) -> PairLoss:
     """The loss of a name of `presets.PAIR_LOSSES`, with those of `options` that it takes (beta, label_smoothing, score, ...)."""
-    return presets.bind(presets.PAIR_LOSSES[name], **options)
+    return registry.bind(presets.PAIR_LOSSES[name], **options)
 
 
 def implicit_rewards(beta: float) -> Rewards:

@@ -1,21 +1,12 @@
 """Names of losses, ratios, aggregates, advantages, divergences and corrections: which function each stands for. Imports no torch.
 
-A function is given by its import path and imported when it is asked for, so that a command line can list names, and tell which options a
-loss reads, before torch is loaded. A new loss is one function and one row here; tests/losses/test_presets.py holds every row to its
-function. `takes` names the keyword-only parameters of the function that options set.
+A function is given by its import path; `core.registry.bind` imports it. `takes` names its keyword-only parameters that options set.
+A new loss is one function and one row here; tests/losses/test_presets.py holds every row to its function.
 """
 
-import importlib
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-
-class Entry(NamedTuple):
-    """Import path of a function, and the keyword options that it takes."""
-
-    function: str
-    takes: tuple[str, ...] = ()
+from treetune.core.registry import Entry
 
 
 class PolicyPreset(NamedTuple):
@@ -148,18 +139,6 @@ TOKEN_LOSSES = {
     "dft": Entry("treetune.losses.sft.dft"),
     "eaft": Entry("treetune.losses.sft.eaft", ("alpha",)),
 }
-
-
-def resolve(function: str) -> Callable[..., Any]:
-    """The function at the import path `package.module.function`."""
-    module, _, name = function.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def bind(entry: Entry | PolicyPreset | KtoEntry, **options: Any) -> Callable[..., Any]:
-    """The function of a row, with those of `options` that it takes. An option that is left out keeps the function's own default."""
-    function, keywords = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
-    return partial(function, **keywords) if keywords else function
 
 
 def clip_bounds(preset: PolicyPreset, epsilon: float | None = None, epsilon_high: float | None = None) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from treetune.core import registry
 from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
 from treetune.losses import presets, reduce, sft
 
@@ -17,7 +18,7 @@ def token_loss(name: str, *, z_loss_coef: float = 0.0, **options: Any) -> tuple[
 
     z_loss_coef: weight of the squared log-sum-exp that is added to it. options: what the function takes, as label_smoothing.
     """
-    loss = presets.bind(presets.TOKEN_LOSSES[name], **options)
+    loss = registry.bind(presets.TOKEN_LOSSES[name], **options)
     names = [key for key, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
 
     def of_stats(stats: TokenStats) -> Tensor:

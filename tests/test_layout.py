@@ -32,7 +32,7 @@ ALLOWED = {
         ),
     },
     "losses": {
-        "torch", "treetune.core.state", "treetune.core.check",
+        "torch", "treetune.core.state", "treetune.core.check", "treetune.core.registry",
         *(
             f"treetune.losses.{name}"
             for name in (

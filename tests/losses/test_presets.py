@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from treetune.core import registry
 from treetune.losses import kto, policy, policy_gradient, preference, presets, ratio, reduce, sft_objective
 from treetune.ops.linear_logprob import TokenStats
 
@@ -24,7 +25,7 @@ UNSET = {"clamp", "group", "mean", "weight", "eps", "ddof", "k", "rate"}
 
 @pytest.mark.parametrize("entry", ROWS)
 def test_a_row_takes_what_its_function_takes(entry):
-    parameters = inspect.signature(presets.resolve(entry.function)).parameters.values()
+    parameters = inspect.signature(registry.resolve(entry.function)).parameters.values()
     keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert set(getattr(entry, "takes", ())) == keywords - UNSET, entry.function
 
@@ -35,9 +36,9 @@ def test_names_are_listed_without_torch():
 
 
 def test_an_option_that_a_function_does_not_take_is_left_out_and_one_that_is_not_given_keeps_its_default():
-    assert presets.bind(presets.PAIR_LOSSES["nca"], beta=0.3, tau=1.0).keywords == {"beta": 0.3}
-    assert presets.bind(presets.PAIR_LOSSES["exo"], beta=0.3).keywords == {"beta": 0.3}
-    assert presets.bind(presets.PAIR_SCORES["js"], alpha=0.5) is preference.js
+    assert registry.bind(presets.PAIR_LOSSES["nca"], beta=0.3, tau=1.0).keywords == {"beta": 0.3}
+    assert registry.bind(presets.PAIR_LOSSES["exo"], beta=0.3).keywords == {"beta": 0.3}
+    assert registry.bind(presets.PAIR_SCORES["js"], alpha=0.5) is preference.js
 
 
 @pytest.mark.parametrize(

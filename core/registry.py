@@ -1,0 +1,56 @@
+"""Functions by name: the import path of each and the options that it takes. Imports no torch.
+
+A function is imported when it is asked for, so that a command line can list names, and tell which options a choice reads, before torch is
+loaded. `losses.presets` has the tables of losses. A new optimiser is one function of `core.optim` and one row here.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+
+class Named(Protocol):
+    """A row: an import path, and names of keyword-only parameters."""
+
+    @property
+    def function(self) -> str:
+        """Import path `package.module.function`."""
+        ...
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Keyword-only parameters that options set."""
+        ...
+
+
+class Entry(NamedTuple):
+    """Import path of a function, and the keyword-only parameters of it that options set."""
+
+    function: str
+    takes: tuple[str, ...] = ()
+
+
+_RULES = ("weight_decay", "decay", "lr_scale")
+OPTIMIZERS: Mapping[str, Entry] = {
+    "adamw": Entry("treetune.core.optim.adamw", ("b1", "b2", "eps", *_RULES)),
+    "lion": Entry("treetune.core.optim.lion", ("b1", "b2", *_RULES)),
+    "sgd": Entry("treetune.core.optim.sgd", ("momentum", *_RULES)),
+}
+SCHEDULES: Mapping[str, Entry] = {
+    "cosine": Entry("treetune.core.optim.cosine", ("min_ratio",)),
+    "linear": Entry("treetune.core.optim.linear", ("min_ratio",)),
+    "constant": Entry("treetune.core.optim.constant"),
+}
+
+
+def resolve(function: str) -> Callable[..., Any]:
+    """The function at the import path `package.module.function`."""
+    module, _, name = function.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def bind(entry: Named, **options: Any) -> Callable[..., Any]:
+    """The function of a row, with those of `options` that it takes. An option that is left out keeps the function's own default."""
+    function, keywords = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
+    return partial(function, **keywords) if keywords else function
