@@ -57,7 +57,7 @@ class Head(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def check(family: str, adapted: list[str], whole: list[str]) -> None:
+def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
     """Raise ValueError when PEFT's format cannot hold these adapted leaves and these leaves trained whole.
 
     PEFT saves whole modules, so a projection goes with its bias; and a module is adapted or saved, never both.

@@ -137,9 +137,9 @@ def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lor
     batch = {name: value.to(device) for name, value in batch.items()}
     shape = dense.kv_shape(cfg, len(prompts) * n, int(lens.max()) + new)
     # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
-    buffers = [[torch.zeros(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv"]
+    k, v = ([torch.zeros(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv")
     first = torch.arange(len(prompts), device=device) * n
-    cache = dense.Cache(*buffers, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
+    cache = dense.Cache(k, v, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
     hidden = MODELS[model.family].forward(weights, batch, plan, cfg, lora=lora, cache=cache).hidden
     for buffer in (*cache.k, *cache.v) if n > 1 else ():
         rows = buffer.view(len(prompts), n, *shape[1:])

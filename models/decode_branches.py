@@ -31,6 +31,9 @@ class _Run(NamedTuple):
     trunk: slice
 
 
+_Sides = tuple[list[Tensor], list[Tensor]]  # keys and values, a tensor per layer
+
+
 class _Trunk(NamedTuple):
     """What the branches start from: keys and values [1, T, K, d] per layer, runs, and the anchor of each branch [R]."""
 
@@ -73,7 +76,8 @@ def branches(
     trunk, hidden = _prefill(model, weights, batch, anchors, n, quiet)
     key = _keys(seed, anchors, n, ids).to(device)
     shape = dense.kv_shape(model.cfg, count, length)
-    own = [[torch.empty(shape, dtype=model.cfg.dtype, device=device) for _ in range(model.cfg.num_layers)] for _ in "kv"]
+    k, v = ([torch.empty(shape, dtype=model.cfg.dtype, device=device) for _ in range(model.cfg.num_layers)] for _ in "kv")
+    branch_cache = (k, v)
     family, steps = MODELS[model.family], []
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
     logits = partial(decode.logits_of, head=head, rule=rule)
@@ -81,7 +85,7 @@ def branches(
         steps.append(_draw(family.widen(hidden, quiet), logits, noise.keys(key, trunk.start + step), draw))
         decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
         if step + 1 < length:
-            hidden = _advance(model, weights, trunk, own, steps[-1][0], step, quiet)
+            hidden = _advance(model, weights, trunk, branch_cache, steps[-1][0], step, quiet)
     token, logp, kept = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return decode.Samples(token, logp, kept, torch.full((count,), length, device=device))
 
@@ -107,13 +111,13 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
     stream = {name: value.to(device) for name, value in stream.items()}
     size = stream["tokens"].shape[0]
     shape, rows = dense.kv_shape(cfg, 1, size), torch.arange(size, device=device)
-    sides = [[torch.empty(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv"]
-    cache = dense.Cache(*sides, torch.zeros_like(rows), rows, size)
+    k, v = ([torch.empty(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv")
+    cache = dense.Cache(k, v, torch.zeros_like(rows), rows, size)
     hidden = MODELS[model.family].forward(weights, stream, plan, cfg, lora=lora, cache=cache).hidden
     last = strided.prefix_rows(batch["cu_docs"], anchors).to(device)
     start = anchors.start.repeat_interleave(n)
     runs = _runs(batch["cu_docs"].tolist(), anchors.document.repeat_interleave(n), start)
-    return _Trunk(*sides, runs, start.to(device)), hidden[last].repeat_interleave(n, 0)
+    return _Trunk(k, v, runs, start.to(device)), hidden[last].repeat_interleave(n, 0)
 
 
 def _runs(bounds: list[int], document: Tensor, start: Tensor) -> tuple[_Run, ...]:
@@ -141,16 +145,16 @@ def _draw(hidden: Tensor, logits: Callable[[Tensor], Tensor], key: Tensor, draw:
     return torch.cat(token), torch.cat(logp), torch.cat(kept)
 
 
-def _advance(model: Model, weights: Params, trunk: _Trunk, own: list[list[Tensor]], token: Tensor, step: int, lora: Lora | None) -> Tensor:
+def _advance(model: Model, weights: Params, trunk: _Trunk, branch_cache: _Sides, token: Tensor, step: int, lora: Lora | None) -> Tensor:
     """The hidden states [R, D] of the tokens just drawn, each the token number `step` of its branch."""
     rows = torch.arange(token.shape[0], device=token.device)
-    attend = partial(_attend, trunk=trunk, own=own, step=step, cfg=model.cfg)
-    cache = dense.Cache(*own, rows, torch.full_like(rows, step), step + 1, attend)
+    attend = partial(_attend, trunk=trunk, branch_cache=branch_cache, step=step, cfg=model.cfg)
+    cache = dense.Cache(*branch_cache, rows, torch.full_like(rows, step), step + 1, attend)
     batch = {"tokens": token, "positions": trunk.start + step}
     return MODELS[model.family].forward(weights, batch, None, model.cfg, lora=lora, cache=cache).hidden
 
 
-def _attend(q: Tensor, layer: int, *, trunk: _Trunk, own: list[list[Tensor]], step: int, cfg: dense.Config) -> Tensor:
+def _attend(q: Tensor, layer: int, *, trunk: _Trunk, branch_cache: _Sides, step: int, cfg: dense.Config) -> Tensor:
     """q [R, H, d] over the first `start` trunk tokens of each branch's document and its own tokens up to this one."""
     since = 0 if cfg.window is None else max(0, step + 1 - cfg.window)
     out = []
@@ -159,9 +163,9 @@ def _attend(q: Tensor, layer: int, *, trunk: _Trunk, own: list[list[Tensor]], st
         hidden = index >= start  # [r, S]
         if cfg.window is not None:
             hidden = hidden | (index <= start + step - cfg.window)
-        far = (side[layer][0, seen] for side in (trunk.k, trunk.v))
-        near = (side[layer][lo:hi, since : step + 1] for side in own)
-        out.append(_mix(q[lo:hi], *far, *near, hidden, cfg.head_dim**-0.5))
+        k, v = (side[layer][0, seen] for side in (trunk.k, trunk.v))
+        own_k, own_v = (side[layer][lo:hi, since : step + 1] for side in branch_cache)
+        out.append(_mix(q[lo:hi], k, v, own_k, own_v, hidden, cfg.head_dim**-0.5))
     return torch.cat(out)
 
 

@@ -158,6 +158,15 @@ def token_keys(batch: dict, seed: Tensor) -> Tensor:
     return noise.keys(seed, document, batch.get("branch", 0), batch["positions"])
 
 
+def _dropout_keys(batch: dict, lora: Lora | None) -> Tensor | None:
+    """The keys [T] that an adapter's dropout is drawn by; None where there is none."""
+    if lora is None or lora.dropout == 0:
+        return None
+    if lora.seed is None:
+        raise ValueError(f"the adapter has dropout {lora.dropout} and no seed to draw it from: give a seed, or no dropout")
+    return token_keys(batch, lora.seed)
+
+
 def forward(
     weights: Params,
     batch: dict,
@@ -174,10 +183,9 @@ def forward(
     x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
     if noise is not None:
         x = x + _neftune(x, batch, noise)
-    key = token_keys(batch, lora.seed) if lora is not None and lora.dropout > 0 else None
     adapters = lora.tree.get("layers", []) if lora else []
-    how = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, how, key)
+    bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
+    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, bare, _dropout_keys(batch, lora))
     layer_fn, features = grad.remat(_layer, remat), {}
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
@@ -214,8 +222,8 @@ def widen(hidden: Tensor, lora: Lora | None = None, key: Tensor | None = None) -
 def read(hidden: Tensor, batch: dict, lora: Lora | None = None) -> Tensor:
     """The read rows [N, D] (or [N, D + r], see `widen`) of the hidden states [T, D] of a stream."""
     at = batch["at"]
-    dropped = lora is not None and lora.dropout > 0 and "lm_head" in lora.tree
-    return widen(hidden[at], lora, token_keys(batch, lora.seed)[at] if dropped else None)
+    keys = _dropout_keys(batch, lora) if lora is not None and "lm_head" in lora.tree else None
+    return widen(hidden[at], lora, None if keys is None else keys[at])
 
 
 _STREAMS = {"q_proj": 0, "o_proj": 1, "gate_proj": 2, "down_proj": 3}
@@ -262,7 +270,7 @@ def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -
 def _project(x: Tensor, names: tuple[str, ...], w: Params, ab: Params, index: int, s: _Shared) -> list[Tensor]:
     """x through the named projections and their adapters; each name has its own dropout stream in each layer."""
     u = None
-    if s.key is not None and any(name in ab for name in names):
+    if s.key is not None and s.lora is not None and any(name in ab for name in names):
         u = noise.dropout(x, s.key, rate=s.lora.dropout, stream=len(_STREAMS) * index + _STREAMS[names[0]])
     scale = s.lora.scale if s.lora else 1.0
     return lora_linear.lora_linears(x, [w[name] for name in names], [ab.get(name) for name in names], scale=scale, u=u)
@@ -283,19 +291,20 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     if s.plan is not None:
         mixed = attention.attention(q, k, v, s.plan, scale=cfg.head_dim**-0.5)
     else:
-        mixed = s.cache.attend(q, index) if s.cache.attend else _cached(q, index, s)
+        assert s.cache is not None, "a stream without a plan is read from a cache"
+        mixed = s.cache.attend(q, index) if s.cache.attend else _cached(q, index, s.cache, cfg)
     return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
 
 
-def _cached(q: Tensor, index: int, s: _Shared) -> Tensor:
+def _cached(q: Tensor, index: int, cache: Cache, cfg: Config) -> Tensor:
     """One query per cache row: q [R, H, d] over the first `span` slots of its row; the heads of a group are its query rows."""
-    k, v = (side[index][:, : s.cache.span].transpose(1, 2) for side in (s.cache.k, s.cache.v))  # [R, K, span, d]
-    slot = torch.arange(s.cache.span, device=q.device)
-    seen = slot <= s.cache.slots[:, None]  # [R, span]
-    if s.cfg.window is not None:
-        seen &= slot > s.cache.slots[:, None] - s.cfg.window
+    k, v = (side[index][:, : cache.span].transpose(1, 2) for side in (cache.k, cache.v))  # [R, K, span, d]
+    slot = torch.arange(cache.span, device=q.device)
+    seen = slot <= cache.slots[:, None]  # [R, span]
+    if cfg.window is not None:
+        seen &= slot > cache.slots[:, None] - cfg.window
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])  # [R, K, H / K, d]
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None], scale=s.cfg.head_dim**-0.5)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None], scale=cfg.head_dim**-0.5)
     return out.reshape(q.shape)
 
 

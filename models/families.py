@@ -16,13 +16,17 @@ from treetune.ops.linear_logprob import TokenStats, linear_logprob
 
 
 class Family(Protocol):
-    """What a family's module provides; `dense` has it all but the names and the config.json.
+    """What a family's module provides; `dense` has it all but the names and the config.json."""
 
-    HF_TYPES: the values of `model_type` that it computes. HF_KEYS: {path of a leaf: key in transformers' files}, `{}` for the layer.
-    """
+    @property
+    def HF_TYPES(self) -> tuple[str, ...]:
+        """The values of `model_type` in config.json that it computes."""
+        ...
 
-    HF_TYPES: tuple[str, ...]
-    HF_KEYS: Mapping[str, str]
+    @property
+    def HF_KEYS(self) -> Mapping[str, str]:
+        """{path of a leaf: key in transformers' files}, with `{}` for the number of the layer."""
+        ...
 
     def config(self, hf: Fields) -> Config:
         """The sizes in a Hugging Face config.json."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -281,7 +282,8 @@ def _backend(keys: Fields, pre: str, tokens: list[str], special: dict[str, str])
     if len(types) != len(tokens):
         raise fields.wrong(keys, "tokenizer.ggml.token_type", f"a list of {len(tokens)} whole numbers, one for each token")
     vocab = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in fields.texts(keys, "tokenizer.ggml.merges", default=())]
+    # What is no pair is refused by the tokenizers package.
+    merges = [cast(tuple[str, str], tuple(merge.split(" "))) for merge in fields.texts(keys, "tokenizer.ggml.merges", default=())]
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()

@@ -73,7 +73,9 @@ def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = huggingface_hub.snapshot_download(str(path_or_id), revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        found = huggingface_hub.snapshot_download(
+            str(path_or_id), revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+        )
     except LocalEntryNotFoundError as error:
         raise ValueError(f"no folder {path_or_id} here, and the hub cannot be reached to look for it") from error
     except HfHubHTTPError as error:
@@ -110,11 +112,12 @@ def load(
 
 def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
     abstract = MODELS[family].abstract(cfg, dtype=dtype)
+    paths = {hf_key(family, path): path for path in (*(path for path, _ in tree.items(abstract)), "lm_head")}
     wanted = {hf_key(family, path): leaf for path, leaf in tree.items(abstract)}
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
     optional = {hf_key(family, "lm_head"): abstract["embed_tokens"]} if cfg.tied else {}
-    found = read_tensors(root, wanted, optional=optional, device=device)
-    params = tree.from_items((from_hf_key(family, key), leaf) for key, leaf in found.items())
+    tensors = read_tensors(root, wanted, optional=optional, device=device)
+    params = tree.from_items((paths[key], leaf) for key, leaf in tensors.items())
     if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
@@ -215,12 +218,13 @@ def abstract_of(model: Model, *, head: bool = False) -> Params:
 
 def random(family: str, source: Config | str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Model:
     """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone."""
-    cfg = source
-    if not isinstance(source, Config):
-        named, cfg = read_config(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
-        if named != family:
-            raise ValueError(f"{source} describes a {named} model, not {family}")
-    cfg = replace(cfg, dtype=dtype)
+    if isinstance(source, Config):
+        cfg = replace(source, dtype=dtype)
+    else:
+        other, sizes = read_config(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
+        if other != family:
+            raise ValueError(f"{source} describes a {other} model, not {family}")
+        cfg = replace(sizes, dtype=dtype)
     _check_memory(MODELS[family].abstract(cfg, dtype=dtype), source)
     return Model(family, cfg, param.init(MODELS[family].abstract(cfg, dtype=dtype), seed=seed))
 

@@ -24,7 +24,7 @@ def digest(model: Model) -> str:
     for path, leaf in sorted(tree.items(model.params)):
         if path != "lm_head":
             total.update(f"{path} {tuple(leaf.shape)} ".encode())
-            total.update(_numbers(leaf).view(torch.int16).numpy())
+            total.update(_numbers(leaf).view(torch.int16).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -59,5 +59,7 @@ def _grown(leaf: Tensor, rows: int) -> Tensor:
 
 def _mean(leaf: Tensor) -> Tensor:
     """[V, D] -> [1, D], summed in float64 so that the device does not show in the rounded mean."""
-    total = sum(part.double().sum(0, keepdim=True) for part in leaf.detach().split(_ROWS))
+    total = torch.zeros_like(leaf[:1], dtype=torch.float64)
+    for part in leaf.detach().split(_ROWS):
+        total = total + part.double().sum(0, keepdim=True)
     return (total / leaf.shape[0]).to(leaf.dtype)

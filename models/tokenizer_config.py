@@ -66,7 +66,8 @@ def _check_template(config: Fields) -> None:
         return
     for one in value:
         part = fields.mapping(one, f"{config.source}: chat_template")
-        fields.text(part, "name"), fields.text(part, "template")
+        fields.text(part, "name")
+        fields.text(part, "template")
 
 
 def _check_added(config: Fields) -> None:
