@@ -49,6 +49,7 @@ def leaf_digest(params: Params) -> str:
         sha.update(whole.view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
+    # hashlib lets go of the interpreter's lock for large buffers, so threads do hash leaves at the same time.
     with ThreadPoolExecutor(DIGEST_THREADS) as threads:
         return hashlib.sha256("".join(threads.map(one, sorted(tree.items(params)))).encode()).hexdigest()
 
@@ -83,7 +84,7 @@ def _collect(state: TrainState, *, keep: bool) -> dict[str, Tensor]:
     """Whole leaves on the CPU, gathered one at a time; only the writing rank keeps them."""
     tensors = {}
     for path, leaf in tree.items({"params": state.params, "opt": state.opt, "extra": state.extra}):
-        whole = shard.full(leaf)
+        whole = shard.full(leaf)  # a collective: every rank takes part, also those that keep nothing
         if keep:
             tensors[path] = whole.cpu().contiguous()
     return tensors
@@ -91,6 +92,8 @@ def _collect(state: TrainState, *, keep: bool) -> dict[str, Tensor]:
 
 def commit(draft: Path, path: Path) -> None:
     """Flush every file of `draft` to the disk and rename it to `path`, replacing what is there."""
+    # Contents first, the name last: a disk may write a rename before the bytes of what is renamed, and a crash between the two would
+    # leave an empty file under a good name.
     for file in draft.iterdir():
         fsync(file)
     fsync(draft)

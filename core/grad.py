@@ -25,6 +25,7 @@ def value_and_grad(fn: Callable) -> Callable:
         with torch.enable_grad():
             value, aux = fn(tracked, *args)
         leaves = tree.leaves(tracked)
+        # Autograd adds into the buffer that it finds in .grad, so a total and a second whole tree of gradients never exist at once.
         for leaf, total in zip(leaves, [None] * len(leaves) if into is None else tree.leaves(into), strict=True):
             leaf.grad = total
         if value.requires_grad:
@@ -52,5 +53,6 @@ def remat(fn: Callable, policy: str | None) -> Callable:
     if policy is None:
         return fn
     if policy == "full":
+        # Re-entrant checkpoints refuse backward(inputs=...). No random state is kept: noise is a function of counters, not of a generator.
         return lambda *args: checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
     raise ValueError(f"unknown rematerialisation policy {policy!r}; expected None or 'full'")

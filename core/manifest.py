@@ -128,6 +128,7 @@ def _changed(entries: dict[Path, Entry]) -> list[str]:
     unread = [path for path in entries if _compared.get(str(path.resolve())) != keys[path]]
     digests = dict(zip(unread, _digests(unread), strict=True))
     wrong = [_fault(path, digest) for path, digest in digests.items() if digest != entries[path].sha256]
+    # Times of a file are coarse: one that was written a moment ago could change again without a new time.
     for path in unread:
         if digests[path] == entries[path].sha256 and time.time_ns() - keys[path][0][-1] > SETTLED_NS:
             _compared[str(path.resolve())] = keys[path]

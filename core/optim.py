@@ -93,8 +93,9 @@ def adamw(
     decay, lr_scale = list(decay), list(lr_scale)
 
     def init(params: Params) -> OptState:
-        _plan(params, weight_decay, decay, lr_scale)
+        _plan(params, weight_decay, decay, lr_scale)  # a rule that matches nothing is an error now, not at the first step
         _dense(params)
+        # One step tensor a leaf: the kernel increments each that it is given, so a shared one would count once a leaf.
         count = tree.map(lambda leaf: torch.zeros((), dtype=torch.float32, device=leaf.device), params)
         return {"mu": tree.map(_zero, params), "nu": tree.map(_zero, params), "count": count}
 
@@ -104,6 +105,7 @@ def adamw(
         flat = [_locals(side) for side in (grads, state["mu"], state["nu"])] + [tree.leaves(state["count"])]
         for (rate, scale, _, _), chosen in _groups(leaves).items():
             p, (g, mu, nu, count) = [leaves[i].param for i in chosen], ([side[i] for i in chosen] for side in flat)
+            # lr stays a tensor: compiled code specialises on a Python float and recompiles for every value of a schedule.
             adamw_kernel(
                 p, [_laid_out(*pair) for pair in zip(g, p, strict=True)], mu, nu, [], count,
                 fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr * scale, weight_decay=rate, eps=eps,
@@ -136,6 +138,7 @@ def stepwise(start: Start, direction: Direction, *, weight_decay: float, decay: 
         for leaf, grad in zip(_plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True):
             moments = {name: shard.local(side[leaf.path]) for name, side in by_path.items() if leaf.path in side}
             step, moved = direction(grad, moments, leaf.param)
+            # Out of place per leaf, so that a skipped step can keep the old values; one leaf at a time, so never a second tree.
             target = leaf.param - (lr * leaf.lr_scale) * (step + leaf.decay * leaf.param)
             _keep(leaf.param, target, found_inf)
             for name, moment in moments.items():

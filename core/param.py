@@ -27,7 +27,7 @@ class Param(NamedTuple):
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any printable parts: the only source of randomness is (seed, step, rank, purpose)."""
     digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1  # torch's generators take a signed 64-bit seed
 
 
 def _start(path: str, param: Param, seed: int) -> Tensor:

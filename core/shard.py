@@ -77,6 +77,8 @@ def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     from torch.distributed.tensor import Partial, Replicate
 
     axes = [Replicate()] * leaf.device_mesh.ndim
+    # Partial: what arrives in the backward pass is this rank's share of the gradient, to be summed over ranks and scattered. The cast
+    # comes after, so that the sum is made in the dtype of the leaf: float32 masters sum in float32 whatever the compute dtype.
     whole = leaf.redistribute(placements=axes).to_local(grad_placements=[Partial()] * len(axes))
     whole = whole if dtype is None or whole.dtype == dtype else whole.to(dtype)
     if _gathered:
@@ -143,6 +145,7 @@ def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
         return leaf
     from torch.distributed.tensor import DTensor
 
+    # run_check would be a collective for every leaf.
     return DTensor.from_local(leaf, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False)
 
 
@@ -166,7 +169,8 @@ def all_sum(tensors: list[Tensor], device_mesh: DeviceMesh | None) -> list[Tenso
     if device_mesh is None or not tensors:
         return tensors
     group, out = device_mesh.get_group("data"), list(tensors)
-    for dtype in {tensor.dtype for tensor in tensors}:
+    # In order of first appearance, which all ranks share; the order of a set differs between processes, and collectives would mix up.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
         dist.all_reduce(flat, group=group)
@@ -191,7 +195,7 @@ def all_rows(values: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
     group = device_mesh.get_group("data")
     counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world(device_mesh))]
     dist.all_gather(counts, torch.tensor([len(values)], device=values.device), group=group)
-    longest = int(torch.stack(counts).max())
+    longest = int(torch.stack(counts).max())  # all_gather takes equal shapes only
     parts = [values.new_zeros(longest) for _ in counts]
     dist.all_gather(parts, torch.nn.functional.pad(values, (0, longest - len(values))), group=group)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

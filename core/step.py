@@ -170,6 +170,7 @@ def make_step(
         loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_plain(grads, mesh)
         squares, lr = square_norms(grads, mesh), schedule(state.step)
         norm = squares.sum().sqrt()
+        # A flag for the kernel of the optimiser: an `if` here would wait for the device at every step.
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         _clip(grads, norm, clip)
         params, opt = optimizer.update(grads, state.opt, state.params, lr, found_inf)

@@ -206,6 +206,7 @@ def _svd(phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         )
     _check_finite(phi, y)
     phi64 = phi.detach().double()
+    # float64: rollouts of a group are often nearly equal, and their smallest singular values are what whitening divides by.
     left, s, right = torch.linalg.svd(phi64, full_matrices=False)
     return left, torch.where(s > SMALL * s[:, :1], 1 / (s + 1e-12), 0.0), right, phi64
 
@@ -233,5 +234,5 @@ def _check_finite(phi: Tensor, y: Tensor) -> None:
     bad = {"rollouts": phi, "the ground truth": y}
     for name, x in bad.items():
         if not x.isfinite().all():
-            where = torch.nonzero(~x.isfinite())[0].tolist()
-            raise ValueError(f"the features of {name} are not finite at {where}; look at the feature network, or use a wider dtype")
+            index = torch.nonzero(~x.isfinite())[0].tolist()
+            raise ValueError(f"the features of {name} are not finite at {index}; look at the feature network, or use a wider dtype")

@@ -38,6 +38,7 @@ def kto(
     Its authors advise w_d n_d / (w_u n_u) from 1 to 4/3, n_d and n_u the counts of the classes.
     Source: Ethayarajh et al. (KTO), arXiv 2402.01306.
     """
+    # 1 - sig(x) as sig(-x), which keeps its digits where sig(x) rounds to 1.
     u = _minus(limits.minus(upcast(logp), upcast(ref_logp)), baseline)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-beta * u), undesirable_weight * torch.sigmoid(beta * u))
 

@@ -237,6 +237,7 @@ def _policy_term(weighing: _Weighing, tokens: Tokens, batch: Batch) -> Tensor:
     masks = [mask for mask in (near, batch.get("entropy_keep"), None if weight is None else weight != 0) if mask is not None]
     if not masks:
         return term(**_named(tokens, takes))
+    # Masked inputs and a masked result: either alone would let a nan through, as value or as gradient.
     keep = torch.stack(masks).all(0)
     x = torch.where(keep, term(**_named(_without_gradient(tokens, keep, near, weighing), takes)), 0.0)
     return x if weight is None else torch.where(keep, weight, 0.0) * x
@@ -277,6 +278,7 @@ def _divergence(estimator: Estimator, tokens: Tokens, corrected: bool, ratio_of_
     if ref_logp is None and logp.shape[0]:
         raise ValueError("kl of a batch without ref_logp: add the reference's log-probs [N], or leave kl out")
     ref_logp = logp if ref_logp is None else ref_logp
+    # With one ratio for each token the product of ratio and k3 has a closed form that stays finite where k3 alone overflows.
     if corrected and ratio_of_token and estimator is divergence.k3:
         return divergence.corrected_k3(logp, ref_logp, tokens.old_logp, tokens.ratio)
     value = estimator(logp, ref_logp)

@@ -25,12 +25,14 @@ def by_token(x: Tensor, seq: Tensor, seq_lens: Tensor, *, weight: Tensor | None 
     x = upcast(x)
     if weight is None:
         return x.sum(), seq_lens.sum()
+    # `where` and not a product: 0 times the inf or nan of a token that does not count would be nan.
     return torch.where(weight != 0, weight * x, 0.0).sum(), weight.sum()
 
 
 def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool = False) -> tuple[Tensor, Tensor]:
     """Mean over sequences of each sequence's token mean; empty sequences are left out unless `count_empty`."""
     means = per_sequence(x, seq, seq_lens) / seq_lens.clamp(min=1)
+    # From seq_lens and not from the rows: a micro-batch without signal reads none of them, and its completions still count.
     count = seq_lens.new_tensor(seq_lens.shape[0]) if count_empty else (seq_lens > 0).sum()
     return means.sum(), count
 

@@ -91,6 +91,7 @@ def _fastest(rows: int, inputs: int, outputs: int, rounds: int, margin: float) -
     x, w = torch.ones(rows, inputs), torch.ones(outputs, inputs)
     if not fast(x):
         return Choice().few
+    # The best of interleaved rounds: other work on the machine only ever slows a round down, and slows all candidates alike.
     best = dict.fromkeys(CANDIDATES, float("inf"))
     for _ in range(rounds):
         for name, product in CANDIDATES.items():
@@ -103,6 +104,7 @@ def _fastest(rows: int, inputs: int, outputs: int, rounds: int, margin: float) -
 
 def rows_t(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
     """x W^T, plus `add`, which this consumes: x [T, I], w [O, I] -> [T, O]. Not differentiable: for the inside of autograd functions."""
+    # Also without gradients: another product would make a frozen copy of the weights differ in the last bits, and KL at step 0 not be 0.
     if not fast(x):
         return x @ w.T if add is None else add.addmm_(x, w.T)
     return CANDIDATES[_choice.few if x.shape[0] <= FEW else _choice.many](x, w, add)
