@@ -4,7 +4,7 @@ from typing import Any
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import CONFIGS
-from treetune.cli.options import optim, run, table
+from treetune.cli.options import import_path, optim, run, table
 from treetune.cli.options.data import held_out as held_out
 from treetune.cli.options.data import streams as streams
 from treetune.cli.options.ranges import TOKENS_MAX
@@ -20,11 +20,21 @@ def check(config: Any, explicit: frozenset[str]) -> None:
     for name, option in options.items():
         if option.pairs is not None:
             option.pairs.read(values[name], name.replace("_", "-"))
+        _check_functions(option, values[name])
     if (method := CONFIGS.get(type(config))) is not None:
         optim.conflicts(config.optim)
         run.conflicts(config.run)
         method.conflicts(config)
     refuse_unused(explicit, ignored(config))
+
+
+def _check_functions(option: table.Option, value: Any) -> None:
+    """Functions are looked for, and their parameters compared with what they are given, without importing them."""
+    for text in value if isinstance(value, list) else [value]:
+        if option.door is not None and text is not None and text not in option.choices:
+            if not import_path.is_path(text):
+                raise BadInput(f"{option.name} must be {option.expected()}, got {text!r}")
+            import_path.check(text, option.name, option.door)
 
 
 def _check_pass(values: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import shlex
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -99,7 +98,8 @@ def _flags(command: str, argv: list[str], known: Options) -> set[str]:
 def _check_flags(command: str, argv: list[str], options: Options) -> None:
     """Errors: BadInput for a value given to a flag that takes none, and for an option with one dash."""
     for arg, following in itertools.pairwise([*argv, ""]):
-        if re.match(r"--[\w-]+$", arg) and _kind(options, arg) is str and re.match(r"-[A-Za-z]", following):
+        option = _named(options, arg)
+        if option is not None and option.kind in (str, str | None) and not option.choices and re.match(r"-[A-Za-z]", following):
             raise BadInput(f"{arg} has no value, got {following!r}: write {arg}={shlex.quote(following)} if that is its value")
         if re.fullmatch(r"-[A-Za-z][\w-]+(=.*)?", arg):
             meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), options, flags=True)
@@ -111,23 +111,19 @@ def _check_flags(command: str, argv: list[str], options: Options) -> None:
             raise BadInput(f"{flag} takes no value, got {(value if equals else following)!r}: write {plain} or --no-{plain[2:]}")
 
 
-def _kind(options: Options, flag: str) -> Any:
-    """The type of a flag's value; None for what is no flag of the command."""
-    option = options.get(flag[2:].replace("-", "_"))
-    return None if option is None else typed.single(option.kind)
+def _named(options: Options, flag: str) -> Option | None:
+    """The option of a flag; None for what is no flag of the command."""
+    return options.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
 
 
 def _check_values(argv: list[str], options: Options) -> None:
     """Errors: BadInput for a value that is not one of its flag's choices, and for a list of numbers with something else in it."""
     for flag, texts in _texts(argv):
-        kind = _kind(options, flag)
-        option = options.get(flag[2:].replace("-", "_"))
-        if typing.get_origin(kind) is tuple:
-            for text in texts:
-                typed.check_argument(flag, text, typing.get_args(kind)[0], option.range)
-        elif typing.get_origin(kind) is typing.Literal:
-            for text in [one for one in texts[:1] if one != "None" or kind is option.kind]:
-                typed.check_argument(flag, text, kind, option.range)
+        option = _named(options, flag)
+        if option is not None and (option.many or option.choices):
+            for text in texts if option.many else texts[:1]:
+                if text != "None" or not option.optional:
+                    typed.check_argument(flag, text, option)
 
 
 def _texts(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -147,14 +143,15 @@ def _numbers(argv: list[str], options: Options) -> list[str]:
     out = list(argv)
     for i, arg in enumerate(argv):
         flag, equals, text = arg.partition("=")
-        kind = _kind(options, flag) if flag.startswith("--") else None
+        option = _named(options, flag)
         text = text if equals else next(iter(argv[i + 1 : i + 2]), "--")
-        if kind not in (int, float) or text.startswith("--") or text == "None" or _parses(kind, text):
+        if option is None or option.many or option.single not in (int, float) or text.startswith("--") or text == "None":
             continue
-        value = typed.value_of(text, kind)
+        if _parses(option.single, text):
+            continue
+        value = typed.value_of(text, option.single)
         if value is None:
-            expected = options[flag[2:].replace("-", "_")].range.expected()
-            raise BadInput(f"{flag} must be {expected}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
+            raise BadInput(f"{flag} must be {option.expected()}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
         out[i if equals else i + 1] = f"{flag}={value}" if equals else str(value)
     return out
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from treetune.cli.methods import METHODS
-from treetune.cli.options import table
+from treetune.cli.options import import_path, table
 from treetune.cli.options.marks import LISTED, REFUSED, START, Rule
 from treetune.core import masking
 
@@ -87,7 +87,8 @@ def _reason(one: Change, after: Mapping[str, Any], same: Callable[[str], bool | 
     rule = RULES[one.name]
     if own := _without_effect(one, after):
         return own
-    if rule.verdict in (REFUSED, LISTED):
+    functions = all(import_path.named({"": value}) for value in (one.before, one.after))
+    if rule.verdict == LISTED or rule.verdict == REFUSED and not (rule.judged_by and functions):
         return rule.reason if rule.verdict == REFUSED else ""
     kept = [same(what) for what in judged_by(one.name)]
     if False in kept:

@@ -5,14 +5,11 @@ Imports no torch.
 """
 
 import math
-import types
-import typing
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any
 
 from treetune.cli import names
 from treetune.cli.errors import BadInput
-from treetune.cli.options.ranges import Range
 from treetune.cli.options.table import Option
 from treetune.cli.yaml_config import Reading, Written, numeral, whole
 from treetune.core import fields
@@ -23,25 +20,18 @@ NOT_FINITE = ("nan", "inf", "-inf")
 
 def value(written: Written, option: Option, place: str) -> Any:
     """The value of an option. Errors: BadInput with the place, the option, what was expected and what was there."""
-    name, kind = option.name, single(option.kind)
-    if written.value is None and kind is not option.kind:
+    if written.value is None and option.optional:
         return None
+    expected = f"{option.expected()}, or a list of such" if option.many else option.expected()
     if written.value is None:
-        raise BadInput(f"{place}: {name} has no value: it must be {_expected(kind, option.range)}; give one or remove the line")
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        if isinstance(written.value, dict):
-            raise wrong(written, f"{place}: {name}", _expected(kind, option.range))
-        items = written.value if isinstance(written.value, list) else [written]
-        return tuple(_one(item, inner, option.range, f"{place}: {name}{_nth(i, written)}") for i, item in enumerate(items, 1))
-    return _one(written, kind, option.range, f"{place}: {name}")
-
-
-def single(kind: Any) -> Any:
-    """The type of an option that may also be left out."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(one for one in typing.get_args(kind) if one is not type(None))
-    return kind
+        raise BadInput(f"{place}: {option.name} has no value: it must be {expected}; give one or remove the line")
+    if not option.many:
+        return _one(written, option, f"{place}: {option.name}")
+    if isinstance(written.value, dict):
+        raise wrong(written, f"{place}: {option.name}", expected)
+    if not isinstance(written.value, list):
+        return (_one(written, option, f"{place}: {option.name}"),)
+    return tuple(_one(item, option, f"{place}: {option.name} entry {i}") for i, item in enumerate(written.value, 1))
 
 
 def value_of(text: str, kind: type) -> int | float | None:
@@ -49,40 +39,22 @@ def value_of(text: str, kind: type) -> int | float | None:
     return (integer if kind is int else number)(Written(text, text, True))
 
 
-def check_argument(flag: str, text: str, kind: Any, range: Range | None) -> None:
+def check_argument(flag: str, text: str, option: Option) -> None:
     """Errors: BadInput where the text of a flag is not one of the choices, or no number, as its type says."""
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    if choices and text not in choices:
-        raise BadInput(f"{flag} must be {_expected(kind, range)}, got {_short(text)!r}{names.of_choice(text, choices)}")
-    if kind in (int, float) and value_of(text, kind) is None and text.lower() not in NOT_FINITE:  # their ranges are checked later
-        raise BadInput(f"{flag} must be {_expected(kind, range)}, got {_short(text)!r}")
+    number = option.single not in (int, float) or value_of(text, option.single) is not None or text.lower() in NOT_FINITE
+    if not number or not option.holds(text):  # the ranges of numbers are checked later
+        raise BadInput(f"{flag} must be {option.expected()}, got {_short(text)!r}{names.of_choice(text, option.choices)}")
 
 
-def _nth(i: int, written: Written) -> str:
-    return f" entry {i}" if isinstance(written.value, list) else ""
-
-
-def _one(written: Written, kind: Any, range: Range | None, subject: str) -> Any:
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    read: Callable = {bool: flag, int: integer, float: number}.get(kind, text)
-    out = read(written, choices=choices) if choices else read(written)
-    if out is None:
-        near = names.of_choice(written.value, choices) if choices and isinstance(written.value, str) else ""
-        raise wrong(written, subject, _expected(kind, range), near)
-    if kind in (int, float) and range is not None and not range.holds(out):
-        raise BadInput(f"{subject} must be {range.expected()}, got {written.text or out}")
+def _one(written: Written, option: Option, subject: str) -> Any:
+    read: Callable = {bool: flag, int: integer, float: number}.get(option.single, text)
+    out = read(written)
+    if out is None or isinstance(out, str) and not option.holds(out):
+        near = names.of_choice(written.value, option.choices) if option.choices and isinstance(written.value, str) else ""
+        raise wrong(written, subject, option.expected(), near)
+    if option.range is not None and not option.range.holds(out):
+        raise BadInput(f"{subject} must be {option.expected()}, got {written.text or out}")
     return out
-
-
-def _expected(kind: Any, range: Range | None) -> str:
-    if typing.get_origin(kind) is tuple:
-        inner = _expected(typing.get_args(kind)[0], range)
-        return f"{inner}, or a list of such"
-    if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(typing.get_args(kind))}"
-    if kind in (int, float) and range is not None:
-        return range.expected()
-    return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, "a text")
 
 
 def wrong(written: Written, subject: str, expected: str, near: str = "") -> BadInput:

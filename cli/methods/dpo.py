@@ -8,6 +8,7 @@ from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
 from treetune.cli.options import reference
 from treetune.cli.options.data import PairData
+from treetune.cli.options.import_path import door
 from treetune.cli.options.marks import OBJECTIVE, Unused, Values, unused_unless
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
@@ -24,10 +25,11 @@ LOSSES = {
 SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")  # losses that take label smoothing
 SCORED = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")  # losses that other divergences fit
 
-PairLoss = Literal[
+PAIR_LOSSES = (
     "dpo", "ipo", "hinge", "cdpo", "robust", "exo", "nca", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "dpo_norm", "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm",
-]  # fmt: skip
+)  # fmt: skip
+PAIR_LOSS = door(PAIR_LOSSES, "pair loss", "pairs", "beta")
 
 
 def names(losses: Iterable[str]) -> list[str]:
@@ -60,9 +62,9 @@ PAIRWISE = Unused(lambda values: "the loss is sft alone" if names(values["loss"]
 class DpoLoss:
     """Loss."""
 
-    loss: Annotated[tuple[PairLoss, ...], OBJECTIVE] = ("dpo",)
-    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood.
-    aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
+    loss: Annotated[tuple[Annotated[str, PAIR_LOSS], ...], OBJECTIVE] = ("dpo",)
+    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood;
+    or a function of your own. aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
     loss_weights: Annotated[tuple[float, ...], POSITIVE._replace(words="numbers above 0"), OBJECTIVE] = ()
     """A weight for each loss; 1 each if not given."""
     rl_beta: Annotated[float, POSITIVE, OBJECTIVE, PAIRWISE] = 0.1

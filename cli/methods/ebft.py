@@ -24,9 +24,9 @@ from treetune.cli.options.marks import (
     unused_unless,
 )
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
-from treetune.cli.options.optim import OptimOptions, peak
+from treetune.cli.options.optim import SCHEDULE, OptimOptions, peak
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
-from treetune.cli.options.policy_loss import LossName, PolicyLoss
+from treetune.cli.options.policy_loss import POLICY_LOSS, PolicyLoss
 from treetune.cli.options.ranges import NOT_NEGATIVE, PART, POSITIVE, SMALL, TEMPERATURE, TOKENS, TOKENS_MAX, Range, whole
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RolloutOptions
@@ -138,8 +138,9 @@ class EbftRollout(RolloutOptions):
 class EbftLoss(PolicyLoss):
     """Loss of structured mode. The start of a run prints what a name stands for."""
 
-    loss: Annotated[LossName, OBJECTIVE] = "grpo"
-    """Method: what is clipped, what the loss is a mean over, and how rewards become advantages; docs/online.md has a table."""
+    loss: Annotated[str, POLICY_LOSS, OBJECTIVE] = "grpo"
+    """Method: what is clipped, what the loss is a mean over, and how rewards become advantages; docs/online.md has a table;
+    or a function of your own."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ class EbftOptim(OptimOptions):
     """Optimisation."""
 
     learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RATES)] = None
-    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], STEP_SIZE] = "constant"
-    """Shape of the learning rate after the warm-up."""
+    lr_scheduler: Annotated[str, SCHEDULE, STEP_SIZE] = "constant"
+    """Shape of the learning rate after the warm-up, or a function of your own."""
     micro_batch_size: Annotated[int, SMALL, STEP_ROWS] = 2
     """Prompts with their completions (structured), or documents or, packed, sequence_len's worth of their tokens (strided), in one pass."""
 

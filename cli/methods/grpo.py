@@ -11,7 +11,7 @@ from treetune.cli.options.data import PromptData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RL_RATES, RlOptim
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
-from treetune.cli.options.policy_loss import PRESETS, PolicyLoss
+from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
@@ -64,7 +64,7 @@ def conflicts_of_sampling(config: OnlineConfig) -> None:
     loss, rollout, pipe = config.loss, config.rollout, config.pipeline
     policy_loss.conflicts(loss)
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
-    if rollout.num_generations < 2 and (loss.advantage or PRESETS[loss.loss].advantage) != "reinforce":
+    if rollout.num_generations < 2 and (loss.advantage or policy_loss.preset(loss.loss).advantage) != "reinforce":
         raise BadInput("num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce")
     if rollout.temperature == 0:
         raise BadInput("temperature 0 writes the same completion every time: give a number above 0, 1 is usual")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from treetune.cli.options import import_path
 from treetune.cli.options.marks import (
     ADAPTER_SCALE,
     ADAPTER_WEIGHTS,
@@ -22,7 +23,12 @@ from treetune.cli.options.marks import (
 from treetune.cli.options.ranges import BELOW_ONE, POSITIVE, SMALL, whole
 
 LORA = unused_if("adapter", "none", reason="adapter is none")
+SCALED = Unused(lambda values: "" if _scales(values["optimizer"]) else f"{values['optimizer']} takes no lr_scale")
 BROUGHT = unused_if("lora_model_dir", reason="lora_model_dir brings its own")
+
+
+def _scales(optimizer: str) -> bool:
+    return not import_path.is_path(optimizer) or import_path.takes(optimizer, "lr_scale")
 
 
 def _local(values: Values) -> str:
@@ -93,7 +99,7 @@ class AdapterOptions:
     """Whole weights to train and save beside the adapter, by regular expression: embed_tokens, lm_head."""
     lora_model_dir: Annotated[str | None, ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
-    loraplus_lr_ratio: Annotated[float | None, POSITIVE, STEP_SIZE, LORA] = None
+    loraplus_lr_ratio: Annotated[float | None, POSITIVE, STEP_SIZE, LORA, SCALED] = None
     """LoRA+: learning rate of B over that of A; 16 is the authors' advice."""
 
 

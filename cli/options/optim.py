@@ -1,17 +1,21 @@
 """Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from treetune.cli.errors import BadInput
+from treetune.cli.options import import_path
+from treetune.cli.options.import_path import door
 from treetune.cli.options.marks import (
     REGEX_NUMBERS,
     RESOURCES,
     RUN_LENGTH,
     STEP_ROWS,
     STEP_SIZE,
+    Unused,
+    Values,
     refused,
     unused_if,
     unused_unless,
@@ -19,6 +23,27 @@ from treetune.cli.options.marks import (
 from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
 
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
+
+OPTIMIZER = door(("adamw", "lion", "sgd"), "optimizer", "weight_decay", "decay", "lr_scale")
+SCHEDULE = door(("cosine", "linear", "constant"), "learning-rate schedule", "peak", "steps")
+
+
+def _own(values: Values) -> str:
+    name = values["optimizer"]
+    return "" if name in OPTIMIZER.names else f"{name} has options of its own: {name.partition('?')[0]}?name=value"
+
+
+NAMED = Unused(_own)
+
+
+def _taken(parameter: str) -> Unused:
+    """An option that every built-in optimizer looks at, and a function that has this parameter."""
+
+    def reason(values: Values) -> str:
+        name = values["optimizer"]
+        return "" if name in OPTIMIZER.names or import_path.takes(name, parameter) else f"{name} takes no {parameter}"
+
+    return Unused(reason)
 
 
 def peak(rates: tuple[float, float]) -> Any:
@@ -31,11 +56,11 @@ def peak(rates: tuple[float, float]) -> Any:
 class OptimOptions:
     """Optimisation."""
 
-    optimizer: Annotated[Literal["adamw", "lion", "sgd"], refused("the moments in the checkpoint are those of this optimizer")] = "adamw"
-    """Update rule; all work in place."""
+    optimizer: Annotated[str, OPTIMIZER, refused("the moments in the checkpoint are those of this optimizer")] = "adamw"
+    """Update rule, or a function of your own that makes one; all work in place."""
     learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RATES)] = None
-    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], STEP_SIZE] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    lr_scheduler: Annotated[str, SCHEDULE, STEP_SIZE] = "cosine"
+    """Shape of the learning rate after the warm-up, or a function of your own."""
     cosine_min_lr_ratio: Annotated[
         float, PART, STEP_SIZE, unused_unless("lr_scheduler", "cosine", reason="the schedule is {lr_scheduler}")
     ] = 0.0
@@ -44,19 +69,25 @@ class OptimOptions:
     """Steps of linear warm-up."""
     warmup_ratio: Annotated[float | None, PART, STEP_SIZE] = None
     """Warm-up as a part of all steps, instead of warmup_steps; neither: 0.03."""
-    weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, _taken("weight_decay")] = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
-    weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE] = ()
+    weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, _taken("decay")] = ()
     """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
-    lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE] = ()
+    lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, _taken("lr_scale")] = ()
     """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
-    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead")] = 0.9
+    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead"), NAMED] = 0.9
     """First moment's decay (adamw, lion)."""
-    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead")] = None
+    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead"), NAMED] = (
+        None
+    )
     """Second moment's decay (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
-    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, unused_unless("optimizer", "adamw", reason="{optimizer} has no epsilon")] = 1e-8
+    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, NAMED, unused_unless("optimizer", "adamw", reason="{optimizer} has no epsilon")] = (
+        1e-8
+    )
     """Added to the root of the second moment (adamw)."""
-    momentum: Annotated[float, BELOW_ONE, STEP_SIZE, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")] = 0.0
+    momentum: Annotated[
+        float, BELOW_ONE, STEP_SIZE, NAMED, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")
+    ] = 0.0
     """Heavy-ball momentum (sgd)."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Gradients longer than this are scaled down to it; 0 turns clipping off."""
@@ -93,8 +124,8 @@ class RlOptim(OptimOptions):
     """Optimisation."""
 
     learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RL_RATES)] = None
-    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], STEP_SIZE] = "constant"
-    """Shape of the learning rate after the warm-up."""
+    lr_scheduler: Annotated[str, SCHEDULE, STEP_SIZE] = "constant"
+    """Shape of the learning rate after the warm-up, or a function of your own."""
     micro_batch_size: Annotated[int, SMALL, STEP_ROWS] = 2
     """Prompts, each with its completions, in one forward pass on one device."""
 

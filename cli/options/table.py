@@ -10,7 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from treetune.cli.options.marks import Pairs, Rule, Unused
+from treetune.cli.options.import_path import FORM, Door, is_path
+from treetune.cli.options.marks import REFUSED, Pairs, Rule, Unused
 from treetune.cli.options.ranges import Range
 
 REQUIRED = dataclasses.MISSING
@@ -18,15 +19,36 @@ T = TypeVar("T")
 
 
 class Option(NamedTuple):
-    """What the field of an option says. kind: its type, without marks; default: REQUIRED where there is none."""
+    """What the field of an option says.
+
+    kind: its type, without marks. single: the type of one value, of a list or of what may be left out. choices: of texts, where they are
+    named. default: REQUIRED where there is none.
+    """
 
     name: str
     kind: Any
     default: Any
+    single: Any
+    optional: bool = False
+    many: bool = False
+    choices: tuple[str, ...] = ()
     range: Range | None = None
     rule: Rule | None = None
     unused: tuple[Unused, ...] = ()
     pairs: Pairs | None = None
+    door: Door | None = None
+
+    def expected(self) -> str:
+        """What one value must be, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}" + (f", or {FORM}" if self.door else "")
+        if self.range is not None:
+            return self.range.expected()
+        return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(self.single, FORM if self.door else "a text")
+
+    def holds(self, text: str) -> bool:
+        """Whether a text is one of the choices, or the import path of a function where the option takes such."""
+        return not self.choices or text in self.choices or self.door is not None and is_path(text)
 
 
 def group(options: type[T], **changed: Any) -> T:
@@ -41,19 +63,39 @@ def options(config: type) -> Mapping[str, Option]:
     plain, marked = typing.get_type_hints(config), typing.get_type_hints(config, include_extras=True)
     for entry in dataclasses.fields(config):
         if dataclasses.is_dataclass(plain[entry.name]):
-            group = entry.default_factory()
+            group = plain[entry.name]() if entry.default_factory is REQUIRED else entry.default_factory()
             out |= {name: option._replace(default=_listed(getattr(group, name))) for name, option in options(plain[entry.name]).items()}
         else:
-            marks = getattr(marked[entry.name], "__metadata__", ())
-            out[entry.name] = _option(entry.name, plain[entry.name], _listed(entry.default), marks)
+            out[entry.name] = _option(entry.name, plain[entry.name], _listed(entry.default), marked[entry.name])
     return types.MappingProxyType(out)
 
 
-def _option(name: str, kind: Any, default: Any, marks: tuple) -> Option:
+def _option(name: str, kind: Any, default: Any, marked: Any) -> Option:
+    marks, inner = _taken_apart(marked)
+    optional = isinstance(inner, types.UnionType) or typing.get_origin(inner) is typing.Union
+    if optional:
+        more, inner = _taken_apart(next(one for one in typing.get_args(inner) if one is not type(None)))
+        marks += more
+    many = typing.get_origin(inner) is tuple
+    if many:
+        more, inner = _taken_apart(typing.get_args(inner)[0])
+        marks += more
+
     def only(mark: type) -> Any:
         return next((one for one in marks if isinstance(one, mark)), None)
 
-    return Option(name, kind, default, only(Range), only(Rule), tuple(one for one in marks if isinstance(one, Unused)), only(Pairs))
+    door, literal = only(Door), typing.get_origin(inner) is typing.Literal
+    choices = typing.get_args(inner) if literal else door.names if door else ()
+    unused = tuple(one for one in marks if isinstance(one, Unused))
+    single, rule = str if choices else inner, only(Rule)
+    if door and rule is not None and rule.verdict == REFUSED:
+        rule = rule._replace(judged_by=(name,))  # two functions in other places may be the same
+    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(Pairs), door)
+
+
+def _taken_apart(marked: Any) -> tuple[tuple, Any]:
+    """The marks of an annotation, and its type."""
+    return (marked.__metadata__, marked.__origin__) if hasattr(marked, "__metadata__") else ((), marked)
 
 
 def _listed(value: Any) -> Any:
