@@ -10,6 +10,7 @@ from typing import Any
 
 from treetune.cli import marker, parse
 from treetune.cli.errors import BadInput
+from treetune.cli.options import table
 from treetune.cli.options.commands import Merge, Preprocess, Rollout, Score
 from treetune.cli.options.serve import Serve
 from treetune.core import drafts, lock, owned
@@ -117,7 +118,9 @@ def inputs(config: Any, config_file: str | None = None) -> Iterator[tuple[str, P
     """(option, path) of everything on this machine that a run reads, and of the base models that its adapters name."""
     values = parse.flatten(config)
     named = [(option, text) for option in PLACES for text in _texts(values.get(option))]
-    named += [(option, text) for option in FUNCTIONS for text in map(_file, _texts(values.get(option))) if text not in builtin.BUILTIN]
+    doors = [name for name, option in table.options(type(config)).items() if option.door is not None]
+    functions = [(option, text) for option in (*FUNCTIONS, *doors) for text in map(_file, _texts(values.get(option)))]
+    named += [(option, text) for option, text in functions if text not in builtin.BUILTIN]
     if config_file is not None:
         named.append(("config", config_file))
     for option, text in named:

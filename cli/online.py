@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from treetune.cli import method, reference, setup
+from treetune.cli.options import import_path
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.rl_checks import off_policy
@@ -26,7 +27,8 @@ MEANS = {
 def choices(options: PolicyLoss) -> presets.PolicyPreset:
     """What the loss stands for, with what the user chose instead."""
     chosen = {"advantage": options.advantage, "ratio": options.importance_sampling_level, "aggregate": options.aggregate}
-    return presets.POLICY_LOSSES[options.loss]._replace(**{name: value for name, value in chosen.items() if value is not None})
+    row = import_path.row(presets.POLICY_LOSSES, options.loss)
+    return row._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def describe(options: PolicyLoss) -> str:
@@ -43,7 +45,7 @@ def describe(options: PolicyLoss) -> str:
 
 def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], Tensor]:
     """Rewards [P, G, K] -> advantages [P, G]."""
-    entry, w = presets.ADVANTAGES[choices(options).advantage], torch.tensor(weights, dtype=torch.float64)
+    entry, w = import_path.row(presets.ADVANTAGES, choices(options).advantage), torch.tensor(weights, dtype=torch.float64)
     fn = registry.resolve(entry.function)
     if entry.per_reward:
         return lambda rewards: fn(rewards, w)
@@ -52,7 +54,7 @@ def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[Tensor], 
 
 def batch_wide(options: PolicyLoss) -> bool:
     """Whether an advantage depends on other prompts of the generation."""
-    return presets.ADVANTAGES[choices(options).advantage].across_prompts
+    return import_path.row(presets.ADVANTAGES, choices(options).advantage).across_prompts
 
 
 def surrogate(options: PolicyLoss, length: int) -> policy_gradient.Surrogate:

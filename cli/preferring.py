@@ -13,6 +13,7 @@ from treetune.cli.methods.dpo import LOSSES, DpoLoss
 from treetune.cli.methods.kto import KtoLoss
 from treetune.cli.methods.orpo import OrpoLoss
 from treetune.cli.methods.simpo import SimpoLoss
+from treetune.cli.options import import_path
 from treetune.core import registry, shard
 from treetune.core.data import kinds, pack, trees
 from treetune.core.state import TrainState
@@ -44,7 +45,8 @@ def pair_loss(options: DpoLoss) -> preference_objective.PairLoss | None:
 
 def _one(key: str, options: DpoLoss) -> preference_objective.PairLoss:
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}  # 0: the loss's own
-    return preference_objective.pair_loss(key, beta=options.rl_beta, score=score(options), tau=options.discopop_tau, **smoothing)
+    row = import_path.row(presets.PAIR_LOSSES, key)
+    return preference_objective.pair_loss(row, beta=options.rl_beta, score=score(options), tau=options.discopop_tau, **smoothing)
 
 
 def score(options: DpoLoss) -> Callable[[Tensor], Tensor]:
@@ -101,7 +103,7 @@ def _free(
 def cpo(config: Any, model: Model, used: setup.Trees, **_: Any) -> method.Parts:
     """CPO: summed log-probs and the chosen side's likelihood."""
     options: CpoLoss = config.loss
-    entry = presets.CPO_LOSSES["cpo" if options.loss == "sigmoid" else options.loss]
+    entry = import_path.row(presets.CPO_LOSSES, "cpo" if options.loss == "sigmoid" else options.loss)
     loss = registry.bind(entry, beta=options.rl_beta, label_smoothing=options.dpo_label_smoothing)
     rewards = (preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards)(options.rl_beta)
     return _free(

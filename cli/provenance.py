@@ -5,7 +5,6 @@ since. Options are compared before anything is loaded; what they stand for, by i
 """
 
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,8 @@ import torch
 
 from treetune.cli import checks, parse, resume_rules, rundir, setup
 from treetune.cli.main import COMMANDS
+from treetune.cli.methods import METHODS
+from treetune.cli.options import import_path, table
 from treetune.core import ckpt, fields, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
@@ -30,7 +31,9 @@ DOCUMENTS = {
     "held out": "other held-out documents than it was made with, though no option says so: rows were edited",
     "order": "other steps of the documents than it was made with",
 }
-FUNCTIONS, REWARD_MODEL = ("reward_funcs", "rollout_func"), "reward model "
+FUNCTIONS = tuple(name for name, rule in resume_rules.RULES.items() if rule.judged_by == (name,))  # options that name functions
+REWARD_MODEL = "reward model "
+DOORS = {name for method in METHODS.values() for name, option in table.options(method.config).items() if option.door is not None}
 WORDS = {"tokenizer": "the tokenizer numbers or splits texts otherwise", "stop tokens": "other tokens end an answer"}
 BETAS = {"adamw": 0.999, "lion": 0.99}
 
@@ -74,6 +77,7 @@ def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.d
     options = {name: _plain(value) for name, value in parse.flatten(config).items()}
     resolve = partial(_resolved, rate=rates[full], dtype=str(setup.compute_dtype(config.model.dtype, on))[6:])
     now = Provenance(type(config).__name__.lower(), resolve(options), processes)
+    now = with_functions(Origin(now, None), (), {}).now
     return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, resolve, say))
 
 
@@ -126,12 +130,13 @@ def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str
 
     What an option of functions stands for is what is in their files, the names in there and their options, wherever the files are.
     """
+    options = origin.now.options
+    names = [*names, *import_path.named({name: options[name] for name in DOORS & options.keys()})]
     places = {name: _source(name.split("?")[0]) for name in names if name and name.split("?")[0] not in builtin.BUILTIN}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in places.items() if path is not None}
-    options = origin.now.options
     scorers = {name.removeprefix(REWARD_MODEL): [text] for name, text in models.items()}
     known = scorers | {name: [text, re.split(r"[:.]", name.split("?")[0])[-1], name.partition("?")[2]] for name, text in code.items()}
-    wanted = {key: options[key] for key in FUNCTIONS if key in options}
+    wanted = {key: options[key] for key in FUNCTIONS if key in options and (key not in DOORS or import_path.named({key: options[key]}))}
     functions = {key: fingerprint.values([known.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
     return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models, functions=functions))
 
@@ -142,18 +147,7 @@ def _listed(value: Any) -> list[str]:
 
 def _source(name: str) -> Path | None:
     """The file of module.function or file.py:function."""
-    place = name.rpartition(":" if ":" in name else ".")[0]
-    top, _, rest = place.partition(".")
-    if place.endswith(".py"):
-        return Path(place) if Path(place).is_file() else None
-    try:
-        spec = importlib.util.find_spec(top) if top else None
-    except (ImportError, ValueError):
-        spec = None
-    roots = [Path.cwd() / top] + ([Path(spec.origin).with_suffix("")] if spec and spec.origin and spec.origin != "built-in" else [])
-    roots = [root.parent if root.name == "__init__" else root for root in roots]
-    parts = [root.joinpath(*rest.split(".")) if rest else root for root in roots]
-    return next((file for part in parts for file in (part.with_suffix(".py"), part / "__init__.py") if file.is_file()), None)
+    return import_path.source(name.rpartition(":" if ":" in name else ".")[0])
 
 
 def _earlier(path: Path, now: Provenance, config: Any, resolve: Callable[[dict], dict], say: Callable[[str], None]) -> Earlier:

@@ -7,6 +7,7 @@ import torch
 
 from treetune.cli import pairs
 from treetune.cli.methods.sft import LossOptions
+from treetune.cli.options import import_path
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
@@ -15,7 +16,7 @@ from treetune.core.run.ranks import Ranks as Ranks
 from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
 from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
 from treetune.core.state import Logprob, Objective
-from treetune.losses import sft_objective
+from treetune.losses import presets, sft_objective
 from treetune.models import Model, adapter, loading, logprobs, policy
 from treetune.models import tokenizer as tokenizers
 from treetune.models.loading import DTYPES as DTYPES
@@ -120,7 +121,8 @@ def logprob(
 def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ()) -> Objective:
     """The supervised objective that the loss options name; `report` names statistics to report besides accuracy."""
     name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
-    token_loss, outputs = sft_objective.token_loss(name, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
+    row = import_path.row(presets.TOKEN_LOSSES, name)
+    token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
     want = dict.fromkeys(("top1", *report, *outputs))
     return sft_objective.objective(logprob_fn, token_loss, want=tuple(want))
 
@@ -138,7 +140,7 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
     }
     knobs = {"b1": options.adam_beta1, "eps": options.adam_epsilon, "momentum": options.momentum}
     knobs |= {} if options.adam_beta2 is None else {"b2": options.adam_beta2}
-    return registry.bind(registry.OPTIMIZERS[options.optimizer], **knobs, **common)()
+    return registry.bind(import_path.row(registry.OPTIMIZERS, options.optimizer), **knobs, **common)()
 
 
 def model_name(options: ModelName) -> str:

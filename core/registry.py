@@ -5,6 +5,7 @@ loaded. `losses.presets` has the tables of losses. A new optimiser is one functi
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +15,8 @@ class Named(Protocol):
     """A row: an import path, and names of keyword-only parameters."""
 
     @property
-    def function(self) -> str:
-        """Import path `package.module.function`."""
+    def function(self) -> str | Callable[..., Any]:
+        """Import path `package.module.function`, or the function itself."""
         ...
 
     @property
@@ -25,9 +26,9 @@ class Named(Protocol):
 
 
 class Entry(NamedTuple):
-    """Import path of a function, and the keyword-only parameters of it that options set."""
+    """A function, by its import path or itself, and the keyword-only parameters of it that options set."""
 
-    function: str
+    function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
 
 
@@ -44,13 +45,22 @@ SCHEDULES: Mapping[str, Entry] = {
 }
 
 
-def resolve(function: str) -> Callable[..., Any]:
-    """The function at the import path `package.module.function`."""
+def keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the keyword-only parameters that options may set: those that no partial has bound."""
+    bound = function.keywords if isinstance(function, partial) else {}
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in bound)
+
+
+def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function at the import path `package.module.function`; a function is itself."""
+    if not isinstance(function, str):
+        return function
     module, _, name = function.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def bind(entry: Named, **options: Any) -> Callable[..., Any]:
     """The function of a row, with those of `options` that it takes. An option that is left out keeps the function's own default."""
-    function, keywords = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
-    return partial(function, **keywords) if keywords else function
+    function, chosen = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
+    return partial(function, **chosen) if chosen else function

@@ -35,9 +35,9 @@ PLAIN = Options()
 Rewards = Callable[[Pairs], tuple[Tensor, Tensor]]  # of the chosen and the rejected side, [P] each
 
 
-def pair_loss(name: str, **options: Any) -> PairLoss:
-    """The loss of a name of `presets.PAIR_LOSSES`, with those of `options` that it takes (beta, label_smoothing, score, ...)."""
-    return registry.bind(presets.PAIR_LOSSES[name], **options)
+def pair_loss(name: str | presets.Entry, **options: Any) -> PairLoss:
+    """The loss of a name of `presets.PAIR_LOSSES`, or of a row, with those of `options` that it takes (beta, score, ...)."""
+    return registry.bind(presets.PAIR_LOSSES[name] if isinstance(name, str) else name, **options)
 
 
 def implicit_rewards(beta: float) -> Rewards:

@@ -4,9 +4,11 @@ A function is given by its import path; `core.registry.bind` imports it. `takes`
 A new loss is one function and one row here; tests/losses/test_presets.py holds every row to its function.
 """
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from treetune.core.registry import Entry
+from treetune.core.registry import Entry, keywords
 
 
 class PolicyPreset(NamedTuple):
@@ -16,7 +18,7 @@ class PolicyPreset(NamedTuple):
     epsilon: how far a ratio may fall below and rise above 1 before the term clips it.
     """
 
-    function: str
+    function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
     report: str | None = None
     ratio: str = "token"
@@ -27,13 +29,13 @@ class PolicyPreset(NamedTuple):
     @property
     def term(self) -> str:
         """The function's own name."""
-        return self.function.rpartition(".")[2]
+        return self.function.rpartition(".")[2] if isinstance(self.function, str) else getattr(self.function, "__name__", "function")
 
 
 class AdvantageEntry(NamedTuple):
     """per_reward: takes the rewards of each function apart. across_prompts: depends on other prompts of the generation."""
 
-    function: str
+    function: str | Callable[..., Any]
     per_reward: bool = False
     across_prompts: bool = False
 
@@ -41,7 +43,7 @@ class AdvantageEntry(NamedTuple):
 class KtoEntry(NamedTuple):
     """scalar: the key of the batch whose value of the step the loss takes after `desirable`; None for none."""
 
-    function: str
+    function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
     scalar: str | None = None
 
@@ -139,6 +141,22 @@ TOKEN_LOSSES = {
     "dft": Entry("treetune.losses.sft.dft"),
     "eaft": Entry("treetune.losses.sft.eaft", ("alpha",)),
 }
+
+
+Row = TypeVar("Row", Entry, PolicyPreset, AdvantageEntry, KtoEntry)
+
+
+def own(table: Mapping[str, Row], function: Callable[..., Any]) -> Row:
+    """A row like those of the table for a function that is in none; its keyword-only parameters are what it takes.
+
+    An advantage takes the rewards of each function apart where it has the parameter `weights`, and may look at all prompts.
+    """
+    row, parameters = next(iter(table.values())), inspect.signature(function).parameters
+    if isinstance(row, AdvantageEntry):
+        return AdvantageEntry(function, "weights" in parameters, across_prompts=True)
+    if isinstance(row, KtoEntry):
+        return KtoEntry(function, keywords(function), next((name for name in ("baseline", "delta") if name in parameters), None))
+    return type(row)(function, keywords(function))
 
 
 def clip_bounds(preset: PolicyPreset, epsilon: float | None = None, epsilon_high: float | None = None) -> tuple[float, float]:

@@ -13,12 +13,12 @@ from treetune.losses import presets, reduce, sft
 TokenLoss = Callable[[TokenStats], Tensor]  # -> [N]
 
 
-def token_loss(name: str, *, z_loss_coef: float = 0.0, **options: Any) -> tuple[TokenLoss, tuple[str, ...]]:
-    """The loss of a name of `presets.TOKEN_LOSSES`, and the statistics that `objective` must be asked for (`want`).
+def token_loss(name: str | presets.Entry, *, z_loss_coef: float = 0.0, **options: Any) -> tuple[TokenLoss, tuple[str, ...]]:
+    """The loss of a name of `presets.TOKEN_LOSSES`, or of a row, and the statistics that `objective` must be asked for (`want`).
 
     z_loss_coef: weight of the squared log-sum-exp that is added to it. options: what the function takes, as label_smoothing.
     """
-    loss = registry.bind(presets.TOKEN_LOSSES[name], **options)
+    loss = registry.bind(presets.TOKEN_LOSSES[name] if isinstance(name, str) else name, **options)
     names = [key for key, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
 
     def of_stats(stats: TokenStats) -> Tensor:

@@ -1,29 +1,40 @@
 """`treetune cpo`: preference learning on pairs by summed log-probs beside the likelihood of the chosen side; no reference."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from treetune.cli.methods.method import Method
+from treetune.cli.options import import_path
 from treetune.cli.options.data import PairData
-from treetune.cli.options.marks import OBJECTIVE, unused_if
+from treetune.cli.options.import_path import door
+from treetune.cli.options.marks import OBJECTIVE, Unused, Values
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.ranges import BELOW_HALF, NOT_NEGATIVE, POSITIVE
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+from treetune.losses import presets
+
+PAIR_LOSS = door((*presets.CPO_LOSSES, "sigmoid"), "pair loss", "pairs", "beta", "label_smoothing")
+
+
+def _unsmoothed(values: Values) -> str:
+    loss = values["loss"]
+    taken = import_path.takes(loss, "label_smoothing") if import_path.is_path(loss) else loss in ("cpo", "sigmoid")
+    return "" if taken else f"the loss is {loss}"
 
 
 @dataclass(frozen=True)
 class CpoLoss:
     """Loss."""
 
-    loss: Annotated[Literal["cpo", "hinge", "ipo", "sigmoid"], OBJECTIVE] = "cpo"
-    """Loss of a pair, without a reference."""
+    loss: Annotated[str, PAIR_LOSS, OBJECTIVE] = "cpo"
+    """Loss of a pair, without a reference; or a function of your own."""
     rl_beta: Annotated[float, POSITIVE, OBJECTIVE] = 0.1
     """Scale of the summed log-probs."""
     cpo_alpha: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 1.0
     """Weight of the chosen side's mean negative log-likelihood."""
-    dpo_label_smoothing: Annotated[float, BELOW_HALF, OBJECTIVE, unused_if("loss", "hinge", "ipo", reason="the loss is {loss}")] = 0.0
+    dpo_label_smoothing: Annotated[float, BELOW_HALF, OBJECTIVE, Unused(_unsmoothed)] = 0.0
     """Share of labels taken to be wrong (cpo only)."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
-from treetune.cli.options import reference
+from treetune.cli.options import import_path, reference
 from treetune.cli.options.data import PairData
 from treetune.cli.options.import_path import door
 from treetune.cli.options.marks import OBJECTIVE, Unused, Values, unused_unless
@@ -16,20 +16,15 @@ from treetune.cli.options.ranges import ANY, BELOW_HALF, PART, POSITIVE
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+from treetune.losses import presets
 
 LOSSES = {
     "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",
     "kto_pair": "apo_zero_unpaired", "js_divergence": "js", "alpha_divergence": "alpha",
 }  # fmt: skip
 
-SMOOTHED = ("cdpo", "robust", "exo", "aot", "aot_unpaired")  # losses that take label smoothing
-SCORED = ("dpo", "cdpo", "ipo", "hinge", "exo", "robust", "discopop", "dpo_norm")  # losses that other divergences fit
-
-PAIR_LOSSES = (
-    "dpo", "ipo", "hinge", "cdpo", "robust", "exo", "nca", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
-    "discopop", "dpo_norm", "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm",
-)  # fmt: skip
-PAIR_LOSS = door(PAIR_LOSSES, "pair loss", "pairs", "beta")
+PAIR_LOSSES = (*presets.PAIR_LOSSES, "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm")
+PAIR_LOSS = door(PAIR_LOSSES, "pair loss", "pairs", "beta", "label_smoothing", "score", "tau")
 
 
 def names(losses: Iterable[str]) -> list[str]:
@@ -37,9 +32,16 @@ def names(losses: Iterable[str]) -> list[str]:
     return [LOSSES.get(name, name) for name in losses]
 
 
+def _taken(losses: list[str], parameter: str) -> bool:
+    """Whether one of the losses has a parameter."""
+    rows = [presets.PAIR_LOSSES.get(name) for name in losses]
+    own = [name for name in losses if import_path.is_path(name)]
+    return any(row is not None and parameter in row.takes for row in rows) or any(import_path.takes(name, parameter) for name in own)
+
+
 def _unsmoothed(values: Values) -> str:
     losses = names(values["loss"])
-    if not set(losses) & set(SMOOTHED):
+    if not _taken(losses, "label_smoothing"):
         return f"{', '.join(losses)} takes no label smoothing; cdpo, robust, exo and aot do"
     undefined = "exo" in losses and values["dpo_label_smoothing"] == 0
     return "exo is not defined without; give it a number above 0, or leave it at its own 0.001" if undefined else ""
@@ -47,12 +49,12 @@ def _unsmoothed(values: Values) -> str:
 
 def _unscored(values: Values) -> str:
     losses = names(values["loss"])
-    return "" if set(losses) & set(SCORED) else f"{', '.join(losses)} is defined for reverse_kl only"
+    return "" if _taken(losses, "score") else f"{', '.join(losses)} is defined for reverse_kl only"
 
 
 def _no_discopop(values: Values) -> str:
     losses = names(values["loss"])
-    return "" if "discopop" in losses else f"the loss is {', '.join(losses)}"
+    return "" if _taken(losses, "tau") else f"the loss is {', '.join(losses)}"
 
 
 PAIRWISE = Unused(lambda values: "the loss is sft alone" if names(values["loss"]) == ["sft"] else "")
@@ -63,8 +65,8 @@ class DpoLoss:
     """Loss."""
 
     loss: Annotated[tuple[Annotated[str, PAIR_LOSS], ...], OBJECTIVE] = ("dpo",)
-    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood;
-    or a function of your own. aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
+    """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood.
+    Or a function of your own. aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
     loss_weights: Annotated[tuple[float, ...], POSITIVE._replace(words="numbers above 0"), OBJECTIVE] = ()
     """A weight for each loss; 1 each if not given."""
     rl_beta: Annotated[float, POSITIVE, OBJECTIVE, PAIRWISE] = 0.1

@@ -139,8 +139,8 @@ class EbftLoss(PolicyLoss):
     """Loss of structured mode. The start of a run prints what a name stands for."""
 
     loss: Annotated[str, POLICY_LOSS, OBJECTIVE] = "grpo"
-    """Method: what is clipped, what the loss is a mean over, and how rewards become advantages; docs/online.md has a table;
-    or a function of your own."""
+    """Method: what is clipped, what the loss is a mean over, and how rewards become advantages; docs/online.md has a table.
+    Or a function of your own, as the term of a token."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
@@ -12,6 +12,7 @@ from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyO
 from treetune.cli.options.optim import RL_RATES, RlOptim
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
 from treetune.cli.options.policy_loss import PolicyLoss
+from treetune.cli.options.protocols import OnlineConfig
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
@@ -35,20 +36,6 @@ class Grpo:
     reference: RlReference = group(RlReference)
     optim: RlOptim = group(RlOptim)
     run: RunOptions = group(RunOptions)
-
-
-class OnlineConfig(Protocol):
-    """The options of a command that learns from completions it samples."""
-
-    vocabulary: VocabularyOptions
-    adapter: AdapterOptions
-    rollout: RolloutOptions
-    loss: PolicyLoss
-    correction: CorrectionOptions
-    pipeline: PipelineOptions
-    engine: EngineOptions
-    reference: RlReference
-    run: RunOptions
 
 
 def conflicts(config: Grpo) -> None:

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 from tyro.constructors import PrimitiveConstructorSpec
 
 from treetune.cli.errors import BadInput
+from treetune.cli.options.marks import Unused, Values
+from treetune.core.registry import Named
+from treetune.losses import presets
 
 FORM = "FILE.py:FUNCTION"
 
@@ -153,7 +156,7 @@ def check(text: str, option: str, door: Door) -> None:
         own = ", ".join(name for name in found.takes if name not in door.gives) or "none"
         raise BadInput(f"{option} {text}: {path.name} has no option {unknown[0]}; its options are {own}")
     if missing := [name for name in found.required if name not in door.gives and name not in path.options]:
-        raise BadInput(f"{option} {text}: {path.name} takes {missing[0]}, but a {door.what} is given {', '.join(door.gives)}")
+        raise BadInput(f"{option} {text}: {path.name} takes {missing[0]}, but the {door.what} is called with {', '.join(door.gives)}")
 
 
 def takes(text: str, name: str) -> bool:
@@ -162,12 +165,29 @@ def takes(text: str, name: str) -> bool:
     return found is None or name in found.takes or found.rest
 
 
+def unused_unless_taken(option: str, table: Mapping[str, Named], parameter: str, *, reason: str = "") -> Unused:
+    """The mark of an option that sets a parameter: unused where the function that the other option names does not take it."""
+
+    def unused(values: Values) -> str:
+        name = values[option]
+        if name in table:
+            return "" if parameter in table[name].takes else reason.format(**values)
+        return "" if takes(name, parameter) else f"{name} takes no {parameter}"
+
+    return Unused(unused)
+
+
 def load(text: str) -> Callable[..., Any]:
     """The function of an import path with its options bound, imported now. Errors: ValueError where there is none."""
     from treetune.core.data import custom  # here, since it is the only part that reads rows
 
     path = parse(text)
-    return partial(custom.function(text.partition("?")[0], "function"), **path.options)
+    return partial(custom.import_function(text.partition("?")[0], "function"), **path.options)
+
+
+def row(table: Mapping[str, presets.Row], text: str) -> presets.Row:
+    """The row of a table of losses that a value names, or one of its own for a function, imported now."""
+    return table[text] if text in table else presets.own(table, load(text))
 
 
 def named(values: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from treetune.cli.methods.cpo import CpoLoss as CpoLoss
 from treetune.cli.methods.dpo import LOSSES as LOSSES
-from treetune.cli.methods.dpo import SCORED as SCORED
-from treetune.cli.methods.dpo import SMOOTHED as SMOOTHED
 from treetune.cli.methods.dpo import DpoLoss as DpoLoss
 from treetune.cli.methods.kto import KtoLoss as KtoLoss
 from treetune.cli.methods.orpo import OrpoLoss as OrpoLoss

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from treetune.cli.options import import_path
+from treetune.cli.options.import_path import unused_unless_taken
 from treetune.cli.options.marks import (
     ADAPTER_SCALE,
     ADAPTER_WEIGHTS,
@@ -21,14 +21,11 @@ from treetune.cli.options.marks import (
     unused_if,
 )
 from treetune.cli.options.ranges import BELOW_ONE, POSITIVE, SMALL, whole
+from treetune.core import registry
 
 LORA = unused_if("adapter", "none", reason="adapter is none")
-SCALED = Unused(lambda values: "" if _scales(values["optimizer"]) else f"{values['optimizer']} takes no lr_scale")
+SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
 BROUGHT = unused_if("lora_model_dir", reason="lora_model_dir brings its own")
-
-
-def _scales(optimizer: str) -> bool:
-    return not import_path.is_path(optimizer) or import_path.takes(optimizer, "lr_scale")
 
 
 def _local(values: Values) -> str:

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options import import_path
-from treetune.cli.options.import_path import door
+from treetune.cli.options.import_path import door, unused_unless_taken
 from treetune.cli.options.marks import (
     REGEX_NUMBERS,
     RESOURCES,
@@ -15,35 +14,21 @@ from treetune.cli.options.marks import (
     STEP_ROWS,
     STEP_SIZE,
     Unused,
-    Values,
     refused,
-    unused_if,
     unused_unless,
 )
 from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
+from treetune.core import registry
 
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
 
-OPTIMIZER = door(("adamw", "lion", "sgd"), "optimizer", "weight_decay", "decay", "lr_scale")
-SCHEDULE = door(("cosine", "linear", "constant"), "learning-rate schedule", "peak", "steps")
+OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *dict.fromkeys(name for row in registry.OPTIMIZERS.values() for name in row.takes))
+SCHEDULE = door(registry.SCHEDULES, "learning-rate schedule", "peak", "steps")
 
 
-def _own(values: Values) -> str:
-    name = values["optimizer"]
-    return "" if name in OPTIMIZER.names else f"{name} has options of its own: {name.partition('?')[0]}?name=value"
-
-
-NAMED = Unused(_own)
-
-
-def _taken(parameter: str) -> Unused:
-    """An option that every built-in optimizer looks at, and a function that has this parameter."""
-
-    def reason(values: Values) -> str:
-        name = values["optimizer"]
-        return "" if name in OPTIMIZER.names or import_path.takes(name, parameter) else f"{name} takes no {parameter}"
-
-    return Unused(reason)
+def taken(parameter: str, *, reason: str = "") -> Unused:
+    """The mark of an option that sets a parameter of the optimizer."""
+    return unused_unless_taken("optimizer", registry.OPTIMIZERS, parameter, reason=reason)
 
 
 def peak(rates: tuple[float, float]) -> Any:
@@ -69,25 +54,19 @@ class OptimOptions:
     """Steps of linear warm-up."""
     warmup_ratio: Annotated[float | None, PART, STEP_SIZE] = None
     """Warm-up as a part of all steps, instead of warmup_steps; neither: 0.03."""
-    weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, _taken("weight_decay")] = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, taken("weight_decay")] = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
-    weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, _taken("decay")] = ()
+    weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("decay")] = ()
     """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
-    lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, _taken("lr_scale")] = ()
+    lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("lr_scale")] = ()
     """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
-    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead"), NAMED] = 0.9
+    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, taken("b1", reason="sgd has momentum instead")] = 0.9
     """First moment's decay (adamw, lion)."""
-    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, unused_if("optimizer", "sgd", reason="sgd has momentum instead"), NAMED] = (
-        None
-    )
+    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, taken("b2", reason="sgd has momentum instead")] = None
     """Second moment's decay (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
-    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, NAMED, unused_unless("optimizer", "adamw", reason="{optimizer} has no epsilon")] = (
-        1e-8
-    )
+    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, taken("eps", reason="{optimizer} has no epsilon")] = 1e-8
     """Added to the root of the second moment (adamw)."""
-    momentum: Annotated[
-        float, BELOW_ONE, STEP_SIZE, NAMED, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")
-    ] = 0.0
+    momentum: Annotated[float, BELOW_ONE, STEP_SIZE, taken("momentum", reason="{optimizer} has adam_beta1 instead")] = 0.0
     """Heavy-ball momentum (sgd)."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Gradients longer than this are scaled down to it; 0 turns clipping off."""

@@ -43,7 +43,7 @@ CASES = {
     "wrong type": lambda t, d: (sft(t, "--lora-r", "four"), "--lora-r must be a whole number", "got 'four'"),
     "value of a switch": lambda t, d: (sft(t, "--shuffle", "false"), "--shuffle takes no value, got 'false'", "--no-shuffle"),
     "value of a negated switch": lambda t, d: (sft(t, "--no-shuffle=true"), "takes no value, got 'true'", "--shuffle or --no-shuffle"),
-    "near choice": lambda t, d: (sft(t, "--optimizer", "adamv"), "--optimizer must be one of adamw, lion, sgd, got", "mean adamw"),
+    "near choice": lambda t, d: (sft(t, "--optimizer", "adamv"), "one of adamw, lion, sgd, or FILE.py:FUNCTION, got", "mean adamw"),
     "list of numbers": lambda t, d: (sft(t, "--lora-layers", 0, "b"), "--lora-layers must be a whole number .*, got 'b'"),
     "nothing to merge": lambda t, d: (["merge"], "treetune merge needs ADAPTER and OUTPUT"),
     "special tokens map": lambda t, d: (sft(t, "--model", rewritten(t, d, "special_tokens_map.json", "[1]")), "map.json holds a list"),

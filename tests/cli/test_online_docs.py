@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from treetune.cli import checks, main, parse
-from treetune.cli.options.policy_loss import EPSILON, PRESETS
 from treetune.core.data import custom
+from treetune.losses.presets import POLICY_LOSSES as PRESETS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "online.md").read_text()
@@ -50,7 +50,7 @@ def test_the_table_of_losses_is_that_of_the_program():
         assert cells[3] == made.advantage and cells[2].startswith(means[made.aggregate]), name
         if made.term in ("ppo_clip", "gmpo"):
             bounds = tuple(float(number) for number in re.findall(r"[\d.]+(?:e-\d)?", cells[4]))
-            assert bounds == EPSILON.get(name, (0.2, 0.2)), name
+            assert bounds == made.epsilon, name
 
 
 def test_every_option_that_the_text_names_exists():

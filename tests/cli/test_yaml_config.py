@@ -206,19 +206,20 @@ TEXTS = [
 ]
 
 
-def odd(kind, known, draw):
+def odd(kind, option, draw):
     """A value of an option that is hard to write."""
     import typing
 
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and args[0] is not str:
-        return tuple(odd(args[0], known, draw) for _ in range(3))
+        return tuple(odd(args[0], option, draw) for _ in range(3))
     if origin is tuple:
-        return tuple(draw.sample(TEXTS, 4))
-    if origin is typing.Literal:
-        return draw.choice(args)
+        return tuple(draw.sample(option.choices or TEXTS, 4))
+    if option.choices and type(None) not in args:
+        return draw.choice(option.choices)
     if type(None) in args:
-        return odd(next(one for one in args if one is not type(None)), known, draw)
+        return odd(next(one for one in args if one is not type(None)), option, draw)
+    known = option.range
     if kind is int:
         return int(draw.choice([known.low, known.high, draw.randint(int(known.low), int(known.high))]))
     if kind is float:
@@ -240,9 +241,9 @@ def filled(config, draw):
     for part in dataclasses.fields(config):
         group = part.default_factory() if part.default_factory is not dataclasses.MISSING else None
         if group is None:
-            parts[part.name] = odd(kinds[part.name], options[part.name].range, draw)
+            parts[part.name] = odd(kinds[part.name], options[part.name], draw)
         else:
-            values = {name: rows if name in parse.LISTED else odd(kinds[name], options[name].range, draw) for name in vars(group)}
+            values = {name: rows if name in parse.LISTED else odd(kinds[name], options[name], draw) for name in vars(group)}
             parts[part.name] = dataclasses.replace(group, **values)
     return config(**parts)
 
