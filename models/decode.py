@@ -6,7 +6,7 @@ A row's randomness is a function of (seed, id of its prompt, number of the compl
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -32,12 +32,23 @@ class Samples(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How to pick a token."""
+    """How tokens are drawn, and the tokens that end a completion."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: Sequence[int] = ()
+
+
+class DrawOptions(TypedDict, total=False):
+    """The fields of `Draw` as keywords."""
 
     temperature: float
     top_p: float
     top_k: int
     min_p: float
+    stop: Sequence[int]
 
 
 class _Live(NamedTuple):
@@ -57,14 +68,10 @@ def sample(
     n: int = 1,
     lora: Lora | None = None,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    stop: Sequence[int] = (),
     seed: int,
     ids: Sequence[int] | None = None,
     tell: Callable[[Tensor, Tensor], None] | None = None,
+    **options: Unpack[DrawOptions],
 ) -> Samples:
     """n completions of each prompt (lists of token ids), each up to a token of `stop` or `max_new_tokens`.
 
@@ -75,7 +82,7 @@ def sample(
 
     Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
     """
-    draw = Draw(temperature, top_p, top_k, min_p)
+    draw = Draw(**options)
     _check(model, prompts, n, max_new_tokens, draw)
     weights = shard.gather_all(model.params, model.cfg.dtype)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
@@ -84,7 +91,7 @@ def sample(
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
     names = torch.tensor(list(range(len(prompts))) if ids is None else list(ids), device=device).repeat_interleave(n)
     key = noise.keys(seed, names, torch.arange(n, device=device).repeat(len(prompts)))
-    stops = torch.tensor(list(stop), dtype=torch.int64, device=device)
+    stops = torch.tensor(list(draw.stop), dtype=torch.int64, device=device)
     out = _empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):

@@ -8,7 +8,7 @@ both without a copy of its prefix, so memory grows with T + R G. Every branch ha
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -51,22 +51,21 @@ def branches(
     n: int,
     *,
     lora: Lora | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     seed: int,
     ids: Sequence[int] | None = None,
+    **options: Unpack[decode.DrawOptions],
 ) -> decode.Samples:
     """n continuations of anchors.length tokens from each anchor of the documents of a stream; row m n + j is rollout j of anchor m.
 
     Reads tokens, positions [T] and cu_docs [D + 1] of bare documents, which stay on the host. temperature 0 takes the most probable
-    token; otherwise the draw is from q = softmax(logits / temperature) cut by top_p, and logp is of q before the cut. A token is a
-    function of (seed, id of its document, anchor, rollout, position); `ids` [D] name the documents (default: their order).
+    token; otherwise the draw is from q = softmax(logits / temperature) cut as in `decode.sample`, and logp is of q before the cut. A
+    token is a function of (seed, id of its document, anchor, rollout, position); `ids` [D] name the documents (default: their order).
     Adapters' dropout is off. lens is G everywhere.
 
     Raises ValueError for options out of range, anchors outside their documents, or more positions than the model has.
     """
-    _check(model, batch, anchors, n, temperature, top_p)
-    draw, count = decode.Draw(temperature, top_p, 0, 0.0), anchors.start.shape[0] * n
+    draw, count = decode.Draw(**options), anchors.start.shape[0] * n
+    _check(model, batch, anchors, n, draw)
     weights = shard.gather_all(model.params, model.cfg.dtype)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
     device, length = weights["embed_tokens"].device, anchors.length
@@ -90,11 +89,13 @@ def branches(
     return decode.Samples(token, logp, kept, torch.full((count,), length, device=device))
 
 
-def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, temperature: float, top_p: float) -> None:
+def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, draw: decode.Draw) -> None:
     if "branch" in batch:
         raise ValueError("the stream branches already; expected bare documents to continue")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature is {temperature} and top_p {top_p}; expected 0 or more, and in (0, 1]")
+    if draw.temperature < 0 or not 0 < draw.top_p <= 1:
+        raise ValueError(f"temperature is {draw.temperature} and top_p {draw.top_p}; expected 0 or more, and in (0, 1]")
+    if draw.stop:
+        raise ValueError(f"stop is {list(draw.stop)}; a branch has {anchors.length} tokens, whichever they are: leave stop out")
     strided.check(batch["cu_docs"].long().diff(), anchors, n)
     furthest = int(anchors.start.max()) + anchors.length if anchors.start.numel() else 0
     if furthest > model.cfg.max_positions:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,13 @@ class Neftune(NamedTuple):
 
     alpha: float
     seed: Tensor
+
+
+class Training(TypedDict, total=False):
+    """What only training asks of a forward pass: noise on the embeddings, and which layers `remat` computes again in the backward."""
+
+    noise: Neftune | None
+    remat: str | None
 
 
 class Cache(NamedTuple):
@@ -176,13 +183,13 @@ def forward(
     lora: Lora | None = None,
     cache: Cache | None = None,
     collect: Sequence[int] = (),
-    noise: Neftune | None = None,
-    remat: str | None = None,
+    **training: Unpack[Training],
 ) -> Out:
     """Hidden states of a packed stream. With a cache and no plan, each token attends to its cache row up to its own slot."""
     x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
-    if noise is not None:
-        x = x + _neftune(x, batch, noise)
+    remat, neftune = training.get("remat"), training.get("noise")
+    if neftune is not None:
+        x = x + _neftune(x, batch, neftune)
     adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
     shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, bare, _dropout_keys(batch, lora))

@@ -1,7 +1,7 @@
 """Model families by name, and the one call that every loss is built on: log-probs of the read rows of a stream."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import llama, qwen2, qwen3
-from treetune.models.dense import Cache, Config, LogitMap, Neftune, Out
+from treetune.models.dense import Cache, Config, LogitMap, Out, Training
 from treetune.ops import attention
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
 
@@ -50,8 +50,7 @@ class Family(Protocol):
         lora: Lora | None = None,
         cache: Cache | None = None,
         collect: Sequence[int] = (),
-        noise: Neftune | None = None,
-        remat: str | None = None,
+        **training: Unpack[Training],
     ) -> Out:
         """Hidden states of a packed stream."""
         ...
@@ -99,8 +98,7 @@ def logprobs(
     lora: Lora | None = None,
     temperature: float = 1.0,
     want: tuple[str, ...] = (),
-    noise: Neftune | None = None,
-    remat: str | None = None,
+    **training: Unpack[Training],
 ) -> TokenStats:
     """Log-probs (nats, float32) of `targets` [N] read at rows `at` [N] of the stream, and the statistics in `want`.
 
@@ -108,7 +106,7 @@ def logprobs(
     """
     model = MODELS[family]
     plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
-    hidden = model.forward(weights, batch, plan, cfg, lora=lora, noise=noise, remat=remat).hidden
+    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
     rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
     return linear_logprob(rows, weight, batch["targets"], **_logit_options(model.logit_map(cfg), temperature), want=want)
 
@@ -130,15 +128,16 @@ def logprobs_beside(
     plan: attention.Plan,
     *,
     temperature: float,
+    lora: Lora | None = None,
     want: tuple[str, ...] = (),
-    **how,
+    **training: Unpack[Training],
 ) -> tuple[TokenStats, TokenStats]:
     """`logprobs` of `targets` [N] at a temperature, and of `prompt_targets` [M] at rows `prompt_at` and temperature 1: one forward pass.
 
-    how: lora, noise, remat of `logprobs`. The statistics in `want` are those of `targets`.
+    The statistics in `want` are those of `targets`.
     """
-    model, lora = MODELS[family], how.get("lora")
-    hidden, weight = model.forward(weights, batch, plan, cfg, **how).hidden, model.head(weights, cfg, lora)
+    model = MODELS[family]
+    hidden, weight = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden, model.head(weights, cfg, lora)
     rule, rows = model.logit_map(cfg), model.read(hidden, batch, lora)
     stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
     prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)

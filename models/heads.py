@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
 from treetune.models import MODELS, Model, adapter, folder, hf
-from treetune.models.dense import Config, Neftune
+from treetune.models.dense import Config, Training
 from treetune.ops import attention
 
 # kind -> (what replaces "ForCausalLM" in transformers' class names, PEFT's task_type)
@@ -60,15 +61,14 @@ def scores(
     plan: attention.Plan | None = None,
     *,
     lora: Lora | None = None,
-    noise: Neftune | None = None,
-    remat: str | None = None,
+    **training: Unpack[Training],
 ) -> Tensor:
     """Scores [N, C] in float32 of the rows `at` [N] of a stream, from the hidden states after the last norm.
 
     The plan is computed here when absent.
     """
     plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
-    hidden = MODELS[family].forward(weights, batch, plan, cfg, lora=lora, noise=noise, remat=remat).hidden
+    hidden = MODELS[family].forward(weights, batch, plan, cfg, lora=lora, **training).hidden
     return logits(hidden[batch["at"]], head)
 
 
