@@ -35,13 +35,13 @@ def _bounds(stream: Batch) -> None:
 
 
 def not_finite(params: Params) -> list[str]:
-    """Paths of the leaves that hold a nan or an inf."""
+    """Paths of the leaves with a nan or an inf."""
     return [path for path, leaf in tree.items(params) if not torch.isfinite(leaf).all()]
 
 
 @torch.no_grad()
 def finite(params: Params) -> Tensor:
-    """Whether all numbers of a tree are finite, as a 0-d bool on its device: of a sharded tree, those of this rank.
+    """Whether all numbers of a tree are finite: a 0-d bool on the tree's device; of a sharded tree, this rank's part.
 
     No leaf is copied, and nothing is read by the host.
     """

@@ -40,7 +40,7 @@ def digest(params: Params) -> str:
 
 
 def leaf_digest(params: Params) -> str:
-    """sha256 over the sha256 of every leaf, which several threads make: for whole leaves, whose paths, shapes, dtypes and bytes count."""
+    """sha256 of the sha256 of every leaf's path, shape, dtype and bytes, hashed in several threads; leaves must be whole."""
 
     def one(item: tuple[str, Tensor]) -> str:
         path, leaf = item
@@ -102,7 +102,7 @@ def commit(draft: Path, path: Path) -> None:
 
 
 def recover(root: Path) -> None:
-    """Put back a checkpoint that a crash left without its name, and delete drafts. Only who has the run's folder may call it."""
+    """Restore a checkpoint that a crash left under a draft's name, and delete drafts. The caller must hold the lock of the run folder."""
     owned.restore(root, owned.CHECKPOINT, held=True)
     drafts.sweep(root, held=True)
 
@@ -135,7 +135,7 @@ def _check_step(path: Path, meta: fields.Fields) -> None:
 
 
 def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` whose files are as they were written, and what is wrong with each newer one."""
+    """The newest checkpoint under `root` whose files match its manifest, and the fault of each newer one."""
     faults = []
     for path in reversed(numbered(root)):
         try:
@@ -191,26 +191,26 @@ def name(step: int) -> str:
 
 
 def steps(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first; drafts of an interrupted save do not count, nor do names that no save writes."""
+    """Checkpoints under `root`, oldest first, without drafts of an interrupted save and names that no save writes."""
     return [path for path in numbered(root) if (path / "state.json").is_file()]
 
 
 def numbered(root: Path) -> list[Path]:
-    """All that has the name of a checkpoint under `root`, whole or not, oldest first."""
+    """Paths under `root` with the name of a checkpoint, complete or not, oldest first."""
     folders = Path(root).glob("step_*") if Path(root).is_dir() else []
     numbers = {path: int(path.name.removeprefix("step_")) for path in folders if re.fullmatch(r"step_[0-9]+", path.name)}
     return sorted((path for path, number in numbers.items() if path.name == name(number)), key=numbers.__getitem__)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: its own files, and the folder when nothing else is in it. A link stays, and what it leads to."""
+    """Delete a checkpoint's own files, and its folder if nothing else is in it. Links and their targets stay."""
     owned.remove(path, owned.CHECKPOINT)
 
 
 def prune(root: Path, keep: int | None, *, best: Path | None = None) -> list[Path]:
-    """Delete all but the newest `keep` (at least 1) checkpoints and the best one, and drafts that a crash left; returns what went.
+    """Delete all checkpoints but the newest `keep` (at least 1) and the best one, and drafts of crashed saves; return the deleted paths.
 
-    Only who has the run's folder may call it.
+    The caller must hold the lock of the run folder.
     """
     recover(Path(root))
     checkpoints = steps(root)

@@ -1,8 +1,8 @@
-"""Names of what is not finished: a file or folder that is written beside its place, or that is on its way out.
+"""Drafts: names of files and folders that are being written beside their final place, or being deleted.
 
-`.NAME.HOST-BOOT-SPACE-PID-START-COUNT.KIND`, of the process that it belongs to. A draft of a process that has ended is nobody's and can go;
-one of a running process is never touched. Kinds: `draft` is being written, `old` makes room for a draft and comes back if that never
-gets its name, `gone` is being deleted.
+A draft is named `.NAME.HOST-BOOT-SPACE-PID-START-COUNT.KIND` after its final name and its process. The draft of a process that has ended
+may be deleted; that of a running process is never touched. Kinds: `draft` is being written; `old` made room for a draft and is restored
+if that is never finished; `gone` is being deleted.
 """
 
 import itertools
@@ -30,7 +30,7 @@ _count = itertools.count()
 
 
 class Draft(NamedTuple):
-    """A path with the name of a draft: the name it is for, its process (a host besides this one is known by its digest), and its kind."""
+    """A draft's path, final name, process and kind. Another host than this one is recorded by its digest."""
 
     path: Path
     name: str
@@ -47,7 +47,7 @@ def name(path: Path, kind: str = DRAFT) -> Path:
 
 
 def read(path: Path) -> Draft | None:
-    """What a path says of itself; None where it is no draft."""
+    """The draft that a path names; None where it names none."""
     match = NAME.fullmatch(path.name)
     if match is None:
         return _earlier(path)
@@ -73,7 +73,10 @@ def inside(folder: Path) -> Iterator[Draft]:
 
 
 def abandoned(draft: Draft, *, held: bool = False) -> bool:
-    """Whether nobody will come back to a draft. `held`: nobody but this process may write here, so what it cannot ask has ended."""
+    """Whether no process will finish a draft.
+
+    held: this process holds the lock of the folder, so a process that it cannot check has ended.
+    """
     if draft.owner == process.own():
         return False
     if isinstance(draft.owner, int):
@@ -90,14 +93,14 @@ def _age_s(path: Path) -> float:
 
 
 def sweep(folder: Path, *, held: bool = False) -> None:
-    """Delete the abandoned drafts of a folder, and what was on its way out; what is old waits for its owner to put it back."""
+    """Delete the abandoned drafts of a folder of the kinds `draft` and `gone`; `owned.restore` deals with `old`."""
     for draft in inside(folder):
         if draft.kind in (DRAFT, GONE) and abandoned(draft, held=held):
             delete(draft.path)
 
 
 def delete(path: Path) -> None:
-    """Delete a draft, as far as the disk lets us: the next sweep comes back to it."""
+    """Delete a draft; what the disk refuses is left for the next sweep."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -105,7 +108,7 @@ def delete(path: Path) -> None:
 
 
 def write(path: Path, data: str | bytes) -> None:
-    """Write a small file in one piece: it is the old or the new one at any moment, and the new one is on the disk."""
+    """Write a small file atomically and flush it: at any moment it has its old or its new content."""
     draft = name(path)
     try:
         draft.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -1,4 +1,4 @@
-"""Writes that last: flushed to the disk, and lines that a crash can only cut short."""
+"""Durable writes: flushed to the disk, in lines of which a crash can only cut the last one short."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def fsync(path: Path) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line; where a crash cut the line before it short, the new one starts a line of its own."""
+    """Append a line; if a crash cut the last line short, it is ended first."""
     with open(path, "ab+") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")

@@ -26,7 +26,7 @@ class Fields(NamedTuple):
 
 @contextlib.contextmanager
 def reading(source: object) -> Iterator[None]:
-    """Inside, a file or an option is read: an error that nobody foresaw becomes a ValueError of one line that names it."""
+    """Context in which a file or an option is read: an unforeseen error becomes a ValueError of one line that names it."""
     try:
         yield
     except (*UNFORESEEN, UnicodeError) as error:
@@ -34,7 +34,7 @@ def reading(source: object) -> Iterator[None]:
 
 
 def unforeseen(source: object, error: BaseException) -> str:
-    """The line for an error that nobody foresaw while `source` was read."""
+    """The message for an unforeseen error while `source` was read."""
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 200 else f"{reason[:196]} ..."
     return f"{source} cannot be read: {type(error).__name__}{': ' * bool(reason)}{reason} ({TRACEBACK}=1 shows where)"
@@ -50,7 +50,7 @@ def mapping(value: Any, source: str) -> Fields:
 
 
 def shown(value: Any) -> str:
-    """A value and its type as messages show them: `"abc" (text)`, at most 60 characters of it."""
+    """A value and its type for a message: `"abc" (text)`, cut to 60 characters."""
     kinds = ((bool, "true or false"), (str, "text"), (int, "integer"), (float, "number"), (list | tuple, "list"), (dict, "mapping"))
     if value is None:
         return "null"
@@ -101,7 +101,7 @@ def number(
 
 
 def flag(fields: Fields, name: str, *, default: Any = REQUIRED, null: bool = False) -> bool | Any:
-    """True or false, nothing that merely counts as one."""
+    """True or false; 0 and 1 are refused."""
     value = _value(fields, name, default, null, "true or false")
     if value is not default and not isinstance(value, bool):
         raise wrong(fields, name, "true or false")
@@ -149,7 +149,7 @@ def unknown(fields: Fields, known: Iterable[str]) -> list[str]:
 
 
 def _value(fields: Fields, name: str, default: Any, null: bool, expected: str) -> Any:
-    """What stands there; the default where nothing does."""
+    """The value of a field; the default where the field is absent."""
     if name not in fields.values or (null and fields.values[name] is None):
         if default is REQUIRED:
             raise wrong(fields, name, expected)

@@ -38,7 +38,7 @@ def value_and_grad(fn: Callable) -> Callable:
 
 
 def _own(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors, none in the place of another: autograd may hand out an expanded, a transposed or a shared one."""
+    """Contiguous gradients in memory of their own: autograd may return an expanded, a transposed or a shared tensor."""
     owned, addresses = [], set()
     for grad in grads:
         grad = grad.contiguous()
@@ -49,7 +49,7 @@ def _own(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def remat(fn: Callable, policy: str | None) -> Callable:
-    """`fn` as it is (policy None), or recomputed in the backward pass instead of kept in memory ("full")."""
+    """`fn` unchanged (policy None), or with its activations recomputed in the backward pass ("full")."""
     if policy is None:
         return fn
     if policy == "full":

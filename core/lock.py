@@ -1,8 +1,8 @@
-"""A folder in the hands of one process: a file in it that names the host, the number and the start of the holder.
+"""Lock of a folder for one process: a file that records host, number and start time of its holder.
 
-The file is also locked in the sense of the system (flock) as long as its holder lives, where there is such a thing: that settles who takes
-over what a process left that was killed, and shows a holder in another container of this machine. What another machine holds cannot be
-checked from here: it is refused, and the message says what to delete.
+The holder also keeps the file locked by the system (flock) while it lives, where the system has such locks. That decides which process
+takes over after a holder was killed, and shows a holder in another container of this machine. A holder on another machine cannot be
+checked from here: the folder is refused, and the message says which file to delete.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ TRIES = 100
 
 
 class Busy(ValueError):
-    """Another process has the folder."""
+    """The folder is in use by another process."""
 
 
 class Lock:
-    """The lock of a folder, taken when it is made. Raises Busy, with the holder's host and number, while another process has it."""
+    """Lock of a folder, acquired on construction; call `release` when done. Raises Busy, which names the holder, while it is taken."""
 
     def __init__(self, folder: Path):
         self.path, self.handle = Path(folder) / NAME, None
@@ -37,7 +37,7 @@ class Lock:
         raise Busy(f"{folder} is wanted by several processes at once: try again")
 
     def _take(self) -> bool:
-        """Whether the lock is ours now; False where its file was replaced in between."""
+        """Whether this process now holds the lock; False where the file was replaced in between."""
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
             free = _flock(handle)
@@ -45,7 +45,7 @@ class Lock:
                 return False
             holder = _holder(handle)
             if not free and (holder is None or process.ended(holder)):
-                time.sleep(0.02)  # it is just being written
+                time.sleep(0.02)  # its holder is writing it at this moment
                 return False
             if not _left(holder, free):
                 raise Busy(_words(self.path, holder))
@@ -67,7 +67,7 @@ class Lock:
             raise
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Delete the lock file and release the system's lock."""
         if self.handle is not None:
             with contextlib.suppress(OSError):
                 if _same(self.handle, self.path):
@@ -77,7 +77,7 @@ class Lock:
 
 
 def check(folder: Path) -> None:
-    """Raise Busy while another process has the folder; nothing is written."""
+    """Raise Busy while another process holds the folder; writes nothing."""
     path = Path(folder) / NAME
     for last in [False] * TRIES + [True]:
         try:
@@ -97,7 +97,7 @@ def check(folder: Path) -> None:
 
 
 def _flock(handle: int) -> bool:
-    """Whether the system gives us its lock, or has none to give."""
+    """Whether the system grants its lock, or has no locks."""
     if fcntl is None:
         return True
     try:
@@ -117,7 +117,7 @@ def _same(handle: int, path: Path) -> bool:
 
 
 def _holder(handle: int) -> process.Process | None:
-    """Who wrote the file; None where it is empty or damaged, as a crash may leave it."""
+    """The process that the file records; None where the file is empty or damaged, as after a crash."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         values = json.loads(os.read(handle, 4096))
@@ -129,7 +129,7 @@ def _holder(handle: int) -> process.Process | None:
 
 
 def _left(holder: process.Process | None, free: bool) -> bool:
-    """Whether nobody holds the lock: there is no holder, or it has ended without giving the lock back."""
+    """Whether the lock is free: it has no holder, or its holder ended without releasing it."""
     if holder is None or not free:
         return free
     ended = process.ended(holder)

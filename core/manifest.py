@@ -1,8 +1,8 @@
-"""Manifests: the size and sha256 of every file of a folder, in a file beside them that is compared when the folder is read.
+"""Manifests: the size and sha256 of every file of a folder, in a file of that folder which is compared when the folder is read.
 
-A flipped bit, a cut, missing, swapped or added file, an edited number: each is a ValueError that names the file, and never other
-weights. A folder without a manifest was made elsewhere, or its owner has accepted changes by deleting it: nothing is compared there.
-The digests are those of `sha256sum`.
+A flipped bit, a truncated, missing, swapped or added file, an edited number: each is a ValueError that names the file. A folder without a
+manifest was written by another program, or its owner accepted changes by deleting it: nothing is compared there. The digests are those
+of `sha256sum`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SETTLED_NS = 2 * 10**9  # a file that was changed a moment ago may change again 
 
 
 class Entry(NamedTuple):
-    """What a file held: its size, and the hexadecimal sha256 of its bytes."""
+    """Size of a file as it was written, and the hexadecimal sha256 of its bytes."""
 
     bytes: int
     sha256: str
@@ -70,7 +70,7 @@ def check(folder: str | Path, *, weights: bool = True, fix: str | None = None) -
 
 
 def accept(folder: Path) -> str:
-    """What to do about a folder that is not as it was written."""
+    """Advice for a folder whose files differ from its manifest."""
     return f"copy or make it again; if you changed it yourself, delete {folder / NAME}, and the folder is used without this check"
 
 
@@ -123,12 +123,11 @@ def _size_error(path: Path, entry: Entry) -> str | None:
 
 
 def _changed(entries: dict[Path, Entry]) -> list[str]:
-    """What is wrong with the files whose digest is another one, or that cannot be read; those compared before are not read again."""
+    """Faults of the files whose digest differs or that cannot be read; files that were compared before are not read again."""
     keys = {path: (_identity(path), entry.sha256) for path, entry in entries.items()}
     unread = [path for path in entries if _compared.get(str(path.resolve())) != keys[path]]
     digests = dict(zip(unread, _digests(unread), strict=True))
     wrong = [_fault(path, digest) for path, digest in digests.items() if digest != entries[path].sha256]
-    # Times of a file are coarse: one that was written a moment ago could change again without a new time.
     for path in unread:
         if digests[path] == entries[path].sha256 and time.time_ns() - keys[path][0][-1] > SETTLED_NS:
             _compared[str(path.resolve())] = keys[path]
@@ -147,7 +146,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _digests(paths: Iterable[Path]) -> list[str | OSError]:
-    """sha256 of each file, or why it cannot be read, several at a time: hashing leaves the interpreter free."""
+    """sha256 of each file, or the error of reading it; several at a time, because hashing releases the interpreter's lock."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_digest, paths))
 

@@ -19,7 +19,7 @@ Rules = Iterable[tuple[str, float]]
 
 
 class Update(Protocol):
-    """p, state <- update; consumes both, in place."""
+    """Update of params and state from gradients, in place: both inputs are consumed."""
 
     def __call__(
         self, grads: Params, state: OptState, params: Params, lr: Tensor, found_inf: Tensor | None = None
@@ -191,7 +191,7 @@ def constant(peak: float, steps: int = 1) -> Schedule:
 
 
 def linear(peak: float, steps: int, *, min_ratio: float = 0.0) -> Schedule:
-    """From peak at step 0 down a straight line to min_ratio * peak at `steps`, and constant after."""
+    """Linear decay from peak at step 0 to min_ratio * peak at `steps`, constant after."""
     return lambda step: peak * (1 - (1 - min_ratio) * _progress(step, steps))
 
 
@@ -205,7 +205,7 @@ def _progress(step: Tensor, steps: int) -> Tensor:
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """lr rises by equal parts over `steps` steps to the start of `schedule`, which then begins; step 0 already learns."""
+    """Linear rise over `steps` steps to the first value of `schedule`, which then starts; the rate of step 0 is above 0."""
     if steps <= 0:
         return schedule
 

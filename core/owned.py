@@ -1,6 +1,6 @@
-"""What treetune made: the names that it writes in folders of its own, and deleting those and nothing else.
+"""Deletion of files that treetune wrote, and of nothing else: the names that it writes into folders of its own.
 
-A link, a file of another name, a folder where a file belongs: whatever a run did not make is foreign, and stays as it is.
+A link, a file of another name, a folder where a file belongs: whatever a run did not write is foreign, and stays as it is.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
 
 
 def foreign(folder: Path, names: re.Pattern) -> list[Path]:
-    """What is below a folder besides files whose names, relative to it, match or stand in its manifest; itself where it is a link.
+    """Paths below a folder that treetune did not write; the folder itself where it is a link.
 
-    Of a `MODEL` with a manifest only that counts: a tokenizer beside an adapter may be the user's.
+    names: names relative to the folder that treetune writes; files in its manifest count, too. Of a `MODEL` with a manifest only the
+    manifest counts: a tokenizer beside an adapter may be the user's.
     """
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
@@ -35,7 +36,7 @@ def foreign(folder: Path, names: re.Pattern) -> list[Path]:
 
 
 def _listed(folder: Path) -> set[str]:
-    """The files that were written with a folder, by its manifest, and that itself; none where it has none."""
+    """Names in a folder's manifest, and the manifest's own; none where there is no manifest."""
     try:
         return {manifest.NAME, *json.loads((folder / manifest.NAME).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -43,7 +44,7 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Everything that is no folder, and folders that are empty; links are not followed."""
+    """Files, links and empty folders below a folder; links are not followed."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             inner = list(_below(path))
@@ -57,9 +58,9 @@ def _plain(path: Path) -> bool:
 
 
 def remove(folder: Path, names: re.Pattern) -> bool:
-    """Delete the files below a folder whose names match, and the folder when nothing else is in it; whether it went.
+    """Delete the files below a folder that treetune wrote, and the folder if nothing else is in it; return whether it was deleted.
 
-    Without anything foreign it loses its name first, so that a crash never leaves a part of it under that name.
+    A folder without foreign files is renamed first, so that a crash never leaves a part of it under its name.
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
@@ -79,9 +80,9 @@ def remove(folder: Path, names: re.Pattern) -> bool:
 
 
 def replace(new: Path, path: Path, names: re.Pattern) -> None:
-    """Give a finished folder the name `path`. A folder that is there steps aside, and what is foreign in it moves into the new one.
+    """Rename a finished folder to `path`. A folder of that name is deleted, after its foreign files have moved into the new one.
 
-    A crash in between leaves the old folder as a draft, which `restore` gives its name back.
+    A crash in between leaves the old folder under a draft's name, from which `restore` brings it back.
     """
     if not os.path.lexists(path):
         os.rename(new, path)
@@ -99,7 +100,7 @@ def replace(new: Path, path: Path, names: re.Pattern) -> None:
 
 
 def _retire(old: Path, path: Path, names: re.Pattern) -> None:
-    """Delete a folder that was replaced, after what is foreign in it has moved to the one at `path`."""
+    """Delete a folder that was replaced, after its foreign files have moved to `path`."""
     for other in foreign(old, names):
         target = path / other.relative_to(old)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def _retire(old: Path, path: Path, names: re.Pattern) -> None:
 
 
 def restore(folder: Path, names: re.Pattern, *, held: bool = False) -> None:
-    """Finish what a crash cut short in `replace`: an old folder without a successor gets its name back, another one goes.
+    """Finish a `replace` that a crash interrupted: an old folder without a successor gets its name back, any other is deleted.
 
     held: as for `drafts.abandoned`.
     """

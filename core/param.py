@@ -13,7 +13,7 @@ Params = dict
 
 
 class Param(NamedTuple):
-    """What a weight is before it exists: shape, dtype, a name for each dimension, and how it starts.
+    """A weight before it is allocated: shape, dtype, a name for each dimension, and its initialisation.
 
     `init` is "zeros", "ones", "normal:STD" or "kaiming" (uniform in +-1/sqrt(fan_in), what PEFT gives a LoRA A).
     """

@@ -1,4 +1,4 @@
-"""Processes as files name them: a machine, a number, and the time of its start, which together no other process has."""
+"""Identity of a process as files record it: machine, boot, process number and start time, together unique."""
 
 import hashlib
 import os
@@ -11,8 +11,11 @@ _PROC = Path("/proc")
 
 
 class Process(NamedTuple):
-    """host: its name. boot: which start of that machine, "" where the system does not tell. space: whose process numbers these are
-    (containers have their own). start: of the process, in the system's ticks, "" where it does not tell."""  # fmt: skip
+    """One process of one machine.
+
+    host: name of the machine. boot: identity of its last boot, "" where the system has none. space: namespace of process numbers, because
+    containers count their own. pid: number of the process. start: its start time in the system's ticks, "" where the system has none.
+    """
 
     host: str
     boot: str
@@ -44,7 +47,7 @@ def _read(path: Path) -> str:
 
 
 def _start(pid: int) -> str | None:
-    """When a process started; "" for one that has ended and waits to be noticed, None where the system does not tell."""
+    """Start time of a process; "" for a zombie, None where the system has none."""
     fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
     if len(fields) < 20:
         return None
@@ -52,7 +55,7 @@ def _start(pid: int) -> str | None:
 
 
 def ended(process: Process) -> bool | None:
-    """Whether a process has ended; None where this machine cannot know, because it ran on another or in another container."""
+    """Whether a process has ended; None where this machine cannot tell, because the process ran on another or in another container."""
     host, boot, space = _machine()
     if process.host != host:
         return None
@@ -77,11 +80,11 @@ def _runs(pid: int) -> bool:
 
 
 def pid_ended(pid: int) -> bool:
-    """Whether no process of this number runs here: all that is known of files that name nothing else."""
+    """Whether no process of this number runs on this machine; for files that record nothing but a number."""
     start = _start(pid)
     return not _runs(pid) if start is None else start == ""
 
 
 def short(host: str) -> str:
-    """A host's name as it stands in the names of files."""
+    """Digest of a host's name, as it appears in the names of files."""
     return hashlib.sha256(host.encode()).hexdigest()[:8]

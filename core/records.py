@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 class Read(NamedTuple):
-    """The records of a file in order, and the numbers of its lines that hold none."""
+    """The records of a file in order, and the numbers of its lines without one."""
 
     records: list[Record]
     broken: list[int]
@@ -56,7 +56,7 @@ def _plain(value: Any) -> Any:
 
 
 def describe(path: Path, broken: list[int]) -> str:
-    """What was left out of a file, in a line."""
+    """A message about the lines of a file that hold no record."""
     shown = ", ".join(map(str, broken[:5])) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
     what = f"line {shown} holds" if len(broken) == 1 else f"lines {shown} hold"
     return f"{path}: {what} no record and {'is' if len(broken) == 1 else 'are'} left out; the others are kept"

@@ -1,7 +1,7 @@
 """Rewards to advantages on the host, in float64 and without a gradient: rewards [P, G] or [P, G, K] in, [P, G] out.
 
 P prompts, G completions of each, K reward functions, T tokens of one completion. r is a reward, m a mean and s a standard
-deviation, over the completions of a prompt (g) or over all (b). nan means no opinion: such an entry is left out of every
+deviation, over the completions of a prompt (g) or over all (b). nan means that a function abstained: such an entry is left out of every
 moment, and its advantage is 0. Where all rewards of a group are equal, or only one is known, advantages that compare within
 the group are exactly 0, not what rounding the mean leaves. Pass the whole generation batch, of all ranks.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def combined(rewards: Tensor, weights: Tensor) -> Tensor:
-    """r = sum_k w_k R_k over the functions with an opinion, nan where none has one: [P, G, K], weights [K] -> [P, G]."""
+    """r = sum_k w_k R_k over the functions that do not abstain, nan where all do: [P, G, K], weights [K] -> [P, G]."""
     rewards, weights = _checked(rewards, 3), _weights(weights, rewards)
     return torch.where(rewards.isnan().all(-1), torch.nan, (weights * rewards).nansum(-1))
 
@@ -148,7 +148,7 @@ def _checked(rewards: Tensor, ndim: int) -> Tensor:
     rewards = rewards.detach().double()
     if rewards.isinf().any():
         index = torch.nonzero(rewards.isinf())[0].tolist()
-        raise ValueError(f"the reward at {index} is infinite; expected a finite number, or nan for no opinion")
+        raise ValueError(f"the reward at {index} is infinite; expected a finite number, or nan to abstain")
     return rewards
 
 

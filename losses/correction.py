@@ -1,8 +1,8 @@
-"""Constants that multiply or leave out tokens written by another policy than the one that trains. Nothing here has a gradient.
+"""Weights and masks of tokens that another policy than the trained one wrote: constants, without a gradient.
 
 N scored tokens, B sequences: logp, old_logp, sampler_logp [N] are log-probs (nats) of the policy now, of the trainer at sampling
-time, and as the sampler reported them (nan where it could not); seq [N] says whose token it is, seq_lens [B] how many there are.
-g = old_logp - sampler_logp, 0 where the sampler's is nan; rho = e^g. Denominators still count what is left out.
+time, and as the sampler reported them (nan where it could not); seq [N] is the sequence of each token, seq_lens [B] the tokens of each.
+g = old_logp - sampler_logp, 0 where the sampler's is nan; rho = e^g. Denominators count masked tokens, too.
 """
 
 import math

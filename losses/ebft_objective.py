@@ -1,7 +1,7 @@
-"""The objective of energy-based fine-tuning on strided rollouts: policy gradient over generated tokens, cross-entropy over the documents'.
+"""The objective of energy-based fine-tuning on strided rollouts: policy gradient on generated tokens, cross-entropy on the documents.
 
-N generated tokens of B sequences, one for each rollout; M scored tokens of the documents. Both are read from one grown stream (see
-`core.strided.grow`), whose batch holds the advantage, reward and its parts of each rollout [B].
+N generated tokens of B sequences, one per rollout; M scored tokens of the documents. Both are scored in one stream (see
+`core.strided.grow`), whose batch holds the advantage of each rollout, its reward and the parts of that [B].
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Objectives over single completions that were judged good or bad, and what they need to know of a whole step.
+"""The objective of KTO, BCO and APO-zero over single completions that are labelled desirable or not.
 
 N scored tokens, B sequences; desirable [B] bool.
 """
@@ -57,7 +57,7 @@ def _desirable(batch: Batch) -> Tensor:
 
 
 def metrics(stats: TokenStats, batch: Batch, logp: Tensor, rewards: Tensor, beta: float) -> Metrics:
-    """The documented numbers, each class over its own rows; accuracies: rows whose reward is on their side of the baseline's."""
+    """Metrics of the step, each class over its own rows; accuracies: rows whose reward is on their side of the baseline's."""
     good, filled, count = _desirable(batch), batch["seq_lens"] > 0, batch["seq_lens"].sum()
     zero = beta * batch["baseline"] if "baseline" in batch else batch.get("delta", rewards.new_zeros(()))
     reported = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}

@@ -1,10 +1,9 @@
-"""Policy losses for every scored token: each takes by name what it needs of the token's numbers, and gives [N], float32 at least.
+"""Policy losses per scored token: each takes the per-token tensors it needs as named arguments and returns [N] in at least float32.
 
 N scored tokens. ratio [N] comes from `ratio`; advantage A [N] is that of the token's sequence, a constant; logp [N] in nats;
 log_ratio rho = logp - old_logp [N]; seq [N] and seq_lens [B] as in `reduce`; sg stops gradients.
-A loss whose value is one per sequence gives it to each of its tokens, so that the mean over tokens of a sequence is that value.
-An advantage of 0 gives exactly 0 whatever the ratio; ratios come from `ratio`, whose exponentials keep a gradient of 0 at 0 where they
-overflow. Unbounded losses are inf where their limit is.
+A loss with one value per sequence returns it at each of the sequence's tokens, so that their mean is that value.
+An advantage of 0 gives exactly 0 with a gradient of 0, also where the ratio overflows. Unbounded losses are inf where their limit is.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Online RL beside the likelihood of true completions: both from one forward pass of a prompt with all of its continuations.
+"""A policy-gradient objective with an SFT term: the likelihood of true completions, from the same forward pass as the sampled ones.
 
-N scored tokens of B sampled completions, M of the true ones. A true completion is a sequence of kind 1 in the stream that was made of
-the documents; `aside` takes it out of the sequences, so that nothing of the policy loss, its denominators or its metrics sees it.
+N scored tokens of B sampled completions, M of the true ones. A true completion is a sequence of kind 1 in the stream; `aside` moves it
+to `prompt_at` and `prompt_targets`, so that the policy loss, its denominators and its metrics are those of the sampled ones alone.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""Objectives over packed pairs: sequence 2i of the stream is the chosen, 2i + 1 the rejected side of pair i.
+"""The objective of preference pairs: sequence 2i of the stream is the chosen, 2i + 1 the rejected side of pair i.
 
-N scored tokens, M prompt tokens that are read too, B = 2P sequences, P pairs. A pair with an empty side is left out of the term over pairs.
+N scored tokens, M scored prompt tokens, B = 2P sequences, P pairs. A pair with an empty side is left out of the term over pairs.
 """
 
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def _averages(values: dict[str, Tensor], whole: Tensor) -> Metrics:
 
 
 def metrics(stats: TokenStats, batch: Batch, pairs: Pairs, rewards: Rewards) -> Metrics:
-    """The documented numbers: rewards/*, logps/* (nats, summed over a side), logits/* (token means), accuracy of chosen tokens."""
+    """Metrics of the step: rewards/*, logps/* (nats, summed over a side), logits/* (token means), accuracy of chosen tokens."""
     chosen, rejected = rewards(pairs)
     numbers = {
         "rewards/chosen": chosen,
@@ -147,7 +147,7 @@ def metrics(stats: TokenStats, batch: Batch, pairs: Pairs, rewards: Rewards) -> 
 
 
 def token_metrics(stats: TokenStats, batch: Batch) -> Metrics:
-    """Token means of the statistics that there are, and how many tokens were read and scored."""
+    """Token means of the statistics that were computed, and counts of tokens."""
     side, count = batch["seq"] % 2 == 0, batch["seq_lens"].sum()
     reported = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     for name, mask in (("chosen", side), ("rejected", ~side)):

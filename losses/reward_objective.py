@@ -1,6 +1,6 @@
-"""Objectives of reward models: scores of whole answers, ranked in pairs, and classes of the steps of one.
+"""Objectives of reward models: ranked pairs of scores (a reward model), and classes of steps (a process reward model).
 
-N read rows, P pairs, C classes. scores(params, frozen, batch, plan) -> [N, C].
+N scored positions, P pairs, C classes.
 """
 
 import torch
@@ -11,7 +11,7 @@ from treetune.losses import reduce, reward
 
 
 def ranked(scores: Scores, *, centre: float = 0.0) -> Objective:
-    """mean over pairs of -log sigma(r_c - r_r - margin) + centre (r_c + r_r)^2; one read row per sequence, a pair's rows side by side."""
+    """mean over pairs of -log sigma(r_c - r_r - margin) + centre (r_c + r_r)^2; one scored position per sequence."""
 
     def counts(batch: Batch) -> Terms:
         return {"pairs": reduce.whole_pairs(batch["seq_lens"]).sum()}

@@ -1,4 +1,4 @@
-"""The supervised objective: a per-token loss over the scored rows of a stream, averaged over all tokens of the step."""
+"""The supervised objective: a loss per scored token of a stream, averaged over all tokens of the step."""
 
 import inspect
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def objective(logprob: Logprob, token_loss: TokenLoss | None = None, *, want: tu
 
 
 def metrics(stats: TokenStats, batch: Batch, weight: Tensor) -> Metrics:
-    """nll (nats per scored token), and where they were computed mean_token_accuracy and entropy (nats); token counts."""
+    """Metrics of the step: nll (nats per scored token), token counts, and mean_token_accuracy and entropy where they were computed."""
     count = batch["seq_lens"].sum()
     reported = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     plain, total = reduce.by_token(-stats.logp.detach(), batch["seq"], batch["seq_lens"], weight=batch.get("weight"))

@@ -1,6 +1,6 @@
-"""Optional Triton: `triton` and `tl` are None where the package is missing, and `jit` then leaves a kernel a plain function.
+"""Optional Triton: `triton` and `tl` are None where the package is missing, and `jit` then returns the plain function.
 
-Kernels read `tl` only when they run, so every op imports without Triton; a launcher that is reached without it says so.
+Kernels read `tl` only when they run, so every op imports without Triton; `use_triton` raises where it is needed and missing.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ differentiated, dlogp/dhidden is made in the forward (one product more) and the 
 Saved for backward: hidden, lse [N], and entropy [N] when wanted (frozen head: dlogp/dhidden [N, D] too).
 Statistics are float32 (float64 for float64 inputs): low-precision logits are widened before the softmax, and the head gradient is summed
 over chunks in float32.
-Shapes: N read rows, D hidden, V vocab, r rows of a chunk.
+Shapes: N scored positions, D hidden, V vocab, r rows of a chunk.
 Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2411.09009, section 4 (logits made again).
 """
 

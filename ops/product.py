@@ -1,7 +1,7 @@
 """Products with a weight: x W^T, and g W and g^T x of its gradient.
 
-T rows, I inputs, O outputs: 2 T I O flops each. In float32 on the CPU the library and the side that it sees first are a choice, one for
-few rows (a decoding step) and one for many: which is fastest depends on the processor.
+T rows, I inputs, O outputs: 2 T I O flops each. In float32 on the CPU library and operand order are chosen, once for few rows (a decoding
+step) and once for many: which is fastest depends on the processor.
 `measure` times the candidates, `choose` sets one for the process; without either it is oneDNN. Elsewhere it is torch's own product.
 The same product serves with and without gradients, so a policy equals its reference bit for bit while their weights do.
 """
