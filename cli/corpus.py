@@ -9,16 +9,17 @@ from treetune.core.data.corpus import EncodedRows
 from treetune.core.data.dataset import Dataset, Docs, lengths, total_steps
 from treetune.core.data.dataset import Dataset as Corpus
 from treetune.core.data.dataset import DocumentStream as Stream
+from treetune.core.data.kinds import DatasetSpec
 
 __all__ = ["Corpus", "Docs", "Stream", "batching", "check_fits", "lengths", "load", "read_and_encode", "total_steps"]
 
 
-def load(options: Any, tokenizer: Any, *, seed: int, given: frozenset[str], kind: kinds.Kind = kinds.TEXT) -> Dataset:
+def load(options: Any, tokenizer: Any, *, seed: int, given: frozenset[str], kind: DatasetSpec = kinds.TEXT) -> Dataset:
     """Documents for training and evaluation; BadInput for options that these rows would ignore."""
     return corpus.load(kind, row_settings.documents(options), tokenizer, seed=seed, refuse=partial(checks.refuse_unused, given))
 
 
-def read_and_encode(options: Any, tokenizer: Any, *, given: frozenset[str], kind: kinds.Kind = kinds.TEXT, **working: Any) -> EncodedRows:
+def read_and_encode(options: Any, tokenizer: Any, *, given: frozenset[str], kind: DatasetSpec = kinds.TEXT, **working: Any) -> EncodedRows:
     """All documents of the data sets, for commands that hold nothing out."""
     refuse = partial(checks.refuse_unused, given)
     return corpus.read_and_encode(kind, row_settings.documents(options), tokenizer, refuse=refuse, **working)

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 class Method(NamedTuple):
     """kind: of rows that it reads. rates: peak learning rate with an adapter and without. shown: metrics worth a place on the screen."""
 
-    kind: kinds.Kind
+    kind: kinds.DatasetSpec
     build: Callable[..., Parts]  # (config, model, trees, on=device, mesh=, say=)
     rates: tuple[float, float]
     shown: tuple[str, ...] = ()

@@ -63,7 +63,7 @@ def unused_options(config: Preprocess) -> dict[str, str]:
     return unused | ({"dataset_processes": f"with {config.method} rows depend on each other, so one process reads them"} if alone else {})
 
 
-def _encode(config: Preprocess, given: frozenset[str], kind: kinds.Kind, screen: Screen) -> Encoded:
+def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, screen: Screen) -> Encoded:
     tokenizer = setup.load_words(config.model, config.vocabulary, say=screen.line).tokenizer
     with screen.counting("rows") as progress:
         docs, _, lines, reports, _ = corpus.read_and_encode(
@@ -85,7 +85,7 @@ def _encode(config: Preprocess, given: frozenset[str], kind: kinds.Kind, screen:
     return Encoded(docs, lines, rows, tokenizer)
 
 
-def _write_page(path: Path, config: Preprocess, encoded: Encoded, kind: kinds.Kind) -> None:
+def _write_page(path: Path, config: Preprocess, encoded: Encoded, kind: kinds.DatasetSpec) -> None:
     guard.require_own(path, owned.PAGE, "--html")
     values = page.documents(encoded.docs[: config.html_rows], encoded.tokenizer, kind.read)
     histogram = "\n".join(overview.histogram(dataset.lengths(encoded.docs)))

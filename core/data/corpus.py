@@ -40,14 +40,14 @@ class DataSetRows(NamedTuple):
     """The rows of one data set, their kind and format, and the encoder's options that were given for this data set alone."""
 
     rows: sources.Rows
-    kind: kinds.Kind
+    kind: kinds.DatasetSpec
     format: str
     options: dict[str, Any]
     weight: float
     digest: str  # of the bytes and choices behind the rows; empty where nothing is kept
 
 
-def _read(entry: Mapping[str, Any], settings: RowSettings, tokenizer, kind: kinds.Kind) -> DataSetRows:
+def _read(entry: Mapping[str, Any], settings: RowSettings, tokenizer, kind: kinds.DatasetSpec) -> DataSetRows:
     """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
     split = {"split": entry["train_on_split"]} if "train_on_split" in entry else {}
     rows = dataset.read_source(entry, settings, **split)
@@ -70,7 +70,7 @@ def _weight(entry: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def _format(entry: Mapping[str, Any], settings: RowSettings, rows: sources.Rows, kind: kinds.Kind) -> str:
+def _format(entry: Mapping[str, Any], settings: RowSettings, rows: sources.Rows, kind: kinds.DatasetSpec) -> str:
     """As named for the data set, else for all, else by the columns. Found before any split: a part may lack a column."""
     if settings.text_column is not None:
         return "completion"
@@ -82,7 +82,7 @@ def _format(entry: Mapping[str, Any], settings: RowSettings, rows: sources.Rows,
     return _detect(rows, kind) if named is None else kind.canonical(named)
 
 
-def _detect(rows: sources.Rows, kind: kinds.Kind) -> str:
+def _detect(rows: sources.Rows, kind: kinds.DatasetSpec) -> str:
     columns = sources.columns(rows)
     try:
         return kind.detect(columns, rows.rows[0])
@@ -92,7 +92,7 @@ def _detect(rows: sources.Rows, kind: kinds.Kind) -> str:
         raise ValueError(f"{rows.name}: {error}{fix}") from error
 
 
-def read_all(entries: list[dict[str, Any]], settings: RowSettings, tokenizer, kind: kinds.Kind) -> list[DataSetRows]:
+def read_all(entries: list[dict[str, Any]], settings: RowSettings, tokenizer, kind: kinds.DatasetSpec) -> list[DataSetRows]:
     """The rows of each entry of `datasets`."""
     return [_read(entry, settings, tokenizer, kind) for entry in entries]
 
@@ -186,7 +186,7 @@ def _without_duplicates(train: list[DataSetRows], val: list[DataSetRows]) -> tup
     return train, val, lines
 
 
-def read_and_encode(kind: kinds.Kind, settings: RowSettings, tokenizer, *, refuse: Refuse, **working: Any) -> EncodedRows:
+def read_and_encode(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, refuse: Refuse, **working: Any) -> EncodedRows:
     """All documents of the data sets, for commands that hold nothing out."""
     parts = read_all(settings.training_entries(), settings, tokenizer, kind)
     refuse(unused_options(settings, parts))
@@ -196,7 +196,7 @@ def read_and_encode(kind: kinds.Kind, settings: RowSettings, tokenizer, *, refus
     return encoded._replace(lines=lines + encoded.lines)
 
 
-def load(kind: kinds.Kind, settings: RowSettings, tokenizer, *, seed: int, refuse: Refuse) -> Dataset:
+def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, seed: int, refuse: Refuse) -> Dataset:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; what `refuse` raises."""
     if not settings.data:
         raise ValueError("no training data: give --data at least one file or data set")
@@ -218,7 +218,7 @@ def load(kind: kinds.Kind, settings: RowSettings, tokenizer, *, seed: int, refus
     return Dataset(train.docs, val.docs, first, (val_parts or parts)[0].format, lines, train.weights, digests=digests)
 
 
-def _stream(kind: kinds.Kind, settings: RowSettings, tokenizer) -> Dataset:
+def _stream(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer) -> Dataset:
     """A stream of the data sets' rows, but for those held out, with its first documents."""
     size = int(settings.val_set_size)
     val_parts = read_all(settings.held_out_entries(), settings, tokenizer, kind)
@@ -236,7 +236,7 @@ def _stream(kind: kinds.Kind, settings: RowSettings, tokenizer) -> Dataset:
     return Dataset(first_docs, val.docs, first, "completion", [line, *val.lines], stream=stream, digests=digests)
 
 
-def _first_rows(path: str, split: str, size: int, kind: kinds.Kind) -> DataSetRows:
+def _first_rows(path: str, split: str, size: int, kind: kinds.DatasetSpec) -> DataSetRows:
     """The first rows of a data set that has more."""
     rows, _, _ = next(streaming.blocks(streaming.list_shards(path, split=split), buffer=size + 1, shuffle=False))
     if len(rows.rows) <= size:

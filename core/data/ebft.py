@@ -15,6 +15,7 @@ from treetune.core.data import chat, conversations, preference, pretokenised, so
 from treetune.core.data.rows import Message, Row
 from treetune.core.protocols import Tokenizer
 
+ANSWERED = (("input", "prompt", "question"), ("output", "completion", "answer"))  # names of a prompt and its reply
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 THOUGHTS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 Transform = Callable[[dict, str], list[dict]]  # (row, how errors name it) -> rows with the documents' keys; mostly one
@@ -84,6 +85,22 @@ def _truth(message: Message, location: str) -> str:
         fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
         raise ValueError(f"{location}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
     return turns.turn_text(message, f"{location}: the reply")
+
+
+def as_target(row: dict, location: str) -> list[dict]:
+    """A row that has the keys already."""
+    return [row]
+
+
+def question_answer(row: dict, location: str) -> list[dict]:
+    """question and answer, as a conversation."""
+    asked = turns.with_system([{"role": "user", "content": preference.text(row, ("question",), location)}], row, location)
+    return [{"prompt": asked, "ground_truth": preference.text(row, ("answer",), location)}]
+
+
+def prompt_completion(row: dict, location: str) -> list[dict]:
+    """prompt, as text or messages, and completion."""
+    return [{"prompt": row.get("prompt"), "ground_truth": preference.text(row, ("completion",), location)}]
 
 
 def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], dict[str, int]]:
@@ -233,20 +250,3 @@ def _split(message: Message) -> dict:
         if tag and closing_tag:
             return message | {"reasoning_content": thought.strip(), "content": answer.strip()}
     return message | {"reasoning_content": ""}
-
-
-STRUCTURED: dict[str, Transform] = {
-    "ebft_opencode.transform": opencode,
-    "ebft_chat_multiturn.transform": first_turn,
-    "ebft_chat_multiturn.transform_last_turn": last_turn,
-    "ebft_chat_multiturn.transform_all_turns": all_turns,
-    "ebft_reasoning.transform": last_turn,
-    "ebft_reasoning.transform_answer_only": answer_only,
-    "ebft_reasoning.transform_split_thinking": split_thinking,
-}
-STRIDED: dict[str, Callable] = {
-    "ebft_pretrain.transform": pretrain,
-    "ebft_strided_structured.transform": strided_structured,
-    "ebft_strided_chat.transform": strided_chat,
-    "ebft_reasoning.transform_strided": reasoning_strided,
-}

@@ -19,13 +19,12 @@ from treetune.core.data import (
     dataset,
     dedup,
     ebft,
-    preference,
     prompt_rows,
     prompts,
     reporting,
+    row_formats,
     sources,
     spans,
-    turns,
 )
 from treetune.core.data.dataset import Dataset, RowSettings
 from treetune.core.data.prompts import Prompt
@@ -64,9 +63,9 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     dataset.check_keys(entry, OWN_KEYS, "structured mode takes")
     rows = dataset.read_source(entry, settings)
     name = entry.get("type") or settings.format
-    if custom.is_path(name, (*ebft.STRUCTURED, *ebft.STRIDED)):
+    if custom.is_path(name, [*row_formats.of_kind("true_replies"), *row_formats.of_kind("strided")]):
         transform = custom.load_transform(name, settings.transform_config)
-        rows, form = custom.apply_transform(rows, transform, tokenizer), ebft_row
+        rows, form = custom.apply_transform(rows, transform, tokenizer), ebft.as_target
     else:
         name = _detect(rows) if name == "auto" else name
         form = _transform(name)
@@ -82,53 +81,28 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     return rows._replace(name=f"{rows.name} as {name}{notes}", rows=plain, numbers=[one.row for one in targets])
 
 
-def ebft_row(row: dict, where: str) -> list[dict]:
-    """A row that has the documents' columns already."""
-    return [row]
-
-
-def _question(row: dict, where: str) -> list[dict]:
-    asked = turns.with_system([{"role": "user", "content": preference.text(row, ("question",), where)}], row, where)
-    return [{"prompt": asked, "ground_truth": preference.text(row, ("answer",), where)}]
-
-
-def _completion(row: dict, where: str) -> list[dict]:
-    return [{"prompt": row.get("prompt"), "ground_truth": preference.text(row, ("completion",), where)}]
-
-
-# What auto takes, by columns; the first that fits.
-PLAIN: dict[str, tuple[tuple[str, ...], ebft.Transform]] = {
-    "prompt, ground_truth": (("prompt", "ground_truth"), ebft_row),
-    "ebft_opencode.transform": (("input", "output"), ebft.opencode),
-    "ebft_chat_multiturn.transform": (("messages",), ebft.first_turn),
-    "conversations": (("conversations",), ebft.first_turn),
-    "question, answer": (("question", "answer"), _question),
-    "prompt, completion": (("prompt", "completion"), _completion),
-}
-
-
 def _detect(rows: sources.Rows) -> str:
-    columns = set(sources.columns(rows))
-    name = next((name for name, (needed, _) in PLAIN.items() if columns.issuperset(needed)), None)
-    if name is not None:
-        return name
+    columns = sources.columns(rows)
+    if (detected := row_formats.detect("true_replies", columns)) is not None:
+        return detected.name
+    names = "; ".join(one.name for one in row_formats.ranked("true_replies"))
     raise ValueError(
-        f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {'; '.join(PLAIN)}; name a transform "
+        f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {names}; name a transform "
         "with --format, or give --mode strided for documents"
     )
 
 
 def _transform(name: str) -> ebft.Transform:
-    if name in ebft.STRUCTURED or name in PLAIN:
-        return ebft.STRUCTURED.get(name) or PLAIN[name][1]
-    if name in ebft.STRIDED:
-        raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.join_names(ebft.STRUCTURED)}")
-    raise ValueError(f"unknown format {name}{_nearest(name)}: expected one of {sources.join_names(ebft.STRUCTURED)}")
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, ebft.STRUCTURED, n=1, cutoff=0.8)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """The reader of a format. Errors: ValueError for one of strided mode, and for an unknown one."""
+    known = row_formats.of_kind("true_replies")
+    if name in known:
+        return known[name].reader
+    transforms = [one for one in known if "." in one]  # the others go by columns
+    if name in row_formats.of_kind("strided") and "." in name:
+        raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.join_names(transforms)}")
+    close = difflib.get_close_matches(name, transforms, n=1, cutoff=0.8)
+    suggestion = f" (did you mean {close[0]}?)" if close else ""
+    raise ValueError(f"unknown format {name}{suggestion}: expected one of {sources.join_names(transforms)}")
 
 
 def _opening(row: dict) -> str:

@@ -1,9 +1,5 @@
-"""Row formats: one declarative table, and the way from rows to documents.
+"""Rows of text as documents: the formats of kind text in `row_formats`, tokenised, weighed, cut and counted."""
 
-A new format is a `reader` (options -> function from rows to texts with trained spans) in a file of its family, and a line in FORMATS.
-"""
-
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,22 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import chat, completion, instruction, pretokenised, reporting, segments, sources, spans
+from treetune.core.data import reporting, row_formats, sources, spans
+from treetune.core.data.row_formats import RowFormat
 
 CHUNK = 512  # rows tokenised together: enough to keep the cores busy
 OVERLONG = ("drop", "truncate", "split", "error")
 EMPTY, TOO_LONG = "nothing to train on", reporting.TOO_LONG
 WHOLE = ("completion", "pretokenised", "input_output")  # nothing is put around these texts, so a system text has no place
-
-
-class Format(NamedTuple):
-    """How one kind of row is known and read."""
-
-    columns: tuple[tuple[str, ...], ...]  # any one of these sets, all names present
-    reader: Callable  # (tokenizer, **options) -> (Rows -> list[Text])
-    overlong: str  # what happens to documents longer than sequence_len, unless said otherwise
-    fix: str  # when nothing in a dataset is trained
-    detected: bool = True  # by its columns; several formats share theirs and must be named
 
 
 class Report(NamedTuple):
@@ -52,39 +39,24 @@ class Report(NamedTuple):
     ending: str = ""  # what closes trained turns and looks like one token, but is none
 
 
-FORMATS: dict[str, Format] = {
-    "chat": Format(
-        (("messages",), ("conversations",)), chat.reader, "drop", "check the roles of the messages, roles_to_train and the train flags"
-    ),
-    **{
-        name: Format((shape.columns,), instruction.shaped(name), "drop", f"fill the {shape.columns[-1]} column", name == "alpaca")
-        for name, shape in instruction.SHAPES.items()
-    },
-    "user_defined": Format(((),), instruction.user_defined, "drop", "fill the column that field_output names", False),
-    "input_output": Format((("segments",),), segments.reader, "drop", "label some segments true"),
-    "pretokenised": Format((("input_ids", "labels"),), pretokenised.reader, "drop", "give some tokens a label other than -100"),
-    "completion": Format((("text",),), completion.reader, "split", "fill the text column"),
-}
-
 ALIASES = {"chat_template": "chat", "pretrain": "completion"}  # the documents' names
 
 
 def detect(columns: Sequence[str]) -> str:
-    """Name of the first format in FORMATS whose columns are all there. Errors: ValueError listing columns and formats."""
-    for name, known in FORMATS.items():
-        if known.detected and any(set(needed) <= set(columns) for needed in known.columns):
-            return name
-    seen = {name: known for name, known in FORMATS.items() if known.detected}
-    needs = "; ".join(f"{name} needs {' or '.join(' + '.join(needed) for needed in known.columns)}" for name, known in seen.items())
+    """Name of the first format whose columns are all there. Errors: ValueError listing columns and formats."""
+    if (detected := row_formats.detect("text", columns)) is not None:
+        return detected.name
+    needed = {one.name: " or ".join(" + ".join(names) for names in one.columns) for one in row_formats.ranked("text")}
+    needs = "; ".join(f"{name} needs {columns}" for name, columns in needed.items())
     raise ValueError(f"no format fits the columns {sources.join_names(columns)}: {needs}. Rename columns or name one of the other formats")
 
 
 def takes(name: str) -> tuple[str, ...]:
     """Options that the reader of a format takes. Errors: ValueError for an unknown format."""
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
-    parameters = inspect.signature(FORMATS[name].reader).parameters
-    return tuple(key for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY)
+    known = row_formats.of_kind("text")
+    if name not in known:
+        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(known)}")
+    return known[name].options
 
 
 def encode_rows(
@@ -101,7 +73,7 @@ def encode_rows(
 ) -> tuple[list[spans.Doc], Report]:
     """Documents of the rows, in their order, and what became of the rows.
 
-    format: a name in FORMATS, else by the columns. options: those of the format's reader; `own` has more of them, by whatever name.
+    format: of kind text in `row_formats`, else by the columns. options: those of the format's reader; `own` has more, by whatever name.
     may_be_empty: no document at all is no error (a part of a data set). progress: told after each row how many more are done.
     overlong: for documents longer than sequence_len tokens: "drop", "truncate", "split" (parts overlap by one token, so that every
     token but the first is still predicted once) or "error"; by default "split" for raw text, "drop" for all else.
@@ -184,11 +156,11 @@ def describe(report: Report) -> str:
     return reporting.format_report(report, unusual)
 
 
-def _format(name: str, options: dict) -> Format:
+def _format(name: str, options: dict) -> RowFormat:
     known = takes(name)
     if extra := [key for key in options if key not in known]:
         raise ValueError(f"format {name} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
-    return FORMATS[name]
+    return row_formats.of_kind("text")[name]
 
 
 def _check_length(sequence_len: int | None, overlong: str) -> None:
@@ -285,7 +257,7 @@ def _drop(tally: Report, reason: str) -> Report:
     return tally._replace(dropped=tally.dropped | {reason: tally.dropped.get(reason, 0) + 1})
 
 
-def _nothing(rows: sources.Rows, tally: Report, known: Format, options: dict) -> str:
+def _nothing(rows: sources.Rows, tally: Report, known: RowFormat, options: dict) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
     fix = f"raise sequence_len (the longest row has {tally.longest} tokens)" if TOO_LONG in tally.dropped else known.fix
     template = " with the given chat template" if options.get("chat_template") else ""

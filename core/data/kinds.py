@@ -1,28 +1,25 @@
 """What a command trains on: texts, pairs, judged completions, pairs to rank, or steps. One table, from rows to documents.
 
-A `Kind` puts the tables of formats and the encoders of `formats`, `preference`, `unpaired` and `reward` behind the same functions.
+A `DatasetSpec` puts the formats of a kind in `row_formats` and the encoders of `formats`, `trees`, `reward` and `strides` behind the same
+functions.
 """
 
-import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from treetune.core.data import formats, preference, reporting, reward, sources, strides, trees, unpaired
+from treetune.core.data import formats, reporting, reward, row_formats, sources, strides, trees, unpaired
 
-CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")  # options of formats whose rows are messages
-TALKING = ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat", "bradley_terry.chat_template")
 QUESTIONS = ("prompt", "input", "question", "instruction")
-Rules = tuple[tuple[tuple[str, ...], str], ...]  # columns, and the format that they mean; the first that fits
 
 
-class Kind(NamedTuple):
+class DatasetSpec(NamedTuple):
     """How rows of one kind are known, named, encoded and reported."""
 
     name: str
-    names: tuple[str, ...]  # of all formats
+    formats: str  # their kind in `row_formats`
     detect: Callable[..., str]  # (columns, row=None) -> format; ValueError when the columns do not tell
     takes: Callable[..., tuple[str, ...]]  # (format, row=None) -> options that its rows take
     canonical: Callable[[str], str]  # a name as users write it -> format; ValueError listing all for an unknown one
@@ -34,20 +31,27 @@ class Kind(NamedTuple):
     fallback_overlong: str  # what happens to documents longer than sequence_len where nothing is said
     in_parts: dict | None  # options to encode a part of the rows by itself; None: rows depend on each other
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its formats."""
+        return tuple(row_formats.of_kind(self.formats))
 
-def _detect(table: Mapping[str, trees.Form], rules: Rules, columns: Sequence[str], row: Mapping | None = None) -> str:
+
+def _detect(kind: str, columns: Sequence[str], row: Mapping | None = None) -> str:
     """The format that the columns mean, with the first row to tell texts from conversations where both have the same columns.
 
     Formats of a fixed wording that share their columns with others must be named. Errors: ValueError listing all that is known.
     """
-    for needed, name in rules:
+    tried = row_formats.ranked(kind)
+    for one in tried:
+        needed, name = one.columns[0], one.name
         if set(needed) <= set(columns) and (name != "chat_template.argilla" or _converses(columns, row)):
             return "chat_template.argilla" if "chosen" in needed and row is not None and _is_whole(name, row) else name
-    named = {name: form for name, form in table.items() if name not in dict(rules).values() and not name.startswith("user_defined")}
-    fitting = [name for name, form in named.items() if set(form.columns) <= set(columns)]
+    named = {name: one for name, one in row_formats.of_kind(kind).items() if one.rank is None and not name.startswith("user_defined")}
+    fitting = [name for name, one in named.items() if set(one.columns[0]) <= set(columns)]
     if len(fitting) == 1:
         return fitting[0]
-    needs = "; ".join(f"{name} needs {' + '.join(needed)}" for needed, name in rules)
+    needs = "; ".join(f"{one.name} needs {' + '.join(one.columns[0])}" for one in tried)
     must = ", ".join(fitting or named)
     fix = "name one of the formats with these columns" if fitting else "rename columns, or name one of the other formats"
     raise ValueError(f"the columns {sources.join_names(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
@@ -66,35 +70,38 @@ def _converses(columns: Sequence[str], row: Mapping | None) -> bool:
     return isinstance(row.get("chosen"), list) if row is not None else not set(QUESTIONS) & set(columns)
 
 
-def _takes(table: Mapping[str, trees.Form], name: str, row: Mapping | None = None) -> tuple[str, ...]:
+def _takes(kind: str, name: str, row: Mapping | None = None) -> tuple[str, ...]:
     """Options of a format. row: the first one, which tells whether passthrough rows are texts or messages."""
-    keywords = inspect.signature(table[_canonical(table, name)].make).parameters
-    return (*keywords, *(CHAT if _talks(name, row) else ()))
+    known = row_formats.of_kind(kind)[_canonical(kind, name)]
+    return tuple(one for one in known.options if one not in row_formats.CHAT or not _is_plain(name, row))
 
 
-def _talks(name: str, row: Mapping | None) -> bool:
+def _is_plain(name: str, row: Mapping | None) -> bool:
+    """Whether passthrough rows are texts, which no chat template writes."""
     if name != "passthrough" or row is None:
-        return name in (*TALKING, "passthrough")
-    return isinstance(row.get("prompt"), list) or row.get("prompt") is None and isinstance(row.get("chosen"), list)
+        return False
+    return not isinstance(row.get("prompt"), list) and not (row.get("prompt") is None and isinstance(row.get("chosen"), list))
 
 
-def _canonical(table: Mapping[str, trees.Form], name: str) -> str:
+def _canonical(kind: str, name: str) -> str:
     """The format of a name: `chatml` is chatml.default, `bradley_terry` bradley_terry.chat_template, `zephyr` its only format."""
+    table = row_formats.of_kind(kind)
     under = [known for known in table if known.startswith(f"{name}.")]
     choices = [name, f"{name}.default", f"{name}.chat_template", *(under if len(under) == 1 else ())]
-    found = next((choice for choice in choices if choice in table), None)
-    if found is None:
+    choice = next((choice for choice in choices if choice in table), None)
+    if choice is None:
         raise ValueError(f"unknown format {name!r}: expected one of {', '.join(table)}")
-    return found
+    return choice
 
 
-def _reader(table: Mapping[str, trees.Form], name: str, own: Mapping, rows: sources.Rows) -> tuple[Callable, dict]:
+def _reader(kind: str, name: str, own: Mapping, rows: sources.Rows) -> tuple[Callable, dict]:
     """(the format's reader, options for the chat template). Errors: ValueError for an option that the format does not take."""
-    known = _takes(table, name, rows.rows[0])
+    known = _takes(kind, name, rows.rows[0])
     if extra := [key for key in own if key not in known]:
-        said = " of plain text" * (name == "passthrough" and not _talks(name, rows.rows[0]))
-        raise ValueError(f"format {name}{said} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
-    return table[name].make(**{key: own[key] for key in own if key not in CHAT}), {key: own[key] for key in CHAT if key in own}
+        rows_of = " of plain text" * _is_plain(name, rows.rows[0])
+        raise ValueError(f"format {name}{rows_of} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
+    make, chat = row_formats.of_kind(kind)[name].reader, row_formats.CHAT
+    return make(**{key: own[key] for key in own if key not in chat}), {key: own[key] for key in chat if key in own}
 
 
 def _counting(read: Callable, progress: Callable[[int], None]) -> Callable:
@@ -106,7 +113,7 @@ def _counting(read: Callable, progress: Callable[[int], None]) -> Callable:
 
 
 def _encode_trees(
-    table: Mapping[str, trees.Form],
+    kind: str,
     rows: sources.Rows,
     tokenizer,
     *,
@@ -118,7 +125,7 @@ def _encode_trees(
     foreign: bool = False,
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
     """Documents with a branch for each continuation. foreign: give each row a second continuation from another row, of kind 1."""
-    read, chat = _reader(table, format, own or {}, rows)
+    read, chat = _reader(kind, format, own or {}, rows)
     rows = sources.track_reads(rows)
     read = unpaired.mismatched(rows, read) if foreign else read
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
@@ -144,7 +151,7 @@ def _encode_steps(
     overlong: str | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[list[trees.TreeDoc], trees.Report]:
-    read, _ = _reader(reward.STEPS, format, own or {}, rows)
+    read, _ = _reader("steps", format, own or {}, rows)
     rows = sources.track_reads(rows)
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
@@ -202,14 +209,14 @@ def _text_names(name: str) -> str:
     return name
 
 
-def _of_trees(name: str, table: Mapping[str, trees.Form], rules: Rules, **fields: Any) -> Kind:
-    start = Kind(
+def _of_trees(name: str, **changes: Any) -> DatasetSpec:
+    start = DatasetSpec(
         name,
-        tuple(table),
-        partial(_detect, table, rules),
-        partial(_takes, table),
-        partial(_canonical, table),
-        partial(_encode_trees, table),
+        name,
+        partial(_detect, name),
+        partial(_takes, name),
+        partial(_canonical, name),
+        partial(_encode_trees, name),
         trees.describe,
         _merged,
         _any,
@@ -217,12 +224,12 @@ def _of_trees(name: str, table: Mapping[str, trees.Form], rules: Rules, **fields
         "drop",
         {},
     )
-    return start._replace(**fields)
+    return start._replace(**changes)
 
 
-TEXT = Kind(
+TEXT = DatasetSpec(
     "text",
-    tuple(formats.FORMATS),
+    "text",
     lambda columns, row=None: formats.detect(columns),
     lambda name, row=None: formats.takes(name),
     _text_names,
@@ -234,24 +241,16 @@ TEXT = Kind(
     "split",
     {"may_be_empty": True},
 )
-PAIRED: Rules = (
-    (("messages", "chosen", "rejected"), "chat_template.default"),
-    (("prompt", "chosen", "rejected"), "passthrough"),
-    (("chosen", "rejected"), "chat_template.argilla"),
-)
-RANKED: Rules = ((("input", "chosen", "rejected"), "bradley_terry.chat_template"), *PAIRED)
-JUDGED: Rules = ((("prompt", "completion", "label"), "passthrough"),)
-STEPPED: Rules = ((("prompt", "completions", "labels"), "stepwise_supervised"),)
 
 
-def strided(places: strides.Places, *, blocks: bool = False) -> Kind:
+def strided(places: strides.Places, *, blocks: bool = False) -> DatasetSpec:
     """Documents for strided rollouts with blocks at these places; blocks: it is an error when no document has one.
 
     The name holds what documents depend on, for the folder of prepared ones.
     """
-    return Kind(
+    return DatasetSpec(
         f"strided {tuple(places)}",
-        tuple(strides.READERS),
+        "strided",
         strides.detect,
         strides.takes,
         strides.canonical,
@@ -265,19 +264,12 @@ def strided(places: strides.Places, *, blocks: bool = False) -> Kind:
     )
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, DatasetSpec] = {
     "text": TEXT,
-    "pairs": _of_trees("pairs", preference.FORMATS, PAIRED),
-    "unpaired": _of_trees(
-        "unpaired",
-        unpaired.FORMATS,
-        JUDGED,
-        encode=partial(_encode_trees, unpaired.FORMATS, foreign=True),
-        check=_both_classes,
-        in_parts=None,
-    ),
-    "judged": _of_trees("judged", unpaired.FORMATS, JUDGED, check=_both_classes),
-    "ranked": _of_trees("ranked", reward.PAIRS | preference.FORMATS, RANKED, read="last"),
-    "steps": _of_trees("steps", reward.STEPS, STEPPED, encode=_encode_steps, read="classes"),
+    "pairs": _of_trees("pairs"),
+    "unpaired": _of_trees("unpaired", encode=partial(_encode_trees, "unpaired", foreign=True), check=_both_classes, in_parts=None),
+    "judged": _of_trees("judged", check=_both_classes),
+    "ranked": _of_trees("ranked", read="last"),
+    "steps": _of_trees("steps", encode=_encode_steps, read="classes"),
     "strided": strided(strides.Places()),
 }

@@ -28,7 +28,7 @@ def packing_efficiency(lengths: Sequence[int], budget: int, *, seed: int) -> flo
     return sum(lengths) / (len(plan) * budget)
 
 
-def describe(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> dict[str, str]:
+def describe(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.DatasetSpec) -> dict[str, str]:
     """Lines by name: how many documents and tokens there are, what is learned of them, and what shared prompts save."""
     lengths = [len(doc.tokens) for doc in docs]
     rows = {
@@ -40,7 +40,7 @@ def describe(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> dict[
     return rows
 
 
-def _describe_targets(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.Kind) -> str:
+def _describe_targets(docs: Sequence[Doc] | Sequence[TreeDoc], kind: kinds.DatasetSpec) -> str:
     """What is learned of the documents: their supervised tokens, or what a head gives at some of them."""
     branching = [doc for doc in docs if isinstance(doc, TreeDoc)]
     if kind.read == "last":

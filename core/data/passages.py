@@ -21,7 +21,7 @@ class Passage(NamedTuple):
 
 
 def split(doc: Doc | trees.TreeDoc, tokenizer: Tokenizer, read: str | None) -> list[Passage]:
-    """The document in one passage, or its prompt and then each completion. read: `kinds.Kind.read` of its kind."""
+    """The document in one passage, or its prompt and then each completion. read: `kinds.DatasetSpec.read` of its kind."""
     if read == "classes" and isinstance(doc, trees.TreeDoc) and doc.classes is not None:
         labels = ["off" if label < 0 else "on" if label else "bad" for label in doc.classes.tolist()]
         return [Passage("", detokenise.label_units(tokenizer, doc.tokens.tolist(), labels))]

@@ -252,22 +252,3 @@ def passthrough(row: dict, where: str) -> trees.Sides:
 def fixed(read: Callable[[dict, str], trees.Sides]) -> Callable[[], Callable]:
     """A `make` without options."""
     return lambda: read
-
-
-def _styles() -> dict[str, trees.Form]:
-    forms = {}
-    for style in ("chatml", "llama3"):
-        for name, fields in FIELDS.items():
-            columns = tuple(names[0] for names in fields[:3] if names)
-            forms[f"{style}.{name}"] = trees.Form(columns, fixed(styled(wording.STYLES[style], fields)))
-    return forms
-
-
-FORMATS: dict[str, trees.Form] = _styles() | {
-    "zephyr.nectar": trees.Form(("prompt", "answers"), fixed(nectar)),
-    "chat_template.default": trees.Form(("messages", "chosen", "rejected"), templated),
-    "chat_template.argilla": trees.Form(("chosen", "rejected"), fixed(argilla)),
-    "chat_template.argilla_chat": trees.Form(("chosen", "rejected"), fixed(argilla)),
-    "user_defined.default": trees.Form(("prompt", "chosen", "rejected"), user_defined),
-    "passthrough": trees.Form(("prompt", "chosen", "rejected"), fixed(passthrough)),
-}

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treetune.core import fields
-from treetune.core.data import custom, dataset, kinds, prompts, sources, turns
+from treetune.core.data import custom, dataset, kinds, prompts, row_formats, sources
 from treetune.core.data.dataset import Dataset, RowSettings
 from treetune.core.data.prompts import Prompt
 
 OWN_KEYS = frozenset({"path", "type", "field_prompt"})  # of an entry of `datasets`, besides the source's
-COLUMNS = ("prompt", "messages", "question")  # that hold the prompt where none is named; the first that a data set has
 
 
 def load(settings: RowSettings, tokenizer: Any, *, seed: int, field_prompt: str = "auto", transform: str | None = None) -> Dataset:
@@ -36,7 +35,9 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any, defau
     if transform := entry.get("type") or defaults["type"]:
         rows = custom.apply_transform(rows, custom.load_transform(transform, settings.transform_config), tokenizer)
     name = _column(rows, entry.get("field_prompt") or defaults["field_prompt"])
-    return rows._replace(rows=[_with_prompt(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])
+    known = row_formats.of_kind("prompts")
+    read = known[name].reader if name in known else prompts.from_column
+    return rows._replace(rows=[read(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])
 
 
 def _column(rows: sources.Rows, named: str) -> str:
@@ -45,26 +46,10 @@ def _column(rows: sources.Rows, named: str) -> str:
         if named not in columns:
             raise ValueError(f"{rows.name} has no column {named}; it has {sources.join_names(columns)}")
         return named
-    name = next((name for name in COLUMNS if name in columns), None)
-    if name is None:
+    detected = row_formats.detect("prompts", columns)
+    if detected is None:
         raise ValueError(f"{rows.name} has the columns {sources.join_names(columns)}: name that of the prompt with --field-prompt")
-    return name
-
-
-def _with_prompt(row: dict, name: str, location: str) -> dict:
-    """The row with `prompt`; an answer at the end of messages becomes a column, for rewards to compare with."""
-    value, rest = row.get(name), {key: other for key, other in row.items() if key != name}
-    if name == "question" and isinstance(value, str):
-        return rest | {"prompt": [{"role": "user", "content": value}]}
-    if not isinstance(value, list):
-        return rest | {"prompt": value}
-    messages = turns.read_turns(value, f"{location}: field {name}")
-    if messages[-1]["role"] != "assistant":
-        return rest | {"prompt": messages}
-    if len(messages) == 1:
-        raise ValueError(f"{location}: field {name} holds an answer and no prompt")
-    answer = messages[-1].get("content") or messages[-1].get("tool_calls")
-    return {"answer": answer} | rest | {"prompt": messages[:-1]}
+    return detected.name
 
 
 def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, label: str) -> tuple[list[Prompt], list[str]]:

@@ -73,6 +73,27 @@ def read(
     return found, Report(len(rows.rows), len(found), dropped, longest)
 
 
+def from_column(row: dict, name: str, location: str) -> dict:
+    """The row with the text or messages of a column as `prompt`; an answer at the end of messages becomes a column, for rewards."""
+    value, rest = row.get(name), {key: other for key, other in row.items() if key != name}
+    if not isinstance(value, list):
+        return rest | {"prompt": value}
+    messages = turns.read_turns(value, f"{location}: field {name}")
+    if messages[-1]["role"] != "assistant":
+        return rest | {"prompt": messages}
+    if len(messages) == 1:
+        raise ValueError(f"{location}: field {name} holds an answer and no prompt")
+    answer = messages[-1].get("content") or messages[-1].get("tool_calls")
+    return {"answer": answer} | rest | {"prompt": messages[:-1]}
+
+
+def from_question(row: dict, name: str, location: str) -> dict:
+    """The row with the text of a column as a chat of one question."""
+    if not isinstance(row.get(name), str):
+        return from_column(row, name, location)
+    return {key: other for key, other in row.items() if key != name} | {"prompt": [{"role": "user", "content": row[name]}]}
+
+
 def group(prompt: Prompt, completions: Sequence[tuple[np.ndarray, np.ndarray]], extras: dict[str, tuple] | None = None) -> trees.TreeDoc:
     """The document of a prompt with its sampled completions (tokens, weight), one branch each."""
     return trees.grow(prompt.tokens, completions, row=prompt.row, extras=extras)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treetune.core.data import preference, reporting, sources, spans, trees, turns, unpaired, wording
+from treetune.core.data import preference, reporting, sources, spans, trees, turns, unpaired
 from treetune.core.data.rows import Row
 from treetune.core.protocols import Tokenizer
 
@@ -123,12 +123,3 @@ def _fit(
     if overlong == "drop" or len(ends) == 0:
         return None, trees.TOO_LONG if overlong == "drop" else trees.FULL, tally
     return trees.cut_at(doc, int(ends[-1]) + 1), "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + 1)
-
-
-PAIRS: dict[str, trees.Form] = {
-    "bradley_terry.chat_template": trees.Form(("input", "chosen", "rejected"), preference.fixed(ranked)),
-    "bradley_terry.llama3": trees.Form(
-        ("input", "chosen", "rejected"), preference.fixed(preference.styled(wording.STYLES["llama3"], preference.FIELDS["icr"]))
-    ),
-}
-STEPS: dict[str, trees.Form] = {"stepwise_supervised": trees.Form(("prompt", "completions", "labels"), stepwise)}

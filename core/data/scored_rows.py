@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple, Protocol
 
-from treetune.core.data import kinds, pack, preference, reward, sources, trees, turns, unpaired
+from treetune.core.data import kinds, pack, row_formats, sources, trees
 from treetune.core.state import Batch
 
 COLUMNS = ("score", "chosen_score", "rejected_score", "step_scores")  # what a row is given
@@ -38,22 +38,6 @@ class Forward(Protocol):
         ...
 
 
-def _conversation(row: dict, where: str) -> trees.Sides:
-    history, reply = turns.read_dialogue(row.get("messages"), f"{where}: field messages")
-    return trees.Sides(turns.with_system(history, row, where), (reply,), {})
-
-
-def _answer(row: dict, where: str) -> trees.Sides:
-    """Prompt and completion as in unpaired rows, judged or not."""
-    return unpaired.answer(row, where)
-
-
-SINGLE = {
-    "prompt_completion": trees.Form(("prompt", "completion"), preference.fixed(_answer)),
-    "messages": trees.Form(("messages",), preference.fixed(_conversation)),
-}
-
-
 def detect(rows: sources.Rows, format: str, *, steps: bool) -> str:
     """The format of rows for a reward model, or for one of steps: as named, or by the columns for "auto".
 
@@ -62,38 +46,39 @@ def detect(rows: sources.Rows, format: str, *, steps: bool) -> str:
     columns = set(sources.columns(rows))
     names = sources.join_names(sources.columns(rows))
     if steps:
-        if format not in ("auto", *reward.STEPS) or not {"prompt", "completions"} <= columns:
-            what = f"the columns {names}" if format in ("auto", *reward.STEPS) else f"format {format}"
+        if format not in ("auto", *row_formats.of_kind("steps")) or not {"prompt", "completions"} <= columns:
+            what = f"the columns {names}" if format in ("auto", *row_formats.of_kind("steps")) else f"format {format}"
             raise ValueError(f"{rows.name} has {what}: a process reward model scores rows of prompt + completions, a text for each step")
         return "stepwise_supervised"
     if format != "auto":
-        return format if format in SINGLE else kinds.KINDS["ranked"].canonical(format)
+        return format if format in row_formats.of_kind("answers") else kinds.KINDS["ranked"].canonical(format)
     if {"chosen", "rejected"} <= columns:
         return kinds.KINDS["ranked"].detect(sources.columns(rows), rows.rows[0])
-    single = next((name for name, form in SINGLE.items() if set(form.columns) <= columns), None)
+    single = row_formats.detect("answers", sources.columns(rows))
     if single is None:
         needs = "chosen + rejected, prompt + completion, or messages"
         raise ValueError(f"{rows.name} has the columns {names}: a reward model scores rows of {needs}; rename columns or name a --format")
-    return single
+    return single.name
 
 
 def options(format: str, rows: sources.Rows) -> tuple[str, ...]:
     """Encoding options that rows of a format take."""
-    if format in SINGLE:
-        return kinds.CHAT if format == "messages" or isinstance(rows.rows[0].get("prompt"), list) else ()
-    return kinds.KINDS["steps" if format in reward.STEPS else "ranked"].takes(format, rows.rows[0])
+    if format in row_formats.of_kind("answers"):
+        return row_formats.CHAT if format == "messages" or isinstance(rows.rows[0].get("prompt"), list) else ()
+    return kinds.KINDS["steps" if format in row_formats.of_kind("steps") else "ranked"].takes(format, rows.rows[0])
 
 
 def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) -> ScoredRows:
     """The documents of rows of a format. Errors: ValueError naming file, row and fix."""
     lengths: dict[str, Any] = {"sequence_len": encoding.sequence_len, "overlong": encoding.overlong}
     chat: dict[str, Any] = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
-    labelled = format in reward.STEPS and "labels" in sources.columns(rows)
-    if format in SINGLE:
+    labelled = format in row_formats.of_kind("steps") and "labels" in sources.columns(rows)
+    answers = row_formats.of_kind("answers")
+    if format in answers:
         watched = sources.track_reads(rows)
-        docs, report = trees.encode_rows(watched, SINGLE[format].make(), tokenizer, name=format, distinct=False, **lengths, **chat)
+        docs, report = trees.encode_rows(watched, answers[format].reader(), tokenizer, name=format, distinct=False, **lengths, **chat)
         report = kinds.with_unread(report, watched)
-    elif format in reward.STEPS:
+    elif format in row_formats.of_kind("steps"):
         own = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
         labels = rows if labelled else _with_labels(rows)
         docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, own=own, **lengths)
@@ -126,9 +111,9 @@ def score_batch(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, p
 
 def describe(scored: ScoredRows, values: Values) -> dict[str, str]:
     """Lines by name: how many scores there are, their mean, and accuracy where it is known what should score higher."""
-    if scored.format in reward.STEPS:
+    if scored.format in row_formats.of_kind("steps"):
         return _describe_steps(scored, values)
-    if scored.format in SINGLE:
+    if scored.format in row_formats.of_kind("answers"):
         flat = [value[0] for value in values]
         spread = f"deviation {pstdev(flat):.4f}, from {min(flat):.4f} to {max(flat):.4f}"
         return {"answers": str(len(flat)), "score": f"{fmean(flat):.4f} on average, {spread}"}
@@ -161,6 +146,10 @@ def records(scored: ScoredRows, values: Values) -> list[dict]:
 
 
 def _columns(format: str, value: list[float]) -> dict[str, Any]:
-    if format in reward.STEPS:
+    if format in row_formats.of_kind("steps"):
         return {"step_scores": value}
-    return {"score": value[0]} if format in SINGLE else dict(zip(("chosen_score", "rejected_score"), value, strict=True))
+    return (
+        {"score": value[0]}
+        if format in row_formats.of_kind("answers")
+        else dict(zip(("chosen_score", "rejected_score"), value, strict=True))
+    )

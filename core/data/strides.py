@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from treetune.core import strided
-from treetune.core.data import ebft, formats, pack, reporting, sources, trees
+from treetune.core.data import ebft, formats, pack, reporting, row_formats, sources, trees
 
 PRETOKENISED = "pretokenised"
 SPLIT = ("ebft_pretrain.transform",)  # raw text, which is split where it is too long
-ANSWERED = (("input", "prompt", "question"), ("output", "completion", "answer"))
-CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")
 NO_BLOCK = "no room for a block: shorter than context_length + generate_max_len, prompt apart"
-READERS: dict[str, Callable] = ebft.STRIDED | {PRETOKENISED: ebft.strided}
 
 
 class Places(NamedTuple):
@@ -54,16 +51,9 @@ class Report(NamedTuple):
 
 def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
     """The transform that the columns mean. Errors: ValueError listing what is known."""
-    has = set(columns)
-    if "input_ids" in has:
-        return PRETOKENISED
-    if "text" in has:
-        return "ebft_pretrain.transform"
-    if has & {"messages", "conversations"}:
-        return "ebft_strided_chat.transform"
-    if all(has & set(names) for names in ANSWERED):
-        return "ebft_strided_structured.transform"
-    needs = " + ".join(" or ".join(names) for names in ANSWERED)
+    if (detected := row_formats.detect("strided", columns)) is not None:
+        return detected.name
+    needs = " + ".join(" or ".join(names) for names in ebft.ANSWERED)
     raise ValueError(
         f"the columns {sources.join_names(columns)} do not tell the format: ebft_pretrain.transform needs text, "
         f"ebft_strided_chat.transform messages or conversations, ebft_strided_structured.transform {needs}, pretokenised input_ids; "
@@ -73,20 +63,22 @@ def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
 
 def takes(name: str, row: Mapping | None = None) -> tuple[str, ...]:
     """Options of a format."""
-    return CHAT if talks(name) else ()
+    return row_formats.of_kind("strided")[name].options
 
 
 def talks(name: str) -> bool:
     """Whether rows of a format are conversations."""
-    return READERS.get(name) in (ebft.strided_chat, ebft.reasoning_strided)
+    known = row_formats.of_kind("strided")
+    return name in known and known[name].options == row_formats.CHAT
 
 
 def canonical(name: str) -> str:
     """A name as users write it, `.transform` left out or not. Errors: ValueError listing all for an unknown one."""
-    found = next((known for known in (name, f"{name}.transform") if known in READERS), None)
-    if found is None:
-        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(READERS)}")
-    return found
+    formats_ = row_formats.of_kind("strided")
+    whole = next((known for known in (name, f"{name}.transform") if known in formats_), None)
+    if whole is None:
+        raise ValueError(f"unknown format {name!r}: expected one of {', '.join(formats_)}")
+    return whole
 
 
 def encode_rows(
@@ -110,7 +102,7 @@ def encode_rows(
         raise ValueError(f"format {format} takes no {', '.join(extra)}; it takes {', '.join(takes(format)) or 'no options'}")
     trees.check_length(sequence_len, overlong or "truncate")
     rows = sources.track_reads(rows)
-    read, unread = READERS[format](rows, tokenizer, **(own or {})), sources.unread_columns(rows)
+    read, unread = row_formats.of_kind("strided")[format].reader(rows, tokenizer, **(own or {})), sources.unread_columns(rows)
     if sources.SYSTEM in unread and format not in (PRETOKENISED, *SPLIT):
         raise sources.unplaced_system(rows, unread[sources.SYSTEM], format)
     progress(len(rows.rows))

@@ -28,13 +28,6 @@ NO_PROMPT, NOTHING, FULL, TOO_LONG = (
 ReadTexts = Callable[[sources.Rows], list[spans.Text]]  # rows of messages, through the chat template
 
 
-class Form(NamedTuple):
-    """One kind of row: the columns it needs, and `make(**options)` -> function (row, where) -> Sides (or what its file says)."""
-
-    columns: tuple[str, ...]
-    make: Callable
-
-
 class Sides(NamedTuple):
     """A row as texts or messages: a prompt (text, or a list of messages) and its continuations (texts, or one message each).
 

@@ -93,6 +93,12 @@ def answer(row: Row, location: str) -> trees.Sides:
     return trees.Sides(messages, (reply[0],), {})
 
 
+def conversation(row: dict, location: str) -> trees.Sides:
+    """A whole conversation under `messages`, whose last message is the reply, without a judgement."""
+    history, reply = turns.read_dialogue(row.get("messages"), f"{location}: field messages")
+    return trees.Sides(turns.with_system(history, row, location), (reply,), {})
+
+
 def mismatched(rows: sources.Rows, read: Callable[[Row, str], trees.Sides]) -> Callable[[Row, str], trees.Sides]:
     """A reader that gives each row a second continuation: that of the nearest row before it (in a circle) with another prompt.
 
@@ -120,20 +126,3 @@ def mismatched(rows: sources.Rows, read: Callable[[Row, str], trees.Sides]) -> C
 def _before(row_sides: Sequence[trees.Sides], usable: Sequence[int], position: int) -> int:
     circle = (usable[position - step] for step in range(1, len(usable)))
     return next(i for i in circle if row_sides[i].prompt != row_sides[usable[position]].prompt)
-
-
-def _styles() -> dict[str, trees.Form]:
-    forms = {}
-    for name, style in wording.STYLES.items():
-        forms |= {
-            f"{name}.{kind}": trees.Form((field, "completion", "label"), preference.fixed(styled(style, field)))
-            for kind, field in FIELDS.items()
-        }
-        forms[f"{name}.argilla_chat"] = trees.Form(("completion", "label"), preference.fixed(talking(style)))
-    return forms
-
-
-FORMATS: dict[str, trees.Form] = _styles() | {
-    "user_defined.default": trees.Form(("prompt", "completion", "label"), user_defined),
-    "passthrough": trees.Form(("prompt", "completion", "label"), preference.fixed(passthrough)),
-}

@@ -17,7 +17,7 @@ def encode_rows(
     tokenizer: Tokenizer,
     *,
     processes: int,
-    kind: kinds.Kind = kinds.TEXT,
+    kind: kinds.DatasetSpec = kinds.TEXT,
     progress: Progress = lambda rows: None,
     **options,
 ) -> tuple[list, Any]:

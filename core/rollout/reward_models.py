@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from treetune.core.data import kinds, pack, scored_rows, sources, trees
+from treetune.core.data import kinds, pack, row_formats, sources, trees
 from treetune.core.rollout.group import Group
 
 BUDGET = 4096  # tokens in one forward pass
@@ -58,5 +58,5 @@ def _documents(model: RewardModel, rows: sources.Rows) -> list[trees.TreeDoc]:
         judged = rows._replace(rows=[row | {"labels": [True] * len(row["completions"])} for row in rows.rows])
         options = {"format": "stepwise_supervised", "own": {}, "sequence_len": None, "overlong": "drop"}
         return kinds.KINDS["steps"].encode(judged, model.tokenizer, **options)[0]
-    form = scored_rows.SINGLE["prompt_completion"]
-    return trees.encode_rows(rows, form.make(), model.tokenizer, name="prompt_completion", distinct=False)[0]
+    read = row_formats.of_kind("answers")["prompt_completion"].reader()
+    return trees.encode_rows(rows, read, model.tokenizer, name="prompt_completion", distinct=False)[0]

@@ -34,7 +34,7 @@ def write(
     """Write report.html into a run folder, with the samples of its samples.jsonl.
 
     history: records of metrics.jsonl; rows: facts for the head of the page, by name; docs: documents to show as they are trained;
-    read: `kinds.Kind.read` of their kind; unit: what the loss is a mean over.
+    read: `kinds.DatasetSpec.read` of their kind; unit: what the loss is a mean over.
     """
     steps = [record["step"] for record in history if "train/loss" in record]
     samples, groups = _answers(run_dir / "samples.jsonl", {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from treetune.core.data import conversations, formats, sources, spans
+from treetune.core.data import conversations, formats, row_formats, sources, spans
 
 
 def runs(row, tokenizer, **options):
@@ -15,7 +15,7 @@ def runs(row, tokenizer, **options):
 
 
 def reader_text(row, tokenizer, **options):
-    return formats.FORMATS["chat"].reader(tokenizer, **options)(sources.from_list([row]))[0]
+    return row_formats.of_kind("text")["chat"].reader(tokenizer, **options)(sources.from_list([row]))[0]
 
 
 def encoded(row, tokenizer, **options):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from treetune.core import check, strided
-from treetune.core.data import cache, ebft, formats, kinds, pack, sources, strides
+from treetune.core.data import cache, formats, kinds, pack, row_formats, sources, strides
 
 PLACES = strides.Places(stride=4, context_length=4, generate_max_len=3)
 TALK = [
@@ -49,13 +49,15 @@ def test_columns_mean_a_transform(columns, name):
 
 def test_names():
     kind = kinds.KINDS["strided"]
-    assert set(kind.names) == {*ebft.STRIDED, "pretokenised"} and all(kind.canonical(name) == name for name in kind.names)
+    transforms = ("ebft_pretrain", "ebft_strided_structured", "ebft_strided_chat")
+    assert set(kind.names) == {*(f"{name}.transform" for name in transforms), "ebft_reasoning.transform_strided", "pretokenised"}
+    assert all(kind.canonical(name) == name for name in kind.names)
     assert kind.canonical("ebft_pretrain") == "ebft_pretrain.transform"
     with pytest.raises(ValueError, match="unknown format 'alpaca': expected one of ebft_pretrain.transform, .*, pretokenised"):
         kind.canonical("alpaca")
     with pytest.raises(ValueError, match="the columns chosen, rejected do not tell the format: ebft_pretrain.transform needs text"):
         kind.detect(["chosen", "rejected"])
-    assert kind.takes("ebft_reasoning.transform_strided") == strides.CHAT and kind.takes("ebft_pretrain.transform") == ()
+    assert kind.takes("ebft_reasoning.transform_strided") == row_formats.CHAT and kind.takes("ebft_pretrain.transform") == ()
 
 
 def test_raw_text_is_split_so_that_every_token_is_predicted_once(words):

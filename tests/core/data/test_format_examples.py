@@ -16,6 +16,7 @@ from treetune.core.data import (
     pretokenised,
     prompts,
     reward,
+    row_formats,
     segments,
     sources,
     spans,
@@ -161,19 +162,19 @@ def encoded(read, rows, tokenizer):
 
 def form(name):
     family, _, rest = name.partition(".")
-    tables = {"dpo": preference.FORMATS, "orpo": preference.FORMATS, "kto": unpaired.FORMATS, "bradley_terry": reward.PAIRS}
-    return tables[family][name if family == "bradley_terry" else rest]
+    kinds = {"dpo": "pairs", "orpo": "pairs", "kto": "unpaired", "bradley_terry": "ranked"}
+    return row_formats.of_kind(kinds[family])[name if family == "bradley_terry" else rest]
 
 
 def test_every_format_has_an_example_and_every_example_a_format():
     wanted = {name.replace(":", "-") for name in (*INSTRUCTIONS, *PAIRS, *UNPAIRED, *STRIDED, *STRUCTURED, *OTHERS)}
     assert {path.stem for path in FOLDER.glob("*.jsonl")} == wanted
     assert set(INSTRUCTIONS) == set(instruction.SHAPES)
-    named = (
-        {f"dpo.{name}" for name in preference.FORMATS} - {"dpo.chat_template.argilla"} | {"orpo.chat_template.argilla"} | set(reward.PAIRS)
-    )
-    assert named == set(PAIRS) and {f"kto.{name}" for name in unpaired.FORMATS} == set(UNPAIRED)
-    assert set(STRIDED) == set(ebft.STRIDED) and set(STRUCTURED) == set(ebft.STRUCTURED)
+    pairs, ranked = (set(row_formats.of_kind(kind)) for kind in ("pairs", "ranked"))
+    named = {f"dpo.{name}" for name in pairs} - {"dpo.chat_template.argilla"} | {"orpo.chat_template.argilla"} | ranked - pairs
+    assert named == set(PAIRS) and {f"kto.{name}" for name in row_formats.of_kind("unpaired")} == set(UNPAIRED)
+    assert set(STRIDED) | {"pretokenised"} == set(row_formats.of_kind("strided"))
+    assert set(STRUCTURED) == {name for name in row_formats.of_kind("true_replies") if "." in name}
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -225,9 +226,9 @@ def test_completion(tokenizer):
 @pytest.mark.parametrize("name", PAIRS | UNPAIRED)
 def test_pairs_and_unpaired_rows(name, tokenizer):
     rows = example(name)
-    needed, make = form(name)
-    assert set(needed) <= set(rows.rows[0]) or name.endswith("argilla_chat")
-    docs, report = trees.encode_rows(rows, make(), tokenizer, name=name)
+    row_format = form(name)
+    assert set(row_format.columns[0]) <= set(rows.rows[0]) or name.endswith("argilla_chat")
+    docs, report = trees.encode_rows(rows, row_format.reader(), tokenizer, name=name)
     prompt, replies = (PAIRS | UNPAIRED)[name]
     doc = docs[0]
     trunk = doc.tokens[(doc.branch == 0) & (doc.weight == 0)]
@@ -248,7 +249,7 @@ def test_margin(tokenizer):
 
 
 def test_steps(tokenizer):
-    docs, _ = reward.encode_steps(example("stepwise_supervised"), reward.STEPS["stepwise_supervised"].make(), tokenizer)
+    docs, _ = reward.encode_steps(example("stepwise_supervised"), row_formats.of_kind("steps")["stepwise_supervised"].reader(), tokenizer)
     batch = pack.collate_trees(docs, read="classes")
     assert text_of(docs[0].tokens, tokenizer) == "What is 2 + 3 * 4?3 * 4 = 12.\n2 + 12 = 15.\n"
     assert batch["targets"].tolist() == [1, 0]
@@ -265,7 +266,7 @@ def test_prompts(tokenizer):
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_ebft_structured(name):
-    targets, dropped = ebft.structured(example(name), ebft.STRUCTURED[name])
+    targets, dropped = ebft.structured(example(name), row_formats.of_kind("true_replies")[name].reader)
     assert [(one.prompt, one.ground_truth) for one in targets] == STRUCTURED[name] and not dropped
     rest = example(name).rows[0].get("messages", [])[2:] if name == "ebft_chat_multiturn.transform" else []
     assert list(targets[0].remaining_turns) == rest
@@ -273,7 +274,7 @@ def test_ebft_structured(name):
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_ebft_strided(name, tokenizer):
-    doc = ebft.STRIDED[name](example(name), tokenizer)[0]
+    doc = row_formats.of_kind("strided")[name].reader(example(name), tokenizer)[0]
     prompt, completion = STRIDED[name]
     if prompt:
         assert halves(doc.tokens, doc.weight, tokenizer) == (prompt, completion)

@@ -13,6 +13,7 @@ from treetune.core.data import (
     pretokenised,
     prompts,
     reward,
+    row_formats,
     segments,
     sources,
     trees,
@@ -22,7 +23,8 @@ from treetune.core.data import (
 FOLDER = Path(__file__).parents[3] / "examples" / "data" / "formats"
 USER = {"role": "user", "content": "a"}
 REPLY = {"role": "assistant", "content": "b"}
-PAIRS, KTO, STEPS = preference.FORMATS, unpaired.FORMATS, reward.STEPS["stepwise_supervised"].make()
+PAIRS, KTO = row_formats.of_kind("pairs"), row_formats.of_kind("unpaired")
+STEPS = row_formats.of_kind("steps")["stepwise_supervised"].reader()
 TALKS = {"chosen": [USER, REPLY], "rejected": [USER, REPLY | {"content": "c"}]}
 
 # (how to read one row, the row, what the error says behind "data.jsonl row 1")
@@ -149,7 +151,7 @@ def refused(message):
 def test_pairs(case, tokenizer):
     form, row, message = BAD[case]
     with refused(message):
-        trees.encode_rows(one(row), form.make(), tokenizer)
+        trees.encode_rows(one(row), form.reader(), tokenizer)
 
 
 @pytest.mark.parametrize("case", BAD_STEPS)
@@ -224,7 +226,7 @@ def test_user_formats_leave_braces_of_the_rows_alone(tokenizer):
 
 def test_property_mappings_and_roles(tokenizer):
     options = {"field_messages": "talk", "field_chosen": "yes", "field_rejected": "no", "roles": {"user": ["me"], "assistant": ["it"]}}
-    read = PAIRS["chat_template.default"].make(message_field_role="who", message_field_content="says", **options)
+    read = PAIRS["chat_template.default"].reader(message_field_role="who", message_field_content="says", **options)
     row = {"talk": [{"who": "me", "says": "hello"}], "yes": {"who": "it", "says": "a"}, "no": [{"who": "it", "says": "b"}]}
     assert read(row, "row") == trees.Sides([{"role": "user", "content": "hello"}], (REPLY | {"content": "a"}, REPLY), {})
 

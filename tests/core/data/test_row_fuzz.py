@@ -17,21 +17,23 @@ from treetune.core.data import (
     instruction,
     kinds,
     pack,
-    preference,
     pretokenised,
     prompts,
     reward,
+    row_formats,
     segments,
     sources,
     spans,
     trees,
-    unpaired,
 )
 
 FOLDER = Path(__file__).parents[3] / "examples" / "data" / "formats"
 USER = {"role": "user", "content": "a"}
 REPLY = {"role": "assistant", "content": "b"}
-PAIRS, KTO, STEPS = preference.FORMATS, unpaired.FORMATS, reward.STEPS["stepwise_supervised"].make()
+PAIRS, KTO = row_formats.of_kind("pairs"), row_formats.of_kind("unpaired")
+REPLIES = {name: form for name, form in row_formats.of_kind("true_replies").items() if "." in name}
+RANKED = {name: form for name, form in row_formats.of_kind("ranked").items() if name not in PAIRS}
+STEPS = row_formats.of_kind("steps")["stepwise_supervised"].reader()
 
 
 JUNK = (
@@ -62,12 +64,12 @@ def encoded(read, rows, tokenizer):
 
 
 def families(tokenizer):
-    made = {f"dpo.{name}": lambda rows, form=form: trees.encode_rows(rows, form.make(), tokenizer)[0] for name, form in PAIRS.items()}
-    made |= {f"kto.{name}": lambda rows, form=form: trees.encode_rows(rows, form.make(), tokenizer)[0] for name, form in KTO.items()}
-    made |= {name: lambda rows, form=form: trees.encode_rows(rows, form.make(), tokenizer)[0] for name, form in reward.PAIRS.items()}
+    made = {f"dpo.{name}": lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in PAIRS.items()}
+    made |= {f"kto.{name}": lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in KTO.items()}
+    made |= {name: lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in RANKED.items()}
     made |= {name: lambda rows, name=name: encoded(instruction.shaped(name)(tokenizer), rows, tokenizer) for name in instruction.SHAPES}
-    made |= {name: lambda rows, fn=fn: ebft.structured(rows, fn)[0] for name, fn in ebft.STRUCTURED.items()}
-    made |= {name: lambda rows, fn=fn: fn(rows, tokenizer) for name, fn in ebft.STRIDED.items()}
+    made |= {name: lambda rows, form=form: ebft.structured(rows, form.reader)[0] for name, form in REPLIES.items()}
+    made |= {name: lambda rows, form=form: form.reader(rows, tokenizer) for name, form in row_formats.of_kind("strided").items()}
     made |= {
         f"text.{name}": lambda rows, name=name: formats.encode_rows(rows, tokenizer, format=name)[0]
         for name in ("chat", "alpaca", "completion", "input_output", "pretokenised", "user_defined")

@@ -1,0 +1,187 @@
+"""The formats of rows of every kind: one table, from a name and columns to the function that reads such rows.
+
+A new format is a reader in a file of its own and a line in FORMATS. What a reader is depends on the kind:
+- text: `reader(tokenizer, **options)` gives a function from `Rows` to texts with trained spans (`spans.Text`).
+- pairs, ranked, unpaired, judged, answers: `reader(**options)` gives a function from (row, how errors name it) to `trees.Sides`.
+- steps: the same to `reward.Steps`.
+- strided: `reader(rows, tokenizer, **options)` gives documents with a `prompt_length` (`ebft.Strided`).
+- true_replies: `reader(row, how errors name it)` gives rows with prompt, ground_truth and perhaps remaining_turns.
+- prompts: `reader(row, column, how errors name it)` gives the row with its prompt in the column `prompt`.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from treetune.core.data import (
+    chat,
+    completion,
+    ebft,
+    instruction,
+    preference,
+    pretokenised,
+    prompts,
+    reward,
+    segments,
+    unpaired,
+    wording,
+)
+
+CHAT = ("chat_template", "chat_template_jinja", "chat_template_kwargs")  # options of formats whose rows are messages
+PREFERENCES = ("pairs", "ranked")
+JUDGEMENTS = ("unpaired", "judged")
+
+
+class RowFormat(NamedTuple):
+    """How rows of one format are known and read.
+
+    columns: any one of these sets, all names present. options: what its rows take. rank: where among its kind detection by columns
+    tries it; None: it must be named, or be the only one with its columns. overlong: what happens to documents longer than sequence_len,
+    unless said otherwise. fix: what to do when nothing of a data set is trained.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    columns: tuple[tuple[str, ...], ...]
+    reader: Callable
+    options: tuple[str, ...] = ()
+    rank: int | None = None
+    overlong: str = "drop"
+    fix: str = "fill the columns"
+
+
+def of_kind(kind: str) -> dict[str, RowFormat]:
+    """The formats of a kind by name, in the order of the table."""
+    return {one.name: one for one in FORMATS if kind in one.kinds}
+
+
+def ranked(kind: str) -> list[RowFormat]:
+    """The formats of a kind that detection tries, in its order."""
+    return sorted((one for one in FORMATS if kind in one.kinds and one.rank is not None), key=lambda one: one.rank or 0)
+
+
+def detect(kind: str, columns: Sequence[str]) -> RowFormat | None:
+    """The first format whose columns are all there."""
+    return next((one for one in ranked(kind) if any(set(needed) <= set(columns) for needed in one.columns)), None)
+
+
+def keywords(reader: Callable) -> tuple[str, ...]:
+    """The options of a reader: its keyword-only parameters."""
+    parameters = inspect.signature(reader).parameters
+    return tuple(key for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY)
+
+
+def text(
+    name: str, columns: tuple[tuple[str, ...], ...], reader: Callable, *, fix: str, rank: int | None = None, overlong: str = "drop"
+) -> RowFormat:
+    """A format of texts with trained spans."""
+    return RowFormat(name, ("text",), columns, reader, keywords(reader), rank, overlong, fix)
+
+
+def sides(
+    name: str,
+    kinds: tuple[str, ...],
+    columns: tuple[str, ...],
+    reader: Callable,
+    *,
+    rank: int | None = None,
+    messages: bool = False,
+) -> RowFormat:
+    """A format of prompts with continuations; messages: the chat template writes them."""
+    return RowFormat(name, kinds, (columns,), reader, (*keywords(reader), *(CHAT if messages else ())), rank)
+
+
+def _instructions() -> list[RowFormat]:
+    """Instructions share their columns, so all but alpaca must be named."""
+    shapes = instruction.SHAPES.items()
+    rank = {"alpaca": 1}
+    return [
+        text(name, (shape.columns,), instruction.shaped(name), fix=f"fill the {shape.columns[-1]} column", rank=rank.get(name))
+        for name, shape in shapes
+    ]
+
+
+def _worded_pairs() -> list[RowFormat]:
+    """Pairs in a fixed wording."""
+    out = []
+    for style, (name, columns) in itertools.product(("chatml", "llama3"), preference.FIELDS.items()):
+        needed = tuple(names[0] for names in columns[:3] if names)
+        reader = preference.fixed(preference.styled(wording.STYLES[style], columns))
+        out.append(sides(f"{style}.{name}", PREFERENCES, needed, reader))
+    return out
+
+
+def _worded_judgements() -> list[RowFormat]:
+    """Judged completions in a fixed wording."""
+    out = []
+    for name, style in wording.STYLES.items():
+        for layout, column in unpaired.FIELDS.items():
+            reader = preference.fixed(unpaired.styled(style, column))
+            out.append(sides(f"{name}.{layout}", JUDGEMENTS, (column, "completion", "label"), reader))
+        reader = preference.fixed(unpaired.talking(style))
+        out.append(sides(f"{name}.argilla_chat", JUDGEMENTS, ("completion", "label"), reader))
+    return out
+
+
+def _true_replies(name: str, columns: tuple[str, ...], reader: Callable, rank: int | None = None) -> RowFormat:
+    return RowFormat(name, ("true_replies",), (columns,), reader, (), rank)
+
+
+def _strided(name: str, columns: tuple[tuple[str, ...], ...], reader: Callable, rank: int | None = None, *, messages: bool = False):
+    return RowFormat(name, ("strided",), columns, reader, CHAT if messages else (), rank, "truncate")
+
+
+RANKED = ("input", "chosen", "rejected")
+BRADLEY_TERRY = preference.styled(wording.STYLES["llama3"], preference.FIELDS["icr"])
+FORMATS: list[RowFormat] = [
+    text(
+        "chat", (("messages",), ("conversations",)), chat.reader, rank=0,
+        fix="check the roles of the messages, roles_to_train and the train flags",
+    ),
+    *_instructions(),
+    text("user_defined", ((),), instruction.user_defined, fix="fill the column that field_output names"),
+    text("input_output", (("segments",),), segments.reader, rank=2, fix="label some segments true"),
+    text("pretokenised", (("input_ids", "labels"),), pretokenised.reader, rank=3, fix="give some tokens a label other than -100"),
+    text("completion", (("text",),), completion.reader, rank=4, overlong="split", fix="fill the text column"),
+
+    sides("bradley_terry.chat_template", ("ranked",), RANKED, preference.fixed(reward.ranked), rank=0, messages=True),
+    sides("bradley_terry.llama3", ("ranked",), RANKED, preference.fixed(BRADLEY_TERRY)),
+    *_worded_pairs(),
+    sides("zephyr.nectar", PREFERENCES, ("prompt", "answers"), preference.fixed(preference.nectar)),
+    sides("chat_template.default", PREFERENCES, ("messages", "chosen", "rejected"), preference.templated, rank=1, messages=True),
+    sides("chat_template.argilla", PREFERENCES, ("chosen", "rejected"), preference.fixed(preference.argilla), rank=3, messages=True),
+    sides("chat_template.argilla_chat", PREFERENCES, ("chosen", "rejected"), preference.fixed(preference.argilla), messages=True),
+    sides("user_defined.default", PREFERENCES, ("prompt", "chosen", "rejected"), preference.user_defined),
+    sides("passthrough", PREFERENCES, ("prompt", "chosen", "rejected"), preference.fixed(preference.passthrough), rank=2, messages=True),
+
+    *_worded_judgements(),
+    sides("user_defined.default", JUDGEMENTS, ("prompt", "completion", "label"), unpaired.user_defined),
+    sides("passthrough", JUDGEMENTS, ("prompt", "completion", "label"), preference.fixed(unpaired.passthrough), rank=0, messages=True),
+
+    sides("stepwise_supervised", ("steps",), ("prompt", "completions", "labels"), reward.stepwise, rank=0),
+    sides("prompt_completion", ("answers",), ("prompt", "completion"), preference.fixed(unpaired.answer), rank=0, messages=True),
+    sides("messages", ("answers",), ("messages",), preference.fixed(unpaired.conversation), rank=1, messages=True),
+
+    _strided("ebft_pretrain.transform", (("text",),), ebft.pretrain, 1),
+    _strided("ebft_strided_structured.transform", tuple(itertools.product(*ebft.ANSWERED)), ebft.strided_structured, 3),
+    _strided("ebft_strided_chat.transform", (("messages",), ("conversations",)), ebft.strided_chat, 2, messages=True),
+    _strided("ebft_reasoning.transform_strided", (("messages",), ("conversations",)), ebft.reasoning_strided, messages=True),
+    _strided("pretokenised", (("input_ids",),), ebft.strided, 0),
+
+    _true_replies("ebft_opencode.transform", ("input", "output"), ebft.opencode, 1),
+    _true_replies("ebft_chat_multiturn.transform", ("messages",), ebft.first_turn, 2),
+    _true_replies("ebft_chat_multiturn.transform_last_turn", ("messages",), ebft.last_turn),
+    _true_replies("ebft_chat_multiturn.transform_all_turns", ("messages",), ebft.all_turns),
+    _true_replies("ebft_reasoning.transform", ("messages",), ebft.last_turn),
+    _true_replies("ebft_reasoning.transform_answer_only", ("messages",), ebft.answer_only),
+    _true_replies("ebft_reasoning.transform_split_thinking", ("messages",), ebft.split_thinking),
+    _true_replies("prompt, ground_truth", ("prompt", "ground_truth"), ebft.as_target, 0),
+    _true_replies("conversations", ("conversations",), ebft.first_turn, 3),
+    _true_replies("question, answer", ("question", "answer"), ebft.question_answer, 4),
+    _true_replies("prompt, completion", ("prompt", "completion"), ebft.prompt_completion, 5),
+
+    RowFormat("prompt", ("prompts",), (("prompt",),), prompts.from_column, rank=0),
+    RowFormat("messages", ("prompts",), (("messages",),), prompts.from_column, rank=1),
+    RowFormat("question", ("prompts",), (("question",),), prompts.from_question, rank=2),
+]  # fmt: skip
