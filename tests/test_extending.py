@@ -1,9 +1,10 @@
-"""The recipes of docs/extending.md run as they stand, in a user's folder on a tiny model, and are as short as promised."""
+"""The recipes of docs/extending.md, and the Python of docs/runs.md, run as they stand in a user's folder, and are as short as promised."""
 
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -14,7 +15,6 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 spec = importlib.util.spec_from_file_location("command_line_fixtures", ROOT / "tests/cli/conftest.py")
 fixtures = importlib.util.module_from_spec(spec)
@@ -34,21 +34,28 @@ SIZES = {
     "A schedule": (1, 5),
     "A row format": (1, 20),
     "A model family": (1, 20),
+    "A tracker": (1, 6),
+    "An option": (1, 35),
+    "A method": (1, 60),
 }
 # what the output of a recipe shows
 SHOWS = {
     "A reward function": r"ends_in_answer",
     "A data transform": r"20 rows",
-    "A token loss": r"step 4: loss",
-    "A pair loss": r"step 2: loss",
-    "A policy-gradient loss": r"step 2: reward",
-    "An advantage": r"step 2: reward",
-    "An optimiser": r"step 4: loss",
-    "A schedule": r"learning rate 0\.005\n.*learning rate 0\.01\n.*learning rate 0\.0082",
+    "A token loss": r"done .*step 2 of 2",
+    "A pair loss": r"done .*step 2 of 2",
+    "A policy-gradient loss": r"done .*step 2 of 2",
+    "An advantage": r"done .*step 2 of 2",
+    "An optimiser": r"done .*step 2 of 2",
+    "A schedule": r"done .*step 4 of 4",
     "A row format": r"20 documents",
     "A model family": r"starling",
+    "A tracker": r'"train/loss"',
+    "An option": r"done .*step 2 of 2",
+    "A method": r"resumed from step_000002",
+    "From Python": r"^\d\.\d+\n$",
 }
-RUNNERS = ("train.py", "loop.py", "run.yaml")
+RUNNERS = ("train.py", "run.yaml")
 
 
 class Recipe(NamedTuple):
@@ -58,9 +65,10 @@ class Recipe(NamedTuple):
     commands: list[str]
 
 
-def recipes() -> dict[str, Recipe]:
+def recipes(page: str) -> dict[str, Recipe]:
+    """The sections of a page with files to write."""
     out = {}
-    for section in re.split(r"^## ", PAGE, flags=re.M)[1:]:
+    for section in re.split(r"^## ", (ROOT / "docs" / page).read_text(), flags=re.M)[1:]:
         title, files, commands = section.split("\n", 1)[0], {}, []
         for language, text in re.findall(r"```(\w+)\n(.*?)```", section, re.S):
             if language == "bash":
@@ -68,12 +76,13 @@ def recipes() -> dict[str, Recipe]:
                 continue
             first, rest = text.split("\n", 1)
             files[first.removeprefix("# ")] = rest
-        out[title] = Recipe(files, commands)
+        out |= {title: Recipe(files, commands)} if files else {}
     return out
 
 
-RECIPES = recipes()
-SHARED = RECIPES.pop("A loop to try pieces in").files
+RECIPES = recipes("extending.md")
+SHARED: dict[str, str] = {}
+PIECES = tuple(RECIPES)
 
 
 def rows() -> dict[str, list[dict]]:
@@ -96,6 +105,20 @@ def write(folder: Path, recipe: Recipe, model: Path) -> None:
         shutil.copy(path, folder)
 
 
+def run_command(words: list[str]) -> int:
+    """The exit code of `treetune ...` or of `python FILE ...`."""
+    if words[0] == "treetune":
+        from treetune.cli import main
+
+        return main.main(words[1:])
+    sys.argv = words[1:]
+    try:
+        runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
 def follow(folder: Path, recipe: Recipe, model: Path) -> int:
     """Run a recipe in this process, which it may leave as it likes: train.py, then the commands."""
     os.chdir(folder)
@@ -104,11 +127,9 @@ def follow(folder: Path, recipe: Recipe, model: Path) -> int:
     code = 0
     try:
         if "train.py" in recipe.files:
-            exec(compile((folder / "train.py").read_text(), "train.py", "exec"), {"__name__": "__main__"})
-        from treetune.cli import main
-
+            runpy.run_path("train.py", run_name="__main__")
         for command in recipe.commands:
-            code = code or main.main(shlex.split(re.sub(r"\bMODEL\b", str(model), command))[1:])
+            code = code or run_command(shlex.split(re.sub(r"\bMODEL\b", str(model), command)))
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -129,7 +150,7 @@ def test_the_recipe_runs(title, tiny, tmp_path, monkeypatch):
     assert re.search(SHOWS[title], output), output
 
 
-@pytest.mark.parametrize("title", RECIPES)
+@pytest.mark.parametrize("title", PIECES)
 def test_the_piece_is_as_short_as_promised(title):
     files, lines = SIZES[title]
     pieces = {name: text for name, text in RECIPES[title].files.items() if name not in RUNNERS}
