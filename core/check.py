@@ -53,6 +53,7 @@ def finite(params: Params) -> Tensor:
 
 def no_shared_storage(one: Params, other: Params) -> None:
     """Raise ValueError when two trees alias: an optimiser updates in place, so a reference or average must be a clone."""
+    # By storage and not by address: a view into a leaf changes with it, wherever it begins.
     owners = {leaf.untyped_storage().data_ptr(): path for path, leaf in tree.items(one)}
     for path, leaf in tree.items(other):
         if (owner := owners.get(leaf.untyped_storage().data_ptr())) is not None and leaf.numel():

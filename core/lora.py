@@ -105,6 +105,7 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
     tied = "lm_head" not in base
     if tied and ("lm_head" in adapted or "embed_tokens" in adapted):
         base["lm_head"] = base["embed_tokens"]
+    # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
     for path, (a, b) in adapted.items():
         base[path] = (base[path].float() + delta(path, a, b, scaling)).to(base[path].dtype)
     return tree.from_items(base.items())

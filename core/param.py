@@ -34,6 +34,7 @@ def _start(path: str, param: Param, seed: int) -> Tensor:
     kind, _, value = param.init.partition(":")
     if kind in ("zeros", "ones"):
         return getattr(torch, kind)(param.shape, dtype=param.dtype)
+    # On the CPU and by path: the same weights on every device, whatever other leaves the tree has.
     generator = torch.Generator().manual_seed(seed_of(seed, path))
     if kind == "normal":
         return (torch.randn(param.shape, generator=generator) * float(value)).to(param.dtype)

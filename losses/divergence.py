@@ -46,6 +46,7 @@ def corrected(k: Tensor, ratio: Tensor) -> Tensor:
 
 def corrected_k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor, ratio: Tensor) -> Tensor:
     """`corrected` of `k3` with the ratio e^(logp - old_logp), also where k3 overflows: there it is e^(ref_logp - old_logp) + r (d - 1)."""
+    # r k3 = r e^-d + r (d - 1), and r e^-d = e^(ref_logp - old_logp) does not hold the policy: joined, the exponents do not overflow.
     d, k = _difference(logp, ref_logp, None), k3(logp, ref_logp)
     overflow = (k == torch.inf) & (d < 0)
     near = corrected(torch.where(overflow, 0.0, k), torch.where(overflow, 0.0, ratio))

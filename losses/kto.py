@@ -93,6 +93,7 @@ def merge(running: Running, mean: Tensor, count: Tensor) -> Running:
 
     No rewards, and an infinite mean, as of a banned token, leave the state: one such step would stay in it for ever.
     """
+    # Masked and not branched on: a step does not wait for the device to say what it counted.
     known = (count > 0) & ~mean.isinf()
     count = torch.where(known, count, 0).to(running.count.dtype)
     total = running.count + count

@@ -63,6 +63,8 @@ def _chain(upstream: Tensor, slope: Tensor) -> Tensor:
     return torch.where(void, 0.0, torch.where(void, 0.0, upstream) * torch.where(void, 0.0, slope))
 
 
+# Functions of their own, because autograd's backward passes of exp, expm1 and square multiply an upstream gradient of exactly 0, which a
+# clip or a mask left, by a slope that has overflowed: 0 times inf is nan, and one token would end the run.
 class _Exp(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -100,7 +102,7 @@ class _Excess(torch.autograd.Function):
 
     @staticmethod
     def forward(x):
-        return x.expm1() - x.clamp(max=torch.finfo(x.dtype).max)
+        return x.expm1() - x.clamp(max=torch.finfo(x.dtype).max)  # inf less a finite number stays inf; inf - inf would be nan
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -105,6 +105,7 @@ def gmpo(
     """
     rho, advantage = upcast(log_ratio), upcast(advantage)
     cut = rho.clamp(-epsilon, epsilon if epsilon_high is None else epsilon_high)
+    # The bound by sign keeps tokens that moved against the advantage: only those that went too far along it lose their gradient.
     c = torch.where(advantage > 0, torch.minimum(rho, cut), torch.where(advantage < 0, torch.maximum(rho, cut), cut))
     mean = per_sequence(c, seq, seq_lens) / seq_lens.clamp(min=1)
     return -(limits.exp(mean)[seq] * advantage)

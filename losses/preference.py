@@ -284,5 +284,6 @@ def _same_rank(x: Tensor, y: Tensor, group: Tensor | None) -> Tensor:
 
 def _order(x: Tensor, group: Tensor | None) -> Tensor:
     """Indices that sort x, by group first where there are groups."""
+    # Stable, so that equal margins keep one order on every device and a step is repeated bit for bit.
     order = x.detach().argsort(stable=True)
     return order if group is None else order.gather(0, group.gather(0, order).argsort(stable=True))

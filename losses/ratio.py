@@ -49,6 +49,7 @@ def _mean(rho: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
 
 
 def _sums(rho: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
+    # inf of one token and -inf of another would add up to nan; capped, a token that the policy rules out rules out its sequence.
     return per_sequence(limits.capped(rho), seq, seq_lens)
 
 

@@ -54,6 +54,7 @@ def alphapo(pairs: Pairs, *, beta: float, gamma: float, alpha: float) -> Tensor:
 
 def odds_ratio(pairs: Pairs) -> Tensor:
     """log odds(chosen) - log odds(rejected), log odds = A - log(1 - e^A): [P]. Means are taken just below 0, where odds are finite."""
+    # A mean log-prob of 0 is a probability of 1, whose odds are infinite.
     chosen, rejected = (mean.clamp(max=-1e-12 if mean.dtype == torch.float64 else -1e-7) for mean in _means(pairs))
     return limits.minus(chosen, rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
