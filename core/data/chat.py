@@ -5,7 +5,7 @@ the end-of-turn token. A message's own flag decides whether it is trained, else 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from treetune.core.data import chat_templates, conversations, sources, spans, templates
 from treetune.core.data.rows import Message, Row
@@ -50,20 +50,12 @@ def reader(
     *,
     chat_template: str | None = None,
     chat_template_jinja: str | None = None,
-    chat_template_kwargs: Mapping | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     roles_to_train: Sequence[str] | None = ("assistant",),
     train_on_eos: str | None = "turn",
     train_on_inputs: bool = False,
-    field_messages: str = "messages",
-    field_tools: str | None = "tools",
-    message_property_mappings: Mapping[str, str] | None = None,
-    message_field_role: str | None = None,
-    message_field_content: str | None = None,
-    roles: Mapping[str, Sequence[str]] | None = None,
-    message_field_training: str = "train",
-    message_field_training_detail: str = "train_detail",
-    split_thinking: bool = False,
     default_system_message: str | None = None,
+    **field_options: Unpack[conversations.FieldOptions],
 ) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows to texts with the turns to train.
 
@@ -78,15 +70,7 @@ def reader(
     """
     options = _mask_options(roles_to_train, train_on_eos, train_on_inputs)
     fields = conversations.message_fields(
-        field_messages=field_messages,
-        field_tools=field_tools,
-        message_property_mappings=message_property_mappings,
-        message_field_role=message_field_role,
-        message_field_content=message_field_content,
-        roles=roles,
-        message_field_training=message_field_training,
-        message_field_training_detail=message_field_training_detail,
-        split_thinking=split_thinking,
+        **field_options,
         extra_roles=lambda role: role in (options.roles or ()) or chat_templates.names_role(template, role),
     )
     template = chat_templates.template_source(tokenizer, chat_template, chat_template_jinja)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from treetune.core.data import bounded_jinja, conversations, templates
 from treetune.core.data.rows import Message
@@ -20,6 +20,14 @@ FAILS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, Re
 SUFFIXES = (".jinja", ".jinja2")
 PROBE = "Pz3kQwJ"
 FIX = "name one with chat_template, use a model whose tokenizer has one, or train on text or alpaca rows"
+
+
+class TemplateOptions(TypedDict, total=False):
+    """The documented options that choose a chat template, see `resolve`, and the variables that it gets."""
+
+    chat_template: str | None
+    chat_template_jinja: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 @cache

@@ -5,7 +5,7 @@ What is to be trained of it is kept apart in `TrainFlags`: a decision for the me
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from treetune.core.data import sources, tool_calls
 from treetune.core.data.rows import Message, Row
@@ -72,22 +72,27 @@ class Conversation(NamedTuple):
     tools: list[Message] | None
 
 
-def message_fields(
-    *,
-    field_messages: str = MESSAGES[0],
-    field_tools: str | None = "tools",
-    message_property_mappings: Mapping[str, str] | None = None,
-    message_field_role: str | None = None,
-    message_field_content: str | None = None,
-    roles: Mapping[str, Sequence[str]] | None = None,
-    message_field_training: str = "train",
-    message_field_training_detail: str = "train_detail",
-    split_thinking: bool = False,
-    extra_roles: Callable[[str], bool] = lambda role: False,
-) -> MessageFields:
-    """The options in one value. Errors: ValueError for options that contradict each other or have the wrong kind."""
-    custom_names = dict(message_property_mappings or {})
-    for target, name in (("role", message_field_role), ("content", message_field_content)):
+class FieldOptions(TypedDict, total=False):
+    """The documented options of rows of messages: names of columns, of keys of a message, and of roles."""
+
+    field_messages: str
+    field_tools: str | None
+    message_property_mappings: Mapping[str, str] | None
+    message_field_role: str | None
+    message_field_content: str | None
+    roles: Mapping[str, Sequence[str]] | None
+    message_field_training: str
+    message_field_training_detail: str
+    split_thinking: bool
+
+
+def message_fields(*, extra_roles: Callable[[str], bool] = lambda role: False, **options: Unpack[FieldOptions]) -> MessageFields:
+    """Options of rows of messages in one value. extra_roles: whether another name is a role by itself.
+
+    Errors: ValueError for options that contradict each other or have the wrong kind.
+    """
+    custom_names = dict(options.get("message_property_mappings") or {})
+    for target, name in (("role", options.get("message_field_role")), ("content", options.get("message_field_content"))):
         if name is not None and custom_names.setdefault(target, name) != name:
             raise ValueError(
                 f"message_field_{target} is {name!r}, but message_property_mappings has {target}: {custom_names[target]!r}: give one"
@@ -95,9 +100,16 @@ def message_fields(
     for target, name in custom_names.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"message_property_mappings has {target}: {name!r}, expected the name of a column")
-    mappings = MAPPINGS | {target: (name,) for target, name in custom_names.items()}
-    flags = message_field_training, message_field_training_detail
-    return MessageFields(field_messages, field_tools, mappings, map_roles(roles), extra_roles, *flags, split_thinking)
+    return MessageFields(
+        messages=options.get("field_messages", MESSAGES[0]),
+        tools=options.get("field_tools", "tools"),
+        mappings=MAPPINGS | {target: (name,) for target, name in custom_names.items()},
+        roles=map_roles(options.get("roles")),
+        extra_roles=extra_roles,
+        training=options.get("message_field_training", "train"),
+        detail=options.get("message_field_training_detail", "train_detail"),
+        split_thinking=options.get("split_thinking", False),
+    )
 
 
 def map_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:

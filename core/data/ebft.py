@@ -7,11 +7,12 @@ n tokens of one document.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
 from treetune.core.data import chat, conversations, preference, pretokenised, sources, spans, trees, turns
+from treetune.core.data.chat_templates import TemplateOptions
 from treetune.core.data.rows import Message, Row
 from treetune.core.protocols import Tokenizer
 
@@ -153,7 +154,9 @@ def strided_structured(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided
     return _strided(rows, texts, tokenizer, prefix=special.prefix)
 
 
-def strided_chat(rows: sources.Rows, tokenizer: Tokenizer, *, last_only: bool = False, **template) -> list[Strided]:
+def strided_chat(
+    rows: sources.Rows, tokenizer: Tokenizer, *, last_only: bool = False, **template: Unpack[TemplateOptions]
+) -> list[Strided]:
     """ebft_strided_chat.transform: a conversation through the chat template, every reply trained.
 
     last_only: only the last reply. template: chat_template, chat_template_jinja and chat_template_kwargs of `chat.reader`.
@@ -167,7 +170,7 @@ def strided_chat(rows: sources.Rows, tokenizer: Tokenizer, *, last_only: bool = 
     return _strided(rows, read(rows._replace(rows=talks)), tokenizer)
 
 
-def reasoning_strided(rows: sources.Rows, tokenizer: Tokenizer, **template) -> list[Strided]:
+def reasoning_strided(rows: sources.Rows, tokenizer: Tokenizer, **template: Unpack[TemplateOptions]) -> list[Strided]:
     """ebft_reasoning.transform_strided: a conversation through the chat template, the last reply trained with its thoughts."""
     return strided_chat(rows, tokenizer, last_only=True, **template)
 

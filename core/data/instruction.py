@@ -4,7 +4,7 @@ Sources of the wordings: Taori et al., Stanford Alpaca: An Instruction-following
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from treetune.core.data import sources, spans, turns, wording
 from treetune.core.data.rows import Row
@@ -94,18 +94,24 @@ def trailing_space(before: str, output: str) -> int:
     return int(before[-1:] in BLANKS and not output[:1].isspace())
 
 
+class ColumnOptions(TypedDict, total=False):
+    """The documented options that name the columns of `user_defined` rows; an empty one leaves its column out."""
+
+    field_system: str
+    field_instruction: str
+    field_input: str
+    field_output: str
+
+
 def user_defined(
     tokenizer: Tokenizer,
     *,
-    field_system: str = "system",
-    field_instruction: str = "instruction",
-    field_input: str = "input",
-    field_output: str = "output",
     format: str = "User: {instruction} {input}\nAssistant:",
     no_input_format: str = "User: {instruction}\nAssistant:",
     system_prompt: str = "",
     system_format: str = "{system}",
     train_on_inputs: bool = False,
+    **columns: Unpack[ColumnOptions],
 ) -> Callable[[sources.Rows], list[spans.Text]]:
     """A function from rows with columns of any name to texts of any wording.
 
@@ -115,6 +121,8 @@ def user_defined(
     Errors: ValueError for a tokenizer without EOS, for formats with unknown or missing places, and for rows without a needed field.
     """
     spans.require_eos(tokenizer)
+    field_system, field_input = columns.get("field_system", "system"), columns.get("field_input", "input")
+    field_instruction, field_output = columns.get("field_instruction", "instruction"), columns.get("field_output", "output")
     if not field_instruction or not field_output:
         raise ValueError(f"field_instruction is {field_instruction!r} and field_output is {field_output!r}: both need the name of a column")
     fill = {

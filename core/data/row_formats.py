@@ -12,7 +12,7 @@ A new format is a reader in a file of its own and a line in FORMATS. What a read
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from treetune.core.data import (
     chat,
@@ -67,9 +67,14 @@ def detect(kind: str, columns: Sequence[str]) -> RowFormat | None:
 
 
 def keywords(reader: Callable) -> tuple[str, ...]:
-    """The options of a reader: its keyword-only parameters."""
-    parameters = inspect.signature(reader).parameters
-    return tuple(key for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY)
+    """The options of a reader: its keyword-only parameters, and the keys of the TypedDict that the rest of them is typed with."""
+    names: list[str] = []
+    for parameter in inspect.signature(reader).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            names += [name for options in get_args(parameter.annotation) for name in options.__annotations__]
+    return tuple(names)
 
 
 def text(

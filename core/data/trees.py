@@ -6,11 +6,11 @@ n tokens of one document.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from treetune.core.data import chat, instruction, reporting, sources, spans
+from treetune.core.data import chat, chat_templates, instruction, reporting, sources, spans
 from treetune.core.data.rows import Message, Row
 from treetune.core.protocols import Tokenizer
 
@@ -88,19 +88,17 @@ def encode_rows(
     distinct: bool = True,
     sequence_len: int | None = None,
     overlong: str = "drop",
-    chat_template: str | None = None,
-    chat_template_jinja: str | None = None,
-    chat_template_kwargs: Mapping | None = None,
+    **template: Unpack[chat_templates.TemplateOptions],
 ) -> tuple[list[TreeDoc], Report]:
     """Documents of the rows, in their order, and what became of the rows.
 
     read: from a row and how errors name it to its Sides. distinct: drop rows with two equal continuations.
     overlong: for rows in which the prompt with one continuation has more than sequence_len tokens: "drop", "truncate" (every
-    continuation at the same length, the prompt stays) or "error". chat_template...: for rows of messages, as in `chat.reader`.
+    continuation at the same length, the prompt stays) or "error". template: for rows of messages, as in `chat.reader`.
     Errors: ValueError for bad rows (named), and when no row is left.
     """
     check_length(sequence_len, overlong)
-    special, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs)
+    special, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, template)
     docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows)), [], {}, ""
     for i, extras, reason, parts in _sequences(rows, read, tokenizer, special, render, distinct):
         location = sources.locate_row(rows, i)
@@ -368,13 +366,13 @@ def check_unicode(text: str, location: str) -> None:
         raise ValueError(f"{location}: not valid Unicode ({error.reason} at character {error.start} of the text)") from error
 
 
-def _renderer(tokenizer: Tokenizer, template: str | None, jinja: str | None, kwargs: Mapping | None) -> ReadTexts:
+def _renderer(tokenizer: Tokenizer, template: chat_templates.TemplateOptions) -> ReadTexts:
     """chat's reader, made when the first row of messages comes: rows of plain text need no chat template."""
-    readers = []
+    readers: list[ReadTexts] = []
 
     def render(rows: sources.Rows) -> list[spans.Text]:
         if not readers:
-            readers.append(chat.reader(tokenizer, chat_template=template, chat_template_jinja=jinja, chat_template_kwargs=kwargs))
+            readers.append(chat.reader(tokenizer, **template))
         return readers[0](rows)
 
     return render
