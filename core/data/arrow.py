@@ -35,7 +35,7 @@ def read_parquet(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[i
 
 
 def read_ipc(stream: BinaryIO, name: str, skip: int = 0) -> Iterator[tuple[int, dict]]:
-    """The same of Arrow's IPC stream, as the datasets library writes it, or its file format."""
+    """Rows of Arrow's IPC stream, as the datasets library writes it, or of its file format; as `read_parquet`."""
     from pyarrow import ArrowException
     from pyarrow import ipc as pyarrow_ipc
 
@@ -107,7 +107,7 @@ def _values(column: Any) -> list:
 
 
 def _value(scalar: Any) -> Any:
-    """A scalar as Python has it, else as text; inside structs and lists only what needs it."""
+    """A scalar as a Python value, or as text where Python has no type for it; inside structs and lists, only such items become text."""
     import pyarrow as pa
 
     try:

@@ -22,7 +22,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templat
 
 
 class TemplateLimitError(ValueError):
-    """A template went past a limit."""
+    """A template that went past a limit."""
 
 
 class RenderClock(threading.local):
@@ -38,14 +38,17 @@ class RenderClock(threading.local):
         self.end = time.thread_time() + SECONDS
 
     def tick(self) -> str:
-        """Nothing. Errors: TooMuch when the time is over."""
+        """Raise TemplateLimitError when the time is over; else an empty text, which the template writes."""
         if time.thread_time() > self.end:
             raise TemplateLimitError(f"it runs for more than {SECONDS:g} seconds of processor time: it loops too often")
         return ""
 
 
 def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
-    """The conversation as the template writes it. Errors: TooMuch for one that goes past a limit; ValueError for what Jinja raises."""
+    """Text of the conversation as the template writes it.
+
+    Errors: TemplateLimitError for a template that goes past a limit; ValueError for what Jinja raises.
+    """
     import jinja2
 
     try:
@@ -68,7 +71,7 @@ def _rendered(text: str, messages: Sequence[Message], variables: dict[str, Any])
 
 
 def check_size(size: int) -> None:
-    """Errors: TooMuch for a value that is too large."""
+    """Raise TemplateLimitError for a value of more than LARGEST characters or items."""
     if size > LARGEST:
         raise TemplateLimitError(f"it makes a value of {size} characters or items, more than {LARGEST}")
 
@@ -85,7 +88,7 @@ def _compiled(text: str) -> tuple[Any, RenderClock]:
 
 
 def _environment(budget: RenderClock) -> Any:
-    """transformers' environment for chat templates, with the limits."""
+    """Environment of transformers for chat templates, with the limits."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from transformers.utils import chat_template_utils
 
@@ -147,7 +150,7 @@ def _instrument(tree: Any) -> Any:
 
 
 def _size_of(operator: str, left: Any, right: Any) -> int:
-    """A bound of what the operation gives, where it can be large."""
+    """Upper bound of the size of an operation's result; 0 for operations that give nothing large."""
     if operator == "*":
         left, right = (right, left) if isinstance(left, int) else (left, right)
         return len(left) * max(right, 0) if isinstance(left, str | list | tuple) and isinstance(right, int) else 0
@@ -159,7 +162,7 @@ def _size_of(operator: str, left: Any, right: Any) -> int:
 
 
 def _check_call(value: Any, name: str, args: tuple, kwargs: dict) -> None:
-    """Errors: TooMuch for a method of a text that would give a much longer one."""
+    """Raise TemplateLimitError for a method of a text that would give a much longer one."""
     if not isinstance(value, str):
         return
     if name in WIDTHS:
@@ -175,7 +178,7 @@ def _check_call(value: Any, name: str, args: tuple, kwargs: dict) -> None:
 
 
 def _size_of_format(form: str, values: Iterable[Any]) -> int:
-    """A bound of what a format gives: every place may have the longest of the values."""
+    """Upper bound of the length of a formatted text: every placeholder may take the longest of the values."""
     values = list(values)
     if WIDTH.search(form) or any(isinstance(value, int) and abs(value) > WIDEST for value in values) and ("*" in form or "{:" in form):
         return LARGEST + 1
@@ -193,7 +196,7 @@ def _checked_format(function: Callable, form: str) -> Callable:
 
 
 def _checked(function: Any, name: str) -> Any:
-    """A filter that looks at its arguments first, passed on as Jinja knows it (with the environment or context in front)."""
+    """A filter that checks its arguments first; Jinja may pass the environment or context in front of them."""
     first = int(hasattr(function, "jinja_pass_arg"))
 
     @wraps(function)

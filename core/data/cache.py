@@ -68,7 +68,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """The same without the chat template: how a text becomes ids."""
+    """sha256 over everything of a tokenizer that decides which ids a text becomes, so without the chat template."""
     backend = tokenizer.backend_tokenizer.to_str()
     start = backend.find('"added_tokens":')  # before it: padding and truncation, which the last call has set
     parts = [type(tokenizer).__name__, backend[max(0, start) :], _texts(tokenizer.special_tokens_map), tokenizer.all_special_ids]
@@ -127,7 +127,7 @@ def _write(folder: Path, docs: Sequence, report: object) -> None:
 
 
 def _publish(temporary: Path, folder: Path) -> Path:
-    """Rename into place. A sound entry that is there already stays; a damaged one makes room."""
+    """Rename the folder into place. A sound entry that is already there stays; a damaged one is removed."""
     for _ in range(100):
         try:
             os.rename(temporary, folder)
@@ -147,7 +147,7 @@ def _publish(temporary: Path, folder: Path) -> Path:
 
 
 def _header(folder: Path) -> dict:
-    """The header, after sizes and checksums have been compared. Errors: ValueError or OSError for a damaged entry."""
+    """Header of an entry whose sizes and checksums match. Errors: ValueError or OSError for a damaged entry."""
     digest, _, text = (folder / HEADER).read_text(encoding="utf-8").partition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise ValueError(f"{folder / HEADER} is damaged")
@@ -174,7 +174,7 @@ def _checksum(path: Path) -> int:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed processes have left behind."""
+    """Remove unfinished entries of processes that were killed."""
     drafts.sweep(root)
     for path in root.glob(".writing-*"):
         if EARLIER.fullmatch(path.name) and not owned.foreign(path, ENTRY) and time.time() - path.stat().st_mtime > STALE_S:
@@ -182,7 +182,7 @@ def _sweep(root: Path) -> None:
 
 
 def _plain(value: object, path: str) -> object:
-    """The option with its types spelled out where JSON would merge them."""
+    """An option with its types spelled out where JSON would merge them."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

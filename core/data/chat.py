@@ -17,7 +17,7 @@ READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "i
 
 
 class MaskOptions(NamedTuple):
-    """What to train on, by the options."""
+    """Options that decide which tokens of a conversation are trained."""
 
     roles: tuple[str, ...] | None  # None: the last message
     eos: str
@@ -33,7 +33,7 @@ class WeightedSpan(NamedTuple):
 
 
 class MessageMask(NamedTuple):
-    """What to train of one message: its weight, and the characters of its contents that have another one."""
+    """Weight of a message, and the characters of its contents that have another one."""
 
     weight: float
     parts: dict[str, list[WeightedSpan]]
@@ -41,7 +41,7 @@ class MessageMask(NamedTuple):
 
     @property
     def trained(self) -> float:
-        """A weight above 0 if anything of the message is trained."""
+        """The message's weight, or else the last weight above 0 of its parts; 0 when nothing is trained."""
         return self.weight or next((part.weight for parts in reversed(self.parts.values()) for part in reversed(parts) if part.weight), 0.0)
 
 
@@ -57,7 +57,7 @@ def reader(
     default_system_message: str | None = None,
     **field_options: Unpack[conversations.FieldOptions],
 ) -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows to texts with the turns to train.
+    """Reader of conversations: rows to texts with the turns to train.
 
     chat_template: as `chat_templates.resolve` takes it; chat_template_kwargs: variables for it, such as enable_thinking.
     roles_to_train: None for the last message only. train_on_eos: end-of-turn tokens of the trained turns, of all turns, or of the
@@ -89,13 +89,13 @@ def reader(
 
 
 def _unread(talk: conversations.Conversation, source: str) -> tuple[str, ...]:
-    """Fields of the messages that neither this code nor the template looks at."""
+    """Fields of the messages that neither this code nor the template reads."""
     names = dict.fromkeys(name for message in talk.messages for name, value in message.items() if value not in ("", [], {}))
     return tuple(f"{name} (of messages)" for name in names if name not in READ and not chat_templates.mentions(source, name))
 
 
 def _add_default_system(talk: conversations.Conversation, system: str | None) -> conversations.Conversation:
-    """The conversation with this system message first, unless it has one."""
+    """The conversation with the default system message first, unless it has a system message."""
     if not system or any(message["role"] == "system" for message in talk.messages):
         return talk
     first = {"role": "system", "content": system}
@@ -162,7 +162,7 @@ def _message_mask(message: Message, flags: conversations.TrainFlags, options: Ma
 
 
 def _cover_content(parts: Sequence[conversations.ContentSpan], content: str, weight: float) -> list[WeightedSpan]:
-    """Parts that cover the whole content, neighbours of equal weight joined; `weight` is of what no part decides."""
+    """Parts that cover the whole content, neighbours of equal weight joined; characters outside the given parts have `weight`."""
     merged: list[WeightedSpan] = []
     bounds = zip([0, *(part.end for part in parts)], [*(part.begin for part in parts), len(content)], strict=True)
     gaps = [WeightedSpan(begin, end, weight) for begin, end in bounds]
@@ -189,7 +189,7 @@ def _check_tools(talk: conversations.Conversation, layout: templates.TemplateLay
 def _find_pieces(
     text: str, talk: conversations.Conversation, trained: list[float], find_layout: templates.FindLayout, location: str
 ) -> tuple[templates.TemplateLayout, list[templates.PieceSpan]]:
-    """The conversation's layout, and the characters of its pieces in the text.
+    """Layout of the conversation, and the characters of its pieces in the text.
 
     Errors: ValueError for a message that the template leaves out, a trained one in pieces, or a text that the layout does not fit.
     """
@@ -264,7 +264,7 @@ def _pieces(
 
 
 def _piece(part: WeightedSpan, run: templates.ContentRun, size: int) -> spans.Piece:
-    """The part in the text; blanks at the ends of the content may have been stripped."""
+    """Characters of a part in the text; the template may have stripped blanks at the ends of the content."""
     shift = run.start - run.first
     begin = run.begin if part.begin <= run.first else max(run.begin, part.begin + shift)
     end = run.end if part.end >= run.last else min(run.end, part.end + shift)
@@ -272,7 +272,7 @@ def _piece(part: WeightedSpan, run: templates.ContentRun, size: int) -> spans.Pi
 
 
 def _speakers(talk: conversations.Conversation, message_spans: dict[int, templates.MessageSpan]) -> tuple[spans.Speaker, ...]:
-    """Who wrote which characters: contents, and what closes them."""
+    """Characters of the text by role: contents, and what closes them."""
     ordered = sorted((span.begin, max(span.end, span.tail), talk.messages[i]["role"]) for i, span in message_spans.items())
     limits = [begin for begin, _, _ in ordered[1:]] + [ordered[-1][1]] if ordered else []
     return tuple(spans.Speaker(begin, min(end, limit), role) for (begin, end, role), limit in zip(ordered, limits, strict=True))

@@ -1,4 +1,4 @@
-"""Chat templates: where they come from, and rendering with them in transformers' sandbox.
+"""Chat templates: resolving the one that the options name, and rendering with it in transformers' sandbox.
 
 The named ones are files of `jinja/`: the conversation formats of the model families, written for text, tools and reasoning.
 """
@@ -110,7 +110,7 @@ def _text(template: str) -> str:
 def renderer(
     tokenizer: Tokenizer, chat_template: str | None, chat_template_jinja: str | None, kwargs: Mapping[str, Any]
 ) -> templates.Render:
-    """What apply_chat_template gives without tokenising, within limits; whatever a template can raise becomes a ValueError."""
+    """Function that renders as apply_chat_template does without tokenising, within limits. Errors of the template become ValueError."""
     text = resolve(tokenizer, chat_template, chat_template_jinja)
 
     def render(messages: Sequence[Message], *, tools: templates.Tools = None, add_generation_prompt: bool = False) -> str:
@@ -150,7 +150,7 @@ def tool_call_style(render: templates.Render) -> Callable[[conversations.Convers
 
 
 def _probe(render: templates.Render) -> tuple[str | None, bool]:
-    """(content where there is none, or None for no field, arguments as text): the first of the ways that the template renders."""
+    """First pair (content of a message without any, or None to leave the field out; arguments as text?) that the template renders."""
     function = {"name": f"{PROBE}name", "arguments": {f"{PROBE}key": f"{PROBE}value"}}
     call = {"role": "assistant", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}]}
     candidates = [(content, as_text) for content in ("", None) for as_text in (False, True)]

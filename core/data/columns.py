@@ -21,7 +21,7 @@ def to_columns(docs: Sequence) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def from_columns(schema: dict, arrays: dict[str, np.ndarray]) -> list:
-    """The documents that `to_columns` took apart; arrays are views. Errors: KeyError, ValueError or TypeError when they do not fit."""
+    """Documents from the columns of `to_columns`; arrays are views. Errors: KeyError, ValueError or TypeError when they do not fit."""
     return _values(schema, {name: array.view(np.ndarray) for name, array in arrays.items()})
 
 
@@ -41,7 +41,7 @@ def report_to_json(value: object) -> object:
 
 
 def report_from_json(value: object) -> object:
-    """What `report_to_json` took apart; fields of NamedTuples come back as tuples."""
+    """Report from the JSON of `report_to_json`; list fields of NamedTuples come back as tuples."""
     if isinstance(value, list):
         return [report_from_json(item) for item in value]
     if isinstance(value, dict):
@@ -152,7 +152,7 @@ def _write_fields(values: list, name: str, arrays: dict) -> dict:
 
 
 def _write_dicts(values: list, name: str, arrays: dict) -> dict:
-    """A column per key; a document without it has nothing there."""
+    """One column per key; a document without a key has no entry in its column."""
     keys = list(dict.fromkeys(key for value in values for key in value))
     if not all(isinstance(key, str) for key in keys) or any(item is None for value in values for item in value.values()):
         raise ValueError(f"{name} has keys that are no text, or values None: leave such keys out")
@@ -185,7 +185,7 @@ def _joined(schema: dict, arrays: dict[str, np.ndarray]) -> list:
 
 
 def _cut(schema: dict, arrays: dict[str, np.ndarray]) -> list:
-    """Arrays, texts, tuples or lists: what lies end to end, by its lengths."""
+    """Arrays, texts, tuples or lists, cut by their lengths out of the flat column that holds them end to end."""
     kind, bounds = schema["kind"], np.concatenate([[0], np.cumsum(arrays[schema["lengths"]])]).tolist()
     flat = _values(schema["of"], arrays) if "of" in schema else arrays[schema["flat"]]
     if len(flat) != bounds[-1]:

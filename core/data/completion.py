@@ -8,7 +8,7 @@ from treetune.core.protocols import Tokenizer
 
 
 def reader(tokenizer: Tokenizer, *, field: str = "text") -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows to texts, each the row's `field`.
+    """Reader of raw text: the `field` of each row.
 
     Errors: ValueError for a tokenizer without EOS and for rows without the field (named with the fields they have).
     """

@@ -37,7 +37,7 @@ TAGS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_t
 
 
 class MessageFields(NamedTuple):
-    """Where a row keeps what: the documented options, checked by `message_fields`."""
+    """Column names and roles of rows of messages: the documented options, checked by `message_fields`."""
 
     messages: str
     tools: str | None
@@ -50,7 +50,7 @@ class MessageFields(NamedTuple):
 
 
 class ContentSpan(NamedTuple):
-    """Characters [begin, end) of one content. Weight None: whatever the message has."""
+    """Characters [begin, end) of one content, and their weight; None: that of the message."""
 
     begin: int
     end: int
@@ -58,14 +58,14 @@ class ContentSpan(NamedTuple):
 
 
 class TrainFlags(NamedTuple):
-    """What a message says about its training; None where it says nothing."""
+    """Training flags of a message; weight None: no flag."""
 
     weight: float | None
     parts: dict[str, tuple[ContentSpan, ...]]
 
 
 class Conversation(NamedTuple):
-    """One conversation. `flags` go with `messages`."""
+    """One conversation; flags[i] belong to messages[i]."""
 
     messages: list[Message]
     flags: list[TrainFlags]
@@ -128,7 +128,7 @@ def map_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
 
 
 def unknown_role_fix(role: str, roles: Mapping[str, Sequence[str]] | None = None) -> str:
-    """What an error says about a role that nothing maps."""
+    """Fix that an error shows for a role that nothing maps."""
     role_by_name = map_roles(roles)
     target = next((target for target, names in LIKELY.items() if role.strip().lower() in names), None)
     fix = f"roles: {{{target or 'assistant'}: [{role}]}}"
@@ -226,7 +226,7 @@ def _renamed(present: Message, location: str, fields: MessageFields) -> dict:
 
 
 def _decision(present: Message, location: str, fields: MessageFields) -> float | None:
-    """The weight that the message asks for, or None."""
+    """Weight by the message's own flags; None without any."""
     train, weight = present.get(fields.training), present.get("weight")
     _check_flags(train, weight, location, fields.training)
     if train is None:

@@ -27,7 +27,7 @@ RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeErro
 
 
 class Transform(NamedTuple):
-    """What a user's function gave: from a row to columns, which columns of the row go, and whether it works on lists."""
+    """A user's transform: its function, the columns of the row that it replaces, and whether it takes and gives lists."""
 
     name: str
     fn: Callable[..., Any]  # (row, perhaps tokenizer=) -> columns
@@ -94,7 +94,7 @@ def apply_transform(rows: sources.Rows, transform: Transform, tokenizer: Tokeniz
 
 
 def digest_rows(rows: sources.Rows) -> str:
-    """Of the rows themselves: what a function gives may depend on more than its file."""
+    """sha256 over the rows that a transform gave; its file alone does not decide them."""
     digest = hashlib.sha256()
     for row in rows.rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))

@@ -15,7 +15,7 @@ def row_digest(row: Row) -> bytes:
 
 
 def drop_duplicates(parts: Sequence[sources.Rows]) -> tuple[list[sources.Rows], list[int]]:
-    """(the parts without rows seen before in the same or an earlier part, how many each has lost).
+    """(parts without rows that came before in the same or an earlier part, number of rows removed from each part).
 
     Give training parts first and held-out parts behind them: a held-out row that is trained on goes. Order and numbers are kept.
     """

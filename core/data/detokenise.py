@@ -14,14 +14,14 @@ BROKEN = "\ufffd"
 
 
 class TextUnit(NamedTuple):
-    """Consecutive tokens that whole characters are made of, and their text."""
+    """Consecutive tokens that form whole characters, and their text."""
 
     tokens: tuple[int, ...]
     text: str
 
 
 class Decoder:
-    """Text of a growing list of tokens: `push` gives what a token completes, `flush` what nothing will complete any more."""
+    """Incremental decoder: `push` returns the units that a token completes, `flush` the incomplete rest."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
@@ -39,7 +39,7 @@ class Decoder:
         return [self._emit(self.pending[:1])] if len(self.pending) == LONGEST else []
 
     def flush(self) -> list[TextUnit]:
-        """The tokens that are left, in one unit: bytes that are no character."""
+        """The pending tokens as one unit, whose bytes form no character."""
         return [self._emit(self.pending)] if self.pending else []
 
     def _emit(self, tokens: tuple[int, ...], text: str | None = None) -> TextUnit:
@@ -48,7 +48,7 @@ class Decoder:
         return unit
 
     def _text(self, tokens: tuple[int, ...]) -> str:
-        """What these tokens add to the unit before them."""
+        """Text that these tokens add to the unit before them."""
         text = self._decode(self.last + tokens)
         return text.removeprefix(self.before) if text.startswith(self.before) else self._decode(tokens)
 
@@ -62,7 +62,7 @@ class Decoder:
 
 
 def decode_units(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[TextUnit]:
-    """All tokens in units, whose texts in a row are the text."""
+    """Units of a list of tokens; their texts joined are the decoded text."""
     decoder = Decoder(tokenizer)
     for token in ids:
         yield from decoder.push(int(token))

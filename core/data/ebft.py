@@ -81,7 +81,7 @@ def split_thinking(row: Row, location: str) -> list[Message]:
 
 
 def _truth(message: Message, location: str) -> str:
-    """A reply as the text to compare with. Errors: ValueError for tool calls, and for reasoning beside it, which would be dropped."""
+    """Text of the true reply. Errors: ValueError for tool calls, and for reasoning beside it, which would be dropped."""
     if any(message.get(name) for name in conversations.MAPPINGS["reasoning_content"]):
         fix = "use ebft_reasoning.transform_split_thinking, or put it into the content"
         raise ValueError(f"{location}: the reply has its reasoning in a field of its own, which this transform does not read: {fix}")
@@ -195,7 +195,7 @@ def strided(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
 
 
 def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
-    """The documents at sequence_len tokens at most; those left without a completion are dropped."""
+    """Documents cut to sequence_len tokens; those without any of their completion left are dropped."""
     short = [doc._replace(tokens=doc.tokens[:sequence_len], weight=doc.weight[:sequence_len]) for doc in docs]
     return [doc for doc in short if doc.weight.any() and doc.prompt_length < len(doc.tokens)]
 
@@ -244,7 +244,7 @@ def _is_sharegpt(value: object) -> bool:
 
 
 def _split(message: Message) -> dict:
-    """The message with its thoughts in reasoning_content, which is there in every message."""
+    """The message with its thoughts moved to reasoning_content; that field is set, perhaps empty, in every message."""
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return {"reasoning_content": ""} | message
     for opening, closing in THOUGHTS:

@@ -1,4 +1,4 @@
-"""Where bytes come from: files, folders, patterns and remote addresses, plain or compressed.
+"""Files of a data set: paths, folders, patterns and remote addresses, plain or compressed.
 
 A `File` is a name, what is in it (a key of `records.READERS`) and how it is packed. Remote addresses go through fsspec.
 """
@@ -51,7 +51,7 @@ def kind_of(name: str) -> tuple[str | None, str]:
 
 
 def is_hub_id(path: str | None, ds_type: str | None = None) -> TypeGuard[str]:
-    """Whether this is owner/name and neither is a path here nor points into a folder that is here."""
+    """Whether a path is owner/name of the hub: no local path, and not inside a local folder."""
     if path is None or ds_type is not None or kind_of(path)[0]:
         return False
     local = Path(path)
@@ -80,7 +80,7 @@ def find(path: str | None, *, data_files: str | Sequence[str] = (), ds_type: str
 
 
 def saved_marker(path: str) -> str | None:
-    """Which of SAVED the folder has, or None when it is no folder written by `save_to_disk`."""
+    """Marker file of a folder written by `save_to_disk`, one of SAVED; None for any other path."""
     if is_remote(path):
         return None if kind_of(path)[0] else next((name for name in SAVED if _remote_exists(f"{path.rstrip('/')}/{name}")), None)
     return next((name for name in SAVED if os.path.isfile(os.path.join(path, name))), None)
@@ -124,7 +124,7 @@ def digest_files(files: Sequence[File]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what went wrong."""
+    """First line of an error's message."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.splitlines() or [type(error).__name__])[0]
 
@@ -145,7 +145,7 @@ def _expand(path: str, ds_type: str | None, split: str) -> list[File]:
 
 
 def _of_split(names: list[str], folder: str, split: str) -> list[str]:
-    """Files of the split by the words in their names."""
+    """Files of a split, told by the words in their names."""
     words = {name: re.split(r"[^a-z]+", name[len(folder) :].lower()) for name in names}
     labels = {name: next((SPLITS[word] for word in words[name] if word in SPLITS), "train") for name in names}
     chosen = [name for name in names if labels[name] == SPLITS.get(split, split)]
@@ -246,7 +246,7 @@ def _unpacked(raw: BinaryIO, file: File) -> Iterator[BinaryIO]:
 
 
 class _Unpacking(io.RawIOBase):
-    """An unpacking stream that refuses to become much longer than what it is unpacked from."""
+    """Unpacking stream that fails when it grows far beyond the size of its packed bytes."""
 
     def __init__(self, stream: io.BufferedIOBase, packed: BinaryIO, name: str):
         self.stream, self.packed, self.name = stream, packed, name

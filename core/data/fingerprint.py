@@ -69,7 +69,7 @@ def _value(total: Any, value: Any) -> None:
 
 
 def _text(value: Any) -> tuple[str, bytes]:
-    """A value that holds no others as its type and bytes; of a foreign object only what two runs would print alike."""
+    """(type, bytes) of a value without inner values; objects whose repr holds an address count by type only."""
     if isinstance(value, str):
         return "str", value.encode("utf-8", "surrogatepass")
     shown = repr(value)

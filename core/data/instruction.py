@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 
 def reader(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows to texts: the prompt, then the output, then a trained EOS. A row's `system` replaces the opening lines.
+    """Reader of alpaca rows: the prompt, then the output, then a trained EOS. A row's `system` replaces the opening lines.
 
     train_on_inputs: every token is trained, else those of the output and the EOS.
     Errors: ValueError for a tokenizer without EOS and for rows without a needed field (named with the fields they have).
@@ -90,7 +90,7 @@ def whole(before: str, output: str, ending: str, train_on_inputs: bool) -> spans
 
 
 def trailing_space(before: str, output: str) -> int:
-    """1 where a space before the border most likely ends up in one token with the word after it, which is then not trained."""
+    """1 for a prompt that ends in a space: tokenizers mostly join that space to the next word, which is then not trained. Else 0."""
     return int(before[-1:] in BLANKS and not output[:1].isspace())
 
 
@@ -113,7 +113,7 @@ def user_defined(
     train_on_inputs: bool = False,
     **columns: Unpack[ColumnOptions],
 ) -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows with columns of any name to texts of any wording.
+    """Reader of rows with columns of any name, put into texts of any wording.
 
     format: with {instruction} and {input}, for rows with an input; no_input_format: for rows without (when empty, format is for both).
     Either may hold {system}; where it does not, system_format with the row's system, or system_prompt, goes before. A field_ option that is
@@ -295,5 +295,5 @@ SHAPES: dict[str, Shape] = {
 
 
 def columns(name: str) -> Sequence[str]:
-    """The columns that the format needs."""
+    """Columns that a format needs."""
     return SHAPES[name].columns

@@ -51,7 +51,10 @@ def iterate_items(text: str, name: str) -> Iterator[Any]:
 
 
 def _value(text: str, begin: int, location: str) -> tuple[object, int]:
-    """(value, where the next one would begin). Errors: JSONDecodeError for what is no JSON; ValueError that begins with `location`."""
+    """(value, index of the next non-blank character).
+
+    Errors: JSONDecodeError for broken JSON; ValueError that begins with `location`.
+    """
     begin = _blanks(text, begin)
     try:
         value, end = DECODER.raw_decode(text, begin)
@@ -70,14 +73,14 @@ def _value(text: str, begin: int, location: str) -> tuple[object, int]:
 
 
 def _blanks(text: str, begin: int) -> int:
-    """Where the blanks at `begin` end."""
+    """Index after the blanks that start at `begin`."""
     match = BLANKS.match(text, begin)
     assert match is not None
     return match.end()
 
 
 def first_duplicate(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
+    """First name that occurs twice; None when all differ."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 

@@ -1,4 +1,4 @@
-"""Which documents form which micro-batch of which step, on which rank: pure functions of (lengths, options, seed, epoch).
+"""Assignment of documents to micro-batches, steps and ranks: pure functions of (lengths, options, seed, epoch).
 
 Nothing is drawn and nothing advances but a `PlanCursor`, so a run that resumes from one sees exactly the documents it would have seen.
 A plan depends neither on the number of ranks nor on gradient accumulation; both only say how many of its micro-batches a step takes.
@@ -15,7 +15,7 @@ from treetune.core.data import order, pack
 
 
 class PlanCursor(NamedTuple):
-    """Where a run stands: the epoch, and how many micro-batches of its plan all ranks together have taken."""
+    """Position of a run: the epoch, and the number of micro-batches of its plan that all ranks together have taken."""
 
     epoch: int = 0
     index: int = 0

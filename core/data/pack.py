@@ -149,7 +149,7 @@ def _places(doc: trees.TreeDoc) -> np.ndarray:
 
 
 def _tree_reads(docs: Sequence[trees.TreeDoc], lengths: list[int], read: str) -> dict[str, torch.Tensor]:
-    """Keys with axis N or B; N is what `read` asks for."""
+    """Keys with axis N or B; `read` chooses the rows of axis N."""
     starts = np.cumsum([0, *lengths])[: len(docs)]
     parts = [(start, doc, indices) for start, doc in zip(starts, docs, strict=True) for indices in trees.branches(doc)]
     scored = [_scored(doc, indices, read) for _, doc, indices in parts]
@@ -194,7 +194,7 @@ def _scored(doc: trees.TreeDoc, indices: np.ndarray, read: str) -> np.ndarray:
 
 
 def _targets(doc: trees.TreeDoc, read: str) -> np.ndarray:
-    """What is predicted at each token of a document: the token, or its class."""
+    """Targets at each token of a document: the tokens, or their classes."""
     if read != "classes":
         return doc.tokens
     assert doc.classes is not None, "a document without classes cannot be read by classes"

@@ -1,4 +1,4 @@
-"""Rows out of one file, one at a time and from any place: what reading a file and streaming one share.
+"""Rows of one file, one at a time and from any position; shared by reading and streaming.
 
 Places count from the start of the unpacked file: rows (lines of a line file) already read, and bytes where lines make that known.
 """
@@ -19,7 +19,7 @@ LONGEST_FIELD = min(1 << 30, sys.maxsize, (1 << 31) - 1)  # characters of a CSV 
 
 
 class ReadPosition(NamedTuple):
-    """How much of a file has been read: lines or rows, and bytes (0 where only rows are counted)."""
+    """Position in a file: lines or rows already read, and bytes (0 where only rows are counted)."""
 
     row: int = 0
     offset: int = 0

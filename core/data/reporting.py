@@ -1,4 +1,4 @@
-"""What became of rows, whatever their documents look like: the line that reports say, and what deserves a warning."""
+"""Reports on rows of every kind: the summary line, and the warnings."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ LengthCounts = tuple[tuple[int, int], ...]  # (tokens, rounded up to a step, row
 
 
 class Report(Protocol):
-    """What every report of rows says, whatever their documents look like."""
+    """Fields that every report on rows has."""
 
     @property
     def format(self) -> str:
@@ -64,7 +64,7 @@ class Report(Protocol):
 
 
 def format_report(report: Report, unusual: Mapping[str, int]) -> str:
-    """What every report says: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
+    """Summary line of a report: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
     share = 100 * report.supervised / max(1, report.tokens)
     parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
     parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
@@ -73,18 +73,18 @@ def format_report(report: Report, unusual: Mapping[str, int]) -> str:
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first SHOWN names, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return sources.join_names(names[:SHOWN]) + more
 
 
 def count_lengths(lengths: Iterable[int]) -> LengthCounts:
-    """Lengths counted."""
+    """Number of documents by length, rounded up to steps of STEP tokens."""
     return tuple(sorted(Counter(-(-length // STEP) * STEP for length in lengths).items()))
 
 
 def merge_fields(reports: Sequence[Report]) -> dict[str, Any]:
-    """The fields about unread columns, lengths and endings, of the reports of several parts of the rows."""
+    """Unread columns, lengths and endings of several reports, merged."""
     lengths: Counter[int] = Counter()
     for report in reports:
         lengths.update(dict(report.sizes))
@@ -94,7 +94,7 @@ def merge_fields(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def find_warnings(report: Report) -> list[str]:
-    """What should be noticed: rows lost to their length, and turns that end in no token."""
+    """Warnings of a report: rows lost to their length, and turns that end in no token."""
     return [text for text in (_lost(report.rows, report.dropped.get(TOO_LONG, 0), report.sizes), _endless(report)) if text]
 
 

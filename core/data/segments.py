@@ -9,7 +9,7 @@ from treetune.core.protocols import Tokenizer
 
 
 def reader(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[sources.Rows], list[spans.Text]]:
-    """A function from rows to texts: the `read_segments` one after another, those with label true trained.
+    """Reader of segments: the `segments` of a row one after another, those with label true trained.
 
     Trained neighbours are one stretch, so a token across their border is trained too. train_on_inputs: every token is trained.
     Errors: ValueError for rows without segments, or segments without a text and a label (named).

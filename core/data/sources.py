@@ -1,4 +1,4 @@
-"""Rows: where they come from, and how errors name them.
+"""Rows of data sets, and how errors name them.
 
 A source becomes `Rows`: plain dicts, each with its number in the source (1-based: the line of a line file, the row of any other).
 Text files (.txt) give one row per line, blank lines too, with the field `text`; ds_type "document" makes one row of a whole file.
@@ -56,7 +56,7 @@ class SavedFolder(NamedTuple):
 
 
 class TrackedRow(dict):
-    """A row that remembers which of its fields were asked for, so that what no reader looks at can be told."""
+    """A row that records which of its columns were read, so that unread ones can be reported."""
 
     __slots__ = ("asked",)
 
@@ -65,7 +65,7 @@ class TrackedRow(dict):
         self.asked: set[str] = set()
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As a dict's, remembered."""
+        """As a dict's; the column counts as read."""
         self.asked.add(key)
         return super().get(key, default)
 
@@ -75,12 +75,12 @@ class TrackedRow(dict):
 
 
 def track_reads(rows: Rows) -> Rows:
-    """The rows, watched."""
+    """The rows as `TrackedRow`s."""
     return rows._replace(rows=[TrackedRow(row) for row in rows.rows])
 
 
 def unread_columns(rows: Rows) -> dict[str, int]:
-    """Fields in which some watched row has something that was not asked for, each with the index of the first such row."""
+    """Columns with a value that no reader asked for, each with the index of the first such row."""
     first_index: dict[str, int] = {}
     for i, row in enumerate(rows.rows):
         assert isinstance(row, TrackedRow)
@@ -105,7 +105,7 @@ def from_list(rows: Sequence[Row], name: str = "rows") -> Rows:
 
 
 def locate_row(rows: Rows, i: int) -> str:
-    """How an error names row `i`: "data.jsonl line 3"."""
+    """Name of row `i` in errors: "data.jsonl line 3"."""
     number = rows.numbers[i]
     if not rows.origins:
         return f"{rows.name} {rows.unit} {number}"
@@ -148,7 +148,7 @@ def quote(value: object) -> str:
 
 
 class SourceOptions(TypedDict, total=False):
-    """What chooses rows at a path: the keys of an entry of `datasets`."""
+    """Options that choose rows at a path: keys of an entry of `datasets`."""
 
     split: str
     name: str | None

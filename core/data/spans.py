@@ -56,7 +56,7 @@ class Speaker(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What to tokenise and what to train on. `whole` trains every token, except that turns set their own weight on top."""
+    """A text and its trained characters. `whole` trains every token, except that turns set their own weight on top."""
 
     text: str
     turns: tuple[Turn, ...]
@@ -77,7 +77,7 @@ class Doc(NamedTuple):
 
 
 class Encoding(Protocol):
-    """What is read of an encoding of the tokenizers library."""
+    """Encoding of the tokenizers library, as far as it is read here."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -139,13 +139,13 @@ def read_special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def require_eos(tokenizer: Tokenizer) -> None:
-    """Errors: ValueError for a tokenizer without an end-of-text token."""
+    """Raise ValueError for a tokenizer without an end-of-text token."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set eos_token in its tokenizer_config.json")
 
 
 def require_text(row: Row, needed: Sequence[str], optional: Sequence[str], location: str) -> None:
-    """Errors: ValueError for a row that lacks a needed field, or has something else than text in it."""
+    """Raise ValueError for a row that lacks a needed field, or has a value other than text in one."""
     for name in needed:
         if row.get(name) is None:
             raise sources.missing_field([name], row, location)
@@ -234,7 +234,7 @@ def _closing(tokens: TextTokens, turn: Turn, start: int, special: SpecialTokens)
 
 
 def _closing_calls(tokens: TextTokens, turn: Turn, start: int, special: SpecialTokens) -> tuple[int, int, bool]:
-    """The same where special tokens may also be part of what is written: the last one before `tail` closes, if only blanks follow it."""
+    """As `_closing`, for a turn with tool calls, which may hold special tokens: the last one before `tail` closes, if blanks follow."""
     text, ids, begins, ends = tokens
     tail, stop = int(np.searchsorted(begins, turn.tail, "left")), int(np.searchsorted(begins, turn.limit, "left"))
     for kind in (special.special, special.added):

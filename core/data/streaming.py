@@ -20,13 +20,13 @@ from treetune.core.data import files, hub, loader, order, records, sources
 from treetune.core.data.records import ReadPosition
 
 BUFFER = 10_000  # rows
-PART_BITS = 36  # a row number is (part << PART_BITS) + its number in the part
+PART_BITS = 36  # a row number is (index of the shard << PART_BITS) + its number in the shard
 EPOCH_BLOCKS = 1_000_000_007
 END = object()
 
 
 class Shard(NamedTuple):
-    """Something that is read from its start: a file or a shard. `read(place)` gives the rows after `place`."""
+    """A file, or a shard of a hub dataset. `read(position)` gives the rows after a position."""
 
     name: str
     read: Callable[[ReadPosition], Iterator[records.Record]]
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
 
 class StreamCursor(NamedTuple):
-    """Where a stream stands: the block that starts after `row` lines or rows (`offset` bytes) of part `part` of this epoch's order,
+    """Position of a stream: the block that starts after `row` lines or rows (`offset` bytes) of shard `part` in this epoch's order,
     and how many of its micro-batches all ranks together have taken."""
 
     epoch: int = 0
@@ -58,7 +58,7 @@ def list_shards(
     ds_type: str | None = None,
     skip: int = 0,
 ) -> list[Shard]:
-    """The parts of a source that `sources.read` would read whole; options are the same. skip: rows to leave out at its beginning.
+    """Shards of a source that `sources.read` would read whole; options are the same. skip: rows to leave out at its beginning.
 
     Errors: ValueError for a slice of a split, which needs the number of rows, and as `sources.read`.
     """
@@ -77,12 +77,12 @@ def list_shards(
 
 
 def file_shard(file: files.File) -> Shard:
-    """A file as a part."""
+    """A file as a shard."""
     return Shard(file.name, lambda place: records.iterate(file, place))
 
 
 def hub_shards(data, name: str) -> list[Shard]:
-    """The shards of an iterable dataset of the datasets library; it can skip rows, but has to pass over them."""
+    """Shards of an iterable dataset of the datasets library, which skips rows by reading them."""
     return [Shard(f"{name} shard {i}", _shard_reader(data, i)) for i in range(data.num_shards)]
 
 
@@ -97,7 +97,7 @@ def blocks(
 ) -> Iterator[tuple[sources.Rows, StreamCursor, StreamCursor]]:
     """(rows, cursor of the block, cursor behind it): blocks of `buffer` rows from `cursor` on, the last of an epoch being shorter.
 
-    shuffle: parts in another order each epoch. Errors: ValueError for a buffer below 1 and for a source without rows.
+    shuffle: shards in another order each epoch. Errors: ValueError for a buffer below 1 and for a source without rows.
     """
     if buffer < 1:
         raise ValueError(f"the shuffle buffer has {buffer} rows: expected at least 1")
@@ -170,7 +170,7 @@ def stream_steps(
 
 
 def prefetch(items: Iterator, depth: int = 16) -> Iterator:
-    """The same items, made up to `depth` ahead by a thread, so that encoding a block overlaps with training on the one before.
+    """Items of an iterator, made up to `depth` ahead by a thread, so that encoding a block overlaps with training on the one before.
 
     Cursors travel with the items, so what has been made but not taken is made again after a stop. Errors come out where they occur.
     """
@@ -187,13 +187,13 @@ def prefetch(items: Iterator, depth: int = 16) -> Iterator:
 
 
 def stream_fingerprint(shards: Sequence[Shard], **options) -> str:
-    """A fingerprint of the parts' names and of the options of the stream: a cursor is good only for the stream it was made on."""
+    """Fingerprint of the shards' names and of the stream's options: a cursor is valid only for the stream it was made on."""
     identity = [[shard.name, *shard.start] for shard in shards]
     return hashlib.sha256(json.dumps([identity, sorted(options.items())]).encode()).hexdigest()[:16]
 
 
 def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, records.Record]]:
-    """(position in the epoch's order, part, record) of the rest of the epoch."""
+    """(position in the epoch's order, index of the shard, record) of the rest of the epoch."""
     for position in range(cursor.part, len(epoch_order)):
         shard = shards[epoch_order[position]]
         place = ReadPosition(cursor.row, cursor.offset) if position == cursor.part else shard.start
@@ -202,7 +202,7 @@ def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCurs
 
 
 def _rows(shards: Sequence[Shard], epoch_order: list[int], block_records: list[tuple[int, int, records.Record]]) -> sources.Rows:
-    """The block as rows that know their part and line."""
+    """Rows of a block, whose numbers tell shard and line."""
     shard_indices = dict.fromkeys(shard_index for _, shard_index, _ in block_records)
     units = {shard_index: record.unit for _, shard_index, record in block_records}
     origins = tuple(
@@ -218,7 +218,7 @@ def _rows(shards: Sequence[Shard], epoch_order: list[int], block_records: list[t
 
 
 def _without(shards: list[Shard], skip: int) -> list[Shard]:
-    """The parts without their first `skip` rows."""
+    """The shards without their first `skip` rows."""
     for i, shard in enumerate(shards):
         if skip == 0:
             return shards[i:]

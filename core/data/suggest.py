@@ -16,7 +16,7 @@ TEXTS = "content body document passage article story code markdown raw".split()
 
 
 def suggest_entry(path: str, kind: str, columns: Sequence[str], row: Mapping[str, Any]) -> str:
-    """An entry of `datasets` in one line of YAML, or nothing where the columns do not tell.
+    """Entry of `datasets` in one line of YAML; "" where the columns do not suggest any.
 
     kind: that of `kinds.KINDS`. row: the first one, which tells conversations from texts.
     """
@@ -63,7 +63,7 @@ def _is_talk(value: object) -> bool:
 
 
 def _named(columns: Sequence[str], words: Sequence[str]) -> str | None:
-    """The column that is one of the words, the earlier the better; else one of whose parts is."""
+    """Column that equals one of the words, earlier words first; else a column with such a word in its name."""
     parts = {name: re.split(r"[^a-z]+", name.lower()) for name in columns}
     whole = next((name for word in words for name in columns if name.lower() == word), None)
     return whole or next((name for word in words for name in columns if word in parts[name]), None)

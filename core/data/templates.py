@@ -1,4 +1,4 @@
-"""Where each message stands in the text that a chat template renders, without help from the template.
+"""Characters of each message in the text that a chat template renders, without help from the template.
 
 The template is rendered a second time with a unique marker in place of every piece of content. The text between markers is what
 the template itself writes; found again in the real rendering, character for character, it gives the span of every piece. Since
@@ -58,7 +58,7 @@ class MessageSlot(NamedTuple):
 
 
 class TemplateLayout(NamedTuple):
-    """What a template writes around a conversation of one shape: statics[0], piece, statics[1], piece, ..., statics[-1]."""
+    """Text that a template writes around a conversation of one shape: statics[0], piece, statics[1], piece, ..., statics[-1]."""
 
     statics: list[str]
     keys: list[Key]
@@ -104,7 +104,7 @@ class MessageSpan(NamedTuple):
 
 
 def layout_cache(render: Render) -> FindLayout:
-    """A function from messages and tools to the layout of their shape; layouts are kept and shared by all rows of one shape."""
+    """Function from messages and tools to the layout of their shape, made once for all rows of one shape."""
     # A layout costs several renderings, and a data set has few shapes; the bound keeps one of endless shapes from filling the memory.
     cache: dict[str, TemplateLayout] = {}
 
@@ -143,7 +143,7 @@ def message_spans(piece_spans: list[PieceSpan], layout: TemplateLayout) -> dict[
 
 
 def find_run(text: str, i: int, field: int, content: str, piece_spans: list[PieceSpan], layout: TemplateLayout) -> ContentRun:
-    """Where a field's content stands literally in the text: all of it but for blanks around it, or its only piece that is rendered.
+    """Literal run of a field's content in the text: all of it but for blanks around it, or its only piece that is rendered.
 
     Errors: ValueError when the template takes the content apart or rewrites it.
     """
@@ -164,12 +164,12 @@ def find_run(text: str, i: int, field: int, content: str, piece_spans: list[Piec
 
 
 def _blanks(text: str) -> int:
-    """Blanks at the beginning."""
+    """Number of blanks at the beginning."""
     return len(text) - len(text.lstrip())
 
 
 def _escaped(content: str) -> str:
-    """As tojson writes it."""
+    """Content inside JSON quotes, as Jinja's tojson writes it."""
     return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
@@ -229,7 +229,7 @@ def _message_slot(i: int, markers: Markers) -> MessageSlot | str:
 
 
 def _piece_indices(i: int, keys: list[Key]) -> list[int]:
-    """Where the pieces of message `i` are. A function's name that an answer to the call repeats belongs to the answer."""
+    """Indices of the pieces of message `i`. A function's name that an answer to the call repeats belongs to the answer."""
     indices, seen = [], set()
     for k, key in enumerate(keys):
         if key[0] == i and not (key[1] == CALLS and key in seen):
@@ -255,7 +255,7 @@ def _lead(i: int, first: int, markers: Markers) -> int | None:
 
 
 def _lead_of_calls(i: int, first: int, markers: Markers) -> int | None:
-    """The same for a message that starts with a call: it begins where plain content of the same speaker would, in the same place."""
+    """As `_lead`, for a message that starts with a call: it begins where plain content of the same speaker would."""
     marked, statics, keys, render = markers
     plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
     for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
@@ -266,7 +266,7 @@ def _lead_of_calls(i: int, first: int, markers: Markers) -> int | None:
 
 
 def _trail(message: Message, last: Key, after: str) -> int:
-    """Length of what the content itself has after its last piece: a tag, blanks."""
+    """Length of the content's own text after its last piece: a tag, blanks."""
     if last[1] == CALLS:
         return 0
     trail_text = message[FIELDS[last[1]]].partition(_marker(last))[2]
@@ -274,7 +274,7 @@ def _trail(message: Message, last: Key, after: str) -> int:
 
 
 def _tail(i: int, last: int, markers: Markers, *, whole: bool = False) -> int | None:
-    """Length of what the template writes after the content whether or not another message follows; `whole`: None if that is in doubt."""
+    """Length of the template's text after the content that does not depend on a next message; `whole`: None where that is uncertain."""
     marked, statics, keys, render = markers
     after = statics[last + 1]
     if i + 1 == len(marked):

@@ -141,7 +141,7 @@ def grow(
 
 
 def join(parts: Sequence[spans.EncodedText], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
-    """A document of sequences that begin alike: what they share before the first trained token is the trunk; one is all trunk.
+    """Document of sequences with a common start: the tokens that they share before the first trained one are the trunk.
 
     What follows the last trained token of a sequence is left out: nothing reads it. None when they share no first token.
     """
@@ -178,12 +178,12 @@ def only(doc: TreeDoc, branch: int) -> TreeDoc:
 
 
 def side_lengths(doc: TreeDoc) -> list[int]:
-    """Tokens of the trunk with each branch."""
+    """Number of tokens of the trunk with each branch."""
     return [int(doc.start[part[-1]]) + len(part) for part in branches(doc)]
 
 
 def check_length(sequence_len: int | None, overlong: str) -> None:
-    """Errors: ValueError for an unknown policy or a length that holds no prompt and completion."""
+    """Raise ValueError for an unknown policy, or for a length that cannot hold a prompt and a completion."""
     if overlong not in OVERLONG:
         fix = ": a row with one prompt for all its continuations cannot be split" if overlong == "split" else ""
         raise ValueError(f"overlong is {overlong!r}: expected one of {', '.join(OVERLONG)}{fix}")
@@ -192,7 +192,7 @@ def check_length(sequence_len: int | None, overlong: str) -> None:
 
 
 def counted(dropped: Mapping[str, int]) -> str:
-    """Rows that were left out, by reason, in one line of an error."""
+    """Dropped rows by reason, in one line of an error."""
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows"
 
 
@@ -236,7 +236,7 @@ def _check_extras(extras: dict, docs: Sequence[TreeDoc], location: str) -> None:
 
 
 def unusable(sides: Sides, distinct: bool) -> str:
-    """Why no document can be made of the row, or nothing."""
+    """Reason why a row gives no document; "" when it gives one."""
     if not all(_says(reply) for reply in sides.replies):
         return EMPTY
     same = any(reply in sides.replies[:i] for i, reply in enumerate(sides.replies))
@@ -244,7 +244,7 @@ def unusable(sides: Sides, distinct: bool) -> str:
 
 
 def _says(reply: str | dict) -> bool:
-    """Whether there is anything in the reply: a text, thoughts, or tool calls."""
+    """Whether a reply has any text, thoughts or tool calls."""
     if isinstance(reply, str):
         return bool(reply.strip())
     return bool(reply.get("tool_calls")) or bool((str(reply.get("reasoning_content") or "") + str(reply.get("content") or "")).strip())
@@ -331,7 +331,7 @@ def _texts(sides: Sequence[Sides], rows: sources.Rows, render: ReadTexts) -> lis
 
 
 def plain(prompt: str, completion: str) -> spans.Text:
-    """The two as one text, the completion trained."""
+    """Prompt and completion as one text, the completion trained."""
     end = len(prompt) + len(completion)
     turn = spans.Turn(len(prompt), end, end, end, 1.0, 0.0)
     return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
@@ -353,13 +353,13 @@ def _close(part: spans.EncodedText, sides: Sides, tokenizer: Tokenizer, special:
 
 
 def check_bos(parts: Sequence[spans.EncodedText], special: spans.SpecialTokens, location: str) -> None:
-    """Errors: ValueError for a sequence that starts with two BOS tokens."""
+    """Raise ValueError for a sequence that starts with two BOS tokens."""
     if special.bos is not None and any(part.tokens[:2].tolist() == [special.bos] * 2 for part in parts):
         raise ValueError(f"{location} starts with two BOS tokens: take the BOS out of the chat template or out of the text")
 
 
 def check_unicode(text: str, location: str) -> None:
-    """Errors: ValueError for a text that no tokenizer takes."""
+    """Raise ValueError for a text that is not valid Unicode, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -69,7 +69,7 @@ def _plain(parts: list, location: str) -> str:
 
 
 def _check_flags(value: dict, learned: bool, location: str) -> None:
-    """Errors: ValueError for a message whose flags ask for something else than what happens to it."""
+    """Raise ValueError for a message whose flags contradict what is trained of it."""
     train, weight = (value.get(name) for name in FLAGS)
     if train is not None and train is not learned:
         what = "is a reply, which is always learned" if learned else "is of the prompt, which is never learned"
@@ -91,7 +91,7 @@ def read_dialogue(value: object, location: str) -> tuple[list[Message], Message]
 
 
 def turn_text(message: Message, location: str) -> str:
-    """What a message says, where only text will do. Errors: ValueError for tool calls."""
+    """Text of a message. Errors: ValueError for tool calls, which have no wording as text."""
     if message.get("tool_calls") or "content" not in message:
         raise ValueError(f"{location} has tool calls, which this format has no wording for: use rows of messages and a chat template")
     return message["content"]
@@ -107,7 +107,7 @@ def with_system(history: list[Message], row: Mapping[str, Any], location: str, n
 
 
 def type_name(value: object) -> str:
-    """How an error names what it found instead."""
+    """Type of a value as errors name it: "missing", "empty" or "of type ..."."""
     if value is None:
         return "missing"
     return "empty" if value in ([], {}, "") else f"of type {type(value).__name__}"

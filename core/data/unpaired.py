@@ -80,7 +80,7 @@ def passthrough(row: Row, location: str) -> trees.Sides:
 
 
 def answer(row: Row, location: str) -> trees.Sides:
-    """The same without a judgement."""
+    """As `passthrough`, without a judgement."""
     if not isinstance(row.get("prompt"), list):
         return trees.Sides(preference.text(row, ("prompt",), location), (preference.text(row, ("completion",), location),), {})
     messages, field_location = turns.read_turns(row["prompt"], f"{location}: field prompt", replies=0), f"{location}: field completion"
@@ -100,7 +100,7 @@ def conversation(row: dict, location: str) -> trees.Sides:
 
 
 def mismatched(rows: sources.Rows, read: Callable[[Row, str], trees.Sides]) -> Callable[[Row, str], trees.Sides]:
-    """A reader that gives each row a second continuation: that of the nearest row before it (in a circle) with another prompt.
+    """Reader that adds a second continuation to each row: that of the nearest row before it (in a circle) with another prompt.
 
     `kind` is 0 for the row's own completion and 1 for the foreign one, of which KTO's baseline is made; encode with distinct=False.
     Errors: ValueError when all rows have one prompt.

@@ -11,7 +11,7 @@ PLACE = re.compile(r"\{(\w+)\}")
 
 
 class TurnStyle(NamedTuple):
-    """What is written around a turn: opening + role + middle + content + end + gap."""
+    """Text around a turn: opening + role + middle + content + end + gap."""
 
     opening: str
     middle: str
@@ -35,7 +35,7 @@ def render_prompt(style: TurnStyle, messages: Sequence[Message], location: str =
 
 
 def compile_wording(option: str, form: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Callable[..., str]:
-    """A function that puts texts into the places {name} of `form`; braces in the texts are left alone.
+    """Function that puts texts into the placeholders {name} of `form`; braces in the texts are left alone.
 
     Errors: ValueError, naming the option, for a form without a needed place or with an unknown one.
     """

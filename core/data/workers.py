@@ -1,4 +1,4 @@
-"""Encoding with worker processes: the rows in equal parts, the documents and the report as from one process."""
+"""Encoding with worker processes: equal parts of the rows, documents and report equal to those of one process."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor

@@ -26,7 +26,7 @@ def files(tmp_path):
 def read(files, blocks, *, say=print, cursor=streaming.START, mark=None):
     """(ledger, cursor) after some blocks from a cursor on, of which one row is taken from the last."""
     parts = [part for file in files for part in streaming.list_shards(str(file))]
-    made = ledger.Ledger(parts, "text", say=say)
+    made = ledger.Ledger(parts, "text", warn=say)
     if cursor != streaming.START:
         made.go_on(cursor, mark, **OPTIONS)
     for _, (rows, here, _) in zip(range(blocks), streaming.blocks(parts, cursor=cursor, **OPTIONS), strict=False):
@@ -91,7 +91,7 @@ def test_rows_that_moved_in_the_file_are_refused_even_if_their_texts_are_the_sam
 def test_rows_that_change_while_a_run_goes_on_are_told_when_they_are_read_again(files):
     said = []
     parts = [part for file in files for part in streaming.list_shards(str(file))]
-    made = ledger.Ledger(parts, "text", say=said.append)
+    made = ledger.Ledger(parts, "text", warn=said.append)
     for rows, here, _ in streaming.blocks(parts, **OPTIONS, epochs=3):
         if here.epoch == 1 and here.block == 0:
             write(files[0], ["changed"] + [f"a {i}" for i in range(1, 7)])
