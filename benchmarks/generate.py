@@ -27,7 +27,9 @@ def prompts(args: argparse.Namespace, tokenizer) -> tuple[list[list[int]], int]:
     n = min(args.batch, GROUP)
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()[: args.batch // n]]
     asked = [row["messages"][:1] for row in rows]
-    return [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=True, return_dict=False) for one in asked], n
+    return [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False) for conversation in asked
+    ], n
 
 
 def timed(call) -> dict:
@@ -58,7 +60,7 @@ def theirs(args: argparse.Namespace) -> dict:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=step_sft.DTYPES[args.dtype])
     ids, n = prompts(args, tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer.pad({"input_ids": [one for one in ids for _ in range(n)]}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": [prompt for prompt in ids for _ in range(n)]}, return_tensors="pt")
 
     def call(seed: int) -> int:
         torch.manual_seed(seed)

@@ -27,13 +27,19 @@ def device_name() -> str:
 def machine() -> dict:
     """Processor, threads and package versions."""
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"device": device_name(), "cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), "packages": found}
+    return {
+        "device": device_name(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
 
 
 def gemm_rate(dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
@@ -67,9 +73,9 @@ def interleave(script: str, sides: list[list[str]], repeats: int) -> list[list[d
     """`repeats` rounds of all sides in turn; results by side."""
     results: list[list[dict]] = [[] for _ in sides]
     for round_ in range(repeats):
-        for found, args in zip(results, sides, strict=True):
-            found.append(child(script, *args))
-            print(f"round {round_ + 1}/{repeats}: {' '.join(args)}: {json.dumps(found[-1])}", flush=True)
+        for runs, args in zip(results, sides, strict=True):
+            runs.append(child(script, *args))
+            print(f"round {round_ + 1}/{repeats}: {' '.join(args)}: {json.dumps(runs[-1])}", flush=True)
     return results
 
 

@@ -39,9 +39,9 @@ def ours(args: argparse.Namespace) -> dict:
         cache.save_entry(folder, key, docs, report)
         start = time.perf_counter()
         again = cache.entry_key(data=[sources.digest_source(str(file))], tokenizer=tokenizer, options={"sequence_len": MAX_LENGTH})
-        found, _ = cache.load_entry(folder, again)
+        cached_docs, _ = cache.load_entry(folder, again)
         second = time.perf_counter() - start
-        assert len(found) == len(docs)
+        assert len(cached_docs) == len(docs)
     return {"seconds": seconds, "second_start_s": second, "rows": report.rows, "tokens": report.tokens, "supervised": report.supervised}
 
 
@@ -52,11 +52,11 @@ def theirs(args: argparse.Namespace) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     class Clocked(SFTTrainer):
-        def _prepare_dataset(self, *parts, **named):
+        def _prepare_dataset(self, *parts, **keywords):
             start = time.perf_counter()
-            out = super()._prepare_dataset(*parts, **named)
+            dataset = super()._prepare_dataset(*parts, **keywords)
             self.seconds = time.perf_counter() - start
-            return out
+            return dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = Dataset.from_list([{"prompt": talk[:1], "completion": talk[1:]} for talk in chats(args.rows)])
@@ -84,9 +84,9 @@ def main() -> None:
     common = ["--rows", args.rows, "--model", args.model]
     sides = {"ours": ["--side", "ours"], "trl": ["--side", "trl"], "trl_2_workers": ["--side", "trl", "--workers", "2"]}
     runs = harness.interleave(__file__, [[*side, *common] for side in sides.values()], args.repeats)
-    found = {name: harness.medians(side) for name, side in zip(sides, runs, strict=True)}
-    best = min(found["trl"]["seconds"], found["trl_2_workers"]["seconds"])
-    result = {"benchmark": "prepare", "machine": harness.machine(), **found, "speed": best / found["ours"]["seconds"]}
+    medians = {name: harness.medians(side) for name, side in zip(sides, runs, strict=True)}
+    best = min(medians["trl"]["seconds"], medians["trl_2_workers"]["seconds"])
+    result = {"benchmark": "prepare", "machine": harness.machine(), **medians, "speed": best / medians["ours"]["seconds"]}
     result["runs"] = dict(zip(sides, runs, strict=True))
     print("speed", result["speed"], "saved", harness.save("prepare", result))
 

@@ -38,7 +38,7 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.core.state import TrainState
     from treetune.models import hf
 
-    on = torch.device("cpu")
+    device = torch.device("cpu")
     config = Dpo(
         model=ModelOptions(model=args.model, dtype=args.dtype),
         adapter=AdapterOptions(lora_r=RANK, lora_alpha=ALPHA),
@@ -47,12 +47,12 @@ def ours(args: argparse.Namespace) -> dict:
     )
     rows = sources.from_list(read(args.rows, PAIRS * args.steps))
     docs, _ = preferring.DPO.kind.encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
-    model, _ = setup.load_model(config.model, on=on)
-    parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=on)
+    model, _ = setup.load_model(config.model, on=device)
+    parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=device)
     optimizer = setup.optimizer(config.optim)
     run = step.make_step(parts.objective, optimizer, schedule=cadence.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
     state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
-    make, marks, losses, scored = training.maker(model, on, streams=parts.streams), [], [], 0
+    make, marks, losses, scored = training.maker(model, device, streams=parts.streams), [], [], 0
     for i in range(args.steps):
         marks.append(quiet.mark())
         groups = [range(j, j + MICRO) for j in range(i * PAIRS, (i + 1) * PAIRS, MICRO)]
@@ -95,7 +95,7 @@ def theirs(args: argparse.Namespace) -> dict:
     trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft, callbacks=[Clock()])
     trainer.train()
     sides = [[(len(row["prompt_ids"]), len(row[f"{side}_ids"])) for side in ("chosen", "rejected")] for row in trainer.train_dataset]
-    longest = [max(sum(one) for pair in sides[i : i + MICRO] for one in pair) for i in range(0, len(sides), MICRO)]
+    longest = [max(sum(lengths) for pair in sides[i : i + MICRO] for lengths in pair) for i in range(0, len(sides), MICRO)]
     return summary(marks, losses, sum(n for pair in sides for _, n in pair), 2 * MICRO * sum(longest))
 
 

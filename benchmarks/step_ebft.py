@@ -66,8 +66,8 @@ def ours(args: argparse.Namespace) -> dict:
         return setup.load_model(config.model, on=on)[0]
 
     run = rundir.RunDir(folder / "run", None)
-    made = training.assemble(run, config, frozenset(), ebft_strided.chosen(config.ebft), load, Screen(quiet=True), ranks)
-    job, state, times, blocks = made.job, made.state, [], 0
+    parts = training.assemble(run, config, frozenset(), ebft_strided.chosen(config.ebft), load, Screen(quiet=True), ranks)
+    job, state, times, blocks = parts.job, parts.state, [], 0
     for i, (micro_batches, _) in zip(range(args.steps), job.batches(job.start), strict=False):
         if i == 1:
             start = quiet.mark()

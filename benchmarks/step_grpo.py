@@ -24,7 +24,7 @@ PROMPTS, GROUP, NEW, RANK, ALPHA, LR = 2, 8, 64, 16, 32, 1e-5
 
 def digits(completions, **_) -> list[float]:
     """Share of the characters of each completion that are digits."""
-    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+    texts = [item if isinstance(item, str) else item[0]["content"] for item in completions]
     return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in texts]
 
 
@@ -65,20 +65,20 @@ def ours(args: argparse.Namespace) -> dict:
         run=RunOptions(output_dir=tempfile.mkdtemp()),
     )
     ranks, times, tokens = setup.Ranks(0, 1, None), [], []
-    made = grpo.assemble(
+    parts = grpo.assemble(
         rundir.RunDir(Path(config.run.output_dir), None), config, grpo.GRPO, Screen(quiet=True), ranks, torch.device("cpu")
     )
-    job, state = made.assembly.job, made.assembly.state
+    job, state = parts.assembly.job, parts.assembly.state
     for i in range(args.steps):
         if i == 1:
             start = quiet.mark()
         begun = time.perf_counter()
-        micro_batches, found = job.roll(state, i + 1)
+        micro_batches, rollout_metrics = job.roll(state, i + 1)
         state, metrics = job.step(state, micro_batches)
         metrics["loss"].item()
-        times.append((time.perf_counter() - begun, found["rollout/seconds"]))
-        tokens.append(found["completions/mean_length"] * PROMPTS * GROUP)
-    made.close()
+        times.append((time.perf_counter() - begun, rollout_metrics["rollout/seconds"]))
+        tokens.append(rollout_metrics["completions/mean_length"] * PROMPTS * GROUP)
+    parts.close()
     return summary(times, tokens, start)
 
 
@@ -125,7 +125,7 @@ def theirs(args: argparse.Namespace) -> dict:
         processing_class=AutoTokenizer.from_pretrained(args.model), callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    start = next(one for one in marks if isinstance(one, quiet.Mark))
+    start = next(item for item in marks if isinstance(item, quiet.Mark))
     return summary(times, tokens, start)
 
 

@@ -51,17 +51,17 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.core.state import TrainState
     from treetune.models import hf
 
-    on = torch.device("cpu")
+    device = torch.device("cpu")
     tokenizer = hf.tokenizer(args.model)
     docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, ROWS * args.steps))]
-    model, _ = setup.load_model(ModelOptions(model=args.model, dtype=args.dtype), on=on)
+    model, _ = setup.load_model(ModelOptions(model=args.model, dtype=args.dtype), on=device)
     trees = setup.adapted(model, AdapterOptions(lora_r=RANK, lora_alpha=ALPHA), name="base", seed=0)
     objective = setup.objective(setup.logprob(model, trees.lora), LossOptions())
     options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
     optimizer = setup.optimizer(options)
     run = step.make_step(objective, optimizer, schedule=cadence.schedule(options, LR, args.steps))
     state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0))
-    make, times, losses, counts = training.maker(model, on), [], [], []
+    make, times, losses, counts = training.maker(model, device), [], [], []
     for i in range(args.steps):
         start = time.perf_counter()
         groups = [range(j, j + MICRO) for j in range(i * ROWS, (i + 1) * ROWS, MICRO)]

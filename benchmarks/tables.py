@@ -14,9 +14,9 @@ Written by `python benchmarks/tables.py` from `results/*/*.json`: medians of int
 """
 
 
-def step_sft(found: dict) -> str:
+def step_sft(results: dict) -> str:
     """One supervised step against TRL."""
-    machine, options = found["machine"], found["options"]
+    machine, options = results["machine"], results["options"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One supervised LoRA step ({machine['device']})\n",
@@ -27,23 +27,23 @@ def step_sft(found: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for dtype in ("float32", "bfloat16"):
-        if dtype in found:
-            lines += [_row(dtype, side, found[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT", "trl"))]
+        if dtype in results:
+            lines += [_row(dtype, side, results[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT", "trl"))]
     for dtype in ("float32", "bfloat16"):
-        if dtype in found:
-            ratio, rates = found[dtype]["ratio"], found[dtype]["gemm_gflop_per_s"]
+        if dtype in results:
+            ratio, rates = results[dtype]["ratio"], results[dtype]["gemm_gflop_per_s"]
             products = " and ".join(f"{rate:.0f}" for rate in rates)
             lines.append(
                 f"\n{dtype}: {ratio['speed']:.2f} x the speed at {ratio['memory']:.2f} x the memory (matrix product: {products} GFLOP/s)."
             )
-    first = found["command_to_first_step_s"]
+    first = results["command_to_first_step_s"]
     lines.append(f"\nFrom the command to the end of its first step: {first['ours']:.1f} s against {first['trl']:.1f} s.")
     return "\n".join(lines) + "\n"
 
 
-def step_dpo(found: dict) -> str:
+def step_dpo(results: dict) -> str:
     """One DPO step against TRL."""
-    machine, options = found["machine"], found["options"]
+    machine, options = results["machine"], results["options"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One DPO step with LoRA ({machine['device']})\n",
@@ -53,11 +53,11 @@ def step_dpo(found: dict) -> str:
         "| dtype | side | s a pair | peak memory (GiB) | first loss | scored tokens | computed tokens |",
         "|---|---|---|---|---|---|---|",
     ]
-    dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in found]
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in results]
     for dtype in dtypes:
-        lines += [_pair_row(dtype, side, found[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT", "trl"))]
+        lines += [_pair_row(dtype, side, results[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT", "trl"))]
     for dtype in dtypes:
-        ratio, rates = found[dtype]["ratio"], found[dtype]["gemm_gflop_per_s"]
+        ratio, rates = results[dtype]["ratio"], results[dtype]["gemm_gflop_per_s"]
         products = " and ".join(f"{rate:.0f}" for rate in rates)
         lines.append(
             f"\n{dtype}: {ratio['speed']:.2f} x the speed at {ratio['memory']:.2f} x the memory (matrix product: {products} GFLOP/s)."
@@ -68,9 +68,9 @@ def step_dpo(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def step_grpo(found: dict) -> str:
+def step_grpo(results: dict) -> str:
     """One GRPO step against TRL."""
-    machine, options, ratio = found["machine"], found["options"], found["float32"]["ratio"]
+    machine, options, ratio = results["machine"], results["options"], results["float32"]["ratio"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One GRPO step with LoRA ({machine['device']})\n",
@@ -82,15 +82,15 @@ def step_grpo(found: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for key, side in (("ours", "treetune"), ("trl", "TRL + PEFT")):
-        run = found["float32"][key]
+        run = results["float32"][key]
         lines.append(f"| {side} | {run['step_s']:.2f} | {run['generation_s']:.2f} | {run['training_s']:.2f} | {run['peak_gib']:.2f} |")
     parts = f"sampling {ratio['generation']:.2f} x, training {ratio['training']:.2f} x, at {ratio['memory']:.2f} x the memory"
     return "\n".join([*lines, f"\n{ratio['step']:.2f} x the speed: {parts}."]) + "\n"
 
 
-def step_ebft(found: dict) -> str:
+def step_ebft(results: dict) -> str:
     """One strided EBFT step against the same step written plainly."""
-    machine, options, run = found["machine"], found["options"], found["float32"]
+    machine, options, run = results["machine"], results["options"], results["float32"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One strided EBFT step with LoRA ({machine['device']})\n",
@@ -109,9 +109,9 @@ def step_ebft(found: dict) -> str:
     return "\n".join([*lines, f"\n{ratio['step']:.2f} x the speed at {ratio['memory']:.2f} x the memory."]) + "\n"
 
 
-def generate(found: dict) -> str:
+def generate(results: dict) -> str:
     """Sampling against transformers."""
-    machine, options = found["machine"], found["options"]
+    machine, options = results["machine"], results["options"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## Sampling ({machine['device']})\n",
@@ -121,29 +121,29 @@ def generate(found: dict) -> str:
         "| batch | treetune (tokens/s) | transformers (tokens/s) | ratio | memory (GiB) |",
         "|---|---|---|---|---|",
     ]
-    for batch in (key for key in found if key.isdigit()):
-        mine, peer = found[batch]["ours"], found[batch]["transformers"]
+    for batch in (key for key in results if key.isdigit()):
+        mine, peer = results[batch]["ours"], results[batch]["transformers"]
         memory = f"{mine['peak_gib']:.2f} and {peer['peak_gib']:.2f}"
-        lines.append(f"| {batch} | {mine['tokens_per_s']:.0f} | {peer['tokens_per_s']:.0f} | {found[batch]['speed']:.2f} | {memory} |")
+        lines.append(f"| {batch} | {mine['tokens_per_s']:.0f} | {peer['tokens_per_s']:.0f} | {results[batch]['speed']:.2f} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
-def prepare(found: dict) -> str:
+def prepare(results: dict) -> str:
     """Preparing rows against TRL."""
-    machine = found["machine"]
+    machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     names = {"ours": "treetune", "trl": "TRL", "trl_2_workers": "TRL, 2 worker processes"}
     lines = [
-        f"## Preparing {found['ours']['rows']:.0f} chat rows ({machine['device']})\n",
+        f"## Preparing {results['ours']['rows']:.0f} chat rows ({machine['device']})\n",
         f"{machine['cpu']}, {machine['threads']} threads; {versions}. GSM8K as one-turn chats, SmolLM2's tokenizer.\n",
         "| side | seconds | tokens | supervised |",
         "|---|---|---|---|",
     ]
     for key, name in names.items():
-        run = found[key]
+        run = results[key]
         lines.append(f"| {name} | {run['seconds']:.2f} | {run['tokens']:.0f} | {run['supervised']:.0f} |")
-    again = f"A second start reads them from the cache in {found['ours']['second_start_s']:.2f} s, the check of all inputs included."
-    return "\n".join([*lines, f"\n{found['speed']:.1f} x the speed of TRL's better setting. {again}"]) + "\n"
+    again = f"A second start reads them from the cache in {results['ours']['second_start_s']:.2f} s, the check of all inputs included."
+    return "\n".join([*lines, f"\n{results['speed']:.1f} x the speed of TRL's better setting. {again}"]) + "\n"
 
 
 def _row(dtype: str, side: str, run: dict) -> str:
