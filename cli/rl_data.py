@@ -13,8 +13,7 @@ __all__ = ["Prompts", "check_fits", "load", "named_values"]
 
 def load(options: Any, tokenizer: Any, *, seed: int) -> Dataset:
     """All prompts of the options."""
-    fields = {"field_prompt": options.field_prompt, "transform": options.prompt_transform}
-    return prompt_rows.load(row_settings.prompts(options), tokenizer, seed=seed, **fields)
+    return prompt_rows.load(row_settings.prompts(options), tokenizer, seed=seed)
 
 
 def check_fits(data: Dataset, rollout: Any, cfg: Any) -> None:

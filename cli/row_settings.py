@@ -40,6 +40,8 @@ def prompts(options: Any) -> RowSettings:
         val_set_size=held_out(options) if hasattr(options, "val_set_size") else 0,
         split=options.split,
         max_rows=options.max_rows,
+        format=options.prompt_transform or "auto",
+        prompt_column=options.field_prompt,
         encoding=encoding | {name: _value(options, name) for name in ("chat_template", "chat_template_kwargs")},
         transform_config=options,
     )

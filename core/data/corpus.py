@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ from treetune.core.data import (
     trees,
     workers,
 )
-from treetune.core.data.dataset import Dataset, Docs, DocumentStream, RowSettings
+from treetune.core.data.dataset import Dataset, Docs, DocumentStream, Refuse, RowSettings
 from treetune.core.data.spans import Doc
 
 SHOWN = 8  # documents of a stream to check and to show before it starts
@@ -33,7 +33,6 @@ OWN_KEYS = {"path", "type", "train_on_split", "weight"}  # of an entry of `datas
 # Options of all data sets that formats may take.
 FOR_ROWS = ("chat_template", "chat_template_kwargs", "default_system_message", "roles_to_train", "train_on_eos", "train_on_inputs")
 RAW = {"completion", *strides.SPLIT}
-Refuse = Callable[[dict[str, str]], None]  # {option that these rows would ignore: the reason}; raises for one that was given
 
 
 class DataSetRows(NamedTuple):

@@ -39,15 +39,35 @@ class Transform(NamedTuple):
 def load_transform(path: str, cfg: object = None, **options: Any) -> Transform:
     """The transform at "module.function" or "folder/file.py:function", called with (cfg, **options).
 
-    A module is looked for as any import is, then as a file under the working folder.
+    Options may stand behind the name, as in "file.py:function?column=ask,limit=3". A module is looked for as any import is, then as a
+    file under the working folder.
     Errors: ValueError when there is no such module or function, or when it does not give what the module's text says.
     """
-    factory = import_function(path)
+    name, named_options = split_options(path)
+    factory = import_function(name)
     try:
-        result = factory(cfg, **options)
+        result = factory(cfg, **named_options | options)
     except RAISED as error:
         raise ValueError(f"transform {path!r} raised {type(error).__name__}: {error}; it is called with (cfg, **kwargs)") from error
     return _checked(path, *(result if isinstance(result, tuple) and len(result) == 2 else (result, {})))
+
+
+def split_options(path: str) -> tuple[str, dict[str, Any]]:
+    """The name in "name?option=value,option=value", and its options, values as JSON where they are JSON.
+
+    Errors: ValueError for an option without a value, and for one that comes twice.
+    """
+    name, _, tail = path.partition("?")
+    options: dict[str, Any] = {}
+    for part in filter(None, tail.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier() or key in options:
+            raise ValueError(f"the option {part!r} of {name} is not name=value, each name once: write {name}?name=value,name=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
 
 
 def is_path(name: object, formats: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from treetune.core import fields
 from treetune.core.data import loader, sources, streaming, trees
 from treetune.core.data.spans import Doc
 
+Refuse = Callable[[dict[str, str]], None]  # {option that the rows would ignore: the reason}; raises for one that the user gave
 Docs = list[Doc] | list[trees.TreeDoc]
 SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}  # of an entry of `datasets`: where its rows are
 
@@ -22,7 +23,8 @@ class RowSettings:
 
     data, val_data: files or data set ids; datasets, test_datasets: the same as mappings with options of their own, which come first.
     val_set_size: fraction (below 1) or number of training rows to hold out where none is named. encoding: options of formats, by name,
-    for all data sets whose format takes them. text_column: column of raw text, which then is the only format.
+    for all data sets whose format takes them. text_column: column of raw text, which then is the only format. prompt_column: of prompts;
+    their `format` can only be a user's transform.
     stream_buffer: rows held at a time of a stream; None: all rows are read first. transform_config: what a user's transform of prompts
     is called with.
     """
@@ -41,6 +43,7 @@ class RowSettings:
     prepared_folder: str | None = None
     encoding: Mapping[str, Any] = field(default_factory=dict)
     text_column: str | None = None
+    prompt_column: str = "auto"
     stream_buffer: int | None = None
     transform_config: object = None
 

@@ -11,16 +11,12 @@ from treetune.core.data.prompts import Prompt
 OWN_KEYS = frozenset({"path", "type", "field_prompt"})  # of an entry of `datasets`, besides the source's
 
 
-def load(settings: RowSettings, tokenizer: Any, *, seed: int, field_prompt: str = "auto", transform: str | None = None) -> Dataset:
-    """All prompts of the settings. Errors: ValueError naming file, row and fix.
-
-    field_prompt, transform: the column of the prompt, and a user's function by import path, where an entry names none.
-    """
+def load(settings: RowSettings, tokenizer: Any, *, seed: int) -> Dataset:
+    """All prompts of the settings. Errors: ValueError naming file, row and fix."""
     if not settings.data and not settings.datasets:
         raise ValueError("no prompts: give --data at least one file or data set")
-    defaults = {"field_prompt": field_prompt, "type": transform}
-    parts = [_rows(entry, settings, tokenizer, defaults) for entry in settings.training_entries()]
-    val_parts = [_rows(entry, settings, tokenizer, defaults) for entry in settings.held_out_entries()]
+    parts = [_rows(entry, settings, tokenizer) for entry in settings.training_entries()]
+    val_parts = [_rows(entry, settings, tokenizer) for entry in settings.held_out_entries()]
     if not val_parts and settings.val_set_size:
         parts, val_parts = dataset.hold_out(parts, settings.val_set_size, seed, key=kinds.prompt)
     train, lines = _read(parts, settings, tokenizer, "train")
@@ -28,13 +24,14 @@ def load(settings: RowSettings, tokenizer: Any, *, seed: int, field_prompt: str 
     return Dataset(train, val, None, "prompts", lines + val_lines)
 
 
-def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any, defaults: Mapping[str, Any]) -> sources.Rows:
+def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> sources.Rows:
     """The rows of a data set, each with its prompt in the column `prompt`."""
     dataset.check_keys(entry, OWN_KEYS, "prompts take")
     rows = dataset.read_source(entry, settings)
-    if transform := entry.get("type") or defaults["type"]:
+    transform = entry.get("type") or (None if settings.format == "auto" else settings.format)
+    if transform:
         rows = custom.apply_transform(rows, custom.load_transform(transform, settings.transform_config), tokenizer)
-    name = _column(rows, entry.get("field_prompt") or defaults["field_prompt"])
+    name = _column(rows, entry.get("field_prompt") or settings.prompt_column)
     known = row_formats.of_kind("prompts")
     read = known[name].reader if name in known else prompts.from_column
     return rows._replace(rows=[read(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])

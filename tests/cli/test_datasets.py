@@ -71,6 +71,8 @@ def test_a_transform_of_ones_own_is_named_by_its_import_path(tune, tiny, config,
     (here / "other.py").write_text(OWN.replace("[-2:]", "[:1]"))
     changed = tune("preprocess", "--config", config(**keys | {"datasets": [entry | {"type": "other.py:chats"}]}))
     assert changed.code == 0 and "(prepared earlier)" not in changed.out.splitlines()[0]
+    with_options = tune("preprocess", "--config", config(**keys | {"datasets": [entry | {"type": "mine.py:chats?level=3"}]}))
+    assert with_options.code == 0 and "chat: 24 rows" in with_options.out, with_options.err
     wrong = tune("preprocess", "--config", config(**keys | {"datasets": [entry | {"type": "mine.absent"}]}))
     assert wrong.code == 2 and "mine has no function absent" in wrong.err
 
