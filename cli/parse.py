@@ -1,6 +1,6 @@
 """From a command line and a YAML file to a typed config; every mistake is one line and exit code 2.
 
-`--config run.yaml` is read first, flags win. The file's values become the config as they are (`cli/typed.py`), flags go through tyro.
+`--config run.yaml` is read first, flags win. The file's values become the config as they are (`typed`), flags go through tyro.
 Importing this imports no torch.
 """
 
@@ -14,14 +14,15 @@ import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from treetune.cli import entries, names, typed, yaml_config
+from treetune.cli import names, typed
 from treetune.cli.errors import BadInput
 from treetune.cli.options import table
 from treetune.cli.options.table import REQUIRED, Option
 from treetune.cli.options.table import defaults as defaults
 from treetune.cli.options.table import flatten as flatten
 from treetune.cli.options.table import kinds as kinds
-from treetune.cli.yaml_config import Written
+from treetune.core.data import dataset_fields, yamltext, yamlvalues
+from treetune.core.data.yamltext import Written
 
 LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 LONGEST = 600  # characters of a message about a flag
@@ -167,16 +168,16 @@ def _from_file(command: str, path: str | None, options: Options) -> dict[str, An
     """{option: value} of a config file, typed. Errors: BadInput naming the file and all unknown keys, or the key and its value."""
     if path is None:
         return {}
-    written = yaml_config.load(path)
+    written = yamltext.load(path)
     if unknown := [key for key in written if key not in options]:
         raise BadInput(f"{path}: {names.all_of(unknown, options)}; see treetune {command} --help")
-    fields = entries.PROMPTS if "field_prompt" in options else entries.ROWS
+    fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
     return {key: _value(options[key], value, path, fields) for key, value in written.items()}
 
 
-def _value(option: Option, written: Written, path: str, fields: dict[str, entries.Field]) -> Any:
+def _value(option: Option, written: Written, path: str, fields: dict[str, dataset_fields.Field]) -> Any:
     if option.name in LISTED:
-        found: Any = entries.entries(written, option.name, path, fields)
+        found: Any = dataset_fields.entries(written, option.name, path, fields)
     elif option.pairs is not None and option.pairs.named and isinstance(written.value, dict):
         found = tuple(_pair(option.name, name, item, path) for name, item in written.value.items())
     else:
@@ -189,12 +190,14 @@ def _pair(key: str, name: str, written: Written, path: str) -> str:
     if "=" in name or not name:
         raise BadInput(f"{path}: {key} has the name {name!r}; expected one without =")
     if key == "special_tokens":
-        if typed.text(written) is None:
-            raise typed.wrong(written, f"{path}: {key}: {name}", "a text")
+        if yamlvalues.text(written) is None:
+            raise yamlvalues.wrong(written, f"{path}: {key}: {name}", "a text")
         return f"{name}={written.value}"
-    value = entries.VALUES.read(Written({name: written}))
-    if value is entries.BAD:
-        raise typed.wrong(written, f"{path}: {key}: {name}", "a text, a finite number, true, false, null, or a list or mapping of such")
+    value = dataset_fields.VALUES.read(Written({name: written}))
+    if value is dataset_fields.BAD:
+        raise yamlvalues.wrong(
+            written, f"{path}: {key}: {name}", "a text, a finite number, true, false, null, or a list or mapping of such"
+        )
     return f"{name}={json.dumps(value[name], ensure_ascii=False)}"
 
 

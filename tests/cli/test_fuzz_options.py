@@ -4,14 +4,14 @@ Every option of every command, and every field of an entry, is replaced by null,
 """
 
 import contextlib
-import json
 import types
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treetune.cli import entries, main, parse
+from treetune.cli import main, parse
+from treetune.core.data import dataset_fields
 
 SCALARS = [
     "", "~", "null", "true", "no", "On", "0", "-1", "1", "7", "1.5", "-0.5", "1e1", "1e-5", "1e23", "1e400", "-1e400", "1.0e+400", "5.0",
@@ -121,7 +121,7 @@ def an_entry(here, kit, tune, tiny, method, name, text, form):
     assert {path.name for path in here.iterdir()} == {"c.yaml", *KINDS.values()}
 
 
-ENTRY = (st.sampled_from(list(KINDS)), st.sampled_from([*entries.ROWS, "rolez", "'1'"]), VALUES)
+ENTRY = (st.sampled_from(list(KINDS)), st.sampled_from([*dataset_fields.ROWS, "rolez", "'1'"]), VALUES)
 
 
 @given(*ENTRY, st.data())
@@ -139,7 +139,7 @@ def test_thousands_of_values_of_fields_of_data_sets_are_read_or_one_line(here, k
     an_entry(here, kit, tune, tiny, method, name, text, data.draw(st.sampled_from([None, *FORMATS[method]])))
 
 
-@given(st.sampled_from([*entries.PROMPTS, "rolez"]), VALUES)
+@given(st.sampled_from([*dataset_fields.PROMPTS, "rolez"]), VALUES)
 @settings(**(KEPT | {"max_examples": 40}), suppress_health_check=CHECKS)
 def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, tiny, monkeypatch, name, text):
     from treetune.cli import grpo, rundir
@@ -168,11 +168,9 @@ def test_fields_of_entries_are_those_that_formats_take():
     from treetune.core.data import kinds, sources
 
     taken = {option for kind in kinds.KINDS.values() for name in kind.names for option in kind.takes(name)}
-    source = {*inspect.signature(sources.read).parameters} | {"type", "train_on_split", "weight"}
-    assert taken | source == entries.ROWS.keys()
-    assert json.dumps(sorted(entries.PROMPTS)) == json.dumps(
-        sorted({*inspect.signature(sources.read).parameters} | {"type", "field_prompt"})
-    )
+    read = {*inspect.signature(sources.read).parameters} - {"options"} | sources.SourceOptions.__annotations__.keys()
+    assert taken | read | {"type", "train_on_split", "weight"} == dataset_fields.ROWS.keys()
+    assert sorted(dataset_fields.PROMPTS) == sorted(read | {"type", "field_prompt"})
 
 
 @pytest.fixture

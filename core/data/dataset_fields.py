@@ -3,17 +3,17 @@
 Which of them a format takes is for the format to say, once the columns are known; a field that no format has is refused here.
 """
 
+import difflib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from treetune.cli import names, typed
-from treetune.cli.errors import BadInput
-from treetune.cli.options.ranges import FLOAT_MAX, ROWS_MAX
-from treetune.cli.yaml_config import Reading, Written
+from treetune.core.data import yamlvalues
 from treetune.core.data.files import KINDS
+from treetune.core.data.yamltext import Reading, Written
 
 EOS = ("turn", "all", "last")
 BAD: Any = object()
+ROWS_MAX, FLOAT_MAX = 10**9, 3e38  # counters are kept in JSON; what float32 holds
 
 
 class Field(NamedTuple):
@@ -36,12 +36,12 @@ def _or_null(field: Field) -> Field:
 
 
 def _whole(low: int) -> Field:
-    fits = _checked(typed.integer, lambda value: low <= value <= ROWS_MAX)
+    fits = _checked(yamlvalues.integer, lambda value: low <= value <= ROWS_MAX)
     return Field(f"a whole number from {low} to {ROWS_MAX}", fits)
 
 
 def _choice(*choices: str) -> Field:
-    return Field(f"one of {', '.join(choices)}", _checked(lambda written: typed.text(written, choices)))
+    return Field(f"one of {', '.join(choices)}", _checked(lambda written: yamlvalues.text(written, choices)))
 
 
 def _items(written: Written, read: Callable[[Written], Any]) -> Any:
@@ -71,12 +71,12 @@ def _json(written: Written) -> Any:
     return written.value
 
 
-_text = _checked(typed.text)
+_text = _checked(yamlvalues.text)
 TEXT = Field("a text", _text)
-NAME = Field("a text that is not empty", _checked(typed.text, lambda value: bool(value.strip())))
-FLAG = Field("true or false", _checked(typed.flag))
+NAME = Field("a text that is not empty", _checked(yamlvalues.text, lambda value: bool(value.strip())))
+FLAG = Field("true or false", _checked(yamlvalues.flag))
 TEXTS = Field("a list of texts", lambda written: _items(written, _text))
-WEIGHT = Field("a number above 0: 2 reads its rows twice an epoch", _checked(typed.number, lambda value: 0 < value <= ROWS_MAX))
+WEIGHT = Field("a number above 0: 2 reads its rows twice an epoch", _checked(yamlvalues.number, lambda value: 0 < value <= ROWS_MAX))
 FILES = Field(
     "a file name, or a list of them",
     lambda written: found if (found := (TEXTS if isinstance(written.value, list) else NAME).read(written)) else BAD,
@@ -113,13 +113,13 @@ TYPE = Field(
 
 
 def entries(written: Written, name: str, place: str, known: dict[str, Field]) -> tuple[dict, ...]:
-    """The entries of `datasets`, each with fields of `known`. Errors: BadInput: file, entry, field, what was expected, what was there."""
+    """The entries of `datasets`, each with fields of `known`. Errors: ValueError: file, entry, field, what was expected, what was there."""
     if not isinstance(written.value, list):
-        raise BadInput(f"{place}: {name} {LIST}, got {typed.shown(written)}")
+        raise ValueError(f"{place}: {name} {LIST}, got {yamlvalues.shown(written)}")
     for i, item in enumerate(written.value, 1):
         if not isinstance(item.value, dict) or not item.value.keys() & {"path", "data_files"}:
-            arrived = f"has {', '.join(item.value) or 'nothing'}" if isinstance(item.value, dict) else f"is {typed.shown(item)}"
-            raise BadInput(f"{place}: {name} {LIST}; entry {i} {arrived}")
+            arrived = f"has {', '.join(item.value) or 'nothing'}" if isinstance(item.value, dict) else f"is {yamlvalues.shown(item)}"
+            raise ValueError(f"{place}: {name} {LIST}; entry {i} {arrived}")
     return tuple(_entry(item.value, f"{place}: {name} entry {i}", known) for i, item in enumerate(written.value, 1))
 
 
@@ -131,16 +131,21 @@ def _entry(values: dict[str, Written], place: str, known: dict[str, Field]) -> d
 
 
 def refuse_unknown(values: Collection[str], known: Collection[str], place: str) -> None:
-    """Raise BadInput for fields that are not known, all of them, each with the nearest name."""
+    """Raise ValueError for fields that are not known, all of them, each with the nearest name."""
     if unknown := [name for name in values if name not in known]:
-        listed = ", ".join(f"{name}{names.nearest(name, known)}" for name in unknown)
-        raise BadInput(f"{place}: unknown key{'s' * (len(unknown) > 1)} {listed}; expected some of {', '.join(known)}")
+        listed = ", ".join(f"{name}{_nearest(name, known)}" for name in unknown)
+        raise ValueError(f"{place}: unknown key{'s' * (len(unknown) > 1)} {listed}; expected some of {', '.join(known)}")
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
+    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def _field(name: str, written: Written, field: Field, place: str) -> Any:
     value = field.read(written)
     if value is BAD:
-        raise typed.wrong(written, f"{place}: {name}", field.expected)
+        raise yamlvalues.wrong(written, f"{place}: {name}", field.expected)
     return value
 
 

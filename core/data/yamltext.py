@@ -1,7 +1,7 @@
 """A YAML config file as `Written` values: what was read, and how it was written, so that nothing is guessed behind the user's back.
 
 YAML 1.1 reads `yes` as true, `12:30` as 750, `017` as 15 and `2024-01-01` as a date. Such a reading is kept beside its text, and
-`cli/typed.py` takes it only where the option expects that type. Names that occur twice, several documents, tags and unbounded aliases
+`yamlvalues` takes it only where that type is expected. Names that occur twice, several documents, tags and unbounded aliases
 are errors. Imports no torch.
 """
 
@@ -9,8 +9,6 @@ import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from treetune.cli.errors import BadInput
 
 SIZE_MAX = 1 << 20  # bytes of a config file
 VALUES_MAX = 100_000  # values in it, aliases written out
@@ -36,7 +34,7 @@ class Written(NamedTuple):
 
 
 def load(path: str) -> dict[str, Written]:
-    """The options of a config file. Errors: BadInput, one line that names the file and the line or the key."""
+    """The options of a config file. Errors: ValueError, one line that names the file and the line or the key."""
     import yaml
 
     text = _text(path)
@@ -44,11 +42,11 @@ def load(path: str) -> dict[str, Written]:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        raise BadInput(f"{path} is not valid YAML: {_problem(error)}") from error
+        raise ValueError(f"{path} is not valid YAML: {_problem(error)}") from error
     except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise BadInput(f"{path} is nested more than {DEPTH_MAX} deep") from error
+        raise ValueError(f"{path} is nested more than {DEPTH_MAX} deep") from error
     if node is None:
         return {}
     written = _Reader(path, loader).read(node, 0)
@@ -56,26 +54,29 @@ def load(path: str) -> dict[str, Written]:
         return {}
     if not isinstance(written.value, dict):
         kind = "list" if isinstance(written.value, list) else "single value"
-        raise BadInput(f"{path} must hold `option: value` lines, got a {kind}")
+        raise ValueError(f"{path} must hold `option: value` lines, got a {kind}")
     return written.value
 
 
 def _text(path: str) -> str:
     file = Path(path)
     try:
-        if not file.exists():
-            raise BadInput(f"config file {path} does not exist")
-        if not file.is_file():
-            raise BadInput(f"config file {path} is {'a folder' if file.is_dir() else 'no regular file'}")
-        if (size := file.stat().st_size) > SIZE_MAX:
-            raise BadInput(
-                f"config file {path} has {size} bytes, more than {SIZE_MAX}: rows belong in data files, which data or datasets name"
-            )
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not valid YAML: byte {error.start} is not UTF-8 text") from error
+        exists, regular, size = file.exists(), file.is_file(), file.stat().st_size if file.is_file() else 0
+        data = file.read_bytes() if regular and size <= SIZE_MAX else b""
     except (OSError, ValueError) as error:
-        raise BadInput(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not exists:
+        raise ValueError(f"config file {path} does not exist")
+    if not regular:
+        raise ValueError(f"config file {path} is {'a folder' if file.is_dir() else 'no regular file'}")
+    if size > SIZE_MAX:
+        raise ValueError(
+            f"config file {path} has {size} bytes, more than {SIZE_MAX}: rows belong in data files, which data or datasets name"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid YAML: byte {error.start} is not UTF-8 text") from error
 
 
 def _problem(error: Any) -> str:
@@ -97,9 +98,9 @@ class _Reader:
 
         self.left -= 1
         if self.left < 0:
-            raise BadInput(f"{self.path} has more than {VALUES_MAX} values once its aliases are written out: write them less often")
+            raise ValueError(f"{self.path} has more than {VALUES_MAX} values once its aliases are written out: write them less often")
         if depth > DEPTH_MAX:
-            raise BadInput(f"{self.path} line {_line(node)}: nested more than {DEPTH_MAX} deep")
+            raise ValueError(f"{self.path} line {_line(node)}: nested more than {DEPTH_MAX} deep")
         self.check_tag(node)
         if isinstance(node, yaml.SequenceNode):
             return Written([self.read(item, depth + 1) for item in node.value])
@@ -113,7 +114,7 @@ class _Reader:
         try:
             node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError as error:
-            raise BadInput(f"{self.path} line {_line(node)}: the text has half of a character (a lone \\ud800 to \\udfff)") from error
+            raise ValueError(f"{self.path} line {_line(node)}: the text has half of a character (a lone \\ud800 to \\udfff)") from error
         return node.value
 
     def check_tag(self, node: Any) -> None:
@@ -126,7 +127,9 @@ class _Reader:
             own = f"{TAG}{'seq' if kind is yaml.SequenceNode else 'map'}"
         if own is not None and node.tag not in (own, f"{TAG}str"):
             tag = node.tag.replace(TAG, "!!")
-            raise BadInput(f"{self.path} line {_line(node)} is not valid YAML for options: the tag {tag} is not read, write a plain value")
+            raise ValueError(
+                f"{self.path} line {_line(node)} is not valid YAML for options: the tag {tag} is not read, write a plain value"
+            )
 
     def mapping(self, node: Any, depth: int) -> dict[str, Written]:
         out: dict[str, Written] = {}
@@ -138,7 +141,7 @@ class _Reader:
                 continue
             name = self.name(key)
             if name in out:
-                raise BadInput(
+                raise ValueError(
                     f"{self.path} line {_line(key)}: key {name!r} is given twice, the first time in line {lines[name]}; keep one"
                 )
             lines[name] = _line(key)
@@ -152,7 +155,7 @@ class _Reader:
         out: dict[str, Written] = {}
         for one in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(one, yaml.MappingNode):
-                raise BadInput(f"{self.path} line {_line(node)}: << takes a mapping, or a list of mappings")
+                raise ValueError(f"{self.path} line {_line(node)}: << takes a mapping, or a list of mappings")
             out = self.read(one, depth + 1).value | out
         return out
 
@@ -162,7 +165,7 @@ class _Reader:
         if not isinstance(key, yaml.ScalarNode) or key.tag != f"{TAG}str":
             shown = key.value if isinstance(key, yaml.ScalarNode) else "a list" if isinstance(key, yaml.SequenceNode) else "a mapping"
             fix = "names are texts, in quotes where YAML reads them otherwise"
-            raise BadInput(f"{self.path} line {_line(key)}: the key {shown or 'null'} is no name; {fix}")
+            raise ValueError(f"{self.path} line {_line(key)}: the key {shown or 'null'} is no name; {fix}")
         return key.value
 
 
