@@ -29,14 +29,17 @@ def read(path: str, count: int) -> list[dict]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import cadence, preferring, setup, training
+    from treetune.cli import cadence, setup
+    from treetune.cli.methods import dpo
     from treetune.cli.methods.dpo import Dpo, DpoLoss
+    from treetune.cli.methods.parts import Setting
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.optim import PreferenceOptim
     from treetune.core import step
-    from treetune.core.data import sources
+    from treetune.core.data import kinds, sources
+    from treetune.core.run import ranks
     from treetune.core.state import TrainState
-    from treetune.models import hf
+    from treetune.models import adapter, batches, hf
 
     device = torch.device("cpu")
     config = Dpo(
@@ -46,17 +49,18 @@ def ours(args: argparse.Namespace) -> dict:
         optim=PreferenceOptim(learning_rate=LR, lr_scheduler="constant", warmup_steps=0),
     )
     rows = sources.from_list(read(args.rows, PAIRS * args.steps))
-    docs, _ = preferring.DPO.kind.encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
+    docs, _ = kinds.KINDS["pairs"].encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
     model, _ = setup.load_model(config.model, on=device)
-    parts = preferring.dpo(config, model, setup.adapted(model, config.adapter, name="base", seed=0), on=device)
+    start = setup.adapted(model, config.adapter, base=adapter.Base("base", ""), seed=0)
+    parts = dpo.parts(config, start, Setting(device, ranks.ALONE, None, (), print, print))
     optimizer = setup.optimizer(config.optim)
     run = step.make_step(parts.objective, optimizer, schedule=cadence.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
-    state = TrainState(parts.trees.params, parts.trees.frozen, optimizer.init(parts.trees.params), parts.extra, torch.tensor(0))
-    make, marks, losses, scored = training.maker(model, device, streams=parts.streams), [], [], 0
+    state = TrainState(parts.policy.params, parts.policy.frozen, optimizer.init(parts.policy.params), parts.extra, torch.tensor(0))
+    collate, marks, losses, scored = batches.batcher(model.cfg, device, parts.collates), [], [], 0
     for i in range(args.steps):
         marks.append(quiet.mark())
         groups = [range(j, j + MICRO) for j in range(i * PAIRS, (i + 1) * PAIRS, MICRO)]
-        state, metrics = run(state, [make(list(group), docs, seed=None) for group in groups])
+        state, metrics = run(state, [collate([docs[k] for k in group]) for group in groups])
         losses.append(metrics["loss"].item())
         marks.append(quiet.mark())
         scored += int(metrics["supervised_tokens"])

@@ -10,6 +10,7 @@ It is spared the head on rows that nobody reads. The first step warms up; the re
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
@@ -37,11 +38,10 @@ def documents(folder: str, steps: int) -> list[list[int]]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import ebft_strided, rundir, setup, training
+    from treetune.cli import assembly, fit
     from treetune.cli.methods.ebft import Ebft, EbftData, EbftOptim, EbftOptions, EbftRollout
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.run import RunOptions
-    from treetune.cli.screen import Screen
 
     folder = Path(tempfile.mkdtemp())
     rows = [{"input_ids": ids, "labels": ids} for ids in documents(args.model, args.steps)]
@@ -60,22 +60,19 @@ def ours(args: argparse.Namespace) -> dict:
         ),
         run=RunOptions(output_dir=str(folder / "run")),
     )  # fmt: skip
-    ranks = setup.Ranks(0, 1, None)
-
-    def load(on: torch.device):
-        return setup.load_model(config.model, on=on)[0]
-
-    run = rundir.RunDir(folder / "run", None)
-    parts = training.assemble(run, config, frozenset(), ebft_strided.chosen(config.ebft), load, Screen(quiet=True), ranks)
-    job, state, times, blocks = parts.job, parts.state, [], 0
-    for i, (micro_batches, _) in zip(range(args.steps), job.batches(job.start), strict=False):
-        if i == 1:
-            start = quiet.mark()
-        begun = time.perf_counter()
-        state, metrics = job.step(state, micro_batches)
-        metrics["loss"].item()
-        times.append(time.perf_counter() - begun)
-        blocks = int(metrics["ebft/num_blocks"])
+    times, blocks = [], 0
+    with contextlib.ExitStack() as stack:
+        made = assembly.assemble(fit.begin(config, (), frozenset(), stack), None, stack)
+        state, source = made.state, made.supply.source
+        for i in range(args.steps):
+            if i == 1:
+                start = quiet.mark()
+            begun = time.perf_counter()
+            micro_batches, _ = source.next(state, i + 1)
+            state, metrics = made.step(state, micro_batches)
+            metrics["loss"].item()
+            times.append(time.perf_counter() - begun)
+            blocks = int(metrics["ebft/num_blocks"])
     return summary(times, start, blocks)
 
 

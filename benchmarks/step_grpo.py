@@ -8,6 +8,7 @@ without gradient checkpointing, its faster setting.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
@@ -41,9 +42,8 @@ def summary(times: list[tuple[float, float]], tokens: list[float], start: quiet.
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    import torch
 
-    from treetune.cli import grpo, rundir, setup
+    from treetune.cli import assembly, fit, setup
     from treetune.cli.methods.grpo import Grpo
     from treetune.cli.options.data import PromptData
     from treetune.cli.options.model import AdapterOptions, ModelOptions
@@ -51,7 +51,6 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.cli.options.pipeline import PipelineOptions
     from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
     from treetune.cli.options.run import RunOptions
-    from treetune.cli.screen import Screen
 
     setup.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
     config = Grpo(
@@ -64,21 +63,21 @@ def ours(args: argparse.Namespace) -> dict:
         optim=RlOptim(learning_rate=LR, max_steps=args.steps, warmup_steps=0, micro_batch_size=PROMPTS, gradient_accumulation_steps=1),
         run=RunOptions(output_dir=tempfile.mkdtemp()),
     )
-    ranks, times, tokens = setup.Ranks(0, 1, None), [], []
-    parts = grpo.assemble(
-        rundir.RunDir(Path(config.run.output_dir), None), config, grpo.GRPO, Screen(quiet=True), ranks, torch.device("cpu")
-    )
-    job, state = parts.assembly.job, parts.assembly.state
-    for i in range(args.steps):
-        if i == 1:
-            start = quiet.mark()
-        begun = time.perf_counter()
-        micro_batches, rollout_metrics = job.roll(state, i + 1)
-        state, metrics = job.step(state, micro_batches)
-        metrics["loss"].item()
-        times.append((time.perf_counter() - begun, rollout_metrics["rollout/seconds"]))
-        tokens.append(rollout_metrics["completions/mean_length"] * PROMPTS * GROUP)
-    parts.close()
+    times, tokens = [], []
+    with contextlib.ExitStack() as stack:
+        run = fit.begin(config, (), frozenset(), stack)
+        made = assembly.assemble(run, None, stack)
+        state, source = made.state, made.supply.source
+        for i in range(args.steps):
+            if i == 1:
+                start = quiet.mark()
+            begun = time.perf_counter()
+            micro_batches, found = source.next(state, i + 1)
+            state, metrics = made.step(state, micro_batches)
+            metrics["loss"].item()
+            times.append((time.perf_counter() - begun, found["rollout/seconds"]))
+            tokens.append(found["completions/mean_length"] * PROMPTS * GROUP)
+        made.close()
     return summary(times, tokens, start)
 
 

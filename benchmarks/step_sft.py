@@ -42,30 +42,30 @@ def model_folder() -> str:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import cadence, setup, training
-    from treetune.cli.methods.sft import LossOptions
+    from treetune.cli import cadence, setup
+    from treetune.cli.methods import sft
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.optim import OptimOptions
     from treetune.core import step
-    from treetune.core.data import spans
+    from treetune.core.data import pack, spans
     from treetune.core.state import TrainState
-    from treetune.models import hf
+    from treetune.models import adapter, batches, hf, policy
 
     device = torch.device("cpu")
     tokenizer = hf.tokenizer(args.model)
     docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, ROWS * args.steps))]
     model, _ = setup.load_model(ModelOptions(model=args.model, dtype=args.dtype), on=device)
-    trees = setup.adapted(model, AdapterOptions(lora_r=RANK, lora_alpha=ALPHA), name="base", seed=0)
-    objective = setup.objective(setup.logprob(model, trees.lora), LossOptions())
+    start = setup.adapted(model, AdapterOptions(lora_r=RANK, lora_alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
+    objective = sft.objective(policy.logprob(start), sft.LossOptions())
     options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
     optimizer = setup.optimizer(options)
     run = step.make_step(objective, optimizer, schedule=cadence.schedule(options, LR, args.steps))
-    state = TrainState(trees.params, trees.frozen, optimizer.init(trees.params), {}, torch.tensor(0))
-    make, times, losses, counts = training.maker(model, device), [], [], []
+    state = TrainState(start.params, start.frozen, optimizer.init(start.params), {}, torch.tensor(0))
+    collate, times, losses, counts = batches.batcher(model.cfg, device, (pack.collate,)), [], [], []
     for i in range(args.steps):
         start = time.perf_counter()
         groups = [range(j, j + MICRO) for j in range(i * ROWS, (i + 1) * ROWS, MICRO)]
-        state, metrics = run(state, [make(list(group), docs, seed=None) for group in groups])
+        state, metrics = run(state, [collate([docs[k] for k in group]) for group in groups])
         losses.append(metrics["loss"].item())
         times.append(time.perf_counter() - start)
         counts.append(int(metrics["supervised_tokens"]))

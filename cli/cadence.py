@@ -8,13 +8,7 @@ import torch
 from treetune.cli.options import import_path
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
-
-PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no option says how often
-
-
-def pauses(index: int, last: int, total: int) -> bool:
-    """Whether an epoch that ends at step `index` is one to evaluate and save after; `last`: the step of the pause before."""
-    return index - last >= total / PAUSES
+from treetune.core.run.loop import PAUSES
 
 
 def warmup_steps(options: OptimOptions, steps: int) -> int:
@@ -43,9 +37,9 @@ def final(options: OptimOptions, peak: float, total: int) -> float:
     return schedule(options, peak, total)(torch.tensor(max(total - 1, 0))).item()
 
 
-def warnings(config: Any, job: Any, peak: float) -> list[str]:
-    """What the options ask for that a run of this length never reaches, with the fix."""
-    return [*_warmup(config.optim, peak, job.total_steps), *_never(config, job), *_patience(config, job)]
+def warnings(config: Any, peak: float, total: int, *, evaluated: bool) -> list[str]:
+    """What the options ask for that a run of `total` steps never reaches, with the fix. evaluated: whether anything is held out."""
+    return [*_warmup(config.optim, peak, total), *_never(config, total, evaluated), *(_patience(config, total) if evaluated else ())]
 
 
 def _warmup(options: OptimOptions, peak: float, total: int) -> list[str]:
@@ -59,12 +53,12 @@ def _warmup(options: OptimOptions, peak: float, total: int) -> list[str]:
     ]
 
 
-def _never(config: Any, job: Any) -> list[str]:
+def _never(config: Any, total: int, evaluated: bool) -> list[str]:
     """Options that count in steps and are past the end."""
-    run, total = config.run, job.total_steps
+    run = config.run
     reference, pipe = getattr(config, "reference", None), getattr(config, "pipeline", None)
     asked = {
-        "eval_steps": (run.eval_steps if job.evaluate else None, "it is evaluated before and after, and not in between"),
+        "eval_steps": (run.eval_steps if evaluated else None, "it is evaluated before and after, and not in between"),
         "save_steps": (run.save_steps, "the only checkpoint is that of the last step"),
         "loss_watchdog_patience": (run.loss_watchdog_patience if run.loss_watchdog_threshold else None, "the watchdog never stops it"),
         "ref_model_sync_steps": (_synced(reference), "the reference never moves"),
@@ -87,12 +81,12 @@ def _interval(config: Any) -> int | None:
     return config.pipeline.vllm_sync_interval if getattr(engine, "use_vllm", False) else None
 
 
-def _patience(config: Any, job: Any) -> list[str]:
+def _patience(config: Any, total: int) -> list[str]:
     """Early stopping needs as many evaluations without a new best, and one more step to spare."""
-    patience, count = config.run.early_stopping_patience, evaluations(config, job.total_steps)
-    if patience is None or job.evaluate is None or patience < count:
+    patience, count = config.run.early_stopping_patience, evaluations(config, total)
+    if patience is None or patience < count:
         return []
-    every = max(1, job.total_steps // (2 * (patience + 1)))
+    every = max(1, total // (2 * (patience + 1)))
     return [
         f"early_stopping_patience {patience} never stops this run: it is evaluated {count} time{'s' * (count != 1)} after the start; "
         f"set eval_steps to about {every}, or a lower patience"

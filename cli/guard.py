@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import marker, parse
+from treetune.cli import parse
 from treetune.cli.errors import BadInput
 from treetune.cli.options import table
 from treetune.cli.options.commands import Merge, Preprocess, Rollout, Score
 from treetune.cli.options.serve import Serve
 from treetune.core import drafts, lock, owned
 from treetune.core.rollout import builtin
+from treetune.core.run import marker
 
 # Options of runs that name files and folders to read; of mappings in `datasets`, these fields.
 PLACES = ("model", "from_config", "ref_model", "lora_model_dir", "data", "val_data", "datasets", "test_datasets", "dataset_prepared_path",

@@ -20,8 +20,7 @@ class Command(NamedTuple):
     help: str
 
 
-TRAINERS = {"sft": "sft", "pretrain": "pretrain", "grpo": "grpo", "ebft": "ebft"}
-COMMANDS = {name: Command(TRAINERS.get(name, "tune"), method.config, method.help) for name, method in METHODS.items()} | {
+COMMANDS = {name: Command("commands.train", method.config, method.help) for name, method in METHODS.items()} | {
     "rollout": Command("commands.rollout", commands.Rollout, "sample and score without training: try a reward"),
     "serve": Command("commands.serve", commands.Serve, "start a vLLM server for a model"),
     "preprocess": Command("commands.preprocess", commands.Preprocess, "show what a run would read, token by token"),
@@ -71,7 +70,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import checks, early, guard, invocation, names, parse
+    from treetune.cli import invocation, names, parse, requirements
 
     invocation.remember(command, argv)
     try:
@@ -80,15 +79,7 @@ def _run(command: str, argv: list[str]) -> int:
         chosen = COMMANDS[command]
         with checking_input("the command line or its config file"):
             parsed, given = parse.parse(command, chosen.config, argv)
-            early.check_names(parsed)
-            checks.check(parsed, given)
-            if getattr(getattr(parsed, "adapter", None), "lora_model_dir", None) is not None:
-                early.check(parsed, given)
-                from treetune.cli import bases
-
-                parsed = bases.started(parsed, given)
-            guard.check(parsed, parse.config_file(argv))
-            early.check(parsed, given)
+            parsed = requirements.complete(parsed, given, parse.config_file(argv))
         return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):

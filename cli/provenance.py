@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import checks, parse, resume_rules, rundir, setup
+from treetune.cli import checks, parse, resume_rules, setup
 from treetune.cli.main import COMMANDS
 from treetune.cli.methods import METHODS
 from treetune.cli.options import import_path, table
 from treetune.core import ckpt, fields, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
+from treetune.core.run import folder
 from treetune.core.state import Params
 from treetune.models import Model, fetch, hf, identity
 from treetune.models.dense import Config
+from treetune.models.policy import Policy
 
 KEY = "provenance"  # of a checkpoint's meta
 DOCUMENTS = {
@@ -68,7 +70,7 @@ class Origin(NamedTuple):
     base_digest: str = ""
 
 
-def begin(where: rundir.RunDir, config: Any, rates: Sequence[float], on: torch.device, *, processes: int, say) -> Origin:
+def begin(where: folder.RunDir, config: Any, rates: Sequence[float], on: torch.device, *, processes: int, say) -> Origin:
     """The record of a run whose model and rows nobody has looked at yet. rates: its learning rate with an adapter and without.
 
     Errors: ValueError, one line, for options that the checkpoint cannot be continued with, whatever they would read or load.
@@ -94,14 +96,14 @@ def _resolved(options: dict[str, Any], *, rate: float, dtype: str) -> dict[str, 
     return options | {name: value for name, value in left.items() if name in options and options[name] in (None, "auto")}
 
 
-def loaded(origin: Origin, config: Any, model: Model, trees: setup.Trees, frozen: Params) -> Origin:
+def loaded(origin: Origin, config: Any, model: Model, trees: Policy, frozen: Params) -> Origin:
     """The record with fingerprints of what the run starts from; frozen: all that does not train."""
     old = origin.before is not None and origin.before.old
     base_digest = ckpt.digest(frozen) if old and frozen else ""
     return origin._replace(now=origin.now._replace(weights=_weights(config, model, trees, frozen)), base_digest=base_digest)
 
 
-def _weights(config: Any, model: Model, trees: setup.Trees, frozen: Params) -> dict[str, str]:
+def _weights(config: Any, model: Model, trees: Policy, frozen: Params) -> dict[str, str]:
     """Of the model (of random weights their sizes), of the adapter that was there, and of the reference where it is another model."""
     sizes = getattr(config.model, "from_config", None) is not None
     found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else _digest(model.params, model.family, model.cfg)}

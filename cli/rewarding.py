@@ -7,12 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from treetune.cli import online, setup
+from treetune.cli import setup
 from treetune.cli.options.model import ModelOptions
-from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.cli.options.rollout import RewardFunctions
 from treetune.core import ckpt
 from treetune.core.data import fingerprint, scored_rows
@@ -21,7 +19,7 @@ from treetune.core.rollout.reward_models import RewardModel
 from treetune.core.rollout.rewards import Rewards
 from treetune.models import adapter, fetch, heads, identity, reward_model
 
-__all__ = ["Rewards", "advantage", "names", "start", "weights"]
+__all__ = ["Rewards", "names", "start", "weights"]
 
 
 def names(options: RewardFunctions) -> tuple[str, ...]:
@@ -64,19 +62,3 @@ def _digest(judge: reward_model.RewardModel) -> str:
         judge.lora and judge.lora.scale,
         identity.settings(judge.model.family, judge.model.cfg),
     )
-
-
-def advantage(options: PolicyLoss, factors: list[float], ranks: setup.Ranks) -> Callable[[np.ndarray], np.ndarray]:
-    """Rewards [P, G, K] of this rank -> advantages [P, G]; what depends on other prompts sees those of all ranks."""
-    estimate = online.advantages(options, factors)
-
-    def fn(rewards: np.ndarray) -> np.ndarray:
-        parts, mine = [rewards], 0
-        if ranks.world > 1 and online.batch_wide(options):
-            parts, mine = [None] * ranks.world, ranks.rank
-            torch.distributed.all_gather_object(parts, rewards)
-        found = estimate(torch.from_numpy(np.concatenate(parts))).numpy()
-        start = sum(len(part) for part in parts[:mine])
-        return found[start : start + len(rewards)]
-
-    return fn

@@ -3,40 +3,22 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from treetune.cli import finish, pairs, setup
+from treetune.cli import artifacts, pairs, setup
 from treetune.core.data import pack, spans
 from treetune.core.lora import Lora
 from treetune.core.rollout import custom, server, vllm
 from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
-from treetune.core.rollout.group import PromptSampler
-from treetune.core.rollout.sampler import Wrapper, fatal_errors
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, bare, logprobs, serving
+from treetune.models import Model, logprobs, serving
 from treetune.models import policy as policies
 from treetune.models.policy import Policy
 from treetune.ops import attention
-
-__all__ = ["Samplers", "build", "describe", "ending", "local", "rollout_of", "sampler_of"]
-
-ending = fatal_errors
-
-
-class Samplers(NamedTuple):
-    """A `sampler.Sampler` under its former names."""
-
-    sample: PromptSampler
-    held: PromptSampler
-    snapshot: Callable[[Any], Any]
-    start: Callable[[TrainState], None]
-    between: Callable[[TrainState, dict, int], TrainState] | None
-    close: Callable[[], None]
-    metrics: Callable[[], dict]
 
 
 def describe(config: Any) -> str:
@@ -47,23 +29,16 @@ def describe(config: Any) -> str:
     return f"vLLM at {address}, which gets the weights " + ("after every step" if every == 1 else f"every {every} steps")
 
 
-def build(
-    config: Any,
-    model: Model,
-    trees: setup.Trees,
-    tokenizer: Any,
-    *,
-    on: torch.device,
-    root: Path,
-    seeds: Sequence[int],
-    say: Callable,
-    around: Wrapper = lambda rollout: rollout,
-    held: int = 1,
-) -> Samplers:
-    """`sampler_of` under its former names."""
-    engine = _engine(config, model, trees, tokenizer, device=on, root=root, seeds=seeds, say=say)
-    made = sampler_of(config, engine, around(rollout_of(config.rollout, tokenizer, model.cfg)), evaluation_n=held)
-    return Samplers(made.train, made.evaluation, engine.snapshot, engine.start, engine.after_step, engine.close, engine.metrics)
+def engine_of(
+    config: Any, policy: Policy, *, device: torch.device, root: Path, seeds: Sequence[int], say: Callable[[str], None]
+) -> core_sampler.Engine:
+    """The engine that the options name; seeds of training and of evaluation. root: the run folder, where weights for a server go."""
+    params = sampling_params(config.rollout, setup.stop_ids(config.model, policy.tokenizer))
+    if config.engine.use_vllm:
+        settings, managed = _server(config, policy, root / "engine", (seeds[0], seeds[1]), say)
+        return _vllm_engine(config, settings, params, managed, policy, device)
+    sizes = Model(policy.family, policy.cfg, {})
+    return core_sampler.LocalEngine(*(local(sizes, policy.lora, params, policy.tokenizer, seed=seed) for seed in seeds))
 
 
 def sampler_of(config: Any, engine: core_sampler.Engine, rollout: core_sampler.Rollout, *, evaluation_n: int = 1) -> core_sampler.Sampler:
@@ -102,19 +77,8 @@ def sampling_params(options: Any, stop: Sequence[int]) -> vllm.SamplingParams:
     )
 
 
-def _engine(
-    config: Any, model: Model, trees: setup.Trees, tokenizer: Any, *, device: torch.device, root: Path, seeds: Sequence[int], say: Callable
-) -> core_sampler.Engine:
-    """The engine that the options name."""
-    params = sampling_params(config.rollout, setup.stop_ids(config.model, tokenizer))
-    if config.engine.use_vllm:
-        settings, managed = _server(config, model, root / "engine", (seeds[0], seeds[1]), say)
-        return _vllm_engine(config, settings, params, managed, model, trees, tokenizer, device)
-    return core_sampler.LocalEngine(*(local(model, trees.lora, params, tokenizer, seed=seed) for seed in seeds))
-
-
 def _server(
-    config: Any, model: Model, folder: Path, seeds: tuple[int, int], say: Callable
+    config: Any, model: Policy, folder: Path, seeds: tuple[int, int], say: Callable
 ) -> tuple[engines.EngineSettings, engines.ManagedServer | None]:
     """How to reach the server of a run; a managed one is started."""
     options, pipeline = config.engine, config.pipeline
@@ -192,26 +156,26 @@ def _vllm_engine(
     settings: engines.EngineSettings,
     params: vllm.SamplingParams,
     managed: engines.ManagedServer | None,
-    model: Model,
-    trees: setup.Trees,
-    tokenizer: Any,
+    start: Policy,
     device: torch.device,
 ) -> engines.VllmEngine:
-    """The engine of a server, with what it needs of the model."""
-    sizes = bare(model)
+    """The engine of a server, with what it needs of the policy."""
+    sizes = policies.bare(start)
+    kept = artifacts.extras(config, start)
 
     def save(state: TrainState, trained: Params, folder: Path, /) -> None:
-        policy, lora = finish.current(state, sizes, trees.lora)
-        finish.write_trained(config, trees, tokenizer, policy, lora, trained, folder)
+        policies.save(sizes._replace(frozen=state.frozen), folder, params=trained, **kept)
 
     def prompt_logprobs(state: TrainState, tokens: Sequence[int], /) -> np.ndarray:
-        return _prompt_logprobs(*finish.current(state, sizes, trees.lora), tokens, device)
+        return _prompt_logprobs(*policies.current(sizes, state.params, state.frozen), tokens, device)
+
+    base = Model(start.family, start.cfg, start.params["model"] if start.lora is None else start.frozen["model"])
 
     def base_logprobs(tokens: Sequence[int]) -> np.ndarray:
-        return _prompt_logprobs(model, None, tokens, device)
+        return _prompt_logprobs(base, None, tokens, device)
 
     calls = {"save": save, "prompt_logprobs": prompt_logprobs, "base_logprobs": base_logprobs}
-    return engines.VllmEngine(settings, params, tokenizer, **calls, managed=managed)
+    return engines.VllmEngine(settings, params, start.tokenizer, **calls, managed=managed)
 
 
 @torch.no_grad()

@@ -4,12 +4,10 @@ import _thread
 import contextlib
 import math
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -18,33 +16,36 @@ from rich.text import Text
 
 from treetune.cli import bar
 from treetune.cli.bar import clock as clock
-from treetune.core import masking, observe
+from treetune.core import masking
+from treetune.core.run import health
+from treetune.core.run.observers import Observer
+from treetune.core.run.recorder import Record
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
+PASTED = ("continue with", "try it")  # rows of a summary that are commands
 PATIENCE_S = 10  # before a screen without a bar says what it waits for
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the allocator on CUDA, of the process on CPU (GiB); nan where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+class Metrics(NamedTuple):
+    """What a run shows: metrics besides the usual ones, the one that evaluations compare, and completions of a step to print."""
+
+    shown: tuple[str, ...] = ()
+    goal: str = "loss"
+    perplexity: bool = False
+    completions: int = 0
 
 
-class Screen:
-    """The console of a run; `quiet` is for ranks above 0, `shown` are metrics to show besides the usual ones."""
+PLAIN = Metrics()
 
-    def __init__(self, *, quiet: bool = False, every: int = 1, shown: tuple[str, ...] = ()):
-        self.shown = shown
+
+class Screen(Observer):
+    """The console of a command, and the observer of a run; `quiet` is for ranks above 0, `every` the steps between plain lines."""
+
+    def __init__(self, *, quiet: bool = False, every: int = 1, metrics: Metrics = PLAIN):
+        self.metrics = metrics
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.every, self.bar, self.live = every, None, None
+        self.total, self.first, self.seconds, self.printed = 0, 0, 0.0, 0
+        self.activities: list[contextlib.ExitStack] = []
 
     def line(self, text: str, style: str = "") -> None:
         """One line of plain text."""
@@ -87,11 +88,12 @@ class Screen:
             task = bar.add_task("", total=None)
             yield lambda more: bar.advance(task, more)
 
-    def start(self, total: int, done: int) -> None:
-        """Show the bar of a run of `total` steps, of which `done` are behind us."""
-        self.total = total
+    def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
+        """Show the bar of a run of `total_steps` steps, of which `step` are behind us."""
+        self.total, self.first, self.seconds = total_steps, step, 0.0
+        self.table("", dict(about))
         if self.console.is_terminal:
-            self.bar = bar.Bar(total, done)
+            self.bar = bar.Bar(total_steps, step)
             self.live = self._drawn(self.bar, transient=False)
             self.live.start()
 
@@ -134,27 +136,77 @@ class Screen:
         else:  # from a thread, which waits for the print to end; a bare one, since `threading` may be in the middle of something, too
             _thread.start_new_thread(self.warn, (text,))
 
-    def step(self, record: dict, eta_s: float) -> None:
+    def activity(self, name: str | None) -> None:
+        """Show what takes a while, until the next call with None."""
+        if name is None:
+            self.activities.pop().close()
+            return
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.busy(name))
+        self.activities.append(stack)
+
+    def message(self, text: str, *, warning: bool = False) -> None:
+        """One line, which a warning colours."""
+        (self.warn if warning else self.line)(text)
+
+    def health(self, event: health.Event) -> None:
+        """What a health rule saw, and the fix."""
+        self.warn(f"{event.seen}: {event.fix}")
+
+    def step(self, record: Record) -> None:
         """The metrics of one finished step; a loss around 0 of sampled completions would say nothing."""
-        loss = [] if observe.sampled(record) else [f"loss {record['train/loss']:.4f}"]
-        rates = [f"lr {record['learning_rate']:.1e}", f"{record['supervised_tokens_per_second']:.0f} tok/s"]
-        items = [*loss, *self._own(record), f"grad {record['grad_norm']:.2f}", *rates]
+        step = int(record["step"])
+        self.seconds += record["step_seconds"]
+        eta_s = self.seconds / max(step - self.first, 1) * (self.total - step)
+        loss = [] if health.sampled(record) else [f"loss {record['train/loss']:.4f}"]
+        rates = [f"lr {record['learning_rate']:.1e}"]
+        rates += [f"{record['supervised_tokens_per_second']:.0f} tok/s"] if "supervised_tokens_per_second" in record else []
+        items = [*loss, *self._chosen(record), f"grad {record['grad_norm']:.2f}", *rates]
         items += [] if math.isnan(record["memory_gib"]) else [f"{record['memory_gib']:.1f} GiB"]
         if self.bar is not None:
-            self.bar.done, self.bar.eta_s, self.bar.items = record["step"], eta_s, items
-        elif record["step"] % self.every == 0 or record["step"] == self.total:
-            self.line("  ".join([f"step {record['step']:>4}/{self.total}", *items, f"eta {clock(eta_s)}"]))
+            self.bar.done, self.bar.eta_s, self.bar.items = step, eta_s, items
+        elif step % self.every == 0 or step == self.total:
+            self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {clock(eta_s)}"]))
 
-    def wants(self, step: int) -> bool:
-        """Whether what belongs to this step is worth lines."""
-        return step % self.every == 0
+    def evaluation(self, record: Record) -> None:
+        """The metric that evaluations compare, and the method's own."""
+        goal = self.metrics.goal
+        self.seconds += record["eval/seconds"]
+        value = record.get(f"eval/{goal}", math.nan)  # where no reward was known
+        if self.metrics.perplexity:
+            accuracy = f"accuracy {record['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in record else ""
+            rest = f"perplexity {record['eval/perplexity']:.2f}  {accuracy}"
+        else:
+            rest = "".join(f"{item}  " for item in self._chosen(record, "eval/", without=f"eval/{goal}"))
+        self.line(f"held out, step {int(record['step'])}: {goal} {value:.4f}  {rest}".rstrip(), "bold")
 
-    def own(self, record: dict, prefix: str = "") -> str:
-        """The method's own numbers of a record, each followed by two spaces."""
-        return "".join(f"{item}  " for item in self._own(record, prefix))
+    def samples(self, answers: Sequence[dict[str, Any]]) -> None:
+        """An answer to the sample prompt; of completions the best ones of the first prompt of a step, with what each reward said."""
+        step = int(answers[0]["step"])
+        if "rewards" not in answers[0]:
+            self.line(f"sample answer {'before' if step == 0 else 'after'} training", "bold")
+            self.line(f"  prompt: {answers[0]['prompt']}\n  answer: {answers[0]['answer'].strip() or '(blank)'}\n")
+        if "rewards" not in answers[0] or step % self.every or step == self.printed:
+            return
+        self.printed = step
+        for answer in answers[: self.metrics.completions]:
+            rewards = ", ".join(f"{name} {value:g}" for name, value in answer["rewards"].items() if value is not None)
+            self.line(f"  {answer['answer'].strip()!r:.200}  ({rewards}; advantage {answer['advantage']:.2f})", "dim")
 
-    def _own(self, record: dict, prefix: str = "") -> list[str]:
-        return [f"{key.split('/')[-1]} {record[prefix + key]:.3f}" for key in self.shown if prefix + key in record]
+    def end(self, stopped: str | None, history: Sequence[Record]) -> None:
+        """Take the bar away."""
+        self.stop()
+
+    def summary(self, rows: Mapping[str, str], history: Sequence[Record]) -> None:
+        """What the run reached and where it is; commands to paste stand on lines of their own, which no column breaks."""
+        self.table("", {name: text for name, text in rows.items() if name not in PASTED})
+        for name in [name for name in PASTED if name in rows]:
+            self.line(f"{name}  {rows[name]}")
+
+    def _chosen(self, record: Record, prefix: str = "", without: str = "") -> list[str]:
+        """The metrics that a method shows."""
+        keys = {name: prefix + name for name in self.metrics.shown}
+        return [f"{name.split('/')[-1]} {record[key]:.3f}" for name, key in keys.items() if key in record and key != without]
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -7,17 +7,18 @@ from functools import partial
 
 import torch
 
-from treetune.cli import checks, row_settings, setup, training
+from treetune.cli import checks, row_settings
 from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
-from treetune.cli.methods.sft import LossOptions
+from treetune.cli.methods import sft
 from treetune.cli.options.commands import Eval
-from treetune.cli.screen import Screen, peak_memory_gib
+from treetune.cli.screen import Screen
 from treetune.core import param
-from treetune.core.data import corpus, dataset, kinds
-from treetune.core.run import ranks
+from treetune.core.data import corpus, dataset, kinds, pack
+from treetune.core.run import evaluation, memory, ranks
 from treetune.core.state import TrainState
-from treetune.models import Model, loading
+from treetune.models import Model, loading, policy
+from treetune.models.batches import batcher
 
 
 def run(config: Eval, given: frozenset[str]) -> int:
@@ -36,10 +37,12 @@ def run(config: Eval, given: frozenset[str]) -> int:
         screen.line(line)
     params = {} if lora is None else {"lora": lora.tree}
     state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=device))
-    objective = setup.objective(setup.logprob(model, lora), LossOptions(), report=("entropy",))
-    sizes = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
-    batching = dataset.batching(packing=config.data.sample_packing, **sizes)
-    evaluate = training.evaluator(objective, docs, training.maker(model, device), processes, batching)
+    sizes = policy.Policy(model.family, model.cfg, {}, {}, policy.without_tree(lora))
+    objective = sft.objective(policy.logprob(sizes), sft.LossOptions(), report=("entropy",))
+    lengths = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
+    batching = dataset.batching(packing=config.data.sample_packing, **lengths)
+    collate = batcher(model.cfg, device, (pack.collate,))
+    evaluate = evaluation.of_documents(objective, docs, collate, batching, ranks=processes)
     start = time.perf_counter()
     metrics = {key: value.item() for key, value in evaluate(state).items()}
     screen.table("", _rows(chosen.name, model, metrics, time.perf_counter() - start, device))
@@ -54,5 +57,5 @@ def _rows(name: str, model: Model, metrics: Mapping[str, float], seconds: float,
         "accuracy": f"{metrics['mean_token_accuracy']:.4f} (the likeliest token is the target)",
         "entropy": f"{metrics['entropy']:.4f} nats per supervised token",
         "tokens": f"{int(metrics['supervised_tokens'])} supervised of {int(metrics['num_tokens'])}",
-        "speed": f"{metrics['supervised_tokens'] / seconds:.0f} supervised tokens/s, peak memory {peak_memory_gib(device):.1f} GiB",
+        "speed": f"{metrics['supervised_tokens'] / seconds:.0f} supervised tokens/s, peak memory {memory.peak_gib(device):.1f} GiB",
     }

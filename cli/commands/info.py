@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import rundir
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Info
 from treetune.cli.screen import Screen, clock
 from treetune.core import ckpt, records
+from treetune.core.run import folder
 from treetune.models import adapter, describe, fetch
 
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
@@ -36,11 +36,11 @@ def machine() -> dict[str, str]:
 
 def run_rows(path: Path) -> dict[str, str]:
     """Where a run stands: steps, losses, checkpoints."""
-    folder = rundir.RunDir(path, None)
-    history = records.read(folder.metrics, numbers=True).records
+    run_dir = folder.RunDir(path, None)
+    history = records.read(run_dir.metrics, numbers=True).records
     steps = [record for record in history if "train/loss" in record]
     losses = [record["eval/loss"] for record in history if "eval/loss" in record]
-    rows = {"run": str(path), "checkpoints": ", ".join(checkpoint.name for checkpoint in ckpt.steps(folder.checkpoints)) or "none"}
+    rows = {"run": str(path), "checkpoints": ", ".join(checkpoint.name for checkpoint in ckpt.steps(run_dir.checkpoints)) or "none"}
     if steps:
         seconds, tokens = sum(record.get("step_seconds", 0) for record in steps), int(steps[-1].get("num_tokens", 0))
         rows["steps"] = f"{steps[-1]['step']} in {clock(seconds)}, {tokens} tokens"

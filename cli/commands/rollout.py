@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import checks, rewarding, row_settings, rundir, samplers
+from treetune.cli import checks, rewarding, row_settings, samplers
 from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Rollout
@@ -19,6 +19,7 @@ from treetune.core.data import prompt_rows
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import stats
 from treetune.core.rollout.group import Group, PromptSampler
+from treetune.core.run import folder
 from treetune.core.state import TrainState
 from treetune.models import loading
 from treetune.models.dense import Config
@@ -83,7 +84,7 @@ def _report(config: Rollout, groups: Sequence[Group], screen: Screen) -> int:
     if config.output is not None:
         with checking_input():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for group in groups for record in _records(group, names))
-            rows["saved"] = str(rundir.write_new(Path(config.output), text))
+            rows["saved"] = str(folder.write_new(Path(config.output), text))
     screen.table("", rows)
     if metrics["completions/clipped_ratio"] > 0.8:
         screen.warn("most completions were cut off before they ended: raise --max-completion-length")

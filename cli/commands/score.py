@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from treetune.cli import checks, rundir
+from treetune.cli import checks
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.commands import Score
-from treetune.cli.screen import Screen, peak_memory_gib
+from treetune.cli.screen import Screen
 from treetune.core import fields
 from treetune.core.data import dataset, scored_rows, sources
 from treetune.core.data.scored_rows import Encoding, ScoredRows, Values
+from treetune.core.run import folder, memory
 from treetune.models import loading, reward_model
 from treetune.models import tokenizer as tokenizers
 from treetune.models.reward_model import RewardModel
@@ -43,12 +44,12 @@ def run(config: Score, given: frozenset[str]) -> int:
         _show(scored, part, config.show, screen)
     tokens = sum(sum(dataset.lengths(scored.docs)) for scored in data)
     rows = {"model": name if path is None else f"{name} + {path}"}
-    rows["speed"] = f"{tokens / seconds:.0f} tokens/s, peak memory {peak_memory_gib(device):.1f} GiB"
+    rows["speed"] = f"{tokens / seconds:.0f} tokens/s, peak memory {memory.peak_gib(device):.1f} GiB"
     if config.output is not None:
         records = [record for scored, part in zip(data, values, strict=True) for record in scored_rows.records(scored, part)]
         with checking_input():
             lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
-            rows["saved"] = str(rundir.write_new(Path(config.output), "".join(lines)))
+            rows["saved"] = str(folder.write_new(Path(config.output), "".join(lines)))
     screen.table("", rows)
     return 0
 

@@ -1,7 +1,7 @@
 """`treetune cpo`: preference learning on pairs by summed log-probs beside the likelihood of the chosen side; no reference."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options import import_path
@@ -51,13 +51,26 @@ class Cpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import preferring
+def parts(config: Cpo, policy: "Policy", setting: "Setting") -> "Parts":
+    """Summed log-probs, and the likelihood of the chosen side."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods.parts import reference_free
+    from treetune.core import registry
+    from treetune.losses import preference_objective, presets
 
-    return preferring.cpo(*args, **options)
+    options = config.loss
+    smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}
+    name = "cpo" if options.loss == "sigmoid" else options.loss
+    loss = registry.bind(import_path.row(presets.CPO_LOSSES, name), beta=options.rl_beta, **smoothing)
+    rewards = preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards
+    terms = preference_objective.Options(nll_coef=options.cpo_alpha)
+    return reference_free(config.optim, policy, loss, rewards(options.rl_beta), terms)
 
 
 METHOD = Method(
     "cpo", "learn from pairs by their likelihoods", Cpo, PREFERENCE_RATES, "pairs", parts, ("rewards/margins", "rewards/accuracies")
 )
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
@@ -17,6 +18,11 @@ from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 from treetune.losses import presets
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.losses.preference_objective import PairLoss as PairLossFunction
+    from treetune.models.policy import Policy
 
 LOSSES = {
     "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",
@@ -119,11 +125,58 @@ def conflicts(config: Dpo) -> None:
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import preferring
+def parts(config: Dpo, policy: "Policy", setting: "Setting") -> "Parts":
+    """Pairs held to a reference."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods import referenced
+    from treetune.cli.methods.parts import EVERY, Parts, logprobs
+    from treetune.core.data import pack
+    from treetune.losses import preference_objective
 
-    return preferring.dpo(*args, **options)
+    options = config.loss
+    reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
+    train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
+    weights = loss_weights(options)
+    nll_coef = weights.pop("sft", 0.0) + (options.rpo_alpha or 0.0)
+    terms = preference_objective.Options(nll_coef=nll_coef, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
+    rewards = preference_objective.implicit_rewards(options.rl_beta)
+    make = partial(preference_objective.objective, loss=pair_loss(options, weights), rewards=rewards, options=terms)
+    return Parts(
+        reference.policy,
+        make(train),
+        make(evaluation, want=EVERY),
+        (pack.collate_trees,),
+        reference.extra,
+        reference.prepare,
+        reference.after_step,
+        reference.precompute,
+    )
+
+
+def loss_weights(options: DpoLoss) -> dict[str, float]:
+    """{loss: weight} as asked."""
+    return dict(zip(names(options.loss), options.loss_weights or (1.0,) * len(options.loss), strict=True))
+
+
+def pair_loss(options: DpoLoss, weights: dict[str, float]) -> "PairLossFunction | None":
+    """The loss of a pair: the sum of those in `weights`; None for none."""
+    from treetune.losses import preference
+
+    terms = [(_term(name, options), weight) for name, weight in weights.items()]
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    return preference.weighted(tuple(terms)) if terms else None
+
+
+def _term(name: str, options: DpoLoss) -> "PairLossFunction":
+    from treetune.core import registry
+    from treetune.losses import preference_objective
+
+    smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}  # 0: the loss's own
+    divergence = LOSSES.get(options.f_divergence, options.f_divergence)
+    score = registry.bind(presets.PAIR_SCORES[divergence], alpha=options.f_alpha_divergence_coef)
+    row = import_path.row(presets.PAIR_LOSSES, name)
+    return preference_objective.pair_loss(row, beta=options.rl_beta, score=score, tau=options.discopop_tau, **smoothing)
 
 
 METHOD = Method(

@@ -1,7 +1,8 @@
 """`treetune ebft`: energy-based fine-tuning towards the features of true texts, in one of two modes."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import grpo
@@ -32,6 +33,10 @@ from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
 
 RATES = (1e-5, 1e-6)
 TEMPERATURES = {"structured": 1.0, "strided": 0.6}
@@ -227,11 +232,20 @@ def variant(config: Ebft) -> dict[str, Any]:
     return {"data": "strided", "unit": unit, "shown": shown, "goal": "ebft/cfm_loss"}
 
 
-def parts(config: Ebft, *args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import ebft_strided, online
+def complete(config: Ebft) -> Ebft:
+    """The config with the temperature of its mode, where none is given."""
+    if config.rollout.temperature is not None:
+        return config
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=TEMPERATURES[config.ebft.mode]))
 
-    return (ebft_strided.build if config.ebft.mode == "strided" else online.build)(config, *args, **options)
+
+def parts(config: Ebft, policy: "Policy", setting: "Setting") -> "Parts":
+    """Features of sampled texts compared with those of true ones."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods import ebft_strided, ebft_structured
+
+    mode = ebft_strided if config.ebft.mode == "strided" else ebft_structured
+    return mode.parts(config, policy, setting)
 
 
 METHOD = Method(
@@ -247,4 +261,5 @@ METHOD = Method(
     conflicts=conflicts,
     unused=unused,
     variant=variant,
+    complete=complete,
 )

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
@@ -17,6 +17,11 @@ from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.core.state import Logprob
+    from treetune.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,19 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
         raise BadInput(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import online
+def parts(config: Grpo, policy: "Policy", setting: "Setting") -> "Parts":
+    """Rewards that functions and reward models give to sampled completions."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli import rewarding, rl_data
+    from treetune.cli.methods import policy_gradient
+    from treetune.cli.methods.parts import RolloutParts
 
-    return online.build(*args, **options)
+    rl_data.check_fits(setting.data, config.rollout, policy.cfg)
+
+    def rollouts(logprob: "Logprob") -> RolloutParts:
+        return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, on=setting.device, say=setting.warn))
+
+    return policy_gradient.build(config, policy, setting, rollouts)
 
 
 METHOD = Method(

@@ -1,7 +1,8 @@
 """`treetune kto`: preference learning on completions that are each marked good or bad, held to a reference."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options import reference
@@ -13,6 +14,10 @@ from treetune.cli.options.ranges import POSITIVE
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,30 @@ def variant(config: Kto) -> dict[str, Any]:
     return {} if config.loss.loss == "kto" else {"data": "judged"}
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import preferring
+def parts(config: Kto, policy: "Policy", setting: "Setting") -> "Parts":
+    """KTO, its variant without a baseline, and BCO."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods import kto_state, referenced
+    from treetune.cli.methods.parts import EVERY, Parts, in_sequence, logprobs
+    from treetune.losses import kto_objective, presets
 
-    return preferring.judged(*args, **options)
+    options = config.loss
+    reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
+    train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
+    weights = {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
+    loss = kto_objective.completion_loss(options.loss, beta=options.rl_beta, **weights)
+    make = partial(kto_objective.objective, loss=loss, beta=options.rl_beta)
+    state = kto_state.build(presets.KTO_LOSSES[options.loss].scalar, reference.logp, evaluation, setting)
+    return Parts(
+        reference.policy,
+        make(train),
+        make(evaluation, want=EVERY),
+        state.collates,
+        reference.extra | state.extra,
+        state.prepare,
+        in_sequence([function for function in (reference.after_step, state.after_step) if function is not None]),
+        reference.precompute,
+    )
 
 
 METHOD = Method(

@@ -1,7 +1,8 @@
 """`treetune orpo`: fine-tuning on the chosen side of pairs with an odds-ratio term; no reference."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options.data import PairData
@@ -11,6 +12,13 @@ from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.ranges import NOT_NEGATIVE
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.losses.preference import Pairs
+    from treetune.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,25 @@ class Orpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import preferring
+def parts(config: Orpo, policy: "Policy", setting: "Setting") -> "Parts":
+    """The likelihood of the chosen side, and the odds ratio of the two."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    import torch
 
-    return preferring.orpo(*args, **options)
+    from treetune.cli.methods.parts import reference_free
+    from treetune.losses import preference_objective
+    from treetune.losses import reference_free as losses
+
+    options = config.loss
+    terms = preference_objective.Options(nll_coef=1.0, prompts=options.orpo_nll_scope == "full")
+    rewards = preference_objective.mean_rewards(options.orpo_alpha)
+    loss = partial(losses.orpo, beta=options.orpo_alpha)
+
+    def odds_metrics(pairs: "Pairs") -> "dict[str, Tensor]":
+        odds = losses.odds_ratio(pairs)
+        return {"log_odds_chosen": odds, "log_odds_ratio": torch.nn.functional.logsigmoid(odds)}
+
+    return reference_free(config.optim, policy, loss, rewards, terms, more=odds_metrics)
 
 
 METHOD = Method(

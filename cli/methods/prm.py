@@ -1,7 +1,7 @@
 """`treetune prm`: a process reward model, good or bad for each step of an answer."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from treetune.cli.methods import reward
 from treetune.cli.methods.method import Method
@@ -24,13 +24,19 @@ class Prm:
     run: RunOptions = group(RunOptions)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import judging
+def parts(config: Prm, policy: "Policy", setting: "Setting") -> "Parts":
+    """Good or bad, for each step."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods.judges import judge
+    from treetune.losses import reward_objective
 
-    return judging.prm(*args, **options)
+    return judge(config, policy, setting, classes=2, read="classes", objective=reward_objective.steps)
 
 
 METHOD = Method(
     "prm", "train a reward model of steps", Prm, REWARD_RATES, "steps", parts, ("accuracy",), "steps", head=True, unused=reward.unused
 )
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy

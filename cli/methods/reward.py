@@ -1,7 +1,8 @@
 """`treetune reward`: a reward model, which scores whole answers, learned from pairs."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options.data import PairData
@@ -39,13 +40,20 @@ def unused(config: Any) -> dict[str, str]:
     return dict.fromkeys(("sample_prompt", "sample_tokens"), "a reward model writes no answers")
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import judging
+def parts(config: Reward, policy: "Policy", setting: "Setting") -> "Parts":
+    """One score for a whole answer."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods.judges import judge
+    from treetune.losses import reward_objective
 
-    return judging.reward(*args, **options)
+    ranked = partial(reward_objective.ranked, centre=config.loss.center_rewards_coefficient)
+    return judge(config, policy, setting, classes=1, read="last", objective=ranked)
 
 
 METHOD = Method(
     "reward", "train a reward model on pairs", Reward, REWARD_RATES, "ranked", parts, ("accuracy", "margin"), head=True, unused=unused
 )
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy

@@ -1,9 +1,10 @@
 """`treetune sft`: supervised fine-tuning."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from treetune.cli.methods.method import Method
+from treetune.cli.options import import_path
 from treetune.cli.options.data import DataOptions
 from treetune.cli.options.import_path import door
 from treetune.cli.options.marks import OBJECTIVE, unused_unless
@@ -14,6 +15,11 @@ from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 
 TOKEN_LOSS = door(("nll", "dft", "eaft"), "token loss", "logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.core.state import Logprob, Objective
+    from treetune.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,31 @@ class Sft:
     run: RunOptions = group(RunOptions)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import method
+class SupervisedConfig(Protocol):
+    """The options of a command that trains on supervised tokens."""
 
-    return method.supervised(*args, **options)
+    loss: LossOptions
+    optim: OptimOptions
+
+
+def parts(config: SupervisedConfig, policy: "Policy", setting: "Setting") -> "Parts":
+    """The likelihood of supervised tokens, or the loss that the options name."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods.parts import Parts, logprobs
+
+    checkpointing, noise = config.optim.gradient_checkpointing, config.loss.neftune_noise_alpha
+    train, evaluation = logprobs(policy, checkpointing=checkpointing, neftune=noise)
+    return Parts(policy, objective(train, config.loss), objective(evaluation, LossOptions()))
+
+
+def objective(logprob: "Logprob", options: LossOptions, *, report: tuple[str, ...] = ()) -> "Objective":
+    """The objective of supervised tokens that the options name; report: statistics to report besides accuracy."""
+    from treetune.losses import presets, sft_objective
+
+    name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
+    row = import_path.row(presets.TOKEN_LOSSES, name)
+    token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
+    return sft_objective.objective(logprob, token_loss, want=tuple(dict.fromkeys(("top1", *report, *outputs))))
 
 
 METHOD = Method("sft", "fine-tune on chats, instructions or text", Sft, RATES, "text", parts, unit="supervised tokens", perplexity=True)

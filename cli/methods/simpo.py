@@ -1,7 +1,8 @@
 """`treetune simpo`: preference learning on pairs by mean log-prob per token, with a margin; no reference."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options.data import PairData
@@ -40,13 +41,25 @@ class Simpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(*args: Any, **options: Any) -> Any:
-    """The method put together for one model. Imports torch, which no option needs."""
-    from treetune.cli import preferring
+def parts(config: Simpo, policy: "Policy", setting: "Setting") -> "Parts":
+    """Mean log-probs with a margin; AlphaPO where simpo_alpha is not 0."""
+    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
+    from treetune.cli.methods.parts import reference_free
+    from treetune.losses import preference_objective
+    from treetune.losses import reference_free as losses
 
-    return preferring.simpo(*args, **options)
+    options = config.loss
+    loss = partial(losses.simpo, beta=options.rl_beta, gamma=options.simpo_gamma)
+    if options.simpo_alpha:
+        loss = partial(losses.alphapo, beta=options.rl_beta, gamma=options.simpo_gamma, alpha=options.simpo_alpha)
+    terms = preference_objective.Options(nll_coef=options.cpo_alpha)
+    return reference_free(config.optim, policy, loss, preference_objective.mean_rewards(options.rl_beta), terms)
 
 
 METHOD = Method(
     "simpo", "learn from pairs without a reference", Simpo, PREFERENCE_RATES, "pairs", parts, ("rewards/margins", "rewards/accuracies")
 )
+
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy

@@ -25,7 +25,7 @@ class RefLogp(Protocol):
 class MakeBatch(Protocol):
     """Some documents as a batch on the device, with its plan."""
 
-    def __call__(self, indices: Sequence[int], docs: Docs, *, seed: None) -> tuple[Batch, Plan]:
+    def __call__(self, docs: Docs, /) -> tuple[Batch, Plan]:
         """(batch, plan)."""
         ...
 
@@ -55,7 +55,7 @@ def enricher(logp: RefLogp) -> Enrich:
     ) -> list[trees.TreeDoc]:
         done = list(docs)
         for group in groups:
-            batch, plan = make(group, docs, seed=None)
+            batch, plan = make([docs[i] for i in group])
             flat = np.asarray(logp(state, batch, plan).float().cpu())
             start = 0
             for i in group:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from treetune.core import observe
+from treetune.core.run import health
 
 History = Sequence[dict]
 Points = list[tuple[float, float]]
@@ -71,7 +71,7 @@ class Chart(NamedTuple):
 
 def charts(history: History, *, loss: str) -> list[Chart]:
     """The charts that a run's records fill. loss: what the loss is a mean over; of sampled texts it says nothing and has no chart."""
-    losses = () if any(observe.sampled(record) for record in history) else ((f"loss ({loss})", ("train/loss", "eval/loss")),)
+    losses = () if any(health.sampled(record) for record in history) else ((f"loss ({loss})", ("train/loss", "eval/loss")),)
     drawn = [_chart(title, _expand(keys, history), history) for title, keys in (*losses, *CHARTS)]
     return [chart for chart in drawn if chart is not None]
 

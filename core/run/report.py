@@ -10,6 +10,7 @@ from treetune.core import drafts, masking
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
 from treetune.core.run import curves, page
+from treetune.core.run.observers import Observer
 
 BEST, WORST = 3, 2  # completions of a prompt to show, where there are more
 LOSS = {
@@ -95,3 +96,20 @@ def _completion(record: dict) -> dict:
     about += "" if record.get("stopped", True) else ", cut off"
     label = "on" if advantage > 0 else "bad" if advantage < 0 else "off"
     return {"label": label, "advantage": f"{advantage:+.2f}", "rewards": rewards, "about": about, "answer": record["answer"]}
+
+
+class Report(Observer):
+    """report.html of a run, written when all is saved; its head has what the run is and what it reached."""
+
+    def __init__(self, run_dir: Path, *, docs: Sequence[Doc | TreeDoc], tokenizer: Any, read: str | None, unit: str):
+        self.run_dir, self.docs, self.tokenizer, self.read, self.unit = run_dir, docs, tokenizer, read, unit
+        self.about: dict[str, str] = {}
+
+    def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
+        """Keep what the run is."""
+        self.about = dict(about)
+
+    def summary(self, rows: Mapping[str, str], history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the page."""
+        shown = {"docs": self.docs, "tokenizer": self.tokenizer, "read": self.read, "unit": self.unit}
+        write(self.run_dir, history=list(history), rows=self.about | dict(rows), **shown)

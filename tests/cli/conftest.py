@@ -253,10 +253,10 @@ def left(root: Path, step: int) -> tuple:
 
 def die_at(step: int):
     """Patch the loop to die right after the weights of this step have changed."""
-    from treetune.core import observe
+    from treetune.core.run import recorder
 
     def prepare():
-        push = observe.Recorder.push
+        push = recorder.Recorder.push
 
         def patched(self, index, metrics):
             done = push(self, index, metrics)
@@ -264,7 +264,7 @@ def die_at(step: int):
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
 
-        observe.Recorder.push = patched
+        recorder.Recorder.push = patched
 
     return prepare
 

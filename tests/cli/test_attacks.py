@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from treetune.cli import errors
-from treetune.core import ckpt, observe
+from treetune.core import ckpt
+from treetune.core.run import recorder
 
 RUN = ["--sample-prompt=", "--max-steps", 3, "--save-steps", 1, "--save-total-limit", 9]
 
@@ -166,8 +167,8 @@ def at_step(step: int, do):
     """A process that does something when the weights of this step have changed."""
 
     def prepare():
-        push = observe.Recorder.push
-        observe.Recorder.push = lambda self, index, *rest: (do() if index == step else None, push(self, index, *rest))[1]
+        push = recorder.Recorder.push
+        recorder.Recorder.push = lambda self, index, *rest: (do() if index == step else None, push(self, index, *rest))[1]
 
     return prepare
 

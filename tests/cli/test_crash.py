@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from treetune.cli import loop, rundir, training
-from treetune.core import ckpt, observe
+from treetune.cli import fit
+from treetune.core import ckpt
+from treetune.core.run import folder, loop, recorder
 
 STEPS = 6
 RUN = ["--output-dir", "run", "--max-steps", STEPS, "--save-steps", 2, "--eval-steps", 3, "--micro-batch-size", 1]
@@ -55,7 +56,7 @@ def at_step(step, do):
     """Patch the loop to call `do` right after the weights of this step have changed."""
 
     def prepare():
-        push = observe.Recorder.push
+        push = recorder.Recorder.push
 
         def patched(self, index, metrics):
             done = push(self, index, metrics)
@@ -63,7 +64,7 @@ def at_step(step, do):
                 do()
             return done
 
-        observe.Recorder.push = patched
+        recorder.Recorder.push = patched
 
     return prepare
 
@@ -105,7 +106,7 @@ def after_commit(step):
 
 
 def before_report():
-    training.finish.report.write = die
+    fit.report.write = die
 
 
 def in_evaluation():
@@ -159,9 +160,9 @@ def test_run_killed_again_and_again_ends_the_same(kit, tiny, tune, forked, here,
 def test_process_killed_from_outside_resumes_bit_for_bit(kit, tiny, tune, here, whole):
     """A fresh process, killed whenever its second checkpoint happens to appear."""
     args = ["sft", *kit.basics(tiny, *KINDS["lora"])]
-    slow = "import time; from treetune.core import observe; p = observe.Recorder.push\n"
+    slow = "import time; from treetune.core.run import recorder; p = recorder.Recorder.push\n"
     slow += "def push(*a):\n    time.sleep(0.3)\n    return p(*a)\n"
-    slow += "observe.Recorder.push = push\nfrom treetune.cli.main import main; import sys; sys.exit(main())"
+    slow += "recorder.Recorder.push = push\nfrom treetune.cli.main import main; import sys; sys.exit(main())"
     process, until = kit.spawn(*args, cwd=here, program=slow), time.monotonic() + 60
     while not (here / "run/checkpoints/step_000004").exists():
         assert process.poll() is None and time.monotonic() < until, process.communicate()
@@ -210,13 +211,13 @@ def at_the_end(do):
     """Patch the command to call `do` when the training is done and the results are to be written."""
 
     def prepare():
-        leave = training.finish.leave
+        save = fit.artifacts.save
 
         def patched(*args):
             do()
-            leave(*args)
+            return save(*args)
 
-        training.finish.leave = patched
+        fit.artifacts.save = patched
 
     return prepare
 
@@ -278,10 +279,10 @@ def test_damaged_checkpoint_is_one_line(kit, tiny, tune, here):
 
 
 def test_interrupted_write_of_a_small_file_leaves_the_old_one(here, monkeypatch):
-    rundir.write(here / "best.json", "old")
+    folder.write(here / "best.json", "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        rundir.write(here / "best.json", "new")
+        folder.write(here / "best.json", "new")
     assert (here / "best.json").read_text() == "old"
 
 

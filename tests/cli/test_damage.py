@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-from treetune.cli import finish, loop, training
+from treetune.cli import assembly, sample_answer
 from treetune.core import ckpt, manifest
+from treetune.core.run import loop
 
 STEPS = 4
 EVERY = ("--max-steps", STEPS, "--save-steps", 1, "--eval-steps", 2, "--save-total-limit", 9, "--output-dir", "run", "--warmup-steps", 0,
@@ -197,7 +198,7 @@ def test_finite_weights_that_compute_no_finite_loss_are_not_saved(here, sft):
 
 def test_the_checkpoint_that_a_failure_names_is_finite(kit, here, sft, monkeypatch):
     """The third update is made infinite; the checkpoint of the second is what is left, and what is named."""
-    step = training.step.make_step
+    step = assembly.step.make_step
 
     def make(*args, **kwargs):
         plain = step(*args, **kwargs)
@@ -210,7 +211,7 @@ def test_the_checkpoint_that_a_failure_names_is_finite(kit, here, sft, monkeypat
 
         return poisoned
 
-    monkeypatch.setattr(training.step, "make_step", make)
+    monkeypatch.setattr(assembly.step, "make_step", make)
     done = sft(*EVERY)
     assert done.code == 1 and "the update of step 3 is not finite in params.lora.layers.1.q_proj.B" in done.err
     assert done.err.rstrip().endswith("the last checkpoint is run/checkpoints/step_000002")
@@ -227,14 +228,14 @@ def test_a_run_that_replaces_another_and_fails_gives_it_back(kit, here, sft):
 
 
 def test_a_failing_sample_loses_no_weights(here, sft, monkeypatch):
-    sample = finish.decode.sample
+    sample = sample_answer.decode.sample
 
     def failing(*args, **kwargs):
         if (here / "run/checkpoints/step_000002").exists():
             raise RuntimeError("no\nanswer")
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(finish.decode, "sample", failing)
+    monkeypatch.setattr(sample_answer.decode, "sample", failing)
     done = sft("--output-dir", "run")
     assert done.code == 0 and "the sample answer failed, the trained weights are saved: no answer" in " ".join(done.out.split())
     assert (here / "run/adapter/adapter_model.safetensors").exists() and (here / "run/report.html").exists()
@@ -244,11 +245,11 @@ def test_a_model_too_large_for_its_dtype_is_not_saved(here, sft, monkeypatch):
     """float32 weights above 3.39e38 round to inf in bfloat16."""
     run = loop.run
 
-    def large(*args):
-        outcome = run(*args)
+    def large(*args, **named):
+        outcome = run(*args, **named)
         outcome.state.params["model"]["norm"][0] = 3.4e38
         return outcome
 
-    monkeypatch.setattr(training.loop, "run", large)
+    monkeypatch.setattr(loop, "run", large)
     done = sft("--output-dir", "run", "--adapter", "none", "--dtype", "bfloat16")
     assert done.code == 1 and "norm is not finite in bfloat16" in done.err and not (here / "run/model").exists()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treetune.cli import ebft_strided, ebft_structured
+from treetune.cli.methods import ebft_strided, ebft_structured
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, Group
 from treetune.losses import ebft

@@ -103,7 +103,7 @@ def told(kit, tiny, here, learn):
 @pytest.fixture
 def calls(monkeypatch):
     """How many prompts were scored at a time."""
-    from treetune.cli import ebft_structured
+    from treetune.cli.methods import ebft_structured
 
     sizes, plain = [], ebft_structured.scorer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treetune.cli import errors, main, training
+from treetune.cli import cadence, errors, main
 from treetune.core import fields
 
 RAISED = (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, ZeroDivisionError, RuntimeError, MemoryError)
@@ -56,7 +56,7 @@ def test_a_fault_in_a_reader_is_one_line_and_writes_nothing(name, kit, tiny, her
 
 def test_a_fault_in_training_is_a_traceback(sft, monkeypatch):
     """It is ours, and developers need to see where."""
-    monkeypatch.setattr(training, "describe", lambda *args: {}["surprise"])
+    monkeypatch.setattr(cadence, "warnings", lambda *args, **named: {}["surprise"])
     with pytest.raises(KeyError, match="surprise"):
         sft("--output-dir", "run")
 

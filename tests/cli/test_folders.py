@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import guard, rundir
+from treetune.cli import guard
 from treetune.core import ckpt
+from treetune.core.run import folder
 from treetune.models import fetch
 
 
@@ -264,7 +265,7 @@ def test_a_page_of_ours_is_replaced(tune, tiny, here):
 def test_an_output_that_appears_meanwhile_stays(here):
     """The results get another name: they are not lost either."""
     text(here / "out.jsonl"), text(here / "out-2.jsonl")
-    assert rundir.write_new(here / "out.jsonl", "results") == here / "out-3.jsonl"
+    assert folder.write_new(here / "out.jsonl", "results") == here / "out-3.jsonl"
     assert [(here / name).read_text() for name in ("out.jsonl", "out-2.jsonl", "out-3.jsonl")] == ["mine", "mine", "results"]
     assert len(list(here.iterdir())) == 3
 

@@ -142,12 +142,13 @@ def test_thousands_of_values_of_fields_of_data_sets_are_read_or_one_line(here, k
 @given(st.sampled_from([*dataset_fields.PROMPTS, "rolez"]), VALUES)
 @settings(**(KEPT | {"max_examples": 40}), suppress_health_check=CHECKS)
 def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, tiny, monkeypatch, name, text):
-    from treetune.cli import grpo, rundir
+    from treetune.cli.commands import train
+    from treetune.core.run import folder
 
     kit.write_rows(here / "asked.jsonl", [{"prompt": f"{i}", "answer": "1"} for i in range(4)])
     (here / "c.yaml").write_text(f"model: {tiny.model}\ndatasets:\n- path: asked.jsonl\n" + f"  {name}: {text}\n" * (name != "path"))
 
-    def read(config, task):
+    def read(config, options):
         from treetune.cli import rl_data, setup
         from treetune.cli.errors import checking_input
 
@@ -155,8 +156,8 @@ def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, 
             rl_data.load(config.data, setup.load_tokenizer(config.model), seed=0)
         return 0
 
-    monkeypatch.setattr(grpo, "train", read)
-    monkeypatch.setattr(rundir, "create", None)
+    monkeypatch.setattr(train, "run", read)
+    monkeypatch.setattr(folder, "create", None)
     one_line(tune("grpo", "--config", "c.yaml"), "c.yaml", name, "asked.jsonl", text.strip("'\""), "transform", "prompts", "max_prompt_len")
     assert {path.name for path in here.iterdir()} == {"c.yaml", "asked.jsonl"}
 
@@ -176,11 +177,16 @@ def test_fields_of_entries_are_those_that_formats_take():
 @pytest.fixture
 def assembled(monkeypatch):
     """Training commands end before the first step, where the run folder would be made."""
-    from treetune.cli import finish, training
+    from treetune.cli import assembly, fit
+    from treetune.cli.errors import checking_input
 
-    monkeypatch.setattr(training, "create", lambda *args: None)
-    monkeypatch.setattr(training, "_train", lambda *args: 0)
-    monkeypatch.setattr(finish, "leave", None)
+    def assemble(config, *, options=frozenset(), **named):
+        with contextlib.ExitStack() as stack, checking_input():
+            run = fit.begin(config, (), options, stack)
+            assembly.assemble(run, None, stack)
+        return fit.Result(None, None, [], None)
+
+    monkeypatch.setattr(fit, "run", assemble)
 
 
 TEXTS = [text for text in SCALARS if text and len(text) < 100 and text[0] not in "!&*<"]

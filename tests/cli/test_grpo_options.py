@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import parse, rl_checks
+from treetune.cli import parse
 from treetune.cli.methods.grpo import Grpo
 from treetune.cli.options import policy_loss
+from treetune.cli.options import rollout as rollout_options
 from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.core.rollout import reward_pool
 
@@ -183,7 +184,7 @@ ELSEWHERE = {"datasets", "split", "val_data"}  # tests of their own, here or for
 
 def test_there_is_a_row_for_every_option():
     expected = {option for group in GROUPS for option in vars(getattr(Grpo(), group))}
-    vllm = {*vars(Grpo().engine), *rl_checks.VLLM_ONLY, "vllm_sync_interval"}
+    vllm = {*vars(Grpo().engine), *rollout_options.VLLM_ONLY, "vllm_sync_interval"}
     assert set(CHANGES) - set(vars(Grpo().optim)) == expected - vllm - ELSEWHERE
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.core import ckpt, observe
+from treetune.core import ckpt
+from treetune.core.run import recorder
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
 runs = importlib.util.module_from_spec(spec)
@@ -53,7 +54,7 @@ def at_step(step, signum):
     """Patch the loop to raise a signal right after the weights of this step have changed."""
 
     def prepare():
-        push = observe.Recorder.push
+        push = recorder.Recorder.push
 
         def patched(self, index, metrics):
             done = push(self, index, metrics)
@@ -61,7 +62,7 @@ def at_step(step, signum):
                 os.kill(os.getpid(), signum)
             return done
 
-        observe.Recorder.push = patched
+        recorder.Recorder.push = patched
 
     return prepare
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import marker, rundir
-from treetune.cli.methods.sft import Sft
-from treetune.core import ckpt, drafts, lock, observe
+from treetune.core import ckpt, drafts, lock
+from treetune.core.run import folder, marker, recorder
 
 
 def text(path: Path, words: str = "mine") -> Path:
@@ -30,11 +29,12 @@ def boom(*_, **__):
 
 @pytest.mark.parametrize("at", ["assemble", "create", "sample", "step", "record"])
 def test_the_old_run_is_put_back_when_the_new_one_does_not_begin(at, kit, tiny, tune, here, run, monkeypatch):
-    from treetune.cli import finish, loop, training
+    from treetune.cli import assembly, sample_answer
+    from treetune.core.run import loop
 
     before = kit.snapshot(here)
-    place = {"assemble": (training, "assemble"), "create": (ckpt.Path, "mkdir"), "sample": (loop, "run"), "step": (loop._Loop, "record")}
-    place |= {"record": (finish, "current")}
+    place = {"assemble": (assembly, "assemble"), "create": (ckpt.Path, "mkdir"), "sample": (loop, "run"), "step": (loop._Loop, "record")}
+    place |= {"record": (sample_answer.policy, "current")}
     if at == "create":
         mkdir = Path.mkdir
         monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: boom() if self.name == "checkpoints" else mkdir(self, *a, **k))
@@ -46,8 +46,8 @@ def test_the_old_run_is_put_back_when_the_new_one_does_not_begin(at, kit, tiny, 
 
 
 def test_the_old_run_goes_after_the_first_step(kit, tiny, tune, here, run, monkeypatch):
-    record = observe.Recorder.push
-    monkeypatch.setattr(observe.Recorder, "push", lambda self, index, *rest: boom() if index == 3 else record(self, index, *rest))
+    record = recorder.Recorder.push
+    monkeypatch.setattr(recorder.Recorder, "push", lambda self, index, *rest: boom() if index == 3 else record(self, index, *rest))
     args = kit.basics(tiny, "--sample-prompt=", "--output-dir", "r", "--overwrite", "--seed", 3, "--max-steps", 4, "--save-steps", 1)
     assert tune("sft", *args).code == 130
     assert "seed: 3" in (run / "config.yaml").read_text()
@@ -114,10 +114,8 @@ def test_a_run_in_use_is_refused_with_host_and_number(kit, tiny, tune, here, run
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tiny, here, kit):
-    from treetune.cli import parse
-
-    config, _ = parse.parse("sft", Sft, kit.basics(tiny))
-    with rundir.hold("sft", config) as one, rundir.hold("sft", config) as two:
+    request = folder.Request("sft")
+    with folder.hold(request) as one, folder.hold(request) as two:
         assert {one.root.name, two.root.name} == {"sft-001", "sft-002"}
     assert list(here.iterdir()) == []
 

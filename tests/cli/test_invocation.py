@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import invocation, main
-from treetune.core import observe
+from treetune.core.run import recorder
 
 
 def words(argv, *, overwrite=False, root="runs/sft-001"):
@@ -43,17 +43,17 @@ def pasted(done, name):
 
 def test_an_interrupted_run_goes_on_with_the_printed_command(kit, tiny, sft, tune, here, monkeypatch):
     rows = kit.write_rows(here / "my own rows.jsonl", kit.chats(12))
-    push = observe.Recorder.push
+    push = recorder.Recorder.push
 
     def patched(self, index, metrics):
         if index == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return push(self, index, metrics)
 
-    monkeypatch.setattr(observe.Recorder, "push", patched)
+    monkeypatch.setattr(recorder.Recorder, "push", patched)
     done = sft("--data", rows.name, "--max-steps", 4, "--learning-rate", 0.01)
     assert done.code == 130, done
-    monkeypatch.setattr(observe.Recorder, "push", push)
+    monkeypatch.setattr(recorder.Recorder, "push", push)
     program, *rest = pasted(done, "continue with")
     assert program == "treetune" and "my own rows.jsonl" in rest
     done = tune(*rest)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from treetune.cli import marker
+from treetune.core.run import marker
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
 SHORT = ["--sample-prompt=", "--max-steps", 2, "--save-steps", 1, "--save-total-limit", 1, "--output-dir", "r"]

@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 
-from treetune.cli import loop, setup
+from treetune.cli import setup
 from treetune.core import tree
+from treetune.core.run import loop
 
 REWARDS = "def length(completions):\n    return [float(len(one)) for one in completions]\n"
 PAIRS = [{"prompt": f"{i} + 1", "chosen": str(i + 1), "rejected": "no"} for i in range(12)]

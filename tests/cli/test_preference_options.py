@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import parse, tune
+from treetune.cli import parse
+from treetune.cli.methods import METHODS
 from treetune.cli.methods import dpo as loss_options
 from treetune.cli.methods.reward import Reward
 from treetune.models import reference
@@ -17,6 +18,7 @@ spec.loader.exec_module(runs)
 train = runs.train  # the fixture
 
 FULL = ["--adapter", "none"]
+PREFERENCES = {METHODS[name].config: name for name in ("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm")}
 SYNC = [*FULL, "--sync-ref-model", "--max-steps", 3]
 LOSSES = ("ipo", "hinge", "cdpo", "robust", "exo", "nca", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
           "discopop", "dpo_norm", "sft")  # fmt: skip
@@ -116,7 +118,7 @@ def test_a_reference_that_is_computed_once_is_not_computed_again(command, losses
 
 def test_there_is_a_row_for_every_option_of_a_loss_and_of_a_reference():
     expected = set()
-    for config, (command, _) in tune.METHODS.items():
+    for config, command in PREFERENCES.items():
         for group in ("loss", "reference"):
             expected |= {(command, option) for option in vars(getattr(config(), group, object)) if not option.startswith("_")}
     assert set(CHANGES) == expected
@@ -231,7 +233,7 @@ def test_a_reference_that_numbers_tokens_otherwise_is_refused(kit, here, train):
 
 
 def test_options_of_peers_have_the_documented_defaults():
-    flat = {command: parse.flatten(config()) for config, (command, _) in tune.METHODS.items()}
+    flat = {command: parse.flatten(config()) for config, command in PREFERENCES.items()}
     expected = {
         "dpo": {"rl_beta": 0.1, "loss": ["dpo"], "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6, "f_alpha_divergence_coef": 0.5,
                 "discopop_tau": 0.05, "dpo_label_smoothing": 0.0, "ld_alpha": None, "rpo_alpha": None},
@@ -243,4 +245,4 @@ def test_options_of_peers_have_the_documented_defaults():
     }  # fmt: skip
     for command, values in expected.items():
         assert {name: flat[command][name] for name in values} == values
-    assert Reward in tune.METHODS
+    assert Reward in PREFERENCES

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from treetune.cli import training
-from treetune.core import ckpt, observe
+from treetune.core import ckpt
+from treetune.core.data import prompt_ids
+from treetune.core.run import evaluation, recorder
 
 
 def steps_of(records):
@@ -42,9 +43,9 @@ def test_resume_auto_takes_the_newest_run(kit, here, sft):
 
 def test_resume_remembers_how_many_evaluations_were_bad(kit, here, sft, monkeypatch):
     losses = iter([5.0, 4.0, 4.5, 4.6, 1.0])
-    monkeypatch.setattr(training, "evaluator", lambda *_: lambda state: {"loss": torch.tensor(next(losses))})
+    monkeypatch.setattr(evaluation, "of_documents", lambda *_, **__: lambda state: {"loss": torch.tensor(next(losses))})
     args = ("--output-dir", "a", "--max-steps", 9, "--eval-steps", 1, "--save-steps", 1, "--early-stopping-patience", 2)
-    push = observe.Recorder.push
+    push = recorder.Recorder.push
 
     def interrupted(self, index, metrics):
         if index == 3:
@@ -52,7 +53,7 @@ def test_resume_remembers_how_many_evaluations_were_bad(kit, here, sft, monkeypa
         return push(self, index, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(observe.Recorder, "push", interrupted)
+        patch.setattr(recorder.Recorder, "push", interrupted)
         assert sft(*args).code == 130
     done = sft(*args, "--resume", "auto")
     assert done.code == 0 and "not improved in 2 evaluations" in done.out and steps_of(kit.metrics(here / "a")) == [1, 2, 3]
@@ -153,7 +154,7 @@ def test_refused_overwrite_deletes_nothing(kit, here, sft):
 
 def test_answers_of_any_characters_survive_a_resume_and_the_report(kit, here, sft, monkeypatch):
     """Line separators inside a JSON string are not line ends, and files are UTF-8 whatever the locale says."""
-    monkeypatch.setattr(training.finish.prompts, "answers", lambda *_: ["a\u2028b\x85c é \U0001f600 <i>"])
+    monkeypatch.setattr(prompt_ids, "decode_samples", lambda *_: ["a\u2028b\x85c é \U0001f600 <i>"])
     assert sft("--output-dir", "a", "--max-steps", 2, "--save-steps", 1, "--save-total-limit", 9).code == 0
     before = (here / "a/samples.jsonl").read_bytes()
     assert sft("--max-steps", 2, "--resume", "a/checkpoints/step_000001").code == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import rl_checks
+from treetune.cli.options import rollout as rollout_options
 from treetune.core.rollout import sampler
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
@@ -124,7 +124,7 @@ def test_rewards_that_know_nothing(here, roll):
 
 REFUSED = {
     **{f"--{name}": ([f"--{name.replace('_', '-')}", value], "would be ignored", "without vLLM")
-       for name, value in zip(rl_checks.VLLM_ONLY, (1.5, "a+", "seed=1"), strict=True)},
+       for name, value in zip(rollout_options.VLLM_ONLY, (1.5, "a+", "seed=1"), strict=True)},
     "existing output": (["--output", "prompts.jsonl"], "prompts.jsonl exists", "--output another name"),
     "missing reward": (["--reward-funcs", "rewards.py:none"], "rewards.py has no none"),
     "missing column": (["--reward-funcs", "math_equal", "--field-prompt", "answer"], "takes answer", "columns: none"),

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from treetune.cli import loop, parse, training
+from treetune.cli import parse
+from treetune.cli.methods import sft as sft_method
 from treetune.cli.methods.sft import Sft
-from treetune.core import ckpt, manifest, observe
-from treetune.models import adapter, hf
+from treetune.core import ckpt, manifest, tree
+from treetune.core.run import evaluation, faults, loop, recorder
+from treetune.models import adapter, batches, hf
 
 FILES = {".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
 VOID = {"meta"}
@@ -143,7 +145,7 @@ def scripted(monkeypatch):
 
     def script(losses):
         left = iter(losses)
-        monkeypatch.setattr(training, "evaluator", lambda *_: lambda state: {"loss": torch.tensor(next(left))})
+        monkeypatch.setattr(evaluation, "of_documents", lambda *_, **__: lambda state: {"loss": torch.tensor(next(left))})
 
     return script
 
@@ -211,7 +213,7 @@ def test_out_of_memory_is_one_line_with_the_fix(sft, monkeypatch):
 
 def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit, here, sft, monkeypatch):
     """The third step's gradient is poisoned behind a loss that is fine, and the weights are compared bit for bit."""
-    seen, make = [], training.setup.objective
+    seen, make = [], sft_method.objective
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -237,7 +239,7 @@ def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit
 
         return plain._replace(terms=terms)
 
-    steps, push = [0], observe.Recorder.push
+    steps, push = [0], recorder.Recorder.push
 
     def counted(self, index, metrics):
         steps.append(index)
@@ -245,13 +247,13 @@ def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit
 
     def found(objective, state, batches):
         steps.append(2)
-        seen.append({path: leaf.clone() for path, leaf in observe.tree.items(state.params)})
+        seen.append({path: leaf.clone() for path, leaf in tree.items(state.params)})
         return find(objective, state, batches)
 
-    find = observe.find_not_finite
-    monkeypatch.setattr(training.setup, "objective", objective)
-    monkeypatch.setattr(observe.Recorder, "push", counted)
-    monkeypatch.setattr(observe, "find_not_finite", found)
+    find = faults.find_not_finite
+    monkeypatch.setattr(sft_method, "objective", objective)
+    monkeypatch.setattr(recorder.Recorder, "push", counted)
+    monkeypatch.setattr(faults, "find_not_finite", found)
     done = sft("--max-steps", 3, "--save-steps", 2, "--val-set-size", 0, "--learning-rate", 0.01)
     assert_stopped(done, "step 3", "rows [", "lora.layers.1.v_proj.A", "step_000002")
     saved = kit.state(here / "runs/sft-001", 2)
@@ -270,13 +272,13 @@ def test_max_steps_goes_past_the_epochs(kit, here, sft):
 
 
 def test_epochs_see_every_row_once_each_in_another_order(here, sft, monkeypatch):
-    seen, make = [], training.micro_batch
+    seen, stream = [], batches._stream
 
-    def micro_batch(indices, docs, **rest):
-        seen.append((rest["seed"] is None, [docs[i].row for i in indices]))
-        return make(indices, docs, **rest)
+    def micro_batch(collate, documents, seed, *rest):
+        seen.append((seed is None, [doc.row for doc in documents]))
+        return stream(collate, documents, seed, *rest)
 
-    monkeypatch.setattr(training, "micro_batch", micro_batch)
+    monkeypatch.setattr(batches, "_stream", micro_batch)
     assert sft("--max-rows", 10, "--val-set-size", 0, "--num-epochs", 2, "--sample-prompt=", without=("--max-steps",)).code == 0
     rows = [row for evaluating, taken in seen if not evaluating for row in taken]
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(1, 11)) and rows[:10] != rows[10:]

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from treetune.core import observe
 from treetune.core.data import pack, records
+from treetune.core.run import recorder
 
 STEPS = 6
 BUFFER = "--streaming-multipack-buffer-size"
@@ -46,7 +46,7 @@ def assert_same(kit, one, other):
 
 def at_step(step, signum):
     def prepare():
-        push = observe.Recorder.push
+        push = recorder.Recorder.push
 
         def patched(self, index, metrics):
             done = push(self, index, metrics)
@@ -54,7 +54,7 @@ def at_step(step, signum):
                 os.kill(os.getpid(), signum)
             return done
 
-        observe.Recorder.push = patched
+        recorder.Recorder.push = patched
 
     return prepare
 

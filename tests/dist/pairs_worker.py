@@ -43,7 +43,7 @@ def cases(ranks: setup.Ranks) -> dict[str, torch.Tensor]:
         used = scene.adapted(base) if trains == "lora" else None
         built = scene.parts(command, base, used, mesh=ranks.mesh, **options)
         at = scene.state(built, **MOVED)
-        placed = setup.place(built.trees._replace(params=at.params), base, ranks, sharding)
+        placed = setup.place(built.policy._replace(params=at.params), base, ranks, sharding)
         at = at._replace(params=placed.params, frozen=placed.frozen)
         docs = scene.judged(7) if command == "kto" else scene.pairs(empty=command != "reward")
         deals = {"ragged": [docs[:3], docs[3:4], docs[4:6], docs[6:]], "a rank without documents": [docs[:4], [], docs[4:], []]}

@@ -31,7 +31,7 @@ def cases(ranks: setup.Ranks) -> dict[str, torch.Tensor]:
         base = scene.model()
         built = strided.made(base, scene.adapted(base) if trains == "lora" else None, mesh=ranks.mesh)
         at = scene.state(built)
-        placed = setup.place(built.trees._replace(params=at.params), base, ranks, sharding)
+        placed = setup.place(built.policy._replace(params=at.params), base, ranks, sharding)
         at = at._replace(params=placed.params, frozen=placed.frozen)
         for deal, groups in deals.items():
             grads, metrics = scene.gradients(built, at, groups[ranks.rank :: ranks.world], ranks.mesh)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.cli import setup
-from treetune.core import ckpt, observe, shard, tree
+from treetune.core import ckpt, shard, tree
+from treetune.core.run import faults, health, recorder
 
 MODES = ("none", "full")
 
@@ -72,7 +73,7 @@ def poison(base, ranks: setup.Ranks, sharding: str) -> dict:
     batches = scene.micro_batches(0, ranks.rank, ranks.world)
     state, metrics = scene.stepper(base, placed, ranks, objective=objective)(state, batches)
     same = all(torch.equal(leaf, before[name]) for name, leaf in scene.whole(state).items())
-    return {"skipped": metrics["skipped"].item(), "same": same, "text": observe.find_not_finite(objective, state, batches)}
+    return {"skipped": metrics["skipped"].item(), "same": same, "text": faults.find_not_finite(objective, state, batches)}
 
 
 def die(folder: Path, ranks: setup.Ranks) -> None:

@@ -5,17 +5,20 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import setup, tune
+from treetune.cli import setup
+from treetune.cli.methods import METHODS
 from treetune.cli.methods.cpo import Cpo, CpoLoss
 from treetune.cli.methods.dpo import Dpo, DpoLoss
 from treetune.cli.methods.kto import Kto, KtoLoss
 from treetune.cli.methods.orpo import Orpo, OrpoLoss
+from treetune.cli.methods.parts import Setting
 from treetune.cli.methods.prm import Prm
 from treetune.cli.methods.reward import Reward, RewardLoss
 from treetune.cli.methods.simpo import Simpo, SimpoLoss
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.data import trees
+from treetune.core.run.ranks import Ranks
 from treetune.core.state import TrainState
 from treetune.models import Model, hf, llama
 from treetune.ops import attention
@@ -117,27 +120,32 @@ def config(command: str, **options):
     return kind(**groups) if loss is None else kind(loss=loss(**options), **groups)
 
 
+def setting(mesh=None) -> Setting:
+    """A CPU, without data or anybody to tell."""
+    return Setting(CPU, Ranks(0, 1, mesh), None, (), lambda text: None, lambda text: None)
+
+
 def parts(command: str, base: Model, used: setup.Trees | None = None, *, mesh=None, **options):
     """The method put together as the command does it."""
     chosen = config(command, **options)
-    built = tune.METHODS[type(chosen)][1].build(chosen, base, used or whole(base), on=CPU, mesh=mesh, say=lambda text: None)
-    if "head" in built.trees.params:
-        head = tree.map(lambda leaf: leaf.to(base.cfg.dtype), moved(built.trees.params["head"], 0.3, seed=4))
-        built = built._replace(trees=built.trees._replace(params=built.trees.params | {"head": head}))
+    built = METHODS[command].parts(chosen, used or whole(base), setting(mesh))
+    if "head" in built.policy.params:
+        head = tree.map(lambda leaf: leaf.to(base.cfg.dtype), moved(built.policy.params["head"], 0.3, seed=4))
+        built = built._replace(policy=built.policy._replace(params=built.policy.params | {"head": head}))
     return built
 
 
 def batch(made, docs: list) -> tuple:
-    """A micro-batch as `training.micro_batch` makes it."""
-    streams = [collate(docs) for collate in made.streams]
+    """A micro-batch as `batches.batcher` makes it."""
+    streams = [collate(docs) for collate in made.collates]
     found = tuple((one, attention.plan(one, window=None, dtype=torch.float64)) for one in streams)
     return found[0] if len(found) == 1 else found
 
 
 def state(made, *, policy: float = 0.1, seed: int = 8) -> TrainState:
     """Step 0, or with `policy` above 0 a policy that has moved away from its reference."""
-    params = tree.map(torch.clone, made.trees.params)
-    return TrainState(moved(params, policy, seed=seed) if policy else params, made.trees.frozen, {}, made.extra, torch.tensor(0))
+    params = tree.map(torch.clone, made.policy.params)
+    return TrainState(moved(params, policy, seed=seed) if policy else params, made.policy.frozen, {}, made.extra, torch.tensor(0))
 
 
 def gradients(made, at: TrainState, cuts: list[list], mesh=None) -> tuple[dict, dict]:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import ebft_strided, setup
+from treetune.cli.methods import ebft_strided
 from treetune.cli.methods.ebft import Ebft, EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
 from treetune.losses import ebft_objective as objectives
+from treetune.models import policy
 
 
 def loaded(name: str, path: Path):
@@ -49,7 +50,7 @@ def made(base, used=None, *, top_p=1.0, temperature=TEMPERATURE, mesh=None, **op
     """The method put together as the command does it."""
     chosen = dataclasses.replace(OPTIONS, **options)
     config = Ebft(ebft=chosen, rollout=EbftRollout(temperature=temperature, top_p=top_p))
-    return ebft_strided.build(config, base, used or scene.whole(base), on=scene.CPU, mesh=mesh, say=lambda text: None)
+    return ebft_strided.parts(config, used or scene.whole(base), scene.setting(mesh))
 
 
 def blocks(doc, options) -> list[int]:
@@ -126,7 +127,7 @@ def test_a_step_is_that_of_every_rollout_run_by_itself(trains, whiten):
     before = tree.map(torch.clone, at.params)
     rollouts = prepared(built, at, docs)["targets"].view(-1, OPTIONS.generate_max_len)
     got, metrics = scene.gradients(built, at, [docs])
-    want, rl, ce, told = slow_gradient(base, docs, rollouts, at, built.trees, OPTIONS, whiten)
+    want, rl, ce, told = slow_gradient(base, docs, rollouts, at, built.policy, OPTIONS, whiten)
     assert len(told) == 2 + 2 + 3 + 1 and metrics["ebft/num_blocks"] == len(told)
     assert scene.error(got, want) <= 2e-6, "rotary angles are float32"
     assert metrics["ebft/rl_loss"].item() == pytest.approx(rl, rel=2e-6) and metrics["ebft/ce_loss"].item() == pytest.approx(ce, rel=2e-6)
@@ -179,7 +180,7 @@ def test_each_term_reads_its_own_tokens_only(term, keys, others):
     built = made(base, used)
     at = scene.state(built)
     batch, plan = rolled(built, at, documents())
-    logprob = setup.logprob(base, None, temperature=TEMPERATURE, run=ebft_strided.logprobs_beside)
+    logprob = policy.logprob(scene.whole(base), temperature=TEMPERATURE, run=ebft_strided.logprobs_beside)
     objective = objectives.objective(logprob, rl_coef=float(term == "rl"), ce_coef=float(term == "ce"))
 
     def changed(names):
@@ -237,7 +238,7 @@ def test_rollouts_are_drawn_without_dropout_and_trained_with_it():
     assert torch.equal(one["targets"], other["targets"]) and torch.equal(one["advantage"], other["advantage"])
     losses = [sum(built.objective.terms(at.params, at.frozen, one, plan)[0].values()) for built in (quiet, noisy)]
     assert losses[0] != losses[1]
-    held = [sum(built.held.terms(at.params, at.frozen, {k: v for k, v in one.items() if k != "seed"}, plan)[0].values())
+    held = [sum(built.evaluation.terms(at.params, at.frozen, {k: v for k, v in one.items() if k != "seed"}, plan)[0].values())
             for built in (quiet, noisy)]  # fmt: skip
     assert held[0] == held[1]
 
@@ -277,6 +278,6 @@ def test_an_objective_that_trains_nothing_is_refused():
     base = scene.model()
     built = made(base)
     at = scene.state(built)
-    alone = objectives.objective(ebft_strided._logprob(base, built.trees, temperature=1.0), ce_coef=0.5)
+    alone = objectives.objective(ebft_strided._logprob(built.policy, temperature=1.0), ce_coef=0.5)
     with pytest.raises(ValueError, match="ce_coef=0.5 without log-probs"):
         alone.terms(at.params, at.frozen, *rolled(built, at, documents()))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.cli import preferring
+from treetune.cli.methods import kto_state
 from treetune.core import tree
 from treetune.core.data import trees
-from treetune.losses import kto
+from treetune.losses import kto, kto_objective
 
 spec = importlib.util.spec_from_file_location("preference_scene", Path(__file__).with_name("scene.py"))
 scene = importlib.util.module_from_spec(spec)
@@ -109,7 +109,7 @@ def test_a_negative_mean_is_a_baseline_of_0():
     base, docs = scene.model(), scene.judged(4)
     built = made("kto", base)
     at = scene.state(built, **MOVED)
-    swapped = at._replace(params={"model": built.trees.frozen["ref"]}, frozen={"ref": at.params["model"]})
+    swapped = at._replace(params={"model": built.policy.frozen["ref"]}, frozen={"ref": at.params["model"]})
     ratios = their_ratios(base, at.params["model"], docs, 2)[0]
     assert ratios.mean() > 0
     assert scene.gradients(built, swapped, [docs])[1]["kl"] == 0
@@ -132,7 +132,7 @@ def test_bco_counts_every_reward_once():
         deltas = {batch["delta"].item() for batch, _ in built.prepare(at, [scene.batch(built, group) for group in cut])}
         assert deltas == {at.extra["bco"]["mean"].item()}
         metrics = scene.gradients(built, at, cut)[1]
-        at = built.between(at, metrics, number)
+        at = built.after_step(at, metrics, number)
         seen += (0.3 * their_ratios(base, at.params["model"], [doc for group in cut for doc in group], 1)[0]).tolist()
         assert at.extra["bco"]["mean"].item() == pytest.approx(sum(seen) / len(seen), rel=1e-5, abs=1e-7)
         assert at.extra["bco"]["count"] == len(seen)
@@ -174,7 +174,7 @@ def test_numbers_of_a_class_are_over_its_own_rows_and_tokens():
     base, docs = scene.model(), scene.judged(5)
     built = made("kto", base)
     at = scene.state(built, **MOVED)
-    _, metrics = scene.gradients(built._replace(objective=built.held), at, [docs[:2], docs[2:]])
+    _, metrics = scene.gradients(built._replace(objective=built.evaluation), at, [docs[:2], docs[2:]])
     network = scene.theirs(base, at.params["model"])
     rows, good = scene.rows(docs, 1), torch.tensor([doc.extras["desirable"][0] for doc in docs])
     ids, mask, labels = oracle.padded(rows)
@@ -192,9 +192,9 @@ def test_numbers_of_a_class_are_over_its_own_rows_and_tokens():
 def test_the_fixture_of_the_contract():
     """EX-12: the baseline over mismatched pairs and the loss that follows, through the functions that the command puts together."""
     foreign = torch.tensor([-2.0, -3.0, -1.5], dtype=torch.float64), torch.tensor([-2.5, -3.25, -1.25], dtype=torch.float64)
-    z0 = preferring._baseline(foreign[0] - foreign[1], None)
+    z0 = kto_state._baseline(foreign[0] - foreign[1], None)
     assert z0.item() == pytest.approx(0.16666667, abs=1e-7)
-    loss = preferring._unpaired_loss(scene.config("kto").loss)
+    loss = kto_objective.completion_loss("kto", beta=0.1)
     own, ref = torch.tensor([-1.5, -2.0, -0.5], dtype=torch.float64), torch.tensor([-2.0, -1.5, -0.75], dtype=torch.float64)
     value = loss(own, ref, torch.tensor([True, False, True]), {"baseline": z0})
     assert value.mean().item() == pytest.approx(0.4909745401, abs=1e-8)

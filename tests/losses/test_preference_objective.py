@@ -162,7 +162,7 @@ def test_metrics_have_the_documented_names(name, more):
     at = scene.state(built)
     assert scene.gradients(built, at, [scene.pairs()])[1].keys() == TOLD | more | OF_STEPS
     batch, plan = scene.batch(built, scene.pairs())
-    _, held = built.held.terms(at.params, at.frozen, built.prepare(at, [(batch, plan)])[0][0] if built.prepare else batch, plan)
+    _, held = built.evaluation.terms(at.params, at.frozen, built.prepare(at, [(batch, plan)])[0][0] if built.prepare else batch, plan)
     assert held.keys() == TOLD | more | {"entropy", "logits/chosen", "logits/rejected"}
 
 
@@ -170,7 +170,7 @@ def test_numbers_of_a_side_are_means_over_pairs_and_over_tokens():
     base, docs = scene.model(), scene.pairs(empty=False)
     built = made("orpo", base)
     at = scene.state(built)
-    _, metrics = scene.gradients(built._replace(objective=built.held), at, [docs[:2], docs[2:]])
+    _, metrics = scene.gradients(built._replace(objective=built.evaluation), at, [docs[:2], docs[2:]])
     network = scene.theirs(base, at.params["model"])
     for which, side in ((1, "chosen"), (2, "rejected")):
         ids, mask, labels = oracle.padded(scene.rows(docs, which))
@@ -258,4 +258,4 @@ def test_an_odd_number_of_sequences_is_refused():
     docs = [trees.only(scene.pairs()[0], 1)]
     built = made("simpo", scene.model())
     with pytest.raises(ValueError, match="1 sequences cannot be pairs"):
-        built.objective.terms(built.trees.params, {}, pack.collate_trees(docs), None)
+        built.objective.terms(built.policy.params, {}, pack.collate_trees(docs), None)

@@ -194,7 +194,7 @@ def test_a_nan_score_is_never_hidden():
 def test_an_output_matrix_that_nothing_reads_does_not_train():
     base = scene.model(tied=False)
     built = made("reward", base)
-    assert "lm_head" in base.params and not any("lm_head" in path for path, _ in tree.items(built.trees.params))
+    assert "lm_head" in base.params and not any("lm_head" in path for path, _ in tree.items(built.policy.params))
     grads, _ = scene.gradients(built, scene.state(built), [documents("reward")])
     assert all(leaf.norm() > 0 for leaf in grads.values())
 

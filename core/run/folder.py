@@ -9,11 +9,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from treetune.cli import guard, marker, sound
-from treetune.cli.options.run import RunOptions
 from treetune.core import ckpt, drafts, durable, lock, owned, records
+from treetune.core.run import marker, resumable
 
 RUNS = Path("runs")
 
@@ -41,43 +40,62 @@ class RunDir(NamedTuple):
         return self.root / "samples.jsonl"
 
 
+class Request(NamedTuple):
+    """Which folder a run asks for.
+
+    name: of the method; without an output_dir the run gets the next free runs/NAME-NNN. resume: "auto" or the path of a checkpoint.
+    check() and check_restart(root) raise ValueError for a folder that may not be one of runs, or whose run may not begin anew.
+    """
+
+    name: str
+    output_dir: str | None = None
+    resume: str | None = None
+    overwrite: bool = False
+    check: Callable[[], None] = lambda: None
+    check_restart: Callable[[Path], None] = lambda root: None
+
+
+def alone(take: Callable[[], RunDir]) -> RunDir:
+    """`share` of a process that is the only one."""
+    return take()
+
+
 @contextlib.contextmanager
-def hold(command: str, config: Any, *, share: Callable[[Callable], Any] = lambda take: take()) -> Iterator[RunDir]:
-    """The run folder for these options, made if need be and held against other processes; left as it was unless `create` is called.
+def hold(request: Request, *, share: Callable[[Callable[[], RunDir]], RunDir] = alone) -> Iterator[RunDir]:
+    """The run folder of a request, made if need be and held against other processes; left as it was unless `create` is called.
 
     share(take) calls `take` on one rank and gives all ranks what it returns or raises. Raises ValueError when there is no such checkpoint,
     when the folder holds files that may not be replaced, and when another process has it, with its host and number.
     """
     with contextlib.ExitStack() as stack:
-        yield share(lambda: _take(command, config, stack))
+        yield share(lambda: _take(request, stack))
 
 
-def _take(command: str, config: Any, stack: contextlib.ExitStack) -> RunDir:
-    options = config.run
-    root = _root(command, options)
+def _take(request: Request, stack: contextlib.ExitStack) -> RunDir:
+    root = _root(request)
     if root is None:
-        root = _next(command, stack)
+        root = _next(request.name, stack)
     elif _sound(root):
         lock.check(root)
-        _choose(root, config)
+        _choose(root, request)
     _make(root, stack)
     stack.callback(lock.Lock(root).release)
     _recover(root)
-    run = _choose(root, config)
+    run = _choose(root, request)
     stack.callback(_put_back, root)
     return run
 
 
-def _root(command: str, options: RunOptions) -> Path | None:
-    """The folder that the options name, or None for the next free one."""
-    if options.output_dir:
-        return Path(options.output_dir)
-    if options.resume == "auto":
-        old = _numbered(command)
-        return old[-1] if old else RUNS / f"{command}-001"
-    if options.resume is not None:
-        sound.require(Path(options.resume))
-        return _shorter(Path(options.resume).resolve().parent.parent)
+def _root(request: Request) -> Path | None:
+    """The folder that the request names, or None for the next free one."""
+    if request.output_dir:
+        return Path(request.output_dir)
+    if request.resume == "auto":
+        old = _numbered(request.name)
+        return old[-1] if old else RUNS / f"{request.name}-001"
+    if request.resume is not None:
+        resumable.require(Path(request.resume))
+        return _shorter(Path(request.resume).resolve().parent.parent)
     return None
 
 
@@ -86,20 +104,20 @@ def _shorter(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else path
 
 
-def _numbered(command: str) -> list[Path]:
-    found = RUNS.glob(f"{command}-*") if RUNS.is_dir() else []
-    return sorted((path for path in found if re.fullmatch(rf"{command}-[0-9]+", path.name)), key=lambda path: int(path.name.split("-")[-1]))
+def _numbered(name: str) -> list[Path]:
+    found = RUNS.glob(f"{name}-*") if RUNS.is_dir() else []
+    return sorted((path for path in found if re.fullmatch(rf"{name}-[0-9]+", path.name)), key=lambda path: int(path.name.split("-")[-1]))
 
 
-def _next(command: str, stack: contextlib.ExitStack) -> Path:
+def _next(name: str, stack: contextlib.ExitStack) -> Path:
     """The next free folder, which this process makes: of several at once, each gets another."""
     if os.path.lexists(RUNS) and not RUNS.is_dir():
         raise ValueError(f"{RUNS} is a file; expected a folder of runs: move it away, or give --output-dir")
     _make(RUNS, stack)
-    old = _numbered(command)
+    old = _numbered(name)
     number = int(old[-1].name.split("-")[-1]) + 1 if old else 1
     while True:
-        root = RUNS / f"{command}-{number:03d}"
+        root = RUNS / f"{name}-{number:03d}"
         try:
             root.mkdir()
         except FileExistsError:
@@ -127,40 +145,39 @@ def _sound(root: Path) -> bool:
     return not any(one.kind == marker.PREVIOUS for one in drafts.inside(root))
 
 
-def _choose(root: Path, config: Any) -> RunDir:
-    """What to do in a folder. Raises ValueError where it holds files that the options do not cover."""
-    options = config.run
-    guard.check_run(config)
+def _choose(root: Path, request: Request) -> RunDir:
+    """What to do in a folder. Raises ValueError where it holds files that the request does not cover."""
+    request.check()
     if folders := [name for name in marker.FILES if (root / name).is_dir()]:
         raise ValueError(f"{root / folders[0]} is a folder, and a run writes a file of that name: move it away, or name another folder")
-    if options.resume not in (None, "auto"):
-        return _from_checkpoint(Path(options.resume), root)
-    if options.resume == "auto":
-        return _newest(root, config)
-    if not options.overwrite and marker.holds_files(root) and marker.read(root) is None:
+    if request.resume not in (None, "auto"):
+        return _from_checkpoint(Path(request.resume), root)
+    if request.resume == "auto":
+        return _newest(root, request)
+    if not request.overwrite and marker.holds_files(root) and marker.read(root) is None:
         raise ValueError(f"{root} already holds files that no run made; name another folder")
-    if not options.overwrite and marker.holds_files(root):
+    if not request.overwrite and marker.holds_files(root):
         raise ValueError(f"{root} already holds files; continue it with --resume auto, replace it with --overwrite, or name another folder")
     return RunDir(root, None)
 
 
-def _newest(root: Path, config: Any) -> RunDir:
+def _newest(root: Path, request: Request) -> RunDir:
     """Continue from the newest sound checkpoint of a run, or begin where there is none."""
     found = marker.read(root) if marker.holds_files(root) else marker.Marker("", ())
     if found is None:
         raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
-    run = RunDir(root, *sound.newest(root / "checkpoints"))
+    run = RunDir(root, *resumable.newest(root / "checkpoints"))
     others = [root / name for name in marker.RESULTS if name not in found.makes and os.path.lexists(root / name)]
     if run.resume is None and others:
         raise ValueError(f"{root} holds no checkpoint to resume and {others[0]}, which no run made; name another folder")
     if run.resume is None and marker.holds_files(root):
-        guard.check_anew(root, config)
+        request.check_restart(root)
     return run
 
 
 def _from_checkpoint(path: Path, root: Path) -> RunDir:
     """Continue from a named checkpoint, in the run that it belongs to or in a new folder."""
-    notes = sound.require(path)
+    notes = resumable.require(path)
     home = path.resolve().parent.parent
     if root.resolve() != home and marker.holds_files(root):
         raise ValueError(f"{root} already holds files and {path} is not of that run; name another --output-dir, or leave it out")

@@ -1,21 +1,16 @@
-"""What a run says about itself: metrics.jsonl, health rules, and the search for a number that is not finite.
+"""Health of a run: rules over the records of its steps and evaluations, each with what it saw and what to do about it.
 
-The only place that moves a number off the device. Metrics are read one step late, so a step never waits for them.
+The one table of rules is `RULES`; ranges are those of the guide to training stability.
 """
 
+import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from treetune.core.run.recorder import Record
 
-from treetune.core import check, online_health, records, shard, tree
-from treetune.core.grad import value_and_grad
-from treetune.core.state import Batch, Objective, Plan, TrainState
-
-Record = dict[str, float]
+Rule = Callable[[list[Record]], str | None]  # the history -> what is wrong with its last record, None for nothing
 
 
 class Event(NamedTuple):
@@ -24,38 +19,6 @@ class Event(NamedTuple):
     rule: str
     seen: str
     fix: str
-
-
-class Recorder:
-    """Appends one JSON object per step to metrics.jsonl; `push` returns the step before as floats, after `derive`."""
-
-    def __init__(self, path: Path | None, derive: Callable[[Record], Record] = dict):
-        self.path, self.derive, self.pending, self.history = path, derive, None, []
-
-    def push(self, step: int, metrics: dict[str, Tensor | float]) -> Record | None:
-        """Hand over a step's metrics; the record of the previous push comes back, written."""
-        done = self.flush()
-        self.pending = {"step": step} | metrics
-        return done
-
-    def flush(self) -> Record | None:
-        """Read and write what was pushed last."""
-        if self.pending is None:
-            return None
-        record = self.derive({key: value.item() if isinstance(value, Tensor) else value for key, value in self.pending.items()})
-        self.pending = None
-        self.history.append(record)
-        self._write(record)
-        return record
-
-    def note(self, record: Record) -> None:
-        """Write a record of plain numbers at once (an evaluation)."""
-        self.history.append(record)
-        self._write(record)
-
-    def _write(self, record: Record) -> None:
-        if self.path is not None:
-            records.append(self.path, record)
 
 
 # Rules run at every step, so none but those of an evaluation may look at all of a long history.
@@ -139,7 +102,55 @@ def _both_fall(history: list[Record]) -> str | None:
     return f"rewards/chosen is {chosen:.2f} and rewards/rejected {rejected:.2f}: both fall" if chosen < -2 and rejected < -2 else None
 
 
-RULES: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
+# Rules of runs that learn from sampled completions.
+EARLY, RECENT = 20, 10  # steps before the first judgement, and those that one looks at
+FIRST = 3  # steps after which a run that has trained nothing at all is told
+
+
+def _recent(history: list[Record], key: str) -> float | None:
+    """The mean of the last values that are known, once a run has had time."""
+    if not history or "reward" not in history[-1]:
+        return None
+    values = [record[key] for record in history[-3 * EARLY :] if math.isfinite(record.get(key, math.nan))]
+    return statistics.mean(values[-RECENT:]) if len(values) >= EARLY else None
+
+
+def _beyond(key: str, bound: float, *, above: bool = True) -> Callable[[list[Record]], str | None]:
+    """A rule that fires when the recent mean of a metric lies beyond a bound."""
+
+    def rule(history: list[Record]) -> str | None:
+        value = _recent(history, key)
+        wrong = value is not None and (value > bound if above else value < bound)
+        return f"{key} is {value:.3g} on average over {RECENT} steps" if wrong else None
+
+    return rule
+
+
+def _no_reward(history: list[Record]) -> str | None:
+    value, spread = _recent(history, "reward"), _recent(history, "reward_std")
+    if value == 0 and spread == 0:
+        return f"no completion of the last {RECENT} steps had a reward"
+    none = _since_start(history, reward=0.0, reward_std=0.0)
+    return f"no completion of the first {none} steps had a reward, so nothing has been trained" if none else None
+
+
+def _no_signal(history: list[Record]) -> str | None:
+    if often := _beyond("frac_reward_zero_std", 0.9)(history):
+        return often
+    still = _since_start(history, frac_reward_zero_std=1.0)
+    if not still or _no_reward(history):
+        return None
+    return f"in all of the first {still} steps the completions of each prompt had the same reward, so nothing has been trained"
+
+
+def _since_start(history: list[Record], **values: float) -> int:
+    """How many steps there were, if at least FIRST and at each of them these metrics had these values; else 0."""
+    records = [record for record in history[: EARLY + 1] if "reward" in record]
+    always = all(record.get(key) == value for record in records for key, value in values.items())
+    return len(records) if always and FIRST <= len(records) <= EARLY else 0
+
+
+RULES: dict[str, tuple[Rule, str]] = {
     "grad_spike": (_grad_spike, "lower learning_rate 2 to 5 times, or lengthen the warm-up"),
     "no_gradient": (_no_gradient, "check that something is trainable and that rows have supervised tokens"),
     "loss_spike": (_loss_spike, "look for a malformed row in this step, or lower learning_rate"),
@@ -149,62 +160,30 @@ RULES: dict[str, tuple[Callable[[list[Record]], str | None], str]] = {
     "ranks_badly": (_ranks_badly, "check that chosen and rejected are not swapped, and lower learning_rate"),
     "both_fall": (_both_fall, "lower learning_rate, raise rl_beta, or add rpo_alpha 1, which holds the chosen side up"),
     "overfit": (_overfit, "stop earlier, use fewer epochs, a smaller lora_r, or some lora_dropout"),
+    "no_reward": (_no_reward, "try the rewards with treetune rollout: the task may be too hard, or the reward may miss its column"),
+    "no_signal": (
+        _no_signal,
+        "completions of a prompt all have the same reward: easier or harder prompts, more num_generations, or dynamic_sampling",
+    ),
+    "entropy_collapse": (_beyond("entropy", 0.01, above=False), "raise temperature or entropy_coef, or lower learning_rate"),
+    "far_from_reference": (_beyond("kl", 2.0), "raise beta, or lower learning_rate"),
+    "stale_sampler": (
+        _beyond("sampling/sampling_logp_difference/mean", 1.0),
+        "sync more often (vllm_sync_interval), and check that the server has this model",
+    ),
+    "lost_weight": (
+        _beyond("sampling/importance_sampling_ratio/min", 1e-3, above=False),
+        "samples are off-policy: sync more often, or set off_policy_mask_threshold",
+    ),
+    "clipped_updates": (_beyond("clip_ratio/region_mean", 0.3), "lower learning_rate, num_iterations or steps_per_generation"),
+    "cut_completions": (_beyond("completions/clipped_ratio", 0.8), "raise max_completion_length: most completions are cut off"),
 }
 
 
-HEALTH = RULES | online_health.RULES
-
-
-def health(history: list[Record], *, quiet: set[str] = frozenset()) -> list[Event]:
+def events(history: list[Record], *, quiet: set[str] = frozenset()) -> list[Event]:
     """The rules that fire on the last record, except those in `quiet`."""
-    events = []
-    for name, (rule, fix) in HEALTH.items():
+    fired = []
+    for name, (rule, fix) in RULES.items():
         if name not in quiet and (seen := rule(history)):
-            events.append(Event(name, seen, fix))
-    return events
-
-
-def find_not_finite(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
-    """Replay a skipped step and name what is not finite: weights, the rows whose loss is not, or the gradient's leaves."""
-    if bad := check.not_finite(state.params) or check.not_finite(state.frozen):
-        return f"weights are not finite: {', '.join(bad[:3])}"
-    found = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
-    # A sharded gradient is summed over ranks, so where a loss is bad the gradients of innocent rows are too.
-    losses, grads = ([text for text in side if text] for side in zip(*found, strict=True))
-    bad_loss = shard.any_flag(bool(losses), state.step.device) if torch.distributed.is_initialized() else bool(losses)
-    return "; ".join(losses if bad_loss else grads) or "no micro-batch here shows it: one of another rank does, or the sum overflowed"
-
-
-@torch.no_grad()
-def find_not_finite_loss(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
-    """The rows whose loss is not finite, empty where all is well. All ranks must do the same work."""
-    values = [sum(objective.terms(state.params, state.frozen, batch, plan)[0].values()) for batch, plan in micro_batches]
-    texts = [
-        f"the loss of rows {sorted(set(batch['row'].tolist()))} is {value.item()}"
-        for (batch, _), value in zip(micro_batches, values, strict=True)
-        if not torch.isfinite(value)
-    ]
-    bad = shard.any_flag(bool(texts), state.step.device) if torch.distributed.is_initialized() else bool(texts)
-    return "; ".join(texts) or "the loss of another rank is not finite" * bad
-
-
-def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> tuple[str | None, str | None]:
-    """What is wrong with the loss, and with the gradient, of a micro-batch. All ranks must do the same work: sharded leaves meet."""
-
-    def total(params):
-        terms, _ = objective.terms(params, state.frozen, batch, plan)
-        return sum(terms.values()), None
-
-    (value, _), grads = value_and_grad(total)(state.params)
-    rows, bad = sorted(set(batch["row"].tolist())), check.not_finite(grads)
-    loss = None if torch.isfinite(value) else f"the loss of rows {rows} is {value.item()}"
-    return loss, f"rows {rows} give a gradient that is not finite in {', '.join(bad[:3])}" if bad else None
-
-
-def dead_leaves(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> list[str]:
-    """Paths of the trainable leaves that get no gradient from these micro-batches."""
-    alive: set[str] = set()
-    for batch, plan in micro_batches:
-        _, grads = value_and_grad(lambda p, b=batch, s=plan: (sum(objective.terms(p, state.frozen, b, s)[0].values()), None))(state.params)
-        alive |= {path for path, leaf in tree.items(grads) if bool((leaf != 0).any())}
-    return [path for path, _ in tree.items(state.params) if path not in alive]
+            fired.append(Event(name, seen, fix))
+    return fired

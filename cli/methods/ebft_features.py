@@ -3,39 +3,29 @@
 N rows of B sequences in a stream; P groups (a prompt, or an anchor of a document) of n rollouts; D features.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from treetune.cli import setup
 from treetune.cli.methods.ebft import EbftOptions
 from treetune.losses import ebft
-from treetune.models import Model, feature_network
-from treetune.models.feature_network import COPY as COPY
-from treetune.models.feature_network import sequence_rows as rows  # noqa: F401
+from treetune.models import feature_network
+from treetune.models.feature_network import FeatureNetwork, SequenceRows
+from treetune.models.policy import Policy
 
 NORMS = {"per_layer": ebft.per_layer, "joint": ebft.joint, "raw": ebft.raw}
 WHITEN = {"features": ebft.whiten_features, "rows": ebft.whiten_rows}
 
 
-class Network(NamedTuple):
-    """As `feature_network.FeatureNetwork`."""
-
-    phi: feature_network.Pooled
-    trees: setup.Trees
-
-
-def build(options: EbftOptions, model: Model, used: setup.Trees) -> Network:
+def build(options: EbftOptions, policy: Policy) -> FeatureNetwork:
     """The network that the options describe, without the adapter of the run."""
     pool = getattr(ebft, options.embed_method)
 
-    def pooled(x: Tensor, where: feature_network.SequenceRows) -> Tensor:
-        more = (where.prompt_lens,) if options.embed_method == "completion_mean" else ()
-        return pool(x, where.seq, where.lens, *more)
+    def pooled(x: Tensor, rows: SequenceRows) -> Tensor:
+        lengths = (rows.prompt_lens,) if options.embed_method == "completion_mean" else ()
+        return pool(x, rows.seq, rows.lens, *lengths)
 
-    layers = ebft.layers(options.feature_layers, model.cfg.num_layers)
+    layers = ebft.layers(options.feature_layers, policy.cfg.num_layers)
     recipe = feature_network.Recipe(layers, NORMS[norm(options)], pooled)
-    return Network(*feature_network.build(used, recipe, on_cpu=options.feature_device == "cpu"))
+    return feature_network.build(policy, recipe, on_cpu=options.feature_device == "cpu")
 
 
 def norm(options: EbftOptions) -> str:

@@ -11,50 +11,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treetune.cli import ebft_data, ebft_turns, featuring, grpo, online, rewarding, rl_data, setup, training
-from treetune.cli.methods.sft import LossOptions
+from treetune.cli import ebft_data
+from treetune.cli.methods import ebft_features, policy_gradient, sft
+from treetune.cli.methods.ebft import Ebft
+from treetune.cli.methods.parts import Parts, RolloutParts, Setting, plain
 from treetune.core import shard, tree
-from treetune.core.data import pack, trees
+from treetune.core.data import ebft_rows, pack, trees
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import stats
+from treetune.core.rollout import stats, turns
 from treetune.core.rollout.group import Completion, Group
-from treetune.core.state import Params, TrainState
-from treetune.models import Model
+from treetune.core.rollout.rewards import Rewards
+from treetune.core.rollout.sampler import Rollout
+from treetune.core.run import evaluation
+from treetune.core.state import Logprob, Params, TrainState
+from treetune.models import feature_network
+from treetune.models import policy as policies
+from treetune.models.batches import batcher
+from treetune.models.feature_network import FeatureNetwork
+from treetune.models.policy import Policy
 
 NAMES = ("alignment", "diversity", "cfm")  # the third weighs nothing: it is the same for all completions of a prompt
 KEPT = 4096  # prompts whose true features are remembered
-SHOWN = ("reward", "ebft/alignment", "ebft/diversity", "ebft/cfm_loss")
 
 
-def run(config: Any, given: frozenset[str]) -> int:
-    """Train and leave a run folder; the exit code."""
-    return grpo.train(config, TASK)
+def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
+    """A frozen network that scores, lengths after the truth, turns that go on, the truth's likelihood."""
+    options, rollout, data = config.ebft, config.rollout, setting.data
+    ebft_data.check_fits(data, config, policy.cfg)
+    network = ebft_features.build(options, policy)
+    ends = {*setting.stop_ids, *rollout.stop_token_ids}
+    talks = any(prompt.columns["between"] for prompt in data.train + data.val)
 
+    def wrap(play: Rollout) -> Rollout:
+        play = turns.adaptive(play, options.gt_length_multiplier) if options.adaptive_max_tokens else play
+        return turns.multi_turn(play, rollout.max_completion_length) if talks else play
 
-def prepare(config: Any, model: Model, used: setup.Trees, tokenizer: Any, data: rl_data.Prompts, *, on, ranks, screen) -> grpo.Prepared:
-    """What is the run's own: a frozen network that scores, lengths after the truth, turns that go on, the truth's likelihood."""
-    options, rollout = config.ebft, config.rollout
-    ebft_data.check_fits(data, config, model.cfg)
-    network = featuring.build(options, model, used)
-    ends = {*setup.stop_ids(config.model, tokenizer), *rollout.stop_token_ids}
-    talks = any(one.columns["between"] for one in data.train + data.val)
+    def rollouts(logprob: Logprob) -> RolloutParts:
+        return RolloutParts(
+            logprob,
+            lambda placed: rewards(config, network, placed, ends, setting),
+            wrap,
+            true_reply if options.ce_coef else None,
+            rollout.num_generations,
+            lambda placed: held_out_truth(placed, data.val, config.optim.micro_batch_size, setting),
+        )
 
-    def around(wrap: Callable) -> Callable:
-        wrap = ebft_turns.adaptive(wrap, options.gt_length_multiplier) if options.adaptive_max_tokens else wrap
-        return ebft_turns.turns(wrap, rollout.max_completion_length) if talks else wrap
-
-    def beside(placed: setup.Trees) -> Callable[[TrainState], dict]:
-        return held_out_truth(model, placed, data.val, config.optim.micro_batch_size, on=on, ranks=ranks)
-
-    return grpo.Prepared(
-        network.trees,
-        lambda placed: rewards(config, network, placed.frozen, model, ends, on=on),
-        around,
-        true_reply if options.ce_coef else None,
-        options.ce_coef,
-        rollout.num_generations,
-        beside,
-    )
+    return policy_gradient.build(config, network.policy, setting, rollouts, ce_coef=options.ce_coef)
 
 
 def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
@@ -62,26 +64,27 @@ def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     return prompt.columns["truth"], prompt.columns["replies"].astype(np.float32)
 
 
-def held_out_truth(model: Model, placed: setup.Trees, val: list[Prompt], micro: int, *, on: torch.device, ranks: setup.Ranks) -> Callable:
+def held_out_truth(policy: Policy, val: list[Prompt], micro_batch_size: int, setting: Setting) -> Callable[[TrainState], dict[str, Tensor]]:
     """state -> the cross-entropy of the true replies to held-out prompts, which feature matching must not raise."""
-    objective = setup.objective(setup.logprob(model, placed.lora), LossOptions())
-    docs = [ebft_data.document(one) for one in val]
-    evaluate = training.evaluator(objective, docs, training.maker(model, on), ranks, {"rows": micro})
+    objective = sft.objective(policies.logprob(policy), sft.LossOptions())
+    collate = batcher(policy.cfg, setting.device, (plain,))
+    documents = [ebft_rows.document(prompt) for prompt in val]
+    evaluate = evaluation.of_documents(objective, documents, collate, {"rows": micro_batch_size}, ranks=setting.ranks)
+    assert evaluate is not None
     return lambda state: {"ebft/ce_loss": evaluate(state)["loss"]}
 
 
-def rewards(
-    config: Any, network: featuring.Network, frozen: Params, model: Model, ends: set[int], *, on: torch.device
-) -> rewarding.Rewards:
+def rewards(config: Ebft, network: FeatureNetwork, policy: Policy, ends: set[int], setting: Setting) -> Rewards:
     """What scores completions by the frozen network."""
     options = config.ebft
     weights = [options.alignment_coef, -options.diversity_coef, 0.0]
-    score = scorer(config, network.phi, frozen, training.maker(model, on, streams=(pack.collate_trees,)), ends, on=on)
+    collate = batcher(policy.cfg, setting.device, (pack.collate_trees,))
+    score = scorer(config, network.phi, policy.frozen, collate, ends, setting.device)
     layers = ", ".join(f"{depth:g}" for depth in options.feature_layers)
     whitened = f", whitened over {options.whitening_space}" if options.use_whitening else ""
-    told = f"{options.alignment_coef:g} x alignment - {options.diversity_coef:g} x diversity"
-    told += f" ({options.embed_method} of layers {layers}{whitened})"
-    return rewarding.Rewards(NAMES, weights, [told], score, partial(measure, weights=weights))
+    text = f"{options.alignment_coef:g} x alignment - {options.diversity_coef:g} x diversity"
+    text += f" ({options.embed_method} of layers {layers}{whitened})"
+    return Rewards(NAMES, weights, [text], score, partial(measure, weights=weights))
 
 
 def measure(groups: Sequence[Group], weights: list[float]) -> dict[str, float]:
@@ -93,7 +96,7 @@ def measure(groups: Sequence[Group], weights: list[float]) -> dict[str, float]:
 
 
 def scorer(
-    config: Any, network: Callable, frozen: Params, make: Callable, ends: set[int], *, on: torch.device
+    config: Any, network: Callable, frozen: Params, make: Callable, ends: set[int], on: torch.device
 ) -> Callable[[Sequence[Group]], np.ndarray]:
     """score(groups) -> alignment, diversity and cfm [P, n, 3], with the frozen trees of the run.
 
@@ -105,13 +108,13 @@ def scorer(
     @torch.no_grad()
     def score(groups: Sequence[Group]) -> np.ndarray:
         # Shards are gathered here, once: how often the network runs depends on the rank's own prompts.
-        whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", featuring.COPY) if name in frozen}
+        whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", feature_network.COPY) if name in frozen}
         phi = partial(network, whole)
         first = _first_alike(groups, ends)
         parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
         found = [_completions(phi, make, groups[part], first[part], ends, on) for part in parts]
         y = torch.stack([_remembered(known, phi, make, group.prompt, on) for group in groups])
-        said = featuring.scores(config.ebft, _as_truth(torch.cat(found), y, groups, ends), y)
+        said = ebft_features.scores(config.ebft, _as_truth(torch.cat(found), y, groups, ends), y)
         columns = torch.stack([said.alignment, said.diversity, said.cfm[:, None].expand_as(said.alignment)], -1)
         return columns.cpu().numpy()[np.arange(len(groups))[:, None], first]
 
@@ -175,9 +178,6 @@ def _remembered(known: dict, phi: Callable, make: Callable, prompt: Prompt, on: 
 
 def _pooled(phi: Callable, make: Callable, docs: list[trees.TreeDoc], rows: tuple[list, list, list], on: torch.device) -> Tensor:
     """Features [B, D] of sequences: their rows in the stream of the documents, how many each has, and how many of these are its prompt."""
-    batch, plan = make(range(len(docs)), docs, seed=None)
+    batch, plan = make(docs)
     at, lens, asked = (torch.tensor(values, device=on) for values in rows)
-    return phi(batch, plan, featuring.rows(lens, at, asked))
-
-
-TASK = grpo.Task("ebft", online.METHOD._replace(rates=(1e-5, 1e-6), shown=SHOWN), ebft_data.load, prepare)
+    return phi(batch, plan, feature_network.sequence_rows(lens, at, asked))

@@ -10,32 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.cli import featuring, method, setup, training
-from treetune.cli.methods.ebft import EbftOptions
-from treetune.core import shard, strided, tree
+from treetune.cli.methods import ebft_features
+from treetune.cli.methods.ebft import Ebft, EbftOptions
+from treetune.cli.methods.parts import Parts, Setting
+from treetune.core import shard, strided
 from treetune.core.data import kinds, strides
-from treetune.core.lora import Lora
-from treetune.core.state import Batch, TrainState
-from treetune.losses import ebft
-from treetune.losses import ebft_objective as objectives
-from treetune.models import Model, bare, decode_branches, logprobs_beside
+from treetune.core.state import Batch, LogprobBeside, TrainState
+from treetune.losses import ebft, ebft_objective
+from treetune.models import Model, decode_branches, feature_network, logprobs_beside
+from treetune.models import policy as policies
+from treetune.models.policy import Policy
 from treetune.ops import attention, noise
 
 ROLLOUTS, EVALUATION = 21, 22  # what randomness is for
-SHOWN = ("ebft/mean_reward", "ebft/alignment", "ebft/diversity", "ebft/cfm_loss")
-RATES = (1e-5, 1e-6)
 
 
-def run(config: Any, given: frozenset[str]) -> int:
-    """Train and leave a run folder; the exit code."""
-    return training.train("ebft", config, given, chosen(config.ebft))
-
-
-def chosen(options: EbftOptions) -> method.Method:
-    """The method, with the rows that it reads: of documents without a block only where cross-entropy trains too."""
-    kind = kinds.strided(places(options), blocks=options.rl_coef != 0)
-    unit = "generated tokens" if options.ce_coef == 0 else "generated tokens, and over all tokens of documents,"
-    return method.Method(kind, build, RATES, SHOWN, unit, goal="ebft/cfm_loss")
+def dataset(options: EbftOptions) -> kinds.Kind:
+    """The rows that strided mode reads: documents without a block only where cross-entropy trains, too."""
+    return kinds.strided(places(options), blocks=options.rl_coef != 0)
 
 
 def places(options: EbftOptions) -> strides.Places:
@@ -44,38 +36,38 @@ def places(options: EbftOptions) -> strides.Places:
     return strides.Places(**one, needed=options.ce_coef == 0)
 
 
-def build(config: Any, model: Model, used: setup.Trees, *, on: torch.device, mesh: Any = None, say=print) -> method.Parts:
-    """The method put together: rollouts and their scores are made anew for each step, from its weights."""
+def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
+    """Strided mode for one model: rollouts and their scores are made anew for each step, from its weights."""
     options, rollout = config.ebft, config.rollout
-    network = featuring.build(options, model, used)
-    for text in described(options, model):
-        say(text)
+    network = ebft_features.build(options, policy)
+    for text in describe(options, policy.cfg.num_layers):
+        setting.say(text)
     remat = "full" if config.optim.gradient_checkpointing else None
-    make = partial(_logprob, model, used, temperature=rollout.temperature)
+    logprob = partial(_logprob, policy, temperature=rollout.temperature)
     coefs = {"rl_coef": options.rl_coef, "ce_coef": options.ce_coef}
-    train = objectives.objective(make(remat=remat, beside=options.ce_coef != 0), **coefs)
-    held = objectives.objective(make(beside=True), **coefs)
-    seeds = noise.keys(config.optim.seed, EVALUATION)
-    roll = Roll(options, rollout.temperature, rollout.top_p, bare(model), setup.without_tree(used.lora), network.phi, seeds, on)
-    return method.Parts(network.trees, train, held, (strides.collate,), prepare=partial(prepare, roll, mesh=mesh))
+    train = ebft_objective.objective(logprob(remat=remat, beside=options.ce_coef != 0), **coefs)
+    evaluation = ebft_objective.objective(logprob(beside=True), **coefs)
+    seed = noise.keys(config.optim.seed, EVALUATION)
+    roll = Roll(options, rollout.temperature, rollout.top_p, policies.bare(policy), network.phi, seed, setting.device)
+    return Parts(network.policy, train, evaluation, (strides.collate,), prepare=partial(prepare, roll, mesh=setting.ranks.mesh))
 
 
-def described(options: EbftOptions, model: Model) -> list[str]:
+def describe(options: EbftOptions, num_layers: int) -> list[str]:
     """What is compared, and what one rollout alone cannot have."""
-    layers = ", ".join(map(str, ebft.layers(options.feature_layers, model.cfg.num_layers)))
-    scaled = featuring.norm(options) + (f", whitened in {options.whitening_space}" if options.use_whitening else "")
-    out = [f"features: layers {layers} of {model.cfg.num_layers}, {options.embed_method}, {scaled}"]
+    layers = ", ".join(map(str, ebft.layers(options.feature_layers, num_layers)))
+    scale = ebft_features.norm(options) + (f", whitened in {options.whitening_space}" if options.use_whitening else "")
+    lines = [f"features: layers {layers} of {num_layers}, {options.embed_method}, {scale}"]
     if options.n_samples_per_prompt == 1:
         plain = options.advantage_estimator == "reinforce"
-        out.append("one rollout from each anchor: diversity is 0" + ("" if plain else ", and the advantage is the reward itself"))
-    return out
+        lines.append("one rollout from each anchor: diversity is 0" + ("" if plain else ", and the advantage is the reward itself"))
+    return lines
 
 
-def _logprob(model: Model, used: setup.Trees, *, temperature: float, remat: str | None = None, beside: bool = False) -> Callable:
+def _logprob(policy: Policy, *, temperature: float, remat: str | None = None, beside: bool = False) -> LogprobBeside:
     """Log-probs of generated tokens, and those of the documents' own beside them or None."""
     if beside:
-        return setup.logprob(model, used.lora, remat=remat, temperature=temperature, run=logprobs_beside)
-    alone = setup.logprob(model, used.lora, remat=remat, temperature=temperature)
+        return policies.logprob(policy, remat=remat, temperature=temperature, run=logprobs_beside)
+    alone = policies.logprob(policy, remat=remat, temperature=temperature)
     return lambda *stream, want: (alone(*stream, want=want), None)
 
 
@@ -85,11 +77,10 @@ class Roll(NamedTuple):
     options: EbftOptions
     temperature: float
     top_p: float
-    model: Model
-    used: Lora | None
-    phi: Callable
+    policy: Policy  # without weights: those of each state are laid over it
+    phi: Callable[..., Tensor]
     seed: Tensor
-    on: torch.device
+    device: torch.device
 
 
 def prepare(roll: Roll, state: TrainState, micro_batches: list, *, mesh: Any = None) -> list:
@@ -114,13 +105,13 @@ def grow(roll: Roll, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
     n = roll.options.n_samples_per_prompt
     tokens = sample(roll, state, host, found).cpu()
     grown, place = strided.grow(host, found, tokens, n)
-    plan = attention.plan(grown, window=roll.model.cfg.window, device=roll.on, dtype=roll.model.cfg.dtype)
-    grown = {key: value.to(roll.on, non_blocking=True) for key, value in (grown | more).items()}
-    written, true = tokens.view(-1, n, tokens.shape[1]).to(roll.on), grown["tokens"][place.truth.to(roll.on)]
+    plan = attention.plan(grown, window=roll.policy.cfg.window, device=roll.device, dtype=roll.policy.cfg.dtype)
+    grown = {key: value.to(roll.device, non_blocking=True) for key, value in (grown | more).items()}
+    written, true = tokens.view(-1, n, tokens.shape[1]).to(roll.device), grown["tokens"][place.truth.to(roll.device)]
     phi, y = features(roll, state, grown, plan, place)
-    scored = alike(featuring.scores(roll.options, shared(phi, y, written, true), y), written)
+    scored = alike(ebft_features.scores(roll.options, shared(phi, y, written, true), y), written)
     told = {"alignment": scored.alignment, "diversity": scored.diversity, "ebft_reward": scored.reward}
-    told |= {"advantage": featuring.advantages(roll.options, scored), "cfm": scored.cfm[:, None].expand(-1, n)}
+    told |= {"advantage": ebft_features.advantages(roll.options, scored), "cfm": scored.cfm[:, None].expand(-1, n)}
     at, size = strided.sequences(grown), grown["seq_lens"].shape[0]
     by_sequence = {key: value.new_zeros(size).index_copy(0, at, value.flatten()) for key, value in told.items()}
     return grown | by_sequence, plan
@@ -170,19 +161,19 @@ def anchors(options: EbftOptions, host: Batch) -> tuple[strided.Anchors, Batch]:
 
 def sample(roll: Roll, state: TrainState, host: Batch, found: strided.Anchors) -> Tensor:
     """The tokens [R, G] of rollouts from the weights as they are, without dropout: a function of weights, step, row and place."""
-    weights = tree.merge(state.frozen.get("model", {}), state.params.get("model", {}))
-    lora = None if roll.used is None else roll.used._replace(tree=state.params["lora"])
+    policy, lora = roll.policy, roll.policy.lora
+    model = Model(policy.family, policy.cfg, policies.weights(state.params, state.frozen))
+    lora = None if lora is None else lora._replace(tree=state.params["lora"])
     rows = torch.zeros(host["cu_docs"].shape[0] - 1, dtype=torch.int64).scatter(0, host["doc_of_seq"], host["row"])
     seed = int(noise.keys(host.get("seed", roll.seed), ROLLOUTS))
     how = {"temperature": roll.temperature, "top_p": roll.top_p, "seed": seed, "ids": rows.tolist()}
-    model = roll.model._replace(params=weights)
     return decode_branches.branches(model, host, found, roll.options.n_samples_per_prompt, lora=lora, **how).tokens
 
 
 def features(roll: Roll, state: TrainState, grown: Batch, plan: Any, place: strided.Layout) -> tuple[Tensor, Tensor]:
     """What the frozen network says of rollouts [M, n, D] and of the true blocks [M, D]: every block is read by itself."""
     at = torch.cat([place.generated, place.truth])  # [R + M, G]
-    lens = torch.full((at.shape[0],), at.shape[1], device=roll.on)
-    found = roll.phi(state.frozen, grown, plan, featuring.rows(lens, at.flatten().to(roll.on)))
+    lens = torch.full((at.shape[0],), at.shape[1], device=roll.device)
+    found = roll.phi(state.frozen, grown, plan, feature_network.sequence_rows(lens, at.flatten().to(roll.device)))
     own, true = found.split([place.generated.shape[0], place.truth.shape[0]])
     return own.view(true.shape[0], roll.options.n_samples_per_prompt, own.shape[1]), true

@@ -1,0 +1,169 @@
+"""The assembly of a run from its config: tokenizer, data, model, method, source and step. Reads everything, writes nothing."""
+
+import contextlib
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import bases, cadence, document_source, products, provenance, rollout_source, setup, summary
+from treetune.cli.methods.parts import Parts, Setting, in_sequence
+from treetune.cli.run import Run, Supply
+from treetune.core import fields, step, tree
+from treetune.core.run import loop
+from treetune.core.run.ranks import share
+from treetune.core.run.source import Source
+from treetune.core.state import TrainState
+from treetune.models import Model, hf, loading, policy
+from treetune.models.policy import Policy
+from treetune.models.tokenizer import TokenizerSetup
+
+
+class Assembly(NamedTuple):
+    """All parts of a run, before anything is written.
+
+    policy: with the weights of the state. chat: whether the rows are chats. save(policy, state, folder) writes what trained.
+    """
+
+    policy: Policy
+    state: TrainState
+    supply: Supply
+    step: loop.Step
+    hooks: loop.Hooks
+    data: Any
+    peak: float
+    stop_ids: list[int]
+
+
+def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> Assembly:
+    """All parts of a run; what is started on the way (workers, a server, threads) stops with the stack.
+
+    source: in place of the config's data. Errors: ValueError, one line, for input that cannot be used.
+    """
+    config = run.config
+    origin = provenance.begin(run.folder, config, run.method.rates, run.device, processes=run.ranks.world, say=run.say)
+    dtype = loading.compute_dtype(config.model.dtype, run.device)
+    products.settle(run.folder.resume, dtype, run.device, share=partial(share, run.ranks), say=run.say)
+    words = setup.load_words(config.model, config.vocabulary, _start_folder(config), say=run.say)
+    data = _read(run, words.tokenizer, source)
+    model, start = _load(run, words)
+    if run.method.data not in rollout_source.READERS:
+        document_source.check_fits(run, data, model.cfg)
+    stop_ids = setup.stop_ids(config.model, words.tokenizer)
+    parts = run.method.parts(config, start, Setting(run.device, run.ranks, data, stop_ids, run.say, run.observers.warn))
+    origin = provenance.loaded(origin, config, model, start, parts.policy.frozen)
+    origin = provenance.with_words(origin, words.tokenizer, stop_ids if parts.rollouts else ())
+    del model, start  # the weights that train are copies, beside which the loaded ones must not live
+    parts = parts._replace(policy=policy.place(parts.policy, run.ranks.mesh, config.run.sharding))
+    return _connect(run, Pieces(parts, data, origin, stop_ids), source, stack)
+
+
+def _start_folder(config: Any) -> str | None:
+    """The adapter that a run starts from."""
+    adapter = getattr(config, "adapter", None)
+    return adapter.lora_model_dir if adapter is not None and adapter.adapter == "lora" else None
+
+
+def _read(run: Run, tokenizer: Any, source: Source | None) -> Any:
+    """The data of the run, with a line about each data set."""
+    if source is not None:
+        return document_source.NOTHING
+    reader = rollout_source if run.method.data in rollout_source.READERS else document_source
+    data = reader.read(run, tokenizer)
+    for text in data.lines:
+        run.say(text)
+    return data
+
+
+def _load(run: Run, words: TokenizerSetup) -> tuple[Model, Policy]:
+    """The model that the run starts from, with a row for each token, and the policy over it."""
+    config, start = run.config, _start_folder(run.config)
+    base = _base_model(run)
+    identity = bases.started_on(config.model, base, start, say=run.say)
+    model = setup.with_rows(base, words, config.vocabulary, start)
+    changed = setup.describe_rows(words, base, model)
+    if changed:
+        run.say(changed)
+    if getattr(config, "adapter", None) is None or config.adapter.adapter == "none":
+        return model, policy.full(model)._replace(tokenizer=words.tokenizer)
+    spec = setup.adapter_spec(config.adapter)
+    options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head}
+    return model, policy.adapt(model, spec, base=identity, **options, say=run.say)._replace(tokenizer=words.tokenizer)
+
+
+def _base_model(run: Run) -> Model:
+    """The model that the options name, or one of random weights of the shape in a config.json."""
+    options = run.config.model
+    if getattr(options, "from_config", None) is None:
+        return setup.load_model(options, on=run.device, say=run.say)[0]
+    path = Path(options.from_config)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"config file {file} does not exist")
+    with fields.reading(file):
+        family, _ = hf.read_config(file)
+        dtype = loading.compute_dtype(options.dtype, run.device)
+        model = hf.random(family, file, seed=run.config.optim.seed, dtype=dtype)
+    return model._replace(params=tree.map(lambda leaf: leaf.to(run.device), model.params))
+
+
+class Pieces(NamedTuple):
+    """The method for a loaded model, the data, and what the run starts from as far as that is known."""
+
+    parts: Parts
+    data: Any
+    origin: provenance.Origin
+    stop_ids: list[int]
+
+
+def _connect(run: Run, pieces: Pieces, source: Source | None, stack: contextlib.ExitStack) -> Assembly:
+    """The optimiser, the source and the step, where the run begins or goes on."""
+    parts, data, origin, stop_ids = pieces
+    config, start = run.config, parts.policy
+    peak = config.optim.learning_rate or run.method.rates[start.lora is None]
+    optimizer = setup.optimizer(config.optim, loraplus=config.adapter.loraplus_lr_ratio if start.lora else None)
+    step_zero = torch.tensor(0, device=run.device)
+    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
+    supply, data = _supply(run, parts, data, state, source, stack)
+    stack.callback(supply.source.close)
+    stepper = step.make_step(
+        parts.objective,
+        optimizer,
+        schedule=cadence.schedule(config.optim, peak, supply.source.total_steps),
+        clip=config.optim.max_grad_norm or None,
+        prepare=parts.prepare,
+        mesh=run.ranks.mesh,
+    )
+    origin = provenance.with_functions(origin, supply.functions, supply.reward_models) if parts.rollouts else origin
+    sampled = parts.rollouts is not None
+    meta, changed = provenance.check(origin, config, documents=supply.documents, stream=supply.digest, sampled=sampled)
+    state, resumed = loop.restore(run.folder, state, supply.source)
+    _tell_changes(run, changed, int(state.step), supply.source.total_steps)
+    start = start._replace(params=state.params, frozen=state.frozen)
+    after_step = in_sequence([function for function in (parts.after_step, supply.after_step) if function is not None])
+    about = summary.describe(run, start, supply.described, peak, supply.source.total_steps)
+    hooks = loop.Hooks(
+        parts.objective, parts.prepare, after_step, meta=meta | products.record(), resumed=resumed, sampled=sampled, about=about
+    )
+    return Assembly(start, state, supply, stepper, hooks, data, peak, stop_ids)
+
+
+def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source | None, stack: contextlib.ExitStack) -> tuple[Supply, Any]:
+    """Where the micro-batches come from, and the data with what the method computes of it once."""
+    if source is not None:
+        text = f"{type(source).__name__}, a source of {source.total_steps} steps"
+        return Supply(source, None, described={"data": text, "step": "micro-batches of the source"}), data
+    if parts.rollouts is not None:
+        return rollout_source.supply(run, parts, data, stack)
+    return document_source.supply(run, parts, data, state)
+
+
+def _tell_changes(run: Run, changed: list[str], step: int, total_steps: int) -> None:
+    """List what is otherwise than when the checkpoint was written. Errors: ValueError where no step is left that would see it."""
+    if run.folder.resume is not None:
+        provenance.reached(run.folder.resume, step, total_steps, changed)
+    if changed:
+        run.say("changed since the checkpoint:")
+    for text in changed:
+        run.say(f"  {text}")

@@ -1,0 +1,19 @@
+"""The training commands: a screen around `fit.run`."""
+
+from typing import Any
+
+from treetune.cli import fit, screen
+from treetune.cli.methods import of_config
+
+
+def run(config: Any, options: frozenset[str]) -> int:
+    """Train and leave a run folder; the exit code. options: names of those that the user set."""
+    method, pipeline = of_config(config), getattr(config, "pipeline", None)
+    completions = 0 if pipeline is None else pipeline.num_completions_to_print
+    metrics = screen.Metrics(method.shown, method.goal, method.perplexity, completions)
+    console = screen.Screen(every=config.run.logging_steps, metrics=metrics)
+    try:
+        result = fit.run(config, observers=[console], options=options, interrupted=console.interrupt)
+    finally:
+        console.stop()
+    return 128 + result.signum if result.signum is not None and result.stopped == "interrupted" else 0

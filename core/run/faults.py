@@ -1,0 +1,53 @@
+"""What is wrong with a step: the weights, rows or leaves that are not finite, and leaves that get no gradient. Replays the step."""
+
+import torch
+
+from treetune.core import check, shard, tree
+from treetune.core.grad import value_and_grad
+from treetune.core.state import Batch, Objective, Plan, TrainState
+
+
+def find_not_finite(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
+    """Replay a skipped step and name what is not finite: weights, the rows whose loss is not, or the gradient's leaves."""
+    if bad := check.not_finite(state.params) or check.not_finite(state.frozen):
+        return f"weights are not finite: {', '.join(bad[:3])}"
+    found = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
+    # A sharded gradient is summed over ranks, so where a loss is bad the gradients of innocent rows are too.
+    losses, grads = ([text for text in side if text] for side in zip(*found, strict=True))
+    bad_loss = shard.any_flag(bool(losses), state.step.device) if torch.distributed.is_initialized() else bool(losses)
+    return "; ".join(losses if bad_loss else grads) or "no micro-batch here shows it: one of another rank does, or the sum overflowed"
+
+
+@torch.no_grad()
+def find_not_finite_loss(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
+    """The rows whose loss is not finite, empty where all is well. All ranks must do the same work."""
+    values = [sum(objective.terms(state.params, state.frozen, batch, plan)[0].values()) for batch, plan in micro_batches]
+    texts = [
+        f"the loss of rows {sorted(set(batch['row'].tolist()))} is {value.item()}"
+        for (batch, _), value in zip(micro_batches, values, strict=True)
+        if not torch.isfinite(value)
+    ]
+    bad = shard.any_flag(bool(texts), state.step.device) if torch.distributed.is_initialized() else bool(texts)
+    return "; ".join(texts) or "the loss of another rank is not finite" * bad
+
+
+def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> tuple[str | None, str | None]:
+    """What is wrong with the loss, and with the gradient, of a micro-batch. All ranks must do the same work: sharded leaves meet."""
+
+    def total(params):
+        terms, _ = objective.terms(params, state.frozen, batch, plan)
+        return sum(terms.values()), None
+
+    (value, _), grads = value_and_grad(total)(state.params)
+    rows, bad = sorted(set(batch["row"].tolist())), check.not_finite(grads)
+    loss = None if torch.isfinite(value) else f"the loss of rows {rows} is {value.item()}"
+    return loss, f"rows {rows} give a gradient that is not finite in {', '.join(bad[:3])}" if bad else None
+
+
+def dead_leaves(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> list[str]:
+    """Paths of the trainable leaves that get no gradient from these micro-batches."""
+    alive: set[str] = set()
+    for batch, plan in micro_batches:
+        _, grads = value_and_grad(lambda p, b=batch, s=plan: (sum(objective.terms(p, state.frozen, b, s)[0].values()), None))(state.params)
+        alive |= {path for path, leaf in tree.items(grads) if bool((leaf != 0).any())}
+    return [path for path, _ in tree.items(state.params) if path not in alive]

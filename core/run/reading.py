@@ -1,0 +1,118 @@
+"""How a run reads its training documents: which form the micro-batches of a step, from which cursor on, for how many steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from treetune.core.data import fingerprint, ledger, loader, streaming
+from treetune.core.run.ranks import ALONE, Ranks
+from treetune.core.run.source import Cursor, Deal, Documents
+
+Collate = Callable[[list[Any], Cursor], Any]
+
+
+class Order(NamedTuple):
+    """How documents form steps.
+
+    batching: {"budget": tokens} or {"rows": documents} of a micro-batch. accumulation: micro-batches of a step on one rank.
+    """
+
+    batching: dict[str, int]
+    shuffle: bool
+    seed: int
+    accumulation: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The options of `loader` and `streaming` that do not depend on ranks."""
+        return self.batching | {"shuffle": self.shuffle, "seed": self.seed}
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """How a step is divided between ranks."""
+        return {"accum": self.accumulation, "world": self.ranks.world, "rank": self.ranks.rank}
+
+    @property
+    def step_size(self) -> int:
+        """Micro-batches of a step on all ranks: any number of ranks may continue a run that takes as many."""
+        return self.accumulation * self.ranks.world
+
+
+class Reading(NamedTuple):
+    """The training documents of a run in their order.
+
+    order: fingerprint of how documents form steps. digest: the one of earlier versions, over the lengths of documents as well. Of a
+    stream, mark(cursor) says what it has read, and resume(cursor, mark) checks that this is still there.
+    """
+
+    deal: Deal
+    start: Cursor
+    total_steps: int
+    digest: str
+    order: str
+    mark: Callable[[Cursor], dict] | None = None
+    resume: Callable[[Cursor, Any], None] | None = None
+
+    def source(self, collate: Collate) -> Documents:
+        """The documents as the source of a run; collate(documents, cursor) -> micro-batch."""
+        return Documents(self.deal, collate, total_steps=self.total_steps, start=self.start, mark=self.mark, resume=self.resume)
+
+
+def in_memory(documents: Sequence[Any], order: Order, *, weights: Sequence[float] | None = None) -> Reading:
+    """The reading of documents in memory; weights: how often each is read in an epoch, None for once."""
+    plan = order.plan | {"weights": weights}
+    lengths = [len(document.tokens) for document in documents]
+    total = order.max_steps
+    if total is None:
+        steps = partial(loader.steps_per_epoch, lengths, accum=order.accumulation, world=order.ranks.world, **plan)
+        total = sum(steps(epoch=epoch) for epoch in range(order.epochs))
+    epochs = order.epochs if order.max_steps is None else None
+    deal = partial(_deal_from_memory, documents, epochs=epochs, **order.shares, **plan)
+    digest = loader.plan_fingerprint(lengths, step=order.step_size, **plan)
+    return Reading(deal, loader.START, total, digest, fingerprint.values("memory", order.step_size, plan | {"weights": None}))
+
+
+def _deal_from_memory(documents: Sequence[Any], cursor: Cursor, **options: Any) -> Iterator[tuple[list[list[Any]], Cursor]]:
+    lengths = [len(document.tokens) for document in documents]
+    for groups, after in loader.epoch_steps(lengths, cursor=cursor, **options):
+        yield [[documents[i] for i in group] for group in groups], after
+
+
+class Window(NamedTuple):
+    """What of a stream is in memory: rows at a time, and the column of the text that is split to sequence_len tokens."""
+
+    buffer: int
+    sequence_len: int
+    text_column: str
+
+
+def streamed(
+    parts: list[streaming.Shard],
+    encode: Callable[[Any], list[Any]],
+    order: Order,
+    window: Window,
+    *,
+    deal: Callable[..., Any] | None = None,
+) -> Reading:
+    """The reading of a stream of rows, which `encode` turns into documents. Needs max_steps: nobody knows its length.
+
+    deal: `streaming.steps`, or what wraps it, such as the check of rows that are read while training.
+    """
+    plan = order.plan | {"buffer": window.buffer}
+    choices = {"step": order.step_size, "sequence_len": window.sequence_len, "text_column": window.text_column}
+    rows = ledger.Ledger(parts, window.text_column)
+    steps = partial(_deal_from_stream if deal is None else deal, parts, encode, note=rows.note, **order.shares, **plan)
+    resume = partial(rows.go_on, **{name: plan[name] for name in ("buffer", "shuffle", "seed")})
+    digest = streaming.stream_fingerprint(parts, **choices, **plan)
+    order_digest = fingerprint.values("stream", choices, plan)
+    if order.max_steps is None:
+        raise ValueError("streaming needs max_steps: how many rows a stream has is not known before its end")
+    return Reading(steps, streaming.START, order.max_steps, digest, order_digest, rows.mark, resume)
+
+
+def _deal_from_stream(parts: list, encode: Callable, cursor: Cursor, **options: Any) -> Iterator[tuple[list[list[Any]], Cursor]]:
+    # A thread reads ahead, so that a step does not wait for a disk or the hub.
+    yield from streaming.prefetch(streaming.stream_steps(parts, encode, cursor=cursor, **options))

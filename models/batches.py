@@ -1,0 +1,37 @@
+"""Documents to the (Batch, Plan) that a model reads, on its device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treetune.models.dense import Config
+from treetune.ops import attention
+
+Collate = Callable[..., dict[str, Tensor]]  # (documents, budget=, pad=) -> batch, on the host
+Batcher = Callable[..., Any]  # (documents, seed=None) -> micro-batch: (Batch, Plan), or a tuple of those where there are several streams
+
+
+def batcher(cfg: Config, device: torch.device, collates: Sequence[Collate], *, budget: int | None = None) -> Batcher:
+    """A function (documents, seed=None) -> micro-batch: one (Batch, Plan) for each of the streams that `collates` make of the documents.
+
+    budget: tokens that a stream is padded to, on CUDA only, where fixed shapes save recompilation; on a CPU padding would only cost.
+    """
+    pad_to = budget if device.type == "cuda" else None
+
+    def batches(documents: Sequence[Any], *, seed: Tensor | None = None) -> Any:
+        streams = tuple(_stream(collate, documents, seed, cfg, device, pad_to) for collate in collates)
+        return streams[0] if len(streams) == 1 else streams
+
+    return batches
+
+
+def _stream(
+    collate: Collate, documents: Sequence[Any], seed: Tensor | None, cfg: Config, device: torch.device, pad_to: int | None
+) -> tuple[dict[str, Tensor], Any]:
+    batch = collate(list(documents), budget=pad_to, pad=pad_to is not None)
+    # The plan reads boundaries with .tolist(): on the host, before the batch moves, that waits for nothing.
+    plan = attention.plan(batch, window=cfg.window, device=device, dtype=cfg.dtype)
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return (batch if seed is None else batch | {"seed": seed.to(device)}), plan
