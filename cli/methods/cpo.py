@@ -15,6 +15,11 @@ from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 from treetune.losses import presets
 
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
+
+
 PAIR_LOSS = door((*presets.CPO_LOSSES, "sigmoid"), "pair loss", "pairs", "beta", "label_smoothing")
 
 
@@ -70,7 +75,3 @@ def parts(config: Cpo, policy: "Policy", setting: "Setting") -> "Parts":
 METHOD = Method(
     "cpo", "learn from pairs by their likelihoods", Cpo, PREFERENCE_RATES, "pairs", parts, ("rewards/margins", "rewards/accuracies")
 )
-
-if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.models.policy import Policy

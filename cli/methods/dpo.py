@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from treetune.losses.preference_objective import PairLoss as PairLossFunction
     from treetune.models.policy import Policy
 
+
 LOSSES = {
     "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",
     "kto_pair": "apo_zero_unpaired", "js_divergence": "js", "alpha_divergence": "alpha",

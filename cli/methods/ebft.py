@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
+
 RATES = (1e-5, 1e-6)
 TEMPERATURES = {"structured": 1.0, "strided": 0.6}
 FEATURES = refused("decides what features are, and so what a reward is")

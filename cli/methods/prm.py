@@ -11,6 +11,10 @@ from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
+
 
 @dataclass(frozen=True)
 class Prm:
@@ -36,7 +40,3 @@ def parts(config: Prm, policy: "Policy", setting: "Setting") -> "Parts":
 METHOD = Method(
     "prm", "train a reward model of steps", Prm, REWARD_RATES, "steps", parts, ("accuracy",), "steps", head=True, unused=reward.unused
 )
-
-if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.models.policy import Policy

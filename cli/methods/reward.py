@@ -13,6 +13,10 @@ from treetune.cli.options.ranges import NOT_NEGATIVE
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
+
 
 @dataclass(frozen=True)
 class RewardLoss:
@@ -53,7 +57,3 @@ def parts(config: Reward, policy: "Policy", setting: "Setting") -> "Parts":
 METHOD = Method(
     "reward", "train a reward model on pairs", Reward, REWARD_RATES, "ranked", parts, ("accuracy", "margin"), head=True, unused=unused
 )
-
-if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.models.policy import Policy

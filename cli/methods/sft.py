@@ -14,12 +14,13 @@ from treetune.cli.options.ranges import BELOW_ONE, NOT_NEGATIVE
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 
-TOKEN_LOSS = door(("nll", "dft", "eaft"), "token loss", "logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")
-
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting
     from treetune.core.state import Logprob, Objective
     from treetune.models.policy import Policy
+
+
+TOKEN_LOSS = door(("nll", "dft", "eaft"), "token loss", "logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from treetune.cli.options.ranges import NOT_NEGATIVE, POSITIVE
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
 
+if TYPE_CHECKING:
+    from treetune.cli.methods.parts import Parts, Setting
+    from treetune.models.policy import Policy
+
 
 @dataclass(frozen=True)
 class SimpoLoss:
@@ -59,7 +63,3 @@ def parts(config: Simpo, policy: "Policy", setting: "Setting") -> "Parts":
 METHOD = Method(
     "simpo", "learn from pairs without a reference", Simpo, PREFERENCE_RATES, "pairs", parts, ("rewards/margins", "rewards/accuracies")
 )
-
-if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.models.policy import Policy
