@@ -20,7 +20,7 @@ from treetune.models.dense import Config
 from treetune.ops import noise
 
 
-def dataset_kind(run: Run) -> kinds.Kind:
+def dataset_kind(run: Run) -> kinds.DatasetSpec:
     """The kind of rows that the method reads."""
     if run.method.data == "strided":
         return ebft_strided.dataset(run.config.ebft)

@@ -25,7 +25,7 @@ from treetune.ops import attention, noise
 ROLLOUTS, EVALUATION = 21, 22  # what randomness is for
 
 
-def dataset(options: EbftOptions) -> kinds.Kind:
+def dataset(options: EbftOptions) -> kinds.DatasetSpec:
     """The rows that strided mode reads: documents without a block only where cross-entropy trains, too."""
     return kinds.strided(places(options), blocks=options.rl_coef != 0)
 
