@@ -32,8 +32,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         checks.refuse_unused(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
         chosen = target.choose(config.model, config.adapter.adapter, given)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        columns = {"field_prompt": config.data.field_prompt, "transform": config.data.prompt_transform}
-        data = prompt_rows.load(row_settings.prompts(config.data), tokenizer, seed=config.seed, **columns)
+        data = prompt_rows.load(row_settings.prompts(config.data), tokenizer, seed=config.seed)
         device = loading.select_device(config.model.device)
         rewards = rewarding.start(config.rewards, chosen.options, on=device, say=screen.warn)
     try:
