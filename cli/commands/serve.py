@@ -14,6 +14,7 @@ from treetune.cli.screen import Screen
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import LOOPBACK
+from treetune.core.run import folder
 from treetune.models import loading, serving
 from treetune.models.tokenizer import adapter_folder
 
@@ -32,11 +33,11 @@ def run(config: Serve, given: frozenset[str]) -> int:
 def _start(config: Serve, screen: Screen) -> Server:
     _check(config)
     python = servers.find_python(config.python)
-    folder = serving.model_folder(config.model.model, revision=config.model.revision, say=screen.line)
-    command, log = build_command(config, python, folder), Path(config.log) if config.log else serving.log_file(config.port)
+    model_dir = serving.model_folder(config.model.model, revision=config.model.revision, say=screen.line)
+    command, log = build_command(config, python, model_dir), Path(config.log) if config.log else serving.log_file(config.port)
     if config.host not in LOOPBACK:
         screen.warn(f"listening on {config.host}: whoever reaches port {config.port} can sample and load adapters, without a password")
-    screen.line(f"starting vLLM on {folder}; its output goes to {log}")
+    screen.line(f"starting vLLM on {model_dir}; its output goes to {log}")
     if config.log and not log.exists():
         folder.write_new(log, guard.LOG)
     try:
@@ -45,7 +46,7 @@ def _start(config: Serve, screen: Screen) -> Server:
         raise RunFailed(str(error)) from error
 
 
-def build_command(config: Serve, python: str, folder: Path) -> list[str]:
+def build_command(config: Serve, python: str, model_dir: Path) -> list[str]:
     """The command line of vLLM for these options and a model folder."""
     extra, rank = list(config.vllm_args), config.max_lora_rank or None
     if config.adapter is not None:
@@ -68,7 +69,7 @@ def build_command(config: Serve, python: str, folder: Path) -> list[str]:
         logprobs_mode=config.logprobs_mode,
         extra=extra,
     )
-    return servers.command(python, folder, options)
+    return servers.command(python, model_dir, options)
 
 
 def _check(config: Serve) -> None:

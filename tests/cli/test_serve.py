@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from treetune.cli import guard
 from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
 from treetune.cli.options.model import ModelName
@@ -48,7 +49,8 @@ def begin(scene: Path, *options: str) -> subprocess.Popen:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop_and_answers_no_more(scene, how):
     port = servers.free_port()
-    running = begin(scene, "--port", str(port), "--max-model-len", "77", "--max-lora-rank", "9", "--vllm-args=--swap-space=1")
+    log = ("--log", str(scene / "logs" / "vllm.log")) if how is signal.SIGTERM else ()
+    running = begin(scene, "--port", str(port), "--max-model-len", "77", "--max-lora-rank", "9", "--vllm-args=--swap-space=1", *log)
     try:
         lines = []
         while not lines or "serving" not in lines[-1]:
@@ -63,6 +65,7 @@ def test_it_serves_until_it_is_told_to_stop_and_answers_no_more(scene, how):
         running.send_signal(how)
         out, err = running.communicate(timeout=40)
         assert running.returncode == 0 and "stopping the server" in out and err == ""
+        assert not log or (scene / "logs" / "vllm.log").read_text().startswith(guard.LOG)
     finally:
         running.kill()
         running.communicate()
