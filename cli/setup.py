@@ -12,9 +12,7 @@ from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, 
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
 from treetune.core.lora import Lora
-from treetune.core.run.ranks import Ranks as Ranks
-from treetune.core.run.ranks import barrier as wait_for_all  # noqa: F401
-from treetune.core.run.ranks import join_ranks as ranks  # noqa: F401
+from treetune.core.run.ranks import Ranks
 from treetune.core.state import Logprob, Objective
 from treetune.losses import presets, sft_objective
 from treetune.models import Model, adapter, loading, logprobs, policy

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.cli import setup
 
 HERE = Path(__file__).parent
@@ -35,7 +36,7 @@ def _scene():
     return module
 
 
-def cases(ranks: setup.Ranks) -> dict[str, torch.Tensor]:
+def cases(ranks: Ranks) -> dict[str, torch.Tensor]:
     """{"METHOD/DEAL/gradient/PATH" or ".../metric/NAME": number} of a step, its micro-batches dealt to the ranks in turn."""
     scene, out = _scene(), {}
     for name, (command, options, trains, sharding) in METHODS.items():
@@ -58,7 +59,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    ranks = setup.ranks(torch.device("cpu"))
+    ranks = join_ranks(torch.device("cpu"))
     found = cases(ranks)
     if ranks.rank == 0:
         save_file({key: leaf.contiguous() for key, leaf in found.items()}, Path(sys.argv[1]) / "two.safetensors")

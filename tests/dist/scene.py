@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from treetune.core.run.ranks import Ranks
 from treetune.cli import setup
 from treetune.cli.methods.sft import LossOptions
 from treetune.core import lora, optim, param, shard, step, tree
@@ -82,12 +83,12 @@ def optimizer() -> optim.Optimizer:
     return optim.adamw(eps=1e-4, weight_decay=0.1)
 
 
-def start(base: Model, trains: str, ranks: setup.Ranks, sharding: str) -> tuple[TrainState, setup.Trees]:
+def start(base: Model, trains: str, ranks: Ranks, sharding: str) -> tuple[TrainState, setup.Trees]:
     placed = setup.place(trees(base, trains), base, ranks, sharding)
     return TrainState(placed.params, placed.frozen, optimizer().init(placed.params), {}, torch.tensor(0)), placed
 
 
-def stepper(base: Model, placed: setup.Trees, ranks: setup.Ranks, seen: dict | None = None, **changes):
+def stepper(base: Model, placed: setup.Trees, ranks: Ranks, seen: dict | None = None, **changes):
     """The step of these tests; `seen` collects the whole gradients that the optimiser is given, after clipping."""
     inner = optimizer()
 
@@ -102,7 +103,7 @@ def stepper(base: Model, placed: setup.Trees, ranks: setup.Ranks, seen: dict | N
     )
 
 
-def run(trains: str, ranks: setup.Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, setup.Trees]:
+def run(trains: str, ranks: Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, setup.Trees]:
     """Three steps: {"gradient.I.PATH", "metric.I.NAME", "state.PATH"} as whole tensors, and the state itself."""
     base = model()
     state, placed = start(base, trains, ranks, sharding)
@@ -131,7 +132,7 @@ def poisoned(base: Model, placed: setup.Trees, row: int):
     return inner._replace(terms=terms)
 
 
-def like(base: Model, trains: str, ranks: setup.Ranks, sharding: str) -> TrainState:
+def like(base: Model, trains: str, ranks: Ranks, sharding: str) -> TrainState:
     """A state with the structure of a run's and none of its numbers."""
     state, _ = start(base, trains, ranks, sharding)
     blank = tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), {"params": state.params, "opt": state.opt})

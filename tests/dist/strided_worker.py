@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.cli import setup
 
 CASES = {"full": ("full", "none"), "lora": ("lora", "none"), "full sharded": ("full", "full"), "lora sharded": ("lora", "full")}
@@ -22,7 +23,7 @@ def _loaded():
     return module
 
 
-def cases(ranks: setup.Ranks) -> dict[str, torch.Tensor]:
+def cases(ranks: Ranks) -> dict[str, torch.Tensor]:
     """{"CASE/DEAL/gradient/PATH" or ".../metric/NAME": number} of a step, its micro-batches dealt to the ranks in turn."""
     strided, out = _loaded(), {}
     scene, docs = strided.scene, strided.documents()
@@ -44,7 +45,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    ranks = setup.ranks(torch.device("cpu"))
+    ranks = join_ranks(torch.device("cpu"))
     found = cases(ranks)
     if ranks.rank == 0:
         save_file({key: leaf.contiguous() for key, leaf in found.items()}, Path(sys.argv[1]) / "two.safetensors")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from treetune.cli import setup
+from treetune.core.run.ranks import ALONE
 
 WORKER = Path(__file__).with_name("pairs_worker.py")
 spec = importlib.util.spec_from_file_location("pairs_worker", WORKER)
@@ -20,7 +20,7 @@ def found(torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     done = torchrun(2, WORKER, folder, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return worker.cases(setup.Ranks(0, 1, None)), load_file(folder / "two.safetensors")
+    return worker.cases(ALONE), load_file(folder / "two.safetensors")
 
 
 @pytest.mark.parametrize("deal", ["ragged", "a rank without documents"])

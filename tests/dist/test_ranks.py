@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from treetune.cli import setup
+from treetune.core.run.ranks import ALONE
 from treetune.core import ckpt, tree
 
-ALONE = setup.Ranks(0, 1, None)
 MODES = ("none", "full")
 TRAINS = ("full", "lora", "both")
 

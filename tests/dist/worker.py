@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from treetune.cli import setup
+from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.core import ckpt, shard, tree
 from treetune.core.run import faults, health, recorder
 
@@ -26,7 +26,7 @@ def write(path: Path, tensors: dict) -> None:
     save_file({name: leaf.contiguous() for name, leaf in tensors.items()}, path)
 
 
-def train(folder: Path, ranks: setup.Ranks) -> None:
+def train(folder: Path, ranks: Ranks) -> None:
     base = scene.model()
     for sharding in MODES:
         for trains in scene.TRAINS:
@@ -45,7 +45,7 @@ def train(folder: Path, ranks: setup.Ranks) -> None:
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"bytes": local, "bad": bad, "alive": alive}))
 
 
-def whole_alive(base, trains: str, ranks: setup.Ranks) -> tuple[int, int]:
+def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
     """How many whole leaves of layers a forward pass makes on sharded weights, and how many of them wait for the backward pass."""
     state, placed = scene.start(base, trains, ranks, "full")
     gathered, gather = [], shard.gather
@@ -65,7 +65,7 @@ def whole_alive(base, trains: str, ranks: setup.Ranks) -> tuple[int, int]:
     return len(gathered), alive
 
 
-def poison(base, ranks: setup.Ranks, sharding: str) -> dict:
+def poison(base, ranks: Ranks, sharding: str) -> dict:
     """A step in which document 4, on rank 1, has an infinite loss: was it skipped, did a weight move, what is said of it."""
     state, placed = scene.start(base, "full", ranks, sharding)
     before = scene.whole(state)
@@ -76,7 +76,7 @@ def poison(base, ranks: setup.Ranks, sharding: str) -> dict:
     return {"skipped": metrics["skipped"].item(), "same": same, "text": faults.find_not_finite(objective, state, batches)}
 
 
-def die(folder: Path, ranks: setup.Ranks) -> None:
+def die(folder: Path, ranks: Ranks) -> None:
     base = scene.model()
     state, _ = scene.start(base, "full", ranks, "full")
     ckpt.save(folder / "runs", state, {"base_digest": ""}, rank=ranks.rank)
@@ -95,7 +95,7 @@ def die(folder: Path, ranks: setup.Ranks) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ranks = setup.ranks(torch.device("cpu"))
+    ranks = join_ranks(torch.device("cpu"))
     {"train": train, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,3 +1,0 @@
-"""What one rank decides and all must know."""
-
-from treetune.core.run.ranks import share as share
