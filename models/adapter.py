@@ -147,11 +147,11 @@ def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) 
     Raises ValueError unless every tensor of the file is used, every A has its B in the shapes of the model, every module
     that the config names is there, and the config asks for nothing but plain LoRA.
     """
-    found, whole, _, info = load_beside(path, model, (), dtype=dtype)
-    return found, whole, info
+    low, whole, _, info = load_with_tensors(path, model, (), dtype=dtype)
+    return low, whole, info
 
 
-def load_beside(
+def load_with_tensors(
     path: str | Path, model: Model, names: Sequence[str], *, dtype: torch.dtype = torch.float32
 ) -> tuple[Lora, Params, dict[str, Tensor], Info]:
     """As `load`, from a folder that may hold tensors of these names besides, which come third."""
@@ -160,7 +160,7 @@ def load_beside(
     if names:
         config = config._replace(saved=tuple(name for name in config.saved if name not in CLASSIFIERS))
     tensors = _read_tensors(root / WEIGHTS)
-    beside = {name: tensors.pop(PREFIX + name) for name in names if PREFIX + name in tensors}
+    extra = {name: tensors.pop(PREFIX + name) for name in names if PREFIX + name in tensors}
     try:
         low, whole = adapter_tensors.read(tensors, config, model, headless=bool(names))
     except ValueError as error:
@@ -170,7 +170,7 @@ def load_beside(
     like = dict(tree.items(model.params))
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
     scale = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora)
-    return Lora(low, scale), tree.from_items(leaves), beside, info
+    return Lora(low, scale), tree.from_items(leaves), extra, info
 
 
 def base_of(path: str | Path) -> str:
@@ -186,8 +186,8 @@ def revision_of(path: str | Path) -> str | None:
 def base(path: str | Path) -> Base:
     """The base model that an adapter folder was trained on, with its digest where we wrote the folder."""
     root = Path(path).expanduser()
-    known = folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}
-    digest = fields.text(fields.mapping(known, str(root / BASE_FILE)), "digest", default="")
+    recorded = folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}
+    digest = fields.text(fields.mapping(recorded, str(root / BASE_FILE)), "digest", default="")
     return Base(base_of(root), digest)
 
 
@@ -203,9 +203,9 @@ def rows(path: str | Path, family: str) -> int | None:
     manifest.check(Path(path).expanduser())
     try:
         with safe_open(Path(path).expanduser() / WEIGHTS, framework="pt") as file:
-            there = set(file.keys())
-            found = [key for name in resize.LEAVES if (key := PREFIX + hf.hf_key(family, name)) in there]
-            return file.get_slice(found[0]).get_shape()[0] if found else None
+            keys = set(file.keys())
+            present = [key for name in resize.LEAVES if (key := PREFIX + hf.hf_key(family, name)) in keys]
+            return file.get_slice(present[0]).get_shape()[0] if present else None
     except (SafetensorError, OSError):
         return None  # `load` says what is wrong with the file
 

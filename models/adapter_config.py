@@ -64,7 +64,7 @@ def read(root: Path) -> AdapterConfig:
     config = fields.mapping(folder.read_json(file), str(file))
     _check_off(config)
     _check_start(config)
-    made = AdapterConfig(
+    parsed = AdapterConfig(
         source=str(file),
         rank=fields.integer(config, "r", least=1, most=MOST_RANK),
         alpha=_alpha(config, "lora_alpha"),
@@ -83,9 +83,9 @@ def read(root: Path) -> AdapterConfig:
         ranks=_pattern(config, "rank_pattern"),
         alphas=_pattern(config, "alpha_pattern"),
     )
-    _check_rules(config, made)
+    _check_rules(config, parsed)
     manifest.check(root, weights=False)
-    return made
+    return parsed
 
 
 def _check_off(config: Fields) -> None:
@@ -136,16 +136,16 @@ def _names(config: Fields, name: str, default: tuple[str, ...]) -> str | tuple[s
 
 
 def _listed(config: Fields, name: str) -> tuple[str, ...]:
-    one = config.values.get(name)
-    return (one,) if isinstance(one, str) and one else () if one == "" else fields.texts(config, name, default=(), null=True)
+    value = config.values.get(name)
+    return (value,) if isinstance(value, str) and value else () if value == "" else fields.texts(config, name, default=(), null=True)
 
 
 def _layers(config: Fields) -> tuple[int, ...]:
     name = "layers_to_transform"
     if isinstance(config.values.get(name), list):
         return fields.integers(config, name, least=0)
-    one = fields.integer(config, name, default=None, least=0, null=True)
-    return () if one is None else (one,)
+    value = fields.integer(config, name, default=None, least=0, null=True)
+    return () if value is None else (value,)
 
 
 def _pattern(config: Fields, name: str) -> dict[str, Any]:
@@ -165,11 +165,11 @@ def _alpha(config: Fields, name: str) -> float:
     return value
 
 
-def _check_rules(config: Fields, made: AdapterConfig) -> None:
-    if made.layers and isinstance(made.targets, str):
+def _check_rules(config: Fields, parsed: AdapterConfig) -> None:
+    if parsed.layers and isinstance(parsed.targets, str):
         raise fields.wrong(config, "layers_to_transform", "null beside a regular expression of target_modules, as in PEFT")
-    for name, rules in (("rank_pattern", made.ranks), ("alpha_pattern", made.alphas), ("layers_pattern", made.layer_names),
-                        ("modules_to_save", made.saved)):  # fmt: skip
+    for name, rules in (("rank_pattern", parsed.ranks), ("alpha_pattern", parsed.alphas), ("layers_pattern", parsed.layer_names),
+                        ("modules_to_save", parsed.saved)):  # fmt: skip
         for rule in rules:
             try:
                 re.compile(rule)

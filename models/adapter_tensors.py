@@ -107,8 +107,8 @@ def _scaled(config: AdapterConfig, owners: dict, low: Params) -> Params:
     common, items = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora), []
     for path, (a, b) in lora.pairs(low).items():
         name = owners[path]
-        own = lora.scale(rank=adapter_config.rank_of(config, name), alpha=adapter_config.alpha_of(config, name), rslora=config.rslora)
-        items += [(f"{path}.A", a), (f"{path}.B", b if own == common else b.float() * (own / common))]
+        scale = lora.scale(rank=adapter_config.rank_of(config, name), alpha=adapter_config.alpha_of(config, name), rslora=config.rslora)
+        items += [(f"{path}.A", a), (f"{path}.B", b if scale == common else b.float() * (scale / common))]
     return tree.from_items(items)
 
 
@@ -131,13 +131,13 @@ def _tied(whole: Leaves, bases: Leaves, replaced: set[str], model: Model) -> Lea
     return rest if _same(*ends) else rest | {HEAD: ends[1]}
 
 
-def _check_base(path: str, leaf: Tensor, known: list[Tensor]) -> None:
+def _check_base(path: str, leaf: Tensor, candidates: list[Tensor]) -> None:
     """PEFT may save the base weight below an adapter, and would lay it over the model's."""
-    if not any(_same(leaf, one) for one in known):
+    if not any(_same(leaf, candidate) for candidate in candidates):
         raise ValueError(f"the adapter file holds a base weight of {path} that is not the one of this model: load it over its own base")
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(left: Tensor, right: Tensor) -> bool:
     """Equal numbers, once both are in the dtype of either."""
-    one, other = one.cpu(), other.cpu()
-    return one.shape == other.shape and (torch.equal(one.to(other.dtype), other) or torch.equal(one, other.to(one.dtype)))
+    left, right = left.cpu(), right.cpu()
+    return left.shape == right.shape and (torch.equal(left.to(right.dtype), right) or torch.equal(left, right.to(left.dtype)))

@@ -123,13 +123,13 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
 
 def _runs(bounds: list[int], document: Tensor, start: Tensor) -> tuple[_Run, ...]:
     """Branches of each document, at most CHUNK together."""
-    found, lo = [], 0
+    runs, lo = [], 0
     for doc, count in enumerate(torch.bincount(document, minlength=len(bounds) - 1).tolist()):
         for first in range(lo, lo + count, CHUNK):
             hi = min(first + CHUNK, lo + count)
-            found.append(_Run(first, hi, slice(bounds[doc], bounds[doc] + int(start[first:hi].max()))))
+            runs.append(_Run(first, hi, slice(bounds[doc], bounds[doc] + int(start[first:hi].max()))))
         lo += count
-    return tuple(found)
+    return tuple(runs)
 
 
 def _keys(seed: int, anchors: strided.Anchors, n: int, ids: Sequence[int] | None) -> Tensor:

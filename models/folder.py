@@ -80,8 +80,8 @@ def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Twice(f"{path} names the field {twice} twice in one object: leave one of them")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _Twice(f"{path} names the field {repeated} twice in one object: leave one of them")
     return fields
 
 

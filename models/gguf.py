@@ -118,12 +118,12 @@ def _family(path: str | Path, reader) -> str:
 
 def _config(path: str | Path, reader, family: str, tensors: dict) -> Config:
     keys = _metadata(path, reader, [name for name in reader.fields if name.startswith(f"{family}.")])
-    known = [f"{family}.{name}" for name in (*_COMPUTED, *_WITHOUT_EFFECT)]
-    if odd := [name for name in fields.unknown(keys, known) if keys.values[name]]:
+    allowed = [f"{family}.{name}" for name in (*_COMPUTED, *_WITHOUT_EFFECT)]
+    if odd := [name for name in fields.unknown(keys, allowed) if keys.values[name]]:
         raise ValueError(f"{path} has {odd[0]} = {fields.shown(keys.values[odd[0]])}, which is not known: it may change what is computed")
 
-    def size(name: str, **how) -> int:
-        return fields.integer(keys, f"{family}.{name}", least=1, most=_MOST, **how)
+    def size(name: str, **bounds) -> int:
+        return fields.integer(keys, f"{family}.{name}", least=1, most=_MOST, **bounds)
 
     heads, hidden = size("attention.head_count"), size("embedding_length")
     cfg = Config(
@@ -213,17 +213,17 @@ def _dequantise(tensor) -> Tensor:
 
 
 def _params(path, family: str, cfg: Config, tensors: dict, dtype: torch.dtype, device) -> Params:
-    named = {_leaf_path(name): tensor for name, tensor in tensors.items() if name != FACTORS}
+    by_path = {_leaf_path(name): tensor for name, tensor in tensors.items() if name != FACTORS}
     abstract = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
-    for keys, what in ((set(abstract) - set(named), "lacks"), (set(named) - set(abstract), "has besides those of its family")):
+    for keys, problem in ((set(abstract) - set(by_path), "lacks"), (set(by_path) - set(abstract), "has besides those of its family")):
         if keys:
-            raise ValueError(f"{path}: the file {what} {len(keys)} tensors, the first is {min(keys)}")
+            raise ValueError(f"{path}: the file {problem} {len(keys)} tensors, the first is {min(keys)}")
     for leaf, param in abstract.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
-        if (shape := tuple(int(size) for size in named[leaf].shape[::-1])) != param.shape:
+        if (shape := tuple(int(size) for size in by_path[leaf].shape[::-1])) != param.shape:
             raise ValueError(f"{path}: {leaf} has shape {list(shape)}; the sizes in the file imply {list(param.shape)}")
     pairs = []
     for leaf in abstract:
-        tensor = _dequantise(named[leaf])
+        tensor = _dequantise(by_path[leaf])
         if family == "llama" and leaf.endswith(("q_proj", "k_proj")):
             tensor = _unpermute(tensor, cfg.num_heads if leaf.endswith("q_proj") else cfg.num_kv_heads)
         pairs.append((leaf, tensor.to(device=device, dtype=dtype)))
@@ -232,8 +232,8 @@ def _params(path, family: str, cfg: Config, tensors: dict, dtype: torch.dtype, d
 
 def _leaf_path(name: str) -> str:
     block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    known = NAMES.get(block[2] if block else name, name)
-    return f"layers.{block[1]}.{known}" if block else known
+    leaf = NAMES.get(block[2] if block else name, name)
+    return f"layers.{block[1]}.{leaf}" if block else leaf
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:

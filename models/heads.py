@@ -77,10 +77,10 @@ def kind(path: str | Path) -> str | None:
     root = Path(path).expanduser()
     if (root / adapter.CONFIG).is_file():
         task = adapter.task_of(root)
-        return next((name for name, (_, known) in KINDS.items() if task == known), None)
+        return next((name for name, (_, task_type) in KINDS.items() if task == task_type), None)
     config = folder.read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    named = " ".join(fields.texts(fields.mapping(config, str(root / "config.json")), "architectures", default=(), null=True))
-    return next((name for name, (suffix, _) in KINDS.items() if named.endswith(suffix)), None)
+    architectures = " ".join(fields.texts(fields.mapping(config, str(root / "config.json")), "architectures", default=(), null=True))
+    return next((name for name, (suffix, _) in KINDS.items() if architectures.endswith(suffix)), None)
 
 
 def save(
@@ -97,14 +97,14 @@ def save(
     `labels` name the classes (reward; bad and good). The language head is left out. The tokenizer goes in as `padding` makes it;
     without one the folder names no padding token, and transformers refuses batches of several texts.
     """
-    what = kind_of(head)
+    kind_name = kind_of(head)
     classes = _check(head, model.cfg, "the head to save")
     tokenizer = None if tokenizer is None else padding(tokenizer, model.cfg.vocab_size)
     leaves, config = hf.described(model, tokenizer)
     leaves = {key: leaf for key, leaf in leaves.items() if key != hf.hf_key(model.family, "lm_head")}
     leaves |= {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
-    named = config["architectures"][0].replace("ForCausalLM", KINDS[what][0])
-    config |= {"architectures": [named], "tie_word_embeddings": model.cfg.tied} | _labelled(labels, what, classes)
+    architecture = config["architectures"][0].replace("ForCausalLM", KINDS[kind_name][0])
+    config |= {"architectures": [architecture], "tie_word_embeddings": model.cfg.tied} | _labelled(labels, kind_name, classes)
     hf.write(path, leaves, config, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
 
@@ -116,20 +116,22 @@ def load(
     Raises ValueError when config.json names no such class, and as `hf.load` does for wrong, missing or unexpected tensors.
     """
     root = hf.fetch(path_or_id, revision=revision)
-    config, what = folder.read_json(root / "config.json"), kind(root)
-    if what is None:
-        known = " or ".join(f"...{suffix}" for suffix, _ in KINDS.values())
-        raise ValueError(f"{root / 'config.json'} has architectures {config.get('architectures')}; expected {known}, a model with a head")
+    config, kind_name = folder.read_json(root / "config.json"), kind(root)
+    if kind_name is None:
+        expected = " or ".join(f"...{suffix}" for suffix, _ in KINDS.values())
+        raise ValueError(
+            f"{root / 'config.json'} has architectures {config.get('architectures')}; expected {expected}, a model with a head"
+        )
     family, cfg = hf.read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
     sizes = MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)
     keys = {path: hf.hf_key(family, path) for path, _ in tree.items(sizes)}
-    score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=what == "token")))
+    score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
-    found = hf.read_tensors(root, {keys[name]: leaf for name, leaf in tree.items(sizes)} | score, unread=unread, device=device)
-    params = tree.from_items((name, found[key]) for name, key in keys.items())
-    return Model(family, cfg, params), tree.from_items((name, found[name]) for name in score)
+    tensors = hf.read_tensors(root, {keys[name]: leaf for name, leaf in tree.items(sizes)} | score, unread=unread, device=device)
+    params = tree.from_items((name, tensors[key]) for name, key in keys.items())
+    return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
 
 
 def save_adapter(
@@ -161,17 +163,17 @@ def load_adapter(path: str | Path, model: Model, *, dtype: torch.dtype = torch.f
     Raises ValueError when the config names no classification task or the head is missing, and as `adapter.load` does.
     """
     root = Path(path).expanduser()
-    if (what := kind(root)) is None:
-        known = " or ".join(task for _, task in KINDS.values())
-        raise ValueError(f"{root} has task_type {adapter.task_of(root)!r}; expected {known}, an adapter with a scalar head")
-    names = [f"score.{part}" for part in ("weight", "bias")[: 2 if what == "token" else 1]]
-    found, whole, beside, info = adapter.load_beside(root, model, names, dtype=dtype)
-    if missing := [name for name in names if name not in beside]:
-        raise ValueError(f"{root / adapter.WEIGHTS} lacks {adapter.PREFIX}{missing[0]}, the head of a {KINDS[what][1]} adapter")
+    if (kind_name := kind(root)) is None:
+        expected = " or ".join(task for _, task in KINDS.values())
+        raise ValueError(f"{root} has task_type {adapter.task_of(root)!r}; expected {expected}, an adapter with a scalar head")
+    names = [f"score.{part}" for part in ("weight", "bias")[: 2 if kind_name == "token" else 1]]
+    low, whole, extra, info = adapter.load_with_tensors(root, model, names, dtype=dtype)
+    if missing := [name for name in names if name not in extra]:
+        raise ValueError(f"{root / adapter.WEIGHTS} lacks {adapter.PREFIX}{missing[0]}, the head of a {KINDS[kind_name][1]} adapter")
     like = model.params["embed_tokens"]
-    head = tree.from_items((name, beside[name].to(like.device, torch.float32)) for name in names)
+    head = tree.from_items((name, extra[name].to(like.device, torch.float32)) for name in names)
     _check(head, model.cfg, str(root))
-    return found, whole, head, info
+    return low, whole, head, info
 
 
 def padding(tokenizer, rows: int):
@@ -184,10 +186,10 @@ def padding(tokenizer, rows: int):
     tokenizer = copy.deepcopy(tokenizer)
     added = sorted(tokenizer.added_tokens_decoder.items())
     special = [token.content for _, token in added if token.special]
-    named = [tokenizer.pad_token, *(text for text in special if "pad" in text.lower()), tokenizer.unk_token, *special]
+    candidates = [tokenizer.pad_token, *(text for text in special if "pad" in text.lower()), tokenizer.unk_token, *special]
     template = str(tokenizer.chat_template or "")
-    used = {None, tokenizer.eos_token, tokenizer.bos_token, *(text for text in special if text in template)}
-    free = [text for text in named if text not in used and tokenizer.convert_tokens_to_ids(text) < rows]
+    taken = {None, tokenizer.eos_token, tokenizer.bos_token, *(text for text in special if text in template)}
+    free = [text for text in candidates if text not in taken and tokenizer.convert_tokens_to_ids(text) < rows]
     if free or len(tokenizer) < rows:
         tokenizer.add_special_tokens({"pad_token": (*free, PAD)[0]})
     else:
@@ -195,21 +197,21 @@ def padding(tokenizer, rows: int):
     return tokenizer
 
 
-def _check(head: Params, cfg: Config, where: str) -> int:
+def _check(head: Params, cfg: Config, source: str) -> int:
     """The number of classes. Raises ValueError unless the weight is [C, D] and the bias, if any, [C]."""
     weight, bias = head["score"]["weight"], head["score"].get("bias")
     classes = weight.shape[0]
     if weight.ndim != 2 or weight.shape[1] != cfg.hidden_size:
-        raise ValueError(f"{where}: score.weight has shape {list(weight.shape)}; the model asks for [classes, {cfg.hidden_size}]")
+        raise ValueError(f"{source}: score.weight has shape {list(weight.shape)}; the model asks for [classes, {cfg.hidden_size}]")
     if bias is not None and tuple(bias.shape) != (classes,):
-        raise ValueError(f"{where}: score.bias has shape {list(bias.shape)}; score.weight asks for [{classes}]")
+        raise ValueError(f"{source}: score.bias has shape {list(bias.shape)}; score.weight asks for [{classes}]")
     return classes
 
 
-def _labelled(labels: Sequence[str] | None, what: str, classes: int) -> dict:
+def _labelled(labels: Sequence[str] | None, kind_name: str, classes: int) -> dict:
     """The fields of a config.json that count and name the classes."""
     if labels is None:
-        labels = LABELS[what] if len(LABELS[what]) == classes else [f"LABEL_{i}" for i in range(classes)]
+        labels = LABELS[kind_name] if len(LABELS[kind_name]) == classes else [f"LABEL_{i}" for i in range(classes)]
     if len(labels) != classes or len(set(labels)) != classes:
         raise ValueError(f"labels are {list(labels)}; expected {classes} different names, one for each class of the head")
     return {

@@ -44,7 +44,7 @@ def from_hf_key(family: str, key: str) -> str | None:
     """The leaf path of a Hugging Face key, or None when the family has no such key."""
     number = re.match(r"model\.layers\.(\d+)\.", key)
     pattern = key if number is None else key.replace(number[1], "{}", 1)
-    path = next((path for path, known in MODELS[family].HF_KEYS.items() if known == pattern), None)
+    path = next((path for path, key_pattern in MODELS[family].HF_KEYS.items() if key_pattern == pattern), None)
     return path if path is None or number is None else path.format(number[1])
 
 
@@ -73,7 +73,7 @@ def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = huggingface_hub.snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             str(path_or_id), revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
         )
     except LocalEntryNotFoundError as error:
@@ -81,7 +81,7 @@ def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise ValueError(f"the hub does not give {path_or_id} (status {status}): check the name, and your access if it is gated") from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def load(
@@ -140,10 +140,10 @@ def read_tensors(
         files = _open(root, stack)
         extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*wanted, *optional, *unread}
         _check_keys(root, set(wanted) - set(files), extra)
-        there = wanted | {key: leaf for key, leaf in optional.items() if key in files}
-        for key, leaf in there.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+        present = wanted | {key: leaf for key, leaf in optional.items() if key in files}
+        for key, leaf in present.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
             _check_tensor(root, files[key].get_slice(key), key, leaf)
-        return {key: _read(files[key], key, leaf, device) for key, leaf in there.items()}
+        return {key: _read(files[key], key, leaf, device) for key, leaf in present.items()}
 
 
 def _open(root: Path, stack: ExitStack) -> dict:
@@ -158,8 +158,8 @@ def _open(root: Path, stack: ExitStack) -> dict:
             file = stack.enter_context(safe_open(root / name, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
-        if twice := sorted(files.keys() & set(file.keys())):
-            raise ValueError(f"{root}: {name} has the tensor {twice[0]}, which another file of the folder has too: download it again")
+        if repeated := sorted(files.keys() & set(file.keys())):
+            raise ValueError(f"{root}: {name} has the tensor {repeated[0]}, which another file of the folder has too: download it again")
         files |= dict.fromkeys(file.keys(), file)
     return files
 
@@ -192,9 +192,9 @@ def _indexed(root: Path) -> list[str]:
 
 
 def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
-    for keys, what in ((missing, "lacks"), (unexpected, "has besides those of its family")):
+    for keys, problem in ((missing, "lacks"), (unexpected, "has besides those of its family")):
         if keys:
-            raise ValueError(f"{root}: the file {what} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
+            raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
 
 
 def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
@@ -249,25 +249,25 @@ def generation_config(path_or_id: str | Path) -> dict:
     file = Path(path_or_id) / "generation_config.json"
     if not file.is_file():
         return {}
-    named = fields.mapping(folder.read_json(file), str(file))
+    config = fields.mapping(folder.read_json(file), str(file))
     for name in ("bos_token_id", "pad_token_id"):
-        fields.integer(named, name, default=None, null=True)
-    _end_ids(named)
-    return named.values
+        fields.integer(config, name, default=None, null=True)
+    _end_ids(config)
+    return config.values
 
 
-def _end_ids(named: Fields) -> tuple[int, ...]:
+def _end_ids(config: Fields) -> tuple[int, ...]:
     """The ids of `eos_token_id`, one or a list."""
-    if isinstance(named.values.get("eos_token_id"), list):
-        return fields.integers(named, "eos_token_id", least=0)
-    one = fields.integer(named, "eos_token_id", default=None, null=True, least=0)
-    return () if one is None else (one,)
+    if isinstance(config.values.get("eos_token_id"), list):
+        return fields.integers(config, "eos_token_id", least=0)
+    single = fields.integer(config, "eos_token_id", default=None, null=True, least=0)
+    return () if single is None else (single,)
 
 
 def stop_ids(path_or_id: str | Path, tokenizer) -> list[int]:
     """Ids that end an answer: those of generation_config.json, and the tokenizer's end-of-sequence token."""
-    named = fields.mapping(generation_config(path_or_id), "generation_config.json")
-    return sorted({*_end_ids(named), tokenizer.eos_token_id} - {None})
+    config = fields.mapping(generation_config(path_or_id), "generation_config.json")
+    return sorted({*_end_ids(config), tokenizer.eos_token_id} - {None})
 
 
 def save(
@@ -360,8 +360,8 @@ def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remo
         return gguf.tokenizer(path_or_id)
     root = fetch(path_or_id, revision=revision)
     manifest.check(root, weights=False)
-    named = tokenizer_config.read(root)
-    if named.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in named and (root / "tokenizer.json").is_file():
+    config = tokenizer_config.read(root)
+    if config.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in config and (root / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(root)

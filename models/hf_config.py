@@ -50,8 +50,8 @@ class Defaults(NamedTuple):
     head_dim: int | None = None
 
 
-def read(hf: Fields, defaults: Defaults, **own: Any) -> Config:
-    """The sizes in a config.json; `own` are fields of `Config` that the family decides itself.
+def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
+    """The sizes in a config.json; `family_fields` are fields of `Config` that the family decides itself.
 
     Raises ValueError naming file and field for what is missing, of another type, out of range, or changes a function that is not computed.
     """
@@ -76,7 +76,7 @@ def read(hf: Fields, defaults: Defaults, **own: Any) -> Config:
         max_positions=max_positions,
         tied=fields.flag(hf, "tie_word_embeddings", default=False),
         init_std=_between(hf, "initializer_range", 0.02, 0.0, 1.0),
-        **own,
+        **family_fields,
     )
 
 
@@ -146,8 +146,8 @@ def _check_choices(hf: Fields) -> None:
     _whole_rotation(hf)
 
 
-def _size(hf: Fields, name: str, **how: Any) -> int:
-    return fields.integer(hf, name, least=1, most=MOST[name], **how)
+def _size(hf: Fields, name: str, **bounds: Any) -> int:
+    return fields.integer(hf, name, least=1, most=MOST[name], **bounds)
 
 
 def _between(hf: Fields, name: str, default: float, least: float, most: float) -> float:
@@ -188,8 +188,8 @@ def _rope(hf: Fields, max_positions: int) -> tuple[float, Llama3Rope | None]:
     kind = fields.text(rope, "rope_type" if "rope_type" in rope.values else "type", default="default")
     if kind not in ("default", "llama3"):
         raise ValueError(f"{hf.source}: {name} has the type {fields.shown(kind)}; expected default or llama3, the others are not computed")
-    known = (*ROPE, *(LLAMA3 if kind == "llama3" else ()))
-    if odd := [name for name in fields.unknown(rope, known) if rope.values[name]]:
+    allowed = (*ROPE, *(LLAMA3 if kind == "llama3" else ()))
+    if odd := [name for name in fields.unknown(rope, allowed) if rope.values[name]]:
         raise ValueError(f"{rope.source} has {odd[0]}, which is not known for the type {kind}: it may change what the model computes")
     return theta, _llama3(hf, rope, max_positions) if kind == "llama3" else None
 

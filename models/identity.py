@@ -33,8 +33,8 @@ def settings(family: str, cfg: Config) -> str:
 
     Left out: the dtype, how weights are drawn, and how long its documents may be, which change no number of what it computes.
     """
-    named = ((entry.name, getattr(cfg, entry.name)) for entry in dataclasses.fields(cfg) if entry.name not in OUTER)
-    return " ".join([family, *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in named)])
+    pairs = ((entry.name, getattr(cfg, entry.name)) for entry in dataclasses.fields(cfg) if entry.name not in OUTER)
+    return " ".join([family, *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in pairs)])
 
 
 def _numbers(leaf: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
-from treetune.models.tokenizer import Say, adapter_folder, check_rows, has_tokenizer, load_tokenizer, silent
+from treetune.models.fetch import Say, silent
+from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -77,12 +78,12 @@ def check_base(path: str, base: adapter.Base, *, say: Say = silent, train: bool 
     if not recorded.digest:
         check_base_name(path, base.name, say=say)
     elif recorded.digest != base.digest:
-        others = f"{path} was trained on {recorded.name}, and the weights of {base.name} are others"
+        difference = f"{path} was trained on {recorded.name}, and the weights of {base.name} are others"
         if _absolute(recorded.name) == _absolute(base.name):
             raise ValueError(f"{path} was trained on {recorded.name}, which has other weights now: name the model that it was trained on")
         if train:
-            raise ValueError(f"{others}: leave --model out to train it further on its own base, or start a new adapter on this one")
-        say(f"{others}: this is another model than the one that was trained")
+            raise ValueError(f"{difference}: leave --model out to train it further on its own base, or start a new adapter on this one")
+        say(f"{difference}: this is another model than the one that was trained")
 
 
 def check_base_name(path: str, name: str, *, say: Say) -> None:

@@ -19,7 +19,8 @@ from treetune.models import Model, adapter, artifacts, decode, heads, hf, loadin
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
-from treetune.models.tokenizer import Say, adapter_folder, resize_embeddings, set_up_tokenizer, silent
+from treetune.models.fetch import Say, silent
+from treetune.models.tokenizer import adapter_folder, resize_embeddings, set_up_tokenizer
 from treetune.ops.attention import Plan
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from treetune.models import fetch
-from treetune.models.tokenizer import Say, silent
+from treetune.models.fetch import Say, silent
 from treetune.ops import product
 
 KEY = "products"  # of a checkpoint's meta

@@ -16,8 +16,8 @@ from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
 from treetune.models import Model, bare, loading, logprobs, tokenizer
+from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy, without_tree
-from treetune.models.tokenizer import Say, silent
 from treetune.ops.attention import Plan
 
 NAME = "ref_logp"  # of a batch, and of the values of a document
@@ -62,8 +62,8 @@ def build(
         return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)})
     if low is None:
         # Once they are computed, log-probs need no copy of the weights that they came from.
-        kept = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
-        return Reference(_whole(sizes, run), kept, {})
+        start = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
+        return Reference(_whole(sizes, run), start, {})
     if not trained_adapter:
         return Reference(_base(sizes, run), policy, {})
     copies = {"ref_lora": _copy(policy.params["lora"])}

@@ -42,8 +42,8 @@ def cut(model: Model, rows: int) -> Model:
     """The model with only the first `rows` of its vocabulary, as views: what an adapter of a smaller vocabulary was trained on."""
     if rows >= model.cfg.vocab_size:
         return model
-    kept = {name: model.params[name][:rows] for name in LEAVES if name in model.params}
-    return model._replace(cfg=replace(model.cfg, vocab_size=rows), params=model.params | kept)
+    leaves = {name: model.params[name][:rows] for name in LEAVES if name in model.params}
+    return model._replace(cfg=replace(model.cfg, vocab_size=rows), params=model.params | leaves)
 
 
 def grown(params: Params, rows: int) -> Params:

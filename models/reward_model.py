@@ -13,7 +13,8 @@ from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch
 from treetune.models import Model, adapter, fetch, heads, loading
-from treetune.models.tokenizer import Say, adapter_folder, silent
+from treetune.models.fetch import Say, silent
+from treetune.models.tokenizer import adapter_folder
 from treetune.ops import attention
 
 # Kind of head -> what a batch reads (`read` of `pack.collate_trees`), and its classes.

@@ -1,14 +1,13 @@
 """The tokenizer of a model or of an adapter: read with its checks, given more tokens, and the ids that end an answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.core import fields, manifest
 from treetune.core.protocols import Tokenizer
 from treetune.models import Model, adapter, fetch, gguf, hf, resize, tokenizer_config, vocabulary
-
-Say = Callable[[str], None]  # takes lines of progress
+from treetune.models.fetch import Say, silent
 
 
 class TokenizerSetup(NamedTuple):
@@ -18,10 +17,6 @@ class TokenizerSetup(NamedTuple):
     added: list[str]
     original_size: int
     min_rows: int
-
-
-def silent(line: str) -> None:
-    """Take a line of progress and show it nowhere."""
 
 
 def adapter_folder(path: str | Path) -> Path:

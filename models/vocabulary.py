@@ -42,9 +42,9 @@ def _check(tokenizer: Any, special: dict[str, str], extra: list[str]) -> None:
         _check_text("tokens", text)
 
 
-def _check_text(where: str, text: object) -> None:
+def _check_text(source: str, text: object) -> None:
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where} has {text!r}; expected the text of a token, with at least one character")
+        raise ValueError(f"{source} has {text!r}; expected the text of a token, with at least one character")
 
 
 def _follow(tokenizer: Any, before: Any, special: dict[str, str]) -> None:
@@ -54,8 +54,8 @@ def _follow(tokenizer: Any, before: Any, special: dict[str, str]) -> None:
     """
     begin, end = ({getattr(before, name): special[name] for name in names if name in special} for names in (BEGIN, END))
     was = _around(before)
-    wanted = [begin.get(token, token) for token in was[0]], [end.get(token, token) for token in was[1]]
-    if wanted == was:
+    target = [begin.get(token, token) for token in was[0]], [end.get(token, token) for token in was[1]]
+    if target == was:
         return
     from tokenizers import Tokenizer
 
@@ -63,7 +63,7 @@ def _follow(tokenizer: Any, before: Any, special: dict[str, str]) -> None:
     ids = {text: tokenizer.convert_tokens_to_ids(text) for text in (*begin.values(), *end.values())}
     whole["post_processor"] = _renamed(whole["post_processor"], begin, end, ids)
     tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
-    if _around(tokenizer) != wanted:
+    if _around(tokenizer) != target:
         raise ValueError(f"the tokenizer puts {was[0] + was[1]} around every text by a rule of its own, which special_tokens cannot change")
 
 
