@@ -75,17 +75,20 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     unread = sources.unread_columns(rows)
     if sources.SYSTEM in unread:
         raise sources.unplaced_system(rows, unread[sources.SYSTEM], name)
-    plain = [{"prompt": one.prompt, "ground_truth": one.ground_truth, "remaining_turns": list(one.remaining_turns)} for one in targets]
+    plain = [
+        {"prompt": target.prompt, "ground_truth": target.ground_truth, "remaining_turns": list(target.remaining_turns)}
+        for target in targets
+    ]
     notes = prompt_rows.describe_dropped(dropped)
     notes += f", not read: {reporting.abbreviate(list(unread))}" if unread else ""
-    return rows._replace(name=f"{rows.name} as {name}{notes}", rows=plain, numbers=[one.row for one in targets])
+    return rows._replace(name=f"{rows.name} as {name}{notes}", rows=plain, numbers=[target.row for target in targets])
 
 
 def _detect(rows: sources.Rows) -> str:
     columns = sources.columns(rows)
     if (detected := row_formats.detect("true_replies", columns)) is not None:
         return detected.name
-    names = "; ".join(one.name for one in row_formats.ranked("true_replies"))
+    names = "; ".join(row_format.name for row_format in row_formats.ranked("true_replies"))
     raise ValueError(
         f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {names}; name a transform "
         "with --format, or give --mode strided for documents"
@@ -97,7 +100,7 @@ def _transform(name: str) -> ebft.Transform:
     known = row_formats.of_kind("true_replies")
     if name in known:
         return known[name].reader
-    transforms = [one for one in known if "." in one]  # the others go by columns
+    transforms = [transform for transform in known if "." in transform]  # the others go by columns
     if name in row_formats.of_kind("strided") and "." in name:
         raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.join_names(transforms)}")
     close = difflib.get_close_matches(name, transforms, n=1, cutoff=0.8)
@@ -107,11 +110,11 @@ def _transform(name: str) -> ebft.Transform:
 
 def _opening(row: dict) -> str:
     """What rows of one conversation have in common: their prompt, up to the first reply in it."""
-    asked = row["prompt"]
-    if isinstance(asked, str):
-        return asked
-    first = next((i for i, one in enumerate(asked) if one["role"] == "assistant"), len(asked))
-    return json.dumps(asked[:first], sort_keys=True, default=repr)
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    first = next((i for i, message in enumerate(prompt) if message["role"] == "assistant"), len(prompt))
+    return json.dumps(prompt[:first], sort_keys=True, default=repr)
 
 
 def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, label: str) -> tuple[list[Prompt], list[str]]:
@@ -120,16 +123,16 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     read, lines, offset = [], [], 0
     for part in parts:
         some, report = prompts.read(part, tokenizer, **encoding)
-        complete = [_with_truth(one, tokenizer, tuple(encoding.values()), f"{part.name}, row {one.row}") for one in some]
-        lengths = [len(one.tokens) + len(one.columns["truth"]) for one in complete]
-        fitting = [one for one, size in zip(complete, lengths, strict=True) if size <= settings.sequence_len]
+        complete = [_with_truth(prompt, tokenizer, tuple(encoding.values()), f"{part.name}, row {prompt.row}") for prompt in some]
+        lengths = [len(prompt.tokens) + len(prompt.columns["truth"]) for prompt in complete]
+        fitting = [prompt for prompt, size in zip(complete, lengths, strict=True) if size <= settings.sequence_len]
         if not fitting:
             fix = f"raise it to {min(lengths)} or more"
             raise ValueError(f"{part.name}: all {len(some)} rows are {TOO_LONG} {settings.sequence_len}: {fix}")
         dropped = report.dropped | ({TOO_LONG: len(some) - len(fitting)} if len(fitting) < len(some) else {})
         size = f"the longest {max(lengths)} tokens with its true reply"
         lines.append(f"{label} {part.name}: {len(fitting)} prompts, {size}{prompt_rows.describe_dropped(dropped)}")
-        read += [one._replace(row=one.row + offset) for one in fitting]
+        read += [prompt._replace(row=prompt.row + offset) for prompt in fitting]
         offset += max(part.numbers, default=0) + 1
     return read, lines
 
@@ -140,14 +143,14 @@ def _with_truth(prompt: Prompt, tokenizer: Any, template: Sequence, where: str) 
     rest = prompt.columns["remaining_turns"]
     if rest and prompt.messages is None:
         raise ValueError(f"{where}: remaining_turns need a prompt of messages, got plain text")
-    pieces, between, said = [(encode(prompt.columns["ground_truth"]), True)], [], []
-    for one in rest:
-        if one["role"] != "assistant":
-            said.append(one)
+    pieces, between, turns_between = [(encode(prompt.columns["ground_truth"]), True)], [], []
+    for message in rest:
+        if message["role"] != "assistant":
+            turns_between.append(message)
             continue
-        between.append(encode(_around(tokenizer, template, said, where)))
-        pieces += [(between[-1], False), (encode(one["content"]), True)]
-        said = []
+        between.append(encode(_around(tokenizer, template, turns_between, where)))
+        pieces += [(between[-1], False), (encode(message["content"]), True)]
+        turns_between = []
     truth = np.concatenate([np.array(ids, np.int32) for ids, _ in pieces])
     replies = np.concatenate([np.full(len(ids), reply) for ids, reply in pieces])
     return prompt._replace(columns=prompt.columns | {"truth": truth, "replies": replies, "between": between})
@@ -157,15 +160,15 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
-def _around(tokenizer: Any, template: Sequence, said: list[dict], where: str) -> str:
+def _around(tokenizer: Any, template: Sequence, messages: list[dict], where: str) -> str:
     """What the chat template puts between two replies: the end of the first, the turns between them, the header of the second."""
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}, *said]
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}, *messages]
     try:
         text = chat_templates.renderer(tokenizer, *template)(talk, add_generation_prompt=True)
     except ValueError as error:
         raise ValueError(f"{where}: field remaining_turns: {error}") from error
-    _, found, after = text.partition(REPLY)
-    if not found or not after:
+    _, marker, after = text.partition(REPLY)
+    if not marker or not after:
         raise ValueError(f"{where}: the chat template does not show what stands between two replies, so remaining_turns cannot be played")
     return after
 
@@ -197,17 +200,17 @@ def check_fits(
 
     limit: tokens that fit, of the model or a server (limit_of). custom_rollout: a user's function plays the prompts.
     """
-    for one in prompts:
-        between = one.columns["between"]
-        longest = max(len(one.columns["truth"]), max_completion_length * (1 + len(between)) + sum(map(len, between)))
-        if len(one.tokens) + longest > limit:
+    for prompt in prompts:
+        between = prompt.columns["between"]
+        longest = max(len(prompt.columns["truth"]), max_completion_length * (1 + len(between)) + sum(map(len, between)))
+        if len(prompt.tokens) + longest > limit:
             raise ValueError(
-                f"row {one.row} has a prompt of {len(one.tokens)} tokens, with up to {longest} after it more than the {limit} positions "
-                f"of {limit_of}: lower sequence_len or max_completion_length "
+                f"row {prompt.row} has a prompt of {len(prompt.tokens)} tokens, with up to {longest} after it more than the {limit} "
+                f"positions of {limit_of}: lower sequence_len or max_completion_length "
                 f"({max_completion_length} for each of {1 + len(between)} replies)"
             )
         if between and custom_rollout:
-            raise ValueError(f"row {one.row} has remaining_turns, which rollout_func would not play: leave out one of them")
-        if max(one.columns["truth"], default=0) >= vocab_size:
-            raise ValueError(f"row {one.row}: the tokenizer is of another model, its ids are not below {vocab_size}")
+            raise ValueError(f"row {prompt.row} has remaining_turns, which rollout_func would not play: leave out one of them")
+        if max(prompt.columns["truth"], default=0) >= vocab_size:
+            raise ValueError(f"row {prompt.row}: the tokenizer is of another model, its ids are not below {vocab_size}")
     prompt_rows.check_ids(prompts, stop_ids=stop_ids, vocab_size=vocab_size)

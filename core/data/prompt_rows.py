@@ -55,7 +55,7 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     for part in parts:
         with fields.reading(part.name):
             some, report = prompts.read(part, tokenizer, **settings.encoding)
-        read += [one._replace(row=one.row + offset) for one in some]
+        read += [prompt._replace(row=prompt.row + offset) for prompt in some]
         offset += max(part.numbers, default=0) + 1
         lines.append(
             f"{label} {part.name}: {report.prompts} prompts, the longest {report.longest} tokens{describe_dropped(report.dropped)}"
@@ -72,7 +72,7 @@ def check_fits(
     prompts: Sequence[Prompt], *, max_completion_length: int, stop_ids: Sequence[int], vocab_size: int, max_positions: int
 ) -> None:
     """Errors: ValueError when a prompt with a completion needs more positions than the model has, or an id is none of its own."""
-    longest = max(prompts, key=lambda one: len(one.tokens))
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if len(longest.tokens) + max_completion_length > max_positions:
         raise ValueError(
             f"row {longest.row} has a prompt of {len(longest.tokens)} tokens, with max_completion_length {max_completion_length} more than "
@@ -83,8 +83,8 @@ def check_fits(
 
 def check_ids(prompts: Sequence[Prompt], *, stop_ids: Sequence[int], vocab_size: int) -> None:
     """Errors: ValueError when an id of the prompts or of stop_token_ids is none of the model's."""
-    largest = max(int(one.tokens.max()) for one in prompts)
+    largest = max(int(prompt.tokens.max()) for prompt in prompts)
     if largest >= vocab_size:
         raise ValueError(f"the prompts hold token id {largest}, the model has {vocab_size}: the tokenizer is of another model")
-    if wrong := [one for one in stop_ids if not 0 <= one < vocab_size]:
+    if wrong := [token for token in stop_ids if not 0 <= token < vocab_size]:
         raise ValueError(f"stop_token_ids has {wrong[0]}, expected ids from 0 to {vocab_size - 1}")

@@ -37,7 +37,7 @@ def gsm8k(completions: Sequence[Completion], answer: Sequence) -> list[float | N
     GSM8K solution. Commas, $ and % are ignored and the comparison is exact: 1,000.00 is 1000.
     Source: Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168 (the data and its `####`).
     """
-    return [_agree(_final(text(one)), _final(_said(right))) for one, right in zip(completions, answer, strict=True)]
+    return [_agree(_final(text(completion)), _final(_as_text(right))) for completion, right in zip(completions, answer, strict=True)]
 
 
 def math_equal(completions: Sequence[Completion], answer: Sequence) -> list[float | None]:
@@ -47,7 +47,7 @@ def math_equal(completions: Sequence[Completion], answer: Sequence) -> list[floa
     percentages are compared exactly as fractions, where 50% is 50 as well as 1/2; anything else, such as \sqrt{2}, must be in a box
     and is compared as text without spaces and braces. No opinion where `answer` is missing or empty.
     """
-    return [_same(text(one), _said(right)) for one, right in zip(completions, answer, strict=True)]
+    return [_same(text(completion), _as_text(right)) for completion, right in zip(completions, answer, strict=True)]
 
 
 def math_verify(completions: Sequence[Completion], answer: Sequence) -> list[float | None]:
@@ -60,9 +60,9 @@ def math_verify(completions: Sequence[Completion], answer: Sequence) -> list[flo
     except ModuleNotFoundError as error:
         raise ValueError("math_verify needs the package math-verify: pip install 'math-verify[antlr4_13_2]', or use math_equal") from error
     out: list[float | None] = []
-    for one, right in zip(completions, answer, strict=True):
-        gold = checker.parse(_said(right)) or checker.parse(f"${_said(right)}$")
-        out.append(float(bool(checker.verify(gold, checker.parse(text(one))))) if gold else None)
+    for completion, right in zip(completions, answer, strict=True):
+        gold = checker.parse(_as_text(right)) or checker.parse(f"${_as_text(right)}$")
+        out.append(float(bool(checker.verify(gold, checker.parse(text(completion))))) if gold else None)
     return out
 
 
@@ -71,7 +71,7 @@ def format_tags(completions: Sequence[Completion], *, opened: bool = False) -> l
 
     opened: the prompt already ends in `<think>`, as some chat templates write it.
     """
-    return [_tagged("<think>" * opened + text(one)) for one in completions]
+    return [_tagged("<think>" * opened + text(completion)) for completion in completions]
 
 
 def length(completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], *, max: int = 256, cache: int = 64) -> list[float]:
@@ -88,7 +88,10 @@ def length(completions: Sequence[Completion], completion_ids: Sequence[Sequence[
 
 def digits(completions: Sequence[Completion]) -> list[float]:
     """Share of the characters that are 0 to 9; 0 for an empty text. A toy that every model learns at once."""
-    return [sum("0" <= char <= "9" for char in said) / len(said) if (said := text(one)) else 0.0 for one in completions]
+    return [
+        sum("0" <= char <= "9" for char in answer_text) / len(answer_text) if (answer_text := text(completion)) else 0.0
+        for completion in completions
+    ]
 
 
 def repetition(completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], *, ngram: int = 3) -> list[float]:
@@ -100,13 +103,13 @@ def repetition(completions: Sequence[Completion], completion_ids: Sequence[Seque
     if ngram < 1:
         raise ValueError(f"repetition has ngram={ngram}: expected at least 1, such as repetition?ngram=3")
     grams = [list(zip(*(ids[i:] for i in range(ngram)), strict=False)) for ids in completion_ids]
-    return [len(set(found)) / len(found) - 1 if found else 0.0 for found in grams]
+    return [len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0 for ngrams in grams]
 
 
 BUILTIN: dict[str, Callable] = {one.__name__: one for one in (gsm8k, math_equal, math_verify, format_tags, length, digits, repetition)}
 
 
-def _said(answer: object) -> str:
+def _as_text(answer: object) -> str:
     return "" if answer is None else str(answer)
 
 
@@ -115,28 +118,28 @@ def _number(match: re.Match) -> Decimal:
     return value.copy_negate() if match[1] or match[2] else value
 
 
-def _final(said: str) -> Decimal | None:
+def _final(answer: str) -> Decimal | None:
     """The number after the first `####` that has one, else the last number of the text."""
-    for part in said.split("####")[1:]:
-        if found := _NUMBER.search(part):
-            return _number(found)
-    numbers = list(_NUMBER.finditer(said))
+    for part in answer.split("####")[1:]:
+        if number := _NUMBER.search(part):
+            return _number(number)
+    numbers = list(_NUMBER.finditer(answer))
     return _number(numbers[-1]) if numbers else None
 
 
-def _agree(found: Decimal | None, right: Decimal | None) -> float | None:
-    return None if right is None else float(found == right)
+def _agree(value: Decimal | None, right: Decimal | None) -> float | None:
+    return None if right is None else float(value == right)
 
 
-def _same(said: str, right: str) -> float | None:
+def _same(answer: str, right: str) -> float | None:
     expected = right.rpartition("####")[2] if (box := _boxed(right)) is None else box
     if not _squeezed(expected):
         return None
-    box, value = _boxed(said), _value(expected)
+    box, value = _boxed(answer), _value(expected)
     if value is None:
         return float(box is not None and _squeezed(box) == _squeezed(expected))
     if box is None:
-        box = "".join([match[0] for match in _ANYWHERE.finditer(said)][-1:])
+        box = "".join([match[0] for match in _ANYWHERE.finditer(answer)][-1:])
     return float(_equal(_value(box), value))
 
 
@@ -147,27 +150,27 @@ def _equal(a: tuple[Fraction, bool] | None, b: tuple[Fraction, bool]) -> bool:
     return x == y or (percent and not other and x == 100 * y) or (other and not percent and y == 100 * x)
 
 
-def _boxed(said: str) -> str | None:
+def _boxed(answer: str) -> str | None:
     r"""What is in the last \boxed{...} whose braces close."""
     last, opened = (-1, -1), []
-    for match in _BRACES.finditer(said):
+    for match in _BRACES.finditer(answer):
         if match[0] != "}":
             opened.append(match.end() if match[0] != "{" else -1)
         elif opened and (start := opened.pop()) > last[0]:
             last = start, match.start()
-    return said[slice(*last)] if last[0] >= 0 else None
+    return answer[slice(*last)] if last[0] >= 0 else None
 
 
-def _squeezed(said: str) -> str:
-    said = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", said.replace("\\(", "").replace("\\)", ""))
-    return _NOISE.sub("", re.sub(r"\\[dt]frac", r"\\frac", said)).strip("$.").replace("−", "-")
+def _squeezed(latex: str) -> str:
+    latex = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", latex.replace("\\(", "").replace("\\)", ""))
+    return _NOISE.sub("", re.sub(r"\\[dt]frac", r"\\frac", latex)).strip("$.").replace("−", "-")
 
 
-def _value(said: str) -> tuple[Fraction, bool] | None:
+def _value(latex: str) -> tuple[Fraction, bool] | None:
     """The number that a text is, units in \\text{} and a leading `x =` aside, and whether it is written as a percentage."""
-    said = re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", "", said).rpartition("=")[2]
-    said = re.sub(r"\\left|\\right|\\[!,;: ()\[\]$]|\^\{?\\circ\}?|~", lambda match: "$" if match[0] == "\\$" else "", said)
-    match = _VALUE.fullmatch(said.strip().strip("$").strip().rstrip(".").replace("{,}", ","))
+    latex = re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", "", latex).rpartition("=")[2]
+    latex = re.sub(r"\\left|\\right|\\[!,;: ()\[\]$]|\^\{?\\circ\}?|~", lambda match: "$" if match[0] == "\\$" else "", latex)
+    match = _VALUE.fullmatch(latex.strip().strip("$").strip().rstrip(".").replace("{,}", ","))
     if match is None:
         return None
     minus, second, whole, top, top1, bottom, bottom1, plain, under, percent = match.groups()
@@ -181,10 +184,10 @@ def _value(said: str) -> tuple[Fraction, bool] | None:
     return -value if "-" in (minus + second).replace("−", "-") else value, bool(percent)
 
 
-def _fraction(said: str) -> Fraction:
-    return Fraction(said.replace(",", "").replace("−", "-").strip())
+def _fraction(latex: str) -> Fraction:
+    return Fraction(latex.replace(",", "").replace("−", "-").strip())
 
 
-def _tagged(said: str) -> float:
-    once = all(said.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return float(once and _TAGS.fullmatch(said) is not None)
+def _tagged(answer: str) -> float:
+    once = all(answer.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return float(once and _TAGS.fullmatch(answer) is not None)

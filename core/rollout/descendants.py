@@ -25,10 +25,10 @@ def adopt() -> None:
 def of(pid: int) -> list[int]:
     """Process ids of all descendants, children before theirs."""
     parents = _parents()
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    pids = [pid]
+    for process_id in pids:
+        pids += [child for child, parent in parents.items() if parent == process_id]
+    return pids[1:]
 
 
 def marked(mark: str) -> list[int]:
@@ -43,13 +43,14 @@ def marked(mark: str) -> list[int]:
 
 def kill(pid: int, mark: str = "") -> None:
     """Ends all descendants, and others of its mark, also those that are started meanwhile."""
+    # A process may start others between the look and the kill: look again until there is none.
     for _ in range(5):
-        left = of(pid) + [one for one in (marked(mark) if mark else []) if one != pid]
+        left = of(pid) + [process_id for process_id in (marked(mark) if mark else []) if process_id != pid]
         if not left:
             return
-        for one in left:
+        for process_id in left:
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(one, signal.SIGKILL)
+                os.kill(process_id, signal.SIGKILL)
 
 
 def end_with(parent: int) -> None:

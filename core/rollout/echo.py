@@ -24,7 +24,7 @@ class Echo:
         read, write = os.pipe()
         self.renew(key)
         thread = threading.Thread(target=self._copy, args=(read, key), daemon=True)
-        self._threads = [one for one in self._threads if one.is_alive()] + [thread]
+        self._threads = [copier for copier in self._threads if copier.is_alive()] + [thread]
         thread.start()
         return write
 
@@ -47,13 +47,13 @@ class Echo:
         room = min(self._left, self._here[key])
         if room <= 0:
             return
-        kept, self._left = data[:room], self._left - len(data[:room])
-        self._here[key] -= len(kept)
-        if len(kept) == room:
+        written, self._left = data[:room], self._left - len(data[:room])
+        self._here[key] -= len(written)
+        if len(written) == room:
             which = f"{self._all} bytes in all" if self._left <= 0 else f"{self._call} bytes of a call"
-            kept += f"\n[reward functions printed more than {which}: the rest is left out]\n".encode()
+            written += f"\n[reward functions printed more than {which}: the rest is left out]\n".encode()
         try:
             with open(self._log, "ab") if self._log else open(2, "wb", closefd=False) as out:
-                out.write(kept)
+                out.write(written)
         except OSError:
             self._left = 0  # nowhere to write: keep reading, so that nobody blocks

@@ -160,6 +160,7 @@ class VllmEngine:
 
     def start(self, state: TrainState) -> None:
         """Check that the server has the base model, and give it the weights where the run has others already."""
+        # The base model is asked first, as version -1: a canary that fails here is of another model or dtype, not a lost sync.
         self.verdict = self._steady(lambda _: self.sync.start(-1, self.base_logp))
         if int(state.step) > 0 or self.settings.sync_at_start:
             self.push(state)

@@ -107,11 +107,12 @@ class Feed:
         """
         state = self._state if self._state.batch else self._generation(policy, step)
         groups = [state.batch[i].group for i in _dealt(state, self._settings)]
-        done = state.part + 1 == self._settings.steps * self._settings.iterations
-        self._state = state._replace(part=0, batch=(), metrics=()) if done else state._replace(part=state.part + 1)
+        # Exchanged whole, after all that may fail: an error on the way leaves the feed as it was.
+        is_last = state.part + 1 == self._settings.steps * self._settings.iterations
+        self._state = state._replace(part=0, batch=(), metrics=()) if is_last else state._replace(part=state.part + 1)
         if self._prefetched:
             self._prefetched.keep(self._state.flight)
-        staleness = [step - one.version for one in groups]
+        staleness = [step - group.version for group in groups]
         ages = {"rollout/staleness_mean": float(np.mean(staleness)), "rollout/staleness_max": float(max(staleness))}
         return groups, dict(state.metrics) | ages
 
@@ -133,9 +134,9 @@ class Feed:
 
     def close(self) -> None:
         """Ends the threads, without waiting for a call that one is in."""
-        for one in (self._prefetched, self._scores):
-            if one:
-                one.close()
+        for thread in (self._prefetched, self._scores):
+            if thread:
+                thread.close()
 
     def _generation(self, policy: Any, step: int) -> FeedState:
         """The state with a new generation in it."""
@@ -144,12 +145,13 @@ class Feed:
         batch, overflow = _chosen(gathered.live, gathered.flat, settings.prompts)
         batch = self._advantaged(batch)
         final, replayed = self._replayed(batch, state)
-        failed = [one.index for one in gathered.sampled if _failed(one.group)] if settings.reroll_from is not None else []
+        failed = [indexed.index for indexed in gathered.sampled if _failed(indexed.group)] if settings.reroll_from is not None else []
         state = state._replace(
             stream=prompt_order.with_failed(state.stream, failed),
             overflow=tuple(overflow),
-            stored=replay.add(state.stored, [one for one in batch if _signal(one)], settings.replay_size),
+            stored=replay.add(state.stored, [indexed for indexed in batch if _signal(indexed)], settings.replay_size),
             generation=state.generation + 1,
+            # Of stored groups too: theirs were those of an older policy, and ratios compare with the one of now.
             batch=tuple(self._relogged(policy, final)),
         )
         counts = {
@@ -160,9 +162,9 @@ class Feed:
             "replayed": replayed,
             "stored": len(state.stored),
             "failed_queue": len(state.stream.failed),
-            "zero_advantage": sum(not _signal(one) for one in final),
+            "zero_advantage": sum(not _signal(indexed) for indexed in final),
         }
-        measured = self._calls.measure([one.group for one in gathered.sampled or batch]) if self._calls.measure else {}
+        measured = self._calls.measure([indexed.group for indexed in gathered.sampled or batch]) if self._calls.measure else {}
         return state._replace(metrics=(*measured.items(), *((f"rollout/{name}", float(value)) for name, value in counts.items())))
 
     def _gathered(self, policy: Any, step: int) -> tuple[Gathered, FeedState]:
@@ -170,10 +172,11 @@ class Feed:
         settings, state, rounds = self._settings, self._state, 0
         sampled, live, flat = [], list(state.overflow), []
         most = settings.max_refills if settings.dynamic else 0
+        # All ranks go as many rounds as the one that lacks most: a collective inside would wait for ever for one that stopped earlier.
         while (lack := self._calls.max_over_ranks(self._lack(live))) > 0 and rounds <= most:
-            groups, state = self._round(policy, step, state, lack, first=rounds == 0, used=[one.index for one in live + flat])
-            for one, is_live in zip(groups, self._live(groups), strict=True):
-                (live if is_live else flat).append(one)
+            groups, state = self._round(policy, step, state, lack, first=rounds == 0, drawn=[group.index for group in live + flat])
+            for group, is_live in zip(groups, self._live(groups), strict=True):
+                (live if is_live else flat).append(group)
             sampled, rounds = sampled + groups, rounds + 1
         if lack and not self._warned:
             text = f"{lack} of {settings.prompts} groups have no signal after {rounds} rounds of sampling (said once)"
@@ -182,12 +185,12 @@ class Feed:
         return Gathered(sampled, live, flat, max(rounds - 1, 0)), state
 
     def _round(
-        self, policy: Any, step: int, state: FeedState, n: int, *, first: bool, used: list[int]
+        self, policy: Any, step: int, state: FeedState, n: int, *, first: bool, drawn: list[int]
     ) -> tuple[list[IndexedGroup], FeedState]:
         """At least n more groups with rewards, in the order in which their prompts were drawn."""
         settings = self._settings
         due = settings.reroll_from is not None and step >= settings.reroll_from and (first or self._prefetched is not None)
-        state = self._launched(policy, state, n, settings.reroll_groups if due else 0, used)
+        state = self._launched(policy, state, n, settings.reroll_groups if due else 0, drawn)
         ends = np.cumsum([len(request) for request in state.flight])
         taken = int(np.searchsorted(ends, n)) + 1
         requests, state = state.flight[:taken], state._replace(flight=state.flight[taken:])
@@ -198,19 +201,19 @@ class Feed:
             # The next attempt samples other groups under the same request, which must not get the rewards of this one.
             if self._scores:
                 self._scores.keep(())
-        return [IndexedGroup(draw.index, one) for request, groups in scored for draw, one in zip(request, groups, strict=True)], state
+        return [IndexedGroup(draw.index, group) for request, groups in scored for draw, group in zip(request, groups, strict=True)], state
 
-    def _launched(self, policy: Any, state: FeedState, n: int, again: int, used: list[int]) -> FeedState:
+    def _launched(self, policy: Any, state: FeedState, n: int, again: int, drawn: list[int]) -> FeedState:
         """The state with n prompts in flight, or with a generation and those ahead of it, handed to the thread."""
         settings = self._settings
         enough = settings.prompts * (settings.prefetch_depth + 1) if self._prefetched else n
         while (flying := sum(map(len, state.flight))) < enough:
-            avoid = used + [draw.index for request in state.flight for draw in request]
+            avoid = drawn + [draw.index for request in state.flight for draw in request]
             size = settings.prompts if self._prefetched else n - flying
             draws, stream = prompt_order.draw(state.stream, self._order, size, again=again, avoid=avoid if settings.dynamic else ())
             state = state._replace(stream=stream, flight=state.flight + self._split(draws))
         if self._prefetched and (new := [request for request in state.flight if request not in self._prefetched]):
-            # One copy for all requests: the optimiser changes the live weights while the thread samples.
+            # A copy, one for all requests: the optimiser changes the live weights while the thread samples.
             copy = self._calls.snapshot(policy) if self._calls.snapshot else None
             for request in new:
                 self._prefetched.put(request, copy, *self._asked(request))
@@ -229,13 +232,13 @@ class Feed:
         sizes = {len(completions) for completions in sampled.completions}
         if len(sampled.completions) != len(request) or len(sizes) != 1 or 0 in sizes:
             raise ValueError(
-                f"the sampler gave {[len(one) for one in sampled.completions]} completions for {len(request)} prompts: "
+                f"the sampler gave {[len(group) for group in sampled.completions]} completions for {len(request)} prompts: "
                 "expected a list for each prompt, all of one length"
             )
         rows = zip(prompts, numbers, sampled.completions, strict=True)
         groups = [Group(prompt, number, tuple(completions), sampled.version) for prompt, number, completions in rows]
-        for one in groups:
-            _check_completions(one)
+        for group in groups:
+            _check_completions(group)
         return groups
 
     def _scored(self, request: Request, groups: list[Group]) -> Callable[[], list[Group]]:
@@ -243,38 +246,38 @@ class Feed:
         if (scores := self._scores) is not None:
             scores.put(request, groups)
             return lambda: _rewarded(groups, scores.get(request))
-        done = _rewarded(groups, self._calls.score(groups))
-        return lambda: done
+        scored = _rewarded(groups, self._calls.score(groups))
+        return lambda: scored
 
     def _lack(self, live: list[IndexedGroup]) -> int:
         """Prompts that a generation lacks; one that comes twice counts once, unless there are too few prompts for that."""
         settings = self._settings
-        have = len({one.index for one in live}) if settings.dynamic and len(self._prompts) >= settings.prompts else len(live)
+        have = len({group.index for group in live}) if settings.dynamic and len(self._prompts) >= settings.prompts else len(live)
         return max(settings.prompts - have, 0)
 
     def _live(self, groups: list[IndexedGroup]) -> list[bool]:
-        return [_signal(one) for one in self._advantaged(groups)] if self._settings.dynamic else [True] * len(groups)
+        return [_signal(group) for group in self._advantaged(groups)] if self._settings.dynamic else [True] * len(groups)
 
     def _advantaged(self, groups: list[IndexedGroup]) -> list[IndexedGroup]:
-        rewards = np.stack([rewards_of(one.group) for one in groups])  # [P, G, K]
+        rewards = np.stack([rewards_of(indexed.group) for indexed in groups])  # [P, G, K]
         values = np.asarray(self._calls.advantage(rewards), np.float64)
         if values.shape != rewards.shape[:2] or not np.isfinite(values).all():
             raise ValueError(f"advantages {values.shape} of rewards {rewards.shape}: expected a finite number for each completion")
-        return [IndexedGroup(one.index, one.group._replace(advantage=value)) for one, value in zip(groups, values, strict=True)]
+        return [IndexedGroup(indexed.index, indexed.group._replace(advantage=value)) for indexed, value in zip(groups, values, strict=True)]
 
     def _replayed(self, batch: list[IndexedGroup], state: FeedState) -> tuple[list[IndexedGroup], int]:
         """The batch with stored groups in place of those without signal, and their number."""
-        empty = [i for i, one in enumerate(batch) if not _signal(one)]
+        empty = [i for i, indexed in enumerate(batch) if not _signal(indexed)]
         replacements, out = replay.draw(state.stored, len(empty), self._settings.seed, self._settings.rank, state.generation), list(batch)
-        for i, one in zip(empty, replacements, strict=False):
-            out[i] = IndexedGroup(one.index, one.group)
+        for i, indexed in zip(empty, replacements, strict=False):
+            out[i] = IndexedGroup(indexed.index, indexed.group)
         return out, len(replacements)
 
     def _relogged(self, policy: Any, batch: list[IndexedGroup]) -> list[IndexedGroup]:
         if self._calls.old_logprobs is None:
             return batch
-        groups = self._calls.old_logprobs(policy, [one.group for one in batch])
-        return [IndexedGroup(one.index, new) for one, new in zip(batch, groups, strict=True)]
+        groups = self._calls.old_logprobs(policy, [indexed.group for indexed in batch])
+        return [IndexedGroup(indexed.index, new) for indexed, new in zip(batch, groups, strict=True)]
 
     def _identity(self) -> dict:
         settings, text = self._settings, hashlib.sha256()
@@ -295,21 +298,21 @@ def _dealt(state: FeedState, settings: FeedSettings) -> list[int]:
 def _chosen(live: list[IndexedGroup], flat: list[IndexedGroup], n: int) -> tuple[list[IndexedGroup], list[IndexedGroup]]:
     """(n groups, groups with signal left over): those with signal first, and no prompt twice as long as there are others."""
     seen, once, more = set(), [], []
-    for one in live + flat:
-        (more if one.index in seen else once).append(one)
-        seen.add(one.index)
+    for indexed in live + flat:
+        (more if indexed.index in seen else once).append(indexed)
+        seen.add(indexed.index)
     batch = (once + more)[:n]
-    taken = {one.group.number for one in batch}
-    return batch, [one for one in live if one.group.number not in taken]
+    taken = {indexed.group.number for indexed in batch}
+    return batch, [indexed for indexed in live if indexed.group.number not in taken]
 
 
-def _signal(one: IndexedGroup) -> bool:
-    return bool(np.any(one.group.advantage))
+def _signal(indexed: IndexedGroup) -> bool:
+    return bool(np.any(indexed.group.advantage))
 
 
-def _failed(one: Group) -> bool:
+def _failed(group: Group) -> bool:
     """Whether every function gave every completion 0, abstentions left out; not where all functions abstain."""
-    opinions = [column[~np.isnan(column)] for column in rewards_of(one).T]
+    opinions = [column[~np.isnan(column)] for column in rewards_of(group).T]
     return any(values.size for values in opinions) and all(stats.flat(values) and np.all(np.abs(values) < FAILED) for values in opinions)
 
 
@@ -317,16 +320,16 @@ def _rewarded(groups: list[Group], rewards: np.ndarray) -> list[Group]:
     rewards, expected = np.asarray(rewards, np.float64), (len(groups), len(groups[0].completions))
     if rewards.ndim != 3 or rewards.shape[:2] != expected or rewards.shape[2] < 1:
         raise ValueError(f"the score gave rewards {rewards.shape}: expected {expected} and the number of reward functions")
-    return [one._replace(rewards=row) for one, row in zip(groups, rewards, strict=True)]
+    return [group._replace(rewards=row) for group, row in zip(groups, rewards, strict=True)]
 
 
-def _check_completions(one: Group) -> None:
-    for completion in one.completions:
+def _check_completions(group: Group) -> None:
+    for completion in group.completions:
         sizes = {len(completion.tokens), len(completion.logp), len(completion.trained)}
         if len(sizes) != 1:
             raise ValueError(
                 f"the sampler gave a completion of {len(completion.tokens)} tokens with {len(completion.logp)} log-probs and "
-                f"{len(completion.trained)} marks of what is trained, for the prompt of row {one.prompt.row}: expected as many"
+                f"{len(completion.trained)} marks of what is trained, for the prompt of row {group.prompt.row}: expected as many"
             )
 
 

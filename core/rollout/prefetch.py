@@ -63,7 +63,7 @@ def _work(call: Callable[..., Any], todo: queue.SimpleQueue) -> None:
         del item, future, args  # an idle thread keeps no result alive
 
 
-def _stop(todo: queue.SimpleQueue, made: dict[Hashable, Future]) -> None:
-    for future in made.values():
+def _stop(todo: queue.SimpleQueue, futures: dict[Hashable, Future]) -> None:
+    for future in futures.values():
         future.cancel()
     todo.put(None)

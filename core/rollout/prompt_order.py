@@ -56,7 +56,7 @@ def draw(
         else:
             index, taken = _at(order, taken * order.world + order.rank), taken + 1
         if _blocked(index, drawn, order.prompts) or _blocked(index, drawn | set(avoid), order.prompts):
-            deferred.append(index)
+            deferred.append(index)  # not skipped: every epoch trains on every prompt
             continue
         drawn.add(index)
         indices.append(index)

@@ -38,24 +38,24 @@ def add(stored: Sequence[Stored], groups: Sequence[tuple[int, Group]], size: int
 
     A full buffer of `size` gives up its lowest score (the older of two) for one that is strictly greater.
     """
-    kept = list(stored)
+    buffer = list(stored)
     for index, group in groups:
         new = Stored(score(group), group.number, index, group._replace(old_logp=None))
         if size < 1 or not new.score > 0:
             continue
-        if len(kept) < size:
-            kept.append(new)
+        if len(buffer) < size:
+            buffer.append(new)
             continue
-        least = min(range(len(kept)), key=lambda i: kept[i][:2])
-        if new.score > kept[least].score:
-            kept[least] = new
-    return tuple(kept)
+        least = min(range(len(buffer)), key=lambda i: buffer[i][:2])
+        if new.score > buffer[least].score:
+            buffer[least] = new
+    return tuple(buffer)
 
 
 def best(stored: Sequence[Stored], size: int) -> tuple[Stored, ...]:
     """What a buffer of `size` keeps of these: those of the highest score, the newer of two, in their order."""
-    kept = sorted(range(len(stored)), key=lambda i: stored[i][:2], reverse=True)[:size]
-    return tuple(stored[i] for i in sorted(kept))
+    indices = sorted(range(len(stored)), key=lambda i: stored[i][:2], reverse=True)[:size]
+    return tuple(stored[i] for i in sorted(indices))
 
 
 def draw(stored: Sequence[Stored], n: int, *key: int) -> list[Stored]:
@@ -63,9 +63,9 @@ def draw(stored: Sequence[Stored], n: int, *key: int) -> list[Stored]:
 
     key: integers that decide the draw. Nothing is removed from the buffer.
     """
-    left, found = list(stored), []
+    left, drawn_groups = list(stored), []
     for i in range(min(n, len(left))):
-        reach = np.cumsum([max(one.score, LEAST) for one in left])
+        reach = np.cumsum([max(entry.score, LEAST) for entry in left])
         at = int(np.searchsorted(reach, order.uniform(*key, i, REPLAY) * reach[-1], side="right"))
-        found.append(left.pop(min(at, len(left) - 1)))
-    return found
+        drawn_groups.append(left.pop(min(at, len(left) - 1)))
+    return drawn_groups

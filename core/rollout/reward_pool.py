@@ -98,7 +98,7 @@ class Pool:
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
-        return [one.process.pid for one in self._alive]
+        return [child.process.pid for child in self._alive]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """ValueError when a function needs a column that no prompt has: known before anything is sampled."""
@@ -118,7 +118,7 @@ class Pool:
         self.check([group.prompt for group in groups])
         size = max(sizes, default=0)
         rewards = np.full((len(groups), size, len(self.names)), np.nan)
-        before = [dict(one) for one in self._counts]
+        before = [dict(count) for count in self._counts]
         self._run(_tasks(len(groups), size, len(self.names), self._workers), groups, rewards)
         self._refuse_useless(before, len(groups), size)
         self._tell_retries(before)
@@ -147,6 +147,7 @@ class Pool:
 
     def _start(self) -> None:
         self._refuse_closed()
+        # The channel is the standard input of the worker: what functions print goes elsewhere, and cannot be taken for an answer.
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-u", "-m", worker.__name__]
         out, mark = self._echo.pipe(ours.fileno()), uuid.uuid4().hex
@@ -156,16 +157,16 @@ class Pool:
                 process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=out, stderr=out, start_new_session=True, env=environment)
             finally:
                 os.close(out)
-        one = Process(process, ours, mark)
-        self._alive.add(one)
-        self._send(one, None, {"names": self.names, "limit_s": START_S}, START_S)
+        child = Process(process, ours, mark)
+        self._alive.add(child)
+        self._send(child, None, {"names": self.names, "limit_s": START_S}, START_S)
 
-    def _send(self, one: Process, task: Task | None, message: dict, limit_s: float) -> None:
-        self._busy[one] = Job(task, time.monotonic() + limit_s)
-        one.channel.settimeout(limit_s)
-        self._echo.renew(one.channel.fileno())
+    def _send(self, child: Process, task: Task | None, message: dict, limit_s: float) -> None:
+        self._busy[child] = Job(task, time.monotonic() + limit_s)
+        child.channel.settimeout(limit_s)
+        self._echo.renew(child.channel.fileno())
         try:
-            worker.send(one.channel, message)
+            worker.send(child.channel, message)
         except OSError:
             pass  # gone or stuck: reading its answer says so
         except (TypeError, ValueError) as error:
@@ -176,23 +177,23 @@ class Pool:
         try:
             while tasks or any(job.task for job in self._busy.values()):
                 self._hand_out(tasks, groups, columns)
-                for one, job, answer, why in self._answers():
+                for child, job, answer, why in self._answers():
                     if job.task:
                         tasks.extendleft(reversed(self._settle(job.task, answer, why, groups, rewards)))
-                        self._counts[job.task.function]["restarts"] += one not in self._alive
+                        self._counts[job.task.function]["restarts"] += child not in self._alive
         except BaseException:  # also Ctrl-C: an answer that is still to come must not be taken for the next one's
-            for one in list(self._busy):
-                self._kill(one)
+            for child in list(self._busy):
+                self._kill(child)
             raise
 
     def _hand_out(self, tasks: deque[Task], groups: Sequence[Group], columns: list[str]) -> None:
-        for one in [one for one in self._alive - self._busy.keys() if one.process.poll() is not None]:
-            self._kill(one)  # ended while idle: no row pays for that
-        for one in list(self._alive - self._busy.keys())[: len(tasks)]:
+        for child in [child for child in self._alive - self._busy.keys() if child.process.poll() is not None]:
+            self._kill(child)  # ended while idle: no row pays for that
+        for child in list(self._alive - self._busy.keys())[: len(tasks)]:
             task = tasks.popleft()
             takes = self._takes[task.function]
             rows = _rows(task, groups, [name for name in (*OURS, *columns, *takes["required"]) if takes["rest"] or name in takes["takes"]])
-            self._send(one, task, {"function": task.function, "rows": rows, "limit_s": self._timeout_s}, self._timeout_s)
+            self._send(child, task, {"function": task.function, "rows": rows, "limit_s": self._timeout_s}, self._timeout_s)
         starting = sum(job.task is None for job in self._busy.values())
         for _ in range(min(len(tasks) - starting, self._workers - len(self._alive))):
             self._start()
@@ -200,29 +201,30 @@ class Pool:
     def _answers(self) -> list[tuple[Process, Job, dict | None, str]]:
         """Waits for processes that answer, end or are late: (process, its job, answer or None, why there is none)."""
         wait_s = min(job.deadline for job in self._busy.values()) - time.monotonic()
-        ready = set(connection.wait([one.channel for one in self._busy], max(wait_s, 0)))
+        ready = set(connection.wait([child.channel for child in self._busy], max(wait_s, 0)))
         now, out = time.monotonic(), []
-        for one, job in list(self._busy.items()):
-            if one.channel in ready or job.deadline <= now:
-                answer, why = _answer(one, job) if one.channel in ready else (None, "")
-                del self._busy[one]
+        for child, job in list(self._busy.items()):
+            if child.channel in ready or job.deadline <= now:
+                answer, why = _answer(child, job) if child.channel in ready else (None, "")
+                del self._busy[child]
                 if answer is None:
                     why = why or f"no answer within {self._timeout_s if job.task else START_S:g} s"
-                    self._kill(one)
+                    self._kill(child)
                 if job.task is None and (answer is None or "error" in answer):
                     raise ValueError(answer["error"] if answer else f"rewards {', '.join(self.names)} cannot be loaded: {why}")
-                out.append((one, job, answer, why))
+                out.append((child, job, answer, why))
         return out
 
-    def _kill(self, one: Process) -> None:
-        self._busy.pop(one, None)
-        self._alive.discard(one)
-        _kill(one)
+    def _kill(self, child: Process) -> None:
+        self._busy.pop(child, None)
+        self._alive.discard(child)
+        _kill(child)
 
     def _settle(self, task: Task, answer: dict | None, why: str, groups: Sequence[Group], rewards: np.ndarray) -> list[Task]:
         """Takes an answer down; gives the calls to make instead when it failed."""
         count, size = self._counts[task.function], rewards.shape[1]
         answer = answer or {"error": why}
+        # Which row hung or crashed the worker is not known: one by one, only that row pays.
         if "error" in answer and len(task.rows) > 1:
             count["retried"] += len(task.rows)
             return [Task(task.function, (row,)) for row in task.rows]
@@ -286,17 +288,20 @@ def _rows(task: Task, groups: Sequence[Group], names: list[str]) -> dict[str, li
     """The arguments of a call: one list a name, one value a row; None where a prompt lacks the column."""
     size = len(groups[0].completions)
     rows = [(groups[row // size].prompt, groups[row // size].completions[row % size]) for row in task.rows]
-    made: dict[str, list] = {}
+    columns: dict[str, list] = {}
     for name in {"completions": None, **dict.fromkeys(names)}:
         if name == "completions":
-            made[name] = [[{"role": "assistant", "content": one.text}] if prompt.messages is not None else one.text for prompt, one in rows]
+            columns[name] = [
+                [{"role": "assistant", "content": completion.text}] if prompt.messages is not None else completion.text
+                for prompt, completion in rows
+            ]
         elif name == "prompts":
-            made[name] = [prompt.text if prompt.messages is None else prompt.messages for prompt, _ in rows]
+            columns[name] = [prompt.text if prompt.messages is None else prompt.messages for prompt, _ in rows]
         elif name == "completion_ids":
-            made[name] = [one.tokens.tolist() for _, one in rows]
+            columns[name] = [completion.tokens.tolist() for _, completion in rows]
         else:
-            made[name] = [prompt.columns.get(name) for prompt, _ in rows]
-    return made
+            columns[name] = [prompt.columns.get(name) for prompt, _ in rows]
+    return columns
 
 
 def _not_json(rows: dict[str, list]) -> str:
@@ -310,15 +315,15 @@ def _not_json(rows: dict[str, list]) -> str:
     raise AssertionError("every column is JSON")
 
 
-def _answer(one: Process, job: Job) -> tuple[dict | None, str]:
-    one.channel.settimeout(max(job.deadline - time.monotonic(), 1.0))
+def _answer(child: Process, job: Job) -> tuple[dict | None, str]:
+    child.channel.settimeout(max(job.deadline - time.monotonic(), 1.0))
     try:
-        answer = worker.receive(one.channel)
+        answer = worker.receive(child.channel)
     except TimeoutError:
         return None, ""
     except OSError:
         answer = None
-    return answer, "" if answer else _ended(one.process)
+    return answer, "" if answer else _ended(child.process)
 
 
 def _ended(process: subprocess.Popen) -> str:
@@ -331,18 +336,18 @@ def _ended(process: subprocess.Popen) -> str:
     )
 
 
-def _kill(one: Process) -> None:
+def _kill(child: Process) -> None:
     """The process and what it started, in its group or in one of its own."""
-    one.channel.close()
-    descendants.kill(one.process.pid, one.mark)
+    child.channel.close()
+    descendants.kill(child.process.pid, child.mark)
     try:
         if hasattr(os, "killpg"):
-            os.killpg(one.process.pid, signal.SIGKILL)
+            os.killpg(child.process.pid, signal.SIGKILL)
         else:  # Windows
-            one.process.kill()
+            child.process.kill()
     except (ProcessLookupError, PermissionError):
         pass  # nothing of the group is left
-    one.process.wait()
+    child.process.wait()
 
 
 def _kill_all(alive: set[Process], owner: int) -> None:

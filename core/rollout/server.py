@@ -114,7 +114,7 @@ def lora_rank(rank: int) -> int:
     offered = (8, 16, 32, 64, 128, 256, 320, 512)
     if not 1 <= rank <= offered[-1]:
         raise ValueError(f"lora rank {rank}: vLLM takes adapters of rank 1 to {offered[-1]}")
-    return next(known for known in offered if known >= rank)
+    return next(size for size in offered if size >= rank)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

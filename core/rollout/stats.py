@@ -28,8 +28,8 @@ def metrics(groups: Sequence[Group], names: Sequence[str], weights: Sequence[flo
         out |= {f"rewards/{name}/mean": mean(column), f"rewards/{name}/std": deviation(column)}
         if np.isnan(column).any():
             out[f"rewards/{name}/unknown"] = float(np.isnan(column).mean())
-    out["frac_reward_zero_std"] = float(np.mean([flat(one) for one in total]))
-    return out | _lengths([one for group in groups for one in group.completions])
+    out["frac_reward_zero_std"] = float(np.mean([flat(values) for values in total]))
+    return out | _lengths([completion for group in groups for completion in group.completions])
 
 
 def combined(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -40,30 +40,30 @@ def combined(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 def flat(values: np.ndarray) -> bool:
     """Whether the values that are known are all the same: a test of their range, which rounding cannot deceive."""
-    known = values[~np.isnan(values)]
-    return known.size < 2 or bool(known.max() == known.min())
+    finite = values[~np.isnan(values)]
+    return finite.size < 2 or bool(finite.max() == finite.min())
 
 
 def mean(values: np.ndarray) -> float:
     """Of the values that are not nan."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+    finite = values[~np.isnan(values)]
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def deviation(values: np.ndarray) -> float:
     """Standard deviation (ddof 1) of the values that are not nan; exactly 0 where they are all equal, nan for fewer than two."""
-    known = values[~np.isnan(values)]
-    if known.size < 2:
+    finite = values[~np.isnan(values)]
+    if finite.size < 2:
         return float("nan")
-    return 0.0 if flat(known) else float(known.std(ddof=1))
+    return 0.0 if flat(finite) else float(finite.std(ddof=1))
 
 
 def _lengths(completions: Sequence[Completion]) -> dict[str, float]:
-    lengths = np.array([len(one.tokens) for one in completions], np.float64)
-    stopped = np.array([one.stopped for one in completions], bool)
+    lengths = np.array([len(completion.tokens) for completion in completions], np.float64)
+    stopped = np.array([completion.stopped for completion in completions], bool)
     out = {}
-    for kind, chosen in (("length", lengths), ("terminated_length", lengths[stopped])):
-        values = (chosen.mean(), chosen.min(), chosen.max()) if chosen.size else (float("nan"),) * 3
+    for kind, values_of_kind in (("length", lengths), ("terminated_length", lengths[stopped])):
+        values = (values_of_kind.mean(), values_of_kind.min(), values_of_kind.max()) if values_of_kind.size else (float("nan"),) * 3
         out |= {f"completions/{how}_{kind}": float(value) for how, value in zip(("mean", "min", "max"), values, strict=True)}
     return out | {"completions/clipped_ratio": float(np.mean(~stopped))}
 

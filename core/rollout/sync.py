@@ -109,7 +109,7 @@ class Canary:
 def coarser(dtype: str, gap: float) -> str:
     """The finest dtype, from `dtype` on, that explains this mean difference with room to spare; bfloat16 where none does."""
     order = list(TOLERANCE)[list(TOLERANCE).index(dtype) :]
-    return next((one for one in order if 3 * gap <= TOLERANCE[one]), order[-1])
+    return next((name for name in order if 3 * gap <= TOLERANCE[name]), order[-1])
 
 
 class Adapters:

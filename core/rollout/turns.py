@@ -79,6 +79,7 @@ def _turns_after(completion: Completion, between: Sequence[int]) -> Sequence[int
 
 def _extended(completion: Completion, ids: Sequence[int], text: str = "") -> Completion:
     """The completion with ids behind it that train nothing."""
+    # Ids stay ids: the text of a sampled reply, encoded again, may be other tokens than those that the policy wrote.
     return completion._replace(
         tokens=np.concatenate([completion.tokens, np.array(ids, np.int32)]),
         logp=np.concatenate([completion.logp, np.full(len(ids), np.nan, np.float32)]),

@@ -128,8 +128,8 @@ class Client:
 
     def served(self) -> list[Served]:
         """What the server offers."""
-        found = self._send("GET", "/v1/models").get("data", [])
-        return [Served(one["id"], one.get("root") or one["id"], one.get("max_model_len")) for one in found]
+        models = self._send("GET", "/v1/models").get("data", [])
+        return [Served(model["id"], model.get("root") or model["id"], model.get("max_model_len")) for model in models]
 
     def check(self, *, accepted: Sequence[str | Path] = (), needed_len: int = 0) -> Served:
         """The served base model, after finding out which log-probs the server reports. One of another name that was loaded from one of
@@ -139,23 +139,23 @@ class Client:
         sequence is below `needed_len` tokens.
         """
         offered = self.served()
-        found = next((one for one in offered if one.name == self.model), None)
-        found = found or next((one for one in offered if any(_same(one.root, known) for known in accepted)), None)
-        names = ", ".join(one.name for one in offered)
-        if found is None:
+        base = next((model for model in offered if model.name == self.model), None)
+        base = base or next((model for model in offered if any(_same(model.root, path) for path in accepted)), None)
+        names = ", ".join(model.name for model in offered)
+        if base is None:
             raise ValueError(f"the server at {self.url} serves {names}; expected {self.model}: start it with this model")
-        if accepted and not any(_same(found.root, one) for one in accepted):
+        if accepted and not any(_same(base.root, path) for path in accepted):
             raise ValueError(
-                f"the server at {self.url} serves {found.root} as {self.model}; expected {accepted[0]}: start it with this model"
+                f"the server at {self.url} serves {base.root} as {self.model}; expected {accepted[0]}: start it with this model"
             )
-        if found.max_len is not None and found.max_len < needed_len:
+        if base.max_len is not None and base.max_len < needed_len:
             raise ValueError(
-                f"the server takes sequences of {found.max_len} tokens; prompts and completions of this run need {needed_len}: "
+                f"the server takes sequences of {base.max_len} tokens; prompts and completions of this run need {needed_len}: "
                 "start it with a larger max_model_len"
             )
-        self.model, self.max_len = found.name, found.max_len
+        self.model, self.max_len = base.name, base.max_len
         self.mode = self.logprobs_mode()
-        return found
+        return base
 
     def logprobs_mode(self) -> str:
         """raw_logprobs or processed_logprobs, found by asking: the largest raw log-prob does not depend on the temperature."""
@@ -209,10 +209,10 @@ class Client:
         payload = {"model": model or self.model, "prompt": [int(token) for token in tokens], "max_tokens": 1, "prompt_logprobs": 0,
                    "temperature": 1.0, "seed": 0, "ignore_eos": True}  # fmt: skip
         (choice,) = self._send("POST", "/v1/completions", payload)["choices"]
-        found = choice.get("prompt_logprobs")
-        if found is None or len(found) != len(tokens):
+        entries = choice.get("prompt_logprobs")
+        if entries is None or len(entries) != len(tokens):
             raise ValueError(f"the server at {self.url} gives no log-probs of prompts; use a vLLM server that does")
-        return np.array([entry[str(token)]["logprob"] for token, entry in zip(payload["prompt"][1:], found[1:], strict=True)])
+        return np.array([entry[str(token)]["logprob"] for token, entry in zip(payload["prompt"][1:], entries[1:], strict=True)])
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Have the server load the adapter folder `path` as `name`, which must be new to it."""
@@ -245,10 +245,10 @@ class Client:
         kwargs = {"weights_path": str(Path(path).absolute())}
         try:
             self._send("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
-            done = self._send("POST", "/reset_prefix_cache")
+            reply = self._send("POST", "/reset_prefix_cache")
         except Lost as error:
             raise ValueError(f"the server at {self.url} has no development endpoints: start it with VLLM_SERVER_DEV_MODE=1") from error
-        if done.get("success") is False:
+        if reply.get("success") is False:
             raise Unreachable(f"the server at {self.url} kept its prefix cache of the old weights: requests were still running")
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> None:
@@ -286,10 +286,10 @@ class Client:
             raise ValueError(f"the server at {self.url} refuses {path}: {_message(reply)}")
         if status >= 400:
             raise _Passing(f"status {status}: {_message(reply)}")
-        found = reply.json() if "json" in reply.headers.get("content-type", "") else {}
-        if any(choice.get("finish_reason") in ("abort", "error") for choice in found.get("choices", ())):
+        answer = reply.json() if "json" in reply.headers.get("content-type", "") else {}
+        if any(choice.get("finish_reason") in ("abort", "error") for choice in answer.get("choices", ())):
             raise _Passing("it gave up a completion")
-        return found
+        return answer
 
 
 def _same(root: str, accepted: str | Path) -> bool:
@@ -299,10 +299,10 @@ def _same(root: str, accepted: str | Path) -> bool:
 def _message(reply: httpx.Response) -> str:
     """What an error answer says, in one line."""
     try:
-        found = reply.json()
+        body = reply.json()
     except ValueError:
-        found = reply.text
-    error = found.get("error", found) if isinstance(found, dict) else found
+        body = reply.text
+    error = body.get("error", body) if isinstance(body, dict) else body
     text = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
     return " ".join(str(text).split())[:400]
 
@@ -313,8 +313,8 @@ def _check_params(params: SamplingParams, n: int, max_tokens: int) -> None:
     if not params.temperature >= 0 or n > 1 and params.temperature == 0:
         raise ValueError(f"temperature is {params.temperature} for n {n}; expected a number above 0, or 0 for a single completion")
     if unknown := sorted(set(params.extra) - STOPPING - SHAPING):
-        known = ", ".join(sorted(STOPPING | SHAPING))
-        raise ValueError(f"generation option {unknown[0]!r} is unknown; besides those of the run the vLLM sampler takes {known}")
+        names = ", ".join(sorted(STOPPING | SHAPING))
+        raise ValueError(f"generation option {unknown[0]!r} is unknown; besides those of the run the vLLM sampler takes {names}")
 
 
 def _read(answer: dict, payload: dict, vocab_size: int, is_comparable: bool) -> list[Drawn]:

@@ -77,42 +77,44 @@ def resolve(path: str) -> Callable:
     place, _, attribute = path.rpartition(":" if ":" in path else ".")
     if not place or not attribute:
         raise ValueError(f"{path!r} is not built in{_nearest(path)}: use {', '.join(builtin.BUILTIN)}, module.function or file.py:function")
-    found = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    target = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [name for name, one in vars(found).items() if inspect.isfunction(one)]
+        if not hasattr(target, part):
+            names = [name for name, value in vars(target).items() if inspect.isfunction(value)]
             raise ValueError(f"{place} has no {part}; its functions are {', '.join(names) or 'none'}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{path} is of type {type(found).__name__}, expected a function")
-    return found
+        target = getattr(target, part)
+    if not callable(target):
+        raise ValueError(f"{path} is of type {type(target).__name__}, expected a function")
+    return target
 
 
 def load(name: str) -> Loaded:
     """A reward function with its options bound, and its columns. Errors: as `resolve`; ValueError for options it does not have."""
     path, options = parse(name)
     function = resolve(path)
-    own = inspect.signature(function).parameters.values()
-    rest = any(one.kind is one.VAR_KEYWORD for one in own)
-    if only := [one.name for one in own if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]:
+    parameters = inspect.signature(function).parameters.values()
+    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if only := [
+        parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty
+    ]:
         raise ValueError(f"{path} takes {only[0]} by position alone (before a /), but rewards are called by name: take the / out")
-    _refuse_signature(path, own)
-    named = [one for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    fixed = {one.name for one in named if path in builtin.BUILTIN and one.kind is one.KEYWORD_ONLY}
-    allowed = fixed if path in builtin.BUILTIN else {one.name for one in named}
+    _refuse_signature(path, parameters)
+    named = [parameter for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    fixed = {parameter.name for parameter in named if path in builtin.BUILTIN and parameter.kind is parameter.KEYWORD_ONLY}
+    allowed = fixed if path in builtin.BUILTIN else {parameter.name for parameter in named}
     if unknown := [key for key in options if key not in allowed and not rest]:
         raise ValueError(f"{path} has no option {unknown[0]}; its options are {', '.join(sorted(allowed)) or 'none'}")
-    columns = [one for one in named if one.name not in fixed | set(options)]
-    needed = [one.name for one in columns if one.default is one.empty]
+    columns = [parameter for parameter in named if parameter.name not in fixed | set(options)]
+    needed = [parameter.name for parameter in columns if parameter.default is parameter.empty]
     if path in builtin.BUILTIN:
         function(**{column.name: [] for column in columns}, **options)  # it checks its options before it looks at rows
-    return Loaded(partial(function, **options), [one.name for one in columns], needed, rest)
+    return Loaded(partial(function, **options), [parameter.name for parameter in columns], needed, rest)
 
 
-def _refuse_signature(path: str, own) -> None:
+def _refuse_signature(path: str, parameters) -> None:
     """ValueError for a function that completions cannot be given to by name."""
-    taken = [one.name for one in own if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    if any(one.kind is one.VAR_KEYWORD for one in own) or {"completions", "completion_ids"} & set(taken):
+    taken = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) or {"completions", "completion_ids"} & set(taken):
         return
     have = f"takes {', '.join(taken) or 'no named argument'}"
     raise ValueError(
@@ -120,11 +122,11 @@ def _refuse_signature(path: str, own) -> None:
     )
 
 
-def call(one: Loaded, rows: dict) -> dict:
+def call(loaded: Loaded, rows: dict) -> dict:
     """What a function says about rows, as a message; whatever it raises becomes a message too."""
     wanted = len(rows["completions"])  # a function may empty the lists that it is given
     try:
-        values = one.call(**{name: values for name, values in rows.items() if one.rest or name in one.takes})
+        values = loaded.call(**{name: values for name, values in rows.items() if loaded.rest or name in loaded.takes})
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
         return _checked(values, wanted)
@@ -137,10 +139,10 @@ def call(one: Loaded, rows: dict) -> dict:
 
 def described(error: BaseException) -> str:
     """An exception in one line, with the place it comes from."""
-    said = " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST]
+    message = " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST]
     ours = ("<frozen importlib", importlib.__file__, __file__)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    return f"{said} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else said
+    return f"{message} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else message
 
 
 def main() -> None:
@@ -170,7 +172,7 @@ def _load_all(names: list[str], functions: list[Loaded]) -> dict:
             return {"error": f"reward {name}: {error}"}
         except BaseException as error:  # importing a foreign module can raise anything
             return {"error": f"reward {name} cannot be loaded in {os.getcwd()}: {described(error)}"}
-    return {"functions": [{"takes": one.takes, "required": one.required, "rest": one.rest} for one in functions]}
+    return {"functions": [{"takes": loaded.takes, "required": loaded.required, "rest": loaded.rest} for loaded in functions]}
 
 
 def _checked(values, wanted: int) -> dict:
@@ -179,7 +181,7 @@ def _checked(values, wanted: int) -> dict:
     values = list(values)
     if len(values) != wanted:
         return {"length": f"returned {len(values)} values for {wanted} completions, expected one for each"}
-    return {"values": [_value(one) for one in values]}
+    return {"values": [_value(value) for value in values]}
 
 
 def _value(value) -> float | str | None:
