@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import rollouts
+from treetune.core.rollout import documents
 from treetune.models import decode
 
 spec = importlib.util.spec_from_file_location("oracle_ebft", Path(__file__).parents[1] / "oracle" / "ebft.py")
@@ -76,14 +76,14 @@ def steps(kit, here, learn):
 @pytest.fixture
 def groups(monkeypatch):
     """Groups as they are trained on, in order."""
-    found, plain = [], rollouts.document
+    found, plain = [], documents.document
 
     def document(group, **options):
         if "truth" in options:  # not where old log-probs are made
             found.append(group)
         return plain(group, **options)
 
-    monkeypatch.setattr(rollouts, "document", document)
+    monkeypatch.setattr(documents, "document", document)
     return found
 
 
