@@ -59,7 +59,9 @@ def conflicts_of_sampling(config: OnlineConfig) -> None:
     if rollout.num_generations < 2 and (loss.advantage or policy_loss.preset(loss.loss).advantage) != "reinforce":
         raise BadInput("num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce")
     if rollout.temperature == 0:
-        raise BadInput("temperature 0 writes the same completion every time: give a number above 0, 1 is usual")
+        raise BadInput(
+            "temperature 0 is greedy decoding, so all completions of a prompt would be identical: give a number above 0, usually 1"
+        )
     if pipe.async_prefetch and not config.engine.use_vllm and config.adapter.adapter == "none":
         raise BadInput("async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice")
     low, high = config.correction.vllm_importance_sampling_min, config.correction.vllm_importance_sampling_cap

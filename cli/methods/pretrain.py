@@ -42,10 +42,10 @@ class PretrainData:
     text_column: Annotated[str, ROWS_READ] = "text"
     """Column that holds the text."""
     val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
-    """Files or data sets to evaluate on, instead of a part of the training rows."""
+    """Files or data sets to evaluate on, instead of a fraction of the training rows."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given"), Unused(_fraction_of_stream)] = 0.1
-    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none. Streaming, only a number of rows, the
-    first of each data set; without one nothing is held out."""
+    """Fraction of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none. Of a stream only a number of rows,
+    the first of each data set; without one nothing is held out."""
     max_rows: Annotated[int | None, COUNT, ROWS_READ, unused_if("streaming", reason="a stream is read for max_steps")] = None
     """Use only the first rows of each data set."""
     streaming: Annotated[bool, ROWS_AND_ORDER] = False

@@ -30,7 +30,7 @@ class LossOptions:
     loss: Annotated[str, TOKEN_LOSS, OBJECTIVE] = "nll"
     """Token loss: likelihood; dft weighs tokens by their probability, eaft by the entropy of the top 20; or a function of your own."""
     label_smoothing: Annotated[float, BELOW_ONE, OBJECTIVE, unused_unless("loss", "nll", reason="the loss is {loss}")] = 0.0
-    """Share of the target spread evenly over the vocabulary (nll only)."""
+    """Share of the target probability spread evenly over the vocabulary (nll only)."""
     z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Weight of the squared log-normaliser; 1e-4 is usual."""
     neftune_noise_alpha: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0

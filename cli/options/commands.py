@@ -33,7 +33,7 @@ class Rollout:
     show: Annotated[int, COUNT_OR_NONE] = 2
     """Completions of each prompt to print, the best ones."""
     seed: Annotated[int, SEED] = 42
-    """Same seed, same completions."""
+    """Random seed: the same seed gives the same completions."""
     output: str | None = None
     """Write prompts, completions and rewards to this JSONL file; must not exist."""
 
@@ -60,7 +60,7 @@ class Score:
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
+    """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to score; auto takes CUDA when there is one."""
     data: tuple[str, ...] = ()

@@ -71,7 +71,7 @@ class HeldOut:
     test_datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets to evaluate on, with options of their own."""
     val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
-    """Files or data sets to evaluate on, instead of a part of the training rows."""
+    """Files or data sets to evaluate on, instead of a fraction of the training rows."""
     val_set_size: Annotated[
         float,
         ROWS,
@@ -79,7 +79,7 @@ class HeldOut:
         unused_if("val_data", reason="val_data is given"),
         unused_if("test_datasets", reason="test_datasets is given"),
     ] = 0.1
-    """Part of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    """Fraction of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
     shuffle: Annotated[bool, STEP_ROWS] = True
     """Shuffle the rows anew every epoch."""
 
@@ -132,9 +132,9 @@ class PromptData(PromptRows):
     """Prompts. Every column but theirs goes to the rewards. A config file may have `datasets`, a list with options for each data set."""
 
     val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
-    """Files or data sets of prompts to evaluate on, instead of a part of the training prompts."""
+    """Files or data sets of prompts to evaluate on, instead of a fraction of the training prompts."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given")] = 0.0
-    """Part of the prompts (below 1) or number of prompts (1 and up) held out for evaluation; 0 for none."""
+    """Fraction of the prompts (below 1) or number of prompts (1 and up) held out for evaluation; 0 for none."""
 
 
 def streams(data: Any) -> bool:

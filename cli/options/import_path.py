@@ -122,6 +122,8 @@ def signature(text: str) -> Signature | None:
     for node in reversed(body):
         if isinstance(node, ast.FunctionDef) and node.name == path.name:
             return _signature(node.args)
+        if isinstance(node, ast.ClassDef) and node.name == path.name:
+            return _of_class(node)
     if path.name not in {name.id for node in body for name in ast.walk(node) if isinstance(name, ast.Name)} | _bound(body):
         functions = [node.name for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
         raise ValueError(f"{text}: {file} has no function {path.name}; its functions are {', '.join(functions) or 'none'}")
@@ -132,6 +134,15 @@ def _bound(body: list[ast.stmt]) -> set[str]:
     """Names that classes and imports bind."""
     classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
     return classes | {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def _of_class(node: ast.ClassDef) -> Signature | None:
+    """What an instance is made with; None where a base class may say."""
+    made = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    if made is None:
+        return None
+    takes, required, rest = _signature(made.args)
+    return Signature(takes[1:], required[1:], rest)
 
 
 def _signature(arguments: ast.arguments) -> Signature:

@@ -51,9 +51,9 @@ class ModelOptions(ModelName):
     """Model."""
 
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], refused("the model computes other numbers in another dtype")] = "auto"
-    """What the model computes in; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
+    """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
     device: Annotated[Literal["auto", "cpu", "cuda"], PLACE] = "auto"
-    """Where to train; auto takes CUDA when there is one."""
+    """Device; auto takes CUDA when there is one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AdapterOptions:
     """Adapter."""
 
     adapter: Annotated[Literal["lora", "none"], TRAINED] = "lora"
-    """lora trains a small second tree beside the frozen model; none trains the model itself."""
+    """lora trains low-rank matrices beside the frozen model; none trains the model itself."""
     lora_r: Annotated[int, SMALL, ADAPTER_SCALE, LORA, BROUGHT] = 16
     """Rank."""
     lora_alpha: Annotated[float, POSITIVE, ADAPTER_SCALE, LORA, BROUGHT] = 32.0

@@ -49,11 +49,11 @@ class OptimOptions:
     cosine_min_lr_ratio: Annotated[
         float, PART, STEP_SIZE, unused_unless("lr_scheduler", "cosine", reason="the schedule is {lr_scheduler}")
     ] = 0.0
-    """Where the cosine ends, as a part of the peak."""
+    """Final learning rate of the cosine schedule, as a fraction of the peak."""
     warmup_steps: Annotated[int | None, COUNT_OR_NONE, STEP_SIZE] = None
     """Steps of linear warm-up."""
     warmup_ratio: Annotated[float | None, PART, STEP_SIZE] = None
-    """Warm-up as a part of all steps, instead of warmup_steps; neither: 0.03."""
+    """Warm-up as a fraction of all steps, instead of warmup_steps; 0.03 if neither is given."""
     weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, taken("weight_decay")] = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
     weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("decay")] = ()
@@ -61,15 +61,15 @@ class OptimOptions:
     lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("lr_scale")] = ()
     """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
     adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, taken("b1", reason="sgd has momentum instead")] = 0.9
-    """First moment's decay (adamw, lion)."""
+    """Decay rate of the first moment (adamw, lion)."""
     adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, taken("b2", reason="sgd has momentum instead")] = None
-    """Second moment's decay (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
+    """Decay rate of the second moment (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
     adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, taken("eps", reason="{optimizer} has no epsilon")] = 1e-8
-    """Added to the root of the second moment (adamw)."""
+    """Term added to the root of the second moment (adamw)."""
     momentum: Annotated[float, BELOW_ONE, STEP_SIZE, taken("momentum", reason="{optimizer} has adam_beta1 instead")] = 0.0
     """Heavy-ball momentum (sgd)."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
-    """Gradients longer than this are scaled down to it; 0 turns clipping off."""
+    """Clip the global gradient norm to this value; 0 disables clipping."""
     num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1
     """Passes over the training rows, unless max_steps is given."""
     max_steps: Annotated[int | None, COUNT, RUN_LENGTH] = None
@@ -81,7 +81,7 @@ class OptimOptions:
     gradient_checkpointing: Annotated[bool, RESOURCES] = False
     """Recompute each layer in the backward pass: about 1.4 times the time for about half the memory."""
     seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
-    """The only source of randomness."""
+    """Random seed; all randomness of the run derives from it."""
 
 
 @dataclass(frozen=True)

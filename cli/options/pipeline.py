@@ -72,7 +72,7 @@ class PipelineOptions:
     replay_buffer_size: Annotated[int, COUNT_OR_NONE, GENERATIONS] = 0
     """Keep up to this many prompts whose completions differ in reward, and train on them in place of new ones that do not; 0 is off."""
     reroll_start_fraction: Annotated[float, PART, GENERATIONS] = 1.0
-    """From this part of the run on, sample prompts anew of which every completion got 0; 1 is off."""
+    """Fraction of the run from which prompts are sampled anew whose completions all got reward 0; 1 is off."""
     reroll_max_groups: Annotated[int, COUNT, GENERATIONS, unused_if("reroll_start_fraction", 1, reason="reroll_start_fraction is 1")] = 1
     """Prompts that are sampled anew in a generation, at most."""
     skip_zero_advantage_batches: Annotated[bool, GENERATIONS] = True
@@ -102,7 +102,7 @@ class EngineOptions:
     vllm_max_model_len: Annotated[int | None, TOKENS, SAMPLER, VLLM, MANAGED] = None
     """Longest prompt with completion that the server takes (managed)."""
     vllm_gpu_memory_utilization: Annotated[float, SHARE, SAMPLER, VLLM, MANAGED] = 0.9
-    """Part of the device memory that the server may use (managed)."""
+    """Fraction of the device memory that the server may use (managed)."""
     vllm_reload_in_place: Annotated[
         bool, SAMPLER, VLLM, MANAGED, unused_if("adapter", "lora", reason="an adapter is loaded by name, without a restart")
     ] = False

@@ -61,21 +61,21 @@ class PolicyLoss:
     beta: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Weight of the divergence from the reference; 0 needs no reference."""
     kl_estimator: Annotated[Literal["k1", "k2", "k3"], OBJECTIVE, unused_unless("beta", reason="beta is 0")] = "k3"
-    """Estimator of that divergence per token."""
+    """Estimator of the divergence per token."""
     use_bias_correction_kl: Annotated[bool, OBJECTIVE, unused_unless("beta", reason="beta is 0")] = True
-    """Multiply it by the ratio, which makes its gradient that of the reverse divergence."""
+    """Multiply the divergence by the ratio, so that its gradient is that of the reverse divergence."""
     entropy_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Weight of the entropy bonus."""
     use_adaptive_entropy: Annotated[bool, OBJECTIVE] = False
-    """Raise and lower the weight of the bonus, starting at entropy_coef, to hold the entropy at its target."""
+    """Adapt the weight of the entropy bonus, starting at entropy_coef, to hold the entropy at entropy_target."""
     entropy_target: Annotated[float, NOT_NEGATIVE, OBJECTIVE, ADAPTIVE] = 0.2
-    """Target of the adaptive bonus (nats per token)."""
+    """Target entropy of the adaptive bonus (nats per token)."""
     entropy_coef_delta: Annotated[float, NOT_NEGATIVE, OBJECTIVE, ADAPTIVE] = 0.005
-    """Change of its weight per step."""
+    """Step size of the adaptive entropy coefficient."""
     entropy_coef_max: Annotated[float, NOT_NEGATIVE, OBJECTIVE, ADAPTIVE] = 1.0
-    """Its largest weight."""
+    """Upper bound of the adaptive entropy coefficient."""
     top_entropy_quantile: Annotated[float, PART, OBJECTIVE] = 1.0
-    """Train only on this part of the tokens, those of the highest entropy; 1 for all."""
+    """Fraction of the tokens to train on, those of the highest entropy; 1 for all."""
     mask_truncated_completions: Annotated[bool, OBJECTIVE] = False
     """Do not train on completions that were cut off at max_completion_length."""
 

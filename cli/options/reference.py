@@ -24,7 +24,7 @@ class ReferenceOptions:
     ref_model_sync_steps: Annotated[int, COUNT, REFERENCE_PACE, MOVING] = 512
     """Steps between two syncs."""
     ref_model_mixup_alpha: Annotated[float, PART, REFERENCE_PACE, MOVING] = 0.6
-    """Part of the policy in the new reference; 1 copies it. An adapter can only be copied."""
+    """Weight of the policy when the reference is updated; 1 copies the policy. An adapter can only be copied."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RlReference:
     ref_model_sync_steps: Annotated[int, COUNT, REFERENCE_PACE, HELD, MOVING] = 512
     """Steps between two syncs."""
     ref_model_mixup_alpha: Annotated[float, PART, REFERENCE_PACE, HELD, MOVING] = 0.6
-    """Part of the policy in the new reference; 1 copies it. An adapter can only be copied."""
+    """Weight of the policy when the reference is updated; 1 copies the policy. An adapter can only be copied."""
 
 
 def conflicts(options: ReferenceOptions | RlReference, *, adapter: str, sharding: str) -> None:

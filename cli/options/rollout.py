@@ -33,11 +33,11 @@ class RolloutOptions:
     temperature: Annotated[float, TEMPERATURE, SAMPLED_FROM] = 1.0
     """Divides the logits, while sampling and while training alike."""
     top_p: Annotated[float, SHARE, SAMPLED_FROM] = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
+    """Nucleus sampling: sample among the likeliest tokens whose probabilities add up to this."""
     top_k: Annotated[int, COUNT_OR_NONE, SAMPLED_FROM] = 0
     """Sample among this many likeliest tokens; 0 for all."""
     min_p: Annotated[float, BELOW_ONE, SAMPLED_FROM] = 0.0
-    """Leave out tokens with less than this part of the likeliest one's probability."""
+    """Leave out tokens whose probability is below this fraction of the likeliest token's."""
     stop_token_ids: Annotated[tuple[int, ...], whole(0, 2**31 - 1), SAMPLED_FROM] = ()
     """Tokens that end a completion besides the model's own."""
     repetition_penalty: Annotated[float, POSITIVE, SAMPLED_FROM, VLLM] = 1.0
@@ -58,7 +58,7 @@ class RewardFunctions:
     reward_funcs: Annotated[tuple[str, ...], function(REWARD.reason, "reward_funcs")] = ("gsm8k",)
     """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits), an import path (rewards.accuracy),
     file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark: length?max=512,cache=128. A function
-    takes completions and the columns that its parameters name, and gives a number for each completion, or None for no opinion."""
+    takes completions and the columns that its parameters name, and gives a number for each completion, or None to abstain."""
     reward_weights: Annotated[tuple[float, ...], ANY._replace(words="finite numbers, at most 3e+38"), REWARD] = ()
     """A weight for each reward; 1 each if not given. A completion gets the weighted sum of the rewards that have an opinion."""
     reward_num_workers: Annotated[int, PROCESSES, listed("says how rewards are run, not what they are")] = 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.errors import BadInput
+from treetune.cli.options.import_path import door
 from treetune.cli.options.marks import ANSWER, PLACE, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
 from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
 
@@ -19,6 +20,7 @@ def _one_process(values: Values) -> str:
     return "there is one process; start several with torchrun" if alone else ""
 
 
+OBSERVER = door((), "observer", "event", "record")
 HELD_OUT = Unused(_nothing_held_out)
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
@@ -51,6 +53,8 @@ class RunOptions:
     """Steps above the threshold before the watchdog stops the run."""
     sharding: Annotated[Literal["none", "full"], PLACE, Unused(_one_process)] = "none"
     """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    observer: Annotated[tuple[Annotated[str, OBSERVER], ...], SHOWN] = ()
+    """Trackers to tell of the run: functions track(event, record), or subclasses of treetune.core.run.observers.Observer."""
     sample_prompt: Annotated[str | None, ANSWER] = None
     """Prompt answered before and after training; if not given, the first held-out chat row. Empty: none."""
     sample_tokens: Annotated[int, TOKENS, ANSWER, unused_if("sample_prompt", "", reason="sample_prompt is empty")] = 160
@@ -66,13 +70,13 @@ class SampleOptions:
     temperature: Annotated[float, TEMPERATURE] = 0.7
     """0 takes the likeliest token every time."""
     top_p: Annotated[float, SHARE, GREEDY] = 0.95
-    """Sample among the likeliest tokens that together have this probability."""
+    """Nucleus sampling: sample among the likeliest tokens whose probabilities add up to this."""
     top_k: Annotated[int, COUNT_OR_NONE, GREEDY] = 0
     """Sample among this many likeliest tokens; 0 for all."""
     min_p: Annotated[float, BELOW_ONE, GREEDY] = 0.0
-    """Leave out tokens with less than this part of the likeliest one's probability."""
+    """Leave out tokens whose probability is below this fraction of the likeliest token's."""
     seed: Annotated[int, SEED, GREEDY] = 0
-    """Same seed, same answer."""
+    """Random seed: the same seed gives the same answer."""
 
 
 def conflicts(run: RunOptions) -> None:

@@ -27,7 +27,7 @@ class Serve:
     max_model_len: Annotated[int | None, TOKENS] = None
     """Longest prompt with completion in tokens; if not given, what the model allows."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.9
-    """Part of the device memory that the server may use."""
+    """Fraction of the device memory that the server may use."""
     tensor_parallel_size: Annotated[int, PROCESSES] = 1
     """Devices that share each layer."""
     data_parallel_size: Annotated[int, PROCESSES] = 1
