@@ -10,10 +10,12 @@ from treetune.cli import artifacts, assembly, cadence, document_source, guard, p
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import of_config
+from treetune.cli.options import import_path
 from treetune.cli.run import Run
 from treetune.core import masking
 from treetune.core.run import folder, loop, ranks, report, signals
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
+from treetune.core.run.observers import of as observe
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.state import TrainState
@@ -64,6 +66,7 @@ def run(
     with contextlib.ExitStack() as stack:
         with checking_input():
             this = begin(config, observers, options, stack)
+            this.observers.add(*_trackers(this))
             parts = assembly.assemble(this, source, stack)
             answer = sample_answer.prepare(this, parts.policy, parts.data, parts.stop_ids)
             kept = artifacts.extras(config, parts.policy)  # better refused now than when all is trained
@@ -114,6 +117,12 @@ def _files(this: Run, parts: Assembly) -> tuple[Observer, ...]:
         unit=this.method.unit,
     )
     return MetricsFile(this.folder.metrics), SamplesFile(this.folder.samples, completions=completions), page
+
+
+def _trackers(this: Run) -> list[Observer]:
+    """The observers that the user names, on the first rank; one that fails is left out of the rest of the run."""
+    names = this.config.run.observer if this.ranks.rank == 0 else ()
+    return [observe(import_path.load(name), name, this.observers.warn) for name in names]
 
 
 def _train(this: Run, parts: Assembly, answer: Callable, interrupted: Callable[[str], None] | None) -> loop.Outcome:

@@ -23,9 +23,9 @@ class CompletionLoss(Protocol):
         ...
 
 
-def completion_loss(name: str, **options: Any) -> CompletionLoss:
-    """The loss of a name of `presets.KTO_LOSSES`, with those of `options` that it takes (beta, desirable_weight, ...)."""
-    entry = presets.KTO_LOSSES[name]
+def completion_loss(name: str | presets.KtoEntry, **options: Any) -> CompletionLoss:
+    """The loss of a name of `presets.KTO_LOSSES`, or of a row, with those of `options` that it takes (beta, desirable_weight, ...)."""
+    entry = presets.KTO_LOSSES[name] if isinstance(name, str) else name
     fn = registry.bind(entry, **options)
 
     def loss(logp: Tensor, ref_logp: Tensor, desirable: Tensor, batch: Batch, /) -> Tensor:

@@ -200,8 +200,8 @@ def conflicts(config: Ebft) -> None:
         raise BadInput("alignment_coef and diversity_coef are both 0, so nothing is rewarded: give one of them a value")
     if config.rollout.temperature == 0:
         raise BadInput(
-            "temperature 0 is greedy decoding, so all rollouts of a group would be identical: give a number above 0, usually 1 (structured) "
-            "or 0.6 (strided)"
+            "temperature 0 is greedy decoding, so all rollouts of a group would be identical: give a number above 0, usually 1 "
+            "(structured) or 0.6 (strided)"
         )
     if strided and options.rl_coef == 0 and options.ce_coef == 0:
         raise BadInput("rl_coef and ce_coef are both 0, so nothing would train: give one of them a value")

@@ -2,35 +2,55 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import reference
+from treetune.cli.options import import_path, reference
 from treetune.cli.options.data import SAMPLES, PairData
-from treetune.cli.options.marks import OBJECTIVE, unused_if
+from treetune.cli.options.import_path import door, unused_unless_taken
+from treetune.cli.options.marks import OBJECTIVE, Unused
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.ranges import POSITIVE
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.table import group
+from treetune.losses import presets
 
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
+
+COMPLETION_LOSS = door(
+    presets.KTO_LOSSES,
+    "completion loss",
+    "logp",
+    "ref_logp",
+    "desirable",
+    "baseline",
+    "delta",
+    "beta",
+    "desirable_weight",
+    "undesirable_weight",
+)
+
+
+def _weight(parameter: str) -> Unused:
+    return unused_unless_taken("loss", presets.KTO_LOSSES, parameter, reason="{loss} has no weights by class")
 
 
 @dataclass(frozen=True)
 class KtoLoss:
     """Loss."""
 
-    loss: Annotated[Literal["kto", "apo_zero_unpaired", "bco"], OBJECTIVE] = "kto"
-    """Loss of a judged completion: kto; apo_zero_unpaired, which has no baseline; bco, whose baseline is the mean reward so far."""
+    loss: Annotated[str, COMPLETION_LOSS, OBJECTIVE] = "kto"
+    """Loss of a judged completion: kto; apo_zero_unpaired, which has no baseline; bco, whose baseline is the mean reward so far.
+    Or a function of your own."""
     rl_beta: Annotated[float, POSITIVE, OBJECTIVE] = 0.1
     """How strongly the policy is held to the reference."""
-    kto_desirable_weight: Annotated[float, POSITIVE, OBJECTIVE, unused_if("loss", "bco", reason="bco has no weights by class")] = 1.0
+    kto_desirable_weight: Annotated[float, POSITIVE, OBJECTIVE, _weight("desirable_weight")] = 1.0
     """Weight of good completions; this times their number over the same for bad ones is best between 1 and 4/3."""
-    kto_undesirable_weight: Annotated[float, POSITIVE, OBJECTIVE, unused_if("loss", "bco", reason="bco has no weights by class")] = 1.0
+    kto_undesirable_weight: Annotated[float, POSITIVE, OBJECTIVE, _weight("undesirable_weight")] = 1.0
     """Weight of bad completions."""
 
 
@@ -54,8 +74,11 @@ def conflicts(config: Kto) -> None:
 
 
 def variant(config: Kto) -> dict[str, Any]:
-    """Only the baseline of kto itself needs completions of other prompts."""
-    return {} if config.loss.loss == "kto" else {"data": "judged"}
+    """Only a loss with a baseline needs completions of other prompts."""
+    loss = config.loss.loss
+    row = presets.KTO_LOSSES.get(loss)
+    baseline = row.scalar == "baseline" if row else import_path.takes(loss, "baseline")
+    return {} if baseline else {"data": "judged"}
 
 
 def parts(config: Kto, policy: "Policy", setting: "Setting") -> "Parts":
@@ -63,15 +86,16 @@ def parts(config: Kto, policy: "Policy", setting: "Setting") -> "Parts":
     # Torch takes a second to import, and `treetune --help` and config errors need none of it.
     from treetune.cli.methods import kto_state, referenced
     from treetune.cli.methods.parts import EVERY, Parts, in_sequence, logprobs
-    from treetune.losses import kto_objective, presets
+    from treetune.losses import kto_objective
 
     options = config.loss
     reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
     train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
     weights = {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
-    loss = kto_objective.completion_loss(options.loss, beta=options.rl_beta, **weights)
+    row = import_path.row(presets.KTO_LOSSES, options.loss)
+    loss = kto_objective.completion_loss(row, beta=options.rl_beta, **weights)
     make = partial(kto_objective.objective, loss=loss, beta=options.rl_beta)
-    state = kto_state.build(presets.KTO_LOSSES[options.loss].scalar, reference.logp, evaluation, setting)
+    state = kto_state.build(row.scalar, reference.logp, evaluation, setting)
     return Parts(
         reference.policy,
         make(train),

@@ -189,11 +189,16 @@ def unused_unless_taken(option: str, table: Mapping[str, Named], parameter: str,
 
 
 def load(text: str) -> Callable[..., Any]:
-    """The function of an import path with its options bound, imported now. Errors: ValueError where there is none."""
+    """The function of an import path with its options bound, imported now; of a class with options, an instance of it.
+
+    Errors: ValueError where there is none.
+    """
     from treetune.core.data import custom  # here, since it is the only part that reads rows
 
-    path = parse(text)
-    return partial(custom.import_function(text.partition("?")[0], "function"), **path.options)
+    function, options = custom.import_function(text.partition("?")[0], "function"), parse(text).options
+    if isinstance(function, type) and options:
+        return function(**options)
+    return partial(function, **options) if options else function
 
 
 def row(table: Mapping[str, presets.Row], text: str) -> presets.Row:

@@ -88,6 +88,7 @@ CHANGES = {
         "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]
     ),
     "sharding": ("error", lambda t: ["--sharding", "full"], []),
+    "observer": ("files", lambda t: ["--observer", "watch.py:watch"], []),
     "sample_prompt": ("samples", lambda t: ["--sample-prompt", "2 + 2"], []),
     "sample_tokens": ("samples", lambda t: ["--sample-tokens", 9], []),
 }  # fmt: skip
@@ -126,6 +127,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     shutil.copytree(start, here / "start")
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
+    (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))
 

@@ -15,7 +15,7 @@ import functools
 import torch
 
 from treetune.core import optim
-from treetune.losses import policy, preference, reference_free, sft
+from treetune.losses import kto, policy, preference, reference_free, sft
 
 
 def likelihood(logp):
@@ -36,6 +36,10 @@ def hungry(logits):
 
 def pair(pairs, *, beta):
     return preference.hinge(pairs, beta=beta)
+
+
+def judged(logp, ref_logp, desirable, baseline, *, beta, desirable_weight):
+    return kto.kto(logp, ref_logp, desirable, baseline, beta=beta, desirable_weight=desirable_weight)
 
 
 def free(pairs, *, beta):
@@ -179,6 +183,7 @@ ONLINE = ["--reward-funcs", "digits", "--num-generations", 4, "--max-completion-
     [
         ("dpo", ["--loss", "hinge"], ["--loss", "own.py:pair"]),
         ("cpo", ["--loss", "hinge"], ["--loss", "own.py:free"]),
+        ("kto", [], ["--loss", "own.py:judged"]),
         ("dpo", ["--loss", "hinge", "ipo"], ["--loss", "own.py:pair", "ipo"]),
         ("grpo", [*ONLINE, "--loss", "bnpo"], [*ONLINE, "--loss", "own.py:term"]),
         ("grpo", ONLINE, [*ONLINE, "--advantage", "own.py:ranks"]),
@@ -187,7 +192,8 @@ ONLINE = ["--reward-funcs", "digits", "--num-generations", 4, "--max-completion-
 )
 def test_own_function_of_a_method(command, plain, changed, own, tune, kit, tiny):
     """A function that does what a built-in one does gives the same numbers, and another one others."""
-    kit.write_rows(own.parent / "rows.jsonl", PAIRS)
+    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PAIRS)]
+    kit.write_rows(own.parent / "rows.jsonl", judged if command == "kto" else PAIRS)
     common = ["--model", tiny.model, "--data", "rows.jsonl", "--lora-r", 4, "--max-steps", 2, "--sample-prompt=", "--micro-batch-size", 2]
     common += [] if command == "grpo" else ["--sequence-len", 64]
     for name, args in (("plain", plain), ("changed", changed)):
@@ -202,6 +208,32 @@ def test_own_function_of_a_method(command, plain, changed, own, tune, kit, tiny)
 def kept(record: dict) -> dict:
     """A record without what only a built-in term reports, and without the clock."""
     return {name: value for name, value in record.items() if "clip" not in name and "seconds" not in name}
+
+
+WATCH = """
+class Watch:
+    def __init__(self, file="seen.txt"):
+        self.file = file
+
+    def step(self, record):
+        with open(self.file, "a") as out:
+            print(record["step"], file=out)
+
+
+def fail(event, record):
+    raise OSError("no network")
+"""
+
+
+def test_observer_is_told_of_the_run_and_cannot_end_it(here, sft, kit):
+    (here / "watch.py").write_text(WATCH)
+    kit.refused(sft("--observer", "watch.py:Watch?fil=x"), "Watch has no option fil; its options are file")
+    kit.refused(sft("--observer", "watch"), "--observer must be FILE.py:FUNCTION, got 'watch'")
+    done = sft("--observer", "watch.py:Watch", "watch.py:Watch?file=other.txt", "watch.py:fail", "--sample-prompt=")
+    assert (
+        done.code == 0 and "observer watch.py:fail failed at start (OSError: no network); the run goes on without it" in done.out + done.err
+    )
+    assert (here / "seen.txt").read_text() == (here / "other.txt").read_text() == "1\n2\n"
 
 
 def test_a_run_is_not_overwritten_with_a_function_inside(own, sft, kit):

@@ -71,7 +71,7 @@ TABLE = {
         "vllm_reload_in_place", "vllm_canary_tolerance", "reward_num_workers", "reward_timeout",
         # what is shown and kept
         "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_threshold",
-        "loss_watchdog_patience", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
+        "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
     ),
 }  # fmt: skip
 VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}
