@@ -17,7 +17,7 @@ import torch
 from treetune.cli import checks, parse, resume_rules, setup
 from treetune.cli.main import COMMANDS
 from treetune.cli.methods import METHODS
-from treetune.cli.options import import_path, table
+from treetune.cli.options import import_path, marks, table
 from treetune.core import ckpt, fields, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
@@ -33,7 +33,8 @@ DOCUMENTS = {
     "held out": "other held-out documents than it was made with, though no option says so: rows were edited",
     "order": "other steps of the documents than it was made with",
 }
-FUNCTIONS = tuple(name for name, rule in resume_rules.RULES.items() if rule.judged_by == (name,))  # options that name functions
+# options that name functions; `model` is judged by the weights of that name
+FUNCTIONS = tuple(name for name, rule in resume_rules.RULES.items() if rule.verdict != marks.WEIGHTS and rule.judged_by == (name,))
 REWARD_MODEL = "reward model "
 DOORS = {name for method in METHODS.values() for name, option in table.options(method.config).items() if option.door is not None}
 WORDS = {"tokenizer": "the tokenizer numbers or splits texts otherwise", "stop tokens": "other tokens end an answer"}

@@ -15,6 +15,7 @@ import yaml
 from treetune.cli import main, parse, resume_rules
 from treetune.cli.methods.pretrain import Pretrain
 from treetune.cli.methods.sft import Sft
+from treetune.core import ckpt
 
 
 def _module(name: str):
@@ -288,3 +289,9 @@ def test_a_run_refuses_a_changed_option_or_lists_it_and_takes_it(command, name, 
     assert any(line.startswith(f"  {name} ") and " -> " in line for line in said.splitlines()), said
     held, was = (yaml.safe_load(path.read_text()).get(name) for path in (here / "run/config.yaml", home / "config.yaml"))
     assert held != was, "config.yaml holds what is in force"
+
+
+def test_a_run_without_functions_has_no_fingerprint_of_functions(kit, here, sft):
+    """Or checkpoints of before there were such functions, and those of a model at another path, would be of another model."""
+    assert sft("--output-dir", "run").code == 0
+    assert ckpt.read_meta(here / "run/checkpoints/step_000002")["provenance"]["functions"] == {}
