@@ -21,18 +21,8 @@ if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
-COMPLETION_LOSS = door(
-    presets.KTO_LOSSES,
-    "completion loss",
-    "logp",
-    "ref_logp",
-    "desirable",
-    "baseline",
-    "delta",
-    "beta",
-    "desirable_weight",
-    "undesirable_weight",
-)
+WEIGHTS = ("beta", "desirable_weight", "undesirable_weight")
+COMPLETION_LOSS = door(presets.KTO_LOSSES, "completion loss", "logp", "ref_logp", "desirable", "baseline", "delta", *WEIGHTS)
 
 
 def _weight(parameter: str) -> Unused:
