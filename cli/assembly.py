@@ -48,7 +48,7 @@ def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> As
     words = setup.load_words(config.model, config.vocabulary, _start_folder(config), say=run.say)
     data = _read(run, words.tokenizer, source)
     model, start = _load(run, words)
-    if run.method.data not in rollout_source.READERS:
+    if source is None and run.method.data not in rollout_source.READERS:
         document_source.check_fits(run, data, model.cfg)
     stop_ids = setup.stop_ids(config.model, words.tokenizer)
     parts = run.method.parts(config, start, Setting(run.device, run.ranks, data, stop_ids, run.say, run.observers.warn))

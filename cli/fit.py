@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from treetune.cli import artifacts, assembly, cadence, document_source, guard, parse, requirements, sample_answer, setup, summary
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
-from treetune.cli.methods import of_config
-from treetune.cli.options import import_path
+from treetune.cli.methods import METHODS, of_config
+from treetune.cli.options import import_path, table
 from treetune.cli.run import Run
 from treetune.core import masking
 from treetune.core.run import folder, loop, ranks, report, signals
+from treetune.core.run import observers as trackers
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
-from treetune.core.run.observers import of as observe
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.state import TrainState
@@ -39,21 +39,34 @@ class Result(NamedTuple):
     signum: int | None = None
 
 
-def fit(config: Any, *, observers: Iterable[Observer] = (), source: Source | None = None) -> Result:
+def configure(method: str, **options: Any) -> Any:
+    """The config of a method: configure("sft", model="path", data=["chats.jsonl"], max_steps=100).
+
+    Options have the names of a config file and are read as it is. Errors: ValueError for an unknown method or option, or a wrong value.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    return parse.from_values(method, METHODS[method].config, options)
+
+
+def fit(config: Any, *, observers: Iterable[Any] = (), source: Source | None = None) -> Result:
     """Train by the method whose config this is, and leave a run folder.
 
-    observers: told of the run as it goes: `Screen()`, a tracker. source: micro-batches in place of the config's data. Prints nothing of its
-    own, handles no signals, and works in any thread. Errors: ValueError for bad input, RunFailed for a run that cannot go on.
+    observers: told of the run as it goes: `Screen()`, a tracker (`core.run.observers`). source: micro-batches in place of the config's
+    data. Prints nothing, handles no signals, and works in any thread. Errors: ValueError for bad input, RunFailed for a run that cannot
+    go on.
     """
     with checking_input():
-        config = requirements.complete(config)
-    return run(config, observers=observers, source=source)
+        defaults = table.defaults(type(config))
+        options = frozenset(name for name, value in table.flatten(config).items() if value != defaults[name])
+        config = requirements.complete(config, options)
+    return run(config, observers=observers, source=source, options=options)
 
 
 def run(
     config: Any,
     *,
-    observers: Iterable[Observer] = (),
+    observers: Iterable[Any] = (),
     source: Source | None = None,
     options: frozenset[str] = frozenset(),
     interrupted: Callable[[str], None] | None = None,
@@ -66,7 +79,6 @@ def run(
     with contextlib.ExitStack() as stack:
         with checking_input():
             this = begin(config, observers, options, stack)
-            this.observers.add(*_trackers(this))
             parts = assembly.assemble(this, source, stack)
             answer = sample_answer.prepare(this, parts.policy, parts.data, parts.stop_ids)
             kept = artifacts.extras(config, parts.policy)  # better refused now than when all is trained
@@ -81,7 +93,7 @@ def run(
         return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
 
 
-def begin(config: Any, told: Iterable[Observer], options: frozenset[str], stack: contextlib.ExitStack) -> Run:
+def begin(config: Any, told: Iterable[Any], options: frozenset[str], stack: contextlib.ExitStack) -> Run:
     """The device, the ranks and the folder of a run."""
     device, method = setup.device(config.model.device), of_config(config)
     world = ranks.join_ranks(device)
@@ -94,7 +106,11 @@ def begin(config: Any, told: Iterable[Observer], options: frozenset[str], stack:
         check_restart=partial(guard.check_anew, config=config),
     )
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
-    return Run(config, method, options, device, world, Observers(told if world.rank == 0 else ()), run_dir)
+    group = Observers()
+    if world.rank == 0:
+        group.append(*(trackers.of(one, getattr(one, "__name__", type(one).__name__), group.warn) for one in told))
+        group.append(*(trackers.of(import_path.load(path), path, group.warn) for path in config.run.observer))
+    return Run(config, method, options, device, world, group, run_dir)
 
 
 def _create(this: Run, start: Policy) -> None:
@@ -117,12 +133,6 @@ def _files(this: Run, parts: Assembly) -> tuple[Observer, ...]:
         unit=this.method.unit,
     )
     return MetricsFile(this.folder.metrics), SamplesFile(this.folder.samples, completions=completions), page
-
-
-def _trackers(this: Run) -> list[Observer]:
-    """The observers that the user names, on the first rank; one that fails is left out of the rest of the run."""
-    names = this.config.run.observer if this.ranks.rank == 0 else ()
-    return [observe(import_path.load(name), name, this.observers.warn) for name in names]
 
 
 def _train(this: Run, parts: Assembly, answer: Callable, interrupted: Callable[[str], None] | None) -> loop.Outcome:

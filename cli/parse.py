@@ -175,6 +175,32 @@ def _from_file(command: str, path: str | None, options: Options) -> dict[str, An
     return {key: _value(options[key], value, path, fields) for key, value in written.items()}
 
 
+def from_values(command: str, config: type, values: Mapping[str, Any]) -> Any:
+    """The config of a command from Python values under the names of its options, read as those of a config file.
+
+    Errors: ValueError naming all unknown options, or the option and its value.
+    """
+    options = table.options(config)
+    if unknown := [name for name in values if name not in options]:
+        raise BadInput(f"{command}: {names.all_of(unknown, options)}")
+    if missing := [name for name, option in options.items() if option.default is table.REQUIRED and name not in values]:
+        raise BadInput(f"{command} needs {', '.join(missing)}")
+    fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
+    read = {name: _value(options[name], _written(value), command, fields) for name, value in values.items()}
+    return _start(config, read) or config()
+
+
+def _written(value: Any) -> Written:
+    """A Python value as a config file would hold it; paths are texts."""
+    if isinstance(value, dict):
+        return Written({name: _written(item) for name, item in value.items()})
+    if isinstance(value, list | tuple):
+        return Written([_written(item) for item in value])
+    if value is None or isinstance(value, bool | int | float):
+        return Written(value, str(value))
+    return Written(str(value), str(value))
+
+
 def _value(option: Option, written: Written, path: str, fields: dict[str, dataset_fields.Field]) -> Any:
     if option.name in LISTED:
         found: Any = dataset_fields.entries(written, option.name, path, fields)

@@ -40,6 +40,8 @@ PLAIN = Metrics()
 class Screen(Observer):
     """The console of a command, and the observer of a run; `quiet` is for ranks above 0, `every` the steps between plain lines."""
 
+    essential = True
+
     def __init__(self, *, quiet: bool = False, every: int = 1, metrics: Metrics = PLAIN):
         self.metrics = metrics
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)

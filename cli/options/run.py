@@ -54,7 +54,7 @@ class RunOptions:
     sharding: Annotated[Literal["none", "full"], PLACE, Unused(_one_process)] = "none"
     """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
     observer: Annotated[tuple[Annotated[str, OBSERVER], ...], SHOWN] = ()
-    """Trackers to tell of the run: functions track(event, record), or subclasses of treetune.core.run.observers.Observer."""
+    """Trackers to tell of the run: functions track(event, record), or classes with methods such as step and evaluation."""
     sample_prompt: Annotated[str | None, ANSWER] = None
     """Prompt answered before and after training; if not given, the first held-out chat row. Empty: none."""
     sample_tokens: Annotated[int, TOKENS, ANSWER, unused_if("sample_prompt", "", reason="sample_prompt is empty")] = 160

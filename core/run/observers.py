@@ -5,6 +5,7 @@ A tracker is an observer: a subclass of `Observer` with the methods that it want
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,12 @@ from treetune.core.run.recorder import Record
 
 
 class Observer(Protocol):
-    """What is told of a run; a method that a subclass leaves out does nothing. Only the first rank has observers."""
+    """What is told of a run; a method that a subclass leaves out does nothing. Only the first rank has observers.
+
+    essential: an error in it ends the run, as in the files of a run; after an error in any other the run goes on without that one.
+    """
+
+    essential: bool = False
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
         """The run begins, or goes on after `step`. about: model, data, step size and so on, in words."""
@@ -47,6 +53,8 @@ class Observer(Protocol):
 class MetricsFile(Observer):
     """metrics.jsonl: one JSON object for each step and each evaluation."""
 
+    essential = True
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -61,6 +69,8 @@ class MetricsFile(Observer):
 
 class SamplesFile(Observer):
     """samples.jsonl: one JSON object for each sampled answer; completions with rewards only where asked for."""
+
+    essential = True
 
     def __init__(self, path: Path, *, completions: bool = True):
         self.path, self.completions = path, completions
@@ -141,6 +151,10 @@ class Observers(Observer):
         """Put observers before the others: the files of a run have a record before anybody acts on it."""
         self.observers = (*observers, *self.observers)
 
+    def append(self, *observers: Observer | Guarded) -> None:
+        """Put observers behind the others."""
+        self.observers = (*self.observers, *observers)
+
     def tell(self, event: str, *values: Any, **named: Any) -> None:
         """Call a method of each observer that has it."""
         for observer in self.observers:
@@ -199,13 +213,15 @@ class Observers(Observer):
         self.tell("summary", rows, history)
 
 
-def of(value: Any, name: str, warn: Callable[[str], None]) -> Guarded:
-    """A user's observer from an object with some of the methods, a class of such objects, or a function track(event, record).
+def of(value: Any, name: str, warn: Callable[[str], None]) -> Observer | Guarded:
+    """An observer from an object with some of the methods, a class of such objects, or a function track(event, record).
 
     Errors: ValueError for anything else.
     """
+    if getattr(value, "essential", False):
+        return value
     events = ("start", "step", "evaluation", "samples", "health", "message", "activity", "end", "summary")
-    if isinstance(value, type):
+    if isinstance(value, type) or isinstance(value, partial) and isinstance(value.func, type):
         value = value()
     if any(callable(getattr(value, event, None)) for event in events):
         return Guarded(value, name, warn)

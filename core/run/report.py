@@ -101,6 +101,8 @@ def _completion(record: dict) -> dict:
 class Report(Observer):
     """report.html of a run, written when all is saved; its head has what the run is and what it reached."""
 
+    essential = True
+
     def __init__(self, run_dir: Path, *, docs: Sequence[Doc | TreeDoc], tokenizer: Any, read: str | None, unit: str):
         self.run_dir, self.docs, self.tokenizer, self.read, self.unit = run_dir, docs, tokenizer, read, unit
         self.about: dict[str, str] = {}

@@ -13,6 +13,7 @@ from treetune.models import dense
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--learning-rate", 0.01, "--output-dir", "run"]
 SGD = ["--optimizer", "sgd", "--learning-rate", 1, "--max-steps", 3]
 LONG = "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
 # option -> (what it changes, the arguments that set it, arguments on both sides)
 CHANGES = {
     "model": ("metrics", lambda t: ["--model", t.same], []),
