@@ -54,14 +54,14 @@ def _of_option(asked: str, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
     """The prompt that was given, in the form of the rows."""
     if data.format == "chat":
         return asked, prompt_ids.encode_chat(tokenizer, asked)
-    return asked, prompt_ids.encode_text(tokenizer, instruction.prompt({"instruction": asked}) if data.format == "alpaca" else asked)
+    return asked, prompt_ids.encode_text(tokenizer, instruction.alpaca_prompt({"instruction": asked}) if data.format == "alpaca" else asked)
 
 
 def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
     """What the first held-out row asks; of other rows, what their document has before its first trained token."""
     row = data.first_row
     if data.format == "alpaca":
-        return row["instruction"], prompt_ids.encode_text(tokenizer, instruction.prompt(row))
+        return row["instruction"], prompt_ids.encode_text(tokenizer, instruction.alpaca_prompt(row))
     if data.format == "completion" and isinstance(row.get(column), str):
         text = " ".join(row[column].split(" ")[:OPENING])
         return text, prompt_ids.encode_text(tokenizer, text)

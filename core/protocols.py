@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
         """Encode a text; the ids are under "input_ids"."""
         ...
 
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Ids of a text."""
+        ...
+
     def decode(self, token_ids: Any, skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool = ...) -> str:
         """Text of some ids."""
         ...

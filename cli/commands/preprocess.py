@@ -81,7 +81,9 @@ def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, 
         formula = f"{config.micro_batch_size} x {config.data.sequence_len}"
         rows["packing"] = overview.describe_packing(lengths, budget, seed=config.seed, formula=formula)
     if kind.read is None:
-        rows["by role"] = overview.describe_roles(formats.merged([report for report in reports if isinstance(report, formats.Report)]))
+        rows["by role"] = overview.describe_roles(
+            formats.merge_text_reports([report for report in reports if isinstance(report, formats.TextReport)])
+        )
     return Encoded(docs, lines, rows, tokenizer)
 
 

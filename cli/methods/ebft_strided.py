@@ -148,7 +148,7 @@ def anchors(options: EbftOptions, host: Batch) -> tuple[strided.Anchors, Batch]:
     """
     lens = strided.lengths(host)
     prompts = torch.zeros_like(lens).scatter(0, host["doc_of_seq"], host["prompt_length"])
-    found = strided.anchors(lens, prompt_lengths=prompts, **strides.among(places(options)))
+    found = strided.anchors(lens, prompt_lengths=prompts, **strides.anchor_options(places(options)))
     found = strided.trained_blocks(found, host["cu_docs"], strided.scored(host))
     if options.rl_coef == 0 and "seed" in host:
         found = found._replace(document=found.document[:0], start=found.start[:0])

@@ -42,7 +42,7 @@ def build(scalar: str | None, ref_logp: RefLogp, logprob: Logprob, setting: Sett
 
 def _collate_branch(documents: list[Any], *, branch: int, **options: Any) -> dict[str, Tensor]:
     """The stream of documents with one of their two completions only."""
-    return pack.collate_trees([trees.only(document, branch) for document in documents], **options)
+    return pack.collate_trees([trees.single_branch(document, branch) for document in documents], **options)
 
 
 def _with_baseline(ref_logp: RefLogp, logprob: Logprob, mesh: Any, state: TrainState, micro_batches: list[Any]) -> list[Any]:

@@ -27,6 +27,7 @@ from treetune.core.data import (
 )
 from treetune.core.data.dataset import Dataset, Docs, DocumentStream, Refuse, RowSettings
 from treetune.core.data.spans import Doc
+from treetune.core.protocols import Tokenizer
 
 SHOWN = 8  # documents of a stream to check and to show before it starts
 OWN_KEYS = {"path", "type", "train_on_split", "weight"}  # of an entry of `datasets`, besides the source's and the format's
@@ -46,7 +47,7 @@ class DataSetRows(NamedTuple):
     digest: str  # of the bytes and choices behind the rows; empty where nothing is kept
 
 
-def _read(entry: Mapping[str, Any], settings: RowSettings, tokenizer, kind: kinds.DatasetSpec) -> DataSetRows:
+def _read(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Tokenizer, kind: kinds.DatasetSpec) -> DataSetRows:
     """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
     split = {"split": entry["train_on_split"]} if "train_on_split" in entry else {}
     rows = dataset.read_source(entry, settings, **split)
@@ -91,7 +92,7 @@ def _detect(rows: sources.Rows, kind: kinds.DatasetSpec) -> str:
         raise ValueError(f"{rows.name}: {error}{fix}") from error
 
 
-def read_all(entries: list[dict[str, Any]], settings: RowSettings, tokenizer, kind: kinds.DatasetSpec) -> list[DataSetRows]:
+def read_all(entries: list[dict[str, Any]], settings: RowSettings, tokenizer: Tokenizer, kind: kinds.DatasetSpec) -> list[DataSetRows]:
     """The rows of each entry of `datasets`."""
     return [_read(entry, settings, tokenizer, kind) for entry in entries]
 
@@ -125,11 +126,11 @@ class EncodedRows(NamedTuple):
     docs: Docs
     weights: list[float] | None
     lines: list[str]
-    reports: list[formats.Report] | list[trees.Report]
+    reports: list[formats.TextReport] | list[trees.TreeReport]
     digest: str = ""  # fingerprint of the documents with their weights
 
 
-def encode_all(parts: list[DataSetRows], settings: RowSettings, tokenizer, label: str, **working: Any) -> EncodedRows:
+def encode_all(parts: list[DataSetRows], settings: RowSettings, tokenizer: Tokenizer, label: str, **working: Any) -> EncodedRows:
     """Encode each data set in its format with the options of all and its own; `working`: `processes`, `progress` of core.data.workers.
 
     Errors: ValueError for bad rows, and for data sets that cannot share a batch.
@@ -152,7 +153,9 @@ def encode_all(parts: list[DataSetRows], settings: RowSettings, tokenizer, label
     return EncodedRows(docs, weights, lines, reports, fingerprint.values(digests))
 
 
-def _encode(part: DataSetRows, settings: RowSettings, tokenizer, *, processes: int = 1, **working: Any) -> tuple[Docs, Any, str, bool]:
+def _encode(
+    part: DataSetRows, settings: RowSettings, tokenizer: Tokenizer, *, processes: int = 1, **working: Any
+) -> tuple[Docs, Any, str, bool]:
     """Documents, report and fingerprint of one data set, and whether they were prepared earlier."""
     options = _encoding(settings, part) | part.options
     policy = "split" if part.format == "completion" else settings.overlong or part.kind.fallback_overlong
@@ -168,7 +171,7 @@ def _encode(part: DataSetRows, settings: RowSettings, tokenizer, *, processes: i
             return docs, report, digest, True
     working |= {"processes": processes, "kind": part.kind}
     with fields.reading(f"{part.rows.name}, read as {part.format},"):
-        docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, own=options, **sizes, **working)
+        docs, report = workers.encode_rows(part.rows, tokenizer, format=part.format, format_options=options, **sizes, **working)
     digest = fingerprint.documents(docs)
     if folder is not None:
         cache.save_entry(folder, key, docs, [report, digest])
@@ -185,7 +188,7 @@ def _without_duplicates(train: list[DataSetRows], val: list[DataSetRows]) -> tup
     return train, val, lines
 
 
-def read_and_encode(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, refuse: Refuse, **working: Any) -> EncodedRows:
+def read_and_encode(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *, refuse: Refuse, **working: Any) -> EncodedRows:
     """All documents of the data sets, for commands that hold nothing out."""
     parts = read_all(settings.training_entries(), settings, tokenizer, kind)
     refuse(unused_options(settings, parts))
@@ -195,7 +198,7 @@ def read_and_encode(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *
     return encoded._replace(lines=lines + encoded.lines)
 
 
-def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, seed: int, refuse: Refuse) -> Dataset:
+def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *, seed: int, refuse: Refuse) -> Dataset:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; what `refuse` raises."""
     if not settings.data:
         raise ValueError("no training data: give --data at least one file or data set")
@@ -206,7 +209,7 @@ def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, seed: int
     refuse(unused_options(settings, parts + val_parts))
     parts, val_parts, repeated = _without_duplicates(parts, val_parts) if settings.drop_duplicates else (parts, val_parts, [])
     if not val_parts and settings.val_set_size:
-        key = None if kind.read is None else kinds.prompt  # an answer to a question that was trained on tells little
+        key = None if kind.read is None else kinds.prompt_key  # an answer to a question that was trained on tells little
         train_rows, val_rows = dataset.hold_out([part.rows for part in parts], settings.val_set_size, seed, key=key)
         val_parts = [part._replace(rows=rows) for part, rows in zip(parts, val_rows, strict=True)]
         parts = [part._replace(rows=rows) for part, rows in zip(parts, train_rows, strict=True)]
@@ -217,7 +220,7 @@ def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer, *, seed: int
     return Dataset(train.docs, val.docs, first, (val_parts or parts)[0].format, lines, train.weights, digests=digests)
 
 
-def _stream(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer) -> Dataset:
+def _stream(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer) -> Dataset:
     """A stream of the data sets' rows, but for those held out, with its first documents."""
     size = int(settings.val_set_size)
     val_parts = read_all(settings.held_out_entries(), settings, tokenizer, kind)
@@ -243,11 +246,11 @@ def _first_rows(path: str, split: str, size: int, kind: kinds.DatasetSpec) -> Da
     return DataSetRows(sources.take(rows, range(size)), kind, "completion", {}, 1.0, "")
 
 
-def _encode_block(rows: sources.Rows, *, settings: RowSettings, tokenizer) -> list[Doc]:
+def _encode_block(rows: sources.Rows, *, settings: RowSettings, tokenizer: Tokenizer) -> list[Doc]:
     """Documents of some rows of a stream: none where all texts are blank, which is an error only for a whole data set."""
     column = settings.text_column
     texts = [row.get(column) for row in rows.rows]
     if all(isinstance(text, str) and not text.strip() for text in texts):
         return []
-    options = {"format": "completion", "own": {"field": column}, "sequence_len": settings.sequence_len, "overlong": "split"}
+    options = {"format": "completion", "format_options": {"field": column}, "sequence_len": settings.sequence_len, "overlong": "split"}
     return formats.encode_rows(rows, tokenizer, **options)[0]

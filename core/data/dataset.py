@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from treetune.core import fields
 from treetune.core.data import loader, sources, streaming, trees
+from treetune.core.data.rows import Row
 from treetune.core.data.spans import Doc
 
 Refuse = Callable[[dict[str, str]], None]  # {option that the rows would ignore: the reason}; raises for one that the user gave
@@ -99,7 +100,7 @@ def check_keys(entry: Mapping[str, Any], known: frozenset[str], reader: str) -> 
 
 
 def hold_out(
-    parts: Sequence[sources.Rows], size: float, seed: int, *, key: Callable[[dict], str] | None
+    parts: Sequence[sources.Rows], size: float, seed: int, *, key: Callable[[Row], str] | None
 ) -> tuple[list[sources.Rows], list[sources.Rows]]:
     """The rows of each data set to train on, and those held out: a fraction or a number; rows of one key stay together."""
     pairs = [sources.split_validation(rows, size if size < 1 else int(size), seed, key=key) for rows in parts]

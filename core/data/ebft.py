@@ -1,7 +1,7 @@
 """Rows for energy-based fine-tuning: a prompt with the true reply (structured), or a whole document (strided).
 
 A transform turns a row into dicts with the documents' keys: prompt, ground_truth and perhaps remaining_turns, or input_ids, labels and
-prompt_length. A user's own transform gives the same (see `custom`); `structured` and `strided` check either kind.
+prompt_length. A user's own transform gives the same (see `custom`); `read_structured` and `read_strided` check either kind.
 n tokens of one document.
 """
 
@@ -19,10 +19,10 @@ from treetune.core.protocols import Tokenizer
 ANSWERED = (("input", "prompt", "question"), ("output", "completion", "answer"))  # names of a prompt and its reply
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 THOUGHTS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
-Transform = Callable[[dict, str], list[dict]]  # (row, how errors name it) -> rows with the documents' keys; mostly one
+RowTransform = Callable[[dict, str], list[dict]]  # (row, how errors name it) -> rows with the documents' keys; mostly one
 
 
-class Target(NamedTuple):
+class StructuredRow(NamedTuple):
     """A row of the structured mode."""
 
     prompt: str | list[Message]
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     row: int
 
 
-class Strided(NamedTuple):
+class StridedDoc(NamedTuple):
     """A document of the strided mode. weight > 0 marks the tokens of the completion; raw text has prompt_length 0."""
 
     tokens: np.ndarray  # int32 [n]
@@ -42,7 +42,7 @@ class Strided(NamedTuple):
 
 def opencode(row: Row, location: str) -> list[Message]:
     """ebft_opencode.transform: input and output."""
-    question, answer = preference.text(row, ("input",), location), preference.text(row, ("output",), location)
+    question, answer = preference.column_text(row, ("input",), location), preference.column_text(row, ("output",), location)
     return [{"prompt": turns.with_system([{"role": "user", "content": question}], row, location), "ground_truth": answer}]
 
 
@@ -88,75 +88,75 @@ def _truth(message: Message, location: str) -> str:
     return turns.turn_text(message, f"{location}: the reply")
 
 
-def as_target(row: dict, location: str) -> list[dict]:
+def as_target(row: Row, location: str) -> list[Message]:
     """A row that has the keys already."""
     return [row]
 
 
-def question_answer(row: dict, location: str) -> list[dict]:
+def question_answer(row: Row, location: str) -> list[Message]:
     """question and answer, as a conversation."""
-    asked = turns.with_system([{"role": "user", "content": preference.text(row, ("question",), location)}], row, location)
-    return [{"prompt": asked, "ground_truth": preference.text(row, ("answer",), location)}]
+    asked = turns.with_system([{"role": "user", "content": preference.column_text(row, ("question",), location)}], row, location)
+    return [{"prompt": asked, "ground_truth": preference.column_text(row, ("answer",), location)}]
 
 
-def prompt_completion(row: dict, location: str) -> list[dict]:
+def prompt_completion(row: Row, location: str) -> list[Message]:
     """prompt, as text or messages, and completion."""
-    return [{"prompt": row.get("prompt"), "ground_truth": preference.text(row, ("completion",), location)}]
+    return [{"prompt": row.get("prompt"), "ground_truth": preference.column_text(row, ("completion",), location)}]
 
 
-def structured(rows: sources.Rows, transform: Transform) -> tuple[list[Target], dict[str, int]]:
+def read_structured(rows: sources.Rows, transform: RowTransform) -> tuple[list[StructuredRow], dict[str, int]]:
     """(targets in the order of the rows, rows dropped by reason). Errors: ValueError naming row and field, or when none is left."""
     targets, dropped = [], {}
     for i, row in enumerate(rows.rows):
         location = sources.locate_row(rows, i)
         for output in transform(row, location):
-            target = target_of(output, rows.numbers[i], location)
+            target = check_structured(output, rows.numbers[i], location)
             reason = trees.EMPTY if not target.ground_truth.strip() else "" if target.prompt else trees.NO_PROMPT
             if reason:
                 dropped[reason] = dropped.get(reason, 0) + 1
             else:
                 targets.append(target)
     if not targets:
-        reasons = trees.counted(dropped)
+        reasons = trees.join_counts(dropped)
         raise ValueError(f"{rows.name}: not one row with a prompt and a ground truth in {len(rows.rows)} ({reasons}): fill the columns")
     return targets, dropped
 
 
-def target_of(output: dict, row: int, location: str) -> Target:
+def check_structured(output: dict, row: int, location: str) -> StructuredRow:
     """A transform's output for the structured mode, checked."""
     prompt: str | list[Message] = output.get("prompt") or []
     remaining = output.get("remaining_turns") or []
     if isinstance(prompt, list) and prompt:
         prompt = turns.with_system(turns.read_turns(prompt, f"{location}: field prompt"), output, location)
     elif output.get("prompt") != []:  # an empty list of messages is dropped and counted, as an empty text is
-        prompt = preference.text(output, ("prompt",), location)
+        prompt = preference.column_text(output, ("prompt",), location)
     remaining = turns.read_turns(remaining, f"{location}: field remaining_turns") if remaining else []
-    return Target(prompt, preference.text(output, ("ground_truth",), location), tuple(remaining), row)
+    return StructuredRow(prompt, preference.column_text(output, ("ground_truth",), location), tuple(remaining), row)
 
 
-def pretrain(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
+def pretrain(rows: sources.Rows, tokenizer: Tokenizer) -> list[StridedDoc]:
     """ebft_pretrain.transform: raw text (text or question) with the default prefix and an EOS, all of it trained."""
     spans.require_eos(tokenizer)
     texts = []
     for i, row in enumerate(rows.rows):
-        body = preference.text(row, ("text", "question"), sources.locate_row(rows, i))
+        body = preference.column_text(row, ("text", "question"), sources.locate_row(rows, i))
         texts.append(spans.Text(body, (), whole=True, eos=1.0) if body.strip() else spans.Text("", ()))
     return _strided(rows, texts, tokenizer, raw=True)
 
 
-def strided_structured(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
+def strided_structured(rows: sources.Rows, tokenizer: Tokenizer) -> list[StridedDoc]:
     """ebft_strided_structured.transform: input (prompt, question), output (completion, answer); no EOS is added."""
     texts, special = [], spans.read_special_tokens(tokenizer)
     for i, row in enumerate(rows.rows):
         location = sources.locate_row(rows, i)
-        question = preference.text(row, ("input", "prompt", "question"), location)
-        texts.append(trees.plain(question, preference.text(row, ("output", "completion", "answer"), location)))
+        question = preference.column_text(row, ("input", "prompt", "question"), location)
+        texts.append(trees.plain_pair(question, preference.column_text(row, ("output", "completion", "answer"), location)))
     return _strided(rows, texts, tokenizer, prefix=special.prefix)
 
 
 def strided_chat(
     rows: sources.Rows, tokenizer: Tokenizer, *, last_only: bool = False, **template: Unpack[TemplateOptions]
-) -> list[Strided]:
+) -> list[StridedDoc]:
     """ebft_strided_chat.transform: a conversation through the chat template, every reply trained.
 
     last_only: only the last reply. template: chat_template, chat_template_jinja and chat_template_kwargs of `chat.reader`.
@@ -170,12 +170,12 @@ def strided_chat(
     return _strided(rows, read(rows._replace(rows=talks)), tokenizer)
 
 
-def reasoning_strided(rows: sources.Rows, tokenizer: Tokenizer, **template: Unpack[TemplateOptions]) -> list[Strided]:
+def reasoning_strided(rows: sources.Rows, tokenizer: Tokenizer, **template: Unpack[TemplateOptions]) -> list[StridedDoc]:
     """ebft_reasoning.transform_strided: a conversation through the chat template, the last reply trained with its thoughts."""
     return strided_chat(rows, tokenizer, last_only=True, **template)
 
 
-def strided(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
+def read_strided(rows: sources.Rows, tokenizer: Tokenizer) -> list[StridedDoc]:
     """Output of a user's transform for the strided mode: input_ids, labels, prompt_length, checked; padding is taken off."""
     docs = []
     for i, row in enumerate(rows.rows):
@@ -190,11 +190,11 @@ def strided(rows: sources.Rows, tokenizer: Tokenizer) -> list[Strided]:
             raise ValueError(
                 f"{location}: field prompt_length is {sources.quote(length)}, expected a whole number from 0 to {len(encoded.tokens)}"
             )
-        docs.append(Strided(encoded.tokens, encoded.weight, length, rows.numbers[i]))
+        docs.append(StridedDoc(encoded.tokens, encoded.weight, length, rows.numbers[i]))
     return _some(docs, rows)
 
 
-def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
+def truncate_docs(docs: list[StridedDoc], sequence_len: int) -> list[StridedDoc]:
     """Documents cut to sequence_len tokens; those without any of their completion left are dropped."""
     short = [doc._replace(tokens=doc.tokens[:sequence_len], weight=doc.weight[:sequence_len]) for doc in docs]
     return [doc for doc in short if doc.weight.any() and doc.prompt_length < len(doc.tokens)]
@@ -202,7 +202,7 @@ def cut(docs: list[Strided], sequence_len: int) -> list[Strided]:
 
 def _strided(
     rows: sources.Rows, texts: list[spans.Text], tokenizer: Tokenizer, *, raw: bool = False, prefix: Sequence[int] = ()
-) -> list[Strided]:
+) -> list[StridedDoc]:
     special = spans.read_special_tokens(tokenizer)
     for i, text in enumerate(texts):
         trees.check_unicode(text.text, sources.locate_row(rows, i))
@@ -212,7 +212,7 @@ def _strided(
         tokens = np.concatenate([np.array(missing, np.int32), encoded.tokens]).astype(np.int32)
         weight = np.concatenate([np.zeros(len(missing)), encoded.weight]).astype(np.float32)
         trees.check_bos([encoded._replace(tokens=tokens)], special, sources.locate_row(rows, i))
-        docs.append(Strided(tokens, weight, 0 if raw else _first(weight), rows.numbers[i]))
+        docs.append(StridedDoc(tokens, weight, 0 if raw else _first(weight), rows.numbers[i]))
     return _some(docs, rows)
 
 
@@ -220,7 +220,7 @@ def _first(weight: np.ndarray) -> int:
     return int(np.flatnonzero(weight)[0]) if weight.any() else len(weight)
 
 
-def _some(docs: list[Strided], rows: sources.Rows) -> list[Strided]:
+def _some(docs: list[StridedDoc], rows: sources.Rows) -> list[StridedDoc]:
     trainable = [doc for doc in docs if doc.weight.any()]
     if not trainable:
         raise ValueError(f"{rows.name}: not one token to train on in {len(rows.rows)} rows: fill the columns")

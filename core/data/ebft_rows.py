@@ -71,7 +71,7 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
         form = _transform(name)
     rows = sources.track_reads(rows)
     with fields.reading(rows.name):
-        targets, dropped = ebft.structured(rows, form)
+        targets, dropped = ebft.read_structured(rows, form)
     unread = sources.unread_columns(rows)
     if sources.SYSTEM in unread:
         raise sources.unplaced_system(rows, unread[sources.SYSTEM], name)
@@ -95,7 +95,7 @@ def _detect(rows: sources.Rows) -> str:
     )
 
 
-def _transform(name: str) -> ebft.Transform:
+def _transform(name: str) -> ebft.RowTransform:
     """The reader of a format. Errors: ValueError for one of strided mode, and for an unknown one."""
     known = row_formats.of_kind("true_replies")
     if name in known:
@@ -122,7 +122,7 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     encoding: dict[str, Any] = {"chat_template": None, "chat_template_jinja": None, "chat_template_kwargs": None} | dict(settings.encoding)
     read, lines, offset = [], [], 0
     for part in parts:
-        some, report = prompts.read(part, tokenizer, **encoding)
+        some, report = prompts.read_prompts(part, tokenizer, **encoding)
         complete = [_with_truth(prompt, tokenizer, tuple(encoding.values()), f"{part.name}, row {prompt.row}") for prompt in some]
         lengths = [len(prompt.tokens) + len(prompt.columns["truth"]) for prompt in complete]
         fitting = [prompt for prompt, size in zip(complete, lengths, strict=True) if size <= settings.sequence_len]

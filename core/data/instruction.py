@@ -31,7 +31,7 @@ CRITIQUE = f"Score the answer to the question from 0 to 10 for {CRITERIA}; then 
 REVISE = f"Revise the answer to the question after its evaluation for {CRITERIA}. Reply with the revised answer only."
 
 
-class Shape(NamedTuple):
+class InstructionShape(NamedTuple):
     """One format: needed columns, optional ones, the text before the response, and the response."""
 
     columns: tuple[str, ...]
@@ -48,10 +48,10 @@ def reader(tokenizer: Tokenizer, *, train_on_inputs: bool = False) -> Callable[[
     train_on_inputs: every token is trained, else those of the output and the EOS.
     Errors: ValueError for a tokenizer without EOS and for rows without a needed field (named with the fields they have).
     """
-    return shaped("alpaca")(tokenizer, train_on_inputs=train_on_inputs)
+    return shape_reader("alpaca")(tokenizer, train_on_inputs=train_on_inputs)
 
 
-def shaped(name: str) -> Callable:
+def shape_reader(name: str) -> Callable:
     """The reader of a format of SHAPES, with the options and errors of `reader`."""
     shape = SHAPES[name]
 
@@ -65,21 +65,21 @@ def shaped(name: str) -> Callable:
             missing = next((column for column in shape.others if row.get(column) is None), None)
             if missing:
                 raise sources.missing_field([missing], row, location)
-            return whole(*_built(shape, row, location), ending, train_on_inputs)
+            return prompt_and_output(*_built(shape, row, location), ending, train_on_inputs)
 
         return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
     return made
 
 
-def _built(shape: Shape, row: Row, location: str) -> tuple[str, str]:
+def _built(shape: InstructionShape, row: Row, location: str) -> tuple[str, str]:
     try:
         return shape.prompt(row), shape.response(row)
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
 
 
-def whole(before: str, output: str, ending: str, train_on_inputs: bool) -> spans.Text:
+def prompt_and_output(before: str, output: str, ending: str, train_on_inputs: bool) -> spans.Text:
     """Prompt and output as one text, trained from the output on, or all of it. An empty output leaves nothing to train."""
     if not output.strip():
         return spans.Text(before, ())
@@ -139,12 +139,12 @@ def user_defined(
         system, input_text = row.get(field_system) or system_prompt, row.get(field_input) or ""
         before = opening(system=system) if system and "{system}" not in forms[bool(input_text)] else ""
         question = fill[bool(input_text)](instruction=row[field_instruction], input=input_text, system=system)
-        return whole(before + question, row[field_output], "", train_on_inputs)
+        return prompt_and_output(before + question, row[field_output], "", train_on_inputs)
 
     return lambda rows: [text(row, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
 
 
-def prompt(row: Row) -> str:
+def alpaca_prompt(row: Row) -> str:
     """The text before the response in the Alpaca wording."""
     return _instruct(WITH_INPUT, WITHOUT_INPUT)(row)
 
@@ -231,20 +231,22 @@ def _rated(question: str, *, evaluated: bool = False) -> Callable[[Row], str]:
 ALPACA, RATED = ("instruction", "output"), ("scores", "critiques", "instruction", "answer")
 REFLECTED = (*ALPACA, "reflection", "corrected")
 CHOICES, CHOICE_LISTS = ("question", "choices"), ("choices",)
-SHAPES: dict[str, Shape] = {
-    "alpaca": Shape(ALPACA, ("input", "system"), _instruct(WITH_INPUT, WITHOUT_INPUT), _column("output")),
-    "alpaca:chat": Shape(ALPACA, ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("output")),
-    "alpaca_chat": Shape(("instruction", "response"), ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("response")),
-    "alpaca_chat.load_qa": Shape(("question", "answer"), (), _chat("", WITHOUT_INPUT, "question", ""), _column("answer")),
-    "alpaca_chat.load_concise": Shape(("instruction", "response"), ("input",), _chat(CONCISE, CONCISE), _column("response")),
-    "alpaca_chat.load_camel_ai": Shape(("message_1", "message_2"), (), _chat("", WITHOUT_INPUT, "message_1", ""), _column("message_2")),
-    "alpaca_w_system.load_open_orca": Shape(("system_prompt", "question", "response"), (), _open_orca, _column("response")),
-    "gpteacher": Shape(("instruction", "response"), ("input",), _instruct(WITH_INPUT, WITHOUT_INPUT), _column("response")),
-    "gpteacher:chat": Shape(("instruction", "response"), ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("response")),
-    "oasst": Shape(("INSTRUCTION", "RESPONSE"), (), _instruct("", WITHOUT_INPUT, "INSTRUCTION", ""), _column("RESPONSE")),
-    "reflection": Shape(REFLECTED, ("input",), _instruct(WITH_INPUT + REFLECT, WITHOUT_INPUT + REFLECT), _reflection),
-    "reflection_ac": Shape(REFLECTED, ("input",), _chat(WITH_INPUT + REFLECT, WITHOUT_INPUT + REFLECT), _reflection_chat),
-    "jeopardy": Shape(
+SHAPES: dict[str, InstructionShape] = {
+    "alpaca": InstructionShape(ALPACA, ("input", "system"), _instruct(WITH_INPUT, WITHOUT_INPUT), _column("output")),
+    "alpaca:chat": InstructionShape(ALPACA, ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("output")),
+    "alpaca_chat": InstructionShape(("instruction", "response"), ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("response")),
+    "alpaca_chat.load_qa": InstructionShape(("question", "answer"), (), _chat("", WITHOUT_INPUT, "question", ""), _column("answer")),
+    "alpaca_chat.load_concise": InstructionShape(("instruction", "response"), ("input",), _chat(CONCISE, CONCISE), _column("response")),
+    "alpaca_chat.load_camel_ai": InstructionShape(
+        ("message_1", "message_2"), (), _chat("", WITHOUT_INPUT, "message_1", ""), _column("message_2")
+    ),
+    "alpaca_w_system.load_open_orca": InstructionShape(("system_prompt", "question", "response"), (), _open_orca, _column("response")),
+    "gpteacher": InstructionShape(("instruction", "response"), ("input",), _instruct(WITH_INPUT, WITHOUT_INPUT), _column("response")),
+    "gpteacher:chat": InstructionShape(("instruction", "response"), ("input",), _chat(WITH_INPUT, WITHOUT_INPUT), _column("response")),
+    "oasst": InstructionShape(("INSTRUCTION", "RESPONSE"), (), _instruct("", WITHOUT_INPUT, "INSTRUCTION", ""), _column("RESPONSE")),
+    "reflection": InstructionShape(REFLECTED, ("input",), _instruct(WITH_INPUT + REFLECT, WITHOUT_INPUT + REFLECT), _reflection),
+    "reflection_ac": InstructionShape(REFLECTED, ("input",), _chat(WITH_INPUT + REFLECT, WITHOUT_INPUT + REFLECT), _reflection_chat),
+    "jeopardy": InstructionShape(
         ("question", "category", "answer"),
         (),
         _instruct(
@@ -255,42 +257,44 @@ SHAPES: dict[str, Shape] = {
         ),
         _column("answer", "what is "),
     ),
-    "explainchoice": Shape(
+    "explainchoice": InstructionShape(
         CHOICES,
         ("solution", "explanation"),
         _choices("Choose the answer that best answers the question. Explain your reasoning."),
         _solution,
         CHOICE_LISTS,
     ),
-    "concisechoice": Shape(
+    "concisechoice": InstructionShape(
         CHOICES,
         ("solution", "explanation"),
         _choices("Choose the answer that best answers the question. Be concise in your response."),
         _solution,
         CHOICE_LISTS,
     ),
-    "summarizetldr": Shape(
+    "summarizetldr": InstructionShape(
         ("article", "summary"),
         (),
         lambda row: _said("", f"Summarize the following article as a TL;DR.\n{row['article']}"),
         _column("summary"),
     ),
-    "context_qa": Shape(("article", "question", "answer"), (), _about("article", "question"), _column("answer")),
-    "context_qa.load_v2": Shape(
+    "context_qa": InstructionShape(("article", "question", "answer"), (), _about("article", "question"), _column("answer")),
+    "context_qa.load_v2": InstructionShape(
         ("context", "question", "answer"),
         (),
         lambda row: f"Context: {row['context']}\nQuestion: {row['question']}\n",
         _column("answer", "Answer: "),
     ),
-    "context_qa.load_404": Shape(("article", "unanswerable_question"), (), _about("article", "unanswerable_question"), lambda row: UNKNOWN),
-    "creative_acr.load_answer": Shape(
+    "context_qa.load_404": InstructionShape(
+        ("article", "unanswerable_question"), (), _about("article", "unanswerable_question"), lambda row: UNKNOWN
+    ),
+    "creative_acr.load_answer": InstructionShape(
         ("instruction", "revision"), (), lambda row: _said(CREATIVE, row["instruction"]), _column("revision")
     ),
-    "creative_acr.load_critique": Shape(RATED, (), _rated(CRITIQUE), _evaluation, ("scores", "critiques")),
-    "creative_acr.load_revise": Shape(
+    "creative_acr.load_critique": InstructionShape(RATED, (), _rated(CRITIQUE), _evaluation, ("scores", "critiques")),
+    "creative_acr.load_revise": InstructionShape(
         (*RATED, "revision"), (), _rated(REVISE, evaluated=True), _column("revision"), ("scores", "critiques")
     ),
-    "metharme": Shape(("prompt", "generation"), (), lambda row: row["prompt"], _column("generation"), ends=3),
+    "metharme": InstructionShape(("prompt", "generation"), (), lambda row: row["prompt"], _column("generation"), ends=3),
 }
 
 

@@ -8,11 +8,32 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from treetune.core.data import formats, reporting, reward, row_formats, sources, strides, trees, unpaired
+from treetune.core.data.rows import Progress, Row
+from treetune.core.protocols import Tokenizer
 
 QUESTIONS = ("prompt", "input", "question", "instruction")
+FOREIGN = ("unpaired",)  # kinds whose rows get the completion of another row, of which KTO's baseline is made
+
+
+class Encode(Protocol):
+    """Documents of rows, and the report on them."""
+
+    def __call__(
+        self,
+        rows: sources.Rows,
+        tokenizer: Tokenizer,
+        *,
+        format: str,
+        format_options: Mapping[str, Any] | None = None,
+        sequence_len: int | None = None,
+        overlong: str | None = None,
+        progress: Progress = ...,
+    ) -> tuple[list, Any]:
+        """Documents in the order of the rows; format_options: those that the format takes, by whatever name."""
+        ...
 
 
 class DatasetSpec(NamedTuple):
@@ -23,7 +44,9 @@ class DatasetSpec(NamedTuple):
     detect: Callable[..., str]  # (columns, row=None) -> format; ValueError when the columns do not tell
     takes: Callable[..., tuple[str, ...]]  # (format, row=None) -> options that its rows take
     canonical: Callable[[str], str]  # a name as users write it -> format; ValueError listing all for an unknown one
-    encode: Callable[..., tuple[list, Any]]  # (rows, tokenizer, *, format, own, sequence_len, overlong, progress) -> (docs, report)
+    encode: Callable[
+        ..., tuple[list, Any]
+    ]  # (rows, tokenizer, *, format, format_options, sequence_len, overlong, progress) -> (docs, report)
     describe: Callable[[Any], str]
     merged: Callable[[Sequence], Any]  # the reports of parts of the rows -> one
     check: Callable[[Sequence], None]  # ValueError when one cannot train on all these documents
@@ -37,27 +60,31 @@ class DatasetSpec(NamedTuple):
         return tuple(row_formats.of_kind(self.formats))
 
 
-def _detect(kind: str, columns: Sequence[str], row: Mapping | None = None) -> str:
+def _detect(kind: str, columns: Sequence[str], row: Mapping[str, Any] | None = None) -> str:
     """The format that the columns mean, with the first row to tell texts from conversations where both have the same columns.
 
     Formats of a fixed wording that share their columns with others must be named. Errors: ValueError listing all that is known.
     """
-    tried = row_formats.ranked(kind)
-    for one in tried:
-        needed, name = one.columns[0], one.name
+    candidates = row_formats.ranked(kind)
+    for row_format in candidates:
+        needed, name = row_format.columns[0], row_format.name
         if set(needed) <= set(columns) and (name != "chat_template.argilla" or _converses(columns, row)):
             return "chat_template.argilla" if "chosen" in needed and row is not None and _is_whole(name, row) else name
-    named = {name: one for name, one in row_formats.of_kind(kind).items() if one.rank is None and not name.startswith("user_defined")}
-    fitting = [name for name, one in named.items() if set(one.columns[0]) <= set(columns)]
+    others = {
+        name: row_format
+        for name, row_format in row_formats.of_kind(kind).items()
+        if row_format.rank is None and not name.startswith("user_defined")
+    }
+    fitting = [name for name, row_format in others.items() if set(row_format.columns[0]) <= set(columns)]
     if len(fitting) == 1:
         return fitting[0]
-    needs = "; ".join(f"{one.name} needs {' + '.join(one.columns[0])}" for one in tried)
-    must = ", ".join(fitting or named)
+    needs = "; ".join(f"{row_format.name} needs {' + '.join(row_format.columns[0])}" for row_format in candidates)
+    must = ", ".join(fitting or others)
     fix = "name one of the formats with these columns" if fitting else "rename columns, or name one of the other formats"
     raise ValueError(f"the columns {sources.join_names(columns)} do not tell the format: {needs}; {fix}{f': {must}' * bool(must)}")
 
 
-def _is_whole(name: str, row: Mapping) -> bool:
+def _is_whole(name: str, row: Mapping[str, Any]) -> bool:
     """Whether chosen and rejected hold the question too, though other columns would do: a `prompt` as text, or `messages` of one side."""
     sides = [row.get("chosen"), row.get("rejected")]
     if name == "chat_template.default":
@@ -65,18 +92,18 @@ def _is_whole(name: str, row: Mapping) -> bool:
     return name == "passthrough" and isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list)
 
 
-def _converses(columns: Sequence[str], row: Mapping | None) -> bool:
+def _converses(columns: Sequence[str], row: Mapping[str, Any] | None) -> bool:
     """Whether chosen and rejected are whole conversations."""
     return isinstance(row.get("chosen"), list) if row is not None else not set(QUESTIONS) & set(columns)
 
 
-def _takes(kind: str, name: str, row: Mapping | None = None) -> tuple[str, ...]:
+def _takes(kind: str, name: str, row: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Options of a format. row: the first one, which tells whether passthrough rows are texts or messages."""
-    known = row_formats.of_kind(kind)[_canonical(kind, name)]
-    return tuple(one for one in known.options if one not in row_formats.CHAT or not _is_plain(name, row))
+    row_format = row_formats.of_kind(kind)[_canonical(kind, name)]
+    return tuple(option for option in row_format.options if option not in row_formats.CHAT or not _is_plain(name, row))
 
 
-def _is_plain(name: str, row: Mapping | None) -> bool:
+def _is_plain(name: str, row: Mapping[str, Any] | None) -> bool:
     """Whether passthrough rows are texts, which no chat template writes."""
     if name != "passthrough" or row is None:
         return False
@@ -86,7 +113,7 @@ def _is_plain(name: str, row: Mapping | None) -> bool:
 def _canonical(kind: str, name: str) -> str:
     """The format of a name: `chatml` is chatml.default, `bradley_terry` bradley_terry.chat_template, `zephyr` its only format."""
     table = row_formats.of_kind(kind)
-    under = [known for known in table if known.startswith(f"{name}.")]
+    under = [format_name for format_name in table if format_name.startswith(f"{name}.")]
     choices = [name, f"{name}.default", f"{name}.chat_template", *(under if len(under) == 1 else ())]
     choice = next((choice for choice in choices if choice in table), None)
     if choice is None:
@@ -94,20 +121,22 @@ def _canonical(kind: str, name: str) -> str:
     return choice
 
 
-def _reader(kind: str, name: str, own: Mapping, rows: sources.Rows) -> tuple[Callable, dict]:
+def _reader(kind: str, name: str, format_options: Mapping[str, Any], rows: sources.Rows) -> tuple[Callable, dict]:
     """(the format's reader, options for the chat template). Errors: ValueError for an option that the format does not take."""
-    known = _takes(kind, name, rows.rows[0])
-    if extra := [key for key in own if key not in known]:
+    names = _takes(kind, name, rows.rows[0])
+    if extra := [key for key in format_options if key not in names]:
         rows_of = " of plain text" * _is_plain(name, rows.rows[0])
-        raise ValueError(f"format {name}{rows_of} takes no {', '.join(extra)}; it takes {', '.join(known) or 'no options'}")
+        raise ValueError(f"format {name}{rows_of} takes no {', '.join(extra)}; it takes {', '.join(names) or 'no options'}")
     make, chat = row_formats.of_kind(kind)[name].reader, row_formats.CHAT
-    return make(**{key: own[key] for key in own if key not in chat}), {key: own[key] for key in chat if key in own}
+    return make(**{key: format_options[key] for key in format_options if key not in chat}), {
+        key: format_options[key] for key in chat if key in format_options
+    }
 
 
-def _counting(read: Callable, progress: Callable[[int], None]) -> Callable:
-    def counted(row: dict, where: str):
+def _counting(read: Callable, progress: Progress) -> Callable:
+    def counted(row: Row, location: str):
         progress(1)
-        return read(row, where)
+        return read(row, location)
 
     return counted
 
@@ -115,25 +144,24 @@ def _counting(read: Callable, progress: Callable[[int], None]) -> Callable:
 def _encode_trees(
     kind: str,
     rows: sources.Rows,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     format: str,
-    own: Mapping | None = None,
+    format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
-    foreign: bool = False,
-) -> tuple[list[trees.TreeDoc], trees.Report]:
-    """Documents with a branch for each continuation. foreign: give each row a second continuation from another row, of kind 1."""
-    read, chat = _reader(kind, format, own or {}, rows)
-    rows = sources.track_reads(rows)
-    read = unpaired.mismatched(rows, read) if foreign else read
+    progress: Progress = lambda rows: None,
+) -> tuple[list[trees.TreeDoc], trees.TreeReport]:
+    """Documents with a branch for each continuation; for kinds of FOREIGN, each row has one more from another row."""
+    read, template = _reader(kind, format, format_options or {}, rows)
+    rows, foreign = sources.track_reads(rows), kind in FOREIGN
+    read = unpaired.add_foreign_replies(rows, read) if foreign else read
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
-    docs, report = trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **chat)
+    docs, report = trees.encode_rows(rows, _counting(read, progress), tokenizer, name=format, distinct=not foreign, **lengths, **template)
     return docs, with_unread(report, rows)
 
 
-def with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
+def with_unread(report: trees.TreeReport, rows: sources.Rows) -> trees.TreeReport:
     """The report with the columns that no reader looked at. Errors: ValueError for a system text among them."""
     unread = sources.unread_columns(rows)
     if sources.SYSTEM in unread:
@@ -143,25 +171,25 @@ def with_unread(report: trees.Report, rows: sources.Rows) -> trees.Report:
 
 def _encode_steps(
     rows: sources.Rows,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     format: str,
-    own: Mapping | None = None,
+    format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[list[trees.TreeDoc], trees.Report]:
-    read, _ = _reader("steps", format, own or {}, rows)
+    progress: Progress = lambda rows: None,
+) -> tuple[list[trees.TreeDoc], trees.TreeReport]:
+    read, _ = _reader("steps", format, format_options or {}, rows)
     rows = sources.track_reads(rows)
     lengths = {"sequence_len": sequence_len, "overlong": overlong or "drop"}
     docs, report = reward.encode_steps(rows, _counting(read, progress), tokenizer, name=format, **lengths)
     return docs, with_unread(report, rows)
 
 
-def _merged(reports: Sequence[trees.Report]) -> trees.Report:
+def _merged(reports: Sequence[trees.TreeReport]) -> trees.TreeReport:
     """One report of the parts of a data set."""
     sums, dropped = {}, Counter()
-    for name in trees.Report._fields:
+    for name in trees.TreeReport._fields:
         values = [getattr(report, name) for report in reports]
         if isinstance(values[0], int):
             sums[name] = max(values) if name == "longest" else sum(values)
@@ -170,7 +198,7 @@ def _merged(reports: Sequence[trees.Report]) -> trees.Report:
     return reports[0]._replace(**sums, dropped=dict(dropped), **reporting.merge_fields(reports))
 
 
-def prompt(row: Mapping) -> str:
+def prompt_key(row: Mapping[str, Any]) -> str:
     """What rows about the same question have in common: their prompt, under any of its names, or the start of their conversation."""
     name = next((name for name in ("messages", *QUESTIONS) if row.get(name) is not None), None)
     talk = row.get("chosen")
@@ -217,7 +245,7 @@ def _of_trees(name: str, **changes: Any) -> DatasetSpec:
         partial(_takes, name),
         partial(_canonical, name),
         partial(_encode_trees, name),
-        trees.describe,
+        trees.describe_trees,
         _merged,
         _any,
         "tokens",
@@ -234,8 +262,8 @@ TEXT = DatasetSpec(
     lambda name, row=None: formats.takes(name),
     _text_names,
     formats.encode_rows,
-    formats.describe,
-    formats.merged,
+    formats.describe_texts,
+    formats.merge_text_reports,
     _any,
     None,
     "split",
@@ -255,9 +283,9 @@ def strided(places: strides.Places, *, blocks: bool = False) -> DatasetSpec:
         strides.takes,
         strides.canonical,
         partial(strides.encode_rows, places=places),
-        strides.describe,
-        strides.merged,
-        partial(strides.check, places=places) if blocks else _any,
+        strides.describe_strided,
+        strides.merge_strided_reports,
+        partial(strides.check_blocks, places=places) if blocks else _any,
         None,
         "truncate",
         None,
@@ -267,7 +295,7 @@ def strided(places: strides.Places, *, blocks: bool = False) -> DatasetSpec:
 KINDS: dict[str, DatasetSpec] = {
     "text": TEXT,
     "pairs": _of_trees("pairs"),
-    "unpaired": _of_trees("unpaired", encode=partial(_encode_trees, "unpaired", foreign=True), check=_both_classes, in_parts=None),
+    "unpaired": _of_trees("unpaired", check=_both_classes, in_parts=None),
     "judged": _of_trees("judged", check=_both_classes),
     "ranked": _of_trees("ranked", read="last"),
     "steps": _of_trees("steps", encode=_encode_steps, read="classes"),

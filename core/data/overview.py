@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from treetune.core.data import kinds, loader, trees
-from treetune.core.data.formats import Report
+from treetune.core.data.formats import TextReport
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
 
@@ -66,6 +66,6 @@ def describe_packing(lengths: Sequence[int], budget: int, *, seed: int, formula:
     return f"{100 * full:.1f} % full at {budget} tokens per micro-batch ({source})"
 
 
-def describe_roles(report: Report) -> str:
+def describe_roles(report: TextReport) -> str:
     """Tokens and supervised tokens by who wrote them."""
     return ", ".join(f"{role} {tokens} ({supervised} supervised)" for role, tokens, supervised in report.roles if tokens)

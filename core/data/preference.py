@@ -9,13 +9,14 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from treetune.core.data import sources, trees, turns, wording
+from treetune.core.data.rows import Message, Row
 
 PROMPTS = ("prompt", "input", "question", "instruction")
 WRITTEN_TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")  # messages as the text of a list
-LARGEST = 1e6  # of a margin
+MAX_MARGIN = 1e6  # of a margin
 
 
-class Fields(NamedTuple):
+class PairColumns(NamedTuple):
     """Which columns hold what, the documented name first; `talks` when chosen and rejected are conversations."""
 
     prompt: tuple[str, ...]  # none: the question is the first part of the conversations
@@ -24,36 +25,36 @@ class Fields(NamedTuple):
     talks: bool = False
 
 
-RESPONSES = (("chosen", "chosen_response"), ("rejected", "rejected_response"))
-FIELDS = {
-    "default": Fields(PROMPTS, *RESPONSES),
-    "argilla": Fields(("instruction", *PROMPTS[:-1]), *(names[::-1] for names in RESPONSES)),
-    "argilla_chat": Fields((), talks=True),
-    "icr": Fields(("input",)),
-    "intel": Fields(("question",)),
-    "prompt_pairs": Fields(("prompt",)),
-    "ultra": Fields(("prompt",), talks=True),
+CHOSEN, REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_response")
+PAIR_COLUMNS = {
+    "default": PairColumns(PROMPTS, CHOSEN, REJECTED),
+    "argilla": PairColumns(("instruction", *PROMPTS[:-1]), CHOSEN[::-1], REJECTED[::-1]),
+    "argilla_chat": PairColumns((), talks=True),
+    "icr": PairColumns(("input",)),
+    "intel": PairColumns(("question",)),
+    "prompt_pairs": PairColumns(("prompt",)),
+    "ultra": PairColumns(("prompt",), talks=True),
 }
 
 
-def text(row: dict, names: Sequence[str], where: str) -> str:
+def column_text(row: Row, names: Sequence[str], location: str) -> str:
     """The text under the first of `names` that the row has. Errors: ValueError when there is none, or something else than text."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
-        raise sources.missing_field(names, row, where)
+        raise sources.missing_field(names, row, location)
     if not isinstance(row[name], str):
-        raise ValueError(f"{where}: field {name} is {turns.type_name(row[name])}, expected text")
+        raise ValueError(f"{location}: field {name} is {turns.type_name(row[name])}, expected text")
     if WRITTEN_TALK.match(row[name]):
-        raise ValueError(f"{where}: field {name} is a list of messages written as text: write it as a list (in .jsonl or .parquet)")
+        raise ValueError(f"{location}: field {name} is a list of messages written as text: write it as a list (in .jsonl or .parquet)")
     return row[name]
 
 
-def system(row: dict, where: str, name: str = "system") -> list[dict]:
+def system_messages(row: Row, location: str, name: str = "system") -> list[Message]:
     """The row's system message, if it has one."""
-    return turns.with_system([], row, where, name)
+    return turns.with_system([], row, location, name)
 
 
-def numbers(row: dict, name: str, where: str) -> dict[str, tuple]:
+def pair_numbers(row: Row, name: str, location: str) -> dict[str, tuple]:
     """The optional number `name` of a pair, for both sides, also as text, since CSV files have nothing else.
 
     Errors: ValueError for anything but a number of at most LARGEST in size.
@@ -61,13 +62,13 @@ def numbers(row: dict, name: str, where: str) -> dict[str, tuple]:
     value = row.get(name)
     if value is None or value == "":
         return {}
-    found = number(value)
-    if found is None or not abs(found) <= LARGEST:
-        raise ValueError(f"{where}: field {name} is {sources.quote(value)}, expected a number from {-LARGEST:g} to {LARGEST:g}")
-    return {name: (found, found)}
+    margin = parse_number(value)
+    if margin is None or not abs(margin) <= MAX_MARGIN:
+        raise ValueError(f"{location}: field {name} is {sources.quote(value)}, expected a number from {-MAX_MARGIN:g} to {MAX_MARGIN:g}")
+    return {name: (margin, margin)}
 
 
-def number(value: object) -> float | None:
+def parse_number(value: object) -> float | None:
     """A number, or the text of one, as a float; None for anything else, and for what a float cannot hold."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
@@ -77,75 +78,84 @@ def number(value: object) -> float | None:
         return None
 
 
-def styled(style: wording.TurnStyle, fields: Fields) -> Callable[[dict, str], trees.Sides]:
+def worded_pairs(style: wording.TurnStyle, fields: PairColumns) -> Callable[[Row, str], trees.PromptReplies]:
     """Reader of rows in a fixed wording."""
 
-    def read(row: dict, where: str) -> trees.Sides:
-        said = [(text(row, names, where), None) if not fields.talks else _talk(row, names[0], where) for names in fields[1:3]]
+    def read(row: Row, location: str) -> trees.PromptReplies:
+        conversations: list[tuple[str, list[Message]]] = [
+            _talk(row, names[0], location) if fields.talks else (column_text(row, names, location), [])
+            for names in (fields.chosen, fields.rejected)
+        ]
         if fields.prompt:
-            asked = text(row, fields.prompt, where)
+            question = column_text(row, fields.prompt, location)
             if fields.talks:
-                _check_single(said, where)
-                _check_question(asked, [history for _, history in said], where, next(name for name in fields.prompt if row.get(name)))
-            history = [{"role": "user", "content": asked}]
+                _check_single(conversations, location)
+                _check_question(
+                    question, [history for _, history in conversations], location, next(name for name in fields.prompt if row.get(name))
+                )
+            history = [{"role": "user", "content": question}]
         else:
-            history = _shared(said, where)
-        replies = tuple(reply for reply, _ in said)
-        prompt = wording.render_prompt(style, turns.with_system(history, row, where), where)
-        return trees.Sides(prompt, replies, numbers(row, "margin", where), style.end)
+            history = _shared(conversations, location)
+        replies = tuple(reply for reply, _ in conversations)
+        prompt = wording.render_prompt(style, turns.with_system(history, row, location), location)
+        return trees.PromptReplies(prompt, replies, pair_numbers(row, "margin", location), style.end)
 
     return read
 
 
-def _talk(row: dict, name: str, where: str) -> tuple[str, list[dict]]:
-    history, reply = turns.read_dialogue(row.get(name), f"{where}: field {name}")
-    return turns.turn_text(reply, f"{where}: field {name}: the reply"), history
+def _talk(row: Row, name: str, location: str) -> tuple[str, list[Message]]:
+    history, reply = turns.read_dialogue(row.get(name), f"{location}: field {name}")
+    return turns.turn_text(reply, f"{location}: field {name}: the reply"), history
 
 
-def _check_question(prompt: str, histories: Sequence[list[dict]], where: str, name: str = "prompt") -> None:
+def _check_question(prompt: str, histories: Sequence[list[Message]], location: str, name: str = "prompt") -> None:
     """Errors: ValueError for conversations in which nobody asks what the prompt says."""
     for side, history in zip(("chosen", "rejected"), histories, strict=True):
-        asked = [one.get("content") for one in history if one["role"] == "user"]
-        if not any(isinstance(one, str) and one.strip() == prompt.strip() for one in asked):
-            other = sources.quote(asked[-1] if asked else "")
+        questions = [message.get("content") for message in history if message["role"] == "user"]
+        if not any(isinstance(message, str) and message.strip() == prompt.strip() for message in questions):
+            other = sources.quote(questions[-1] if questions else "")
             raise ValueError(
-                f"{where}: field {name} is {sources.quote(prompt)}, but the question in {side} is {other}: "
+                f"{location}: field {name} is {sources.quote(prompt)}, but the question in {side} is {other}: "
                 f"make them alike, or remove {name}"
             )
 
 
-def _shared(said: Sequence[tuple], where: str) -> list[dict]:
+def _shared(conversations: Sequence[tuple], location: str) -> list[Message]:
     """The history that both sides have. Errors: ValueError when they differ."""
-    if said[0][1] != said[1][1]:
+    if conversations[0][1] != conversations[1][1]:
         raise ValueError(
-            f"{where}: fields chosen and rejected differ before their last message: expected one conversation with two endings"
+            f"{location}: fields chosen and rejected differ before their last message: expected one conversation with two endings"
         )
-    return said[0][1]
+    return conversations[0][1]
 
 
-def _check_single(said: Sequence[tuple], where: str) -> None:
-    for name, (_, history) in zip(("chosen", "rejected"), said, strict=True):
-        if [one["role"] for one in history] != ["user"]:
+def _check_single(conversations: Sequence[tuple], location: str) -> None:
+    for name, (_, history) in zip(("chosen", "rejected"), conversations, strict=True):
+        if [message["role"] for message in history] != ["user"]:
             raise ValueError(
-                f"{where}: field {name} has {len(history) + 1} messages, expected one question and one reply besides the prompt"
+                f"{location}: field {name} has {len(history) + 1} messages, expected one question and one reply besides the prompt"
             )
 
 
-def nectar(row: dict, where: str) -> trees.Sides:
+def nectar(row: Row, location: str) -> trees.PromptReplies:
     """zephyr.nectar: the answer of the best rank (the lowest number) against the next best."""
-    prompt, answers = text(row, ("prompt",), where), row.get("answers")
+    prompt, answers = column_text(row, ("prompt",), location), row.get("answers")
     if not isinstance(answers, list) or len(answers) < 2:
-        raise ValueError(f"{where}: field answers is {turns.type_name(answers)}, expected a list of two or more answers with their ranks")
-    for i, one in enumerate(answers, 1):
-        here = f"{where}: field answers, answer {i}"
-        rank = one.get("rank") if isinstance(one, dict) else None
+        raise ValueError(
+            f"{location}: field answers is {turns.type_name(answers)}, expected a list of two or more answers with their ranks"
+        )
+    for i, candidate in enumerate(answers, 1):
+        answer_location = f"{location}: field answers, answer {i}"
+        rank = candidate.get("rank") if isinstance(candidate, dict) else None
         if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank:
-            raise ValueError(f"{here}: field rank is {sources.quote(rank)}, expected an object with a text and a number (answer, rank)")
-        text(one, ("answer",), here)
-    best, second = sorted(answers, key=lambda one: one["rank"])[:2]
-    before = "".join(one["content"] for one in system(row, where))
+            raise ValueError(
+                f"{answer_location}: field rank is {sources.quote(rank)}, expected an object with a text and a number (answer, rank)"
+            )
+        column_text(candidate, ("answer",), answer_location)
+    best, second = sorted(answers, key=lambda candidate: candidate["rank"])[:2]
+    before = "".join(candidate["content"] for candidate in system_messages(row, location))
     prompt = f"<|system|>\n{before}</s>\n<|user|>\n{prompt}</s>\n<|assistant|>\n"
-    return trees.Sides(prompt, (best["answer"], second["answer"]), {})
+    return trees.PromptReplies(prompt, (best["answer"], second["answer"]), {})
 
 
 def templated(
@@ -157,7 +167,7 @@ def templated(
     message_field_content: str = "content",
     message_property_mappings: Mapping[str, str] | None = None,
     roles: Mapping[str, Sequence[str]] = turns.ROLES,
-) -> Callable[[dict, str], trees.Sides]:
+) -> Callable[[Row, str], trees.PromptReplies]:
     """chat_template.default: a conversation (or a question as text), and two replies: a message, a text, or a conversation with it last.
 
     message_property_mappings: {"role": ..., "content": ...}, the same as the two message_field_ options.
@@ -167,44 +177,50 @@ def templated(
     if extra:
         raise ValueError(f"message_property_mappings has {', '.join(sorted(extra))}: expected role and content")
 
-    def reply(row: dict, name: str, history: list[dict], where: str) -> dict:
-        value, where = row.get(name), f"{where}: field {name}"
+    def reply(row: Row, name: str, history: list[Message], location: str) -> dict:
+        value, location = row.get(name), f"{location}: field {name}"
         if isinstance(value, str):
-            return {"role": "assistant", "content": text(row, (name,), where.removesuffix(f": field {name}"))}
-        said = turns.read_turns([value] if isinstance(value, dict) else value, where, roles=roles, replies=1, **names)
-        if said[-1]["role"] != "assistant":
-            raise ValueError(f"{where} has {len(said)} messages: expected the assistant's reply, alone or after the messages of the prompt")
-        if said[:-1] not in ([], history, history[-1:]):
-            raise ValueError(f"{where} has {len(said)} messages, and those before the reply are not the prompt's: give the reply alone")
-        return said[-1]
+            return {"role": "assistant", "content": column_text(row, (name,), location.removesuffix(f": field {name}"))}
+        messages = turns.read_turns([value] if isinstance(value, dict) else value, location, roles=roles, replies=1, **names)
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{location} has {len(messages)} messages: expected the assistant's reply, alone or after the messages of the prompt"
+            )
+        if messages[:-1] not in ([], history, history[-1:]):
+            raise ValueError(
+                f"{location} has {len(messages)} messages, and those before the reply are not the prompt's: give the reply alone"
+            )
+        return messages[-1]
 
-    def read(row: dict, where: str) -> trees.Sides:
+    def read(row: Row, location: str) -> trees.PromptReplies:
         if isinstance(row.get(field_messages), str):
-            said = [{"role": "user", "content": text(row, (field_messages,), where)}]
+            messages = [{"role": "user", "content": column_text(row, (field_messages,), location)}]
         else:
-            said = turns.read_turns(row.get(field_messages), f"{where}: field {field_messages}", roles=roles, replies=0, **names)
-        replies = tuple(reply(row, name, said, where) for name in (field_chosen, field_rejected))
-        return trees.Sides(turns.with_system(said, row, where), replies, numbers(row, "margin", where))
+            messages = turns.read_turns(row.get(field_messages), f"{location}: field {field_messages}", roles=roles, replies=0, **names)
+        replies = tuple(reply(row, name, messages, location) for name in (field_chosen, field_rejected))
+        return trees.PromptReplies(turns.with_system(messages, row, location), replies, pair_numbers(row, "margin", location))
 
     return read
 
 
-def argilla(row: dict, where: str) -> trees.Sides:
+def argilla(row: Row, location: str) -> trees.PromptReplies:
     """chat_template.argilla: two conversations of user and assistant in turn, alike up to the last message.
 
-    A `prompt` must be a question of both conversations; a `system` text goes before.
+    A `prompt` must be a question of both conversations; a `system_messages` text goes before.
     """
-    said = [turns.read_dialogue(row.get(name), f"{where}: field {name}") for name in ("chosen", "rejected")]
-    for name, (history, _) in zip(("chosen", "rejected"), said, strict=True):
-        order = [one["role"] for one in history if one["role"] != "system"]
+    dialogues = [turns.read_dialogue(row.get(name), f"{location}: field {name}") for name in ("chosen", "rejected")]
+    for name, (history, _) in zip(("chosen", "rejected"), dialogues, strict=True):
+        order = [message["role"] for message in history if message["role"] != "system"]
         if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
             raise ValueError(
-                f"{where}: field {name} has the roles {sources.join_names(order)}, assistant: expected user and assistant in turn"
+                f"{location}: field {name} has the roles {sources.join_names(order)}, assistant: expected user and assistant in turn"
             )
     if row.get("prompt") is not None:
-        _check_question(text(row, ("prompt",), where), [history for history, _ in said], where)
-    history = _shared([(None, history) for history, _ in said], where)
-    return trees.Sides(turns.with_system(history, row, where), tuple(reply for _, reply in said), numbers(row, "margin", where))
+        _check_question(column_text(row, ("prompt",), location), [history for history, _ in dialogues], location)
+    history = _shared([(None, history) for history, _ in dialogues], location)
+    return trees.PromptReplies(
+        turns.with_system(history, row, location), tuple(reply for _, reply in dialogues), pair_numbers(row, "margin", location)
+    )
 
 
 def user_defined(
@@ -216,7 +232,7 @@ def user_defined(
     prompt_format: str = "{prompt}",
     chosen_format: str = "{chosen}",
     rejected_format: str = "{rejected}",
-) -> Callable[[dict, str], trees.Sides]:
+) -> Callable[[Row, str], trees.PromptReplies]:
     """user_defined.default: columns of any name, put into texts of any wording. A missing system leaves its place empty.
 
     Errors: ValueError for a format that lacks its own field or names an unknown one.
@@ -227,28 +243,28 @@ def user_defined(
         wording.compile_wording("rejected_format", rejected_format or "{rejected}", ("rejected",)),
     ]
 
-    def read(row: dict, where: str) -> trees.Sides:
-        before = "".join(one["content"] for one in system(row, where, field_system))
-        asked = text(row, (field_prompt,), where)
-        replies = [text(row, (name,), where) for name in (field_chosen, field_rejected)]
+    def read(row: Row, location: str) -> trees.PromptReplies:
+        before = "".join(message["content"] for message in system_messages(row, location, field_system))
+        question = column_text(row, (field_prompt,), location)
+        replies = [column_text(row, (name,), location) for name in (field_chosen, field_rejected)]
         if not all(reply.strip() for reply in replies):
-            return trees.Sides(asked, ("", ""), {})
+            return trees.PromptReplies(question, ("", ""), {})
         filled = fill[1](chosen=replies[0]), fill[2](rejected=replies[1])
-        return trees.Sides(fill[0](prompt=asked, system=before), filled, numbers(row, "margin", where))
+        return trees.PromptReplies(fill[0](prompt=question, system=before), filled, pair_numbers(row, "margin", location))
 
     return read
 
 
-def passthrough(row: dict, where: str) -> trees.Sides:
+def passthrough(row: Row, location: str) -> trees.PromptReplies:
     """Prompt, chosen and rejected as they are: three texts, or a conversation with two replies for the chat template."""
     if isinstance(row.get("prompt"), list):
-        return templated(field_messages="prompt")(row, where)
+        return templated(field_messages="prompt")(row, location)
     if row.get("prompt") is None and isinstance(row.get("chosen"), list):
-        return argilla(row, where)
-    texts = [text(row, (name,), where) for name in ("prompt", "chosen", "rejected")]
-    return trees.Sides(texts[0], tuple(texts[1:]), numbers(row, "margin", where))
+        return argilla(row, location)
+    texts = [column_text(row, (name,), location) for name in ("prompt", "chosen", "rejected")]
+    return trees.PromptReplies(texts[0], tuple(texts[1:]), pair_numbers(row, "margin", location))
 
 
-def fixed(read: Callable[[dict, str], trees.Sides]) -> Callable[[], Callable]:
+def without_options(read: Callable[[Row, str], trees.PromptReplies]) -> Callable[[], Callable]:
     """A `make` without options."""
     return lambda: read

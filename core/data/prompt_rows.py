@@ -18,7 +18,7 @@ def load(settings: RowSettings, tokenizer: Any, *, seed: int) -> Dataset:
     parts = [_rows(entry, settings, tokenizer) for entry in settings.training_entries()]
     val_parts = [_rows(entry, settings, tokenizer) for entry in settings.held_out_entries()]
     if not val_parts and settings.val_set_size:
-        parts, val_parts = dataset.hold_out(parts, settings.val_set_size, seed, key=kinds.prompt)
+        parts, val_parts = dataset.hold_out(parts, settings.val_set_size, seed, key=kinds.prompt_key)
     train, lines = _read(parts, settings, tokenizer, "train")
     val, val_lines = _read(val_parts, settings, tokenizer, "held out")
     return Dataset(train, val, None, "prompts", lines + val_lines)
@@ -54,7 +54,7 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     read, lines, offset = [], [], 0
     for part in parts:
         with fields.reading(part.name):
-            some, report = prompts.read(part, tokenizer, **settings.encoding)
+            some, report = prompts.read_prompts(part, tokenizer, **settings.encoding)
         read += [prompt._replace(row=prompt.row + offset) for prompt in some]
         offset += max(part.numbers, default=0) + 1
         lines.append(

@@ -1,11 +1,13 @@
 """Prompt rows for reinforcement learning: a prompt, as text or messages, and every other column for the rewards."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from treetune.core.data import chat_templates, preference, sources, spans, tool_calls, trees, turns
+from treetune.core.data import chat_templates, preference, sources, spans, templates, tool_calls, trees, turns
+from treetune.core.data.rows import Message, Row
+from treetune.core.protocols import Tokenizer
 
 
 class Prompt(NamedTuple):
@@ -13,12 +15,12 @@ class Prompt(NamedTuple):
 
     tokens: np.ndarray  # int32 [n], with the default prefix, and the assistant's header for messages
     text: str
-    messages: list[dict] | None  # None for a prompt of plain text
+    messages: list[Message] | None  # None for a prompt of plain text
     columns: dict  # every column of the row but the prompt
     row: int
 
 
-class Report(NamedTuple):
+class PromptReport(NamedTuple):
     """What became of the rows."""
 
     rows: int
@@ -27,17 +29,15 @@ class Report(NamedTuple):
     longest: int  # tokens of the longest prompt, dropped ones included
 
 
-def read(
+def read_prompts(
     rows: sources.Rows,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     field_prompt: str = "prompt",
     system: str = "",
     max_prompt_len: int | None = None,
-    chat_template: str | None = None,
-    chat_template_jinja: str | None = None,
-    chat_template_kwargs: Mapping | None = None,
-) -> tuple[list[Prompt], Report]:
+    **template: Unpack[chat_templates.TemplateOptions],
+) -> tuple[list[Prompt], PromptReport]:
     """Prompts of the rows, in their order, and what became of the rows.
 
     system: a system message for conversations that have none. max_prompt_len: longer prompts are dropped (in tokens).
@@ -45,35 +45,38 @@ def read(
     """
     if max_prompt_len is not None and max_prompt_len < 1:
         raise ValueError(f"max_prompt_len is {max_prompt_len}: expected at least 1 token")
-    known, render = spans.read_special_tokens(tokenizer), _opener(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
-    said = [_prompt(row, field_prompt, system, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
-    if system and all(isinstance(one, str) for one in said):
+    special, render = spans.read_special_tokens(tokenizer), _opener(tokenizer, template)
+    prompts = [_prompt(row, field_prompt, system, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)]
+    if system and all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{rows.name}: a default system message needs prompts of messages, these are plain texts: put it into them")
     texts = [
-        one if isinstance(one, str) else render(one, _tools(rows.rows[i], sources.locate_row(rows, i)), sources.locate_row(rows, i))
-        for i, one in enumerate(said)
+        prompt
+        if isinstance(prompt, str)
+        else render(prompt, _tools(rows.rows[i], sources.locate_row(rows, i)), sources.locate_row(rows, i))
+        for i, prompt in enumerate(prompts)
     ]
     for i, text in enumerate(texts):
         trees.check_unicode(text, sources.locate_row(rows, i))
-    found, dropped, longest = [], {}, 0
-    for i, part in enumerate(spans.encode([spans.Text(text, ()) for text in texts], tokenizer, known)):
-        tokens = _opened(part.tokens, known) if isinstance(said[i], str) else part.tokens
-        trees.check_bos([part._replace(tokens=tokens)], known, sources.locate_row(rows, i))
+    usable, dropped, longest = [], {}, 0
+    for i, part in enumerate(spans.encode([spans.Text(text, ()) for text in texts], tokenizer, special)):
+        prompt = prompts[i]
+        tokens = _opened(part.tokens, special) if isinstance(prompt, str) else part.tokens
+        trees.check_bos([part._replace(tokens=tokens)], special, sources.locate_row(rows, i))
         longest, reason = max(longest, len(tokens)), _unusable(tokens, texts[i], max_prompt_len)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
         rest = {name: value for name, value in rows.rows[i].items() if name != field_prompt}
-        found.append(Prompt(tokens, texts[i], None if isinstance(said[i], str) else said[i], rest, rows.numbers[i]))
-    if not found:
-        reasons = trees.counted(dropped)
+        usable.append(Prompt(tokens, texts[i], prompt if isinstance(prompt, list) else None, rest, rows.numbers[i]))
+    if not usable:
+        reasons = trees.join_counts(dropped)
         raise ValueError(
             f"{rows.name}: not one prompt in {len(rows.rows)} rows ({reasons}): fill the field {field_prompt}, or raise max_prompt_len"
         )
-    return found, Report(len(rows.rows), len(found), dropped, longest)
+    return usable, PromptReport(len(rows.rows), len(usable), dropped, longest)
 
 
-def from_column(row: dict, name: str, location: str) -> dict:
+def from_column(row: Row, name: str, location: str) -> dict:
     """The row with the text or messages of a column as `prompt`; an answer at the end of messages becomes a column, for rewards."""
     value, rest = row.get(name), {key: other for key, other in row.items() if key != name}
     if not isinstance(value, list):
@@ -87,31 +90,33 @@ def from_column(row: dict, name: str, location: str) -> dict:
     return {"answer": answer} | rest | {"prompt": messages[:-1]}
 
 
-def from_question(row: dict, name: str, location: str) -> dict:
+def from_question(row: Row, name: str, location: str) -> dict:
     """The row with the text of a column as a chat of one question."""
     if not isinstance(row.get(name), str):
         return from_column(row, name, location)
     return {key: other for key, other in row.items() if key != name} | {"prompt": [{"role": "user", "content": row[name]}]}
 
 
-def group(prompt: Prompt, completions: Sequence[tuple[np.ndarray, np.ndarray]], extras: dict[str, tuple] | None = None) -> trees.TreeDoc:
+def completion_tree(
+    prompt: Prompt, completions: Sequence[tuple[np.ndarray, np.ndarray]], extras: dict[str, tuple] | None = None
+) -> trees.TreeDoc:
     """The document of a prompt with its sampled completions (tokens, weight), one branch each."""
     return trees.grow(prompt.tokens, completions, row=prompt.row, extras=extras)
 
 
-def _prompt(row: dict, name: str, system: str, where: str) -> str | list[dict]:
+def _prompt(row: Row, name: str, system: str, location: str) -> str | list[Message]:
     if not isinstance(row.get(name), list):
         if row.get("system") not in (None, "") and name != "system":
             raise ValueError(
-                f"{where}: a prompt of plain text has no place for the field system: put it into the prompt, or make it messages"
+                f"{location}: a prompt of plain text has no place for the field system: put it into the prompt, or make it messages"
             )
-        return preference.text(row, (name,), where)
-    said = turns.with_system(turns.read_turns(row[name], f"{where}: field {name}"), row, where)
-    return said if said[0]["role"] == "system" or not system else [{"role": "system", "content": system}, *said]
+        return preference.column_text(row, (name,), location)
+    messages = turns.with_system(turns.read_turns(row[name], f"{location}: field {name}"), row, location)
+    return messages if messages[0]["role"] == "system" or not system else [{"role": "system", "content": system}, *messages]
 
 
-def _tools(row: dict, where: str) -> list[dict] | None:
-    return tool_calls.read_tools(row.get("tools"), f"{where}: field tools")
+def _tools(row: Row, location: str) -> list[Message] | None:
+    return tool_calls.read_tools(row.get("tools"), f"{location}: field tools")
 
 
 def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:
@@ -120,21 +125,22 @@ def _unusable(tokens: np.ndarray, text: str, limit: int | None) -> str:
     return "longer than max_prompt_len" if limit is not None and len(tokens) > limit else ""
 
 
-def _opened(tokens: np.ndarray, known: spans.SpecialTokens) -> np.ndarray:
-    prefix = known.prefix if tokens[: len(known.prefix)].tolist() != known.prefix else []
+def _opened(tokens: np.ndarray, special: spans.SpecialTokens) -> np.ndarray:
+    prefix = special.prefix if tokens[: len(special.prefix)].tolist() != special.prefix else []
     return np.concatenate([np.array(prefix, np.int32), tokens]).astype(np.int32)
 
 
-def _opener(tokenizer, *template) -> Callable[[list[dict], object, str], str]:
-    """The conversation as text, up to and with the header of the assistant's turn."""
-    made = []
+def _opener(tokenizer: Tokenizer, template: chat_templates.TemplateOptions) -> Callable[[list[Message], templates.Tools, str], str]:
+    """Function that renders a conversation up to and with the header of the assistant's turn."""
+    renderers: list[templates.Render] = []  # made when the first prompt of messages comes: plain prompts need no chat template
 
-    def render(messages: list[dict], tools: list | None, where: str) -> str:
-        if not made:
-            made.append(chat_templates.renderer(tokenizer, *template))
+    def render(messages: list[Message], tools: templates.Tools, location: str) -> str:
+        if not renderers:
+            name, jinja = template.get("chat_template"), template.get("chat_template_jinja")
+            renderers.append(chat_templates.renderer(tokenizer, name, jinja, template.get("chat_template_kwargs") or {}))
         try:
-            return made[0](messages, tools=tools, add_generation_prompt=True)
+            return renderers[0](messages, tools=tools, add_generation_prompt=True)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; its roles are {sources.join_names(one['role'] for one in messages)}") from error
+            raise ValueError(f"{location}: {error}; its roles are {sources.join_names(message['role'] for message in messages)}") from error
 
     return render

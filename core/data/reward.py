@@ -21,12 +21,12 @@ class Steps(NamedTuple):
     classes: tuple[int, ...]
 
 
-def ranked(row: Row, location: str) -> trees.Sides:
+def ranked(row: Row, location: str) -> trees.PromptReplies:
     """bradley_terry.chat_template: system (optional), input, chosen, rejected and margin (optional), as messages."""
-    question, chosen, rejected = (preference.text(row, (name,), location) for name in ("input", "chosen", "rejected"))
+    question, chosen, rejected = (preference.column_text(row, (name,), location) for name in ("input", "chosen", "rejected"))
     replies = tuple({"role": "assistant", "content": reply} for reply in (chosen, rejected))
     history = turns.with_system([{"role": "user", "content": question}], row, location)
-    return trees.Sides(history, replies, preference.numbers(row, "margin", location))
+    return trees.PromptReplies(history, replies, preference.pair_numbers(row, "margin", location))
 
 
 def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = False) -> Callable[[Row, str], Steps]:
@@ -38,13 +38,16 @@ def stepwise(*, step_separator: str = "\n", train_on_last_step_only: bool = Fals
         raise ValueError(f"step_separator is {step_separator!r}, expected text")
 
     def read(row: Row, location: str) -> Steps:
-        prompt = preference.text(row, ("prompt",), location)
+        prompt = preference.column_text(row, ("prompt",), location)
         steps, labels = (_step_list(row, name, location) for name in ("completions", "labels"))
         if len(steps) != len(labels):
             raise ValueError(f"{location}: field labels has {len(labels)} entries for {len(steps)} completions: expected one for each")
-        texts = tuple(preference.text({"completions": step}, ("completions",), f"{location}, step {i}") for i, step in enumerate(steps, 1))
+        texts = tuple(
+            preference.column_text({"completions": step}, ("completions",), f"{location}, step {i}") for i, step in enumerate(steps, 1)
+        )
         classes = [
-            int(unpaired.label({"labels": label}, "labels", f"{location}, step {i}")["desirable"][0]) for i, label in enumerate(labels, 1)
+            int(unpaired.read_label({"labels": label}, "labels", f"{location}, step {i}")["desirable"][0])
+            for i, label in enumerate(labels, 1)
         ]
         if train_on_last_step_only:
             classes[:-1] = [-1] * (len(classes) - 1)
@@ -68,7 +71,7 @@ def encode_steps(
     name: str = "stepwise_supervised",
     sequence_len: int | None = None,
     overlong: str = "drop",
-) -> tuple[list[trees.TreeDoc], trees.Report]:
+) -> tuple[list[trees.TreeDoc], trees.TreeReport]:
     """Documents of stepwise rows: bare trunks with a class at the last token of each step.
 
     The prompt and every step are tokenised by themselves, so that no token belongs to two steps, and joined behind the tokenizer's
@@ -77,7 +80,7 @@ def encode_steps(
     """
     trees.check_length(sequence_len, overlong)
     special = spans.read_special_tokens(tokenizer)
-    docs, tally, lengths = [], trees.Report(name, len(rows.rows)), []
+    docs, tally, lengths = [], trees.TreeReport(name, len(rows.rows)), []
     for i, row in enumerate(rows.rows):
         location = sources.locate_row(rows, i)
         steps = read(row, location)
@@ -88,10 +91,10 @@ def encode_steps(
             tally = tally._replace(longest=max(tally.longest, len(doc.tokens)))
             doc, reason, tally = _fit(doc, sequence_len, overlong, location, tally)
         if doc is None:
-            tally = trees.drop(tally, reason)
+            tally = trees.count_drop(tally, reason)
             continue
         docs.append(doc)
-    return docs, trees.total(docs, tally, rows)._replace(sizes=reporting.count_lengths(lengths))
+    return docs, trees.finish_report(docs, tally, rows)._replace(sizes=reporting.count_lengths(lengths))
 
 
 def _joined(steps: Steps, tokenizer: Tokenizer, special: spans.SpecialTokens, row: int, location: str) -> trees.TreeDoc:
@@ -110,8 +113,8 @@ def _joined(steps: Steps, tokenizer: Tokenizer, special: spans.SpecialTokens, ro
 
 
 def _fit(
-    doc: trees.TreeDoc, size: int | None, overlong: str, location: str, tally: trees.Report
-) -> tuple[trees.TreeDoc | None, str, trees.Report]:
+    doc: trees.TreeDoc, size: int | None, overlong: str, location: str, tally: trees.TreeReport
+) -> tuple[trees.TreeDoc | None, str, trees.TreeReport]:
     if size is None or len(doc.tokens) <= size:
         return doc, "", tally
     if overlong == "error":
@@ -122,4 +125,4 @@ def _fit(
     ends = np.flatnonzero(doc.classes[:size] >= 0)
     if overlong == "drop" or len(ends) == 0:
         return None, trees.TOO_LONG if overlong == "drop" else trees.FULL, tally
-    return trees.cut_at(doc, int(ends[-1]) + 1), "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + 1)
+    return trees.truncate_tree(doc, int(ends[-1]) + 1), "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + 1)

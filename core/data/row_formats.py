@@ -2,9 +2,9 @@
 
 A new format is a reader in a file of its own and a line in FORMATS. What a reader is depends on the kind:
 - text: `reader(tokenizer, **options)` gives a function from `Rows` to texts with trained spans (`spans.Text`).
-- pairs, ranked, unpaired, judged, answers: `reader(**options)` gives a function from (row, how errors name it) to `trees.Sides`.
+- pairs, ranked, unpaired, judged, answers: `reader(**options)` gives a function from (row, how errors name it) to `trees.PromptReplies`.
 - steps: the same to `reward.Steps`.
-- strided: `reader(rows, tokenizer, **options)` gives documents with a `prompt_length` (`ebft.Strided`).
+- strided: `reader(rows, tokenizer, **options)` gives documents with a `prompt_length` (`ebft.StridedDoc`).
 - true_replies: `reader(row, how errors name it)` gives rows with prompt, ground_truth and perhaps remaining_turns.
 - prompts: `reader(row, column, how errors name it)` gives the row with its prompt in the column `prompt`.
 """
@@ -53,17 +53,20 @@ class RowFormat(NamedTuple):
 
 def of_kind(kind: str) -> dict[str, RowFormat]:
     """The formats of a kind by name, in the order of the table."""
-    return {one.name: one for one in FORMATS if kind in one.kinds}
+    return {row_format.name: row_format for row_format in FORMATS if kind in row_format.kinds}
 
 
 def ranked(kind: str) -> list[RowFormat]:
     """The formats of a kind that detection tries, in its order."""
-    return sorted((one for one in FORMATS if kind in one.kinds and one.rank is not None), key=lambda one: one.rank or 0)
+    return sorted(
+        (row_format for row_format in FORMATS if kind in row_format.kinds and row_format.rank is not None),
+        key=lambda row_format: row_format.rank or 0,
+    )
 
 
 def detect(kind: str, columns: Sequence[str]) -> RowFormat | None:
     """The first format whose columns are all there."""
-    return next((one for one in ranked(kind) if any(set(needed) <= set(columns) for needed in one.columns)), None)
+    return next((row_format for row_format in ranked(kind) if any(set(needed) <= set(columns) for needed in row_format.columns)), None)
 
 
 def keywords(reader: Callable) -> tuple[str, ...]:
@@ -102,31 +105,31 @@ def _instructions() -> list[RowFormat]:
     shapes = instruction.SHAPES.items()
     rank = {"alpaca": 1}
     return [
-        text(name, (shape.columns,), instruction.shaped(name), fix=f"fill the {shape.columns[-1]} column", rank=rank.get(name))
+        text(name, (shape.columns,), instruction.shape_reader(name), fix=f"fill the {shape.columns[-1]} column", rank=rank.get(name))
         for name, shape in shapes
     ]
 
 
 def _worded_pairs() -> list[RowFormat]:
     """Pairs in a fixed wording."""
-    out = []
-    for style, (name, columns) in itertools.product(("chatml", "llama3"), preference.FIELDS.items()):
+    formats = []
+    for style, (name, columns) in itertools.product(("chatml", "llama3"), preference.PAIR_COLUMNS.items()):
         needed = tuple(names[0] for names in columns[:3] if names)
-        reader = preference.fixed(preference.styled(wording.STYLES[style], columns))
-        out.append(sides(f"{style}.{name}", PREFERENCES, needed, reader))
-    return out
+        reader = preference.without_options(preference.worded_pairs(wording.STYLES[style], columns))
+        formats.append(sides(f"{style}.{name}", PREFERENCES, needed, reader))
+    return formats
 
 
 def _worded_judgements() -> list[RowFormat]:
     """Judged completions in a fixed wording."""
-    out = []
+    formats = []
     for name, style in wording.STYLES.items():
         for layout, column in unpaired.FIELDS.items():
-            reader = preference.fixed(unpaired.styled(style, column))
-            out.append(sides(f"{name}.{layout}", JUDGEMENTS, (column, "completion", "label"), reader))
-        reader = preference.fixed(unpaired.talking(style))
-        out.append(sides(f"{name}.argilla_chat", JUDGEMENTS, ("completion", "label"), reader))
-    return out
+            reader = preference.without_options(unpaired.worded_judgement(style, column))
+            formats.append(sides(f"{name}.{layout}", JUDGEMENTS, (column, "completion", "label"), reader))
+        reader = preference.without_options(unpaired.conversation_judgement(style))
+        formats.append(sides(f"{name}.argilla_chat", JUDGEMENTS, ("completion", "label"), reader))
+    return formats
 
 
 def _true_replies(name: str, columns: tuple[str, ...], reader: Callable, rank: int | None = None) -> RowFormat:
@@ -138,7 +141,8 @@ def _strided(name: str, columns: tuple[tuple[str, ...], ...], reader: Callable, 
 
 
 RANKED = ("input", "chosen", "rejected")
-BRADLEY_TERRY = preference.styled(wording.STYLES["llama3"], preference.FIELDS["icr"])
+BRADLEY_TERRY = preference.worded_pairs(wording.STYLES["llama3"], preference.PAIR_COLUMNS["icr"])
+ARGILLA = preference.without_options(preference.argilla)
 FORMATS: list[RowFormat] = [
     text(
         "chat", (("messages",), ("conversations",)), chat.reader, rank=0,
@@ -150,29 +154,35 @@ FORMATS: list[RowFormat] = [
     text("pretokenised", (("input_ids", "labels"),), pretokenised.reader, rank=3, fix="give some tokens a label other than -100"),
     text("completion", (("text",),), completion.reader, rank=4, overlong="split", fix="fill the text column"),
 
-    sides("bradley_terry.chat_template", ("ranked",), RANKED, preference.fixed(reward.ranked), rank=0, messages=True),
-    sides("bradley_terry.llama3", ("ranked",), RANKED, preference.fixed(BRADLEY_TERRY)),
+    sides("bradley_terry.chat_template", ("ranked",), RANKED, preference.without_options(reward.ranked), rank=0, messages=True),
+    sides("bradley_terry.llama3", ("ranked",), RANKED, preference.without_options(BRADLEY_TERRY)),
     *_worded_pairs(),
-    sides("zephyr.nectar", PREFERENCES, ("prompt", "answers"), preference.fixed(preference.nectar)),
+    sides("zephyr.nectar", PREFERENCES, ("prompt", "answers"), preference.without_options(preference.nectar)),
     sides("chat_template.default", PREFERENCES, ("messages", "chosen", "rejected"), preference.templated, rank=1, messages=True),
-    sides("chat_template.argilla", PREFERENCES, ("chosen", "rejected"), preference.fixed(preference.argilla), rank=3, messages=True),
-    sides("chat_template.argilla_chat", PREFERENCES, ("chosen", "rejected"), preference.fixed(preference.argilla), messages=True),
+    sides("chat_template.argilla", PREFERENCES, ("chosen", "rejected"), ARGILLA, rank=3, messages=True),
+    sides("chat_template.argilla_chat", PREFERENCES, ("chosen", "rejected"), ARGILLA, messages=True),
     sides("user_defined.default", PREFERENCES, ("prompt", "chosen", "rejected"), preference.user_defined),
-    sides("passthrough", PREFERENCES, ("prompt", "chosen", "rejected"), preference.fixed(preference.passthrough), rank=2, messages=True),
+    sides(
+        "passthrough", PREFERENCES, ("prompt", "chosen", "rejected"), preference.without_options(preference.passthrough), rank=2,
+        messages=True,
+    ),
 
     *_worded_judgements(),
     sides("user_defined.default", JUDGEMENTS, ("prompt", "completion", "label"), unpaired.user_defined),
-    sides("passthrough", JUDGEMENTS, ("prompt", "completion", "label"), preference.fixed(unpaired.passthrough), rank=0, messages=True),
+    sides(
+        "passthrough", JUDGEMENTS, ("prompt", "completion", "label"), preference.without_options(unpaired.passthrough), rank=0,
+        messages=True,
+    ),
 
     sides("stepwise_supervised", ("steps",), ("prompt", "completions", "labels"), reward.stepwise, rank=0),
-    sides("prompt_completion", ("answers",), ("prompt", "completion"), preference.fixed(unpaired.answer), rank=0, messages=True),
-    sides("messages", ("answers",), ("messages",), preference.fixed(unpaired.conversation), rank=1, messages=True),
+    sides("prompt_completion", ("answers",), ("prompt", "completion"), preference.without_options(unpaired.answer), rank=0, messages=True),
+    sides("messages", ("answers",), ("messages",), preference.without_options(unpaired.conversation), rank=1, messages=True),
 
     _strided("ebft_pretrain.transform", (("text",),), ebft.pretrain, 1),
     _strided("ebft_strided_structured.transform", tuple(itertools.product(*ebft.ANSWERED)), ebft.strided_structured, 3),
     _strided("ebft_strided_chat.transform", (("messages",), ("conversations",)), ebft.strided_chat, 2, messages=True),
     _strided("ebft_reasoning.transform_strided", (("messages",), ("conversations",)), ebft.reasoning_strided, messages=True),
-    _strided("pretokenised", (("input_ids",),), ebft.strided, 0),
+    _strided("pretokenised", (("input_ids",),), ebft.read_strided, 0),
 
     _true_replies("ebft_opencode.transform", ("input", "output"), ebft.opencode, 1),
     _true_replies("ebft_chat_multiturn.transform", ("messages",), ebft.first_turn, 2),

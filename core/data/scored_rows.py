@@ -1,10 +1,12 @@
 """Rows for a reward model: answers, pairs and steps as documents to score, and what their scores amount to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple, Protocol
 
 from treetune.core.data import kinds, pack, row_formats, sources, trees
+from treetune.core.data.rows import Message, Progress
+from treetune.core.protocols import Tokenizer
 from treetune.core.state import Batch
 
 COLUMNS = ("score", "chosen_score", "rejected_score", "step_scores")  # what a row is given
@@ -68,7 +70,7 @@ def options(format: str, rows: sources.Rows) -> tuple[str, ...]:
     return kinds.KINDS["steps" if format in row_formats.of_kind("steps") else "ranked"].takes(format, rows.rows[0])
 
 
-def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) -> ScoredRows:
+def encode(rows: sources.Rows, format: str, tokenizer: Tokenizer, encoding: Encoding) -> ScoredRows:
     """The documents of rows of a format. Errors: ValueError naming file, row and fix."""
     lengths: dict[str, Any] = {"sequence_len": encoding.sequence_len, "overlong": encoding.overlong}
     chat: dict[str, Any] = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
@@ -81,10 +83,10 @@ def encode(rows: sources.Rows, format: str, tokenizer: Any, encoding: Encoding) 
     elif format in row_formats.of_kind("steps"):
         own = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
         labels = rows if labelled else _with_labels(rows)
-        docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, own=own, **lengths)
+        docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, format_options=own, **lengths)
     else:
-        docs, report = kinds.KINDS["ranked"].encode(rows, tokenizer, format=format, own=chat, **lengths)
-    return ScoredRows(rows, format, docs, f"rows of {rows.name}: {trees.describe(report)}", labelled)
+        docs, report = kinds.KINDS["ranked"].encode(rows, tokenizer, format=format, format_options=chat, **lengths)
+    return ScoredRows(rows, format, docs, f"rows of {rows.name}: {trees.describe_trees(report)}", labelled)
 
 
 def _with_labels(rows: sources.Rows) -> sources.Rows:
@@ -93,7 +95,7 @@ def _with_labels(rows: sources.Rows) -> sources.Rows:
     return rows._replace(rows=[row | {"labels": [True] * count} for row, count in zip(rows.rows, counts, strict=True)])
 
 
-def score(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, budget: int, pad: bool, progress: Callable[[int], None]) -> Values:
+def score(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, budget: int, pad: bool, progress: Progress) -> Values:
     """The scores of each document, in forward passes of up to `budget` tokens, or of so many if `pad`; progress counts documents."""
     values: Values = [[] for _ in docs]
     for group in pack.pack([len(doc.tokens) for doc in docs], budget, seed=None):
@@ -139,7 +141,7 @@ def _describe_steps(scored: ScoredRows, values: Values) -> dict[str, str]:
     return lines | {"accuracy": f"{fmean(hit for _, hit in hits):.4f} ({', '.join(parts)})"}
 
 
-def records(scored: ScoredRows, values: Values) -> list[dict]:
+def records(scored: ScoredRows, values: Values) -> list[Message]:
     """Each row that was scored, with its scores in further columns."""
     rows = dict(zip(scored.rows.numbers, scored.rows.rows, strict=True))
     return [rows[doc.row] | _columns(scored.format, value) for doc, value in zip(scored.docs, values, strict=True)]

@@ -1,11 +1,11 @@
 """Documents of strided rollouts: from rows to documents with room for blocks, what became of the rows, and the stream of documents.
 
-n tokens of one document, D documents, B sequences. A document has a `prompt_length`, 0 for raw text; see `ebft.Strided`.
+n tokens of one document, D documents, B sequences. A document has a `prompt_length`, 0 for raw text; see `ebft.StridedDoc`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from treetune.core import strided
 from treetune.core.data import ebft, formats, pack, reporting, row_formats, sources, trees
+from treetune.core.data.rows import Progress
+from treetune.core.protocols import Tokenizer
 
 PRETOKENISED = "pretokenised"
 SPLIT = ("ebft_pretrain.transform",)  # raw text, which is split where it is too long
@@ -29,7 +31,7 @@ class Places(NamedTuple):
     needed: bool = False
 
 
-class Report(NamedTuple):
+class StridedReport(NamedTuple):
     """What became of the rows. Token counts and blocks are of the documents that came out."""
 
     format: str
@@ -49,7 +51,7 @@ class Report(NamedTuple):
     ending: str = ""
 
 
-def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
+def detect(columns: Sequence[str], row: Mapping[str, Any] | None = None) -> str:
     """The transform that the columns mean. Errors: ValueError listing what is known."""
     if (detected := row_formats.detect("strided", columns)) is not None:
         return detected.name
@@ -61,7 +63,7 @@ def detect(columns: Sequence[str], row: Mapping | None = None) -> str:
     )
 
 
-def takes(name: str, row: Mapping | None = None) -> tuple[str, ...]:
+def takes(name: str, row: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Options of a format."""
     return row_formats.of_kind("strided")[name].options
 
@@ -75,7 +77,7 @@ def talks(name: str) -> bool:
 def canonical(name: str) -> str:
     """A name as users write it, `.transform` left out or not. Errors: ValueError listing all for an unknown one."""
     formats_ = row_formats.of_kind("strided")
-    whole = next((known for known in (name, f"{name}.transform") if known in formats_), None)
+    whole = next((format_name for format_name in (name, f"{name}.transform") if format_name in formats_), None)
     if whole is None:
         raise ValueError(f"unknown format {name!r}: expected one of {', '.join(formats_)}")
     return whole
@@ -83,45 +85,45 @@ def canonical(name: str) -> str:
 
 def encode_rows(
     rows: sources.Rows,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     format: str,
-    own: Mapping | None = None,
+    format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress = lambda rows: None,
     places: Places,
-) -> tuple[list[ebft.Strided], Report]:
+) -> tuple[list[ebft.StridedDoc], StridedReport]:
     """Documents of the rows, in their order, and what became of the rows.
 
     overlong: for documents with a prompt that have more than sequence_len tokens: "truncate" (the completion goes first), "drop" or
     "error". Raw text is split; parts overlap by one token, so that every token but the first is still predicted once.
     Errors: ValueError for bad rows (named), options that the format does not take, and when no document is left.
     """
-    if extra := [key for key in own or {} if key not in takes(format)]:
+    if extra := [key for key in format_options or {} if key not in takes(format)]:
         raise ValueError(f"format {format} takes no {', '.join(extra)}; it takes {', '.join(takes(format)) or 'no options'}")
     trees.check_length(sequence_len, overlong or "truncate")
     rows = sources.track_reads(rows)
-    read, unread = row_formats.of_kind("strided")[format].reader(rows, tokenizer, **(own or {})), sources.unread_columns(rows)
+    read, unread = row_formats.of_kind("strided")[format].reader(rows, tokenizer, **(format_options or {})), sources.unread_columns(rows)
     if sources.SYSTEM in unread and format not in (PRETOKENISED, *SPLIT):
         raise sources.unplaced_system(rows, unread[sources.SYSTEM], format)
     progress(len(rows.rows))
     dropped, docs, cut = Counter({formats.EMPTY: len(rows.rows) - len(read)}), [], Counter()
     for doc in read:
-        found, what = _fit(doc._replace(weight=(doc.weight > 0).astype(np.float32)), sequence_len, overlong or "truncate", rows)
-        docs += found
-        (cut if found else dropped)[what] += bool(what)
-    counts = blocks(docs, places)
-    docs = [doc for doc, some in zip(docs, counts, strict=True) if some or not places.needed]
-    tally = Report(format, len(rows.rows), len(docs), {reason: n for reason, n in dropped.items() if n}, cut["cut"], cut["split"])
-    told = {"unread": tuple(unread), "sizes": reporting.count_lengths(len(doc.tokens) for doc in read)}
-    report = _counted(tally._replace(left=places.needed, **told), docs, read, counts)
+        row_docs, outcome = _fit(doc._replace(weight=(doc.weight > 0).astype(np.float32)), sequence_len, overlong or "truncate", rows)
+        docs += row_docs
+        (cut if row_docs else dropped)[outcome] += bool(outcome)
+    counts = count_blocks(docs, places)
+    docs = [doc for doc, count in zip(docs, counts, strict=True) if count or not places.needed]
+    tally = StridedReport(format, len(rows.rows), len(docs), {reason: n for reason, n in dropped.items() if n}, cut["cut"], cut["split"])
+    details = {"unread": tuple(unread), "sizes": reporting.count_lengths(len(doc.tokens) for doc in read)}
+    report = _counted(tally._replace(left=places.needed, **details), docs, read, counts)
     if not docs:
         raise ValueError(_nothing(report, rows))
     return docs, report
 
 
-def _counted(report: Report, docs: Sequence[ebft.Strided], read: Sequence[ebft.Strided], counts: np.ndarray) -> Report:
+def _counted(report: StridedReport, docs: Sequence[ebft.StridedDoc], read: Sequence[ebft.StridedDoc], counts: np.ndarray) -> StridedReport:
     return report._replace(
         tokens=sum(len(doc.tokens) for doc in docs),
         supervised=int(sum(doc.weight.sum() for doc in docs)),
@@ -131,7 +133,7 @@ def _counted(report: Report, docs: Sequence[ebft.Strided], read: Sequence[ebft.S
     )
 
 
-def _fit(doc: ebft.Strided, size: int | None, overlong: str, rows: sources.Rows) -> tuple[list[ebft.Strided], str]:
+def _fit(doc: ebft.StridedDoc, size: int | None, overlong: str, rows: sources.Rows) -> tuple[list[ebft.StridedDoc], str]:
     """(the document under the length policy, "cut" or "split" if it is another; none, and why)."""
     if doc.prompt_length >= len(doc.tokens):
         return [], formats.EMPTY
@@ -140,44 +142,44 @@ def _fit(doc: ebft.Strided, size: int | None, overlong: str, rows: sources.Rows)
     if doc.prompt_length == 0:
         return [part for start in range(0, len(doc.tokens) - 1, size - 1) if (part := _part(doc, start, size)).weight.any()], "split"
     if overlong == "error":
-        where = sources.locate_row(rows, rows.numbers.index(doc.row))
-        raise ValueError(f"{where} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to truncate")
+        location = sources.locate_row(rows, rows.numbers.index(doc.row))
+        raise ValueError(f"{location} has {len(doc.tokens)} tokens, more than sequence_len {size}: raise it, or set overlong to truncate")
     if overlong == "drop":
         return [], trees.TOO_LONG
-    found = ebft.cut([doc], size)
-    return found, "cut" if found else trees.FULL
+    cut_docs = ebft.truncate_docs([doc], size)
+    return cut_docs, "cut" if cut_docs else trees.FULL
 
 
-def _part(doc: ebft.Strided, start: int, size: int) -> ebft.Strided:
+def _part(doc: ebft.StridedDoc, start: int, size: int) -> ebft.StridedDoc:
     weight = doc.weight[start : start + size].copy()
     weight[:1] = 0.0  # nothing in this part predicts its first token; the part before ends with it
     return doc._replace(tokens=doc.tokens[start : start + size], weight=weight)
 
 
-def blocks(docs: Sequence[ebft.Strided], places: Places) -> np.ndarray:
+def count_blocks(docs: Sequence[ebft.StridedDoc], places: Places) -> np.ndarray:
     """Blocks of each document, int64 [D]."""
     if not docs:
         return np.zeros(0, np.int64)
     lens = torch.tensor([len(doc.tokens) for doc in docs])
     prompts = torch.tensor([doc.prompt_length for doc in docs])
     scored = torch.from_numpy(np.concatenate([doc.weight for doc in docs]) > 0)
-    found = strided.anchors(lens, prompt_lengths=prompts, **among(places))
-    found = strided.trained_blocks(found, F.pad(lens.cumsum(0), (1, 0)), scored)
-    return torch.bincount(found.document, minlength=len(docs)).numpy()
+    anchors = strided.anchors(lens, prompt_lengths=prompts, **anchor_options(places))
+    anchors = strided.trained_blocks(anchors, F.pad(lens.cumsum(0), (1, 0)), scored)
+    return torch.bincount(anchors.document, minlength=len(docs)).numpy()
 
 
-def among(places: Places) -> dict[str, int]:
+def anchor_options(places: Places) -> dict[str, int]:
     """The options of `strided.anchors`."""
     return {key: value for key, value in places._asdict().items() if key != "needed"}
 
 
-def _nothing(report: Report, rows: sources.Rows) -> str:
+def _nothing(report: StridedReport, rows: sources.Rows) -> str:
     reasons = [f"{count} {reason}" for reason, count in report.dropped.items()] + [f"{report.short} with {NO_BLOCK}"] * bool(report.short)
     fix = "lower context_length or generate_max_len, or give longer texts" if report.short else "raise sequence_len, or fill the columns"
     return f"{rows.name}: not one document to train on in {report.rows} rows, read as {report.format} ({'; '.join(reasons)}): {fix}"
 
 
-def describe(report: Report) -> str:
+def describe_strided(report: StridedReport) -> str:
     """The report in one line, with what is unusual."""
     unusual = {
         "documents truncated": report.truncated,
@@ -187,21 +189,21 @@ def describe(report: Report) -> str:
     return reporting.format_report(report, {"blocks": report.blocks} | unusual)
 
 
-def merged(reports: Sequence[Report]) -> Report:
+def merge_strided_reports(reports: Sequence[StridedReport]) -> StridedReport:
     """One report of the parts of a data set."""
     dropped = Counter()
     for report in reports:
         dropped.update(report.dropped)
     fixed = ("format", "dropped", "longest", "left", "unread", "sizes", "ending")
-    sums = {name: sum(getattr(one, name) for one in reports) for name in Report._fields if name not in fixed}
+    sums = {name: sum(getattr(one, name) for one in reports) for name in StridedReport._fields if name not in fixed}
     return reports[0]._replace(
         **sums, dropped=dict(dropped), longest=max(report.longest for report in reports), **reporting.merge_fields(reports)
     )
 
 
-def check(docs: Sequence[ebft.Strided], places: Places) -> None:
+def check_blocks(docs: Sequence[ebft.StridedDoc], places: Places) -> None:
     """Errors: ValueError when no document has a block."""
-    if docs and not blocks(docs, places).any():
+    if docs and not count_blocks(docs, places).any():
         raise ValueError(
             f"not one of {len(docs)} documents has room for a block (context_length {places.context_length}, generate_max_len "
             f"{places.generate_max_len}, longest document {max(len(doc.tokens) for doc in docs)} tokens): lower these options or give "
@@ -209,6 +211,6 @@ def check(docs: Sequence[ebft.Strided], places: Places) -> None:
         )
 
 
-def collate(docs: Sequence[ebft.Strided], **options) -> dict[str, torch.Tensor]:
+def collate(docs: Sequence[ebft.StridedDoc], **options) -> dict[str, torch.Tensor]:
     """The packed stream of bare documents (see `pack.collate`) with their prompt_length [B]."""
     return pack.collate(docs, **options) | {"prompt_length": torch.tensor([doc.prompt_length for doc in docs], dtype=torch.int64)}

@@ -39,10 +39,10 @@ def _type(kind: str, columns: list[str], row: Mapping[str, Any]) -> str | None:
         }
     else:
         return None
-    named = {field: column for field, column in fields.items() if column is not None}
-    if len(set(named.values())) < len(fields):
+    columns_by_field = {field: column for field, column in fields.items() if column is not None}
+    if len(set(columns_by_field.values())) < len(fields):
         return None
-    return f"type: {_mapping(named)}"
+    return f"type: {_mapping(columns_by_field)}"
 
 
 def _text_type(columns: list[str], row: Mapping[str, Any]) -> str | None:

@@ -28,7 +28,7 @@ NO_PROMPT, NOTHING, FULL, TOO_LONG = (
 ReadTexts = Callable[[sources.Rows], list[spans.Text]]  # rows of messages, through the chat template
 
 
-class Sides(NamedTuple):
+class PromptReplies(NamedTuple):
     """A row as texts or messages: a prompt (text, or a list of messages) and its continuations (texts, or one message each).
 
     end: text that closes each continuation. Where it is one token of the tokenizer the continuation ends with it, else an EOS follows.
@@ -58,7 +58,7 @@ class TreeDoc(NamedTuple):
     values: dict[str, np.ndarray] | None = None  # float32 [n] each, such as log-probs that were computed once; read where scored
 
 
-class Report(NamedTuple):
+class TreeReport(NamedTuple):
     """What became of the rows. Token counts are of the documents that came out; a prompt counts once."""
 
     format: str
@@ -81,7 +81,7 @@ class Report(NamedTuple):
 
 def encode_rows(
     rows: sources.Rows,
-    read: Callable[[Row, str], Sides],
+    read: Callable[[Row, str], PromptReplies],
     tokenizer: Tokenizer,
     *,
     name: str = "rows",
@@ -89,7 +89,7 @@ def encode_rows(
     sequence_len: int | None = None,
     overlong: str = "drop",
     **template: Unpack[chat_templates.TemplateOptions],
-) -> tuple[list[TreeDoc], Report]:
+) -> tuple[list[TreeDoc], TreeReport]:
     """Documents of the rows, in their order, and what became of the rows.
 
     read: from a row and how errors name it to its Sides. distinct: drop rows with two equal continuations.
@@ -99,14 +99,14 @@ def encode_rows(
     """
     check_length(sequence_len, overlong)
     special, render = spans.read_special_tokens(tokenizer), _renderer(tokenizer, template)
-    docs, tally, lengths, unread, ending = [], Report(name, len(rows.rows)), [], {}, ""
+    docs, tally, lengths, unread, ending = [], TreeReport(name, len(rows.rows)), [], {}, ""
     for i, extras, reason, parts in _sequences(rows, read, tokenizer, special, render, distinct):
         location = sources.locate_row(rows, i)
         check_bos(parts, special, location)
         reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
         same = not reason and distinct and any(np.array_equal(part.tokens, parts[0].tokens) for part in parts[1:])
         reason = SAME if same else reason  # of texts that differ only in what the chat template leaves out
-        doc = None if reason else join(parts, row=rows.numbers[i], extras=extras)
+        doc = None if reason else join_sequences(parts, row=rows.numbers[i], extras=extras)
         unread |= dict.fromkeys(name for part in parts for name in part.unread)
         ending = ending or next((part.ending for part in parts if part.ending), "")
         if doc is not None:
@@ -115,7 +115,7 @@ def encode_rows(
             tally = tally._replace(longest=max(tally.longest, lengths[-1]))
             doc, reason, tally = _fit(doc, sequence_len, overlong, distinct, location, tally)
         if doc is None:
-            tally = drop(tally, reason or NO_PROMPT)
+            tally = count_drop(tally, reason or NO_PROMPT)
             continue
         spaces = sum(part.trailing_space_boundaries for part in parts)
         lacks = bool(special.prefix) and doc.tokens[: len(special.prefix)].tolist() != special.prefix
@@ -126,7 +126,7 @@ def encode_rows(
             missing_parts=tally.missing_parts + sum(part.cut for part in parts),
         )
         docs.append(doc)
-    return docs, total(docs, tally, rows)._replace(unread=tuple(unread), sizes=reporting.count_lengths(lengths), ending=ending)
+    return docs, finish_report(docs, tally, rows)._replace(unread=tuple(unread), sizes=reporting.count_lengths(lengths), ending=ending)
 
 
 def grow(
@@ -140,7 +140,7 @@ def grow(
     return TreeDoc(tokens, branch, np.where(branch > 0, len(trunk), 0).astype(np.int32), weight, row, extras or {})
 
 
-def join(parts: Sequence[spans.EncodedText], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
+def join_sequences(parts: Sequence[spans.EncodedText], *, row: int, extras: dict[str, tuple] | None = None) -> TreeDoc | None:
     """Document of sequences with a common start: the tokens that they share before the first trained one are the trunk.
 
     What follows the last trained token of a sequence is left out: nothing reads it. None when they share no first token.
@@ -168,7 +168,7 @@ def branches(doc: TreeDoc) -> list[np.ndarray]:
     return [np.flatnonzero(doc.branch == b) for b in (range(1, count + 1) if count else (0,))]
 
 
-def only(doc: TreeDoc, branch: int) -> TreeDoc:
+def single_branch(doc: TreeDoc, branch: int) -> TreeDoc:
     """The trunk with one of its branches, as a document without any."""
     keep = (doc.branch == 0) | (doc.branch == branch)
     none = np.zeros(int(keep.sum()), np.int32)
@@ -191,17 +191,17 @@ def check_length(sequence_len: int | None, overlong: str) -> None:
         raise ValueError(f"sequence_len is {sequence_len}: expected at least 2 tokens, one to read and one to predict")
 
 
-def counted(dropped: Mapping[str, int]) -> str:
+def join_counts(dropped: Mapping[str, int]) -> str:
     """Dropped rows by reason, in one line of an error."""
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows"
 
 
-def drop(tally: Report, reason: str) -> Report:
+def count_drop(tally: TreeReport, reason: str) -> TreeReport:
     """The tally with one more row dropped."""
     return tally._replace(dropped=tally.dropped | {reason: tally.dropped.get(reason, 0) + 1})
 
 
-def total(docs: Sequence[TreeDoc], tally: Report, rows: sources.Rows) -> Report:
+def finish_report(docs: Sequence[TreeDoc], tally: TreeReport, rows: sources.Rows) -> TreeReport:
     """The tally with the documents counted. Errors: ValueError when there is none."""
     if not docs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
@@ -215,7 +215,7 @@ def total(docs: Sequence[TreeDoc], tally: Report, rows: sources.Rows) -> Report:
     return tally._replace(docs=len(docs), tokens=sum(len(doc.tokens) for doc in docs), supervised=supervised)
 
 
-def describe(report: Report) -> str:
+def describe_trees(report: TreeReport) -> str:
     """The report in one line, with what is unusual."""
     unusual = {
         "documents truncated": report.truncated,
@@ -235,7 +235,7 @@ def _check_extras(extras: dict, docs: Sequence[TreeDoc], location: str) -> None:
         raise ValueError(f"{location} {has} the field {differing[0]}, unlike row {docs[0].row}: fill it in all rows or in none")
 
 
-def unusable(sides: Sides, distinct: bool) -> str:
+def drop_reason(sides: PromptReplies, distinct: bool) -> str:
     """Reason why a row gives no document; "" when it gives one."""
     if not all(_says(reply) for reply in sides.replies):
         return EMPTY
@@ -250,21 +250,23 @@ def _says(reply: str | dict) -> bool:
     return bool(reply.get("tool_calls")) or bool((str(reply.get("reasoning_content") or "") + str(reply.get("content") or "")).strip())
 
 
-def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, location: str, tally: Report) -> tuple[TreeDoc | None, str, Report]:
+def _fit(
+    doc: TreeDoc, size: int | None, overlong: str, distinct: bool, location: str, tally: TreeReport
+) -> tuple[TreeDoc | None, str, TreeReport]:
     """(document under the length policy or None, why not, tally)."""
     sizes = side_lengths(doc)
     longest = max(length for length, foreign in zip(sizes, doc.extras.get("kind", [0] * len(sizes)), strict=True) if not foreign)
     if size is None or max(sizes) <= size:
         return doc, "", tally
     if longest <= size:  # a completion of another row says nothing against this one: what does not fit of it is left out
-        return cut_at(doc, size), "", tally
+        return truncate_tree(doc, size), "", tally
     if overlong == "error":
         raise ValueError(
             f"{location} has {longest} tokens, more than sequence_len {size}: raise sequence_len, or set overlong to drop or truncate"
         )
     if overlong == "drop":
         return None, TOO_LONG, tally
-    doc = cut_at(doc, size)
+    doc = truncate_tree(doc, size)
     scored_branches = [part for part in branches(doc) if doc.weight[part].any()]
     if len(scored_branches) < len(sizes):
         return None, FULL, tally
@@ -275,7 +277,7 @@ def _fit(doc: TreeDoc, size: int | None, overlong: str, distinct: bool, location
     return doc, "", tally._replace(truncated=tally.truncated + 1, dropped_eos=tally.dropped_eos + lost)
 
 
-def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
+def truncate_tree(doc: TreeDoc, size: int) -> TreeDoc:
     """The document without the tokens at position `size` and after, in every branch alike."""
     first = np.searchsorted(doc.branch, doc.branch, "left")
     keep = np.arange(len(doc.tokens)) - first + doc.start < size
@@ -290,7 +292,7 @@ def cut_at(doc: TreeDoc, size: int) -> TreeDoc:
 
 def _sequences(
     rows: sources.Rows,
-    read: Callable[[Row, str], Sides],
+    read: Callable[[Row, str], PromptReplies],
     tokenizer: Tokenizer,
     special: spans.SpecialTokens,
     render: ReadTexts,
@@ -300,7 +302,7 @@ def _sequences(
     for start in range(0, len(rows.rows), CHUNK):
         chunk = sources.take(rows, range(start, min(start + CHUNK, len(rows.rows))))
         sides = [read(row, sources.locate_row(chunk, i)) for i, row in enumerate(chunk.rows)]
-        reasons = [unusable(row_sides, distinct) for row_sides in sides]
+        reasons = [drop_reason(row_sides, distinct) for row_sides in sides]
         usable = [i for i, reason in enumerate(reasons) if not reason]
         texts = _texts([sides[i] for i in usable], sources.take(chunk, usable), render)
         parts = iter(spans.encode(texts, tokenizer, special))
@@ -309,7 +311,7 @@ def _sequences(
             yield start + i, row_sides.extras, reason, [_close(part, row_sides, tokenizer, special) for part in encoded_replies]
 
 
-def _texts(sides: Sequence[Sides], rows: sources.Rows, render: ReadTexts) -> list[spans.Text]:
+def _texts(sides: Sequence[PromptReplies], rows: sources.Rows, render: ReadTexts) -> list[spans.Text]:
     """One text for each continuation of each row, in order."""
     conversations, indices = [], []
     for i, row_sides in enumerate(sides):
@@ -321,7 +323,7 @@ def _texts(sides: Sequence[Sides], rows: sources.Rows, render: ReadTexts) -> lis
     repeated = sources.take(rows, indices)._replace(rows=conversations)
     rendered = iter(render(repeated) if conversations else ())
     texts = [
-        (i, plain(row_sides.prompt, reply + row_sides.end) if isinstance(row_sides.prompt, str) else next(rendered))
+        (i, plain_pair(row_sides.prompt, reply + row_sides.end) if isinstance(row_sides.prompt, str) else next(rendered))
         for i, row_sides in enumerate(sides)
         for reply in row_sides.replies
     ]
@@ -330,14 +332,14 @@ def _texts(sides: Sequence[Sides], rows: sources.Rows, render: ReadTexts) -> lis
     return [text for _, text in texts]
 
 
-def plain(prompt: str, completion: str) -> spans.Text:
+def plain_pair(prompt: str, completion: str) -> spans.Text:
     """Prompt and completion as one text, the completion trained."""
     end = len(prompt) + len(completion)
     turn = spans.Turn(len(prompt), end, end, end, 1.0, 0.0)
     return spans.Text(prompt + completion, (turn,), trailing_space_boundaries=instruction.trailing_space(prompt, completion))
 
 
-def _close(part: spans.EncodedText, sides: Sides, tokenizer: Tokenizer, special: spans.SpecialTokens) -> spans.EncodedText:
+def _close(part: spans.EncodedText, sides: PromptReplies, tokenizer: Tokenizer, special: spans.SpecialTokens) -> spans.EncodedText:
     """Plain text with the default prefix before and a trained EOS behind, each unless it is there already or `end` does its work."""
     if not isinstance(sides.prompt, str):
         return part

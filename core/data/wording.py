@@ -30,7 +30,9 @@ def render_prompt(style: TurnStyle, messages: Sequence[Message], location: str =
     for message in messages:
         turns.turn_text(message, f"{location}: a message of the prompt")
     turn = "{}{}{}{}{}{}".format
-    texts = (turn(style.opening, one["role"], style.middle, one["content"], style.end, style.gap) for one in messages)
+    texts = (
+        turn(style.opening, turn_message["role"], style.middle, turn_message["content"], style.end, style.gap) for turn_message in messages
+    )
     return "".join(texts) + style.opening + "assistant" + style.middle
 
 
@@ -41,8 +43,8 @@ def compile_wording(option: str, form: str, needed: Sequence[str], optional: Seq
     """
     if not isinstance(form, str):
         raise ValueError(f"{option} is of type {type(form).__name__}, expected text with {{{needed[0]}}} in it")
-    found = set(PLACE.findall(form))
-    unknown, missing = found - {*needed, *optional}, set(needed) - found
+    used_places = set(PLACE.findall(form))
+    unknown, missing = used_places - {*needed, *optional}, set(needed) - used_places
     if unknown or missing:
         place_names = sources.join_names(f"{{{name}}}" for name in (*needed, *optional))
         wrong = f"names {sources.join_names(sorted(unknown))}" if unknown else f"lacks {sources.join_names(sorted(missing))}"

@@ -63,7 +63,7 @@ def document(group: Group, *, mask_truncated: bool = False, truth: tuple[np.ndar
     if truth is not None:
         extras = {name: (*values, 0.0) for name, values in extras.items()} | {"kind": (0,) * len(branches) + (1,)}
         branches.append(truth)
-    doc = prompts.group(group.prompt, branches, extras)
+    doc = prompts.completion_tree(group.prompt, branches, extras)
     values = {"sampler_logp": [one.logp for one in group.completions], "old_logp": group.old_logp}
     return doc._replace(values={name: _beside_tokens(doc, parts) for name, parts in values.items() if parts is not None})
 

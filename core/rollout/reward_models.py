@@ -56,7 +56,7 @@ def _documents(model: RewardModel, rows: sources.Rows) -> list[trees.TreeDoc]:
     if model.steps:
         # The reader wants a judgement of each step; what it says is not read here.
         judged = rows._replace(rows=[row | {"labels": [True] * len(row["completions"])} for row in rows.rows])
-        options = {"format": "stepwise_supervised", "own": {}, "sequence_len": None, "overlong": "drop"}
+        options = {"format": "stepwise_supervised", "format_options": {}, "sequence_len": None, "overlong": "drop"}
         return kinds.KINDS["steps"].encode(judged, model.tokenizer, **options)[0]
     read = row_formats.of_kind("answers")["prompt_completion"].reader()
     return trees.encode_rows(rows, read, model.tokenizer, name="prompt_completion", distinct=False)[0]

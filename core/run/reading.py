@@ -99,7 +99,7 @@ def streamed(
 ) -> Reading:
     """The reading of a stream of rows, which `encode` turns into documents. Needs max_steps: nobody knows its length.
 
-    deal: `streaming.steps`, or what wraps it, such as the check of rows that are read while training.
+    deal: `streaming.stream_steps`, or what wraps it, such as the check of rows that are read while training.
     """
     plan = order.plan | {"buffer": window.buffer}
     choices = {"step": order.step_size, "sequence_len": window.sequence_len, "text_column": window.text_column}

@@ -35,7 +35,7 @@ def train(
     family, cfg = start.family, start.cfg
 
     # Rows -> token trees: the prompt is the trunk, the chosen and the rejected completion are its branches.
-    training, held_out = sources.split_validation(sources.read(rows), 0.1, SEED, key=kinds.prompt)
+    training, held_out = sources.split_validation(sources.read(rows), 0.1, SEED, key=kinds.prompt_key)
     encode = partial(trees.encode_rows, read=passthrough, tokenizer=start.tokenizer, sequence_len=sequence_len, overlong="drop")
     docs, held_docs = (encode(some)[0] for some in (training, held_out))
     lengths, held_lengths = ([len(doc.tokens) for doc in some] for some in (docs, held_docs))

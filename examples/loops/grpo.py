@@ -38,8 +38,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a LoRA adapter on rows with a prompt, 4 of them a step, and save it; the metrics of steps and evaluations."""
     start = policy.load(model, adapter=policy.AdapterSpec(rank=RANK), seed=SEED)
-    split = sources.split_validation(sources.read(rows), HELD_OUT, SEED, key=kinds.prompt)
-    asked, held = (prompts.read(some, start.tokenizer)[0] for some in split)
+    split = sources.split_validation(sources.read(rows), HELD_OUT, SEED, key=kinds.prompt_key)
+    asked, held = (prompts.read_prompts(some, start.tokenizer)[0] for some in split)
     stop_ids = set(hf.stop_ids(model, start.tokenizer))
     training_key, evaluation_key = noise.keys(SEED, 11).item(), noise.keys(SEED, 12).item()
 

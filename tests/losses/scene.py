@@ -74,7 +74,7 @@ def pairs(*, empty: bool = True, margin: bool = False) -> list[trees.TreeDoc]:
 
 
 def judged(count: int, good: str = "mixed") -> list[trees.TreeDoc]:
-    """Prompts with a completion of their own (kind 0) and a foreign one (kind 1), as `unpaired.mismatched` deals them: one further on."""
+    """Prompts with a completion of their own (kind 0) and a foreign one (kind 1), as `add_foreign_replies` deals them: one further on."""
     gen = torch.Generator().manual_seed(17)
     own = [(_tokens(gen, 2 + i % 4), _tokens(gen, 1 + 3 * i % 7)) for i in range(count)]
     docs = []
@@ -99,7 +99,7 @@ def steps(count: int = 5) -> list[trees.TreeDoc]:
 
 def copied(docs: list[trees.TreeDoc]) -> list[trees.TreeDoc]:
     """Each pair as two documents without branches, the prompt in both."""
-    return [trees.only(doc, which) for doc in docs for which in (1, 2)]
+    return [trees.single_branch(doc, which) for doc in docs for which in (1, 2)]
 
 
 def adapted(base: Model, *, scale: float = 0.7) -> setup.Trees:
@@ -186,7 +186,7 @@ def rows(docs: list[trees.TreeDoc], which: int) -> list[tuple[list[int], list[in
     """(ids, labels with -100) of the prompt with one side, for the padded oracle."""
     found = []
     for doc in docs:
-        one = trees.only(doc, which)
+        one = trees.single_branch(doc, which)
         found.append((one.tokens.tolist(), [int(t) if w else -100 for t, w in zip(one.tokens, one.weight, strict=True)]))
     return found
 

@@ -35,14 +35,14 @@ TEMPERATURE = 0.8
 SIZES = ((9, 0), (4, 0), (14, 5), (2, 0), (11, 0), (12, 3))  # tokens, and those of the prompt; two have no room for a block
 
 
-def documents() -> list[ebft.Strided]:
+def documents() -> list[ebft.StridedDoc]:
     """Raw texts and answers to prompts; in the last, an answer with a gap that somebody else wrote."""
     gen, docs = np.random.default_rng(3), []
     for row, (size, prompt) in enumerate(SIZES):
         weight = (np.arange(size) >= max(prompt, 1)).astype(np.float32)
         if row == 5:
             weight[8:9] = 0
-        docs.append(ebft.Strided(gen.integers(1, scene.VOCAB, size).astype(np.int32), weight, prompt, row))
+        docs.append(ebft.StridedDoc(gen.integers(1, scene.VOCAB, size).astype(np.int32), weight, prompt, row))
     return docs
 
 

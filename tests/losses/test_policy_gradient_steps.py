@@ -54,7 +54,7 @@ def groups(*, keys=N_KEYS) -> list[trees.TreeDoc]:
 
 def apart(docs: list[trees.TreeDoc]) -> list[trees.TreeDoc]:
     """Every completion a document of its own, with its prompt."""
-    return [trees.only(doc, which) for doc in docs for which in range(1, int(doc.branch.max()) + 1)]
+    return [trees.single_branch(doc, which) for doc in docs for which in range(1, int(doc.branch.max()) + 1)]
 
 
 def made(base, term, used=None, **options):

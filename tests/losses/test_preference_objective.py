@@ -255,7 +255,7 @@ def test_nothing_has_moved_at_step_0(dtype, trains):
 
 
 def test_an_odd_number_of_sequences_is_refused():
-    docs = [trees.only(scene.pairs()[0], 1)]
+    docs = [trees.single_branch(scene.pairs()[0], 1)]
     built = made("simpo", scene.model())
     with pytest.raises(ValueError, match="1 sequences cannot be pairs"):
         built.objective.terms(built.policy.params, {}, pack.collate_trees(docs), None)

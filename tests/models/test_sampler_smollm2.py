@@ -33,7 +33,7 @@ def trainers(model, ids, samples, n, temperature) -> np.ndarray:
     for p, prompt in enumerate(ids):
         rows = range(p * n, (p + 1) * n)
         drawn = [(samples.tokens[r, : samples.lens[r]].numpy(), np.ones(int(samples.lens[r]), np.float32)) for r in rows]
-        docs.append(prompts.group(Prompt(np.array(prompt, np.int32), "", None, {}, p), drawn))
+        docs.append(prompts.completion_tree(Prompt(np.array(prompt, np.int32), "", None, {}, p), drawn))
     return logprobs(model.family, model.cfg, model.params, pack.collate_trees(docs), temperature=temperature).logp.numpy()
 
 

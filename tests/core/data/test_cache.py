@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from treetune.core.data import cache, columns, formats, pack, prompts, sources, spans, trees
 
-REPORT = formats.Report._make(["chat", 3, 2, {"too long": 1}, *range(len(formats.Report._fields) - 4)])
+REPORT = formats.TextReport._make(["chat", 3, 2, {"too long": 1}, *range(len(formats.TextReport._fields) - 4)])
 
 
 def same(a, b):
@@ -39,7 +39,7 @@ def test_documents_and_report_come_back(tmp_path):
     docs = make_docs(100)
     cache.save_entry(tmp_path, "k", docs, REPORT)
     back, report = cache.load_entry(tmp_path, "k")
-    assert same(back, docs) and report == REPORT and type(report) is formats.Report
+    assert same(back, docs) and report == REPORT and type(report) is formats.TextReport
     assert not back[0].tokens.flags.writeable and not back[0].tokens.flags.owndata
     assert os.listdir(tmp_path) == ["k"] and cache.load_entry(tmp_path, "other") is None
     assert not any(path.suffix in (".pkl", ".pickle") for path in (tmp_path / "k").iterdir())

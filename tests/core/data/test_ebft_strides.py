@@ -66,7 +66,7 @@ def test_raw_text_is_split_so_that_every_token_is_predicted_once(words):
     assert [len(doc.tokens) for doc in docs[:-1]] == [10] * (len(docs) - 1) and report.split == 1 and report.longest == len(whole.tokens)
     predicted = np.concatenate([doc.tokens[doc.weight > 0] for doc in docs])
     assert predicted.tolist() == whole.tokens[1:].tolist() and all(doc.prompt_length == 0 for doc in docs)
-    assert "1 rows split" in strides.describe(report)
+    assert "1 rows split" in strides.describe_strided(report)
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])
@@ -87,10 +87,10 @@ def test_documents_without_a_block_are_dropped_or_kept_for_cross_entropy(words):
     size = PLACES.context_length + PLACES.generate_max_len
     kept, report = encode(rows, words)
     assert [len(doc.tokens) for doc in kept] == [4, 6, 7, 21] and report.short == 2 and report.blocks == 1 + 4
-    assert "2 documents for cross-entropy alone" in strides.describe(report) and "5 blocks" in strides.describe(report)
+    assert "2 documents for cross-entropy alone" in strides.describe_strided(report) and "5 blocks" in strides.describe_strided(report)
     docs, report = encode(rows, words, places=PLACES._replace(needed=True))
     assert [len(doc.tokens) for doc in docs] == [7, 21] and min(len(doc.tokens) for doc in docs) == size
-    assert "2 documents dropped (no room for a block: shorter than context_length + generate_max_len" in strides.describe(report)
+    assert "2 documents dropped (no room for a block: shorter than context_length + generate_max_len" in strides.describe_strided(report)
     with pytest.raises(ValueError, match="not one document to train on in 2 rows.*2 with no room for a block.*lower context_length"):
         encode(rows[:2], words, places=PLACES._replace(needed=True))
     with pytest.raises(ValueError, match=r"not one of 2 documents has room for a block \(context_length 4, generate_max_len 3, longest"):
@@ -112,7 +112,7 @@ def test_blocks_of_a_conversation_are_what_the_assistant_said(words, name):
     places = strides.Places(stride=1, context_length=2, generate_max_len=4)
     docs, report = encode([{"messages": TALK}], words, format=name, places=places)
     batch = strides.collate(docs)
-    found = strided.anchors(strided.lengths(batch), prompt_lengths=batch["prompt_length"], **strides.among(places))
+    found = strided.anchors(strided.lengths(batch), prompt_lengths=batch["prompt_length"], **strides.anchor_options(places))
     kept = strided.trained_blocks(found, batch["cu_docs"], strided.scored(batch))
     blocks = [words.decode(batch["tokens"][start : start + 4]) for start in kept.start.tolist()]
     replies = [said["content"] + "<|im_end|>" for said in TALK if said["role"] == "assistant"]
@@ -125,10 +125,10 @@ def test_blocks_of_a_conversation_are_what_the_assistant_said(words, name):
 def test_options_of_the_chat_template_reach_it(words):
     shout = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ mark }}{{ m.content }}<|im_end|>\n{% endfor %}"
     own = {"chat_template": shout, "chat_template_kwargs": {"mark": "!!"}}
-    (doc,), _ = encode([{"messages": TALK}], words, own=own)
+    (doc,), _ = encode([{"messages": TALK}], words, format_options=own)
     assert words.decode(doc.tokens).count("!!") == 4
     with pytest.raises(ValueError, match="ebft_pretrain.transform takes no chat_template, chat_template_kwargs; it takes no options"):
-        encode([{"text": "x"}], words, own=own)
+        encode([{"text": "x"}], words, format_options=own)
 
 
 def test_rows_that_are_tokens_already(words):
@@ -165,5 +165,8 @@ def test_kept_on_disk_as_they_were(words, tmp_path):
 
 def test_reports_of_parts_add_up(words):
     parts = [encode(rows, words, sequence_len=12)[1] for rows in ([{"text": "x" * 30}], [{"text": "y"}, {"text": " "}])]
-    both, whole = strides.merged(parts), encode([{"text": "x" * 30}, {"text": "y"}, {"text": " "}], words, sequence_len=12)[1]
+    both, whole = (
+        strides.merge_strided_reports(parts),
+        encode([{"text": "x" * 30}, {"text": "y"}, {"text": " "}], words, sequence_len=12)[1],
+    )
     assert both == whole

@@ -101,7 +101,7 @@ PLAIN = ("argilla_chat", "intel", "prompt_pairs")  # of the pairs: rows without 
 PAIRS = {
     f"dpo.{style}.{name}": (without_system(text) if name in PLAIN else text, [GOOD + end, BAD + end])
     for style, (text, end) in STYLED.items()
-    for name in preference.FIELDS
+    for name in preference.PAIR_COLUMNS
 } | {
     "dpo.zephyr.nectar": ("<|system|>\n</s>\n<|user|>\nWhat is ice?</s>\n<|assistant|>\n", [GOOD + "</s>", BAD + "</s>"]),
     "dpo.chat_template.default": (CHATML, [GOOD + "<|im_end|>", BAD + "<|im_end|>"]),
@@ -181,10 +181,10 @@ def test_every_format_has_an_example_and_every_example_a_format():
 def test_instructions(name, tokenizer):
     rows = example(name)
     assert set(instruction.columns(name)) <= set(rows.rows[0])
-    part = encoded(instruction.shaped(name)(tokenizer), rows, tokenizer)
+    part = encoded(instruction.shape_reader(name)(tokenizer), rows, tokenizer)
     before, response = INSTRUCTIONS[name]
     assert halves(part[0].tokens, part[0].weight, tokenizer) == (before, response + "</s>")
-    everything = encoded(instruction.shaped(name)(tokenizer, train_on_inputs=True), rows, tokenizer)[0]
+    everything = encoded(instruction.shape_reader(name)(tokenizer, train_on_inputs=True), rows, tokenizer)[0]
     assert everything.tokens.tolist() == part[0].tokens.tolist() and everything.weight[1:].all()
 
 
@@ -258,7 +258,7 @@ def test_steps(tokenizer):
 
 
 def test_prompts(tokenizer):
-    found, report = prompts.read(example("grpo"), tokenizer)
+    found, report = prompts.read_prompts(example("grpo"), tokenizer)
     assert [one.text for one in found] == ["<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n", "2 + 3 = "]
     assert [text_of(one.tokens, tokenizer) for one in found] == [one.text for one in found]
     assert [one.columns for one in found] == [{"answer": 5, "topic": "sums"}] * 2 and report.prompts == 2
@@ -266,7 +266,7 @@ def test_prompts(tokenizer):
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_ebft_structured(name):
-    targets, dropped = ebft.structured(example(name), row_formats.of_kind("true_replies")[name].reader)
+    targets, dropped = ebft.read_structured(example(name), row_formats.of_kind("true_replies")[name].reader)
     assert [(one.prompt, one.ground_truth) for one in targets] == STRUCTURED[name] and not dropped
     rest = example(name).rows[0].get("messages", [])[2:] if name == "ebft_chat_multiturn.transform" else []
     assert list(targets[0].remaining_turns) == rest

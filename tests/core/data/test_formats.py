@@ -64,13 +64,15 @@ def test_alpaca_wording():
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
         "appropriately completes the request.\n\n### Instruction:\nadd\n\n### Input:\n1, 2\n\n### Response:\n"
     )
-    assert instruction.prompt({"instruction": "add", "input": "1, 2"}) == expected
+    assert instruction.alpaca_prompt({"instruction": "add", "input": "1, 2"}) == expected
     expected = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nadd\n\n### Response:\n"
     )
-    assert instruction.prompt({"instruction": "add", "input": None}) == expected
-    assert instruction.prompt({"instruction": "add", "system": "Be brief."}) == "Be brief.\n\n### Instruction:\nadd\n\n### Response:\n"
+    assert instruction.alpaca_prompt({"instruction": "add", "input": None}) == expected
+    assert (
+        instruction.alpaca_prompt({"instruction": "add", "system": "Be brief."}) == "Be brief.\n\n### Instruction:\nadd\n\n### Response:\n"
+    )
 
 
 def test_alpaca_trains_the_output_and_an_eos(variants, make_tokenizer):
@@ -78,7 +80,7 @@ def test_alpaca_trains_the_output_and_an_eos(variants, make_tokenizer):
         tokenizer = make_tokenizer(name)
         docs, report = encode([ALPACA], tokenizer)
         ids = docs[0].tokens.tolist()
-        plain = tokenizer(instruction.prompt(ALPACA) + "the answer", add_special_tokens=False)["input_ids"]
+        plain = tokenizer(instruction.alpaca_prompt(ALPACA) + "the answer", add_special_tokens=False)["input_ids"]
         bos = [tokenizer.bos_token_id] if variant.adds_bos else []
         assert ids == bos + plain + [tokenizer.eos_token_id], name
         assert docs[0].weight[-1] == 1 and (docs[0].weight[-4:-1] > 0).any() and docs[0].weight[0] == 0
@@ -199,7 +201,7 @@ def test_overlong_rows_are_dropped_and_counted_by_default(tokenizer):
     docs, report = encode([CHAT, LONG, CHAT], tokenizer, sequence_len=40)
     assert [doc.row for doc in docs] == [1, 3]
     assert report.dropped == {"longer than sequence_len": 1} and report.dropped_eos == 0 and report.longest > 40
-    assert "dropped 1 rows (longer than sequence_len)" in formats.describe(report)
+    assert "dropped 1 rows (longer than sequence_len)" in formats.describe_texts(report)
 
 
 def test_overlong_error_names_the_row(tokenizer):
@@ -223,7 +225,7 @@ def test_report_counts(tokenizer):
     assert report.dropped == {"nothing to train on": 1}
     assert report.tokens == sum(len(doc.tokens) for doc in docs)
     assert report.supervised == sum(int((doc.weight > 0).sum()) for doc in docs)
-    line = formats.describe(report)
+    line = formats.describe_texts(report)
     assert "chat: 3 rows -> 2 documents" in line and "dropped 1 rows (nothing to train on)" in line and "\n" not in line
 
 

@@ -112,16 +112,16 @@ def test_options_that_a_format_takes(talker):
     assert "chat_template" not in K["pairs"].takes("passthrough", PAIR)
     assert "chat_template" in K["pairs"].takes("passthrough", PAIR | {"prompt": TALK[:1]})
     with pytest.raises(ValueError, match="format passthrough of plain text takes no chat_template"):
-        encode("pairs", [PAIR], talker, own={"chat_template": "llama3"})
+        encode("pairs", [PAIR], talker, format_options={"chat_template": "llama3"})
     with pytest.raises(ValueError, match="format stepwise_supervised takes no separator; it takes step_separator"):
-        encode("steps", [{"prompt": "a", "completions": ["b"], "labels": [True]}], talker, own={"separator": "x"})
+        encode("steps", [{"prompt": "a", "completions": ["b"], "labels": [True]}], talker, format_options={"separator": "x"})
 
 
 def test_chat_template_and_a_formats_own_options_reach_the_tokens(talker):
     said = [{"question": TALK[:1], "chosen": "Water.", "rejected": "Stone."}]
     own = {"field_messages": "question"}
-    plain = encode("pairs", said, talker, format="chat_template.default", own=own)[0][0]
-    other = encode("pairs", said, talker, format="chat_template.default", own=own | {"chat_template": "llama3"})[0][0]
+    plain = encode("pairs", said, talker, format="chat_template.default", format_options=own)[0][0]
+    other = encode("pairs", said, talker, format="chat_template.default", format_options=own | {"chat_template": "llama3"})[0][0]
     assert talker.decode(plain.tokens[:2]).startswith("<|im_start|>") and "<|start_header_id|>" in talker.decode(other.tokens)
 
 
@@ -171,7 +171,7 @@ def test_steps_are_read_where_each_ends(talker):
     batch = pack.collate_trees(docs, read=K["steps"].read)
     assert batch["targets"].tolist() == [1, 0] and batch["at"][-1] == len(docs[0].tokens) - 1
     assert talker.decode(docs[0].tokens[: batch["at"][0] + 1]).endswith("1+1=2\n")
-    last = encode("steps", listed, talker, own={"train_on_last_step_only": True})[0]
+    last = encode("steps", listed, talker, format_options={"train_on_last_step_only": True})[0]
     assert pack.collate_trees(last, read="classes")["targets"].tolist() == [0]
 
 

@@ -113,7 +113,7 @@ def test_a_format_of_ones_own_is_one_line_of_the_table(here, tokenizer, monkeypa
 
     def reader(tokenizer, *, train_on_inputs=False):
         def read(row):
-            return instruction.whole(f"{row['word']}: ", str(row["good"]), "", train_on_inputs)
+            return instruction.prompt_and_output(f"{row['word']}: ", str(row["good"]), "", train_on_inputs)
 
         return lambda rows: [read(row) for row in rows.rows]
 

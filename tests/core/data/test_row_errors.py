@@ -175,20 +175,20 @@ def test_segments(case, tokenizer):
 @pytest.mark.parametrize("name", BAD_INSTRUCTIONS)
 def test_instructions(name, tokenizer):
     with refused(BAD_INSTRUCTIONS[name][1]):
-        instruction.shaped(name)(tokenizer)(one(BAD_INSTRUCTIONS[name][0]))
+        instruction.shape_reader(name)(tokenizer)(one(BAD_INSTRUCTIONS[name][0]))
 
 
 def test_prompts_and_ebft(tokenizer):
     with refused(" has no field prompt; it has question"):
-        prompts.read(one({"question": "a"}), tokenizer)
+        prompts.read_prompts(one({"question": "a"}), tokenizer)
     with refused(": field tools is a text that is no JSON"):
-        prompts.read(one({"prompt": [USER], "tools": "x"}), tokenizer)
+        prompts.read_prompts(one({"prompt": [USER], "tools": "x"}), tokenizer)
     with refused(": field messages has no message of the assistant"):
-        ebft.structured(one({"messages": [USER]}), ebft.last_turn)
+        ebft.read_structured(one({"messages": [USER]}), ebft.last_turn)
     with refused(": field prompt_length is 9, expected a whole number from 0 to 2"):
-        ebft.strided(one({"input_ids": [1, 2], "labels": [-100, 2], "prompt_length": 9}), tokenizer)
+        ebft.read_strided(one({"input_ids": [1, 2], "labels": [-100, 2], "prompt_length": 9}), tokenizer)
     with pytest.raises(ValueError, match="not one prompt in 1 rows .*longer than max_prompt_len"):
-        prompts.read(one({"prompt": "hello " * 9}), tokenizer, max_prompt_len=3)
+        prompts.read_prompts(one({"prompt": "hello " * 9}), tokenizer, max_prompt_len=3)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_property_mappings_and_roles(tokenizer):
     options = {"field_messages": "talk", "field_chosen": "yes", "field_rejected": "no", "roles": {"user": ["me"], "assistant": ["it"]}}
     read = PAIRS["chat_template.default"].reader(message_field_role="who", message_field_content="says", **options)
     row = {"talk": [{"who": "me", "says": "hello"}], "yes": {"who": "it", "says": "a"}, "no": [{"who": "it", "says": "b"}]}
-    assert read(row, "row") == trees.Sides([{"role": "user", "content": "hello"}], (REPLY | {"content": "a"}, REPLY), {})
+    assert read(row, "row") == trees.PromptReplies([{"role": "user", "content": "hello"}], (REPLY | {"content": "a"}, REPLY), {})
 
 
 def test_defaults_of_the_user_defined_instruction(tokenizer):
@@ -246,13 +246,13 @@ def test_defaults_of_the_user_defined_instruction(tokenizer):
 def test_strided_rows_of_a_users_transform(tokenizer):
     rows = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [5, 6, 7, 3], "labels": [-100, -100, 7, -100], "attention_mask": [1, 1, 1, 0]}]
     rows += [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "prompt_length": 1}]
-    docs = ebft.strided(sources.from_list(rows), tokenizer)
+    docs = ebft.read_strided(sources.from_list(rows), tokenizer)
     assert [(doc.tokens.tolist(), doc.weight.tolist(), doc.prompt_length) for doc in docs] == [
         ([5, 6, 7, 8], [0, 1, 1, 1], 0),
         ([5, 6, 7], [0, 0, 1], 2),
         ([5, 6, 7], [0, 1, 1], 1),
     ]
-    assert [doc.tokens.tolist() for doc in ebft.cut(docs, 2)] == [[5, 6], [5, 6]]  # the second is left without a completion
+    assert [doc.tokens.tolist() for doc in ebft.truncate_docs(docs, 2)] == [[5, 6], [5, 6]]  # the second is left without a completion
 
 
 def test_sharegpt_names(tokenizer):

@@ -67,8 +67,10 @@ def families(tokenizer):
     made = {f"dpo.{name}": lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in PAIRS.items()}
     made |= {f"kto.{name}": lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in KTO.items()}
     made |= {name: lambda rows, form=form: trees.encode_rows(rows, form.reader(), tokenizer)[0] for name, form in RANKED.items()}
-    made |= {name: lambda rows, name=name: encoded(instruction.shaped(name)(tokenizer), rows, tokenizer) for name in instruction.SHAPES}
-    made |= {name: lambda rows, form=form: ebft.structured(rows, form.reader)[0] for name, form in REPLIES.items()}
+    made |= {
+        name: lambda rows, name=name: encoded(instruction.shape_reader(name)(tokenizer), rows, tokenizer) for name in instruction.SHAPES
+    }
+    made |= {name: lambda rows, form=form: ebft.read_structured(rows, form.reader)[0] for name, form in REPLIES.items()}
     made |= {name: lambda rows, form=form: form.reader(rows, tokenizer) for name, form in row_formats.of_kind("strided").items()}
     made |= {
         f"text.{name}": lambda rows, name=name: formats.encode_rows(rows, tokenizer, format=name)[0]
@@ -81,7 +83,7 @@ def families(tokenizer):
         "stepwise_supervised": lambda rows: reward.encode_steps(rows, STEPS, tokenizer)[0],
         "input_output": lambda rows: encoded(segments.reader(tokenizer), rows, tokenizer),
         "pretokenised": pretokenised.reader(tokenizer),
-        "grpo": lambda rows: prompts.read(rows, tokenizer)[0],
+        "grpo": lambda rows: prompts.read_prompts(rows, tokenizer)[0],
     }
 
 
@@ -162,7 +164,7 @@ def check_result(found, name):
         assert (batch["seq_lens"] > 0).all()
         return
     for one in found:
-        if isinstance(one, spans.EncodedText | spans.Doc | ebft.Strided):
+        if isinstance(one, spans.EncodedText | spans.Doc | ebft.StridedDoc):
             assert len(one.tokens) == len(one.weight) and not one.weight[:1].any() and np.isfinite(one.weight).all()
         else:
             assert one.tokens.size if name == "grpo" else one.ground_truth.strip() and one.prompt

@@ -18,7 +18,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"
 def encode(kind, row, tokenizer, form=None, **own):
     rows = sources.from_list([row, row | ({"label": False, "prompt": [USER | {"content": "q2"}]} if "label" in row else {})], "data.jsonl")
     known = kinds.KINDS[kind]
-    return known.encode(rows, tokenizer, format=known.canonical(form) if form else known.detect(list(row), row), own=own)
+    return known.encode(rows, tokenizer, format=known.canonical(form) if form else known.detect(list(row), row), format_options=own)
 
 
 def text_of(kind, row, tokenizer, form=None, **own):
@@ -81,12 +81,12 @@ def test_two_system_texts_are_refused(tokenizer):
 
 
 def test_prompts_and_structured_rows(tokenizer):
-    found, _ = prompts.read(sources.from_list([{"prompt": [USER]} | SYSTEM]), tokenizer)
+    found, _ = prompts.read_prompts(sources.from_list([{"prompt": [USER]} | SYSTEM]), tokenizer)
     assert "Be brief." in found[0].text
     with pytest.raises(ValueError, match="row 1: a prompt of plain text has no place for the field system"):
-        prompts.read(sources.from_list([{"prompt": "q"} | SYSTEM]), tokenizer)
+        prompts.read_prompts(sources.from_list([{"prompt": "q"} | SYSTEM]), tokenizer)
     with pytest.raises(ValueError, match="a default system message needs prompts of messages"):
-        prompts.read(sources.from_list([{"prompt": "q"}]), tokenizer, system="x")
+        prompts.read_prompts(sources.from_list([{"prompt": "q"}]), tokenizer, system="x")
     assert ebft.last_turn({"messages": [USER, REPLY]} | SYSTEM, "row")[0]["prompt"][0]["content"] == "Be brief."
     with pytest.raises(ValueError, match="reasoning in a field of its own"):
         ebft.last_turn({"messages": [USER, REPLY | {"thinking": "hm"}]}, "row")
@@ -180,7 +180,7 @@ def test_what_is_not_read_is_told(tokenizer):
     _, report = encode("text", {"messages": [USER, REPLY], "tools": [], "id": 1}, tokenizer)
     assert report.unread == ("id",)
     one, two = (report._replace(unread=names, sizes=((64, 1),)) for names in (("a",), ("b", "a")))
-    assert formats.merged([one, two]).unread == ("a", "b") and formats.merged([one, two]).sizes == ((64, 2),)
+    assert formats.merge_text_reports([one, two]).unread == ("a", "b") and formats.merge_text_reports([one, two]).sizes == ((64, 2),)
 
 
 def test_reasoning_that_a_template_drops_is_told_of_pairs(tokenizer):
@@ -218,18 +218,18 @@ def test_an_end_of_turn_that_is_no_token_is_a_warning(tokenizer, make_tokenizer)
 @pytest.mark.parametrize("value", [int("9" * 400), float("inf"), float("nan"), True, [1], "x", "1e400", 1e300, {}])
 def test_margins_and_labels_of_other_types(value, tokenizer):
     with pytest.raises(ValueError, match="^row: field margin is .*, expected a number from -1e"):
-        preference.numbers({"margin": value}, "margin", "row")
+        preference.pair_numbers({"margin": value}, "margin", "row")
     if value is not True:
         with pytest.raises(ValueError, match="^row: field label is .*, expected true or false"):
-            unpaired.label({"label": value}, "label", "row")
+            unpaired.read_label({"label": value}, "label", "row")
 
 
 def test_margins_and_labels_as_files_have_them():
     for value in (0.5, "0.5", Decimal("0.5")):
-        assert preference.numbers({"margin": value}, "margin", "row") == {"margin": (0.5, 0.5)}
-    assert preference.numbers({"margin": ""}, "margin", "row") == {}
+        assert preference.pair_numbers({"margin": value}, "margin", "row") == {"margin": (0.5, 0.5)}
+    assert preference.pair_numbers({"margin": ""}, "margin", "row") == {}
     for value in (True, 1, 1.0, "true", "1", Decimal(1)):
-        assert unpaired.label({"label": value}, "label", "row") == {"desirable": (True,)}
+        assert unpaired.read_label({"label": value}, "label", "row") == {"desirable": (True,)}
 
 
 def test_nothing_of_a_message_is_lost_in_the_default_reading():

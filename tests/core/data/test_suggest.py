@@ -28,7 +28,7 @@ def test_the_entry_reads_the_rows(name, tokenizer):
     form = entry.pop("type")
     own, form = (form, "user_defined") if isinstance(form, dict) else (entry, formats.ALIASES.get(form, form))
     rows = sources.from_list([row, row | ({"good": False} if kind == "judged" else {})])
-    docs, _ = kinds.KINDS[kind].encode(rows, tokenizer, format=kinds.KINDS[kind].canonical(form), own=own)
+    docs, _ = kinds.KINDS[kind].encode(rows, tokenizer, format=kinds.KINDS[kind].canonical(form), format_options=own)
     assert len(docs) == 2
 
 

@@ -89,7 +89,7 @@ def test_each_side_is_the_sequence_of_its_own_text(make_tokenizer, variants, tem
         known = spans.read_special_tokens(tokenizer)
         doc = encode([PAIR], tokenizer)[0][0]
         for side, (tokens, weight) in zip(("chosen", "rejected"), sequences(doc), strict=True):
-            text = spans.Text(PAIR["prompt"] + PAIR[side], trees.plain(PAIR["prompt"], PAIR[side]).turns, eos=1.0)
+            text = spans.Text(PAIR["prompt"] + PAIR[side], trees.plain_pair(PAIR["prompt"], PAIR[side]).turns, eos=1.0)
             assert (tokens, weight) == expected(spans.encode([text], tokenizer, known)[0]), name
             assert tokens[-1] == tokenizer.eos_token_id and weight[-1] == 1, name
         assert len(doc.tokens) < sum(len(tokens) for tokens, _ in sequences(doc)), name  # the prompt is there once
@@ -112,7 +112,7 @@ def test_a_token_across_the_border_is_not_trained_and_reported(tokenizer):
     row = {"prompt": "the answer ", "chosen": "answer", "rejected": "user"}
     docs, report = encode([row], tokenizer)
     assert [tokenizer.decode(np.array(tokens)[np.array(weight) > 0]) for tokens, weight in sequences(docs[0])] == ["</s>", "</s>"]
-    assert report.trailing_space_boundaries == 2 and "end in a space" in trees.describe(report)
+    assert report.trailing_space_boundaries == 2 and "end in a space" in trees.describe_trees(report)
 
 
 def test_truncation_cuts_both_sides_at_one_length(make_tokenizer):
@@ -140,7 +140,7 @@ def test_what_is_dropped_is_counted(tokenizer):
     docs, report = encode(rows, tokenizer, sequence_len=30)
     assert report.rows == 6 and report.docs == len(docs) == 2 and [doc.row for doc in docs] == [1, 5]
     assert report.dropped == {trees.EMPTY: 1, trees.SAME: 1, trees.TOO_LONG: 1, trees.NO_PROMPT: 1}
-    assert "dropped 1 rows (identical completions)" in trees.describe(report)
+    assert "dropped 1 rows (identical completions)" in trees.describe_trees(report)
     cut = len(encode([alike], tokenizer)[0][0].tokens[encode([alike], tokenizer)[0][0].branch == 0]) + 3
     _, report = encode([{"prompt": "a\n", "chosen": "b", "rejected": "c"}, alike], tokenizer, sequence_len=cut, overlong="truncate")
     assert report.dropped == {trees.SAME_CUT: 1}
@@ -176,9 +176,9 @@ def test_pairs_and_groups_stay_together_when_packed(tokenizer):
 
 
 def test_a_group_of_samples(tokenizer):
-    prompt = prompts.read(sources.from_list([{"prompt": "hello", "answer": 3}]), tokenizer)[0][0]
+    prompt = prompts.read_prompts(sources.from_list([{"prompt": "hello", "answer": 3}]), tokenizer)[0][0]
     samples = [(np.array([5, 6], np.int32), np.ones(2)), (np.array([5, 7, 8], np.int32), np.array([1, 0, 1.0]))]
-    doc = prompts.group(prompt, samples, {"advantage": (0.5, -0.5)})
+    doc = prompts.completion_tree(prompt, samples, {"advantage": (0.5, -0.5)})
     batch = pack.collate_trees([doc, doc])
     size = len(prompt.tokens)
     assert batch["targets"].tolist() == [5, 6, 5, 8] * 2 and batch["seq_lens"].tolist() == [2, 2, 2, 2]
@@ -195,14 +195,14 @@ def test_kto_gets_foreign_completions(tokenizer):
             {"prompt": "c\n", "completion": " ", "label": 1},
         ]
     )
-    docs, report = trees.encode_rows(rows, unpaired.mismatched(rows, unpaired.passthrough), tokenizer, distinct=False)
+    docs, report = trees.encode_rows(rows, unpaired.add_foreign_replies(rows, unpaired.passthrough), tokenizer, distinct=False)
     spoken = [[tokenizer.decode(doc.tokens[own][doc.weight[own] > 0]) for own in trees.branches(doc)] for doc in docs]
     assert spoken == [["one</s>", "three</s>"], ["two</s>", "three</s>"], ["three</s>", "two</s>"]]
     batch = pack.collate_trees(docs)
     assert batch["kind"].tolist() == [0, 1] * 3 and batch["desirable"].tolist() == [True, True, False, False, True, True]
     assert report.dropped == {trees.EMPTY: 1}
     with pytest.raises(ValueError, match="all 2 rows have one prompt"):
-        unpaired.mismatched(sources.take(rows, [0, 1]), unpaired.passthrough)
+        unpaired.add_foreign_replies(sources.take(rows, [0, 1]), unpaired.passthrough)
 
 
 def test_extras_must_be_there_for_all(tokenizer):
