@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def select_device(name: str = "auto") -> torch.device:
     """The torch device of a name; "auto" is CUDA where there is one. Under torchrun each rank takes its own CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but this machine or this torch has no CUDA; use --device cpu")
+        raise ValueError("device cuda is not available: this machine or this build of torch has no CUDA; use device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -59,7 +59,7 @@ def load(
         with fields.reading(f"the model {path}"):
             model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device)
     elif adapter_path is None:
-        raise ValueError(f"{name} has no head that scores: expected a reward model, or --adapter with the folder of one")
+        raise ValueError(f"{name} has no head that scores: expected a reward model, or the adapter folder of one")
     else:
         model, head = loading.load_model(name, revision=revision, dtype=dtype, device=device, say=say)[0], {}
     if adapter_path is not None:

@@ -7,7 +7,8 @@ import torch
 
 from treetune.core import manifest
 from treetune.models import adapter_config, fetch, gguf, hf
-from treetune.models.tokenizer import Say, adapter_folder
+from treetune.models.fetch import Say
+from treetune.models.tokenizer import adapter_folder
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # by vLLM's names
 

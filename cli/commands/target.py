@@ -9,7 +9,7 @@ from treetune.cli.options.model import ModelOptions
 from treetune.core.lora import Lora
 from treetune.models import Model, loading
 from treetune.models import tokenizer as tokenizers
-from treetune.models.tokenizer import Say
+from treetune.models.fetch import Say
 
 
 class Target(NamedTuple):
