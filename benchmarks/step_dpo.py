@@ -39,7 +39,7 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.core.data import kinds, sources
     from treetune.core.run import ranks
     from treetune.core.state import TrainState
-    from treetune.models import adapter, batches, hf
+    from treetune.models import adapter, batches, hf, loading, policy
 
     device = torch.device("cpu")
     config = Dpo(
@@ -50,8 +50,8 @@ def ours(args: argparse.Namespace) -> dict:
     )
     rows = sources.from_list(read(args.rows, PAIRS * args.steps))
     docs, _ = kinds.KINDS["pairs"].encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
-    model, _ = setup.load_model(config.model, on=device)
-    start = setup.adapted(model, config.adapter, base=adapter.Base("base", ""), seed=0)
+    model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
+    start = policy.adapt(model, setup.adapter_spec(config.adapter), base=adapter.Base("base", ""), seed=0)
     parts = dpo.parts(config, start, Setting(device, ranks.ALONE, None, (), print, print))
     optimizer = setup.optimizer(config.optim)
     run = step.make_step(parts.objective, optimizer, schedule=cadence.schedule(config.optim, LR, args.steps), prepare=parts.prepare)

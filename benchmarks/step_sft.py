@@ -44,18 +44,17 @@ def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     from treetune.cli import cadence, setup
     from treetune.cli.methods import sft
-    from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.optim import OptimOptions
     from treetune.core import step
     from treetune.core.data import pack, spans
     from treetune.core.state import TrainState
-    from treetune.models import adapter, batches, hf, policy
+    from treetune.models import adapter, batches, hf, loading, policy
 
     device = torch.device("cpu")
     tokenizer = hf.tokenizer(args.model)
     docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, ROWS * args.steps))]
-    model, _ = setup.load_model(ModelOptions(model=args.model, dtype=args.dtype), on=device)
-    start = setup.adapted(model, AdapterOptions(lora_r=RANK, lora_alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
+    model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
+    start = policy.adapt(model, policy.AdapterSpec(rank=RANK, alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
     objective = sft.objective(policy.logprob(start), sft.LossOptions())
     options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
     optimizer = setup.optimizer(options)

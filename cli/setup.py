@@ -1,4 +1,4 @@
-"""From options to a model, a tokenizer, a policy, and the functions over it; the policy's own are in `models`."""
+"""From options to what `models` loads by plain values, and to an optimiser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,30 +6,18 @@ from typing import Any
 import torch
 
 from treetune.cli import pairs
-from treetune.cli.methods.sft import LossOptions
 from treetune.cli.options import import_path
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
-from treetune.core.lora import Lora
-from treetune.core.run.ranks import Ranks
-from treetune.core.state import Logprob, Objective
-from treetune.losses import presets, sft_objective
-from treetune.models import Model, adapter, loading, logprobs, policy
+from treetune.models import Model, loading
 from treetune.models import tokenizer as tokenizers
-from treetune.models.loading import DTYPES as DTYPES
 from treetune.models.loading import compute_dtype as compute_dtype
-from treetune.models.loading import load_adapter as load_adapter
 from treetune.models.loading import select_device as device  # noqa: F401
-from treetune.models.policy import AdapterSpec, Policy
-from treetune.models.policy import Policy as Trees  # noqa: F401
-from treetune.models.policy import full as full
-from treetune.models.policy import without_tree as without_tree
+from treetune.models.policy import AdapterSpec
 from treetune.models.tokenizer import TokenizerSetup
 from treetune.models.tokenizer import adapter_folder as adapter_folder
-from treetune.models.tokenizer import check_rows as check_rows
 from treetune.models.tokenizer import describe_resize as describe_rows  # noqa: F401
-from treetune.models.tokenizer import has_tokenizer as has_tokenizer
 
 Say = Callable[[str], None]
 
@@ -73,20 +61,6 @@ def with_rows(model: Model, words: TokenizerSetup, options: VocabularyOptions, s
     return tokenizers.resize_embeddings(model, words, multiple=options.embedding_multiple, start=start)
 
 
-def adapted(
-    model: Model,
-    options: AdapterOptions,
-    *,
-    base: adapter.Base,
-    seed: int,
-    new_rows: bool = False,
-    head: bool = False,
-    say: Say = print,
-) -> Policy:
-    """The policy of the adapter that the options describe."""
-    return policy.adapt(model, adapter_spec(options), base=base, seed=seed, new_rows=new_rows, head=head, say=say)
-
-
 def stop_ids(options: ModelOptions, tokenizer: Any) -> list[int]:
     """Ids that end an answer of the model that the options name."""
     return tokenizers.stop_ids(options.model, tokenizer, revision=options.revision)
@@ -95,34 +69,6 @@ def stop_ids(options: ModelOptions, tokenizer: Any) -> list[int]:
 def generation_config(options: ModelOptions, tokenizer: Any) -> dict[str, Any]:
     """The generation_config.json of the model that the options name, for a model made from it with this tokenizer."""
     return tokenizers.generation_config(options.model, tokenizer, revision=options.revision)
-
-
-def place(trees: Policy, model: Model, where: Ranks, sharding: str) -> Policy:
-    """`policy.place` for the ranks of a run."""
-    return policy.place(trees, where.mesh, sharding)
-
-
-def logprob(
-    model: Model,
-    used: Lora | None,
-    *,
-    neftune: float = 0.0,
-    remat: str | None = None,
-    temperature: float = 1.0,
-    run: Callable[..., Any] = logprobs,
-) -> Logprob:
-    """`policy.logprob` for a model and how its adapter is applied."""
-    sizes = Policy(model.family, model.cfg, {}, {}, used)
-    return policy.logprob(sizes, neftune=neftune, remat=remat, temperature=temperature, run=run)
-
-
-def objective(logprob_fn, options: LossOptions, *, report: tuple[str, ...] = ()) -> Objective:
-    """The supervised objective that the loss options name; `report` names statistics to report besides accuracy."""
-    name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
-    row = import_path.row(presets.TOKEN_LOSSES, name)
-    token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
-    want = dict.fromkeys(("top1", *report, *outputs))
-    return sft_objective.objective(logprob_fn, token_loss, want=tuple(want))
 
 
 def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from treetune.cli import setup
 from treetune.cli.commands import target
 from treetune.cli.options.model import ModelOptions
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
 from treetune.models import heads, hf
+from treetune.models import tokenizer as tokenizers
 
 FLIPS = 40  # of each kind; the slow test takes 1,000
 
@@ -66,7 +66,12 @@ def adapter_reader(tiny):
     def read(path):
         options = ModelOptions(model=str(tiny.model), dtype="float32", device="cpu")
         base, used = target.load_model(target.Target(options, str(path)), torch.device("cpu"), say=print)
-        return ckpt.digest(base.params), ckpt.digest(used.tree), used.scale, words(setup.load_tokenizer(options, str(path)))
+        return (
+            ckpt.digest(base.params),
+            ckpt.digest(used.tree),
+            used.scale,
+            words(tokenizers.load_tokenizer(tiny.model, adapter_path=str(path))),
+        )
 
     return read
 

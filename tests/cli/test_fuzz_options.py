@@ -149,11 +149,12 @@ def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, 
     (here / "c.yaml").write_text(f"model: {tiny.model}\ndatasets:\n- path: asked.jsonl\n" + f"  {name}: {text}\n" * (name != "path"))
 
     def read(config, options):
-        from treetune.cli import rl_data, setup
+        from treetune.cli import rl_data
         from treetune.cli.errors import checking_input
+        from treetune.models import tokenizer as tokenizers
 
         with checking_input():
-            rl_data.load(config.data, setup.load_tokenizer(config.model), seed=0)
+            rl_data.load(config.data, tokenizers.load_tokenizer(config.model.model), seed=0)
         return 0
 
     monkeypatch.setattr(train, "run", read)

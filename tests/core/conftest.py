@@ -105,11 +105,12 @@ def adapter():
 @pytest.fixture(scope="session")
 def objective():
     """objective(model, lora=None) -> the supervised objective that `treetune sft` trains."""
-    from treetune.cli import setup
-    from treetune.cli.methods.sft import LossOptions
+    from treetune.cli.methods import sft
+    from treetune.models import policy
+    from treetune.models.policy import Policy
 
     def make(model, lora=None, remat=None, **loss):
-        return setup.objective(setup.logprob(model, lora, remat=remat), LossOptions(**loss))
+        return sft.objective(policy.logprob(Policy(model.family, model.cfg, {}, {}, lora), remat=remat), sft.LossOptions(**loss))
 
     return make
 

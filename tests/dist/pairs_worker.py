@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from treetune.core.run.ranks import Ranks, join_ranks
-from treetune.cli import setup
+from treetune.models import policy
 
 HERE = Path(__file__).parent
 # name -> (command, options, what trains, sharding)
@@ -44,7 +44,7 @@ def cases(ranks: Ranks) -> dict[str, torch.Tensor]:
         used = scene.adapted(base) if trains == "lora" else None
         built = scene.parts(command, base, used, mesh=ranks.mesh, **options)
         at = scene.state(built, **MOVED)
-        placed = setup.place(built.policy._replace(params=at.params), base, ranks, sharding)
+        placed = policy.place(built.policy._replace(params=at.params), ranks.mesh, sharding)
         at = at._replace(params=placed.params, frozen=placed.frozen)
         docs = scene.judged(7) if command == "kto" else scene.pairs(empty=command != "reward")
         deals = {"ragged": [docs[:3], docs[3:4], docs[4:6], docs[6:]], "a rank without documents": [docs[:4], [], docs[4:], []]}

@@ -9,11 +9,11 @@ import math
 import torch
 
 from treetune.core.run.ranks import Ranks
-from treetune.cli import setup
-from treetune.cli.methods.sft import LossOptions
+from treetune.cli.methods import sft
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
-from treetune.models import Model, llama
+from treetune.models import Model, llama, policy
+from treetune.models.policy import Policy
 
 VOCAB = 53
 TRAINS = ("full", "lora", "both")
@@ -28,17 +28,17 @@ def model() -> Model:
     return Model("llama", cfg, param.init(llama.abstract(cfg), seed=5))
 
 
-def trees(base: Model, trains: str) -> setup.Trees:
+def trees(base: Model, trains: str) -> Policy:
     """What trains: all weights, a rank-1 adapter, or a rank-3 adapter with the norms of the model beside it."""
     if trains == "full":
-        return setup.full(base)
+        return policy.full(base)
     rank = 1 if trains == "lora" else 3
     paths = lora.match(base.params, "all-linear")
     fresh = lora.init(base.params, paths, rank=rank, seed=1)
     gen = torch.Generator().manual_seed(2)
     used = lora.Lora(tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), fresh), 0.7, dropout=0.2)
     params = {"lora": used.tree} | ({"model": tree.map(torch.clone, tree.select(base.params, "norm"))} if trains == "both" else {})
-    return setup.Trees(base.family, base.cfg, params, {"model": base.params}, used)
+    return Policy(base.family, base.cfg, params, {"model": base.params}, used)
 
 
 def documents() -> list[tuple[list[int], list[int]]]:
@@ -75,20 +75,20 @@ def micro_batches(number: int, rank: int, world: int) -> list[tuple]:
     return [(stream(group), None) for group in STEPS[number][rank::world]]
 
 
-def objective(base: Model, placed: setup.Trees):
-    return setup.objective(setup.logprob(base, placed.lora), LossOptions())
+def objective(base: Model, placed: Policy):
+    return sft.objective(policy.logprob(placed), sft.LossOptions())
 
 
 def optimizer() -> optim.Optimizer:
     return optim.adamw(eps=1e-4, weight_decay=0.1)
 
 
-def start(base: Model, trains: str, ranks: Ranks, sharding: str) -> tuple[TrainState, setup.Trees]:
-    placed = setup.place(trees(base, trains), base, ranks, sharding)
+def start(base: Model, trains: str, ranks: Ranks, sharding: str) -> tuple[TrainState, Policy]:
+    placed = policy.place(trees(base, trains), ranks.mesh, sharding)
     return TrainState(placed.params, placed.frozen, optimizer().init(placed.params), {}, torch.tensor(0)), placed
 
 
-def stepper(base: Model, placed: setup.Trees, ranks: Ranks, seen: dict | None = None, **changes):
+def stepper(base: Model, placed: Policy, ranks: Ranks, seen: dict | None = None, **changes):
     """The step of these tests; `seen` collects the whole gradients that the optimiser is given, after clipping."""
     inner = optimizer()
 
@@ -103,7 +103,7 @@ def stepper(base: Model, placed: setup.Trees, ranks: Ranks, seen: dict | None = 
     )
 
 
-def run(trains: str, ranks: Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, setup.Trees]:
+def run(trains: str, ranks: Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, Policy]:
     """Three steps: {"gradient.I.PATH", "metric.I.NAME", "state.PATH"} as whole tensors, and the state itself."""
     base = model()
     state, placed = start(base, trains, ranks, sharding)
@@ -121,7 +121,7 @@ def whole(state: TrainState) -> dict[str, torch.Tensor]:
     return {f"state.{path}": shard.full(leaf).clone() for path, leaf in tree.items({"params": state.params, "opt": state.opt})}
 
 
-def poisoned(base: Model, placed: setup.Trees, row: int):
+def poisoned(base: Model, placed: Policy, row: int):
     """The objective, but that a row makes the loss infinite."""
     inner = objective(base, placed)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from treetune.core.run.ranks import Ranks, join_ranks
-from treetune.cli import setup
+from treetune.models import policy
 
 CASES = {"full": ("full", "none"), "lora": ("lora", "none"), "full sharded": ("full", "full"), "lora sharded": ("lora", "full")}
 
@@ -32,7 +32,7 @@ def cases(ranks: Ranks) -> dict[str, torch.Tensor]:
         base = scene.model()
         built = strided.made(base, scene.adapted(base) if trains == "lora" else None, mesh=ranks.mesh)
         at = scene.state(built)
-        placed = setup.place(built.policy._replace(params=at.params), base, ranks, sharding)
+        placed = policy.place(built.policy._replace(params=at.params), ranks.mesh, sharding)
         at = at._replace(params=placed.params, frozen=placed.frozen)
         for deal, groups in deals.items():
             grads, metrics = scene.gradients(built, at, groups[ranks.rank :: ranks.world], ranks.mesh)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from treetune.cli import setup
 from treetune.cli.methods import METHODS
 from treetune.cli.methods.cpo import Cpo, CpoLoss
 from treetune.cli.methods.dpo import Dpo, DpoLoss
@@ -21,6 +20,7 @@ from treetune.core.data import trees
 from treetune.core.run.ranks import Ranks
 from treetune.core.state import TrainState
 from treetune.models import Model, hf, llama
+from treetune.models.policy import Policy
 from treetune.ops import attention
 
 VOCAB = 53
@@ -102,15 +102,15 @@ def copied(docs: list[trees.TreeDoc]) -> list[trees.TreeDoc]:
     return [trees.single_branch(doc, which) for doc in docs for which in (1, 2)]
 
 
-def adapted(base: Model, *, scale: float = 0.7) -> setup.Trees:
+def adapted(base: Model, *, scale: float = 0.7) -> Policy:
     """A fresh adapter in the model's dtype."""
     paths = lora.match(hf.abstract_of(base, head=True), "all-linear")
     fresh = lora.init(base.params, paths, rank=3, seed=9, dtype=base.cfg.dtype)
-    return setup.Trees(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, scale))
+    return Policy(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, scale))
 
 
-def whole(base: Model) -> setup.Trees:
-    return setup.Trees(base.family, base.cfg, {"model": tree.map(torch.clone, base.params)}, {})
+def whole(base: Model) -> Policy:
+    return Policy(base.family, base.cfg, {"model": tree.map(torch.clone, base.params)}, {})
 
 
 def config(command: str, **options):
@@ -125,7 +125,7 @@ def setting(mesh=None) -> Setting:
     return Setting(CPU, Ranks(0, 1, mesh), None, (), lambda text: None, lambda text: None)
 
 
-def parts(command: str, base: Model, used: setup.Trees | None = None, *, mesh=None, **options):
+def parts(command: str, base: Model, used: Policy | None = None, *, mesh=None, **options):
     """The method put together as the command does it."""
     chosen = config(command, **options)
     built = METHODS[command].parts(chosen, used or whole(base), setting(mesh))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli import setup
 from treetune.core import lora
 from treetune.core.data import pack, trees
 from treetune.losses import correction, divergence, policy, policy_gradient, ratio, reduce
 from treetune.models import hf
+from treetune.models import policy as policies
+from treetune.models.policy import Policy
 from treetune.ops import linear_logprob
 
 
@@ -64,13 +65,13 @@ def made(base, term, used=None, **options):
         """As an anchor of the policy does: near its own log-probs, so that some ratios are inside the band and some outside."""
         found = []
         for batch, plan in micro_batches:
-            own = setup.logprob(base, used.lora)(state.params, state.frozen, batch, plan).logp
+            own = policies.logprob(used)(state.params, state.frozen, batch, plan).logp
             moved = {key: own + 4 + batch[key] for key in ("old_logp", "sampler_logp", "ref_logp") if key in batch}
             keep = {"entropy_keep": batch["entropy_keep"] > 0} if "entropy_keep" in batch else {}
             found.append((batch | moved | keep, plan))
         return found
 
-    objective = rollouts.objective(setup.logprob(base, used.lora), term, **options)
+    objective = rollouts.objective(policies.logprob(used), term, **options)
     return SimpleNamespace(objective=objective, prepare=prepare, streams=(pack.collate_trees,), trees=used, extra={})
 
 
@@ -219,4 +220,4 @@ def test_entropy_that_is_only_told_costs_the_frozen_head_no_backward(monkeypatch
 def only_layers(base):
     """An adapter everywhere but on the head, whose matrix then is a constant."""
     fresh = lora.init(base.params, lora.match(hf.abstract_of(base), "all-linear"), rank=3, seed=9, dtype=base.cfg.dtype)
-    return setup.Trees(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, 0.7))
+    return Policy(base.family, base.cfg, {"lora": fresh}, {"model": base.params}, lora.Lora(fresh, 0.7))

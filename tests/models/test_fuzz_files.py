@@ -174,9 +174,8 @@ def test_index_and_generation_config(oracle, tmp_path, words, count):
 
 def test_tokenizer_config(tmp_path, words, count):
     """Through the reader that every command uses: what goes through also encodes, decodes and writes a chat."""
-    from treetune.cli import setup
     from treetune.cli.errors import BadInput
-    from treetune.cli.options.model import ModelOptions
+    from treetune.models import tokenizer as tokenizers
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     words.save_pretrained(tmp_path)
@@ -189,7 +188,7 @@ def test_tokenizer_config(tmp_path, words, count):
     for changes, changed in mutations(plain, extra, count // 2, seed=5):
         file.write_text(json.dumps(changed))
         try:
-            tokenizer = setup.load_tokenizer(ModelOptions(model=str(tmp_path)))
+            tokenizer = tokenizers.load_tokenizer(tmp_path)
             ids = prompt_ids.encode_text(tokenizer, "abc 12")
             assert isinstance(tokenizer.decode(ids), str) and len(tokenizer) > 0
             if tokenizer.chat_template:
