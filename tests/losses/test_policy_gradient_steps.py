@@ -72,7 +72,7 @@ def made(base, term, used=None, **options):
         return found
 
     objective = rollouts.objective(policies.logprob(used), term, **options)
-    return SimpleNamespace(objective=objective, prepare=prepare, streams=(pack.collate_trees,), trees=used, extra={})
+    return SimpleNamespace(objective=objective, prepare=prepare, collates=(pack.collate_trees,), policy=used, extra={})
 
 
 EXTRAS = {"kl": divergence.k3, "kl_coef": 0.3, "opsm_threshold": 0.05, "entropy_coef": 0.02, "correction": correction.token_truncate}
