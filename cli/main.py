@@ -1,6 +1,7 @@
 """The `treetune` command: looks up a subcommand, runs it, turns failures into one line and an exit code."""
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal has not
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

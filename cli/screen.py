@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+"""The console of a command: a progress bar and lines on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
 import _thread
 import contextlib
@@ -45,12 +45,14 @@ class Screen(Observer):
     def __init__(self, *, quiet: bool = False, every: int = 1, metrics: Metrics = PLAIN):
         self.metrics = metrics
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.every, self.bar, self.live = every, None, None
+        self.every = every
+        self.bar: bar.Bar | None = None
+        self.live: Live | None = None
         self.total, self.first, self.seconds, self.printed = 0, 0, 0.0, 0
         self.activities: list[contextlib.ExitStack] = []
 
     def line(self, text: str, style: str = "") -> None:
-        """One line of plain text."""
+        """Print one line of plain text."""
         self.console.print(Text(masking.escape_controls(masking.mask_secrets(text))), style=style)
 
     @property
@@ -59,19 +61,19 @@ class Screen(Observer):
         return self.console.color_system is not None and not self.console.no_color
 
     def text(self, text: Text | str) -> None:
-        """A text of its own styles, or plain."""
+        """Print a text with its own styles, or a plain one."""
         self.console.print(text if isinstance(text, Text) else Text(masking.escape_controls(text)))
 
     def stream(self, text: str) -> None:
-        """A piece of a text that goes on."""
+        """Print a piece of a text that goes on."""
         self.console.print(Text(masking.escape_controls(text)), end="")
 
     def warn(self, text: str) -> None:
-        """One line that should be noticed."""
+        """Print a warning in one line."""
         self.line(f"! {text}", "yellow")
 
-    def table(self, title: str, rows: dict[str, str]) -> None:
-        """Two columns of names and values."""
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Print two columns of names and values."""
         table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column()
@@ -80,35 +82,35 @@ class Screen(Observer):
         self.console.print(table)
 
     @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
-        """A counter on a terminal: yields a function that is told how many more are done."""
+    def counting(self, unit: str) -> Iterator[Callable[[int], None]]:
+        """A counter on a terminal; yields the function to call with how many more are done."""
         if not self.console.is_terminal:
             yield lambda more: None
             return
-        columns = [SpinnerColumn(), TextColumn("{task.completed:.0f}"), TextColumn(what), TimeElapsedColumn()]
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda more: bar.advance(task, more)
+        columns = [SpinnerColumn(), TextColumn("{task.completed:.0f}"), TextColumn(unit), TimeElapsedColumn()]
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=None)
+            yield lambda more: progress.advance(task, more)
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
-        """Show the bar of a run of `total_steps` steps, of which `step` are behind us."""
+        """Show the bar of a run of `total_steps` steps, of which `step` are done."""
         self.total, self.first, self.seconds = total_steps, step, 0.0
-        self.table("", dict(about))
+        self.table("", about)
         if self.console.is_terminal:
             self.bar = bar.Bar(total_steps, step)
-            self.live = self._drawn(self.bar, transient=False)
+            self.live = self._draw(self.bar, transient=False)
             self.live.start()
 
-    def _drawn(self, what: Any, *, transient: bool) -> Live:
-        return Live(what, console=self.console, refresh_per_second=8, transient=transient)
+    def _draw(self, renderable: bar.Bar | bar.Activity, *, transient: bool) -> Live:
+        return Live(renderable, console=self.console, refresh_per_second=8, transient=transient)
 
     @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[None]:
-        """While something takes long: what it is and for how long, under the bar or alone; elsewhere a line after a while."""
+    def busy(self, activity: str) -> Iterator[None]:
+        """Show an activity and its time while it lasts, under the bar or alone; without a terminal, a line if it takes long."""
         if self.console.quiet:
             yield
         elif not self.console.is_terminal:
-            timer = threading.Timer(PATIENCE_S, self.line, (f"{what} ...",))
+            timer = threading.Timer(PATIENCE_S, self.line, (f"{activity} ...",))
             timer.daemon = True
             timer.start()
             try:
@@ -116,13 +118,13 @@ class Screen(Observer):
             finally:
                 timer.cancel()
         elif self.bar is not None:
-            self.bar.activity = bar.Activity(what)
+            self.bar.activity = bar.Activity(activity)
             try:
                 yield
             finally:
                 self.bar.activity = None
         else:
-            self.live = self._drawn(bar.Activity(what), transient=True)
+            self.live = self._draw(bar.Activity(activity), transient=True)
             try:
                 with self.live:
                     yield
@@ -139,7 +141,7 @@ class Screen(Observer):
             _thread.start_new_thread(self.warn, (text,))
 
     def activity(self, name: str | None) -> None:
-        """Show what takes a while, until the next call with None."""
+        """Show an activity until the next call with None."""
         if name is None:
             self.activities.pop().close()
             return
@@ -148,15 +150,15 @@ class Screen(Observer):
         self.activities.append(stack)
 
     def message(self, text: str, *, warning: bool = False) -> None:
-        """One line, which a warning colours."""
+        """Print one line, in colour if it is a warning."""
         (self.warn if warning else self.line)(text)
 
     def health(self, event: health.Event) -> None:
-        """What a health rule saw, and the fix."""
+        """Warn of what a health rule saw, with the fix."""
         self.warn(f"{event.seen}: {event.fix}")
 
     def step(self, record: Record) -> None:
-        """The metrics of one finished step; a loss around 0 of sampled completions would say nothing."""
+        """Show the metrics of a step, without the loss of sampled completions: it is near 0 and says nothing."""
         step = int(record["step"])
         self.seconds += record["step_seconds"]
         eta_s = self.seconds / max(step - self.first, 1) * (self.total - step)
@@ -171,7 +173,7 @@ class Screen(Observer):
             self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {clock(eta_s)}"]))
 
     def evaluation(self, record: Record) -> None:
-        """The metric that evaluations compare, and the method's own."""
+        """Print the metric that evaluations compare, and the method's own."""
         goal = self.metrics.goal
         self.seconds += record["eval/seconds"]
         value = record.get(f"eval/{goal}", math.nan)  # where no reward was known
@@ -183,7 +185,7 @@ class Screen(Observer):
         self.line(f"held out, step {int(record['step'])}: {goal} {value:.4f}  {rest}".rstrip(), "bold")
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:
-        """An answer to the sample prompt; of completions the best ones of the first prompt of a step, with what each reward said."""
+        """Print the answer to the sample prompt, or the best completions of a step's first prompt with their rewards."""
         step = int(answers[0]["step"])
         if "rewards" not in answers[0]:
             self.line(f"sample answer {'before' if step == 0 else 'after'} training", "bold")
@@ -200,18 +202,18 @@ class Screen(Observer):
         self.stop()
 
     def summary(self, rows: Mapping[str, str], history: Sequence[Record]) -> None:
-        """What the run reached and where it is; commands to paste stand on lines of their own, which no column breaks."""
+        """Print what the run reached; commands to paste stand on lines of their own, which no column breaks."""
         self.table("", {name: text for name, text in rows.items() if name not in PASTED})
         for name in [name for name in PASTED if name in rows]:
             self.line(f"{name}  {rows[name]}")
 
     def _chosen(self, record: Record, prefix: str = "", without: str = "") -> list[str]:
-        """The metrics that a method shows."""
+        """The method's own metrics of a record."""
         keys = {name: prefix + name for name in self.metrics.shown}
         return [f"{name.split('/')[-1]} {record[key]:.3f}" for name, key in keys.items() if key in record and key != without]
 
     def stop(self) -> None:
         """Take the bar away."""
-        if self.bar is not None:
+        if self.bar is not None and self.live is not None:
             self.live.stop()
             self.bar = self.live = None

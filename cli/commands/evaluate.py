@@ -43,6 +43,7 @@ def run(config: Eval, given: frozenset[str]) -> int:
     batching = dataset.batching(packing=config.data.sample_packing, **lengths)
     collate = batcher(model.cfg, device, (pack.collate,))
     evaluate = evaluation.of_documents(objective, docs, collate, batching, ranks=processes)
+    assert evaluate is not None, "rows that give no document are refused"
     start = time.perf_counter()
     metrics = {key: value.item() for key, value in evaluate(state).items()}
     screen.table("", _rows(chosen.name, model, metrics, time.perf_counter() - start, device))
