@@ -95,7 +95,8 @@ class Screen(Observer):
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
         """Show the bar of a run of `total_steps` steps, of which `step` are done."""
         self.total, self.first, self.seconds = total_steps, step, 0.0
-        self.table("", about)
+        if about:
+            self.table("", about)
         if self.console.is_terminal:
             self.bar = bar.Bar(total_steps, step)
             self.live = self._draw(self.bar, transient=False)

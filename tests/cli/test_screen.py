@@ -87,7 +87,7 @@ def test_on_a_terminal_a_spinner_stands_alone_or_under_the_bar():
     with one.busy("answering the sample prompt"):
         assert one.live is not None
     assert one.live is None and "answering the sample prompt" in one.console.file.getvalue()
-    one.start(10, 0)
+    one.start(10, 0, {})
     with one.busy("sampling completions"):
         assert one.bar.activity is not None
     one.stop()
@@ -96,7 +96,7 @@ def test_on_a_terminal_a_spinner_stands_alone_or_under_the_bar():
 
 def test_a_signal_s_line_stands_above_the_bar():
     one = on_terminal()
-    one.start(10, 3)
+    one.start(10, 3, {})
     one.interrupt("SIGINT: saving after this step")
     until = time.monotonic() + 60
     while "saving" not in one.console.file.getvalue() and time.monotonic() < until:
@@ -122,14 +122,15 @@ def record(step, **more):
         "learning_rate": 2e-5,
         "supervised_tokens_per_second": 10.0,
         "memory_gib": 0.4,
+        "step_seconds": 5.0,
     } | more
 
 
 def test_plain_lines_hold_all_metrics_in_one_line_each(monkeypatch):
     one = plain(monkeypatch)
-    one.start(2, 0)
-    one.step(record(1), 5.0)
-    one.step(record(2, reward=0.25, memory_gib=float("nan")), 0.0)
+    one.start(2, 0, {})
+    one.step(record(1))
+    one.step(record(2, reward=0.25, memory_gib=float("nan")))
     assert one.console.file.getvalue().splitlines() == [
         "step    1/2  loss 0.5000  grad 1.00  lr 2.0e-05  10 tok/s  0.4 GiB  eta 0:05",
         "step    2/2  grad 1.00  lr 2.0e-05  10 tok/s  eta 0:00",
@@ -142,3 +143,18 @@ def test_escape_sequences_in_lines_and_tables_are_written_out(monkeypatch):
     one.line("\x1b[2J gone")
     one.table("", {"saved": "\x1b]0;x\x07"})
     assert "\\x1b[2J gone" in one.console.file.getvalue() and not set("\x1b\x07") & set(one.console.file.getvalue())
+
+
+def test_a_table_of_facts_stands_before_the_first_step_and_commands_alone_in_their_lines(monkeypatch):
+    one = plain(monkeypatch)
+    one.start(2, 0, {"model": "tiny"})
+    one.summary({"done": "step 2 of 2", "try it": "treetune chat --adapter " + "long/" * 30}, [])
+    lines = [line.split() for line in one.console.file.getvalue().splitlines()]
+    assert lines == [["model", "tiny"], ["done", "step", "2", "of", "2"], ["try", "it", "treetune", "chat", "--adapter", "long/" * 30]]
+
+
+def test_an_evaluation_shows_its_goal_and_the_method_s_own_metrics(monkeypatch):
+    one = plain(monkeypatch)
+    one.metrics = screen.Metrics(("rewards/margins", "reward"), goal="reward")
+    one.evaluation({"step": 3, "eval/seconds": 1.0, "eval/reward": 0.25, "eval/rewards/margins": 2.0})
+    assert one.console.file.getvalue() == "held out, step 3: reward 0.2500  margins 2.000\n"
