@@ -43,7 +43,7 @@ class Prepare(Protocol):
     A method's loader may give several streams a micro-batch; what comes back is one micro-batch for each.
     """
 
-    def __call__(self, state: TrainState, micro_batches: Sequence[Any], /) -> Sequence[MicroBatch]:
+    def __call__(self, state: TrainState, micro_batches: list[Any], /) -> Sequence[MicroBatch]:
         """Micro-batches with the keys that the objective reads."""
         ...
 
@@ -159,7 +159,7 @@ def make_step(
     def step(state: TrainState, micro_batches: Sequence[Any]) -> tuple[TrainState, dict[str, Tensor]]:
         if prepare is not None:
             with torch.no_grad():
-                micro_batches = prepare(state, micro_batches)
+                micro_batches = prepare(state, list(micro_batches))
         denominators = totals(objective, micro_batches, mesh)
         losses, grads, collected = [], None, []
         for micro in micro_batches:
@@ -186,7 +186,7 @@ def make_eval(objective: Objective, *, prepare: Prepare | None = None, mesh: Dev
 
     @torch.no_grad()
     def evaluate(state: TrainState, micro_batches: Sequence[Any]) -> dict[str, Tensor]:
-        micro_batches = micro_batches if prepare is None else prepare(state, micro_batches)
+        micro_batches = micro_batches if prepare is None else prepare(state, list(micro_batches))
         denominators = totals(objective, micro_batches, mesh)
         loss, collected = [], []
         for micro in micro_batches:

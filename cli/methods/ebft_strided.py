@@ -5,7 +5,7 @@ M blocks of the documents of a stream, n rollouts of each, R = M n, of G tokens;
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from treetune.cli.methods.ebft import Ebft, EbftOptions
 from treetune.cli.methods.parts import Parts, Setting
 from treetune.core import shard, strided
 from treetune.core.data import kinds, strides
-from treetune.core.state import Batch, LogprobBeside, TrainState
+from treetune.core.state import Batch, LogprobBeside, Params, Plan, TokenStats, TrainState
 from treetune.losses import ebft, ebft_objective
 from treetune.models import Model, decode_branches, feature_network, logprobs_beside
 from treetune.models import policy as policies
@@ -39,14 +39,14 @@ def places(options: EbftOptions) -> strides.Places:
 def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
     """Strided mode for one model: rollouts and their scores are made anew for each step, from its weights."""
     options, rollout = config.ebft, config.rollout
+    assert rollout.temperature is not None  # of the mode, where none is given
     network = ebft_features.build(options, policy)
     for text in describe(options, policy.cfg.num_layers):
         setting.say(text)
     remat = "full" if config.optim.gradient_checkpointing else None
     logprob = partial(_logprob, policy, temperature=rollout.temperature)
-    coefs = {"rl_coef": options.rl_coef, "ce_coef": options.ce_coef}
-    train = ebft_objective.objective(logprob(remat=remat, beside=options.ce_coef != 0), **coefs)
-    evaluation = ebft_objective.objective(logprob(beside=True), **coefs)
+    objective = partial(ebft_objective.objective, rl_coef=options.rl_coef, ce_coef=options.ce_coef)
+    train, evaluation = objective(logprob(remat=remat, beside=options.ce_coef != 0)), objective(logprob(beside=True))
     seed = noise.keys(config.optim.seed, EVALUATION)
     roll = Roll(options, rollout.temperature, rollout.top_p, policies.bare(policy), network.phi, seed, setting.device)
     return Parts(network.policy, train, evaluation, (strides.collate,), prepare=partial(prepare, roll, mesh=setting.ranks.mesh))
@@ -66,9 +66,15 @@ def describe(options: EbftOptions, num_layers: int) -> list[str]:
 def _logprob(policy: Policy, *, temperature: float, remat: str | None = None, beside: bool = False) -> LogprobBeside:
     """Log-probs of generated tokens, and those of the documents' own beside them or None."""
     if beside:
-        return policies.logprob(policy, remat=remat, temperature=temperature, run=logprobs_beside)
-    alone = policies.logprob(policy, remat=remat, temperature=temperature)
-    return lambda *stream, want: (alone(*stream, want=want), None)
+        return cast(LogprobBeside, policies.logprob(policy, remat=remat, temperature=temperature, run=logprobs_beside))
+    generated = policies.logprob(policy, remat=remat, temperature=temperature)
+
+    def without_documents(
+        params: Params, frozen: Params, batch: Batch, plan: Plan, /, *, want: tuple[str, ...] = ()
+    ) -> tuple[TokenStats, None]:
+        return generated(params, frozen, batch, plan, want=want), None
+
+    return without_documents
 
 
 class Roll(NamedTuple):

@@ -82,7 +82,7 @@ class Precompute(Protocol):
     """What every epoch needs of a document, computed once before training."""
 
     def __call__(
-        self, state: TrainState, documents: list[Any], collate: Batcher, groups: Sequence[Sequence[int]], count: Callable[[int], None]
+        self, state: TrainState, documents: list[Any], collate: Batcher, groups: Sequence[Sequence[int]], count: Callable[[int], None], /
     ) -> list[Any]:
         """The documents with it; `groups` are the indices of each forward pass, `count` is told of documents that are done."""
         ...

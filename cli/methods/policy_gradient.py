@@ -5,7 +5,7 @@ P prompts, G completions of each, K rewards, N scored tokens.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from treetune.cli.options.protocols import OnlineConfig
 from treetune.core import registry, shard
 from treetune.core.data import pack
 from treetune.core.run.ranks import Ranks
-from treetune.core.state import Logprob, Objective, TrainState
+from treetune.core.state import Logprob, LogprobBeside, Objective, TokenStats, TrainState
 from treetune.losses import advantage, correction, policy_gradient, policy_gradient_with_sft, presets
 from treetune.losses import policy as terms
 from treetune.losses.presets import PolicyPreset
@@ -148,7 +148,7 @@ def _objective(config: OnlineConfig, train: Callable[..., Logprob], ce_coef: flo
     surrogate = _surrogate(config.loss, config.rollout.max_completion_length)
     make = partial(policy_gradient.objective, loss=surrogate, **_objective_options(config))
     if ce_coef:
-        return policy_gradient_with_sft.objective(train(run=logprobs_beside), make, coef=ce_coef, name="ebft/ce_loss")
+        return policy_gradient_with_sft.objective(cast(LogprobBeside, train(run=logprobs_beside)), make, coef=ce_coef, name="ebft/ce_loss")
     return make(train())
 
 
@@ -177,10 +177,15 @@ def _keep_high_entropy(quantile: float, logprob: Logprob, mesh: Any, state: Trai
     """Micro-batches that know which of their tokens are among those of the highest entropy of the whole step, on all ranks."""
     quiet = [{key: value for key, value in batch.items() if key != "seed"} for batch, _ in micro_batches]
     pairs = zip(quiet, micro_batches, strict=True)
-    entropies = [logprob(state.params, state.frozen, batch, plan, want=("entropy",)).entropy for batch, (_, plan) in pairs]
+    entropies = [_entropy(logprob(state.params, state.frozen, batch, plan, want=("entropy",))) for batch, (_, plan) in pairs]
     least = correction.entropy_threshold(shard.all_rows(torch.cat(entropies), mesh), quantile=quantile)
     masks = [correction.entropy_mask(entropy, least) for entropy in entropies]
     return [(batch | {"entropy_keep": mask}, plan) for mask, (batch, plan) in zip(masks, micro_batches, strict=True)]
+
+
+def _entropy(stats: TokenStats) -> Tensor:
+    assert stats.entropy is not None
+    return stats.entropy
 
 
 def _adapt(options: PolicyLoss, state: TrainState, metrics: dict[str, Tensor], step: int) -> TrainState:

@@ -10,8 +10,6 @@ from treetune.core.data import loader
 from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import Objective, TrainState
 
-Prepare = Callable[[TrainState, list[Any]], list[Any]]
-
 
 def of_documents(
     objective: Objective,
@@ -20,7 +18,7 @@ def of_documents(
     batching: Mapping[str, Any],
     *,
     ranks: Ranks = ALONE,
-    prepare: Prepare | None = None,
+    prepare: step.Prepare | None = None,
 ) -> Callable[[TrainState], dict[str, torch.Tensor]] | None:
     """A function from a state to metrics over all documents, shared between ranks; None where there are none.
 

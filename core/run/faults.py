@@ -1,10 +1,11 @@
 """What is wrong with a step: the weights, rows or leaves that are not finite, and leaves that get no gradient. Replays the step."""
 
 import torch
+from torch import Tensor
 
 from treetune.core import check, shard, tree
 from treetune.core.grad import value_and_grad
-from treetune.core.state import Batch, Objective, Plan, TrainState
+from treetune.core.state import Batch, Objective, Plan, Terms, TrainState
 
 
 def find_not_finite(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
@@ -21,7 +22,7 @@ def find_not_finite(objective: Objective, state: TrainState, micro_batches: list
 @torch.no_grad()
 def find_not_finite_loss(objective: Objective, state: TrainState, micro_batches: list[tuple[Batch, Plan]]) -> str:
     """The rows whose loss is not finite, empty where all is well. All ranks must do the same work."""
-    values = [sum(objective.terms(state.params, state.frozen, batch, plan)[0].values()) for batch, plan in micro_batches]
+    values = [_sum(objective.terms(state.params, state.frozen, batch, plan)[0]) for batch, plan in micro_batches]
     texts = [
         f"the loss of rows {sorted(set(batch['row'].tolist()))} is {value.item()}"
         for (batch, _), value in zip(micro_batches, values, strict=True)
@@ -31,12 +32,17 @@ def find_not_finite_loss(objective: Objective, state: TrainState, micro_batches:
     return "; ".join(texts) or "the loss of another rank is not finite" * bad
 
 
+def _sum(terms: Terms) -> Tensor:
+    first, *others = terms.values()
+    return sum(others, first)
+
+
 def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -> tuple[str | None, str | None]:
     """What is wrong with the loss, and with the gradient, of a micro-batch. All ranks must do the same work: sharded leaves meet."""
 
     def total(params):
         terms, _ = objective.terms(params, state.frozen, batch, plan)
-        return sum(terms.values()), None
+        return _sum(terms), None
 
     (value, _), grads = value_and_grad(total)(state.params)
     rows, bad = sorted(set(batch["row"].tolist())), check.not_finite(grads)
@@ -48,6 +54,6 @@ def dead_leaves(objective: Objective, state: TrainState, micro_batches: list[tup
     """Paths of the trainable leaves that get no gradient from these micro-batches."""
     alive: set[str] = set()
     for batch, plan in micro_batches:
-        _, grads = value_and_grad(lambda p, b=batch, s=plan: (sum(objective.terms(p, state.frozen, b, s)[0].values()), None))(state.params)
+        _, grads = value_and_grad(lambda p, b=batch, s=plan: (_sum(objective.terms(p, state.frozen, b, s)[0]), None))(state.params)
         alive |= {path for path, leaf in tree.items(grads) if bool((leaf != 0).any())}
     return [path for path, _ in tree.items(state.params) if path not in alive]

@@ -5,7 +5,7 @@ The one table of rules is `RULES`; ranges are those of the guide to training sta
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from treetune.core.run.recorder import Record
@@ -180,7 +180,7 @@ RULES: dict[str, tuple[Rule, str]] = {
 }
 
 
-def events(history: list[Record], *, quiet: set[str] = frozenset()) -> list[Event]:
+def events(history: list[Record], *, quiet: Set[str] = frozenset()) -> list[Event]:
     """The rules that fire on the last record, except those in `quiet`."""
     fired = []
     for name, (rule, fix) in RULES.items():

@@ -100,6 +100,7 @@ class _Loop:
         """Take over the settings, and what a checkpoint says of the run so far."""
         self.settings, self.hooks, self.device = settings, hooks, state.step.device
         if hooks.resumed is not None and self.run is not None:
+            assert self.run.resume is not None
             self.progress = bookkeeping.read(hooks.resumed, self.run.resume)
             self.saved = int(state.step)
             if _rank() == 0:
@@ -107,6 +108,7 @@ class _Loop:
 
     def _rewind(self, state: TrainState) -> None:
         """Drop what the run did after the checkpoint, and read the history up to it."""
+        assert self.run is not None
         step = int(state.step)
         if any(path.name > f"step_{step:06d}" for path in ckpt.numbered(self.run.checkpoints)):
             self.observers.warn(f"back to step {step}: the later checkpoints and records of {self.run.root} are dropped")
@@ -239,12 +241,14 @@ class _Loop:
 
     def _flush_records(self) -> None:
         """On the disk before the checkpoint that a resume continues them from."""
+        assert self.run is not None
         for path in (self.run.metrics, self.run.samples):
             if path.exists():
                 durable.fsync(path)
         durable.fsync(self.run.root)
 
     def _prune(self) -> None:
+        assert self.run is not None
         checkpoint = best.checkpoint(self.run, self.progress)
         ckpt.prune(self.run.checkpoints, self.settings.save_total_limit, best=checkpoint)
         if checkpoint is not None:

@@ -38,14 +38,14 @@ def write(root: Path, one: Marker) -> None:
 def read(root: Path) -> Marker | None:
     """The marker of a run folder; None for any other folder. Raises ValueError for a run of a later version."""
     try:
-        found = json.loads((root / NAME).read_text(encoding="utf-8")) if _plain(root / NAME) else None
-        marker = found and found["made_by"] == "treetune" and Marker(str(found["run"]), tuple(map(str, found["makes"])))
+        fields = json.loads((root / NAME).read_text(encoding="utf-8")) if _plain(root / NAME) else None
+        if not fields or fields["made_by"] != "treetune":
+            return _earlier(root)
+        marker = Marker(str(fields["run"]), tuple(map(str, fields["makes"])))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return _earlier(root)  # damaged
-    if not marker:
-        return _earlier(root)
-    if found.get("format") != FORMAT:
-        raise ValueError(f"{root / NAME} has format {found.get('format')!r}; this version reads {FORMAT}: use a later version of treetune")
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{root / NAME} has format {fields.get('format')!r}; this version reads {FORMAT}: use a later version of treetune")
     return marker._replace(makes=tuple(name for name in marker.makes if name in RESULTS))
 
 

@@ -53,8 +53,8 @@ class Reading(NamedTuple):
     total_steps: int
     digest: str
     order: str
-    mark: Callable[[Cursor], dict] | None = None
-    resume: Callable[[Cursor, Any], None] | None = None
+    mark: Callable[[Any], Any] | None = None
+    resume: Callable[[Any, Any], None] | None = None
 
     def source(self, collate: Collate) -> Documents:
         """The documents as the source of a run; collate(documents, cursor) -> micro-batch."""
@@ -75,7 +75,9 @@ def in_memory(documents: Sequence[Any], order: Order, *, weights: Sequence[float
     return Reading(deal, loader.START, total, digest, fingerprint.values("memory", order.step_size, plan | {"weights": None}))
 
 
-def _deal_from_memory(documents: Sequence[Any], cursor: Cursor, **options: Any) -> Iterator[tuple[list[list[Any]], Cursor]]:
+def _deal_from_memory(
+    documents: Sequence[Any], cursor: loader.PlanCursor, **options: Any
+) -> Iterator[tuple[list[list[Any]], loader.PlanCursor]]:
     lengths = [len(document.tokens) for document in documents]
     for groups, after in loader.epoch_steps(lengths, cursor=cursor, **options):
         yield [[documents[i] for i in group] for group in groups], after
@@ -113,6 +115,8 @@ def streamed(
     return Reading(steps, streaming.START, order.max_steps, digest, order_digest, rows.mark, resume)
 
 
-def _deal_from_stream(parts: list, encode: Callable, cursor: Cursor, **options: Any) -> Iterator[tuple[list[list[Any]], Cursor]]:
+def _deal_from_stream(
+    parts: list, encode: Callable, cursor: streaming.StreamCursor, **options: Any
+) -> Iterator[tuple[list[list[Any]], streaming.StreamCursor]]:
     # A thread reads ahead, so that a step does not wait for a disk or the hub.
     yield from streaming.prefetch(streaming.stream_steps(parts, encode, cursor=cursor, **options))

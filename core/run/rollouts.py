@@ -87,13 +87,13 @@ class Rollouts:
     def _micro_batches(self, groups: list[Group], step: int) -> MicroBatches:
         """Groups without advantages stand together, so that whole micro-batches of them cost nothing."""
         silence, size = self.layout.silence, self.sizes.micro_batch_size
-        ordered = groups if silence is None else sorted(groups, key=lambda group: not group.advantage.any())
+        ordered = groups if silence is None else sorted(groups, key=lambda group: not _has_signal(group))
         batches = []
         for i in range(0, len(ordered), size):
             part = ordered[i : i + size]
             batch, plan = self.layout.collate([self.layout.document(group) for group in part], step)
-            silent = silence is not None and not any(group.advantage.any() for group in part)
-            batches.append(silence(batch, plan) if silent else (batch, plan))
+            signal = silence is None or any(_has_signal(group) for group in part)
+            batches.append((batch, plan) if signal or silence is None else silence(batch, plan))
         return batches
 
     def state(self) -> dict[str, Any]:
@@ -116,13 +116,20 @@ class Rollouts:
         self.feed.close()
 
 
+def _has_signal(group: Group) -> bool:
+    assert group.advantage is not None
+    return bool(group.advantage.any())
+
+
 def answers(group: Group, rewards: Sequence[str], step: int) -> list[dict[str, Any]]:
     """The completions of a group as records of samples.jsonl, the highest advantage first."""
+    assert group.advantage is not None
     order = np.argsort(-np.nan_to_num(group.advantage)).tolist()
     return [_answer(group, i, rewards, step) for i in order]
 
 
 def _answer(group: Group, i: int, rewards: Sequence[str], step: int) -> dict[str, Any]:
+    assert group.rewards is not None and group.advantage is not None
     completion = group.completions[i]
     values = {name: None if value != value else value for name, value in zip(rewards, group.rewards[i].tolist(), strict=True)}
     return {
