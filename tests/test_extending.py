@@ -81,8 +81,9 @@ def recipes(page: str) -> dict[str, Recipe]:
 
 
 RECIPES = recipes("extending.md")
-SHARED: dict[str, str] = {}
+SHARED = RECIPES.pop("Commands of your own").files
 PIECES = tuple(RECIPES)
+RECIPES |= recipes("runs.md")
 
 
 def rows() -> dict[str, list[dict]]:
@@ -124,6 +125,8 @@ def follow(folder: Path, recipe: Recipe, model: Path) -> int:
     os.chdir(folder)
     sys.stdout = sys.stderr = open(folder / "output.txt", "w")
     sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.startswith("treetune.cli")]:
+        del sys.modules[name]  # as in a process of its own, where methods are added before the command line is imported
     code = 0
     try:
         if "train.py" in recipe.files:
