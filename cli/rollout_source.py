@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import ebft_data, rl_data, samplers
+from treetune.cli import row_settings, samplers
 from treetune.cli.methods import policy_gradient
 from treetune.cli.methods.parts import Parts, Rewards, RolloutParts
 from treetune.cli.run import Run, Supply
-from treetune.core.data import fingerprint, loader
+from treetune.core.data import chat_templates, fingerprint, loader, loading
 from treetune.core.data.dataset import Dataset
 from treetune.core.rollout import documents, feed
 from treetune.core.rollout.group import Group
@@ -29,9 +29,11 @@ READERS = ("prompts", "truths")  # kinds of data that are prompts
 
 def read(run: Run, tokenizer: Any) -> Dataset:
     """The prompts of the config's data, with true replies where the method reads `truths`. Errors: ValueError naming file, row and fix."""
-    if run.method.data == "truths":
-        return ebft_data.load(run.config, tokenizer)
-    return rl_data.load(run.config.data, tokenizer, seed=run.config.optim.seed)
+    options, kind = run.config.data, run.method.data
+    if kind == "truths" and options.chat_template is not None:  # sample answers and a saved adapter use it too
+        tokenizer.chat_template = chat_templates.resolve(tokenizer, options.chat_template) or tokenizer.chat_template
+    settings = row_settings.truths(options) if kind == "truths" else row_settings.prompts(options)
+    return loading.load(kind, settings, tokenizer, seed=run.config.optim.seed)
 
 
 class Players(NamedTuple):

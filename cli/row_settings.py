@@ -47,7 +47,7 @@ def prompts(options: Any) -> RowSettings:
     )
 
 
-def true_replies(options: Any) -> RowSettings:
+def truths(options: Any) -> RowSettings:
     """The settings of prompts with a true reply."""
     return RowSettings(
         data=options.data,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treetune.cli import ebft_data
+from treetune.cli import samplers
 from treetune.cli.methods import ebft_features, policy_gradient, sft
 from treetune.cli.methods.ebft import Ebft
 from treetune.cli.methods.parts import Parts, RolloutParts, Setting, plain
@@ -27,6 +27,7 @@ from treetune.core.state import Logprob, Params, TrainState
 from treetune.models import feature_network
 from treetune.models import policy as policies
 from treetune.models.batches import batcher
+from treetune.models.dense import Config
 from treetune.models.feature_network import FeatureNetwork
 from treetune.models.policy import Policy
 
@@ -37,7 +38,7 @@ KEPT = 4096  # prompts whose true features are remembered
 def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
     """A frozen network that scores, lengths after the truth, turns that go on, the truth's likelihood."""
     options, rollout, data = config.ebft, config.rollout, setting.data
-    ebft_data.check_fits(data, config, policy.cfg)
+    _check_fits(config, data.train + data.val, policy.cfg)
     network = ebft_features.build(options, policy)
     ends = {*setting.stop_ids, *rollout.stop_token_ids}
     talks = any(prompt.columns["between"] for prompt in data.train + data.val)
@@ -57,6 +58,22 @@ def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
         )
 
     return policy_gradient.build(config, network.policy, setting, rollouts, ce_coef=options.ce_coef)
+
+
+def _check_fits(config: Ebft, prompts: list[Prompt], cfg: Config) -> None:
+    """Errors: ValueError when a conversation fits neither the model nor the server that it is sampled on, or ids are not the model's."""
+    engine, rollout, limit, limit_of = config.engine, config.rollout, cfg.max_positions, "the model"
+    if engine.use_vllm and engine.vllm_mode == "managed" and (served := engine.vllm_max_model_len or samplers.longest(config)) < limit:
+        limit, limit_of = served, "the server (vllm_max_model_len)"
+    ebft_rows.check_fits(
+        prompts,
+        max_completion_length=rollout.max_completion_length,
+        limit=limit,
+        limit_of=limit_of,
+        vocab_size=cfg.vocab_size,
+        stop_ids=rollout.stop_token_ids,
+        custom_rollout=rollout.rollout_func is not None,
+    )
 
 
 def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:

@@ -94,11 +94,18 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
 def parts(config: Grpo, policy: "Policy", setting: "Setting") -> "Parts":
     """Rewards that functions and reward models give to sampled completions."""
     # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli import rewarding, rl_data
+    from treetune.cli import rewarding
     from treetune.cli.methods import policy_gradient
     from treetune.cli.methods.parts import RolloutParts
+    from treetune.core.data import prompt_rows
 
-    rl_data.check_fits(setting.data, config.rollout, policy.cfg)
+    prompt_rows.check_fits(
+        setting.data.train + setting.data.val,
+        max_completion_length=config.rollout.max_completion_length,
+        stop_ids=config.rollout.stop_token_ids,
+        vocab_size=policy.cfg.vocab_size,
+        max_positions=policy.cfg.max_positions,
+    )
 
     def rollouts(logprob: "Logprob") -> RolloutParts:
         return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, on=setting.device, say=setting.warn))

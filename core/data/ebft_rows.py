@@ -63,7 +63,7 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     dataset.check_keys(entry, OWN_KEYS, "structured mode takes")
     rows = dataset.read_source(entry, settings)
     name = entry.get("type") or settings.format
-    if custom.is_path(name, [*row_formats.of_kind("true_replies"), *row_formats.of_kind("strided")]):
+    if custom.is_path(name, [*row_formats.of_kind("truths"), *row_formats.of_kind("strided")]):
         transform = custom.load_transform(name, settings.transform_config)
         rows, form = custom.apply_transform(rows, transform, tokenizer), ebft.as_target
     else:
@@ -86,9 +86,9 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
 
 def _detect(rows: sources.Rows) -> str:
     columns = sources.columns(rows)
-    if (detected := row_formats.detect("true_replies", columns)) is not None:
+    if (detected := row_formats.detect("truths", columns)) is not None:
         return detected.name
-    names = "; ".join(row_format.name for row_format in row_formats.ranked("true_replies"))
+    names = "; ".join(row_format.name for row_format in row_formats.ranked("truths"))
     raise ValueError(
         f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {names}; name a transform "
         "with --format, or give --mode strided for documents"
@@ -97,7 +97,7 @@ def _detect(rows: sources.Rows) -> str:
 
 def _transform(name: str) -> ebft.RowTransform:
     """The reader of a format. Errors: ValueError for one of strided mode, and for an unknown one."""
-    known = row_formats.of_kind("true_replies")
+    known = row_formats.of_kind("truths")
     if name in known:
         return known[name].reader
     transforms = [transform for transform in known if "." in transform]  # the others go by columns

@@ -5,7 +5,7 @@ from typing import Any
 from treetune.core.data import corpus, ebft_rows, kinds, prompt_rows
 from treetune.core.data.dataset import Dataset, Refuse, RowSettings
 
-PROMPTS = {"prompts": prompt_rows.load, "true_replies": ebft_rows.load}
+PROMPTS = {"prompts": prompt_rows.load, "truths": ebft_rows.load}
 
 
 def load(
@@ -13,7 +13,7 @@ def load(
 ) -> Dataset:
     """The data sets of the settings, to train on and to hold out.
 
-    kind: a name in `kinds.KINDS`, a spec of one's own (`kinds.strided`), "prompts" or "true_replies". seed: decides what is held out.
+    kind: a name in `kinds.KINDS`, a spec of one's own (`kinds.strided`), "prompts" or "truths". seed: decides what is held out.
     refuse: called with the options that rows of the detected formats would ignore, and why.
     Errors: ValueError naming file, row and fix.
     """

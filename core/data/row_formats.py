@@ -5,7 +5,7 @@ A new format is a reader in a file of its own and a line in FORMATS. What a read
 - pairs, ranked, unpaired, judged, answers: `reader(**options)` gives a function from (row, how errors name it) to `trees.PromptReplies`.
 - steps: the same to `reward.Steps`.
 - strided: `reader(rows, tokenizer, **options)` gives documents with a `prompt_length` (`ebft.StridedDoc`).
-- true_replies: `reader(row, how errors name it)` gives rows with prompt, ground_truth and perhaps remaining_turns.
+- truths: `reader(row, how errors name it)` gives rows with prompt, ground_truth and perhaps remaining_turns.
 - prompts: `reader(row, column, how errors name it)` gives the row with its prompt in the column `prompt`.
 """
 
@@ -132,8 +132,8 @@ def _worded_judgements() -> list[RowFormat]:
     return formats
 
 
-def _true_replies(name: str, columns: tuple[str, ...], reader: Callable, rank: int | None = None) -> RowFormat:
-    return RowFormat(name, ("true_replies",), (columns,), reader, (), rank)
+def _truth(name: str, columns: tuple[str, ...], reader: Callable, rank: int | None = None) -> RowFormat:
+    return RowFormat(name, ("truths",), (columns,), reader, (), rank)
 
 
 def _strided(name: str, columns: tuple[tuple[str, ...], ...], reader: Callable, rank: int | None = None, *, messages: bool = False):
@@ -184,17 +184,17 @@ FORMATS: list[RowFormat] = [
     _strided("ebft_reasoning.transform_strided", (("messages",), ("conversations",)), ebft.reasoning_strided, messages=True),
     _strided("pretokenised", (("input_ids",),), ebft.read_strided, 0),
 
-    _true_replies("ebft_opencode.transform", ("input", "output"), ebft.opencode, 1),
-    _true_replies("ebft_chat_multiturn.transform", ("messages",), ebft.first_turn, 2),
-    _true_replies("ebft_chat_multiturn.transform_last_turn", ("messages",), ebft.last_turn),
-    _true_replies("ebft_chat_multiturn.transform_all_turns", ("messages",), ebft.all_turns),
-    _true_replies("ebft_reasoning.transform", ("messages",), ebft.last_turn),
-    _true_replies("ebft_reasoning.transform_answer_only", ("messages",), ebft.answer_only),
-    _true_replies("ebft_reasoning.transform_split_thinking", ("messages",), ebft.split_thinking),
-    _true_replies("prompt, ground_truth", ("prompt", "ground_truth"), ebft.as_target, 0),
-    _true_replies("conversations", ("conversations",), ebft.first_turn, 3),
-    _true_replies("question, answer", ("question", "answer"), ebft.question_answer, 4),
-    _true_replies("prompt, completion", ("prompt", "completion"), ebft.prompt_completion, 5),
+    _truth("ebft_opencode.transform", ("input", "output"), ebft.opencode, 1),
+    _truth("ebft_chat_multiturn.transform", ("messages",), ebft.first_turn, 2),
+    _truth("ebft_chat_multiturn.transform_last_turn", ("messages",), ebft.last_turn),
+    _truth("ebft_chat_multiturn.transform_all_turns", ("messages",), ebft.all_turns),
+    _truth("ebft_reasoning.transform", ("messages",), ebft.last_turn),
+    _truth("ebft_reasoning.transform_answer_only", ("messages",), ebft.answer_only),
+    _truth("ebft_reasoning.transform_split_thinking", ("messages",), ebft.split_thinking),
+    _truth("prompt, ground_truth", ("prompt", "ground_truth"), ebft.as_target, 0),
+    _truth("conversations", ("conversations",), ebft.first_turn, 3),
+    _truth("question, answer", ("question", "answer"), ebft.question_answer, 4),
+    _truth("prompt, completion", ("prompt", "completion"), ebft.prompt_completion, 5),
 
     RowFormat("prompt", ("prompts",), (("prompt",),), prompts.from_column, rank=0),
     RowFormat("messages", ("prompts",), (("messages",),), prompts.from_column, rank=1),

@@ -2,15 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
 import yaml
-
-from treetune.cli import corpus
-from treetune.cli.options.data import PairData
-from treetune.core.data import kinds, trees
-from treetune.models import llama
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(8)]
 
@@ -189,70 +182,3 @@ def test_a_transform_may_give_pairs(tune, tiny, config, here):
     keys = {"model": str(tiny.model), "datasets": [{"path": str(tiny.text), "type": "mine.py:pairs"}]}
     done = tune("preprocess", "--method", "dpo", "--config", config(**keys))
     assert done.code == 0 and "passthrough: 16 rows -> 16 documents" in done.out, done.err
-
-
-def load(tokenizer, path, kind="pairs", **chosen):
-    data = PairData(data=(str(path),), **chosen)
-    return corpus.load(data, tokenizer, seed=1, given=frozenset(chosen), kind=kinds.KINDS[kind])
-
-
-def same(one, other):
-    """Whether two documents hold the same, field by field."""
-    equal = [np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in zip(one, other, strict=True)]
-    return all(equal)
-
-
-@pytest.mark.parametrize("kind", ["pairs", "unpaired", "ranked", "steps"])
-def test_prepared_trees_come_back_whole_and_to_their_own_kind(here, kit, kind):
-    rows = {
-        "unpaired": [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2} for i, row in enumerate(PAIRS)],
-        "steps": [{"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}] * 8,
-    }.get(kind, [row | {"margin": i / 2} for i, row in enumerate(PAIRS)])
-    kit.write_rows(here / "rows.jsonl", rows)
-    keys = {"kind": kind, "dataset_prepared_path": "kept", "val_set_size": 0.25}
-    fresh = load(kit.tokenizer(), "rows.jsonl", kind, val_set_size=0.25)
-    first, second = (load(kit.tokenizer(), "rows.jsonl", **keys) for _ in range(2))
-    assert (
-        "(prepared earlier)" not in first.lines[0] and "(prepared earlier)" in second.lines[0] and "(prepared earlier)" in second.lines[1]
-    )
-    for made in (first, second):
-        assert len(made.train) == 6 and len(made.val) == 2
-        assert all(map(same, made.train + made.val, fresh.train + fresh.val))
-    if kind == "pairs":  # the same rows and options, read as another kind
-        assert "(prepared earlier)" not in load(kit.tokenizer(), "rows.jsonl", **keys | {"kind": "ranked"}).lines[0]
-
-
-def test_held_out_rows_may_be_of_one_class_but_training_rows_not(here, kit):
-    rows = [{"prompt": row["prompt"], "completion": "yes", "label": i > 3} for i, row in enumerate(PAIRS)]
-    kit.write_rows(here / "both.jsonl", rows)
-    kit.write_rows(here / "good.jsonl", rows[4:])
-    assert len(load(kit.tokenizer(), "both.jsonl", "unpaired", val_data=("good.jsonl",)).val) == 4
-    with pytest.raises(ValueError, match="4 rows are desirable .* and 0 undesirable"):
-        load(kit.tokenizer(), "good.jsonl", "unpaired", val_data=("both.jsonl",))
-
-
-def test_repeated_pairs_go(here, kit):
-    kit.write_rows(here / "rows.jsonl", [*PAIRS, PAIRS[0]])
-    found = load(kit.tokenizer(), "rows.jsonl", dataset_exact_deduplication=True, val_set_size=0)
-    assert len(found.train) == 8 and "1 repeated rows left out" in found.lines[0]
-
-
-def test_the_budget_of_pairs_and_the_models_positions(here, kit):
-    kit.write_rows(here / "rows.jsonl", [{"prompt": "a", "chosen": "b" * 30, "rejected": "c" * 30}])
-    data = PairData(data=("rows.jsonl",), sequence_len=32, val_set_size=0)
-    docs = corpus.load(data, kit.tokenizer(), seed=1, given=frozenset(), kind=kinds.KINDS["pairs"]).train
-    assert corpus.lengths(docs) == [63] and trees.side_lengths(docs[0]) == [32, 32]
-    assert corpus.batching(data, 1, longest=63) == {"budget": 63} and corpus.batching(data, 2, longest=63) == {"budget": 64}
-    assert corpus.batching(data, 1) == {"budget": 32}
-    sizes = {**kit.SIZES, "dtype": torch.float32}
-    corpus.check_fits(docs, 32, llama.Config(**sizes | {"max_positions": 32}))
-    with pytest.raises(ValueError, match="sequence_len 32 is longer than the 31 positions"):
-        corpus.check_fits(docs, 32, llama.Config(**sizes | {"max_positions": 31}))
-    with pytest.raises(ValueError, match="row 1 has 32 positions, the model 31"):
-        corpus.check_fits(docs, 31, llama.Config(**sizes | {"max_positions": 31}))
-
-
-def test_steps_of_a_run_on_pairs(here, kit):
-    kit.write_rows(here / "rows.jsonl", PAIRS)
-    docs = load(kit.tokenizer(), "rows.jsonl", val_set_size=0).train
-    assert corpus.total_steps(docs, epochs=3, max_steps=None, accum=2, world=1, rows=2, shuffle=True, seed=0) == 6

@@ -149,12 +149,14 @@ def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, 
     (here / "c.yaml").write_text(f"model: {tiny.model}\ndatasets:\n- path: asked.jsonl\n" + f"  {name}: {text}\n" * (name != "path"))
 
     def read(config, options):
-        from treetune.cli import rl_data
+        from treetune.cli import row_settings
         from treetune.cli.errors import checking_input
+        from treetune.core.data import loading
         from treetune.models import tokenizer as tokenizers
 
         with checking_input():
-            rl_data.load(config.data, tokenizers.load_tokenizer(config.model.model), seed=0)
+            tokenizer = tokenizers.load_tokenizer(config.model.model)
+            loading.load("prompts", row_settings.prompts(config.data), tokenizer, seed=0)
         return 0
 
     monkeypatch.setattr(train, "run", read)

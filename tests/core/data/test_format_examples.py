@@ -174,7 +174,7 @@ def test_every_format_has_an_example_and_every_example_a_format():
     named = {f"dpo.{name}" for name in pairs} - {"dpo.chat_template.argilla"} | {"orpo.chat_template.argilla"} | ranked - pairs
     assert named == set(PAIRS) and {f"kto.{name}" for name in row_formats.of_kind("unpaired")} == set(UNPAIRED)
     assert set(STRIDED) | {"pretokenised"} == set(row_formats.of_kind("strided"))
-    assert set(STRUCTURED) == {name for name in row_formats.of_kind("true_replies") if "." in name}
+    assert set(STRUCTURED) == {name for name in row_formats.of_kind("truths") if "." in name}
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -266,7 +266,7 @@ def test_prompts(tokenizer):
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_ebft_structured(name):
-    targets, dropped = ebft.read_structured(example(name), row_formats.of_kind("true_replies")[name].reader)
+    targets, dropped = ebft.read_structured(example(name), row_formats.of_kind("truths")[name].reader)
     assert [(one.prompt, one.ground_truth) for one in targets] == STRUCTURED[name] and not dropped
     rest = example(name).rows[0].get("messages", [])[2:] if name == "ebft_chat_multiturn.transform" else []
     assert list(targets[0].remaining_turns) == rest

@@ -20,7 +20,7 @@ ROWS = {
     "steps": {"prompt": ASK, "completions": [ANSWER, "So red."], "labels": [True, False]},
     "strided": {"messages": CHAT},
     "prompts": {"prompt": CHAT[:1], "answer": ANSWER},
-    "true_replies": {"prompt": CHAT[:1], "ground_truth": ANSWER},
+    "truths": {"prompt": CHAT[:1], "ground_truth": ANSWER},
 }
 TRANSFORM = """
 import json
@@ -51,7 +51,7 @@ def spec(kind):
 
 
 def settings(kind, name, **more):
-    encoding = {"chat_template": "chatml"} if kind in ("text", "pairs", "ranked", "strided", "prompts", "true_replies") else {}
+    encoding = {"chat_template": "chatml"} if kind in ("text", "pairs", "ranked", "strided", "prompts", "truths") else {}
     return RowSettings(("odd.jsonl",), ({"path": "odd.jsonl", "type": name},), encoding=encoding, **more)
 
 
@@ -71,7 +71,7 @@ def test_a_transform_with_options_serves_every_kind(here, kind, tokenizer):
         assert len(data.train) == 6 and len(data.val) == 2 and len(data.lines) >= 2
         texts = [text(one, tokenizer) for one in data.train + data.val]
         assert len(set(texts)) == 8 and all(any(f"w{i}{mark}" in one for one in texts) for i in range(8))
-        if kind in ("prompts", "true_replies"):
+        if kind in ("prompts", "truths"):
             assert all(one.columns["answer" if kind == "prompts" else "ground_truth"] == ANSWER for one in data.train)
 
 
@@ -86,7 +86,7 @@ def test_other_keys_of_an_entry_are_options_of_the_format_that_results(here, tok
         loading.load("unpaired", wrong, tokenizer, seed=0)
 
 
-@pytest.mark.parametrize("kind", ["text", "prompts", "true_replies"])
+@pytest.mark.parametrize("kind", ["text", "prompts", "truths"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [

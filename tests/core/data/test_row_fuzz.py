@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parents[3] / "examples" / "data" / "formats"
 USER = {"role": "user", "content": "a"}
 REPLY = {"role": "assistant", "content": "b"}
 PAIRS, KTO = row_formats.of_kind("pairs"), row_formats.of_kind("unpaired")
-REPLIES = {name: form for name, form in row_formats.of_kind("true_replies").items() if "." in name}
+REPLIES = {name: form for name, form in row_formats.of_kind("truths").items() if "." in name}
 RANKED = {name: form for name, form in row_formats.of_kind("ranked").items() if name not in PAIRS}
 STEPS = row_formats.of_kind("steps")["stepwise_supervised"].reader()
 
