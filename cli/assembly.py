@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, cadence, document_source, products, provenance, rollout_source, setup, summary
+from treetune.cli import bases, cadence, document_source, products, resume_rules, rollout_source, setup, summary
 from treetune.cli.methods.parts import Parts, Setting, in_sequence
 from treetune.cli.run import Run, Supply
-from treetune.core import fields, step, tree
-from treetune.core.run import loop
+from treetune.core import ckpt, fields, step, tree
+from treetune.core.data import fingerprint
+from treetune.core.run import loop, provenance
 from treetune.core.run.ranks import share
 from treetune.core.run.source import Source
-from treetune.core.state import TrainState
-from treetune.models import Model, hf, loading, policy
+from treetune.core.state import Params, TrainState
+from treetune.models import Model, fetch, hf, identity, loading, policy
+from treetune.models.dense import Config
 from treetune.models.policy import Policy
 from treetune.models.tokenizer import TokenizerSetup
 
@@ -42,8 +44,10 @@ def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> As
     source: in place of the config's data. Errors: ValueError, one line, for input that cannot be used.
     """
     config = run.config
-    origin = provenance.begin(run.folder, config, run.method.rates, run.device, processes=run.ranks.world, say=run.say)
     dtype = loading.compute_dtype(config.model.dtype, run.device)
+    rate = run.method.rates[not _has_adapter(config)]
+    options = resume_rules.describe(config, rate=rate, dtype=str(dtype)[6:])
+    origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
     products.settle(run.folder.resume, dtype, run.device, share=partial(share, run.ranks), say=run.say)
     words = setup.load_words(config.model, config.vocabulary, _start_folder(config), say=run.say)
     data = _read(run, words.tokenizer, source)
@@ -52,17 +56,40 @@ def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> As
         document_source.check_fits(run, data, model.cfg)
     stop_ids = setup.stop_ids(config.model, words.tokenizer)
     parts = run.method.parts(config, start, Setting(run.device, run.ranks, data, stop_ids, run.say, run.observers.warn))
-    origin = provenance.loaded(origin, config, model, start, parts.policy.frozen)
+    frozen = parts.policy.frozen
+    origin = provenance.with_weights(origin, _weights(config, model, start, frozen), lambda: ckpt.digest(frozen) if frozen else "")
     origin = provenance.with_words(origin, words.tokenizer, stop_ids if parts.rollouts else ())
     del model, start  # the weights that train are copies, beside which the loaded ones must not live
     parts = parts._replace(policy=policy.place(parts.policy, run.ranks.mesh, config.run.sharding))
     return _connect(run, Pieces(parts, data, origin, stop_ids), source, stack)
 
 
+def _has_adapter(config: Any) -> bool:
+    return getattr(config, "adapter", None) is not None and config.adapter.adapter == "lora"
+
+
+def _weights(config: Any, model: Model, start: Policy, frozen: Params) -> dict[str, str]:
+    """Fingerprints of the model (of random weights their sizes), of the adapter that was there, and of another model as the reference."""
+    if getattr(config.model, "from_config", None) is not None:
+        prints = {"model": fingerprint.values(repr((model.family, model.cfg)))}
+    else:
+        prints = {"model": _digest(model.params, model.family, model.cfg)}
+    if start.lora is not None and start.adapter is not None and config.adapter.lora_model_dir is not None:
+        prints["adapter"] = fingerprint.values(ckpt.leaf_digest(start.params), start.lora.scale, sorted(start.adapter.paths))
+    if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
+        file = Path(fetch.resolve(config.reference.ref_model)) / "config.json"
+        prints["reference"] = _digest(frozen["ref"], *(hf.read_config(file) if file.is_file() else (model.family, model.cfg)))
+    return prints
+
+
+def _digest(params: Params, family: str, cfg: Config) -> str:
+    """Of weights and of what is computed with them."""
+    return fingerprint.values(ckpt.leaf_digest(params), identity.settings(family, cfg))
+
+
 def _start_folder(config: Any) -> str | None:
     """The adapter that a run starts from."""
-    adapter = getattr(config, "adapter", None)
-    return adapter.lora_model_dir if adapter is not None and adapter.adapter == "lora" else None
+    return config.adapter.lora_model_dir if _has_adapter(config) else None
 
 
 def _read(run: Run, tokenizer: Any, source: Source | None) -> Any:
@@ -137,7 +164,7 @@ def _connect(run: Run, pieces: Pieces, source: Source | None, stack: contextlib.
     )
     origin = provenance.with_functions(origin, supply.functions, supply.reward_models) if parts.rollouts else origin
     sampled = parts.rollouts is not None
-    meta, changed = provenance.check(origin, config, documents=supply.documents, stream=supply.digest, sampled=sampled)
+    meta, changed = provenance.check(origin, documents=supply.documents, stream=supply.digest, sampled=sampled)
     state, resumed = loop.restore(run.folder, state, supply.source)
     _tell_changes(run, changed, int(state.step), supply.source.total_steps)
     start = start._replace(params=state.params, frozen=state.frozen)
@@ -162,7 +189,7 @@ def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source
 def _tell_changes(run: Run, changed: list[str], step: int, total_steps: int) -> None:
     """List what is otherwise than when the checkpoint was written. Errors: ValueError where no step is left that would see it."""
     if run.folder.resume is not None:
-        provenance.reached(run.folder.resume, step, total_steps, changed)
+        provenance.reached(run.folder.resume, step, total_steps, changed, resume_rules.RULES)
     if changed:
         run.say("changed since the checkpoint:")
     for text in changed:

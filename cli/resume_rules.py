@@ -1,105 +1,44 @@
-"""What a resumed run may change: the rules of the fields of the training commands, and the comparison of two sets of options.
+"""The rules of the fields of the training commands for a resumed run. Imports no torch.
 
-Importing this imports no torch. A test requires a rule for every option, with its reason.
+A test requires a rule for every option, with its reason.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from treetune.cli import checks
 from treetune.cli.methods import METHODS
-from treetune.cli.options import import_path, table
-from treetune.cli.options.marks import LISTED, REFUSED, START, Rule
-from treetune.core import masking
+from treetune.cli.options import table
+from treetune.core.run.provenance import Options
+from treetune.core.run.resume_rules import WEIGHTS, Rule
 
 RULES: dict[str, Rule] = {}
+DOORS: set[str] = set()  # options that hold a built-in name or an import path
 for _method in METHODS.values():
     RULES |= {name: option.rule for name, option in table.options(_method.config).items()}
-LENGTHS = {"max_steps", "num_epochs"}
-# what a run that has no step left still looks at: where things are, and the last sample answer
-LASTING = {name for name, rule in RULES.items() if rule.lasting}
+    DOORS |= {name for name, option in table.options(_method.config).items() if option.door is not None}
+# Options that name functions; `model` is judged by the weights of that name.
+FUNCTIONS = tuple(name for name, rule in RULES.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,))
+BETAS = {"adamw": 0.999, "lion": 0.99}
 
 
-class Change(NamedTuple):
-    """An option whose value is another than in the checkpoint."""
+def describe(config: Any, *, rate: float, dtype: str) -> Options:
+    """The options of a run for its checkpoints; rate and dtype are those of a run that leaves them open."""
 
-    name: str
-    before: Any
-    after: Any
+    def resolve(values: dict[str, Any]) -> dict[str, Any]:
+        """The options with values for those that were left open, so that naming the default is no change."""
+        left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(values.get("optimizer", ""))}
+        if "feature_norm" in values:
+            left["feature_norm"] = "per_layer" if values["mode"] == "strided" else "raw"
+        return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}
 
-    def __str__(self) -> str:
-        return f"{self.name} {shown(self.before)} -> {shown(self.after)}"
-
-
-class Verdict(NamedTuple):
-    """What stands in the way of resuming, and what may change; texts for people."""
-
-    refused: list[str]
-    listed: list[str]
-
-
-def shown(value: Any) -> str:
-    """A value in a line, at most 60 characters of it."""
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
-        text = " ".join(item if isinstance(item, str) else shown(item) for item in value)
-    else:
-        text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-    text = masking.mask_secrets(text if text.isprintable() else json.dumps(text))
-    return text if len(text) <= 60 else text[:56] + " ..."
-
-
-def changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, defaults: Mapping[str, Any], ignored: Mapping[str, str]
-) -> list[Change]:
-    """Options with other values, but for those that say how a run is started and those that this run does not look at.
-
-    defaults: values of options that the checkpoint does not know, because they are newer than it.
-    """
-    pairs = [Change(name, before.get(name, defaults.get(name)), value) for name, value in after.items()]
-    return [one for one in pairs if one.before != one.after and RULES[one.name].verdict != START and one.name not in ignored]
-
-
-def judged_by(name: str) -> tuple[str, ...]:
-    """The fingerprints that decide about an option; none where its value does."""
-    return RULES[name].judged_by
-
-
-def judge(found: list[Change], after: Mapping[str, Any], *, same: Callable[[str], bool | None]) -> Verdict:
-    """The verdict on changed options. same(what) -> whether documents ("train", "held out"), their "order" or weights ("model", ...) are
-    those of the checkpoint; None where nobody knows yet, and then nothing is said about the option.
-    """
-    refused, listed = [], []
-    for one in found:
-        reason = _reason(one, after, same)
-        if reason:
-            refused.append(f"{one.name} {shown(one.after)} instead of {shown(one.before)} ({reason})")
-        elif reason is not None:
-            listed.append(str(one))
-    return Verdict(refused, listed)
-
-
-def _reason(one: Change, after: Mapping[str, Any], same: Callable[[str], bool | None]) -> str | None:
-    """Why a change is refused; nothing where it is not; None where that cannot be said yet."""
-    rule = RULES[one.name]
-    if own := _without_effect(one, after):
-        return own
-    functions = all(import_path.named({"": value}) for value in (one.before, one.after))
-    if rule.verdict == LISTED or rule.verdict == REFUSED and not (rule.judged_by and functions):
-        return rule.reason if rule.verdict == REFUSED else ""
-    kept = [same(what) for what in judged_by(one.name)]
-    if False in kept:
-        return rule.reason
-    return None if None in kept else ""
-
-
-def _without_effect(one: Change, after: Mapping[str, Any]) -> str:
-    """Why this value would change nothing, or cannot go on from the checkpoint's."""
-    if one.name == "num_epochs" and after.get("max_steps") is not None:
-        return "it would have no effect: max_steps is given"
-    if one.name == "momentum" and (not one.before or not one.after):
-        return "the checkpoint holds moments with momentum only"
-    return ""
+    return Options(
+        type(config).__name__.lower(),
+        table.flatten(config),
+        table.defaults(type(config)),
+        checks.ignored(config),
+        RULES,
+        resolve,
+        FUNCTIONS,
+        frozenset(DOORS),
+        tuple(METHODS),
+    )

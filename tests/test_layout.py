@@ -52,6 +52,7 @@ LAZY = {
     "core/data/files.py": {"fsspec", "zstandard"},
     "core/data/hub.py": {"pyarrow"},
     "core/data/arrow.py": {"pyarrow"},
+    "core/run/provenance.py": {"yaml"},
     "core/data/yamltext.py": {"yaml"},
     "models/adapter.py": {"safetensors"},
     "models/bridge.py": {"transformers"},

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from treetune.cli import pairs
+from treetune.core.run.resume_rules import DOCUMENTS, FUNCTION, LISTED, ORDER, REFUSED, START, WEIGHTS, Rule
 
 Values = Mapping[str, Any]  # option -> value, of all options of a command
-REFUSED, LISTED, DOCUMENTS, ORDER, WEIGHTS, FUNCTION, START = "refused", "listed", "documents", "order", "weights", "function", "start"
 JUDGES = {DOCUMENTS: ("train", "held out"), ORDER: ("order",), WEIGHTS: ("model",)}
 
 
@@ -33,20 +33,6 @@ def unused_unless(option: str, *values: Any, reason: str) -> Unused:
 
 def _has(value: Any, values: tuple) -> bool:
     return value in values if values else bool(value)
-
-
-class Rule(NamedTuple):
-    """What becomes of another value on resuming, and why.
-
-    refused: an error. listed: it takes effect and is printed. documents, order, weights, function: refused unless what the option stands
-    for has the same fingerprints (`judged_by`), and then listed. start: says how the run is started, and is not compared.
-    lasting: a run that has no step left still looks at the option.
-    """
-
-    verdict: str
-    reason: str
-    judged_by: tuple[str, ...] = ()
-    lasting: bool = False
 
 
 def _judged(verdict: str, reason: str, *judged_by: str) -> Rule:

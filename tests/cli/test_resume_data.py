@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from treetune.cli import provenance, resume_rules
 from treetune.core import ckpt, manifest
+from treetune.core.run import provenance, resume_rules
 from treetune.models import hf
 
 
@@ -136,9 +136,9 @@ def aged(here, monkeypatch):
     """aged(run) makes a checkpoint one of the version that kept lengths and frozen weights only."""
     streams, plain = [], provenance.check
 
-    def check(origin, config, **more):
+    def check(origin, **more):
         streams.append(more["stream"])
-        return plain(origin, config, **more)
+        return plain(origin, **more)
 
     monkeypatch.setattr(provenance, "check", check)
 

@@ -16,6 +16,7 @@ from treetune.cli import main, parse, resume_rules
 from treetune.cli.methods.pretrain import Pretrain
 from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt
+from treetune.core.run import resume_rules as rules
 
 
 def _module(name: str):
@@ -78,6 +79,14 @@ TABLE = {
 VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}
 
 
+def changes(before: dict, after: dict, **options) -> list[rules.Change]:
+    return rules.changes(before, after, resume_rules.RULES, **options)
+
+
+def judge(found: list[rules.Change], after: dict, **options) -> rules.Verdict:
+    return rules.judge(found, after, resume_rules.RULES, **options)
+
+
 def _config(command: str) -> type:
     return main.COMMANDS[command].config
 
@@ -107,10 +116,10 @@ def _other(value):
     return [*value, "x"] if isinstance(value, list) else f"{value or ''}x"
 
 
-def _judged(command: str, name: str, same) -> resume_rules.Verdict:
+def _judged(command: str, name: str, same) -> rules.Verdict:
     before = parse.defaults(_config(command))
     after = before | {name: _other(before[name])}
-    return resume_rules.judge(resume_rules.changes(before, after, defaults={}, ignored={}), after, same=lambda what: same)
+    return judge(changes(before, after, defaults={}, ignored={}), after, same=lambda what: same)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -139,15 +148,15 @@ def _require_verdict(command: str, name: str):
 def test_options_that_the_run_does_not_look_at_are_not_compared():
     before = parse.defaults(Sft)
     after = before | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.5}
-    found = resume_rules.changes(before, after, defaults={}, ignored={"cosine_min_lr_ratio": "the schedule is constant"})
+    found = changes(before, after, defaults={}, ignored={"cosine_min_lr_ratio": "the schedule is constant"})
     assert [one.name for one in found] == ["lr_scheduler"]
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_had_its_default():
     known = parse.defaults(Sft)
     before = {name: value for name, value in known.items() if name != "z_loss_coef"}
-    assert resume_rules.changes(before, known, defaults=known, ignored={}) == []
-    assert [str(one) for one in resume_rules.changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == [
+    assert changes(before, known, defaults=known, ignored={}) == []
+    assert [str(one) for one in changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == [
         "z_loss_coef 0 -> 1"
     ]
 
@@ -156,11 +165,11 @@ def test_a_changed_value_that_would_do_nothing_is_refused():
     before = parse.defaults(Sft) | {"max_steps": 4, "optimizer": "sgd", "momentum": 0.5}
     for changed, words in (({"num_epochs": 3}, "max_steps is given"), ({"momentum": 0.0}, "moments with momentum only")):
         after = before | changed
-        (line,) = resume_rules.judge(resume_rules.changes(before, after, defaults={}, ignored={}), after, same=lambda what: True).refused
+        (line,) = judge(changes(before, after, defaults={}, ignored={}), after, same=lambda what: True).refused
         assert words in line
     after = before | {"momentum": 0.9}
-    found = resume_rules.changes(before, after, defaults={}, ignored={})
-    assert resume_rules.judge(found, after, same=lambda what: True) == ([], ["momentum 0.5 -> 0.9"])
+    found = changes(before, after, defaults={}, ignored={})
+    assert judge(found, after, same=lambda what: True) == ([], ["momentum 0.5 -> 0.9"])
 
 
 # --- the same in runs

@@ -7,25 +7,14 @@ since. Options are compared before anything is loaded; what they stand for, by i
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from treetune.cli import checks, parse, resume_rules, setup
-from treetune.cli.main import COMMANDS
-from treetune.cli.methods import METHODS
-from treetune.cli.options import import_path, marks, table
-from treetune.core import ckpt, fields, masking
+from treetune.core import fields, import_path, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
-from treetune.core.run import folder
-from treetune.core.state import Params
-from treetune.models import Model, fetch, hf, identity
-from treetune.models.dense import Config
-from treetune.models.policy import Policy
+from treetune.core.run import folder, resume_rules
 
 KEY = "provenance"  # of a checkpoint's meta
 DOCUMENTS = {
@@ -33,12 +22,9 @@ DOCUMENTS = {
     "held out": "other held-out documents than it was made with, though no option says so: rows were edited",
     "order": "other steps of the documents than it was made with",
 }
-# options that name functions; `model` is judged by the weights of that name
-FUNCTIONS = tuple(name for name, rule in resume_rules.RULES.items() if rule.verdict != marks.WEIGHTS and rule.judged_by == (name,))
+LENGTHS = {"max_steps", "num_epochs"}
 REWARD_MODEL = "reward model "
-DOORS = {name for method in METHODS.values() for name, option in table.options(method.config).items() if option.door is not None}
 WORDS = {"tokenizer": "the tokenizer numbers or splits texts otherwise", "stop tokens": "other tokens end an answer"}
-BETAS = {"adamw": 0.999, "lion": 0.99}
 
 
 class Provenance(NamedTuple):
@@ -54,6 +40,25 @@ class Provenance(NamedTuple):
     functions: dict[str, str] = {}  # by option: those files and names, wherever they are
 
 
+class Options(NamedTuple):
+    """The options of a run, and what is known of them.
+
+    values, defaults: by option, of this run and of none. unused: options that it does not look at. rules: what a resumed run may change.
+    resolve(values) -> values with what was left open. functions: options that name functions, of which `doors` also take built-in names.
+    commands: names that a checkpoint may have been made by.
+    """
+
+    command: str
+    values: dict[str, Any]
+    defaults: dict[str, Any]
+    unused: dict[str, str]
+    rules: resume_rules.Rules
+    resolve: Callable[[dict[str, Any]], dict[str, Any]]
+    functions: tuple[str, ...]
+    doors: frozenset[str]
+    commands: tuple[str, ...]
+
+
 class Earlier(NamedTuple):
     """The checkpoint that a run goes on from. `made`: what it was made with, as far as that is known."""
 
@@ -66,22 +71,20 @@ class Earlier(NamedTuple):
 class Origin(NamedTuple):
     """What a run is made with, the checkpoint that it goes on from, and the fingerprint of earlier versions over its frozen weights."""
 
+    options: Options
     now: Provenance
-    before: Earlier | None
+    before: Earlier | None = None
     base_digest: str = ""
 
 
-def begin(where: folder.RunDir, config: Any, rates: Sequence[float], on: torch.device, *, processes: int, say) -> Origin:
-    """The record of a run whose model and rows nobody has looked at yet. rates: its learning rate with an adapter and without.
+def begin(run: folder.RunDir, options: Options, *, processes: int, say: Callable[[str], None]) -> Origin:
+    """The record of a run whose model and rows nobody has looked at yet.
 
     Errors: ValueError, one line, for options that the checkpoint cannot be continued with, whatever they would read or load.
     """
-    full = not hasattr(config, "adapter") or config.adapter.adapter == "none"
-    options = {name: _plain(value) for name, value in parse.flatten(config).items()}
-    resolve = partial(_resolved, rate=rates[full], dtype=str(setup.compute_dtype(config.model.dtype, on))[6:])
-    now = Provenance(type(config).__name__.lower(), resolve(options), processes)
-    now = with_functions(Origin(now, None), (), {}).now
-    return Origin(now, None if where.resume is None else _earlier(where.resume, now, config, resolve, say))
+    values = {name: _plain(value) for name, value in options.values.items()}
+    origin = with_functions(Origin(options, Provenance(options.command, options.resolve(values), processes)), (), {})
+    return origin if run.resume is None else origin._replace(before=_earlier(run.resume, origin, say))
 
 
 def _plain(value: Any) -> Any:
@@ -89,36 +92,13 @@ def _plain(value: Any) -> Any:
     return json.loads(masking.mask_secrets(json.dumps(value, default=str)))
 
 
-def _resolved(options: dict[str, Any], *, rate: float, dtype: str) -> dict[str, Any]:
-    """The options with values for those that were left open, so that naming the default is no change."""
-    left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(options.get("optimizer", ""))}
-    if "feature_norm" in options:
-        left["feature_norm"] = "per_layer" if options["mode"] == "strided" else "raw"
-    return options | {name: value for name, value in left.items() if name in options and options[name] in (None, "auto")}
+def with_weights(origin: Origin, weights: dict[str, str], base_digest: Callable[[], str]) -> Origin:
+    """The record with fingerprints of what the run starts from: "model", and "adapter" and "reference" where there are any.
 
-
-def loaded(origin: Origin, config: Any, model: Model, trees: Policy, frozen: Params) -> Origin:
-    """The record with fingerprints of what the run starts from; frozen: all that does not train."""
+    base_digest() is the fingerprint of earlier versions, which only their checkpoints are asked for.
+    """
     old = origin.before is not None and origin.before.old
-    base_digest = ckpt.digest(frozen) if old and frozen else ""
-    return origin._replace(now=origin.now._replace(weights=_weights(config, model, trees, frozen)), base_digest=base_digest)
-
-
-def _weights(config: Any, model: Model, trees: Policy, frozen: Params) -> dict[str, str]:
-    """Of the model (of random weights their sizes), of the adapter that was there, and of the reference where it is another model."""
-    sizes = getattr(config.model, "from_config", None) is not None
-    found = {"model": fingerprint.values(repr((model.family, model.cfg))) if sizes else _digest(model.params, model.family, model.cfg)}
-    if trees.lora is not None and config.adapter.lora_model_dir is not None:
-        found["adapter"] = fingerprint.values(ckpt.leaf_digest(trees.params), trees.lora.scale, sorted(trees.adapter.paths))
-    if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
-        file = Path(fetch.resolve(config.reference.ref_model)) / "config.json"
-        found["reference"] = _digest(frozen["ref"], *(hf.read_config(file) if file.is_file() else (model.family, model.cfg)))
-    return found
-
-
-def _digest(params: Params, family: str, cfg: Config) -> str:
-    """Of weights and of what is computed with them."""
-    return fingerprint.values(ckpt.leaf_digest(params), identity.settings(family, cfg))
+    return origin._replace(now=origin.now._replace(weights=weights), base_digest=base_digest() if old else "")
 
 
 def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Origin:
@@ -134,12 +114,16 @@ def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str
     What an option of functions stands for is what is in their files, the names in there and their options, wherever the files are.
     """
     options = origin.now.options
-    names = [*names, *import_path.named({name: options[name] for name in DOORS & options.keys()})]
+    names = [*names, *import_path.named({name: options[name] for name in origin.options.doors & options.keys()})]
     places = {name: _source(name.split("?")[0]) for name in names if name and name.split("?")[0] not in builtin.BUILTIN}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in places.items() if path is not None}
     scorers = {name.removeprefix(REWARD_MODEL): [text] for name, text in models.items()}
     known = scorers | {name: [text, re.split(r"[:.]", name.split("?")[0])[-1], name.partition("?")[2]] for name, text in code.items()}
-    wanted = {key: options[key] for key in FUNCTIONS if key in options and (key not in DOORS or import_path.named({key: options[key]}))}
+    wanted = {
+        key: options[key]
+        for key in origin.options.functions
+        if key in options and (key not in origin.options.doors or import_path.named({key: options[key]}))
+    }
     functions = {key: fingerprint.values([known.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
     return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models, functions=functions))
 
@@ -153,29 +137,30 @@ def _source(name: str) -> Path | None:
     return import_path.source(name.rpartition(":" if ":" in name else ".")[0])
 
 
-def _earlier(path: Path, now: Provenance, config: Any, resolve: Callable[[dict], dict], say: Callable[[str], None]) -> Earlier:
+def _earlier(path: Path, origin: Origin, say: Callable[[str], None]) -> Earlier:
     """The checkpoint to resume from, by its options alone one that can be."""
     meta = json.loads((path / "state.json").read_text(encoding="utf-8"))  # its digest was checked when the checkpoint was chosen
-    found = Earlier(path, meta, _read(meta[KEY], path), False) if KEY in meta else _guessed(path, meta, now, resolve, say)
+    now, options = origin.now, origin.options
+    found = Earlier(path, meta, _read(meta[KEY], path, options.commands), False) if KEY in meta else _guessed(path, meta, origin, say)
     if found.made.command != now.command:
         raise ValueError(f"{path} was made by treetune {found.made.command}: continue it with that command, not {now.command}")
-    _raise(path, resume_rules.judge(_changes(found, now, config), now.options, same=lambda what: None).refused)
+    _raise(path, resume_rules.judge(_changes(found, origin), now.options, options.rules, same=lambda what: None).refused)
     return found
 
 
-def _read(value: Any, path: Path) -> Provenance:
+def _read(value: Any, path: Path, commands: tuple[str, ...]) -> Provenance:
     """The record in a checkpoint. Errors: ValueError for a damaged one."""
     source = fields.mapping(value, f"{path}/state.json: {KEY}")
     named = {name: fields.inner(source, name, default=fields.Fields({}, "")).values for name in Provenance._fields[3:]}
     return Provenance(
-        fields.text(source, "command", choices=tuple(COMMANDS)),
+        fields.text(source, "command", choices=commands),
         fields.inner(source, "options").values,
         fields.integer(source, "processes", least=1),
         **{name: {key: str(text) for key, text in texts.items()} for name, texts in named.items()},
     )
 
 
-def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], dict], say: Callable[[str], None]) -> Earlier:
+def _guessed(path: Path, meta: dict, origin: Origin, say: Callable[[str], None]) -> Earlier:
     """What is known of a checkpoint of an earlier version, whose options are in the run's config.yaml only."""
     import yaml
 
@@ -186,19 +171,19 @@ def _guessed(path: Path, meta: dict, now: Provenance, resolve: Callable[[dict], 
         options = None
     if not isinstance(options, dict):
         say(f"{path} was written by an earlier version and {_shorter(file)} cannot be read: which options changed is not known")
-        return Earlier(path, meta, now, True)
+        return Earlier(path, meta, origin.now, True)
     say(f"{path} was written by an earlier version: its options are taken from {_shorter(file)}")
-    known = parse.defaults(COMMANDS[now.command].config)
+    known = origin.options.defaults
     options = {name: _plain(options.get(name, known[name])) for name in known}
-    return Earlier(path, meta, now._replace(options=resolve(options)), True)
+    return Earlier(path, meta, origin.now._replace(options=origin.options.resolve(options)), True)
 
 
-def _changes(found: Earlier, now: Provenance, config: Any) -> list[resume_rules.Change]:
-    known = parse.defaults(COMMANDS[now.command].config)
-    return resume_rules.changes(found.made.options, now.options, defaults=known, ignored=checks.ignored(config))
+def _changes(found: Earlier, origin: Origin) -> list[resume_rules.Change]:
+    options = origin.options
+    return resume_rules.changes(found.made.options, origin.now.options, options.rules, defaults=options.defaults, ignored=options.unused)
 
 
-def check(origin: Origin, config: Any, *, documents: dict[str, str], stream: str, sampled: bool = False) -> tuple[dict, list[str]]:
+def check(origin: Origin, *, documents: dict[str, str], stream: str, sampled: bool = False) -> tuple[dict, list[str]]:
     """The record as a checkpoint's meta, and what changed since the one that the run goes on from, a line each.
 
     documents: their fingerprints. stream: the one of earlier versions, over their lengths. sampled: whether the run learns from what it
@@ -206,14 +191,14 @@ def check(origin: Origin, config: Any, *, documents: dict[str, str], stream: str
     """
     now = origin.now._replace(documents=documents)
     meta = {KEY: now._asdict()}
-    return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), config, stream, sampled)
+    return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), stream, sampled)
 
 
-def _compared(found: Earlier, origin: Origin, config: Any, stream: str, sampled: bool) -> list[str]:
-    now = origin.now
-    same = _old_same(found.meta, stream, origin.base_digest) if found.old else _same(found.made, now)
-    verdict = resume_rules.judge(changed := _changes(found, now, config), now.options, same=same)
-    named = {what for one in changed for what in resume_rules.judged_by(one.name)}
+def _compared(found: Earlier, origin: Origin, stream: str, sampled: bool) -> list[str]:
+    now, rules = origin.now, origin.options.rules
+    same = _old_same(found.meta, stream, origin) if found.old else _same(found.made, now)
+    verdict = resume_rules.judge(changed := _changes(found, origin), now.options, rules, same=same)
+    named = {what for one in changed for what in rules[one.name].judged_by}
     problems = verdict.refused + [text for what, text in _unnamed(found, now).items() if what not in named and same(what) is False]
     lines = verdict.listed
     if not found.old:
@@ -233,15 +218,15 @@ def _same(made: Provenance, now: Provenance) -> Callable[[str], bool]:
     return same
 
 
-def _old_same(meta: dict, stream: str, base_digest: str) -> Callable[[str], bool]:
+def _old_same(meta: dict, stream: str, origin: Origin) -> Callable[[str], bool]:
     """Lengths, order and frozen weights are all that such a checkpoint can be asked about."""
 
     def same(what: str) -> bool:
         if what == "order":
             return meta.get("stream") == stream
-        if what in ("train", "held out", *FUNCTIONS):
+        if what in ("train", "held out", *origin.options.functions):
             return False
-        return meta.get("base_digest") == base_digest != ""
+        return meta.get("base_digest") == origin.base_digest != ""
 
     return same
 
@@ -274,13 +259,13 @@ def _shorter(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def reached(path: Path, step: int, total: int, changed: list[str]) -> None:
+def reached(path: Path, step: int, total: int, changed: list[str], rules: resume_rules.Rules) -> None:
     """Errors: ValueError for a checkpoint beyond the last step of the run, and at it for changes that only further steps would see."""
     if step > total:
         raise ValueError(
             f"{path} is at step {step} and this run ends at {total}: raise max_steps or num_epochs, or name another checkpoint"
         )
     names = {text: text.partition(" ")[0] for text in changed}
-    if step == total and not resume_rules.LENGTHS & set(names.values()):
-        if idle := [text for text, name in names.items() if name in resume_rules.RULES and name not in resume_rules.LASTING]:
+    if step == total and not LENGTHS & set(names.values()):
+        if idle := [text for text, name in names.items() if name in rules and not rules[name].lasting]:
             raise ValueError(f"{path} is at the last step of the run, so {idle[0]} would have no effect: raise max_steps or num_epochs")
