@@ -156,9 +156,7 @@ def test_an_option_that_is_newer_than_the_checkpoint_had_its_default():
     known = parse.defaults(Sft)
     before = {name: value for name, value in known.items() if name != "z_loss_coef"}
     assert changes(before, known, defaults=known, ignored={}) == []
-    assert [str(one) for one in changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == [
-        "z_loss_coef 0 -> 1"
-    ]
+    assert [str(one) for one in changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == ["z_loss_coef 0 -> 1"]
 
 
 def test_a_changed_value_that_would_do_nothing_is_refused():
