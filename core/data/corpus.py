@@ -249,6 +249,7 @@ def _first_rows(path: str, split: str, size: int, kind: kinds.DatasetSpec) -> Da
 def _encode_block(rows: sources.Rows, *, settings: RowSettings, tokenizer: Tokenizer) -> list[Doc]:
     """Documents of some rows of a stream: none where all texts are blank, which is an error only for a whole data set."""
     column = settings.text_column
+    assert column is not None
     texts = [row.get(column) for row in rows.rows]
     if all(isinstance(text, str) and not text.strip() for text in texts):
         return []
