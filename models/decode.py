@@ -102,6 +102,7 @@ def sample(
         if tell is not None:
             tell(live.row, token)
         done[live.row] |= torch.isin(token, stops)
+        # The one wait for the device in a step: without it every call would go on to max_new_tokens.
         if step + 1 == max_new_tokens or bool(done.all()):
             break
         live = _advance(model, weights, live, token, done, quiet)
@@ -183,6 +184,7 @@ def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tenso
         return token, logp, logp
     logq = (logits / draw.temperature).log_softmax(-1)
     kept = _kept(logq, draw)
+    # float64: in a float32 running sum near 1, a token of probability below 6e-8 adds nothing and could never be drawn.
     mass = logq.double().exp()
     total = (mass if kept is None else mass.where(kept, 0.0)).cumsum(-1)
     target = noise.uniform(key, 1).double() * total[:, -1:]

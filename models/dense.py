@@ -113,6 +113,7 @@ def map_logits(product: Tensor, rule: LogitMap) -> Tensor:
 
 def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     """The tree of `Param`s of a model: shapes, axes and initial values."""
+    # What adds to the residual stream starts smaller by the number of additions, so that its variance does not grow with depth.
     normal, deep = f"normal:{cfg.init_std}", f"normal:{cfg.init_std / math.sqrt(2 * cfg.num_layers)}"
     leaf = partial(Param, dtype=dtype)
     tree_ = {
@@ -197,6 +198,7 @@ def forward(
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
             features[index] = x
+        # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if remat else shard.gathering_again(layer):
             x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared)
     if len(weights["layers"]) in collect:

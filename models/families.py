@@ -105,6 +105,7 @@ def logprobs(
     Only the read rows reach the head. The plan is computed here when absent.
     """
     model = MODELS[family]
+    # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
     plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
     rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)

@@ -80,6 +80,7 @@ def resolve(name: str | Path, *, say: Say = silent, revision: str | None = None)
     from treetune.models import hf
 
     say(f"looking for {name} on the hub")
+    # With a short timeout of our own: a download waits much longer before it gives up.
     if not _cached(str(name)) and not reachable(str(name)):
         raise ValueError(f"no folder {name} here, and the hub cannot be reached or has no such model")
     return hf.fetch(name, revision=revision)

@@ -29,6 +29,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         for file in part.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             durable.fsync(file)
+        # Again: another process may have written here meanwhile, which this says more clearly than the error of a rename.
         require_free(path)
         os.rename(part, path)
         durable.fsync(path.parent)

@@ -131,6 +131,7 @@ def match_rows(model: Model, path: str, name: str, *, revision: str | None = Non
     rows = adapter.rows(adapter_folder(path), model.family)
     if rows is None and not has_tokenizer(path):
         return model
+    # An adapter may have fewer rows than a padded model, but never fewer than its tokenizer has tokens.
     if rows is None or rows < model.cfg.vocab_size:
         tokens = len(load_tokenizer(name, adapter_path=path, revision=revision))
         if rows is None:

@@ -81,6 +81,7 @@ def load(
     model = resize_embeddings(loaded, setup, start=start)
     if adapter is None:
         return full(model)._replace(tokenizer=setup.tokenizer)
+    # The digest is of the model as it was loaded: rows that are added are the adapter's.
     base = loading.identify_base(name, loaded)
     if start is not None:
         loading.check_base(start, base, say=say, train=True)
@@ -195,6 +196,7 @@ def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
         return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
 
     params = {name: put(part, shapes(part)) for name, part in policy.params.items()}
+    # Only the frozen model has named axes; what trains may be a part of a tree, and is sharded along its first dimension.
     frozen = {}
     for name, part in policy.frozen.items():
         sizes = hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part)

@@ -26,6 +26,7 @@ def add_tokens(tokenizer: Any, *, special_tokens: Mapping[str, str] | None = Non
     from tokenizers import AddedToken
 
     before, out = len(tokenizer), copy.deepcopy(tokenizer)
+    # normalized=False: a token is searched for as it is written, before a normaliser changes the text.
     out.add_special_tokens({name: AddedToken(text, normalized=False, special=True) for name, text in special.items()})
     out.add_tokens([AddedToken(text, normalized=False) for text in extra if text not in special.values()])
     _follow(out, tokenizer, special)
