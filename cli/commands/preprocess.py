@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from treetune.cli import checks, guard, row_settings, setup
+from treetune.cli import checks, guard, pairs, row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
@@ -20,6 +20,8 @@ from treetune.cli.screen import Screen
 from treetune.core import drafts, masking, owned
 from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
 from treetune.core.run import page
+from treetune.models import loading
+from treetune.models.tokenizer import set_up_tokenizer
 
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}  # to names of kinds
 STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}  # by label of a passage
@@ -64,7 +66,10 @@ def unused_options(config: Preprocess) -> dict[str, str]:
 
 
 def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, screen: Screen) -> Encoded:
-    tokenizer = setup.load_words(config.model, config.vocabulary, say=screen.line).tokenizer
+    special_tokens = pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
+    model, revision, tokens = config.model.model, config.model.revision, config.vocabulary.tokens
+    tokenizer = set_up_tokenizer(model, revision=revision, special_tokens=special_tokens, tokens=tokens, say=screen.line).tokenizer
+    loading.check_configs(model, revision=revision)
     with screen.counting("rows") as progress:
         docs, _, lines, reports, _ = corpus.read_and_encode(
             kind,
