@@ -10,22 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.text import Text
-
-from treetune.cli import checks, guard, pairs, row_settings
+from treetune.cli import checks, guard, highlight, pairs, row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core import drafts, masking, owned
+from treetune.core import drafts, owned
 from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
 from treetune.core.run import page
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
 
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}  # to names of kinds
-STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}  # by label of a passage
-MARKS = {"on": ("[[", "]]"), "bad": ("{{", "}}"), "half": ("((", "))"), "off": ("", "")}
 
 
 class Encoded(NamedTuple):
@@ -104,26 +100,10 @@ def _write_page(path: Path, config: Preprocess, encoded: Encoded, kind: kinds.Da
 def _show(docs: Sequence[tuple[int, list[passages.Passage]]], screen: Screen) -> None:
     """Documents on the screen, each with its row: in colours, or with marks where there are none."""
     if docs and not screen.colours:
-        screen.line(f"\n{legend([part for _, parts in docs for part in parts])}; the rest is read only")
+        screen.line(f"\n{highlight.legend([part for _, parts in docs for part in parts])}; the rest is read only")
     for row, parts in docs:
         screen.line(f"\nrow {row}", "bold")
         for part in parts:
             if part.title:
                 screen.line(part.title, "bold")
-            screen.text(coloured(part.pieces) if screen.colours else marked(part.pieces))
-
-
-def coloured(pieces: passages.Pieces) -> Text:
-    """The pieces for a terminal with colours."""
-    return Text.assemble(*((masking.escape_controls("".join(texts)), STYLES[label]) for label, texts in passages.join_runs(pieces)))
-
-
-def marked(pieces: passages.Pieces) -> str:
-    """The pieces with marks around what is not read only, for a terminal without colours."""
-    return "".join(f"{MARKS[label][0]}{''.join(texts)}{MARKS[label][1]}" for label, texts in passages.join_runs(pieces))
-
-
-def legend(parts: Sequence[passages.Passage]) -> str:
-    """What the marks of these passages mean, in a line."""
-    labels = {label for part in parts for _, label in part.pieces}
-    return ", ".join(f"{MARKS[label][0]}{meaning}{MARKS[label][1]}" for label, meaning in passages.MEANINGS.items() if label in labels)
+            screen.text(highlight.colour(part.pieces) if screen.colours else highlight.mark(part.pieces))

@@ -18,7 +18,7 @@ from treetune.cli.screen import Screen
 from treetune.core.data import prompt_rows
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import stats
-from treetune.core.rollout.group import Group, PromptSampler
+from treetune.core.rollout.group import Group, PromptSampler, rewards_of
 from treetune.core.run import folder
 from treetune.core.state import TrainState
 from treetune.models import loading
@@ -94,7 +94,7 @@ def _report(config: Rollout, groups: Sequence[Group], screen: Screen) -> int:
 
 def _show(group: Group, names: Sequence[str], weights: Sequence[float], count: int, screen: Screen) -> None:
     """The prompt and its best completions, each with what the rewards said."""
-    rewards = np.asarray(group.rewards)
+    rewards = rewards_of(group)
     question = group.prompt.messages[-1]["content"] if group.prompt.messages else group.prompt.text
     screen.line(f"# {question.strip()[-300:]}", "bold")
     totals = stats.combined(rewards, weights)
@@ -107,7 +107,7 @@ def _show(group: Group, names: Sequence[str], weights: Sequence[float], count: i
 def _records(group: Group, names: Sequence[str]) -> list[dict[str, Any]]:
     """What the output file says of each completion; null for a reward that abstained."""
     records = []
-    for completion, row in zip(group.completions, np.asarray(group.rewards).tolist(), strict=True):
+    for completion, row in zip(group.completions, rewards_of(group).tolist(), strict=True):
         rewards = {name: None if value != value else value for name, value in zip(names, row, strict=True)}
         record = {"prompt": group.prompt.text, "answer": completion.text, "rewards": rewards, "tokens": len(completion.tokens)}
         records.append(record | {"stopped": completion.stopped, "row": group.prompt.row})
