@@ -4,10 +4,11 @@ from typing import Any
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import CONFIGS
-from treetune.cli.options import import_path, optim, run, table
+from treetune.cli.options import doors, optim, run, table
 from treetune.cli.options.data import held_out as held_out
 from treetune.cli.options.data import streams as streams
 from treetune.cli.options.ranges import TOKENS_MAX
+from treetune.core import import_path
 
 
 def check(config: Any, explicit: frozenset[str]) -> None:
@@ -34,7 +35,7 @@ def _check_functions(option: table.Option, value: Any) -> None:
         if option.door is not None and text is not None and text not in option.choices:
             if not import_path.is_path(text):
                 raise BadInput(f"{option.name} must be {option.expected()}, got {text!r}")
-            import_path.check(text, option.name, option.door)
+            doors.check(text, option.name, option.door)
 
 
 def _check_pass(values: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from treetune.cli import pairs
-from treetune.cli.options import import_path
+from treetune.cli.options import doors
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
@@ -84,7 +84,7 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
     }
     knobs = {"b1": options.adam_beta1, "eps": options.adam_epsilon, "momentum": options.momentum}
     knobs |= {} if options.adam_beta2 is None else {"b2": options.adam_beta2}
-    return registry.bind(import_path.row(registry.OPTIMIZERS, options.optimizer), **knobs, **common)()
+    return registry.bind(doors.row(registry.OPTIMIZERS, options.optimizer), **knobs, **common)()
 
 
 def model_name(options: ModelName) -> str:

@@ -1,23 +1,21 @@
-"""Import paths of functions of the user's own: FILE.py:FUNCTION?option=value,option=value, or package.module.function.
+"""Functions of the user's own, named by import path: package.module.function or FILE.py:FUNCTION, with options behind a question mark.
 
-What is asked of a function (its file, its parameters) is read from the source, without importing it. Imports no torch.
+What a function takes is read from its source, without importing it. Imports the standard library only.
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-
-class ImportPath(NamedTuple):
-    """place: a file or a module. options: values as JSON where they can be, else text."""
-
-    place: str
-    name: str
-    options: dict[str, Any]
+FORM = "FILE.py:FUNCTION"
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Signature(NamedTuple):
@@ -33,24 +31,22 @@ def is_path(text: str) -> bool:
     return re.fullmatch(r"([^?]*\.py|\w+(\.\w+)*):\w+|\w+(\.\w+)+", text.partition("?")[0]) is not None
 
 
-def parse(text: str) -> ImportPath:
-    """The parts of an import path. Errors: ValueError for an option without a value."""
-    path, _, tail = text.partition("?")
-    place, _, name = path.rpartition(":" if ":" in path else ".")
+def split_options(path: str) -> tuple[str, dict[str, Any]]:
+    """The name in "name?option=value,option=value", and its options, values as JSON where they are JSON.
+
+    Errors: ValueError for an option without a value, and for one that comes twice.
+    """
+    name, _, tail = path.partition("?")
     options: dict[str, Any] = {}
-    for part in filter(None, tail.replace("&", ",").split(",")):
+    for part in filter(None, tail.split(",")):
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier() or key in options:
-            raise ValueError(f"the option {part!r} of {path} is not name=value, each name once: write {path}?name=value,name=value")
-        options[key] = _json(value)
-    return ImportPath(place, name, options)
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+            raise ValueError(f"the option {part!r} of {name} is not name=value, each name once: write {name}?name=value,name=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
 
 
 def source(place: str) -> Path | None:
@@ -71,23 +67,24 @@ def source(place: str) -> Path | None:
 
 def signature(text: str) -> Signature | None:
     """What the function takes; None where its file only assigns or imports it. Errors: ValueError where there is no such function."""
-    path = parse(text)
-    file = source(path.place)
+    path = split_options(text)[0]
+    place, _, name = path.rpartition(":" if ":" in path else ".")
+    file = source(place)
     if file is None:
-        missing = f"no file {path.place}" if path.place.endswith(".py") else f"no module {path.place}"
+        missing = f"no file {place}" if place.endswith(".py") else f"no module {place}"
         raise ValueError(f"{text}: there is {missing} in {Path.cwd()}")
     try:
         body = ast.parse(file.read_bytes()).body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text}: {file} does not load ({type(error).__name__}: {error})") from error
     for node in reversed(body):
-        if isinstance(node, ast.FunctionDef) and node.name == path.name:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
             return _signature(node.args)
-        if isinstance(node, ast.ClassDef) and node.name == path.name:
+        if isinstance(node, ast.ClassDef) and node.name == name:
             return _of_class(node)
-    if path.name not in {name.id for node in body for name in ast.walk(node) if isinstance(name, ast.Name)} | _bound(body):
+    if name not in {part.id for node in body for part in ast.walk(node) if isinstance(part, ast.Name)} | _bound(body):
         functions = [node.name for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-        raise ValueError(f"{text}: {file} has no function {path.name}; its functions are {', '.join(functions) or 'none'}")
+        raise ValueError(f"{text}: {file} has no function {name}; its functions are {', '.join(functions) or 'none'}")
     return None
 
 
@@ -114,7 +111,56 @@ def _signature(arguments: ast.arguments) -> Signature:
     return Signature((*placed, *named), tuple(required), arguments.kwarg is not None)
 
 
+def takes(text: str, name: str) -> bool:
+    """Whether the function of an import path has a parameter; True where only importing it would tell."""
+    found = signature(text)
+    return found is None or name in found.takes or found.rest
+
+
 def named(values: Mapping[str, Any]) -> list[str]:
     """The import paths among the values of options."""
     listed = [one for value in values.values() for one in (value if isinstance(value, list | tuple) else [value])]
     return [one for one in listed if isinstance(one, str) and is_path(one)]
+
+
+def load(text: str) -> Callable[..., Any]:
+    """The function of an import path with its options bound, imported now; of a class with options, an instance of it.
+
+    Errors: ValueError where there is none.
+    """
+    path, options = split_options(text)
+    function = import_function(path, "function")
+    if isinstance(function, type) and options:
+        return function(**options)
+    return partial(function, **options) if options else function
+
+
+def import_function(path: str, role: str = "transform") -> Callable[..., Any]:
+    """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `role`, when there is none."""
+    module_path, _, name = path.rpartition(":" if ":" in path else ".")
+    if not module_path or not name:
+        raise ValueError(f"{role} {path!r}: expected module.function or file.py:function")
+    function = getattr(_module(module_path, path, role), name, None)
+    if not callable(function):
+        raise ValueError(f"{role} {path!r}: {module_path} has no function {name}")
+    return function
+
+
+def _module(module_path: str, path: str, role: str) -> ModuleType:
+    file = Path(module_path if module_path.endswith(".py") else module_path.replace(".", "/") + ".py")
+    if not module_path.endswith(".py"):
+        try:
+            return importlib.import_module(module_path)
+        except ImportError as error:
+            if not file.is_file():
+                raise ValueError(f"{role} {path!r}: no module {module_path} ({error}), and no file {file} in {Path.cwd()}") from error
+    if not file.is_file():
+        raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (*RAISED, ImportError, SyntaxError, OSError) as error:
+        raise ValueError(f"{role} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
+    return module

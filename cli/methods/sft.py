@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import import_path
+from treetune.cli.options import doors
 from treetune.cli.options.data import DataOptions
-from treetune.cli.options.import_path import door
+from treetune.cli.options.doors import door
 from treetune.cli.options.marks import OBJECTIVE, unused_unless
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
@@ -72,7 +72,7 @@ def objective(logprob: "Logprob", options: LossOptions, *, report: tuple[str, ..
     from treetune.losses import presets, sft_objective
 
     name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
-    row = import_path.row(presets.TOKEN_LOSSES, name)
+    row = doors.row(presets.TOKEN_LOSSES, name)
     token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
     return sft_objective.objective(logprob, token_loss, want=tuple(dict.fromkeys(("top1", *report, *outputs))))
 

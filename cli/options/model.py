@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from treetune.cli.options.import_path import unused_unless_taken
+from treetune.cli.options.doors import unused_unless_taken
 from treetune.cli.options.marks import (
     ADAPTER_SCALE,
     ADAPTER_WEIGHTS,

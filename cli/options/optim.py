@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options.import_path import door, unused_unless_taken
+from treetune.cli.options.doors import door, unused_unless_taken
 from treetune.cli.options.marks import (
     REGEX_NUMBERS,
     RESOURCES,

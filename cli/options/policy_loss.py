@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options.import_path import door, unused_unless_taken
+from treetune.cli.options.doors import door, unused_unless_taken
 from treetune.cli.options.marks import OBJECTIVE, Unused, unused_if, unused_unless
 from treetune.cli.options.ranges import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE
 from treetune.losses import presets

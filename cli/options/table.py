@@ -10,9 +10,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from treetune.cli.options.import_path import FORM, Door, is_path
+from treetune.cli.options.doors import Door
 from treetune.cli.options.marks import REFUSED, Pairs, Rule, Unused
 from treetune.cli.options.ranges import Range
+from treetune.core.import_path import FORM, is_path
 
 REQUIRED = dataclasses.MISSING
 T = TypeVar("T")

@@ -10,20 +10,15 @@ over the row. `batched`: the function takes and gives a dict of lists, and may g
 """
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from treetune.core.data import sources, turns
 from treetune.core.data.rows import Row
+from treetune.core.import_path import RAISED, import_function, split_options
 from treetune.core.protocols import Tokenizer
-
-RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Transform(NamedTuple):
@@ -52,40 +47,11 @@ def load_transform(path: str, cfg: object = None, **options: Any) -> Transform:
     return _checked(path, *(result if isinstance(result, tuple) and len(result) == 2 else (result, {})))
 
 
-def split_options(path: str) -> tuple[str, dict[str, Any]]:
-    """The name in "name?option=value,option=value", and its options, values as JSON where they are JSON.
-
-    Errors: ValueError for an option without a value, and for one that comes twice.
-    """
-    name, _, tail = path.partition("?")
-    options: dict[str, Any] = {}
-    for part in filter(None, tail.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key.isidentifier() or key in options:
-            raise ValueError(f"the option {part!r} of {name} is not name=value, each name once: write {name}?name=value,name=value")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return name, options
-
-
 def is_path(name: object, formats: Sequence[str]) -> bool:
     """Whether a type names the user's own transform, after which rows are known by their columns, and none of the formats."""
     if not isinstance(name, str) or name in formats or not ("." in name or ":" in name):
         return False
     return name.partition(".")[0] not in {known.partition(".")[0] for known in formats if "." in known}
-
-
-def import_function(path: str, role: str = "transform") -> Callable[..., Any]:
-    """The function at "module.function" or "folder/file.py:function". Errors: ValueError, saying `role`, when there is none."""
-    module_path, _, name = path.rpartition(":" if ":" in path else ".")
-    if not module_path or not name:
-        raise ValueError(f"{role} {path!r}: expected module.function or file.py:function")
-    function = getattr(_module(module_path, path, role), name, None)
-    if not callable(function):
-        raise ValueError(f"{role} {path!r}: {module_path} has no function {name}")
-    return function
 
 
 def _checked(path: str, fn: object, extra: object) -> Transform:
@@ -136,23 +102,3 @@ def _call(transform: Transform, row: Row, tokenizer: Tokenizer | None, location:
     if len(set(sizes.values())) > 1 or -1 in sizes.values():
         raise ValueError(f"{location}: transform {transform.name!r} is batched: expected lists of one length, got {sizes}")
     return [columns | {name: value[i] for name, value in output.items()} for i in range(next(iter(sizes.values()), 0))]
-
-
-def _module(module_path: str, path: str, role: str) -> ModuleType:
-    file = Path(module_path if module_path.endswith(".py") else module_path.replace(".", "/") + ".py")
-    if not module_path.endswith(".py"):
-        try:
-            return importlib.import_module(module_path)
-        except ImportError as error:
-            if not file.is_file():
-                raise ValueError(f"{role} {path!r}: no module {module_path} ({error}), and no file {file} in {Path.cwd()}") from error
-    if not file.is_file():
-        raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (*RAISED, ImportError, SyntaxError, OSError) as error:
-        raise ValueError(f"{role} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
-    return module

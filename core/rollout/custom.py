@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from treetune.core import import_path
 from treetune.core.data import custom
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout.group import Completion, PromptSampler, Sampled
@@ -93,7 +94,7 @@ class CustomRollout(NamedTuple):
 
 def load(path: str, tokenizer: Any, *, vocab_size: int, max_positions: int) -> CustomRollout:
     """The rollout function at module.function or file.py:function. Errors: ValueError when there is no such function."""
-    return CustomRollout(custom.import_function(path, "rollout_func"), tokenizer, vocab_size, max_positions)
+    return CustomRollout(import_path.import_function(path, "rollout_func"), tokenizer, vocab_size, max_positions)
 
 
 def sequence_number(number: int, call: int, k: int) -> int:

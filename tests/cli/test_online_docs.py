@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from treetune.cli import checks, main, parse
-from treetune.core.data import custom
+from treetune.core import import_path
 from treetune.losses.presets import POLICY_LOSSES as PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_the_calculator_of_the_text(kit):
 
 @pytest.fixture
 def guess():
-    return lambda name: custom.import_function(f"{ROOT}/examples/guess_rollout.py:{name}")
+    return lambda name: import_path.import_function(f"{ROOT}/examples/guess_rollout.py:{name}")
 
 
 def test_a_game_of_guesses(guess, kit):
@@ -108,7 +108,9 @@ def test_a_game_that_is_won_at_once_asks_no_more(guess, kit):
 
 
 def test_rewards_of_the_examples():
-    answer_line, close, brief = (custom.import_function(f"{ROOT}/examples/rewards.py:{name}") for name in ("answer_line", "close", "brief"))
+    answer_line, close, brief = (
+        import_path.import_function(f"{ROOT}/examples/rewards.py:{name}") for name in ("answer_line", "close", "brief")
+    )
     said = ["so\n#### 1,200", [{"role": "assistant", "content": "#### 7\nor not"}], "none"]
     assert answer_line(said, answer=[1, 2, 3]) == [1.0, 0.0, 0.0]
     assert close(said, ["#### 1200", "9", "x"]) == [1.0, pytest.approx(1 / 1.2), None] and close(["none"], [3]) == [0.0]

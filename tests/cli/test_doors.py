@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import main
-from treetune.cli.options import import_path, policy_loss, table
+from treetune.cli.options import policy_loss, table
+from treetune.core import import_path
 from treetune.losses import policy_gradient
 
 FUNCTIONS = '''"""Functions of a user."""
@@ -71,22 +72,6 @@ def own(here) -> Path:
     """A file of functions in the working folder."""
     (here / "own.py").write_text(FUNCTIONS)
     return here / "own.py"
-
-
-@pytest.mark.parametrize(
-    "text, is_path",
-    [
-        ("own.py:focal", True), ("folder/own.py:focal?gamma=2", True), ("package.module.focal", True), ("package.module:focal", True),
-        ("dapo", False), ("nll", False), ("own.py", True), ("focal", False), ("own.py:", False), ("a b.c", False), ("", False),
-    ],
-)  # fmt: skip
-def test_what_has_the_form_of_an_import_path(text, is_path):
-    assert import_path.is_path(text) == is_path
-
-
-def test_options_are_json_where_they_can_be():
-    found = import_path.parse("own.py:focal?gamma=2.5,name=x&layers=[1]")
-    assert found == ("own.py", "focal", {"gamma": 2.5, "name": "x", "layers": [1]})
 
 
 def test_signature_is_read_without_importing(own):
