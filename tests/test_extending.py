@@ -50,7 +50,7 @@ SHOWS = {
     "A schedule": r"done .*step 4 of 4",
     "A row format": r"20 documents",
     "A model family": r"starling",
-    "A tracker": r'"train/loss"',
+    "A tracker": r"done .*step 2 of 2",
     "An option": r"done .*step 2 of 2",
     "A method": r"resumed from step_000002",
     "From Python": r"^\d\.\d+\n$",
@@ -151,6 +151,9 @@ def test_the_recipe_runs(title, tiny, tmp_path, monkeypatch):
     code, output = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (tmp_path / "output.txt").read_text()
     assert code == 0, output
     assert re.search(SHOWS[title], output), output
+    if title == "A tracker":
+        records = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if "train/loss" in record] == [1, 2]
 
 
 @pytest.mark.parametrize("title", PIECES)
