@@ -9,7 +9,7 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, dense, heads
+from treetune.models import MODELS, Model, dense, heads
 from treetune.models.dense import Config
 
 PROBE = (
@@ -61,6 +61,6 @@ def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:
 def _outputs(model: Model, ids: Tensor, head: Params | None, adapter: Lora | None = None) -> Tensor:
     """Logits [T, V] at each token of the probe, or with a head its scores [T, C]."""
     if head is None:
-        return dense.probe(model.params, ids, model.cfg, lora=adapter)
+        return dense.map_logits(dense.probe(model.params, ids, model.cfg, lora=adapter), MODELS[model.family].logit_map(model.cfg))
     batch = dense.single(ids) | {"at": torch.arange(len(ids))}
     return heads.scores(model.family, model.cfg, model.params, head, batch, lora=adapter)
