@@ -1,6 +1,7 @@
 """`treetune ebft`: energy-based fine-tuning towards the features of true texts, in one of two modes."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -246,8 +247,8 @@ def parts(config: Ebft, policy: "Policy", setting: "Setting") -> "Parts":
     # Torch takes a second to import, and `treetune --help` and config errors need none of it.
     from treetune.cli.methods import ebft_strided, ebft_structured
 
-    mode = ebft_strided if config.ebft.mode == "strided" else ebft_structured
-    return mode.parts(config, policy, setting)
+    modes: dict[str, Callable[..., Parts]] = {"strided": ebft_strided.parts, "structured": ebft_structured.parts}
+    return modes[config.ebft.mode](config, policy, setting)
 
 
 METHOD = Method(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from treetune.core import records
 from treetune.core.run.health import Event
@@ -82,7 +82,7 @@ class SamplesFile(Observer):
                 records.append(self.path, answer)
 
 
-Track = Callable[[str, dict[str, Any]], None]  # (event, record)
+Track = Callable[[str, dict[str, Any]], object]  # (event, record)
 
 
 class Function(Observer):
@@ -224,7 +224,7 @@ def of(value: Any, name: str, warn: Callable[[str], None]) -> Observer | Guarded
     if isinstance(value, type) or isinstance(value, partial) and isinstance(value.func, type):
         value = value()
     if any(callable(getattr(value, event, None)) for event in events):
-        return Guarded(value, name, warn)
+        return Guarded(cast(Observer, value), name, warn)
     if not callable(value):
         raise ValueError(f"observer {name} is {value!r:.60}; expected a function track(event, record), or an object with one of {events}")
     return Guarded(Function(value), name, warn)

@@ -114,4 +114,4 @@ class Report(Observer):
     def summary(self, rows: Mapping[str, str], history: Sequence[Mapping[str, Any]]) -> None:
         """Write the page."""
         shown = {"docs": self.docs, "tokenizer": self.tokenizer, "read": self.read, "unit": self.unit}
-        write(self.run_dir, history=list(history), rows=self.about | dict(rows), **shown)
+        write(self.run_dir, history=[dict(record) for record in history], rows=self.about | dict(rows), **shown)
