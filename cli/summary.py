@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import cadence, configs, invocation
+from treetune.cli import cadence, invocation
 from treetune.cli.bar import clock
+from treetune.cli.options.commands import Score
 from treetune.cli.run import Run
 from treetune.core import param, tree
 from treetune.core.run import loop
@@ -77,7 +78,7 @@ def _trial(run: Run, start: Policy, saved: Path, raw: bool) -> str:
 
 def _score_options(options: Any) -> list[Any]:
     """Options of `treetune score` for rows to be read as the run read them, where its defaults would not do so."""
-    default = configs.Score()
+    default = Score()
     names = ("format", "split", "sequence_len", "chat_template", "step_separator")
     values = {name: getattr(options, name, getattr(default, name)) for name in names}
     return [part for name, value in values.items() if value != getattr(default, name) for part in (f"--{name.replace('_', '-')}", value)]
