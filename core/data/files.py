@@ -264,6 +264,7 @@ class _Unpacking(io.RawIOBase):
         return self.stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
+        # Measured while reading: the size in a gzip trailer is that of the last member modulo 4 GiB, and may be false.
         size, done, packed = self.stream.readinto(buffer), self.stream.tell(), self.packed.tell()
         if done > FREE_BYTES and done > MOST_EXPANSION * packed:
             raise ValueError(

@@ -140,6 +140,7 @@ def _filled(docs: Sequence[Tokens], budget: int | None, pad: bool) -> tuple[list
         raise ValueError(f"{len(docs)} documents hold {token_count} tokens, more than the budget of {budget}")
     if pad and budget is None:
         raise ValueError("pad needs the budget to fill")
+    # A rank without documents takes part in the step all the same, so its stream has one token of padding.
     return lengths, budget - token_count if pad and budget is not None else int(not docs)
 
 

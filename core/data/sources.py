@@ -177,6 +177,7 @@ def read(
         rows = slice_rows(from_list(hub.read_rows(hub.load_saved_dataset(place.path, _base(split))), place.path), split)
     else:
         whole = shards is None and "[" not in split and "+" not in split
+        # The first rows of a large file need not wait for the others, unless a part or a share of all is asked for.
         rows = slice_rows(_read_files(place, path, limit if whole else None), split)
     if not rows.rows:
         raise ValueError(f"{path or options.get('data_files')} has no rows" + ("" if split == "train" else f" in split {split}"))

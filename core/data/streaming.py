@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treetune.core.data import files, hub, loader, order, records, sources
 from treetune.core.data.records import ReadPosition
@@ -81,7 +81,7 @@ def file_shard(file: files.File) -> Shard:
     return Shard(file.name, lambda place: records.iterate(file, place))
 
 
-def hub_shards(data, name: str) -> list[Shard]:
+def hub_shards(data: Any, name: str) -> list[Shard]:
     """Shards of an iterable dataset of the datasets library, which skips rows by reading them."""
     return [Shard(f"{name} shard {i}", _shard_reader(data, i)) for i in range(data.num_shards)]
 
@@ -143,6 +143,7 @@ def micro_batches(
             raise ValueError(f"{rows.name}: not one document in a whole pass through the source")
         plan = _plan(docs, block_cursor, shuffle=shuffle, seed=seed, **options)
         first_index = cursor.index if cursor._replace(index=0) == block_cursor else 0
+        # The cursor behind the last micro-batch is that of the next block: resuming there encodes no block for nothing.
         for index, group in enumerate(plan[first_index:], first_index + 1):
             yield [docs[i] for i in group], block_cursor._replace(index=index) if index < len(plan) else next_cursor
 
@@ -231,7 +232,7 @@ def _without(shards: list[Shard], skip: int) -> list[Shard]:
     return shards
 
 
-def _shard_reader(data, i: int) -> Callable[[ReadPosition], Iterator[records.Record]]:
+def _shard_reader(data: Any, i: int) -> Callable[[ReadPosition], Iterator[records.Record]]:
     def read(place: ReadPosition) -> Iterator[records.Record]:
         for number, row in enumerate(data.shard(data.num_shards, i).skip(place.row), place.row + 1):
             yield records.Record(number, row, 0, "row")

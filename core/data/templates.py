@@ -110,6 +110,7 @@ def layout_cache(render: Render) -> FindLayout:
 
     def layout(messages: Sequence[Message], tools: Tools = None) -> TemplateLayout:
         marked = [_marked(i, message) for i, message in enumerate(messages)]
+        # Tools count with their names and texts, since the template writes them around the messages.
         key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
         if key not in cache:
             if len(cache) >= CACHE_SIZE:

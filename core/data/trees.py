@@ -104,8 +104,9 @@ def encode_rows(
         location = sources.locate_row(rows, i)
         check_bos(parts, special, location)
         reason = reason or ("" if all(part.weight.any() for part in parts) else NOTHING)
+        # Compared as tokens: texts that differ only in what the chat template leaves out would train nothing.
         same = not reason and distinct and any(np.array_equal(part.tokens, parts[0].tokens) for part in parts[1:])
-        reason = SAME if same else reason  # of texts that differ only in what the chat template leaves out
+        reason = SAME if same else reason
         doc = None if reason else join_sequences(parts, row=rows.numbers[i], extras=extras)
         unread |= dict.fromkeys(name for part in parts for name in part.unread)
         ending = ending or next((part.ending for part in parts if part.ending), "")
