@@ -156,7 +156,7 @@ def _vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Inf
     saved = [path for path, _ in tree.items(whole_modules(model, spec.modules_to_save))]
     missing = [name for name in resize.LEAVES if name in model.params and name not in (*saved, *whole)]
     if low := [name for name in missing if name in info.paths]:
-        raise ValueError(f"the vocabulary has new rows, so {low[0]} trains whole: leave it out of lora_target_modules")
+        raise ValueError(f"the vocabulary has new rows, so {low[0]} trains whole: leave it out of --lora-target-modules")
     if missing:
         say(f"the vocabulary has new rows: {' and '.join(missing)} train whole beside the adapter and are saved with it")
     return tuple(f"^{name}$" for name in missing)
