@@ -49,6 +49,8 @@ def running(root: Path):
             raise RunFailed(f"out of memory: {fix} ({_first_line(error)})") from error
         if not isinstance(error, _file_errors()):
             raise
+        if type(error).__name__ == "SaveError":  # of core.ckpt, which imports torch: it says all there is to say
+            raise BadInput(str(error)) from error
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
 
 

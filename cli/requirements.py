@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from treetune.cli import checks, early, guard
+from treetune.cli import checks, early, protection
 from treetune.cli.methods import CONFIGS
 
 
@@ -19,7 +19,7 @@ def complete(config: Any, options: frozenset[str] = frozenset(), config_file: st
         from treetune.cli import bases
 
         config = bases.started(config, options)
-    guard.check(config, config_file)
+    protection.check(config, config_file)
     early.check(config, options)
     method = CONFIGS.get(type(config))
     return config if method is None else method.complete(config)

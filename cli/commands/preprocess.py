@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, guard, highlight, pairs, row_settings
+from treetune.cli import checks, highlight, pairs, row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core import drafts, owned
 from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
-from treetune.core.run import page
+from treetune.core.run import guard, page
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
 

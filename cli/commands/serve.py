@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from treetune.cli import guard
+from treetune.cli import protection
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.serve import Serve
 from treetune.cli.screen import Screen
@@ -39,7 +39,7 @@ def _start(config: Serve, screen: Screen) -> Server:
         screen.warn(f"listening on {config.host}: whoever reaches port {config.port} can sample and load adapters, without a password")
     screen.line(f"starting vLLM on {model_dir}; its output goes to {log}")
     if config.log and not log.exists():
-        folder.write_new(log, guard.LOG)
+        folder.write_new(log, protection.LOG)
     try:
         return Server(command, host=config.host, port=config.port, log=log, deadline_s=config.start_timeout)
     except RuntimeError as error:

@@ -229,15 +229,12 @@ class _Loop:
             return
         position = self.source.state()  # on every rank: rollouts gather the states of all of them
         meta = self.hooks.meta | bookkeeping.stored(self.progress, position)
-        try:
-            if _rank() == 0:
-                self._flush_records()
-            ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
-            self.saved = step
-            if _rank() == 0:
-                self._prune()
-        except OSError as error:
-            raise ValueError(str(error)) from error  # a full disk is the user's to fix, and nothing is lost
+        if _rank() == 0:
+            self._flush_records()
+        ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
+        self.saved = step
+        if _rank() == 0:
+            self._prune()
 
     def _flush_records(self) -> None:
         """On the disk before the checkpoint that a resume continues them from."""
@@ -347,7 +344,7 @@ def run(
 
     step(state, micro_batches) -> (state, metrics); evaluate(state) -> metrics of what is held out. Without a folder nothing is saved.
     Works in any thread and handles no signals: `hooks.stop` is asked after each step.
-    Errors: RunFailed for a run that cannot go on; ValueError where a checkpoint cannot be written.
+    Errors: RunFailed for a run that cannot go on; OSError where a checkpoint cannot be written, after which nothing is lost.
     """
     loop = _Loop(step, source, evaluate, Observers() if observers is None else observers, folder)
     loop.begin(state, settings, hooks)

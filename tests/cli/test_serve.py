@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from treetune.cli import guard
+from treetune.cli import protection
 from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
 from treetune.cli.options.model import ModelName
@@ -65,7 +65,7 @@ def test_it_serves_until_it_is_told_to_stop_and_answers_no_more(scene, how):
         running.send_signal(how)
         out, err = running.communicate(timeout=40)
         assert running.returncode == 0 and "stopping the server" in out and err == ""
-        assert not log or (scene / "logs" / "vllm.log").read_text().startswith(guard.LOG)
+        assert not log or (scene / "logs" / "vllm.log").read_text().startswith(protection.LOG)
     finally:
         running.kill()
         running.communicate()

@@ -1,0 +1,115 @@
+"""What may be written over: only what treetune made, and never a folder that holds what the run reads. Imports no torch."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from treetune.core.run import marker
+
+NAMED = 3  # foreign files that a message names
+Inputs = Iterable[tuple[str, Path]]  # (option, path) of what a run reads
+
+
+def check_results(root: Path, read: Iterable[tuple[str, Path]]) -> None:
+    """Raise ValueError where a run that is continued reads what its result would replace; `read` is as of `inputs`."""
+    for option, path in read:
+        for name in marker.RESULTS:
+            if path.resolve().is_relative_to(root.resolve() / name):
+                raise ValueError(f"{root / name} would be replaced by the run, which reads {path} ({option}): move that away")
+
+
+def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
+    """Raise ValueError unless a folder is a run's, holds nothing else, and is not one that must stay; `read` is as of `inputs`."""
+    name = f"{root} is not overwritten"
+    if root.is_symlink():
+        raise ValueError(f"{name}: it is a link; name {root.resolve()} itself")
+    if (kept := _must_stay(root)) is not None:
+        raise ValueError(f"{name}: it is {kept}; name a folder of its own for the run")
+    found = marker.read(root)
+    if found is None:
+        raise ValueError(f"{name}: it was not made by treetune (it has no {marker.NAME}); name another folder")
+    for option, path in read:
+        if path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{name}: it holds {path}, which the run reads ({option}); move that away, or name another folder")
+    if others := marker.foreign(root, found):
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        raise ValueError(f"{name}: no run made {', '.join(map(str, others[:NAMED]))}{more}; move that away, or name another folder")
+
+
+def check_restart(root: Path, read: Iterable[Path]) -> None:
+    """Raise ValueError where a run without a checkpoint cannot begin anew: what it made, which goes, holds what is not its own."""
+    old = marker.read(root)
+    going = [root / name for name in marker.names(old)]
+    places = [root.resolve(), *(one.resolve() for one in going)]
+    reads = [path for path in read if path.resolve() == places[0] or any(path.resolve().is_relative_to(one) for one in places[1:])]
+    others = [path for path in marker.foreign(root, old) if any(path.is_relative_to(one) for one in going)]
+    if reads or others:
+        what = f"no run made {others[0]}" if others else f"it holds {reads[0]}, which the run reads"
+        raise ValueError(f"{root} has no checkpoint to resume, and does not begin anew: {what}; move that away, or name another folder")
+
+
+def _must_stay(root: Path) -> str | None:
+    """What a folder is that no run may replace, in words; compared by device and number, so that another name does not help."""
+    for what, folder in (("the working folder", Path.cwd()), ("the home folder", _home())):
+        for path in (folder, *folder.parents):
+            if path.exists() and os.path.samefile(path, root):
+                return what if path == folder else f"a parent of {what}"
+    return None
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # nobody's
+        return Path("/")
+
+
+def existing(text: str) -> Path | None:
+    """The file or folder that a text names; of a pattern, the folder that it begins with."""
+    fixed = re.split(r"[*?\[]", text)[0]
+    if fixed != text:
+        fixed = os.path.dirname(fixed) or "."
+    path = os.path.expanduser(fixed)
+    return Path(path) if fixed and os.path.exists(path) else None
+
+
+def links(path: Path, text: str) -> Iterator[Path]:
+    """What matches a pattern, and links below a folder: they may lead anywhere."""
+    if re.search(r"[*?\[]", text):
+        yield from map(Path, glob.iglob(os.path.expanduser(text), recursive=True))
+    elif path.is_dir():
+        for folder, inner, names in os.walk(path):
+            yield from (link for name in (*inner, *names) if (link := Path(folder, name)).is_symlink())
+
+
+def bases(path: Path) -> Iterator[Path]:
+    """The base models on this machine that an adapter folder, or a run folder with one, names."""
+    for file in (path / "adapter_config.json", path / "adapter" / "adapter_config.json"):
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(base, str) and os.path.exists(base):
+            yield Path(base)
+
+
+def require_free(path: str | Path, what: str) -> None:
+    """Raise ValueError where there is anything at the path of an output, a link that leads nowhere among it."""
+    if os.path.lexists(path):
+        fix = "give --output another name, or remove it" if what == "file" else "name a folder that does not"
+        raise ValueError(f"{path} exists: {fix}")
+
+
+def require_own(path: Path, beginning: str, option: str) -> None:
+    """Raise ValueError where there is anything but a file of ours, which begins so."""
+    if not os.path.lexists(path):
+        return
+    own = False
+    if path.is_file() and not path.is_symlink():
+        with open(path, "rb") as file:
+            own = file.read(len(beginning)) == beginning.encode()
+    if not own:
+        raise ValueError(f"{path} exists and treetune did not write it: give {option} another name, or remove it")
