@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from treetune.cli import pairs
 from treetune.cli.options.data import held_out, streams
+from treetune.core import option_pairs
 from treetune.core.data.corpus import FOR_ROWS
 from treetune.core.data.dataset import RowSettings
 
@@ -67,4 +67,4 @@ def truths(options: Any) -> RowSettings:
 
 def _value(options: Any, name: str) -> Any:
     value = getattr(options, name)
-    return pairs.named_values(value, "chat-template-kwargs") if name == "chat_template_kwargs" else value
+    return option_pairs.named_values(value, "chat-template-kwargs") if name == "chat_template_kwargs" else value

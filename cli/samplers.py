@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import artifacts, pairs, setup
+from treetune.cli import artifacts, setup
+from treetune.core import option_pairs
 from treetune.core.data import pack, spans
 from treetune.core.lora import Lora
 from treetune.core.rollout import custom, server, vllm
@@ -73,7 +74,7 @@ def sampling_params(options: Any, stop: Sequence[int]) -> vllm.SamplingParams:
         options.repetition_penalty,
         sorted({*stop, *options.stop_token_ids}),
         options.vllm_guided_decoding_regex,
-        pairs.named_values(options.generation_kwargs, "generation-kwargs"),
+        option_pairs.named_values(options.generation_kwargs, "generation-kwargs"),
     )
 
 

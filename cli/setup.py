@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from treetune.cli import pairs
 from treetune.cli.options import doors
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
-from treetune.core import optim, registry
+from treetune.core import optim, option_pairs, registry
 from treetune.models import Model, loading
 from treetune.models import tokenizer as tokenizers
 from treetune.models.loading import compute_dtype as compute_dtype
@@ -49,7 +48,7 @@ def load_tokenizer(options: ModelName, adapter_path: str | None = None, *, say: 
 
 def load_words(model: ModelName, options: TokenOptions, start: str | None = None, *, say: Say = print) -> TokenizerSetup:
     """The tokenizer of a run, with special and extra tokens as the options ask; checks the model's configs before rows are read."""
-    special = pairs.named_texts(options.special_tokens, "special-tokens")
+    special = option_pairs.named_texts(options.special_tokens, "special-tokens")
     asked = {"special_tokens": special, "tokens": options.tokens}
     words = tokenizers.set_up_tokenizer(model.model, revision=model.revision, start=start, say=say, **asked)
     loading.check_configs(model.model, revision=model.revision, sizes=getattr(model, "from_config", None) is None)
@@ -73,13 +72,13 @@ def generation_config(options: ModelOptions, tokenizer: Any) -> dict[str, Any]:
 
 def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.Optimizer:
     """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side."""
-    factors = pairs.rules(options.lr_rules, "lr-rules")
+    factors = option_pairs.rules(options.lr_rules, "lr-rules")
     if frozen := [regex for regex, factor in factors if not factor > 0]:
         raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
     scale = factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else [])
     common = {
         "weight_decay": options.weight_decay,
-        "decay": pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
+        "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
         "lr_scale": scale,
     }
     knobs = {"b1": options.adam_beta1, "eps": options.adam_epsilon, "momentum": options.momentum}

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, highlight, pairs, row_settings
+from treetune.cli import checks, highlight, row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core import drafts, owned
+from treetune.core import drafts, option_pairs, owned
 from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
 from treetune.core.run import guard, page
 from treetune.models import loading
@@ -62,7 +62,7 @@ def unused_options(config: Preprocess) -> dict[str, str]:
 
 
 def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, screen: Screen) -> Encoded:
-    special_tokens = pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
+    special_tokens = option_pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
     model, revision, tokens = config.model.model, config.model.revision, config.vocabulary.tokens
     tokenizer = set_up_tokenizer(model, revision=revision, special_tokens=special_tokens, tokens=tokens, say=screen.line).tokenizer
     loading.check_configs(model, revision=revision)

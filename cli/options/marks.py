@@ -8,7 +8,7 @@ An option that a command does not have leaves no other option unused. Importing 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from treetune.cli import pairs
+from treetune.core import option_pairs
 from treetune.core.run.resume_rules import DOCUMENTS, FUNCTION, LISTED, ORDER, REFUSED, START, WEIGHTS, Rule
 
 Values = Mapping[str, Any]  # option -> value, of all options of a command
@@ -61,7 +61,7 @@ class Pairs(NamedTuple):
     named: bool
 
 
-NAMED_TEXTS, REGEX_NUMBERS = Pairs(pairs.named_texts, True), Pairs(pairs.rules, False)
+NAMED_TEXTS, REGEX_NUMBERS = Pairs(option_pairs.named_texts, True), Pairs(option_pairs.rules, False)
 
 STARTED = Rule(START, "says how the run is started")
 MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")
