@@ -189,7 +189,7 @@ def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source
 def _tell_changes(run: Run, changed: list[str], step: int, total_steps: int) -> None:
     """List what is otherwise than when the checkpoint was written. Errors: ValueError where no step is left that would see it."""
     if run.folder.resume is not None:
-        provenance.reached(run.folder.resume, step, total_steps, changed, resume_rules.RULES)
+        provenance.reached(run.folder.resume, step, total_steps, changed, resume_rules.rules(type(run.config)))
     if changed:
         run.say("changed since the checkpoint:")
     for text in changed:

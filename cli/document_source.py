@@ -1,6 +1,6 @@
 """Documents as the source of a run: read and encoded, in memory or streamed, with what is held out of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,10 +92,11 @@ def _batching(run: Run, data: Dataset) -> dict[str, int]:
 
 
 def _streamed(run: Run, data: Dataset, order: reading.Order, cfg: Any) -> reading.Reading:
-    options = run.config.data
+    options, stream = run.config.data, data.stream
+    assert stream is not None
     window = reading.Window(options.streaming_multipack_buffer_size, options.sequence_len, options.text_column)
-    encode = partial(_encode_fitting, encode=data.stream.encode, size=options.sequence_len, cfg=cfg)
-    return reading.streamed(data.stream.parts, encode, order, window, deal=_deal_checked)
+    encode = partial(_encode_fitting, encode=stream.encode, size=options.sequence_len, cfg=cfg)
+    return reading.streamed(stream.parts, encode, order, window, deal=_deal_checked)
 
 
 def _deal_checked(parts: list, encode: Any, cursor: Cursor, **options: Any) -> Iterator[tuple[list[list[Any]], Cursor]]:
@@ -113,13 +114,15 @@ def _encode_fitting(rows: Any, *, encode: Any, size: int, cfg: Any) -> list[Any]
 
 def _precompute(run: Run, parts: Parts, data: Dataset, state: TrainState, batching: dict[str, int]) -> Dataset:
     """The documents with the log-probs of the reference, kept on disk where prepared rows are."""
-    config, policy, root = run.config, parts.policy, run.config.data.dataset_prepared_path
+    config, policy, root, precompute = run.config, parts.policy, run.config.data.dataset_prepared_path, parts.precompute
+    assert precompute is not None
+    plan = partial(loader.epoch_plan, shuffle=False, budget=batching.get("budget"), rows=batching.get("rows"))
     collate = batcher(policy.cfg, run.device, (pack.collate_trees,), budget=batching.get("budget"))
 
-    def compute(documents: list[Any]) -> list[Any]:
-        groups = loader.epoch_plan(dataset.lengths(documents), shuffle=False, **batching) if documents else []
+    def compute(documents: Sequence[Any]) -> list[Any]:
+        groups = plan(dataset.lengths(documents)) if documents else []
         with run.observers.busy("reading documents with the reference"):
-            return parts.precompute(state, documents, collate, groups, lambda count: None)
+            return precompute(state, list(documents), collate, groups, lambda count: None)
 
     store = None
     if root is not None:

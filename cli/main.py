@@ -7,10 +7,12 @@ import sys
 import traceback
 from typing import NamedTuple
 
+from treetune.cli import methods
 from treetune.cli.errors import BadInput, RunFailed, checking_input
 from treetune.cli.methods import METHODS
 from treetune.cli.options import commands
 from treetune.core import fields, masking
+from treetune.core import import_path as paths
 
 
 class Command(NamedTuple):
@@ -75,6 +77,10 @@ def _run(command: str, argv: list[str]) -> int:
 
     invocation.remember(command, argv)
     try:
+        if command not in COMMANDS and paths.is_path(command):
+            with checking_input(command):
+                method = methods.load(command)
+            COMMANDS[command] = Command("commands.train", method.config, method.help)
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
         chosen = COMMANDS[command]

@@ -6,19 +6,17 @@ A test requires a rule for every option, with its reason.
 from typing import Any
 
 from treetune.cli import checks
-from treetune.cli.methods import METHODS
+from treetune.cli.methods import CONFIGS, METHODS
 from treetune.cli.options import table
 from treetune.core.run.provenance import Options
 from treetune.core.run.resume_rules import WEIGHTS, Rule
 
-RULES: dict[str, Rule] = {}
-DOORS: set[str] = set()  # options that hold a built-in name or an import path
-for _method in METHODS.values():
-    RULES |= {name: option.rule for name, option in table.options(_method.config).items()}
-    DOORS |= {name for name, option in table.options(_method.config).items() if option.door is not None}
-# Options that name functions; `model` is judged by the weights of that name.
-FUNCTIONS = tuple(name for name, rule in RULES.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,))
 BETAS = {"adamw": 0.999, "lion": 0.99}
+
+
+def rules(config: type) -> dict[str, Rule]:
+    """{option: its rule} of the config class of a method."""
+    return {name: option.rule for name, option in table.options(config).items() if option.rule is not None}
 
 
 def describe(config: Any, *, rate: float, dtype: str) -> Options:
@@ -31,14 +29,17 @@ def describe(config: Any, *, rate: float, dtype: str) -> Options:
             left["feature_norm"] = "per_layer" if values["mode"] == "strided" else "raw"
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}
 
+    kind = type(config)
+    by_option = rules(kind)
     return Options(
-        type(config).__name__.lower(),
+        CONFIGS[kind].name,
         table.flatten(config),
-        table.defaults(type(config)),
+        table.defaults(kind),
         checks.ignored(config),
-        RULES,
+        by_option,
         resolve,
-        FUNCTIONS,
-        frozenset(DOORS),
+        # `model` is judged by the weights of that name, not by a function.
+        tuple(name for name, rule in by_option.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,)),
+        frozenset(name for name, option in table.options(kind).items() if option.door is not None),
         tuple(METHODS),
     )

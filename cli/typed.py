@@ -46,6 +46,6 @@ def _one(written: Written, option: Option, subject: str) -> Any:
     if out is None or isinstance(out, str) and not option.holds(out):
         near = names.of_choice(written.value, option.choices) if option.choices and isinstance(written.value, str) else ""
         raise yamlvalues.wrong(written, subject, option.expected(), near)
-    if option.range is not None and not option.range.holds(out):
+    if option.range is not None and not isinstance(out, str) and not option.range.holds(out):
         raise BadInput(f"{subject} must be {option.expected()}, got {written.text or out}")
     return out

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -164,3 +165,14 @@ def _module(module_path: str, path: str, role: str) -> ModuleType:
     except (*RAISED, ImportError, SyntaxError, OSError) as error:
         raise ValueError(f"{role} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
     return module
+
+
+def load_object(path: str, role: str) -> Any:
+    """What a file or module binds to the last name of an import path; runs the file. Errors: ValueError, saying `role`, for none."""
+    module_path, _, name = path.rpartition(":" if ":" in path else ".")
+    module = _module(module_path, path, role)
+    sys.modules.setdefault(module.__name__, module)  # inspect finds the source of a class, and so the help of its fields, there
+    value = getattr(module, name, None)
+    if value is None:
+        raise ValueError(f"{role} {path!r}: {module_path} has no {name}")
+    return value

@@ -81,7 +81,6 @@ def recipes(page: str) -> dict[str, Recipe]:
 
 
 RECIPES = recipes("extending.md")
-SHARED = RECIPES.pop("Commands of your own").files
 PIECES = tuple(RECIPES)
 RECIPES |= recipes("runs.md")
 
@@ -98,7 +97,7 @@ def rows() -> dict[str, list[dict]]:
 
 
 def write(folder: Path, recipe: Recipe, model: Path) -> None:
-    for name, text in (SHARED | recipe.files).items():
+    for name, text in recipe.files.items():
         (folder / name).write_text(re.sub(r"\bMODEL\b", str(model), text))
     for name, some in rows().items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -125,8 +124,6 @@ def follow(folder: Path, recipe: Recipe, model: Path) -> int:
     os.chdir(folder)
     sys.stdout = sys.stderr = open(folder / "output.txt", "w")
     sys.path.insert(0, str(folder))
-    for name in [name for name in sys.modules if name.startswith("treetune.cli")]:
-        del sys.modules[name]  # as in a process of its own, where methods are added before the command line is imported
     code = 0
     try:
         if "train.py" in recipe.files:

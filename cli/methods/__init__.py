@@ -2,10 +2,30 @@
 
 from treetune.cli.methods import cpo, dpo, ebft, grpo, kto, orpo, pretrain, prm, reward, sft, simpo
 from treetune.cli.methods.method import Method, resolve
+from treetune.core import import_path
 
 _FILES = (sft, pretrain, dpo, kto, orpo, simpo, cpo, reward, prm, grpo, ebft)
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 CONFIGS: dict[type, Method] = {method.config: method for method in METHODS.values()}
+
+
+def register(method: Method) -> Method:
+    """Add a method from outside of this folder to the commands: `register(METHOD)` before `main` runs.
+
+    Errors: ValueError for the name of another method.
+    """
+    if METHODS.get(method.name, method) is not method:
+        raise ValueError(f"there is a method {method.name} already; give yours another name")
+    METHODS[method.name] = CONFIGS[method.config] = method
+    return method
+
+
+def load(path: str) -> Method:
+    """The method at an import path such as mine.py:METHOD, as one of the commands. Errors: ValueError where there is none."""
+    method = import_path.load_object(path, "method")
+    if not isinstance(method, Method):
+        raise ValueError(f"{path} is no method; expected a treetune.cli.methods.method.Method, as METHOD in cli/methods/sft.py")
+    return register(method)
 
 
 def of_config(config: object) -> Method:

@@ -7,7 +7,7 @@ since. Options are compared before anything is loaded; what they stand for, by i
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Orig
     return origin._replace(now=origin.now._replace(words=words))
 
 
-def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str, str]) -> Origin:
+def with_functions(origin: Origin, names: Iterable[str | None], models: Mapping[str, str]) -> Origin:
     """The record with the files of the user's own functions, where they are found without importing them, and reward models.
 
     What an option of functions stands for is what is in their files, the names in there and their options, wherever the files are.
@@ -125,7 +125,7 @@ def with_functions(origin: Origin, names: Iterable[str | None], models: dict[str
         if key in options and (key not in origin.options.doors or import_path.named({key: options[key]}))
     }
     functions = {key: fingerprint.values([known.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
-    return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | models, functions=functions))
+    return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | dict(models), functions=functions))
 
 
 def _listed(value: Any) -> list[str]:

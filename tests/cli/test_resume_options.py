@@ -1,6 +1,6 @@
 """Every option of every training command, changed between a checkpoint and the run that goes on from it: refused, or in force and listed.
 
-TABLE says which; the reason of each stands in `resume_rules.RULES` and is part of the message. The comparison itself is a pure function,
+TABLE says which; the reason of each stands in `RULES` and is part of the message. The comparison itself is a pure function,
 so the whole table is tested without training; runs show it for every option with `-m slow`.
 """
 
@@ -79,16 +79,19 @@ TABLE = {
 VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}
 
 
+def _config(command: str) -> type:
+    return main.COMMANDS[command].config
+
+
+RULES = {name: rule for command in COMMANDS for name, rule in resume_rules.rules(_config(command)).items()}
+
+
 def changes(before: dict, after: dict, **options) -> list[rules.Change]:
-    return rules.changes(before, after, resume_rules.RULES, **options)
+    return rules.changes(before, after, RULES, **options)
 
 
 def judge(found: list[rules.Change], after: dict, **options) -> rules.Verdict:
-    return rules.judge(found, after, resume_rules.RULES, **options)
-
-
-def _config(command: str) -> type:
-    return main.COMMANDS[command].config
+    return rules.judge(found, after, RULES, **options)
 
 
 def _options() -> list[tuple[str, str]]:
@@ -96,15 +99,15 @@ def _options() -> list[tuple[str, str]]:
 
 
 def test_the_table_has_every_option_of_every_training_command_and_no_other():
-    assert set(VERDICTS) == set(resume_rules.RULES) == {name for _, name in _options()}
+    assert set(VERDICTS) == set(RULES) == {name for _, name in _options()}
     assert sum(map(len, TABLE.values())) == len(VERDICTS), "an option stands in the table twice"
     trains = {command for command in main.COMMANDS if "optim" in typing.get_type_hints(_config(command))}
     assert trains == set(COMMANDS)
 
 
 def test_every_rule_is_that_of_the_table_and_has_a_reason():
-    assert {name: rule.verdict for name, rule in resume_rules.RULES.items()} == VERDICTS
-    assert all(len(rule.reason.split()) >= 3 for rule in resume_rules.RULES.values())
+    assert {name: rule.verdict for name, rule in RULES.items()} == VERDICTS
+    assert all(len(rule.reason.split()) >= 3 for rule in RULES.values())
 
 
 def _other(value):
@@ -139,7 +142,7 @@ def _require_verdict(command: str, name: str):
     else:
         (line,) = _judged(command, name, False).refused
         assert line.startswith(f"{name} ") and " instead of " in line
-        assert name == "momentum" or resume_rules.RULES[name].reason in line
+        assert name == "momentum" or RULES[name].reason in line
     if verdict in ("documents", "order", "weights", "function"):
         assert len(_judged(command, name, True).listed) == 1 and not _judged(command, name, True).refused
         assert _judged(command, name, None) == ([], []), "what it stands for is not known before it is read"
