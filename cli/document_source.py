@@ -120,7 +120,7 @@ def _precompute(run: Run, parts: Parts, data: Dataset, state: TrainState, batchi
     collate = batcher(policy.cfg, run.device, (pack.collate_trees,), budget=batching.get("budget"))
 
     def compute(documents: Sequence[Any]) -> list[Any]:
-        groups = plan(dataset.lengths(documents)) if documents else []
+        groups = plan([len(document.tokens) for document in documents]) if documents else []
         with run.observers.busy("reading documents with the reference"):
             return precompute(state, list(documents), collate, groups, lambda count: None)
 

@@ -42,6 +42,7 @@ def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
 def check_restart(root: Path, read: Iterable[Path]) -> None:
     """Raise ValueError where a run without a checkpoint cannot begin anew: what it made, which goes, holds what is not its own."""
     old = marker.read(root)
+    assert old is not None
     going = [root / name for name in marker.names(old)]
     places = [root.resolve(), *(one.resolve() for one in going)]
     reads = [path for path in read if path.resolve() == places[0] or any(path.resolve().is_relative_to(one) for one in places[1:])]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from treetune.cli import cadence
+from treetune.core.run import loop
 
 
 def evals(kit, root):
@@ -15,7 +15,7 @@ def evals(kit, root):
 def pauses(ends, total):
     found = [0]
     for end in ends:
-        if cadence.pauses(end, found[-1], total):
+        if loop.pauses(end, found[-1], total):
             found.append(end)
     return found[1:]
 

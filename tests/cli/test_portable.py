@@ -15,8 +15,8 @@ for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGXFSZ", "SIGUSR1", "setitimer", 
     delattr(signal, name)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from treetune.cli import screen
-assert screen.peak_memory_gib(torch.device("cpu")) != screen.peak_memory_gib(torch.device("cpu"))
+from treetune.core.run import memory
+assert memory.peak_gib(torch.device("cpu")) != memory.peak_gib(torch.device("cpu"))
 """
 
 
