@@ -126,7 +126,9 @@ def test_by_default_nothing_of_a_stream_is_held_out(kit, args, tune, here):
 
 REFUSED = {
     "no steps": (["--streaming"], "streaming needs max_steps"),
-    "a part": (["--streaming", "--max-steps", 2, "--val-set-size", 0.2], "val-set-size would be ignored: 0.2 is a part", "a number of rows"),
+    "a part": (
+        ["--streaming", "--max-steps", 2, "--val-set-size", 0.2], "val-set-size would be ignored: 0.2 is a part", "a number of rows"
+    ),
     "the default said": (["--streaming", "--max-steps", 2, "--val-set-size", 0.1], "val-set-size would be ignored: 0.1 is a part"),
     "buffer of nothing": (["--max-steps", 2, BUFFER, 5], "buffer-size would be ignored: there is no --streaming"),
     "buffer of no rows": (["--streaming", "--max-steps", 2, BUFFER, 0], "buffer_size must be at least 1 .*got 0"),
