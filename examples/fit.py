@@ -23,7 +23,7 @@ def dpo(model: str, rows: str, **options) -> Result:
     return fit(config, observers=[curve])
 
 
-def grpo(model: str, rows: str, reward: str = "examples/rewards.py:number", **options) -> Result:
+def grpo(model: str, rows: str, reward: str = "examples/rewards.py:close", **options) -> Result:
     """Learn from the rewards of sampled completions."""
     config = configure("grpo", model=model, data=[rows], reward_funcs=[reward], **options)
     return fit(config, observers=[curve])
