@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from treetune.cli.options import doors
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, registry
 from treetune.core.run.loop import PAUSES
@@ -21,7 +20,7 @@ def schedule(options: OptimOptions, peak: float, steps: int) -> optim.Schedule:
     """Warm-up, then the shape that the options name, over `steps` optimiser steps."""
     warm = warmup_steps(options, steps)
     rest = max(steps - warm, 1)
-    shape = registry.bind(doors.row(registry.SCHEDULES, options.lr_scheduler), min_ratio=options.cosine_min_lr_ratio)
+    shape = registry.bind(registry.choose(registry.SCHEDULES, options.lr_scheduler), min_ratio=options.cosine_min_lr_ratio)
     return optim.warmup(shape(peak, rest), warm)
 
 

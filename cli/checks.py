@@ -4,11 +4,12 @@ from typing import Any
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import CONFIGS
-from treetune.cli.options import doors, optim, run, table
+from treetune.cli.options import optim, run
 from treetune.cli.options.data import held_out as held_out
 from treetune.cli.options.data import streams as streams
-from treetune.cli.options.ranges import TOKENS_MAX
 from treetune.core import import_path
+from treetune.core.config import doors, table
+from treetune.core.config.ranges import TOKENS_MAX
 
 
 def check(config: Any, explicit: frozenset[str]) -> None:

@@ -10,9 +10,9 @@ from treetune.cli import artifacts, assembly, cadence, document_source, parse, p
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import METHODS, of_config
-from treetune.cli.options import table
 from treetune.cli.run import Run
 from treetune.core import import_path, masking
+from treetune.core.config import table
 from treetune.core.run import folder, loop, ranks, report, signals
 from treetune.core.run import observers as trackers
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile

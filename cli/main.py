@@ -73,7 +73,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import invocation, names, parse, requirements
+    from treetune.cli import invocation, parse, requirements
+    from treetune.core.config import suggestions
 
     invocation.remember(command, argv)
     try:
@@ -82,7 +83,7 @@ def _run(command: str, argv: list[str]) -> int:
                 method = methods.load(command)
             COMMANDS[command] = Command("commands.train", method.config, method.help)
         if command not in COMMANDS:
-            raise BadInput(f"unknown command {command!r}{names.of_command(command, COMMANDS)}; see treetune --help")
+            raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, COMMANDS)}; see treetune --help")
         chosen = COMMANDS[command]
         with checking_input("the command line or its config file"):
             parsed, given = parse.parse(command, chosen.config, argv)

@@ -14,13 +14,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from treetune.cli import names, typed
 from treetune.cli.errors import BadInput
-from treetune.cli.options import table
-from treetune.cli.options.table import REQUIRED, Option
-from treetune.cli.options.table import defaults as defaults
-from treetune.cli.options.table import flatten as flatten
-from treetune.cli.options.table import kinds as kinds
+from treetune.core.config import suggestions, table, typed
+from treetune.core.config.table import REQUIRED, Option
+from treetune.core.config.table import defaults as defaults
+from treetune.core.config.table import flatten as flatten
+from treetune.core.config.table import kinds as kinds
 from treetune.core.data import dataset_fields, yamltext, yamlvalues
 from treetune.core.data.yamltext import Written
 
@@ -87,7 +86,7 @@ def _flags(command: str, argv: list[str], known: Options) -> set[str]:
         name = flag[2:].replace("-", "_")
         name = name.removeprefix("no_") if name not in known else name
         if name not in known:
-            raise BadInput(f"unknown option {flag}{names.of_option(name, known, flags=True)}; see treetune {command} --help")
+            raise BadInput(f"unknown option {flag}{suggestions.of_option(name, known, flags=True)}; see treetune {command} --help")
         if name in LISTED:
             raise BadInput(f"{name} is a list of mappings: write it in a file and give --config, or use --data")
         if name in given:
@@ -103,7 +102,7 @@ def _check_flags(command: str, argv: list[str], options: Options) -> None:
         if option is not None and option.kind in (str, str | None) and not option.choices and re.match(r"-[A-Za-z]", following):
             raise BadInput(f"{arg} has no value, got {following!r}: write {arg}={shlex.quote(following)} if that is its value")
         if re.fullmatch(r"-[A-Za-z][\w-]+(=.*)?", arg):
-            meant = names.of_option(arg[1:].partition("=")[0].replace("-", "_"), options, flags=True)
+            meant = suggestions.of_option(arg[1:].partition("=")[0].replace("-", "_"), options, flags=True)
             raise BadInput(f"unknown option {arg}: options begin with two dashes{meant}; see treetune {command} --help")
         flag, equals, value = arg.partition("=")
         name = flag[2:].replace("-", "_").removeprefix("no_")
@@ -170,7 +169,7 @@ def _from_file(command: str, path: str | None, options: Options) -> dict[str, An
         return {}
     written = yamltext.load(path)
     if unknown := [key for key in written if key not in options]:
-        raise BadInput(f"{path}: {names.all_of(unknown, options)}; see treetune {command} --help")
+        raise BadInput(f"{path}: {suggestions.all_of(unknown, options)}; see treetune {command} --help")
     fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
     return {key: _value(options[key], value, path, fields) for key, value in written.items()}
 
@@ -182,7 +181,7 @@ def from_values(command: str, config: type, values: Mapping[str, Any]) -> Any:
     """
     options = table.options(config)
     if unknown := [name for name in values if name not in options]:
-        raise BadInput(f"{command}: {names.all_of(unknown, options)}")
+        raise BadInput(f"{command}: {suggestions.all_of(unknown, options)}")
     if missing := [name for name, option in options.items() if option.default is table.REQUIRED and name not in values]:
         raise BadInput(f"{command} needs {', '.join(missing)}")
     fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS

@@ -8,10 +8,10 @@ from typing import Any
 
 from treetune.cli import parse
 from treetune.cli.errors import BadInput
-from treetune.cli.options import table
 from treetune.cli.options.commands import Merge, Preprocess, Rollout, Score
 from treetune.cli.options.serve import Serve
 from treetune.core import drafts, lock, owned
+from treetune.core.config import table
 from treetune.core.rollout import builtin
 from treetune.core.run import guard, marker
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from treetune.cli import checks
 from treetune.cli.methods import CONFIGS, METHODS
-from treetune.cli.options import table
+from treetune.core.config import table
 from treetune.core.run.provenance import Options
 from treetune.core.run.resume_rules import WEIGHTS, Rule
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from treetune.cli.options import doors
 from treetune.cli.options.model import AdapterOptions, ModelName, ModelOptions, TokenOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.core import optim, option_pairs, registry
@@ -83,7 +82,7 @@ def optimizer(options: OptimOptions, *, loraplus: float | None = None) -> optim.
     }
     knobs = {"b1": options.adam_beta1, "eps": options.adam_epsilon, "momentum": options.momentum}
     knobs |= {} if options.adam_beta2 is None else {"b2": options.adam_beta2}
-    return registry.bind(doors.row(registry.OPTIMIZERS, options.optimizer), **knobs, **common)()
+    return registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **knobs, **common)()
 
 
 def model_name(options: ModelName) -> str:

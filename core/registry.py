@@ -8,7 +8,9 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from treetune.core import import_path
 
 
 class Named(Protocol):
@@ -31,6 +33,11 @@ class Entry(NamedTuple):
     function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Entry":
+        """The row of a function; its keyword-only parameters are what it takes."""
+        return cls(function, keywords(function))
+
 
 _RULES = ("weight_decay", "decay", "lr_scale")
 OPTIMIZERS: Mapping[str, Entry] = {
@@ -50,6 +57,24 @@ def keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     bound = function.keywords if isinstance(function, partial) else {}
     parameters = inspect.signature(function).parameters.values()
     return tuple(one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in bound)
+
+
+class Own(Protocol):
+    """A row that can be made for a function of the user's."""
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Own":
+        """The row of a function."""
+        ...
+
+
+R = TypeVar("R", bound=Own)
+
+
+def choose(table: Mapping[str, R], text: str) -> R:
+    """The row that a name stands for, or one like it for the function at an import path, which is imported now."""
+    kind: Any = type(next(iter(table.values())))
+    return table[text] if text in table else kind.of(import_path.load(text))
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:

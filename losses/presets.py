@@ -5,8 +5,8 @@ A new loss is one function and one row here; tests/losses/test_presets.py holds 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from treetune.core.registry import Entry, keywords
 
@@ -26,6 +26,11 @@ class PolicyPreset(NamedTuple):
     advantage: str = "group_scaled"
     epsilon: tuple[float, float] = (0.2, 0.2)
 
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "PolicyPreset":
+        """The row of a function; its keyword-only parameters are what it takes."""
+        return cls(function, keywords(function))
+
     @property
     def term(self) -> str:
         """The function's own name."""
@@ -39,6 +44,11 @@ class AdvantageEntry(NamedTuple):
     per_reward: bool = False
     across_prompts: bool = False
 
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "AdvantageEntry":
+        """The row of a function: it takes the rewards of each apart where it has the parameter `weights`, and may look at all prompts."""
+        return cls(function, "weights" in inspect.signature(function).parameters, across_prompts=True)
+
 
 class KtoEntry(NamedTuple):
     """scalar: the key of the batch whose value of the step the loss takes after `desirable`; None for none."""
@@ -46,6 +56,12 @@ class KtoEntry(NamedTuple):
     function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
     scalar: str | None = None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "KtoEntry":
+        """The row of a function; its keyword-only parameters are what it takes."""
+        parameters = inspect.signature(function).parameters
+        return cls(function, keywords(function), next((name for name in ("baseline", "delta") if name in parameters), None))
 
 
 _PPO = PolicyPreset(
@@ -141,22 +157,6 @@ TOKEN_LOSSES = {
     "dft": Entry("treetune.losses.sft.dft"),
     "eaft": Entry("treetune.losses.sft.eaft", ("alpha",)),
 }
-
-
-Row = TypeVar("Row", Entry, PolicyPreset, AdvantageEntry, KtoEntry)
-
-
-def own(table: Mapping[str, Row], function: Callable[..., Any]) -> Row:
-    """A row like those of the table for a function that is in none; its keyword-only parameters are what it takes.
-
-    An advantage takes the rewards of each function apart where it has the parameter `weights`, and may look at all prompts.
-    """
-    row, parameters = next(iter(table.values())), inspect.signature(function).parameters
-    if isinstance(row, AdvantageEntry):
-        return AdvantageEntry(function, "weights" in parameters, across_prompts=True)
-    if isinstance(row, KtoEntry):
-        return KtoEntry(function, keywords(function), next((name for name in ("baseline", "delta") if name in parameters), None))
-    return type(row)(function, keywords(function))
 
 
 def clip_bounds(preset: PolicyPreset, epsilon: float | None = None, epsilon_high: float | None = None) -> tuple[float, float]:

@@ -17,6 +17,7 @@ CODE = (*PACKAGES, "tests", "benchmarks", "examples")
 ALLOWED = {
     "ops": {"torch", "triton", "treetune.ops"},
     "core": {"torch", "treetune.core"},
+    "core/config": {"treetune.core"},
     "core/data": {"treetune.core", "transformers", "tokenizers", "datasets", "numpy", "torch"},
     "core/rollout": {"treetune.core", "httpx", "numpy", "tenacity", "torch"},
     # One run, whatever the method: it is given callables, and knows no model and no terminal.
@@ -62,7 +63,7 @@ LAZY = {
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.
-INNER = {"core": ("treetune.core.data", "treetune.core.rollout", "treetune.core.run")}
+INNER = {"core": ("treetune.core.config", "treetune.core.data", "treetune.core.rollout", "treetune.core.run")}
 LAZY_IN_CORE_DATA = {"transformers", "tokenizers", "datasets"}  # slow to import: never at the top of a file
 
 

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import doors
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
-from treetune.cli.options.marks import OBJECTIVE, Unused, Values
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
-from treetune.cli.options.ranges import BELOW_HALF, NOT_NEGATIVE, POSITIVE
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
 from treetune.core import import_path
+from treetune.core.config.marks import OBJECTIVE, Unused, Values
+from treetune.core.config.ranges import BELOW_HALF, NOT_NEGATIVE, POSITIVE
+from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def parts(config: Cpo, policy: "Policy", setting: "Setting") -> "Parts":
     options = config.loss
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}
     name = "cpo" if options.loss == "sigmoid" else options.loss
-    loss = registry.bind(doors.row(presets.CPO_LOSSES, name), beta=options.rl_beta, **smoothing)
+    loss = registry.bind(registry.choose(presets.CPO_LOSSES, name), beta=options.rl_beta, **smoothing)
     rewards = preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards
     terms = preference_objective.Options(nll_coef=options.cpo_alpha)
     return reference_free(config.optim, policy, loss, rewards(options.rl_beta), terms)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method
-from treetune.cli.options import doors, reference
+from treetune.cli.options import reference
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
-from treetune.cli.options.marks import OBJECTIVE, Unused, Values, unused_unless
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
-from treetune.cli.options.ranges import ANY, BELOW_HALF, PART, POSITIVE
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
 from treetune.core import import_path
+from treetune.core.config.marks import OBJECTIVE, Unused, Values, unused_unless
+from treetune.core.config.ranges import ANY, BELOW_HALF, PART, POSITIVE
+from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _term(name: str, options: DpoLoss) -> "PairLossFunction":
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}  # 0: the loss's own
     divergence = LOSSES.get(options.f_divergence, options.f_divergence)
     score = registry.bind(presets.PAIR_SCORES[divergence], alpha=options.f_alpha_divergence_coef)
-    row = doors.row(presets.PAIR_LOSSES, name)
+    row = registry.choose(presets.PAIR_LOSSES, name)
     return preference_objective.pair_loss(row, beta=options.rl_beta, score=score, tau=options.discopop_tau, **smoothing)
 
 

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import grpo
 from treetune.cli.methods.method import Method
-from treetune.cli.options import table
 from treetune.cli.options.data import SAMPLES, AnyRows, HeldOut
-from treetune.cli.options.marks import (
+from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
+from treetune.cli.options.optim import SCHEDULE, OptimOptions, peak
+from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
+from treetune.cli.options.policy_loss import POLICY_LOSS, PolicyLoss
+from treetune.cli.options.reference import RlReference
+from treetune.cli.options.rollout import RolloutOptions
+from treetune.cli.options.run import RunOptions
+from treetune.core.config import table
+from treetune.core.config.marks import (
     COMPLETIONS,
     NAMED_TEXTS,
     OBJECTIVE,
@@ -25,15 +32,8 @@ from treetune.cli.options.marks import (
     refused,
     unused_unless,
 )
-from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
-from treetune.cli.options.optim import SCHEDULE, OptimOptions, peak
-from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
-from treetune.cli.options.policy_loss import POLICY_LOSS, PolicyLoss
-from treetune.cli.options.ranges import NOT_NEGATIVE, PART, POSITIVE, SMALL, TEMPERATURE, TOKENS, TOKENS_MAX, Range, whole
-from treetune.cli.options.reference import RlReference
-from treetune.cli.options.rollout import RolloutOptions
-from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.ranges import NOT_NEGATIVE, PART, POSITIVE, SMALL, TEMPERATURE, TOKENS, TOKENS_MAX, Range, whole
+from treetune.core.config.table import group
 
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting

@@ -16,7 +16,7 @@ from treetune.cli.options.protocols import OnlineConfig
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.table import group
 
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting

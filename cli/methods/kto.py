@@ -5,17 +5,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import doors, reference
+from treetune.cli.options import reference
 from treetune.cli.options.data import SAMPLES, PairData
-from treetune.cli.options.doors import door, unused_unless_taken
-from treetune.cli.options.marks import OBJECTIVE, Unused
+from treetune.cli.options.doors import door
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
-from treetune.cli.options.ranges import POSITIVE
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
 from treetune.core import import_path
+from treetune.core.config.doors import unused_unless_taken
+from treetune.core.config.marks import OBJECTIVE, Unused
+from treetune.core.config.ranges import POSITIVE
+from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
@@ -77,13 +78,14 @@ def parts(config: Kto, policy: "Policy", setting: "Setting") -> "Parts":
     # Torch takes a second to import, and `treetune --help` and config errors need none of it.
     from treetune.cli.methods import kto_state, referenced
     from treetune.cli.methods.parts import EVERY, Parts, in_sequence, logprobs
+    from treetune.core import registry
     from treetune.losses import kto_objective
 
     options = config.loss
     reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
     train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
     weights = {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
-    row = doors.row(presets.KTO_LOSSES, options.loss)
+    row = registry.choose(presets.KTO_LOSSES, options.loss)
     loss = kto_objective.completion_loss(row, beta=options.rl_beta, **weights)
     make = partial(kto_objective.objective, loss=loss, beta=options.rl_beta)
     state = kto_state.build(row.scalar, reference.logp, evaluation, setting)

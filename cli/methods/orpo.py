@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options.data import PairData
-from treetune.cli.options.marks import OBJECTIVE
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
-from treetune.cli.options.ranges import NOT_NEGATIVE
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.marks import OBJECTIVE
+from treetune.core.config.ranges import NOT_NEGATIVE
+from treetune.core.config.table import group
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from treetune.cli.methods import referenced
 from treetune.cli.methods.parts import Parts, RolloutParts, Setting, in_sequence
-from treetune.cli.options import doors, pipeline, table
+from treetune.cli.options import pipeline
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.cli.options.protocols import OnlineConfig
 from treetune.core import registry, shard
+from treetune.core.config import table
 from treetune.core.data import pack
 from treetune.core.run.ranks import Ranks
 from treetune.core.state import Logprob, LogprobBeside, Objective, TokenStats, TrainState
@@ -36,7 +37,7 @@ MEANS = {
 def preset(options: PolicyLoss) -> PolicyPreset:
     """What the loss stands for, with what the user chose instead."""
     chosen = {"advantage": options.advantage, "ratio": options.importance_sampling_level, "aggregate": options.aggregate}
-    row = doors.row(presets.POLICY_LOSSES, options.loss)
+    row = registry.choose(presets.POLICY_LOSSES, options.loss)
     return row._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
@@ -52,7 +53,7 @@ def describe(options: PolicyLoss) -> str:
 
 def advantages(options: PolicyLoss, weights: list[float], ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """Rewards [P, G, K] of this rank -> advantages [P, G]; an estimator over the whole generation sees the rewards of all ranks."""
-    entry = doors.row(presets.ADVANTAGES, preset(options).advantage)
+    entry = registry.choose(presets.ADVANTAGES, preset(options).advantage)
     estimate = _estimator(entry, torch.tensor(weights, dtype=torch.float64))
 
     def compute(rewards: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ from treetune.cli.errors import BadInput
 from treetune.cli.methods import sft
 from treetune.cli.methods.method import Method
 from treetune.cli.methods.sft import LossOptions
-from treetune.cli.options.marks import MODEL_WEIGHTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, Unused, Values, unused_if, unused_unless
 from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
-from treetune.cli.options.ranges import COUNT, ROWS, TOKENS
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.marks import MODEL_WEIGHTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, Unused, Values, unused_if, unused_unless
+from treetune.core.config.ranges import COUNT, ROWS, TOKENS
+from treetune.core.config.table import group
 
 
 def _fraction_of_stream(values: Values) -> str:

@@ -9,7 +9,7 @@ from treetune.cli.options.data import SAMPLES, PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.table import group
 
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import doors
 from treetune.cli.options.data import DataOptions
 from treetune.cli.options.doors import door
-from treetune.cli.options.marks import OBJECTIVE, unused_unless
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
-from treetune.cli.options.ranges import BELOW_ONE, NOT_NEGATIVE
 from treetune.cli.options.run import RunOptions
-from treetune.cli.options.table import group
+from treetune.core.config.marks import OBJECTIVE, unused_unless
+from treetune.core.config.ranges import BELOW_ONE, NOT_NEGATIVE
+from treetune.core.config.table import group
+from treetune.losses import presets
 
 if TYPE_CHECKING:
     from treetune.cli.methods.parts import Parts, Setting
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from treetune.models.policy import Policy
 
 
-TOKEN_LOSS = door(("nll", "dft", "eaft"), "token loss", "logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")
+NAMES = tuple(name for name in presets.TOKEN_LOSSES if name != "smoothed")  # the option label_smoothing asks for that one
+TOKEN_LOSS = door(NAMES, "token loss", "logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def parts(config: SupervisedConfig, policy: "Policy", setting: "Setting") -> "Pa
 
 def objective(logprob: "Logprob", options: LossOptions, *, report: tuple[str, ...] = ()) -> "Objective":
     """The objective of supervised tokens that the options name; report: statistics to report besides accuracy."""
-    from treetune.losses import presets, sft_objective
+    from treetune.core import registry
+    from treetune.losses import sft_objective
 
     name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
-    row = doors.row(presets.TOKEN_LOSSES, name)
+    row = registry.choose(presets.TOKEN_LOSSES, name)
     token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
     return sft_objective.objective(logprob, token_loss, want=tuple(dict.fromkeys(("top1", *report, *outputs))))
 

@@ -10,13 +10,13 @@ from tyro.conf import Positional, arg
 
 from treetune.cli import samples
 from treetune.cli.options.data import PromptRows, RowOptions
-from treetune.cli.options.marks import unused_if
 from treetune.cli.options.model import LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
-from treetune.cli.options.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.serve import Serve as Serve
-from treetune.cli.options.table import group
+from treetune.core.config.marks import unused_if
+from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
+from treetune.core.config.table import group
 
 
 @dataclass(frozen=True)

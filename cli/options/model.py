@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from treetune.cli.options.doors import unused_unless_taken
-from treetune.cli.options.marks import (
+from treetune.core import registry
+from treetune.core.config.doors import unused_unless_taken
+from treetune.core.config.marks import (
     ADAPTER_SCALE,
     ADAPTER_WEIGHTS,
     MODEL_WEIGHTS,
@@ -20,8 +21,7 @@ from treetune.cli.options.marks import (
     refused,
     unused_if,
 )
-from treetune.cli.options.ranges import BELOW_ONE, POSITIVE, SMALL, whole
-from treetune.core import registry
+from treetune.core.config.ranges import BELOW_ONE, POSITIVE, SMALL, whole
 
 LORA = unused_if("adapter", "none", reason="adapter is none")
 SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")

@@ -6,19 +6,11 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options.doors import door, unused_unless_taken
-from treetune.cli.options.marks import (
-    REGEX_NUMBERS,
-    RESOURCES,
-    RUN_LENGTH,
-    STEP_ROWS,
-    STEP_SIZE,
-    Unused,
-    refused,
-    unused_unless,
-)
-from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
+from treetune.cli.options.doors import door
 from treetune.core import registry
+from treetune.core.config.doors import unused_unless_taken
+from treetune.core.config.marks import REGEX_NUMBERS, RESOURCES, RUN_LENGTH, STEP_ROWS, STEP_SIZE, Unused, refused, unused_unless
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
 
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
 

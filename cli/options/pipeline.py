@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from treetune.cli.options.marks import CORRECTION, GENERATIONS, SAMPLER, SHOWN, STORED, Unused, Values, unused_if, unused_unless
-from treetune.cli.options.ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, PORT, POSITIVE, PROCESSES, SECONDS, SHARE, TOKENS
 from treetune.cli.options.rollout import VLLM
+from treetune.core.config.marks import CORRECTION, GENERATIONS, SAMPLER, SHOWN, STORED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, PORT, POSITIVE, PROCESSES, SECONDS, SHARE, TOKENS
 
 ON_POLICY = "the trainer samples from the weights that train, so there is nothing to correct"
 OFF_POLICY_OPTIONS = ("use_vllm", "async_prefetch", "dynamic_sampling", "replay_buffer_size")

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options.doors import door, unused_unless_taken
-from treetune.cli.options.marks import OBJECTIVE, Unused, unused_if, unused_unless
-from treetune.cli.options.ranges import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE
+from treetune.cli.options.doors import door
+from treetune.core.config.doors import unused_unless_taken
+from treetune.core.config.marks import OBJECTIVE, Unused, unused_if, unused_unless
+from treetune.core.config.ranges import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE
 from treetune.losses import presets
 
 GIVEN = ("ratio", "advantage", "logp", "log_ratio", "old_logp", "seq", "seq_lens", "ref_logp", "correction")  # of a policy term

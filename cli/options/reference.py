@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from treetune.cli.errors import BadInput
-from treetune.cli.options.marks import REFERENCE_PACE, REFERENCE_WEIGHTS, listed, refused, unused_if, unused_unless
-from treetune.cli.options.ranges import COUNT, PART
+from treetune.core.config.marks import REFERENCE_PACE, REFERENCE_WEIGHTS, listed, refused, unused_if, unused_unless
+from treetune.core.config.ranges import COUNT, PART
 
 MOVING = unused_unless("sync_ref_model", reason="sync_ref_model is off")
 HELD = unused_unless("beta", reason="beta is 0, so there is no reference")

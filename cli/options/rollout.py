@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from treetune.cli.options.marks import COMPLETIONS, NAMED_TEXTS, REWARD, SAMPLED_FROM, function, listed, refused, unused_unless
-from treetune.cli.options.ranges import (
+from treetune.core.config.marks import COMPLETIONS, NAMED_TEXTS, REWARD, SAMPLED_FROM, function, listed, refused, unused_unless
+from treetune.core.config.ranges import (
     ANY,
     BELOW_ONE,
     COUNT_OR_NONE,

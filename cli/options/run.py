@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
-from treetune.cli.options.marks import ANSWER, PLACE, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
-from treetune.cli.options.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
+from treetune.core.config.marks import ANSWER, PLACE, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
 
 
 def _nothing_held_out(values: Values) -> str:

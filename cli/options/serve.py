@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.options.model import ModelName
-from treetune.cli.options.ranges import PORT, PROCESSES, SECONDS, SHARE, TOKENS, whole
-from treetune.cli.options.table import group
+from treetune.core.config.ranges import PORT, PROCESSES, SECONDS, SHARE, TOKENS, whole
+from treetune.core.config.table import group
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import main
-from treetune.cli.options import policy_loss, table
+from treetune.cli.options import policy_loss
 from treetune.core import import_path
+from treetune.core.config import table
 from treetune.losses import policy_gradient
 
 FUNCTIONS = '''"""Functions of a user."""

@@ -2,8 +2,9 @@
 
 import pytest
 
-from treetune.cli import main, names, parse
+from treetune.cli import main, parse
 from treetune.cli.methods.sft import Sft
+from treetune.core.config import suggestions
 
 SFT = parse.defaults(Sft)
 
@@ -34,28 +35,28 @@ SFT = parse.defaults(Sft)
     ],
 )
 def test_what_other_tools_call_it(word, words):
-    assert words in names.of_option(word, SFT)
+    assert words in suggestions.of_option(word, SFT)
 
 
 @pytest.mark.parametrize("word", ["cat", "training_rows", "frobnicate", "zzz", "temperature", "modality", "adaptation"])
 def test_coincidences_are_not_suggested(word):
-    assert names.of_option(word, SFT) == ""
+    assert suggestions.of_option(word, SFT) == ""
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_what_is_suggested_exists(command):
     known = parse.defaults(main.COMMANDS[command].config)
-    for word in names.OPTIONS:
-        said = names.of_option(word, known)
+    for word in suggestions.OPTIONS:
+        said = suggestions.of_option(word, known)
         if "did you mean " in said:
             assert said.partition("did you mean ")[2].rstrip("?)").partition(":")[0].partition(",")[0].partition(" ")[0] in known
 
 
 def test_every_name_in_the_table_is_an_option_of_some_command():
     known = {name for command in main.COMMANDS.values() for name in parse.defaults(command.config)}
-    for word, meant in names.OPTIONS.items():
+    for word, meant in suggestions.OPTIONS.items():
         head = meant.partition(":")[0].partition(",")[0].partition(" ")[0]
-        assert head in known or meant in (names.ALWAYS,) or head == "torchrun", (word, meant)
+        assert head in known or meant in (suggestions.ALWAYS,) or head == "torchrun", (word, meant)
         assert word not in known or word in ("beta", "rl_beta", "gpu_memory_utilization", "max_model_len", "output") or known, word
 
 
@@ -73,11 +74,11 @@ def test_every_name_in_the_table_is_an_option_of_some_command():
     ],
 )
 def test_commands_of_other_tools(word, words):
-    assert words in names.of_command(word, main.COMMANDS)
+    assert words in suggestions.of_command(word, main.COMMANDS)
 
 
 def test_command_without_a_neighbour():
-    assert names.of_command("banana", main.COMMANDS) == ""
+    assert suggestions.of_command("banana", main.COMMANDS) == ""
 
 
 def test_flags_are_suggested_as_flags(kit, tune):

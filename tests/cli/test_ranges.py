@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from treetune.cli import main, parse
-from treetune.cli.options import table
+from treetune.core.config import table
 
 RANGES = {
     name: option.range

@@ -7,7 +7,7 @@ import yaml
 
 from treetune.cli import main, parse
 from treetune.cli.methods.sft import Sft
-from treetune.cli.options import table
+from treetune.core.config import table
 
 READ = {
     "max_steps: 1e1": ("max_steps", 10),

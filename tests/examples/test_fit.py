@@ -41,5 +41,7 @@ def test_a_call_has_the_numbers_of_the_command(method, options, tiny, here, kit,
 
 
 def test_a_call_takes_25_lines_at_most():
-    functions = {node.name: node.end_lineno - node.lineno + 1 for node in ast.parse(FILE.read_text()).body if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name: node.end_lineno - node.lineno + 1 for node in ast.parse(FILE.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
     assert all(lines + functions["curve"] <= 25 for name, lines in functions.items())

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from treetune.cli import names
-from treetune.cli.errors import BadInput
-from treetune.cli.options.table import Option
+from treetune.core.config import suggestions
+from treetune.core.config.table import Option
 from treetune.core.data import yamlvalues
 from treetune.core.data.yamltext import Written
 
@@ -13,12 +12,12 @@ NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def value(written: Written, option: Option, place: str) -> Any:
-    """The value of an option. Errors: BadInput with the place, the option, what was expected and what was there."""
+    """The value of an option. Errors: ValueError with the place, the option, what was expected and what was there."""
     if written.value is None and option.optional:
         return None
     expected = f"{option.expected()}, or a list of such" if option.many else option.expected()
     if written.value is None:
-        raise BadInput(f"{place}: {option.name} has no value: it must be {expected}; give one or remove the line")
+        raise ValueError(f"{place}: {option.name} has no value: it must be {expected}; give one or remove the line")
     if not option.many:
         return _one(written, option, f"{place}: {option.name}")
     if isinstance(written.value, dict):
@@ -34,18 +33,20 @@ def value_of(text: str, kind: type) -> int | float | None:
 
 
 def check_argument(flag: str, text: str, option: Option) -> None:
-    """Errors: BadInput where the text of a flag is not one of the choices, or no number, as its type says."""
+    """Errors: ValueError where the text of a flag is not one of the choices, or no number, as its type says."""
     number = option.single not in (int, float) or value_of(text, option.single) is not None or text.lower() in NOT_FINITE
     if not number or not option.holds(text):  # the ranges of numbers are checked later
-        raise BadInput(f"{flag} must be {option.expected()}, got {yamlvalues.shortened(text)!r}{names.of_choice(text, option.choices)}")
+        raise ValueError(
+            f"{flag} must be {option.expected()}, got {yamlvalues.shortened(text)!r}{suggestions.of_choice(text, option.choices)}"
+        )
 
 
 def _one(written: Written, option: Option, subject: str) -> Any:
     read: Callable = {bool: yamlvalues.flag, int: yamlvalues.integer, float: yamlvalues.number}.get(option.single, yamlvalues.text)
     out = read(written)
     if out is None or isinstance(out, str) and not option.holds(out):
-        near = names.of_choice(written.value, option.choices) if option.choices and isinstance(written.value, str) else ""
+        near = suggestions.of_choice(written.value, option.choices) if option.choices and isinstance(written.value, str) else ""
         raise yamlvalues.wrong(written, subject, option.expected(), near)
     if option.range is not None and not isinstance(out, str) and not option.range.holds(out):
-        raise BadInput(f"{subject} must be {option.expected()}, got {written.text or out}")
+        raise ValueError(f"{subject} must be {option.expected()}, got {written.text or out}")
     return out

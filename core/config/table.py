@@ -10,9 +10,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from treetune.cli.options.doors import Door
-from treetune.cli.options.marks import REFUSED, Pairs, Rule, Unused
-from treetune.cli.options.ranges import Range
+from treetune.core.config.doors import Door
+from treetune.core.config.marks import REFUSED, Pairs, Rule, Unused
+from treetune.core.config.ranges import Range
 from treetune.core.import_path import FORM, is_path
 
 REQUIRED = dataclasses.MISSING
