@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 from treetune.core import shard, tree
 from treetune.core.state import OptState, Params
 
-Rules = Iterable[tuple[str, float]]
+LeafRules = Iterable[tuple[str, float]]
 
 
 class Update(Protocol):
@@ -47,7 +47,7 @@ class _Leaf(NamedTuple):
     lr_scale: float
 
 
-def _plan(params: Params, weight_decay: float, decay: Rules, lr_scale: Rules) -> list[_Leaf]:
+def _plan(params: Params, weight_decay: float, decay: LeafRules, lr_scale: LeafRules) -> list[_Leaf]:
     """Per-leaf decay and lr multiplier, from (regex, value) rules; vectors decay only where a rule says so."""
     decays = tree.leaves(tree.assign(params, decay, None))
     scales = tree.leaves(tree.assign(params, lr_scale, 1.0))
@@ -83,7 +83,7 @@ def _laid_out(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def adamw(
-    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()
+    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()
 ) -> Optimizer:
     """AdamW with decoupled decay, fused and in place: p -= lr (m_hat / (sqrt(v_hat) + eps) + decay p).
 
@@ -116,7 +116,7 @@ def adamw(
     return Optimizer(init, update)
 
 
-def stepwise(start: Start, direction: Direction, *, weight_decay: float, decay: Rules, lr_scale: Rules) -> Optimizer:
+def stepwise(start: Start, direction: Direction, *, weight_decay: float, decay: LeafRules, lr_scale: LeafRules) -> Optimizer:
     """An optimiser from a pair of functions on one leaf, applied as p -= lr (step + decay p).
 
     start(leaf) -> moments: the state of a leaf before the first step, tensors by name, {} for none.
@@ -157,7 +157,7 @@ def _zero(leaf: Tensor) -> Tensor:
     return shard.like(torch.zeros_like, leaf)
 
 
-def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
+def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()) -> Optimizer:
     """Gradient descent with heavy-ball momentum: m <- momentum m + g; p -= lr (m + decay p). No state without momentum."""
 
     def start(leaf: Tensor) -> Moments:
@@ -172,7 +172,7 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: Rules = (), 
     return stepwise(start, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale)
 
 
-def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay: Rules = (), lr_scale: Rules = ()) -> Optimizer:
+def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()) -> Optimizer:
     """Lion: p -= lr (sign(b1 m + (1 - b1) g) + decay p); m <- b2 m + (1 - b2) g. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
 
     def direction(grad: Tensor, moments: Moments, param: Tensor) -> tuple[Tensor, Moments]:

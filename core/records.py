@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from treetune.core import drafts, durable
 
-Record = dict[str, Any]
+JsonRecord = dict[str, Any]
 
 
 class Read(NamedTuple):
     """The records of a file in order, and the numbers of its lines without one."""
 
-    records: list[Record]
+    records: list[JsonRecord]
     broken: list[int]
 
 
@@ -28,7 +28,7 @@ def read(path: Path, *, numbers: bool = False) -> Read:
     return Read([record for _, record in entries.values() if record is not None], _broken(entries))
 
 
-def truncate(path: Path, step: int, *, numbers: bool = False, keep: Callable[[Record], bool] = lambda record: True) -> Read:
+def truncate(path: Path, step: int, *, numbers: bool = False, keep: Callable[[JsonRecord], bool] = lambda record: True) -> Read:
     """Cut a file back to its records up to `step`, as a resumed run needs; of those at `step` itself to the ones to keep."""
     entries = _entries(path, numbers)
     remaining = [
@@ -40,7 +40,7 @@ def truncate(path: Path, step: int, *, numbers: bool = False, keep: Callable[[Re
     return Read([record for _, record in remaining], _broken(entries))
 
 
-def append(path: Path, record: Record) -> None:
+def append(path: Path, record: JsonRecord) -> None:
     """Append a record as a line."""
     # Half of a surrogate pair has no UTF-8; its escape is JSON.
     durable.append_line(path, json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace"))
@@ -62,17 +62,17 @@ def describe(path: Path, broken: list[int]) -> str:
     return f"{path}: {what} no record and {'is' if len(broken) == 1 else 'are'} left out; the others are kept"
 
 
-def _broken(entries: dict[int, tuple[bytes, Record | None]]) -> list[int]:
+def _broken(entries: dict[int, tuple[bytes, JsonRecord | None]]) -> list[int]:
     return [number for number, (_, record) in entries.items() if record is None]
 
 
-def _entries(path: Path, numbers: bool) -> dict[int, tuple[bytes, Record | None]]:
+def _entries(path: Path, numbers: bool) -> dict[int, tuple[bytes, JsonRecord | None]]:
     """{number of a line: its bytes and its record, None where it holds none}; empty lines are left out."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return {number: (line, _parsed(line, numbers)) for number, line in enumerate(lines, 1) if line.strip()}
 
 
-def _parsed(line: bytes, numbers: bool) -> Record | None:
+def _parsed(line: bytes, numbers: bool) -> JsonRecord | None:
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):

@@ -23,7 +23,7 @@ from treetune.models.dense import Config, Training
 from treetune.ops import attention
 
 # kind -> (what replaces "ForCausalLM" in transformers' class names, PEFT's task_type)
-KINDS = {"sequence": ("ForSequenceClassification", "SEQ_CLS"), "token": ("ForTokenClassification", "TOKEN_CLS")}
+HEAD_KINDS = {"sequence": ("ForSequenceClassification", "SEQ_CLS"), "token": ("ForTokenClassification", "TOKEN_CLS")}
 LABELS = {"sequence": ("reward",), "token": ("bad", "good")}
 PAD = "<|pad|>"
 
@@ -78,10 +78,10 @@ def kind(path: str | Path) -> str | None:
     root = Path(path).expanduser()
     if (root / adapter.CONFIG).is_file():
         task = adapter.task_of(root)
-        return next((name for name, (_, task_type) in KINDS.items() if task == task_type), None)
+        return next((name for name, (_, task_type) in HEAD_KINDS.items() if task == task_type), None)
     config = folder.read_json(root / "config.json") if (root / "config.json").is_file() else {}
     architectures = " ".join(fields.texts(fields.mapping(config, str(root / "config.json")), "architectures", default=(), null=True))
-    return next((name for name, (suffix, _) in KINDS.items() if architectures.endswith(suffix)), None)
+    return next((name for name, (suffix, _) in HEAD_KINDS.items() if architectures.endswith(suffix)), None)
 
 
 def save(
@@ -104,7 +104,7 @@ def save(
     leaves, config = hf.described(model, tokenizer)
     leaves = {key: leaf for key, leaf in leaves.items() if key != hf.hf_key(model.family, "lm_head")}
     leaves |= {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
-    architecture = config["architectures"][0].replace("ForCausalLM", KINDS[kind_name][0])
+    architecture = config["architectures"][0].replace("ForCausalLM", HEAD_KINDS[kind_name][0])
     config |= {"architectures": [architecture], "tie_word_embeddings": model.cfg.tied} | _labelled(labels, kind_name, classes)
     hf.write(path, leaves, config, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
@@ -119,7 +119,7 @@ def load(
     root = hf.fetch(path_or_id, revision=revision)
     config, kind_name = folder.read_json(root / "config.json"), kind(root)
     if kind_name is None:
-        expected = " or ".join(f"...{suffix}" for suffix, _ in KINDS.values())
+        expected = " or ".join(f"...{suffix}" for suffix, _ in HEAD_KINDS.values())
         raise ValueError(
             f"{root / 'config.json'} has architectures {config.get('architectures')}; expected {expected}, a model with a head"
         )
@@ -153,7 +153,7 @@ def save_adapter(
     """
     if "lm_head" in tree_ or "lm_head" in (whole or {}):
         raise ValueError("lm_head trains beside a scalar head, and no score depends on it: leave it out of the targets and whole modules")
-    saved = adapter.Head(KINDS[kind_of(head)][1], dict(tree.items(head)))
+    saved = adapter.Head(HEAD_KINDS[kind_of(head)][1], dict(tree.items(head)))
     # Not `tied`: that would only tell PEFT how to keep up a language head, which these models lack.
     adapter.save(path, tree_, family=family, info=info, whole=whole, carried=carried, head=saved)
 
@@ -165,12 +165,12 @@ def load_adapter(path: str | Path, model: Model, *, dtype: torch.dtype = torch.f
     """
     root = Path(path).expanduser()
     if (kind_name := kind(root)) is None:
-        expected = " or ".join(task for _, task in KINDS.values())
+        expected = " or ".join(task for _, task in HEAD_KINDS.values())
         raise ValueError(f"{root} has task_type {adapter.task_of(root)!r}; expected {expected}, an adapter with a scalar head")
     names = [f"score.{part}" for part in ("weight", "bias")[: 2 if kind_name == "token" else 1]]
     low, whole, extra, info = adapter.load_with_tensors(root, model, names, dtype=dtype)
     if missing := [name for name in names if name not in extra]:
-        raise ValueError(f"{root / adapter.WEIGHTS} lacks {adapter.PREFIX}{missing[0]}, the head of a {KINDS[kind_name][1]} adapter")
+        raise ValueError(f"{root / adapter.WEIGHTS} lacks {adapter.PREFIX}{missing[0]}, the head of a {HEAD_KINDS[kind_name][1]} adapter")
     like = model.params["embed_tokens"]
     head = tree.from_items((name, extra[name].to(like.device, torch.float32)) for name in names)
     _check(head, model.cfg, str(root))

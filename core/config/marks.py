@@ -54,14 +54,14 @@ def function(reason: str, option: str) -> Rule:
     return Rule(FUNCTION, reason, (option,))
 
 
-class Pairs(NamedTuple):
+class EqualsTexts(NamedTuple):
     """The option holds texts with an equals sign: read(texts, option) raises ValueError for what is none. named: or a mapping in a file."""
 
     read: Callable[[tuple[str, ...], str], Any]
     named: bool
 
 
-NAMED_TEXTS, REGEX_NUMBERS = Pairs(option_pairs.named_texts, True), Pairs(option_pairs.rules, False)
+NAMED_TEXTS, REGEX_NUMBERS = EqualsTexts(option_pairs.named_texts, True), EqualsTexts(option_pairs.rules, False)
 
 STARTED = Rule(START, "says how the run is started")
 MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")

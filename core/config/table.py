@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from treetune.core.config.doors import Door
-from treetune.core.config.marks import REFUSED, Pairs, Rule, Unused
+from treetune.core.config.marks import REFUSED, EqualsTexts, Rule, Unused
 from treetune.core.config.ranges import Range
 from treetune.core.import_path import FORM, is_path
 
@@ -36,7 +36,7 @@ class Option(NamedTuple):
     range: Range | None = None
     rule: Rule | None = None
     unused: tuple[Unused, ...] = ()
-    pairs: Pairs | None = None
+    pairs: EqualsTexts | None = None
     door: Door | None = None
 
     def expected(self) -> str:
@@ -91,7 +91,7 @@ def _option(name: str, kind: Any, default: Any, marked: Any) -> Option:
     single, rule = str if choices else inner, only(Rule)
     if door and rule is not None and rule.verdict == REFUSED:
         rule = rule._replace(judged_by=(name,))  # two functions in other places may be the same
-    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(Pairs), door)
+    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door)
 
 
 def _taken_apart(marked: Any) -> tuple[tuple, Any]:

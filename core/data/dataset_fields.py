@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from treetune.core.data import yamlvalues
-from treetune.core.data.files import KINDS
+from treetune.core.data.files import FILE_TYPES
 from treetune.core.data.yamltext import Reading, Written
 
 EOS = ("turn", "all", "last")
@@ -87,7 +87,7 @@ VALUES = Field("a mapping of the template's variables", lambda written: _mapping
 
 SOURCE = {
     "path": NAME, "split": NAME, "name": _or_null(NAME), "revision": _or_null(NAME), "data_files": FILES,
-    "ds_type": _or_null(_choice(*KINDS)), "shards": _or_null(_whole(1)), "shard_index": _whole(0), "limit": _or_null(_whole(1)),
+    "ds_type": _or_null(_choice(*FILE_TYPES)), "shards": _or_null(_whole(1)), "shard_index": _whole(0), "limit": _or_null(_whole(1)),
     "train_on_split": NAME, "weight": WEIGHT,
 }  # fmt: skip
 # What rows of fixed columns in a wording of one's own take: `type: {field_instruction: ...}`, and the user_defined formats.

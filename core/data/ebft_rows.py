@@ -88,7 +88,7 @@ def _detect(rows: sources.Rows) -> str:
     columns = sources.columns(rows)
     if (detected := row_formats.detect("truths", columns)) is not None:
         return detected.name
-    names = "; ".join(row_format.name for row_format in row_formats.ranked("truths"))
+    names = "; ".join(row_format.name for row_format in row_formats.detect_order("truths"))
     raise ValueError(
         f"{rows.name} has the columns {sources.join_names(sorted(columns))}: structured mode reads {names}; name a transform "
         "with --format, or give --mode strided for documents"

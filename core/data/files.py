@@ -1,6 +1,6 @@
 """Files of a data set: paths, folders, patterns and remote addresses, plain or compressed.
 
-A `File` is a name, what is in it (a key of `records.READERS`) and how it is packed. Remote addresses go through fsspec.
+A `File` is a name, what is in it (a key of `file_rows.READERS`) and how it is packed. Remote addresses go through fsspec.
 """
 
 import glob
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 from urllib.parse import urlsplit
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
-KINDS = (*SUFFIXES.values(), "document")  # "document" is a whole text file as one row; only ds_type can ask for it
+FILE_TYPES = (*SUFFIXES.values(), "document")  # "document" is a whole text file as one row; only ds_type can ask for it
 PACKED = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder: of several splits, of one
@@ -65,10 +65,10 @@ def find(path: str | None, *, data_files: str | Sequence[str] = (), ds_type: str
     In a folder, names such as test.jsonl or test/0.jsonl belong to that split and all others to train.
     Errors: ValueError for nothing found, an unsupported or mixed kind, and what a remote system says.
     """
-    if ds_type is not None and ds_type not in KINDS:
-        raise ValueError(f"ds_type is {ds_type!r}: expected one of {', '.join(KINDS)}")
+    if ds_type is not None and ds_type not in FILE_TYPES:
+        raise ValueError(f"ds_type is {ds_type!r}: expected one of {', '.join(FILE_TYPES)}")
     names = [data_files] if isinstance(data_files, str) else list(data_files)
-    if names and path in KINDS and not os.path.exists(path):
+    if names and path in FILE_TYPES and not os.path.exists(path):
         path, ds_type = None, ds_type or path
     if not names:
         assert path is not None

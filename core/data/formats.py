@@ -9,7 +9,7 @@ import numpy as np
 
 from treetune.core.data import reporting, row_formats, sources, spans
 from treetune.core.data.row_formats import RowFormat
-from treetune.core.data.rows import Progress
+from treetune.core.data.rows import Advance
 from treetune.core.protocols import Tokenizer
 
 CHUNK = 512  # rows tokenised together: enough to keep the cores busy
@@ -48,7 +48,9 @@ def detect(columns: Sequence[str]) -> str:
     """Name of the first format whose columns are all there. Errors: ValueError listing columns and formats."""
     if (detected := row_formats.detect("text", columns)) is not None:
         return detected.name
-    needed = {row_format.name: " or ".join(" + ".join(names) for names in row_format.columns) for row_format in row_formats.ranked("text")}
+    needed = {
+        row_format.name: " or ".join(" + ".join(names) for names in row_format.columns) for row_format in row_formats.detect_order("text")
+    }
     needs = "; ".join(f"{name} needs {columns}" for name, columns in needed.items())
     raise ValueError(f"no format fits the columns {sources.join_names(columns)}: {needs}. Rename columns or name one of the other formats")
 
@@ -70,7 +72,7 @@ def encode_rows(
     overlong: str | None = None,
     format_options: Mapping[str, Any] | None = None,
     may_be_empty: bool = False,
-    progress: Progress = lambda rows: None,
+    progress: Advance = lambda rows: None,
     **options,
 ) -> tuple[list[spans.Doc], TextReport]:
     """Documents of the rows, in their order, and what became of the rows.

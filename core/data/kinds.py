@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from treetune.core.data import formats, reporting, reward, row_formats, sources, strides, trees, unpaired
-from treetune.core.data.rows import Progress, Row
+from treetune.core.data.rows import Advance, Row
 from treetune.core.protocols import Tokenizer
 
 QUESTIONS = ("prompt", "input", "question", "instruction")
@@ -30,7 +30,7 @@ class Encode(Protocol):
         format_options: Mapping[str, Any] | None = None,
         sequence_len: int | None = None,
         overlong: str | None = None,
-        progress: Progress = ...,
+        progress: Advance = ...,
     ) -> tuple[list, Any]:
         """Documents in the order of the rows; format_options: those that the format takes, by whatever name."""
         ...
@@ -65,7 +65,7 @@ def _detect(kind: str, columns: Sequence[str], row: Mapping[str, Any] | None = N
 
     Formats of a fixed wording that share their columns with others must be named. Errors: ValueError listing all that is known.
     """
-    candidates = row_formats.ranked(kind)
+    candidates = row_formats.detect_order(kind)
     for row_format in candidates:
         needed, name = row_format.columns[0], row_format.name
         if set(needed) <= set(columns) and (name != "chat_template.argilla" or _converses(columns, row)):
@@ -133,7 +133,7 @@ def _reader(kind: str, name: str, format_options: Mapping[str, Any], rows: sourc
     }
 
 
-def _counting(read: Callable, progress: Progress) -> Callable:
+def _counting(read: Callable, progress: Advance) -> Callable:
     def counted(row: Row, location: str):
         progress(1)
         return read(row, location)
@@ -150,7 +150,7 @@ def _encode_trees(
     format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Advance = lambda rows: None,
 ) -> tuple[list[trees.TreeDoc], trees.TreeReport]:
     """Documents with a branch for each continuation; for kinds of FOREIGN, each row has one more from another row."""
     read, template = _reader(kind, format, format_options or {}, rows)
@@ -177,7 +177,7 @@ def _encode_steps(
     format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Advance = lambda rows: None,
 ) -> tuple[list[trees.TreeDoc], trees.TreeReport]:
     read, _ = _reader("steps", format, format_options or {}, rows)
     rows = sources.track_reads(rows)

@@ -56,7 +56,7 @@ def of_kind(kind: str) -> dict[str, RowFormat]:
     return {row_format.name: row_format for row_format in FORMATS if kind in row_format.kinds}
 
 
-def ranked(kind: str) -> list[RowFormat]:
+def detect_order(kind: str) -> list[RowFormat]:
     """The formats of a kind that detection tries, in its order."""
     return sorted(
         (row_format for row_format in FORMATS if kind in row_format.kinds and row_format.rank is not None),
@@ -66,7 +66,9 @@ def ranked(kind: str) -> list[RowFormat]:
 
 def detect(kind: str, columns: Sequence[str]) -> RowFormat | None:
     """The first format whose columns are all there."""
-    return next((row_format for row_format in ranked(kind) if any(set(needed) <= set(columns) for needed in row_format.columns)), None)
+    return next(
+        (row_format for row_format in detect_order(kind) if any(set(needed) <= set(columns) for needed in row_format.columns)), None
+    )
 
 
 def keywords(reader: Callable) -> tuple[str, ...]:
@@ -140,7 +142,7 @@ def _strided(name: str, columns: tuple[tuple[str, ...], ...], reader: Callable, 
     return RowFormat(name, ("strided",), columns, reader, CHAT if messages else (), rank, "truncate")
 
 
-RANKED = ("input", "chosen", "rejected")
+RANKED_COLUMNS = ("input", "chosen", "rejected")
 BRADLEY_TERRY = preference.worded_pairs(wording.STYLES["llama3"], preference.PAIR_COLUMNS["icr"])
 ARGILLA = preference.without_options(preference.argilla)
 FORMATS: list[RowFormat] = [
@@ -154,8 +156,8 @@ FORMATS: list[RowFormat] = [
     text("pretokenised", (("input_ids", "labels"),), pretokenised.reader, rank=3, fix="give some tokens a label other than -100"),
     text("completion", (("text",),), completion.reader, rank=4, overlong="split", fix="fill the text column"),
 
-    sides("bradley_terry.chat_template", ("ranked",), RANKED, preference.without_options(reward.ranked), rank=0, messages=True),
-    sides("bradley_terry.llama3", ("ranked",), RANKED, preference.without_options(BRADLEY_TERRY)),
+    sides("bradley_terry.chat_template", ("ranked",), RANKED_COLUMNS, preference.without_options(reward.ranked), rank=0, messages=True),
+    sides("bradley_terry.llama3", ("ranked",), RANKED_COLUMNS, preference.without_options(BRADLEY_TERRY)),
     *_worded_pairs(),
     sides("zephyr.nectar", PREFERENCES, ("prompt", "answers"), preference.without_options(preference.nectar)),
     sides("chat_template.default", PREFERENCES, ("messages", "chosen", "rejected"), preference.templated, rank=1, messages=True),

@@ -5,4 +5,4 @@ from typing import Any
 
 Row = dict[str, Any]  # columns by name
 Message = dict[str, Any]  # role, content, and perhaps reasoning_content, tool_calls and other fields
-Progress = Callable[[int], None]  # takes how many more rows are done
+Advance = Callable[[int], None]  # takes how many more rows are done

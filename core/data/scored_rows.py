@@ -5,7 +5,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple, Protocol
 
 from treetune.core.data import kinds, pack, row_formats, sources, trees
-from treetune.core.data.rows import Message, Progress
+from treetune.core.data.rows import Advance, Message
 from treetune.core.protocols import Tokenizer
 from treetune.core.state import Batch
 
@@ -95,7 +95,7 @@ def _with_labels(rows: sources.Rows) -> sources.Rows:
     return rows._replace(rows=[row | {"labels": [True] * count} for row, count in zip(rows.rows, counts, strict=True)])
 
 
-def score(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, budget: int, pad: bool, progress: Progress) -> Values:
+def score(docs: Sequence[trees.TreeDoc], forward: Forward, *, read: str, budget: int, pad: bool, progress: Advance) -> Values:
     """The scores of each document, in forward passes of up to `budget` tokens, or of so many if `pad`; progress counts documents."""
     values: Values = [[] for _ in docs]
     for group in pack.pack([len(doc.tokens) for doc in docs], budget, seed=None):

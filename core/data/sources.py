@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-from treetune.core.data import files, hub, order, records
+from treetune.core.data import file_rows, files, hub, order
 from treetune.core.data.rows import Row
 
 SYSTEM = "system"  # the column of a system message
@@ -318,7 +318,7 @@ def _bound(text: str, total: int) -> int:
 def _read_files(file_list: Sequence[files.File], path: str | None, limit: int | None) -> Rows:
     parts, remaining = [], limit
     for file in file_list:
-        rows = list(islice(records.iterate(file), remaining))
+        rows = list(islice(file_rows.iterate(file), remaining))
         parts.append(Rows(file.name, [row.row for row in rows], [row.number for row in rows], rows[0].unit if rows else "row"))
         remaining = None if remaining is None else remaining - len(rows)
         if remaining == 0:

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
 
-from treetune.core.data import files, hub, loader, order, records, sources
-from treetune.core.data.records import ReadPosition
+from treetune.core.data import file_rows, files, hub, loader, order, sources
+from treetune.core.data.file_rows import ReadPosition
 
 BUFFER = 10_000  # rows
 PART_BITS = 36  # a row number is (index of the shard << PART_BITS) + its number in the shard
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
     """A file, or a shard of a hub dataset. `read(position)` gives the rows after a position."""
 
     name: str
-    read: Callable[[ReadPosition], Iterator[records.Record]]
+    read: Callable[[ReadPosition], Iterator[file_rows.RowRecord]]
     start: ReadPosition = ReadPosition()
 
 
@@ -78,7 +78,7 @@ def list_shards(
 
 def file_shard(file: files.File) -> Shard:
     """A file as a shard."""
-    return Shard(file.name, lambda place: records.iterate(file, place))
+    return Shard(file.name, lambda place: file_rows.iterate(file, place))
 
 
 def hub_shards(data: Any, name: str) -> list[Shard]:
@@ -193,7 +193,7 @@ def stream_fingerprint(shards: Sequence[Shard], **options) -> str:
     return hashlib.sha256(json.dumps([identity, sorted(options.items())]).encode()).hexdigest()[:16]
 
 
-def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, records.Record]]:
+def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCursor) -> Iterator[tuple[int, int, file_rows.RowRecord]]:
     """(position in the epoch's order, index of the shard, record) of the rest of the epoch."""
     for position in range(cursor.part, len(epoch_order)):
         shard = shards[epoch_order[position]]
@@ -202,7 +202,7 @@ def _records(shards: Sequence[Shard], epoch_order: list[int], cursor: StreamCurs
             yield position, epoch_order[position], record
 
 
-def _rows(shards: Sequence[Shard], epoch_order: list[int], block_records: list[tuple[int, int, records.Record]]) -> sources.Rows:
+def _rows(shards: Sequence[Shard], epoch_order: list[int], block_records: list[tuple[int, int, file_rows.RowRecord]]) -> sources.Rows:
     """Rows of a block, whose numbers tell shard and line."""
     shard_indices = dict.fromkeys(shard_index for _, shard_index, _ in block_records)
     units = {shard_index: record.unit for _, shard_index, record in block_records}
@@ -232,9 +232,9 @@ def _without(shards: list[Shard], skip: int) -> list[Shard]:
     return shards
 
 
-def _shard_reader(data: Any, i: int) -> Callable[[ReadPosition], Iterator[records.Record]]:
-    def read(place: ReadPosition) -> Iterator[records.Record]:
+def _shard_reader(data: Any, i: int) -> Callable[[ReadPosition], Iterator[file_rows.RowRecord]]:
+    def read(place: ReadPosition) -> Iterator[file_rows.RowRecord]:
         for number, row in enumerate(data.shard(data.num_shards, i).skip(place.row), place.row + 1):
-            yield records.Record(number, row, 0, "row")
+            yield file_rows.RowRecord(number, row, 0, "row")
 
     return read

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from treetune.core import strided
 from treetune.core.data import ebft, formats, pack, reporting, row_formats, sources, trees
-from treetune.core.data.rows import Progress
+from treetune.core.data.rows import Advance
 from treetune.core.protocols import Tokenizer
 
 PRETOKENISED = "pretokenised"
@@ -91,7 +91,7 @@ def encode_rows(
     format_options: Mapping[str, Any] | None = None,
     sequence_len: int | None = None,
     overlong: str | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Advance = lambda rows: None,
     places: Places,
 ) -> tuple[list[ebft.StridedDoc], StridedReport]:
     """Documents of the rows, in their order, and what became of the rows.

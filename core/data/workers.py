@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from treetune.core.data import kinds, sources
-from treetune.core.data.rows import Progress
+from treetune.core.data.rows import Advance
 from treetune.core.protocols import Tokenizer
 
 PARTS = 8  # of the rows per process: progress moves, and a slow part does not hold up the end
@@ -18,7 +18,7 @@ def encode_rows(
     *,
     processes: int,
     kind: kinds.DatasetSpec = kinds.TEXT,
-    progress: Progress = lambda rows: None,
+    progress: Advance = lambda rows: None,
     **options,
 ) -> tuple[list, Any]:
     """`kind.encode` over `processes` processes; the same documents in the same order, and the same errors."""

@@ -86,7 +86,7 @@ class VllmEngine:
         # vLLM computes the log-probs of a prompt with the adapters of whatever else runs: the canary must run alone.
         self.alone = threading.Lock()
         self.version = 0
-        self.verdict: sync.Verdict | None = None
+        self.verdict: sync.CanaryVerdict | None = None
         with contextlib.ExitStack() as resources:  # ended here if the server is refused
             if self.server is not None:
                 resources.callback(self.server.stop)
@@ -174,7 +174,7 @@ class VllmEngine:
             self.verdict = self._steady(lambda _: self.sync.sync(version, save, trained, expected))
             self.version = version
 
-    def _steady(self, call: Callable[[str], sync.Verdict]) -> sync.Verdict:
+    def _steady(self, call: Callable[[str], sync.CanaryVerdict]) -> sync.CanaryVerdict:
         """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
         try:
             return sync.steady(call, self.sync, self.server)

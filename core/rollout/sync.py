@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     got: np.ndarray
 
 
-class Verdict(NamedTuple):
+class CanaryVerdict(NamedTuple):
     """How far the server is from the trainer (mean and largest difference, nats), how far the trainer has moved since the last sync
     (largest difference), and whether a lost sync would have been seen: False where it moved too little to tell."""  # fmt: skip
 
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
     told: bool
 
 
-def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution: float) -> Verdict:
+def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution: float) -> CanaryVerdict:
     """What two readings tell. Raises SyncError when the server has other weights than the trainer."""
     if now.expected.shape != now.got.shape:
         raise ValueError(f"the trainer gave {now.expected.size} log-probs of the canary and the server {now.got.size}; expected as many")
@@ -64,7 +64,7 @@ def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution:
         if before is not None and np.abs(now.got - before.expected).mean() <= tolerance:
             weights = f"version {before.version}"
         raise SyncError(f"the server has {weights}, not version {now.version}: {text}")
-    return Verdict(float(gap.mean()), float(gap.max()), moved, before is not None and moved > resolution)
+    return CanaryVerdict(float(gap.mean()), float(gap.max()), moved, before is not None and moved > resolution)
 
 
 def _moved(moved: float) -> str:
@@ -85,7 +85,7 @@ class Canary:
         self.dtype, self.given, self.widen = dtype, tolerance, widen
         self.last: Reading | None = None
 
-    def check(self, model: str, version: int, expected: np.ndarray) -> Verdict:
+    def check(self, model: str, version: int, expected: np.ndarray) -> CanaryVerdict:
         """Compare what the server says as `model` with `expected` [c - 1]. Raises SyncError; the last good reading stays then."""
         now = Reading(version, np.asarray(expected, np.float64), self.client.prompt_logps(self.tokens, model=model))
         if self.widen and self.last is None and now.expected.shape == now.got.shape:
@@ -94,14 +94,14 @@ class Canary:
         self.last = now
         return verdict
 
-    def again(self, model: str) -> Verdict:
+    def again(self, model: str) -> CanaryVerdict:
         """Compare once more with what was expected last: after a restart of the server."""
         if self.last is None:
             raise ValueError("the canary was never read: call `start` of the sync first")
         now = self.last._replace(got=self.client.prompt_logps(self.tokens, model=model))
         return self._judge(now, None)
 
-    def _judge(self, now: Reading, before: Reading | None) -> Verdict:
+    def _judge(self, now: Reading, before: Reading | None) -> CanaryVerdict:
         tolerance = TOLERANCE[self.dtype] if self.given is None else self.given
         return judge(now, before, tolerance=tolerance, resolution=RESOLUTION[self.dtype])
 
@@ -136,11 +136,11 @@ class Adapters:
         """The folder of a version."""
         return self.root / f"adapter-v{version:06}"
 
-    def start(self, version: int, expected: np.ndarray) -> Verdict:
+    def start(self, version: int, expected: np.ndarray) -> CanaryVerdict:
         """Check that the server's base model is the trainer's; `expected` are the base model's log-probs."""
         return self.canary.check(self.client.model, version, expected)
 
-    def sync(self, version: int, save: Save, params: Params, expected: np.ndarray) -> Verdict:
+    def sync(self, version: int, save: Save, params: Params, expected: np.ndarray) -> CanaryVerdict:
         """Write the adapter with `save(folder)`, load it as a new version, and check it against the trainer's `expected`.
 
         Raises SyncError, naming the leaf, when `params` hold a nan or inf (nothing is written), and when the server has other weights
@@ -162,7 +162,7 @@ class Adapters:
             self._drop(self.kept.pop(0))
         return verdict
 
-    def recover(self) -> Verdict:
+    def recover(self) -> CanaryVerdict:
         """Load the current version again, on a server that was restarted and has none, and check it."""
         if self.kept:
             self.intact()
@@ -202,11 +202,11 @@ class Weights:
         """The name to sample with: always the base model's."""
         return self.client.model
 
-    def start(self, version: int, expected: np.ndarray) -> Verdict:
+    def start(self, version: int, expected: np.ndarray) -> CanaryVerdict:
         """Check that the server's weights are the trainer's."""
         return self.canary.check(self.model, version, expected)
 
-    def sync(self, version: int, save: Save, params: Params, expected: np.ndarray) -> Verdict:
+    def sync(self, version: int, save: Save, params: Params, expected: np.ndarray) -> CanaryVerdict:
         """Write the model with `save(folder)`, have the server take it, and check it. Raises as `Adapters.sync` does."""
         _finite(params, version)
         folder = self.root / f"weights-v{version:06}"
@@ -228,7 +228,7 @@ class Weights:
         if self.kept is not None:
             _intact(self.kept)
 
-    def recover(self) -> Verdict:
+    def recover(self) -> CanaryVerdict:
         """Check a server that was restarted on the current folder."""
         return self.canary.again(self.model)
 

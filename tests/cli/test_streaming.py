@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from treetune.core.data import pack, records
+from treetune.core.data import file_rows, pack
 from treetune.core.run import recorder
 
 STEPS = 6
@@ -85,8 +85,8 @@ def test_a_stream_in_one_block_trains_on_what_memory_would(kit, tiny, args, tune
 def test_the_data_is_never_read_whole(kit, args, tune, here, monkeypatch):
     rows = [{"text": f"{i} " + "x" * 60} for i in range(3000)]
     kit.write_rows(here / "large.jsonl", rows)
-    read, plain, threads = [], records.iterate, threading.active_count()
-    monkeypatch.setattr(records, "iterate", lambda *place: (read.append(record.number) or record for record in plain(*place)))
+    read, plain, threads = [], file_rows.iterate, threading.active_count()
+    monkeypatch.setattr(file_rows, "iterate", lambda *place: (read.append(record.number) or record for record in plain(*place)))
     options = ["--data", "large.jsonl", "--max-steps", 2, BUFFER, 10, "--val-set-size", 5]
     done = tune(*args(*options, "--sample-tokens", 4))
     assert done.code == 0, done.err

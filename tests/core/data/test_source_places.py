@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from treetune.core.data import files, records, sources
+from treetune.core.data import file_rows, files, sources
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(7)]
 
@@ -77,9 +77,9 @@ def test_reading_from_any_place_continues_the_rows(name, tmp_path):
     else:
         put(tmp_path, name, b"text,n\n" + b"".join(b"row %d,%d\n" % (i, i) for i in range(7)))
     file = files.find(path)[0]
-    whole = list(records.iterate(file))
+    whole = list(file_rows.iterate(file))
     for i, record in enumerate(whole):
-        assert list(records.iterate(file, records.ReadPosition(record.number, record.offset))) == whole[i + 1 :]
+        assert list(file_rows.iterate(file, file_rows.ReadPosition(record.number, record.offset))) == whole[i + 1 :]
 
 
 def test_text_is_one_row_per_line_or_per_file(tmp_path):
@@ -111,8 +111,8 @@ def test_zstandard(tmp_path):
     put(tmp_path, "a.jsonl.zst", zstandard.ZstdCompressor().compress(lines(ROWS)))
     assert sources.read(path).rows == ROWS
     file = files.find(path)[0]
-    whole = list(records.iterate(file))
-    assert list(records.iterate(file, records.ReadPosition(whole[2].number, whole[2].offset))) == whole[3:]
+    whole = list(file_rows.iterate(file))
+    assert list(file_rows.iterate(file, file_rows.ReadPosition(whole[2].number, whole[2].offset))) == whole[3:]
     put(tmp_path, "a.jsonl.zst", b"no frame")
     with pytest.raises(ValueError, match="a.jsonl.zst: cannot be read"):
         sources.read(path)
@@ -338,13 +338,13 @@ def test_damaged_files_give_rows_or_one_line_that_names_them(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_lines_without_end_and_blank_lines_without_end_name_the_file(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
-    monkeypatch.setattr(records, "MOST_BLANK", 100)
+    monkeypatch.setattr(file_rows, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(file_rows, "MOST_BLANK", 100)
     path = tmp_path / name
     for content, words in (("x" * 2000, "line 1 is longer than"), ("\n" * 300, "100 lines before line 101 are blank")):
         path.write_text(content)
         with pytest.raises(ValueError, match=f"{name}:? {words}"):
-            list(records.iterate(*files.find(str(path))))
+            list(file_rows.iterate(*files.find(str(path))))
 
 
 def test_a_pipe_is_no_file_of_rows(tmp_path):

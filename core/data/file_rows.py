@@ -25,7 +25,7 @@ class ReadPosition(NamedTuple):
     offset: int = 0
 
 
-class Record(NamedTuple):
+class RowRecord(NamedTuple):
     """A row, its number in the file counted from 1 in `unit`s, and the bytes read when it was complete."""
 
     number: int
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 START = ReadPosition()
 
 
-def iterate(file: files.File, place: ReadPosition = START) -> Iterator[Record]:
+def iterate(file: files.File, place: ReadPosition = START) -> Iterator[RowRecord]:
     """The rows of a file from `place` on. Errors: ValueError of one line that names the file and the line or row."""
     with files.open_file(file) as stream:
         yield from READERS[file.kind](stream, file.name, place)
@@ -64,14 +64,14 @@ def _check_blank(blank: int, name: str, number: int) -> None:
         raise ValueError(f"{name}: {MOST_BLANK:,} lines before line {number} are blank: expected one row per line")
 
 
-def _jsonl(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _jsonl(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     last = place.row
     for number, line, offset in _lines(stream, name, place):
         _check_blank(number - last, name, number)
         if line.strip(BOM + BLANKS):
             last = number
             location = f"{name} line {number}"
-            yield Record(number, _object(jsontext.parse(_text(line, location, first=number == 1), location), location), offset, "line")
+            yield RowRecord(number, _object(jsontext.parse(_text(line, location, first=number == 1), location), location), offset, "line")
 
 
 def _text(data: bytes, location: str, *, first: bool) -> str:
@@ -87,7 +87,7 @@ def _object(row: object, location: str) -> dict:
     return row
 
 
-def _json(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _json(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     """A list of objects, or one object per line under the wrong suffix."""
     # By the first character and not by the suffix, since line files are also called .json.
     head = stream.read(files.CHUNK_BYTES)
@@ -101,12 +101,12 @@ def _json(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
     return _jsonl(io.BytesIO(head + stream.read()), name, place)
 
 
-def _json_list(data: bytes, name: str) -> Iterator[Record]:
+def _json_list(data: bytes, name: str) -> Iterator[RowRecord]:
     for number, row in enumerate(jsontext.iterate_items(_text(data, name, first=True), name), 1):
-        yield Record(number, _object(row, f"{name} row {number}"), 0, "row")
+        yield RowRecord(number, _object(row, f"{name} row {number}"), 0, "row")
 
 
-def _csv(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _csv(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     """All values are text: nothing is guessed, "007" stays "007"."""
     import csv
 
@@ -118,7 +118,7 @@ def _csv(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
         for number, row in enumerate(reader, 1):
             _check_width(row, names, f"{name} row {number}")
             if number > place.row:
-                yield Record(number, row, 0, "row")
+                yield RowRecord(number, row, 0, "row")
     except csv.Error as error:
         raise ValueError(f"{name} line {reader.reader.line_num}: broken CSV ({error})") from error
     except UnicodeDecodeError as error:
@@ -146,33 +146,33 @@ def _check_width(row: dict[Any, Any], names: list[str], location: str) -> None:
         raise ValueError(f"{location} has {count} values: expected {len(names)}, one per column of the header")
 
 
-def _parquet(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _parquet(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     return _numbered(arrow.read_parquet(stream, name, place.row))
 
 
-def _arrow(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _arrow(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     return _numbered(arrow.read_ipc(stream, name, place.row))
 
 
-def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[Record]:
+def _numbered(rows: Iterator[tuple[int, dict]]) -> Iterator[RowRecord]:
     for number, row in rows:
-        yield Record(number, row, 0, "row")
+        yield RowRecord(number, row, 0, "row")
 
 
-def _text_lines(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _text_lines(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     """One row per line, blank lines too, as the datasets library reads text."""
     for number, line, offset in _lines(stream, name, place):
         text = _text(line, f"{name} line {number}", first=number == 1)
-        yield Record(number, {"text": text.removesuffix("\n").removesuffix("\r")}, offset, "line")
+        yield RowRecord(number, {"text": text.removesuffix("\n").removesuffix("\r")}, offset, "line")
 
 
-def _document(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[Record]:
+def _document(stream: BinaryIO, name: str, place: ReadPosition) -> Iterator[RowRecord]:
     """The whole file as one row."""
     if place.row == 0:
-        yield Record(1, {"text": _text(stream.read(), name, first=True)}, 0, "row")
+        yield RowRecord(1, {"text": _text(stream.read(), name, first=True)}, 0, "row")
 
 
-READERS: dict[str, Callable[[BinaryIO, str, ReadPosition], Iterator[Record]]] = {
+READERS: dict[str, Callable[[BinaryIO, str, ReadPosition], Iterator[RowRecord]]] = {
     "jsonl": _jsonl,
     "json": _json,
     "csv": _csv,
