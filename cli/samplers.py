@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from treetune.cli import artifacts, setup
+from treetune.cli.options import online
 from treetune.core import option_pairs
 from treetune.core.data import pack, spans
 from treetune.core.lora import Lora
@@ -100,7 +101,7 @@ def _server(
         serving.served_name(config.model.model),
         (config.model.model, str(place), setup.model_name(config.model)),
         model.cfg.vocab_size,
-        longest(config),
+        online.longest(config),
         folder,
         seeds,
         serving.DTYPES[model.cfg.dtype],
@@ -112,12 +113,6 @@ def _server(
         config.adapter.lora_model_dir is not None,
     )
     return settings, managed
-
-
-def longest(config: Any) -> int:
-    """Tokens of the longest prompt with its completion that a run asks a server for."""
-    prompt = config.data.max_prompt_len if hasattr(config.data, "max_prompt_len") else config.data.sequence_len
-    return prompt + config.rollout.max_completion_length
 
 
 def _managed(config: Any, say: Callable) -> engines.ManagedServer:
@@ -143,7 +138,7 @@ def _command(config: Any, folder: str | Path) -> list[str]:
         options.vllm_server_port,
         options.vllm_server_host,
         serving.DTYPES[setup.compute_dtype(config.model.dtype, device)],
-        max_model_len=options.vllm_max_model_len or longest(config),
+        max_model_len=options.vllm_max_model_len or online.longest(config),
         gpu_memory_utilization=options.vllm_gpu_memory_utilization if device.type == "cuda" else None,
         enforce_eager=device.type == "cpu",
         max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else serving.adapter_rank(start),

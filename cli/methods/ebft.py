@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from treetune.cli.errors import BadInput
-from treetune.cli.methods import grpo
 from treetune.cli.methods.method import Method
+from treetune.cli.options import online
 from treetune.cli.options.data import SAMPLES, AnyRows, HeldOut
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import SCHEDULE, OptimOptions, peak
@@ -214,7 +214,7 @@ def conflicts(config: Ebft) -> None:
         raise BadInput(
             "streaming_partial_batch does not go with --sharding full: ranks would gather the feature network at different times"
         )
-    grpo.conflicts_of_sampling(config)
+    online.conflicts(config)
 
 
 def unused(config: Ebft) -> dict[str, str]:

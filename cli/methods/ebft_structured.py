@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treetune.cli import samplers
 from treetune.cli.methods import ebft_features, policy_gradient, sft
 from treetune.cli.methods.ebft import Ebft
 from treetune.cli.methods.parts import Parts, RolloutParts, Setting, plain
+from treetune.cli.options import online
 from treetune.core import shard, tree
 from treetune.core.data import ebft_rows, pack, trees
 from treetune.core.data.prompts import Prompt
@@ -63,7 +63,7 @@ def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
 def _check_fits(config: Ebft, prompts: list[Prompt], cfg: Config) -> None:
     """Errors: ValueError when a conversation fits neither the model nor the server that it is sampled on, or ids are not the model's."""
     engine, rollout, limit, limit_of = config.engine, config.rollout, cfg.max_positions, "the model"
-    if engine.use_vllm and engine.vllm_mode == "managed" and (served := engine.vllm_max_model_len or samplers.longest(config)) < limit:
+    if engine.use_vllm and engine.vllm_mode == "managed" and (served := engine.vllm_max_model_len or online.longest(config)) < limit:
         limit, limit_of = served, "the server (vllm_max_model_len)"
     ebft_rows.check_fits(
         prompts,
