@@ -1,70 +1,48 @@
 """The rows that options name, as plain settings for core.data."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from treetune.cli.options.data import held_out, streams
 from treetune.core import option_pairs
+from treetune.core.config import table
 from treetune.core.data.corpus import FOR_ROWS
 from treetune.core.data.dataset import RowSettings
+
+TEMPLATE = ("chat_template", "chat_template_kwargs")
+# Settings of documents whose options have longer names.
+NAMES = {"drop_duplicates": "dataset_exact_deduplication", "prepared_folder": "dataset_prepared_path"}
 
 
 def documents(options: Any) -> RowSettings:
     """The settings of rows that become documents."""
-    streaming = streams(options)
-    return RowSettings(
-        data=options.data,
-        datasets=getattr(options, "datasets", ()),
-        val_data=getattr(options, "val_data", ()),
-        test_datasets=getattr(options, "test_datasets", ()),
-        val_set_size=held_out(options) if streaming else getattr(options, "val_set_size", 0),
-        split=options.split,
-        max_rows=options.max_rows,
-        format=getattr(options, "format", "auto"),
-        sequence_len=options.sequence_len,
-        overlong=getattr(options, "overlong", None),
-        drop_duplicates=getattr(options, "dataset_exact_deduplication", False),
-        prepared_folder=getattr(options, "dataset_prepared_path", None),
-        encoding={name: _value(options, name) for name in FOR_ROWS if hasattr(options, name)},
-        text_column=getattr(options, "text_column", None),
-        stream_buffer=options.streaming_multipack_buffer_size if streaming else None,
-    )
+    others = {name: getattr(options, option) for name, option in NAMES.items() if hasattr(options, option)}
+    if streams(options):
+        others |= {"val_set_size": held_out(options), "stream_buffer": options.streaming_multipack_buffer_size}
+    return table.record(RowSettings, options, encoding=_encoding(options, FOR_ROWS), **others)
 
 
 def prompts(options: Any) -> RowSettings:
     """The settings of prompts of reinforcement learning."""
     encoding = {"system": options.default_system_message or "", "max_prompt_len": options.max_prompt_len}
-    return RowSettings(
-        data=options.data,
-        datasets=options.datasets,
-        val_data=getattr(options, "val_data", ()),
-        val_set_size=held_out(options) if hasattr(options, "val_set_size") else 0,
-        split=options.split,
-        max_rows=options.max_rows,
+    return table.record(
+        RowSettings,
+        options,
         format=options.prompt_transform or "auto",
         prompt_column=options.field_prompt,
-        encoding=encoding | {name: _value(options, name) for name in ("chat_template", "chat_template_kwargs")},
+        encoding=encoding | _encoding(options, TEMPLATE),
         transform_config=options,
     )
 
 
 def truths(options: Any) -> RowSettings:
     """The settings of prompts with a true reply."""
-    return RowSettings(
-        data=options.data,
-        datasets=options.datasets,
-        val_data=options.val_data,
-        test_datasets=options.test_datasets,
-        val_set_size=held_out(options),
-        split=options.split,
-        max_rows=options.max_rows,
-        format=options.format,
-        sequence_len=options.sequence_len,
-        drop_duplicates=options.dataset_exact_deduplication,
-        encoding={name: _value(options, name) for name in ("chat_template", "chat_template_kwargs")},
-        transform_config=options,
-    )
+    return dataclasses.replace(documents(options), val_set_size=held_out(options), transform_config=options)
 
 
-def _value(options: Any, name: str) -> Any:
-    value = getattr(options, name)
-    return option_pairs.named_values(value, "chat-template-kwargs") if name == "chat_template_kwargs" else value
+def _encoding(options: Any, names: Sequence[str]) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if (pairs := values.get("chat_template_kwargs")) is not None:
+        values["chat_template_kwargs"] = option_pairs.named_values(pairs, "chat-template-kwargs")
+    return values

@@ -5,9 +5,10 @@ A config class is a frozen dataclass; its fields are options, or groups of optio
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from treetune.core.config.doors import Door
@@ -115,11 +116,25 @@ def kinds(config: type) -> dict[str, Any]:
 
 def flatten(config: Any) -> dict[str, Any]:
     """The config as one flat mapping, option -> value, in the order of the help."""
-    out: dict[str, Any] = {}
+    return {name: _listed(value) for name, value in _values(config)}
+
+
+def _values(config: Any) -> Iterator[tuple[str, Any]]:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        out |= flatten(value) if dataclasses.is_dataclass(value) else {entry.name: _listed(value)}
-    return out
+        if dataclasses.is_dataclass(value):
+            yield from _values(value)
+        else:
+            yield entry.name, value
+
+
+def record(kind: Callable[..., T], config: Any, **values: Any) -> T:
+    """A record whose fields have the names of options, with the values of a config; `values` go first.
+
+    A field that is neither an option of this config nor among `values` keeps its default.
+    """
+    names = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in _values(config) if name in names} | values)
 
 
 def unused(config: Any) -> dict[str, str]:
