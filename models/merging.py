@@ -1,6 +1,7 @@
 """An adapter folded into its model, and how far that moves what the model computes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import MODELS, Model, dense, heads
+from treetune.models import MODELS, Model, dense, heads, hf, loading, reward_model, target
+from treetune.models import tokenizer as tokenizers
 from treetune.models.dense import Config
+from treetune.models.fetch import Say, silent
+from treetune.models.target import Target
 
 PROBE = (
     "A farmer has 17 sheep and buys 25 more. How many sheep are there now? 17 + 25 = 42.\n"
@@ -28,11 +32,27 @@ class Difference(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A model with an adapter folded in, and how its outputs on the probe differ from those of the model with the adapter."""
+    """A model with an adapter folded in, and how its outputs on the probe differ from those of the model with the adapter.
+
+    head: of a reward model, whose scores are the outputs.
+    """
 
     model: Model
     difference: Difference
     probe_tokens: int
+    head: Params | None = None
+
+
+def load(chosen: Target, *, say: Say = silent) -> tuple[Model, Lora, Params | None]:
+    """What is to be merged: a model, the adapter on it, and the head of scores that comes with a reward model's adapter."""
+    assert chosen.adapter is not None, "an adapter is to be merged"
+    if heads.kind(tokenizers.adapter_folder(chosen.adapter)) is None:
+        (model, lora), head = target.load_model(chosen, say=say), None
+    else:
+        options = {"revision": chosen.revision, "dtype": chosen.dtype, "device": loading.select_device(chosen.device)}
+        model, lora, head, _ = reward_model.load(chosen.model, adapter_path=chosen.adapter, **options, say=say)
+    assert lora is not None, "the folder holds an adapter"
+    return model, lora, head
 
 
 def compare(logits: Tensor, other: Tensor) -> Difference:
@@ -49,7 +69,36 @@ def merge(model: Model, adapter: Lora, tokenizer: Callable[..., Any], *, dtype: 
     ids = _probe_ids(tokenizer, model.cfg)
     upcast = merged._replace(params=tree.map(lambda leaf: leaf.float(), merged.params))
     difference = compare(_outputs(model, ids, head, adapter), _outputs(upcast, ids, head))
-    return Merged(merged, difference, len(ids))
+    return Merged(merged, difference, len(ids), head)
+
+
+def describe(merged: Merged) -> str:
+    """The difference on the probe, in a line."""
+    largest, mean, kl = merged.difference
+    largest_of = f"largest {_output(merged)} difference {largest:.2e}"
+    return f"probe of {merged.probe_tokens} tokens: {largest_of}, mean {mean:.2e}, KL {kl:.2e} nats"
+
+
+def check(merged: Merged, bound: float) -> None:
+    """Errors: ValueError where an output on the probe differs by more than the bound."""
+    if not merged.difference.largest <= bound:
+        raise ValueError(
+            f"the merged {_output(merged)}s differ by up to {merged.difference.largest:.3g}, more than max_logit_diff {bound}: not saved; "
+            "keep the adapter apart, save in float32, or raise the bound"
+        )
+
+
+def _output(merged: Merged) -> str:
+    return "logit" if merged.head is None else "score"
+
+
+def save(merged: Merged, path: Path, chosen: Target, tokenizer: Any) -> None:
+    """Write the folder of the merged model. Errors: ValueError where there is one."""
+    if merged.head is not None:
+        heads.save(path, merged.model, merged.head, tokenizer=tokenizer)
+        return
+    generation = tokenizers.generation_config(chosen.model, tokenizer, revision=chosen.revision)
+    hf.save(path, merged.model, tokenizer=tokenizer, generation=generation)
 
 
 def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:

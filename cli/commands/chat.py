@@ -5,12 +5,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Chat
 from treetune.cli.screen import Screen
 from treetune.core.data import detokenise, prompt_ids
-from treetune.models import decode, loading
+from treetune.models import decode, target
 
 
 def run(config: Chat, given: frozenset[str]) -> int:
@@ -18,10 +17,10 @@ def run(config: Chat, given: frozenset[str]) -> int:
     screen = Screen()
     start = [{"role": "system", "content": config.system}] if config.system else []
     with checking_input():
-        chosen = target.choose(config.model, config.adapter.adapter, given)
+        chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         ids = prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}])  # whether it can chat, before weights are read
-        model, lora = target.load_model(chosen, loading.select_device(config.model.device), say=screen.line)
+        model, lora = target.load_model(chosen, say=screen.line)
         stop = target.stop_ids(chosen, tokenizer)
         prompt_ids.check_ids(ids, model.cfg.vocab_size)
     screen.line(f"{chosen.name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")

@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 
 import torch
 
 from treetune.cli import checks, row_settings
-from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import sft
 from treetune.cli.options.commands import Eval
@@ -17,7 +17,7 @@ from treetune.core import param
 from treetune.core.data import corpus, dataset, kinds, pack
 from treetune.core.run import evaluation, memory, ranks
 from treetune.core.state import TrainState
-from treetune.models import Model, loading, policy
+from treetune.models import Model, loading, policy, target
 from treetune.models.batches import batcher
 
 
@@ -27,11 +27,11 @@ def run(config: Eval, given: frozenset[str]) -> int:
         device = loading.select_device(config.model.device)
         processes = ranks.join_ranks(device)
         screen = Screen(quiet=processes.rank > 0)
-        chosen = target.choose(config.model, config.adapter.adapter, given)
+        chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         rows = row_settings.documents(config.data)
         docs, _, lines, *_ = corpus.read_and_encode(kinds.TEXT, rows, tokenizer, refuse=partial(checks.refuse_unused, given))
-        model, lora = target.load_model(chosen, device, say=screen.line)
+        model, lora = target.load_model(chosen, say=screen.line)
         dataset.check_fits(docs, config.data.sequence_len, vocab_size=model.cfg.vocab_size, max_positions=model.cfg.max_positions)
     for line in lines:
         screen.line(line)

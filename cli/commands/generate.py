@@ -3,22 +3,21 @@
 from dataclasses import asdict
 from typing import Any
 
-from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Generate
 from treetune.cli.screen import Screen
 from treetune.core.data import prompt_ids
-from treetune.models import decode, loading
+from treetune.models import decode, target
 
 
 def run(config: Generate, given: frozenset[str]) -> int:
     """Print the answers; the exit code."""
     screen = Screen()
     with checking_input():
-        chosen = target.choose(config.model, config.adapter.adapter, given)
+        chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         ids = _prompt_ids(config, tokenizer)
-        model, lora = target.load_model(chosen, loading.select_device(config.model.device), say=screen.line)
+        model, lora = target.load_model(chosen, say=screen.line)
         for prompt in ids:
             prompt_ids.check_ids(prompt, model.cfg.vocab_size)
         stop = target.stop_ids(chosen, tokenizer)

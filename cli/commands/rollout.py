@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 
 from treetune.cli import checks, rewarding, row_settings, samplers
-from treetune.cli.commands import target
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Rollout
 from treetune.cli.options.rollout import VLLM_ONLY
@@ -21,7 +21,7 @@ from treetune.core.rollout import stats
 from treetune.core.rollout.group import Group, PromptSampler, rewards_of
 from treetune.core.run import folder
 from treetune.core.state import TrainState
-from treetune.models import loading
+from treetune.models import loading, target
 from treetune.models.dense import Config
 
 
@@ -30,16 +30,16 @@ def run(config: Rollout, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         checks.refuse_unused(given, dict.fromkeys(VLLM_ONLY, "treetune rollout samples without vLLM"))
-        chosen = target.choose(config.model, config.adapter.adapter, given)
+        chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         data = prompt_rows.load(row_settings.prompts(config.data), tokenizer, seed=config.seed)
         device = loading.select_device(config.model.device)
-        rewards = rewarding.start(config.rewards, chosen.options, on=device, say=screen.warn)
+        rewards = rewarding.start(config.rewards, config.model, on=device, say=screen.warn)
     try:
         with checking_input():
             prompts = data.train[: config.num_prompts]
             rewards.check(prompts)
-            model, lora = target.load_model(chosen, device, say=screen.line)
+            model, lora = target.load_model(chosen, say=screen.line)
             _check_fits(config, data.train + data.val, model.cfg)
         for line in data.lines:
             screen.line(line)

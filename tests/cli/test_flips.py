@@ -7,11 +7,9 @@ import sys
 import pytest
 import torch
 
-from treetune.cli.commands import target
-from treetune.cli.options.model import ModelOptions
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
-from treetune.models import heads, hf
+from treetune.models import heads, hf, target
 from treetune.models import tokenizer as tokenizers
 
 FLIPS = 40  # of each kind; the slow test takes 1,000
@@ -64,8 +62,8 @@ def read_reward(path):
 
 def adapter_reader(tiny):
     def read(path):
-        options = ModelOptions(model=str(tiny.model), dtype="float32", device="cpu")
-        base, used = target.load_model(target.Target(options, str(path)), torch.device("cpu"), say=print)
+        chosen = target.Target(str(tiny.model), dtype="float32", device="cpu", adapter=str(path))
+        base, used = target.load_model(chosen, say=print)
         return (
             ckpt.digest(base.params),
             ckpt.digest(used.tree),

@@ -7,10 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treetune.cli.commands import target
-from treetune.cli.options.model import ModelOptions
 from treetune.core import lora, manifest
-from treetune.models import adapter, dense, hf, resize, vocabulary
+from treetune.models import adapter, dense, hf, resize, target, vocabulary
 
 NEW = ("--tokens", " please", "<tool>", "--special-tokens", "pad_token=<|pad|>")  # ids 259 (pad), 260, 261
 TEXT = "3 + 1 please<tool><|pad|>"
@@ -19,8 +17,8 @@ PROBE = torch.tensor([51, 259, 12, 260, 84, 261, 7, 256])
 
 def ours(root, ids=PROBE):
     """Logits of the adapter in a run folder as every command loads it."""
-    options = ModelOptions(model=adapter.base_of(root / "adapter"), dtype="float32")
-    model, used = target.load_model(target.Target(options, str(root)), torch.device("cpu"), say=print)
+    chosen = target.Target(adapter.base_of(root / "adapter"), dtype="float32", device="cpu", adapter=str(root))
+    model, used = target.load_model(chosen, say=print)
     return dense.probe(model.params, ids, model.cfg, lora=used)
 
 
