@@ -103,8 +103,8 @@ def commit(draft: Path, path: Path) -> None:
 
 def recover(root: Path) -> None:
     """Restore a checkpoint that a crash left under a draft's name, and delete drafts. The caller must hold the lock of the run folder."""
-    owned.restore(root, owned.CHECKPOINT, held=True)
-    drafts.sweep(root, held=True)
+    owned.restore(root, owned.CHECKPOINT, locked=True)
+    drafts.sweep(root, locked=True)
 
 
 def read_meta(path: Path) -> dict:

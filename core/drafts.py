@@ -72,17 +72,17 @@ def inside(folder: Path) -> Iterator[Draft]:
             yield draft
 
 
-def abandoned(draft: Draft, *, held: bool = False) -> bool:
+def abandoned(draft: Draft, *, locked: bool = False) -> bool:
     """Whether no process will finish a draft.
 
-    held: this process holds the lock of the folder, so a process that it cannot check has ended.
+    locked: this process holds the lock of the folder, so a process that it cannot check has ended.
     """
     if draft.owner == process.own():
         return False
     if isinstance(draft.owner, int):
         return process.pid_ended(draft.owner)
     ended = None if draft.owner is None else process.ended(draft.owner)
-    return held or _age_s(draft.path) > STALE_S if ended is None else ended
+    return locked or _age_s(draft.path) > STALE_S if ended is None else ended
 
 
 def _age_s(path: Path) -> float:
@@ -92,10 +92,10 @@ def _age_s(path: Path) -> float:
         return 0.0
 
 
-def sweep(folder: Path, *, held: bool = False) -> None:
+def sweep(folder: Path, *, locked: bool = False) -> None:
     """Delete the abandoned drafts of a folder of the kinds `draft` and `gone`; `owned.restore` deals with `old`."""
     for draft in inside(folder):
-        if draft.kind in (DRAFT, GONE) and abandoned(draft, held=held):
+        if draft.kind in (DRAFT, GONE) and abandoned(draft, locked=locked):
             delete(draft.path)
 
 

@@ -142,9 +142,9 @@ def inner(fields: Fields, name: str, *, default: Any = REQUIRED, null: bool = Fa
     return mapping(value, f"{fields.source}: {name}")
 
 
-def unknown(fields: Fields, known: Iterable[str]) -> list[str]:
-    """Names of the fields that are not among the known ones, in order."""
-    names = set(known)
+def unknown(fields: Fields, expected: Iterable[str]) -> list[str]:
+    """Names of the fields that are not among the expected ones, in order."""
+    names = set(expected)
     return [name for name in fields.values if name not in names]
 
 

@@ -97,10 +97,10 @@ def _bound(body: list[ast.stmt]) -> set[str]:
 
 def _of_class(node: ast.ClassDef) -> Signature | None:
     """What an instance is made with; None where a base class may say."""
-    made = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
-    if made is None:
+    init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    if init is None:
         return None
-    takes, required, rest = _signature(made.args)
+    takes, required, rest = _signature(init.args)
     return Signature(takes[1:], required[1:], rest)
 
 
@@ -114,8 +114,8 @@ def _signature(arguments: ast.arguments) -> Signature:
 
 def takes(text: str, name: str) -> bool:
     """Whether the function of an import path has a parameter; True where only importing it would tell."""
-    found = signature(text)
-    return found is None or name in found.takes or found.rest
+    function = signature(text)
+    return function is None or name in function.takes or function.rest
 
 
 def named(values: Mapping[str, Any]) -> list[str]:

@@ -110,13 +110,13 @@ def _retire(old: Path, path: Path, names: re.Pattern) -> None:
     drafts.delete(old)
 
 
-def restore(folder: Path, names: re.Pattern, *, held: bool = False) -> None:
+def restore(folder: Path, names: re.Pattern, *, locked: bool = False) -> None:
     """Finish a `replace` that a crash interrupted: an old folder without a successor gets its name back, any other is deleted.
 
-    held: as for `drafts.abandoned`.
+    locked: as for `drafts.abandoned`.
     """
     for draft in drafts.inside(folder):
-        if draft.kind == drafts.OLD and drafts.abandoned(draft, held=held):
+        if draft.kind == drafts.OLD and drafts.abandoned(draft, locked=locked):
             path = folder / draft.name
             if os.path.lexists(path):
                 _retire(draft.path, path, names)

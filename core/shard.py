@@ -117,16 +117,16 @@ class _Again(NamedTuple):
     offset: int
 
 
-def _without_whole(kept: Tensor) -> Tensor | _Again:
-    entry = None if distributed(kept) else _gathered[-1].get(kept.untyped_storage().data_ptr())
-    return kept if entry is None else _Again(entry[1], kept.dtype, tuple(kept.shape), kept.stride(), int(kept.storage_offset()))
+def _without_whole(saved: Tensor) -> Tensor | _Again:
+    entry = None if distributed(saved) else _gathered[-1].get(saved.untyped_storage().data_ptr())
+    return saved if entry is None else _Again(entry[1], saved.dtype, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
 
 
-def _with_whole(kept: Tensor | _Again) -> Tensor:
-    if not isinstance(kept, _Again):
-        return kept
+def _with_whole(saved: Tensor | _Again) -> Tensor:
+    if not isinstance(saved, _Again):
+        return saved
     with torch.no_grad():
-        return gather(kept.leaf, kept.dtype).as_strided(kept.shape, kept.stride, kept.offset)
+        return gather(saved.leaf, saved.dtype).as_strided(saved.shape, saved.stride, saved.offset)
 
 
 def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:

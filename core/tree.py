@@ -84,10 +84,10 @@ def bytes(tree: Tree) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
 
 
-def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of `known` that look most like `word`, best first (for error messages)."""
-    known = list(known)
-    return difflib.get_close_matches(word, known, n=count, cutoff=0.0) or sorted(known)[:count]
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The entries of `candidates` that look most like `word`, best first (for error messages)."""
+    candidates = list(candidates)
+    return difflib.get_close_matches(word, candidates, n=count, cutoff=0.0) or sorted(candidates)[:count]
 
 
 def assign(tree: Tree, rules: Iterable[tuple[str, Any]], default: Any) -> Tree:
@@ -107,8 +107,8 @@ def assign(tree: Tree, rules: Iterable[tuple[str, Any]], default: Any) -> Tree:
 def require_match(regex: str, paths: list[str]) -> None:
     """Raise ValueError naming the nearest paths when `regex` matches none of `paths` or is not a regex."""
     try:
-        found = any(re.search(regex, path) for path in paths)
+        matches = any(re.search(regex, path) for path in paths)
     except re.error as error:
         raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
-    if not found:
+    if not matches:
         raise ValueError(f"{regex!r} matches no parameter; the nearest paths are {', '.join(nearest(regex, paths))}")

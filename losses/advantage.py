@@ -87,8 +87,8 @@ def rloo(rewards: Tensor) -> Tensor:
     Source: Ahmadian et al. (RLOO), arXiv 2402.14740.
     """
     rewards = _checked(rewards, 2)
-    known = ~rewards.isnan()
-    others = (known.sum(1, keepdim=True) - 1).clamp(min=1)
+    valid = ~rewards.isnan()
+    others = (valid.sum(1, keepdim=True) - 1).clamp(min=1)
     return _within(rewards, rewards - (rewards.nansum(1, keepdim=True) - rewards) / others)
 
 
@@ -163,8 +163,8 @@ def _moments(x: Tensor, dim: int | tuple[int, ...], ddof: int = 1) -> tuple[Tens
     """Mean and deviation of the known entries over `dim`, which stays with size 1; 0 where there are too few."""
     if ddof not in (0, 1):
         raise ValueError(f"ddof={ddof!r}: expected 1 (divide by n - 1) or 0 (by n)")
-    known = ~x.isnan()
-    count = known.sum(dim, keepdim=True)
+    valid = ~x.isnan()
+    count = valid.sum(dim, keepdim=True)
     mean = x.nansum(dim, keepdim=True) / count.clamp(min=1)
     squares = (x - mean).square().nansum(dim, keepdim=True)
     return mean, (squares / (count - ddof).clamp(min=1)).sqrt()

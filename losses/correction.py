@@ -119,15 +119,15 @@ def stats(
 
     Tokens that the sampler could not score are left out of |g|, and count with the ratio that they got.
     """
-    known, gap = ~sampler_logp.isnan(), _gap(old_logp, sampler_logp).abs()
+    scored, gap = ~sampler_logp.isnan(), _gap(old_logp, sampler_logp).abs()
     weights = correction.detach()
     if by_sequence:
         weights = weights[(seq_lens.cumsum(0) - seq_lens)[seq_lens > 0]]  # the first token of each sequence
     every = torch.ones_like(weights, dtype=torch.bool)
     name, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
     return {
-        f"{name}/mean": masked_mean(gap, known),
-        f"{name}/max": Metric(_extreme(torch.where(known, gap, -torch.inf), "amax"), known.sum(), "max"),
+        f"{name}/mean": masked_mean(gap, scored),
+        f"{name}/max": Metric(_extreme(torch.where(scored, gap, -torch.inf), "amax"), scored.sum(), "max"),
         f"{ratio}/min": Metric(_extreme(weights, "amin"), every.sum(), "min"),
         f"{ratio}/mean": masked_mean(weights, every),
         f"{ratio}/max": Metric(_extreme(weights, "amax"), every.sum(), "max"),

@@ -94,8 +94,8 @@ def merge(running: Running, mean: Tensor, count: Tensor) -> Running:
     No rewards, and an infinite mean, as of a banned token, leave the state: one such step would stay in it for ever.
     """
     # Masked and not branched on: a step does not wait for the device to say what it counted.
-    known = (count > 0) & ~mean.isinf()
-    count = torch.where(known, count, 0).to(running.count.dtype)
+    counted = (count > 0) & ~mean.isinf()
+    count = torch.where(counted, count, 0).to(running.count.dtype)
     total = running.count + count
-    shift = torch.where(known, mean.to(running.mean.dtype), running.mean) - running.mean
+    shift = torch.where(counted, mean.to(running.mean.dtype), running.mean) - running.mean
     return Running(running.mean + shift * count / total.clamp(min=1), total)

@@ -96,9 +96,9 @@ def sample(
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         logits = logits_of(family.widen(live.hidden, quiet), head, rule)
-        token, logp, kept = pick(logits, noise.keys(key[live.row], live.position), draw)
+        token, logp, log_kept = pick(logits, noise.keys(key[live.row], live.position), draw)
         check_finite(logp, live.row, n)
-        _record(out, live.row, step, token, logp, kept, done)
+        _record(out, live.row, step, token, logp, log_kept, done)
         if tell is not None:
             tell(live.row, token)
         done[live.row] |= torch.isin(token, stops)
@@ -183,32 +183,32 @@ def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tenso
         logp, token = logits.log_softmax(-1).max(-1)
         return token, logp, logp
     logq = (logits / draw.temperature).log_softmax(-1)
-    kept = _kept(logq, draw)
+    support = _support(logq, draw)
     # float64: in a float32 running sum near 1, a token of probability below 6e-8 adds nothing and could never be drawn.
     mass = logq.double().exp()
-    total = (mass if kept is None else mass.where(kept, 0.0)).cumsum(-1)
+    total = (mass if support is None else mass.where(support, 0.0)).cumsum(-1)
     target = noise.uniform(key, 1).double() * total[:, -1:]
     token = torch.searchsorted(total, target, right=True).clamp_(max=logits.shape[1] - 1)
-    log_kept = torch.zeros_like(logq[:, 0]) if kept is None else total[:, -1].log().clamp_(max=0.0).float()
+    log_kept = torch.zeros_like(logq[:, 0]) if support is None else total[:, -1].log().clamp_(max=0.0).float()
     return token[:, 0], logq.gather(-1, token)[:, 0], log_kept
 
 
-def _kept(logq: Tensor, draw: Draw) -> Tensor | None:
+def _support(logq: Tensor, draw: Draw) -> Tensor | None:
     """bool [r, V]: the tokens that may be drawn, or None for all."""
-    kept = None
+    support = None
     if 0 < draw.top_k < logq.shape[1]:
-        kept = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, logq.topk(draw.top_k, -1).indices, True)
+        support = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, logq.topk(draw.top_k, -1).indices, True)
     if draw.top_p < 1:
-        inside = logq if kept is None else logq.where(kept, -torch.inf)
+        inside = logq if support is None else logq.where(support, -torch.inf)
         ordered, index = inside.sort(dim=-1, descending=True, stable=True)
         p = ordered.double().softmax(-1)
         before = p.cumsum(-1) - p  # the smallest set whose mass reaches top_p: a token stays if those before it fall short
         nucleus = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, index, before < draw.top_p)
-        kept = nucleus if kept is None else kept & nucleus
+        support = nucleus if support is None else support & nucleus
     if draw.min_p > 0:
         likely = logq >= logq.amax(-1, keepdim=True) + torch.tensor(draw.min_p).log()
-        kept = likely if kept is None else kept & likely
-    return kept
+        support = likely if support is None else support & likely
+    return support
 
 
 def _empty(rows: int, length: int, device: torch.device) -> Samples:
@@ -216,10 +216,10 @@ def _empty(rows: int, length: int, device: torch.device) -> Samples:
     return Samples(zeros.long(), zeros, zeros.clone(), torch.zeros(rows, dtype=torch.int64, device=device))
 
 
-def _record(out: Samples, row: Tensor, step: int, token: Tensor, logp: Tensor, kept: Tensor, done: Tensor) -> None:
+def _record(out: Samples, row: Tensor, step: int, token: Tensor, logp: Tensor, log_kept: Tensor, done: Tensor) -> None:
     """Write one step of the rows that are not done, in place."""
     going = ~done[row]
-    for buffer, value in ((out.tokens, token), (out.logp, logp), (out.log_kept, kept)):
+    for buffer, value in ((out.tokens, token), (out.logp, logp), (out.log_kept, log_kept)):
         buffer[row, step] = value.where(going, 0)
     out.lens[row] += going
 

@@ -85,8 +85,8 @@ def branches(
         decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
         if step + 1 < length:
             hidden = _advance(model, weights, trunk, branch_cache, steps[-1][0], step, quiet)
-    token, logp, kept = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
-    return decode.Samples(token, logp, kept, torch.full((count,), length, device=device))
+    token, logp, log_kept = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+    return decode.Samples(token, logp, log_kept, torch.full((count,), length, device=device))
 
 
 def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, draw: decode.Draw) -> None:
@@ -142,8 +142,8 @@ def _keys(seed: int, anchors: strided.Anchors, n: int, ids: Sequence[int] | None
 def _draw(hidden: Tensor, logits: Callable[[Tensor], Tensor], key: Tensor, draw: decode.Draw) -> tuple[Tensor, Tensor, Tensor]:
     """Token, log q and log kept mass [R] each, a few rows of logits at a time."""
     parts = [decode.pick(logits(rows), keys, draw) for rows, keys in zip(hidden.split(HEAD_ROWS), key.split(HEAD_ROWS), strict=True)]
-    token, logp, kept = zip(*parts, strict=True)
-    return torch.cat(token), torch.cat(logp), torch.cat(kept)
+    token, logp, log_kept = zip(*parts, strict=True)
+    return torch.cat(token), torch.cat(logp), torch.cat(log_kept)
 
 
 def _advance(model: Model, weights: Params, trunk: _Trunk, branch_cache: _Sides, token: Tensor, step: int, lora: Lora | None) -> Tensor:

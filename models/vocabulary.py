@@ -34,10 +34,10 @@ def add_tokens(tokenizer: Any, *, special_tokens: Mapping[str, str] | None = Non
 
 
 def _check(tokenizer: Any, special: dict[str, str], extra: list[str]) -> None:
-    known = tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+    special_names = tokenizer.SPECIAL_TOKENS_ATTRIBUTES
     for name, text in special.items():
-        if name not in known:
-            raise ValueError(f"special_tokens has {name!r}; expected one of {', '.join(known)}; further tokens go into tokens")
+        if name not in special_names:
+            raise ValueError(f"special_tokens has {name!r}; expected one of {', '.join(special_names)}; further tokens go into tokens")
         _check_text(f"special_tokens: {name}", text)
     for text in extra:
         _check_text("tokens", text)

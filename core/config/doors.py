@@ -26,18 +26,18 @@ class Door:
 def check(text: str, option: str, door: Door) -> None:
     """Raise ValueError for a path whose function is not there, or takes other things than it is given."""
     try:
-        (path, options), found = import_path.split_options(text), import_path.signature(text)
+        (path, options), function = import_path.split_options(text), import_path.signature(text)
     except ValueError as error:
         raise ValueError(f"{option} {error}") from error
     if clash := options.keys() & set(door.gives):
         raise ValueError(f"{option} {text}: {min(clash)} is what the function is called with, so it cannot be an option of it")
-    if found is None:
+    if function is None:
         return
     name = path.replace(":", ".").rpartition(".")[2]
-    if unknown := [key for key in options if key not in found.takes and not found.rest]:
-        own = ", ".join(key for key in found.takes if key not in door.gives) or "none"
-        raise ValueError(f"{option} {text}: {name} has no option {unknown[0]}; its options are {own}")
-    if missing := [key for key in found.required if key not in door.gives and key not in options]:
+    if unknown := [key for key in options if key not in function.takes and not function.rest]:
+        own_options = ", ".join(key for key in function.takes if key not in door.gives) or "none"
+        raise ValueError(f"{option} {text}: {name} has no option {unknown[0]}; its options are {own_options}")
+    if missing := [key for key in function.required if key not in door.gives and key not in options]:
         raise ValueError(f"{option} {text}: {name} takes {missing[0]}, but the {door.what} is called with {', '.join(door.gives)}")
 
 

@@ -119,16 +119,16 @@ CHOICES = {
 CUTOFF = 0.8
 
 
-def nearest(word: str, known: Collection[str]) -> str:
+def nearest(word: str, candidates: Collection[str]) -> str:
     """ " (did you mean X?)" for a known word that differs in a letter or two, or nothing when none does."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=CUTOFF)
+    match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=CUTOFF)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def of_command(word: str, known: Collection[str]) -> str:
+def of_command(word: str, commands: Collection[str]) -> str:
     """The suggestion for an unknown command."""
     meant = COMMANDS_OF.get(word.lower())
-    return f" (did you mean {meant}?)" if meant else nearest(word.lower(), known)
+    return f" (did you mean {meant}?)" if meant else nearest(word.lower(), commands)
 
 
 def of_choice(word: str, choices: Collection[str]) -> str:
@@ -139,18 +139,18 @@ def of_choice(word: str, choices: Collection[str]) -> str:
     return nearest(word, choices)
 
 
-def of_option(word: str, known: Collection[str], flags: bool = False) -> str:
-    """The suggestion for an unknown option of a command that has the options `known`, as flags or as keys of a file."""
+def of_option(word: str, names: Collection[str], flags: bool = False) -> str:
+    """The suggestion for an unknown option of a command that has the options `names`, as flags or as keys of a file."""
     bare = word.lower().replace("-", "_")
     meant = OPTIONS.get(bare, "")
     head = meant.partition(":")[0].partition(",")[0]
-    if meant and head.partition(" ")[0] in known:
+    if meant and head.partition(" ")[0] in names:
         return f" (did you mean {_flagged(meant, head) if flags else meant}?)"
     if bare in ADVICE:
         return f" ({ADVICE[bare]})"
-    if bare in known:
+    if bare in names:
         return f" (did you mean {_flagged(bare, bare) if flags else bare}?)"
-    match = difflib.get_close_matches(bare, list(known), n=1, cutoff=CUTOFF)
+    match = difflib.get_close_matches(bare, list(names), n=1, cutoff=CUTOFF)
     return "" if not match else f" (did you mean {_flagged(match[0], match[0]) if flags else match[0]}?)"
 
 
@@ -160,7 +160,7 @@ def _flagged(meant: str, head: str) -> str:
     return f"--{head.replace('_', '-')}{rest}"
 
 
-def all_of(words: Iterable[str], known: Collection[str]) -> str:
+def all_of(words: Iterable[str], names: Collection[str]) -> str:
     """Unknown keys in one line, each with its suggestion."""
-    listed = [f"{word!r}{of_option(word, known)}" for word in words]
+    listed = [f"{word!r}{of_option(word, names)}" for word in words]
     return f"unknown key{'s' * (len(listed) > 1)} {', '.join(listed)}"

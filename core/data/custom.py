@@ -51,7 +51,7 @@ def is_path(name: object, formats: Sequence[str]) -> bool:
     """Whether a type names the user's own transform, after which rows are known by their columns, and none of the formats."""
     if not isinstance(name, str) or name in formats or not ("." in name or ":" in name):
         return False
-    return name.partition(".")[0] not in {known.partition(".")[0] for known in formats if "." in known}
+    return name.partition(".")[0] not in {other.partition(".")[0] for other in formats if "." in other}
 
 
 def _checked(path: str, fn: object, extra: object) -> Transform:

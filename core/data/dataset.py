@@ -92,10 +92,10 @@ def source_options(entry: Mapping[str, Any], settings: RowSettings) -> dict[str,
     return {"split": settings.split, "limit": settings.max_rows} | {key: entry[key] for key in SOURCE_KEYS & entry.keys()}
 
 
-def check_keys(entry: Mapping[str, Any], known: frozenset[str], reader: str) -> None:
+def check_keys(entry: Mapping[str, Any], reader_keys: frozenset[str], reader: str) -> None:
     """Errors: ValueError for a key of an entry that its reader does not take."""
-    if unknown := sorted(entry.keys() - SOURCE_KEYS - known):
-        names = sources.join_names(sorted(SOURCE_KEYS | known))
+    if unknown := sorted(entry.keys() - SOURCE_KEYS - reader_keys):
+        names = sources.join_names(sorted(SOURCE_KEYS | reader_keys))
         raise ValueError(f"datasets: {entry.get('path')} has the unknown key {unknown[0]}; {reader} {names}")
 
 

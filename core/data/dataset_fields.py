@@ -79,7 +79,7 @@ TEXTS = Field("a list of texts", lambda written: _items(written, _text))
 WEIGHT = Field("a number above 0: 2 reads its rows twice an epoch", _checked(yamlvalues.number, lambda value: 0 < value <= ROWS_MAX))
 FILES = Field(
     "a file name, or a list of them",
-    lambda written: found if (found := (TEXTS if isinstance(written.value, list) else NAME).read(written)) else BAD,
+    lambda written: value if (value := (TEXTS if isinstance(written.value, list) else NAME).read(written)) else BAD,
 )
 COLUMNS = Field("a mapping from a name to the name of its column", lambda written: _mapping(written, NAME.read))
 ROLES = Field("a mapping from a role to the list of names that it has in the rows", lambda written: _mapping(written, TEXTS.read))
@@ -112,33 +112,33 @@ TYPE = Field(
 )
 
 
-def entries(written: Written, name: str, place: str, known: dict[str, Field]) -> tuple[dict, ...]:
-    """The entries of `datasets`, each with fields of `known`. Errors: ValueError: file, entry, field, what was expected, what was there."""
+def entries(written: Written, name: str, place: str, fields: dict[str, Field]) -> tuple[dict, ...]:
+    """The entries of `datasets`, with some of these fields. Errors: ValueError: file, entry, field, what was expected, what was there."""
     if not isinstance(written.value, list):
         raise ValueError(f"{place}: {name} {LIST}, got {yamlvalues.shown(written)}")
     for i, item in enumerate(written.value, 1):
         if not isinstance(item.value, dict) or not item.value.keys() & {"path", "data_files"}:
             arrived = f"has {', '.join(item.value) or 'nothing'}" if isinstance(item.value, dict) else f"is {yamlvalues.shown(item)}"
             raise ValueError(f"{place}: {name} {LIST}; entry {i} {arrived}")
-    return tuple(_entry(item.value, f"{place}: {name} entry {i}", known) for i, item in enumerate(written.value, 1))
+    return tuple(_entry(item.value, f"{place}: {name} entry {i}", fields) for i, item in enumerate(written.value, 1))
 
 
-def _entry(values: dict[str, Written], place: str, known: dict[str, Field]) -> dict:
+def _entry(values: dict[str, Written], place: str, fields: dict[str, Field]) -> dict:
     if isinstance(values.get("path", Written(None)).value, str):
         place = f"{place} ({values['path'].value})"
-    refuse_unknown(values, known, place)
-    return {name: _type(item, place) if known[name] is TYPE else _field(name, item, known[name], place) for name, item in values.items()}
+    refuse_unknown(values, fields, place)
+    return {name: _type(item, place) if fields[name] is TYPE else _field(name, item, fields[name], place) for name, item in values.items()}
 
 
-def refuse_unknown(values: Collection[str], known: Collection[str], place: str) -> None:
-    """Raise ValueError for fields that are not known, all of them, each with the nearest name."""
-    if unknown := [name for name in values if name not in known]:
-        listed = ", ".join(f"{name}{_nearest(name, known)}" for name in unknown)
-        raise ValueError(f"{place}: unknown key{'s' * (len(unknown) > 1)} {listed}; expected some of {', '.join(known)}")
+def refuse_unknown(values: Collection[str], names: Collection[str], place: str) -> None:
+    """Raise ValueError for fields with other names, all of them, each with the nearest name."""
+    if unknown := [name for name in values if name not in names]:
+        listed = ", ".join(f"{name}{_nearest(name, names)}" for name in unknown)
+        raise ValueError(f"{place}: unknown key{'s' * (len(unknown) > 1)} {listed}; expected some of {', '.join(names)}")
 
 
-def _nearest(word: str, known: Collection[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
+def _nearest(word: str, names: Collection[str]) -> str:
+    match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.8)
     return f" (did you mean {match[0]}?)" if match else ""
 
 

@@ -97,10 +97,10 @@ def _detect(rows: sources.Rows) -> str:
 
 def _transform(name: str) -> ebft.RowTransform:
     """The reader of a format. Errors: ValueError for one of strided mode, and for an unknown one."""
-    known = row_formats.of_kind("truths")
-    if name in known:
-        return known[name].reader
-    transforms = [transform for transform in known if "." in transform]  # the others go by columns
+    formats = row_formats.of_kind("truths")
+    if name in formats:
+        return formats[name].reader
+    transforms = [transform for transform in formats if "." in transform]  # the others go by columns
     if name in row_formats.of_kind("strided") and "." in name:
         raise ValueError(f"format {name} makes documents for --mode strided; structured mode takes {sources.join_names(transforms)}")
     close = difflib.get_close_matches(name, transforms, n=1, cutoff=0.8)
@@ -137,18 +137,18 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     return read, lines
 
 
-def _with_truth(prompt: Prompt, tokenizer: Any, template: Sequence, where: str) -> Prompt:
+def _with_truth(prompt: Prompt, tokenizer: Any, template: Sequence, location: str) -> Prompt:
     """The prompt with the ids of the true conversation. Turns after the last reply are left out: nobody writes there."""
     encode = _encoder(tokenizer)
     rest = prompt.columns["remaining_turns"]
     if rest and prompt.messages is None:
-        raise ValueError(f"{where}: remaining_turns need a prompt of messages, got plain text")
+        raise ValueError(f"{location}: remaining_turns need a prompt of messages, got plain text")
     pieces, between, turns_between = [(encode(prompt.columns["ground_truth"]), True)], [], []
     for message in rest:
         if message["role"] != "assistant":
             turns_between.append(message)
             continue
-        between.append(encode(_around(tokenizer, template, turns_between, where)))
+        between.append(encode(_around(tokenizer, template, turns_between, location)))
         pieces += [(between[-1], False), (encode(message["content"]), True)]
         turns_between = []
     truth = np.concatenate([np.array(ids, np.int32) for ids, _ in pieces])
@@ -160,16 +160,18 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
-def _around(tokenizer: Any, template: Sequence, messages: list[dict], where: str) -> str:
+def _around(tokenizer: Any, template: Sequence, messages: list[dict], location: str) -> str:
     """What the chat template puts between two replies: the end of the first, the turns between them, the header of the second."""
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}, *messages]
     try:
         text = chat_templates.renderer(tokenizer, *template)(talk, add_generation_prompt=True)
     except ValueError as error:
-        raise ValueError(f"{where}: field remaining_turns: {error}") from error
+        raise ValueError(f"{location}: field remaining_turns: {error}") from error
     _, marker, after = text.partition(REPLY)
     if not marker or not after:
-        raise ValueError(f"{where}: the chat template does not show what stands between two replies, so remaining_turns cannot be played")
+        raise ValueError(
+            f"{location}: the chat template does not show what stands between two replies, so remaining_turns cannot be played"
+        )
     return after
 
 

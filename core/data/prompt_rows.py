@@ -32,8 +32,8 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     if transform:
         rows = custom.apply_transform(rows, custom.load_transform(transform, settings.transform_config), tokenizer)
     name = _column(rows, entry.get("field_prompt") or settings.prompt_column)
-    known = row_formats.of_kind("prompts")
-    read = known[name].reader if name in known else prompts.from_column
+    formats = row_formats.of_kind("prompts")
+    read = formats[name].reader if name in formats else prompts.from_column
     return rows._replace(rows=[read(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])
 
 

@@ -81,9 +81,9 @@ def encode(rows: sources.Rows, format: str, tokenizer: Tokenizer, encoding: Enco
         docs, report = trees.encode_rows(watched, answers[format].reader(), tokenizer, name=format, distinct=False, **lengths, **chat)
         report = kinds.with_unread(report, watched)
     elif format in row_formats.of_kind("steps"):
-        own = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
+        step_options = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
         labels = rows if labelled else _with_labels(rows)
-        docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, format_options=own, **lengths)
+        docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, format_options=step_options, **lengths)
     else:
         docs, report = kinds.KINDS["ranked"].encode(rows, tokenizer, format=format, format_options=chat, **lengths)
     return ScoredRows(rows, format, docs, f"rows of {rows.name}: {trees.describe_trees(report)}", labelled)

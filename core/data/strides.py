@@ -70,8 +70,8 @@ def takes(name: str, row: Mapping[str, Any] | None = None) -> tuple[str, ...]:
 
 def talks(name: str) -> bool:
     """Whether rows of a format are conversations."""
-    known = row_formats.of_kind("strided")
-    return name in known and known[name].options == row_formats.CHAT
+    formats_ = row_formats.of_kind("strided")
+    return name in formats_ and formats_[name].options == row_formats.CHAT
 
 
 def canonical(name: str) -> str:

@@ -120,12 +120,12 @@ class _Reader:
     def check_tag(self, node: Any) -> None:
         import yaml
 
-        kind, own = type(node), None
+        kind, plain_tag = type(node), None
         if kind is yaml.ScalarNode:
-            own = self.loader.resolve(kind, node.value, (True, False) if node.style is None else (False, True))
+            plain_tag = self.loader.resolve(kind, node.value, (True, False) if node.style is None else (False, True))
         elif node.tag not in PLAIN_TAGS:
-            own = f"{TAG}{'seq' if kind is yaml.SequenceNode else 'map'}"
-        if own is not None and node.tag not in (own, f"{TAG}str"):
+            plain_tag = f"{TAG}{'seq' if kind is yaml.SequenceNode else 'map'}"
+        if plain_tag is not None and node.tag not in (plain_tag, f"{TAG}str"):
             tag = node.tag.replace(TAG, "!!")
             raise ValueError(
                 f"{self.path} line {_line(node)} is not valid YAML for options: the tag {tag} is not read, write a plain value"

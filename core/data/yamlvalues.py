@@ -57,8 +57,8 @@ def plain(written: Written) -> Any:
 
 def text(written: Written, choices: Collection[str] = ()) -> str | None:
     """A text, one of `choices` where there are some; None for anything else."""
-    found = written.value
-    return found if isinstance(found, str) and (not choices or found in choices) else None
+    value = written.value
+    return value if isinstance(value, str) and (not choices or value in choices) else None
 
 
 def flag(written: Written) -> bool | None:
@@ -68,19 +68,19 @@ def flag(written: Written) -> bool | None:
 
 def number(written: Written) -> float | None:
     """A finite number, or None."""
-    found = _numeric(written)
-    return float(found) if found is not None and abs(found) < 1e308 and math.isfinite(found) else None
+    value = _numeric(written)
+    return float(value) if value is not None and abs(value) < 1e308 and math.isfinite(value) else None
 
 
 def integer(written: Written) -> int | None:
     """A whole number, or None; 1e1 and 5.0 are whole."""
-    found = _numeric(written)
-    if isinstance(found, float) and math.isfinite(found):
-        return whole(written.text, found)
-    return found if isinstance(found, int) else None
+    value = _numeric(written)
+    if isinstance(value, float) and math.isfinite(value):
+        return whole(written.text, value)
+    return value if isinstance(value, int) else None
 
 
 def _numeric(written: Written) -> int | float | None:
     """A number as it was written; YAML itself takes 1e-5 for a text."""
-    found = numeral(written.value) if isinstance(written.value, str) and written.plain else written.value
-    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+    value = numeral(written.value) if isinstance(written.value, str) and written.plain else written.value
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

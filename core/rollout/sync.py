@@ -47,7 +47,7 @@ class CanaryVerdict(NamedTuple):
     mean_diff: float
     max_diff: float
     moved: float
-    told: bool
+    conclusive: bool
 
 
 def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution: float) -> CanaryVerdict:
@@ -82,7 +82,7 @@ class Canary:
         if len(tokens) < 2 or dtype not in TOLERANCE:
             raise ValueError(f"a canary of {len(tokens)} tokens in {dtype}; expected at least 2, in one of {', '.join(TOLERANCE)}")
         self.client, self.tokens = client, list(tokens)
-        self.dtype, self.given, self.widen = dtype, tolerance, widen
+        self.dtype, self.tolerance, self.widen = dtype, tolerance, widen
         self.last: Reading | None = None
 
     def check(self, model: str, version: int, expected: np.ndarray) -> CanaryVerdict:
@@ -102,7 +102,7 @@ class Canary:
         return self._judge(now, None)
 
     def _judge(self, now: Reading, before: Reading | None) -> CanaryVerdict:
-        tolerance = TOLERANCE[self.dtype] if self.given is None else self.given
+        tolerance = TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
         return judge(now, before, tolerance=tolerance, resolution=RESOLUTION[self.dtype])
 
 

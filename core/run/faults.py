@@ -12,9 +12,9 @@ def find_not_finite(objective: Objective, state: TrainState, micro_batches: list
     """Replay a skipped step and name what is not finite: weights, the rows whose loss is not, or the gradient's leaves."""
     if bad := check.not_finite(state.params) or check.not_finite(state.frozen):
         return f"weights are not finite: {', '.join(bad[:3])}"
-    found = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
+    replays = [_replay(objective, state, batch, plan) for batch, plan in micro_batches]
     # A sharded gradient is summed over ranks, so where a loss is bad the gradients of innocent rows are too.
-    losses, grads = ([text for text in side if text] for side in zip(*found, strict=True))
+    losses, grads = ([text for text in side if text] for side in zip(*replays, strict=True))
     bad_loss = shard.any_flag(bool(losses), state.step.device) if torch.distributed.is_initialized() else bool(losses)
     return "; ".join(losses if bad_loss else grads) or "no micro-batch here shows it: one of another rank does, or the sum overflowed"
 

@@ -105,8 +105,10 @@ def _shorter(path: Path) -> Path:
 
 
 def _numbered(name: str) -> list[Path]:
-    found = RUNS.glob(f"{name}-*") if RUNS.is_dir() else []
-    return sorted((path for path in found if re.fullmatch(rf"{name}-[0-9]+", path.name)), key=lambda path: int(path.name.split("-")[-1]))
+    candidates = RUNS.glob(f"{name}-*") if RUNS.is_dir() else []
+    return sorted(
+        (path for path in candidates if re.fullmatch(rf"{name}-[0-9]+", path.name)), key=lambda path: int(path.name.split("-")[-1])
+    )
 
 
 def _next(name: str, stack: contextlib.ExitStack) -> Path:
@@ -163,11 +165,11 @@ def _choose(root: Path, request: Request) -> RunDir:
 
 def _newest(root: Path, request: Request) -> RunDir:
     """Continue from the newest sound checkpoint of a run, or begin where there is none."""
-    found = marker.read(root) if marker.holds_files(root) else marker.Marker("", ())
-    if found is None:
+    run_marker = marker.read(root) if marker.holds_files(root) else marker.Marker("", ())
+    if run_marker is None:
         raise ValueError(f"{root} holds files and no run to resume (it has no {marker.NAME}); name another folder")
     run = RunDir(root, *resumable.newest(root / "checkpoints"))
-    others = [root / name for name in marker.RESULTS if name not in found.makes and os.path.lexists(root / name)]
+    others = [root / name for name in marker.RESULTS if name not in run_marker.makes and os.path.lexists(root / name)]
     if run.resume is None and others:
         raise ValueError(f"{root} holds no checkpoint to resume and {others[0]}, which no run made; name another folder")
     if run.resume is None and marker.holds_files(root):
@@ -270,10 +272,10 @@ def _recover(root: Path) -> None:
     _put_back(root)
     ckpt.recover(root / "checkpoints")
     for folder in (root, root / "engine"):
-        owned.restore(folder, owned.MODEL, held=True)
+        owned.restore(folder, owned.MODEL, locked=True)
         for one in drafts.inside(folder):
-            own = one.name in (marker.NAME, *marker.FILES, *marker.RESULTS, "run") or folder != root
-            if one.kind != marker.PREVIOUS and drafts.abandoned(one, held=own):
+            locked = one.name in (marker.NAME, *marker.FILES, *marker.RESULTS, "run") or folder != root
+            if one.kind != marker.PREVIOUS and drafts.abandoned(one, locked=locked):
                 drafts.delete(one.path)
 
 

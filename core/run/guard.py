@@ -26,15 +26,15 @@ def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
     name = f"{root} is not overwritten"
     if root.is_symlink():
         raise ValueError(f"{name}: it is a link; name {root.resolve()} itself")
-    if (kept := _must_stay(root)) is not None:
-        raise ValueError(f"{name}: it is {kept}; name a folder of its own for the run")
-    found = marker.read(root)
-    if found is None:
+    if (protected := _must_stay(root)) is not None:
+        raise ValueError(f"{name}: it is {protected}; name a folder of its own for the run")
+    run_marker = marker.read(root)
+    if run_marker is None:
         raise ValueError(f"{name}: it was not made by treetune (it has no {marker.NAME}); name another folder")
     for option, path in read:
         if path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{name}: it holds {path}, which the run reads ({option}); move that away, or name another folder")
-    if others := marker.foreign(root, found):
+    if others := marker.foreign(root, run_marker):
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         raise ValueError(f"{name}: no run made {', '.join(map(str, others[:NAMED]))}{more}; move that away, or name another folder")
 
@@ -108,9 +108,9 @@ def require_own(path: Path, beginning: str, option: str) -> None:
     """Raise ValueError where there is anything but a file of ours, which begins so."""
     if not os.path.lexists(path):
         return
-    own = False
+    ours = False
     if path.is_file() and not path.is_symlink():
         with open(path, "rb") as file:
-            own = file.read(len(beginning)) == beginning.encode()
-    if not own:
+            ours = file.read(len(beginning)) == beginning.encode()
+    if not ours:
         raise ValueError(f"{path} exists and treetune did not write it: give {option} another name, or remove it")

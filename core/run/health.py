@@ -69,10 +69,12 @@ def _vanished(history: list[Record]) -> str | None:
 def _overfit(history: list[Record]) -> str | None:
     if not history or "eval/loss" not in history[-1] or "eval/ebft/mean_reward" in history[-1]:
         return None
-    held, loss = _series(history, "eval/loss")[-3:], _series(history, "train/loss")
-    rising = len(held) == 3 and held[0] < held[1] < held[2]
-    falling = len(loss) > 1 and statistics.mean(loss[-len(loss) // 2 :]) < statistics.mean(loss[: len(loss) // 2])
-    return f"eval/loss rose twice in a row to {held[-1]:.3f} while train/loss fell" if rising and falling else None
+    eval_loss, train_loss = _series(history, "eval/loss")[-3:], _series(history, "train/loss")
+    rising = len(eval_loss) == 3 and eval_loss[0] < eval_loss[1] < eval_loss[2]
+    falling = len(train_loss) > 1 and statistics.mean(train_loss[-len(train_loss) // 2 :]) < statistics.mean(
+        train_loss[: len(train_loss) // 2]
+    )
+    return f"eval/loss rose twice in a row to {eval_loss[-1]:.3f} while train/loss fell" if rising and falling else None
 
 
 def _mean_of_last(history: list[Record], key: str, count: int = 20) -> float | None:

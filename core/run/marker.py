@@ -104,8 +104,8 @@ def _foreign_inside(folder: Path, folders: re.Pattern, names: re.Pattern) -> lis
     out = []
     for path in sorted(folder.iterdir()):
         if drafts.read(path) is None:
-            own = folders.fullmatch(path.name) and path.is_dir()
-            out += owned.foreign(path, names) if own else [path]
+            expected = folders.fullmatch(path.name) and path.is_dir()
+            out += owned.foreign(path, names) if expected else [path]
     return out
 
 

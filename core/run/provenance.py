@@ -60,12 +60,12 @@ class Options(NamedTuple):
 
 
 class Earlier(NamedTuple):
-    """The checkpoint that a run goes on from. `made`: what it was made with, as far as that is known."""
+    """The checkpoint that a run goes on from. `provenance`: what it was made with, as far as that is known."""
 
     path: Path
     meta: dict
-    made: Provenance
-    old: bool  # written before checkpoints had a record: `made` has the options of the run's config.yaml
+    provenance: Provenance
+    old: bool  # written before checkpoints had a record: `provenance` has the options of the run's config.yaml
 
 
 class Origin(NamedTuple):
@@ -118,13 +118,15 @@ def with_functions(origin: Origin, names: Iterable[str | None], models: Mapping[
     places = {name: _source(name.split("?")[0]) for name in names if name and name.split("?")[0] not in builtin.BUILTIN}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in places.items() if path is not None}
     scorers = {name.removeprefix(REWARD_MODEL): [text] for name, text in models.items()}
-    known = scorers | {name: [text, re.split(r"[:.]", name.split("?")[0])[-1], name.partition("?")[2]] for name, text in code.items()}
+    fingerprints = scorers | {
+        name: [text, re.split(r"[:.]", name.split("?")[0])[-1], name.partition("?")[2]] for name, text in code.items()
+    }
     wanted = {
         key: options[key]
         for key in origin.options.functions
         if key in options and (key not in origin.options.doors or import_path.named({key: options[key]}))
     }
-    functions = {key: fingerprint.values([known.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
+    functions = {key: fingerprint.values([fingerprints.get(name, name) for name in _listed(value)]) for key, value in wanted.items()}
     return origin._replace(now=origin.now._replace(code=code, weights=origin.now.weights | dict(models), functions=functions))
 
 
@@ -141,11 +143,11 @@ def _earlier(path: Path, origin: Origin, say: Callable[[str], None]) -> Earlier:
     """The checkpoint to resume from, by its options alone one that can be."""
     meta = json.loads((path / "state.json").read_text(encoding="utf-8"))  # its digest was checked when the checkpoint was chosen
     now, options = origin.now, origin.options
-    found = Earlier(path, meta, _read(meta[KEY], path, options.commands), False) if KEY in meta else _guessed(path, meta, origin, say)
-    if found.made.command != now.command:
-        raise ValueError(f"{path} was made by treetune {found.made.command}: continue it with that command, not {now.command}")
-    _raise(path, resume_rules.judge(_changes(found, origin), now.options, options.rules, same=lambda what: None).refused)
-    return found
+    earlier = Earlier(path, meta, _read(meta[KEY], path, options.commands), False) if KEY in meta else _guessed(path, meta, origin, say)
+    if earlier.provenance.command != now.command:
+        raise ValueError(f"{path} was made by treetune {earlier.provenance.command}: continue it with that command, not {now.command}")
+    _raise(path, resume_rules.judge(_changes(earlier, origin), now.options, options.rules, same=lambda what: None).refused)
+    return earlier
 
 
 def _read(value: Any, path: Path, commands: tuple[str, ...]) -> Provenance:
@@ -173,14 +175,16 @@ def _guessed(path: Path, meta: dict, origin: Origin, say: Callable[[str], None])
         say(f"{path} was written by an earlier version and {_shorter(file)} cannot be read: which options changed is not known")
         return Earlier(path, meta, origin.now, True)
     say(f"{path} was written by an earlier version: its options are taken from {_shorter(file)}")
-    known = origin.options.defaults
-    options = {name: _plain(options.get(name, known[name])) for name in known}
+    defaults = origin.options.defaults
+    options = {name: _plain(options.get(name, defaults[name])) for name in defaults}
     return Earlier(path, meta, origin.now._replace(options=origin.options.resolve(options)), True)
 
 
-def _changes(found: Earlier, origin: Origin) -> list[resume_rules.Change]:
+def _changes(earlier: Earlier, origin: Origin) -> list[resume_rules.Change]:
     options = origin.options
-    return resume_rules.changes(found.made.options, origin.now.options, options.rules, defaults=options.defaults, ignored=options.unused)
+    return resume_rules.changes(
+        earlier.provenance.options, origin.now.options, options.rules, defaults=options.defaults, ignored=options.unused
+    )
 
 
 def check(origin: Origin, *, documents: dict[str, str], stream: str, sampled: bool = False) -> tuple[dict, list[str]]:
@@ -194,26 +198,26 @@ def check(origin: Origin, *, documents: dict[str, str], stream: str, sampled: bo
     return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), stream, sampled)
 
 
-def _compared(found: Earlier, origin: Origin, stream: str, sampled: bool) -> list[str]:
+def _compared(earlier: Earlier, origin: Origin, stream: str, sampled: bool) -> list[str]:
     now, rules = origin.now, origin.options.rules
-    same = _old_same(found.meta, stream, origin) if found.old else _same(found.made, now)
-    verdict = resume_rules.judge(changed := _changes(found, origin), now.options, rules, same=same)
+    same = _old_same(earlier.meta, stream, origin) if earlier.old else _same(earlier.provenance, now)
+    verdict = resume_rules.judge(changed := _changes(earlier, origin), now.options, rules, same=same)
     named = {what for one in changed for what in rules[one.name].judged_by}
-    problems = verdict.refused + [text for what, text in _unnamed(found, now).items() if what not in named and same(what) is False]
+    problems = verdict.refused + [text for what, text in _unnamed(earlier, now).items() if what not in named and same(what) is False]
     lines = verdict.listed
-    if not found.old:
-        problems += [text for what, text in WORDS.items() if found.made.words.get(what) != now.words.get(what)]
-        lines += _quietly_changed(found.made, now)
-    if found.made.processes != now.processes:
-        (problems if sampled else lines).append(f"{now.processes} processes instead of {found.made.processes}")
-    _raise(found.path, problems)
+    if not earlier.old:
+        problems += [text for what, text in WORDS.items() if earlier.provenance.words.get(what) != now.words.get(what)]
+        lines += _quietly_changed(earlier.provenance, now)
+    if earlier.provenance.processes != now.processes:
+        (problems if sampled else lines).append(f"{now.processes} processes instead of {earlier.provenance.processes}")
+    _raise(earlier.path, problems)
     return lines
 
 
-def _same(made: Provenance, now: Provenance) -> Callable[[str], bool]:
+def _same(before: Provenance, now: Provenance) -> Callable[[str], bool]:
     def same(what: str) -> bool:
-        before, after = made.documents | made.weights | made.functions, now.documents | now.weights | now.functions
-        return before.get(what) == after.get(what)
+        earlier, current = (side.documents | side.weights | side.functions for side in (before, now))
+        return earlier.get(what) == current.get(what)
 
     return same
 
@@ -231,21 +235,21 @@ def _old_same(meta: dict, stream: str, origin: Origin) -> Callable[[str], bool]:
     return same
 
 
-def _unnamed(found: Earlier, now: Provenance) -> dict[str, str]:
+def _unnamed(earlier: Earlier, now: Provenance) -> dict[str, str]:
     """What to say of fingerprints that differ where no option does."""
-    if found.old:
+    if earlier.old:
         other = {"order": "other data, packing or batch options"}
-        return other | ({"model": "another base model"} if found.meta.get("base_digest") else {})
-    shared = found.made.weights.keys() & now.weights.keys()  # a reward model from another place is judged by its option
-    roles = {what: "base model" if what == "model" else what for what in found.made.weights | now.weights}
+        return other | ({"model": "another base model"} if earlier.meta.get("base_digest") else {})
+    shared = earlier.provenance.weights.keys() & now.weights.keys()  # a reward model from another place is judged by its option
+    roles = {what: "base model" if what == "model" else what for what in earlier.provenance.weights | now.weights}
     roles = {what: name for what, name in roles.items() if what in shared or not what.startswith(REWARD_MODEL)}
     return DOCUMENTS | {what: f"another {name}: its weights are not those it was made with" for what, name in roles.items()}
 
 
-def _quietly_changed(made: Provenance, now: Provenance) -> list[str]:
+def _quietly_changed(before: Provenance, now: Provenance) -> list[str]:
     """Files and templates that changed in what no fingerprint above holds."""
-    out = [f"{name}: the file of this function changed" for name, text in now.code.items() if made.code.get(name, text) != text]
-    return out + ["the chat template changed, the documents did not"] * (made.words.get("template") != now.words.get("template"))
+    out = [f"{name}: the file of this function changed" for name, text in now.code.items() if before.code.get(name, text) != text]
+    return out + ["the chat template changed, the documents did not"] * (before.words.get("template") != now.words.get("template"))
 
 
 def _raise(path: Path, problems: list[str]) -> None:

@@ -10,12 +10,12 @@ def newest(root: Path) -> tuple[Path | None, tuple[str, ...]]:
 
     Raises ValueError where there are checkpoints and none is sound: to start again from nothing is the user's decision.
     """
-    found, faults = ckpt.newest_sound(root)
-    if found is None and faults:
+    checkpoint, faults = ckpt.newest_sound(root)
+    if checkpoint is None and faults:
         more = f" ({len(faults)} checkpoints, none is sound)" if len(faults) > 1 else ""
         raise ValueError(f"{faults[0]}{more}: nothing to resume from in {root}; start anew with --overwrite, or in another --output-dir")
     skipped = tuple(f"{fault}: skipped" for fault in faults)
-    return found, skipped + (_unverified(found) if found is not None else ())
+    return checkpoint, skipped + (_unverified(checkpoint) if checkpoint is not None else ())
 
 
 def require(path: Path) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def require(path: Path) -> tuple[str, ...]:
         ckpt.read_meta(path)
     except ValueError as error:
         near = (ckpt.newest_sound(root)[0] for root in (path.parent, path / "checkpoints", path))
-        other = next((found for found in near if found is not None), None)
+        other = next((checkpoint for checkpoint in near if checkpoint is not None), None)
         raise ValueError(f"{error}{'' if other is None else f'; the newest sound one is {other}'}") from error
     return _unverified(path)
 

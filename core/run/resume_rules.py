@@ -85,15 +85,15 @@ def judge(differences: list[Change], after: Mapping[str, Any], rules: Rules, *, 
 
 def _reason(one: Change, after: Mapping[str, Any], rule: Rule, same: Callable[[str], bool | None]) -> str | None:
     """Why a change is refused; nothing where it is not; None where that cannot be said yet."""
-    if own := _without_effect(one, after):
-        return own
+    if conflict := _without_effect(one, after):
+        return conflict
     functions = all(import_path.named({"": value}) for value in (one.before, one.after))
     if rule.verdict == LISTED or rule.verdict == REFUSED and not (rule.judged_by and functions):
         return rule.reason if rule.verdict == REFUSED else ""
-    kept = [same(what) for what in rule.judged_by]
-    if False in kept:
+    unchanged = [same(what) for what in rule.judged_by]
+    if False in unchanged:
         return rule.reason
-    return None if None in kept else ""
+    return None if None in unchanged else ""
 
 
 def _without_effect(one: Change, after: Mapping[str, Any]) -> str:

@@ -170,7 +170,7 @@ def test_a_synced_adapter_is_the_trainers_and_a_later_version_too(engine, traine
     for version, size in enumerate((0.005, 0.03), start=1):
         used = made(trainer, size)
         verdict = adapters.sync(version, saving(trainer, used), used.tree, on_canary(trainer, used))
-        assert verdict.told and verdict.moved > 0.05 and verdict.max_diff < MAX_DIFF and verdict.mean_diff < MEAN_DIFF, verdict
+        assert verdict.conclusive and verdict.moved > 0.05 and verdict.max_diff < MAX_DIFF and verdict.mean_diff < MEAN_DIFF, verdict
         # The prompts are those of before: keys and values kept of another version would show.
         gap = gaps(drawn(engine, trainer, model=adapters.model), trainer, used=used)
         assert gap.max() < MAX_DIFF and gap.mean() < MEAN_DIFF, (gap.max(), gap.mean())
@@ -185,7 +185,7 @@ def test_a_lost_sync_is_caught_however_small_the_step(engine, trainer, adapters,
     with pytest.raises(sync.SyncError, match=f"sync of version {version} was lost"):
         adapters.sync(version, saving(trainer, used), used.tree, on_canary(trainer, used))
     monkeypatch.undo()
-    assert adapters.sync(version, saving(trainer, used), used.tree, on_canary(trainer, used)).told
+    assert adapters.sync(version, saving(trainer, used), used.tree, on_canary(trainer, used)).conclusive
 
 
 def test_an_adapter_above_the_servers_rank_is_refused(trainer, adapters):
@@ -207,7 +207,7 @@ def test_a_killed_server_is_restarted_with_whole_weights_and_gets_its_adapter_ag
     engine.server.process.wait()
     expected = scored(other, trainer.canary[:1], trainer.canary[1:])
     verdict = weights.sync(1, partial(hf.save, model=other, tokenizer=trainer.tokenizer), moved, expected)
-    assert verdict.told and verdict.moved > 0.05 and verdict.mean_diff < MEAN_DIFF, verdict
+    assert verdict.conclusive and verdict.moved > 0.05 and verdict.mean_diff < MEAN_DIFF, verdict
     draw = partial(engine.client.sample, [trainer.prompts[1]], [7], max_tokens=8)
     with pytest.raises(sync.SyncError, match="other weights"):  # the adapter comes back, over another base than it was made for
         sync.steady(lambda name: draw(model=name), adapters)

@@ -57,7 +57,7 @@ def test_each_sync_is_a_new_name_and_sampling_uses_it(fake, client, adapters):
     names = []
     for version, number in enumerate((0.3, -0.2, 0.5), start=1):
         verdict = adapters.sync(version, save(number), PARAMS, expected(number))
-        assert verdict.mean_diff < 1e-12 and verdict.told and verdict.moved > 0.01
+        assert verdict.mean_diff < 1e-12 and verdict.conclusive and verdict.moved > 0.01
         names.append(adapters.model)
         client.sample([[1]], [1], max_tokens=2, model=adapters.model)
         assert drawn_as(fake) == number
@@ -88,8 +88,8 @@ def test_the_very_first_sync_lost_is_caught_too(fake, adapters):
 
 def test_a_canary_that_cannot_tell_says_so(adapters):
     adapters.sync(1, save(0.1), PARAMS, expected(0.1))
-    assert not adapters.sync(2, save(0.1), PARAMS, expected(0.1)).told
-    assert not adapters.sync(3, save(0.1 + 1e-7), PARAMS, expected(0.1 + 1e-7)).told
+    assert not adapters.sync(2, save(0.1), PARAMS, expected(0.1)).conclusive
+    assert not adapters.sync(3, save(0.1 + 1e-7), PARAMS, expected(0.1 + 1e-7)).conclusive
 
 
 def test_other_weights_than_the_trainers_are_caught(adapters):
@@ -126,7 +126,7 @@ def test_what_two_readings_tell():
     before = reading(1, old, old + noise)
     judge = dict(tolerance=1e-3, resolution=1e-4)
     good = sync.judge(reading(2, new, new - noise), before, **judge)
-    assert good.told and good.max_diff == pytest.approx(1e-4) and good.mean_diff == pytest.approx(np.abs(noise).mean())
+    assert good.conclusive and good.max_diff == pytest.approx(1e-4) and good.mean_diff == pytest.approx(np.abs(noise).mean())
     assert good.moved == pytest.approx(0.5)
     with pytest.raises(sync.SyncError, match="the server has version 1, not version 2"):
         sync.judge(reading(2, new, old - noise), before, **judge)  # old weights, but other bits
@@ -134,7 +134,7 @@ def test_what_two_readings_tell():
         sync.judge(reading(2, old + 2e-4, before.got), before, **judge)  # within the tolerance, yet not one bit moved
     with pytest.raises(sync.SyncError, match="other weights, not version 2"):
         sync.judge(reading(2, new, np.full(8, np.nan)), before, **judge)
-    assert not sync.judge(reading(2, old + 5e-5, before.got), before, **judge).told
+    assert not sync.judge(reading(2, old + 5e-5, before.got), before, **judge).conclusive
     with pytest.raises(ValueError, match="trainer gave 7 .* the server 8"):
         sync.judge(reading(2, new[1:], new), before, **judge)
 
@@ -197,7 +197,7 @@ def test_an_answer_to_a_load_that_got_lost_is_no_failure(fake, adapters):
         return (503, {}) if len(calls) == 1 else status
 
     fake.load = torn
-    assert adapters.sync(1, save(0.3), PARAMS, expected(0.3)).told and len(calls) == 2
+    assert adapters.sync(1, save(0.3), PARAMS, expected(0.3)).conclusive and len(calls) == 2
 
 
 def test_a_folder_that_changed_on_the_disk_never_reaches_a_server(fake, adapters, monkeypatch):
@@ -246,7 +246,7 @@ def test_whole_weights_reach_a_managed_server(managed, tmp_path, in_place):
     weights.start(0, expected(0.0))
     first = server.process.pid
     for version, number in ((1, 0.2), (2, -0.4)):
-        assert weights.sync(version, save_model(number), PARAMS, expected(number)).told
+        assert weights.sync(version, save_model(number), PARAMS, expected(number)).conclusive
     assert (server.process.pid == first) == in_place
     assert [path.name for path in weights.root.iterdir()] == ["weights-v000002"]
     with pytest.raises(sync.SyncError, match="other weights, not version 3"):
