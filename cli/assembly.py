@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, cadence, document_source, products, resume_rules, rollout_source, setup, summary
+from treetune.cli import bases, cadence, document_source, products, resume_options, rollout_source, setup, summary
 from treetune.cli.methods.parts import Parts, Setting, in_sequence
 from treetune.cli.run import Run, Supply
 from treetune.core import ckpt, fields, step, tree
+from treetune.core.config import table
 from treetune.core.data import fingerprint
 from treetune.core.run import loop, provenance
 from treetune.core.run.ranks import share
@@ -46,7 +47,7 @@ def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> As
     config = run.config
     dtype = loading.compute_dtype(config.model.dtype, run.device)
     rate = run.method.rates[not _has_adapter(config)]
-    options = resume_rules.describe(config, rate=rate, dtype=str(dtype)[6:])
+    options = resume_options.describe(config, rate=rate, dtype=str(dtype)[6:])
     origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
     products.settle(run.folder.resume, dtype, run.device, share=partial(share, run.ranks), say=run.say)
     words = setup.load_words(config.model, config.vocabulary, _start_folder(config), say=run.say)
@@ -189,7 +190,7 @@ def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source
 def _tell_changes(run: Run, changed: list[str], step: int, total_steps: int) -> None:
     """List what is otherwise than when the checkpoint was written. Errors: ValueError where no step is left that would see it."""
     if run.folder.resume is not None:
-        provenance.reached(run.folder.resume, step, total_steps, changed, resume_rules.rules(type(run.config)))
+        provenance.reached(run.folder.resume, step, total_steps, changed, table.rules(type(run.config)))
     if changed:
         run.say("changed since the checkpoint:")
     for text in changed:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from treetune.cli import checks, row_settings
+from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import ebft_strided
 from treetune.cli.methods.parts import Parts
 from treetune.cli.run import Run, Supply
 from treetune.core import ckpt
+from treetune.core.config import checks
 from treetune.core.data import chat_templates, corpus, dataset, kinds, loader, pack, reference_logps, streaming
 from treetune.core.data.dataset import Dataset
 from treetune.core.run import evaluation, reading

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import parse
 from treetune.cli.errors import BadInput
 from treetune.core import fields
+from treetune.core.config import table
 from treetune.core.data import files
 from treetune.models import fetch
 
@@ -29,7 +29,7 @@ PATHS = (
 
 def check(config: Any, given: frozenset[str]) -> None:
     """Raise ValueError or BadInput for the first path that cannot be what its option wants."""
-    values = parse.flatten(config)
+    values = table.flatten(config)
     for name in ("output_dir", "dataset_prepared_path"):
         if values.get(name) is not None:
             _writable(Path(values[name]), name)
@@ -58,7 +58,7 @@ def _named(values: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str
 
 def check_names(config: Any) -> None:
     """Raise BadInput for a text that can be the name of no file, folder or model."""
-    for name, value in _named(parse.flatten(config), PATHS):
+    for name, value in _named(table.flatten(config), PATHS):
         if not value:
             raise BadInput(f"{name} is empty; expected a name, or leave it out")
         if "\0" in value:

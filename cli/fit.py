@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import artifacts, assembly, cadence, document_source, parse, protection, requirements, sample_answer, setup, summary
+from treetune.cli import artifacts, assembly, cadence, document_source, protection, requirements, sample_answer, setup, summary
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import METHODS, of_config
 from treetune.cli.run import Run
 from treetune.core import import_path, masking
-from treetune.core.config import table
+from treetune.core.config import reading, table
 from treetune.core.run import folder, loop, ranks, report, signals
 from treetune.core.run import observers as trackers
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -46,7 +46,7 @@ def configure(method: str, **options: Any) -> Any:
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    return parse.from_values(method, METHODS[method].config, options)
+    return reading.from_values(method, METHODS[method].config, options)
 
 
 def fit(config: Any, *, observers: Iterable[Any] = (), source: Source | None = None) -> Result:
@@ -116,7 +116,7 @@ def begin(config: Any, told: Iterable[Any], options: frozenset[str], stack: cont
 def _create(this: Run, start: Policy) -> None:
     """Begin the run in its folder."""
     # How a run was started (--resume, --overwrite) is not what it is.
-    text = parse.to_yaml(this.config, without=("resume", "overwrite"))
+    text = reading.to_yaml(this.config, without=("resume", "overwrite"))
     folder.create(this.folder, masking.mask_secrets(text), makes=("model" if start.lora is None else "adapter",))
 
 

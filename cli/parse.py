@@ -8,22 +8,15 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from treetune.cli.errors import BadInput
-from treetune.core.config import suggestions, table, typed
-from treetune.core.config.table import REQUIRED, Option
-from treetune.core.config.table import defaults as defaults
-from treetune.core.config.table import flatten as flatten
-from treetune.core.config.table import kinds as kinds
-from treetune.core.data import dataset_fields, yamltext, yamlvalues
-from treetune.core.data.yamltext import Written
+from treetune.core.config import reading, suggestions, table, typed
+from treetune.core.config.table import Option
 
-LISTED = frozenset({"datasets", "test_datasets"})  # lists of mappings, which only a config file can hold
 LONGEST = 600  # characters of a message about a flag
 Parsed = tuple[Any, frozenset[str]]
 Options = Mapping[str, Option]
@@ -41,9 +34,10 @@ def parse(command: str, config: type, argv: list[str]) -> Parsed:
     _check_flags(command, argv, options)
     _check_values(argv, options)
     argv = _numbers(argv, options)
-    from_file = {key: value for key, value in _from_file(command, path, options).items() if key not in given}
+    read = {} if path is None else reading.from_file(path, options, hint=f"; see treetune {command} --help")
+    from_file = {key: value for key, value in read.items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
-    values = flatten(parsed)
+    values = table.flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != options[key].default})
 
 
@@ -87,7 +81,7 @@ def _flags(command: str, argv: list[str], known: Options) -> set[str]:
         name = name.removeprefix("no_") if name not in known else name
         if name not in known:
             raise BadInput(f"unknown option {flag}{suggestions.of_option(name, known, flags=True)}; see treetune {command} --help")
-        if name in LISTED:
+        if known[name].of_mappings:
             raise BadInput(f"{name} is a list of mappings: write it in a file and give --config, or use --data")
         if name in given:
             raise BadInput(f"option {flag} is given twice")
@@ -163,111 +157,24 @@ def _parses(kind: type, text: str) -> bool:
         return False
 
 
-def _from_file(command: str, path: str | None, options: Options) -> dict[str, Any]:
-    """{option: value} of a config file, typed. Errors: BadInput naming the file and all unknown keys, or the key and its value."""
-    if path is None:
-        return {}
-    written = yamltext.load(path)
-    if unknown := [key for key in written if key not in options]:
-        raise BadInput(f"{path}: {suggestions.all_of(unknown, options)}; see treetune {command} --help")
-    fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
-    return {key: _value(options[key], value, path, fields) for key, value in written.items()}
-
-
-def from_values(command: str, config: type, values: Mapping[str, Any]) -> Any:
-    """The config of a command from Python values under the names of its options, read as those of a config file.
-
-    Errors: ValueError naming all unknown options, or the option and its value.
-    """
-    options = table.options(config)
-    if unknown := [name for name in values if name not in options]:
-        raise BadInput(f"{command}: {suggestions.all_of(unknown, options)}")
-    if missing := [name for name, option in options.items() if option.default is table.REQUIRED and name not in values]:
-        raise BadInput(f"{command} needs {', '.join(missing)}")
-    fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
-    read = {name: _value(options[name], _written(value), command, fields) for name, value in values.items()}
-    return _start(config, read) or config()
-
-
-def _written(value: Any) -> Written:
-    """A Python value as a config file would hold it; paths are texts."""
-    if isinstance(value, dict):
-        return Written({name: _written(item) for name, item in value.items()})
-    if isinstance(value, list | tuple):
-        return Written([_written(item) for item in value])
-    if value is None or isinstance(value, bool | int | float):
-        return Written(value, str(value))
-    return Written(str(value), str(value))
-
-
-def _value(option: Option, written: Written, path: str, fields: dict[str, dataset_fields.Field]) -> Any:
-    if option.name in LISTED:
-        found: Any = dataset_fields.entries(written, option.name, path, fields)
-    elif option.pairs is not None and option.pairs.named and isinstance(written.value, dict):
-        found = tuple(_pair(option.name, name, item, path) for name, item in written.value.items())
-    else:
-        found = typed.value(written, option, path)
-    return list(found) if isinstance(found, tuple) else found
-
-
-def _pair(key: str, name: str, written: Written, path: str) -> str:
-    """An entry of a mapping as NAME=TEXT."""
-    if "=" in name or not name:
-        raise BadInput(f"{path}: {key} has the name {name!r}; expected one without =")
-    if key == "special_tokens":
-        if yamlvalues.text(written) is None:
-            raise yamlvalues.wrong(written, f"{path}: {key}: {name}", "a text")
-        return f"{name}={written.value}"
-    value = dataset_fields.VALUES.read(Written({name: written}))
-    if value is dataset_fields.BAD:
-        raise yamlvalues.wrong(
-            written, f"{path}: {key}: {name}", "a text, a finite number, true, false, null, or a list or mapping of such"
-        )
-    return f"{name}={json.dumps(value[name], ensure_ascii=False)}"
-
-
 def _run_tyro(command: str, config: type, from_file: dict[str, Any], args: list[str]) -> Any:
     """The config of the flags, with the file's values and the defaults for all else."""
     import tyro
 
-    shown, start = io.StringIO(), _start(config, from_file)
+    shown = io.StringIO()
     form = _with_config(config) if {"--help", "-h"} & set(args) else config
     try:
         with contextlib.redirect_stderr(shown):
-            default = {} if start is None or form is not config else {"default": start}
+            default = {"default": reading.fill(config, from_file, missing=tyro.MISSING)} if from_file and form is config else {}
             return tyro.cli(tyro.conf.OmitArgPrefixes[form], prog=f"treetune {command}", args=args, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         words = _one_line(shown.getvalue())
         if words.startswith("Required options"):
-            words = (
-                f"treetune {command} needs {' and '.join(name.upper() for name, value in defaults(config).items() if value is REQUIRED)}"
-            )
+            needed = [name.upper() for name, option in table.options(config).items() if option.default is table.REQUIRED]
+            words = f"treetune {command} needs {' and '.join(needed)}"
         raise BadInput(f"{words}; see treetune {command} --help") from None
-
-
-def _start(config: type, from_file: dict[str, Any]) -> Any:
-    """The config of the file's values and the defaults; None without a file."""
-    if not from_file:
-        return None
-    import tyro
-
-    parts = {}
-    for entry in dataclasses.fields(config):
-        if entry.default_factory is not dataclasses.MISSING:
-            group = entry.default_factory()
-            own = {key: _frozen(from_file[key]) for key in vars(group) if key in from_file}
-            parts[entry.name] = dataclasses.replace(group, **own)
-        elif entry.name in from_file:
-            parts[entry.name] = _frozen(from_file[entry.name])
-        else:
-            parts[entry.name] = tyro.MISSING if entry.default is dataclasses.MISSING else entry.default
-    return config(**parts)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _with_config(config: type) -> type:
@@ -291,18 +198,3 @@ def _one_line(box: str) -> str:
     words = " ".join(body if len(rules) != 1 or rules[0] == 0 else lines[: rules[0]]).split()
     text = re.sub(r"^(Unrecognized options) \1", r"\1", " ".join(words))
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
-
-
-def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
-    """The resolved config as YAML that `--config` reads back."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Writes equal lists out instead of naming the first."""
-
-        def ignore_aliases(self, data: Any) -> bool:
-            """Never an alias."""
-            return True
-
-    kept = {key: value for key, value in flatten(config).items() if value is not None and key not in without}
-    return yaml.dump(kept, Dumper=Dumper, sort_keys=False)

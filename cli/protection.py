@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import parse
 from treetune.cli.errors import BadInput
 from treetune.cli.options.commands import Merge, Preprocess, Rollout, Score
 from treetune.cli.options.serve import Serve
@@ -58,7 +57,7 @@ def check_run(config: Any, config_file: str | None = None) -> None:
 
 def inputs(config: Any, config_file: str | None = None) -> Iterator[tuple[str, Path]]:
     """(option, path) of everything on this machine that a run reads, and of the base models that its adapters name."""
-    values = parse.flatten(config)
+    values = table.flatten(config)
     named = [(option, text) for option in PLACES for text in _texts(values.get(option))]
     doors = [name for name, option in table.options(type(config)).items() if option.door is not None]
     functions = [(option, text) for option in (*FUNCTIONS, *doors) for text in map(_file, _texts(values.get(option)))]

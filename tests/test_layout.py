@@ -53,6 +53,7 @@ LAZY = {
     "core/data/files.py": {"fsspec", "zstandard"},
     "core/data/hub.py": {"pyarrow"},
     "core/data/arrow.py": {"pyarrow"},
+    "core/config/reading.py": {"yaml"},
     "core/run/provenance.py": {"yaml"},
     "core/data/yamltext.py": {"yaml"},
     "models/adapter.py": {"safetensors"},

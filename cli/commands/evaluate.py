@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from treetune.cli import checks, row_settings
+from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import sft
 from treetune.cli.options.commands import Eval
 from treetune.cli.screen import Screen
 from treetune.core import param
+from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, kinds, pack
 from treetune.core.run import evaluation, memory, ranks
 from treetune.core.state import TrainState

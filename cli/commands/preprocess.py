@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import checks, highlight, row_settings
+from treetune.cli import highlight, row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
 from treetune.core import drafts, option_pairs, owned
+from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
 from treetune.core.run import guard, page
 from treetune.models import loading

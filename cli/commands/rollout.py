@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from treetune.cli import checks, rewarding, row_settings, samplers
+from treetune.cli import rewarding, row_settings, samplers
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Rollout
 from treetune.cli.options.rollout import VLLM_ONLY
 from treetune.cli.screen import Screen
+from treetune.core.config import checks
 from treetune.core.data import prompt_rows
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import stats

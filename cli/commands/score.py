@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from treetune.cli import checks
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.commands import Score
 from treetune.cli.screen import Screen
 from treetune.core import fields
+from treetune.core.config import checks
 from treetune.core.data import dataset, scored_rows, sources
 from treetune.core.data.scored_rows import Encoding, ScoredRows, Values
 from treetune.core.run import folder, memory

@@ -19,7 +19,7 @@ from treetune.cli.options.run import RunOptions
 from treetune.core.config import table
 from treetune.core.config.marks import (
     COMPLETIONS,
-    NAMED_TEXTS,
+    NAMED_VALUES,
     OBJECTIVE,
     PLACE,
     ROWS_AND_ORDER,
@@ -69,7 +69,7 @@ class EbftData(HeldOut, AnyRows):
     """Longest document (strided) or prompt with its true reply (structured), in tokens; a longer prompt with reply is dropped."""
     overlong: Annotated[Literal["drop", "truncate", "error"], ROWS_READ] = "truncate"
     """What to do with a longer strided document that has a prompt; raw text is always split."""
-    chat_template_kwargs: Annotated[tuple[str, ...], NAMED_TEXTS, ROWS_READ] = ()
+    chat_template_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, ROWS_READ] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; in a file also a mapping."""
 
 

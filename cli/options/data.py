@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, Suppress
 
 from treetune.cli import samples
-from treetune.core.config.marks import NAMED_TEXTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, listed, unused_if
+from treetune.core.config.marks import NAMED_VALUES, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, listed, unused_if
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
 
 # A list of mappings: written in a config file, never as flags.
@@ -123,7 +123,7 @@ class PromptRows:
     """Longer prompts are dropped, in tokens."""
     chat_template: Annotated[str | None, ROWS_READ] = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
-    chat_template_kwargs: Annotated[tuple[str, ...], NAMED_TEXTS, ROWS_READ] = ()
+    chat_template_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, ROWS_READ] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; in a file also a mapping."""
 
 

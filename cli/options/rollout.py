@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from treetune.core.config.marks import COMPLETIONS, NAMED_TEXTS, REWARD, SAMPLED_FROM, function, listed, refused, unused_unless
+from treetune.core.config.marks import COMPLETIONS, NAMED_VALUES, REWARD, SAMPLED_FROM, function, listed, refused, unused_unless
 from treetune.core.config.ranges import (
     ANY,
     BELOW_ONE,
@@ -44,7 +44,7 @@ class RolloutOptions:
     """Penalty on tokens that occurred (vLLM only); 1 is none."""
     vllm_guided_decoding_regex: Annotated[str | None, SAMPLED_FROM, VLLM] = None
     """Completions must match this regular expression (vLLM only)."""
-    generation_kwargs: Annotated[tuple[str, ...], NAMED_TEXTS, SAMPLED_FROM, VLLM] = ()
+    generation_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, SAMPLED_FROM, VLLM] = ()
     """NAME=VALUE, further sampling parameters (vLLM only), values as JSON: min_tokens=8; in a file also a mapping."""
     rollout_func: Annotated[str | None, function(SAMPLED_FROM.reason, "rollout_func")] = None
     """module.function or file.py:function that plays the completions (several turns, tools, environments), instead of plain sampling; see

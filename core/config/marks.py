@@ -55,13 +55,19 @@ def function(reason: str, option: str) -> Rule:
 
 
 class EqualsTexts(NamedTuple):
-    """The option holds texts with an equals sign: read(texts, option) raises ValueError for what is none. named: or a mapping in a file."""
+    """The option holds texts with an equals sign: read(texts, option) raises ValueError for what is none.
+
+    named: or a mapping in a file, of names to texts. values: to anything that is JSON.
+    """
 
     read: Callable[[tuple[str, ...], str], Any]
-    named: bool
+    named: bool = False
+    values: bool = False
 
 
-NAMED_TEXTS, REGEX_NUMBERS = EqualsTexts(option_pairs.named_texts, True), EqualsTexts(option_pairs.rules, False)
+NAMED_TEXTS = EqualsTexts(option_pairs.named_texts, named=True)
+NAMED_VALUES = NAMED_TEXTS._replace(values=True)
+REGEX_NUMBERS = EqualsTexts(option_pairs.rules)
 
 STARTED = Rule(START, "says how the run is started")
 MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Collection, Iterable
 
 QUANTISED = "quantised bases are not supported yet; leave it out, and train an adapter on a bfloat16 model"
+TRACKED = "observer: FILE.py:FUNCTION sends metrics to a tracker; metrics.jsonl and report.html hold all curves, too"
 ALWAYS = "it is always so here; leave it out"
 COMMANDS_OF = {
     "train": "sft, dpo, kto, orpo, simpo, cpo, reward, prm, grpo, ebft or pretrain, whichever method you mean",
@@ -88,13 +89,13 @@ ADVICE = {
     "vllm": "write its keys at the top level, with vllm_ before them",
     "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED, "qlora": QUANTISED, "quantization": QUANTISED, "quantization_bit": QUANTISED,
     "bnb_4bit_quant_type": QUANTISED, "bnb_config_kwargs": QUANTISED, "quantize": QUANTISED, "bits": QUANTISED, "gptq": QUANTISED,
-    "report_to": "nothing is reported elsewhere: metrics.jsonl and report.html in the run folder hold all curves",
-    "wandb_project": "no tracker is supported yet: metrics.jsonl and report.html in the run folder hold all curves",
-    "wandb_name": "no tracker is supported yet", "wandb_entity": "no tracker is supported yet",
-    "wandb_watch": "no tracker is supported yet",
-    "wandb_log_model": "no tracker is supported yet", "wandb_run_id": "no tracker is supported yet", "run_name": "output_dir names a run",
-    "use_wandb": "no tracker is supported yet", "mlflow_tracking_uri": "no tracker is supported yet",
-    "comet_api_key": "no tracker is supported yet",
+    "report_to": TRACKED,
+    "wandb_project": TRACKED,
+    "wandb_name": TRACKED, "wandb_entity": TRACKED,
+    "wandb_watch": TRACKED,
+    "wandb_log_model": TRACKED, "wandb_run_id": TRACKED, "run_name": "output_dir names a run",
+    "use_wandb": TRACKED, "mlflow_tracking_uri": TRACKED,
+    "comet_api_key": TRACKED,
     "push_to_hub": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
     "hub_model_id": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
     "trust_remote_code": "code of a model is never run; leave it out", "device_map": "torchrun places processes; leave it out",

@@ -48,6 +48,11 @@ class Option(NamedTuple):
             return self.range.expected()
         return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(self.single, FORM if self.door else "a text")
 
+    @property
+    def of_mappings(self) -> bool:
+        """Whether it is a list of mappings, which only a config file can hold."""
+        return typing.get_origin(self.single) is dict
+
     def holds(self, text: str) -> bool:
         """Whether a text is one of the choices, or the import path of a function where the option takes such."""
         return not self.choices or text in self.choices or self.door is not None and is_path(text)
@@ -135,6 +140,11 @@ def record(kind: Callable[..., T], config: Any, **values: Any) -> T:
     """
     names = inspect.signature(kind).parameters
     return kind(**{name: value for name, value in _values(config) if name in names} | values)
+
+
+def rules(config: type) -> dict[str, Rule]:
+    """{option: what another value means on resuming} of a config class."""
+    return {name: option.rule for name, option in options(config).items() if option.rule is not None}
 
 
 def unused(config: Any) -> dict[str, str]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import checks, errors, parse
+from treetune.cli import errors, parse, requirements
 from treetune.cli.methods.ebft import TEMPERATURES, Ebft
+from treetune.core.config import table
 
 
 def _module(name: str):
@@ -144,7 +145,7 @@ ELSEWHERE = {"datasets", "test_datasets", "split", "mode", "feature_device"}  # 
 def _refused(*args) -> str:
     """The line that these options are refused with before anything is read, or nothing."""
     try:
-        checks.check(*parse.parse("ebft", Ebft, [str(arg) for arg in args]))
+        requirements.check(*parse.parse("ebft", Ebft, [str(arg) for arg in args]))
     except errors.BadInput as error:
         return str(error)
     return ""
@@ -168,7 +169,7 @@ VALUES = {
 
 def _given(name: str, more: list) -> str:
     """The line that an option is refused with when it is set."""
-    value, flag = parse.flatten(Ebft())[name], f"--{name.replace('_', '-')}"
+    value, flag = table.flatten(Ebft())[name], f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return _refused(flag.replace("--", "--no-" if value else "--", 1), *more)
     return _refused(flag, VALUES.get(name, 3), *more)
@@ -275,7 +276,7 @@ def test_data_sets_with_options_of_their_own(kit, tiny, here, learn):
 
 
 def test_the_defaults_of_the_documents():
-    flat = parse.flatten(Ebft())
+    flat = table.flatten(Ebft())
     expected = {
         "mode": "structured", "feature_layers": [0.25, 0.5, 0.75], "embed_method": "last_token", "use_whitening": False,
         "alignment_coef": 1.0, "diversity_coef": 1.0, "ce_coef": 0.0, "adaptive_max_tokens": True, "gt_length_multiplier": 1.5, "stride": 8,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treetune.cli import main, parse
+from treetune.cli import main
+from treetune.core.config import table
 from treetune.core.data import dataset_fields
 
 SCALARS = [
@@ -38,7 +39,7 @@ NESTED = st.recursive(
     max_leaves=6,
 )
 VALUES = st.one_of(st.sampled_from(SCALARS), NESTED, st.integers(1, 200).map(lambda depth: "[" * depth + "x" + "]" * depth))
-OPTIONS = [(command, name) for command in main.COMMANDS for name in parse.defaults(main.COMMANDS[command].config)]
+OPTIONS = [(command, name) for command in main.COMMANDS for name in table.defaults(main.COMMANDS[command].config)]
 REQUIRED = {"merge": ["a", "b"]}
 KEPT = {"max_examples": 200, "deadline": None, "derandomize": True}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -82,7 +83,8 @@ def test_thousands_of_values_of_options_are_read_or_one_line(here, tune, stopped
     an_option(here, tune, *option, text)
 
 
-FLAGS = [(command, name) for command, name in OPTIONS if name not in parse.LISTED]
+LISTED = {name for command in main.COMMANDS.values() for name, option in table.options(command.config).items() if option.of_mappings}
+FLAGS = [(command, name) for command, name in OPTIONS if name not in LISTED]
 
 
 @given(st.sampled_from(FLAGS), st.sampled_from([text.strip("'\"") for text in SCALARS if "\\" not in text]))
@@ -196,9 +198,8 @@ TEXTS = [text for text in SCALARS if text and len(text) < 100 and text[0] not in
 DEEP = [
     (command, name)
     for command in ("sft", "dpo", "kto", "reward", "prm", "pretrain", "orpo", "preprocess", "eval", "generate")
-    for name in parse.defaults(main.COMMANDS[command].config)
-    if name
-    not in parse.LISTED | {"model", "data", "output_dir", "sequence_len", "device", "val_set_size", "prompt", "max_new_tokens", "method"}
+    for name in table.defaults(main.COMMANDS[command].config)
+    if name not in LISTED | {"model", "data", "output_dir", "sequence_len", "device", "val_set_size", "prompt", "max_new_tokens", "method"}
 ]
 ROWS = KINDS | {"pretrain": "text.jsonl", "orpo": "pairs.jsonl", "preprocess": "chat.jsonl", "eval": "chat.jsonl"}
 
@@ -212,7 +213,7 @@ def a_run(here, kit, tune, tiny, command, name, text):
     rows(here, kit)
     kit.write_rows(here / "text.jsonl", [{"text": f"line {i}"} for i in range(6)])
     small = {"model": str(tiny.model), "data": ROWS.get(command), "sequence_len": 128, "max_new_tokens": 2}
-    known = parse.defaults(main.COMMANDS[command].config)
+    known = table.defaults(main.COMMANDS[command].config)
     keys = {key: value for key, value in small.items() if key in known and value is not None} | {name: text}
     (here / "c.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()), encoding="utf-8")
     done = tune(command, "--config", "c.yaml")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import parse
 from treetune.cli.methods.grpo import Grpo
 from treetune.cli.options import policy_loss
 from treetune.cli.options import rollout as rollout_options
 from treetune.cli.options.policy_loss import PolicyLoss
+from treetune.core.config import table
 from treetune.core.rollout import reward_pool
 
 spec = importlib.util.spec_from_file_location("grpo_runs", Path(__file__).with_name("test_grpo.py"))
@@ -189,7 +189,7 @@ def test_there_is_a_row_for_every_option():
 
 
 def test_the_defaults_of_the_documents():
-    flat = parse.flatten(Grpo())
+    flat = table.flatten(Grpo())
     expected = {
         "loss": "dapo", "beta": 0.0, "num_generations": 8, "max_completion_length": 256, "temperature": 1.0, "num_iterations": 1,
         "entropy_target": 0.2, "entropy_coef_delta": 0.005, "entropy_coef_max": 1.0, "vllm_importance_sampling_cap": 3.0,

@@ -2,11 +2,11 @@
 
 import pytest
 
-from treetune.cli import main, parse
+from treetune.cli import main
 from treetune.cli.methods.sft import Sft
-from treetune.core.config import suggestions
+from treetune.core.config import suggestions, table
 
-SFT = parse.defaults(Sft)
+SFT = table.defaults(Sft)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_coincidences_are_not_suggested(word):
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_what_is_suggested_exists(command):
-    known = parse.defaults(main.COMMANDS[command].config)
+    known = table.defaults(main.COMMANDS[command].config)
     for word in suggestions.OPTIONS:
         said = suggestions.of_option(word, known)
         if "did you mean " in said:
@@ -53,7 +53,7 @@ def test_what_is_suggested_exists(command):
 
 
 def test_every_name_in_the_table_is_an_option_of_some_command():
-    known = {name for command in main.COMMANDS.values() for name in parse.defaults(command.config)}
+    known = {name for command in main.COMMANDS.values() for name in table.defaults(command.config)}
     for word, meant in suggestions.OPTIONS.items():
         head = meant.partition(":")[0].partition(",")[0].partition(" ")[0]
         assert head in known or meant in (suggestions.ALWAYS,) or head == "torchrun", (word, meant)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from treetune.cli import checks, main, parse
+from treetune.cli import main, parse, requirements
 from treetune.core import import_path
+from treetune.core.config import table
 from treetune.losses.presets import POLICY_LOSSES as PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def test_the_commands_parse():
     calls = [shlex.split(line)[1:] for line in lines if line.startswith("treetune ")]
     assert len(calls) >= 5
     for command, *args in calls:
-        checks.check(*parse.parse(command, main.COMMANDS[command].config, args))
+        requirements.check(*parse.parse(command, main.COMMANDS[command].config, args))
 
 
 def test_the_table_of_losses_is_that_of_the_program():
@@ -54,7 +55,7 @@ def test_the_table_of_losses_is_that_of_the_program():
 
 
 def test_every_option_that_the_text_names_exists():
-    known = {"config", *(name for command in main.COMMANDS.values() for name in parse.defaults(command.config))}
+    known = {"config", *(name for command in main.COMMANDS.values() for name in table.defaults(command.config))}
     named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", TEXT)}
     assert named - known - {f"no_{name}" for name in known} == set()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import parse
 from treetune.cli.methods import METHODS
 from treetune.cli.methods import dpo as loss_options
 from treetune.cli.methods.reward import Reward
+from treetune.core.config import table
 from treetune.models import reference
 
 spec = importlib.util.spec_from_file_location("preference_runs", Path(__file__).with_name("test_preference.py"))
@@ -233,7 +233,7 @@ def test_a_reference_that_numbers_tokens_otherwise_is_refused(kit, here, train):
 
 
 def test_options_of_peers_have_the_documented_defaults():
-    flat = {command: parse.flatten(config()) for config, command in PREFERENCES.items()}
+    flat = {command: table.flatten(config()) for config, command in PREFERENCES.items()}
     expected = {
         "dpo": {"rl_beta": 0.1, "loss": ["dpo"], "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6, "f_alpha_divergence_coef": 0.5,
                 "discopop_tau": 0.05, "dpo_label_smoothing": 0.0, "ld_alpha": None, "rpo_alpha": None},

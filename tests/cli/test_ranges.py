@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from treetune.cli import main, parse
+from treetune.cli import main
 from treetune.core.config import table
 
 RANGES = {
@@ -23,7 +23,7 @@ def numeric(config) -> set[str]:
     def holds(kind) -> bool:
         return kind in (int, float) or any(holds(one) for one in typing.get_args(kind))
 
-    return {name for name, kind in parse.kinds(config).items() if holds(kind)}
+    return {name for name, kind in table.kinds(config).items() if holds(kind)}
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
@@ -42,7 +42,7 @@ def test_every_range_is_of_an_option():
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_defaults_lie_in_their_ranges(command):
-    for name, default in parse.defaults(main.COMMANDS[command].config).items():
+    for name, default in table.defaults(main.COMMANDS[command].config).items():
         if default is not dataclasses.MISSING:
             assert name not in RANGES or default is None or RANGES[name].outside(default) == ""
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from treetune.cli import main, parse, resume_rules
+from treetune.cli import main
 from treetune.cli.methods.pretrain import Pretrain
 from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt
+from treetune.core.config import table
 from treetune.core.run import resume_rules as rules
 
 
@@ -83,7 +84,7 @@ def _config(command: str) -> type:
     return main.COMMANDS[command].config
 
 
-RULES = {name: rule for command in COMMANDS for name, rule in resume_rules.rules(_config(command)).items()}
+RULES = {name: rule for command in COMMANDS for name, rule in table.rules(_config(command)).items()}
 
 
 def changes(before: dict, after: dict, **options) -> list[rules.Change]:
@@ -95,7 +96,7 @@ def judge(found: list[rules.Change], after: dict, **options) -> rules.Verdict:
 
 
 def _options() -> list[tuple[str, str]]:
-    return [(command, name) for command in COMMANDS for name in parse.defaults(_config(command))]
+    return [(command, name) for command in COMMANDS for name in table.defaults(_config(command))]
 
 
 def test_the_table_has_every_option_of_every_training_command_and_no_other():
@@ -120,14 +121,14 @@ def _other(value):
 
 
 def _judged(command: str, name: str, same) -> rules.Verdict:
-    before = parse.defaults(_config(command))
+    before = table.defaults(_config(command))
     after = before | {name: _other(before[name])}
     return judge(changes(before, after, defaults={}, ignored={}), after, same=lambda what: same)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_changed_option_is_refused_with_its_reason_or_listed(command):
-    for name in parse.defaults(_config(command)):
+    for name in table.defaults(_config(command)):
         _require_verdict(command, name)
 
 
@@ -149,21 +150,21 @@ def _require_verdict(command: str, name: str):
 
 
 def test_options_that_the_run_does_not_look_at_are_not_compared():
-    before = parse.defaults(Sft)
+    before = table.defaults(Sft)
     after = before | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.5}
     found = changes(before, after, defaults={}, ignored={"cosine_min_lr_ratio": "the schedule is constant"})
     assert [one.name for one in found] == ["lr_scheduler"]
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_had_its_default():
-    known = parse.defaults(Sft)
+    known = table.defaults(Sft)
     before = {name: value for name, value in known.items() if name != "z_loss_coef"}
     assert changes(before, known, defaults=known, ignored={}) == []
     assert [str(one) for one in changes(before, known | {"z_loss_coef": 1.0}, defaults=known, ignored={})] == ["z_loss_coef 0 -> 1"]
 
 
 def test_a_changed_value_that_would_do_nothing_is_refused():
-    before = parse.defaults(Sft) | {"max_steps": 4, "optimizer": "sgd", "momentum": 0.5}
+    before = table.defaults(Sft) | {"max_steps": 4, "optimizer": "sgd", "momentum": 0.5}
     for changed, words in (({"num_epochs": 3}, "max_steps is given"), ({"momentum": 0.0}, "moments with momentum only")):
         after = before | changed
         (line,) = judge(changes(before, after, defaults={}, ignored={}), after, same=lambda what: True).refused
@@ -182,7 +183,7 @@ TEXT = ["--data", "more.jsonl"]
 ONE_PASS = ["--max-rows", 6, "--max-steps", None]
 PRETRAIN = {
     name: row for name, row in ((name, SFT.CHANGES[name][1:]) for name in SFT.CHANGES)
-    if name in parse.defaults(Pretrain) and name not in ("data", "split", "max_rows", "sequence_len", "val_data", "tokens")
+    if name in table.defaults(Pretrain) and name not in ("data", "split", "max_rows", "sequence_len", "val_data", "tokens")
 } | {
     "data": (lambda t: TEXT, []), "text_column": (lambda t: ["--text-column", "other"], TEXT),
     "max_rows": (lambda t: ["--max-rows", 7], []), "sequence_len": (lambda t: ["--sequence-len", 40], []),

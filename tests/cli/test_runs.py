@@ -11,6 +11,7 @@ from treetune.cli import parse
 from treetune.cli.methods import sft as sft_method
 from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt, manifest, tree
+from treetune.core.config import reading
 from treetune.core.run import evaluation, faults, loop, recorder
 from treetune.models import adapter, batches, hf
 
@@ -107,7 +108,7 @@ def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, 
     again, given = parse.parse("sft", Sft, ["--config", "a/config.yaml"])
     first, _ = parse.parse("sft", Sft, kit.basics(tiny, "--output-dir", "a", "--lora-layers", "1", "--lora-dropout", "0.1",
                                                         "--sample-prompt=- x: {1}", "--warmup-steps", "1"))  # fmt: skip
-    assert again == first and parse.to_yaml(again, without=("resume", "overwrite")) == text
+    assert again == first and reading.to_yaml(again, without=("resume", "overwrite")) == text
     assert "lora_dropout" in given and "momentum" not in given
     done = tune("sft", "--config", "a/config.yaml", "--output-dir", "b")
     assert done.code == 0, done.err

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import checks, main, parse
+from treetune.cli import main, parse, requirements
+from treetune.core.config import table
 
 ROOT = Path(__file__).parents[2]
 TREETUNE = str(Path(sys.executable).with_name("treetune"))
@@ -85,9 +86,9 @@ def shown(command) -> str:
 def test_help_shows_every_option_with_its_default(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
-    for name, default in parse.defaults(main.COMMANDS[command].config).items():
+    for name, default in table.defaults(main.COMMANDS[command].config).items():
         flag = f" --{name.replace('_', '-')}"
-        if name in parse.LISTED:
+        if table.options(main.COMMANDS[command].config)[name].of_mappings:
             assert f"`{name}`" in text or name == "test_datasets"
             continue
         place = re.search(rf"{flag}(?![-\w])", text)
@@ -153,7 +154,7 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     os.symlink(ROOT / "examples", here / "examples")
     parsed, given = parse.parse(command, config, ["--config", path])
     assert parsed
-    checks.check(parsed, given)
+    requirements.check(parsed, given)
     if command == "serve" or (hasattr(parsed, "engine") and parsed.engine.use_vllm):
         return
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]

@@ -7,7 +7,7 @@ import yaml
 
 from treetune.cli import main, parse
 from treetune.cli.methods.sft import Sft
-from treetune.core.config import table
+from treetune.core.config import reading, table
 
 READ = {
     "max_steps: 1e1": ("max_steps", 10),
@@ -42,7 +42,7 @@ READ = {
 def parsed(text, folder, command="sft", *flags):
     (folder / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     config, given = parse.parse(command, main.COMMANDS[command].config, ["--config", "c.yaml", *flags])
-    return parse.flatten(config), given
+    return table.flatten(config), given
 
 
 @pytest.mark.parametrize("text", READ)
@@ -232,7 +232,7 @@ def filled(config, draw):
     """A config of this class with an odd value for each option."""
     import dataclasses
 
-    kinds, options, parts = parse.kinds(config), table.options(config), {}
+    kinds, options, parts = table.kinds(config), table.options(config), {}
     entry = {"path": draw.choice(TEXTS) or "x", "type": None, "roles": {"user": draw.sample(TEXTS, 3)}, "limit": 3, "weight": 0.5}
     entry |= {"chat_template_kwargs": {"a": [1, 2.5, None, "yes"], "12:30": {}}, "train_on_inputs": False, "field_tools": None}
     entry["path"] = entry["path"].strip() or "x"
@@ -242,7 +242,7 @@ def filled(config, draw):
         if group is None:
             parts[part.name] = odd(kinds[part.name], options[part.name], draw)
         else:
-            values = {name: rows if name in parse.LISTED else odd(kinds[name], options[name], draw) for name in vars(group)}
+            values = {name: rows if options[name].of_mappings else odd(kinds[name], options[name], draw) for name in vars(group)}
             parts[part.name] = dataclasses.replace(group, **values)
     return config(**parts)
 
@@ -252,16 +252,16 @@ def test_a_config_that_was_written_reads_back_as_the_same(command, here):
     config = main.COMMANDS[command].config
     for seed in range(5):
         written = filled(config, random.Random(seed))
-        text = parse.to_yaml(written)
+        text = reading.to_yaml(written)
         (here / "c.yaml").write_text(text, encoding="utf-8")
         again, _ = parse.parse(command, config, ["--config", "c.yaml"])
-        assert again == written and parse.to_yaml(again) == text
+        assert again == written and reading.to_yaml(again) == text
 
 
 def test_yaml_itself_agrees_with_what_is_written():
     """Other tools read our config.yaml as we do."""
     written = filled(Sft, random.Random(0))
-    assert yaml.safe_load(parse.to_yaml(written)) == parse.flatten(written)
+    assert yaml.safe_load(reading.to_yaml(written)) == table.flatten(written)
 
 
 def test_unknown_keys_are_told_all_at_once(here, kit, tune):

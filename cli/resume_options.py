@@ -1,22 +1,14 @@
-"""The rules of the fields of the training commands for a resumed run. Imports no torch.
-
-A test requires a rule for every option, with its reason.
-"""
+"""The options of a run as its checkpoints hold them, with what a resumed run may change of them. Imports no torch."""
 
 from typing import Any
 
-from treetune.cli import checks
+from treetune.cli import requirements
 from treetune.cli.methods import CONFIGS, METHODS
 from treetune.core.config import table
 from treetune.core.run.provenance import Options
-from treetune.core.run.resume_rules import WEIGHTS, Rule
+from treetune.core.run.resume_rules import WEIGHTS
 
 BETAS = {"adamw": 0.999, "lion": 0.99}
-
-
-def rules(config: type) -> dict[str, Rule]:
-    """{option: its rule} of the config class of a method."""
-    return {name: option.rule for name, option in table.options(config).items() if option.rule is not None}
 
 
 def describe(config: Any, *, rate: float, dtype: str) -> Options:
@@ -30,16 +22,16 @@ def describe(config: Any, *, rate: float, dtype: str) -> Options:
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}
 
     kind = type(config)
-    by_option = rules(kind)
+    rules = table.rules(kind)
     return Options(
         CONFIGS[kind].name,
         table.flatten(config),
         table.defaults(kind),
-        checks.ignored(config),
-        by_option,
+        requirements.ignored(config),
+        rules,
         resolve,
         # `model` is judged by the weights of that name, not by a function.
-        tuple(name for name, rule in by_option.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,)),
+        tuple(name for name, rule in rules.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,)),
         frozenset(name for name, option in table.options(kind).items() if option.door is not None),
         tuple(METHODS),
     )

@@ -1,0 +1,39 @@
+"""What the marks of options forbid: values out of range, texts that name nothing, options that a command would ignore. Imports no torch."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from treetune.core import import_path
+from treetune.core.config import doors, table
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError for a number out of its option's range."""
+    options = table.options(type(config))
+    for name, value in table.flatten(config).items():
+        if (known := options[name].range) and (wrong := known.outside(value)):
+            raise ValueError(f"{name} {wrong}")
+
+
+def check_texts(config: Any) -> None:
+    """Raise ValueError for a text without its equals sign, and for an import path whose function is not there or takes other things."""
+    values = table.flatten(config)
+    for name, option in table.options(type(config)).items():
+        if option.pairs is not None:
+            option.pairs.read(values[name], name.replace("_", "-"))
+        for text in values[name] if isinstance(values[name], list) else [values[name]]:
+            if option.door is not None and text is not None and text not in option.choices:
+                _check_function(option, option.door, text)
+
+
+def _check_function(option: table.Option, door: doors.Door, text: str) -> None:
+    """The function is looked for, and its parameters compared with what it is given, without importing it."""
+    if not import_path.is_path(text):
+        raise ValueError(f"{option.name} must be {option.expected()}, got {text!r}")
+    doors.check(text, option.name, door)
+
+
+def refuse_unused(explicit: Collection[str], reasons: Mapping[str, str]) -> None:
+    """Raise ValueError for an option that the user set and this run would ignore; `reasons` maps it to the reason."""
+    for name in sorted(set(explicit) & reasons.keys()):
+        raise ValueError(f"--{name.replace('_', '-')} would be ignored: {reasons[name]}")
