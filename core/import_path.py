@@ -4,19 +4,27 @@ What a function takes is read from its source, without importing it. Imports the
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 FORM = "FILE.py:FUNCTION"
 RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+_LOADED: dict[tuple[Path, int], ModuleType] = {}  # files that were run, by path and time of the last change
+
+
+class Failed(RuntimeError):
+    """A function of the user's raised an error, or gave what cannot be used; the message names the function and the line."""
 
 
 class Signature(NamedTuple):
@@ -54,16 +62,27 @@ def source(place: str) -> Path | None:
     """The file of a module or file; None where only importing it would tell."""
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
-    top, _, rest = place.partition(".")
+    names = place.split(".")
+    parts = [Path.cwd().joinpath(*names)]
+    for size in range(1, len(names) + 1):
+        parts += [root.joinpath(*names[size:]) for root in _roots(".".join(names[:size]))]
+    return next((file for part in parts for file in (part.with_suffix(".py"), part / "__init__.py") if file.is_file()), None)
+
+
+def _roots(name: str) -> list[Path]:
+    """Where a package or a module is, without importing it or the packages around it."""
     try:
-        spec = importlib.util.find_spec(top)
+        if "." not in name:
+            spec = importlib.util.find_spec(name)
+        else:
+            # An editable install maps packages inside a package by finders of its own. The finder of sys.path would look for the last name.
+            finders = [one for one in sys.meta_path if one is not PathFinder and hasattr(one, "find_spec")]
+            spec = next(filter(None, (one.find_spec(name, None) for one in finders)), None)
     except (ImportError, ValueError):
         spec = None
-    roots = [Path.cwd() / top]
-    if spec is not None:
-        roots += [Path(folder) for folder in spec.submodule_search_locations or ()] or [Path(spec.origin or "").with_suffix("")]
-    parts = [root.joinpath(*rest.split(".")) if rest else root for root in roots]
-    return next((file for part in parts for file in (part.with_suffix(".py"), part / "__init__.py") if file.is_file()), None)
+    if spec is None:
+        return []
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] or [Path(spec.origin or "").with_suffix("")]
 
 
 def signature(text: str) -> Signature | None:
@@ -131,9 +150,53 @@ def load(text: str) -> Callable[..., Any]:
     """
     path, options = split_options(text)
     function = import_function(path, "function")
+    _check_options(text, function, options)
     if isinstance(function, type) and options:
-        return function(**options)
+        return _instance(text, function, options)
     return partial(function, **options) if options else function
+
+
+def load_guarded(text: str) -> Callable[..., Any]:
+    """`load`, of a class an instance, whose errors become `Failed` with the name of the function and the line that raised."""
+    function = load(text)
+    function = _instance(text, function, {}) if isinstance(function, type) else function
+
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **named: Any) -> Any:
+        try:
+            return function(*args, **named)
+        except Exception as error:
+            raise Failed(f"{split_options(text)[0]} failed{_line(text, error)}: {type(error).__name__}: {error}") from error
+
+    # `wraps` leaves out the signature of an instance with __call__.
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return call
+
+
+def _instance(text: str, kind: type, options: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**options)
+    except Exception as error:
+        raise ValueError(f"{text}: {kind.__name__} cannot be made{_line(text, error)}: {type(error).__name__}: {error}") from error
+
+
+def _check_options(text: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Errors: ValueError for a text where the parameter's default is a number."""
+    parameters = inspect.signature(function).parameters if options else {}
+    for name, value in options.items():
+        default = parameters[name].default if name in parameters else None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+            raise ValueError(f"{text}: {name} must be a number, as its default {default}, got {value!r}")
+
+
+def _line(text: str, error: BaseException) -> str:
+    """ " in line N" of the user's file, the last that an error went through."""
+    file, frame, line = source(split_options(text)[0].rpartition(":")[0]), error.__traceback__, None
+    while file is not None and frame is not None:
+        line = frame.tb_lineno if Path(frame.tb_frame.f_code.co_filename).resolve() == file.resolve() else line
+        frame = frame.tb_next
+    return "" if line is None else f" in line {line}"
 
 
 def import_function(path: str, role: str = "transform") -> Callable[..., Any]:
@@ -157,13 +220,28 @@ def _module(module_path: str, path: str, role: str) -> ModuleType:
                 raise ValueError(f"{role} {path!r}: no module {module_path} ({error}), and no file {file} in {Path.cwd()}") from error
     if not file.is_file():
         raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    key = (file.resolve(), file.stat().st_mtime_ns)
+    if key not in _LOADED:
+        _LOADED[key] = _run_file(file, f"{role} {path!r}")
+    return _LOADED[key]
+
+
+def _run_file(file: Path, subject: str) -> ModuleType:
+    name = file.stem if file.stem not in sys.modules else f"{file.stem}@{file.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses and `inspect` look a class's module up by name, while the file still runs.
+    sys.modules[name] = module
+    # Behind all others, so that the files beside this one can be imported and hide no package.
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except (*RAISED, ImportError, SyntaxError, OSError) as error:
-        raise ValueError(f"{role} {path!r}: {file} does not load ({type(error).__name__}: {error})") from error
+    # A file may raise anything, and may leave by sys.exit.
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ValueError(f"{subject}: {file} does not load ({type(error).__name__}: {error})") from error
     return module
 
 
@@ -171,7 +249,6 @@ def load_object(path: str, role: str) -> Any:
     """What a file or module binds to the last name of an import path; runs the file. Errors: ValueError, saying `role`, for none."""
     module_path, _, name = path.rpartition(":" if ":" in path else ".")
     module = _module(module_path, path, role)
-    sys.modules.setdefault(module.__name__, module)  # inspect finds the source of a class, and so the help of its fields, there
     value = getattr(module, name, None)
     if value is None:
         raise ValueError(f"{role} {path!r}: {module_path} has no {name}")

@@ -74,7 +74,7 @@ R = TypeVar("R", bound=Own)
 def choose(table: Mapping[str, R], text: str) -> R:
     """The row that a name stands for, or one like it for the function at an import path, which is imported now."""
     kind: Any = type(next(iter(table.values())))
-    return table[text] if text in table else kind.of(import_path.load(text))
+    return table[text] if text in table else kind.of(import_path.load_guarded(text))
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:

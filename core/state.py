@@ -10,6 +10,13 @@ OptState = dict
 Batch = dict[str, Tensor]
 Plan = Any  # ops.attention.Plan: core hands it through and never looks inside
 MicroBatch = Batch | tuple[Batch, Plan]  # a model computes the plan of a batch that comes without one
+
+
+def with_plan(micro: MicroBatch) -> tuple[Batch, Plan]:
+    """The batch and its plan; None for one that comes without."""
+    return micro if isinstance(micro, tuple) else (micro, None)
+
+
 Terms = dict[str, Tensor]
 Metrics = dict[str, "Metric"]
 

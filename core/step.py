@@ -15,7 +15,7 @@ from torch import Tensor
 from treetune.core import shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
-from treetune.core.state import Batch, Metrics, MicroBatch, Objective, Params, Plan, Terms, TrainState
+from treetune.core.state import Metrics, MicroBatch, Objective, Params, Terms, TrainState, with_plan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,13 +48,9 @@ class Prepare(Protocol):
         ...
 
 
-def _pair(micro: MicroBatch) -> tuple[Batch, Plan]:
-    return micro if isinstance(micro, tuple) else (micro, None)
-
-
 def totals(objective: Objective, micro_batches: Sequence[MicroBatch], mesh: DeviceMesh | None = None) -> Terms:
     """Global denominators by term: counts (or weights) summed over micro-batches and ranks; 1 where there is nothing to count."""
-    counts = [objective.counts(_pair(micro)[0]) for micro in micro_batches]
+    counts = [objective.counts(with_plan(micro)[0]) for micro in micro_batches]
     names = list(counts[0])
     # float64: a float32 sum of weights would depend on how the step is cut into micro-batches.
     sums = [torch.stack([count[name].double() for count in counts]).sum() for name in names]
@@ -163,7 +159,7 @@ def make_step(
         denominators = totals(objective, micro_batches, mesh)
         losses, grads, collected = [], None, []
         for micro in micro_batches:
-            (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *_pair(micro), denominators)
+            (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *with_plan(micro), denominators)
             losses.append(value)
             collected.append(metrics)
         assert grads is not None
@@ -190,7 +186,7 @@ def make_eval(objective: Objective, *, prepare: Prepare | None = None, mesh: Dev
         denominators = totals(objective, micro_batches, mesh)
         loss, collected = [], []
         for micro in micro_batches:
-            value, metrics = _loss(objective)(state.params, state.frozen, *_pair(micro), denominators)
+            value, metrics = _loss(objective)(state.params, state.frozen, *with_plan(micro), denominators)
             loss.append(value)
             collected.append(metrics)
         return reduce_metrics(collected, mesh) | {"loss": shard.all_sum([torch.stack(loss).sum()], mesh)[0]}

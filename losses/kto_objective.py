@@ -44,7 +44,7 @@ def objective(logprob: Logprob, loss: CompletionLoss, *, beta: float, want: tupl
     def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
         stats = logprob(params, frozen, batch, plan, want=want)
         logp, ref_logp = (reduce.per_sequence(x, batch["seq"], batch["seq_lens"]) for x in (stats.logp, batch["ref_logp"]))
-        value = loss(logp, ref_logp, _desirable(batch), batch)
+        value = reduce.elementwise(loss(logp, ref_logp, _desirable(batch), batch), logp, "loss of completions")
         rewards = beta * limits.minus(logp, ref_logp)
         return {"rows": torch.where(batch["seq_lens"] > 0, value, 0.0).sum()}, metrics(stats, batch, logp, rewards, beta)
 

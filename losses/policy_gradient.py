@@ -236,10 +236,11 @@ def _policy_term(weighing: _Weighing, tokens: Tokens, batch: Batch) -> Tensor:
     near = _on_policy(tokens, batch, weighing.opsm_threshold)
     masks = [mask for mask in (near, batch.get("entropy_keep"), None if weight is None else weight != 0) if mask is not None]
     if not masks:
-        return term(**_named(tokens, takes))
+        return reduce.elementwise(term(**_named(tokens, takes)), tokens.logp, "policy loss of tokens")
     # Masked inputs and a masked result: either alone would let a nan through, as value or as gradient.
     keep = torch.stack(masks).all(0)
-    x = torch.where(keep, term(**_named(_without_gradient(tokens, keep, near, weighing), takes)), 0.0)
+    x = term(**_named(_without_gradient(tokens, keep, near, weighing), takes))
+    x = torch.where(keep, reduce.elementwise(x, tokens.logp, "policy loss of tokens"), 0.0)
     return x if weight is None else torch.where(keep, weight, 0.0) * x
 
 

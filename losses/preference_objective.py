@@ -86,7 +86,7 @@ def objective(
         pairs = preference.pairs(stats.logp, batch.get("ref_logp"), batch["seq"], batch["seq_lens"], ld_alpha=options.ld_alpha)
         numerators, whole = {}, reduce.whole_pairs(batch["seq_lens"])
         if loss is not None:
-            value = loss(pairs)
+            value = reduce.elementwise(loss(pairs), pairs.chosen, "loss of pairs")
             if options.weighting:
                 assert stats.logsq is not None
                 value = limits.times(preference.wpo_weight(stats.logp, stats.logsq, batch["seq"], batch["seq_lens"]), value)

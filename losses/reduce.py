@@ -14,6 +14,14 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def elementwise(value: Tensor, like: Tensor, what: str) -> Tensor:
+    """The value, if it is a tensor of the shape of `like`. Errors: ValueError for what would be broadcast into another loss."""
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.40}"
+        raise ValueError(f"the {what} gave {given}; expected a tensor of shape {list(like.shape)}, one number for each")
+    return value
+
+
 def per_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor) -> Tensor:
     """Sum of x over each sequence: [N] -> [B]."""
     x = upcast(x)

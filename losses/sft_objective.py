@@ -11,6 +11,7 @@ from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Para
 from treetune.losses import presets, reduce, sft
 
 TokenLoss = Callable[[TokenStats], Tensor]  # -> [N]
+STATISTICS = ("logp", "entropy", "lse", "mean_logit", "logsq", "top1", "topk_entropy")  # of TokenStats, that a loss takes by name
 
 
 def token_loss(name: str | presets.Entry, *, z_loss_coef: float = 0.0, **options: Any) -> tuple[TokenLoss, tuple[str, ...]]:
@@ -19,10 +20,13 @@ def token_loss(name: str | presets.Entry, *, z_loss_coef: float = 0.0, **options
     z_loss_coef: weight of the squared log-sum-exp that is added to it. options: what the function takes, as label_smoothing.
     """
     loss = registry.bind(presets.TOKEN_LOSSES[name] if isinstance(name, str) else name, **options)
-    names = [key for key, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
+    free = [p for p in inspect.signature(loss).parameters.values() if p.default is p.empty]
+    names = [p.name for p in free if p.kind is not p.VAR_KEYWORD]
+    if unknown := [name for name in names if name not in STATISTICS]:
+        raise ValueError(f"the token loss takes {unknown[0]}; it is called with those that it names of {', '.join(STATISTICS)}")
 
     def of_stats(stats: TokenStats) -> Tensor:
-        value = loss(*(getattr(stats, key) for key in names))
+        value = reduce.elementwise(loss(*(getattr(stats, key) for key in names)), stats.logp, "loss of scored tokens")
         if not z_loss_coef:
             return value
         assert stats.lse is not None

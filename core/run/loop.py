@@ -1,13 +1,14 @@
 """The loop of a run: steps, evaluations, checkpoints, health, and leaving in good order. It knows no model and no terminal."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from treetune.core import check, ckpt, durable, shard
+from treetune.core import check, ckpt, durable, import_path, shard
 from treetune.core.run import best, faults, health, memory, recorder
 from treetune.core.run import folder as run_folder
 from treetune.core.run import progress as bookkeeping
@@ -16,7 +17,6 @@ from treetune.core.run.observers import Observers
 from treetune.core.run.source import Source
 from treetune.core.state import Objective, TrainState
 
-SHOWN_UNKNOWN = ("loss", "grad_norm", "completions/")  # null in a record where not known; other numbers are left out
 RATES = {"tokens_per_second": "num_tokens", "supervised_tokens_per_second": "supervised_tokens"}
 PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no setting says how often
 Progress = bookkeeping.Progress
@@ -89,7 +89,9 @@ class _Loop:
     def _derive(self, record: recorder.Record) -> recorder.Record:
         """Documented names, rates and memory, once the numbers of a step are on the host."""
         seconds, totals = max(record["step_seconds"], 1e-9), {}
-        reported = {("train/loss" if key == "loss" else key): value for key, value in _reported(record).items() if key != "num_tokens"}
+        reported = {
+            ("train/loss" if key == "loss" else key): value for key, value in recorder.reported(record).items() if key != "num_tokens"
+        }
         rates = {rate: record[key] / seconds for rate, key in RATES.items() if key in record}
         if "num_tokens" in record:
             self.progress = self.progress._replace(tokens_seen=self.progress.tokens_seen + int(record["num_tokens"]))
@@ -199,8 +201,9 @@ class _Loop:
             return None
         step, start = int(state.step), time.perf_counter()
         with self.observers.busy("evaluating what is held out"):
-            values = {key: value.item() for key, value in self._evaluate(state).items()}
-        record: recorder.Record = {"step": step} | {f"eval/{key}": value for key, value in _reported(values).items()}
+            with _failing(f"the evaluation at step {step}"):
+                values = {key: value.item() for key, value in self._evaluate(state).items()}
+        record: recorder.Record = {"step": step} | {f"eval/{key}": value for key, value in recorder.reported(values).items()}
         if self.settings.perplexity:
             record["eval/perplexity"] = math.exp(min(record["eval/loss"], 700.0))
         record["eval/seconds"] = time.perf_counter() - start
@@ -260,10 +263,12 @@ class _Loop:
             try:
                 micro_batches, metrics = self.source.next(state, index)
             except StopIteration:
+                stopped = self._source_ended(state, index - 1)
                 break
-            state, numbers = self.step(state, micro_batches)
-            if self.hooks.after_step is not None:
-                state = self.hooks.after_step(state, numbers, index)
+            with _failing(f"step {index}"):
+                state, numbers = self.step(state, micro_batches)
+                if self.hooks.after_step is not None:
+                    state = self.hooks.after_step(state, numbers, index)
             now = time.perf_counter()
             record = self.recorder.push(index, numbers | metrics | {"epoch": epoch, "step_seconds": now - clock})
             clock = now
@@ -273,13 +278,22 @@ class _Loop:
             self.progress = self.progress._replace(paused=index if ended else self.progress.paused)
             leaving = self._leaving(index)
             if leaving or index == total or self._due(index, ended):
-                stopped, clock = self._pause(state, index, ended, leaving), time.perf_counter()
+                stopped, clock = self._pause(state, index, ended, leaving, last=index == total), time.perf_counter()
             if leaving or stopped:
                 break
         signum = self.hooks.stop()
         if signum is not None and int(state.step) < total:
             stopped = "interrupted"
         return Outcome(state, self.progress, stopped, signum, self.recorder.history)
+
+    def _source_ended(self, state: TrainState, index: int) -> str:
+        """The source has nothing more after step `index`: evaluate and save as after the last step."""
+        evaluated = any("eval/seconds" in record and record["step"] == index for record in self.recorder.history[-1:])
+        if evaluated:
+            self.save(state)
+        elif index > self.first:
+            self._pause(state, index, True, True, last=True)
+        return f"the source ended after step {index}"
 
     def _leaving(self, step: int) -> bool:
         """Whether any rank was asked to stop: all must leave the loop at the same step. Several ranks ask each other every 8 steps."""
@@ -288,9 +302,9 @@ class _Loop:
             return asked
         return step % 8 == 0 and shard.any_flag(asked, self.device)
 
-    def _pause(self, state: TrainState, index: int, epoch_ended: bool, leaving: bool) -> str | None:
+    def _pause(self, state: TrainState, index: int, epoch_ended: bool, leaving: bool, *, last: bool) -> str | None:
         """Catch up with the metrics, then evaluate and save as is due; why to stop, if the evaluation says so."""
-        record, last, stopped = self.recorder.flush(), index == self.source.total_steps, None
+        record, stopped = self.recorder.flush(), None
         if record is not None and not record["skipped"]:
             self.require_finite(state)
             if last:
@@ -307,6 +321,15 @@ class _Loop:
         return _on(index, epoch_ended, self.settings.eval_steps) or _on(index, epoch_ended, self.settings.save_steps)
 
 
+@contextlib.contextmanager
+def _failing(place: str) -> Iterator[None]:
+    """Inside, weights are computed with: what goes wrong in a user's function or in what it gives ends the run."""
+    try:
+        yield
+    except (ValueError, import_path.Failed) as error:
+        raise RunFailed(f"{place}: {error}") from error
+
+
 def pauses(index: int, last: int, total: int) -> bool:
     """Whether an epoch that ends at step `index` is one to evaluate and save after; `last`: the step of the pause before."""
     return index - last >= total / PAUSES
@@ -314,14 +337,6 @@ def pauses(index: int, last: int, total: int) -> bool:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _reported(record: recorder.Record) -> recorder.Record:
-    """The record without numbers of which nothing was counted, and with the margin of rates that were counted apart."""
-    reported = {key: value for key, value in record.items() if value == value or key.startswith(SHOWN_UNKNOWN)}
-    if "rewards/margins" not in reported and {"rewards/chosen", "rewards/rejected"} <= reported.keys():
-        reported["rewards/margins"] = reported["rewards/chosen"] - reported["rewards/rejected"]
-    return reported
 
 
 def _on(index: int, epoch_ended: bool, every: int | None) -> bool:
@@ -357,6 +372,9 @@ def run(
         outcome = loop.steps(state)
         stopped = outcome.stopped
         return outcome
+    except import_path.Failed as error:  # of a source, such as an advantage
+        stopped = f"failed: {error}"
+        raise RunFailed(str(error)) from error
     except Exception as error:
         stopped = f"failed: {error}"
         raise

@@ -133,12 +133,19 @@ class Guarded(Observer):
         if self.failed or method is None:
             return
         try:
-            method(*values, **named)
+            method(*map(_copy, values), **named)
         # A tracker talks to networks and disks of its own, whose errors nobody can list; hours of training must not end with them.
         except Exception as error:
             self.failed = True
             reason = " ".join(str(error).split())
             self.warn(f"observer {self.name} failed at {event} ({type(error).__name__}: {reason}); the run goes on without it")
+
+
+def _copy(value: Any) -> Any:
+    """A record, or a list of records, that a user's observer may change without others seeing it."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return [_copy(one) for one in value]
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 class Observers(Observer):
@@ -218,13 +225,21 @@ def of(value: Any, name: str, warn: Callable[[str], None]) -> Observer | Guarded
 
     Errors: ValueError for anything else.
     """
-    if getattr(value, "essential", False):
-        return value
     events = ("start", "step", "evaluation", "samples", "health", "message", "activity", "end", "summary")
     if isinstance(value, type) or isinstance(value, partial) and isinstance(value.func, type):
-        value = value()
+        value = _instance(value, name)
+    if getattr(value, "essential", False):
+        return cast(Observer, value)
     if any(callable(getattr(value, event, None)) for event in events):
         return Guarded(cast(Observer, value), name, warn)
     if not callable(value):
         raise ValueError(f"observer {name} is {value!r:.60}; expected a function track(event, record), or an object with one of {events}")
     return Guarded(Function(value), name, warn)
+
+
+def _instance(kind: Callable[[], Any], name: str) -> Any:
+    try:
+        return kind()
+    # The constructor of a tracker may log in to a service, and raises errors of its own.
+    except Exception as error:
+        raise ValueError(f"observer {name} cannot be made: {type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 Record = dict[str, float]
+SHOWN_UNKNOWN = ("loss", "grad_norm", "completions/")  # null in a record where not known; other numbers are left out
 
 
 class Recorder:
@@ -35,3 +36,11 @@ class Recorder:
     def note(self, record: Record) -> None:
         """Add a record of plain numbers (an evaluation)."""
         self.history.append(record)
+
+
+def reported(record: Record) -> Record:
+    """The record without numbers of which nothing was counted, and with the margin of rates that were counted apart."""
+    reported = {key: value for key, value in record.items() if value == value or key.startswith(SHOWN_UNKNOWN)}
+    if "rewards/margins" not in reported and {"rewards/chosen", "rewards/rejected"} <= reported.keys():
+        reported["rewards/margins"] = reported["rewards/chosen"] - reported["rewards/rejected"]
+    return reported

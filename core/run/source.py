@@ -105,6 +105,8 @@ class Fixed:
     """A source of micro-batches that are there already, for tests and small experiments: one list for each step, in turn."""
 
     def __init__(self, steps: Sequence[MicroBatches], *, total_steps: int | None = None):
+        if not steps:
+            raise ValueError("a source of fixed steps needs at least one")
         self.steps, self.index = list(steps), 0
         self.total_steps = len(self.steps) if total_steps is None else total_steps
 

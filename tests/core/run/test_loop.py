@@ -1,12 +1,13 @@
 """The loop of a run on a model of one number: steps, evaluation, checkpoints, stopping. No model of language, no terminal."""
 
+import re
 import threading
 from functools import partial
 
 import pytest
 import torch
 
-from treetune.core import ckpt, optim
+from treetune.core import ckpt, import_path, optim
 from treetune.core import step as steps
 from treetune.core.run import folder, loop, observers, source
 from treetune.core.run.errors import RunFailed
@@ -142,7 +143,8 @@ def test_the_watchdog_ends_a_run_above_its_threshold():
         loop.run(step, numbers, state, settings=settings)
 
 
-def test_a_source_that_ends_ends_the_run():
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_source_that_ends_ends_the_run_with_its_numbers(every, tmp_path):
     class Short(source.Fixed):
         def next(self, state, step):
             if step == 3:
@@ -150,5 +152,37 @@ def test_a_source_that_ends_ends_the_run():
             return super().next(state, step)
 
     step, _, state = given()
-    outcome = loop.run(step, Short([[batch(1.0)]], total_steps=9), state)
-    assert int(outcome.state.step) == 2 and outcome.stopped is None
+    (run,) = run_dir(tmp_path)
+    settings = loop.Settings(eval_steps=every)
+    outcome = loop.run(step, Short([[batch(1.0)]], total_steps=9), state, evaluate=evaluate, folder=run, settings=settings)
+    assert int(outcome.state.step) == 2 and outcome.stopped == "the source ended after step 2"
+    assert [(record["step"], "eval/loss" in record) for record in outcome.history] == [(0, True), (1, False), (2, False), (2, True)]
+    assert ckpt.steps(run.checkpoints)[-1].name == "step_000002"
+
+
+def test_a_batch_without_a_plan_trains_to_the_end():
+    objective = Objective(lambda batch: {"x": batch["n"]}, lambda p, f, batch, plan: ({"x": (p["w"] * batch["x"]).sum().square()}, {}))
+    sgd = optim.sgd()
+    params = {"w": torch.ones(2)}
+    state = TrainState(params, {}, sgd.init(params), {}, torch.tensor(0))
+    stepper = steps.make_step(objective, sgd, schedule=lambda step: torch.tensor(0.1))
+    bare = {"x": torch.ones(2), "n": torch.tensor(1), "row": torch.tensor([0])}
+    outcome = loop.run(stepper, source.Fixed([[bare]], total_steps=3), state, hooks=loop.Hooks(objective))
+    assert int(outcome.state.step) == 3
+
+
+def test_what_a_function_of_the_user_does_wrong_ends_the_run_with_its_step():
+    step, numbers, state = given()
+
+    def failing(error):
+        def fails(state, micro_batches):
+            if int(state.step) == 1:
+                raise error
+            return step(state, micro_batches)
+
+        return fails
+
+    for error in (ValueError("the loss of pairs gave None"), import_path.Failed("mine.py:f failed in line 3: KeyError: 'x'")):
+        _, numbers, state = given()
+        with pytest.raises(RunFailed, match=f"step 2: {re.escape(str(error))}"):
+            loop.run(failing(error), numbers, state)

@@ -80,3 +80,35 @@ def test_a_tracker_that_fails_is_left_out_and_the_rest_goes_on():
 def test_what_cannot_observe_is_refused():
     with pytest.raises(ValueError, match="observer mine is 3; expected a function track"):
         observers.of(3, "mine", pytest.fail)
+
+
+def test_an_observer_may_change_what_it_is_told():
+    class Popping:
+        def step(self, record):
+            record.pop("step")
+
+        def samples(self, answers):
+            answers[0].clear()
+
+    seen, warnings = [], []
+    group = observers.Observers(
+        [observers.of(Popping(), "p", warnings.append), observers.of(lambda *event: seen.append(event), "f", print)]
+    )
+    record, answers = {"step": 1, "train/loss": 0.5}, [{"answer": "a"}]
+    group.step(record)
+    group.samples(answers)
+    assert record == {"step": 1, "train/loss": 0.5} and answers == [{"answer": "a"}] and warnings == []
+    assert seen == [("step", {"step": 1, "train/loss": 0.5}), ("samples", {"answer": "a"})]
+
+
+def test_an_essential_class_is_made_and_a_constructor_that_fails_is_named():
+    class Essential(observers.Observer):
+        essential = True
+
+    class Failing:
+        def __init__(self):
+            raise Exception("no login")
+
+    assert isinstance(observers.of(Essential, "e", print), Essential)
+    with pytest.raises(ValueError, match="observer f cannot be made: Exception: no login"):
+        observers.of(Failing, "f", print)
