@@ -10,15 +10,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from treetune.core.run.lines import clock
+
 SHORTEST, LONGEST = 6, 60  # of the bar, in columns
 ECHO = 5  # columns at the end of the last line for what a terminal echoes there, such as ^C: it must not wrap
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def fit(items: Sequence[str], width: int) -> str:

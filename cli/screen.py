@@ -2,11 +2,10 @@
 
 import _thread
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,26 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from treetune.cli import bar
-from treetune.cli.bar import clock as clock
 from treetune.core import masking
-from treetune.core.run import health
+from treetune.core.data import passages
+from treetune.core.run import health, lines
 from treetune.core.run.observers import Observer
 from treetune.core.run.recorder import Record
 
 PASTED = ("continue with", "try it")  # rows of a summary that are commands
+PLAIN = lines.Metrics()
+STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}  # by label of a piece
 PATIENCE_S = 10  # before a screen without a bar says what it waits for
-
-
-class Metrics(NamedTuple):
-    """What a run shows: metrics besides the usual ones, the one that evaluations compare, and completions of a step to print."""
-
-    shown: tuple[str, ...] = ()
-    goal: str = "loss"
-    perplexity: bool = False
-    completions: int = 0
-
-
-PLAIN = Metrics()
 
 
 class Screen(Observer):
@@ -42,7 +31,7 @@ class Screen(Observer):
 
     essential = True
 
-    def __init__(self, *, quiet: bool = False, every: int = 1, metrics: Metrics = PLAIN):
+    def __init__(self, *, quiet: bool = False, every: int = 1, metrics: lines.Metrics = PLAIN):
         self.metrics = metrics
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.every = every
@@ -60,9 +49,10 @@ class Screen(Observer):
         """Whether colours can be seen: on a terminal that has them, unless NO_COLOR says not to use them."""
         return self.console.color_system is not None and not self.console.no_color
 
-    def text(self, text: Text | str) -> None:
-        """Print a text with its own styles, or a plain one."""
-        self.console.print(text if isinstance(text, Text) else Text(masking.escape_controls(text)))
+    def passage(self, pieces: passages.Pieces) -> None:
+        """Print the pieces of a passage: in colours, or with marks where there are none."""
+        styled = ((masking.escape_controls("".join(texts)), STYLES[label]) for label, texts in passages.join_runs(pieces))
+        self.console.print(Text.assemble(*styled) if self.colours else Text(masking.escape_controls(passages.mark(pieces))))
 
     def stream(self, text: str) -> None:
         """Print a piece of a text that goes on."""
@@ -159,31 +149,20 @@ class Screen(Observer):
         self.warn(f"{event.seen}: {event.fix}")
 
     def step(self, record: Record) -> None:
-        """Show the metrics of a step, without the loss of sampled completions: it is near 0 and says nothing."""
+        """Show the metrics of a step."""
         step = int(record["step"])
         self.seconds += record["step_seconds"]
         eta_s = self.seconds / max(step - self.first, 1) * (self.total - step)
-        loss = [] if health.sampled(record) else [f"loss {record['train/loss']:.4f}"]
-        rates = [f"lr {record['learning_rate']:.1e}"]
-        rates += [f"{record['supervised_tokens_per_second']:.0f} tok/s"] if "supervised_tokens_per_second" in record else []
-        items = [*loss, *self._chosen(record), f"grad {record['grad_norm']:.2f}", *rates]
-        items += [] if math.isnan(record["memory_gib"]) else [f"{record['memory_gib']:.1f} GiB"]
+        items = lines.step_items(record, self.metrics)
         if self.bar is not None:
             self.bar.done, self.bar.eta_s, self.bar.items = step, eta_s, items
         elif step % self.every == 0 or step == self.total:
-            self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {clock(eta_s)}"]))
+            self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {lines.clock(eta_s)}"]))
 
     def evaluation(self, record: Record) -> None:
         """Print the metric that evaluations compare, and the method's own."""
-        goal = self.metrics.goal
         self.seconds += record["eval/seconds"]
-        value = record.get(f"eval/{goal}", math.nan)  # where no reward was known
-        if self.metrics.perplexity:
-            accuracy = f"accuracy {record['eval/mean_token_accuracy']:.3f}" if "eval/mean_token_accuracy" in record else ""
-            rest = f"perplexity {record['eval/perplexity']:.2f}  {accuracy}"
-        else:
-            rest = "".join(f"{item}  " for item in self._chosen(record, "eval/", without=f"eval/{goal}"))
-        self.line(f"held out, step {int(record['step'])}: {goal} {value:.4f}  {rest}".rstrip(), "bold")
+        self.line(lines.evaluation(record, self.metrics), "bold")
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:
         """Print the answer to the sample prompt, or the best completions of a step's first prompt with their rewards."""
@@ -195,8 +174,7 @@ class Screen(Observer):
             return
         self.printed = step
         for answer in answers[: self.metrics.completions]:
-            rewards = ", ".join(f"{name} {value:g}" for name, value in answer["rewards"].items() if value is not None)
-            self.line(f"  {answer['answer'].strip()!r:.200}  ({rewards}; advantage {answer['advantage']:.2f})", "dim")
+            self.line(lines.completion(answer), "dim")
 
     def end(self, stopped: str | None, history: Sequence[Record]) -> None:
         """Take the bar away."""
@@ -207,11 +185,6 @@ class Screen(Observer):
         self.table("", {name: text for name, text in rows.items() if name not in PASTED})
         for name in [name for name in PASTED if name in rows]:
             self.line(f"{name}  {rows[name]}")
-
-    def _chosen(self, record: Record, prefix: str = "", without: str = "") -> list[str]:
-        """The method's own metrics of a record."""
-        keys = {name: prefix + name for name in self.metrics.shown}
-        return [f"{name.split('/')[-1]} {record[key]:.3f}" for name, key in keys.items() if key in record and key != without]
 
     def stop(self) -> None:
         """Take the bar away."""

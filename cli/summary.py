@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from treetune.cli import cadence, invocation
-from treetune.cli.bar import clock
 from treetune.cli.options.commands import Score
 from treetune.cli.run import Run
 from treetune.core import param, tree
 from treetune.core.run import loop
+from treetune.core.run.lines import clock
 from treetune.models.policy import Policy, weights
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from treetune.core import lora, param, shard, tree
@@ -97,6 +98,13 @@ def bare(policy: Policy) -> Policy:
 def full(model: Model) -> Policy:
     """The policy of a model that trains itself: float32 weights, nothing frozen."""
     return Policy(model.family, model.cfg, {"model": tree.map(_master, model.params)}, {})
+
+
+def inference(model: Model, lora: Lora | None = None) -> tuple[Policy, TrainState]:
+    """A policy that does not train, a model with or without an adapter on it: without its weights, and the state that holds them."""
+    params = {} if lora is None else {"lora": lora.tree}
+    state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=model.params["norm"].device))
+    return Policy(model.family, model.cfg, {}, {}, without_tree(lora)), state
 
 
 def adapt(

@@ -1,6 +1,6 @@
 """`treetune chat`: a conversation in the terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -46,40 +46,12 @@ def run(config: Chat, given: frozenset[str]) -> int:
     return 0
 
 
-class Answer:
-    """An answer that is shown while it is sampled: whole characters, and no blanks at its ends. Lives as long as the answer."""
-
-    def __init__(self, screen: Screen, tokenizer: Any):
-        self.screen, self.tokenizer = screen, tokenizer
-        self.tokens: list[int] = []
-        self.decoder = detokenise.Decoder(tokenizer, skip_special_tokens=True)
-        self.started, self.blank = False, ""
-
-    def push(self, _: Any, token: Any) -> None:
-        """Take one more token, as `decode.sample` tells it."""
-        self.tokens.append(int(token))
-        self.show(self.decoder.push(self.tokens[-1]))
-
-    def show(self, units: Sequence[detokenise.TextUnit]) -> None:
-        """Print what is settled of the text; blanks are held back until something follows them."""
-        text = self.blank + "".join(unit.text for unit in units)
-        settled = text.rstrip()
-        self.blank = text[len(settled) :]
-        if settled:
-            self.screen.stream(settled if self.started else settled.lstrip())
-            self.started = True
-
-    def text(self) -> str:
-        """The answer as far as it came."""
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
-
-
 def print_answer(screen: Screen, tokenizer: Any, sample: Callable[..., Any]) -> str:
     """The answer that `sample(tell=)` draws, printed as it comes; Ctrl-C ends it where it is."""
-    answer = Answer(screen, tokenizer)
+    answer = detokenise.Answer(tokenizer)
     try:
-        sample(tell=answer.push)
-        answer.show(answer.decoder.flush())
+        sample(tell=lambda _, token: screen.stream(answer.push(int(token))))
+        screen.stream(answer.flush())
     except KeyboardInterrupt:
         screen.stream(" ...")
     screen.line("\n")

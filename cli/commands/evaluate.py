@@ -1,24 +1,19 @@
 """`treetune eval`: loss, perplexity and accuracy over all supervised tokens of a data set."""
 
-import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
-import torch
-
 from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
-from treetune.cli.methods import sft
 from treetune.cli.options.commands import Eval
 from treetune.cli.screen import Screen
 from treetune.core import param
 from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, kinds, pack
 from treetune.core.run import evaluation, memory, ranks
-from treetune.core.state import TrainState
-from treetune.models import Model, loading, policy, target
+from treetune.losses import sft_objective
+from treetune.models import loading, policy, target
 from treetune.models.batches import batcher
 
 
@@ -36,28 +31,16 @@ def run(config: Eval, given: frozenset[str]) -> int:
         dataset.check_fits(docs, config.data.sequence_len, vocab_size=model.cfg.vocab_size, max_positions=model.cfg.max_positions)
     for line in lines:
         screen.line(line)
-    params = {} if lora is None else {"lora": lora.tree}
-    state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=device))
-    sizes = policy.Policy(model.family, model.cfg, {}, {}, policy.without_tree(lora))
-    objective = sft.objective(policy.logprob(sizes), sft.LossOptions(), report=("entropy",))
+    sizes, state = policy.inference(model, lora)
+    objective = sft_objective.objective(policy.logprob(sizes), want=("top1", "entropy"))
     lengths = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
     batching = dataset.batching(packing=config.data.sample_packing, **lengths)
-    collate = batcher(model.cfg, device, (pack.collate,))
-    evaluate = evaluation.of_documents(objective, docs, collate, batching, ranks=processes)
+    evaluate = evaluation.of_documents(objective, docs, batcher(model.cfg, device, (pack.collate,)), batching, ranks=processes)
     assert evaluate is not None, "rows that give no document are refused"
     start = time.perf_counter()
     metrics = {key: value.item() for key, value in evaluate(state).items()}
-    screen.table("", _rows(chosen.name, model, metrics, time.perf_counter() - start, device))
+    rate = metrics["supervised_tokens"] / (time.perf_counter() - start)
+    table = {"model": f"{chosen.name}, {param.count(model.params) / 1e6:.1f} M parameters"} | evaluation.describe(metrics)
+    table["speed"] = f"{rate:.0f} supervised tokens/s, peak memory {memory.peak_gib(device):.1f} GiB"
+    screen.table("", table)
     return 0
-
-
-def _rows(name: str, model: Model, metrics: Mapping[str, float], seconds: float, device: torch.device) -> dict[str, str]:
-    return {
-        "model": f"{name}, {param.count(model.params) / 1e6:.1f} M parameters",
-        "loss": f"{metrics['loss']:.6f} nats per supervised token",
-        "perplexity": f"{math.exp(min(metrics['loss'], 700.0)):.4f}",  # e^709 is the largest float64
-        "accuracy": f"{metrics['mean_token_accuracy']:.4f} (the likeliest token is the target)",
-        "entropy": f"{metrics['entropy']:.4f} nats per supervised token",
-        "tokens": f"{int(metrics['supervised_tokens'])} supervised of {int(metrics['num_tokens'])}",
-        "speed": f"{metrics['supervised_tokens'] / seconds:.0f} supervised tokens/s, peak memory {memory.peak_gib(device):.1f} GiB",
-    }

@@ -8,30 +8,21 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from treetune.cli import highlight, row_settings
+from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core import drafts, option_pairs, owned
+from treetune.core import option_pairs, owned
 from treetune.core.config import checks
-from treetune.core.data import corpus, dataset, formats, kinds, overview, passages
+from treetune.core.data import corpus, dataset, kinds, overview, passages
 from treetune.core.run import guard, page
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
 
 METHODS = {"sft": "text", "dpo": "pairs", "kto": "unpaired", "reward": "ranked", "prm": "steps"}  # to names of kinds
-
-
-class Encoded(NamedTuple):
-    """Documents of all rows, a line for each data set, and what there is to say of them, by name."""
-
-    docs: dataset.Docs
-    lines: list[str]
-    rows: dict[str, str]
-    tokenizer: Any
 
 
 def run(config: Preprocess, given: frozenset[str]) -> int:
@@ -42,14 +33,18 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         checks.refuse_unused(given, unused_options(config))
         if "data" not in given:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
-        encoded = _encode(config, given, kind, screen)
+        tokenizer = _tokenizer(config, screen)
+        encoded = _encode(config, given, kind, tokenizer, screen)
+        rows, histogram = _describe(config, encoded, kind), "\n".join(overview.histogram(dataset.lengths(encoded.docs)))
         if config.html:
-            _write_page(Path(config.html), config, encoded, kind)
+            guard.require_own(Path(config.html), owned.PAGE, "--html")
+            shown = page.documents(encoded.docs[: config.html_rows], tokenizer, kind.read)
+            page.write_documents(Path(config.html), shown, name=" ".join(config.data.data), rows=rows, histogram=histogram)
     for line in encoded.lines:
         screen.line(line)
-    screen.table("", encoded.rows | {"time": f"{time.perf_counter() - start:.1f} s"})
-    screen.line("\n".join(overview.histogram(dataset.lengths(encoded.docs))))
-    _show([(doc.row, passages.split(doc, encoded.tokenizer, kind.read)) for doc in encoded.docs[: config.debug]], screen)
+    screen.table("", rows | {"time": f"{time.perf_counter() - start:.1f} s"})
+    screen.line(histogram)
+    _show([(doc.row, passages.split(doc, tokenizer, kind.read)) for doc in encoded.docs[: config.debug]], screen)
     if config.html:
         screen.line(f"wrote {config.html}")
     return 0
@@ -62,49 +57,38 @@ def unused_options(config: Preprocess) -> dict[str, str]:
     return unused | ({"dataset_processes": f"with {config.method} rows depend on each other, so one process reads them"} if alone else {})
 
 
-def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, screen: Screen) -> Encoded:
-    special_tokens = option_pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
+def _tokenizer(config: Preprocess, screen: Screen) -> Any:
     model, revision, tokens = config.model.model, config.model.revision, config.vocabulary.tokens
-    tokenizer = set_up_tokenizer(model, revision=revision, special_tokens=special_tokens, tokens=tokens, say=screen.line).tokenizer
+    special_tokens = option_pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
+    setup = set_up_tokenizer(model, revision=revision, special_tokens=special_tokens, tokens=tokens, say=screen.line)
     loading.check_configs(model, revision=revision)
+    return setup.tokenizer
+
+
+def _encode(config: Preprocess, given: frozenset[str], kind: kinds.DatasetSpec, tokenizer: Any, screen: Screen) -> corpus.EncodedRows:
+    rows, refuse = row_settings.documents(config.data), partial(checks.refuse_unused, given)
     with screen.counting("rows") as progress:
-        docs, _, lines, reports, _ = corpus.read_and_encode(
-            kind,
-            row_settings.documents(config.data),
-            tokenizer,
-            refuse=partial(checks.refuse_unused, given),
-            processes=config.dataset_processes,
-            progress=progress,
-        )
-    rows, lengths = overview.describe(docs, kind), dataset.lengths(docs)
+        working = {"processes": config.dataset_processes, "progress": progress}
+        return corpus.read_and_encode(kind, rows, tokenizer, refuse=refuse, **working)
+
+
+def _describe(config: Preprocess, encoded: corpus.EncodedRows, kind: kinds.DatasetSpec) -> dict[str, str]:
+    rows = overview.describe(encoded.docs, kind)
     if config.data.sample_packing:
         sizes = {"sequence_len": config.data.sequence_len, "micro_batch_size": config.micro_batch_size}
-        budget = dataset.batching(packing=True, **sizes, longest=max(lengths))["budget"]
-        formula = f"{config.micro_batch_size} x {config.data.sequence_len}"
-        rows["packing"] = overview.describe_packing(lengths, budget, seed=config.seed, formula=formula)
+        rows["packing"] = overview.describe_packing(encoded.docs, **sizes, seed=config.seed)
     if kind.read is None:
-        rows["by role"] = overview.describe_roles(
-            formats.merge_text_reports([report for report in reports if isinstance(report, formats.TextReport)])
-        )
-    return Encoded(docs, lines, rows, tokenizer)
-
-
-def _write_page(path: Path, config: Preprocess, encoded: Encoded, kind: kinds.DatasetSpec) -> None:
-    guard.require_own(path, owned.PAGE, "--html")
-    values = page.documents(encoded.docs[: config.html_rows], encoded.tokenizer, kind.read)
-    histogram = "\n".join(overview.histogram(dataset.lengths(encoded.docs)))
-    text = page.render("rows.jinja", name=" ".join(config.data.data), rows=encoded.rows, histogram=histogram, **values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drafts.write(path, text)
+        rows["by role"] = overview.describe_roles(encoded.reports)
+    return rows
 
 
 def _show(docs: Sequence[tuple[int, list[passages.Passage]]], screen: Screen) -> None:
-    """Documents on the screen, each with its row: in colours, or with marks where there are none."""
+    """Documents on the screen, each with its row."""
     if docs and not screen.colours:
-        screen.line(f"\n{highlight.legend([part for _, parts in docs for part in parts])}; the rest is read only")
+        screen.line(f"\n{passages.legend([part for _, parts in docs for part in parts])}; the rest is read only")
     for row, parts in docs:
         screen.line(f"\nrow {row}", "bold")
         for part in parts:
             if part.title:
                 screen.line(part.title, "bold")
-            screen.text(highlight.colour(part.pieces) if screen.colours else highlight.mark(part.pieces))
+            screen.passage(part.pieces)

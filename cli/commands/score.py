@@ -12,10 +12,9 @@ import torch
 from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.commands import Score
 from treetune.cli.screen import Screen
-from treetune.core import fields
-from treetune.core.config import checks
-from treetune.core.data import dataset, scored_rows, sources
-from treetune.core.data.scored_rows import Encoding, ScoredRows, Values
+from treetune.core.config import checks, table
+from treetune.core.data import dataset, scored_rows
+from treetune.core.data.scored_rows import ScoredRows, Values
 from treetune.core.run import folder, memory
 from treetune.models import loading, reward_model
 from treetune.models import tokenizer as tokenizers
@@ -41,7 +40,9 @@ def run(config: Score, given: frozenset[str]) -> int:
         values.append(_score(scored, model, config, device, screen))
     seconds = time.perf_counter() - start
     for scored, part in zip(data, values, strict=True):
-        _show(scored, part, config.show, screen)
+        for line in scored_rows.lines(scored, part, config.show):
+            screen.line(line)
+        screen.table("", {"rows": scored.rows.name} | scored_rows.describe(scored, part))
     tokens = sum(sum(dataset.lengths(scored.docs)) for scored in data)
     rows = {"model": name if path is None else f"{name} + {path}"}
     rows["speed"] = f"{tokens / seconds:.0f} tokens/s, peak memory {memory.peak_gib(device):.1f} GiB"
@@ -56,19 +57,13 @@ def run(config: Score, given: frozenset[str]) -> int:
 
 def _read(config: Score, tokenizer: Any, model: RewardModel, given: frozenset[str]) -> list[ScoredRows]:
     """The data sets as documents. Errors: ValueError naming file, row and fix; BadInput for options that would be ignored."""
-    data, encoding = [], Encoding(config.sequence_len, config.overlong, config.chat_template, config.step_separator)
-    for path in config.data:
-        with fields.reading(path):
-            rows = sources.read(path, split=config.split, limit=config.max_rows)
-        data.append(scored_rows.encode(rows, scored_rows.detect(rows, config.format, steps=model.kind == "token"), tokenizer, encoding))
-    used = {option for scored in data for option in scored_rows.options(scored.format, scored.rows)}
-    reason = f"rows of format {', '.join(sorted({scored.format for scored in data}))} do not take it"
-    checks.refuse_unused(given, {name: reason for name in ("chat_template", "step_separator") if name not in used})
-    cfg = model.model.cfg
+    settings, refuse = table.record(scored_rows.Settings, config), partial(checks.refuse_unused, given)
+    data = scored_rows.read(settings, tokenizer, steps=model.kind == "token", refuse=refuse)
+    sizes = {"vocab_size": model.model.cfg.vocab_size, "max_positions": model.model.cfg.max_positions}
     for scored in data:
-        dataset.check_fits(scored.docs, config.sequence_len, vocab_size=cfg.vocab_size, max_positions=cfg.max_positions)
-        if config.output is not None and (taken := [name for name in scored_rows.COLUMNS if name in sources.columns(scored.rows)]):
-            raise ValueError(f"{scored.rows.name} has a column {taken[0]} already, which --output would write over: rename it")
+        dataset.check_fits(scored.docs, config.sequence_len, **sizes)
+        if config.output is not None:
+            scored_rows.check_columns(scored.rows)
     return data
 
 
@@ -80,10 +75,3 @@ def _score(scored: ScoredRows, model: RewardModel, config: Score, device: torch.
     if not all(math.isfinite(value) for row in values for value in row):
         raise RunFailed("the model gives scores that are not finite: try --dtype float32")
     return values
-
-
-def _show(scored: ScoredRows, values: Values, count: int, screen: Screen) -> None:
-    for doc, value in list(zip(scored.docs, values, strict=True))[:count]:
-        place = sources.locate_row(scored.rows, scored.rows.numbers.index(doc.row))
-        screen.line(f"  {place}: {' '.join(f'{score:.4f}' for score in value)}")
-    screen.table("", {"rows": scored.rows.name} | scored_rows.describe(scored, values))

@@ -2,16 +2,18 @@
 
 from typing import Any
 
-from treetune.cli import fit, screen
+from treetune.cli import fit
 from treetune.cli.methods import of_config
+from treetune.cli.screen import Screen
+from treetune.core.run.lines import Metrics
 
 
 def run(config: Any, options: frozenset[str]) -> int:
     """Train and leave a run folder; the exit code. options: names of those that the user set."""
     method, pipeline = of_config(config), getattr(config, "pipeline", None)
     completions = 0 if pipeline is None else pipeline.num_completions_to_print
-    metrics = screen.Metrics(method.shown, method.goal, method.perplexity, completions)
-    console = screen.Screen(every=config.run.logging_steps, metrics=metrics)
+    metrics = Metrics(method.shown, method.goal, method.perplexity, completions)
+    console = Screen(every=config.run.logging_steps, metrics=metrics)
     try:
         result = fit.run(config, observers=[console], options=options, interrupted=console.interrupt)
     finally:

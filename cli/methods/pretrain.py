@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from treetune.cli import samples
 from treetune.cli.errors import BadInput
 from treetune.cli.methods import sft
 from treetune.cli.methods.method import Method
@@ -14,6 +13,7 @@ from treetune.cli.options.run import RunOptions
 from treetune.core.config.marks import MODEL_WEIGHTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
 from treetune.core.config.table import group
+from treetune.core.data import samples
 
 
 def _fraction_of_stream(values: Values) -> str:

@@ -68,15 +68,15 @@ def parts(config: SupervisedConfig, policy: "Policy", setting: "Setting") -> "Pa
     return Parts(policy, objective(train, config.loss), objective(evaluation, LossOptions()))
 
 
-def objective(logprob: "Logprob", options: LossOptions, *, report: tuple[str, ...] = ()) -> "Objective":
-    """The objective of supervised tokens that the options name; report: statistics to report besides accuracy."""
+def objective(logprob: "Logprob", options: LossOptions) -> "Objective":
+    """The objective of supervised tokens that the options name."""
     from treetune.core import registry
     from treetune.losses import sft_objective
 
     name = "smoothed" if options.loss == "nll" and options.label_smoothing else options.loss
     row = registry.choose(presets.TOKEN_LOSSES, name)
     token_loss, outputs = sft_objective.token_loss(row, z_loss_coef=options.z_loss_coef, label_smoothing=options.label_smoothing)
-    return sft_objective.objective(logprob, token_loss, want=tuple(dict.fromkeys(("top1", *report, *outputs))))
+    return sft_objective.objective(logprob, token_loss, want=tuple(dict.fromkeys(("top1", *outputs))))
 
 
 METHOD = Method("sft", "fine-tune on chats, instructions or text", Sft, RATES, "text", parts, unit="supervised tokens", perplexity=True)

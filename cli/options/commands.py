@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from treetune.cli import samples
 from treetune.cli.options.data import PromptRows, RowOptions
 from treetune.cli.options.model import LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
@@ -17,6 +16,7 @@ from treetune.cli.options.serve import Serve as Serve
 from treetune.core.config.marks import unused_if
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.core.config.table import group
+from treetune.core.data import samples
 
 
 @dataclass(frozen=True)

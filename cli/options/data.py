@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Suppress
 
-from treetune.cli import samples
 from treetune.core.config.marks import NAMED_VALUES, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, listed, unused_if
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
+from treetune.core.data import samples
 
 # A list of mappings: written in a config file, never as flags.
 Listed = Annotated[tuple[dict[str, Any], ...], Suppress, Fixed]

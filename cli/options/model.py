@@ -5,44 +5,30 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from treetune.core import registry
+from treetune.core.config import marks
 from treetune.core.config.doors import unused_unless_taken
-from treetune.core.config.marks import (
-    ADAPTER_SCALE,
-    ADAPTER_WEIGHTS,
-    MODEL_WEIGHTS,
-    NAMED_TEXTS,
-    PLACE,
-    STEP_SIZE,
-    TOKEN_IDS,
-    TRAINED,
-    Unused,
-    Values,
-    listed,
-    refused,
-    unused_if,
-)
 from treetune.core.config.ranges import BELOW_ONE, POSITIVE, SMALL, whole
 
-LORA = unused_if("adapter", "none", reason="adapter is none")
+LORA = marks.unused_if("adapter", "none", reason="adapter is none")
 SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
-BROUGHT = unused_if("lora_model_dir", reason="lora_model_dir brings its own")
+BROUGHT = marks.unused_if("lora_model_dir", reason="lora_model_dir brings its own")
 
 
-def _local(values: Values) -> str:
+def _local(values: marks.Values) -> str:
     local = values["model"] is not None and Path(values["model"]).expanduser().exists()
     return f"{values['model']} is on this machine" if local else ""
 
 
-LOCAL = Unused(_local)
+LOCAL = marks.Unused(_local)
 
 
 @dataclass(frozen=True)
 class ModelName:
     """Model."""
 
-    model: Annotated[str, MODEL_WEIGHTS] = "smollm2-135m-instruct"
+    model: Annotated[str, marks.MODEL_WEIGHTS] = "smollm2-135m-instruct"
     """Folder, .gguf file, known name or Hugging Face id of the model to start from."""
-    revision: Annotated[str | None, MODEL_WEIGHTS, LOCAL] = None
+    revision: Annotated[str | None, marks.MODEL_WEIGHTS, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
 
 
@@ -50,9 +36,9 @@ class ModelName:
 class ModelOptions(ModelName):
     """Model."""
 
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], refused("the model computes other numbers in another dtype")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], marks.refused("the model computes other numbers in another dtype")] = "auto"
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], PLACE] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], marks.PLACE] = "auto"
     """Device; auto takes CUDA when there is one."""
 
 
@@ -60,9 +46,9 @@ class ModelOptions(ModelName):
 class TokenOptions:
     """Vocabulary."""
 
-    special_tokens: Annotated[tuple[str, ...], NAMED_TEXTS, TOKEN_IDS] = ()
+    special_tokens: Annotated[tuple[str, ...], marks.NAMED_TEXTS, marks.TOKEN_IDS] = ()
     """NAME=TEXT pairs that set bos_token, eos_token, unk_token, pad_token and so on; in a file also a mapping."""
-    tokens: Annotated[tuple[str, ...], TOKEN_IDS] = ()
+    tokens: Annotated[tuple[str, ...], marks.TOKEN_IDS] = ()
     """Texts to add as tokens. New tokens get rows that train: with an adapter, embed_tokens (and lm_head) train whole beside it."""
 
 
@@ -70,7 +56,7 @@ class TokenOptions:
 class VocabularyOptions(TokenOptions):
     """Vocabulary."""
 
-    embedding_multiple: Annotated[int | None, SMALL, TOKEN_IDS] = None
+    embedding_multiple: Annotated[int | None, SMALL, marks.TOKEN_IDS] = None
     """Grow the embeddings to a multiple of this many rows; 32 or 64 suit tensor cores."""
 
 
@@ -78,25 +64,25 @@ class VocabularyOptions(TokenOptions):
 class AdapterOptions:
     """Adapter."""
 
-    adapter: Annotated[Literal["lora", "none"], TRAINED] = "lora"
+    adapter: Annotated[Literal["lora", "none"], marks.TRAINED] = "lora"
     """lora trains low-rank matrices beside the frozen model; none trains the model itself."""
-    lora_r: Annotated[int, SMALL, ADAPTER_SCALE, LORA, BROUGHT] = 16
+    lora_r: Annotated[int, SMALL, marks.ADAPTER_SCALE, LORA, BROUGHT] = 16
     """Rank."""
-    lora_alpha: Annotated[float, POSITIVE, ADAPTER_SCALE, LORA, BROUGHT] = 32.0
+    lora_alpha: Annotated[float, POSITIVE, marks.ADAPTER_SCALE, LORA, BROUGHT] = 32.0
     """Scale numerator: updates are multiplied by lora_alpha / lora_r."""
-    lora_rslora: Annotated[bool, ADAPTER_SCALE, LORA, BROUGHT] = False
+    lora_rslora: Annotated[bool, marks.ADAPTER_SCALE, LORA, BROUGHT] = False
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
-    lora_dropout: Annotated[float, BELOW_ONE, listed("is noise on the steps to come"), LORA] = 0.0
+    lora_dropout: Annotated[float, BELOW_ONE, marks.listed("is noise on the steps to come"), LORA] = 0.0
     """Dropout on the adapter's input; a function of seed, step and row, so packing does not change it."""
-    lora_target_modules: Annotated[tuple[str, ...], TRAINED, LORA, BROUGHT] = ("all-linear",)
+    lora_target_modules: Annotated[tuple[str, ...], marks.TRAINED, LORA, BROUGHT] = ("all-linear",)
     """Which weights to adapt: all-linear, or regular expressions over paths such as layers.0.q_proj."""
-    lora_layers: Annotated[tuple[int, ...], whole(0, 65535), TRAINED, LORA, BROUGHT] = ()
+    lora_layers: Annotated[tuple[int, ...], whole(0, 65535), marks.TRAINED, LORA, BROUGHT] = ()
     """Adapt only these layers; empty for all."""
-    lora_modules_to_save: Annotated[tuple[str, ...], TRAINED, LORA] = ()
+    lora_modules_to_save: Annotated[tuple[str, ...], marks.TRAINED, LORA] = ()
     """Whole weights to train and save beside the adapter, by regular expression: embed_tokens, lm_head."""
-    lora_model_dir: Annotated[str | None, ADAPTER_WEIGHTS, LORA] = None
+    lora_model_dir: Annotated[str | None, marks.ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
-    loraplus_lr_ratio: Annotated[float | None, POSITIVE, STEP_SIZE, LORA, SCALED] = None
+    loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None
     """LoRA+: learning rate of B over that of A; 16 is the authors' advice."""
 
 

@@ -61,6 +61,37 @@ class Decoder:
         return tuple(ids[-len(self.pending) :]) == self.pending  # some vocabularies begin every text with a space
 
 
+class Answer:
+    """The text of an answer while it is sampled: whole characters, and no blanks at its ends. Lives as long as the answer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.decoder = Decoder(tokenizer, skip_special_tokens=True)
+        self.tokens: list[int] = []
+        self.started, self.blank = False, ""
+
+    def push(self, token: int) -> str:
+        """What one more token settles of the text."""
+        self.tokens.append(token)
+        return self._settle(self.decoder.push(token))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return self._settle(self.decoder.flush())
+
+    def _settle(self, units: Sequence[TextUnit]) -> str:
+        """The text of the units; blanks are held back until something follows them."""
+        text = self.blank + "".join(unit.text for unit in units)
+        settled = text.rstrip()
+        self.blank = text[len(settled) :]
+        shown = settled if self.started else settled.lstrip()
+        self.started = self.started or settled != ""
+        return shown
+
+    def text(self) -> str:
+        """The answer as far as it came."""
+        return self.decoder.tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
+
+
 def decode_units(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[TextUnit]:
     """Units of a list of tokens; their texts joined are the decoded text."""
     decoder = Decoder(tokenizer)

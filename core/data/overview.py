@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from treetune.core.data import kinds, loader, trees
+from treetune.core.data import dataset, formats, kinds, loader, trees
+from treetune.core.data.dataset import Docs
 from treetune.core.data.formats import TextReport
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
@@ -59,13 +60,16 @@ def _describe_sharing(docs: Sequence[TreeDoc]) -> str:
     return f"shared by their completions: {shared} tokens instead of {copied}; the longest prompt with one completion has {longest}"
 
 
-def describe_packing(lengths: Sequence[int], budget: int, *, seed: int, formula: str) -> str:
-    """How full micro-batches of a token budget are. formula: where the budget comes from, unless it is the longest document."""
-    full = packing_efficiency(lengths, budget, seed=seed)
-    source = "the longest document" if budget == max(lengths) else formula
-    return f"{100 * full:.1f} % full at {budget} tokens per micro-batch ({source})"
+def describe_packing(docs: Docs, *, sequence_len: int, micro_batch_size: int, seed: int) -> str:
+    """How full micro-batches are, whose budget is micro_batch_size * sequence_len tokens, or the longest document."""
+    lengths = dataset.lengths(docs)
+    sizes = {"sequence_len": sequence_len, "micro_batch_size": micro_batch_size}
+    budget = dataset.batching(packing=True, **sizes, longest=max(lengths))["budget"]
+    source = "the longest document" if budget == max(lengths) else f"{micro_batch_size} x {sequence_len}"
+    return f"{100 * packing_efficiency(lengths, budget, seed=seed):.1f} % full at {budget} tokens per micro-batch ({source})"
 
 
-def describe_roles(report: TextReport) -> str:
+def describe_roles(reports: Sequence[TextReport] | Sequence[trees.TreeReport]) -> str:
     """Tokens and supervised tokens by who wrote them."""
+    report = formats.merge_text_reports([report for report in reports if isinstance(report, TextReport)])
     return ", ".join(f"{role} {tokens} ({supervised} supervised)" for role, tokens, supervised in report.roles if tokens)

@@ -9,6 +9,7 @@ from treetune.core.protocols import Tokenizer
 
 # Labels: "on" is supervised at weight 1 (or judged good), "half" at another weight, "bad" is to be avoided, "off" is read only.
 MEANINGS = {"on": "supervised", "bad": "rejected, or judged bad", "half": "at another weight"}
+MARKS = {"on": ("[[", "]]"), "bad": ("{{", "}}"), "half": ("((", "))"), "off": ("", "")}  # where there are no colours
 Pieces = list[tuple[str, str]]  # (text of a token, or of several where a character needs them; label)
 
 
@@ -71,3 +72,14 @@ def join_runs(pieces: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
             groups.append((label, []))
         groups[-1][1].append(text)
     return groups
+
+
+def mark(pieces: Pieces) -> str:
+    """The pieces with marks around what is not read only."""
+    return "".join(f"{MARKS[label][0]}{''.join(texts)}{MARKS[label][1]}" for label, texts in join_runs(pieces))
+
+
+def legend(parts: Sequence[Passage]) -> str:
+    """What the marks of these passages mean, in a line."""
+    labels = {label for part in parts for _, label in part.pieces}
+    return ", ".join(f"{MARKS[label][0]}{meaning}{MARKS[label][1]}" for label, meaning in MEANINGS.items() if label in labels)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple, Protocol
 
+from treetune.core import fields
 from treetune.core.data import kinds, pack, row_formats, sources, trees
+from treetune.core.data.dataset import Refuse
 from treetune.core.data.rows import Advance, Message
 from treetune.core.protocols import Tokenizer
 from treetune.core.state import Batch
@@ -13,11 +15,15 @@ COLUMNS = ("score", "chosen_score", "rejected_score", "step_scores")  # what a r
 Values = list[list[float]]  # for each document the scores of its sequences, or of its steps
 
 
-class Encoding(NamedTuple):
-    """How rows become documents; None leaves the choice to the format and the tokenizer."""
+class Settings(NamedTuple):
+    """Which rows are read, and how they become documents: None leaves the choice to the format and the tokenizer."""
 
+    data: Sequence[str]
     sequence_len: int
     overlong: str
+    format: str = "auto"
+    split: str = "train"
+    max_rows: int | None = None
     chat_template: str | None = None
     step_separator: str | None = None
 
@@ -70,10 +76,32 @@ def options(format: str, rows: sources.Rows) -> tuple[str, ...]:
     return kinds.KINDS["steps" if format in row_formats.of_kind("steps") else "ranked"].takes(format, rows.rows[0])
 
 
-def encode(rows: sources.Rows, format: str, tokenizer: Tokenizer, encoding: Encoding) -> ScoredRows:
+def read(settings: Settings, tokenizer: Tokenizer, *, steps: bool, refuse: Refuse) -> list[ScoredRows]:
+    """The documents of each data set, for a reward model or for one of steps.
+
+    Errors: ValueError naming file, row and fix; what `refuse` raises for an encoding option that none of the rows takes.
+    """
+    data = []
+    for path in settings.data:
+        with fields.reading(path):
+            rows = sources.read(path, split=settings.split, limit=settings.max_rows)
+        data.append(encode(rows, detect(rows, settings.format, steps=steps), tokenizer, settings))
+    used = {option for scored in data for option in options(scored.format, scored.rows)}
+    reason = f"rows of format {', '.join(sorted({scored.format for scored in data}))} do not take it"
+    refuse({name: reason for name in ("chat_template", "step_separator") if name not in used})
+    return data
+
+
+def check_columns(rows: sources.Rows) -> None:
+    """Errors: ValueError for rows that have a column which their scores would go to."""
+    if taken := [name for name in COLUMNS if name in sources.columns(rows)]:
+        raise ValueError(f"{rows.name} has a column {taken[0]} already, which --output would write over: rename it")
+
+
+def encode(rows: sources.Rows, format: str, tokenizer: Tokenizer, settings: Settings) -> ScoredRows:
     """The documents of rows of a format. Errors: ValueError naming file, row and fix."""
-    lengths: dict[str, Any] = {"sequence_len": encoding.sequence_len, "overlong": encoding.overlong}
-    chat: dict[str, Any] = {"chat_template": encoding.chat_template} if "chat_template" in options(format, rows) else {}
+    lengths: dict[str, Any] = {"sequence_len": settings.sequence_len, "overlong": settings.overlong}
+    chat: dict[str, Any] = {"chat_template": settings.chat_template} if "chat_template" in options(format, rows) else {}
     labelled = format in row_formats.of_kind("steps") and "labels" in sources.columns(rows)
     answers = row_formats.of_kind("answers")
     if format in answers:
@@ -81,7 +109,7 @@ def encode(rows: sources.Rows, format: str, tokenizer: Tokenizer, encoding: Enco
         docs, report = trees.encode_rows(watched, answers[format].reader(), tokenizer, name=format, distinct=False, **lengths, **chat)
         report = kinds.with_unread(report, watched)
     elif format in row_formats.of_kind("steps"):
-        step_options = {} if encoding.step_separator is None else {"step_separator": encoding.step_separator}
+        step_options = {} if settings.step_separator is None else {"step_separator": settings.step_separator}
         labels = rows if labelled else _with_labels(rows)
         docs, report = kinds.KINDS["steps"].encode(labels, tokenizer, format=format, format_options=step_options, **lengths)
     else:
@@ -139,6 +167,12 @@ def _describe_steps(scored: ScoredRows, values: Values) -> dict[str, str]:
     by_label = {name: [hit for label, hit in hits if label == number] for name, number in (("good", 1), ("bad", 0))}
     parts = [f"{fmean(group):.4f} of {len(group)} {name}" for name, group in by_label.items() if group]
     return lines | {"accuracy": f"{fmean(hit for _, hit in hits):.4f} ({', '.join(parts)})"}
+
+
+def lines(scored: ScoredRows, values: Values, count: int) -> list[str]:
+    """The scores of the first rows, each with where it is."""
+    places = (sources.locate_row(scored.rows, scored.rows.numbers.index(doc.row)) for doc in scored.docs[:count])
+    return [f"  {place}: {' '.join(f'{score:.4f}' for score in value)}" for place, value in zip(places, values, strict=False)]
 
 
 def records(scored: ScoredRows, values: Values) -> list[Message]:

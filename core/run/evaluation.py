@@ -1,5 +1,6 @@
 """Evaluation of an objective over documents that are held out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,3 +32,14 @@ def of_documents(
     mine, _ = loader.next_step(groups, loader.PlanCursor(), accum=accum, world=ranks.world, rank=ranks.rank)
     evaluate = step.make_eval(objective, prepare=prepare, mesh=ranks.mesh)
     return lambda state: evaluate(state, [collate([documents[i] for i in group]) for group in mine])
+
+
+def describe(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Lines by name for the metrics of supervised tokens."""
+    return {
+        "loss": f"{metrics['loss']:.6f} nats per supervised token",
+        "perplexity": f"{math.exp(min(metrics['loss'], 700.0)):.4f}",  # e^709 is the largest float64
+        "accuracy": f"{metrics['mean_token_accuracy']:.4f} (the likeliest token is the target)",
+        "entropy": f"{metrics['entropy']:.4f} nats per supervised token",
+        "tokens": f"{int(metrics['supervised_tokens'])} supervised of {int(metrics['num_tokens'])}",
+    }

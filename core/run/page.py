@@ -1,11 +1,11 @@
 """HTML pages in one file: no scripts, nothing fetched, for light and dark and for phones."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treetune.core import masking, owned
+from treetune.core import drafts, masking, owned
 from treetune.core.data import passages
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
@@ -54,6 +54,13 @@ def documents(docs: Sequence[Doc | TreeDoc], tokenizer: Any, read: str | None) -
     """Values for the macros `documents` and `legend`: (row, passages) of each document, and the labels that occur in them."""
     rows = [(doc.row, passages.split(doc, tokenizer, read)) for doc in docs]
     return {"docs": rows, "labels": {label for _, parts in rows for part in parts for _, label in part.pieces}}
+
+
+def write_documents(path: Path, values: dict[str, Any], *, name: str, rows: Mapping[str, str], histogram: str) -> None:
+    """Write the page of some documents (`documents`), with lines by name and the histogram of their lengths before them."""
+    text = render("rows.jinja", name=name, rows=rows, histogram=histogram, **values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drafts.write(path, text)
 
 
 def render(template: str, *, name: str, **values: Any) -> str:

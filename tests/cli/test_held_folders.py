@@ -159,14 +159,14 @@ def test_a_checkpoint_that_stepped_aside_comes_back(kit, tiny, tune, run):
 
 
 def test_sample_rows_are_part_of_the_package(here, monkeypatch):
-    """As a wheel lays them out: `samples` beside `cli`."""
-    from treetune.cli import samples
+    """As a wheel lays them out: `samples` beside `core`."""
     from treetune.cli.options.data import SAMPLES
+    from treetune.core.data import samples
 
-    source = Path(samples.__file__).resolve().parent
-    shutil.copytree(source, here / "treetune/cli")
+    source = Path(samples.__file__).resolve().parents[1]
+    shutil.copytree(source, here / "treetune/core")
     shutil.copytree(source.parent / "examples/data", here / "treetune/samples")
-    monkeypatch.setattr(samples, "__file__", str(here / "treetune/cli/samples.py"))
+    monkeypatch.setattr(samples, "__file__", str(here / "treetune/core/data/samples.py"))
     names = {Path(path).name for path in SAMPLES.values()} | {"text.jsonl", "gsm8k_test_sample.jsonl"}
     assert all(samples.path(name) == str(here / "treetune/samples" / name) and Path(samples.path(name)).is_file() for name in names)
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from treetune.cli import bar as bar_module
 from treetune.cli import screen
+from treetune.core.run import lines
 
 ITEMS = ["loss 0.4598", "margins 0.539", "accuracies 1.000", "grad 2.62", "lr 5.0e-05", "7027 tok/s", "0.4 GiB"]
 
@@ -155,6 +156,6 @@ def test_a_table_of_facts_stands_before_the_first_step_and_commands_alone_in_the
 
 def test_an_evaluation_shows_its_goal_and_the_method_s_own_metrics(monkeypatch):
     one = plain(monkeypatch)
-    one.metrics = screen.Metrics(("rewards/margins", "reward"), goal="reward")
+    one.metrics = lines.Metrics(("rewards/margins", "reward"), goal="reward")
     one.evaluation({"step": 3, "eval/seconds": 1.0, "eval/reward": 0.25, "eval/rewards/margins": 2.0})
     assert one.console.file.getvalue() == "held out, step 3: reward 0.2500  margins 2.000\n"
