@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from treetune.core.config import suggestions, table, typed
 from treetune.core.config.table import Option
 from treetune.core.data import dataset_fields, yamltext, yamlvalues
 from treetune.core.data.yamltext import Written
 
+C = TypeVar("C")
+DEEPEST = 20  # lists and mappings inside each other
 MAPPING_VALUES = "a text, a finite number, true, false, null, or a list or mapping of such"
 
 
@@ -32,7 +35,20 @@ def from_values(command: str, config: type, values: Mapping[str, Any]) -> Any:
     _check_known(values, options, command)
     if missing := [name for name, option in options.items() if option.default is table.REQUIRED and name not in values]:
         raise ValueError(f"{command} needs {', '.join(missing)}")
-    return fill(config, _read({name: _written(value) for name, value in values.items()}, options, command))
+    return fill(config, _read({name: _written(value, f"{command}: {name}") for name, value in values.items()}, options, command))
+
+
+def reread(command: str, config: C) -> C:
+    """A config that was put together in Python, its values read as those of a file.
+
+    Errors: ValueError for a value that is not of the type of its option, and for anything but its groups in the place of one.
+    """
+    for entry in dataclasses.fields(cast(Any, config)):
+        if entry.default_factory is not dataclasses.MISSING:
+            kind, group = type(entry.default_factory()), getattr(config, entry.name)
+            if type(group) is not kind:
+                raise ValueError(f"{command}: {entry.name} must be {kind.__name__}(...), got {group!r:.80}")
+    return from_values(command, type(config), table.flatten(config))
 
 
 def fill(config: type, values: Mapping[str, Any], *, missing: Any = table.REQUIRED) -> Any:
@@ -99,15 +115,26 @@ def _pair(option: Option, name: str, written: Written, place: str) -> str:
     return f"{name}={json.dumps(value[name], ensure_ascii=False)}"
 
 
-def _written(value: Any) -> Written:
-    """A Python value as a config file would hold it; paths are texts."""
+def _written(value: Any, place: str, depth: int = 0) -> Written:
+    """A Python value as a config file would hold it. Errors: ValueError for what no file can hold."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        value = value.item()  # a number of numpy or torch
+    if isinstance(value, dict | list | tuple) and depth == DEEPEST:
+        raise ValueError(f"{place} holds lists or mappings more than {DEEPEST} deep")
     if isinstance(value, dict):
-        return Written({name: _written(item) for name, item in value.items()})
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise ValueError(f"{place} is a mapping with the key {wrong[0]!r}; keys must be texts")
+        return Written({name: _written(item, place, depth + 1) for name, item in value.items()})
     if isinstance(value, list | tuple):
-        return Written([_written(item) for item in value])
-    if value is None or isinstance(value, bool | int | float):
+        return Written([_written(item, place, depth + 1) for item in value])
+    if value is None or isinstance(value, bool):
         return Written(value, str(value))
-    return Written(str(value), str(value))
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return Written(kind(value), str(kind(value)))  # an IntEnum is a number, too
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{place} is of type {type(value).__name__}; expected a number, a text, a path, or a list or mapping of such")
+    return Written(os.fspath(value), os.fspath(value))
 
 
 def _frozen(value: Any) -> Any:
