@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import bases, cadence, document_source, products, resume_options, rollout_source, setup, summary
+from treetune.cli import artifacts, bases, cadence, document_source, products, resume_options, rollout_source, setup, summary
 from treetune.cli.methods.parts import Parts, Setting, in_sequence
-from treetune.cli.run import Run, Supply
+from treetune.cli.run import Run
 from treetune.core import ckpt, fields, step, tree
 from treetune.core.config import table
 from treetune.core.data import fingerprint
 from treetune.core.run import loop, provenance
 from treetune.core.run.ranks import share
-from treetune.core.run.source import Source
+from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
 from treetune.models import Model, fetch, hf, identity, loading, policy
 from treetune.models.dense import Config
@@ -183,7 +183,7 @@ def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source
         text = f"{type(source).__name__}, a source of {source.total_steps} steps"
         return Supply(source, None, described={"data": text, "step": "micro-batches of the source"}), data
     if parts.rollouts is not None:
-        return rollout_source.supply(run, parts, data, stack)
+        return rollout_source.supply(run, parts, data, stack, partial(artifacts.extras, run.config, parts.policy))
     return document_source.supply(run, parts, data, state)
 
 

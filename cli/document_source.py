@@ -8,13 +8,13 @@ from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import ebft_strided
 from treetune.cli.methods.parts import Parts
-from treetune.cli.run import Run, Supply
+from treetune.cli.run import Run
 from treetune.core import ckpt
 from treetune.core.config import checks
 from treetune.core.data import chat_templates, corpus, dataset, kinds, loader, pack, reference_logps, streaming
 from treetune.core.data.dataset import Dataset
 from treetune.core.run import evaluation, reading
-from treetune.core.run.source import Cursor
+from treetune.core.run.source import Cursor, Supply
 from treetune.core.state import TrainState
 from treetune.models.batches import batcher
 from treetune.models.dense import Config

@@ -4,7 +4,7 @@ N read rows of D documents, C classes.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,9 +12,9 @@ from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch
-from treetune.models import Model, adapter, fetch, heads, loading
+from treetune.models import Model, adapter, fetch, heads, identity, loading
 from treetune.models.fetch import Say, silent
-from treetune.models.tokenizer import adapter_folder
+from treetune.models.tokenizer import adapter_folder, load_tokenizer
 from treetune.ops import attention
 
 # Kind of head -> what a batch reads (`read` of `pack.collate_trees`), and its classes.
@@ -29,6 +29,16 @@ class RewardModel(NamedTuple):
     lora: Lora | None
     head: Params
     kind: str
+
+    @property
+    def weights(self) -> Params:
+        """All weights that decide a score."""
+        return {"model": self.model.params, "head": self.head} | ({} if self.lora is None else {"lora": self.lora.tree})
+
+    @property
+    def settings(self) -> tuple[float | None, str]:
+        """What else decides a score: the scale of the adapter, and what the model computes."""
+        return self.lora and self.lora.scale, identity.settings(self.model.family, self.model.cfg)
 
 
 def locate(name: str | None, adapter_path: str | None) -> tuple[str, str | None]:
@@ -73,13 +83,24 @@ def load(
     return loaded
 
 
+def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent) -> tuple[RewardModel, Any]:
+    """The reward model of a name, which may be the folder of an adapter or of a run, too, and its tokenizer.
+
+    Raises ValueError for what is no reward model.
+    """
+    base, path = locate(name, None)
+    tokenizer = load_tokenizer(base, adapter_path=path, say=say)
+    if path is None and heads.kind(fetch.resolve(base)) is None:
+        raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
+    return load(base, adapter_path=path, dtype=dtype, device=device), tokenizer
+
+
 def _check(loaded: RewardModel, name: str) -> None:
     classes = loaded.head["score"]["weight"].shape[0]
     if classes != CLASSES[loaded.kind]:
         expected = "one score" if loaded.kind == "sequence" else "two classes, bad and good"
         raise ValueError(f"the head of {name} has {classes} classes; expected {expected}")
-    adapted = {} if loaded.lora is None else loaded.lora.tree
-    if bad := check.not_finite({"model": loaded.model.params, "lora": adapted, "head": loaded.head}):
+    if bad := check.not_finite(loaded.weights):
         raise ValueError(f"{name} holds weights that are not finite: {', '.join(bad[:3])}; train or download the model again")
 
 

@@ -2,15 +2,31 @@
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from treetune.core import manifest
-from treetune.models import adapter_config, fetch, gguf, hf
+from treetune.models import adapter_config, fetch, gguf, hf, loading
 from treetune.models.fetch import Say
 from treetune.models.tokenizer import adapter_folder
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # by vLLM's names
+
+
+class ServedModel(NamedTuple):
+    """A model as a server has it: its name in requests, the folder to read, all names it may be loaded by, the dtype by vLLM's name."""
+
+    name: str
+    folder: Path
+    paths: tuple[str, ...]
+    dtype: str
+
+
+def locate(name: str, *, revision: str | None = None, dtype: torch.dtype, say: Say) -> ServedModel:
+    """The model of a name for a server that computes in a dtype."""
+    folder = model_folder(name, revision=revision, say=say)
+    return ServedModel(served_name(name), folder, (name, str(folder), loading.base_name(name)), DTYPES[dtype])
 
 
 def served_name(name: str) -> str:

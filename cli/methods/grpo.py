@@ -52,8 +52,7 @@ def conflicts(config: Grpo) -> None:
 def parts(config: Grpo, policy: "Policy", setting: "Setting") -> "Parts":
     """Rewards that functions and reward models give to sampled completions."""
     # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli import rewarding
-    from treetune.cli.methods import policy_gradient
+    from treetune.cli.methods import policy_gradient, rewarding
     from treetune.cli.methods.parts import RolloutParts
     from treetune.core.data import prompt_rows
 
@@ -66,7 +65,8 @@ def parts(config: Grpo, policy: "Policy", setting: "Setting") -> "Parts":
     )
 
     def rollouts(logprob: "Logprob") -> RolloutParts:
-        return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, on=setting.device, say=setting.warn))
+        where = {"device": setting.device, "say": setting.say, "warn": setting.warn}
+        return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, **where))
 
     return policy_gradient.build(config, policy, setting, rollouts)
 

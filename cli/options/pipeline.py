@@ -96,7 +96,7 @@ class EngineOptions:
     vllm_server_port: Annotated[int, PORT, SAMPLER, VLLM] = 8000
     """Port of the server."""
     vllm_server_timeout: Annotated[float, SECONDS, SAMPLER, VLLM] = 240.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer; a request that fails is tried again for 90 s."""
     vllm_python: Annotated[str | None, SAMPLER, VLLM, MANAGED] = None
     """Python of the environment that has vLLM (managed)."""
     vllm_max_model_len: Annotated[int | None, TOKENS, SAMPLER, VLLM, MANAGED] = None

@@ -63,6 +63,13 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
     return read, lines
 
 
+def example(data: Dataset) -> Dataset:
+    """What a sample answer and a report show of prompts: the first one."""
+    prompt = data.train[0]
+    row = {"messages": prompt.messages} if prompt.messages is not None else None
+    return Dataset([], [], row, "chat", data.lines)
+
+
 def describe_dropped(dropped: Mapping[str, int]) -> str:
     """The rows that were dropped, by reason, as the end of a line."""
     return "".join(f", {count} dropped: {why}" for why, count in dropped.items())

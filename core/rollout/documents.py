@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from treetune.core.data import prompts, trees
+from treetune.core.data import prompts, spans, trees
 from treetune.core.rollout.group import Completion, Group
 from treetune.core.state import Batch, Logprob, Plan, TrainState
 
@@ -33,7 +33,8 @@ class TokenSamples(Protocol):
         ...
 
 
-Collate = Callable[[list[trees.TreeDoc]], tuple[Batch, Plan]]  # documents -> (batch, plan) on the device
+Truth = Callable[[prompts.Prompt], tuple[np.ndarray, np.ndarray]]
+Collate = Callable[[list[Any]], tuple[Batch, Plan]]  # documents -> (batch, plan) on the device
 
 
 def completions(samples: TokenSamples, *, n: int, stop_ids: set[int], tokenizer: Any) -> list[list[Completion]]:
@@ -51,18 +52,18 @@ def completion(tokens: np.ndarray, logp: np.ndarray, stop_ids: set[int], tokeniz
     return Completion(np.asarray(tokens, np.int32), np.asarray(logp, np.float32), trained, bool(ids) and ids[-1] in stop_ids, text)
 
 
-def document(group: Group, *, mask_truncated: bool = False, truth: tuple[np.ndarray, np.ndarray] | None = None) -> trees.TreeDoc:
+def document(group: Group, *, mask_truncated: bool = False, truth: Truth | None = None) -> trees.TreeDoc:
     """A group as a token tree: its prompt is the trunk, each completion a branch with its advantage and log-probs beside its tokens.
 
-    mask_truncated: completions that were cut at the length limit train nothing. truth: tokens and weights of the true reply, one more
-    branch; the extra `kind` is then 1 for it and 0 for completions.
+    mask_truncated: completions that were cut at the length limit train nothing. truth(prompt) -> tokens and weights of the true reply,
+    one more branch; the extra `kind` is then 1 for it and 0 for completions.
     """
     masks = [one.trained & (one.stopped or not mask_truncated) for one in group.completions]
     branches = [(one.tokens, mask.astype(np.float32)) for one, mask in zip(group.completions, masks, strict=True)]
     extras = {} if group.advantage is None else {"advantage": tuple(group.advantage.tolist())}
     if truth is not None:
         extras = {name: (*values, 0.0) for name, values in extras.items()} | {"kind": (0,) * len(branches) + (1,)}
-        branches.append(truth)
+        branches.append(truth(group.prompt))
     doc = prompts.completion_tree(group.prompt, branches, extras)
     values = {"sampler_logp": [one.logp for one in group.completions], "old_logp": group.old_logp}
     return doc._replace(values={name: _beside_tokens(doc, parts) for name, parts in values.items() if parts is not None})
@@ -90,6 +91,18 @@ def old_logprobs(logprob: Logprob, collate: Collate, *, groups_per_batch: int) -
         return scored
 
     return relogp
+
+
+def prompt_logprobs(logprob: Logprob, collate: Collate) -> Callable[[TrainState, Sequence[int]], np.ndarray]:
+    """A function (state, tokens) -> log-probs of tokens[1:] under the state's weights, float64 [len(tokens) - 1]."""
+
+    @torch.no_grad()
+    def compute(state: TrainState, tokens: Sequence[int], /) -> np.ndarray:
+        ids = np.array(tokens, np.int32)
+        batch, plan = collate([spans.Doc(ids, (np.arange(len(ids)) > 0).astype(np.float32), 0)])
+        return np.asarray(logprob(state.params, state.frozen, batch, plan).logp.double().cpu())
+
+    return compute
 
 
 def _with_old(groups: list[Group], logp: np.ndarray) -> list[Group]:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from treetune.core import shard, tree
-from treetune.core.rollout import documents, sync, vllm
+from treetune.core.rollout import documents, server, sync, vllm
 from treetune.core.rollout.group import Completion, Sampled
-from treetune.core.rollout.server import Server
 from treetune.core.run.errors import RunFailed
 from treetune.core.state import Params, TrainState
 
 CANARY = 32  # tokens
-PATIENCE_S = 5.0  # that a server is waited for when a run starts; later a busy one gets more
+START_RETRY_S = 5.0  # that a server is waited for when a run starts; later a busy one gets more
 
 
 class EngineSettings(NamedTuple):
@@ -58,8 +57,18 @@ class PromptLogprobs(Protocol):
 class ManagedServer(NamedTuple):
     """A server that the run started, and its command line on a model folder."""
 
-    server: Server
+    server: server.Server
     command: Callable[[Path], list[str]]
+
+
+def managed(
+    options: server.ServerOptions, folder: Path, *, python: str, log: Path, in_place: bool, say: Callable[[str], None]
+) -> ManagedServer:
+    """Start the server of a run on a model folder. Raises RunFailed when it does not come up, ValueError for what cannot be started."""
+    command = partial(server.command, python, options=options)
+    line = command(folder)
+    say(f"starting vLLM on port {options.port}; its output goes to {log}")
+    return ManagedServer(server.start(line, options, log=log, in_place=in_place), command)
 
 
 class VllmEngine:
@@ -107,14 +116,12 @@ class VllmEngine:
             alive=self.server.alive if self.server else lambda: True,
         )
         resources.callback(client.close)
-        patience_s, client.retry_s = client.retry_s, PATIENCE_S
         try:
-            client.check(accepted=[settings.model, *settings.model_paths], needed_len=settings.longest)
+            client.check(accepted=[settings.model, *settings.model_paths], needed_len=settings.longest, retry_s=START_RETRY_S)
         except vllm.Lost as error:
             raise ValueError(str(error)) from error
         except vllm.Unreachable as error:
             raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
-        client.retry_s = patience_s
         return client
 
     def _canary(self) -> sync.Canary:
@@ -197,6 +204,11 @@ class VllmEngine:
     def close(self) -> None:
         """Leave the server, or end it if it is ours."""
         self.resources.close()
+
+
+def describe(address: str, sync_interval: int) -> str:
+    """Who samples where a server does, and when it gets the weights."""
+    return f"vLLM at {address}, which gets the weights " + ("after every step" if sync_interval == 1 else f"every {sync_interval} steps")
 
 
 def adapter_versions(*, steps_per_generation: int, sync_interval: int, prefetch_depth: int = 0) -> int:

@@ -4,12 +4,15 @@ P prompts, G completions of each.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from treetune.core.data import kinds, pack, row_formats, sources, trees
+from treetune.core import ckpt
+from treetune.core.data import fingerprint, kinds, pack, row_formats, scored_rows, sources, trees
 from treetune.core.rollout.group import Group
+from treetune.core.state import Params
 
 BUDGET = 4096  # tokens in one forward pass
 
@@ -24,6 +27,12 @@ class RewardModel(NamedTuple):
     tokenizer: Any
     steps: bool
     digest: str
+
+
+def of_head(forward: scored_rows.Forward, tokenizer: Any, *, read: str, weights: Params, settings: Sequence[Any]) -> RewardModel:
+    """The reward model that `forward` runs. read: what its head scores, as of `pack.collate_trees`; settings: what else decides a score."""
+    scores = partial(scored_rows.score_batch, forward=forward, read=read)
+    return RewardModel(scores, tokenizer, read == "classes", fingerprint.values(ckpt.leaf_digest(weights), *settings))
 
 
 def score(model: RewardModel, groups: Sequence[Group]) -> np.ndarray:

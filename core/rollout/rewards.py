@@ -5,7 +5,7 @@ P prompts, G completions of each, K rewards.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,15 +46,17 @@ class PoolSettings(NamedTuple):
 
 
 def start(
-    functions_and_models: Sequence[str],
+    wanted: Sequence[str],
     reward_weights: Sequence[float],
     *,
-    models: Mapping[str, RewardModel],
+    load_model: Callable[[str], RewardModel],
     pool: PoolSettings,
     say: Callable[[str], None],
 ) -> Rewards:
-    """Start the workers of the functions among the rewards; the others are in `models`. Errors: ValueError for what cannot be loaded."""
-    wanted, factors = functions_and_models, weights(functions_and_models, reward_weights)
+    """Load the models among the rewards, and start the workers of the functions. Errors: ValueError for what cannot be loaded."""
+    factors = weights(wanted, reward_weights)
+    check_names(wanted)
+    models = {name: load_model(name) for name in wanted if is_model(name)}
     functions = [name for name in wanted if name not in models]
     workers = Pool(functions, workers=pool.workers, timeout_s=pool.timeout_s, say=say) if functions else None
 

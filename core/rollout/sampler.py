@@ -105,6 +105,11 @@ def build(engine: Engine, rollout: Rollout, *, n: int, evaluation_n: int, max_to
     return Sampler(engine, train, rollout(engine.draw_evaluation, n=evaluation_n, max_tokens=max_tokens))
 
 
+def describe(*, ahead: bool) -> str:
+    """Who samples where no server does. ahead: completions come from a copy of the weights, a generation ahead."""
+    return "the trainer's own weights" + (", a generation ahead" if ahead else "")
+
+
 def single_turn(draw: TokenSampler, /, *, n: int, max_tokens: int) -> PromptSampler:
     """The rollout of n replies after each prompt."""
 

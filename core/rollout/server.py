@@ -76,6 +76,25 @@ class ServerOptions(NamedTuple):
     extra: Sequence[str] = ()  # arguments of its command line
 
 
+def check(options: ServerOptions) -> None:
+    """Raise ValueError for numbers that the server cannot have, and for a port that is taken."""
+    for name in ("tensor_parallel_size", "data_parallel_size", "max_model_len"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 1 <= options.port <= 65535:
+        raise ValueError(f"port must be 1 to 65535, got {options.port}")
+    if options.gpu_memory_utilization is not None and not 0 < options.gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {options.gpu_memory_utilization}")
+    if options.max_lora_rank:
+        lora_rank(options.max_lora_rank)
+    check_port(options.host, options.port)
+
+
+def on_device(options: ServerOptions, *, cuda: bool) -> ServerOptions:
+    """The options as a device takes them: without CUDA there is no share of its memory, and no CUDA graphs."""
+    return options if cuda else options._replace(gpu_memory_utilization=None, enforce_eager=True)
+
+
 def command(python: str | Path, model: str | Path, options: ServerOptions) -> list[str]:
     """The command line of vLLM's server for a model folder.
 
@@ -99,6 +118,11 @@ def command(python: str | Path, model: str | Path, options: ServerOptions) -> li
         flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(lora_rank(options.max_lora_rank))]
     pairs = [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
     return [str(python), "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *options.extra]
+
+
+def url(host: str, port: int) -> str:
+    """The address of a server."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def logprobs_mode(temperature: float) -> str:
@@ -175,8 +199,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where to reach it from this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
 
     def alive(self) -> bool:
         """Whether its process runs."""
@@ -244,14 +267,14 @@ class Server:
         raise RuntimeError(f"the server was not up after {self.deadline_s:g} s; {self.log}: {self.tail()}")
 
 
-def managed(command: Sequence[str], *, host: str, port: int, log: Path, in_place: bool) -> Server:
-    """The server that a run starts for itself and that ends with it; in_place opens the endpoints that `Client.reload_weights` needs.
+def start(command: Sequence[str], options: ServerOptions, *, log: Path, in_place: bool = False, deadline_s: float = 600.0) -> Server:
+    """Start the server of a command line; in_place opens the endpoints that `Client.reload_weights` needs.
 
     Raises RunFailed when it does not come up, ValueError when the port is taken or the program is missing.
     """
     environment = {"VLLM_SERVER_DEV_MODE": "1"} if in_place else {}
     try:
-        return Server(command, host=host, port=port, log=log, environment=environment)
+        return Server(command, host=options.host, port=options.port, log=log, environment=environment, deadline_s=deadline_s)
     except RuntimeError as error:
         raise RunFailed(str(error)) from error
 

@@ -126,19 +126,19 @@ class Client:
         """Close the connections."""
         self.http.close()
 
-    def served(self) -> list[Served]:
-        """What the server offers."""
-        models = self._send("GET", "/v1/models").get("data", [])
+    def served(self, *, retry_s: float | None = None) -> list[Served]:
+        """What the server offers. retry_s: in place of the client's own."""
+        models = self._send("GET", "/v1/models", retry_s=retry_s).get("data", [])
         return [Served(model["id"], model.get("root") or model["id"], model.get("max_model_len")) for model in models]
 
-    def check(self, *, accepted: Sequence[str | Path] = (), needed_len: int = 0) -> Served:
+    def check(self, *, accepted: Sequence[str | Path] = (), needed_len: int = 0, retry_s: float | None = None) -> Served:
         """The served base model, after finding out which log-probs the server reports. One of another name that was loaded from one of
-        the `accepted` paths and ids is taken too.
+        the `accepted` paths and ids is taken too. retry_s: for these requests, in place of the client's own.
 
         Raises ValueError when the server has no such model, when one of our name was loaded from none of `accepted`, or when its longest
         sequence is below `needed_len` tokens.
         """
-        offered = self.served()
+        offered = self.served(retry_s=retry_s)
         base = next((model for model in offered if model.name == self.model), None)
         base = base or next((model for model in offered if any(_same(model.root, path) for path in accepted)), None)
         names = ", ".join(model.name for model in offered)
@@ -154,16 +154,16 @@ class Client:
                 "start it with a larger max_model_len"
             )
         self.model, self.max_len = base.name, base.max_len
-        self.mode = self.logprobs_mode()
+        self.mode = self.logprobs_mode(retry_s=retry_s)
         return base
 
-    def logprobs_mode(self) -> str:
+    def logprobs_mode(self, *, retry_s: float | None = None) -> str:
         """raw_logprobs or processed_logprobs, found by asking: the largest raw log-prob does not depend on the temperature."""
         tops = []
         for temperature in TEMPERATURES:
             payload = {"model": self.model, "prompt": [i % self.vocab_size for i in PROBE], "max_tokens": 1, "logprobs": 1, "seed": 0,
                        "temperature": temperature, "ignore_eos": True}  # fmt: skip
-            (choice,) = self._send("POST", "/v1/completions", payload)["choices"]
+            (choice,) = self._send("POST", "/v1/completions", payload, retry_s=retry_s)["choices"]
             tops.append(max(choice["logprobs"]["top_logprobs"][0].values()))
         return "raw_logprobs" if abs(tops[0] - tops[1]) < 1e-3 else "processed_logprobs"
 
@@ -263,18 +263,19 @@ class Client:
                     "shorten prompts or completions, or start it with a larger max_model_len"
                 )
 
-    def _send(self, method: str, path: str, payload: dict | None = None) -> dict:
+    def _send(self, method: str, path: str, payload: dict | None = None, *, retry_s: float | None = None) -> dict:
         """One exchange, tried again while it makes sense; the JSON object that came back, {} for an answer in plain text."""
+        patience_s = self.retry_s if retry_s is None else retry_s
         tries = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, httpx.TransportError | _Passing) and self.alive()),
-            stop=tenacity.stop_after_delay(self.retry_s),
+            stop=tenacity.stop_after_delay(patience_s),
             wait=tenacity.wait_exponential(multiplier=0.1, max=5.0),
             reraise=True,
         )
         try:
             return tries(self._exchange, method, path, payload)
         except (httpx.TransportError, _Passing) as error:
-            state = f"tried for {self.retry_s:g} s" if self.alive() else "its process has ended"
+            state = f"tried for {patience_s:g} s" if self.alive() else "its process has ended"
             raise Unreachable(f"no answer from the vLLM server at {self.url}{path} ({error or type(error).__name__}; {state})") from error
 
     def _exchange(self, method: str, path: str, payload: dict | None) -> dict:

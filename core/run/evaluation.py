@@ -1,4 +1,4 @@
-"""Evaluation of an objective over documents that are held out."""
+"""Evaluation of an objective over documents that are held out, and of rewards over prompts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,12 @@ import torch
 
 from treetune.core import step
 from treetune.core.data import loader
+from treetune.core.data.prompts import Prompt
+from treetune.core.rollout.group import Group, PromptSampler
+from treetune.core.rollout.rewards import Rewards
+from treetune.core.rollout.sampler import fatal_errors
 from treetune.core.run.ranks import ALONE, Ranks
+from treetune.core.run.rollouts import gather_groups
 from treetune.core.state import Objective, TrainState
 
 
@@ -32,6 +37,37 @@ def of_documents(
     mine, _ = loader.next_step(groups, loader.PlanCursor(), accum=accum, world=ranks.world, rank=ranks.rank)
     evaluate = step.make_eval(objective, prepare=prepare, mesh=ranks.mesh)
     return lambda state: evaluate(state, [collate([documents[i] for i in group]) for group in mine])
+
+
+def of_prompts(
+    prompts: Sequence[Prompt],
+    sample: PromptSampler,
+    rewards: Rewards,
+    further: Callable[[TrainState], dict[str, torch.Tensor]] | None = None,
+    *,
+    ranks: Ranks = ALONE,
+) -> Callable[[TrainState], dict[str, torch.Tensor]] | None:
+    """A function from a state to metrics of completions of each prompt, always with the same randomness; None where there are no prompts.
+
+    Ranks share the prompts. further(state) -> more metrics.
+    """
+    if not prompts:
+        return None
+    ranks = ranks if len(prompts) >= ranks.world else ALONE
+    indices = range(ranks.rank, len(prompts), ranks.world)
+
+    def evaluate(state: TrainState) -> dict[str, torch.Tensor]:
+        with fatal_errors():
+            sampled = sample(state, [prompts[i] for i in indices], list(indices))
+            rows = zip(indices, sampled.completions, strict=True)
+            groups = [Group(prompts[i], i, tuple(completions), sampled.version) for i, completions in rows]
+            scores = rewards.score(groups)
+        groups = [group._replace(rewards=values) for group, values in zip(groups, scores, strict=True)]
+        metrics = rewards.measure(gather_groups(ranks, groups))
+        shown = {name: value for name, value in metrics.items() if not name.startswith("frac") and value == value}
+        return {name: torch.tensor(value) for name, value in shown.items()} | ({} if further is None else further(state))
+
+    return evaluate
 
 
 def describe(metrics: Mapping[str, float]) -> dict[str, str]:

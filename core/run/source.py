@@ -4,8 +4,10 @@ A source hands out the micro-batches of one optimiser step after another. Where 
 resumed run reads what comes next and nothing twice.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from treetune.core.data import loader, streaming
 from treetune.core.state import TrainState
@@ -44,6 +46,25 @@ class Source(Protocol):
     def close(self) -> None:
         """End threads and connections."""
         ...
+
+
+class Supply(NamedTuple):
+    """Where a run gets its micro-batches and how it is evaluated.
+
+    documents: fingerprints of what is read; digest: the one of earlier versions. after_step: what the sampler does after each step.
+    start(state): what happens before the first step. described: rows for the table at the start of a run. functions, reward_models: names
+    of files and fingerprints of weights that decide what is sampled and rewarded.
+    """
+
+    source: Source
+    evaluate: Callable[[TrainState], dict[str, Tensor]] | None
+    documents: dict[str, str] = {}
+    digest: str = ""
+    after_step: Callable[[TrainState, dict, int], TrainState] | None = None
+    start: Callable[[TrainState], None] = lambda state: None
+    described: Mapping[str, str] = {}
+    functions: Sequence[str | None] = ()
+    reward_models: Mapping[str, str] = {}
 
 
 class Documents:

@@ -119,7 +119,7 @@ def test_a_server_of_another_model_or_none_is_refused_and_nothing_stays_open(sta
         start(longest=65)
     with pytest.raises(ValueError, match="expected other"):
         start(model="other", model_paths=("models/other",))
-    monkeypatch.setattr(engine, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(engine, "START_RETRY_S", 0.1)
     with pytest.raises(ValueError, match="start one with treetune serve, or give --vllm-mode managed"):
         start(url="http://127.0.0.1:9")
     assert len(closed) == 3

@@ -53,15 +53,16 @@ def test_a_weight_for_each_reward_or_none():
 
 
 def test_functions_and_models_score_into_one_array(by_text):
-    judge = model(lambda doc: [float(len(doc.content["completion"]))])
-    started = rewards.start(("judge", "digits"), (2.0, 1.0), models={"judge": judge}, pool=rewards.PoolSettings(), say=print)
+    judges = {"owner/judge": model(lambda doc: [float(len(doc.content["completion"]))])}
+    options = {"load_model": judges.__getitem__, "pool": rewards.PoolSettings(), "say": print}
+    started = rewards.start(("owner/judge", "digits"), (2.0, 1.0), **options)
     try:
         scored = started.score([group("a1", "22"), group("", "x9y")])
     finally:
         started.close()
     np.testing.assert_array_equal(scored, [[[2, 0.5], [2, 1.0]], [[np.nan, 0.0], [3, 1 / 3]]])
     assert started.names == ("judge", "digits") and started.files == ("digits",)
-    assert started.models == {"reward model judge": "digest"} and started.described == ["judge x 2", "digits"]
+    assert started.models == {"reward model owner/judge": "digest"} and started.described == ["owner/judge x 2", "digits"]
     measured = started.measure([one._replace(rewards=values) for one, values in zip([group("a1", "22")], scored, strict=False)])
     assert measured["reward"] == pytest.approx(np.mean([4.5, 5.0])) and measured["rewards/judge/mean"] == 2
 
