@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from treetune.cli.options.data import held_out, streams
 from treetune.core import option_pairs
 from treetune.core.config import table
 from treetune.core.data.corpus import FOR_ROWS
@@ -18,8 +17,8 @@ NAMES = {"drop_duplicates": "dataset_exact_deduplication", "prepared_folder": "d
 def documents(options: Any) -> RowSettings:
     """The settings of rows that become documents."""
     others = {name: getattr(options, option) for name, option in NAMES.items() if hasattr(options, option)}
-    if streams(options):
-        others |= {"val_set_size": held_out(options), "stream_buffer": options.streaming_multipack_buffer_size}
+    if getattr(options, "streaming", False):
+        others["stream_buffer"] = options.streaming_multipack_buffer_size
     return table.record(RowSettings, options, encoding=_encoding(options, FOR_ROWS), **others)
 
 
@@ -38,7 +37,7 @@ def prompts(options: Any) -> RowSettings:
 
 def truths(options: Any) -> RowSettings:
     """The settings of prompts with a true reply."""
-    return dataclasses.replace(documents(options), val_set_size=held_out(options), transform_config=options)
+    return dataclasses.replace(documents(options), transform_config=options)
 
 
 def _encoding(options: Any, names: Sequence[str]) -> dict[str, Any]:

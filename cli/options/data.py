@@ -135,13 +135,3 @@ class PromptData(PromptRows):
     """Files or data sets of prompts to evaluate on, instead of a fraction of the training prompts."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given")] = 0.0
     """Fraction of the prompts (below 1) or number of prompts (1 and up) held out for evaluation; 0 for none."""
-
-
-def streams(data: Any) -> bool:
-    """Whether rows are read while training."""
-    return getattr(data, "streaming", False)
-
-
-def held_out(data: Any) -> float:
-    """Fraction or number of training rows to hold out; a fraction of a stream counts as 0, because its length is unknown."""
-    return 0 if data.val_data or streams(data) and data.val_set_size < 1 else data.val_set_size

@@ -222,8 +222,8 @@ def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *
 
 def _stream(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer) -> Dataset:
     """A stream of the data sets' rows, but for those held out, with its first documents."""
-    size = int(settings.val_set_size)
     val_parts = read_all(settings.held_out_entries(), settings, tokenizer, kind)
+    size = 0 if val_parts else int(settings.val_set_size)  # a fraction counts as 0: nobody knows the length of a stream
     val_parts += [_first_rows(path, settings.split, size, kind) for path in settings.data if size]
     shards = [shard for path in settings.data for shard in streaming.list_shards(path, split=settings.split, skip=size)]
     encode = partial(_encode_block, settings=settings, tokenizer=tokenizer)
