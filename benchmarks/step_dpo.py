@@ -32,7 +32,7 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.cli import cadence, setup
     from treetune.cli.methods import dpo
     from treetune.cli.methods.dpo import Dpo, DpoLoss
-    from treetune.cli.methods.parts import Setting
+    from treetune.cli.methods.method import Setting
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.optim import PreferenceOptim
     from treetune.core import step

@@ -43,11 +43,11 @@ def model_folder() -> str:
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     from treetune.cli import cadence, setup
-    from treetune.cli.methods import sft
     from treetune.cli.options.optim import OptimOptions
     from treetune.core import step
     from treetune.core.data import pack, spans
     from treetune.core.state import TrainState
+    from treetune.losses import sft_objective
     from treetune.models import adapter, batches, hf, loading, policy
 
     device = torch.device("cpu")
@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace) -> dict:
     docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, ROWS * args.steps))]
     model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
     start = policy.adapt(model, policy.AdapterSpec(rank=RANK, alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
-    objective = sft.objective(policy.logprob(start), sft.LossOptions())
+    objective = sft_objective.named(policy.logprob(start))
     options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
     optimizer = setup.optimizer(options)
     run = step.make_step(objective, optimizer, schedule=cadence.schedule(options, LR, args.steps))

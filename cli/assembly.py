@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import artifacts, bases, cadence, document_source, products, resume_options, rollout_source, setup, summary
-from treetune.cli.methods.parts import Parts, Setting, in_sequence
+from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.run import Run
 from treetune.core import ckpt, fields, step, tree
 from treetune.core.config import table
@@ -169,7 +169,7 @@ def _connect(run: Run, pieces: Pieces, source: Source | None, stack: contextlib.
     state, resumed = loop.restore(run.folder, state, supply.source)
     _tell_changes(run, changed, int(state.step), supply.source.total_steps)
     start = start._replace(params=state.params, frozen=state.frozen)
-    after_step = in_sequence([function for function in (parts.after_step, supply.after_step) if function is not None])
+    after_step = step.in_sequence(parts.after_step, supply.after_step)
     about = summary.describe(run, start, supply.described, peak, supply.source.total_steps)
     hooks = loop.Hooks(
         parts.objective, parts.prepare, after_step, meta=meta | products.record(), resumed=resumed, sampled=sampled, about=about

@@ -7,7 +7,7 @@ from typing import Any
 from treetune.cli import row_settings
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import ebft_strided
-from treetune.cli.methods.parts import Parts
+from treetune.cli.methods.method import Parts
 from treetune.cli.run import Run
 from treetune.core import ckpt
 from treetune.core.config import checks

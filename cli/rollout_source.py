@@ -9,7 +9,7 @@ import torch
 
 from treetune.cli import row_settings, samplers
 from treetune.cli.methods import policy_gradient
-from treetune.cli.methods.parts import Parts, RolloutParts
+from treetune.cli.methods.method import Parts, RolloutParts
 from treetune.cli.run import Run
 from treetune.core.config import table
 from treetune.core.data import chat_templates, loading, prompt_rows

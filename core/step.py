@@ -48,6 +48,38 @@ class Prepare(Protocol):
         ...
 
 
+class AfterStep(Protocol):
+    """What is done on the host after each step: running means, a reference that follows, new weights for a sampler."""
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor], step: int, /) -> TrainState:
+        """The state that the next step starts from."""
+        ...
+
+
+def prepare_in_sequence(*functions: Prepare | None) -> Prepare | None:
+    """Several preparations of a step as one, each of what the one before it gave; None for none."""
+    chosen = [function for function in functions if function is not None]
+
+    def prepare(state: TrainState, micro_batches: list[Any], /) -> Sequence[MicroBatch]:
+        for function in chosen:
+            micro_batches = list(function(state, micro_batches))
+        return micro_batches
+
+    return prepare if chosen else None
+
+
+def in_sequence(*functions: AfterStep | None) -> AfterStep | None:
+    """Several functions after each step as one; None for none."""
+    chosen = [function for function in functions if function is not None]
+
+    def after_step(state: TrainState, metrics: dict[str, Tensor], step: int, /) -> TrainState:
+        for function in chosen:
+            state = function(state, metrics, step)
+        return state
+
+    return after_step if chosen else None
+
+
 def totals(objective: Objective, micro_batches: Sequence[MicroBatch], mesh: DeviceMesh | None = None) -> Terms:
     """Global denominators by term: counts (or weights) summed over micro-batches and ranks; 1 where there is nothing to count."""
     counts = [objective.counts(with_plan(micro)[0]) for micro in micro_batches]

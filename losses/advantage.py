@@ -6,8 +6,21 @@ moment, and its advantage is 0. Where all rewards of a group are equal, or only 
 the group are exactly 0, not what rounding the mean leaves. Pass the whole generation batch, of all ranks.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from treetune.core import registry
+from treetune.losses import presets
+
+
+def estimator(entry: presets.AdvantageEntry, weights: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """The function rewards [P, G, K] -> advantages [P, G] of a row of `presets.ADVANTAGES`, with a weight for each of the K rewards."""
+    function, factors = registry.resolve(entry.function), torch.tensor(weights, dtype=torch.float64)
+    if entry.per_reward:
+        return lambda rewards: function(rewards, factors)
+    return lambda rewards: function(combined(rewards, factors))
 
 
 def combined(rewards: Tensor, weights: Tensor) -> Tensor:

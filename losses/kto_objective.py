@@ -1,18 +1,22 @@
-"""The objective of KTO, BCO and APO-zero over single completions that are labelled desirable or not.
+"""The objective of KTO, BCO and APO-zero over single completions that are labelled desirable or not, and what it adds to a step.
 
-N scored tokens, B sequences; desirable [B] bool.
+N scored tokens, B sequences; desirable [B] bool. KTO has a baseline over the whole step; BCO the running mean of the rewards of the steps
+before, so that no split of a step into micro-batches changes it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from treetune.core import registry
-from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats
-from treetune.losses import limits, presets, reduce
+from treetune.core.state import Batch, Logprob, Metric, Metrics, Objective, Params, Plan, Terms, TokenStats, TrainState
+from treetune.losses import kto, limits, presets, reduce
 
 STATS = ("top1",)
+Referenced = Callable[[TrainState, Batch, Plan], Batch]  # the batch with `ref_logp` [N]
+Sum = Callable[[list[Tensor]], list[Tensor]]  # of each tensor over ranks
 
 
 class CompletionLoss(Protocol):
@@ -77,3 +81,44 @@ def metrics(stats: TokenStats, batch: Batch, logp: Tensor, rewards: Tensor, beta
     if "baseline" in batch:
         reported["kl"] = Metric(batch["baseline"], filled.sum())
     return reported
+
+
+def baseline_preparer(logprob: Logprob, referenced: Referenced, total: Sum) -> Callable[[TrainState, list[Any]], list[tuple[Batch, Plan]]]:
+    """`prepare` of a step whose micro-batches have a second stream, of completions of other prompts: the first with their baseline."""
+
+    def prepare(state: TrainState, micro_batches: list[Any]) -> list[tuple[Batch, Plan]]:
+        ratios = [_log_ratios(logprob, state, referenced(state, *foreign), foreign[1]) for _, foreign in micro_batches]
+        value = step_baseline(torch.cat(ratios), total)
+        return [(batch | {"baseline": value}, plan) for (batch, plan), _ in micro_batches]
+
+    return prepare
+
+
+def _log_ratios(logprob: Logprob, state: TrainState, batch: Batch, plan: Plan) -> Tensor:
+    """log p - log p_ref summed over each completion, without dropout: [B]."""
+    quiet = {key: value for key, value in batch.items() if key != "seed"}
+    logp = logprob(state.params, state.frozen, quiet, plan).logp
+    return reduce.per_sequence(limits.minus(logp, quiet["ref_logp"]), quiet["seq"], quiet["seq_lens"])
+
+
+def step_baseline(ratios: Tensor, total: Sum) -> Tensor:
+    """max(0, mean of the log-ratios of all micro-batches and ranks)."""
+    sums, count = total([ratios.double().sum(), ratios.new_tensor(len(ratios), dtype=torch.float64)])
+    return kto.baseline((sums / count.clamp(min=1)).reshape(1), sums.new_zeros(1)).float()
+
+
+def zero_mean(device: torch.device) -> dict[str, Any]:
+    """The state of BCO before the first step, of `TrainState.extra`."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return {"bco": kto.Running(zero, zero.long())._asdict()}
+
+
+def prepare_mean(state: TrainState, micro_batches: Sequence[tuple[Batch, Plan]]) -> list[tuple[Batch, Plan]]:
+    """Micro-batches with BCO's mean of the rewards so far."""
+    return [(batch | {"delta": state.extra["bco"]["mean"]}, plan) for batch, plan in micro_batches]
+
+
+def update_mean(state: TrainState, metrics: dict[str, Tensor], step: int) -> TrainState:
+    """The state with the mean over the rewards of the step that ends, too."""
+    running = kto.merge(kto.Running(**state.extra["bco"]), metrics["rewards/mean"], metrics["rows"])
+    return state._replace(extra=state.extra | {"bco": running._asdict()})

@@ -31,6 +31,11 @@ def aside(batch: Batch) -> Batch:
     return rest | {"seq": number[rest["seq"]], "prompt_at": batch["at"][~scored], "prompt_targets": batch["targets"][~scored]}
 
 
+def aside_collate(collate: Callable[..., Batch]) -> Callable[..., Batch]:
+    """`collate` of documents of which some have true completions, with these set aside."""
+    return lambda documents, **options: aside(collate(documents, **options))
+
+
 def objective(
     logprobs: LogprobBeside,
     make: Callable[[Logprob], Objective],

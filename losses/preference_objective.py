@@ -3,7 +3,7 @@
 N scored tokens, M scored prompt tokens, B = 2P sequences, P pairs. A pair with an empty side is left out of the term over pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,14 @@ Rewards = Callable[[Pairs], tuple[Tensor, Tensor]]  # of the chosen and the reje
 def pair_loss(name: str | presets.Entry, **options: Any) -> PairLoss:
     """The loss of a name of `presets.PAIR_LOSSES`, or of a row, with those of `options` that it takes (beta, score, ...)."""
     return registry.bind(presets.PAIR_LOSSES[name] if isinstance(name, str) else name, **options)
+
+
+def weighted_loss(weights: Mapping[str, float], **options: Any) -> PairLoss | None:
+    """The sum of losses by their names, or import paths, each times its weight; None for none."""
+    terms = [(pair_loss(registry.choose(presets.PAIR_LOSSES, name), **options), weight) for name, weight in weights.items()]
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    return preference.weighted(tuple(terms)) if terms else None
 
 
 def implicit_rewards(beta: float) -> Rewards:

@@ -64,6 +64,12 @@ def orpo(pairs: Pairs, *, beta: float) -> Tensor:
     return -beta * F.logsigmoid(odds_ratio(pairs))
 
 
+def odds_metrics(pairs: Pairs) -> dict[str, Tensor]:
+    """The log odds ratio of each pair, and the log of its logistic function."""
+    odds = odds_ratio(pairs)
+    return {"log_odds_chosen": odds, "log_odds_ratio": F.logsigmoid(odds)}
+
+
 def tpo(pairs: Pairs, *, beta: float, gamma: float) -> Tensor:
     """The preference term of TPO-L, which is `simpo`'s; the other forms of TPO are cpo's. Source: Saeidi et al., arXiv 2405.16681."""
     return simpo(pairs, beta=beta, gamma=gamma)

@@ -35,6 +35,16 @@ def token_loss(name: str | presets.Entry, *, z_loss_coef: float = 0.0, **options
     return of_stats, tuple(key for key in names if key not in ("logp", "lse"))
 
 
+def named(logprob: Logprob, name: str = "nll", *, z_loss_coef: float = 0.0, label_smoothing: float = 0.0) -> Objective:
+    """The objective of a token loss by its name, or by the import path of a function.
+
+    label_smoothing: of the likelihood, which is `smoothed` then.
+    """
+    row = registry.choose(presets.TOKEN_LOSSES, "smoothed" if name == "nll" and label_smoothing else name)
+    loss, outputs = token_loss(row, z_loss_coef=z_loss_coef, label_smoothing=label_smoothing)
+    return objective(logprob, loss, want=tuple(dict.fromkeys(("top1", *outputs))))
+
+
 def objective(logprob: Logprob, token_loss: TokenLoss | None = None, *, want: tuple[str, ...] = ("top1",)) -> Objective:
     """sum_i w_i token_loss(stats)_i / sum_i w_i over the scored tokens i, where w is `batch["weight"]` (default 1).
 

@@ -31,44 +31,56 @@ class RefLogp(Protocol):
         ...
 
 
+class Pace(NamedTuple):
+    """How a reference follows the policy: after every `every` steps it becomes alpha policy + (1 - alpha) reference."""
+
+    every: int
+    alpha: float
+
+
 class Reference(NamedTuple):
-    """logp(state, batch, plan) -> [N]; the policy with the frozen trees that it needs; its state, where it moves."""
+    """A reference beside a policy.
+
+    logp(state, batch, plan) -> [N]. policy: with the frozen trees that it needs. extra: its state, and after_step what moves it, where it
+    follows the policy.
+    """
 
     logp: RefLogp
     policy: Policy
-    extra: dict[str, Any]
+    extra: dict[str, Any] = {}
+    after_step: Callable[[TrainState, dict, int], TrainState] | None = None
 
 
 def build(
     policy: Policy,
     *,
     other: Model | None = None,
-    moves: bool = False,
+    pace: Pace | None = None,
     precompute: bool = False,
     trained_adapter: bool = False,
     temperature: float = 1.0,
 ) -> Reference:
     """The reference of a policy: what it starts from, or the model `other`.
 
-    moves: it follows the policy, by `mixer`. precompute: its log-probs are computed before the first step. trained_adapter: the policy
+    pace: it follows the policy, by `mixer`. precompute: its log-probs are computed before the first step. trained_adapter: the policy
     starts from an adapter that was trained before. temperature: divides its logits, as those of the policy.
     """
     run = logprobs if temperature == 1 else partial(logprobs, temperature=temperature)
     # A run's functions keep no weights: a copy of the loaded model would never be freed.
     sizes, low = Model(policy.family, policy.cfg, {}), without_tree(policy.lora)
     if other is not None:
-        return Reference(_of_other(other, policy, run), _freeze(policy, ref=other.params), {})
-    if moves:
-        return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)})
+        return Reference(_of_other(other, policy, run), _freeze(policy, ref=other.params))
+    if pace is not None:
+        return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)}, mixer(every=pace.every, alpha=pace.alpha))
     if low is None:
         # Once they are computed, log-probs need no copy of the weights that they came from.
         start = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
-        return Reference(_whole(sizes, run), start, {})
+        return Reference(_whole(sizes, run), start)
     if not trained_adapter:
-        return Reference(_base(sizes, run), policy, {})
+        return Reference(_base(sizes, run), policy)
     copies = {"ref_lora": _copy(policy.params["lora"])}
     copies |= {"ref": _copy(policy.params["model"])} if "model" in policy.params else {}
-    return Reference(_started(sizes, low, run), _freeze(policy, **copies), {})
+    return Reference(_started(sizes, low, run), _freeze(policy, **copies))
 
 
 def _freeze(policy: Policy, **trees: Params) -> Policy:
@@ -126,7 +138,7 @@ def _of_other(other: Model, policy: Policy, run: Callable) -> RefLogp:
     return lambda state, batch, plan: run(family, sizes, state.frozen["ref"], batch, plan if same else None).logp
 
 
-def load_other(name: str, policy: Policy, *, policy_tokenizer: Any, dtype: str, device: torch.device, say: Say = silent) -> Model:
+def load_other(name: str, policy: Policy, *, dtype: str, device: torch.device, say: Say = silent) -> Model:
     """Another model as the reference.
 
     Raises ValueError where it has another number of rows of vocabulary, or its tokenizer numbers tokens otherwise, so that its log-probs
@@ -136,7 +148,7 @@ def load_other(name: str, policy: Policy, *, policy_tokenizer: Any, dtype: str, 
     if other.cfg.vocab_size != policy.cfg.vocab_size:
         rows = f"{other.cfg.vocab_size} rows of vocabulary, the model {policy.cfg.vocab_size}"
         raise ValueError(f"ref_model {path} has {rows}: take one of its kind")
-    _check_tokens(name, str(path), policy_tokenizer)
+    _check_tokens(name, str(path), policy.tokenizer)
     return other
 
 

@@ -14,6 +14,7 @@ from treetune.core.param import Params
 from treetune.core.state import Batch
 from treetune.models import Model, adapter, fetch, heads, identity, loading
 from treetune.models.fetch import Say, silent
+from treetune.models.policy import Policy
 from treetune.models.tokenizer import adapter_folder, load_tokenizer
 from treetune.ops import attention
 
@@ -102,6 +103,30 @@ def _check(loaded: RewardModel, name: str) -> None:
         raise ValueError(f"the head of {name} has {classes} classes; expected {expected}")
     if bad := check.not_finite(loaded.weights):
         raise ValueError(f"{name} holds weights that are not finite: {', '.join(bad[:3])}; train or download the model again")
+
+
+def with_head(policy: Policy, *, classes: int, start: str | None = None, seed: int = 0, device: torch.device) -> Policy:
+    """The policy with a head that trains, a fresh one or that of the adapter folder `start`.
+
+    The output matrix of the vocabulary, which no score reads, does not train. Errors: ValueError where it should, and for a head of
+    other classes.
+    """
+    params = dict(policy.params)
+    if "lm_head" in params.get("lora", {}) or policy.lora is not None and "lm_head" in params.get("model", {}):
+        raise ValueError("no score depends on lm_head: leave it out of --lora-target-modules and --lora-modules-to-save")
+    head = tree.map(lambda leaf: leaf.to(device), _head(policy, classes, start, seed))
+    if policy.lora is None:
+        params["model"] = {name: part for name, part in params["model"].items() if name != "lm_head"}
+    return policy._replace(params=params | {"head": head})
+
+
+def _head(policy: Policy, classes: int, start: str | None, seed: int) -> Params:
+    if start is None or heads.kind(adapter_folder(start)) is None:
+        return heads.init(policy.cfg, classes, bias=classes > 1, seed=seed)
+    head = heads.load_adapter(adapter_folder(start), Model(policy.family, policy.cfg, policy.frozen["model"]))[2]
+    if (rows := head["score"]["weight"].shape[0]) != classes:
+        raise ValueError(f"{start} has a head of {rows} classes, this command trains one of {classes}")
+    return head
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
@@ -16,11 +16,9 @@ from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
-
-PAIR_LOSS = door((*presets.CPO_LOSSES, "sigmoid"), "pair loss", "pairs", "beta", "label_smoothing")
+LOSS = door((*presets.CPO_LOSSES, "sigmoid"), "pair loss", "pairs", "beta", "label_smoothing")
 
 
 def _unsmoothed(values: Values) -> str:
@@ -33,7 +31,7 @@ def _unsmoothed(values: Values) -> str:
 class CpoLoss:
     """Loss."""
 
-    loss: Annotated[str, PAIR_LOSS, OBJECTIVE] = "cpo"
+    loss: Annotated[str, LOSS, OBJECTIVE] = "cpo"
     """Loss of a pair, without a reference; or a function of your own."""
     rl_beta: Annotated[float, POSITIVE, OBJECTIVE] = 0.1
     """Scale of the summed log-probs."""
@@ -56,12 +54,11 @@ class Cpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(config: Cpo, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Cpo, policy: "Policy", setting: Setting) -> Parts:
     """Summed log-probs, and the likelihood of the chosen side."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods.parts import reference_free
+    from treetune.cli.methods.parts import pairwise
     from treetune.core import registry
-    from treetune.losses import preference_objective, presets
+    from treetune.losses import preference_objective
 
     options = config.loss
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}
@@ -69,7 +66,7 @@ def parts(config: Cpo, policy: "Policy", setting: "Setting") -> "Parts":
     loss = registry.bind(registry.choose(presets.CPO_LOSSES, name), beta=options.rl_beta, **smoothing)
     rewards = preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards
     terms = preference_objective.Options(nll_coef=options.cpo_alpha)
-    return reference_free(config.optim, policy, loss, rewards(options.rl_beta), terms)
+    return pairwise(config.optim, policy, loss, rewards(options.rl_beta), terms)
 
 
 METHOD = Method(

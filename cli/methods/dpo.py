@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from treetune.cli.errors import BadInput
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import reference
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
@@ -21,23 +20,19 @@ from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.losses.preference_objective import PairLoss as PairLossFunction
+    from treetune.losses.preference_objective import PairLoss
     from treetune.models.policy import Policy
 
-
-LOSSES = {
-    "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm",
-    "kto_pair": "apo_zero_unpaired", "js_divergence": "js", "alpha_divergence": "alpha",
+ALIASES = {
+    "sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sigmoid_norm": "dpo_norm", "js_divergence": "js", "alpha_divergence": "alpha",
 }  # fmt: skip
-
-PAIR_LOSSES = (*presets.PAIR_LOSSES, "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm")
-PAIR_LOSS = door(PAIR_LOSSES, "pair loss", "pairs", "beta", "label_smoothing", "score", "tau")
+LOSS_NAMES = (*presets.PAIR_LOSSES, "sft", "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm")
+LOSS = door(LOSS_NAMES, "pair loss", "pairs", "beta", "label_smoothing", "score", "tau")
 
 
 def names(losses: Iterable[str]) -> list[str]:
     """Our names of losses, whatever tool their names come from."""
-    return [LOSSES.get(name, name) for name in losses]
+    return [ALIASES.get(name, name) for name in losses]
 
 
 def _taken(losses: list[str], parameter: str) -> bool:
@@ -72,7 +67,7 @@ PAIRWISE = Unused(lambda values: "the loss is sft alone" if names(values["loss"]
 class DpoLoss:
     """Loss."""
 
-    loss: Annotated[tuple[Annotated[str, PAIR_LOSS], ...], OBJECTIVE] = ("dpo",)
+    loss: Annotated[tuple[Annotated[str, LOSS], ...], OBJECTIVE] = ("dpo",)
     """Loss of a pair: dpo, ipo, hinge, robust, ...; several are summed. sft is the chosen side's mean negative log-likelihood.
     Or a function of your own. aot and aot_unpaired rank the pairs of a micro-batch, so they alone depend on micro_batch_size."""
     loss_weights: Annotated[tuple[float, ...], POSITIVE._replace(words="numbers above 0"), OBJECTIVE] = ()
@@ -127,58 +122,29 @@ def conflicts(config: Dpo) -> None:
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
 
 
-def parts(config: Dpo, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Dpo, policy: "Policy", setting: Setting) -> Parts:
     """Pairs held to a reference."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods import referenced
-    from treetune.cli.methods.parts import EVERY, Parts, logprobs
-    from treetune.core.data import pack
+    from treetune.cli.methods.parts import hold, load_reference, pairwise
     from treetune.losses import preference_objective
 
-    options = config.loss
-    reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
-    train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
-    weights = loss_weights(options)
+    options, precompute = config.loss, config.reference.precompute_ref_logps
+    held = load_reference(config, policy, setting, precompute=precompute)
+    weights = dict(zip(names(options.loss), options.loss_weights or (1.0,) * len(options.loss), strict=True))
     nll_coef = weights.pop("sft", 0.0) + (options.rpo_alpha or 0.0)
     terms = preference_objective.Options(nll_coef=nll_coef, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
     rewards = preference_objective.implicit_rewards(options.rl_beta)
-    make = partial(preference_objective.objective, loss=pair_loss(options, weights), rewards=rewards, options=terms)
-    return Parts(
-        reference.policy,
-        make(train),
-        make(evaluation, want=EVERY),
-        (pack.collate_trees,),
-        reference.extra,
-        reference.prepare,
-        reference.after_step,
-        reference.precompute,
-    )
+    return hold(pairwise(config.optim, held.policy, pair_loss(options, weights), rewards, terms), held, precompute=precompute)
 
 
-def loss_weights(options: DpoLoss) -> dict[str, float]:
-    """{loss: weight} as asked."""
-    return dict(zip(names(options.loss), options.loss_weights or (1.0,) * len(options.loss), strict=True))
-
-
-def pair_loss(options: DpoLoss, weights: dict[str, float]) -> "PairLossFunction | None":
+def pair_loss(options: DpoLoss, weights: dict[str, float]) -> "PairLoss | None":
     """The loss of a pair: the sum of those in `weights`; None for none."""
-    from treetune.losses import preference
-
-    terms = [(_term(name, options), weight) for name, weight in weights.items()]
-    if len(terms) == 1 and terms[0][1] == 1:
-        return terms[0][0]
-    return preference.weighted(tuple(terms)) if terms else None
-
-
-def _term(name: str, options: DpoLoss) -> "PairLossFunction":
     from treetune.core import registry
     from treetune.losses import preference_objective
 
     smoothing = {"label_smoothing": options.dpo_label_smoothing} if options.dpo_label_smoothing else {}  # 0: the loss's own
-    divergence = LOSSES.get(options.f_divergence, options.f_divergence)
+    divergence = ALIASES.get(options.f_divergence, options.f_divergence)
     score = registry.bind(presets.PAIR_SCORES[divergence], alpha=options.f_alpha_divergence_coef)
-    row = registry.choose(presets.PAIR_LOSSES, name)
-    return preference_objective.pair_loss(row, beta=options.rl_beta, score=score, tau=options.discopop_tau, **smoothing)
+    return preference_objective.weighted_loss(weights, beta=options.rl_beta, score=score, tau=options.discopop_tau, **smoothing)
 
 
 METHOD = Method(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from treetune.cli.errors import BadInput
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import online
 from treetune.cli.options.data import SAMPLES, AnyRows, HeldOut
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
@@ -36,7 +36,6 @@ from treetune.core.config.ranges import NOT_NEGATIVE, PART, POSITIVE, SMALL, TEM
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
 
@@ -242,9 +241,8 @@ def complete(config: Ebft) -> Ebft:
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=TEMPERATURES[config.ebft.mode]))
 
 
-def parts(config: Ebft, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Ebft, policy: "Policy", setting: Setting) -> Parts:
     """Features of sampled texts compared with those of true ones."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
     from treetune.cli.methods import ebft_strided, ebft_structured
 
     modes: dict[str, Callable[..., Parts]] = {"strided": ebft_strided.parts, "structured": ebft_structured.parts}

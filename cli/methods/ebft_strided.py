@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treetune.cli.methods import ebft_features
 from treetune.cli.methods.ebft import Ebft, EbftOptions
-from treetune.cli.methods.parts import Parts, Setting
+from treetune.cli.methods.method import Parts, Setting
 from treetune.core import shard, strided
 from treetune.core.data import kinds, strides
 from treetune.core.state import Batch, LogprobBeside, Params, Plan, TokenStats, TrainState

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treetune.cli.methods import ebft_features, policy_gradient, sft
+from treetune.cli.methods import ebft_features, policy_gradient
 from treetune.cli.methods.ebft import Ebft
-from treetune.cli.methods.parts import Parts, RolloutParts, Setting, plain
+from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import online
 from treetune.core import shard, tree
 from treetune.core.data import ebft_rows, pack, trees
@@ -24,6 +24,7 @@ from treetune.core.rollout.rewards import Rewards
 from treetune.core.rollout.sampler import Rollout
 from treetune.core.run import evaluation
 from treetune.core.state import Logprob, Params, TrainState
+from treetune.losses import sft_objective
 from treetune.models import feature_network
 from treetune.models import policy as policies
 from treetune.models.batches import batcher
@@ -83,8 +84,8 @@ def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
 
 def held_out_truth(policy: Policy, val: list[Prompt], micro_batch_size: int, setting: Setting) -> Callable[[TrainState], dict[str, Tensor]]:
     """state -> the cross-entropy of the true replies to held-out prompts, which feature matching must not raise."""
-    objective = sft.objective(policies.logprob(policy), sft.LossOptions())
-    collate = batcher(policy.cfg, setting.device, (plain,))
+    objective = sft_objective.named(policies.logprob(policy))
+    collate = batcher(policy.cfg, setting.device, (pack.collate,))
     documents = [ebft_rows.document(prompt) for prompt in val]
     evaluate = evaluation.of_documents(objective, documents, collate, {"rows": micro_batch_size}, ranks=setting.ranks)
     assert evaluate is not None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treetune.cli.errors import BadInput
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, RolloutParts, Setting
 from treetune.cli.options import online
 from treetune.cli.options.data import PromptData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
@@ -17,7 +17,6 @@ from treetune.cli.options.run import RunOptions
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.core.state import Logprob
     from treetune.models.policy import Policy
 
@@ -49,11 +48,9 @@ def conflicts(config: Grpo) -> None:
         raise BadInput(f"reward_weights needs a number for each of the {len(rewards.reward_funcs)} rewards")
 
 
-def parts(config: Grpo, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Grpo, policy: "Policy", setting: Setting) -> Parts:
     """Rewards that functions and reward models give to sampled completions."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
     from treetune.cli.methods import policy_gradient, rewarding
-    from treetune.cli.methods.parts import RolloutParts
     from treetune.core.data import prompt_rows
 
     prompt_rows.check_fits(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import reference
 from treetune.cli.options.data import SAMPLES, PairData
 from treetune.cli.options.doors import door
@@ -20,7 +20,6 @@ from treetune.core.config.table import group
 from treetune.losses import presets
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
 WEIGHTS = ("beta", "desirable_weight", "undesirable_weight")
@@ -73,32 +72,33 @@ def variant(config: Kto) -> dict[str, Any]:
     return {} if baseline else {"data": "judged"}
 
 
-def parts(config: Kto, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Kto, policy: "Policy", setting: Setting) -> Parts:
     """KTO, its variant without a baseline, and BCO."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods import kto_state, referenced
-    from treetune.cli.methods.parts import EVERY, Parts, in_sequence, logprobs
-    from treetune.core import registry
+    from treetune.cli.methods.parts import EVERY, hold, load_reference
+    from treetune.core import registry, shard
+    from treetune.core.data import pack
     from treetune.losses import kto_objective
+    from treetune.models import policy as policies
+    from treetune.models import reference as references
 
-    options = config.loss
-    reference = referenced.build(config, policy, setting, precompute=config.reference.precompute_ref_logps)
-    train, evaluation = logprobs(reference.policy, checkpointing=config.optim.gradient_checkpointing)
+    options, precompute = config.loss, config.reference.precompute_ref_logps
+    held = load_reference(config, policy, setting, precompute=precompute)
+    train, evaluation = policies.logprob(held.policy, remat=config.optim.remat), policies.logprob(held.policy)
     weights = {"desirable_weight": options.kto_desirable_weight, "undesirable_weight": options.kto_undesirable_weight}
     row = registry.choose(presets.KTO_LOSSES, options.loss)
     loss = kto_objective.completion_loss(row, beta=options.rl_beta, **weights)
     make = partial(kto_objective.objective, loss=loss, beta=options.rl_beta)
-    state = kto_state.build(row.scalar, reference.logp, evaluation, setting)
-    return Parts(
-        reference.policy,
-        make(train),
-        make(evaluation, want=EVERY),
-        state.collates,
-        reference.extra | state.extra,
-        state.prepare,
-        in_sequence([function for function in (reference.after_step, state.after_step) if function is not None]),
-        reference.precompute,
-    )
+    own, foreign = (partial(pack.collate_branch, branch=branch) for branch in (1, 2))
+    built = Parts(held.policy, make(train), make(evaluation, want=EVERY), (own,))
+    if row.scalar == "baseline":
+        # The baseline needs completions of other prompts; only their log-ratio is read, so they are in a stream of their own.
+        referenced, total = partial(references.with_logp, held.logp), partial(shard.all_sum, device_mesh=setting.ranks.mesh)
+        prepare = kto_objective.baseline_preparer(evaluation, referenced, total)
+        built = built._replace(collates=(own, foreign), prepare=prepare)
+    if row.scalar == "delta":
+        extra, prepare = kto_objective.zero_mean(setting.device), kto_objective.prepare_mean
+        built = built._replace(extra=extra, prepare=prepare, after_step=kto_objective.update_mean)
+    return hold(built, held, precompute=precompute)
 
 
 METHOD = Method(

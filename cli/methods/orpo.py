@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
@@ -14,10 +14,6 @@ from treetune.core.config.ranges import NOT_NEGATIVE
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from treetune.cli.methods.parts import Parts, Setting
-    from treetune.losses.preference import Pairs
     from treetune.models.policy import Policy
 
 
@@ -44,12 +40,9 @@ class Orpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(config: Orpo, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Orpo, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of the chosen side, and the odds ratio of the two."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    import torch
-
-    from treetune.cli.methods.parts import reference_free
+    from treetune.cli.methods.parts import pairwise
     from treetune.losses import preference_objective
     from treetune.losses import reference_free as losses
 
@@ -57,12 +50,7 @@ def parts(config: Orpo, policy: "Policy", setting: "Setting") -> "Parts":
     terms = preference_objective.Options(nll_coef=1.0, prompts=options.orpo_nll_scope == "full")
     rewards = preference_objective.mean_rewards(options.orpo_alpha)
     loss = partial(losses.orpo, beta=options.orpo_alpha)
-
-    def odds_metrics(pairs: "Pairs") -> "dict[str, Tensor]":
-        odds = losses.odds_ratio(pairs)
-        return {"log_odds_chosen": odds, "log_odds_ratio": torch.nn.functional.logsigmoid(odds)}
-
-    return reference_free(config.optim, policy, loss, rewards, terms, more=odds_metrics)
+    return pairwise(config.optim, policy, loss, rewards, terms, losses.odds_metrics)
 
 
 METHOD = Method(

@@ -8,25 +8,22 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from treetune.cli.methods import referenced
-from treetune.cli.methods.parts import Parts, RolloutParts, Setting, in_sequence
+from treetune.cli.methods import parts
+from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import pipeline
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.cli.options.protocols import OnlineConfig
-from treetune.core import registry, shard
+from treetune.core import registry, shard, step
 from treetune.core.config import table
 from treetune.core.data import pack
-from treetune.core.run.ranks import Ranks
-from treetune.core.state import Logprob, LogprobBeside, Objective, TokenStats, TrainState
-from treetune.losses import advantage, correction, policy_gradient, policy_gradient_with_sft, presets
-from treetune.losses import policy as terms
+from treetune.core.run import rollouts
+from treetune.core.run.ranks import ALONE, Ranks
+from treetune.core.state import Logprob, LogprobBeside, Objective
+from treetune.losses import advantage, entropy, policy_gradient, policy_gradient_with_sft, presets
 from treetune.losses.presets import PolicyPreset
 from treetune.models import logprobs_beside, policy
 from treetune.models.policy import Policy
-from treetune.models.reference import RefLogp
 
 MEANS = {
     "token": "mean over all tokens of a step", "sequence": "mean over completions of their token means",
@@ -54,27 +51,7 @@ def describe(options: PolicyLoss) -> str:
 def advantages(options: PolicyLoss, weights: list[float], ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """Rewards [P, G, K] of this rank -> advantages [P, G]; an estimator over the whole generation sees the rewards of all ranks."""
     entry = registry.choose(presets.ADVANTAGES, preset(options).advantage)
-    estimate = _estimator(entry, torch.tensor(weights, dtype=torch.float64))
-
-    def compute(rewards: np.ndarray) -> np.ndarray:
-        parts: list[Any] = [rewards]
-        mine = 0
-        if ranks.world > 1 and entry.across_prompts:
-            parts, mine = [None] * ranks.world, ranks.rank
-            torch.distributed.all_gather_object(parts, rewards)
-        values = estimate(torch.from_numpy(np.concatenate(parts))).numpy()
-        start = sum(len(part) for part in parts[:mine])
-        return values[start : start + len(rewards)]
-
-    return compute
-
-
-def _estimator(entry: presets.AdvantageEntry, weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """Rewards [P, G, K] -> advantages [P, G]."""
-    function = registry.resolve(entry.function)
-    if entry.per_reward:
-        return lambda rewards: function(rewards, weights)
-    return lambda rewards: function(advantage.combined(rewards, weights))
+    return rollouts.over_ranks(ranks if entry.across_prompts else ALONE, advantage.estimator(entry, weights))
 
 
 def skippable(options: PolicyLoss) -> bool:
@@ -117,32 +94,27 @@ def scored_apart(config: OnlineConfig) -> bool:
     return off_policy(config) or options.steps_per_generation * options.num_iterations > 1
 
 
-def build(config: Any, start: Policy, setting: Setting, rollouts: Callable[[Logprob], RolloutParts], *, ce_coef: float = 0.0) -> Parts:
+def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logprob], RolloutParts], *, ce_coef: float = 0.0) -> Parts:
     """The objective of the policy, its reference and its state; with ce_coef, documents hold true replies that train beside the others.
 
-    rollouts(logprob) -> how completions are sampled and scored; logprob is without noise, at the sampling temperature.
+    sampled(logprob) -> how completions are sampled and scored; logprob is without noise, at the sampling temperature.
     """
     loss, temperature = config.loss, config.rollout.temperature
-    reference = referenced.build(config, start, setting, temperature=temperature) if loss.beta else None
+    reference = parts.load_reference(config, start, setting, temperature=temperature) if loss.beta else None
     held = start if reference is None else reference.policy
-    remat = "full" if config.optim.gradient_checkpointing else None
     quiet = policy.logprob(held, temperature=temperature)
-    objective = _objective(config, partial(policy.logprob, held, remat=remat, temperature=temperature), ce_coef)
-    extra: dict[str, Any] = {} if reference is None else reference.extra
-    after_step = [] if reference is None or reference.after_step is None else [reference.after_step]
+    objective = _objective(config, partial(policy.logprob, held, remat=config.optim.remat, temperature=temperature), ce_coef)
+    collate = policy_gradient_with_sft.aside_collate(pack.collate_trees) if ce_coef else pack.collate_trees
+    built = Parts(held, objective, objective, (collate,), rollouts=sampled(quiet))
     if loss.use_adaptive_entropy:
-        coef = torch.tensor([loss.entropy_coef, torch.inf], dtype=torch.float64, device=setting.device)  # the first step applies none
-        extra, after_step = extra | {"entropy": {"coef": coef[0], "last": coef[1]}}, [*after_step, partial(_adapt, loss)]
-    return Parts(
-        held,
-        objective,
-        objective,
-        (_collate_with_truth if ce_coef else pack.collate_trees,),
-        extra,
-        partial(_prepare, loss, None if reference is None else reference.logp, quiet, setting.ranks.mesh),
-        in_sequence(after_step),
-        rollouts=rollouts(quiet),
-    )
+        bonus = entropy.Bonus(loss.entropy_coef, loss.entropy_target, loss.entropy_coef_delta, loss.entropy_coef_max)
+        extra, prepare = entropy.start(bonus, setting.device), entropy.bonus_preparer(bonus)
+        built = built._replace(extra=extra, prepare=prepare, after_step=entropy.adapter(bonus))
+    if loss.top_entropy_quantile < 1:
+        all_rows = partial(shard.all_rows, device_mesh=setting.ranks.mesh)
+        mask = entropy.mask_preparer(loss.top_entropy_quantile, quiet, all_rows)
+        built = built._replace(prepare=step.prepare_in_sequence(built.prepare, mask))
+    return built if reference is None else parts.hold(built, reference)
 
 
 def _objective(config: OnlineConfig, train: Callable[..., Logprob], ce_coef: float) -> Objective:
@@ -151,48 +123,3 @@ def _objective(config: OnlineConfig, train: Callable[..., Logprob], ce_coef: flo
     if ce_coef:
         return policy_gradient_with_sft.objective(cast(LogprobBeside, train(run=logprobs_beside)), make, coef=ce_coef, name="ebft/ce_loss")
     return make(train())
-
-
-def _collate_with_truth(documents: list[Any], **options: Any) -> dict[str, Tensor]:
-    """The stream of documents of which some have true completions."""
-    return policy_gradient_with_sft.aside(pack.collate_trees(documents, **options))
-
-
-def _prepare(
-    loss: PolicyLoss, ref_logp: RefLogp | None, logprob: Logprob, mesh: Any, state: TrainState, micro_batches: list[Any]
-) -> list[Any]:
-    """What is global to a step or constant in it: the reference, the tokens of high entropy, the weight of the bonus."""
-    extra = {}
-    if loss.use_adaptive_entropy:
-        extra["entropy_coef"] = terms.applied(terms.Adaptive(**state.extra["entropy"]), target=loss.entropy_target).float()
-    prepared = []
-    for batch, plan in micro_batches:
-        batch = batch | extra
-        prepared.append((batch | ({} if ref_logp is None else {"ref_logp": ref_logp(state, batch, plan)}), plan))
-    if loss.top_entropy_quantile == 1:
-        return prepared
-    return _keep_high_entropy(loss.top_entropy_quantile, logprob, mesh, state, prepared)
-
-
-def _keep_high_entropy(quantile: float, logprob: Logprob, mesh: Any, state: TrainState, micro_batches: list[Any]) -> list[Any]:
-    """Micro-batches that know which of their tokens are among those of the highest entropy of the whole step, on all ranks."""
-    quiet = [{key: value for key, value in batch.items() if key != "seed"} for batch, _ in micro_batches]
-    pairs = zip(quiet, micro_batches, strict=True)
-    entropies = [_entropy(logprob(state.params, state.frozen, batch, plan, want=("entropy",))) for batch, (_, plan) in pairs]
-    least = correction.entropy_threshold(shard.all_rows(torch.cat(entropies), mesh), quantile=quantile)
-    masks = [correction.entropy_mask(entropy, least) for entropy in entropies]
-    return [(batch | {"entropy_keep": mask}, plan) for mask, (batch, plan) in zip(masks, micro_batches, strict=True)]
-
-
-def _entropy(stats: TokenStats) -> Tensor:
-    assert stats.entropy is not None
-    return stats.entropy
-
-
-def _adapt(options: PolicyLoss, state: TrainState, metrics: dict[str, Tensor], step: int) -> TrainState:
-    """The weight of the entropy bonus after a step of this mean entropy."""
-    adaptive = terms.update(
-        terms.Adaptive(**state.extra["entropy"]), metrics["entropy"],
-        target=options.entropy_target, delta=options.entropy_coef_delta, low=0.0, high=options.entropy_coef_max,
-    )  # fmt: skip
-    return state._replace(extra=state.extra | {"entropy": adaptive._asdict()})

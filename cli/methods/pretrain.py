@@ -1,19 +1,21 @@
 """`treetune pretrain`: every token of raw text is supervised, from the weights of a model or from random ones."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.errors import BadInput
-from treetune.cli.methods import sft
-from treetune.cli.methods.method import Method
-from treetune.cli.methods.sft import LossOptions
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.token_loss import LossOptions
 from treetune.core.config.marks import MODEL_WEIGHTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
+
+if TYPE_CHECKING:
+    from treetune.models.policy import Policy
 
 
 def _fraction_of_stream(values: Values) -> str:
@@ -73,11 +75,16 @@ class Pretrain:
 
 
 def conflicts(config: Pretrain) -> None:
-    """Raise BadInput for a stream without an end, and for a fraction of one."""
-    if not config.data.streaming:
-        return
-    if config.optim.max_steps is None:
+    """Raise BadInput for a stream without an end."""
+    if config.data.streaming and config.optim.max_steps is None:
         raise BadInput("streaming needs max_steps: how many rows a stream has is not known before its end")
+
+
+def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:
+    """The likelihood of every token, or the loss that the options name."""
+    from treetune.cli.methods.parts import supervised
+
+    return supervised(policy, config.loss, config.optim)
 
 
 METHOD = Method(
@@ -86,7 +93,7 @@ METHOD = Method(
     Pretrain,
     RATES,
     "text",
-    sft.parts,
+    parts,
     unit="supervised tokens",
     perplexity=True,
     conflicts=conflicts,

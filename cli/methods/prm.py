@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from treetune.cli.methods import reward
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting, unanswering
 from treetune.cli.options.data import SAMPLES, PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
@@ -12,7 +11,6 @@ from treetune.cli.options.run import RunOptions
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
 
@@ -28,15 +26,14 @@ class Prm:
     run: RunOptions = group(RunOptions)
 
 
-def parts(config: Prm, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Prm, policy: "Policy", setting: Setting) -> Parts:
     """Good or bad, for each step."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods.judges import judge
+    from treetune.cli.methods.parts import scored
     from treetune.losses import reward_objective
 
-    return judge(config, policy, setting, classes=2, read="classes", objective=reward_objective.steps)
+    return scored(config, policy, setting, classes=2, read="classes", objective=reward_objective.steps)
 
 
 METHOD = Method(
-    "prm", "train a reward model of steps", Prm, REWARD_RATES, "steps", parts, ("accuracy",), "steps", head=True, unused=reward.unused
+    "prm", "train a reward model of steps", Prm, REWARD_RATES, "steps", parts, ("accuracy",), "steps", head=True, unused=unanswering
 )

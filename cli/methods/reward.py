@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting, unanswering
 from treetune.cli.options.data import PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
@@ -14,7 +14,6 @@ from treetune.core.config.ranges import NOT_NEGATIVE
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
 
@@ -39,21 +38,15 @@ class Reward:
     run: RunOptions = group(RunOptions)
 
 
-def unused(config: Any) -> dict[str, str]:
-    """A head of scores takes the place of the answers."""
-    return dict.fromkeys(("sample_prompt", "sample_tokens"), "a reward model writes no answers")
-
-
-def parts(config: Reward, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Reward, policy: "Policy", setting: Setting) -> Parts:
     """One score for a whole answer."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods.judges import judge
+    from treetune.cli.methods.parts import scored
     from treetune.losses import reward_objective
 
     ranked = partial(reward_objective.ranked, centre=config.loss.center_rewards_coefficient)
-    return judge(config, policy, setting, classes=1, read="last", objective=ranked)
+    return scored(config, policy, setting, classes=1, read="last", objective=ranked)
 
 
 METHOD = Method(
-    "reward", "train a reward model on pairs", Reward, REWARD_RATES, "ranked", parts, ("accuracy", "margin"), head=True, unused=unused
+    "reward", "train a reward model on pairs", Reward, REWARD_RATES, "ranked", parts, ("accuracy", "margin"), head=True, unused=unanswering
 )

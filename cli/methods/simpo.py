@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from treetune.cli.methods.method import Method
+from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
@@ -14,7 +14,6 @@ from treetune.core.config.ranges import NOT_NEGATIVE, POSITIVE
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
-    from treetune.cli.methods.parts import Parts, Setting
     from treetune.models.policy import Policy
 
 
@@ -45,10 +44,9 @@ class Simpo:
     run: RunOptions = group(RunOptions)
 
 
-def parts(config: Simpo, policy: "Policy", setting: "Setting") -> "Parts":
+def parts(config: Simpo, policy: "Policy", setting: Setting) -> Parts:
     """Mean log-probs with a margin; AlphaPO where simpo_alpha is not 0."""
-    # Torch takes a second to import, and `treetune --help` and config errors need none of it.
-    from treetune.cli.methods.parts import reference_free
+    from treetune.cli.methods.parts import pairwise
     from treetune.losses import preference_objective
     from treetune.losses import reference_free as losses
 
@@ -57,7 +55,7 @@ def parts(config: Simpo, policy: "Policy", setting: "Setting") -> "Parts":
     if options.simpo_alpha:
         loss = partial(losses.alphapo, beta=options.rl_beta, gamma=options.simpo_gamma, alpha=options.simpo_alpha)
     terms = preference_objective.Options(nll_coef=options.cpo_alpha)
-    return reference_free(config.optim, policy, loss, preference_objective.mean_rewards(options.rl_beta), terms)
+    return pairwise(config.optim, policy, loss, preference_objective.mean_rewards(options.rl_beta), terms)
 
 
 METHOD = Method(

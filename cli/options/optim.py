@@ -75,6 +75,11 @@ class OptimOptions:
     seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
     """Random seed; all randomness of the run derives from it."""
 
+    @property
+    def remat(self) -> str | None:
+        """What a training pass of a model recomputes."""
+        return "full" if self.gradient_checkpointing else None
+
 
 @dataclass(frozen=True)
 class PreferenceOptim(OptimOptions):

@@ -5,7 +5,7 @@ seq, seq_lens, doc_of_seq, row).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -130,6 +130,11 @@ def collate_trees(
     batch = stream | _tree_reads(docs, lengths, read) | _extras(docs) | (_prompts(docs, lengths) if prompts else {})
     check_trees(batch, read)
     return batch
+
+
+def collate_branch(docs: Sequence[trees.TreeDoc], *, branch: int, **options: Any) -> dict[str, torch.Tensor]:
+    """The stream of documents with one of their branches only."""
+    return collate_trees([trees.single_branch(doc, branch) for doc in docs], **options)
 
 
 def _filled(docs: Sequence[Tokens], budget: int | None, pad: bool) -> tuple[list[int], int]:

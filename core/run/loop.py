@@ -16,6 +16,7 @@ from treetune.core.run.errors import RunFailed
 from treetune.core.run.observers import Observers
 from treetune.core.run.source import Source
 from treetune.core.state import Objective, TrainState
+from treetune.core.step import AfterStep, Prepare
 
 RATES = {"tokens_per_second": "num_tokens", "supervised_tokens_per_second": "supervised_tokens"}
 PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no setting says how often
@@ -51,8 +52,8 @@ class Hooks(NamedTuple):
     """
 
     objective: Objective | None = None
-    prepare: Callable[[TrainState, list[Any]], list[Any]] | None = None
-    after_step: Callable[[TrainState, dict, int], TrainState] | None = None
+    prepare: Prepare | None = None
+    after_step: AfterStep | None = None
     stop: Callable[[], int | None] = never
     before: Callable[[TrainState], None] = lambda state: None
     meta: dict[str, Any] = {}
@@ -175,7 +176,7 @@ class _Loop:
     def _prepared(self, state: TrainState) -> list[Any]:
         """The micro-batches of the last step as its gradient saw them."""
         with torch.no_grad():
-            return self.previous if self.hooks.prepare is None else self.hooks.prepare(state, self.previous)
+            return self.previous if self.hooks.prepare is None else list(self.hooks.prepare(state, self.previous))
 
     def _last_checkpoint(self) -> str:
         checkpoints = [] if self.run is None else ckpt.steps(self.run.checkpoints)

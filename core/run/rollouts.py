@@ -149,6 +149,21 @@ def largest(ranks: Ranks, device: torch.device, value: int) -> int:
     return value if ranks.world == 1 else int(shard.all_reduce(torch.tensor(value, device=device), "max", ranks.mesh))
 
 
+def over_ranks(ranks: Ranks, estimate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rewards [P, G, K] of this rank -> advantages [P, G], which `estimate` gives for the rewards of all ranks."""
+
+    def compute(rewards: np.ndarray) -> np.ndarray:
+        parts, mine = [rewards], 0
+        if ranks.world > 1:
+            gathered: list[Any] = [None] * ranks.world
+            torch.distributed.all_gather_object(gathered, rewards)
+            parts, mine = gathered, ranks.rank
+        start = sum(len(part) for part in parts[:mine])
+        return estimate(torch.from_numpy(np.concatenate(parts))).numpy()[start : start + len(rewards)]
+
+    return compute
+
+
 def gather_groups(ranks: Ranks, groups: Sequence[Group]) -> list[Group]:
     """The groups of all ranks, without their prompts."""
     if ranks.world == 1:

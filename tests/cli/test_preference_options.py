@@ -126,9 +126,9 @@ def test_there_is_a_row_for_every_option_of_a_loss_and_of_a_reference():
 
 def test_every_loss_of_the_documents_is_one_of_the_choices():
     """By its own name and by those of other tools, and each trains."""
-    choices = set(loss_options.PAIR_LOSSES)
+    choices = set(loss_options.LOSS_NAMES)
     assert choices == {"dpo", *LOSSES, "sigmoid", "exo_pair", "nca_pair", "sigmoid_norm"}
-    assert set(loss_options.LOSSES) >= choices - {"dpo", *LOSSES}
+    assert set(loss_options.ALIASES) >= choices - {"dpo", *LOSSES}
 
 
 def test_every_pair_loss_and_divergence_trains_by_its_own_numbers(losses):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from treetune.cli import parse
-from treetune.cli.methods import sft as sft_method
 from treetune.cli.methods.sft import Sft
 from treetune.core import ckpt, manifest, tree
 from treetune.core.config import reading
 from treetune.core.run import evaluation, faults, loop, recorder
+from treetune.losses import sft_objective
 from treetune.models import adapter, batches, hf
 
 FILES = {".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
@@ -214,7 +214,7 @@ def test_out_of_memory_is_one_line_with_the_fix(sft, monkeypatch):
 
 def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit, here, sft, monkeypatch):
     """The third step's gradient is poisoned behind a loss that is fine, and the weights are compared bit for bit."""
-    seen, make = [], sft_method.objective
+    seen, make = [], sft_objective.named
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -225,8 +225,8 @@ def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit
         def backward(ctx, grad):
             return grad * float("nan")
 
-    def objective(logprob, options, **kwargs):
-        plain = make(logprob, options, **kwargs)
+    def objective(*args, **kwargs):
+        plain = make(*args, **kwargs)
 
         def terms(params, frozen, batch, plan):
             if steps[-1] == 2 and torch.is_grad_enabled():
@@ -252,7 +252,7 @@ def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit
         return find(objective, state, batches)
 
     find = faults.find_not_finite
-    monkeypatch.setattr(sft_method, "objective", objective)
+    monkeypatch.setattr(sft_objective, "named", objective)
     monkeypatch.setattr(recorder.Recorder, "push", counted)
     monkeypatch.setattr(faults, "find_not_finite", found)
     done = sft("--max-steps", 3, "--save-steps", 2, "--val-set-size", 0, "--learning-rate", 0.01)

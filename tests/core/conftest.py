@@ -105,12 +105,13 @@ def adapter():
 @pytest.fixture(scope="session")
 def objective():
     """objective(model, lora=None) -> the supervised objective that `treetune sft` trains."""
-    from treetune.cli.methods import sft
+    from treetune.losses import sft_objective
     from treetune.models import policy
     from treetune.models.policy import Policy
 
     def make(model, lora=None, remat=None, **loss):
-        return sft.objective(policy.logprob(Policy(model.family, model.cfg, {}, {}, lora), remat=remat), sft.LossOptions(**loss))
+        sizes = Policy(model.family, model.cfg, {}, {}, lora)
+        return sft_objective.named(policy.logprob(sizes, remat=remat), loss.pop("loss", "nll"), **loss)
 
     return make
 

@@ -9,9 +9,9 @@ import math
 import torch
 
 from treetune.core.run.ranks import Ranks
-from treetune.cli.methods import sft
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
+from treetune.losses import sft_objective
 from treetune.models import Model, llama, policy
 from treetune.models.policy import Policy
 
@@ -76,7 +76,7 @@ def micro_batches(number: int, rank: int, world: int) -> list[tuple]:
 
 
 def objective(base: Model, placed: Policy):
-    return sft.objective(policy.logprob(placed), sft.LossOptions())
+    return sft_objective.named(policy.logprob(placed))
 
 
 def optimizer() -> optim.Optimizer:

@@ -9,8 +9,8 @@ from treetune.cli.methods import METHODS
 from treetune.cli.methods.cpo import Cpo, CpoLoss
 from treetune.cli.methods.dpo import Dpo, DpoLoss
 from treetune.cli.methods.kto import Kto, KtoLoss
+from treetune.cli.methods.method import Setting
 from treetune.cli.methods.orpo import Orpo, OrpoLoss
-from treetune.cli.methods.parts import Setting
 from treetune.cli.methods.prm import Prm
 from treetune.cli.methods.reward import Reward, RewardLoss
 from treetune.cli.methods.simpo import Simpo, SimpoLoss

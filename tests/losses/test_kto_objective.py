@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.cli.methods import kto_state
 from treetune.core import tree
 from treetune.core.data import trees
 from treetune.losses import kto, kto_objective
@@ -192,7 +191,7 @@ def test_numbers_of_a_class_are_over_its_own_rows_and_tokens():
 def test_the_fixture_of_the_contract():
     """EX-12: the baseline over mismatched pairs and the loss that follows, through the functions that the command puts together."""
     foreign = torch.tensor([-2.0, -3.0, -1.5], dtype=torch.float64), torch.tensor([-2.5, -3.25, -1.25], dtype=torch.float64)
-    z0 = kto_state._baseline(foreign[0] - foreign[1], None)
+    z0 = kto_objective.step_baseline(foreign[0] - foreign[1], lambda tensors: tensors)
     assert z0.item() == pytest.approx(0.16666667, abs=1e-7)
     loss = kto_objective.completion_loss("kto", beta=0.1)
     own, ref = torch.tensor([-1.5, -2.0, -0.5], dtype=torch.float64), torch.tensor([-2.0, -1.5, -0.75], dtype=torch.float64)

@@ -8,6 +8,7 @@ from treetune.core.state import TrainState
 from treetune.models import hf, logprobs, policy, reference, resize
 
 SPEC = policy.AdapterSpec(rank=3, alpha=6.0, targets=("q_proj", "down_proj"), modules_to_save=("^norm$",))
+PACE = reference.Pace(2, 0.25)
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def test_it_stays_where_the_policy_started(folder, stream, documents, how, tmp_p
     if how == "trained adapter":
         one = one._replace(params=moved(one.params))
     other = hf.load(folder)._replace(params=moved(hf.load(folder).params)) if how == "other" else None
-    ref = reference.build(one, moves=how == "moves", trained_adapter=how == "trained adapter", other=other, temperature=0.9)
+    kept = {"pace": PACE if how == "moves" else None, "trained_adapter": how == "trained adapter"}
+    ref = reference.build(one, other=other, temperature=0.9, **kept)
     logprob = policy.logprob(one, temperature=0.9)
     want = logprob(one.params, one.frozen, batch, None).logp
     if other is not None:
@@ -41,9 +43,9 @@ def test_it_stays_where_the_policy_started(folder, stream, documents, how, tmp_p
 
 def test_it_follows_by_the_mean(folder):
     one = policy.load(folder, adapter=SPEC, seed=1)
-    ref = reference.build(one, moves=True)
+    ref = reference.build(one, pace=PACE)
     now = TrainState(moved(one.params), one.frozen, {}, ref.extra, torch.tensor(0))
-    after_step = reference.mixer(every=2, alpha=0.25)
+    after_step = ref.after_step
     assert after_step(now, {}, 3) is now
     mixed = after_step(now, {}, 4).extra["ref"]
     for path, leaf in tree.items(mixed):
@@ -62,6 +64,4 @@ def test_log_probs_that_are_there_are_not_computed_again(folder):
 def test_another_vocabulary_is_refused(folder, oracle, tmp_path, words):
     hf.save(tmp_path / "other", resize.resize(hf.load(folder), 128), tokenizer=words)
     with pytest.raises(ValueError, match="128 rows of vocabulary, the model 96"):
-        reference.load_other(
-            str(tmp_path / "other"), policy.load(folder), policy_tokenizer=words, dtype="float32", device=torch.device("cpu")
-        )
+        reference.load_other(str(tmp_path / "other"), policy.load(folder), dtype="float32", device=torch.device("cpu"))
