@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from treetune.cli import row_settings, samplers
 from treetune.cli.methods import policy_gradient
 from treetune.cli.methods.method import Parts, RolloutParts
@@ -21,10 +19,11 @@ from treetune.core.run import generations
 from treetune.core.run.rollouts import Layout
 from treetune.core.run.source import Supply
 from treetune.losses import policy_gradient as losses
+from treetune.models import batches
 from treetune.models import tokenizer as tokenizers
-from treetune.models.batches import Batcher, batcher
+from treetune.models.batches import Batcher
 from treetune.models.policy import Policy
-from treetune.ops import attention, noise
+from treetune.ops import noise
 
 COMPLETIONS, EVALUATION, DROPOUT = 11, 12, 13  # purposes of randomness
 READERS = ("prompts", "truths")  # kinds of data that are prompts
@@ -44,7 +43,7 @@ def supply(run: Run, parts: Parts, data: Dataset, stack: contextlib.ExitStack, e
     """Micro-batches and evaluation of what the policy samples, and what of the data is shown; workers and servers stop with the stack."""
     rollouts, config = parts.rollouts, run.config
     assert rollouts is not None
-    settings, collate = table.record(generations.Settings, config), batcher(parts.policy.cfg, run.device, parts.collates)
+    settings, collate = table.record(generations.Settings, config), batches.batcher(parts.policy.cfg, run.device, parts.collates)
     players = _start(run, parts.policy, rollouts, data, stack, extras)
     calls = generations.Calls(_layout(run, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights, run.ranks))
     if policy_gradient.scored_apart(config):
@@ -86,17 +85,8 @@ def _engine(run: Run, policy: Policy, extras: Extras) -> Engine:
 
 
 def _layout(run: Run, rollouts: RolloutParts, collate: Batcher) -> Layout:
-    config = run.config
-    skip = policy_gradient.skippable(config.loss) and rollouts.truth is None and config.pipeline.skip_zero_advantage_batches
-
-    def batch(groups: list[Any], step: int) -> tuple[dict[str, torch.Tensor], Any]:
-        return collate(groups, seed=noise.keys(config.optim.seed, DROPOUT, step))
-
-    document = partial(documents.document, mask_truncated=config.loss.mask_truncated_completions, truth=rollouts.truth)
-    return Layout(document, batch, _silence if skip else None)
-
-
-def _silence(batch: dict[str, torch.Tensor], plan: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """A batch of the same denominators without a token to train on."""
-    silent = losses.zero_signal_batch(batch)
-    return silent, attention.plan(silent, window=plan.window, device=batch["tokens"].device)
+    loss = run.config.loss
+    skip = policy_gradient.skippable(loss) and rollouts.truth is None and run.config.pipeline.skip_zero_advantage_batches
+    document = partial(documents.document, mask_truncated=loss.mask_truncated_completions, truth=rollouts.truth)
+    silence = batches.replanned(losses.zero_signal_batch) if skip else None
+    return Layout(document, batches.seeded(collate, run.config.optim.seed, DROPOUT), silence)

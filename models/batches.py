@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treetune.core.state import Batch
 from treetune.models.dense import Config
-from treetune.ops import attention
+from treetune.ops import attention, noise
+from treetune.ops.attention import Plan
 
 Collate = Callable[..., dict[str, Tensor]]  # (documents, budget=, pad=) -> batch, on the host
 Batcher = Callable[..., Any]  # (documents, seed=None) -> micro-batch: (Batch, Plan), or a tuple of those where there are several streams
@@ -35,3 +37,21 @@ def _stream(
     plan = attention.plan(batch, window=cfg.window, device=device, dtype=cfg.dtype)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return (batch if seed is None else batch | {"seed": seed.to(device)}), plan
+
+
+def seeded(collate: Batcher, seed: int, *purpose: int) -> Callable[..., Any]:
+    """A function (documents, *place) -> micro-batch whose dropout and noise are drawn for this place in the run.
+
+    So a resumed run draws what it would have drawn. purpose: what tells this randomness from other of the same seed.
+    """
+    return lambda documents, *place: collate(documents, seed=noise.keys(seed, *purpose, *place))
+
+
+def replanned(change: Callable[[Batch], Batch]) -> Callable[[Batch, Plan], tuple[Batch, Plan]]:
+    """A function (batch, plan) -> the changed batch, and the plan of its own documents."""
+
+    def apply(batch: Batch, plan: Plan) -> tuple[Batch, Plan]:
+        changed = change(batch)
+        return changed, attention.plan(changed, window=plan.window, device=batch["tokens"].device)
+
+    return apply

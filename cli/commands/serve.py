@@ -1,14 +1,13 @@
 """`treetune serve`: a vLLM server for a model, until Ctrl-C."""
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from treetune.cli import protection
-from treetune.cli.errors import RunFailed, checking_input
+from treetune.cli.errors import checking_input
 from treetune.cli.options.serve import Serve
 from treetune.cli.screen import Screen
 from treetune.core.config import table
@@ -28,7 +27,13 @@ def run(config: Serve, given: frozenset[str]) -> int:
     with checking_input():
         server = _start(config, screen)
     screen.line(f"serving {serving.served_name(config.model.model)} at {server.url}; Ctrl-C ends it")
-    return _watch(server, screen)
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        screen.line("stopping the server")
+    finally:
+        server.stop()
+    return 0
 
 
 def _start(config: Serve, screen: Screen) -> Server:
@@ -62,15 +67,3 @@ def build_command(config: Serve, python: str, model_dir: Path) -> list[str]:
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _watch(server: Server, screen: Screen) -> int:
-    try:
-        while server.alive():
-            time.sleep(0.3)
-        raise RunFailed(f"the server ended; {server.log}: {server.tail()}")
-    except KeyboardInterrupt:
-        screen.line("stopping the server")
-        return 0
-    finally:
-        server.stop()

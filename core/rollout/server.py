@@ -205,6 +205,12 @@ class Server:
         """Whether its process runs."""
         return self.process is not None and self.process.poll() is None
 
+    def wait(self) -> None:
+        """Return never, but raise RunFailed with the last lines of the log when the server ends."""
+        while self.alive():
+            time.sleep(0.3)
+        raise RunFailed(f"the server ended; {self.log}: {self.tail()}")
+
     def restart(self, command: Sequence[str] | None = None) -> None:
         """Stop it, if it still runs, and start it again, with another command if given; returns when it is healthy."""
         self.stop()
