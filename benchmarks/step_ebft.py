@@ -39,7 +39,7 @@ def documents(folder: str, steps: int) -> list[list[int]]:
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
     from treetune.cli import assembly, fit
-    from treetune.cli.methods.ebft import Ebft, EbftData, EbftOptim, EbftOptions, EbftRollout
+    from treetune.cli.options.ebft import Ebft, EbftData, EbftOptim, EbftOptions, EbftRollout
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.run import RunOptions
 

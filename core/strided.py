@@ -181,7 +181,7 @@ def grow(batch: Batch, blocks: Anchors, generated: Tensor, n: int) -> tuple[Batc
     if keys := [key for key in ("branch", "weight") if key in batch]:
         raise ValueError(f"the stream has {', '.join(keys)}; expected bare documents whose tokens are scored or not")
     place = layout(batch["cu_docs"], blocks, n)
-    real, rows = _documents(batch)
+    real, rows = _per_document(batch, torch.ones_like(batch["row"])), document_rows(batch)
     branches = torch.bincount(blocks.document, minlength=rows.shape[0]) * n  # [D]
     each = torch.maximum(branches, real)  # sequences of each document
     doc_of_seq = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(each)
@@ -202,7 +202,12 @@ def sequences(grown: Batch) -> Tensor:
     return grown["seq_lens"].nonzero()[:, 0]
 
 
-def _documents(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Whether a sequence belongs to each document (1 or 0), and the data set row of the document: int64 [D] each."""
+def document_rows(batch: Batch) -> Tensor:
+    """The data set row of each document, int64 [D]; 0 for a padding document."""
+    return _per_document(batch, batch["row"])
+
+
+def _per_document(batch: Batch, values: Tensor) -> Tensor:
+    """Values [B] of sequences at their documents [D], 0 where a document has none."""
     none = torch.zeros(batch["cu_docs"].shape[0] - 1, dtype=torch.int64, device=batch["cu_docs"].device)
-    return none.scatter(0, batch["doc_of_seq"], 1), none.scatter(0, batch["doc_of_seq"], batch["row"])
+    return none.scatter(0, batch["doc_of_seq"], values)

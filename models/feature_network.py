@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import shard, strided, tree
 from treetune.core.param import Params
-from treetune.core.state import Batch
+from treetune.core.state import Batch, TrainState
 from treetune.models import features
 from treetune.models.dense import Config
 from treetune.models.policy import Policy
@@ -46,11 +46,11 @@ class FeatureNetwork(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """layers: of which hidden states are taken. norm: L times [N, H] -> [N, D]. pool: ([N, D], rows) -> [B, D]."""
+    """layers: of which hidden states are taken. norm: L times [N, H] -> [N, D]. pool: [N, D], seq, lens and prompt_lens -> [B, D]."""
 
     layers: Sequence[int]
     norm: Callable[[list[Tensor]], Tensor]
-    pool: Callable[[Tensor, SequenceRows], Tensor]
+    pool: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def sequence_rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -> SequenceRows:
@@ -74,6 +74,21 @@ def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False) -> FeatureNet
     return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen[COPY], *stream), frozen_policy)
 
 
+def gather(phi: Pooled, frozen: Params) -> Callable[[Batch, Plan, Tensor, Tensor, Tensor], Tensor]:
+    """The network with whole weights, as (batch, plan, lens, at, prompt_lens) -> features: a collective where they are sharded."""
+    whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", COPY) if name in frozen}
+    return lambda batch, plan, lens, at, prompt_lens: phi(whole, batch, plan, sequence_rows(lens, at, prompt_lens))
+
+
+def of_blocks(phi: Pooled, n: int, state: TrainState, grown: Batch, plan: Plan, layout: strided.Layout, /) -> tuple[Tensor, Tensor]:
+    """Features of n rollouts from each anchor [M, n, D] and of the true blocks [M, D]; every block is read by itself."""
+    at, device = torch.cat([layout.generated, layout.truth]), grown["tokens"].device  # [R + M, G]
+    lens = torch.full((at.shape[0],), at.shape[1], device=device)
+    vectors = phi(state.frozen, grown, plan, sequence_rows(lens, at.flatten().to(device)))
+    own, true = vectors.split([layout.generated.shape[0], layout.truth.shape[0]])
+    return own.view(true.shape[0], n, own.shape[1]), true
+
+
 def _base(policy: Policy) -> Params:
     return policy.params["model"] if policy.lora is None else policy.frozen["model"]
 
@@ -89,4 +104,4 @@ def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batc
         # The plan's masks live where the attention runs, and are made from a batch on the host.
         plan = attention.plan({key: value.cpu() for key, value in batch.items()}, window=cfg.window, device=network_device, dtype=cfg.dtype)
     hidden = features.hidden(family, cfg, weights, batch, plan, rows.at.to(network_device), layers=recipe.layers)
-    return recipe.pool(recipe.norm(hidden).to(device), rows)
+    return recipe.pool(recipe.norm(hidden).to(device), rows.seq, rows.lens, rows.prompt_lens)

@@ -7,22 +7,25 @@ of the loaded ones would never be freed.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from treetune.core import lora, param, shard, tree
+from treetune.core import lora, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.core.state import Batch, Logprob, Scores, TrainState
-from treetune.models import Model, adapter, artifacts, decode, heads, hf, loading, logprobs, resize
+from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStats, TrainState
+from treetune.models import Model, adapter, artifacts, decode, decode_branches, heads, hf, loading, logprobs, logprobs_beside, resize
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
 from treetune.models.tokenizer import adapter_folder, resize_embeddings, set_up_tokenizer
+from treetune.ops import noise
 from treetune.ops.attention import Plan
+
+ROLLOUTS, EVALUATION = 21, 22  # what the randomness of rollouts from anchors is for
 
 
 class Policy(NamedTuple):
@@ -236,6 +239,20 @@ def logprob(
     return compute
 
 
+def logprob_beside(policy: Policy, *, remat: str | None = None, temperature: float = 1.0, documents: bool = True) -> LogprobBeside:
+    """The log-probs of generated tokens, and those of the documents' own beside them, or None where documents are not read."""
+    if documents:
+        return cast(LogprobBeside, logprob(policy, remat=remat, temperature=temperature, run=logprobs_beside))
+    generated = logprob(policy, remat=remat, temperature=temperature)
+
+    def without_documents(
+        params: Params, frozen: Params, batch: Batch, plan: Plan, /, *, want: tuple[str, ...] = ()
+    ) -> tuple[TokenStats, None]:
+        return generated(params, frozen, batch, plan, want=want), None
+
+    return without_documents
+
+
 def scores(policy: Policy, *, remat: str | None = None) -> Scores:
     """The scores of the policy's head: trained weights over frozen ones, and the head."""
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
@@ -292,6 +309,25 @@ def sampler(
     def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
         model, low = current(sizes, state.params, state.frozen)
         return decode.sample(model, ids, n=n, lora=low, max_new_tokens=max_tokens, stop=stop, seed=seed, ids=list(numbers), **options)
+
+    return sample
+
+
+def branch_sampler(
+    policy: Policy, n: int, *, temperature: float, top_p: float, seed: int
+) -> Callable[[TrainState, Batch, strided.Anchors], Tensor]:
+    """The sampler of n rollouts from each anchor of a stream: tokens [R, G] from the weights of a state, without dropout.
+
+    A function of weights, rows, places and the seed of the batch, for which `seed` stands in evaluations.
+    """
+    sizes, evaluation_seed = bare(policy), noise.keys(seed, EVALUATION)
+
+    def sample(state: TrainState, batch: Batch, anchors: strided.Anchors) -> Tensor:
+        model = Model(sizes.family, sizes.cfg, weights(state.params, state.frozen))
+        low = None if sizes.lora is None else sizes.lora._replace(tree=state.params["lora"])
+        rows, draw_seed = strided.document_rows(batch).tolist(), int(noise.keys(batch.get("seed", evaluation_seed), ROLLOUTS))
+        draw = {"temperature": temperature, "top_p": top_p, "seed": draw_seed}
+        return decode_branches.branches(model, batch, anchors, n, lora=low, ids=rows, **draw).tokens
 
     return sample
 

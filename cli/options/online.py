@@ -52,3 +52,9 @@ def longest(config: Any) -> int:
     """Tokens of the longest prompt with its completion that a run asks a server for."""
     prompt = config.data.max_prompt_len if hasattr(config.data, "max_prompt_len") else config.data.sequence_len
     return prompt + config.rollout.max_completion_length
+
+
+def managed_length(config: Any) -> int | None:
+    """Tokens of the longest text that the server takes, if the run starts one."""
+    engine = config.engine
+    return (engine.vllm_max_model_len or longest(config)) if engine.use_vllm and engine.vllm_mode == "managed" else None

@@ -181,6 +181,11 @@ def first_reply(prompt: Prompt) -> int:
     return len(replies) if replies.all() else int(np.argmin(replies))
 
 
+def true_reply(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the true conversation after the prompt, and the weights of those that are replies."""
+    return prompt.columns["truth"], prompt.columns["replies"].astype(np.float32)
+
+
 def document(prompt: Prompt) -> spans.Doc:
     """The prompt with the true conversation, its replies scored: what supervised fine-tuning would train on."""
     tokens = np.concatenate([prompt.tokens, prompt.columns["truth"]]).astype(np.int32)

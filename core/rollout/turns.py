@@ -24,6 +24,12 @@ def reply_limit(truths: Sequence[int], *, multiplier: float, cap: int) -> int:
     return min(cap, max([LEAST, *(int(multiplier * count) for count in truths)]))
 
 
+def with_truth(rollout: Rollout, *, multiplier: float | None, later_tokens: int | None) -> Rollout:
+    """The rollout `adaptive` with a multiplier and `multi_turn` with later_tokens, and without where there is none."""
+    limited = rollout if multiplier is None else adaptive(rollout, multiplier)
+    return limited if later_tokens is None else multi_turn(limited, later_tokens)
+
+
 def adaptive(rollout: Rollout, multiplier: float) -> Rollout:
     """The rollout with replies limited by the true replies of each call, and never longer than it allows."""
 

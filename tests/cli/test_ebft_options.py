@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import errors, parse, requirements
-from treetune.cli.methods.ebft import TEMPERATURES, Ebft
+from treetune.cli.methods.ebft import TEMPERATURES
+from treetune.cli.options.ebft import Ebft
 from treetune.core.config import table
 
 
@@ -104,15 +105,15 @@ def told(kit, tiny, here, learn):
 @pytest.fixture
 def calls(monkeypatch):
     """How many prompts were scored at a time."""
-    from treetune.cli.methods import ebft_structured
+    from treetune.core.rollout import feature_rewards
 
-    sizes, plain = [], ebft_structured.scorer
+    sizes, plain = [], feature_rewards.scorer
 
     def scorer(*args, **options):
         inner = plain(*args, **options)
         return lambda groups: sizes.append(len(groups)) or inner(groups)
 
-    monkeypatch.setattr(ebft_structured, "scorer", scorer)
+    monkeypatch.setattr(feature_rewards, "scorer", scorer)
     return sizes
 
 

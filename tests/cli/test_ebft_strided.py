@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from treetune.cli.methods import ebft
+from treetune.cli.options import ebft
 
 NUMBERS = {"rl_loss", "cfm_loss", "mean_reward", "alignment", "diversity", "num_blocks", "advantages_std"}
 SMALL = ["--stride", 4, "--context-length", 4, "--generate-max-len", 3, "--n-samples-per-prompt", 3]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from treetune.cli.methods import ebft_strided
-from treetune.cli.methods.ebft import Ebft, EbftOptions, EbftRollout
+from treetune.cli.options.ebft import Ebft, EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
 from treetune.losses import ebft_objective as objectives
-from treetune.models import policy
+from treetune.models import logprobs_beside, policy
 
 
 def loaded(name: str, path: Path):
@@ -180,7 +180,7 @@ def test_each_term_reads_its_own_tokens_only(term, keys, others):
     built = made(base, used)
     at = scene.state(built)
     batch, plan = rolled(built, at, documents())
-    logprob = policy.logprob(scene.whole(base), temperature=TEMPERATURE, run=ebft_strided.logprobs_beside)
+    logprob = policy.logprob(scene.whole(base), temperature=TEMPERATURE, run=logprobs_beside)
     objective = objectives.objective(logprob, rl_coef=float(term == "rl"), ce_coef=float(term == "ce"))
 
     def changed(names):
@@ -278,6 +278,6 @@ def test_an_objective_that_trains_nothing_is_refused():
     base = scene.model()
     built = made(base)
     at = scene.state(built)
-    alone = objectives.objective(ebft_strided._logprob(built.policy, temperature=1.0), ce_coef=0.5)
+    alone = objectives.objective(policy.logprob_beside(built.policy, documents=False), ce_coef=0.5)
     with pytest.raises(ValueError, match="ce_coef=0.5 without log-probs"):
         alone.terms(at.params, at.frozen, *rolled(built, at, documents()))

@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from treetune.cli.methods import ebft_strided, ebft_structured
-from treetune.core.data.prompts import Prompt
-from treetune.core.rollout.group import Completion, Group
-from treetune.losses import ebft
+from treetune.losses import ebft, ebft_rewards
+from treetune.losses.ebft_rewards import WHITEN
 
-WHITEN = {"features": ebft.whiten_features, "rows": ebft.whiten_rows}
 TOKENS = torch.tensor([[[1, 2], [3, 4], [5, 6], [1, 2]], [[7, 7], [8, 8], [7, 7], [7, 7]]])
 
 
@@ -27,10 +24,10 @@ def test_rounding_between_equal_rollouts_changes_no_score(space):
     noisy = phi + 1e-3 * torch.randn(phi.shape, generator=torch.Generator().manual_seed(1))
     clean = noisy.clone()
     clean[0, 3], clean[1, 2], clean[1, 3] = clean[0, 0], clean[1, 0], clean[1, 0]
-    shared = ebft_strided.shared(noisy, y, TOKENS, nobody)
+    shared = ebft_rewards.equal_features(noisy, y, TOKENS, nobody)
     assert torch.equal(shared, clean)
     want = ebft.scores(*WHITEN[space](phi, y))
-    got = ebft_strided.alike(ebft.scores(*WHITEN[space](shared, y)), TOKENS)
+    got = ebft_rewards.equal_scores(ebft.scores(*WHITEN[space](shared, y)), TOKENS)
     torch.testing.assert_close(got.alignment, want.alignment, rtol=0, atol=0.02)
     torch.testing.assert_close(got.diversity, want.diversity, rtol=0, atol=0.02)
     assert got.reward[0, 0] == got.reward[0, 3] and len(set(got.reward[1, [0, 2, 3]].tolist())) == 1
@@ -38,20 +35,7 @@ def test_rounding_between_equal_rollouts_changes_no_score(space):
 
 def test_a_rollout_that_says_what_the_document_does_has_its_features():
     phi, y = drawn()
-    shared = ebft_strided.shared(phi + 0.01, y, TOKENS, torch.tensor([[5, 6], [7, 7]]))
+    shared = ebft_rewards.equal_features(phi + 0.01, y, TOKENS, torch.tensor([[5, 6], [7, 7]]))
     assert torch.equal(shared[0, 2], y[0]) and all(torch.equal(shared[1, j], y[1]) for j in (0, 2, 3))
     assert torch.equal(shared[0, 0], phi[0, 0] + 0.01)
     assert ebft.alignment(shared, y)[0, 2].item() == pytest.approx(2, abs=1e-12)
-
-
-def test_a_completion_that_is_the_truth_has_its_features():
-    import numpy as np
-
-    def completion(*ids):
-        return Completion(np.array(ids, np.int32), np.zeros(len(ids)), np.ones(len(ids), bool), ids[-1] == 9, "")
-
-    prompt = Prompt(np.arange(3, dtype=np.int32), "", None, {"truth": np.array([4, 5], np.int32)}, 0)
-    group = Group(prompt, 0, (completion(4, 5, 9), completion(4, 6, 9), completion(4, 5)), 0)
-    phi, y = torch.randn(1, 3, 8), torch.randn(1, 8)
-    found = ebft_structured._as_truth(phi, y, [group], {9})
-    assert torch.equal(found[0, 0], y[0]) and torch.equal(found[0, 2], y[0]) and torch.equal(found[0, 1], phi[0, 1])
