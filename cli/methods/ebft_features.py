@@ -3,6 +3,7 @@
 from functools import partial
 
 from treetune.cli.options.ebft import EbftOptions
+from treetune.core.config import table
 from treetune.losses import ebft, ebft_rewards
 from treetune.models import feature_network
 from treetune.models.feature_network import FeatureNetwork
@@ -24,4 +25,4 @@ def norm(options: EbftOptions) -> str:
 def comparison(options: EbftOptions) -> ebft_rewards.Comparison:
     """How rollouts are scored; structured mode compares vectors of length 1 unless they are whitened."""
     whitening = options.whitening_space if options.use_whitening else None
-    return ebft_rewards.Comparison(options.alignment_coef, options.diversity_coef, whitening, options.mode == "structured")
+    return table.record(ebft_rewards.Comparison, options, whitening=whitening, unit_length=options.mode == "structured")

@@ -5,6 +5,7 @@ from functools import partial
 from treetune.cli.methods import ebft_features
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options.ebft import Ebft, EbftOptions
+from treetune.core.config import table
 from treetune.core.data import kinds, strides
 from treetune.core.rollout import strided_rollouts
 from treetune.losses import ebft, ebft_objective, ebft_rewards
@@ -20,8 +21,7 @@ def dataset(options: EbftOptions) -> kinds.DatasetSpec:
 
 
 def _places(options: EbftOptions) -> strides.Places:
-    names = [name for name in strides.Places._fields if name != "needed"]
-    return strides.Places(**{name: getattr(options, name) for name in names}, needed=options.ce_coef == 0)
+    return table.record(strides.Places, options, needed=options.ce_coef == 0)
 
 
 def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:

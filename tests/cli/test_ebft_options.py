@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import errors, parse, requirements
+from treetune.cli import parse, requirements
 from treetune.cli.methods.ebft import TEMPERATURES
 from treetune.cli.options.ebft import Ebft
 from treetune.core.config import table
@@ -147,7 +147,7 @@ def _refused(*args) -> str:
     """The line that these options are refused with before anything is read, or nothing."""
     try:
         requirements.check(*parse.parse("ebft", Ebft, [str(arg) for arg in args]))
-    except errors.BadInput as error:
+    except ValueError as error:
         return str(error)
     return ""
 
