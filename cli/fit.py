@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import artifacts, assembly, cadence, document_source, protection, requirements, sample_answer, setup, summary
+from treetune.cli import artifacts, assembly, cadence, document_source, requirements, sample_answer, setup, summary
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import METHODS, of_config
@@ -102,8 +102,7 @@ def begin(config: Any, told: Iterable[Any], options: frozenset[str], stack: cont
         config.run.output_dir,
         config.run.resume,
         config.run.overwrite,
-        check=partial(protection.check_run, config),
-        check_restart=partial(protection.check_restart, config=config),
+        read=partial(requirements.inputs, config),
     )
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()

@@ -1,12 +1,25 @@
 """What must hold of a config before anything is loaded. Imports torch only for a run that starts from an adapter."""
 
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from treetune.cli import early, protection
 from treetune.cli.methods import CONFIGS
 from treetune.cli.options import optim, run
-from treetune.core.config import checks, table
+from treetune.core import lock
+from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
+from treetune.core.run import guard
+from treetune.models import fetch
+
+MODELS = {marks.MODEL.kind: fetch.check, marks.ADAPTER.kind: fetch.check_adapter, marks.MODEL_SHAPE.kind: fetch.check_shape}
+OUTPUTS = {
+    marks.NEW_FOLDER: guard.require_new_folder,
+    marks.NEW_FILE: guard.require_new_file,
+    marks.PAGE: guard.require_page,
+    marks.LOG: guard.require_log,
+}
 
 
 def complete(config: Any, options: frozenset[str] = frozenset(), config_file: str | None = None) -> Any:
@@ -15,15 +28,14 @@ def complete(config: Any, options: frozenset[str] = frozenset(), config_file: st
     options: names of those that the user set, of which one that the command would ignore is refused. Errors: ValueError, one line, for
     options out of range, that contradict each other, or that name what is not there.
     """
-    early.check_names(config)
+    places.check_names(config)
     check(config, options)
+    _check_outputs(config, config_file)
+    places.check(config, MODELS)
     if getattr(getattr(config, "adapter", None), "lora_model_dir", None) is not None:
-        early.check(config, options)
         from treetune.cli import bases
 
         config = bases.started(config, options)
-    protection.check(config, config_file)
-    early.check(config, options)
     method = CONFIGS.get(type(config))
     return config if method is None else method.complete(config)
 
@@ -51,3 +63,21 @@ def _check_pass(values: dict[str, Any]) -> None:
     tokens = (values.get("micro_batch_size") or 1) * (values.get("sequence_len") or 1)
     if tokens > TOKENS_MAX:
         raise ValueError(f"micro_batch_size * sequence_len must be at most {TOKENS_MAX} tokens, got {tokens}: lower one of them")
+
+
+def _check_outputs(config: Any, config_file: str | None) -> None:
+    """Raise ValueError, before anything is read or written, for an output that would replace what treetune did not make."""
+    for one in places.named(config):
+        if one.place in OUTPUTS:
+            OUTPUTS[one.place](one.value, one.flag)
+    run_options = getattr(config, "run", None)
+    if run_options is not None and run_options.output_dir is not None:
+        root, read = Path(run_options.output_dir), partial(inputs, config, config_file)
+        lock.check(root)
+        guard.check_run(root, read, overwrite=run_options.overwrite, resumes=run_options.resume is not None)
+
+
+def inputs(config: Any, config_file: str | None = None) -> Iterator[tuple[str, Path]]:
+    """(flag, path) of everything on this machine that a run reads."""
+    yield from guard.inputs(places.read(config))
+    yield from guard.inputs([] if config_file is None else [("--config", config_file)])

@@ -99,6 +99,21 @@ def check(name: str) -> None:
         raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
 
 
+def check_adapter(name: str) -> None:
+    """Errors: ValueError for what is neither an adapter's folder nor that of a run with one."""
+    inside = Path(name) / "adapter"
+    file = (inside if inside.is_dir() else Path(name)) / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: expected an adapter's folder in PEFT format, or a run folder with one")
+
+
+def check_shape(name: str) -> None:
+    """Errors: ValueError for a config.json, or a folder with one, that is not there."""
+    file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"config file {file} does not exist")
+
+
 def model_in(folder: Path) -> Path:
     """The model folder that a folder means: itself, or the model that a run left in it.
 

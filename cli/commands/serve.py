@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from treetune.cli import protection
 from treetune.cli.errors import checking_input
 from treetune.cli.options.serve import Serve
 from treetune.cli.screen import Screen
+from treetune.core import owned
 from treetune.core.config import table
 from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server, ServerOptions
@@ -45,7 +45,7 @@ def _start(config: Serve, screen: Screen) -> Server:
         screen.warn(f"listening on {config.host}: whoever reaches port {config.port} can sample and load adapters, without a password")
     screen.line(f"starting vLLM on {model_dir}; its output goes to {log}")
     if config.log and not log.exists():
-        folder.write_new(log, protection.LOG)
+        folder.write_new(log, owned.LOG)
     return servers.start(command, _asked(config), log=log, deadline_s=config.start_timeout)
 
 

@@ -9,7 +9,19 @@ from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.token_loss import LossOptions
-from treetune.core.config.marks import MODEL_WEIGHTS, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, Unused, Values, unused_if, unused_unless
+from treetune.core.config.marks import (
+    HELD_OUT_FILES,
+    MODEL_SHAPE,
+    MODEL_WEIGHTS,
+    ROW_FILES,
+    ROWS_AND_ORDER,
+    ROWS_READ,
+    STEP_ROWS,
+    Unused,
+    Values,
+    unused_if,
+    unused_unless,
+)
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
@@ -29,7 +41,7 @@ def _fraction_of_stream(values: Values) -> str:
 class PretrainModel(ModelOptions):
     """Model."""
 
-    from_config: Annotated[str | None, MODEL_WEIGHTS] = None
+    from_config: Annotated[str | None, MODEL_SHAPE, MODEL_WEIGHTS] = None
     """A config.json (or a folder with one): start from random weights of that shape. The tokenizer comes from model."""
 
 
@@ -37,13 +49,13 @@ class PretrainModel(ModelOptions):
 class PretrainData:
     """Data."""
 
-    data: Annotated[tuple[str, ...], ROWS_READ] = (samples.path("text.jsonl"),)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (samples.path("text.jsonl"),)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids with a text column."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""
     text_column: Annotated[str, ROWS_READ] = "text"
     """Column that holds the text."""
-    val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
+    val_data: Annotated[tuple[str, ...], HELD_OUT_FILES, ROWS_READ] = ()
     """Files or data sets to evaluate on, instead of a fraction of the training rows."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given"), Unused(_fraction_of_stream)] = 0.1
     """Fraction of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none. Of a stream only a number of rows,

@@ -13,7 +13,7 @@ from treetune.cli.options.model import LOCAL, AdapterPath, ModelName, ModelOptio
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.serve import Serve as Serve
-from treetune.core.config.marks import unused_if
+from treetune.core.config.marks import ADAPTER, ANY_PATH, FUNCTION_PATH, MODEL, NEW_FILE, NEW_FOLDER, PAGE, ROW_FILES, TEMPLATE, unused_if
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
@@ -34,7 +34,7 @@ class Rollout:
     """Completions of each prompt to print, the best ones."""
     seed: Annotated[int, SEED] = 42
     """Random seed: the same seed gives the same completions."""
-    output: str | None = None
+    output: Annotated[str | None, NEW_FILE] = None
     """Write prompts, completions and rewards to this JSONL file; must not exist."""
 
 
@@ -53,9 +53,9 @@ class Eval:
 class Score:
     """Score answers with a reward model (pairs too, with its accuracy), or steps with a process reward model."""
 
-    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
+    model: Annotated[Positional[str | None], MODEL, arg(metavar="[MODEL]")] = None
     """Reward model: folder, run folder or Hugging Face id; with --adapter, the base to put it on, if not the one that it names."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, ADAPTER] = None
     """Adapter folder with a head of scores, in PEFT format, or a run folder with one."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -63,9 +63,9 @@ class Score:
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to score; auto takes CUDA when there is one."""
-    data: tuple[str, ...] = ()
+    data: Annotated[tuple[str, ...], ROW_FILES] = ()
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
-    format: str = "auto"
+    format: Annotated[str, FUNCTION_PATH] = "auto"
     """Row format: those of treetune reward, prompt_completion, messages, stepwise_supervised; auto goes by the columns and prints it."""
     split: str = "train"
     """Split of a Hugging Face data set."""
@@ -75,7 +75,7 @@ class Score:
     """Longest prompt with one completion, in tokens."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """What to do with a longer row; a dropped one is counted, and is not in the output."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, TEMPLATE] = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
     step_separator: str | None = None
     """Text after each step, whose last token is judged; a line break if not given. As in training."""
@@ -83,7 +83,7 @@ class Score:
     """A forward pass holds up to micro_batch_size * sequence_len tokens."""
     show: Annotated[int, COUNT_OR_NONE] = 5
     """Print the scores of this many rows of each data set."""
-    output: str | None = None
+    output: Annotated[str | None, NEW_FILE] = None
     """Write the rows with their scores to this JSONL file; must not exist."""
 
 
@@ -119,11 +119,11 @@ class Chat:
 class Merge:
     """Fold an adapter into its model and save a plain model folder, checking that the logits stay the same."""
 
-    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
+    adapter: Annotated[Positional[str], ADAPTER, arg(metavar="ADAPTER")]
     """Adapter folder in PEFT format, or a run folder."""
-    output: Annotated[Positional[str], arg(metavar="OUTPUT")]
+    output: Annotated[Positional[str], NEW_FOLDER, arg(metavar="OUTPUT")]
     """Folder to write; must not exist."""
-    model: str | None = None
+    model: Annotated[str | None, MODEL] = None
     """Base model; if not given, the one the adapter names."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -149,7 +149,7 @@ class Preprocess:
     """Seed of the packing order."""
     debug: Annotated[int, COUNT_OR_NONE] = 0
     """Print this many documents with their supervised tokens coloured."""
-    html: str | None = None
+    html: Annotated[str | None, PAGE] = None
     """Write the report and the first documents to this HTML file."""
     html_rows: Annotated[int, COUNT_OR_NONE] = 50
     """Documents on that page."""
@@ -169,5 +169,5 @@ class Fetch:
 class Info:
     """What this machine, a model, an adapter or a run is."""
 
-    path: Annotated[Positional[str | None], arg(metavar="[PATH]")] = None
+    path: Annotated[Positional[str | None], ANY_PATH, arg(metavar="[PATH]")] = None
     """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""

@@ -5,12 +5,26 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Suppress
 
-from treetune.core.config.marks import NAMED_VALUES, ROWS_AND_ORDER, ROWS_READ, STEP_ROWS, listed, unused_if
+from treetune.core.config.marks import (
+    FUNCTION_PATH,
+    HELD_OUT_FILES,
+    NAMED_VALUES,
+    PREPARED_ROWS,
+    ROW_FILES,
+    ROW_SETS,
+    ROWS_AND_ORDER,
+    ROWS_READ,
+    STEP_ROWS,
+    TEMPLATE,
+    listed,
+    unused_if,
+)
 from treetune.core.config.ranges import COUNT, ROWS, TOKENS
 from treetune.core.data import samples
 
+KEPT_ROWS = listed("only says where encoded rows are kept", lasting=True)
 # A list of mappings: written in a config file, never as flags.
-Listed = Annotated[tuple[dict[str, Any], ...], Suppress, Fixed]
+Listed = Annotated[tuple[dict[str, Any], ...], ROW_SETS, Suppress, Fixed]
 SAMPLES = {
     "sft": samples.path("gsm8k_train_sample.jsonl"),
     "dpo": samples.path("gsm8k_preference_sample.jsonl"),
@@ -26,9 +40,9 @@ class AnyRows:
 
     datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets with options of their own."""
-    data: Annotated[tuple[str, ...], ROWS_READ] = (SAMPLES["sft"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
-    format: Annotated[str, ROWS_READ] = "auto"
+    format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Row format: chat, alpaca, completion, input_output, pretokenised, jeopardy, ...; auto goes by the columns and prints it."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""
@@ -40,11 +54,11 @@ class AnyRows:
     """What to do with a row longer than sequence_len."""
     sample_packing: Annotated[bool, STEP_ROWS] = True
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
-    chat_template: Annotated[str | None, ROWS_READ] = None
+    chat_template: Annotated[str | None, TEMPLATE, ROWS_READ] = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
     dataset_exact_deduplication: Annotated[bool, ROWS_READ] = False
     """Leave out rows that repeat an earlier row, and held-out rows that are trained on; counted."""
-    dataset_prepared_path: Annotated[str | None, listed("only says where encoded rows are kept", lasting=True)] = None
+    dataset_prepared_path: Annotated[str | None, PREPARED_ROWS, KEPT_ROWS] = None
     """Folder to keep encoded rows in; a later run with the same data, tokenizer, template and options reads them from there."""
 
 
@@ -70,7 +84,7 @@ class HeldOut:
 
     test_datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets to evaluate on, with options of their own."""
-    val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
+    val_data: Annotated[tuple[str, ...], HELD_OUT_FILES, ROWS_READ] = ()
     """Files or data sets to evaluate on, instead of a fraction of the training rows."""
     val_set_size: Annotated[
         float,
@@ -93,8 +107,8 @@ class DataOptions(HeldOut, RowOptions):
 class PairData(HeldOut, AnyRows):
     """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
 
-    data: Annotated[tuple[str, ...], ROWS_READ] = (SAMPLES["dpo"],)
-    format: Annotated[str, ROWS_READ] = "auto"
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["dpo"],)
+    format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Row format: passthrough, chat_template.default, chatml.intel, llama3.ultra, ...; auto goes by the columns and prints it."""
     sequence_len: Annotated[int, TOKENS, ROWS_AND_ORDER] = 512
     """Longest prompt with one completion, in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
@@ -106,7 +120,7 @@ class PromptRows:
 
     datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets with options of their own: path, split, limit, field_prompt, type, name."""
-    data: Annotated[tuple[str, ...], ROWS_READ] = (SAMPLES["sft"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""
@@ -115,13 +129,13 @@ class PromptRows:
     field_prompt: Annotated[str, ROWS_READ] = "auto"
     """Column of the prompt: text to continue, or messages; auto takes prompt, else messages, whose last answer becomes the column
     answer, else question, as a chat."""
-    prompt_transform: Annotated[str | None, ROWS_READ] = None
+    prompt_transform: Annotated[str | None, FUNCTION_PATH, ROWS_READ] = None
     """module.function or file.py:function that makes rows with a prompt of others: transform(cfg) gives fn(example), as in docs/data.md."""
     default_system_message: Annotated[str | None, ROWS_READ] = None
     """System message of the conversations that have none."""
     max_prompt_len: Annotated[int, TOKENS, ROWS_READ] = 512
     """Longer prompts are dropped, in tokens."""
-    chat_template: Annotated[str | None, ROWS_READ] = None
+    chat_template: Annotated[str | None, TEMPLATE, ROWS_READ] = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
     chat_template_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, ROWS_READ] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; in a file also a mapping."""
@@ -131,7 +145,7 @@ class PromptRows:
 class PromptData(PromptRows):
     """Prompts. Every column but theirs goes to the rewards. A config file may have `datasets`, a list with options for each data set."""
 
-    val_data: Annotated[tuple[str, ...], ROWS_READ] = ()
+    val_data: Annotated[tuple[str, ...], HELD_OUT_FILES, ROWS_READ] = ()
     """Files or data sets of prompts to evaluate on, instead of a fraction of the training prompts."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given")] = 0.0
     """Fraction of the prompts (below 1) or number of prompts (1 and up) held out for evaluation; 0 for none."""

@@ -13,9 +13,11 @@ from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.options.run import RunOptions
 from treetune.core.config.marks import (
     COMPLETIONS,
+    FUNCTION_PATH,
+    MACHINE,
     NAMED_VALUES,
     OBJECTIVE,
-    PLACE,
+    ROW_FILES,
     ROWS_AND_ORDER,
     ROWS_READ,
     SAMPLED_FROM,
@@ -54,8 +56,8 @@ def one_rollout(values: Values) -> str:
 class EbftData(HeldOut, AnyRows):
     """Data. A config file may have `datasets`, a list of mappings with `path`, `type` and options, instead of `data`."""
 
-    data: Annotated[tuple[str, ...], ROWS_READ] = (SAMPLES["sft"],)
-    format: Annotated[str, ROWS_READ] = "auto"
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
+    format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Transform of the rows: ebft_opencode.transform, ebft_chat_multiturn.transform, ebft_pretrain.transform, ..., or an import path of
     your own; auto goes by mode and columns and prints it. docs/ebft.md lists them."""
     sequence_len: Annotated[int, TOKENS, ROWS_AND_ORDER] = 512
@@ -90,7 +92,7 @@ class EbftOptions:
     """Weight of diversity, twice the mean product with the other rollouts, which is subtracted."""
     ce_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Weight of the cross-entropy of the true tokens; 0.03 is balanced, 0.1 dominates."""
-    feature_device: Annotated[Literal["auto", "cpu"], PLACE] = "auto"
+    feature_device: Annotated[Literal["auto", "cpu"], MACHINE] = "auto"
     """Where the frozen network is: beside the model (free with an adapter, whose base it is), or a copy in main memory."""
     adaptive_max_tokens: Annotated[bool, COMPLETIONS, only_in("structured")] = True
     """Structured: sample at most gt_length_multiplier times the longest true reply of a batch (at least 64 tokens), and never more than

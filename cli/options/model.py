@@ -26,7 +26,7 @@ LOCAL = marks.Unused(_local)
 class ModelName:
     """Model."""
 
-    model: Annotated[str, marks.MODEL_WEIGHTS] = "smollm2-135m-instruct"
+    model: Annotated[str, marks.MODEL, marks.MODEL_WEIGHTS] = "smollm2-135m-instruct"
     """Folder, .gguf file, known name or Hugging Face id of the model to start from."""
     revision: Annotated[str | None, marks.MODEL_WEIGHTS, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -38,7 +38,7 @@ class ModelOptions(ModelName):
 
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], marks.refused("the model computes other numbers in another dtype")] = "auto"
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], marks.PLACE] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], marks.MACHINE] = "auto"
     """Device; auto takes CUDA when there is one."""
 
 
@@ -80,7 +80,7 @@ class AdapterOptions:
     """Adapt only these layers; empty for all."""
     lora_modules_to_save: Annotated[tuple[str, ...], marks.TRAINED, LORA] = ()
     """Whole weights to train and save beside the adapter, by regular expression: embed_tokens, lm_head."""
-    lora_model_dir: Annotated[str | None, marks.ADAPTER_WEIGHTS, LORA] = None
+    lora_model_dir: Annotated[str | None, marks.ADAPTER, marks.ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
     loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None
     """LoRA+: learning rate of B over that of A; 16 is the authors' advice."""
@@ -90,5 +90,5 @@ class AdapterOptions:
 class AdapterPath:
     """Adapter."""
 
-    adapter: str | None = None
+    adapter: Annotated[str | None, marks.ADAPTER] = None
     """Adapter folder in PEFT format, or a run folder with one; its own base model is used unless --model names another."""

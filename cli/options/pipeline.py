@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from treetune.cli.options.rollout import VLLM
-from treetune.core.config.marks import CORRECTION, GENERATIONS, SAMPLER, SHOWN, STORED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.marks import CORRECTION, GENERATIONS, PROGRAM, SAMPLER, SHOWN, STORED, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, PORT, POSITIVE, PROCESSES, SECONDS, SHARE, TOKENS
 
 ON_POLICY = "the trainer samples from the weights that train, so there is nothing to correct"
@@ -97,7 +97,7 @@ class EngineOptions:
     """Port of the server."""
     vllm_server_timeout: Annotated[float, SECONDS, SAMPLER, VLLM] = 240.0
     """Seconds to wait for an answer; a request that fails is tried again for 90 s."""
-    vllm_python: Annotated[str | None, SAMPLER, VLLM, MANAGED] = None
+    vllm_python: Annotated[str | None, PROGRAM, SAMPLER, VLLM, MANAGED] = None
     """Python of the environment that has vLLM (managed)."""
     vllm_max_model_len: Annotated[int | None, TOKENS, SAMPLER, VLLM, MANAGED] = None
     """Longest prompt with completion that the server takes (managed)."""

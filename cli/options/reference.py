@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from treetune.cli.errors import BadInput
-from treetune.core.config.marks import REFERENCE_PACE, REFERENCE_WEIGHTS, listed, refused, unused_if, unused_unless
+from treetune.core.config.marks import MODEL, REFERENCE_PACE, REFERENCE_WEIGHTS, listed, refused, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, PART
 
 MOVING = unused_unless("sync_ref_model", reason="sync_ref_model is off")
@@ -15,7 +15,7 @@ HELD = unused_unless("beta", reason="beta is 0, so there is no reference")
 class ReferenceOptions:
     """Reference: what the policy is held to; unless said otherwise the model as the run starts, with the adapter it starts from."""
 
-    ref_model: Annotated[str | None, REFERENCE_WEIGHTS] = None
+    ref_model: Annotated[str | None, MODEL, REFERENCE_WEIGHTS] = None
     """Another model as the reference: folder, .gguf file, known name or Hugging Face id, with the same vocabulary."""
     precompute_ref_logps: Annotated[bool, listed("only says when the reference is computed")] = False
     """Compute the reference's log-probs once before training, instead of at every step; with dataset_prepared_path they are kept."""
@@ -32,7 +32,11 @@ class RlReference:
     """Reference, used where beta is not 0: the model as the run starts, with the adapter it starts from."""
 
     ref_model: Annotated[
-        str | None, REFERENCE_WEIGHTS, HELD, unused_if("sync_ref_model", reason="sync_ref_model makes the reference follow the policy")
+        str | None,
+        MODEL,
+        REFERENCE_WEIGHTS,
+        HELD,
+        unused_if("sync_ref_model", reason="sync_ref_model makes the reference follow the policy"),
     ] = None
     """Another model as the reference: folder, .gguf file, known name or Hugging Face id, with the same vocabulary."""
     sync_ref_model: Annotated[bool, refused("decides whether the checkpoint holds a reference that moves"), HELD] = False

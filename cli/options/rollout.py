@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from treetune.core.config.marks import COMPLETIONS, NAMED_VALUES, REWARD, SAMPLED_FROM, function, listed, refused, unused_unless
+from treetune.core.config.marks import (
+    COMPLETIONS,
+    FUNCTION_PATH,
+    NAMED_VALUES,
+    REWARD,
+    SAMPLED_FROM,
+    function,
+    listed,
+    refused,
+    unused_unless,
+)
 from treetune.core.config.ranges import (
     ANY,
     BELOW_ONE,
@@ -46,7 +56,7 @@ class RolloutOptions:
     """Completions must match this regular expression (vLLM only)."""
     generation_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, SAMPLED_FROM, VLLM] = ()
     """NAME=VALUE, further sampling parameters (vLLM only), values as JSON: min_tokens=8; in a file also a mapping."""
-    rollout_func: Annotated[str | None, function(SAMPLED_FROM.reason, "rollout_func")] = None
+    rollout_func: Annotated[str | None, FUNCTION_PATH, function(SAMPLED_FROM.reason, "rollout_func")] = None
     """module.function or file.py:function that plays the completions (several turns, tools, environments), instead of plain sampling; see
     docs/online.md."""
 
@@ -55,7 +65,7 @@ class RolloutOptions:
 class RewardFunctions:
     """Rewards."""
 
-    reward_funcs: Annotated[tuple[str, ...], function(REWARD.reason, "reward_funcs")] = ("gsm8k",)
+    reward_funcs: Annotated[tuple[str, ...], FUNCTION_PATH, function(REWARD.reason, "reward_funcs")] = ("gsm8k",)
     """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits), an import path (rewards.accuracy),
     file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark: length?max=512,cache=128. A function
     takes completions and the columns that its parameters name, and gives a number for each completion, or None to abstain."""

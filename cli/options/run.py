@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
-from treetune.core.config.marks import ANSWER, PLACE, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
 
 
@@ -29,9 +29,9 @@ GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest toke
 class RunOptions:
     """Run."""
 
-    output_dir: Annotated[str | None, STARTED] = None
+    output_dir: Annotated[str | None, RUN_FOLDER, STARTED] = None
     """Run folder; if not given, the first free runs/COMMAND-NNN."""
-    resume: Annotated[str | None, STARTED] = None
+    resume: Annotated[str | None, CHECKPOINT, STARTED] = None
     """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
     overwrite: Annotated[bool, STARTED] = False
     """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
@@ -51,7 +51,7 @@ class RunOptions:
         int, COUNT, SHOWN, unused_unless("loss_watchdog_threshold", reason="there is no loss_watchdog_threshold")
     ] = 3
     """Steps above the threshold before the watchdog stops the run."""
-    sharding: Annotated[Literal["none", "full"], PLACE, Unused(_one_process)] = "none"
+    sharding: Annotated[Literal["none", "full"], MACHINE, Unused(_one_process)] = "none"
     """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
     observer: Annotated[tuple[Annotated[str, OBSERVER], ...], SHOWN] = ()
     """Trackers to tell of the run: functions track(event, record), or classes with methods such as step and evaluation."""

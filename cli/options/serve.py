@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.options.model import ModelName
+from treetune.core.config.marks import ADAPTER, LOG, PROGRAM
 from treetune.core.config.ranges import PORT, PROCESSES, SECONDS, SHARE, TOKENS, whole
 from treetune.core.config.table import group
 
@@ -16,7 +17,7 @@ class Serve:
     """Start a vLLM server for a model, ready for adapters that a run sends; Ctrl-C ends it with all its processes."""
 
     model: ModelName = group(ModelName)
-    adapter: str | None = None
+    adapter: Annotated[str | None, ADAPTER] = None
     """Serve this adapter too (a folder in PEFT format, or a run folder), under the folder's name."""
     host: str = "127.0.0.1"
     """Address to listen on. Whoever reaches it can sample and load adapters: there is no password."""
@@ -41,9 +42,9 @@ class Serve:
     logprobs_mode: Literal["processed_logprobs", "raw_logprobs"] = "processed_logprobs"
     """Of which distribution log-probs are reported: the one drawn from, which a run with any temperature but without top_p, top_k and
     min_p wants; or that of temperature 1, which a run with those and temperature 1 wants."""
-    python: str | None = None
+    python: Annotated[str | None, PROGRAM] = None
     """Python of the environment that has vLLM; if not given, $TREETUNE_VLLM_PYTHON, .vllm-venv here, or this one."""
-    log: str | None = None
+    log: Annotated[str | None, LOG] = None
     """File for the server's output; if not given, logs/vllm-PORT.log beside the models."""
     start_timeout: Annotated[float, SECONDS] = 600.0
     """Seconds to wait until the server answers."""

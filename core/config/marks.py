@@ -1,4 +1,4 @@
-"""Marks in the annotation of an option's field, beside its range: when it is unused, and what it does to a run that is resumed.
+"""Marks in the annotation of an option's field, beside its range: when it is unused, what it names, and what it does on resuming.
 
     momentum: Annotated[float, BELOW_ONE, STEP_SIZE, unused_unless("optimizer", "sgd", reason="{optimizer} has adam_beta1 instead")] = 0.0
 
@@ -69,6 +69,23 @@ NAMED_TEXTS = EqualsTexts(option_pairs.named_texts, named=True)
 NAMED_VALUES = NAMED_TEXTS._replace(values=True)
 REGEX_NUMBERS = EqualsTexts(option_pairs.rules)
 
+
+class Place(NamedTuple):
+    """The option names something: a file, a folder, a model, a function. kind: what, a key of the checks in `places`.
+
+    instead: the option that is read in place of this one where it is set.
+    """
+
+    kind: str
+    instead: str = ""
+
+
+ROW_SETS, ROW_FILES, HELD_OUT_FILES = Place("rows"), Place("rows", instead="datasets"), Place("rows", instead="test_datasets")
+MODEL, MODEL_SHAPE, ADAPTER, CHECKPOINT = Place("model"), Place("model shape"), Place("adapter"), Place("checkpoint")
+TEMPLATE, FUNCTION_PATH, PROGRAM, ANY_PATH = Place("template"), Place("function"), Place("program"), Place("anything")
+RUN_FOLDER, PREPARED_ROWS, NEW_FOLDER = Place("run folder"), Place("prepared rows"), Place("new folder")
+NEW_FILE, PAGE, LOG = Place("new file"), Place("page"), Place("log")
+
 STARTED = Rule(START, "says how the run is started")
 MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")
 ROWS_READ = _judged(DOCUMENTS, "decides which documents are read, and which of their tokens are supervised")
@@ -91,6 +108,6 @@ SAMPLER = listed("says who samples, and where it is")
 STEP_SIZE = listed("sets how large the steps to come are")
 RUN_LENGTH = listed("sets how long the run is")
 RESOURCES = listed("trades time for memory, on the machine at hand")
-PLACE = listed(RESOURCES.reason, lasting=True)
+MACHINE = listed(RESOURCES.reason, lasting=True)
 SHOWN = listed("says what is shown, evaluated and kept, and when a run stops")
 ANSWER = listed(SHOWN.reason, lasting=True)

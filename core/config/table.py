@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from treetune.core.config.doors import Door
-from treetune.core.config.marks import REFUSED, EqualsTexts, Rule, Unused
+from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Unused
 from treetune.core.config.ranges import Range
 from treetune.core.import_path import FORM, is_path
 
@@ -39,6 +39,7 @@ class Option(NamedTuple):
     unused: tuple[Unused, ...] = ()
     pairs: EqualsTexts | None = None
     door: Door | None = None
+    place: Place | None = None
 
     def expected(self) -> str:
         """What one value must be, in words."""
@@ -97,7 +98,8 @@ def _option(name: str, kind: Any, default: Any, marked: Any) -> Option:
     single, rule = str if choices else inner, only(Rule)
     if door and rule is not None and rule.verdict == REFUSED:
         rule = rule._replace(judged_by=(name,))  # two functions in other places may be the same
-    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door)
+    place = FUNCTION_PATH if door else only(Place)
+    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door, place)
 
 
 def _taken_apart(marked: Any) -> tuple[tuple, Any]:

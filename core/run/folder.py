@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from treetune.core import ckpt, drafts, durable, lock, owned, records
-from treetune.core.run import marker, resumable
+from treetune.core.run import guard, marker, resumable
 
 RUNS = Path("runs")
 
@@ -44,15 +44,14 @@ class Request(NamedTuple):
     """Which folder a run asks for.
 
     name: of the method; without an output_dir the run gets the next free runs/NAME-NNN. resume: "auto" or the path of a checkpoint.
-    check() and check_restart(root) raise ValueError for a folder that may not be one of runs, or whose run may not begin anew.
+    read() -> (flag, path) of what the run reads, which may not lie in what it replaces.
     """
 
     name: str
     output_dir: str | None = None
     resume: str | None = None
     overwrite: bool = False
-    check: Callable[[], None] = lambda: None
-    check_restart: Callable[[Path], None] = lambda root: None
+    read: Callable[[], guard.Inputs] = tuple
 
 
 def alone(take: Callable[[], RunDir]) -> RunDir:
@@ -149,7 +148,8 @@ def _sound(root: Path) -> bool:
 
 def _choose(root: Path, request: Request) -> RunDir:
     """What to do in a folder. Raises ValueError where it holds files that the request does not cover."""
-    request.check()
+    if request.output_dir is not None:
+        guard.check_run(root, request.read, overwrite=request.overwrite, resumes=request.resume is not None)
     if folders := [name for name in marker.FILES if (root / name).is_dir()]:
         raise ValueError(f"{root / folders[0]} is a folder, and a run writes a file of that name: move it away, or name another folder")
     if request.resume not in (None, "auto"):
@@ -173,7 +173,7 @@ def _newest(root: Path, request: Request) -> RunDir:
     if run.resume is None and others:
         raise ValueError(f"{root} holds no checkpoint to resume and {others[0]}, which no run made; name another folder")
     if run.resume is None and marker.holds_files(root):
-        request.check_restart(root)
+        guard.check_restart(root, request.read())
     return run
 
 

@@ -1,28 +1,39 @@
-"""What may be written over: only what treetune made, and never a folder that holds what the run reads. Imports no torch."""
+"""Outputs that exist already: what may be written over is what treetune made, and never what the command reads. Imports no torch."""
 
 import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from treetune.core import drafts, owned
 from treetune.core.run import marker
 
 NAMED = 3  # foreign files that a message names
-Inputs = Iterable[tuple[str, Path]]  # (option, path) of what a run reads
+Inputs = Iterable[tuple[str, Path]]  # (flag, path) of what a run reads
 
 
-def check_results(root: Path, read: Iterable[tuple[str, Path]]) -> None:
-    """Raise ValueError where a run that is continued reads what its result would replace; `read` is as of `inputs`."""
+def check_run(root: Path, read: Callable[[], Inputs], *, overwrite: bool, resumes: bool) -> None:
+    """Raise ValueError where a folder that a run asks for cannot be one, or may not be overwritten."""
+    if os.path.lexists(root) and not root.is_dir():
+        raise ValueError(f"output_dir {root} is a {'link that leads nowhere' if root.is_symlink() else 'file'}; expected a folder")
+    if overwrite and marker.holds_files(root) and not any(one.kind == marker.PREVIOUS for one in drafts.inside(root)):
+        check_overwrite(root, read())
+    if resumes:
+        check_results(root, read())
+
+
+def check_results(root: Path, read: Inputs) -> None:
+    """Raise ValueError where a run that is continued reads what its result would replace."""
     for option, path in read:
         for name in marker.RESULTS:
             if path.resolve().is_relative_to(root.resolve() / name):
                 raise ValueError(f"{root / name} would be replaced by the run, which reads {path} ({option}): move that away")
 
 
-def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
-    """Raise ValueError unless a folder is a run's, holds nothing else, and is not one that must stay; `read` is as of `inputs`."""
+def check_overwrite(root: Path, read: Inputs) -> None:
+    """Raise ValueError unless a folder is a run's, holds nothing else and nothing that is read, and is not one that must stay."""
     name = f"{root} is not overwritten"
     if root.is_symlink():
         raise ValueError(f"{name}: it is a link; name {root.resolve()} itself")
@@ -39,13 +50,13 @@ def check_overwrite(root: Path, read: list[tuple[str, Path]]) -> None:
         raise ValueError(f"{name}: no run made {', '.join(map(str, others[:NAMED]))}{more}; move that away, or name another folder")
 
 
-def check_restart(root: Path, read: Iterable[Path]) -> None:
+def check_restart(root: Path, read: Inputs) -> None:
     """Raise ValueError where a run without a checkpoint cannot begin anew: what it made, which goes, holds what is not its own."""
     old = marker.read(root)
     assert old is not None
     going = [root / name for name in marker.names(old)]
     places = [root.resolve(), *(one.resolve() for one in going)]
-    reads = [path for path in read if path.resolve() == places[0] or any(path.resolve().is_relative_to(one) for one in places[1:])]
+    reads = [path for _, path in read if path.resolve() == places[0] or any(path.resolve().is_relative_to(one) for one in places[1:])]
     others = [path for path in marker.foreign(root, old) if any(path.is_relative_to(one) for one in going)]
     if reads or others:
         what = f"no run made {others[0]}" if others else f"it holds {reads[0]}, which the run reads"
@@ -68,7 +79,16 @@ def _home() -> Path:
         return Path("/")
 
 
-def existing(text: str) -> Path | None:
+def inputs(read: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Path]]:
+    """(flag, path) of what these texts name on this machine, with links inside, and of the base models that adapters name."""
+    for flag, text in read:
+        if (path := _existing(text)) is not None:
+            yield flag, path
+            yield from ((f"the base of {flag}", base) for base in _bases(path))
+            yield from ((flag, link) for link in _links(path, text))
+
+
+def _existing(text: str) -> Path | None:
     """The file or folder that a text names; of a pattern, the folder that it begins with."""
     fixed = re.split(r"[*?\[]", text)[0]
     if fixed != text:
@@ -77,7 +97,7 @@ def existing(text: str) -> Path | None:
     return Path(path) if fixed and os.path.exists(path) else None
 
 
-def links(path: Path, text: str) -> Iterator[Path]:
+def _links(path: Path, text: str) -> Iterator[Path]:
     """What matches a pattern, and links below a folder: they may lead anywhere."""
     if re.search(r"[*?\[]", text):
         yield from map(Path, glob.iglob(os.path.expanduser(text), recursive=True))
@@ -86,7 +106,7 @@ def links(path: Path, text: str) -> Iterator[Path]:
             yield from (link for name in (*inner, *names) if (link := Path(folder, name)).is_symlink())
 
 
-def bases(path: Path) -> Iterator[Path]:
+def _bases(path: Path) -> Iterator[Path]:
     """The base models on this machine that an adapter folder, or a run folder with one, names."""
     for file in (path / "adapter_config.json", path / "adapter" / "adapter_config.json"):
         try:
@@ -97,11 +117,28 @@ def bases(path: Path) -> Iterator[Path]:
             yield Path(base)
 
 
-def require_free(path: str | Path, what: str) -> None:
+def require_new_file(name: str, flag: str) -> None:
     """Raise ValueError where there is anything at the path of an output, a link that leads nowhere among it."""
-    if os.path.lexists(path):
-        fix = "give --output another name, or remove it" if what == "file" else "name a folder that does not"
-        raise ValueError(f"{path} exists: {fix}")
+    if os.path.lexists(name):
+        raise ValueError(f"{name} exists: give {flag} another name, or remove it")
+
+
+def require_new_folder(name: str, flag: str) -> None:
+    """Raise ValueError where there is anything at the path of an output, which is the only one of its command."""
+    if os.path.lexists(name):
+        raise ValueError(f"{name} exists: name a folder that does not")
+
+
+def require_page(name: str, flag: str) -> None:
+    """Raise ValueError where there is anything but a page of ours, or the page of a run."""
+    require_own(Path(name), owned.PAGE, flag)
+    if marker.marked(Path(name).parent) and Path(name).name in marker.FILES:
+        raise ValueError(f"{name} belongs to a run: give {flag} another name")
+
+
+def require_log(name: str, flag: str) -> None:
+    """Raise ValueError where there is anything but a log of ours."""
+    require_own(Path(name), owned.LOG, flag)
 
 
 def require_own(path: Path, beginning: str, option: str) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.cli import protection
-from treetune.core import ckpt
+from treetune.core import ckpt, owned
 from treetune.core.run import folder
 from treetune.models import fetch
 
@@ -257,7 +256,7 @@ def test_a_page_of_ours_is_replaced(tune, tiny, here):
     args = ["preprocess", "--model", tiny.model, "--data", tiny.chat, "--html", "page.html"]
     assert tune(*args).code == 0
     before = (here / "page.html").read_bytes()
-    assert before.decode().startswith(protection.PAGE)
+    assert before.decode().startswith(owned.PAGE)
     done = tune(*args, "--max-rows", 4)
     assert done.code == 0 and (here / "page.html").read_bytes() != before, done.err
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from treetune.cli import protection
 from treetune.cli.commands import serve
 from treetune.cli.errors import BadInput
 from treetune.cli.options.model import ModelName
 from treetune.cli.options.serve import Serve
+from treetune.core import owned
 from treetune.core.rollout import server as servers
 
 FAKE = Path(__file__).parents[1] / "core" / "rollout" / "fake_vllm.py"
@@ -65,7 +65,7 @@ def test_it_serves_until_it_is_told_to_stop_and_answers_no_more(scene, how):
         running.send_signal(how)
         out, err = running.communicate(timeout=40)
         assert running.returncode == 0 and "stopping the server" in out and err == ""
-        assert not log or (scene / "logs" / "vllm.log").read_text().startswith(protection.LOG)
+        assert not log or (scene / "logs" / "vllm.log").read_text().startswith(owned.LOG)
     finally:
         running.kill()
         running.communicate()
