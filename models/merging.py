@@ -10,7 +10,7 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import MODELS, Model, dense, heads, hf, loading, reward_model, target
+from treetune.models import MODELS, Model, dense, heads, hf, reward_model, target
 from treetune.models import tokenizer as tokenizers
 from treetune.models.dense import Config
 from treetune.models.fetch import Say, silent
@@ -49,8 +49,7 @@ def load(chosen: Target, *, say: Say = silent) -> tuple[Model, Lora, Params | No
     if heads.kind(tokenizers.adapter_folder(chosen.adapter)) is None:
         (model, lora), head = target.load_model(chosen, say=say), None
     else:
-        options = {"revision": chosen.revision, "dtype": chosen.dtype, "device": loading.select_device(chosen.device)}
-        model, lora, head, _ = reward_model.load(chosen.model, adapter_path=chosen.adapter, **options, say=say)
+        model, lora, head, _ = reward_model.load(chosen, say=say)
     assert lora is not None, "the folder holds an adapter"
     return model, lora, head
 

@@ -15,6 +15,7 @@ from treetune.core.state import Batch
 from treetune.models import Model, adapter, fetch, heads, identity, loading
 from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy
+from treetune.models.target import Target
 from treetune.models.tokenizer import adapter_folder, load_tokenizer
 from treetune.ops import attention
 
@@ -58,14 +59,13 @@ def locate(name: str | None, adapter_path: str | None) -> tuple[str, str | None]
     return base, adapter_path
 
 
-def load(
-    name: str, *, adapter_path: str | None = None, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
-) -> RewardModel:
-    """The model of a name with its own head, or with the adapter and the head in a folder.
+def load(chosen: Target, *, say: Say = silent) -> RewardModel:
+    """A model with its own head, or with the adapter and the head in a folder.
 
     Raises ValueError where there is no head, one of other classes than it should have, or weights that are not finite.
     """
-    path, low = fetch.resolve(name, say=say, revision=revision), None
+    name, revision, dtype, adapter_path = chosen.model, chosen.revision, chosen.dtype, chosen.adapter
+    path, low, device = fetch.resolve(name, say=say, revision=revision), None, loading.select_device(chosen.device)
     if heads.kind(path) is not None:
         with fields.reading(f"the model {path}"):
             model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device)
@@ -80,7 +80,7 @@ def load(
             low, whole, head, _ = heads.load_adapter(adapter_folder(adapter_path), model)
         model = model._replace(params=tree.merge(model.params, whole))
     loaded = RewardModel(model, low, head, heads.kind_of(head))
-    _check(loaded, name if adapter_path is None else f"{name} + {adapter_path}")
+    _check(loaded, chosen.name)
     return loaded
 
 
@@ -93,7 +93,7 @@ def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent
     tokenizer = load_tokenizer(base, adapter_path=path, say=say)
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
-    return load(base, adapter_path=path, dtype=dtype, device=device), tokenizer
+    return load(Target(base, dtype=dtype, device=device.type, adapter=path)), tokenizer
 
 
 def _check(loaded: RewardModel, name: str) -> None:

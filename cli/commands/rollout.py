@@ -4,8 +4,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from treetune.cli import row_settings, samplers
 from treetune.cli.errors import checking_input
 from treetune.cli.methods import rewarding
@@ -18,9 +16,7 @@ from treetune.core.rollout import trial
 from treetune.core.rollout.rewards import Rewards
 from treetune.core.rollout.trial import Trial
 from treetune.core.run import folder
-from treetune.core.state import TrainState
-from treetune.models import loading, target
-from treetune.models.policy import Policy
+from treetune.models import loading, policy, target
 
 
 def run(config: Rollout, given: frozenset[str]) -> int:
@@ -48,11 +44,11 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         for line in data.lines:
             screen.line(line)
         with checking_input():
-            policy = Policy(model.family, model.cfg, {}, {}, lora, tokenizer)
-            draw = samplers.local(policy, samplers.sampling_params(options, target.stop_ids(chosen, tokenizer)), seed=config.seed)
+            sizes, state = policy.inference(model, lora)
+            params = samplers.sampling_params(options, target.stop_ids(chosen, tokenizer))
+            draw = samplers.local(sizes._replace(tokenizer=tokenizer), params, seed=config.seed)
             play = samplers.rollout_of(options, tokenizer, model.cfg)
             sample = play(draw, n=options.num_generations, max_tokens=options.max_completion_length)
-            state = TrainState({} if lora is None else {"lora": lora.tree}, {"model": model.params}, {}, {}, torch.tensor(0))
             done = trial.run(sample, state, prompts, rewards.score)
         screen.line(done.speed())
         _report(config, done, rewards, screen)

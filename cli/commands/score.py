@@ -16,8 +16,7 @@ from treetune.core.config import checks, table
 from treetune.core.data import dataset, scored_rows
 from treetune.core.data.scored_rows import ScoredRows, Values
 from treetune.core.run import folder, memory
-from treetune.models import loading, reward_model
-from treetune.models import tokenizer as tokenizers
+from treetune.models import loading, reward_model, target
 from treetune.models.reward_model import RewardModel
 
 
@@ -31,8 +30,9 @@ def run(config: Score, given: frozenset[str]) -> int:
             raise ValueError("nothing to score: give --data at least one file or data set")
         name, path = reward_model.locate(config.model, config.adapter)
         device = loading.select_device(config.device)
-        tokenizer = tokenizers.load_tokenizer(name, adapter_path=path, revision=config.revision, say=screen.line)
-        model = reward_model.load(name, adapter_path=path, revision=config.revision, dtype=config.dtype, device=device, say=screen.line)
+        chosen = target.Target(name, config.revision, config.dtype, config.device, path)
+        tokenizer = target.load_tokenizer(chosen, say=screen.line)
+        model = reward_model.load(chosen, say=screen.line)
         data = _read(config, tokenizer, model, given)
     start, values = time.perf_counter(), []
     for scored in data:
@@ -44,8 +44,8 @@ def run(config: Score, given: frozenset[str]) -> int:
             screen.line(line)
         screen.table("", {"rows": scored.rows.name} | scored_rows.describe(scored, part))
     tokens = sum(sum(dataset.lengths(scored.docs)) for scored in data)
-    rows = {"model": name if path is None else f"{name} + {path}"}
-    rows["speed"] = f"{tokens / seconds:.0f} tokens/s, peak memory {memory.peak_gib(device):.1f} GiB"
+    speed = f"{tokens / seconds:.0f} tokens/s, peak memory {memory.peak_gib(device):.1f} GiB"
+    rows = {"model": chosen.name, "speed": speed}
     if config.output is not None:
         records = [record for scored, part in zip(data, values, strict=True) for record in scored_rows.records(scored, part)]
         with checking_input():
