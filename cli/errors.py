@@ -3,6 +3,7 @@
 import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from treetune.core import fields
@@ -16,7 +17,7 @@ class BadInput(ValueError):
 
 
 @contextlib.contextmanager
-def checking_input(what: str = "an option or an input"):
+def checking_input(what: str = "an option or an input") -> Iterator[None]:
     """Inside, options and inputs are read: what they make go wrong is the user's to fix, and becomes BadInput.
 
     ValueErrors and what the file system refuses say what is wrong. Any other error was not foreseen: its line names `what`, or what
@@ -37,7 +38,7 @@ def checking_input(what: str = "an option or an input"):
 
 
 @contextlib.contextmanager
-def running(root: Path):
+def running(root: Path) -> Iterator[None]:
     """Inside, a full disk becomes BadInput and a full memory RunFailed; `root` is the run, whose checkpoints are always whole."""
     try:
         yield

@@ -32,6 +32,7 @@ class SaveError(OSError):
 def digest(params: Params) -> str:
     """sha256 over the paths, shapes, dtypes and bytes of all leaves (a collective when leaves are sharded)."""
     sha = hashlib.sha256()
+    # By path, because the order of a dict is not part of the weights.
     for path, leaf in sorted(tree.items(params)):
         whole = shard.full(leaf).contiguous().cpu()
         sha.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
@@ -158,6 +159,7 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tup
     parts = {"params": like.params, "opt": like.opt, "extra": like.extra}
     try:
         with safe_open(Path(path) / "state.safetensors", framework="pt") as file:
+            # Shapes come from the header: a checkpoint of another model is refused before any tensor is read.
             _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
             if base_digest is not None and meta.get("base_digest") != base_digest:
                 raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")

@@ -42,6 +42,7 @@ def name(path: Path, kind: str = DRAFT) -> Path:
     """A new name beside `path` for a draft of this process."""
     this = process.own()
     owner = f"{process.short(this.host)}-{this.boot}-{this.space}-{this.pid}-{this.start}"
+    # A folder of kind `old` is restored under the name that stands in this one, which is therefore never cut.
     whole = path.name if kind == OLD else path.name[:LONGEST]
     return path.with_name(f".{whole}.{owner}-{next(_count)}.{kind}")
 

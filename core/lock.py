@@ -38,9 +38,11 @@ class Lock:
 
     def _take(self) -> bool:
         """Whether this process now holds the lock; False where the file was replaced in between."""
+        # Not truncated: until the lock is had, what the file says is its holder's.
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
             free = _flock(handle)
+            # Its holder may have deleted it since it was opened, and a lock on a deleted file keeps nobody out.
             if not _same(handle, self.path):
                 return False
             holder = _holder(handle)
@@ -70,6 +72,7 @@ class Lock:
         """Delete the lock file and release the system's lock."""
         if self.handle is not None:
             with contextlib.suppress(OSError):
+                # Deleted while it is still locked: later it may be the file of the next holder.
                 if _same(self.handle, self.path):
                     self.path.unlink()
             os.close(self.handle)

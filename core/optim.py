@@ -90,6 +90,7 @@ def adamw(
     `decay` and `lr_scale` are (regex, value) rules over paths; LoRA+ is lr_scale=[(r"\\.B$", ratio)].
     Source: Loshchilov & Hutter, arXiv 1711.05101, algorithm 2; LoRA+: Hayou et al., arXiv 2402.12354.
     """
+    # Lists, because every update reads the rules again and an iterator could be read once only.
     decay, lr_scale = list(decay), list(lr_scale)
 
     def init(params: Params) -> OptState:

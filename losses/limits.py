@@ -28,6 +28,7 @@ def times(x: Tensor | float, y: Tensor) -> Tensor:
         if x != 0 and math.isfinite(x):
             return x * y
         x = torch.full_like(y, x)
+    # Replaced before the product: a `where` around it would give 0 too, but multiply its gradient of 0 by the infinite factor.
     void = ((x == 0) & y.isinf()) | ((y == 0) & x.isinf())
     return torch.where(void, 0.0, x) * torch.where(void, 0.0, y)
 

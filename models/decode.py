@@ -149,6 +149,7 @@ def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lor
     first = torch.arange(len(prompts), device=device) * n
     cache = dense.Cache(k, v, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
     hidden = MODELS[model.family].forward(weights, batch, plan, cfg, lora=lora, cache=cache).hidden
+    # Only slots that a prompt fills: those behind are zeros in every row already.
     for buffer in (*cache.k, *cache.v) if n > 1 else ():
         rows = buffer.view(len(prompts), n, *shape[1:])
         rows[:, 1:, : cache.span] = rows[:, :1, : cache.span]
@@ -188,6 +189,7 @@ def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tenso
     mass = logq.double().exp()
     total = (mass if support is None else mass.where(support, 0.0)).cumsum(-1)
     target = noise.uniform(key, 1).double() * total[:, -1:]
+    # right: the first token whose running sum exceeds the target, so none of mass 0, also for a target of exactly 0.
     token = torch.searchsorted(total, target, right=True).clamp_(max=logits.shape[1] - 1)
     log_kept = torch.zeros_like(logq[:, 0]) if support is None else total[:, -1].log().clamp_(max=0.0).float()
     return token[:, 0], logq.gather(-1, token)[:, 0], log_kept

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -241,7 +241,7 @@ def _unpermute(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def tokenizer(path: str | Path):
+def tokenizer(path: str | Path) -> Any:
     """The transformers fast tokenizer in a .gguf file: byte-level BPE with the split, special tokens and chat template it names.
 
     Raises ValueError for another kind of tokenizer or a pre-tokenizer that is not known here.

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ def init(cfg: Config, classes: int, *, bias: bool, seed: int) -> Params:
 
 def kind_of(head: Params) -> str:
     """What a head scores: "token" where it has a bias, "sequence" where it has none."""
+    # A tree of weights names no kind. transformers' two classes differ in the bias: docs/decisions.md, "A bias marks a token head".
     return "token" if "bias" in head["score"] else "sequence"
 
 
@@ -89,7 +90,7 @@ def save(
     model: Model,
     head: Params,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     labels: Sequence[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -177,7 +178,7 @@ def load_adapter(path: str | Path, model: Model, *, dtype: torch.dtype = torch.f
     return low, whole, head, info
 
 
-def padding(tokenizer, rows: int):
+def padding(tokenizer: Any, rows: int) -> Any:
     """A copy of a tokenizer with a padding token that ends no text; `rows` is the size of the model's vocabulary.
 
     transformers scores the last token that is not the padding token, so padding with the token that ends a text scores the

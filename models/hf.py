@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,7 +265,7 @@ def _end_ids(config: Fields) -> tuple[int, ...]:
     return () if single is None else (single,)
 
 
-def stop_ids(path_or_id: str | Path, tokenizer) -> list[int]:
+def stop_ids(path_or_id: str | Path, tokenizer: Any) -> list[int]:
     """Ids that end an answer: those of generation_config.json, and the tokenizer's end-of-sequence token."""
     config = fields.mapping(generation_config(path_or_id), "generation_config.json")
     return sorted({*_end_ids(config), tokenizer.eos_token_id} - {None})
@@ -274,7 +275,7 @@ def save(
     path: str | Path,
     model: Model,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     generation: dict | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -292,7 +293,7 @@ def write(
     leaves: dict[str, Tensor],
     config: dict,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     generation: dict | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -314,7 +315,7 @@ def write(
             folder.write_json(part / "generation_config.json", generation)
 
 
-def described(model: Model, tokenizer=None) -> tuple[dict[str, Tensor], dict]:
+def described(model: Model, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict]:
     """The tensors by Hugging Face key and the config.json with which a model, and its tokenizer, is saved."""
     leaves, tied = _saved_leaves(model)
     config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
@@ -343,13 +344,13 @@ def _dtype_name(leaves: dict[str, Tensor]) -> dict[str, str]:
     return {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")}
 
 
-def special_ids(tokenizer) -> dict[str, int]:
+def special_ids(tokenizer: Any) -> dict[str, int]:
     """The special ids of a tokenizer, {} without one, as config.json names them."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {} if tokenizer is None else {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
 
 
-def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False):
+def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The fast tokenizer of a local folder, a hub id or a .gguf file: the same ids and chat template as AutoTokenizer gives.
 
     Most folders name the plain class, which needs a third of the imports of AutoTokenizer; the others go through it.

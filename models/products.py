@@ -40,6 +40,7 @@ def settle(
     if device.type != "cpu" or dtype != torch.float32:
         return
     fastest = measured() if share is None else share(measured)
+    # Another product changes the last bits of every result: a resumed run keeps its own, though it may be the slower one here.
     choice = fastest if recorded is None else product.Choice(**recorded)
     product.choose(choice)
     if choice != fastest:
@@ -83,6 +84,7 @@ def _write(path: Path, entry: dict[str, str]) -> None:
         draft.write_text(json.dumps(entry, indent=1))
         if _read(path) is None:
             path.unlink(missing_ok=True)
+        # A link and not a rename: it fails where another process was first, whose choice then holds for all.
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
     with contextlib.suppress(OSError):

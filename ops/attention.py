@@ -70,7 +70,15 @@ def _positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.arange(int(cu_docs[-1]), device=cu_docs.device) - cu_docs[_document_of(cu_docs)]
 
 
-def attention_ref(q, k, v, batch: dict[str, torch.Tensor], *, window: int | None = None, scale: float | None = None) -> torch.Tensor:
+def attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
     """softmax(q k^T * scale + mask) v with the dense [T, T] mask of the rule: the twin that tests compare against."""
     rows = torch.arange(q.shape[0], device=q.device)
     groups = q.shape[1] // k.shape[1]
@@ -234,6 +242,7 @@ def _spans(batch: dict[str, torch.Tensor], tokens: int) -> tuple[_Span, _Span]:
     pad = -tokens % BLOCK
 
     def extent(x):
+        # The short last block is filled up with its own last token, which moves neither of its extents.
         blocks = torch.cat([x, x[-1:].expand(pad)]).view(-1, BLOCK)
         return blocks.amin(1), blocks.amax(1)
 
@@ -328,8 +337,10 @@ def _attention_varlen(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
     assert varlen_attn is not None
     options: dict[str, Any] = {"scale": scale} if scale is not None else {}
     if scale is not None and "scale" not in names:
+        # This torch's varlen_attn scales by d^-0.5 itself: what is left of the scale goes into q.
         q, options = q * (scale * q.shape[-1] ** 0.5), {}
     if "window_size" in names:
+        # Keys to the left of the query besides its own, and none to the right, which makes it causal.
         options["window_size"] = (-1 if plan.window is None else plan.window - 1, 0)
     else:
         options["is_causal"] = True
@@ -346,6 +357,7 @@ def _attention_varlen(q, k, v, plan: Plan, scale: float | None) -> torch.Tensor:
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Without compilation flex_attention holds the scores of all pairs, [heads, T, T]. Compiled once, for all layers.
     return torch.compile(flex_attention)
 
 

@@ -150,7 +150,9 @@ def _output(z: Tensor, dtype: torch.dtype) -> Tensor:
     return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
 
-def stats(z: Tensor, y: Tensor | None, tau: Tensor | float, softcap: float | None, *, extras: bool, ahead: torch.dtype | None):
+def stats(
+    z: Tensor, y: Tensor | None, tau: Tensor | float, softcap: float | None, *, extras: bool, ahead: torch.dtype | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Statistics [r] by name (without extras: lse and logp); and dlogp/dz [r, V] in the dtype `ahead`, or None. May overwrite z."""
     rows, columns = z.shape
     tau, block, warps = _launch(z, tau)
@@ -168,7 +170,16 @@ def stats(z: Tensor, y: Tensor | None, tau: Tensor | float, softcap: float | Non
     return dict(zip(NAMES if extras else NAMES[:2], out, strict=False)), dz
 
 
-def grad(z: Tensor, y: Tensor | None, tau, softcap: float | None, lse: Tensor, upstream: tuple, *, dtype: torch.dtype) -> Tensor:
+def grad(
+    z: Tensor,
+    y: Tensor | None,
+    tau: Tensor | float,
+    softcap: float | None,
+    lse: Tensor,
+    upstream: tuple[Tensor | None, ...],
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
     """Gradient [r, V] with respect to z. upstream: gradients [r] or None of logp, entropy, lse, mean_logit, then the entropy itself."""
     rows, columns = z.shape
     tau, block, warps = _launch(z, tau)

@@ -35,7 +35,9 @@ def forward_torch(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[tor
     return (y.mul_(scale) if scale.dtype == x.dtype else y * scale), rstd
 
 
-def backward_torch(dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, rstd: torch.Tensor, with_dscale: bool):
+def backward_torch(
+    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, rstd: torch.Tensor, with_dscale: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * scale; dscale = sum over rows of dy * x * rstd, or None."""
     wide = rstd.dtype
     x_wide = x.to(wide)
@@ -93,7 +95,9 @@ def forward_triton(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[to
     return y, rstd
 
 
-def backward_triton(dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, rstd: torch.Tensor, with_dscale: bool):
+def backward_triton(
+    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, rstd: torch.Tensor, with_dscale: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx and dscale (or None). Each program takes every PROGRAMS-th row and keeps its own sum for dscale: no atomics."""
     x, dy, dim, rows = x.contiguous(), dy.contiguous(), x.shape[-1], rstd.numel()
     programs = min(PROGRAMS, rows)

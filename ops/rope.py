@@ -42,7 +42,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return rotated
 
 
-def rotate_torch(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_torch(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, sign: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k rotated by sign * angle."""
     angles = _angles(positions, inv_freq)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None].mul_(sign)
@@ -72,7 +74,9 @@ def _kernel(  # noqa: PLR0913
     _rotate_heads(k, k_out, cos, sin, row, k_heads, half, K_HEADS, HALF)
 
 
-def rotate_triton(q, k, positions, inv_freq, sign: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_triton(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, sign: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k rotated by sign * angle, one program per token; rounded once.
 
     cos and sin [T, d/2] come from torch: the hardware's fast ones are wrong at the angles of long documents.

@@ -1,4 +1,4 @@
-"""Preference rows: a prompt, a chosen and a rejected reply. One table, from the name of a format to how its rows are read.
+"""Readers of preference rows: a prompt, a chosen and a rejected reply. `row_formats.FORMATS` names the formats that they read.
 
 Formats of fixed wording (chatml, llama3, zephyr) give texts; the others give messages for the chat template, or texts as they are.
 """

@@ -21,6 +21,7 @@ from treetune.core.data.rows import Message
 FIELDS = ("reasoning_content", "content")
 CALLS = len(FIELDS)  # the field number of tool calls
 TAGS = re.compile(r"(</?think>)")
+# Letters and digits, which a template that strips, escapes or quotes contents leaves as they are.
 MARKER = "Qx7vZkW"
 MARKERS = re.compile(MARKER + r"m(\d+)f(\d+)p(\d+)e")
 CACHE_SIZE = 4096

@@ -111,6 +111,7 @@ class Feed:
         is_last = state.part + 1 == self._settings.steps * self._settings.iterations
         self._state = state._replace(part=0, batch=(), metrics=()) if is_last else state._replace(part=state.part + 1)
         if self._prefetched:
+            # Only now: after an error the next attempt asks the thread for the same results.
             self._prefetched.keep(self._state.flight)
         staleness = [step - group.version for group in groups]
         ages = {"rollout/staleness_mean": float(np.mean(staleness)), "rollout/staleness_max": float(max(staleness))}
@@ -130,6 +131,7 @@ class Feed:
             raise ValueError(f"the rollout state was written with other values of {differ}: resume with those it had, or start anew")
         self._state = feed_state.from_json(state, self._prompts, replay_size=self._settings.replay_size)
         if self._prefetched:
+            # What the thread has made is of another state, and a request of the loaded one may have the same key.
             self._prefetched.keep(())
 
     def close(self) -> None:
@@ -290,6 +292,7 @@ class Feed:
 def _dealt(state: FeedState, settings: FeedSettings) -> list[int]:
     """Which groups of the generation this step trains on: each pass deals all of them, in an order of its own."""
     passed, piece = divmod(state.part, settings.steps)
+    # A function of numbers of the state alone: a run resumed in the middle of a generation deals what is left of it.
     mixed = order.permutation(len(state.batch), settings.seed, settings.rank, state.generation, passed, PARTS)
     size = settings.prompts // settings.steps
     return mixed[piece * size : (piece + 1) * size]

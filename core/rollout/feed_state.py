@@ -47,6 +47,7 @@ def from_json(data: dict, prompts: Sequence[Prompt], *, replay_size: int) -> Fee
     cursor = prompt_order.PromptCursor(**data["stream"] | {name: tuple(data["stream"][name]) for name in ("deferred", "failed")})
     return FeedState(
         cursor,
+        # Tuples again, because a request is the key of its call in the thread (`prefetch`).
         tuple(tuple(prompt_order.PromptDraw(*one) for one in request) for request in data["flight"]),
         stored=replay.best(stored, replay_size),
         generation=data["generation"],

@@ -82,6 +82,7 @@ class Pool:
         self._alive: set[Process] = set()
         self._busy: dict[Process, Job] = {}
         self._echo = echo.Echo(log)
+        # It holds the set and not the pool, which it would keep alive, and runs at the end of the program too.
         self._kill_all = weakref.finalize(self, _kill_all, self._alive, os.getpid())
         self._takes = self._start_all()
 
@@ -149,11 +150,13 @@ class Pool:
         self._refuse_closed()
         # The channel is the standard input of the worker: what functions print goes elsewhere, and cannot be taken for an answer.
         ours, theirs = socket.socketpair()
+        # -P: a file of the folder, such as random.py, must not hide a module that the worker itself imports.
         command = [sys.executable, "-P", "-u", "-m", worker.__name__]
         out, mark = self._echo.pipe(ours.fileno()), uuid.uuid4().hex
         environment = dict(os.environ) | {descendants.MARK: mark}
         with theirs:
             try:
+                # In a session of its own Ctrl-C at the terminal does not reach it, and its group can be killed as a whole.
                 process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=out, stderr=out, start_new_session=True, env=environment)
             finally:
                 os.close(out)
@@ -250,6 +253,7 @@ class Pool:
 
     def _refuse_useless(self, before: list[dict], prompts: int, size: int) -> None:
         for name, old, new in zip(self.names, before, self._counts, strict=True):
+            # One prompt can be to blame for all its completions; a function that has never worked is to blame itself.
             never = new["failed"] == new["rows"]
             if prompts * size and new["failed"] - old["failed"] == prompts * size and (prompts > 1 or never):
                 raise ValueError(
@@ -316,6 +320,7 @@ def _not_json(rows: dict[str, list]) -> str:
 
 
 def _answer(child: Process, job: Job) -> tuple[dict | None, str]:
+    # At least a second, for the rest of an answer whose first bytes came in time.
     child.channel.settimeout(max(job.deadline - time.monotonic(), 1.0))
     try:
         answer = worker.receive(child.channel)
@@ -339,6 +344,7 @@ def _ended(process: subprocess.Popen) -> str:
 def _kill(child: Process) -> None:
     """The process and what it started, in its group or in one of its own."""
     child.channel.close()
+    # Before the worker itself: without it they have another parent, and are found by their mark only.
     descendants.kill(child.process.pid, child.mark)
     try:
         if hasattr(os, "killpg"):

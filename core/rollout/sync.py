@@ -56,6 +56,7 @@ def judge(now: Reading, before: Reading | None, *, tolerance: float, resolution:
         raise ValueError(f"the trainer gave {now.expected.size} log-probs of the canary and the server {now.got.size}; expected as many")
     gap = np.abs(now.got - now.expected)
     moved = 0.0 if before is None else float(np.abs(now.expected - before.expected).max())
+    # Asked first: after a small step the old weights, too, are within the tolerance.
     if before is not None and moved > resolution and np.array_equal(now.got, before.got):
         raise SyncError(f"the sync of version {now.version} was lost: the server still has version {before.version}{_moved(moved)}")
     if not gap.mean() <= tolerance:
@@ -89,6 +90,7 @@ class Canary:
         """Compare what the server says as `model` with `expected` [c - 1]. Raises SyncError; the last good reading stays then."""
         now = Reading(version, np.asarray(expected, np.float64), self.client.prompt_logps(self.tokens, model=model))
         if self.widen and self.last is None and now.expected.shape == now.got.shape:
+            # Both sides should have the same weights here, so that the difference is rounding and tells the dtype of the server.
             self.dtype = coarser(self.dtype, float(np.abs(now.got - now.expected).mean()))
         verdict = self._judge(now, self.last)
         self.last = now
@@ -99,6 +101,7 @@ class Canary:
         if self.last is None:
             raise ValueError("the canary was never read: call `start` of the sync first")
         now = self.last._replace(got=self.client.prompt_logps(self.tokens, model=model))
+        # Without the reading before: the same version again must give the same bits, which is no lost sync.
         return self._judge(now, None)
 
     def _judge(self, now: Reading, before: Reading | None) -> CanaryVerdict:
@@ -130,6 +133,7 @@ class Adapters:
 
     def name(self, version: int) -> str:
         """The name of a version on the server."""
+        # vLLM keeps an adapter under its name even when the files change, so every version of every run has its own.
         return f"{self.folder(version).name}-{self.run}"
 
     def folder(self, version: int) -> Path:
@@ -150,6 +154,7 @@ class Adapters:
         if self.kept and version <= self.kept[-1]:
             raise ValueError(f"version {version} comes after version {self.kept[-1]}; each sync needs a higher one")
         write(self.folder(version), save)
+        # The server compares no digests of the files that it reads.
         _intact(self.folder(version))
         self.client.load_adapter(self.name(version), self.folder(version))
         try:
@@ -261,6 +266,7 @@ def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) ->
         if server is None:
             raise
         with server.lock:
+            # With other starts, another thread has restarted the server while this one waited.
             if server.starts == starts:
                 if server.alive():
                     raise

@@ -148,13 +148,17 @@ def described(error: BaseException) -> str:
 def main() -> None:
     """Answers messages until the channel closes."""
     channel, me = _channel(), os.getpid()
+    # What functions leave behind stays below this process, and ends when the trainer is gone, however it ended.
     descendants.adopt()
     descendants.end_with(os.getppid())
+    # It is the trainer that ends its workers on Ctrl-C: one that ended first would look like a fault of its function.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only now, see -P in `reward_pool`: the worker has its own modules by here, and functions may import files of the folder.
     sys.path.insert(0, os.getcwd())
     functions: list[Loaded] = []
     with open(os.devnull, "w") as nowhere, contextlib.suppress(ConnectionError):  # the parent is gone: nobody wants to read why
         while (message := receive(channel)) is not None:
+            # A thread of C that needs no lock of the interpreter: it also ends a function that holds that lock for ever.
             faulthandler.dump_traceback_later(message["limit_s"] + GRACE_S, exit=True, file=nowhere)
             answer = _load_all(message["names"], functions) if "names" in message else call(functions[message["function"]], message["rows"])
             if os.getpid() != me:
@@ -226,6 +230,7 @@ def _from_file(path: Path):
     if name not in sys.modules:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
+        # At the end: neighbours of the file must not hide modules that others import.
         sys.path.append(str(path.parent))
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec and spec.loader
@@ -246,6 +251,7 @@ def _read(channel: socket.socket, count: int) -> bytes | None:
 
 def _channel() -> socket.socket:
     """Standard input as a socket that nothing else has; functions and what they start then read from nowhere."""
+    # A copy made by os.dup is not inherited, so that no program that a function starts can answer in its place.
     channel = socket.socket(fileno=os.dup(0))
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)

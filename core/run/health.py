@@ -1,6 +1,7 @@
 """Health of a run: rules over the records of its steps and evaluations, each with what it saw and what to do about it.
 
-The one table of rules is `RULES`; ranges are those of the guide to training stability.
+The one table of rules is `RULES`. Bounds lie outside of what healthy runs show (the tables of docs/training.md, docs/preferences.md and
+docs/online.md), whatever their model and data, so that a warning is worth reading; a rule that fires stops nothing.
 """
 
 import math
@@ -22,7 +23,8 @@ class Event(NamedTuple):
 
 
 # Rules run at every step, so none but those of an evaluation may look at all of a long history.
-_RECENT, _EARLY = 60, 400
+WINDOW = 60  # records at the end of the history that a rule looks at
+PLATEAU_STEPS = 400  # records from the start within which a plateau is looked for
 
 
 def _series(history: list[Record], key: str) -> list[float]:
@@ -30,7 +32,7 @@ def _series(history: list[Record], key: str) -> list[float]:
 
 
 def _grad_spike(history: list[Record]) -> str | None:
-    norm = _series(history[-_RECENT:], "grad_norm")[-1:]
+    norm = _series(history[-WINDOW:], "grad_norm")[-1:]
     return f"grad_norm {norm[0]:.1f} is above 100" if norm and norm[0] > 100 else None
 
 
@@ -40,7 +42,7 @@ def sampled(record: Record) -> bool:
 
 
 def _no_gradient(history: list[Record]) -> str | None:
-    norm = _series(history[-_RECENT:], "grad_norm")[-1:]
+    norm = _series(history[-WINDOW:], "grad_norm")[-1:]
     online = bool(history) and sampled(history[-1])  # completions may all have the same reward
     return "grad_norm is 0" if norm and norm[0] == 0 and not online else None
 
@@ -48,21 +50,21 @@ def _no_gradient(history: list[Record]) -> str | None:
 def _loss_spike(history: list[Record]) -> str | None:
     if history and sampled(history[-1]):
         return None
-    loss = _series(history[-_RECENT:], "train/loss")
+    loss = _series(history[-WINDOW:], "train/loss")
     usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
     return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
 
 
 def _plateau(history: list[Record]) -> str | None:
-    loss = _series(history[: _EARLY + 1], "train/loss")
-    if len(history) > _EARLY or len(loss) < 60 or len(loss) % 20 or sampled(history[-1]):
+    loss = _series(history[: PLATEAU_STEPS + 1], "train/loss")
+    if len(history) > PLATEAU_STEPS or len(loss) < 60 or len(loss) % 20 or sampled(history[-1]):
         return None
     first, last = statistics.mean(loss[:20]), statistics.mean(loss[-20:])
     return f"train/loss has not fallen in {len(loss)} steps ({first:.3f} -> {last:.3f})" if last >= first else None
 
 
 def _vanished(history: list[Record]) -> str | None:
-    loss = [record["train/loss"] for record in history[-_RECENT:] if "train/loss" in record and not sampled(record)][-3:]
+    loss = [record["train/loss"] for record in history[-WINDOW:] if "train/loss" in record and not sampled(record)][-3:]
     return f"train/loss is {loss[-1]:.4f}" if len(loss) == 3 and max(loss) < 0.01 else None
 
 
@@ -79,7 +81,7 @@ def _overfit(history: list[Record]) -> str | None:
 
 def _mean_of_last(history: list[Record], key: str, count: int = 20) -> float | None:
     """The mean of the last `count` values, once a run has had time to learn something."""
-    values = _series(history[-_RECENT:], key)
+    values = _series(history[-WINDOW:], key)
     return statistics.mean(values[-count:]) if len(values) >= 2 * count else None
 
 
@@ -97,41 +99,42 @@ def _ranks_badly(history: list[Record]) -> str | None:
 
 
 def _both_fall(history: list[Record]) -> str | None:
-    sides = [_series(history[-_RECENT:], f"rewards/{name}") for name in ("chosen", "rejected")]
+    sides = [_series(history[-WINDOW:], f"rewards/{name}") for name in ("chosen", "rejected")]
     if not history or "kl" not in history[-1] or min(map(len, sides)) < 10:
         return None
     chosen, rejected = (statistics.mean(side[-10:]) for side in sides)
     return f"rewards/chosen is {chosen:.2f} and rewards/rejected {rejected:.2f}: both fall" if chosen < -2 and rejected < -2 else None
 
 
-# Rules of runs that learn from sampled completions.
-EARLY, RECENT = 20, 10  # steps before the first judgement, and those that one looks at
-FIRST = 3  # steps after which a run that has trained nothing at all is told
+# Of runs that learn from sampled completions, whose metrics are too noisy to judge one step by itself.
+ONLINE_WARMUP = 20  # steps before the first judgement
+ONLINE_WINDOW = 10  # steps whose mean is judged
+UNTRAINED_STEPS = 3  # steps after which a run that has trained nothing at all is told
 
 
-def _recent(history: list[Record], key: str) -> float | None:
+def _online_mean(history: list[Record], key: str) -> float | None:
     """The mean of the last values that are known, once a run has had time."""
     if not history or "reward" not in history[-1]:
         return None
-    values = [record[key] for record in history[-3 * EARLY :] if math.isfinite(record.get(key, math.nan))]
-    return statistics.mean(values[-RECENT:]) if len(values) >= EARLY else None
+    values = [record[key] for record in history[-3 * ONLINE_WARMUP :] if math.isfinite(record.get(key, math.nan))]
+    return statistics.mean(values[-ONLINE_WINDOW:]) if len(values) >= ONLINE_WARMUP else None
 
 
 def _beyond(key: str, bound: float, *, above: bool = True) -> Callable[[list[Record]], str | None]:
     """A rule that fires when the recent mean of a metric lies beyond a bound."""
 
     def rule(history: list[Record]) -> str | None:
-        value = _recent(history, key)
+        value = _online_mean(history, key)
         wrong = value is not None and (value > bound if above else value < bound)
-        return f"{key} is {value:.3g} on average over {RECENT} steps" if wrong else None
+        return f"{key} is {value:.3g} on average over {ONLINE_WINDOW} steps" if wrong else None
 
     return rule
 
 
 def _no_reward(history: list[Record]) -> str | None:
-    value, spread = _recent(history, "reward"), _recent(history, "reward_std")
+    value, spread = _online_mean(history, "reward"), _online_mean(history, "reward_std")
     if value == 0 and spread == 0:
-        return f"no completion of the last {RECENT} steps had a reward"
+        return f"no completion of the last {ONLINE_WINDOW} steps had a reward"
     none = _since_start(history, reward=0.0, reward_std=0.0)
     return f"no completion of the first {none} steps had a reward, so nothing has been trained" if none else None
 
@@ -146,10 +149,10 @@ def _no_signal(history: list[Record]) -> str | None:
 
 
 def _since_start(history: list[Record], **values: float) -> int:
-    """How many steps there were, if at least FIRST and at each of them these metrics had these values; else 0."""
-    records = [record for record in history[: EARLY + 1] if "reward" in record]
+    """How many steps there were, if at least UNTRAINED_STEPS and at each of them these metrics had these values; else 0."""
+    records = [record for record in history[: ONLINE_WARMUP + 1] if "reward" in record]
     always = all(record.get(key) == value for record in records for key, value in values.items())
-    return len(records) if always and FIRST <= len(records) <= EARLY else 0
+    return len(records) if always and UNTRAINED_STEPS <= len(records) <= ONLINE_WARMUP else 0
 
 
 RULES: dict[str, tuple[Rule, str]] = {

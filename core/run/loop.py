@@ -146,6 +146,7 @@ class _Loop:
         """Fail on weights or moments that are not finite, before anything is made of them."""
         updated = {"params": state.params, "opt": state.opt}
         bad = not bool(check.finite(updated))
+        # All ranks fail together: one that went on alone would wait for ever in the next collective.
         if shard.any_flag(bad, self.device) if torch.distributed.is_initialized() else bad:
             names = check.not_finite(updated)[:3] or ["leaves of another rank"]
             fix = "lower learning_rate, or lengthen the warm-up"
@@ -202,10 +203,12 @@ class _Loop:
             return None
         step, start = int(state.step), time.perf_counter()
         with self.observers.busy("evaluating what is held out"):
+            # Read at once: the best checkpoint and early stopping depend on them before the next step.
             with _failing(f"the evaluation at step {step}"):
                 values = {key: value.item() for key, value in self._evaluate(state).items()}
         record: recorder.Record = {"step": step} | {f"eval/{key}": value for key, value in recorder.reported(values).items()}
         if self.settings.perplexity:
+            # Beyond 709 exp raises OverflowError, which would end the run.
             record["eval/perplexity"] = math.exp(min(record["eval/loss"], 700.0))
         record["eval/seconds"] = time.perf_counter() - start
         self.recorder.note(record)
@@ -273,6 +276,7 @@ class _Loop:
             now = time.perf_counter()
             record = self.recorder.push(index, numbers | metrics | {"epoch": epoch, "step_seconds": now - clock})
             clock = now
+            # The record is that of the step before, whose micro-batches `previous` still holds to explain it.
             self.record(record, state)
             self.previous = micro_batches
             ended = self.source.epoch != epoch and pauses(index, self.progress.paused, total)
@@ -301,12 +305,14 @@ class _Loop:
         asked = self.hooks.stop() is not None
         if not torch.distributed.is_initialized():
             return asked
+        # Not at every step: the flag is a collective, and reading it waits for the device.
         return step % 8 == 0 and shard.any_flag(asked, self.device)
 
     def _pause(self, state: TrainState, index: int, epoch_ended: bool, leaving: bool, *, last: bool) -> str | None:
         """Catch up with the metrics, then evaluate and save as is due; why to stop, if the evaluation says so."""
         record, stopped = self.recorder.flush(), None
         if record is not None and not record["skipped"]:
+            # The loss of a step is that of the weights before its update, and shows nothing of what the update made.
             self.require_finite(state)
             if last:
                 self._require_finite_loss(state)
@@ -388,6 +394,7 @@ def restore(run: run_folder.RunDir, state: TrainState, source: Source) -> tuple[
     if run.resume is None:
         return state, None
     state, meta = ckpt.load(run.resume, state)
+    # For its checks alone: damage is told before the run begins.
     bookkeeping.read(meta, run.resume)
     if not check.finite({"params": state.params, "opt": state.opt}):
         raise ValueError(f"{run.resume} holds weights or moments that are not finite: {ckpt.FIX}")

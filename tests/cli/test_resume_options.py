@@ -1,6 +1,6 @@
 """Every option of every training command, changed between a checkpoint and the run that goes on from it: refused, or in force and listed.
 
-TABLE says which; the reason of each stands in `RULES` and is part of the message. The comparison itself is a pure function,
+TABLE says which; the reason of each stands in the option's field and is part of the message. The comparison itself is a pure function,
 so the whole table is tested without training; runs show it for every option with `-m slow`.
 """
 
