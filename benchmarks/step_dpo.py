@@ -29,15 +29,16 @@ def read(path: str, count: int) -> list[dict]:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import cadence, setup
+    from treetune.cli import assembly
     from treetune.cli.methods import dpo
     from treetune.cli.methods.dpo import Dpo, DpoLoss
     from treetune.cli.methods.method import Setting
+    from treetune.cli.options import optim
     from treetune.cli.options.model import AdapterOptions, ModelOptions
     from treetune.cli.options.optim import PreferenceOptim
     from treetune.core import step
     from treetune.core.data import kinds, sources
-    from treetune.core.run import ranks
+    from treetune.core.run import cadence, ranks
     from treetune.core.state import TrainState
     from treetune.models import adapter, batches, hf, loading, policy
 
@@ -51,10 +52,12 @@ def ours(args: argparse.Namespace) -> dict:
     rows = sources.from_list(read(args.rows, PAIRS * args.steps))
     docs, _ = kinds.KINDS["pairs"].encode(rows, hf.tokenizer(args.model), format="passthrough", sequence_len=MAX_LENGTH, overlong="error")
     model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
-    start = policy.adapt(model, setup.adapter_spec(config.adapter), base=adapter.Base("base", ""), seed=0)
+    start = policy.adapt(model, assembly.adapter_spec(config.adapter), base=adapter.Base("base", ""), seed=0)
     parts = dpo.parts(config, start, Setting(device, ranks.ALONE, None, (), print, print))
-    optimizer = setup.optimizer(config.optim)
-    run = step.make_step(parts.objective, optimizer, schedule=cadence.schedule(config.optim, LR, args.steps), prepare=parts.prepare)
+    optimizer = optim.build(config.optim)
+    run = step.make_step(
+        parts.objective, optimizer, schedule=cadence.schedule(cadence.Rate(LR, args.steps, warmup_steps=0)), prepare=parts.prepare
+    )
     state = TrainState(parts.policy.params, parts.policy.frozen, optimizer.init(parts.policy.params), parts.extra, torch.tensor(0))
     collate, marks, losses, scored = batches.batcher(model.cfg, device, parts.collates), [], [], 0
     for i in range(args.steps):

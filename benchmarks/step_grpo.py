@@ -43,7 +43,7 @@ def summary(times: list[tuple[float, float]], tokens: list[float], start: quiet.
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
 
-    from treetune.cli import assembly, fit, setup
+    from treetune.cli import assembly, fit
     from treetune.cli.methods.grpo import Grpo
     from treetune.cli.options.data import PromptData
     from treetune.cli.options.model import AdapterOptions, ModelOptions
@@ -51,8 +51,9 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.cli.options.pipeline import PipelineOptions
     from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
     from treetune.cli.options.run import RunOptions
+    from treetune.models import tokenizer
 
-    setup.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
+    tokenizer.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
     config = Grpo(
         model=ModelOptions(model=args.model, dtype="float32"),
         data=PromptData(data=(str(SAMPLE),)),

@@ -42,10 +42,11 @@ def model_folder() -> str:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
-    from treetune.cli import cadence, setup
+    from treetune.cli.options import optim
     from treetune.cli.options.optim import OptimOptions
     from treetune.core import step
     from treetune.core.data import pack, spans
+    from treetune.core.run import cadence
     from treetune.core.state import TrainState
     from treetune.losses import sft_objective
     from treetune.models import adapter, batches, hf, loading, policy
@@ -56,9 +57,8 @@ def ours(args: argparse.Namespace) -> dict:
     model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
     start = policy.adapt(model, policy.AdapterSpec(rank=RANK, alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
     objective = sft_objective.named(policy.logprob(start))
-    options = OptimOptions(learning_rate=LR, lr_scheduler="constant", warmup_steps=0)
-    optimizer = setup.optimizer(options)
-    run = step.make_step(objective, optimizer, schedule=cadence.schedule(options, LR, args.steps))
+    optimizer = optim.build(OptimOptions(learning_rate=LR))
+    run = step.make_step(objective, optimizer, schedule=cadence.schedule(cadence.Rate(LR, args.steps, warmup_steps=0)))
     state = TrainState(start.params, start.frozen, optimizer.init(start.params), {}, torch.tensor(0))
     collate, times, losses, counts = batches.batcher(model.cfg, device, (pack.collate,)), [], [], []
     for i in range(args.steps):

@@ -7,93 +7,120 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import artifacts, bases, cadence, document_source, products, resume_options, rollout_source, setup, summary
+from treetune.cli import document_source, resume_options, rollout_source
 from treetune.cli.methods.method import Parts, Setting
-from treetune.cli.run import Run
-from treetune.core import ckpt, fields, step, tree
+from treetune.cli.options import optim
+from treetune.cli.options.model import AdapterOptions
+from treetune.cli.run import TrainRun
+from treetune.core import ckpt, option_pairs, step
 from treetune.core.config import table
 from treetune.core.data import fingerprint
-from treetune.core.run import loop, provenance
-from treetune.core.run.ranks import share
+from treetune.core.data.dataset import Dataset
+from treetune.core.protocols import Tokenizer
+from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, fetch, hf, identity, loading, policy
-from treetune.models.dense import Config
-from treetune.models.policy import Policy
+from treetune.models import Model, describe, fetch, hf, identity, loading, policy, products
+from treetune.models import tokenizer as tokenizers
+from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
 
 
 class Assembly(NamedTuple):
-    """All parts of a run, before anything is written.
-
-    policy: with the weights of the state. chat: whether the rows are chats. save(policy, state, folder) writes what trained.
-    """
+    """All parts of a run, before anything is written. policy: with the weights of the state. rate: of learning, over all steps."""
 
     policy: Policy
     state: TrainState
     supply: Supply
     step: loop.Step
     hooks: loop.Hooks
-    data: Any
-    peak: float
+    data: Dataset
+    rate: cadence.Rate
     stop_ids: list[int]
 
 
-def assemble(run: Run, source: Source | None, stack: contextlib.ExitStack) -> Assembly:
+class Pieces(NamedTuple):
+    """The method for a loaded model, the data, and what the run starts from as far as that is known."""
+
+    parts: Parts
+    data: Dataset
+    origin: provenance.Origin
+    stop_ids: list[int]
+
+
+def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) -> Assembly:
     """All parts of a run; what is started on the way (workers, a server, threads) stops with the stack.
 
     source: in place of the config's data. Errors: ValueError, one line, for input that cannot be used.
     """
+    pieces = _load(run, source)
+    parts, start = pieces.parts, pieces.parts.policy
+    loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
+    optimizer = optim.build(run.config.optim, loraplus=loraplus)
+    step_zero = torch.tensor(0, device=run.device)
+    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
+    supply, data = _supply(run, pieces, state, source, stack)
+    stack.callback(supply.source.close)
+    rate = table.record(cadence.Rate, run.config, peak=run.peak, total_steps=supply.source.total_steps)
+    stepper = step.make_step(
+        parts.objective,
+        optimizer,
+        schedule=cadence.schedule(rate),
+        clip=run.config.optim.max_grad_norm or None,
+        prepare=parts.prepare,
+        mesh=run.ranks.mesh,
+    )
+    state, hooks = _restore(run, pieces, state, supply)
+    start = start._replace(params=state.params, frozen=state.frozen)
+    about = summary.describe(run.folder, describe.describe_policy(start, run.config.model.model), supply.described, rate)
+    return Assembly(start, state, supply, stepper, hooks._replace(about=about), data, rate, pieces.stop_ids)
+
+
+def _load(run: TrainRun, source: Source | None) -> Pieces:
+    """All that is read before there is a state: tokenizer, data and model, and what the method makes of them."""
     config = run.config
     dtype = loading.compute_dtype(config.model.dtype, run.device)
-    rate = run.method.rates[not _has_adapter(config)]
-    options = resume_options.describe(config, rate=rate, dtype=str(dtype)[6:])
+    options = resume_options.describe(config, rate=run.rate, dtype=str(dtype)[6:])
     origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
-    products.settle(run.folder.resume, dtype, run.device, share=partial(share, run.ranks), say=run.say)
-    words = setup.load_words(config.model, config.vocabulary, _start_folder(config), say=run.say)
+    _settle_products(run, dtype)
+    words = _load_words(run)
     data = _read(run, words.tokenizer, source)
-    model, start = _load(run, words)
+    model, start = _load_model(run, words)
     if source is None and run.method.data not in rollout_source.READERS:
-        document_source.check_fits(run, data, model.cfg)
-    stop_ids = setup.stop_ids(config.model, words.tokenizer)
+        document_source.check_fits(run, model.cfg, data.train + data.val)
+    stop_ids = tokenizers.stop_ids(config.model.model, words.tokenizer, revision=config.model.revision)
     parts = run.method.parts(config, start, Setting(run.device, run.ranks, data, stop_ids, run.say, run.observers.warn))
     frozen = parts.policy.frozen
-    origin = provenance.with_weights(origin, _weights(config, model, start, frozen), lambda: ckpt.digest(frozen) if frozen else "")
+    origin = provenance.with_weights(origin, _weights(run, model, start, frozen), lambda: ckpt.digest(frozen) if frozen else "")
     origin = provenance.with_words(origin, words.tokenizer, stop_ids if parts.rollouts else ())
     del model, start  # the weights that train are copies, beside which the loaded ones must not live
-    parts = parts._replace(policy=policy.place(parts.policy, run.ranks.mesh, config.run.sharding))
-    return _connect(run, Pieces(parts, data, origin, stop_ids), source, stack)
+    placed = policy.place(parts.policy, run.ranks.mesh, config.run.sharding)
+    return Pieces(parts._replace(policy=placed), data, origin, stop_ids)
 
 
-def _has_adapter(config: Any) -> bool:
-    return getattr(config, "adapter", None) is not None and config.adapter.adapter == "lora"
+def _settle_products(run: TrainRun, dtype: torch.dtype) -> None:
+    """The matrix products of the checkpoint to go on from, else those of the machine."""
+    resume = run.folder.resume
+    earlier = {} if resume is None else {"meta": ckpt.read_meta(resume), "source": resume.name}
+    products.settle(dtype, run.device, **earlier, share=partial(ranks.share, run.ranks), say=run.say)
 
 
-def _weights(config: Any, model: Model, start: Policy, frozen: Params) -> dict[str, str]:
-    """Fingerprints of the model (of random weights their sizes), of the adapter that was there, and of another model as the reference."""
-    if getattr(config.model, "from_config", None) is not None:
-        prints = {"model": fingerprint.values(repr((model.family, model.cfg)))}
-    else:
-        prints = {"model": _digest(model.params, model.family, model.cfg)}
-    if start.lora is not None and start.adapter is not None and config.adapter.lora_model_dir is not None:
-        prints["adapter"] = fingerprint.values(ckpt.leaf_digest(start.params), start.lora.scale, sorted(start.adapter.paths))
-    if "ref" in frozen and getattr(config.reference, "ref_model", None) is not None:
-        file = Path(fetch.resolve(config.reference.ref_model)) / "config.json"
-        prints["reference"] = _digest(frozen["ref"], *(hf.read_config(file) if file.is_file() else (model.family, model.cfg)))
-    return prints
+def _load_words(run: TrainRun) -> TokenizerSetup:
+    """The tokenizer of the run, with special and extra tokens as the options ask; checks the model's configs before rows are read."""
+    model, options = run.config.model, run.config.vocabulary
+    words = tokenizers.set_up_tokenizer(
+        model.model,
+        revision=model.revision,
+        start=run.start,
+        special_tokens=option_pairs.named_texts(options.special_tokens, "special-tokens"),
+        tokens=options.tokens,
+        say=run.say,
+    )
+    loading.check_configs(model.model, revision=model.revision, sizes=getattr(model, "from_config", None) is None)
+    return words
 
 
-def _digest(params: Params, family: str, cfg: Config) -> str:
-    """Of weights and of what is computed with them."""
-    return fingerprint.values(ckpt.leaf_digest(params), identity.settings(family, cfg))
-
-
-def _start_folder(config: Any) -> str | None:
-    """The adapter that a run starts from."""
-    return config.adapter.lora_model_dir if _has_adapter(config) else None
-
-
-def _read(run: Run, tokenizer: Any, source: Source | None) -> Any:
+def _read(run: TrainRun, tokenizer: Tokenizer, source: Source | None) -> Dataset:
     """The data of the run, with a line about each data set."""
     if source is not None:
         return document_source.NOTHING
@@ -104,94 +131,93 @@ def _read(run: Run, tokenizer: Any, source: Source | None) -> Any:
     return data
 
 
-def _load(run: Run, words: TokenizerSetup) -> tuple[Model, Policy]:
+def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
     """The model that the run starts from, with a row for each token, and the policy over it."""
-    config, start = run.config, _start_folder(run.config)
-    base = _base_model(run)
-    identity = bases.started_on(config.model, base, start, say=run.say)
-    model = setup.with_rows(base, words, config.vocabulary, start)
-    changed = setup.describe_rows(words, base, model)
+    config = run.config
+    loaded = _base_model(run)
+    base = loading.identify_base(config.model.model, loaded)
+    if run.start is not None:
+        loading.check_base(run.start, base, say=run.say, train=True)
+    model = tokenizers.resize_embeddings(loaded, words, multiple=config.vocabulary.embedding_multiple, start=run.start)
+    changed = tokenizers.describe_resize(words, loaded, model)
     if changed:
         run.say(changed)
-    if getattr(config, "adapter", None) is None or config.adapter.adapter == "none":
+    if run.adapter is None:
         return model, policy.full(model)._replace(tokenizer=words.tokenizer)
-    spec = setup.adapter_spec(config.adapter)
     options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head}
-    return model, policy.adapt(model, spec, base=identity, **options, say=run.say)._replace(tokenizer=words.tokenizer)
+    start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
+    return model, start._replace(tokenizer=words.tokenizer)
 
 
-def _base_model(run: Run) -> Model:
+def _base_model(run: TrainRun) -> Model:
     """The model that the options name, or one of random weights of the shape in a config.json."""
     options = run.config.model
-    if getattr(options, "from_config", None) is None:
-        return setup.load_model(options, on=run.device, say=run.say)[0]
-    path = Path(options.from_config)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"config file {file} does not exist")
-    with fields.reading(file):
-        family, _ = hf.read_config(file)
-        dtype = loading.compute_dtype(options.dtype, run.device)
-        model = hf.random(family, file, seed=run.config.optim.seed, dtype=dtype)
-    return model._replace(params=tree.map(lambda leaf: leaf.to(run.device), model.params))
+    if (shape := getattr(options, "from_config", None)) is not None:
+        return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device)
+    return loading.load_model(options.model, revision=options.revision, dtype=options.dtype, device=run.device, say=run.say)[0]
 
 
-class Pieces(NamedTuple):
-    """The method for a loaded model, the data, and what the run starts from as far as that is known."""
-
-    parts: Parts
-    data: Any
-    origin: provenance.Origin
-    stop_ids: list[int]
-
-
-def _connect(run: Run, pieces: Pieces, source: Source | None, stack: contextlib.ExitStack) -> Assembly:
-    """The optimiser, the source and the step, where the run begins or goes on."""
-    parts, data, origin, stop_ids = pieces
-    config, start = run.config, parts.policy
-    peak = config.optim.learning_rate or run.method.rates[start.lora is None]
-    optimizer = setup.optimizer(config.optim, loraplus=config.adapter.loraplus_lr_ratio if start.lora else None)
-    step_zero = torch.tensor(0, device=run.device)
-    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
-    supply, data = _supply(run, parts, data, state, source, stack)
-    stack.callback(supply.source.close)
-    stepper = step.make_step(
-        parts.objective,
-        optimizer,
-        schedule=cadence.schedule(config.optim, peak, supply.source.total_steps),
-        clip=config.optim.max_grad_norm or None,
-        prepare=parts.prepare,
-        mesh=run.ranks.mesh,
+def adapter_spec(options: AdapterOptions) -> AdapterSpec:
+    """The adapter that the options describe."""
+    return AdapterSpec(
+        rank=options.lora_r,
+        alpha=options.lora_alpha,
+        rslora=options.lora_rslora,
+        dropout=options.lora_dropout,
+        targets=options.lora_target_modules,
+        layers=options.lora_layers,
+        modules_to_save=options.lora_modules_to_save,
+        start=options.lora_model_dir,
     )
-    origin = provenance.with_functions(origin, supply.functions, supply.reward_models) if parts.rollouts else origin
-    sampled = parts.rollouts is not None
-    meta, changed = provenance.check(origin, documents=supply.documents, stream=supply.digest, sampled=sampled)
-    state, resumed = loop.restore(run.folder, state, supply.source)
-    _tell_changes(run, changed, int(state.step), supply.source.total_steps)
-    start = start._replace(params=state.params, frozen=state.frozen)
-    after_step = step.in_sequence(parts.after_step, supply.after_step)
-    about = summary.describe(run, start, supply.described, peak, supply.source.total_steps)
-    hooks = loop.Hooks(
-        parts.objective, parts.prepare, after_step, meta=meta | products.record(), resumed=resumed, sampled=sampled, about=about
-    )
-    return Assembly(start, state, supply, stepper, hooks, data, peak, stop_ids)
 
 
-def _supply(run: Run, parts: Parts, data: Any, state: TrainState, source: Source | None, stack: contextlib.ExitStack) -> tuple[Supply, Any]:
+def _weights(run: TrainRun, model: Model, start: Policy, frozen: Params) -> dict[str, str]:
+    """Fingerprints of the model (of random weights their sizes), of the adapter that was there, and of another model as the reference."""
+    if getattr(run.config.model, "from_config", None) is not None:
+        prints = {"model": fingerprint.values(repr((model.family, model.cfg)))}
+    else:
+        prints = {"model": provenance.weights_digest(model.params, identity.settings(model.family, model.cfg))}
+    if run.start is not None and start.lora is not None and start.adapter is not None:
+        prints["adapter"] = provenance.weights_digest(start.params, start.lora.scale, sorted(start.adapter.paths))
+    if "ref" in frozen and (other := table.flatten(run.config).get("ref_model")) is not None:
+        file = Path(fetch.resolve(other)) / "config.json"
+        shape = hf.read_config(file) if file.is_file() else (model.family, model.cfg)
+        prints["reference"] = provenance.weights_digest(frozen["ref"], identity.settings(*shape))
+    return prints
+
+
+def _supply(run: TrainRun, pieces: Pieces, state: TrainState, source: Source | None, stack: contextlib.ExitStack) -> tuple[Supply, Dataset]:
     """Where the micro-batches come from, and the data with what the method computes of it once."""
     if source is not None:
         text = f"{type(source).__name__}, a source of {source.total_steps} steps"
-        return Supply(source, None, described={"data": text, "step": "micro-batches of the source"}), data
-    if parts.rollouts is not None:
-        return rollout_source.supply(run, parts, data, stack, partial(artifacts.extras, run.config, parts.policy))
-    return document_source.supply(run, parts, data, state)
+        return Supply(source, None, described={"data": text, "step": "micro-batches of the source"}), pieces.data
+    if pieces.parts.rollouts is not None:
+        return rollout_source.supply(run, pieces.parts, pieces.data, stack, partial(extras, run, pieces.parts.policy))
+    return document_source.supply(run, pieces.parts, pieces.data, state)
 
 
-def _tell_changes(run: Run, changed: list[str], step: int, total_steps: int) -> None:
-    """List what is otherwise than when the checkpoint was written. Errors: ValueError where no step is left that would see it."""
+def _restore(run: TrainRun, pieces: Pieces, state: TrainState, supply: Supply) -> tuple[TrainState, loop.Hooks]:
+    """The state and the source where the run begins or goes on, compared with the checkpoint that it goes on from."""
+    parts, sampled = pieces.parts, pieces.parts.rollouts is not None
+    origin = provenance.with_functions(pieces.origin, supply.functions, supply.reward_models) if sampled else pieces.origin
+    meta, changed = provenance.check(origin, documents=supply.documents, stream=supply.digest, sampled=sampled)
+    state, resumed = loop.restore(run.folder, state, supply.source)
     if run.folder.resume is not None:
-        provenance.reached(run.folder.resume, step, total_steps, changed, table.rules(type(run.config)))
-    if changed:
-        run.say("changed since the checkpoint:")
-    for text in changed:
-        run.say(f"  {text}")
+        rules = table.rules(type(run.config))
+        provenance.reached(run.folder.resume, int(state.step), supply.source.total_steps, changed, rules)
+    for text in ["changed since the checkpoint:", *(f"  {text}" for text in changed)] if changed else ():
+        run.say(text)
+    after_step = step.in_sequence(parts.after_step, supply.after_step)
+    meta = meta | products.record()
+    return state, loop.Hooks(parts.objective, parts.prepare, after_step, meta=meta, resumed=resumed, sampled=sampled)
+
+
+def extras(run: TrainRun, start: Policy) -> dict[str, Any]:
+    """What a saved folder holds besides weights, as arguments of `policy.save`.
+
+    Errors: ValueError for a generation_config.json of the base model that cannot be used.
+    """
+    model, words = run.config.model, run.config.vocabulary
+    own_template = getattr(run.config.data, "chat_template", None) is not None
+    own = {"own_words": bool(words.special_tokens or words.tokens), "own_template": own_template}
+    return policy.companions(start, model.model, revision=model.revision, start=run.start, **own)

@@ -6,19 +6,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli import artifacts, assembly, cadence, document_source, requirements, sample_answer, setup, summary
+from treetune.cli import assembly, document_source, invocation, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import METHODS, of_config
-from treetune.cli.run import Run
-from treetune.core import import_path, masking
+from treetune.cli.options.protocols import TrainConfig
+from treetune.cli.run import Run, TrainRun
+from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
-from treetune.core.run import folder, loop, ranks, report, signals
+from treetune.core.data import prompt_ids, sample_prompt
+from treetune.core.run import cadence, folder, loop, ranks, report, sample_answer, signals, summary
 from treetune.core.run import observers as trackers
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.state import TrainState
+from treetune.models import loading
+from treetune.models import policy as policies
+from treetune.models.decode import Samples
 from treetune.models.policy import Policy
 
 SHOWN = 8  # documents in the report
@@ -80,30 +85,24 @@ def run(
         with checking_input():
             this = begin(config, observers, options, stack)
             parts = assembly.assemble(this, source, stack)
-            answer = sample_answer.prepare(this, parts.policy, parts.data, parts.stop_ids)
-            kept = artifacts.extras(config, parts.policy)  # better refused now than when all is trained
+            answer = _sample_answer(this, parts)
+            extras = assembly.extras(this, parts.policy)  # better refused now than when all is trained
             ranks.barrier(this.ranks)  # every rank has read what it resumes from
             ranks.share(this.ranks, partial(_create, this, parts.policy))
             this.observers.add(*_files(this, parts))
         with running(this.folder.root):
             outcome = _train(this, parts, answer, interrupted)
-            saved = artifacts.save(this, parts.policy, outcome.state, kept)
+            saved = _save(this, parts.policy, outcome.state, extras)
             _finish(this, parts, answer, outcome, saved)
         trained = parts.policy._replace(params=outcome.state.params, frozen=outcome.state.frozen)
         return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
 
 
-def begin(config: Any, told: Iterable[Any], options: frozenset[str], stack: contextlib.ExitStack) -> Run:
+def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], stack: contextlib.ExitStack) -> TrainRun:
     """The device, the ranks and the folder of a run."""
-    device, method = setup.device(config.model.device), of_config(config)
+    device, method = loading.select_device(config.model.device), of_config(config)
     world = ranks.join_ranks(device)
-    request = folder.Request(
-        method.name,
-        config.run.output_dir,
-        config.run.resume,
-        config.run.overwrite,
-        read=partial(requirements.inputs, config),
-    )
+    request = table.record(folder.Request, config, name=method.name, read=partial(requirements.inputs, config))
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()
     if world.rank == 0:
@@ -112,18 +111,23 @@ def begin(config: Any, told: Iterable[Any], options: frozenset[str], stack: cont
     return Run(config, method, options, device, world, group, run_dir)
 
 
-def _create(this: Run, start: Policy) -> None:
+def _result_name(start: Policy) -> str:
+    """The name of the folder of what trained, in the run folder."""
+    return "model" if start.lora is None else "adapter"
+
+
+def _create(this: TrainRun, start: Policy) -> None:
     """Begin the run in its folder."""
     # How a run was started (--resume, --overwrite) is not what it is.
     text = reading.to_yaml(this.config, without=("resume", "overwrite"))
-    folder.create(this.folder, masking.mask_secrets(text), makes=("model" if start.lora is None else "adapter",))
+    folder.create(this.folder, masking.mask_secrets(text), makes=(_result_name(start),))
 
 
-def _files(this: Run, parts: Assembly) -> tuple[Observer, ...]:
+def _files(this: TrainRun, parts: Assembly) -> tuple[Observer, ...]:
     """The observers that write the files of the run folder, on the first rank."""
     if this.ranks.rank > 0:
         return ()
-    completions = getattr(getattr(this.config, "pipeline", None), "log_completions", True)
+    completions = table.flatten(this.config).get("log_completions", True)
     page = report.Report(
         this.folder.root,
         docs=parts.data.train[:SHOWN],
@@ -134,24 +138,35 @@ def _files(this: Run, parts: Assembly) -> tuple[Observer, ...]:
     return MetricsFile(this.folder.metrics), SamplesFile(this.folder.samples, completions=completions), page
 
 
-def _train(this: Run, parts: Assembly, answer: Callable, interrupted: Callable[[str], None] | None) -> loop.Outcome:
-    options, method = this.config.run, this.method
-    settings = loop.Settings(
-        options.eval_steps,
-        options.save_steps,
-        options.save_total_limit,
-        options.early_stopping_patience,
-        options.loss_watchdog_threshold,
-        options.loss_watchdog_patience,
-        method.goal,
-        method.perplexity,
-    )
+def _sample_answer(this: TrainRun, parts: Assembly) -> Callable[[TrainState], None]:
+    """A function that answers the sample prompt with the weights of a state; nothing for reward models.
+
+    Errors: ValueError for a prompt that the model cannot read.
+    """
+    start, options = parts.policy, this.config.run
+    if "head" in start.params:
+        return lambda state: None
+    column = getattr(this.config.data, "text_column", "text")
+    text, ids = sample_prompt.choose(parts.data, start.tokenizer, asked=options.sample_prompt, text_column=column)
+    prompt_ids.check_ids(ids, start.cfg.vocab_size, "the sample prompt")
+    tokens = min(options.sample_tokens, start.cfg.max_positions - len(ids))
+    if not ids or tokens < 1:
+        return lambda state: None
+    sample = policies.sampler(start, temperature=0.0, stop=parts.stop_ids, seed=0)
+
+    def answer(state: TrainState) -> Samples:
+        return sample(state, [ids], [0], n=1, max_tokens=tokens)
+
+    return sample_answer.answerer(text, answer, start.tokenizer, this.observers)
+
+
+def _train(
+    this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], interrupted: Callable[[str], None] | None
+) -> loop.Outcome:
+    """All steps of the run, or those up to a reason to stop."""
 
     def before(state: TrainState) -> None:
-        for text in (
-            *cadence.warnings(this.config, parts.peak, parts.supply.source.total_steps, evaluated=parts.supply.evaluate is not None),
-            *this.folder.notes,
-        ):
+        for text in (*_warnings(this, parts), *this.folder.notes):
             this.observers.warn(text)
         parts.supply.start(state)
         if parts.hooks.resumed is None:
@@ -159,7 +174,6 @@ def _train(this: Run, parts: Assembly, answer: Callable, interrupted: Callable[[
 
     with contextlib.ExitStack() as stack:
         stop = loop.never if interrupted is None else stack.enter_context(signals.caught(interrupted))
-        hooks = parts.hooks._replace(before=before, stop=stop)
         return loop.run(
             parts.step,
             parts.supply.source,
@@ -167,21 +181,45 @@ def _train(this: Run, parts: Assembly, answer: Callable, interrupted: Callable[[
             evaluate=parts.supply.evaluate,
             observers=this.observers,
             folder=this.folder,
-            settings=settings,
-            hooks=hooks,
+            settings=table.record(loop.Settings, this.config, goal=this.method.goal, perplexity=this.method.perplexity),
+            hooks=parts.hooks._replace(before=before, stop=stop),
         )
 
 
-def _finish(this: Run, parts: Assembly, answer: Callable, outcome: loop.Outcome, saved: Path) -> None:
+def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
+    """What the run never reaches."""
+    intervals = table.record(cadence.Intervals, this.config)
+    return cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None)
+
+
+def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:
+    """Write what trained into the run folder, in place of an earlier result. The folder written."""
+    trained = tree.map(shard.full, state.params)  # on every rank: gathering sharded leaves is a collective
+    path = this.folder.root / _result_name(start)
+    if this.ranks.rank == 0:
+        folder.leave(path, lambda draft: policies.save(policies.bare(start), draft, params=trained, **extras))
+    return path
+
+
+def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], outcome: loop.Outcome, saved: Path) -> None:
     """Answer the sample prompt once more and report; a failure here loses nothing, since what trained is saved."""
     try:
         answer(outcome.state)
     except (ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         this.observers.warn(f"the sample answer failed, the trained weights are saved: {reason}")
-    rows = summary.results(this, outcome, parts.supply.source.total_steps, saved)
-    if warnings := cadence.warnings(this.config, parts.peak, parts.supply.source.total_steps, evaluated=parts.supply.evaluate is not None):
+    rows = summary.results(outcome, parts.rate.total_steps, saved, goal=this.method.goal, shown=this.method.shown)
+    if warnings := _warnings(this, parts):
         rows["warning"] = "; ".join(warnings)  # its line at the start went by
-    rows |= summary.commands(this, parts.policy, outcome, saved, raw=parts.data.format == "completion")
-    this.observers.summary(rows, outcome.history)
+    this.observers.summary(rows | _commands(this, parts, outcome, saved), outcome.history)
     ranks.barrier(this.ranks)
+
+
+def _commands(this: TrainRun, parts: Assembly, outcome: loop.Outcome, saved: Path) -> dict[str, str]:
+    """Commands that continue the run and that try what was trained."""
+    rows, start = {}, parts.policy
+    if outcome.stopped == "interrupted" and (text := invocation.continuation(this.folder.root, overwrite=this.config.run.overwrite)):
+        rows["continue with"] = text
+    chat = parts.data.format != "completion" and bool(start.tokenizer.chat_template)
+    kind = {"scores": "head" in start.params, "adapter": start.lora is not None, "chat": chat}
+    return rows | {"try it": invocation.trial(this.config.data, saved, **kind)}

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+
+from treetune.cli.options.commands import Score
 
 _COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("command line")
 STARTING = {"resume": 1, "overwrite": 0, "no_overwrite": 0}  # options that say how a run starts, and how many values each takes
@@ -51,3 +54,19 @@ def continuation(root: Path, *, overwrite: bool) -> str | None:
     words += ["--no-overwrite"] if overwrite and "overwrite" not in options else []
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return ("under torchrun, as before: " if several else "") + command(*words, "--resume", "auto")
+
+
+def trial(data: Any, saved: Path, *, scores: bool, adapter: bool, chat: bool) -> str:
+    """The command that tries what a run left in its folder. data: the options of the rows; chat: whether the rows were conversations."""
+    if scores:
+        return command("score", saved.parent, "--data", data.data[0] if data.data else "ROWS", *_score_options(data))
+    place = ("--adapter" if adapter else "--model", saved)
+    return command("chat", *place) if chat else command("generate", "Once upon a time", "--raw", *place)
+
+
+def _score_options(options: Any) -> list[Any]:
+    """Options of `treetune score` for rows to be read as the run read them, where its defaults would not do so."""
+    default = Score()
+    names = ("format", "split", "sequence_len", "chat_template", "step_separator")
+    values = {name: getattr(options, name, getattr(default, name)) for name in names}
+    return [part for name, value in values.items() if value != getattr(default, name) for part in (f"--{name.replace('_', '-')}", value)]

@@ -1,5 +1,6 @@
 """What must hold of a config before anything is loaded. Imports torch only for a run that starts from an adapter."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -33,11 +34,18 @@ def complete(config: Any, options: frozenset[str] = frozenset(), config_file: st
     _check_outputs(config, config_file)
     places.check(config, MODELS)
     if getattr(getattr(config, "adapter", None), "lora_model_dir", None) is not None:
-        from treetune.cli import bases
-
-        config = bases.started(config, options)
+        config = _on_base(config, named="model" in options)
     method = CONFIGS.get(type(config))
     return config if method is None else method.complete(config)
+
+
+def _on_base(config: Any, *, named: bool) -> Any:
+    """The config of a run that starts from an adapter, on the adapter's own base model unless the user has named one. Imports torch."""
+    from treetune.models import target
+
+    options = config.model
+    base = target.choose(config.adapter.lora_model_dir, model=options.model, named=named, revision=options.revision)
+    return dataclasses.replace(config, model=dataclasses.replace(options, model=base.model, revision=base.revision))
 
 
 def check(config: Any, options: frozenset[str]) -> None:

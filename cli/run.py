@@ -1,19 +1,23 @@
 """A run that is being put together: what every part of the assembly may ask for."""
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from treetune.cli.methods.method import Method
+from treetune.cli.options.model import AdapterOptions
+from treetune.cli.options.protocols import TrainConfig
 from treetune.core.run.folder import RunDir
 from treetune.core.run.observers import Observers
 from treetune.core.run.ranks import Ranks
 
+C = TypeVar("C", bound=TrainConfig, covariant=True)
 
-class Run(NamedTuple):
+
+class Run(NamedTuple, Generic[C]):
     """The config of a run and where it takes place. options: the names of those that the user set."""
 
-    config: Any
+    config: C
     method: Method
     options: frozenset[str]
     device: torch.device
@@ -21,6 +25,30 @@ class Run(NamedTuple):
     observers: Observers
     folder: RunDir
 
+    @property
+    def adapter(self) -> AdapterOptions | None:
+        """The adapter that trains; None where the model itself does."""
+        options = getattr(self.config, "adapter", None)
+        return options if options is not None and options.adapter == "lora" else None
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that the run starts from."""
+        return None if self.adapter is None else self.adapter.lora_model_dir
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate."""
+        return self.config.optim.learning_rate or self.rate
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate of the method, where none is given."""
+        return self.method.rates[self.adapter is None]
+
     def say(self, text: str) -> None:
         """Tell the observers a line."""
         self.observers.message(text)
+
+
+TrainRun = Run[TrainConfig]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from treetune.core import lora, param
+from treetune.core import lora, param, tree
 from treetune.models import MODELS, adapter_config, gguf, hf
+from treetune.models.policy import Policy, weights
 
 
 def describe_model(path: Path) -> dict[str, str]:
@@ -37,4 +38,14 @@ def describe_adapter(path: Path) -> dict[str, str]:
         "rank": f"{config.rank}, alpha {config.alpha:g}{', rank-stabilised' * config.rslora}",
         "targets": config.targets if isinstance(config.targets, str) else f"{len(names)} modules: {', '.join(targets)}",
         "trained whole": ", ".join(config.saved) or "none",
+    }
+
+
+def describe_policy(policy: Policy, name: str) -> dict[str, str]:
+    """Lines by name for a policy from the model of this name: its size, and what of it trains."""
+    trained, total = param.count(policy.params), param.count(weights(policy.params, policy.frozen))
+    leaves = len(tree.leaves(policy.params))
+    return {
+        "model": f"{name}: {policy.family}, {total / 1e6:.1f} M parameters, computes in {str(policy.cfg.dtype)[6:]}",
+        "trains": f"{trained / 1e6:.2f} M parameters in {leaves} leaves ({100 * trained / total:.2f} %)",
     }

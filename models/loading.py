@@ -45,6 +45,17 @@ def load_model(
     return model, path
 
 
+def random_model(path: str | Path, *, seed: int, dtype: str = "auto", device: torch.device) -> Model:
+    """A model of random weights of the shape in a config.json, or in the one of a folder."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"config file {file} does not exist")
+    with fields.reading(file):
+        family, _ = hf.read_config(file)
+        model = hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device))
+    return model._replace(params=tree.map(lambda leaf: leaf.to(device), model.params))
+
+
 def check_configs(name: str | Path, *, revision: str | None = None, sizes: bool = True) -> None:
     """Raise ValueError for a generation_config.json, or with `sizes` a config.json, that cannot be used.
 

@@ -21,7 +21,7 @@ from treetune.models.adapter import Base, Carried, Info
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
-from treetune.models.tokenizer import adapter_folder, resize_embeddings, set_up_tokenizer
+from treetune.models.tokenizer import adapter_folder, generation_config, has_template, has_tokenizer, resize_embeddings, set_up_tokenizer
 from treetune.ops import noise
 from treetune.ops.attention import Plan
 
@@ -354,3 +354,20 @@ def save(
     else:
         info = policy.adapter._replace(dropout=policy.lora.dropout)
         artifacts.save_adapter(path, trained, family=policy.family, info=info, tied=policy.cfg.tied, carried=carried)
+
+
+def companions(
+    policy: Policy, name: str, *, revision: str | None = None, start: str | None = None, own_words: bool = False, own_template: bool = False
+) -> dict[str, Any]:
+    """What a saved folder holds besides weights, as arguments of `save`: generation_config.json, or what an adapter carries.
+
+    name, revision: the model that it was made from; start: the adapter. own_words, own_template: whether the tokenizer has tokens, or a
+    chat template, that the model's has not. Raises ValueError for a generation_config.json that cannot be used.
+    """
+    if policy.lora is None:
+        has_head = "head" in policy.params
+        return {"generation": None if has_head else generation_config(name, policy.tokenizer, revision=revision)}
+    if own_words or (start is not None and has_tokenizer(start)):
+        return {"carried": Carried(tokenizer=policy.tokenizer)}
+    template = own_template or (start is not None and has_template(start))
+    return {"carried": Carried(template=policy.tokenizer.chat_template if template else None)}

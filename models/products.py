@@ -26,22 +26,22 @@ def settle(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    recorded: Mapping[str, str] | None = None,
+    meta: Mapping[str, Any] | None = None,
     source: str = "",
     share: Share | None = None,
     say: Say = silent,
 ) -> None:
     """Choose the products for this process: those recorded in a checkpoint to go on from, else those of the machine.
 
-    recorded: what `record` gave, under KEY; source: the checkpoint's name. share: runs a function on rank 0 and gives its result to all
-    ranks, which must agree.
+    meta: of that checkpoint, with what `record` gave; one without was computed with the default. source: the checkpoint's name.
+    share: runs a function on rank 0 and gives its result to all ranks, which must agree.
     """
     product.choose(product.Choice())  # whatever ran in this process before may have had another
     if device.type != "cpu" or dtype != torch.float32:
         return
     fastest = measured() if share is None else share(measured)
     # Another product changes the last bits of every result: a resumed run keeps its own, though it may be the slower one here.
-    choice = fastest if recorded is None else product.Choice(**recorded)
+    choice = fastest if meta is None else product.Choice(**meta.get(KEY, {}))
     product.choose(choice)
     if choice != fastest:
         say(f"products: {_describe(choice)}, as in {source}; on this machine {_describe(fastest)} would be faster")

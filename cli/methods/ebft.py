@@ -11,6 +11,7 @@ from treetune.cli.options.ebft import RATES, Ebft, one_rollout, only_in
 from treetune.core.config import table
 
 if TYPE_CHECKING:
+    from treetune.core.data.kinds import DatasetSpec
     from treetune.models.policy import Policy
 
 
@@ -67,7 +68,15 @@ def variant(config: Ebft) -> dict[str, Any]:
         return {}
     unit = "generated tokens" if config.ebft.ce_coef == 0 else "generated tokens, and over all tokens of documents,"
     shown = ("ebft/mean_reward", *METHOD.shown[1:])
-    return {"data": "strided", "unit": unit, "shown": shown, "goal": "ebft/cfm_loss"}
+    return {"data": "strided", "rows": rows, "unit": unit, "shown": shown, "goal": "ebft/cfm_loss"}
+
+
+def rows(config: Ebft) -> "DatasetSpec":
+    """The documents of strided mode, with the places where rollouts start."""
+    from treetune.cli.methods import ebft_strided
+
+    dataset: Callable[..., DatasetSpec] = ebft_strided.dataset
+    return dataset(config.ebft)
 
 
 def complete(config: Ebft) -> Ebft:

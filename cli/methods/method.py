@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from treetune.core.data.kinds import DatasetSpec
     from treetune.core.data.prompts import Prompt
     from treetune.core.data.reference_logps import Enrich
     from treetune.core.rollout.rewards import Rewards
@@ -74,7 +75,8 @@ class Parts(NamedTuple):
 class Method(NamedTuple):
     """A training command.
 
-    help: its line in `treetune --help`. rates: peak learning rate with an adapter and without. data: kind of rows that it reads.
+    help: its line in `treetune --help`. rates: peak learning rate with an adapter and without. data: kind of rows that it reads;
+    rows(config) -> the spec of a kind that `core.data.kinds` has no name for.
     parts(config, policy, setting) -> its objectives, state and streams for one model.
     shown: metrics worth a place on the screen. unit: what the loss is a mean over. head: whether a head of scores trains with the model.
     perplexity: whether the loss is a mean of -log p. goal: metric of evaluations that the best checkpoint follows; one named loss falls.
@@ -98,6 +100,7 @@ class Method(NamedTuple):
     unused: Callable[[Any], dict[str, str]] = lambda config: {}
     variant: Callable[[Any], dict[str, Any]] = lambda config: {}
     complete: Callable[[Any], Any] = lambda config: config
+    rows: Callable[[Any], DatasetSpec] | None = None
 
 
 def resolve(method: Method, config: Any) -> Method:

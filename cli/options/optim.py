@@ -1,16 +1,19 @@
 """Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
-from treetune.core import registry
+from treetune.core import option_pairs, registry
 from treetune.core.config.doors import unused_unless_taken
 from treetune.core.config.marks import REGEX_NUMBERS, RESOURCES, RUN_LENGTH, STEP_ROWS, STEP_SIZE, Unused, refused, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
+
+if TYPE_CHECKING:
+    from treetune.core.optim import Optimizer
 
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
 
@@ -110,3 +113,19 @@ def conflicts(optim: OptimOptions) -> None:
     """Raise BadInput for two ways of saying how long the warm-up is."""
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         raise BadInput("give warmup_steps or warmup_ratio, not both")
+
+
+def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer":
+    """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side. Imports torch."""
+    factors = option_pairs.rules(options.lr_rules, "lr-rules")
+    if frozen := [regex for regex, factor in factors if not factor > 0]:
+        raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
+    values = {
+        "b1": options.adam_beta1,
+        "eps": options.adam_epsilon,
+        "momentum": options.momentum,
+        "weight_decay": options.weight_decay,
+        "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
+        "lr_scale": factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else []),
+    } | ({} if options.adam_beta2 is None else {"b2": options.adam_beta2})
+    return registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values)()

@@ -1,13 +1,14 @@
 """The reference's log-probs of every document, computed once before a run and kept on disk with the prepared rows."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from treetune.core.data import cache, pack, trees
+from treetune.core.data import cache, loader, pack, trees
+from treetune.core.data.dataset import Dataset
 from treetune.core.state import Batch, Plan, TrainState
 
 NAME = "ref_logp"  # of the values of a document
@@ -95,6 +96,27 @@ def load_or_compute(
     enriched = compute(docs)
     cache.save_entry(store.root, key, [Saved((doc.values or {})[NAME]) for doc in enriched])
     return enriched
+
+
+def precompute(
+    data: Dataset,
+    compute: Callable[[Docs, list[list[int]]], list[trees.TreeDoc]],
+    batching: Mapping[str, int],
+    store: Store | None,
+    *,
+    say: Callable[[str], Any],
+) -> Dataset:
+    """The documents to train on and to hold out with the reference's log-probs.
+
+    compute(docs, groups): groups are the documents of each forward pass. batching: how documents form them, as in training.
+    """
+
+    def enrich(docs: Docs) -> list[trees.TreeDoc]:
+        lengths, budget, rows = [len(doc.tokens) for doc in docs], batching.get("budget"), batching.get("rows")
+        return compute(docs, loader.epoch_plan(lengths, shuffle=False, budget=budget, rows=rows) if docs else [])
+
+    train, val = (load_or_compute(docs, enrich, store, say=say) for docs in (data.train, data.val))
+    return data._replace(train=train, val=val)
 
 
 def digest(docs: Docs) -> str:

@@ -279,10 +279,15 @@ def _recover(root: Path) -> None:
                 drafts.delete(one.path)
 
 
-def replace(part: Path, path: Path) -> None:
-    """Give a finished result of a run its name, in place of an earlier one."""
-    owned.replace(part, path, owned.MODEL)
-    durable.fsync(path.parent)
+def leave(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a result of a run, which gets its name, in place of an earlier one, once it is whole; save(draft) writes the folder."""
+    draft = drafts.name(path)
+    try:
+        save(draft)
+        owned.replace(draft, path, owned.MODEL)
+        durable.fsync(path.parent)
+    finally:
+        drafts.delete(draft)
 
 
 def rewind(run: RunDir, step: int) -> tuple[list[dict], list[str]]:

@@ -9,31 +9,30 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.core import check, ckpt, durable, import_path, shard
-from treetune.core.run import best, faults, health, memory, recorder
+from treetune.core.run import best, faults, health, memory, progress, recorder
 from treetune.core.run import folder as run_folder
-from treetune.core.run import progress as bookkeeping
 from treetune.core.run.errors import RunFailed
 from treetune.core.run.observers import Observers
+from treetune.core.run.progress import Progress
 from treetune.core.run.source import Source
 from treetune.core.state import Objective, TrainState
 from treetune.core.step import AfterStep, Prepare
 
 RATES = {"tokens_per_second": "num_tokens", "supervised_tokens_per_second": "supervised_tokens"}
 PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no setting says how often
-Progress = bookkeeping.Progress
 Evaluate = Callable[[TrainState], dict[str, torch.Tensor]]
 Step = Callable[[TrainState, list[Any]], tuple[TrainState, dict[str, torch.Tensor]]]
 
 
 class Settings(NamedTuple):
-    """How often things happen, and what ends a run. None for eval_steps and save_steps: at the ends of epochs, up to 10 of them."""
+    """How often things happen (by default at up to 10 ends of epochs), how many checkpoints stay (by default all), what ends a run."""
 
     eval_steps: int | None = None
     save_steps: int | None = None
-    save_total_limit: int = 2
+    save_total_limit: int | None = None
     early_stopping_patience: int | None = None
     loss_watchdog_threshold: float | None = None
-    loss_watchdog_patience: int = 3
+    loss_watchdog_patience: int = 1
     goal: str = "loss"  # the metric of evaluations that finds the best checkpoint: a name that ends in loss falls, any other rises
     perplexity: bool = False  # whether exp(eval/loss) means something
 
@@ -104,7 +103,7 @@ class _Loop:
         self.settings, self.hooks, self.device = settings, hooks, state.step.device
         if hooks.resumed is not None and self.run is not None:
             assert self.run.resume is not None
-            self.progress = bookkeeping.read(hooks.resumed, self.run.resume)
+            self.progress = progress.read(hooks.resumed, self.run.resume)
             self.saved = int(state.step)
             if _rank() == 0:
                 self._rewind(state)
@@ -235,7 +234,7 @@ class _Loop:
         if self.run is None or self.saved == step:
             return
         position = self.source.state()  # on every rank: rollouts gather the states of all of them
-        meta = self.hooks.meta | bookkeeping.stored(self.progress, position)
+        meta = self.hooks.meta | progress.stored(self.progress, position)
         if _rank() == 0:
             self._flush_records()
         ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
@@ -379,11 +378,10 @@ def run(
         outcome = loop.steps(state)
         stopped = outcome.stopped
         return outcome
-    except import_path.Failed as error:  # of a source, such as an advantage
-        stopped = f"failed: {error}"
-        raise RunFailed(str(error)) from error
     except Exception as error:
         stopped = f"failed: {error}"
+        if isinstance(error, import_path.Failed):  # of a source, such as an advantage
+            raise RunFailed(str(error)) from error
         raise
     finally:
         loop.observers.end(stopped, loop.recorder.history)
@@ -394,10 +392,9 @@ def restore(run: run_folder.RunDir, state: TrainState, source: Source) -> tuple[
     if run.resume is None:
         return state, None
     state, meta = ckpt.load(run.resume, state)
-    # For its checks alone: damage is told before the run begins.
-    bookkeeping.read(meta, run.resume)
+    progress.read(meta, run.resume)  # for its checks alone: damage is told before the run begins
     if not check.finite({"params": state.params, "opt": state.opt}):
         raise ValueError(f"{run.resume} holds weights or moments that are not finite: {ckpt.FIX}")
     cursor = getattr(source, "cursor", None)
-    source.restore(bookkeeping.position(meta, None if cursor is None else len(cursor), run.resume))
+    source.restore(progress.position(meta, None if cursor is None else len(cursor), run.resume))
     return state, meta

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.core import fields, import_path, masking
+from treetune.core import ckpt, fields, import_path, masking
 from treetune.core.data import cache, fingerprint
 from treetune.core.rollout import builtin
 from treetune.core.run import folder, resume_rules
+from treetune.core.state import Params
 
 KEY = "provenance"  # of a checkpoint's meta
 DOCUMENTS = {
@@ -99,6 +100,11 @@ def with_weights(origin: Origin, weights: dict[str, str], base_digest: Callable[
     """
     old = origin.before is not None and origin.before.old
     return origin._replace(now=origin.now._replace(weights=weights), base_digest=base_digest() if old else "")
+
+
+def weights_digest(params: Params, *facts: Any) -> str:
+    """Fingerprint of weights, and of what is computed with them."""
+    return fingerprint.values(ckpt.leaf_digest(params), *facts)
 
 
 def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Origin:

@@ -1,6 +1,8 @@
 """How a run reads its training documents: which form the micro-batches of a step, from which cursor on, for how many steps."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.run.source import Cursor, Deal, Documents
 
 Collate = Callable[[list[Any], Cursor], Any]
+Guard = Callable[[], AbstractContextManager[None]]
 
 
 class Order(NamedTuple):
@@ -97,16 +100,16 @@ def streamed(
     order: Order,
     window: Window,
     *,
-    deal: Callable[..., Any] | None = None,
+    guard: Guard = contextlib.nullcontext,
 ) -> Reading:
     """The reading of a stream of rows, which `encode` turns into documents. Needs max_steps: nobody knows its length.
 
-    deal: `streaming.stream_steps`, or what wraps it, such as the check of rows that are read while training.
+    guard() is entered while rows are read, at any step of the run.
     """
     plan = order.plan | {"buffer": window.buffer}
     choices = {"step": order.step_size, "sequence_len": window.sequence_len, "text_column": window.text_column}
     rows = ledger.Ledger(parts, window.text_column)
-    steps = partial(_deal_from_stream if deal is None else deal, parts, encode, note=rows.note, **order.shares, **plan)
+    steps = partial(_deal_from_stream, guard, parts, encode, note=rows.note, **order.shares, **plan)
     resume = partial(rows.go_on, **{name: plan[name] for name in ("buffer", "shuffle", "seed")})
     digest = streaming.stream_fingerprint(parts, **choices, **plan)
     order_digest = fingerprint.values("stream", choices, plan)
@@ -116,7 +119,8 @@ def streamed(
 
 
 def _deal_from_stream(
-    parts: list, encode: Callable, cursor: streaming.StreamCursor, **options: Any
+    guard: Guard, parts: list, encode: Callable, cursor: streaming.StreamCursor, **options: Any
 ) -> Iterator[tuple[list[list[Any]], streaming.StreamCursor]]:
-    # A thread reads ahead, so that a step does not wait for a disk or the hub.
-    yield from streaming.prefetch(streaming.stream_steps(parts, encode, cursor=cursor, **options))
+    with guard():
+        # A thread reads ahead, so that a step does not wait for a disk or the hub.
+        yield from streaming.prefetch(streaming.stream_steps(parts, encode, cursor=cursor, **options))

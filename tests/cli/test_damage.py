@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from treetune.cli import assembly, sample_answer
+from treetune.cli import assembly
 from treetune.core import ckpt, manifest
 from treetune.core.run import loop
+from treetune.models import decode
 
 STEPS = 4
 EVERY = ("--max-steps", STEPS, "--save-steps", 1, "--eval-steps", 2, "--save-total-limit", 9, "--output-dir", "run", "--warmup-steps", 0,
@@ -228,14 +229,14 @@ def test_a_run_that_replaces_another_and_fails_gives_it_back(kit, here, sft):
 
 
 def test_a_failing_sample_loses_no_weights(here, sft, monkeypatch):
-    sample = sample_answer.decode.sample
+    sample = decode.sample
 
     def failing(*args, **kwargs):
         if (here / "run/checkpoints/step_000002").exists():
             raise RuntimeError("no\nanswer")
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(sample_answer.decode, "sample", failing)
+    monkeypatch.setattr(decode, "sample", failing)
     done = sft("--output-dir", "run")
     assert done.code == 0 and "the sample answer failed, the trained weights are saved: no answer" in " ".join(done.out.split())
     assert (here / "run/adapter/adapter_model.safetensors").exists() and (here / "run/report.html").exists()

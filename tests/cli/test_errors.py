@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from treetune.cli import cadence, errors, main
+from treetune.cli import errors, main
 from treetune.core import fields
+from treetune.core.run import cadence
 
 RAISED = (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, ZeroDivisionError, RuntimeError, MemoryError)
 

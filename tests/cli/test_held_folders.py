@@ -29,12 +29,13 @@ def boom(*_, **__):
 
 @pytest.mark.parametrize("at", ["assemble", "create", "sample", "step", "record"])
 def test_the_old_run_is_put_back_when_the_new_one_does_not_begin(at, kit, tiny, tune, here, run, monkeypatch):
-    from treetune.cli import assembly, sample_answer
+    from treetune.cli import assembly
     from treetune.core.run import loop
+    from treetune.models import policy
 
     before = kit.snapshot(here)
     place = {"assemble": (assembly, "assemble"), "create": (ckpt.Path, "mkdir"), "sample": (loop, "run"), "step": (loop._Loop, "record")}
-    place |= {"record": (sample_answer.policy, "current")}
+    place |= {"record": (policy, "current")}
     if at == "create":
         mkdir = Path.mkdir
         monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: boom() if self.name == "checkpoints" else mkdir(self, *a, **k))

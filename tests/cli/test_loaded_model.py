@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 
-from treetune.cli import setup
 from treetune.core import tree
 from treetune.core.run import loop
+from treetune.models import loading
 
 REWARDS = "def length(completions):\n    return [float(len(one)) for one in completions]\n"
 PAIRS = [{"prompt": f"{i} + 1", "chosen": str(i + 1), "rejected": "no"} for i in range(12)]
@@ -30,7 +30,7 @@ RUNS = {
 def alive(monkeypatch):
     """Names of the loaded leaves that are alive when the first step begins."""
     loaded, names = {}, []
-    load, run = setup.load_model, loop.run
+    load, run = loading.load_model, loop.run
 
     def remember(*args, **named):
         model, path = load(*args, **named)
@@ -43,7 +43,7 @@ def alive(monkeypatch):
         assert loaded
         return run(*args, **named)
 
-    monkeypatch.setattr(setup, "load_model", remember)
+    monkeypatch.setattr(loading, "load_model", remember)
     monkeypatch.setattr(loop, "run", look)
     return names
 

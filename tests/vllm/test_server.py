@@ -150,7 +150,9 @@ def made(trainer, size: float) -> Lora:
 
 
 def saving(trainer, used: Lora, rank: int = RANK):
-    return partial(adapter.save, adapter=used.tree, family=trainer.model.family, base="smol", rank=rank, alpha=ALPHA)
+    paths = [path.removesuffix(".A") for path, _ in tree.items(used.tree) if path.endswith(".A")]
+    info = adapter.Info(rank, ALPHA, base="smol", paths=paths)
+    return partial(adapter.save, adapter=used.tree, family=trainer.model.family, info=info)
 
 
 def on_canary(trainer, used: Lora | None = None) -> np.ndarray:
