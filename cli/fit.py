@@ -10,8 +10,7 @@ from treetune.cli import assembly, document_source, invocation, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import METHODS, of_config
-from treetune.cli.options.protocols import TrainConfig
-from treetune.cli.run import Run, TrainRun
+from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt

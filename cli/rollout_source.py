@@ -8,6 +8,7 @@ from typing import Any
 from treetune.cli import row_settings, samplers
 from treetune.cli.methods import policy_gradient
 from treetune.cli.methods.method import Parts, RolloutParts
+from treetune.cli.options import pipeline, policy_loss
 from treetune.cli.run import Run
 from treetune.core.config import table
 from treetune.core.data import chat_templates, loading, prompt_rows
@@ -46,7 +47,7 @@ def supply(run: Run, parts: Parts, data: Dataset, stack: contextlib.ExitStack, e
     settings, collate = table.record(generations.Settings, config), batches.batcher(parts.policy.cfg, run.device, parts.collates)
     players = _start(run, parts.policy, rollouts, data, stack, extras)
     calls = generations.Calls(_layout(run, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights, run.ranks))
-    if policy_gradient.scored_apart(config):
+    if pipeline.moved(table.flatten(config)):
         old = documents.old_logprobs(rollouts.logprob, collate, groups_per_batch=settings.micro_batch_size)
         calls = calls._replace(old_logprobs=old)
     if data.val:
@@ -86,7 +87,7 @@ def _engine(run: Run, policy: Policy, extras: Extras) -> Engine:
 
 def _layout(run: Run, rollouts: RolloutParts, collate: Batcher) -> Layout:
     loss = run.config.loss
-    skip = policy_gradient.skippable(loss) and rollouts.truth is None and run.config.pipeline.skip_zero_advantage_batches
+    skip = policy_loss.skippable(loss) and rollouts.truth is None and run.config.pipeline.skip_zero_advantage_batches
     document = partial(documents.document, mask_truncated=loss.mask_truncated_completions, truth=rollouts.truth)
     silence = batches.replanned(losses.zero_signal_batch) if skip else None
     return Layout(document, batches.seeded(collate, run.config.optim.seed, DROPOUT), silence)

@@ -1,15 +1,46 @@
 """A run that is being put together: what every part of the assembly may ask for."""
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options.model import AdapterOptions
-from treetune.cli.options.protocols import TrainConfig
+from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
+from treetune.cli.options.optim import OptimOptions
+from treetune.cli.options.run import RunOptions
 from treetune.core.run.folder import RunDir
 from treetune.core.run.observers import Observers
 from treetune.core.run.ranks import Ranks
+
+
+class TrainConfig(Protocol):
+    """The groups that every training command has."""
+
+    @property
+    def model(self) -> ModelOptions:
+        """The model to start from."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """The rows, in the form of the method."""
+        ...
+
+    @property
+    def vocabulary(self) -> VocabularyOptions:
+        """Tokens to add."""
+        ...
+
+    @property
+    def optim(self) -> OptimOptions:
+        """The optimiser and the length of the run."""
+        ...
+
+    @property
+    def run(self) -> RunOptions:
+        """The run folder, evaluations and checkpoints."""
+        ...
+
 
 C = TypeVar("C", bound=TrainConfig, covariant=True)
 

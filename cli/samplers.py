@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from treetune.cli.options import online
-from treetune.cli.options.protocols import OnlineConfig
+from treetune.cli.options.online import OnlineConfig
 from treetune.cli.options.rollout import RolloutOptions
 from treetune.core import option_pairs
 from treetune.core.config import table

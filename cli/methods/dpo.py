@@ -50,16 +50,18 @@ def _unsmoothed(values: Values) -> str:
     return "exo is not defined without; give it a number above 0, or leave it at its own 0.001" if undefined else ""
 
 
-def _unscored(values: Values) -> str:
-    losses = names(values["loss"])
-    return "" if _taken(losses, "score") else f"{', '.join(losses)} is defined for reverse_kl only"
+def _unless_taken(parameter: str, reason: str) -> Unused:
+    """An option that only losses with this parameter look at."""
+
+    def unused(values: Values) -> str:
+        losses = names(values["loss"])
+        return "" if _taken(losses, parameter) else reason.format(", ".join(losses))
+
+    return Unused(unused)
 
 
-def _no_discopop(values: Values) -> str:
-    losses = names(values["loss"])
-    return "" if _taken(losses, "tau") else f"the loss is {', '.join(losses)}"
-
-
+SCORED = _unless_taken("score", "{} is defined for reverse_kl only")
+MIXED = _unless_taken("tau", "the loss is {}")
 PAIRWISE = Unused(lambda values: "the loss is sft alone" if names(values["loss"]) == ["sft"] else "")
 
 
@@ -77,14 +79,16 @@ class DpoLoss:
     dpo_label_smoothing: Annotated[float, BELOW_HALF, OBJECTIVE, Unused(_unsmoothed)] = 0.0
     """Share of labels taken to be wrong (cdpo, robust, exo, aot)."""
     f_divergence: Annotated[
-        Literal["reverse_kl", "forward_kl", "js", "alpha", "js_divergence", "alpha_divergence"], OBJECTIVE, Unused(_unscored)
+        Literal["reverse_kl", "forward_kl", "js", "alpha", "js_divergence", "alpha_divergence"],
+        OBJECTIVE,
+        SCORED,
     ] = "reverse_kl"
     """Divergence from the reference that log-ratios stand for."""
     f_alpha_divergence_coef: Annotated[
         float, ANY, OBJECTIVE, unused_unless("f_divergence", "alpha", "alpha_divergence", reason="the divergence is {f_divergence}")
     ] = 0.5
     """Order of the alpha divergence."""
-    discopop_tau: Annotated[float, POSITIVE, OBJECTIVE, Unused(_no_discopop)] = 0.05
+    discopop_tau: Annotated[float, POSITIVE, OBJECTIVE, MIXED] = 0.05
     """Temperature of discopop's mixture."""
     ld_alpha: Annotated[float | None, PART, OBJECTIVE, PAIRWISE] = None
     """LD-DPO: weight, from 0 to 1, of the tokens of the longer side beyond the shorter one's length."""

@@ -12,8 +12,8 @@ import numpy as np
 from treetune.cli.methods import parts
 from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import pipeline
+from treetune.cli.options.online import OnlineConfig
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
-from treetune.cli.options.protocols import OnlineConfig
 from treetune.core import registry, shard, step
 from treetune.core.config import table
 from treetune.core.data import pack
@@ -31,16 +31,16 @@ MEANS = {
 }  # fmt: skip
 
 
-def preset(options: PolicyLoss) -> PolicyPreset:
+def row(options: PolicyLoss) -> PolicyPreset:
     """What the loss stands for, with what the user chose instead."""
     chosen = {"advantage": options.advantage, "ratio": options.importance_sampling_level, "aggregate": options.aggregate}
-    row = registry.choose(presets.POLICY_LOSSES, options.loss)
-    return row._replace(**{name: value for name, value in chosen.items() if value is not None})
+    preset = registry.choose(presets.POLICY_LOSSES, options.loss)
+    return preset._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def describe(options: PolicyLoss) -> str:
     """The loss in a line, with all that its name stands for."""
-    choice, (low, high) = preset(options), clip_bounds(options)
+    choice, (low, high) = row(options), clip_bounds(options)
     clip = f" clipped to [1 - {low:g}, 1 + {high:g}]" if choice.term == "ppo_clip" else ""
     kl = ""
     if options.beta:
@@ -50,28 +50,15 @@ def describe(options: PolicyLoss) -> str:
 
 def advantages(options: PolicyLoss, weights: list[float], ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """Rewards [P, G, K] of this rank -> advantages [P, G]; an estimator over the whole generation sees the rewards of all ranks."""
-    entry = registry.choose(presets.ADVANTAGES, preset(options).advantage)
+    entry = registry.choose(presets.ADVANTAGES, row(options).advantage)
     return rollouts.over_ranks(ranks if entry.across_prompts else ALONE, advantage.estimator(entry, weights))
-
-
-def skippable(options: PolicyLoss) -> bool:
-    """Whether a completion of advantage 0 trains nothing at all, and no threshold counts its tokens."""
-    bonus = options.entropy_coef or options.use_adaptive_entropy
-    return not options.beta and not bonus and options.top_entropy_quantile == 1
-
-
-def _surrogate(options: PolicyLoss, length: int) -> policy_gradient.Surrogate:
-    """The policy loss; length: tokens of a completion at most."""
-    low, high = clip_bounds(options)
-    knobs = {"delta": options.delta, "tau_pos": options.sapo_tau_pos, "tau_neg": options.sapo_tau_neg}
-    return policy_gradient.surrogate(preset(options), length=length, epsilon=low, epsilon_high=high, **knobs)
 
 
 def _objective_options(config: OnlineConfig) -> dict[str, Any]:
     """Options of losses.policy_gradient.objective besides its policy loss."""
     loss, options = config.loss, config.correction
     weight = None
-    if options.vllm_importance_sampling_correction and off_policy(config):
+    if options.vllm_importance_sampling_correction and pipeline.off_policy(table.flatten(config)):
         cuts = {"low": options.vllm_importance_sampling_min, "high": options.vllm_importance_sampling_cap}
         weight = registry.bind(presets.CORRECTIONS[options.vllm_importance_sampling_mode], **cuts)
     estimator = registry.bind(presets.DIVERGENCES[loss.kl_estimator]) if loss.beta else None
@@ -81,17 +68,6 @@ def _objective_options(config: OnlineConfig) -> dict[str, Any]:
         "opsm_threshold": options.off_policy_mask_threshold,
         "entropy_coef": 0.0 if loss.use_adaptive_entropy else loss.entropy_coef,
     }
-
-
-def off_policy(config: OnlineConfig) -> bool:
-    """Whether completions may come from another policy than the one that trains on them."""
-    return pipeline.off_policy(table.flatten(config))
-
-
-def scored_apart(config: OnlineConfig) -> bool:
-    """Whether the trainer's log-probs must be taken when completions are new: later steps, other samplers and replays need them."""
-    options = config.pipeline
-    return off_policy(config) or options.steps_per_generation * options.num_iterations > 1
 
 
 def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logprob], RolloutParts], *, ce_coef: float = 0.0) -> Parts:
@@ -118,7 +94,10 @@ def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logpr
 
 
 def _objective(config: OnlineConfig, train: Callable[..., Logprob], ce_coef: float) -> Objective:
-    surrogate = _surrogate(config.loss, config.rollout.max_completion_length)
+    options, (low, high) = config.loss, clip_bounds(config.loss)
+    knobs = {"delta": options.delta, "tau_pos": options.sapo_tau_pos, "tau_neg": options.sapo_tau_neg}
+    length = config.rollout.max_completion_length
+    surrogate = policy_gradient.surrogate(row(options), length=length, epsilon=low, epsilon_high=high, **knobs)
     make = partial(policy_gradient.objective, loss=surrogate, **_objective_options(config))
     if ce_coef:
         return policy_gradient_with_sft.objective(cast(LogprobBeside, train(run=logprobs_beside)), make, coef=ce_coef, name="ebft/ce_loss")

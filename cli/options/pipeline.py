@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from treetune.cli.options.rollout import VLLM
-from treetune.core.config.marks import CORRECTION, GENERATIONS, PROGRAM, SAMPLER, SHOWN, STORED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.marks import CORRECTION, GENERATIONS, PROGRAM, SAMPLER, SHOWN, STORED, Unused, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, PORT, POSITIVE, PROCESSES, SECONDS, SHARE, TOKENS
 
 ON_POLICY = "the trainer samples from the weights that train, so there is nothing to correct"
@@ -17,14 +17,13 @@ def off_policy(values: Mapping[str, Any]) -> bool:
     return any(values[name] for name in OFF_POLICY_OPTIONS)
 
 
-def _still(values: Values) -> str:
-    """The policy moves within a generation that several steps are made of."""
-    later = values["steps_per_generation"] * values["num_iterations"] > 1
-    return "" if off_policy(values) or later else ON_POLICY
+def moved(values: Mapping[str, Any]) -> bool:
+    """Whether the policy that trains may be another than when completions were new: also in later steps of their generation."""
+    return off_policy(values) or values["steps_per_generation"] * values["num_iterations"] > 1
 
 
 OFF_POLICY = Unused(lambda values: "" if off_policy(values) else ON_POLICY)
-MOVED = Unused(_still)
+MOVED = Unused(lambda values: "" if moved(values) else ON_POLICY)
 CORRECTED = unused_unless("vllm_importance_sampling_correction", reason="vllm_importance_sampling_correction is off")
 MANAGED = unused_if("vllm_mode", "server", reason="the server runs already; these are options of treetune serve")
 

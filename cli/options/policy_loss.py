@@ -86,6 +86,12 @@ def clip_bounds(options: PolicyLoss) -> tuple[float, float]:
     return presets.clip_bounds(preset(options.loss), options.epsilon, options.epsilon_high)
 
 
+def skippable(options: PolicyLoss) -> bool:
+    """Whether a completion of advantage 0 trains nothing at all, and no threshold counts its tokens."""
+    bonus = options.entropy_coef or options.use_adaptive_entropy
+    return not options.beta and not bonus and options.top_entropy_quantile == 1
+
+
 def conflicts(loss: PolicyLoss) -> None:
     """Raise BadInput for bounds that a loss cannot have."""
     if loss.loss == "cispo" and loss.epsilon_high is None:
