@@ -80,7 +80,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     """All that is read before there is a state: tokenizer, data and model, and what the method makes of them."""
     config = run.config
     dtype = loading.compute_dtype(config.model.dtype, run.device)
-    options = resume_options.describe(config, rate=run.rate, dtype=str(dtype)[6:])
+    options = resume_options.describe(config, run.method, rate=run.rate, dtype=str(dtype)[6:])
     origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
     _settle_products(run, dtype)
     words = _load_words(run)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from treetune.cli import assembly, document_source, invocation, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
-from treetune.cli.methods import METHODS, of_config
+from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
@@ -63,7 +63,7 @@ def fit(config: Any, *, observers: Iterable[Any] = (), source: Source | None = N
     with checking_input():
         defaults = table.defaults(type(config))
         options = frozenset(name for name, value in table.flatten(config).items() if value != defaults[name])
-        config = requirements.complete(config, options)
+        config = requirements.complete(config, CONFIGS.get(type(config)), options)
     return run(config, observers=observers, source=source, options=options)
 
 

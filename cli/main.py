@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from treetune.cli import methods
 from treetune.cli.errors import BadInput, RunFailed, checking_input
-from treetune.cli.methods import METHODS
+from treetune.cli.methods import CONFIGS, METHODS
 from treetune.cli.options import commands
 from treetune.core import fields, masking
 from treetune.core import import_path as paths
@@ -87,7 +87,7 @@ def _run(command: str, argv: list[str]) -> int:
         chosen = COMMANDS[command]
         with checking_input("the command line or its config file"):
             parsed, given = parse.parse(command, chosen.config, argv)
-            parsed = requirements.complete(parsed, given, parse.config_file(argv))
+            parsed = requirements.complete(parsed, CONFIGS.get(chosen.config), given, parse.config_file(argv))
         return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):

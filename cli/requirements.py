@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treetune.cli.methods import CONFIGS
+from treetune.cli.methods.method import Method
 from treetune.cli.options import optim, run
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
@@ -23,19 +23,18 @@ OUTPUTS = {
 }
 
 
-def complete(config: Any, options: frozenset[str] = frozenset(), config_file: str | None = None) -> Any:
+def complete(config: Any, method: Method | None, options: frozenset[str] = frozenset(), config_file: str | None = None) -> Any:
     """The config with what depends on other options filled in, once it is checked.
 
-    options: names of those that the user set, of which one that the command would ignore is refused. Errors: ValueError, one line, for
-    options out of range, that contradict each other, or that name what is not there.
+    method: whose config it is; None for other commands. options: names of those that the user set, of which one that the command would
+    ignore is refused. Errors: ValueError, one line, for options out of range, that contradict each other, or that name what is not there.
     """
     places.check_names(config)
-    check(config, options)
+    check(config, method, options)
     _check_outputs(config, config_file)
     places.check(config, MODELS)
     if getattr(getattr(config, "adapter", None), "lora_model_dir", None) is not None:
         config = _on_base(config, named="model" in options)
-    method = CONFIGS.get(type(config))
     return config if method is None else method.complete(config)
 
 
@@ -48,21 +47,20 @@ def _on_base(config: Any, *, named: bool) -> Any:
     return dataclasses.replace(config, model=dataclasses.replace(options, model=base.model, revision=base.revision))
 
 
-def check(config: Any, options: frozenset[str]) -> None:
+def check(config: Any, method: Method | None, options: frozenset[str]) -> None:
     """Raise ValueError, one line, for options out of range, that contradict each other, or that this command would ignore."""
     checks.check_ranges(config)
     _check_pass(table.flatten(config))
     checks.check_texts(config)
-    if (method := CONFIGS.get(type(config))) is not None:
+    if method is not None:
         optim.conflicts(config.optim)
         run.conflicts(config.run)
         method.conflicts(config)
-    checks.refuse_unused(options, ignored(config))
+    checks.refuse_unused(options, ignored(config, method))
 
 
-def ignored(config: Any) -> dict[str, str]:
+def ignored(config: Any, method: Method | None) -> dict[str, str]:
     """{option: why this command would not look at it}, as far as options tell."""
-    method = CONFIGS.get(type(config))
     return table.unused(config) | (method.unused(config) if method else {})
 
 

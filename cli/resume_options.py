@@ -3,7 +3,8 @@
 from typing import Any
 
 from treetune.cli import requirements
-from treetune.cli.methods import CONFIGS, METHODS
+from treetune.cli.methods.method import Method
+from treetune.cli.options import ebft
 from treetune.core.config import table
 from treetune.core.run.provenance import Options
 from treetune.core.run.resume_rules import WEIGHTS
@@ -11,27 +12,26 @@ from treetune.core.run.resume_rules import WEIGHTS
 BETAS = {"adamw": 0.999, "lion": 0.99}
 
 
-def describe(config: Any, *, rate: float, dtype: str) -> Options:
+def describe(config: Any, method: Method, *, rate: float, dtype: str) -> Options:
     """The options of a run for its checkpoints; rate and dtype are those of a run that leaves them open."""
 
     def resolve(values: dict[str, Any]) -> dict[str, Any]:
         """The options with values for those that were left open, so that naming the default is no change."""
         left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(values.get("optimizer", ""))}
         if "feature_norm" in values:
-            left["feature_norm"] = "per_layer" if values["mode"] == "strided" else "raw"
+            left["feature_norm"] = ebft.norm(values)
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}
 
     kind = type(config)
     rules = table.rules(kind)
     return Options(
-        CONFIGS[kind].name,
+        method.name,
         table.flatten(config),
         table.defaults(kind),
-        requirements.ignored(config),
+        requirements.ignored(config, method),
         rules,
         resolve,
         # `model` is judged by the weights of that name, not by a function.
         tuple(name for name, rule in rules.items() if rule.verdict != WEIGHTS and rule.judged_by == (name,)),
         frozenset(name for name, option in table.options(kind).items() if option.door is not None),
-        tuple(METHODS),
     )

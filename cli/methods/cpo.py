@@ -66,7 +66,7 @@ def parts(config: Cpo, policy: "Policy", setting: Setting) -> Parts:
     loss = registry.bind(registry.choose(presets.CPO_LOSSES, name), beta=options.rl_beta, **smoothing)
     rewards = preference_objective.mean_rewards if options.loss == "ipo" else preference_objective.implicit_rewards
     terms = preference_objective.Options(nll_coef=options.cpo_alpha)
-    return pairwise(config.optim, policy, loss, rewards(options.rl_beta), terms)
+    return pairwise(config.optim.remat, policy, loss, rewards(options.rl_beta), terms)
 
 
 METHOD = Method(

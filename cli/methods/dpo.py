@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import reference
 from treetune.cli.options.data import PairData
@@ -113,16 +112,16 @@ class Dpo:
 
 
 def conflicts(config: Dpo) -> None:
-    """Raise BadInput for losses that cannot be summed, and for a reference that cannot follow."""
+    """Raise ValueError for losses that cannot be summed, and for a reference that cannot follow."""
     options, losses = config.loss, names(config.loss.loss)
     if not losses or len(set(losses)) < len(losses):
-        raise BadInput(f"--loss {' '.join(options.loss)}: give one or more losses, each once")
+        raise ValueError(f"--loss {' '.join(options.loss)}: give one or more losses, each once")
     if options.dpo_use_weighting and (aot := [name for name in losses if name.startswith("aot")]):
-        raise BadInput(f"dpo_use_weighting does not go with {aot[0]}, whose terms are not of single pairs")
+        raise ValueError(f"dpo_use_weighting does not go with {aot[0]}, whose terms are not of single pairs")
     if options.loss_weights and len(options.loss_weights) != len(losses):
-        raise BadInput(f"loss_weights has {len(options.loss_weights)} numbers for {len(losses)} losses; give one for each")
+        raise ValueError(f"loss_weights has {len(options.loss_weights)} numbers for {len(losses)} losses; give one for each")
     if wrong := [weight for weight in options.loss_weights if not 0 < weight < float("inf")]:
-        raise BadInput(f"loss_weights must be numbers above 0, got {wrong[0]}; leave out a loss that is not wanted")
+        raise ValueError(f"loss_weights must be numbers above 0, got {wrong[0]}; leave out a loss that is not wanted")
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
 
 
@@ -137,7 +136,7 @@ def parts(config: Dpo, policy: "Policy", setting: Setting) -> Parts:
     nll_coef = weights.pop("sft", 0.0) + (options.rpo_alpha or 0.0)
     terms = preference_objective.Options(nll_coef=nll_coef, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
     rewards = preference_objective.implicit_rewards(options.rl_beta)
-    return hold(pairwise(config.optim, held.policy, pair_loss(options, weights), rewards, terms), held, precompute=precompute)
+    return hold(pairwise(config.optim.remat, held.policy, pair_loss(options, weights), rewards, terms), held, precompute=precompute)
 
 
 def pair_loss(options: DpoLoss, weights: dict[str, float]) -> "PairLoss | None":

@@ -1,13 +1,12 @@
 """`treetune ebft`: energy-based fine-tuning towards the features of true texts, in one of two modes."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, Any
 
-from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import online
-from treetune.cli.options.ebft import RATES, Ebft, one_rollout, only_in
+from treetune.cli.options.ebft import RATES, Ebft, norm, one_rollout, only_in
 from treetune.core.config import table
 
 if TYPE_CHECKING:
@@ -27,27 +26,27 @@ STRUCTURED = {
 
 
 def conflicts(config: Ebft) -> None:
-    """Raise BadInput for options that contradict each other."""
+    """Raise ValueError for options that contradict each other."""
     options, strided = config.ebft, config.ebft.mode == "strided"
     if not options.feature_layers or not all(0 <= depth <= 1 for depth in options.feature_layers):
-        raise BadInput(
+        raise ValueError(
             f"feature_layers must be depths from 0 to 1, at least one, such as 0.25 0.5 0.75, got {list(options.feature_layers)}"
         )
     if options.alignment_coef == 0 and options.diversity_coef == 0:
-        raise BadInput("alignment_coef and diversity_coef are both 0, so nothing is rewarded: give one of them a value")
+        raise ValueError("alignment_coef and diversity_coef are both 0, so nothing is rewarded: give one of them a value")
     if config.rollout.temperature == 0:
-        raise BadInput(
+        raise ValueError(
             "temperature 0 is greedy decoding, so all rollouts of a group would be identical: give a number above 0, usually 1 "
             "(structured) or 0.6 (strided)"
         )
     if strided and options.rl_coef == 0 and options.ce_coef == 0:
-        raise BadInput("rl_coef and ce_coef are both 0, so nothing would train: give one of them a value")
+        raise ValueError("rl_coef and ce_coef are both 0, so nothing would train: give one of them a value")
     if options.use_whitening and one_rollout(table.flatten(config)):
-        raise BadInput("use_whitening compares rollouts with each other, and there is one: sample more, or leave out use_whitening")
+        raise ValueError("use_whitening compares rollouts with each other, and there is one: sample more, or leave out use_whitening")
     if strided:
         return
     if config.run.sharding == "full" and config.pipeline.streaming_partial_batch:
-        raise BadInput(
+        raise ValueError(
             "streaming_partial_batch does not go with --sharding full: ranks would gather the feature network at different times"
         )
     online.conflicts(config)
@@ -75,8 +74,7 @@ def rows(config: Ebft) -> "DatasetSpec":
     """The documents of strided mode, with the places where rollouts start."""
     from treetune.cli.methods import ebft_strided
 
-    dataset: Callable[..., DatasetSpec] = ebft_strided.dataset
-    return dataset(config.ebft)
+    return ebft_strided.dataset(config.ebft)
 
 
 def complete(config: Ebft) -> Ebft:
@@ -89,9 +87,19 @@ def complete(config: Ebft) -> Ebft:
 def parts(config: Ebft, policy: "Policy", setting: Setting) -> Parts:
     """Features of sampled texts compared with those of true ones."""
     from treetune.cli.methods import ebft_strided, ebft_structured
+    from treetune.losses import ebft, ebft_rewards
+    from treetune.models import feature_network
 
-    modes: dict[str, Callable[..., Parts]] = {"strided": ebft_strided.parts, "structured": ebft_structured.parts}
-    return modes[config.ebft.mode](config, policy, setting)
+    options, structured = config.ebft, config.ebft.mode == "structured"
+    pool = functools.partial(ebft_rewards.pool, method=options.embed_method)
+    layers = ebft.layers(options.feature_layers, policy.cfg.num_layers)
+    recipe = feature_network.Recipe(layers, ebft_rewards.NORMS[norm(vars(options))], pool)
+    network = feature_network.build(policy, recipe, on_cpu=options.feature_device == "cpu")
+    # Structured mode compares vectors of length 1 unless they are whitened.
+    whitening = options.whitening_space if options.use_whitening else None
+    comparison = table.record(ebft_rewards.Comparison, options, whitening=whitening, unit_length=structured)
+    mode = ebft_structured if structured else ebft_strided
+    return mode.parts(config, policy, network, comparison, setting)
 
 
 METHOD = Method(

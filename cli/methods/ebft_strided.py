@@ -2,15 +2,16 @@
 
 from functools import partial
 
-from treetune.cli.methods import ebft_features
 from treetune.cli.methods.method import Parts, Setting
-from treetune.cli.options.ebft import Ebft, EbftOptions
+from treetune.cli.options.ebft import Ebft, EbftOptions, norm
 from treetune.core.config import table
 from treetune.core.data import kinds, strides
 from treetune.core.rollout import strided_rollouts
 from treetune.losses import ebft, ebft_objective, ebft_rewards
+from treetune.losses.ebft_rewards import Comparison
 from treetune.models import feature_network
 from treetune.models import policy as policies
+from treetune.models.feature_network import FeatureNetwork
 from treetune.models.policy import Policy
 from treetune.ops import attention
 
@@ -24,11 +25,10 @@ def _places(options: EbftOptions) -> strides.Places:
     return table.record(strides.Places, options, needed=options.ce_coef == 0)
 
 
-def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
+def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Comparison, setting: Setting) -> Parts:
     """Strided mode for one model: rollouts and their scores are made anew for each step, from its weights."""
     options, temperature, n = config.ebft, config.rollout.temperature, config.ebft.n_samples_per_prompt
     assert temperature is not None  # of the mode, where none is given
-    network = ebft_features.build(options, policy)
     for text in _describe(options, policy.cfg.num_layers):
         setting.say(text)
     remat = "full" if config.optim.gradient_checkpointing else None
@@ -42,7 +42,7 @@ def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
         policies.branch_sampler(policy, n, temperature=temperature, top_p=config.rollout.top_p, seed=config.optim.seed),
         partial(attention.plan, window=policy.cfg.window, device=setting.device, dtype=policy.cfg.dtype),
         partial(feature_network.of_blocks, network.phi, n),
-        partial(ebft_rewards.of_blocks, estimator=options.advantage_estimator, comparison=ebft_features.comparison(options)),
+        partial(ebft_rewards.of_blocks, estimator=options.advantage_estimator, comparison=comparison),
         setting.device,
     )
     prepare = partial(strided_rollouts.prepare, rollouts, mesh=setting.ranks.mesh)
@@ -52,7 +52,7 @@ def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
 def _describe(options: EbftOptions, num_layers: int) -> list[str]:
     """What is compared, and what one rollout alone cannot have."""
     layers = ", ".join(map(str, ebft.layers(options.feature_layers, num_layers)))
-    scale = ebft_features.norm(options) + (f", whitened in {options.whitening_space}" if options.use_whitening else "")
+    scale = norm(vars(options)) + (f", whitened in {options.whitening_space}" if options.use_whitening else "")
     lines = [f"features: layers {layers} of {num_layers}, {options.embed_method}, {scale}"]
     if options.n_samples_per_prompt == 1:
         plain = options.advantage_estimator == "reinforce"

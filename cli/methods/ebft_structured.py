@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from treetune.cli.methods import ebft_features, policy_gradient
+from treetune.cli.methods import policy_gradient
 from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import online
 from treetune.cli.options.ebft import Ebft
@@ -16,6 +16,7 @@ from treetune.core.rollout.rewards import Rewards
 from treetune.core.run import evaluation
 from treetune.core.state import Logprob, TrainState
 from treetune.losses import ebft_rewards, sft_objective
+from treetune.losses.ebft_rewards import Comparison
 from treetune.models import feature_network
 from treetune.models import policy as policies
 from treetune.models.batches import batcher
@@ -24,18 +25,17 @@ from treetune.models.feature_network import FeatureNetwork
 from treetune.models.policy import Policy
 
 
-def parts(config: Ebft, policy: Policy, setting: Setting) -> Parts:
+def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Comparison, setting: Setting) -> Parts:
     """A frozen network that scores, lengths after the truth, turns that go on, the truth's likelihood."""
     options, rollout, prompts = config.ebft, config.rollout, setting.data.train + setting.data.val
     _check_fits(config, prompts, policy.cfg)
-    network = ebft_features.build(options, policy)
     multiplier = options.gt_length_multiplier if options.adaptive_max_tokens else None
     later_tokens = rollout.max_completion_length if any(prompt.columns["between"] for prompt in prompts) else None
 
     def rollouts(logprob: Logprob) -> RolloutParts:
         return RolloutParts(
             logprob,
-            partial(_rewards, config, network, setting),
+            partial(_rewards, config, network, comparison, setting),
             partial(turns.with_truth, multiplier=multiplier, later_tokens=later_tokens),
             ebft_rows.true_reply if options.ce_coef else None,
             rollout.num_generations,
@@ -61,10 +61,9 @@ def _check_fits(config: Ebft, prompts: list[Prompt], cfg: Config) -> None:
     )
 
 
-def _rewards(config: Ebft, network: FeatureNetwork, setting: Setting, policy: Policy) -> Rewards:
+def _rewards(config: Ebft, network: FeatureNetwork, comparison: Comparison, setting: Setting, policy: Policy) -> Rewards:
     """What scores completions by the frozen network."""
     options = config.ebft
-    comparison = ebft_features.comparison(options)
     scorer = feature_rewards.FeatureScorer(
         partial(feature_network.gather, network.phi, policy.frozen),
         batcher(policy.cfg, setting.device, (pack.collate_trees,)),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method, Parts, RolloutParts, Setting
 from treetune.cli.options import online
 from treetune.cli.options.data import PromptData
@@ -41,11 +40,11 @@ class Grpo:
 
 
 def conflicts(config: Grpo) -> None:
-    """Raise BadInput for options that contradict each other."""
+    """Raise ValueError for options that contradict each other."""
     rewards = config.rewards
     online.conflicts(config)
     if rewards.reward_weights and len(rewards.reward_weights) != len(rewards.reward_funcs):
-        raise BadInput(f"reward_weights needs a number for each of the {len(rewards.reward_funcs)} rewards")
+        raise ValueError(f"reward_weights needs a number for each of the {len(rewards.reward_funcs)} rewards")
 
 
 def parts(config: Grpo, policy: "Policy", setting: Setting) -> Parts:

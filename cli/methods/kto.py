@@ -60,7 +60,7 @@ class Kto:
 
 
 def conflicts(config: Kto) -> None:
-    """Raise BadInput for a reference that cannot follow."""
+    """Raise ValueError for a reference that cannot follow."""
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
 
 

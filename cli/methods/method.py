@@ -80,7 +80,7 @@ class Method(NamedTuple):
     parts(config, policy, setting) -> its objectives, state and streams for one model.
     shown: metrics worth a place on the screen. unit: what the loss is a mean over. head: whether a head of scores trains with the model.
     perplexity: whether the loss is a mean of -log p. goal: metric of evaluations that the best checkpoint follows; one named loss falls.
-    conflicts(config) raises BadInput for options that contradict each other. unused(config) -> {option: why the run would not look at
+    conflicts(config) raises ValueError for options that contradict each other. unused(config) -> {option: why the run would not look at
     it}, beyond what the fields say. variant(config) -> fields of this record that the options change. complete(config) -> the config with
     values for what depends on other options and was left open.
     """

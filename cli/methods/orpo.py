@@ -50,7 +50,7 @@ def parts(config: Orpo, policy: "Policy", setting: Setting) -> Parts:
     terms = preference_objective.Options(nll_coef=1.0, prompts=options.orpo_nll_scope == "full")
     rewards = preference_objective.mean_rewards(options.orpo_alpha)
     loss = partial(losses.orpo, beta=options.orpo_alpha)
-    return pairwise(config.optim, policy, loss, rewards, terms, losses.odds_metrics)
+    return pairwise(config.optim.remat, policy, loss, rewards, terms, losses.odds_metrics)
 
 
 METHOD = Method(

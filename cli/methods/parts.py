@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from treetune.cli.methods.method import Parts, Setting
-from treetune.cli.options.optim import OptimOptions
-from treetune.cli.options.token_loss import LossOptions
 from treetune.core import step
 from treetune.core.data import pack, reference_logps
 from treetune.core.state import Objective, Scores
@@ -21,15 +19,14 @@ from treetune.models.reference import Reference
 EVERY = ("mean_logit", "entropy", "top1")  # statistics of pairs that evaluations report
 
 
-def supervised(policy: Policy, loss: LossOptions, optim: OptimOptions) -> Parts:
-    """The likelihood of supervised tokens, or the loss that the options name."""
-    train = policies.logprob(policy, remat=optim.remat, neftune=loss.neftune_noise_alpha)
-    objective = sft_objective.named(train, loss.loss, z_loss_coef=loss.z_loss_coef, label_smoothing=loss.label_smoothing)
+def supervised(policy: Policy, loss: str, *, remat: str | None, neftune: float, **terms: float) -> Parts:
+    """The likelihood of supervised tokens, or the loss of that name; terms: those of `sft_objective.named`."""
+    objective = sft_objective.named(policies.logprob(policy, remat=remat, neftune=neftune), loss, **terms)
     return Parts(policy, objective, sft_objective.named(policies.logprob(policy)), (pack.collate,))
 
 
 def pairwise(
-    optim: OptimOptions,
+    remat: str | None,
     policy: Policy,
     loss: preference_objective.PairLoss | None,
     rewards: preference_objective.Rewards,
@@ -38,7 +35,7 @@ def pairwise(
 ) -> Parts:
     """A method on pairs, as it is without a reference; more(pairs) -> further metrics."""
     make = partial(preference_objective.objective, loss=loss, rewards=rewards, options=terms, more=more)
-    train, evaluation = policies.logprob(policy, remat=optim.remat), policies.logprob(policy)
+    train, evaluation = policies.logprob(policy, remat=remat), policies.logprob(policy)
     return Parts(policy, make(train), make(evaluation, want=EVERY), (partial(pack.collate_trees, prompts=terms.prompts),))
 
 

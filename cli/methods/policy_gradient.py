@@ -12,7 +12,7 @@ import numpy as np
 from treetune.cli.methods import parts
 from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import pipeline
-from treetune.cli.options.online import OnlineConfig
+from treetune.cli.options.pipeline import CorrectionOptions
 from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
 from treetune.core import registry, shard, step
 from treetune.core.config import table
@@ -54,11 +54,10 @@ def advantages(options: PolicyLoss, weights: list[float], ranks: Ranks) -> Calla
     return rollouts.over_ranks(ranks if entry.across_prompts else ALONE, advantage.estimator(entry, weights))
 
 
-def _objective_options(config: OnlineConfig) -> dict[str, Any]:
+def _objective_options(loss: PolicyLoss, options: CorrectionOptions, *, off_policy: bool) -> dict[str, Any]:
     """Options of losses.policy_gradient.objective besides its policy loss."""
-    loss, options = config.loss, config.correction
     weight = None
-    if options.vllm_importance_sampling_correction and pipeline.off_policy(table.flatten(config)):
+    if options.vllm_importance_sampling_correction and off_policy:
         cuts = {"low": options.vllm_importance_sampling_min, "high": options.vllm_importance_sampling_cap}
         weight = registry.bind(presets.CORRECTIONS[options.vllm_importance_sampling_mode], **cuts)
     estimator = registry.bind(presets.DIVERGENCES[loss.kl_estimator]) if loss.beta else None
@@ -93,12 +92,13 @@ def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logpr
     return built if reference is None else parts.hold(built, reference)
 
 
-def _objective(config: OnlineConfig, train: Callable[..., Logprob], ce_coef: float) -> Objective:
+def _objective(config: Any, train: Callable[..., Logprob], ce_coef: float) -> Objective:
     options, (low, high) = config.loss, clip_bounds(config.loss)
     knobs = {"delta": options.delta, "tau_pos": options.sapo_tau_pos, "tau_neg": options.sapo_tau_neg}
     length = config.rollout.max_completion_length
     surrogate = policy_gradient.surrogate(row(options), length=length, epsilon=low, epsilon_high=high, **knobs)
-    make = partial(policy_gradient.objective, loss=surrogate, **_objective_options(config))
+    terms = _objective_options(options, config.correction, off_policy=pipeline.off_policy(table.flatten(config)))
+    make = partial(policy_gradient.objective, loss=surrogate, **terms)
     if ce_coef:
         return policy_gradient_with_sft.objective(cast(LogprobBeside, train(run=logprobs_beside)), make, coef=ce_coef, name="ebft/ce_loss")
     return make(train())

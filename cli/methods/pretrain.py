@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from treetune.cli.errors import BadInput
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
@@ -87,16 +86,18 @@ class Pretrain:
 
 
 def conflicts(config: Pretrain) -> None:
-    """Raise BadInput for a stream without an end."""
+    """Raise ValueError for a stream without an end."""
     if config.data.streaming and config.optim.max_steps is None:
-        raise BadInput("streaming needs max_steps: how many rows a stream has is not known before its end")
+        raise ValueError("streaming needs max_steps: how many rows a stream has is not known before its end")
 
 
 def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of every token, or the loss that the options name."""
     from treetune.cli.methods.parts import supervised
 
-    return supervised(policy, config.loss, config.optim)
+    loss = config.loss
+    terms = {"z_loss_coef": loss.z_loss_coef, "label_smoothing": loss.label_smoothing}
+    return supervised(policy, loss.loss, remat=config.optim.remat, neftune=loss.neftune_noise_alpha, **terms)
 
 
 METHOD = Method(

@@ -55,7 +55,7 @@ def parts(config: Simpo, policy: "Policy", setting: Setting) -> Parts:
     if options.simpo_alpha:
         loss = partial(losses.alphapo, beta=options.rl_beta, gamma=options.simpo_gamma, alpha=options.simpo_alpha)
     terms = preference_objective.Options(nll_coef=options.cpo_alpha)
-    return pairwise(config.optim, policy, loss, preference_objective.mean_rewards(options.rl_beta), terms)
+    return pairwise(config.optim.remat, policy, loss, preference_objective.mean_rewards(options.rl_beta), terms)
 
 
 METHOD = Method(

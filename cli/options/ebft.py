@@ -46,6 +46,11 @@ def only_in(mode: str, twin: str | None = None) -> Unused:
     return unused_unless("mode", mode, reason=f"mode is {{mode}}{instead}")
 
 
+def norm(values: Values) -> str:
+    """How hidden states are scaled at each token."""
+    return values["feature_norm"] or ("per_layer" if values["mode"] == "strided" else "raw")
+
+
 def one_rollout(values: Values) -> str:
     """Why diversity is 0, where it is."""
     count = values["n_samples_per_prompt" if values["mode"] == "strided" else "num_generations"]

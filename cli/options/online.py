@@ -3,7 +3,6 @@
 import os
 from typing import Any, Protocol
 
-from treetune.cli.errors import BadInput
 from treetune.cli.options import policy_loss, reference
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
@@ -74,26 +73,30 @@ class OnlineConfig(Protocol):
 
 
 def conflicts(config: OnlineConfig) -> None:
-    """Raise BadInput for options of loss, sampling, pipeline and engine that contradict each other."""
+    """Raise ValueError for options of loss, sampling, pipeline and engine that contradict each other."""
     loss, rollout, pipe = config.loss, config.rollout, config.pipeline
     policy_loss.conflicts(loss)
     reference.conflicts(config.reference, adapter=config.adapter.adapter, sharding=config.run.sharding)
     if rollout.num_generations < 2 and (loss.advantage or policy_loss.preset(loss.loss).advantage) != "reinforce":
-        raise BadInput("num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce")
+        raise ValueError(
+            "num_generations must be at least 2: an advantage compares completions of the same prompt; or --advantage reinforce"
+        )
     if rollout.temperature == 0:
-        raise BadInput(
+        raise ValueError(
             "temperature 0 is greedy decoding, so all completions of a prompt would be identical: give a number above 0, usually 1"
         )
     if pipe.async_prefetch and not config.engine.use_vllm and config.adapter.adapter == "none":
-        raise BadInput("async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice")
+        raise ValueError(
+            "async_prefetch samples from a copy of what trains: use an adapter, or use_vllm; whole weights would be held twice"
+        )
     low, high = config.correction.vllm_importance_sampling_min, config.correction.vllm_importance_sampling_cap
     if low is not None and low >= high:
-        raise BadInput(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
+        raise ValueError(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
-        raise BadInput("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
+        raise ValueError("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
     if config.run.sharding == "full" and (pipe.async_prefetch or rollout.rollout_func):
         name = "async_prefetch" if pipe.async_prefetch else "rollout_func"
-        raise BadInput(f"{name} does not go with --sharding full: ranks would gather weights at different times")
+        raise ValueError(f"{name} does not go with --sharding full: ranks would gather weights at different times")
     if config.engine.use_vllm:
         _conflicts_of_engine(config)
 
@@ -101,16 +104,16 @@ def conflicts(config: OnlineConfig) -> None:
 def _conflicts_of_engine(config: OnlineConfig) -> None:
     engine = config.engine
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("use_vllm works with one process: several ranks would sync to the server at once; leave out torchrun")
+        raise ValueError("use_vllm works with one process: several ranks would sync to the server at once; leave out torchrun")
     if config.pipeline.async_prefetch and config.adapter.adapter == "none":
-        raise BadInput("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
+        raise ValueError("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
     if engine.vllm_reload_in_place and engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
-        raise BadInput("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
+        raise ValueError("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
     if config.adapter.adapter == "none" and engine.vllm_mode != "managed":
-        raise BadInput("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
+        raise ValueError("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
     if config.adapter.lora_modules_to_save or config.vocabulary.tokens or config.vocabulary.embedding_multiple:
         names = "lora_modules_to_save, tokens and embedding_multiple"
-        raise BadInput(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
+        raise ValueError(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
 
 def longest(config: Any) -> int:

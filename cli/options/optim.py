@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
 from treetune.core import option_pairs, registry
 from treetune.core.config.doors import unused_unless_taken
@@ -110,9 +109,9 @@ class RlOptim(OptimOptions):
 
 
 def conflicts(optim: OptimOptions) -> None:
-    """Raise BadInput for two ways of saying how long the warm-up is."""
+    """Raise ValueError for two ways of saying how long the warm-up is."""
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
-        raise BadInput("give warmup_steps or warmup_ratio, not both")
+        raise ValueError("give warmup_steps or warmup_ratio, not both")
 
 
 def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer":

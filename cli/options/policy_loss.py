@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
 from treetune.core.config.doors import unused_unless_taken
 from treetune.core.config.marks import OBJECTIVE, Unused, unused_if, unused_unless
@@ -93,13 +92,13 @@ def skippable(options: PolicyLoss) -> bool:
 
 
 def conflicts(loss: PolicyLoss) -> None:
-    """Raise BadInput for bounds that a loss cannot have."""
+    """Raise ValueError for bounds that a loss cannot have."""
     if loss.loss == "cispo" and loss.epsilon_high is None:
-        raise BadInput("cispo needs epsilon_high, the largest ratio itself: 5 is usual")
+        raise ValueError("cispo needs epsilon_high, the largest ratio itself: 5 is usual")
     if loss.loss == "cispo" and loss.epsilon_high is not None and loss.epsilon_high < 1:
-        raise BadInput(f"epsilon_high is the largest ratio itself for cispo, at least 1 (5 is usual), got {loss.epsilon_high}")
+        raise ValueError(f"epsilon_high is the largest ratio itself for cispo, at least 1 (5 is usual), got {loss.epsilon_high}")
     if loss.loss in ("gmpo", "vespo") and loss.importance_sampling_level:
-        raise BadInput(f"{loss.loss} has ratios of its own: leave out importance_sampling_level")
+        raise ValueError(f"{loss.loss} has ratios of its own: leave out importance_sampling_level")
     high = clip_bounds(loss)[1]
     if loss.delta is not None and loss.delta <= 1 + high:
-        raise BadInput(f"delta must be above 1 + epsilon_high = {1 + high:g}, got {loss.delta:g}")
+        raise ValueError(f"delta must be above 1 + epsilon_high = {1 + high:g}, got {loss.delta:g}")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from treetune.cli.errors import BadInput
 from treetune.core.config.marks import MODEL, REFERENCE_PACE, REFERENCE_WEIGHTS, listed, refused, unused_if, unused_unless
 from treetune.core.config.ranges import COUNT, PART
 
@@ -48,17 +47,19 @@ class RlReference:
 
 
 def conflicts(options: ReferenceOptions | RlReference, *, adapter: str, sharding: str) -> None:
-    """Raise BadInput for a reference that cannot follow the policy."""
+    """Raise ValueError for a reference that cannot follow the policy."""
     if not options.sync_ref_model:
         return
     if isinstance(options, ReferenceOptions) and options.precompute_ref_logps:
-        raise BadInput("give precompute_ref_logps or sync_ref_model, not both: log-probs that were computed once cannot follow the policy")
+        raise ValueError(
+            "give precompute_ref_logps or sync_ref_model, not both: log-probs that were computed once cannot follow the policy"
+        )
     if isinstance(options, ReferenceOptions) and options.ref_model is not None:
-        raise BadInput("give ref_model or sync_ref_model, not both: another model cannot follow the policy")
+        raise ValueError("give ref_model or sync_ref_model, not both: another model cannot follow the policy")
     if adapter == "lora" and options.ref_model_mixup_alpha != 1:
-        raise BadInput(
+        raise ValueError(
             "sync_ref_model with an adapter needs ref_model_mixup_alpha 1: a mean of two adapters is not the adapter of the mean; "
             "or train whole weights with --adapter none"
         )
     if sharding == "full":
-        raise BadInput("sync_ref_model does not go with --sharding full: the moving reference is kept whole on every rank")
+        raise ValueError("sync_ref_model does not go with --sharding full: the moving reference is kept whole on every rank")

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from treetune.cli.errors import BadInput
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
@@ -80,6 +79,6 @@ class SampleOptions:
 
 
 def conflicts(run: RunOptions) -> None:
-    """Raise BadInput for a run that is continued and deleted at once."""
+    """Raise ValueError for a run that is continued and deleted at once."""
     if run.resume is not None and run.overwrite:
-        raise BadInput("give resume or overwrite, not both: one continues a run, the other deletes it")
+        raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")

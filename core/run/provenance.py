@@ -46,7 +46,6 @@ class Options(NamedTuple):
 
     values, defaults: by option, of this run and of none. unused: options that it does not look at. rules: what a resumed run may change.
     resolve(values) -> values with what was left open. functions: options that name functions, of which `doors` also take built-in names.
-    commands: names that a checkpoint may have been made by.
     """
 
     command: str
@@ -57,7 +56,6 @@ class Options(NamedTuple):
     resolve: Callable[[dict[str, Any]], dict[str, Any]]
     functions: tuple[str, ...]
     doors: frozenset[str]
-    commands: tuple[str, ...]
 
 
 class Earlier(NamedTuple):
@@ -148,20 +146,20 @@ def _source(name: str) -> Path | None:
 def _earlier(path: Path, origin: Origin, say: Callable[[str], None]) -> Earlier:
     """The checkpoint to resume from, by its options alone one that can be."""
     meta = json.loads((path / "state.json").read_text(encoding="utf-8"))  # its digest was checked when the checkpoint was chosen
-    now, options = origin.now, origin.options
-    earlier = Earlier(path, meta, _read(meta[KEY], path, options.commands), False) if KEY in meta else _guessed(path, meta, origin, say)
+    now, rules = origin.now, origin.options.rules
+    earlier = Earlier(path, meta, _read(meta[KEY], path), False) if KEY in meta else _guessed(path, meta, origin, say)
     if earlier.provenance.command != now.command:
         raise ValueError(f"{path} was made by treetune {earlier.provenance.command}: continue it with that command, not {now.command}")
-    _raise(path, resume_rules.judge(_changes(earlier, origin), now.options, options.rules, same=lambda what: None).refused)
+    _raise(path, resume_rules.judge(_changes(earlier, origin), now.options, rules, same=lambda what: None).refused)
     return earlier
 
 
-def _read(value: Any, path: Path, commands: tuple[str, ...]) -> Provenance:
+def _read(value: Any, path: Path) -> Provenance:
     """The record in a checkpoint. Errors: ValueError for a damaged one."""
     source = fields.mapping(value, f"{path}/state.json: {KEY}")
     named = {name: fields.inner(source, name, default=fields.Fields({}, "")).values for name in Provenance._fields[3:]}
     return Provenance(
-        fields.text(source, "command", choices=commands),
+        fields.text(source, "command"),
         fields.inner(source, "options").values,
         fields.integer(source, "processes", least=1),
         **{name: {key: str(text) for key, text in texts.items()} for name, texts in named.items()},

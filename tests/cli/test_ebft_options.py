@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import parse, requirements
-from treetune.cli.methods.ebft import TEMPERATURES
+from treetune.cli.methods.ebft import METHOD, TEMPERATURES
 from treetune.cli.options.ebft import Ebft
 from treetune.core.config import table
 
@@ -146,7 +146,8 @@ ELSEWHERE = {"datasets", "test_datasets", "split", "mode", "feature_device"}  # 
 def _refused(*args) -> str:
     """The line that these options are refused with before anything is read, or nothing."""
     try:
-        requirements.check(*parse.parse("ebft", Ebft, [str(arg) for arg in args]))
+        config, given = parse.parse("ebft", Ebft, [str(arg) for arg in args])
+        requirements.check(config, METHOD, given)
     except ValueError as error:
         return str(error)
     return ""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from treetune.cli import main, parse, requirements
+from treetune.cli.methods import CONFIGS
 from treetune.core import import_path
 from treetune.core.config import table
 from treetune.losses.presets import POLICY_LOSSES as PRESETS
@@ -39,7 +40,8 @@ def test_the_commands_parse():
     calls = [shlex.split(line)[1:] for line in lines if line.startswith("treetune ")]
     assert len(calls) >= 5
     for command, *args in calls:
-        requirements.check(*parse.parse(command, main.COMMANDS[command].config, args))
+        config, given = parse.parse(command, main.COMMANDS[command].config, args)
+        requirements.check(config, CONFIGS.get(type(config)), given)
 
 
 def test_the_table_of_losses_is_that_of_the_program():

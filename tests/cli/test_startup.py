@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from treetune.cli import main, parse, requirements
+from treetune.cli.methods import CONFIGS
 from treetune.core.config import table
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,7 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     os.symlink(ROOT / "examples", here / "examples")
     parsed, given = parse.parse(command, config, ["--config", path])
     assert parsed
-    requirements.check(parsed, given)
+    requirements.check(parsed, CONFIGS.get(type(parsed)), given)
     if command == "serve" or (hasattr(parsed, "engine") and parsed.engine.use_vllm):
         return
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
