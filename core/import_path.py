@@ -214,10 +214,16 @@ def _module(module_path: str, path: str, role: str) -> ModuleType:
     file = Path(module_path if module_path.endswith(".py") else module_path.replace(".", "/") + ".py")
     if not module_path.endswith(".py"):
         try:
-            return importlib.import_module(module_path)
+            module = importlib.import_module(module_path)
+            # A file of this folder comes first, as it does for `source`: a module of that name may be that of another folder.
+            if not file.is_file() or Path(module.__file__ or "").resolve() == file.resolve():
+                return module
         except ImportError as error:
             if not file.is_file():
                 raise ValueError(f"{role} {path!r}: no module {module_path} ({error}), and no file {file} in {Path.cwd()}") from error
+        except (Exception, SystemExit) as error:
+            if not file.is_file():
+                raise ValueError(f"{role} {path!r}: {module_path} does not load ({type(error).__name__}: {error})") from error
     if not file.is_file():
         raise ValueError(f"{role} {path!r}: no file {file} in {Path.cwd()}")
     key = (file.resolve(), file.stat().st_mtime_ns)

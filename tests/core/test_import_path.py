@@ -100,3 +100,13 @@ def test_a_file_runs_once_until_it_changes(tmp_path):
     file.write_text("def f():\n    return 22\n")
     os.utime(file, ns=(1, 1))
     assert import_path.load(f"{file}:f")() == 22
+
+
+def test_a_module_is_that_of_the_current_folder(tmp_path, monkeypatch):
+    """Files of one name in two folders, one after the other in a process, as in a notebook that changes its folder."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ours.py").write_text(f"def who():\n    return {name!r}\n")
+    for name in ("first", "second", "first"):
+        monkeypatch.chdir(tmp_path / name)
+        assert import_path.load("ours.py:who")() == import_path.load("ours.who")() == name
