@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from treetune.cli import assembly, document_source, invocation, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.errors import checking_input, running
@@ -48,7 +50,7 @@ def configure(method: str, **options: Any) -> Any:
 
     Options have the names of a config file and are read as it is. Errors: ValueError for an unknown method or option, or a wrong value.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     return reading.from_values(method, METHODS[method].config, options)
 
@@ -57,14 +59,31 @@ def fit(config: Any, *, observers: Iterable[Any] = (), source: Source | None = N
     """Train by the method whose config this is, and leave a run folder.
 
     observers: told of the run as it goes: `Screen()`, a tracker (`core.run.observers`). source: micro-batches in place of the config's
-    data. Prints nothing, handles no signals, and works in any thread. Errors: ValueError for bad input, RunFailed for a run that cannot
-    go on.
+    data. Prints nothing (warnings go to `logging` where no observer takes lines), handles no signals, and works in any thread.
+    Errors: ValueError for bad input, RunFailed for a run that cannot go on.
     """
     with checking_input():
+        config = reading.reread(of_config(config).name, config)
         defaults = table.defaults(type(config))
         options = frozenset(name for name, value in table.flatten(config).items() if value != defaults[name])
-        config = requirements.complete(config, CONFIGS.get(type(config)), options)
+        config = requirements.complete(config, CONFIGS[type(config)], options)
+        _check_source(source, config.optim.max_steps)
+        _check_torch()
     return run(config, observers=observers, source=source, options=options)
+
+
+def _check_source(source: Source | None, max_steps: int | None) -> None:
+    """Raise ValueError for a length of the run that is not that of its source."""
+    if source is not None and max_steps not in (None, source.total_steps):
+        raise ValueError(f"max_steps is {max_steps}, but the source has {source.total_steps} steps: leave max_steps out")
+
+
+def _check_torch() -> None:
+    """Raise ValueError for settings of the process in which nothing trains, or not with the numbers of the command line."""
+    if not torch.is_grad_enabled():
+        raise ValueError("gradients are off: call fit outside of torch.no_grad and torch.inference_mode")
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(f"the default dtype is {torch.get_default_dtype()}; a run needs torch.set_default_dtype(torch.float32)")
 
 
 def run(

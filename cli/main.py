@@ -95,6 +95,8 @@ def _run(command: str, argv: list[str]) -> int:
         print(f"treetune: error: {masking.one_line(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
+        if os.environ.get(fields.TRACEBACK):
+            traceback.print_exc()
         print(f"treetune: failed: {masking.one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

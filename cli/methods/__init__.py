@@ -12,10 +12,15 @@ CONFIGS: dict[type, Method] = {method.config: method for method in METHODS.value
 def register(method: Method) -> Method:
     """Add a method from outside of this folder to the commands: `register(METHOD)` before `main` runs.
 
-    Errors: ValueError for the name of another method.
+    Errors: ValueError for what is no method, and for the name or the config class of another; a file that runs anew replaces its own.
     """
-    if METHODS.get(method.name, method) is not method:
+    if not isinstance(method, Method):
+        raise ValueError(f"{method!r:.80} is no method; expected a treetune.cli.methods.method.Method, as METHOD in cli/methods/sft.py")
+    same = METHODS.get(method.name, method)
+    if (same.config.__module__, same.config.__qualname__) != (method.config.__module__, method.config.__qualname__):
         raise ValueError(f"there is a method {method.name} already; give yours another name")
+    if CONFIGS.get(method.config, method).name != method.name:
+        raise ValueError(f"{method.config.__name__} is the config of {CONFIGS[method.config].name}; give {method.name} a class of its own")
     METHODS[method.name] = CONFIGS[method.config] = method
     return method
 
@@ -23,9 +28,10 @@ def register(method: Method) -> Method:
 def load(path: str) -> Method:
     """The method at an import path such as mine.py:METHOD, as one of the commands. Errors: ValueError where there is none."""
     method = import_path.load_object(path, "method")
-    if not isinstance(method, Method):
-        raise ValueError(f"{path} is no method; expected a treetune.cli.methods.method.Method, as METHOD in cli/methods/sft.py")
-    return register(method)
+    try:
+        return register(method)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def of_config(config: object) -> Method:

@@ -3,6 +3,7 @@
 A tracker is an observer: a subclass of `Observer` with the methods that it wants, or a function `track(event, record)`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any, Protocol, cast
 from treetune.core import records
 from treetune.core.run.health import Event
 from treetune.core.run.recorder import Record
+
+LOG = logging.getLogger("treetune")
 
 
 class Observer(Protocol):
@@ -141,6 +144,11 @@ class Guarded(Observer):
             self.warn(f"observer {self.name} failed at {event} ({type(error).__name__}: {reason}); the run goes on without it")
 
 
+def _takes_lines(one: Observer | Guarded) -> bool:
+    observer = one.observer if isinstance(one, Guarded) else one
+    return getattr(type(observer), "message", Observer.message) is not Observer.message
+
+
 def _copy(value: Any) -> Any:
     """A record, or a list of records, that a user's observer may change without others seeing it."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
@@ -195,8 +203,10 @@ class Observers(Observer):
         self.tell("message", text, warning=warning)
 
     def warn(self, text: str) -> None:
-        """Tell all a line that should be noticed."""
+        """Tell all a line that should be noticed; of a run whose observers take no lines it goes to `logging`."""
         self.tell("message", text, warning=True)
+        if self.observers and not any(map(_takes_lines, self.observers)):
+            LOG.warning(text)
 
     def activity(self, name: str | None) -> None:
         """Tell all what takes a while."""

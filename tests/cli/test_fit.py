@@ -1,10 +1,13 @@
 """Runs from Python: the numbers of the command line, observers, threads, sources of one's own, and errors that can be caught."""
 
+import dataclasses
+import re
 import threading
 
 import pytest
+import torch
 
-from treetune.cli import fit
+from treetune.cli import fit, methods
 from treetune.cli.fit import configure
 from treetune.core.run.errors import RunFailed
 from treetune.core.run.source import Fixed
@@ -26,6 +29,7 @@ def test_a_config_is_read_as_a_file_of_it_is(tiny):
 @pytest.mark.parametrize(
     ("method", "values", "words"),
     [
+        (["sft"], {}, "unknown method ['sft']; expected one of sft"),
         ("sfr", {}, "unknown method 'sfr'; expected one of sft, pretrain, dpo"),
         ("sft", {"learning_rat": 1}, "'learning_rat' (did you mean learning_rate?)"),
         ("sft", {"max_steps": "many"}, "max_steps must be a whole number"),
@@ -92,6 +96,71 @@ def test_observers_are_told_and_one_that_fails_does_not_end_the_run(tiny, here):
     result = fit.fit(configure("sft", **options(tiny)), observers=[track, losses])
     assert events == ["start", "evaluation", "step", "step"], "it is left out once it has failed"
     assert losses.values == [record["train/loss"] for record in result.history if "train/loss" in record] and len(losses.values) == 3
+
+
+def test_an_observer_that_fails_is_told_to_logging_where_nobody_takes_lines(tiny, here, caplog):
+    def track(event, record):
+        raise ConnectionError("gone")
+
+    class Lines:
+        def message(self, text, *, warning=False):
+            lines.append(text)
+
+    lines = []
+    fit.fit(configure("sft", **options(tiny, max_steps=1)), observers=[track])
+    said = [record.getMessage() for record in caplog.records if record.name == "treetune"]
+    assert [text for text in said if text.startswith("observer track failed at start (ConnectionError: gone)")]
+    caplog.clear()
+    fit.fit(configure("sft", **options(tiny, max_steps=1)), observers=[track, Lines()])
+    assert not [record for record in caplog.records if record.name == "treetune"]
+    assert [text for text in lines if text.startswith("observer track failed at start")]
+
+
+def test_a_config_that_is_put_together_by_hand_is_checked_as_a_file(tiny, here, kit):
+    config = configure("sft", **options(tiny))
+    optim = dataclasses.replace(config.optim, learning_rate="fast")
+    for wrong, words in [
+        (dataclasses.replace(config, optim=optim), 'sft: learning_rate must be a number above 0, at most 3e+38, got "fast"'),
+        (dataclasses.replace(config, optim={"max_steps": 3}), "sft: optim must be OptimOptions"),
+        ({"model": "x"}, "dict is no config of a method"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            fit.fit(wrong)
+    assert kit.listing(here) == set()
+
+
+def test_what_a_process_sets_that_a_run_cannot_have_is_refused(tiny, here, kit):
+    config = configure("sft", **options(tiny))
+    with pytest.raises(ValueError, match="gradients are off"), torch.no_grad():
+        fit.fit(config)
+    with pytest.raises(ValueError, match="gradients are off"), torch.inference_mode():
+        fit.fit(config)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match="default dtype is torch.float64"):
+            fit.fit(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(ValueError, match="max_steps is 3, but the source has 2 steps"):
+        fit.fit(config, source=Fixed([[None]], total_steps=2))
+    assert kit.listing(here) == set()
+
+
+def test_a_method_of_ones_own_takes_no_name_and_no_config_class_of_another():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        """Options."""
+
+    sft = methods.METHODS["sft"]
+    for method, words in [
+        (sft._replace(config=Own), "there is a method sft already"),
+        (sft._replace(name="mine"), "Sft is the config of sft; give mine a class of its own"),
+        ("sft", "'sft' is no method"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            methods.register(method)
+    assert methods.METHODS["sft"] is sft and "mine" not in methods.METHODS
+    assert methods.register(sft._replace(help="a file that runs anew")).help and methods.register(sft) is sft
 
 
 TRACKER = """
