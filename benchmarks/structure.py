@@ -10,7 +10,20 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-FOLDERS = ("core", "core/data", "core/rollout", "core/run", "ops", "models", "losses", "cli", "tests", "benchmarks", "examples")
+FOLDERS = (
+    "core",
+    "core/config",
+    "core/data",
+    "core/rollout",
+    "core/run",
+    "ops",
+    "models",
+    "losses",
+    "cli",
+    "tests",
+    "benchmarks",
+    "examples",
+)
 CODE = ("core", "ops", "models", "losses", "cli")
 VAGUE = ("found", "made", "used", "said", "where", "on", "told", "given", "kept", "own", "known", "held")
 MAX_PARAMETERS = 8

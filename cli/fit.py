@@ -55,7 +55,7 @@ def configure(method: str, **options: Any) -> Any:
     return reading.from_values(method, METHODS[method].config, options)
 
 
-def fit(config: Any, *, observers: Iterable[Any] = (), source: Source | None = None) -> Result:
+def fit(config: TrainConfig, *, observers: Iterable[Any] = (), source: Source | None = None) -> Result:
     """Train by the method whose config this is, and leave a run folder.
 
     observers: told of the run as it goes: `Screen()`, a tracker (`core.run.observers`). source: micro-batches in place of the config's
@@ -87,7 +87,7 @@ def _check_torch() -> None:
 
 
 def run(
-    config: Any,
+    config: TrainConfig,
     *,
     observers: Iterable[Any] = (),
     source: Source | None = None,

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from treetune.cli.methods.method import Method
 from treetune.cli.options import optim, run
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
+from treetune.core.config.table import Config
 from treetune.core.run import guard
 from treetune.models import fetch
 
@@ -23,7 +24,7 @@ OUTPUTS = {
 }
 
 
-def complete(config: Any, method: Method | None, options: frozenset[str] = frozenset(), config_file: str | None = None) -> Any:
+def complete(config: Config, method: Method | None, options: frozenset[str] = frozenset(), config_file: str | None = None) -> Any:
     """The config with what depends on other options filled in, once it is checked.
 
     method: whose config it is; None for other commands. options: names of those that the user set, of which one that the command would
@@ -33,33 +34,36 @@ def complete(config: Any, method: Method | None, options: frozenset[str] = froze
     check(config, method, options)
     _check_outputs(config, config_file)
     places.check(config, MODELS)
-    if getattr(getattr(config, "adapter", None), "lora_model_dir", None) is not None:
-        config = _on_base(config, named="model" in options)
+    adapter = getattr(getattr(config, "adapter", None), "lora_model_dir", None)
+    if adapter is not None:
+        config = _on_base(config, adapter, named="model" in options)
     return config if method is None else method.complete(config)
 
 
-def _on_base(config: Any, *, named: bool) -> Any:
-    """The config of a run that starts from an adapter, on the adapter's own base model unless the user has named one. Imports torch."""
+def _on_base(config: Config, adapter: str, *, named: bool) -> Config:
+    """The config of a run that starts from an adapter, on that adapter's own base model unless the user has named one. Imports torch."""
     from treetune.models import target
 
-    options = config.model
-    base = target.choose(config.adapter.lora_model_dir, model=options.model, named=named, revision=options.revision)
-    return dataclasses.replace(config, model=dataclasses.replace(options, model=base.model, revision=base.revision))
+    options = cast(Any, config).model
+    base = target.choose(adapter, model=options.model, named=named, revision=options.revision)
+    changed: dict[str, Any] = {"model": dataclasses.replace(options, model=base.model, revision=base.revision)}
+    return dataclasses.replace(config, **changed)
 
 
-def check(config: Any, method: Method | None, options: frozenset[str]) -> None:
+def check(config: Config, method: Method | None, options: frozenset[str]) -> None:
     """Raise ValueError, one line, for options out of range, that contradict each other, or that this command would ignore."""
     checks.check_ranges(config)
     _check_pass(table.flatten(config))
     checks.check_texts(config)
     if method is not None:
-        optim.conflicts(config.optim)
-        run.conflicts(config.run)
+        train = cast(Any, config)
+        optim.conflicts(train.optim)
+        run.conflicts(train.run)
         method.conflicts(config)
     checks.refuse_unused(options, ignored(config, method))
 
 
-def ignored(config: Any, method: Method | None) -> dict[str, str]:
+def ignored(config: Config, method: Method | None) -> dict[str, str]:
     """{option: why this command would not look at it}, as far as options tell."""
     return table.unused(config) | (method.unused(config) if method else {})
 
@@ -71,7 +75,7 @@ def _check_pass(values: dict[str, Any]) -> None:
         raise ValueError(f"micro_batch_size * sequence_len must be at most {TOKENS_MAX} tokens, got {tokens}: lower one of them")
 
 
-def _check_outputs(config: Any, config_file: str | None) -> None:
+def _check_outputs(config: Config, config_file: str | None) -> None:
     """Raise ValueError, before anything is read or written, for an output that would replace what treetune did not make."""
     for one in places.named(config):
         if one.place in OUTPUTS:
@@ -83,7 +87,7 @@ def _check_outputs(config: Any, config_file: str | None) -> None:
         guard.check_run(root, read, overwrite=run_options.overwrite, resumes=run_options.resume is not None)
 
 
-def inputs(config: Any, config_file: str | None = None) -> Iterator[tuple[str, Path]]:
+def inputs(config: Config, config_file: str | None = None) -> Iterator[tuple[str, Path]]:
     """(flag, path) of everything on this machine that a run reads."""
     yield from guard.inputs(places.read(config))
     yield from guard.inputs([] if config_file is None else [("--config", config_file)])

@@ -6,13 +6,14 @@ from treetune.cli import requirements
 from treetune.cli.methods.method import Method
 from treetune.cli.options import ebft
 from treetune.core.config import table
+from treetune.core.config.table import Config
 from treetune.core.run.provenance import Options
 from treetune.core.run.resume_rules import WEIGHTS
 
 BETAS = {"adamw": 0.999, "lion": 0.99}
 
 
-def describe(config: Any, method: Method, *, rate: float, dtype: str) -> Options:
+def describe(config: Config, method: Method, *, rate: float, dtype: str) -> Options:
     """The options of a run for its checkpoints; rate and dtype are those of a run that leaves them open."""
 
     def resolve(values: dict[str, Any]) -> dict[str, Any]:

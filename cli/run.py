@@ -8,12 +8,13 @@ from treetune.cli.methods.method import Method
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.cli.options.run import RunOptions
+from treetune.core.config.table import Config
 from treetune.core.run.folder import RunDir
 from treetune.core.run.observers import Observers
 from treetune.core.run.ranks import Ranks
 
 
-class TrainConfig(Protocol):
+class TrainConfig(Config, Protocol):
     """The groups that every training command has."""
 
     @property

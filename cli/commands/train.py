@@ -1,14 +1,13 @@
 """The training commands: a screen around `fit.run`."""
 
-from typing import Any
-
 from treetune.cli import fit
 from treetune.cli.methods import of_config
+from treetune.cli.run import TrainConfig
 from treetune.cli.screen import Screen
 from treetune.core.run.lines import Metrics
 
 
-def run(config: Any, options: frozenset[str]) -> int:
+def run(config: TrainConfig, options: frozenset[str]) -> int:
     """Train and leave a run folder; the exit code. options: names of those that the user set."""
     method, pipeline = of_config(config), getattr(config, "pipeline", None)
     completions = 0 if pipeline is None else pipeline.num_completions_to_print

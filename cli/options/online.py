@@ -11,9 +11,10 @@ from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.options.run import RunOptions
+from treetune.core.config.table import Config
 
 
-class OnlineConfig(Protocol):
+class OnlineConfig(Config, Protocol):
     """The groups of a command that learns from completions it samples."""
 
     @property

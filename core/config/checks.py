@@ -1,13 +1,13 @@
 """What the marks of options forbid: values out of range, texts that name nothing, options that a command would ignore. Imports no torch."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from treetune.core import import_path
 from treetune.core.config import doors, table
+from treetune.core.config.table import Config
 
 
-def check_ranges(config: Any) -> None:
+def check_ranges(config: Config) -> None:
     """Raise ValueError for a number out of its option's range."""
     options = table.options(type(config))
     for name, value in table.flatten(config).items():
@@ -15,7 +15,7 @@ def check_ranges(config: Any) -> None:
             raise ValueError(f"{name} {wrong}")
 
 
-def check_texts(config: Any) -> None:
+def check_texts(config: Config) -> None:
     """Raise ValueError for a text without its equals sign, and for an import path whose function is not there or takes other things."""
     values = table.flatten(config)
     for name, option in table.options(type(config)).items():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from treetune.core import fields
 from treetune.core.config import marks, table
 from treetune.core.config.marks import Place
+from treetune.core.config.table import Config
 from treetune.core.data import files
 from treetune.core.rollout import builtin
 
@@ -41,7 +42,7 @@ class Named(NamedTuple):
         return f"--{self.option.replace('_', '-')}"
 
 
-def named(config: Any) -> Iterator[Named]:
+def named(config: Config) -> Iterator[Named]:
     """All values of the options that name something, in the order of the help."""
     values = table.flatten(config)
     for name, option in table.options(type(config)).items():
@@ -55,7 +56,7 @@ def _label(name: str, place: Place, text: str) -> str:
     return f"{name.removesuffix('_funcs')} {text}" if place == marks.FUNCTION_PATH else name
 
 
-def check_names(config: Any) -> None:
+def check_names(config: Config) -> None:
     """Raise ValueError for a text that can be the name of no file, folder or model."""
     for name, place, value, _ in named(config):
         if place in NO_NAMES or not isinstance(value, str):
@@ -68,7 +69,7 @@ def check_names(config: Any) -> None:
             raise ValueError(f"{name} has a name of more than {LONGEST_NAME} bytes: {value[:40]} ...; no file system takes it")
 
 
-def check(config: Any, models: Mapping[str, Check]) -> None:
+def check(config: Config, models: Mapping[str, Check]) -> None:
     """Raise ValueError for the first option that names what is not there, or what cannot be written.
 
     Defaults are found where they are read. models: by kind of place, the checks of what core does not know.
@@ -172,7 +173,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def read(config: Any) -> Iterator[tuple[str, str]]:
+def read(config: Config) -> Iterator[tuple[str, str]]:
     """(flag, text) of everything that a run may read on this machine: paths, patterns, files of functions."""
     for one in named(config):
         if one.place in WRITTEN:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from treetune.core.config import suggestions, table, typed
-from treetune.core.config.table import Option
+from treetune.core.config.table import Config, Option
 from treetune.core.data import dataset_fields, yamltext, yamlvalues
 from treetune.core.data.yamltext import Written
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Config)
 DEEPEST = 20  # lists and mappings inside each other
 MAPPING_VALUES = "a text, a finite number, true, false, null, or a list or mapping of such"
 
@@ -66,7 +66,7 @@ def fill(config: type, values: Mapping[str, Any], *, missing: Any = table.REQUIR
     return config(**parts)
 
 
-def to_yaml(config: Any, *, without: tuple[str, ...] = ()) -> str:
+def to_yaml(config: Config, *, without: tuple[str, ...] = ()) -> str:
     """The config as YAML that `from_file` reads back."""
     import yaml
 

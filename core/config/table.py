@@ -9,7 +9,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from treetune.core.config.doors import Door
 from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Unused
@@ -18,6 +18,12 @@ from treetune.core.import_path import FORM, is_path
 
 REQUIRED = dataclasses.MISSING
 T = TypeVar("T")
+
+
+class Config(Protocol):
+    """A config: an instance of any config class."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 class Option(NamedTuple):
@@ -121,21 +127,21 @@ def kinds(config: type) -> dict[str, Any]:
     return {name: option.kind for name, option in options(config).items()}
 
 
-def flatten(config: Any) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """The config as one flat mapping, option -> value, in the order of the help."""
     return {name: _listed(value) for name, value in _values(config)}
 
 
-def _values(config: Any) -> Iterator[tuple[str, Any]]:
+def _values(config: Config) -> Iterator[tuple[str, Any]]:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _values(value)
         else:
             yield entry.name, value
 
 
-def record(kind: Callable[..., T], config: Any, **values: Any) -> T:
+def record(kind: Callable[..., T], config: Config, **values: Any) -> T:
     """A record whose fields have the names of options, with the values of a config; `values` go first.
 
     A field that is neither an option of this config nor among `values` keeps its default.
@@ -149,7 +155,7 @@ def rules(config: type) -> dict[str, Rule]:
     return {name: option.rule for name, option in options(config).items() if option.rule is not None}
 
 
-def unused(config: Any) -> dict[str, str]:
+def unused(config: Config) -> dict[str, str]:
     """{option: why the run would not look at it}, as far as the marks of the fields tell."""
     values, out = flatten(config), {}
     for name, option in options(type(config)).items():
