@@ -211,13 +211,13 @@ def at_the_end(do):
     """Patch the command to call `do` when the training is done and the results are to be written."""
 
     def prepare():
-        save = fit.artifacts.save
+        save = fit.policies.save
 
-        def patched(*args):
+        def patched(*args, **named):
             do()
-            return save(*args)
+            return save(*args, **named)
 
-        fit.artifacts.save = patched
+        fit.policies.save = patched
 
     return prepare
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from treetune.cli.methods import ebft_strided
+from treetune.cli.methods import ebft as method
 from treetune.cli.options.ebft import Ebft, EbftOptions, EbftRollout
 from treetune.core import check, strided, tree
 from treetune.core.data import ebft, pack, strides
@@ -50,7 +50,7 @@ def made(base, used=None, *, top_p=1.0, temperature=TEMPERATURE, mesh=None, **op
     """The method put together as the command does it."""
     chosen = dataclasses.replace(OPTIONS, **options)
     config = Ebft(ebft=chosen, rollout=EbftRollout(temperature=temperature, top_p=top_p))
-    return ebft_strided.parts(config, used or scene.whole(base), scene.setting(mesh))
+    return method.parts(config, used or scene.whole(base), scene.setting(mesh))
 
 
 def blocks(doc, options) -> list[int]:
