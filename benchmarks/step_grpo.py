@@ -53,7 +53,7 @@ def ours(args: argparse.Namespace) -> dict:
     from treetune.cli.options.run import RunOptions
     from treetune.models import tokenizer
 
-    tokenizer.stop_ids = lambda *_: []  # nothing ends a completion early, on either side
+    tokenizer.stop_ids = lambda *_, **__: []  # nothing ends a completion early, on either side
     config = Grpo(
         model=ModelOptions(model=args.model, dtype="float32"),
         data=PromptData(data=(str(SAMPLE),)),
@@ -78,7 +78,6 @@ def ours(args: argparse.Namespace) -> dict:
             metrics["loss"].item()
             times.append((time.perf_counter() - begun, found["rollout/seconds"]))
             tokens.append(found["completions/mean_length"] * PROMPTS * GROUP)
-        made.close()
     return summary(times, tokens, start)
 
 
