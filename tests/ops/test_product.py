@@ -47,6 +47,16 @@ def test_gradients_leave_the_product_bit_for_bit_as_it_is(rows):
     assert torch.equal(product.linear(x, w.requires_grad_()), product.rows_t(x, w.detach()))
 
 
+def test_rows_that_do_not_depend_on_their_number():
+    x, w, *_ = _inputs(torch.float32, 100)
+    if not product.fast(x):
+        pytest.skip("this torch has no oneDNN")
+    whole = product.even_rows_t(x, w)
+    torch.testing.assert_close(whole, x @ w.T)
+    assert all(torch.equal(product.even_rows_t(x[lo:hi], w), whole[lo:hi]) for lo in (0, 1, 40) for hi in (41, 42, 57, 100))
+    assert torch.equal(product.even_rows_t(x.double(), w.double()), x.double() @ w.double().T)
+
+
 def test_a_strided_weight_and_no_rows():
     x, w, *_ = _inputs(torch.float32, 100)
     torch.testing.assert_close(product.rows_t(x, w.T.contiguous().T), x @ w.T)
