@@ -1,0 +1,73 @@
+"""The sparse MLP: a router sends each token to k of E experts, and their answers are summed with its weights.
+
+T tokens, D hidden, E experts, k experts of a token, F width of an expert, N = T k rows sorted by expert.
+y_t = sum_j p_tj W_down,e silu(W_gate,e x_t) * (W_up,e x_t), e the j-th expert of token t; leaves are stacked by expert.
+p is the softmax of the router's logits over all experts, of which k are kept, or over those k alone, which is the same renormalised.
+No token is dropped and nothing depends on other tokens, so packing changes nothing.
+Source: Shazeer et al., arXiv 1701.06538; Jiang et al. (Mixtral), arXiv 2401.04088, section 2.1.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from treetune.core.lora import Lora
+from treetune.core.param import Param, Params
+from treetune.ops import backend, grouped_linear, lora_linear, routing, swiglu
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Sizes of the sparse layers, whose numbers are `layers`; `normalised`: the weights of a token's experts sum to 1."""
+
+    count: int
+    top_k: int
+    width: int
+    layers: tuple[int, ...]
+    normalised: bool = True
+
+
+class Leaf(Protocol):
+    """Makes the `Param` of a leaf in the dtype of a model."""
+
+    def __call__(self, shape: tuple[int, ...], *, axes: tuple[str, ...], init: str) -> Param:
+        """A leaf of this shape."""
+        ...
+
+
+def abstract(experts: Experts, hidden: int, leaf: Leaf, normal: str, deep: str) -> Params:
+    """The leaves of a sparse MLP: router [E, D], experts.gate_up_proj [E, 2 F, D], gates first, and experts.down_proj [E, D, F]."""
+    count, width = experts.count, experts.width
+    return {
+        "router": leaf((count, hidden), axes=("expert", "embed"), init=normal),
+        "experts": {
+            "gate_up_proj": leaf((count, 2 * width, hidden), axes=("expert", "mlp", "embed"), init=normal),
+            "down_proj": leaf((count, hidden, width), axes=("expert", "embed", "mlp"), init=deep),
+        },
+    }
+
+
+def choose(logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+    """The k experts of each token and their weights [T, k] (float32, float64 for float64), best first, from the router's logits [T, E]."""
+    top, chosen = logits.topk(experts.top_k, dim=-1)
+    wide = backend.stat_dtype(logits)
+    if experts.normalised:
+        return chosen, top.to(wide).softmax(-1)
+    return chosen, logits.to(wide).softmax(-1).gather(-1, chosen)
+
+
+def mlp(h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | None = None) -> tuple[Tensor, Tensor]:
+    """y [T, D] of h [T, D], and the router's logits [T, E]; `w` and `adapters` are those of a layer, `lora` says their scale."""
+    scale = lora.scale if lora else 1.0
+    (logits,) = lora_linear.lora_linears(h, [w["router"]], [adapters.get("router")], scale=scale)
+    chosen, weights = choose(logits, experts)
+    way, ab = routing.route(chosen, experts.count), adapters.get("experts", {})
+    gate_up = _project(routing.dispatch(h, way, experts.top_k), "gate_up_proj", w, ab, way, scale)
+    gate, up = gate_up.chunk(2, dim=-1)
+    answers = _project(swiglu.swiglu(gate, up), "down_proj", w, ab, way, scale)
+    return routing.combine(answers, weights, way), logits
+
+
+def _project(rows: Tensor, name: str, w: Params, ab: Params, way: routing.Route, scale: float) -> Tensor:
+    return grouped_linear.grouped_linear(rows, w["experts"][name], way.ends, ab.get(name), scale=scale)

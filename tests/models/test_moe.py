@@ -1,0 +1,115 @@
+"""The sparse MLP against a loop over tokens, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from treetune.core import param
+from treetune.core.lora import Lora
+from treetune.core.param import Param
+from treetune.models import moe
+
+T, D, F = 13, 8, 6
+EXPERTS = moe.Experts(count=5, top_k=2, width=F, layers=(0,))
+SCALE = 0.7
+
+
+def weights(experts=EXPERTS, dtype=torch.float64):
+    tree_ = moe.abstract(experts, D, lambda shape, axes, init: Param(shape, dtype, axes, init), "normal:0.5", "normal:0.5")
+    return param.init(tree_, seed=0)
+
+
+def adapter(w, seed=1):
+    """Low-rank pairs on the router and on the experts, away from their start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(leaf):
+        *lead, outputs, inputs = leaf.shape
+        return {
+            "A": torch.randn(*lead, 3, inputs, generator=generator, dtype=leaf.dtype),
+            "B": torch.randn(*lead, outputs, 3, generator=generator, dtype=leaf.dtype),
+        }
+
+    return {"router": pair(w["router"]), "experts": {name: pair(leaf) for name, leaf in w["experts"].items()}}
+
+
+def stream(tokens=T, dtype=torch.float64):
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+def loop(h, w, ab, experts):
+    """The formula, one expert of one token at a time."""
+
+    def whole(leaf, pair):
+        return leaf if pair is None else leaf + SCALE * pair["B"] @ pair["A"]
+
+    router = whole(w["router"], ab.get("router"))
+    up_down = {name: whole(w["experts"][name], ab.get("experts", {}).get(name)) for name in ("gate_up_proj", "down_proj")}
+    out = []
+    for x in h:
+        p = (router @ x).softmax(0)
+        best = p.argsort(descending=True)[: experts.top_k]
+        share = p[best] / p[best].sum() if experts.normalised else p[best]
+        y = torch.zeros_like(x)
+        for weight, e in zip(share, best, strict=True):
+            both = up_down["gate_up_proj"][e] @ x
+            gate, up = both[: experts.width], both[experts.width :]
+            y = y + weight * (up_down["down_proj"][e] @ (gate / (1 + torch.exp(-gate)) * up))
+        out.append(y)
+    return torch.stack(out)
+
+
+def gradients(y, leaves):
+    up = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y)
+    return torch.autograd.grad((y.double() * up).sum(), leaves)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_values_and_gradients_of_router_and_experts_equal_a_loop(top_k, normalised, adapted):
+    experts = replace(EXPERTS, top_k=top_k, normalised=normalised)
+    w, h = weights(experts), stream()
+    ab = adapter(w) if adapted else {}
+    leaves = [leaf.requires_grad_() for leaf in (h, w["router"], *w["experts"].values())]
+    leaves += [side.requires_grad_() for pair in ((ab["router"], *ab["experts"].values()) if ab else ()) for side in pair.values()]
+    y, logits = moe.mlp(h, w, ab, experts, Lora({}, SCALE))
+    want = loop(h, w, ab, experts)
+    assert logits.shape == (T, 5)
+    torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-12)
+    for ours, plain in zip(gradients(y, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+def test_an_expert_that_no_token_asks_for_has_no_gradient():
+    w, h = weights(), stream(2)
+    leaf = w["experts"]["down_proj"].requires_grad_()
+    y, logits = moe.mlp(h, w, {}, EXPERTS)
+    chosen, _ = moe.choose(logits, EXPERTS)
+    (grad,) = gradients(y, [leaf])
+    idle = [e for e in range(5) if e not in chosen]
+    assert idle and not grad[idle].any() and all(grad[e].any() for e in chosen.unique())
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_weights_of_a_token(normalised):
+    """Best first; over the chosen experts alone they sum to 1, over all to less."""
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    chosen, share = moe.choose(logits, replace(EXPERTS, normalised=normalised))
+    assert torch.equal(chosen, logits.argsort(-1, descending=True)[:, :2]) and (share[:, 0] >= share[:, 1]).all()
+    want = logits.softmax(-1).gather(-1, chosen)
+    torch.testing.assert_close(share, want / want.sum(-1, keepdim=True) if normalised else want)
+    assert moe.choose(logits.bfloat16(), EXPERTS)[1].dtype == torch.float32
+
+
+def test_a_token_does_not_depend_on_the_others():
+    """In float32 on the CPU not by a bit, whichever experts the other tokens go to and however many there are."""
+    w = weights(dtype=torch.float32)
+    h = stream(40, torch.float32)
+    y, _ = moe.mlp(h, w, {}, EXPERTS)
+    other = torch.cat([stream(30, torch.float32) * 3, h[:1], -h[5:20], h[7:40], h[:1]])
+    again, _ = moe.mlp(other, w, {}, EXPERTS)
+    torch.testing.assert_close(again[46:79], y[7:40], rtol=0, atol=1e-6)
+    if torch.backends.mkldnn.is_available():
+        assert torch.equal(again[46:79], y[7:40]) and torch.equal(again[30], y[0]) and torch.equal(again[-1], y[0])
