@@ -45,7 +45,8 @@ def read(run: TrainRun, tokenizer: Any) -> Dataset:
 
 def check_fits(run: TrainRun, cfg: Config, docs: list[Any]) -> None:
     """Errors: ValueError for documents that are longer than the model's positions, or hold ids that it lacks."""
-    dataset.check_fits(docs, run.config.data.sequence_len, vocab_size=cfg.vocab_size, max_positions=cfg.max_positions)
+    sizes = {"vocab_size": cfg.vocab_size, "max_positions": cfg.max_positions, "shared_positions": cfg.shared_positions}
+    dataset.check_fits(docs, run.config.data.sequence_len, **sizes)
 
 
 def supply(run: TrainRun, parts: Parts, data: Dataset, state: TrainState) -> tuple[Supply, Dataset]:

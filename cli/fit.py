@@ -167,7 +167,7 @@ def _sample_answer(this: TrainRun, parts: Assembly) -> Callable[[TrainState], No
     column = getattr(this.config.data, "text_column", "text")
     text, ids = sample_prompt.choose(parts.data, start.tokenizer, asked=options.sample_prompt, text_column=column)
     prompt_ids.check_ids(ids, start.cfg.vocab_size, "the sample prompt")
-    tokens = min(options.sample_tokens, start.cfg.max_positions - len(ids))
+    tokens = min(options.sample_tokens, start.cfg.shared_positions - len(ids))
     if not ids or tokens < 1:
         return lambda state: None
     sample = policies.sampler(start, temperature=0.0, stop=parts.stop_ids, seed=0)

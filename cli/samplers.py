@@ -36,7 +36,7 @@ def rollout_of(options: RolloutOptions, tokenizer: Any, cfg: Any) -> core_sample
     """The user's rollout function, or one reply after each prompt. Errors: ValueError when there is no such function."""
     if options.rollout_func is None:
         return core_sampler.single_turn
-    return custom.load(options.rollout_func, tokenizer, vocab_size=cfg.vocab_size, max_positions=cfg.max_positions)
+    return custom.load(options.rollout_func, tokenizer, vocab_size=cfg.vocab_size, max_positions=cfg.shared_positions)
 
 
 def sampling_params(options: RolloutOptions, stop: Sequence[int]) -> vllm.SamplingParams:

@@ -126,10 +126,10 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_token
     if (highest := max(max(prompt) for prompt in prompts)) >= model.cfg.vocab_size:
         raise ValueError(f"a prompt has the token id {highest}, and the model has {model.cfg.vocab_size} rows of vocabulary")
     longest = max(len(prompt) for prompt in prompts)
-    if longest + max_new_tokens > model.cfg.max_positions:
+    if longest + max_new_tokens > model.cfg.shared_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need {longest + max_new_tokens} positions; "
-            f"the model has {model.cfg.max_positions}: shorten the prompt or lower max_new_tokens"
+            f"the model has {model.cfg.shared_positions}: shorten the prompt or lower max_new_tokens"
         )
 
 

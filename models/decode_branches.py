@@ -98,9 +98,10 @@ def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, draw: de
         raise ValueError(f"stop is {list(draw.stop)}; a branch has {anchors.length} tokens, whichever they are: leave stop out")
     strided.check(batch["cu_docs"].long().diff(), anchors, n)
     furthest = int(anchors.start.max()) + anchors.length if anchors.start.numel() else 0
-    if furthest > model.cfg.max_positions:
+    if furthest > model.cfg.shared_positions:
         raise ValueError(
-            f"the last rollout ends at position {furthest}; the model has {model.cfg.max_positions}: shorten the documents or the rollouts"
+            f"the last rollout ends at position {furthest}; the model has {model.cfg.shared_positions}: "
+            "shorten the documents or the rollouts"
         )
 
 

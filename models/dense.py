@@ -18,22 +18,17 @@ from torch import Tensor
 from treetune.core import grad, shard
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
+from treetune.models import rope_scaling
+from treetune.models.rope_scaling import Rope, Rotation, Scaling
 from treetune.ops import attention, lora_linear, noise, rms_norm, rope, swiglu
 
 
 @dataclass(frozen=True)
-class Llama3Rope:
-    """Frequency scaling of Llama 3.1 and later: long wavelengths divided by `factor`, with a smooth band between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True)
 class Config:
-    """Sizes of a dense decoder. `dtype` is the dtype it computes in, whatever its leaves are stored in."""
+    """Sizes of a dense decoder. `dtype` is the dtype it computes in, whatever its leaves are stored in.
+
+    rope_part: the part of each head that turns. nope_layers: layers without rotary positions.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -44,7 +39,7 @@ class Config:
     head_dim: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: Scaling | None = None
     max_positions: int = 2048
     tied: bool = False
     qkv_bias: bool = False
@@ -52,6 +47,23 @@ class Config:
     window: int | None = None
     init_std: float = 0.02
     dtype: torch.dtype = torch.float32
+    rope_part: float = 1.0
+    nope_layers: tuple[int, ...] = ()
+
+    @property
+    def rope(self) -> Rope:
+        """Base and scaling of the rotary positions."""
+        return Rope(self.rope_theta, self.rope_scaling)
+
+    @property
+    def shared_positions(self) -> int:
+        """Positions that prompts with their continuations may have: up to them the keys of a prompt serve all of its continuations."""
+        return rope_scaling.shared_positions(self.rope, self.max_positions)
+
+    @property
+    def rotary_dim(self) -> int:
+        """The features of each head that turn."""
+        return int(self.head_dim * self.rope_part)
 
 
 class Neftune(NamedTuple):
@@ -148,14 +160,14 @@ def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
 
 
 def inv_freq(cfg: Config, device: torch.device) -> Tensor:
-    """Rotary frequencies [d/2] in radians per position, float32. Source: arXiv 2104.09864; llama3 scaling: the Llama 3.1 release."""
-    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
-    if (scaling := cfg.rope_scaling) is None:
-        return freq
-    turns = scaling.original_max_positions * freq / (2 * math.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
-    return (1 - smooth) * freq / scaling.factor + smooth * freq
+    """Rotary frequencies [r/2] in radians per position, float32."""
+    return rope_scaling.inv_freq(cfg.rope, cfg.rotary_dim, device)
+
+
+def _rotations(cfg: Config, batch: dict) -> list[Rotation | None]:
+    """What each layer turns queries and keys by; None for one without positions."""
+    rotation = rope_scaling.rotation(cfg.rope, cfg.rotary_dim, batch)
+    return [None if index in cfg.nope_layers else rotation for index in range(cfg.num_layers)]
 
 
 def token_keys(batch: dict, seed: Tensor) -> Tensor:
@@ -193,14 +205,14 @@ def forward(
         x = x + _neftune(x, batch, neftune)
     adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], inv_freq(cfg, x.device), plan, cache, bare, _dropout_keys(batch, lora))
-    layer_fn, features = grad.remat(_layer, remat), {}
+    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, _dropout_keys(batch, lora))
+    layer_fn, features, rotations = grad.remat(_layer, remat), {}, _rotations(cfg, batch)
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
             features[index] = x
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if remat else shard.gathering_again(layer):
-            x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared)
+            x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared._replace(rotation=rotations[index]))
     if len(weights["layers"]) in collect:
         features[len(weights["layers"])] = x
     hidden = rms_norm.rms_norm(x, shard.gather(weights["norm"], cfg.dtype), eps=cfg.norm_eps)
@@ -241,11 +253,11 @@ _NEFTUNE_STREAM = 1 << 20
 
 
 class _Shared(NamedTuple):
-    """What every layer needs besides its own weights and adapters: of `lora` scale, dropout and seed."""
+    """What every layer needs besides its own weights and adapters: of `lora` scale, dropout and seed. The rotation is the layer's own."""
 
     cfg: Config
     positions: Tensor
-    inv_freq: Tensor
+    rotation: Rotation | None
     plan: attention.Plan | None
     cache: Cache | None
     lora: Lora | None
@@ -293,7 +305,8 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     q, k, v = (t.view(t.shape[0], -1, cfg.head_dim) for t in (q, k, v))  # [T, H, d], [T, K, d]
     if "q_norm" in w:
         q, k = (rms_norm.rms_norm(t, w[name], eps=cfg.norm_eps) for t, name in ((q, "q_norm"), (k, "k_norm")))
-    q, k = rope.rope(q, k, s.positions, s.inv_freq)
+    if s.rotation is not None:
+        q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)
     if s.cache is not None:
         s.cache.k[index][s.cache.rows, s.cache.slots] = k
         s.cache.v[index][s.cache.rows, s.cache.slots] = v

@@ -18,7 +18,8 @@ from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, dense
-from treetune.models.dense import Config, Llama3Rope
+from treetune.models.dense import Config
+from treetune.models.rope_scaling import Llama3Rope
 
 NAMES = {
     "token_embd.weight": "embed_tokens",

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from treetune.core import fields
 from treetune.core.fields import Fields
-from treetune.models.dense import Config, Llama3Rope
+from treetune.models import hf_rope
+from treetune.models.dense import Config
 
 # Fields that change no logit: notes of the writer, options of training and of generation, ids, labels, choices of implementation.
 WITHOUT_EFFECT = frozenset({
@@ -33,8 +34,6 @@ COMPUTED = frozenset({
     "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
 })  # fmt: skip
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # More than any model has: a size beyond these is a damaged file, and is refused before anything of that size is made.
 MOST = {
     "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 2**12, "num_attention_heads": 2**14,
@@ -43,11 +42,20 @@ MOST = {
 
 
 class Defaults(NamedTuple):
-    """What transformers takes where a config.json is silent; `heads` None: as many keys as queries, `head_dim` None: hidden / heads."""
+    """What transformers takes where a config.json is silent, and what else a family has.
+
+    kv_heads None: as many keys as queries; head_dim None: hidden / heads; activations: the names of the one it computes, default first;
+    known: further fields, which the family reads itself.
+    """
 
     kv_heads: int | None
     max_positions: int
     head_dim: int | None = None
+    norm_eps: float = 1e-6
+    tied: bool = False
+    rope: hf_rope.Options = hf_rope.Options()
+    activations: tuple[str, ...] = ("silu", "swish")
+    known: tuple[str, ...] = ()
 
 
 def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
@@ -57,11 +65,12 @@ def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
     """
     if absent := [name for name in SIZES if name not in hf.values]:
         raise ValueError(f"{hf.source} has no {', '.join(absent)}; expected the config.json of a causal language model")
-    _check_unknown(hf)
-    _check_choices(hf)
+    _check_unknown(hf, defaults)
+    _check_choices(hf, defaults)
     heads, hidden = _size(hf, "num_attention_heads"), _size(hf, "hidden_size")
     max_positions = _size(hf, "max_position_embeddings", default=defaults.max_positions)
-    theta, scaling = _rope(hf, max_positions)
+    head_dim = _head_dim(hf, heads, hidden, defaults)
+    ropes = hf_rope.read(hf, max_positions, head_dim, defaults.rope)
     return Config(
         vocab_size=_size(hf, "vocab_size"),
         hidden_size=hidden,
@@ -69,12 +78,13 @@ def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
         num_layers=_size(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=_kv_heads(hf, heads, defaults),
-        head_dim=_head_dim(hf, heads, hidden, defaults),
-        norm_eps=_between(hf, "rms_norm_eps", 1e-6, 0.0, 1.0),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        head_dim=head_dim,
+        norm_eps=_between(hf, "rms_norm_eps", defaults.norm_eps, 0.0, 1.0),
+        rope_theta=ropes.rope.theta,
+        rope_scaling=ropes.rope.scaling,
+        rope_part=ropes.part,
         max_positions=max_positions,
-        tied=fields.flag(hf, "tie_word_embeddings", default=False),
+        tied=fields.flag(hf, "tie_word_embeddings", default=defaults.tied),
         init_std=_between(hf, "initializer_range", 0.02, 0.0, 1.0),
         **family_fields,
     )
@@ -82,15 +92,12 @@ def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
 
 def to_hf(cfg: Config) -> dict:
     """The fields of a config.json that all dense families share (inverse of `read`)."""
-    rope: dict = {"rope_theta": cfg.rope_theta, "rope_type": "default"}
-    if (scaling := cfg.rope_scaling) is not None:
-        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
-        rope |= {"high_freq_factor": scaling.high_freq_factor, "original_max_position_embeddings": scaling.original_max_positions}
+    rope = hf_rope.to_hf(cfg.rope, cfg.rope_part)
     return {
         "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size, "intermediate_size": cfg.mlp_size,
         "num_hidden_layers": cfg.num_layers, "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
         "head_dim": cfg.head_dim, "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta, "rope_parameters": rope,
-        "rope_scaling": None if scaling is None else rope, "max_position_embeddings": cfg.max_positions,
+        "rope_scaling": None if cfg.rope_scaling is None else rope, "max_position_embeddings": cfg.max_positions,
         "tie_word_embeddings": cfg.tied, "initializer_range": cfg.init_std, "hidden_act": "silu",
     }  # fmt: skip
 
@@ -121,9 +128,9 @@ def check_layers(hf: Fields, kind: str) -> None:
         raise fields.wrong(hf, "layer_types", f"{kind} for each layer")
 
 
-def _check_unknown(hf: Fields) -> None:
+def _check_unknown(hf: Fields, defaults: Defaults) -> None:
     """A field that is not known may change the function; one that is null, false, 0 or empty is switched off."""
-    odd = [name for name in fields.unknown(hf, WITHOUT_EFFECT | COMPUTED) if hf.values[name]]
+    odd = [name for name in fields.unknown(hf, (*WITHOUT_EFFECT, *COMPUTED, *defaults.known)) if hf.values[name]]
     if odd:
         kind = hf.values.get("model_type")
         raise ValueError(
@@ -132,7 +139,7 @@ def _check_unknown(hf: Fields) -> None:
         )
 
 
-def _check_choices(hf: Fields) -> None:
+def _check_choices(hf: Fields, defaults: Defaults) -> None:
     if hf.values.get("quantization_config"):
         raise ValueError(
             f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model, or a .gguf file"
@@ -142,8 +149,7 @@ def _check_choices(hf: Fields) -> None:
             raise fields.wrong(hf, name, "false: this family computes no such bias")
     if not fields.flag(hf, "is_causal", default=True):
         raise fields.wrong(hf, "is_causal", "true: attention to later tokens is not computed")
-    fields.text(hf, "hidden_act", default="silu", choices=("silu", "swish"))
-    _whole_rotation(hf)
+    fields.text(hf, "hidden_act", default=defaults.activations[0], choices=defaults.activations)
 
 
 def _size(hf: Fields, name: str, **bounds: Any) -> int:
@@ -174,41 +180,3 @@ def _head_dim(hf: Fields, heads: int, hidden: int, defaults: Defaults) -> int:
     if size % 2:
         raise fields.wrong(hf, "head_dim", f"an even number, since rotary positions turn pairs (hidden_size and heads give {size})")
     return size
-
-
-def _rope(hf: Fields, max_positions: int) -> tuple[float, Llama3Rope | None]:
-    """Base and scaling of the rotary positions. A `rope_scaling` that says something replaces `rope_parameters` as a whole."""
-    old, new = (fields.inner(hf, name, default=None, null=True) for name in ("rope_scaling", "rope_parameters"))
-    name, rope = ("rope_scaling", old) if old and old.values else ("rope_parameters", new)
-    theta = _theta(hf)
-    if rope is None or not rope.values:
-        return theta, None
-    theta = _theta(rope) if "rope_theta" in rope.values else theta
-    _whole_rotation(rope)
-    kind = fields.text(rope, "rope_type" if "rope_type" in rope.values else "type", default="default")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{hf.source}: {name} has the type {fields.shown(kind)}; expected default or llama3, the others are not computed")
-    allowed = (*ROPE, *(LLAMA3 if kind == "llama3" else ()))
-    if odd := [name for name in fields.unknown(rope, allowed) if rope.values[name]]:
-        raise ValueError(f"{rope.source} has {odd[0]}, which is not known for the type {kind}: it may change what the model computes")
-    return theta, _llama3(hf, rope, max_positions) if kind == "llama3" else None
-
-
-def _theta(rope: Fields) -> float:
-    return fields.number(rope, "rope_theta", default=10000.0, least=1.0)
-
-
-def _whole_rotation(rope: Fields) -> None:
-    if fields.number(rope, "partial_rotary_factor", default=1.0, null=True) != 1:
-        raise fields.wrong(rope, "partial_rotary_factor", "1: rotating a part of each head is not computed")
-
-
-def _llama3(hf: Fields, rope: Fields, max_positions: int) -> Llama3Rope:
-    low, high = fields.number(rope, "low_freq_factor", above=0), fields.number(rope, "high_freq_factor", above=0)
-    if high <= low:
-        raise fields.wrong(rope, "high_freq_factor", f"a number above low_freq_factor, which is {low:g}")
-    # transformers prefers the length beside the mapping, where there is one, and takes that of the model where there is none
-    name = "original_max_position_embeddings"
-    place = hf if name in hf.values else rope
-    original = fields.integer(place, name, default=max_positions, least=1, most=MOST["max_position_embeddings"])
-    return Llama3Rope(fields.number(rope, "factor", above=0), low, high, original)

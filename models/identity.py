@@ -11,6 +11,10 @@ from treetune.models import Model
 from treetune.models.dense import Config
 
 OUTER = ("dtype", "init_std", "max_positions", "tied", "vocab_size")
+ALWAYS = (
+    "hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling", "qkv_bias",
+    "qk_norm", "window",
+)  # fmt: skip
 NUMBERS = 256  # of each leaf: other weights differ in nearly all of theirs
 
 
@@ -31,9 +35,12 @@ def digest(model: Model) -> str:
 def settings(family: str, cfg: Config) -> str:
     """What a model computes besides its leaves: rotary frequencies, heads, window and the like, floats to four digits.
 
-    Left out: the dtype, how weights are drawn, and how long its documents may be, which change no number of what it computes.
+    Left out: the dtype, how weights are drawn, and how long its documents may be, which change no number of what it computes; and all that
+    most families lack, where a model lacks it too: it may come to have a name here, and digests of models without it must stay.
     """
-    pairs = ((entry.name, getattr(cfg, entry.name)) for entry in dataclasses.fields(cfg) if entry.name not in OUTER)
+    fields = [entry for entry in dataclasses.fields(cfg) if entry.name not in OUTER]
+    written = [entry.name for entry in fields if entry.name in ALWAYS or getattr(cfg, entry.name) != entry.default]
+    pairs = ((name, getattr(cfg, name)) for name in written)
     return " ".join([family, *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in pairs)])
 
 

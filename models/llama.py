@@ -3,7 +3,7 @@
 from treetune.core import fields
 from treetune.core.fields import Fields
 from treetune.models import dense, hf_config
-from treetune.models.dense import Config, Llama3Rope
+from treetune.models.dense import Config
 
 HF_TYPES = ("llama", "mistral")
 HF_KEYS = {
@@ -54,4 +54,4 @@ def to_hf(cfg: Config) -> dict:
     return hf_config.to_hf(cfg) | extra | {"model_type": names[0], "architectures": [names[1]]}
 
 
-__all__ = ["HF_KEYS", "HF_TYPES", "Config", "Llama3Rope", "abstract", "config", "forward", "head", "logit_map", "read", "to_hf", "widen"]
+__all__ = ["HF_KEYS", "HF_TYPES", "Config", "abstract", "config", "forward", "head", "logit_map", "read", "to_hf", "widen"]

@@ -1,8 +1,10 @@
 """Rotary position embedding of queries and keys, rotate-half layout.
 
-With a = position * inv_freq (float32) and x = (x1, x2) the halves of a head: y1 = x1 cos a - x2 sin a, y2 = x2 cos a + x1 sin a.
-The backward is the rotation by -a. Bytes moved: 2b per element of q and k each way. Saved for backward: positions and inv_freq only.
-Shapes: T tokens, H heads, K kv heads, d head dim (even); q [T, H, d], k [T, K, d], positions [T], inv_freq [d/2].
+With a = position * inv_freq (float32), x = (x1, x2) the halves of a head and m a scale: y1 = m (x1 cos a - x2 sin a),
+y2 = m (x2 cos a + x1 sin a). Of a head wider than 2 len(inv_freq) = r only the first r features turn; the others pass as they are.
+The backward is m times the rotation by -a. Bytes moved: 2b per element of q and k each way. Saved for backward: positions, inv_freq.
+Shapes: T tokens, H heads, K kv heads, d head dim, r <= d turned features (even); q [T, H, d], k [T, K, d], positions [T],
+inv_freq [r/2], or [T, r/2] where tokens turn by frequencies of their own.
 Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2104.09864, eq. 34 (half-split layout of GPT-NeoX).
 """
 
@@ -20,17 +22,26 @@ def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     return positions.to(wide)[:, None] * inv_freq.to(wide)  # [T, d/2]
 
 
-def rope_ref(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_ref(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain torch, differentiated by autograd: the twin that tests compare against."""
-    angles = _angles(positions, inv_freq)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, d/2]
+    angles, half = _angles(positions, inv_freq), inv_freq.shape[-1]
+    cos, sin = scale * angles.cos()[:, None], scale * angles.sin()[:, None]  # [T, 1, r/2]
 
     def rotate(x):
         c, s = cos.to(x.dtype), sin.to(x.dtype)
-        x1, x2 = x.chunk(2, -1)
-        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+        x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s, rest], -1)
 
     return rotate(q), rotate(k)
+
+
+def _turns(positions: torch.Tensor, inv_freq: torch.Tensor, scale: float, sign: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale * cos and scale * sign * sin [T, d/2]."""
+    angles = _angles(positions, inv_freq)
+    cos, sin = angles.cos(), angles.sin().mul_(sign)
+    return (cos, sin) if scale == 1 else (cos.mul_(scale), sin.mul_(scale))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -43,11 +54,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def rotate_torch(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, sign: int = 1
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scale: float = 1.0, sign: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k rotated by sign * angle."""
-    angles = _angles(positions, inv_freq)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None].mul_(sign)
+    cos, sin = (x[:, None] for x in _turns(positions, inv_freq, scale, sign))
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -75,15 +85,14 @@ def _kernel(  # noqa: PLR0913
 
 
 def rotate_triton(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, sign: int = 1
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scale: float = 1.0, sign: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k rotated by sign * angle, one program per token; rounded once.
 
     cos and sin [T, d/2] come from torch: the hardware's fast ones are wrong at the angles of long documents.
     """
     q, k = q.contiguous(), k.contiguous()
-    angles = _angles(positions, inv_freq).float()
-    cos, sin = angles.cos(), angles.sin().mul_(sign)
+    cos, sin = (x.float() for x in _turns(positions, inv_freq, scale, sign))
     rotated = torch.empty_like(q), torch.empty_like(k)
     heads, half = (q.shape[1], k.shape[1]), q.shape[2] // 2
     tiles = [1 << (n - 1).bit_length() for n in (*heads, half)]
@@ -94,30 +103,39 @@ def rotate_triton(
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, positions, inv_freq):
-        return (rotate_triton if backend.use_triton(q) else rotate_torch)(q, k, positions, inv_freq)
+    def forward(q, k, positions, inv_freq, scale):
+        return (rotate_triton if backend.use_triton(q) else rotate_torch)(q, k, positions, inv_freq, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_backward(*inputs[2:4])
+        ctx.scale = inputs[4]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
         run = rotate_triton if backend.use_triton(dq) else rotate_torch
-        return *run(dq, dk, *ctx.saved_tensors, sign=-1), None, None
+        return *run(dq, dk, *ctx.saved_tensors, scale=ctx.scale, sign=-1), None, None, None
 
 
-def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q [T, H, d] and k [T, K, d] by positions [T] * inv_freq [d/2]; the results keep their shapes and dtypes.
+def rope(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first r features of q [T, H, d] and k [T, K, d] by positions [T] * inv_freq [r/2] (or [T, r/2]), times scale.
 
-    Angles are float32 (float64 when inv_freq is), whatever the dtype of q. Errors: ValueError when the shapes do not fit.
+    The results keep their shapes and dtypes. Angles are float32 (float64 when inv_freq is), whatever the dtype of q.
+    Errors: ValueError when the shapes do not fit.
     """
-    if inv_freq.shape != (q.shape[-1] // 2,) or q.shape[-1] % 2 or k.shape[-1] != q.shape[-1]:
+    turned, dim = 2 * inv_freq.shape[-1], q.shape[-1]
+    if turned > dim or inv_freq.shape[:-1] not in ((), q.shape[:1]) or k.shape[-1] != dim:
         raise ValueError(
-            f"rope got heads of {q.shape[-1]} (q) and {k.shape[-1]} (k) features and inv_freq {tuple(inv_freq.shape)}: "
-            f"expected one even head size d and inv_freq [d/2]"
+            f"rope got heads of {dim} (q) and {k.shape[-1]} (k) features and inv_freq {tuple(inv_freq.shape)}: "
+            f"expected one head size d and inv_freq [r/2], or [T, r/2], with r of at most d"
         )
     if positions.shape != q.shape[:1] or k.shape[0] != q.shape[0]:
         raise ValueError(f"rope got {q.shape[0]} queries, {k.shape[0]} keys and positions {tuple(positions.shape)}: expected one T")
-    return _Rope.apply(q, k, positions, inv_freq)
+    if turned == dim:
+        return _Rope.apply(q, k, positions, inv_freq, scale)
+    (q, q_rest), (k, k_rest) = (x.split([turned, dim - turned], -1) for x in (q, k))
+    q, k = _Rope.apply(q, k, positions, inv_freq, scale)
+    return torch.cat([q, q_rest], -1), torch.cat([k, k_rest], -1)

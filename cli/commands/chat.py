@@ -33,9 +33,9 @@ def run(config: Chat, given: frozenset[str]) -> int:
             with checking_input():
                 ids = prompt_ids.encode_turns(tokenizer, messages)
                 prompt_ids.check_ids(ids, model.cfg.vocab_size, "the conversation")
-            room = model.cfg.max_positions - len(ids)
+            room = model.cfg.shared_positions - len(ids)
             if room < 1:
-                screen.warn(f"the conversation fills all {model.cfg.max_positions} positions of the model; starting over")
+                screen.warn(f"the conversation fills all {model.cfg.shared_positions} positions of the model; starting over")
                 messages = list(start)
                 continue
             options = asdict(config.sample) | {"seed": config.sample.seed + turn}

@@ -39,7 +39,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
                 max_completion_length=options.max_completion_length,
                 stop_ids=options.stop_token_ids,
                 vocab_size=model.cfg.vocab_size,
-                max_positions=model.cfg.max_positions,
+                max_positions=model.cfg.shared_positions,
             )
         for line in data.lines:
             screen.line(line)

@@ -48,7 +48,7 @@ def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Com
 def _check_fits(config: Ebft, prompts: list[Prompt], cfg: Config) -> None:
     """Errors: ValueError when a conversation fits neither the model nor the server that it is sampled on, or ids are not the model's."""
     served = online.managed_length(config)
-    limits = [(cfg.max_positions, "the model")] + ([] if served is None else [(served, "the server (vllm_max_model_len)")])
+    limits = [(cfg.shared_positions, "the model")] + ([] if served is None else [(served, "the server (vllm_max_model_len)")])
     limit, limit_of = min(limits)
     ebft_rows.check_fits(
         prompts,

@@ -57,7 +57,7 @@ def parts(config: Grpo, policy: "Policy", setting: Setting) -> Parts:
         max_completion_length=config.rollout.max_completion_length,
         stop_ids=config.rollout.stop_token_ids,
         vocab_size=policy.cfg.vocab_size,
-        max_positions=policy.cfg.max_positions,
+        max_positions=policy.cfg.shared_positions,
     )
 
     def rollouts(logprob: "Logprob") -> RolloutParts:

@@ -107,16 +107,23 @@ def hold_out(
     return [train for train, _ in pairs], [val for _, val in pairs]
 
 
-def check_fits(docs: Docs, sequence_len: int, *, vocab_size: int, max_positions: int) -> None:
+def check_fits(docs: Docs, sequence_len: int, *, vocab_size: int, max_positions: int, shared_positions: int | None = None) -> None:
     """Raise ValueError when documents may be longer than the model's positions, or hold ids that its vocabulary lacks.
 
     Positions of a branch continue from its trunk, so a document with branches may hold more tokens than the model has positions.
+    shared_positions: how many a document with branches may have, where that is fewer.
     """
     if sequence_len > max_positions:
         raise ValueError(f"sequence_len {sequence_len} is longer than the {max_positions} positions of the model")
     longest = max(docs, key=_positions, default=None)
     if longest is not None and _positions(longest) > max_positions:
         raise ValueError(f"row {longest.row} has {_positions(longest)} positions, the model {max_positions}: lower sequence_len")
+    shared = max_positions if shared_positions is None else shared_positions
+    if deep := [doc for doc in docs if isinstance(doc, trees.TreeDoc) and _positions(doc) > shared]:
+        raise ValueError(
+            f"row {deep[0].row} has {_positions(deep[0])} positions; answers that share a prompt have at most {shared} in this model, "
+            "whose rotary positions change with the length: lower sequence_len"
+        )
     largest = max((int(doc.tokens.max()) for doc in docs), default=0)
     if largest >= vocab_size:
         raise ValueError(f"the rows hold token id {largest}, the model has {vocab_size}: the tokenizer is of another model")

@@ -99,7 +99,7 @@ def test_wrong_configs_are_refused(oracle, tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, "axial"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ import torch
 from treetune.models import dense, hf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 4.0, 6.0, 8.0]}
 
 
 @pytest.fixture
@@ -40,6 +41,12 @@ ACCEPTED = [
     ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "rope_parameters": ..., "rope_theta": 1000}),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1000.0}}),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1e3, "original_max_position_embeddings": 64}, "max_position_embeddings": 128}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}}),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}, "original_max_position_embeddings": 16}),
+    ("mistral", {"rope_parameters": LONG | {"original_max_position_embeddings": 48}}),
+    ("mistral", {"rope_parameters": LONG | {"original_max_position_embeddings": 47}}),
     ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 0.1}),
     ("llama", {"rms_norm_eps": ...}),
     ("llama", {"hidden_act": "swish"}),
@@ -75,8 +82,8 @@ CHANGES_THE_FUNCTION = [
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("llama", {"layer_types": ["full_attention"]}),
     ("llama", {"partial_rotary_factor": 0.5}),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}),
+    ("llama", {"rope_scaling": {"type": "ntk", "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}}),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}}),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("llama", {"attn_logit_softcapping": 50.0}),

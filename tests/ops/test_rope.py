@@ -55,6 +55,25 @@ def test_scores_depend_on_distance_alone():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def test_scale_frequencies_of_each_token_and_part_of_a_head(relative_error):
+    q, k, positions, _ = _inputs(torch.float32)
+    inv_freq = _inv_freq(12) * torch.linspace(0.5, 2, 40)[:, None]  # [T, 6]: 12 of 16 features turn
+    dq, dk = torch.randn_like(q), torch.randn_like(k)
+
+    def run(fn, q, k):
+        out = fn(q, k, positions, inv_freq, scale=1.3)
+        return *out, *torch.autograd.grad(out, (q, k), (dq.to(q.dtype), dk.to(k.dtype)))
+
+    exact = run(rope_ref, *(x.detach().double().requires_grad_() for x in (q, k)))
+    for ours, truth in zip(run(rope.rope, q, k), exact, strict=True):
+        assert relative_error(ours, truth) <= 1e-6
+    row = 17
+    alone = rope.rope(q[row : row + 1], k[row : row + 1], positions[row : row + 1], inv_freq[row], scale=1.3)
+    for ours, expected in zip(run(rope.rope, q, k), alone, strict=False):
+        torch.testing.assert_close(ours[row], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(rope.rope, q, k)[0][..., 12:], q[..., 12:], rtol=0, atol=0)
+
+
 def test_keeps_nothing_of_its_own(saved_bytes):
     assert saved_bytes(rope.rope, *_inputs(torch.bfloat16)) == 0
 
@@ -74,9 +93,10 @@ def test_takes_slices_of_a_fused_projection():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inv_freq": torch.ones(3)}, "inv_freq"),
+        ({"inv_freq": torch.ones(9)}, "inv_freq"),
+        ({"inv_freq": torch.ones(39, 8)}, "inv_freq"),
         ({"positions": torch.zeros(3, dtype=torch.int64)}, "expected one T"),
-        ({"k": torch.zeros(40, 2, 8)}, "one even head"),
+        ({"k": torch.zeros(40, 2, 8)}, "one head size"),
     ],
 )
 def test_shapes_that_do_not_fit(change, message):

@@ -51,18 +51,18 @@ def test_rms_norm(monkeypatch, dtype, shape, programs, relative_error):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim"), [(11, 5, 2, 12), (4, 3, 3, 64), (1, 1, 1, 2)])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_rope(dtype, tokens, heads, kv_heads, dim, sign, relative_error):
+@pytest.mark.parametrize(("scale", "sign"), [(1.0, 1), (1.0, -1), (1.3, -1)])
+def test_rope(dtype, tokens, heads, kv_heads, dim, scale, sign, relative_error):
     q, k = _randn(tokens, heads, dim, dtype=dtype), _randn(tokens, kv_heads, dim, dtype=dtype, seed=1)
     positions, inv_freq = torch.arange(tokens) * 391, 1 / 10000 ** (torch.arange(0, dim, 2) / dim)
 
     def exact():
         angles = (positions.float()[:, None] * inv_freq).double()[:, None] * sign
-        return [rope._rotate(x.double(), angles.cos(), angles.sin()) for x in (q, k)]
+        return [rope._rotate(x.double(), scale * angles.cos(), scale * angles.sin()) for x in (q, k)]
 
     _check(
-        lambda: rope.rotate_triton(q, k, positions, inv_freq, sign=sign),
-        lambda: rope.rotate_torch(q, k, positions, inv_freq, sign=sign),
+        lambda: rope.rotate_triton(q, k, positions, inv_freq, scale, sign),
+        lambda: rope.rotate_torch(q, k, positions, inv_freq, scale, sign),
         exact,
         relative_error,
     )

@@ -85,6 +85,8 @@ def test_the_budget_of_pairs_and_the_models_positions(here, byte_tokenizer):
         dataset.check_fits(docs, 32, vocab_size=1000, max_positions=31)
     with pytest.raises(ValueError, match="row 1 has 32 positions, the model 31"):
         dataset.check_fits(docs, 31, vocab_size=1000, max_positions=31)
+    with pytest.raises(ValueError, match="row 1 has 32 positions; answers that share a prompt have at most 31 in this model"):
+        dataset.check_fits(docs, 32, vocab_size=1000, max_positions=64, shared_positions=31)
 
 
 def test_ids_of_another_tokenizer_are_refused(here, byte_tokenizer):
