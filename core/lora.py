@@ -4,16 +4,16 @@ y = x W^T + scale (x A^T) B^T.   Source: Hu et al., arXiv 2106.09685; rank-stabi
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from treetune.core import param, tree
+from treetune.core import module_names, param, tree
 from treetune.core.param import Param, Params
 
+ALL_LINEAR = "all-linear"
 PEFT_LINEAR, PEFT_EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 
@@ -32,31 +32,42 @@ def scale(*, rank: int, alpha: float, rslora: bool = False) -> float:
 
 
 def linears(abstract: Params) -> list[str]:
-    """Paths of the projections inside layers: what "all-linear" means (embeddings and head are excluded)."""
-    return [path for path, leaf in tree.items(abstract) if len(leaf.shape) == 2 and path.startswith("layers.")]
+    """Paths of the linear layers: what "all-linear" means (embeddings and head are excluded)."""
+    return [path for path, leaf in tree.items(abstract) if leaf.op == "linear"]
 
 
-def match(abstract: Params, targets: str | Iterable[str], *, layers: Iterable[int] | None = None) -> list[str]:
-    """Paths of the 2-d leaves to adapt: "all-linear", or regexes over paths; optionally only in the given layers.
+def adaptable(abstract: Params) -> list[str]:
+    """Paths of the leaves that an adapter may sit on."""
+    return [path for path, leaf in tree.items(abstract) if leaf.op]
 
-    Raises ValueError when a target or a layer number matches nothing, naming the nearest paths.
+
+def match(
+    abstract: Params,
+    targets: str | Iterable[str],
+    *,
+    layers: Iterable[int] | None = None,
+    module: Callable[[str], str] = str,
+) -> list[str]:
+    """Paths of the leaves to adapt: "all-linear", names of modules, or regexes over paths or names; optionally only in the given layers.
+
+    module: the name of the module of transformers that owns a leaf. Raises ValueError when a target or a layer number matches nothing,
+    naming the nearest names and all there are.
     """
-    matrices = [path for path, leaf in tree.items(abstract) if len(leaf.shape) == 2]
-    if targets == "all-linear":
-        paths = linears(abstract)
-    else:
-        regexes = [targets] if isinstance(targets, str) else list(targets)
-        for regex in regexes:
-            tree.require_match(regex, matrices)
-        paths = [path for path in matrices if any(re.search(regex, path) for regex in regexes)]
-    return paths if layers is None else _in_layers(paths, set(layers), len(abstract["layers"]))
+    owners = {path: module(path) for path, _ in tree.items(abstract)}
+    modules = {path: owners[path] for path in adaptable(abstract)}
+    matched: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        every = target.lower() == ALL_LINEAR
+        matched.update(linears(abstract) if every else module_names.match_target(target, modules, owners))
+    paths = [path for path in modules if path in matched]
+    return paths if layers is None else _in_layers(paths, set(layers), owners)
 
 
-def _in_layers(paths: list[str], wanted: set[int], count: int) -> list[str]:
+def _in_layers(paths: list[str], wanted: set[int], every: Iterable[str]) -> list[str]:
+    count = 1 + max((number for path in every if (number := module_names.layer_of(path)) is not None), default=-1)
     if outside := sorted(index for index in wanted if not 0 <= index < count):
         raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {count - 1}")
-    layer = {path: int(match[1]) for path in paths if (match := re.match(r"layers\.(\d+)\.", path))}
-    inside = [path for path in paths if layer.get(path) is None or layer[path] in wanted]
+    inside = [path for path in paths if (number := module_names.layer_of(path)) is None or number in wanted]
     if not inside:
         raise ValueError(f"none of the targets is in layers {sorted(wanted)}; they are {', '.join(paths[:3])}")
     return inside

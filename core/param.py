@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ Params = dict
 class Param(NamedTuple):
     """A weight before it is allocated: shape, dtype, a name for each dimension, and its initialisation.
 
-    `init` is "zeros", "ones", "normal:STD" or "kaiming" (uniform in +-1/sqrt(fan_in), what PEFT gives a LoRA A).
+    `init` is "zeros", "ones", "normal:STD" or "kaiming" (uniform in +-1/sqrt(fan_in), what PEFT gives a LoRA A). `op` names what reads
+    a matrix that a low-rank adapter may sit on: "linear" (y = x W^T in a layer), "embedding" or "head"; empty for all other leaves.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     axes: tuple[str, ...] = ()
     init: str = "normal:0.02"
+    op: Literal["linear", "embedding", "head", ""] = ""
 
 
 def seed_of(*parts: object) -> int:

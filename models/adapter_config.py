@@ -177,11 +177,10 @@ def _check_rules(config: Fields, parsed: AdapterConfig) -> None:
                 raise fields.wrong(config, name, f"of regular expressions ({rule!r}: {error})") from error
 
 
-def adapted(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
-    """Those of a model's modules on which PEFT puts an adapter; the head is left out of "all-linear"."""
+def adapted(config: AdapterConfig, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Those of a model's modules on which PEFT puts an adapter; "all-linear" are its linear layers, without the head."""
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
-        linear = [name for name in modules if name.endswith("_proj")]
-        return [name for name in linear if not _left_out(config, name)]
+        return [name for name in linears if not _left_out(config, name)]
     return [name for name in modules if not _left_out(config, name) and _targeted(config, name)]
 
 

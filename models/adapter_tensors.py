@@ -35,13 +35,14 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
         shapes.pop(HEAD, None)
     owners = {path: module(model.family, path) for path in shapes}
     modules = list(dict.fromkeys(owners.values()))
-    adapted, replaced = adapter_config.adapted(config, modules), adapter_config.replaced(config, modules)
+    linears = [owners[path] for path, leaf in shapes.items() if leaf.op == "linear"]
+    adapted, replaced = adapter_config.adapted(config, modules, linears), adapter_config.replaced(config, modules)
     _check_config(config, owners, shapes, adapted, replaced)
     _check_tie(config, model, headless, {owners[name] for name in (EMBEDDING, HEAD) if name in owners} & {*adapted, *replaced})
     rest, key = dict(tensors), partial(hf.hf_key, model.family)
     bases = {path: rest.pop(name) for path in shapes if owners[path] in adapted and (name := PREFIX + owners[path] + BASE) in rest}
     whole = {path: rest.pop(PREFIX + key(path)) for path in shapes if PREFIX + key(path) in rest}
-    low = lora.from_peft(rest, [path for path, leaf in shapes.items() if len(leaf.shape) == 2], key)
+    low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], key)
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))
     _check_shapes(config, owners, low, whole, shapes)
     if HEAD not in model.params and not headless:
@@ -54,9 +55,9 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
 
 
 def _check_config(config: AdapterConfig, owners: dict, shapes: dict, adapted: list[str], replaced: list[str]) -> None:
-    matrices = {owners[path] for path, leaf in shapes.items() if len(leaf.shape) == 2}
-    if odd := [name for name in adapted if name not in matrices]:
-        raise ValueError(f"{config.source}: target_modules names {odd[0]}, which is no matrix; PEFT puts no adapter on it")
+    adaptable = {owners[path] for path, leaf in shapes.items() if leaf.op}
+    if odd := [name for name in adapted if name not in adaptable]:
+        raise ValueError(f"{config.source}: target_modules names {odd[0]}, which is no linear layer and no embedding; it takes no adapter")
     if both := sorted({*adapted} & {*replaced}):
         raise ValueError(f"{config.source}: target_modules and modules_to_save both name {both[0]}: choose one of the two")
     if config.bias != "none" and any(path.endswith("_bias") for path in shapes):

@@ -129,12 +129,12 @@ def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     normal, deep = f"normal:{cfg.init_std}", f"normal:{cfg.init_std / math.sqrt(2 * cfg.num_layers)}"
     leaf = partial(Param, dtype=dtype)
     tree_ = {
-        "embed_tokens": leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal),
+        "embed_tokens": leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal, op="embedding"),
         "layers": [_abstract_layer(cfg, leaf, normal, deep) for _ in range(cfg.num_layers)],
         "norm": leaf((cfg.hidden_size,), axes=("embed",), init="ones"),
     }
     if not cfg.tied:
-        tree_["lm_head"] = leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal)
+        tree_["lm_head"] = leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal, op="head")
     return tree_
 
 
@@ -142,14 +142,14 @@ def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
     d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     layer = {
         "input_norm": leaf((d,), axes=("embed",), init="ones"),
-        "q_proj": leaf((q, d), axes=("heads", "embed"), init=normal),
-        "k_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal),
-        "v_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal),
-        "o_proj": leaf((d, q), axes=("embed", "heads"), init=deep),
+        "q_proj": leaf((q, d), axes=("heads", "embed"), init=normal, op="linear"),
+        "k_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal, op="linear"),
+        "v_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal, op="linear"),
+        "o_proj": leaf((d, q), axes=("embed", "heads"), init=deep, op="linear"),
         "post_norm": leaf((d,), axes=("embed",), init="ones"),
-        "gate_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal),
-        "up_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal),
-        "down_proj": leaf((d, cfg.mlp_size), axes=("embed", "mlp"), init=deep),
+        "gate_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal, op="linear"),
+        "up_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal, op="linear"),
+        "down_proj": leaf((d, cfg.mlp_size), axes=("embed", "mlp"), init=deep, op="linear"),
     }
     if cfg.qkv_bias:
         sizes = {"q_bias": (q, "heads"), "k_bias": (kv, "kv_heads"), "v_bias": (kv, "kv_heads")}

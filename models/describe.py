@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from treetune.core import lora, param, tree
-from treetune.models import MODELS, adapter_config, gguf, hf
+from treetune.core import lora, module_names, param, tree
+from treetune.models import MODELS, adapter_config, adapter_tensors, gguf, hf
 from treetune.models.policy import Policy, weights
 
 
@@ -15,7 +15,8 @@ def describe_model(path: Path) -> dict[str, str]:
     else:
         family, cfg = hf.read_config(path / "config.json")
     sizes = MODELS[family].abstract(cfg)
-    count, low_rank = param.count(sizes), param.count(lora.abstract(sizes, lora.linears(sizes), rank=16))
+    linears, count = lora.linears(sizes), param.count(sizes)
+    low_rank = param.count(lora.abstract(sizes, linears, rank=16))
     return {
         "model": str(path),
         "family": f"{family}, {cfg.num_layers} layers, hidden {cfg.hidden_size}, mlp {cfg.mlp_size}",
@@ -23,6 +24,7 @@ def describe_model(path: Path) -> dict[str, str]:
         "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
         "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",
+        "lora targets": ", ".join(module_names.shorten(adapter_tensors.module(family, path) for path in lora.adaptable(sizes))),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
     }
 

@@ -4,15 +4,15 @@ What lives as long as a run (log-prob functions, samplers) closes over sizes onl
 of the loaded ones would never be freed.
 """
 
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from treetune.core import lora, param, shard, strided, tree
+from treetune.core import lora, module_names, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStats, TrainState
@@ -48,8 +48,9 @@ class Policy(NamedTuple):
 class AdapterSpec(NamedTuple):
     """A low-rank adapter to train.
 
-    targets: ("all-linear",) or regular expressions over paths; layers: only these, empty for all. modules_to_save: regular expressions of
-    the weights that train whole beside it. start: the folder of an adapter to train further, which then says rank, alpha and targets.
+    targets: "all-linear", names of modules as in PEFT, or regular expressions over paths or names of modules; layers: only these, empty for
+    all. modules_to_save: names or regular expressions of the weights that train whole beside it. start: the folder of an adapter to train
+    further, which then says rank, alpha and targets.
     """
 
     rank: int = 16
@@ -141,9 +142,8 @@ def _master(leaf: Tensor) -> Tensor:
 
 def _fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
     sizes = hf.abstract_of(model, head=True)
-    targets = "all-linear" if spec.targets == ("all-linear",) else spec.targets
     try:
-        paths = lora.match(sizes, targets, layers=spec.layers or None)
+        paths = lora.match(sizes, spec.targets, layers=spec.layers or None, module=partial(adapter.module, model.family))
     except ValueError as error:
         raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
     scale = lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora)
@@ -173,15 +173,17 @@ def _vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Inf
     return tuple(f"^{name}$" for name in missing)
 
 
-def whole_modules(model: Model, regexes: tuple[str, ...]) -> Params:
+def whole_modules(model: Model, names: tuple[str, ...]) -> Params:
     """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
     leaves = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params))
-    for regex in regexes:
+    modules = {path: adapter.module(model.family, path) for path in leaves}
+    matched: set[str] = set()
+    for name in names:
         try:
-            tree.require_match(regex, list(leaves))
+            matched.update(module_names.match_whole(name, modules))
         except ValueError as error:
             raise ValueError(f"lora_modules_to_save: {error}") from error
-    return tree.from_items([(path, leaf) for path, leaf in leaves.items() if any(re.search(regex, path) for regex in regexes)])
+    return tree.from_items([(path, leaf) for path, leaf in leaves.items() if path in matched])
 
 
 def move_to(params: Params, model: Model) -> Params:

@@ -28,7 +28,7 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable", "check", "state",
-                "owned", "protocols", "run.errors",
+                "module_names", "owned", "protocols", "run.errors",
             )
         ),
     },

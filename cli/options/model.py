@@ -75,11 +75,11 @@ class AdapterOptions:
     lora_dropout: Annotated[float, BELOW_ONE, marks.listed("is noise on the steps to come"), LORA] = 0.0
     """Dropout on the adapter's input; a function of seed, step and row, so packing does not change it."""
     lora_target_modules: Annotated[tuple[str, ...], marks.TRAINED, LORA, BROUGHT] = ("all-linear",)
-    """Which weights to adapt: all-linear, or regular expressions over paths such as layers.0.q_proj."""
+    """Which weights to adapt: all-linear, names of modules as in PEFT (self_attn.q_proj), paths (layers.0.q_proj), or regexes."""
     lora_layers: Annotated[tuple[int, ...], whole(0, 65535), marks.TRAINED, LORA, BROUGHT] = ()
     """Adapt only these layers; empty for all."""
     lora_modules_to_save: Annotated[tuple[str, ...], marks.TRAINED, LORA] = ()
-    """Whole weights to train and save beside the adapter, by regular expression: embed_tokens, lm_head."""
+    """Whole weights to train and save beside the adapter, by name or regular expression: embed_tokens, lm_head, model.norm."""
     lora_model_dir: Annotated[str | None, marks.ADAPTER, marks.ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
     loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None

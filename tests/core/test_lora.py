@@ -4,11 +4,16 @@ import torch
 from treetune.core import lora, tree
 from treetune.core.param import Param
 
+LAYER = {
+    "norm": Param((4,), axes=("embed",)),
+    "q_proj": Param((6, 4), axes=("heads", "embed"), op="linear"),
+    "o_proj": Param((4, 6), op="linear"),
+}
 SIZES = {
-    "embed_tokens": Param((11, 4), axes=("vocab", "embed")),
-    "layers": [{"norm": Param((4,), axes=("embed",)), "q_proj": Param((6, 4), axes=("heads", "embed")), "o_proj": Param((4, 6))}] * 3,
+    "embed_tokens": Param((11, 4), axes=("vocab", "embed"), op="embedding"),
+    "layers": [LAYER] * 3,
     "norm": Param((4,)),
-    "lm_head": Param((11, 4), axes=("vocab", "embed")),
+    "lm_head": Param((11, 4), axes=("vocab", "embed"), op="head"),
 }
 ALL = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "o_proj")]
 
@@ -28,9 +33,10 @@ def test_match_takes_all_linears_regexes_and_layers():
 @pytest.mark.parametrize(
     "targets, layers, words",
     [
-        ("q_porj", None, r"'q_porj' matches no parameter; the nearest paths are .*q_proj"),
+        ("q_porj", None, r"'q_porj' matches no parameter; the nearest are q_proj,.*; the model has embed_tokens, q_proj, o_proj, lm_head"),
         (["q_proj", "v_proj"], None, "'v_proj' matches no parameter"),
-        (r"layers\.0\.norm", None, "matches no parameter"),  # a vector cannot be adapted
+        (r"layers\.0\.norm", None, r"matches layers\.0\.norm, which is no linear layer"),  # a vector cannot be adapted
+        ("q_(proj", None, r"'q_\(proj' is not a regular expression"),
         ("all-linear", [0, 3], r"layers \[3\] do not exist: the model has layers 0 to 2"),
         (r"layers\.0\.q_proj", [1, 2], r"none of the targets is in layers \[1, 2\]; they are layers\.0\.q_proj"),
     ],

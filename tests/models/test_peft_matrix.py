@@ -225,7 +225,7 @@ PASSED_OVER = {
     "nothing for a target": ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None}, {}, "names model.layers.0.self_attn.q_proj"),
     "nothing for a whole module": ({}, {"modules_to_save": ["norm"]}, "in modules_to_save, and the adapter file lacks"),
     "no target at all": ({}, {"target_modules": ["c_attn"]}, "names no module of this model"),
-    "a norm as target": ({}, {"target_modules": ["q_proj", "v_proj", "input_layernorm"]}, "which is no matrix"),
+    "a norm as target": ({}, {"target_modules": ["q_proj", "v_proj", "input_layernorm"]}, "which is no linear layer"),
     "another base below": ({f"{Q}.base_layer.weight": torch.ones(32, 32)}, {}, "not the one of this model"),
     "integers": ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int64)}, {}, "dtype int64"),
 }
