@@ -105,3 +105,8 @@ def test_a_module_trains_whole_with_all_its_leaves():
         ValueError, match=r"'v_proj' matches no parameter; the nearest are q_proj, .*has self_attn.q_proj, input_layernorm, no"
     ):
         module_names.match_whole("v_proj", modules)
+
+
+def test_a_tree_without_linear_layers_says_so():
+    with pytest.raises(ValueError, match="all-linear matches nothing: no leaf of this family says that it is a linear layer"):
+        lora.match({"embed_tokens": MODEL["embed_tokens"], "layers": [{"gate": OTHER}]}, "all-linear")
