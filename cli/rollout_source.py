@@ -46,7 +46,9 @@ def supply(run: Run, parts: Parts, data: Dataset, stack: contextlib.ExitStack, e
     assert rollouts is not None
     settings, collate = table.record(generations.Settings, config), batches.batcher(parts.policy.cfg, run.device, parts.collates)
     players = _start(run, parts.policy, rollouts, data, stack, extras)
-    calls = generations.Calls(_layout(run, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights, run.ranks))
+    calls = generations.Calls(
+        _layout(run, parts.policy, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights, run.ranks)
+    )
     if pipeline.moved(table.flatten(config)):
         old = documents.old_logprobs(rollouts.logprob, collate, groups_per_batch=settings.micro_batch_size)
         calls = calls._replace(old_logprobs=old)
@@ -85,9 +87,9 @@ def _engine(run: Run, policy: Policy, extras: Extras) -> Engine:
     return samplers.served(config, policy, params, seeds=seeds, extras=extras(), **where)
 
 
-def _layout(run: Run, rollouts: RolloutParts, collate: Batcher) -> Layout:
+def _layout(run: Run, policy: Policy, rollouts: RolloutParts, collate: Batcher) -> Layout:
     loss = run.config.loss
     skip = policy_loss.skippable(loss) and rollouts.truth is None and run.config.pipeline.skip_zero_advantage_batches
     document = partial(documents.document, mask_truncated=loss.mask_truncated_completions, truth=rollouts.truth)
-    silence = batches.replanned(losses.zero_signal_batch) if skip else None
+    silence = batches.replanned(losses.zero_signal_batch, policy.cfg) if skip else None
     return Layout(document, batches.seeded(collate, run.config.optim.seed, DROPOUT), silence)

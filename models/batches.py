@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from treetune.core.state import Batch
+from treetune.models import decoder_attention
 from treetune.models.dense import Config
-from treetune.ops import attention, noise
+from treetune.ops import noise
 from treetune.ops.attention import Plan
 
 Collate = Callable[..., dict[str, Tensor]]  # (documents, budget=, pad=) -> batch, on the host
@@ -34,7 +35,7 @@ def _stream(
 ) -> tuple[dict[str, Tensor], Any]:
     batch = collate(list(documents), budget=pad_to, pad=pad_to is not None)
     # The plan reads boundaries with .tolist(): on the host, before the batch moves, that waits for nothing.
-    plan = attention.plan(batch, window=cfg.window, device=device, dtype=cfg.dtype)
+    plan = decoder_attention.plan(batch, cfg, device=device)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return (batch if seed is None else batch | {"seed": seed.to(device)}), plan
 
@@ -47,11 +48,11 @@ def seeded(collate: Batcher, seed: int, *purpose: int) -> Callable[..., Any]:
     return lambda documents, *place: collate(documents, seed=noise.keys(seed, *purpose, *place))
 
 
-def replanned(change: Callable[[Batch], Batch]) -> Callable[[Batch, Plan], tuple[Batch, Plan]]:
+def replanned(change: Callable[[Batch], Batch], cfg: Config) -> Callable[[Batch, Plan], tuple[Batch, Plan]]:
     """A function (batch, plan) -> the changed batch, and the plan of its own documents."""
 
     def apply(batch: Batch, plan: Plan) -> tuple[Batch, Plan]:
         changed = change(batch)
-        return changed, attention.plan(changed, window=plan.window, device=batch["tokens"].device)
+        return changed, decoder_attention.plan(changed, cfg, device=batch["tokens"].device)
 
     return apply

@@ -14,8 +14,8 @@ from torch import Tensor
 from treetune.core import shard
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, dense
-from treetune.ops import attention, noise, product
+from treetune.models import MODELS, Model, decoder_attention, dense
+from treetune.ops import noise, product
 
 
 class Samples(NamedTuple):
@@ -141,7 +141,7 @@ def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lor
     positions = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lens)
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     batch = {"tokens": tokens, "positions": positions, "cu_docs": cu.int()}
-    plan = attention.plan(batch, window=cfg.window, device=device, dtype=cfg.dtype)
+    plan = decoder_attention.plan(batch, cfg, device=device)
     batch = {name: value.to(device) for name, value in batch.items()}
     shape = dense.kv_shape(cfg, len(prompts) * n, int(lens.max()) + new)
     # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.

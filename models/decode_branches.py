@@ -11,13 +11,16 @@ from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from treetune.core import shard, strided
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decode, dense
-from treetune.ops import attention, noise
+from treetune.models import MODELS, Model, decode, decoder_attention, dense
+from treetune.models.decoder_attention import Rule
+from treetune.ops import attention_torch, noise
+from treetune.ops.attention_torch import Weighting
 
 CHUNK = 64  # branches of a document in one call: scores are [CHUNK, H, S], and no call reads trunk tokens after its last anchor
 HEAD_ROWS = 256  # rows of logits at a time
@@ -109,7 +112,7 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
     """The documents' keys and values, and the hidden states [R, D] that predict the first token of each branch."""
     device, cfg = weights["embed_tokens"].device, model.cfg
     stream = {name: batch[name] for name in ("tokens", "positions", "cu_docs")}
-    plan = attention.plan(stream, window=cfg.window, device=device, dtype=cfg.dtype)
+    plan = decoder_attention.plan(stream, cfg, device=device)
     stream = {name: value.to(device) for name, value in stream.items()}
     size = stream["tokens"].shape[0]
     shape, rows = dense.kv_shape(cfg, 1, size), torch.arange(size, device=device)
@@ -150,33 +153,38 @@ def _draw(hidden: Tensor, logits: Callable[[Tensor], Tensor], key: Tensor, draw:
 def _advance(model: Model, weights: Params, trunk: _Trunk, branch_cache: _Sides, token: Tensor, step: int, lora: Lora | None) -> Tensor:
     """The hidden states [R, D] of the tokens just drawn, each the token number `step` of its branch."""
     rows = torch.arange(token.shape[0], device=token.device)
-    attend = partial(_attend, trunk=trunk, branch_cache=branch_cache, step=step, cfg=model.cfg)
+    attend = partial(_attend, trunk=trunk, branch_cache=branch_cache, step=step)
     cache = dense.Cache(*branch_cache, rows, torch.full_like(rows, step), step + 1, attend)
     batch = {"tokens": token, "positions": trunk.start + step}
     return MODELS[model.family].forward(weights, batch, None, model.cfg, lora=lora, cache=cache).hidden
 
 
-def _attend(q: Tensor, layer: int, *, trunk: _Trunk, branch_cache: _Sides, step: int, cfg: dense.Config) -> Tensor:
+def _attend(q: Tensor, layer: int, rule: Rule, *, trunk: _Trunk, branch_cache: _Sides, step: int) -> Tensor:
     """q [R, H, d] over the first `start` trunk tokens of each branch's document and its own tokens up to this one."""
-    since = 0 if cfg.window is None else max(0, step + 1 - cfg.window)
+    since = 0 if rule.window is None else max(0, step + 1 - rule.window)
     out = []
     for lo, hi, seen in trunk.runs:
         start, index = trunk.start[lo:hi, None], torch.arange(seen.stop - seen.start, device=q.device)
-        hidden = index >= start  # [r, S]
-        if cfg.window is not None:
-            hidden = hidden | (index <= start + step - cfg.window)
-        k, v = (side[layer][0, seen] for side in (trunk.k, trunk.v))
-        own_k, own_v = (side[layer][lo:hi, since : step + 1] for side in branch_cache)
-        out.append(_mix(q[lo:hi], k, v, own_k, own_v, hidden, cfg.head_dim**-0.5))
+        visible = index < start  # [r, S]
+        if rule.window is not None:
+            visible = visible & (index > start + step - rule.window)
+        far = tuple(side[layer][0, seen] for side in (trunk.k, trunk.v))
+        near = tuple(side[layer][lo:hi, since : step + 1] for side in branch_cache)
+        out.append(_mix(q[lo:hi], far, near, visible, rule.weighting))
     return torch.cat(out)
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """One softmax over shared keys [S, K, d] and each query's own [r, s, K, d]: q [r, H, d] -> [r, H, d]; heads of a group share keys."""
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2]) * scale  # [r, K, H / K, d]
-    far = torch.einsum("rkhd,skd->rkhs", grouped, k).masked_fill(hidden[:, None, None], -torch.inf)
-    near = torch.einsum("rkhd,rskd->rkhs", grouped, own_k)
-    p = torch.cat([far, near], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-    far, near = p.split([k.shape[0], own_k.shape[1]], dim=-1)
-    out = torch.einsum("rkhs,skd->rkhd", far, v) + torch.einsum("rkhs,rskd->rkhd", near, own_v)
-    return out.reshape(q.shape)
+def _mix(q: Tensor, far: tuple[Tensor, ...], near: tuple[Tensor, ...], visible: Tensor, weighting: Weighting) -> Tensor:
+    """One softmax over shared keys [S, K, d] and values [S, K, e] where visible [r, S], and each query's own [r, s, K, ...].
+
+    q [r, H, d] -> [r, H, e]; the heads of a group share keys.
+    """
+    (far_k, far_v), (near_k, near_v) = far, near
+    kv_heads = far_k.shape[1]
+    grouped = q.view(q.shape[0], kv_heads, -1, q.shape[2]) * weighting.scale  # [r, K, H / K, d]
+    scores = torch.cat([torch.einsum("rkhd,skd->rkhs", grouped, far_k), torch.einsum("rkhd,rskd->rkhs", grouped, near_k)], dim=-1)
+    visible = F.pad(visible, (0, near_k.shape[1]), value=True)[:, None, None]
+    sinks = None if weighting.sinks is None else weighting.sinks.view(kv_heads, -1, 1)
+    p = attention_torch.probabilities(scores, visible, weighting.softcap, sinks).to(far_v.dtype)
+    p_far, p_near = p.split([far_k.shape[0], near_k.shape[1]], dim=-1)
+    return (torch.einsum("rkhs,ske->rkhe", p_far, far_v) + torch.einsum("rkhs,rske->rkhe", p_near, near_v)).flatten(1, 2)

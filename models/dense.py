@@ -6,7 +6,7 @@ x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each, rotary positi
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypedDict, Unpack
@@ -18,9 +18,11 @@ from torch import Tensor
 from treetune.core import grad, shard
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import rope_scaling
+from treetune.models import decoder_attention, rope_scaling
+from treetune.models.decoder_attention import Cache, Rule
 from treetune.models.rope_scaling import Rope, Rotation, Scaling
 from treetune.ops import attention, lora_linear, noise, rms_norm, rope, swiglu
+from treetune.ops.attention_torch import Weighting
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+    layer_windows: tuple[int | None, ...] = ()  # one for each layer, instead of `window` on all
+    attn_softcap: float | None = None
+    attn_sinks: bool = False
     init_std: float = 0.02
     dtype: torch.dtype = torch.float32
     rope_part: float = 1.0
@@ -65,6 +70,24 @@ class Config:
         """The features of each head that turn."""
         return int(self.head_dim * self.rope_part)
 
+    def __post_init__(self) -> None:
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"layer_windows has {len(self.layer_windows)} windows; expected {self.num_layers}, one for each layer")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows of the layers, in tokens."""
+        return tuple(dict.fromkeys(self.layer_windows or (self.window,)))
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, in tokens; None: it sees all tokens before it."""
+        return self.layer_windows[layer] if self.layer_windows else self.window
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether no layer has a soft-cap or sinks."""
+        return self.attn_softcap is None and not self.attn_sinks
+
 
 class Neftune(NamedTuple):
     """Uniform noise of half-width alpha / sqrt(n D) on the embeddings of an n-token document; `seed` is the step's.
@@ -81,20 +104,6 @@ class Training(TypedDict, total=False):
 
     noise: Neftune | None
     remat: str | None
-
-
-class Cache(NamedTuple):
-    """Keys and values [R, S, K, d] per layer, written in place at (rows, slots), both [T]; `span` slots are in use.
-
-    `attend`, where given, is the attention over it: queries [T, H, d] and the number of the layer -> [T, H, d].
-    """
-
-    k: list[Tensor]
-    v: list[Tensor]
-    rows: Tensor
-    slots: Tensor
-    span: int
-    attend: Callable[[Tensor, int], Tensor] | None = None
 
 
 class Out(NamedTuple):
@@ -156,6 +165,8 @@ def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
         layer |= {name: leaf((size,), axes=(axis,), init="zeros") for name, (size, axis) in sizes.items()}
     if cfg.qk_norm:
         layer |= {name: leaf((cfg.head_dim,), axes=("head_dim",), init="ones") for name in ("q_norm", "k_norm")}
+    if cfg.attn_sinks:
+        layer["sinks"] = leaf((cfg.num_heads,), axes=("heads",), init="zeros")
     return layer
 
 
@@ -307,33 +318,15 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
         q, k = (rms_norm.rms_norm(t, w[name], eps=cfg.norm_eps) for t, name in ((q, "q_norm"), (k, "k_norm")))
     if s.rotation is not None:
         q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)
-    if s.cache is not None:
-        s.cache.k[index][s.cache.rows, s.cache.slots] = k
-        s.cache.v[index][s.cache.rows, s.cache.slots] = v
-    if s.plan is not None:
-        mixed = attention.attention(q, k, v, s.plan, scale=cfg.head_dim**-0.5)
-    else:
-        assert s.cache is not None, "a stream without a plan is read from a cache"
-        mixed = s.cache.attend(q, index) if s.cache.attend else _cached(q, index, s.cache, cfg)
+    rule = Rule(cfg.window_of(index), Weighting(cfg.head_dim**-0.5, cfg.attn_softcap, w.get("sinks")))
+    mixed = decoder_attention.mix(q, k, v, index, rule, plan=s.plan, cache=s.cache)
     return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
-
-
-def _cached(q: Tensor, index: int, cache: Cache, cfg: Config) -> Tensor:
-    """One query per cache row: q [R, H, d] over the first `span` slots of its row; the heads of a group are its query rows."""
-    k, v = (side[index][:, : cache.span].transpose(1, 2) for side in (cache.k, cache.v))  # [R, K, span, d]
-    slot = torch.arange(cache.span, device=q.device)
-    seen = slot <= cache.slots[:, None]  # [R, span]
-    if cfg.window is not None:
-        seen &= slot > cache.slots[:, None] - cfg.window
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])  # [R, K, H / K, d]
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None], scale=cfg.head_dim**-0.5)
-    return out.reshape(q.shape)
 
 
 def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None) -> Tensor:
     """Logits [T, V] in float32 of one document of token ids [T]: for checks and small prompts only."""
     batch = single(tokens)
-    hidden = forward(weights, batch, attention.plan(batch, window=cfg.window, dtype=cfg.dtype), cfg, lora=lora).hidden
+    hidden = forward(weights, batch, decoder_attention.plan(batch, cfg), cfg, lora=lora).hidden
     return (widen(hidden, lora) @ head(weights, cfg, lora).T).float()
 
 

@@ -17,10 +17,11 @@ def describe_model(path: Path) -> dict[str, str]:
     sizes = MODELS[family].abstract(cfg)
     linears, count = lora.linears(sizes), param.count(sizes)
     low_rank = param.count(lora.abstract(sizes, linears, rank=16))
+    windows = " or ".join(str(window or "none") for window in cfg.windows)
     return {
         "model": str(path),
         "family": f"{family}, {cfg.num_layers} layers, hidden {cfg.hidden_size}, mlp {cfg.mlp_size}",
-        "attention": f"{cfg.num_heads} query and {cfg.num_kv_heads} key heads of {cfg.head_dim}, window {cfg.window or 'none'}",
+        "attention": f"{cfg.num_heads} query and {cfg.num_kv_heads} key heads of {cfg.head_dim}, window {windows}",
         "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
         "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",

@@ -9,7 +9,7 @@ from torch import Tensor
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import llama, qwen2, qwen3
+from treetune.models import decoder_attention, llama, qwen2, qwen3
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
 from treetune.ops import attention
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
@@ -106,7 +106,7 @@ def logprobs(
     """
     model = MODELS[family]
     # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
-    plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
+    plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
     rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
     return linear_logprob(rows, weight, batch["targets"], **_logit_options(model.logit_map(cfg), temperature), want=want)

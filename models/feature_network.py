@@ -12,10 +12,9 @@ from torch import Tensor
 from treetune.core import shard, strided, tree
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
-from treetune.models import features
+from treetune.models import decoder_attention, features
 from treetune.models.dense import Config
 from treetune.models.policy import Policy
-from treetune.ops import attention
 from treetune.ops.attention import Plan
 
 COPY = "features"  # the frozen tree that is the network where the model itself trains
@@ -102,6 +101,6 @@ def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batc
     if network_device != device:
         batch = {key: value.to(network_device) for key, value in batch.items()}
         # The plan's masks live where the attention runs, and are made from a batch on the host.
-        plan = attention.plan({key: value.cpu() for key, value in batch.items()}, window=cfg.window, device=network_device, dtype=cfg.dtype)
+        plan = decoder_attention.plan({key: value.cpu() for key, value in batch.items()}, cfg, device=network_device)
     hidden = features.hidden(family, cfg, weights, batch, plan, rows.at.to(network_device), layers=recipe.layers)
     return recipe.pool(recipe.norm(hidden).to(device), rows.seq, rows.lens, rows.prompt_lens)

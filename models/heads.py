@@ -18,7 +18,7 @@ from treetune.core import fields, param, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, adapter, folder, hf
+from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf
 from treetune.models.dense import Config, Training
 from treetune.ops import attention
 
@@ -69,7 +69,7 @@ def scores(
 
     The plan is computed here when absent.
     """
-    plan = attention.plan(batch, window=cfg.window, dtype=cfg.dtype) if plan is None else plan
+    plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     hidden = MODELS[family].forward(weights, batch, plan, cfg, lora=lora, **training).hidden
     return logits(hidden[batch["at"]], head)
 

@@ -133,8 +133,8 @@ def _quiet(low: Lora, adapter: Params) -> Lora:
 
 def _of_other(other: Model, policy: Policy, run: Callable) -> RefLogp:
     sizes, family = bare(other).cfg, other.family
-    # The policy's plan of the attention serves where windows and dtypes agree.
-    same = (sizes.window, sizes.dtype) == (policy.cfg.window, policy.cfg.dtype)
+    # The policy's plan of the attention serves where windows, soft-caps, sinks and dtypes agree.
+    same = all(getattr(sizes, name) == getattr(policy.cfg, name) for name in ("windows", "plain_attention", "dtype"))
     return lambda state, batch, plan: run(family, sizes, state.frozen["ref"], batch, plan if same else None).logp
 
 

@@ -12,12 +12,11 @@ from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch
-from treetune.models import Model, adapter, fetch, heads, identity, loading
+from treetune.models import Model, adapter, decoder_attention, fetch, heads, identity, loading
 from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy
 from treetune.models.target import Target
 from treetune.models.tokenizer import adapter_folder, load_tokenizer
-from treetune.ops import attention
 
 # Kind of head -> what a batch reads (`read` of `pack.collate_trees`), and its classes.
 READ = {"sequence": "last", "token": "classes"}
@@ -137,7 +136,7 @@ def scores(reward_model: RewardModel, batch: Batch, *, documents: int, device: t
     """
     counts = torch.zeros(documents, dtype=torch.int64).index_add(0, batch["doc_of_seq"], batch["seq_lens"]).tolist()
     model = reward_model.model
-    plan = attention.plan(batch, window=model.cfg.window, device=device, dtype=model.cfg.dtype)
+    plan = decoder_attention.plan(batch, model.cfg, device=device)
     batch = {key: value.to(device) for key, value in batch.items()}
     logits = heads.scores(model.family, model.cfg, model.params, reward_model.head, batch, plan, lora=reward_model.lora)  # [N, C]
     flat = logits[:, 0] if reward_model.kind == "sequence" else logits.softmax(-1)[:, 1]

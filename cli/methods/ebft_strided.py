@@ -9,11 +9,10 @@ from treetune.core.data import kinds, strides
 from treetune.core.rollout import strided_rollouts
 from treetune.losses import ebft, ebft_objective, ebft_rewards
 from treetune.losses.ebft_rewards import Comparison
-from treetune.models import feature_network
+from treetune.models import decoder_attention, feature_network
 from treetune.models import policy as policies
 from treetune.models.feature_network import FeatureNetwork
 from treetune.models.policy import Policy
-from treetune.ops import attention
 
 
 def dataset(options: EbftOptions) -> kinds.DatasetSpec:
@@ -40,7 +39,7 @@ def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Com
         n,
         options.rl_coef != 0,
         policies.branch_sampler(policy, n, temperature=temperature, top_p=config.rollout.top_p, seed=config.optim.seed),
-        partial(attention.plan, window=policy.cfg.window, device=setting.device, dtype=policy.cfg.dtype),
+        partial(decoder_attention.plan, cfg=policy.cfg, device=setting.device),
         partial(feature_network.of_blocks, network.phi, n),
         partial(ebft_rewards.of_blocks, estimator=options.advantage_estimator, comparison=comparison),
         setting.device,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from treetune.core import check, strided
 from treetune.core.data import pack
-from treetune.ops import attention
+from treetune.ops import attention, attention_mask
 
 OPTIONS = {"stride": 4, "context_length": 4, "generate_max_len": 2}
 
@@ -85,7 +85,7 @@ def test_the_worked_mask():
     place = strided.layout(batch["cu_docs"], found, 1)
     steps = torch.cat([place.trunk, place.generated.T.flatten()])  # document, then s0b0 s0b1 s1b0 s1b1
     keys = {"positions": place.positions, "branch": place.branch, "start": place.start, "cu_docs": place.cu_docs}
-    seen = attention.allowed(keys, steps[:, None], steps[None], None).int()
+    seen = attention_mask.allowed(keys, steps[:, None], steps[None], None).int()
     assert torch.equal(seen[:12, :12], torch.ones(12, 12, dtype=torch.int32).tril()) and not seen[:12, 12:].any()
     assert ["".join(map(str, row)) for row in seen[12:].tolist()] == [
         "1111000000001000",

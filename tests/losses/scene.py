@@ -138,7 +138,7 @@ def parts(command: str, base: Model, used: Policy | None = None, *, mesh=None, *
 def batch(made, docs: list) -> tuple:
     """A micro-batch as `batches.batcher` makes it."""
     streams = [collate(docs) for collate in made.collates]
-    found = tuple((one, attention.plan(one, window=None, dtype=torch.float64)) for one in streams)
+    found = tuple((one, attention.plan(one, dtype=torch.float64)) for one in streams)
     return found[0] if len(found) == 1 else found
 
 

@@ -70,7 +70,7 @@ def _all(part):
 def _gradients(objective, batch, params):
     """The loss, the gradients of all leaves, the metrics and the denominators."""
     params = _grown(params)
-    plan, below = attention.plan(batch, window=None, dtype=CFG.dtype), objective.counts(batch)
+    plan, below = attention.plan(batch, dtype=CFG.dtype), objective.counts(batch)
     terms, metrics = objective.terms(params, {}, batch, plan)
     loss = sum(value / below[name] for name, value in terms.items())
     return loss.item(), torch.autograd.grad(loss, _all(params)), metrics, below

@@ -97,7 +97,7 @@ def test_document_tokens_from_the_anchor_on_change_nothing_in_its_block(oracle, 
 def hidden(model, batch):
     return (
         models.MODELS[model.family]
-        .forward(model.params, batch, attention.plan(batch, window=model.cfg.window, dtype=model.cfg.dtype), model.cfg)
+        .forward(model.params, batch, attention.plan(batch, windows=model.cfg.windows, dtype=model.cfg.dtype), model.cfg)
         .hidden
     )
 

@@ -67,7 +67,7 @@ def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, s
 
     def hidden(docs):
         batch = stream(docs)
-        return dense.forward(ours.params, batch, attention.plan(batch, window=ours.cfg.window), ours.cfg).hidden
+        return dense.forward(ours.params, batch, attention.plan(batch, windows=ours.cfg.windows), ours.cfg).hidden
 
     changed = [[(token + 17) % 96 for token in ids] if i == 1 else ids for i, ids in enumerate(documents)]
     before, after = hidden(documents), hidden(changed)
@@ -83,11 +83,11 @@ def test_cached_steps_equal_the_full_forward(oracle, documents, kind, tied):
     ours = hf.load(path)
     cfg, ids = ours.cfg, torch.tensor(documents[1])
     batch = dense.single(ids)
-    full = dense.forward(ours.params, batch, attention.plan(batch, window=cfg.window), cfg).hidden
+    full = dense.forward(ours.params, batch, attention.plan(batch, windows=cfg.windows), cfg).hidden
     shape = dense.kv_shape(cfg, 1, len(ids))
     cache = dense.Cache(*([torch.zeros(shape) for _ in range(cfg.num_layers)] for _ in "kv"), None, None, 0)
     start = dense.single(ids[:5])
-    plan = attention.plan(start, window=cfg.window)
+    plan = attention.plan(start, windows=cfg.windows)
     rows = torch.zeros(5, dtype=torch.int64)
     out = [dense.forward(ours.params, start, plan, cfg, cache=cache._replace(rows=rows, slots=start["positions"])).hidden]
     for slot in range(5, len(ids)):

@@ -7,7 +7,7 @@ from treetune import models
 from treetune.core import strided
 from treetune.core.grad import value_and_grad
 from treetune.models import MODELS, hf
-from treetune.ops import attention
+from treetune.ops import attention, attention_mask
 
 OPTIONS = {"stride": 4, "context_length": 4, "generate_max_len": 4}
 ROLLOUTS = 3
@@ -24,11 +24,12 @@ def plan(request, monkeypatch):
     """A plan for the backend that is named. FlexAttention runs as written, not compiled: it has no backward on a CPU either way."""
 
     def make(batch, cfg):
-        made = attention.plan(batch, window=cfg.window)
+        made = attention.plan(batch, windows=cfg.windows)
         if request.param == "sdpa":
             return made
-        mask = attention._block_mask(batch, len(batch["tokens"]), made.window, torch.device("cpu"))
-        return made._replace(backend="flex", block_mask=mask)
+        masks = [attention_mask.block_mask(batch, made.tokens, window, torch.device("cpu")) for window in made.windows]
+        pairs = zip(made.windows, masks, strict=True)
+        return made._replace(patterns=tuple(attention.Pattern(window, "flex", (), mask) for window, mask in pairs))
 
     if request.param == "flex":
         flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
@@ -65,7 +66,7 @@ def test_other_blocks_and_later_tokens_change_nothing(model, stream, plan):
 
 def test_backends_agree(model, stream, plan):
     batch, place, _ = grown(stream, [30, 21])
-    exact = MODELS[model.family].forward(model.params, batch, attention.plan(batch, window=model.cfg.window), model.cfg).hidden
+    exact = MODELS[model.family].forward(model.params, batch, attention.plan(batch, windows=model.cfg.windows), model.cfg).hidden
     torch.testing.assert_close(hidden(model, batch, plan), exact, atol=2e-5, rtol=0)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treetune.ops import attention
+from treetune.ops import attention, attention_mask, attention_torch
 
 H, K, D = 6, 2, 8
 
@@ -76,7 +76,7 @@ def _both(fn, qkv):
 def test_reference_and_op_equal_the_rule(batch, window):
     qkv = _qkv(len(batch["tokens"]))
     exact = _both(lambda q, k, v: _loop(q, k, v, batch, window), qkv)
-    plan = attention.plan(batch, window=window)
+    plan = attention.plan(batch, windows=(window,))
     for fn in (lambda q, k, v: attention.attention_ref(q, k, v, batch, window=window), lambda q, k, v: attention.attention(q, k, v, plan)):
         for a, b in zip(_both(fn, qkv), exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -99,7 +99,7 @@ def test_error_against_float64(seed, dtype, relative_error):
     exact = _both(
         lambda q, k, v: attention.attention_ref(q, k, v, batch, window=window), [x.detach().double().requires_grad_() for x in qkv]
     )
-    plan = attention.plan(batch, window=window)
+    plan = attention.plan(batch, windows=(window,))
     ours = _both(lambda q, k, v: attention.attention(q, k, v, plan), qkv)
     plain = _both(lambda q, k, v: attention.attention_ref(q, k, v, batch, window=window), qkv)
     for a, b, truth in zip(ours, plain, exact, strict=True):
@@ -110,7 +110,7 @@ def test_error_against_float64(seed, dtype, relative_error):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("batch", [LINEAR, TREES], ids=["linear", "trees"])
 def test_documents_are_isolated_bit_for_bit(batch, window, dtype):
-    cu_docs, plan = batch["cu_docs"].tolist(), attention.plan(batch, window=window)
+    cu_docs, plan = batch["cu_docs"].tolist(), attention.plan(batch, windows=(window,))
     qkv = _qkv(cu_docs[-1], dtype)
     before = _both(lambda q, k, v: attention.attention(q, k, v, plan), qkv)
     for lo, hi in zip(cu_docs, cu_docs[1:], strict=False):
@@ -142,17 +142,17 @@ def test_branch_equals_its_own_document(window):
     qkv = [x.detach() for x in _qkv(trunk + 3 + tokens, torch.float32)]
     rows = torch.cat([torch.arange(leave), torch.arange(trunk + 3, trunk + 3 + tokens)])
     alone = _batch([(leave + tokens, [])], branches=False)
-    ours = attention.attention(*qkv, attention.plan(shared, window=window))[trunk + 3 :]
-    copied = attention.attention(*(x[rows] for x in qkv), attention.plan(alone, window=window))[leave:]
+    ours = attention.attention(*qkv, attention.plan(shared, windows=(window,)))[trunk + 3 :]
+    copied = attention.attention(*(x[rows] for x in qkv), attention.plan(alone, windows=(window,)))[leave:]
     torch.testing.assert_close(ours, copied, rtol=1e-6, atol=1e-6)
 
 
 def test_window_wider_than_the_documents_is_no_window():
     for batch in (LINEAR, TREES):
-        plan = attention.plan(batch, window=11)
-        assert plan.window is None and all(x is None or x is y for x, y in ((d.trunk_mask, None) for d in plan.documents))
-    assert attention.plan(LINEAR, window=9).documents[2].trunk_mask is not None
-    assert attention.plan(LINEAR, window=9).documents[0].trunk_mask is None
+        pattern = attention.plan(batch, windows=(11,)).patterns[0]
+        assert pattern.window is None and all(document.trunk_mask is None for document in pattern.documents)
+    documents = attention.plan(LINEAR, windows=(9,)).patterns[0].documents
+    assert documents[2].trunk_mask is not None and documents[0].trunk_mask is None
 
 
 def test_scale():
@@ -180,7 +180,8 @@ def test_boundaries_are_exact_or_refused(cu_docs, tokens):
             attention.plan(batch)
         return
     plan = attention.plan(batch)
-    assert sum(d.trunk for d in plan.documents) == tokens and plan.longest == max((d.trunk for d in plan.documents), default=0)
+    trunks = [document.trunk for document in plan.patterns[0].documents]
+    assert sum(trunks) == tokens and plan.longest == max(trunks, default=0)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_batches_that_contradict_themselves(change, message):
         (TREES, {"backend": "varlen", "device": "cuda"}, "it knows no branches"),
         (TREES, {"backend": "flex"}, "no backward on the CPU"),
         (TREES, {"backend": "sdpa", "device": "cuda"}, "meant for the CPU"),
-        (LINEAR, {"window": 0}, "at least 1 token"),
+        (LINEAR, {"windows": (0,)}, "at least 1 token"),
     ],
 )
 def test_backend_that_cannot_honour_the_plan_is_refused(batch, options, message):
@@ -243,19 +244,21 @@ def _varlen_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=
     return attention.attention_ref(q, k, v, {"tokens": q[:, 0, 0], "cu_docs": cu_q})
 
 
+CUDA = attention._Need(torch.device("cuda"), None, branches=False, plain=True)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("varlen", [_varlen_2_13, _varlen_2_10])
 def test_varlen_call_of_each_torch(monkeypatch, varlen, window):
     names = tuple(varlen.__code__.co_varnames[: varlen.__code__.co_argcount + varlen.__code__.co_kwonlyargcount])
     monkeypatch.setattr(attention, "_varlen", lambda: (varlen, names))
     if varlen is _varlen_2_10 and window:
-        assert "no window" in attention._varlen_lacks(torch.device("cuda"), None, False, window)
-        assert attention._choose(None, torch.device("cuda"), None, False, window) == "flex"
+        assert "no window" in attention._varlen_lacks(CUDA, window)
+        assert attention._choose(None, CUDA, window) == "flex"
         return
-    assert attention._choose(None, torch.device("cuda"), None, False, window) == "varlen"
-    plan = attention.plan(LINEAR, window=window)._replace(backend="varlen")
-    qkv = _qkv(17)
-    out = attention._attention_varlen(*qkv, plan, 0.3)
+    assert attention._choose(None, CUDA, window) == "varlen"
+    plan, qkv = attention.plan(LINEAR, windows=(window,)), _qkv(17)
+    out = attention._attention_varlen(*qkv, plan, attention_torch.Weighting(0.3, None, None))
     torch.testing.assert_close(out, attention.attention_ref(*qkv, LINEAR, window=window, scale=0.3))
 
 
@@ -265,12 +268,12 @@ def test_block_mask_covers_the_rule(seed):
     if seed % 3 == 0:
         batch = _batch([(5, []), (700, []), (300, [])], branches=False)
     tokens = len(batch["tokens"])
-    rows, blocks = torch.arange(tokens), -(-tokens // attention.BLOCK)
+    rows, blocks = torch.arange(tokens), -(-tokens // attention_mask.BLOCK)
     for window in (None, 40, 200):
-        dense = torch.zeros(blocks * attention.BLOCK, blocks * attention.BLOCK, dtype=torch.bool)
-        dense[:tokens, :tokens] = attention.allowed(batch, rows[:, None], rows[None], window)
-        tiles = dense.view(blocks, attention.BLOCK, blocks, attention.BLOCK).transpose(1, 2).flatten(2)
-        partial, full = attention._blocks(batch, tokens, window)
+        dense = torch.zeros(blocks * attention_mask.BLOCK, blocks * attention_mask.BLOCK, dtype=torch.bool)
+        dense[:tokens, :tokens] = attention_mask.allowed(batch, rows[:, None], rows[None], window)
+        tiles = dense.view(blocks, attention_mask.BLOCK, blocks, attention_mask.BLOCK).transpose(1, 2).flatten(2)
+        partial, full = attention_mask.blocks(batch, tokens, window)
         assert not (tiles.any(-1) & ~partial & ~full).any(), "a visible pair outside the blocks"
         assert not (full & ~tiles.all(-1)).any(), "a full block with a hidden pair"
         assert (partial | full).sum() <= 1.5 * tiles.any(-1).sum() + 4, "the mask is not sparse"
@@ -278,9 +281,9 @@ def test_block_mask_covers_the_rule(seed):
 
 def _flex(batch, window, compiled, qkv):
     flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
-    mask = attention._block_mask(batch, len(batch["tokens"]), window, torch.device("cpu"))
+    mask = attention_mask.block_mask(batch, len(batch["tokens"]), window, torch.device("cpu"))
     if compiled:
-        plan = attention.plan(batch, window=window)._replace(backend="flex", block_mask=mask)
+        plan = attention.plan(batch, windows=(window,))._replace(patterns=(attention.Pattern(window, "flex", (), mask),))
         return attention.attention(*qkv, plan)
     out = flex(*(x.transpose(0, 1)[None] for x in qkv), block_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -298,10 +301,11 @@ def test_flex_forward_equals_the_rule(window, compiled):
 
 
 def test_branches_go_in_groups_of_whole_ones(monkeypatch):
-    monkeypatch.setattr(attention, "GROUP", 4)
+    monkeypatch.setattr(attention_torch, "GROUP", 4)
     plan, qkv = attention.plan(TREES), _qkv(len(TREES["tokens"]))
-    assert [d.groups for d in plan.documents] == [(5,), (), (4, 3), (), (3,)]
-    assert [d.seen for d in plan.documents] == [(6,), (), (2, 9), (), (1,)], "no group reads trunk tokens that none of its branches sees"
-    assert [tuple(m.shape) for m in plan.documents[2].group_masks] == [(4, 6), (3, 12)]
+    documents = plan.patterns[0].documents
+    assert [d.groups for d in documents] == [(5,), (), (4, 3), (), (3,)]
+    assert [d.seen for d in documents] == [(6,), (), (2, 9), (), (1,)], "no group reads trunk tokens that none of its branches sees"
+    assert [tuple(m.shape) for m in documents[2].group_masks] == [(4, 6), (3, 12)]
     for mine, want in zip(_both(lambda *x: attention.attention(*x, plan), qkv), _both(lambda *x: _loop(*x, TREES, None), qkv), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)

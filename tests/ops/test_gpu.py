@@ -75,7 +75,7 @@ def _batch(branches):
 @pytest.mark.parametrize("branches", [False, True])
 def test_attention(branches, window, relative_error):
     batch = _batch(branches)
-    plan = attention.plan(batch, window=window, device=torch.device("cuda", torch.cuda.current_device()))
+    plan = attention.plan(batch, windows=(window,), device=torch.device("cuda", torch.cuda.current_device()))
     here = {key: value.cuda() for key, value in batch.items()}
     leaves = [_randn(1000, heads, 64, seed=i) for i, heads in enumerate((6, 2, 2))]
     wide = [x.detach().double().requires_grad_() for x in leaves]
