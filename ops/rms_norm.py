@@ -1,6 +1,7 @@
-"""RMSNorm: y = scale * cast(x / sqrt(mean(x^2) + eps)), the cast order of Llama.
+"""RMSNorm: y = scale * cast(x / sqrt(mean(x^2) + eps)), the cast order of Llama, or cast(scale * x / ...), that of Gemma and Olmo.
 
-The mean is over the last dim, in float32 (float64 for float64); the normalised x is rounded to x.dtype before `scale` multiplies it.
+The mean is over the last dim, in float32 (float64 for float64); the normalised x is rounded to x.dtype before `scale` multiplies it, or
+once after.
 Bytes moved (n elements of size b): forward 2nb, backward 3nb. Saved for backward: x and 1/rms [T] (float32).
 Shapes: T rows, D features; x [..., D], scale [D].
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 1910.07467, eq. 4.
@@ -17,10 +18,11 @@ from treetune.ops.backend import tl
 PROGRAMS = 512  # rows of partial sums of dscale: a fixed number, so that the order of the sum is
 
 
-def rms_norm_ref(x: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
+def rms_norm_ref(x: torch.Tensor, scale: torch.Tensor, *, eps: float, once: bool = False) -> torch.Tensor:
     """The formula in plain torch, differentiated by autograd: the twin that tests compare against."""
     wide = x.to(backend.stat_dtype(x))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * scale
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normal * scale.to(wide.dtype)).to(x.dtype) if once else normal.to(x.dtype) * scale
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -28,9 +30,11 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def forward_torch(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_torch(x: torch.Tensor, scale: torch.Tensor, eps: float, once: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """y [..., D] and 1/rms [..., 1]."""
     rstd = _inverse_rms(x, eps)
+    if once:
+        return (x * rstd).mul_(scale).to(x.dtype), rstd
     y = (x * rstd).to(x.dtype)
     return (y.mul_(scale) if scale.dtype == x.dtype else y * scale), rstd
 
@@ -51,14 +55,16 @@ def backward_torch(
 
 
 @backend.jit
-def _forward_kernel(x, scale, y, rstd, dim, eps, BLOCK: tl.constexpr):
+def _forward_kernel(x, scale, y, rstd, dim, eps, ONCE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < dim
     raw = tl.load(x + row * dim + cols, inside, 0)
     wide = raw.to(tl.float32)
     inverse = 1 / tl.sqrt(tl.sum(wide * wide, 0) / dim + eps)
-    normal = (wide * inverse).to(raw.dtype).to(tl.float32)  # rounded before the scale, as Llama does
+    normal = wide * inverse
+    if not ONCE:
+        normal = normal.to(raw.dtype).to(tl.float32)
     tl.store(y + row * dim + cols, normal * tl.load(scale + cols, inside, 0).to(tl.float32), inside)
     tl.store(rstd + row, inverse)
 
@@ -84,14 +90,15 @@ def _backward_kernel(  # noqa: PLR0913
         tl.store(partial + first * dim + cols, total, inside)
 
 
-def forward_triton(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_triton(x: torch.Tensor, scale: torch.Tensor, eps: float, once: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """y [..., D] and 1/rms [..., 1]; one program per row."""
     x, dim = x.contiguous(), x.shape[-1]
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, scale.dtype), device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype if once else torch.promote_types(x.dtype, scale.dtype), device=x.device)
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     block = backend.block_of(dim)
     if x.numel():
-        _forward_kernel[(rstd.numel(),)](x, scale.contiguous(), y, rstd, dim, eps, BLOCK=block, num_warps=backend.warps_of(block))
+        grid, warps = (rstd.numel(),), backend.warps_of(block)
+        _forward_kernel[grid](x, scale.contiguous(), y, rstd, dim, eps, ONCE=once, BLOCK=block, num_warps=warps)
     return y, rstd
 
 
@@ -116,12 +123,12 @@ def backward_triton(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x, scale, eps):
-        return (forward_triton if backend.use_triton(x) else forward_torch)(x, scale, eps)
+    def forward(x, scale, eps, once):
+        return (forward_triton if backend.use_triton(x) else forward_torch)(x, scale, eps, once)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, scale, _ = inputs
+        x, scale, *_ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, scale, output[1])
 
@@ -130,14 +137,15 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, dy, _):
         x, scale, rstd = ctx.saved_tensors
         run = backward_triton if backend.use_triton(x) else backward_torch
-        return *run(dy, x, scale, rstd, ctx.needs_input_grad[1]), None
+        return *run(dy, x, scale, rstd, ctx.needs_input_grad[1]), None, None
 
 
-def rms_norm(x: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, scale: torch.Tensor, *, eps: float, once: bool = False) -> torch.Tensor:
     """scale * cast(x / sqrt(mean(x^2, -1) + eps)); x [..., D], scale [D] -> [..., D] in the promoted dtype of x and scale.
 
+    once: cast(scale * x / sqrt(...)) in the dtype of x, which is rounded once.
     Errors: ValueError when scale is not [D].
     """
     if scale.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm got scale of shape {tuple(scale.shape)} for x {tuple(x.shape)}: expected [{x.shape[-1]}]")
-    return _RmsNorm.apply(x, scale, eps)[0]
+    return _RmsNorm.apply(x, scale, eps, once)[0]

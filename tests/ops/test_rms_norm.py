@@ -49,6 +49,26 @@ def test_rounds_before_the_scale():
     assert (ours == late).float().mean() < 0.95
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_before_the_one_rounding(dtype, relative_error):
+    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    x, weight, dy = _inputs(dtype, rows=200)
+    norm = gemma.Gemma2RMSNorm(x.shape[1], eps=EPS)
+
+    def ours(x, weight):
+        return rms_norm.rms_norm(x, 1.0 + weight.float(), eps=EPS, once=True)
+
+    def theirs(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    first, second = (fn(x, weight) for fn in (ours, theirs))
+    assert first.dtype == dtype and (first == second).float().mean() > 0.999 - (dtype == torch.float32)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    truth = torch.autograd.grad(rms_norm_ref(exact[0], 1.0 + exact[1], eps=EPS, once=True), exact, dy.double())
+    for a, b, c in zip(*(torch.autograd.grad(y, (x, weight), dy) for y in (first, second)), truth, strict=True):
+        assert relative_error(a, c) <= 1.5 * relative_error(b, c) + 1e-7
+
+
 def test_keeps_only_one_number_per_row(saved_bytes):
     x, scale, _ = _inputs(torch.bfloat16, rows=64)
     assert saved_bytes(lambda x, s: rms_norm.rms_norm(x, s, eps=EPS), x, scale) == 64 * 4

@@ -1,11 +1,11 @@
-"""Triton kernels of rms_norm, rope and swiglu under the interpreter: the launchers, on CPU tensors."""
+"""Triton kernels of rms_norm, rope, swiglu and geglu under the interpreter: the launchers, on CPU tensors."""
 
 import os
 
 import pytest
 import torch
 
-from treetune.ops import rms_norm, rope, swiglu
+from treetune.ops import geglu, rms_norm, rope, swiglu
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -31,12 +31,13 @@ def _check(kernel, plain, exact, relative_error):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "programs"), [((9, 100), 512), ((2, 5, 33), 3), ((1, 17), 512)])
-def test_rms_norm(monkeypatch, dtype, shape, programs, relative_error):
+@pytest.mark.parametrize("once", [False, True])
+def test_rms_norm(monkeypatch, dtype, shape, programs, once, relative_error):
     monkeypatch.setattr(rms_norm, "PROGRAMS", programs)
     x, dy, scale = _randn(*shape, dtype=dtype), _randn(*shape, dtype=dtype, seed=1), _randn(shape[-1], dtype=dtype, seed=2)
 
     def run(forward, backward, x, scale, dy):
-        y, rstd = forward(x, scale, EPS)
+        y, rstd = forward(x, scale, EPS, once)
         return y, rstd, *backward(dy, x, scale, rstd, True)
 
     wide = x.double(), scale.double(), dy.double()
@@ -69,19 +70,27 @@ def test_rope(dtype, tokens, heads, kv_heads, dim, scale, sign, relative_error):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [swiglu, geglu])
 @pytest.mark.parametrize("shape", [(9, 257), (1,), (3, 1024)])
-def test_swiglu(dtype, shape, relative_error):
+def test_gated_units(dtype, op, shape, relative_error):
     gate, up, dy = (_randn(*shape, dtype=dtype, seed=i) * 3 for i in range(3))
 
     def run(forward, backward, gate, up, dy):
         return forward(gate, up), *backward(dy, gate, up)
 
     _check(
-        lambda: run(swiglu.forward_triton, swiglu.backward_triton, gate, up, dy),
-        lambda: run(swiglu.forward_torch, swiglu.backward_torch, gate, up, dy),
-        lambda: run(swiglu.forward_torch, swiglu.backward_torch, gate.double(), up.double(), dy.double()),
+        lambda: run(op.forward_triton, op.backward_triton, gate, up, dy),
+        lambda: run(op.forward_torch, op.backward_torch, gate, up, dy),
+        lambda: run(op.forward_torch, op.backward_torch, gate.double(), up.double(), dy.double()),
         relative_error,
     )
+
+
+def test_geglu_of_large_gates_is_finite():
+    gate = torch.tensor([-1e30, -1e4, 0.0, 1e4, 1e30])
+    one = torch.ones(5)
+    assert torch.equal(geglu.forward_triton(gate, one), torch.tensor([0.0, 0.0, 0.0, 1e4, 1e30]))
+    assert torch.equal(geglu.backward_triton(one, gate, one)[0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
 def test_slices_of_a_larger_tensor():
