@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and
 # Parameter axis -> mesh axis, in order of preference; the first dimension of a leaf that has a rule is sharded.
 FULLY_SHARDED: Mapping[str, str] = {
     "vocab": "data", "heads": "data", "kv_heads": "data", "mlp": "data", "embed": "data", "rank": "data", "head_dim": "data",
+    "expert": "data",
 }  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from treetune.core import grad, shard
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import decoder_attention, rope_scaling
+from treetune.models import decoder_attention, moe, rope_scaling
 from treetune.models.decoder_attention import Cache, Rule
+from treetune.models.moe import Experts
 from treetune.models.rope_scaling import Rope, Rotation, Scaling
 from treetune.ops import attention, lora_linear, noise, rms_norm, rope, swiglu
 from treetune.ops.attention_torch import Weighting
@@ -29,7 +30,7 @@ from treetune.ops.attention_torch import Weighting
 class Config:
     """Sizes of a dense decoder. `dtype` is the dtype it computes in, whatever its leaves are stored in.
 
-    rope_part: the part of each head that turns. nope_layers: layers without rotary positions.
+    rope_part: the part of each head that turns. nope_layers: layers without rotary positions. experts: of the layers that have some.
     """
 
     vocab_size: int
@@ -54,6 +55,7 @@ class Config:
     dtype: torch.dtype = torch.float32
     rope_part: float = 1.0
     nope_layers: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     @property
     def rope(self) -> Rope:
@@ -139,7 +141,7 @@ def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     leaf = partial(Param, dtype=dtype)
     tree_ = {
         "embed_tokens": leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal, op="embedding"),
-        "layers": [_abstract_layer(cfg, leaf, normal, deep) for _ in range(cfg.num_layers)],
+        "layers": [_abstract_layer(cfg, index, leaf, normal, deep) for index in range(cfg.num_layers)],
         "norm": leaf((cfg.hidden_size,), axes=("embed",), init="ones"),
     }
     if not cfg.tied:
@@ -147,7 +149,7 @@ def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     return tree_
 
 
-def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
+def _abstract_layer(cfg: Config, index: int, leaf, normal: str, deep: str) -> Params:
     d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     layer = {
         "input_norm": leaf((d,), axes=("embed",), init="ones"),
@@ -156,9 +158,7 @@ def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
         "v_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal, op="linear"),
         "o_proj": leaf((d, q), axes=("embed", "heads"), init=deep, op="linear"),
         "post_norm": leaf((d,), axes=("embed",), init="ones"),
-        "gate_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal, op="linear"),
-        "up_proj": leaf((cfg.mlp_size, d), axes=("mlp", "embed"), init=normal, op="linear"),
-        "down_proj": leaf((d, cfg.mlp_size), axes=("embed", "mlp"), init=deep, op="linear"),
+        **_abstract_mlp(cfg, index, leaf, normal, deep),
     }
     if cfg.qkv_bias:
         sizes = {"q_bias": (q, "heads"), "k_bias": (kv, "kv_heads"), "v_bias": (kv, "kv_heads")}
@@ -168,6 +168,16 @@ def _abstract_layer(cfg: Config, leaf, normal: str, deep: str) -> Params:
     if cfg.attn_sinks:
         layer["sinks"] = leaf((cfg.num_heads,), axes=("heads",), init="zeros")
     return layer
+
+
+def _abstract_mlp(cfg: Config, index: int, leaf, normal: str, deep: str) -> Params:
+    if cfg.experts is not None and index in cfg.experts.layers:
+        return moe.abstract(cfg.experts, cfg.hidden_size, leaf, normal, deep)
+    return {
+        "gate_proj": leaf((cfg.mlp_size, cfg.hidden_size), axes=("mlp", "embed"), init=normal, op="linear"),
+        "up_proj": leaf((cfg.mlp_size, cfg.hidden_size), axes=("mlp", "embed"), init=normal, op="linear"),
+        "down_proj": leaf((cfg.hidden_size, cfg.mlp_size), axes=("embed", "mlp"), init=deep, op="linear"),
+    }
 
 
 def inv_freq(cfg: Config, device: torch.device) -> Tensor:
@@ -295,6 +305,8 @@ def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -
     w, ab = shard.gather_all(layer, s.cfg.dtype), shard.gather_all(adapters)
     x = x + _attention(rms_norm.rms_norm(x, w["input_norm"], eps=s.cfg.norm_eps), w, ab, index, s)
     h = rms_norm.rms_norm(x, w["post_norm"], eps=s.cfg.norm_eps)
+    if s.cfg.experts is not None and "router" in w:
+        return x + moe.mlp(h, w, ab, s.cfg.experts, s.lora)[0]
     gate, up = _project(h, ("gate_proj", "up_proj"), w, ab, index, s)
     return x + _project(swiglu.swiglu(gate, up), ("down_proj",), w, ab, index, s)[0]
 

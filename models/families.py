@@ -9,7 +9,7 @@ from torch import Tensor
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import decoder_attention, llama, qwen2, qwen3
+from treetune.models import decoder_attention, llama, mixtral, qwen2, qwen3, qwen3_moe
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
 from treetune.ops import attention
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
@@ -72,7 +72,7 @@ class Family(Protocol):
         ...
 
 
-MODELS: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+MODELS: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "mixtral": mixtral, "qwen3_moe": qwen3_moe}
 
 
 class Model(NamedTuple):

@@ -131,7 +131,8 @@ def load(
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
-    tensors = hf.read_tensors(root, {keys[name]: leaf for name, leaf in tree.items(sizes)} | score, unread=unread, device=device)
+    wanted = {keys[name]: leaf for name, leaf in tree.items(sizes)} | score
+    tensors = hf.read_tensors(root, wanted, unread=unread, parts=hf.parts(family, sizes), device=device)
     params = tree.from_items((name, tensors[key]) for name, key in keys.items())
     return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, folder, tokenizer_config
+from treetune.models import MODELS, Model, expert_files, folder, tokenizer_config
 from treetune.models.dense import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -117,11 +117,17 @@ def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, devic
     wanted = {hf_key(family, path): leaf for path, leaf in tree.items(abstract)}
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
     optional = {hf_key(family, "lm_head"): abstract["embed_tokens"]} if cfg.tied else {}
-    tensors = read_tensors(root, wanted, optional=optional, device=device)
+    tensors = read_tensors(root, wanted, optional=optional, parts=parts(family, abstract), device=device)
     params = tree.from_items((paths[key], leaf) for key, leaf in tensors.items())
     if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
+
+
+def parts(family: str, sizes: Params) -> expert_files.Parts:
+    """{Hugging Face key of a stacked leaf: keys of its parts in older files}; of families with experts."""
+    table = getattr(MODELS[family], "HF_PARTS", {})
+    return {hf_key(family, path): names for path, names in expert_files.parts_of(table, sizes).items()}
 
 
 def read_tensors(
@@ -130,21 +136,28 @@ def read_tensors(
     *,
     optional: dict[str, Param] | None = None,
     unread: Iterable[str] = (),
+    parts: expert_files.Parts | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """{key: tensor} of a folder's safetensors: all that is wanted, and what it has of the optional keys.
+    """{key: tensor} of a folder's safetensors: all that is wanted, whole or in `parts`, and what it has of the optional keys.
 
     Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
     """
     optional = optional or {}
     with ExitStack() as stack:
         files = _open(root, stack)
-        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*wanted, *optional, *unread}
-        _check_keys(root, set(wanted) - set(files), extra)
-        present = wanted | {key: leaf for key, leaf in optional.items() if key in files}
-        for key, leaf in present.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+        split = {key: names for key, names in (parts or {}).items() if key in wanted and key not in files}
+        pieces = {name: expert_files.part(wanted[key], len(names)) for key, names in split.items() for name in names}
+        needed = {key: leaf for key, leaf in wanted.items() if key not in split} | pieces
+        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*needed, *optional, *unread}
+        _check_keys(root, set(needed) - set(files), extra)
+        needed |= {key: leaf for key, leaf in optional.items() if key in files}
+        for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
             _check_tensor(root, files[key].get_slice(key), key, leaf)
-        return {key: _read(files[key], key, leaf, device) for key, leaf in present.items()}
+        tensors = {key: _read(files[key], key, leaf, device) for key, leaf in needed.items() if key not in pieces}
+        tensors |= {key: _read_parts(files, names, wanted[key], device) for key, names in split.items()}
+        # In the order of the model, whatever the layout: sums over leaves follow it.
+        return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
 
 
 def _open(root: Path, stack: ExitStack) -> dict:
@@ -208,6 +221,14 @@ def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
 def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
     # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
     return file.get_tensor(key).to(device=device, dtype=leaf.dtype, copy=True)
+
+
+def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Tensor:
+    """A stacked leaf, filled part by part, so that it is in memory once."""
+    whole = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+    for name, rows in expert_files.cut(whole, names).items():
+        rows.copy_(files[name].get_tensor(name))
+    return whole
 
 
 def abstract_of(model: Model, *, head: bool = False) -> Params:
@@ -277,13 +298,15 @@ def save(
     *,
     tokenizer: Any = None,
     generation: dict | None = None,
+    stacked: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a folder that `load` and transformers read: the leaves in their own dtype, the tokenizer's files, generation_config.json.
 
-    The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied.
+    The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied. `stacked`: experts in
+    one tensor a projection, as transformers 5 holds them, instead of one for each, which older versions and servers read, too.
     """
-    leaves, config = described(model, tokenizer)
+    leaves, config = described(model, tokenizer, stacked=stacked)
     generation = special_ids(tokenizer) | (generation or {})
     write(path, leaves, config, tokenizer=tokenizer, generation=generation, max_shard_bytes=max_shard_bytes)
 
@@ -315,9 +338,12 @@ def write(
             folder.write_json(part / "generation_config.json", generation)
 
 
-def described(model: Model, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict]:
+def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors by Hugging Face key and the config.json with which a model, and its tokenizer, is saved."""
     leaves, tied = _saved_leaves(model)
+    split = {} if stacked else parts(model.family, abstract_of(model))
+    pieces = [expert_files.cut(leaf, split[key]) if key in split else {key: leaf} for key, leaf in leaves.items()]
+    leaves = {name: rows for group in pieces for name, rows in group.items()}
     config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
     return leaves, config | _dtype_name(leaves) | special_ids(tokenizer)
 

@@ -14,6 +14,8 @@ KINDS = {
     "mistral": ("Mistral", dict(sliding_window=8)),
     "qwen2": ("Qwen2", dict()),
     "qwen3": ("Qwen3", dict(head_dim=16)),
+    "mixtral": ("Mixtral", dict(intermediate_size=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=8)),
+    "qwen3_moe": ("Qwen3Moe", dict(head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=3, mlp_only_layers=[0])),
 }
 
 

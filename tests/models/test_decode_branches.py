@@ -9,7 +9,7 @@ from treetune.models import decode, decode_branches, hf
 from treetune.ops import attention
 
 OPTIONS = {"stride": 3, "context_length": 4, "generate_max_len": 6}
-KINDS = ("llama", "mistral", "qwen3")
+KINDS = ("llama", "mistral", "qwen3", "mixtral")
 
 
 @pytest.fixture(scope="module")

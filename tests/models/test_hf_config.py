@@ -62,6 +62,14 @@ ACCEPTED = [
     ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
     ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2, "layer_types": ...}),
     ("qwen3", {"max_window_layers": 0, "layer_types": None}),
+    ("mixtral", {"num_experts_per_tok": 1, "sliding_window": None, "router_aux_loss_coef": 0.1, "rope_parameters": ...}),
+    (
+        "mixtral",
+        {"num_experts_per_tok": ..., "output_router_logits": True, "rms_norm_eps": ..., "num_experts": 5, "num_local_experts": ...},
+    ),
+    ("qwen3_moe", {"norm_topk_prob": True, "router_jitter_noise": 0.0}),
+    ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 2, "num_local_experts": ..., "num_experts": 5}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": ...}),
 ]
 
 
@@ -105,6 +113,14 @@ CHANGES_THE_FUNCTION = [
     ("qwen2", {"layer_types": ["sliding_attention"] * 2}),
     ("qwen3", {"attention_bias": True}),
     ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 4}}),
+    ("mixtral", {"router_jitter_noise": 0.1}),
+    ("mixtral", {"num_experts_per_tok": 6}),
+    ("mixtral", {"num_experts": 4}),
+    ("mixtral", {"shared_expert_intermediate_size": 16}),
+    ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
+    ("qwen3_moe", {"moe_intermediate_size": 0}),
+    ("qwen3_moe", {"router_jitter_noise": 0.1}),
+    ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
 ]
 
 

@@ -8,7 +8,7 @@ from treetune.core import grad, tree
 from treetune.models import dense, hf
 from treetune.ops import attention
 
-ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3") for tied in (False, True)]
+ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe") for tied in (False, True)]
 
 
 @pytest.mark.parametrize("kind,tied", ALL)
@@ -60,7 +60,7 @@ def test_packed_equals_separate(oracle, documents, stream, kind, tied):
     torch.testing.assert_close(packed, torch.cat(separate), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
 def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, stream, kind):
     _, path = oracle(kind)
     ours = hf.load(path)
