@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from treetune.cli import row_settings
-from treetune.cli.errors import checking_input
 from treetune.cli.methods.method import Parts
 from treetune.cli.run import TrainRun
 from treetune.core import ckpt
@@ -14,6 +13,7 @@ from treetune.core.data import chat_templates, dataset, kinds, loading, pack, re
 from treetune.core.data.dataset import Dataset
 from treetune.core.data.reference_logps import Enrich
 from treetune.core.run import documents
+from treetune.core.run.errors import checking_input
 from treetune.core.run.source import Cursor, Supply
 from treetune.core.state import TrainState
 from treetune.models.batches import batcher

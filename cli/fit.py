@@ -10,7 +10,6 @@ import torch
 
 from treetune.cli import assembly, document_source, invocation, requirements
 from treetune.cli.assembly import Assembly
-from treetune.cli.errors import checking_input, running
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, masking, shard, tree
@@ -18,6 +17,7 @@ from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
 from treetune.core.run import cadence, folder, loop, ranks, report, sample_answer, signals, summary
 from treetune.core.run import observers as trackers
+from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source

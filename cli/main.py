@@ -8,11 +8,11 @@ import traceback
 from typing import NamedTuple
 
 from treetune.cli import methods
-from treetune.cli.errors import BadInput, RunFailed, checking_input
 from treetune.cli.methods import CONFIGS, METHODS
 from treetune.cli.options import commands
 from treetune.core import fields, masking
 from treetune.core import import_path as paths
+from treetune.core.run.errors import BadInput, RunFailed, checking_input
 
 
 class Command(NamedTuple):

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Chat
 from treetune.cli.screen import Screen
 from treetune.core.data import detokenise, prompt_ids
+from treetune.core.run.errors import checking_input
 from treetune.models import decode, target
 
 

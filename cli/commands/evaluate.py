@@ -5,13 +5,13 @@ from dataclasses import asdict
 from functools import partial
 
 from treetune.cli import row_settings
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Eval
 from treetune.cli.screen import Screen
 from treetune.core import param
 from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, kinds, pack
 from treetune.core.run import evaluation, memory, ranks
+from treetune.core.run.errors import checking_input
 from treetune.losses import sft_objective
 from treetune.models import loading, policy, target
 from treetune.models.batches import batcher

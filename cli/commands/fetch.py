@@ -2,8 +2,8 @@
 
 import sys
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Fetch
+from treetune.core.run.errors import checking_input
 from treetune.models import fetch
 
 

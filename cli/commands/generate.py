@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Generate
 from treetune.cli.screen import Screen
 from treetune.core.data import prompt_ids
+from treetune.core.run.errors import checking_input
 from treetune.models import decode, target
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Info
 from treetune.cli.screen import Screen
 from treetune.core import machine
 from treetune.core.run import status
+from treetune.core.run.errors import checking_input
 from treetune.models import adapter, describe, fetch
 
 

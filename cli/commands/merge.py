@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Merge
 from treetune.cli.screen import Screen
+from treetune.core.run.errors import checking_input
 from treetune.models import loading, merging, target
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from treetune.cli import row_settings
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
@@ -19,6 +18,7 @@ from treetune.core import option_pairs, owned
 from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, kinds, overview, passages
 from treetune.core.run import guard, page
+from treetune.core.run.errors import checking_input
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
 

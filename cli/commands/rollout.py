@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from treetune.cli import row_settings, samplers
-from treetune.cli.errors import checking_input
 from treetune.cli.methods import rewarding
 from treetune.cli.options.commands import Rollout
 from treetune.cli.options.rollout import VLLM_ONLY
@@ -16,6 +15,7 @@ from treetune.core.rollout import trial
 from treetune.core.rollout.rewards import Rewards
 from treetune.core.rollout.trial import Trial
 from treetune.core.run import folder
+from treetune.core.run.errors import checking_input
 from treetune.models import loading, policy, target
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from treetune.cli.errors import RunFailed, checking_input
 from treetune.cli.options.commands import Score
 from treetune.cli.screen import Screen
 from treetune.core.config import checks, table
 from treetune.core.data import dataset, scored_rows
 from treetune.core.data.scored_rows import ScoredRows, Values
 from treetune.core.run import folder, memory
+from treetune.core.run.errors import RunFailed, checking_input
 from treetune.models import loading, reward_model, target
 from treetune.models.reward_model import RewardModel
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.serve import Serve
 from treetune.cli.screen import Screen
 from treetune.core import owned
@@ -15,6 +14,7 @@ from treetune.core.rollout import server as servers
 from treetune.core.rollout.server import Server, ServerOptions
 from treetune.core.rollout.vllm import LOOPBACK
 from treetune.core.run import folder
+from treetune.core.run.errors import checking_input
 from treetune.models import loading, serving
 from treetune.models.tokenizer import adapter_folder
 

@@ -13,9 +13,8 @@ import traceback
 import pytest
 import torch
 
-from treetune.cli import errors
 from treetune.core import ckpt
-from treetune.core.run import recorder
+from treetune.core.run import errors, recorder
 
 RUN = ["--sample-prompt=", "--max-steps", 3, "--save-steps", 1, "--save-total-limit", 9]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from treetune.cli import errors, main
+from treetune.cli import main
 from treetune.core import fields
-from treetune.core.run import cadence
+from treetune.core.run import cadence, errors
 
 RAISED = (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, ZeroDivisionError, RuntimeError, MemoryError)
 

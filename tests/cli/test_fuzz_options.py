@@ -152,8 +152,8 @@ def test_any_value_of_any_field_of_prompts_is_read_or_one_line(here, kit, tune, 
 
     def read(config, options):
         from treetune.cli import row_settings
-        from treetune.cli.errors import checking_input
         from treetune.core.data import loading
+        from treetune.core.run.errors import checking_input
         from treetune.models import tokenizer as tokenizers
 
         with checking_input():
@@ -183,7 +183,7 @@ def test_fields_of_entries_are_those_that_formats_take():
 def assembled(monkeypatch):
     """Training commands end before the first step, where the run folder would be made."""
     from treetune.cli import assembly, fit
-    from treetune.cli.errors import checking_input
+    from treetune.core.run.errors import checking_input
 
     def assemble(config, *, options=frozenset(), **named):
         with contextlib.ExitStack() as stack, checking_input():

@@ -12,14 +12,14 @@ import httpx
 import pytest
 
 from treetune.cli.commands import serve
-from treetune.cli.errors import BadInput
 from treetune.cli.options.model import ModelName
 from treetune.cli.options.serve import Serve
 from treetune.core import owned
 from treetune.core.rollout import server as servers
+from treetune.core.run.errors import BadInput
 
 FAKE = Path(__file__).parents[1] / "core" / "rollout" / "fake_vllm.py"
-CODE = "import sys; from treetune.cli import parse, errors; from treetune.cli.commands import serve\n" \
+CODE = "import sys; from treetune.cli import parse; from treetune.core.run import errors; from treetune.cli.commands import serve\n" \
     "from treetune.cli.options import serve as serve_options\n" \
     "config, given = parse.parse('serve', serve_options.Serve, sys.argv[1:])\n" \
     "try: sys.exit(serve.run(config, given))\n" \

@@ -174,7 +174,7 @@ def test_index_and_generation_config(oracle, tmp_path, words, count):
 
 def test_tokenizer_config(tmp_path, words, count):
     """Through the reader that every command uses: what goes through also encodes, decodes and writes a chat."""
-    from treetune.cli.errors import BadInput
+    from treetune.core.run.errors import BadInput
     from treetune.models import tokenizer as tokenizers
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
