@@ -61,6 +61,7 @@ LAZY = {
     "models/fetch.py": {"huggingface_hub", "safetensors"},
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},
     "models/vocabulary.py": {"tokenizers"},
+    "models/plain_model.py": {"transformers"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.

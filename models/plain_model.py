@@ -1,0 +1,57 @@
+"""transformers' own model of a folder, one document at a time and without a cache: what certificates compare ours with.
+
+T tokens of a document, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a folder with eager attention, on the CPU. Code of the folder is never run."""
+    from transformers import AutoModelForCausalLM
+
+    with _without_bars():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def logits(plain: Any, ids: Sequence[int]) -> Tensor:
+    """[T, V] of one document."""
+    return plain(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def loss(plain: Any, documents: Sequence[Sequence[int]]) -> Tensor:
+    """Mean over all tokens but the first of each document of -log p, in nats."""
+    parts = [F.cross_entropy(logits(plain, ids)[:-1], torch.tensor(ids[1:]), reduction="sum") for ids in documents]
+    return torch.stack(parts).sum() / sum(len(ids) - 1 for ids in documents)
+
+
+def gradients(plain: Any, documents: Sequence[Sequence[int]]) -> tuple[float, dict[str, Tensor]]:
+    """The loss and its gradient by the keys and in the shapes of the files, without leaves that the loss does not use."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    plain.zero_grad(set_to_none=True)
+    value = loss(plain, documents)
+    value.backward()
+    grads = {name: leaf.grad for name, leaf in plain.named_parameters() if leaf.grad is not None}
+    # A family may keep in one leaf what its files hold in many, such as experts: the conversion is linear, so gradients take it too.
+    return value.item(), revert_weight_conversion(plain, grads)
