@@ -12,8 +12,7 @@ from torch import Tensor
 
 from treetune.core import grad, lora, strided, tree
 from treetune.core.lora import Lora
-from treetune.models import MODELS, Model, decode, decode_branches, dense, hf, logprobs, plain_model
-from treetune.ops import attention
+from treetune.models import MODELS, Model, decode, decode_branches, decoder_attention, dense, hf, logprobs, plain_model
 
 NEW_TOKENS = 8  # sampled after each prompt
 RANK = 4  # of the adapter
@@ -77,7 +76,7 @@ def grow(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> dict[st
 
 def hidden(model: Model, batch: dict[str, Tensor], adapter: Lora | None = None) -> Tensor:
     """Hidden states [T, D] of a stream."""
-    plan = attention.plan(batch, window=model.cfg.window, dtype=model.cfg.dtype)
+    plan = decoder_attention.plan(batch, model.cfg)
     return MODELS[model.family].forward(model.params, batch, plan, model.cfg, lora=adapter).hidden
 
 

@@ -62,7 +62,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
     "dots1": EXPERTS | {"layer_types": ["full_attention"] * 2},
-    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_output_size": 64},
+    },
     "dots3_note_text": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_head_dim": 24,
         "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 24,
@@ -113,6 +116,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
+
+
+# What has no language model that can be built here: why.
+ABSENT = {
+    "gemma3n": "its vision tower is a model of the package timm, which is not installed; gemma3n_text is its language model",
+    "gemma4_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "gemma4_unified_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "musicgen": "AutoModelForCausalLM does not build it from its config: it continues codes of sound that a text encoder conditions",
+    "musicgen_melody": "AutoModelForCausalLM does not build it from its config: it continues codes of sound that a text encoder conditions",
+}
 
 
 def model_types() -> list[str]:
