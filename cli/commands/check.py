@@ -2,9 +2,9 @@
 
 import torch
 
-from treetune.cli.errors import checking_input
 from treetune.cli.options.commands import Check
 from treetune.cli.screen import Screen
+from treetune.core.run.errors import checking_input
 from treetune.models import certificate, fetch, products
 
 
