@@ -199,12 +199,13 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-@functools.cache
-def _capped(softcap: float) -> Callable[..., torch.Tensor]:
-    """A score_mod; one function for each soft-cap, because another function is compiled again."""
+def _capped(softcap: float, q: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A score_mod for queries [1, H, T, d]."""
+    # A tensor and not the number: a second number in one process would be compiled as a symbol, which fails.
+    caps = torch.full(q.shape[1:2], softcap, dtype=torch.float32, device=q.device)
 
     def score_mod(score, b, h, q, k):
-        return softcap * torch.tanh(score / softcap)
+        return caps[h] * torch.tanh(score / caps[h])
 
     return score_mod
 
@@ -215,7 +216,7 @@ def _attention_flex(q, k, v, plan: Plan, weighting: Weighting) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, width]
     options: dict[str, Any] = {"block_mask": plan.patterns[0].block_mask, "scale": weighting.scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if weighting.softcap is not None:
-        options["score_mod"] = _capped(weighting.softcap)
+        options["score_mod"] = _capped(weighting.softcap, q)
     if weighting.sinks is None:
         return _compiled_flex()(q, k, v, **options)[0].transpose(0, 1)
     values, extra = _compiled_flex()(q, k, v, return_aux=AuxRequest(lse=True), **options)

@@ -6,6 +6,7 @@ own branch up to itself; a window further asks positions[q] - positions[k] < win
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -131,20 +132,29 @@ def block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, 
     from torch.nn.attention.flex_attention import BlockMask
 
     # Block by block from extents: create_block_mask would fill [T, T] on the host, 460 MB and 2 s at 8192 tokens.
-    moved = {key: batch[key].to(device) for key in ("cu_docs", "positions", "branch", "start") if key in batch}
-    document, positions = document_of(moved["cu_docs"]), positions_of(moved)
-    first = moved["cu_docs"].long()[document]
-    branch, start = moved.get("branch"), moved.get("start")
-
-    # The rule of `allowed` over tensors that are made once: the compiled kernel calls this for every pair of a partial block.
-    def mask_mod(b, h, q, k):
-        visible = (document[q] == document[k]) & (k <= q)
-        if branch is not None and start is not None:
-            visible = visible & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k - first[k] < start[q])))
-        return visible if window is None else visible & (positions[q] - positions[k] < window)
-
+    host = {key: batch[key].cpu() for key in ("cu_docs", "positions", "branch", "start") if key in batch}
     lists = []
-    for side in blocks({key: batch[key].cpu() for key in moved}, tokens, window):
+    for side in blocks(host, tokens, window):
         index = side.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         lists += [x.to(device, torch.int32)[None, None] for x in (side.sum(-1), index)]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(tokens, tokens))
+    rule = _mask_mod(host, window, device)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(tokens, tokens))
+
+
+def _mask_mod(batch: dict[str, torch.Tensor], window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The rule of `allowed` over tensors that are made once: the compiled kernel calls it for every pair of a partial block.
+
+    One function over five tensors [T] for all streams and windows, and the window in a tensor: what differs is compiled again, a number
+    as a symbol, which soft-caps do not survive, and after eight compilations all scores are held in memory.
+    """
+    document, positions = document_of(batch["cu_docs"]), positions_of(batch)
+    branch, start = (batch.get(key, torch.zeros_like(document)) for key in ("branch", "start"))
+    limit = batch["cu_docs"].long()[document] + start  # trunk rows before it are seen
+    behind = torch.full_like(positions, -1) if window is None else positions - window  # positions up to it are not
+    document, branch, limit, positions, behind = (x.to(device, torch.int32) for x in (document, branch, limit, positions, behind))
+
+    def mask_mod(b, h, q, k):
+        visible = (document[q] == document[k]) & (k <= q) & (positions[k] > behind[q])
+        return visible & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k < limit[q])))
+
+    return mask_mod

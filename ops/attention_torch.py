@@ -115,6 +115,9 @@ def _sdpa(q, k, v, mask, weighting: Weighting) -> torch.Tensor:
 def attention(q, k, v, documents: Sequence[Document], weighting: Weighting) -> torch.Tensor:
     """Attention over a stream of these documents: q [T, H, d], k [T, K, d], v [T, K, e] -> [T, H, e]."""
     call = _sdpa if weighting.softcap is None and weighting.sinks is None else _written_out
+    if weighting.sinks is not None:
+        # Once and not per call, whose gradients would be rounded before they are summed.
+        weighting = weighting._replace(sinks=weighting.sinks.to(torch.promote_types(q.dtype, torch.float32)))
     lengths = [n for doc in documents for n in (doc.trunk, *doc.groups)]
     # split and not slices: the backward of a slice writes a gradient of the whole stream, once per document
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
