@@ -15,7 +15,7 @@ from torch import Tensor
 from treetune.core import fields, lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, adapter_config, adapter_tensors, folder, hf, resize
+from treetune.models import Model, adapter_blocks, adapter_config, adapter_tensors, folder, hf, hf_keys, resize
 from treetune.models.adapter_tensors import BASE, PREFIX, module
 
 CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
@@ -64,6 +64,7 @@ def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
     """
     if not adapted:
         raise ValueError("an adapter folder needs at least one adapted leaf; save a model trained whole with hf.save instead")
+    adapter_blocks.check(family, adapted)
     owners = {module(family, path): path for path in adapted}
     for path in whole:
         if (owner := module(family, path)) in owners:
@@ -76,8 +77,7 @@ def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
 def _siblings(family: str, path: str) -> list[str]:
     """The leaves of the module that owns `path`."""
     owner = module(family, path)
-    leaves = (hf.from_hf_key(family, f"{owner}.{kind}") for kind in ("weight", "bias"))
-    return [leaf for leaf in leaves if leaf is not None]
+    return [leaf for kind in ("weight", "bias") for leaf in hf_keys.leaves_of(family, f"{owner}.{kind}")]
 
 
 def save(
@@ -106,12 +106,13 @@ def save(
     if head is not None:
         tensors |= {PREFIX + name: leaf for name, leaf in head.tensors.items()}
         modules |= {name.rpartition(".")[0] for name in head.tensors}
-    tensors = lora.to_peft(adapter, partial(hf.hf_key, family)) | tensors
+    tensors = lora.to_peft(adapter_blocks.join(family, adapter), partial(hf.hf_key, family)) | tensors
+    ranks, alphas = adapter_blocks.patterns(family, list(pairs), info.rank, info.alpha, info.rslora)
     config = adapter_config.OFF | {
-        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
+        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": ranks, "alpha_pattern": alphas,
         "task_type": "CAUSAL_LM" if head is None else head.task, "base_model_name_or_path": info.base, "inference_mode": True,
         "init_lora_weights": True, "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
-        "target_modules": [module(family, name) for name in pairs], "modules_to_save": sorted(modules) or None,
+        "target_modules": list(dict.fromkeys(module(family, name) for name in pairs)), "modules_to_save": sorted(modules) or None,
     }  # fmt: skip
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
@@ -124,7 +125,7 @@ def save(
 def _saved_modules(family: str, whole: Params, tied: bool, adapted: Container[str]) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors of leaves trained whole by PEFT's key, and the modules that PEFT's config names for them."""
     leaves = dict(tree.items(whole))
-    tensors = {PREFIX + hf.hf_key(family, name): leaf for name, leaf in leaves.items()}
+    tensors = {PREFIX + key: leaf for key, leaf in hf_keys.join(family, leaves).items()}
     modules = {module(family, name) for name in leaves}
     if tied and "embed_tokens" in leaves and "lm_head" not in leaves:
         # PEFT would leave a tied head at the old embedding: give it the new one, as a module or under its adapter.

@@ -4,6 +4,7 @@ PEFT reads what adapter_config.json asks for and passes over the rest; here a te
 the embedding and the head share one tensor, also in PEFT, except where a module is replaced as a whole.
 """
 
+from collections import Counter
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from treetune.core import lora, tree
 from treetune.core.param import Params
-from treetune.models import Model, adapter_config, hf
+from treetune.models import Model, adapter_blocks, adapter_config, hf
 from treetune.models.adapter_config import AdapterConfig
 
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
@@ -39,8 +40,11 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     adapted, replaced = adapter_config.adapted(config, modules, linears), adapter_config.replaced(config, modules)
     _check_config(config, owners, shapes, adapted, replaced)
     _check_tie(config, model, headless, {owners[name] for name in (EMBEDDING, HEAD) if name in owners} & {*adapted, *replaced})
-    rest, key = dict(tensors), partial(hf.hf_key, model.family)
-    bases = {path: rest.pop(name) for path in shapes if owners[path] in adapted and (name := PREFIX + owners[path] + BASE) in rest}
+    ranks = partial(adapter_config.rank_of, config)
+    rest = adapter_blocks.split(model.family, tensors, shapes, rank=config.rank, rank_of=ranks)
+    key = partial(adapter_blocks.own_key, model.family)
+    names = {path: PREFIX + key(path).rpartition(".")[0] + BASE for path in shapes if owners[path] in adapted}
+    bases = {path: rest.pop(name) for path, name in names.items() if name in rest}
     whole = {path: rest.pop(PREFIX + key(path)) for path in shapes if PREFIX + key(path) in rest}
     low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], key)
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))
@@ -87,8 +91,10 @@ def _check_found(config: AdapterConfig, owners: dict, adapted: list[str], replac
 
 
 def _check_shapes(config: AdapterConfig, owners: dict, low: Params, whole: Leaves, shapes: dict) -> None:
+    leaves = Counter(owners.values())
     for path, (a, b) in lora.pairs(low).items():
         rank = adapter_config.rank_of(config, owners[path])
+        rank = config.rank if rank == config.rank * leaves[owners[path]] == a.shape[0] * leaves[owners[path]] else rank
         out, inner = shapes[path].shape[::-1] if path == EMBEDDING else shapes[path].shape
         if tuple(a.shape) != (rank, inner) or tuple(b.shape) != (out, rank):
             raise ValueError(

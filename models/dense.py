@@ -1,14 +1,11 @@
-"""The dense decoder that the llama, qwen2 and qwen3 families share; what a layer does follows from its leaves.
+"""The dense decoder that all native families share; what a layer does follows from its leaves and the switches of `decoder_config`.
 
 T stream tokens, D hidden, H heads, K key/value heads, d head dim, F mlp width, L layers, V vocabulary, R cache rows, S slots.
-x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each, rotary positions, grouped keys and values, SwiGLU.
+x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each or after it, rotary positions, grouped keys and values, a gated mlp.
 """
 
 import contextlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
@@ -17,78 +14,15 @@ from torch import Tensor
 
 from treetune.core import grad, shard
 from treetune.core.lora import Lora
-from treetune.core.param import Param, Params
-from treetune.models import decoder_attention, moe, rope_scaling
+from treetune.core.param import Params
+from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
 from treetune.models.decoder_attention import Cache, Rule
-from treetune.models.moe import Experts
-from treetune.models.rope_scaling import Rope, Rotation, Scaling
-from treetune.ops import attention, lora_linear, noise, rms_norm, rope, swiglu
+from treetune.models.decoder_config import Config
+from treetune.models.rope_scaling import Rotation
+from treetune.ops import attention, geglu, lora_linear, noise, rms_norm, rope, swiglu
 from treetune.ops.attention_torch import Weighting
 
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes of a dense decoder. `dtype` is the dtype it computes in, whatever its leaves are stored in.
-
-    rope_part: the part of each head that turns. nope_layers: layers without rotary positions. experts: of the layers that have some.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: Scaling | None = None
-    max_positions: int = 2048
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    window: int | None = None
-    layer_windows: tuple[int | None, ...] = ()  # one for each layer, instead of `window` on all
-    attn_softcap: float | None = None
-    attn_sinks: bool = False
-    init_std: float = 0.02
-    dtype: torch.dtype = torch.float32
-    rope_part: float = 1.0
-    nope_layers: tuple[int, ...] = ()
-    experts: Experts | None = None
-
-    @property
-    def rope(self) -> Rope:
-        """Base and scaling of the rotary positions."""
-        return Rope(self.rope_theta, self.rope_scaling)
-
-    @property
-    def shared_positions(self) -> int:
-        """Positions that prompts with their continuations may have: up to them the keys of a prompt serve all of its continuations."""
-        return rope_scaling.shared_positions(self.rope, self.max_positions)
-
-    @property
-    def rotary_dim(self) -> int:
-        """The features of each head that turn."""
-        return int(self.head_dim * self.rope_part)
-
-    def __post_init__(self) -> None:
-        if self.layer_windows and len(self.layer_windows) != self.num_layers:
-            raise ValueError(f"layer_windows has {len(self.layer_windows)} windows; expected {self.num_layers}, one for each layer")
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of the layers, in tokens."""
-        return tuple(dict.fromkeys(self.layer_windows or (self.window,)))
-
-    def window_of(self, layer: int) -> int | None:
-        """The window of a layer, in tokens; None: it sees all tokens before it."""
-        return self.layer_windows[layer] if self.layer_windows else self.window
-
-    @property
-    def plain_attention(self) -> bool:
-        """Whether no layer has a soft-cap or sinks."""
-        return self.attn_softcap is None and not self.attn_sinks
+abstract = decoder_config.abstract
 
 
 class Neftune(NamedTuple):
@@ -124,8 +58,8 @@ class LogitMap(NamedTuple):
 
 
 def logit_map(cfg: Config) -> LogitMap:
-    """The product as it is."""
-    return LogitMap()
+    """Scale and soft-cap of the product."""
+    return LogitMap(cfg.logit_scale, cfg.logit_softcap)
 
 
 def map_logits(product: Tensor, rule: LogitMap) -> Tensor:
@@ -134,61 +68,12 @@ def map_logits(product: Tensor, rule: LogitMap) -> Tensor:
     return z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)
 
 
-def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
-    """The tree of `Param`s of a model: shapes, axes and initial values."""
-    # What adds to the residual stream starts smaller by the number of additions, so that its variance does not grow with depth.
-    normal, deep = f"normal:{cfg.init_std}", f"normal:{cfg.init_std / math.sqrt(2 * cfg.num_layers)}"
-    leaf = partial(Param, dtype=dtype)
-    tree_ = {
-        "embed_tokens": leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal, op="embedding"),
-        "layers": [_abstract_layer(cfg, index, leaf, normal, deep) for index in range(cfg.num_layers)],
-        "norm": leaf((cfg.hidden_size,), axes=("embed",), init="ones"),
-    }
-    if not cfg.tied:
-        tree_["lm_head"] = leaf((cfg.vocab_size, cfg.hidden_size), axes=("vocab", "embed"), init=normal, op="head")
-    return tree_
-
-
-def _abstract_layer(cfg: Config, index: int, leaf, normal: str, deep: str) -> Params:
-    d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    layer = {
-        "input_norm": leaf((d,), axes=("embed",), init="ones"),
-        "q_proj": leaf((q, d), axes=("heads", "embed"), init=normal, op="linear"),
-        "k_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal, op="linear"),
-        "v_proj": leaf((kv, d), axes=("kv_heads", "embed"), init=normal, op="linear"),
-        "o_proj": leaf((d, q), axes=("embed", "heads"), init=deep, op="linear"),
-        "post_norm": leaf((d,), axes=("embed",), init="ones"),
-        **_abstract_mlp(cfg, index, leaf, normal, deep),
-    }
-    if cfg.qkv_bias:
-        sizes = {"q_bias": (q, "heads"), "k_bias": (kv, "kv_heads"), "v_bias": (kv, "kv_heads")}
-        layer |= {name: leaf((size,), axes=(axis,), init="zeros") for name, (size, axis) in sizes.items()}
-    if cfg.qk_norm:
-        layer |= {name: leaf((cfg.head_dim,), axes=("head_dim",), init="ones") for name in ("q_norm", "k_norm")}
-    if cfg.attn_sinks:
-        layer["sinks"] = leaf((cfg.num_heads,), axes=("heads",), init="zeros")
-    return layer
-
-
-def _abstract_mlp(cfg: Config, index: int, leaf, normal: str, deep: str) -> Params:
-    if cfg.experts is not None and index in cfg.experts.layers:
-        return moe.abstract(cfg.experts, cfg.hidden_size, leaf, normal, deep)
-    return {
-        "gate_proj": leaf((cfg.mlp_size, cfg.hidden_size), axes=("mlp", "embed"), init=normal, op="linear"),
-        "up_proj": leaf((cfg.mlp_size, cfg.hidden_size), axes=("mlp", "embed"), init=normal, op="linear"),
-        "down_proj": leaf((cfg.hidden_size, cfg.mlp_size), axes=("embed", "mlp"), init=deep, op="linear"),
-    }
-
-
-def inv_freq(cfg: Config, device: torch.device) -> Tensor:
-    """Rotary frequencies [r/2] in radians per position, float32."""
-    return rope_scaling.inv_freq(cfg.rope, cfg.rotary_dim, device)
-
-
 def _rotations(cfg: Config, batch: dict) -> list[Rotation | None]:
     """What each layer turns queries and keys by; None for one without positions."""
-    rotation = rope_scaling.rotation(cfg.rope, cfg.rotary_dim, batch)
-    return [None if index in cfg.nope_layers else rotation for index in range(cfg.num_layers)]
+    full = rope_scaling.rotation(cfg.rope, cfg.rotary_dim, batch)
+    windowed = rope_scaling.rotation(cfg.window_rope, cfg.rotary_dim, batch) if cfg.window_rope else full
+    every = [full if cfg.window_of(index) is None else windowed for index in range(cfg.num_layers)]
+    return [None if index in cfg.nope_layers else rotation for index, rotation in enumerate(every)]
 
 
 def token_keys(batch: dict, seed: Tensor) -> Tensor:
@@ -224,6 +109,7 @@ def forward(
     remat, neftune = training.get("remat"), training.get("noise")
     if neftune is not None:
         x = x + _neftune(x, batch, neftune)
+    x = x if cfg.embed_scale == 1 else x * cfg.embed_scale
     adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
     shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, _dropout_keys(batch, lora))
@@ -236,7 +122,7 @@ def forward(
             x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared._replace(rotation=rotations[index]))
     if len(weights["layers"]) in collect:
         features[len(weights["layers"])] = x
-    hidden = rms_norm.rms_norm(x, shard.gather(weights["norm"], cfg.dtype), eps=cfg.norm_eps)
+    hidden = _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg)
     return Out(hidden, features, cache)
 
 
@@ -287,10 +173,10 @@ class _Shared(NamedTuple):
 
 def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None) -> Tensor:
     x = F.embedding(tokens, shard.gather(weights["embed_tokens"], cfg.dtype))
-    if lora is None or "embed_tokens" not in lora.tree:
-        return x
-    ab = shard.gather_all(lora.tree["embed_tokens"], cfg.dtype)
-    return x + lora.scale * F.embedding(tokens, ab["A"].T) @ ab["B"].T
+    if lora is not None and "embed_tokens" in lora.tree:
+        ab = shard.gather_all(lora.tree["embed_tokens"], cfg.dtype)
+        x = x + lora.scale * F.embedding(tokens, ab["A"].T) @ ab["B"].T
+    return x * cfg.embed_factor if cfg.embed_sqrt else x
 
 
 def _neftune(x: Tensor, batch: dict, option: Neftune) -> Tensor:
@@ -303,12 +189,32 @@ def _neftune(x: Tensor, batch: dict, option: Neftune) -> Tensor:
 
 def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> Tensor:
     w, ab = shard.gather_all(layer, s.cfg.dtype), shard.gather_all(adapters)
-    x = x + _attention(rms_norm.rms_norm(x, w["input_norm"], eps=s.cfg.norm_eps), w, ab, index, s)
-    h = rms_norm.rms_norm(x, w["post_norm"], eps=s.cfg.norm_eps)
+    x = _add(x, _attention(_normed(x, w.get("input_norm"), s.cfg), w, ab, index, s), w.get("attn_out_norm"), s.cfg)
+    return _add(x, _mlp(_normed(x, w.get("post_norm"), s.cfg), w, ab, index, s), w.get("mlp_out_norm"), s.cfg)
+
+
+def _normed(x: Tensor, weight: Tensor | None, cfg: Config) -> Tensor:
+    """RMSNorm over the last dim; x as it is where a layer has no such norm."""
+    if weight is None:
+        return x
+    if cfg.norm == "llama":
+        return rms_norm.rms_norm(x, weight, eps=cfg.norm_eps)
+    scale = weight if cfg.norm == "olmo" else 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return rms_norm.rms_norm(x, scale, eps=cfg.norm_eps, once=True)
+
+
+def _add(x: Tensor, y: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
+    """What attention or mlp adds to the residual stream."""
+    y = _normed(y, norm, cfg)
+    return x + y if cfg.residual_scale == 1 else x + y * cfg.residual_scale
+
+
+def _mlp(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tensor:
     if s.cfg.experts is not None and "router" in w:
-        return x + moe.mlp(h, w, ab, s.cfg.experts, s.lora)[0]
+        return moe.mlp(h, w, ab, s.cfg.experts, s.lora)[0]
     gate, up = _project(h, ("gate_proj", "up_proj"), w, ab, index, s)
-    return x + _project(swiglu.swiglu(gate, up), ("down_proj",), w, ab, index, s)[0]
+    gated = swiglu.swiglu(gate, up) if s.cfg.activation == "silu" else geglu.geglu(gate, up)
+    return _project(gated, ("down_proj",), w, ab, index, s)[0]
 
 
 def _project(x: Tensor, names: tuple[str, ...], w: Params, ab: Params, index: int, s: _Shared) -> list[Tensor]:
@@ -325,21 +231,21 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     q, k, v = _project(h, ("q_proj", "k_proj", "v_proj"), w, ab, index, s)
     if "q_bias" in w:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+    if "q_norm" in w:  # head by head, or all of them together: as many features as the weight has
+        q, k = (_normed(t.view(t.shape[0], -1, w[name].shape[0]), w[name], cfg) for t, name in ((q, "q_norm"), (k, "k_norm")))
     q, k, v = (t.view(t.shape[0], -1, cfg.head_dim) for t in (q, k, v))  # [T, H, d], [T, K, d]
-    if "q_norm" in w:
-        q, k = (rms_norm.rms_norm(t, w[name], eps=cfg.norm_eps) for t, name in ((q, "q_norm"), (k, "k_norm")))
     if s.rotation is not None:
         q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)
-    rule = Rule(cfg.window_of(index), Weighting(cfg.head_dim**-0.5, cfg.attn_softcap, w.get("sinks")))
+    rule = Rule(cfg.window_of(index), Weighting(cfg.query_scale, cfg.attn_softcap, w.get("sinks")))
     mixed = decoder_attention.mix(q, k, v, index, rule, plan=s.plan, cache=s.cache)
     return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
 
 
-def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None) -> Tensor:
-    """Logits [T, V] in float32 of one document of token ids [T]: for checks and small prompts only."""
+def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None, rule: LogitMap | None = None) -> Tensor:
+    """Logits [T, V] in float32 of one document of token ids [T], mapped by `rule` or by `logit_map`: for checks and small prompts only."""
     batch = single(tokens)
     hidden = forward(weights, batch, decoder_attention.plan(batch, cfg), cfg, lora=lora).hidden
-    return (widen(hidden, lora) @ head(weights, cfg, lora).T).float()
+    return map_logits((widen(hidden, lora) @ head(weights, cfg, lora).T).float(), rule or logit_map(cfg))
 
 
 def single(tokens: Tensor) -> dict[str, Tensor]:

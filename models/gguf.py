@@ -17,7 +17,7 @@ from torch import Tensor
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, dense
+from treetune.models import MODELS, Model, decoder_config
 from treetune.models.dense import Config
 from treetune.models.rope_scaling import Llama3Rope
 
@@ -196,8 +196,8 @@ def _rope_scaling(cfg: Config, tensor) -> Llama3Rope:
     """The Llama 3.1 scaling whose frequencies are the plain ones divided by the stored factors [d/2]."""
     factors = _dequantise(tensor)
     scaling = Llama3Rope(round(float(factors.max()), 4), 1.0, 4.0, 8192)
-    plain = dense.inv_freq(cfg, torch.device("cpu"))
-    if not torch.allclose(plain / factors, dense.inv_freq(replace(cfg, rope_scaling=scaling), plain.device), rtol=1e-4):
+    plain = decoder_config.inv_freq(cfg, torch.device("cpu"))
+    if not torch.allclose(plain / factors, decoder_config.inv_freq(replace(cfg, rope_scaling=scaling), plain.device), rtol=1e-4):
         raise ValueError(f"{FACTORS} holds frequency factors that are not those of Llama 3.1; this rope scaling is not known")
     return scaling
 

@@ -18,7 +18,7 @@ from treetune.core import fields, param, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf
+from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf, hf_keys
 from treetune.models.dense import Config, Training
 from treetune.ops import attention
 
@@ -126,14 +126,13 @@ def load(
         )
     family, cfg = hf.read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
-    sizes = MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)
-    keys = {path: hf.hf_key(family, path) for path, _ in tree.items(sizes)}
+    sizes = dict(tree.items(MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)))
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
-    wanted = {keys[name]: leaf for name, leaf in tree.items(sizes)} | score
+    wanted = hf_keys.sizes(family, sizes) | score
     tensors = hf.read_tensors(root, wanted, unread=unread, parts=hf.parts(family, sizes), device=device)
-    params = tree.from_items((name, tensors[key]) for name, key in keys.items())
+    params = tree.from_items(hf_keys.split(family, tensors, sizes).items())
     return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
 
 

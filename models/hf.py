@@ -1,7 +1,8 @@
 """Hugging Face folders: config.json, safetensors weights and tokenizer files, to and from a `Model`.
 
 A leaf path (`layers.3.q_proj`) and a file key (`model.layers.3.self_attn.q_proj.weight`) name the same tensor, in the
-same orientation [out, in], so loading is a renaming and at most one cast. Pickled weights are never read.
+same orientation [out, in] (some as blocks of its rows, see `hf_keys`), so loading is a renaming and at most one cast. Pickled weights are
+never read.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, expert_files, folder, tokenizer_config
+from treetune.models import MODELS, Model, expert_files, folder, hf_keys, tokenizer_config
 from treetune.models.dense import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -31,22 +32,7 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 UNWANTED = ("consolidated*", "original/*", "*/*")
 
 
-def hf_key(family: str, path: str) -> str:
-    """The Hugging Face key of a leaf path. Raises ValueError naming the nearest leaves when the family has no such leaf."""
-    number = re.match(r"layers\.(\d+)\.", path)
-    pattern = path if number is None else path.replace(number[1], "{}", 1)
-    keys = MODELS[family].HF_KEYS
-    if pattern not in keys:
-        raise ValueError(f"{family} has no leaf {path!r}; the nearest are {', '.join(tree.nearest(pattern, keys))}")
-    return keys[pattern].format(*([number[1]] if number else []))
-
-
-def from_hf_key(family: str, key: str) -> str | None:
-    """The leaf path of a Hugging Face key, or None when the family has no such key."""
-    number = re.match(r"model\.layers\.(\d+)\.", key)
-    pattern = key if number is None else key.replace(number[1], "{}", 1)
-    path = next((path for path, key_pattern in MODELS[family].HF_KEYS.items() if key_pattern == pattern), None)
-    return path if path is None or number is None else path.format(number[1])
+hf_key = hf_keys.hf_key
 
 
 def family_of(hf: Fields) -> str:
@@ -112,13 +98,12 @@ def load(
 
 
 def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
-    abstract = MODELS[family].abstract(cfg, dtype=dtype)
-    paths = {hf_key(family, path): path for path in (*(path for path, _ in tree.items(abstract)), "lm_head")}
-    wanted = {hf_key(family, path): leaf for path, leaf in tree.items(abstract)}
+    leaves = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
-    optional = {hf_key(family, "lm_head"): abstract["embed_tokens"]} if cfg.tied else {}
-    tensors = read_tensors(root, wanted, optional=optional, parts=parts(family, abstract), device=device)
-    params = tree.from_items((paths[key], leaf) for key, leaf in tensors.items())
+    optional = {"lm_head": leaves["embed_tokens"]} if cfg.tied else {}
+    wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional))
+    tensors = read_tensors(root, wanted, optional=extra, parts=parts(family, leaves), device=device)
+    params = tree.from_items(hf_keys.split(family, tensors, leaves | optional).items())
     if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
@@ -351,8 +336,8 @@ def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> 
 def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
     params = model.params
     tied = "lm_head" not in params or (model.cfg.tied and torch.equal(params["lm_head"], params["embed_tokens"]))
-    pairs = [(path, leaf) for path, leaf in tree.items(params) if not (tied and path == "lm_head")]
-    return {hf_key(model.family, path): leaf.detach().contiguous() for path, leaf in pairs}, tied
+    leaves = {path: leaf.detach() for path, leaf in tree.items(params) if not (tied and path == "lm_head")}
+    return {key: leaf.contiguous() for key, leaf in hf_keys.join(model.family, leaves).items()}, tied
 
 
 def _shards(leaves: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -83,6 +83,7 @@ def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
         rope_theta=ropes.rope.theta,
         rope_scaling=ropes.rope.scaling,
         rope_part=ropes.part,
+        window_rope=ropes.window_rope,
         max_positions=max_positions,
         tied=fields.flag(hf, "tie_word_embeddings", default=defaults.tied),
         init_std=_between(hf, "initializer_range", 0.02, 0.0, 1.0),
@@ -126,6 +127,33 @@ def check_layers(hf: Fields, kind: str) -> None:
     types = fields.texts(hf, "layer_types", default=None, null=True)
     if types is not None and (set(types) != {kind} or len(types) != _size(hf, "num_hidden_layers")):
         raise fields.wrong(hf, "layer_types", f"{kind} for each layer")
+
+
+def layer_count(hf: Fields) -> int:
+    """Layers of the model."""
+    return _size(hf, "num_hidden_layers")
+
+
+def layer_windows(hf: Fields, size: int | None, default: list[str]) -> tuple[int | None, ...]:
+    """The window of each layer by `layer_types`; `default` are the types where the file has none."""
+    types = list(fields.texts(hf, "layer_types", default=default, null=True))
+    if len(types) != layer_count(hf) or not set(types) <= set(hf_rope.LAYERS):
+        raise fields.wrong(hf, "layer_types", f"a list of {layer_count(hf)} of {' and '.join(hf_rope.LAYERS)}")
+    if size is None and "sliding_attention" in types:
+        raise fields.wrong(hf, "sliding_window", "a number of tokens, since layer_types names sliding layers")
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
+
+
+def layer_types(cfg: Config) -> dict:
+    """`layer_types` and `sliding_window` (inverse of `layer_windows`)."""
+    types = ["sliding_attention" if cfg.window_of(index) else "full_attention" for index in range(cfg.num_layers)]
+    return {"layer_types": types, "sliding_window": next((size for size in cfg.layer_windows if size), None)}
+
+
+def ropes_by_type(cfg: Config) -> dict:
+    """The rotary positions of families that have them by the type of a layer; `rope_scaling`, if any, is within."""
+    ropes = zip(hf_rope.LAYERS, (cfg.rope, cfg.window_rope or cfg.rope), strict=True)
+    return {"rope_parameters": {name: hf_rope.to_hf(rope) for name, rope in ropes}, "rope_scaling": None}
 
 
 def _check_unknown(hf: Fields, defaults: Defaults) -> None:

@@ -28,7 +28,8 @@ class Options(NamedTuple):
     """What a family has of rotary positions: default base, other names of types, whether a part of each head may turn.
 
     original: the original length where config.json names none beside the mapping, which then counts before that of the mapping.
-    by_type: the default bases of full and of sliding layers, where each type of layers has positions of its own.
+    by_type: the default bases of full and of sliding layers, where each type of layers has positions of its own; window_theta: the field
+    of older files with the base of sliding layers.
     """
 
     theta: float = 10000.0
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     partial: bool = False
     original: int | None = None
     by_type: tuple[float, float] | None = None
+    window_theta: str = ""
 
 
 class Ropes(NamedTuple):
@@ -49,7 +51,7 @@ class Ropes(NamedTuple):
 def read(hf: Fields, max_positions: int, head_dim: int, options: Options) -> Ropes:
     """The rotary positions of a model. Raises ValueError naming file and field."""
     if options.by_type is not None:
-        return Ropes(*_read_by_type(hf, max_positions, head_dim, options.by_type))
+        return Ropes(*_read_by_type(hf, max_positions, head_dim, options))
     return _read_one(hf, max_positions, head_dim, options)
 
 
@@ -66,15 +68,17 @@ def _read_one(hf: Fields, max_positions: int, head_dim: int, options: Options) -
     return Ropes(_rope(rope, (max_positions, original, int(head_dim * part)), options), part=part)
 
 
-def _read_by_type(hf: Fields, max_positions: int, head_dim: int, theta: tuple[float, float]) -> tuple[Rope, Rope]:
-    """Full and sliding layers; a `rope_scaling` is of the full ones."""
+def _read_by_type(hf: Fields, max_positions: int, head_dim: int, options: Options) -> tuple[Rope, Rope]:
+    """Full and sliding layers; `rope_scaling` and `rope_theta` are of the full ones."""
+    assert options.by_type is not None
     new, old = (fields.inner(hf, name, default=None, null=True) for name in ("rope_parameters", "rope_scaling"))
     by_type = new or fields.mapping({}, f"{hf.source}: rope_parameters")
     if odd := [name for name in fields.unknown(by_type, LAYERS) if by_type.values[name]]:
         raise ValueError(f"{by_type.source} has {odd[0]}; expected the rotary positions of {' and '.join(LAYERS)}")
     ropes = []
-    for name, base in zip(LAYERS, theta, strict=True):
+    for name, theta, base in zip(LAYERS, ("rope_theta", options.window_theta), options.by_type, strict=True):
         rope = fields.inner(by_type, name, default=None, null=True) or fields.mapping({}, f"{by_type.source}: {name}")
+        base = fields.number(hf, theta, default=base, least=1.0)
         scaling = old.values if old and name == LAYERS[0] else {}
         rope = rope._replace(values={"rope_theta": base} | rope.values | scaling)
         if rope.values.get("truncate") is False:

@@ -109,6 +109,6 @@ def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:
 def _outputs(model: Model, ids: Tensor, head: Params | None, adapter: Lora | None = None) -> Tensor:
     """Logits [T, V] at each token of the probe, or with a head its scores [T, C]."""
     if head is None:
-        return dense.map_logits(dense.probe(model.params, ids, model.cfg, lora=adapter), MODELS[model.family].logit_map(model.cfg))
+        return dense.probe(model.params, ids, model.cfg, lora=adapter, rule=MODELS[model.family].logit_map(model.cfg))
     batch = dense.single(ids) | {"at": torch.arange(len(ids))}
     return heads.scores(model.family, model.cfg, model.params, head, batch, lora=adapter)

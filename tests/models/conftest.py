@@ -8,6 +8,11 @@ SIZES = dict(
     max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
 )  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", rope_theta=1000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1000.0, partial_rotary_factor=0.75, short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 4.0, 9.0]
+)
+YARN = dict(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
 KINDS = {
     "llama": ("Llama", dict(rms_norm_eps=1e-5)),
     "llama3": ("Llama", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=32), head_dim=16)),
@@ -16,6 +21,30 @@ KINDS = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "mixtral": ("Mixtral", dict(intermediate_size=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=8)),
     "qwen3_moe": ("Qwen3Moe", dict(head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=3, mlp_only_layers=[0])),
+    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2)),
+    "granite": (
+        "Granite",
+        dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=2.5),
+    ),
+    "olmo2": ("Olmo2", dict()),
+    "olmo3": ("Olmo3", dict(sliding_window=8, rope_parameters=dict(full_attention=YARN), num_hidden_layers=4)),
+    "gemma": ("Gemma", dict(head_dim=16)),
+    "gemma2": (
+        "Gemma2",
+        dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20, attn_logit_softcapping=5.0, final_logit_softcapping=4.0),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            head_dim=16,
+            sliding_window=8,
+            query_pre_attn_scalar=20,
+            rope_parameters=dict(full_attention=LINEAR),
+            num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "phi3": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=24)),
 }
 
 
@@ -24,12 +53,13 @@ def _build(kind: str, tied: bool):
 
     name, extra = KINDS[kind]
     config = getattr(transformers, f"{name}Config")(**(SIZES | extra), tie_word_embeddings=tied)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         # No leaf at a neutral start: a bias of 0 or a norm of 1 would hide a leaf that is not used.
         for path, leaf in model.named_parameters():
-            leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.2 + (1.0 if "norm" in path else 0.0))
+            neutral = 1.0 if "norm" in path and "Gemma" not in name else 0.0
+            leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.2 + neutral)
     return model
 
 

@@ -9,7 +9,7 @@ from gguf import quants
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from treetune.core import tree
-from treetune.models import dense, gguf, hf, rope_scaling
+from treetune.models import decoder_config, dense, gguf, hf, rope_scaling
 
 BLOCK = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -120,7 +120,7 @@ def test_frequency_factors_are_the_llama3_scaling(oracle, documents, tmp_path):
     write(tmp_path / "model.gguf", model, edit=lambda writer: writer.add_tensor(gguf.FACTORS, factors))
     ours = gguf.load(tmp_path / "model.gguf")
     assert ours.cfg.rope_scaling == rope_scaling.Llama3Rope(8.0, 1.0, 4.0, 8192)
-    torch.testing.assert_close(dense.inv_freq(ours.cfg, torch.device("cpu")), model.model.rotary_emb.inv_freq, atol=0, rtol=1e-6)
+    torch.testing.assert_close(decoder_config.inv_freq(ours.cfg, torch.device("cpu")), model.model.rotary_emb.inv_freq, atol=0, rtol=1e-6)
     ids = torch.tensor(documents[1])
     with torch.no_grad():
         torch.testing.assert_close(dense.probe(ours.params, ids, ours.cfg), model(ids[None]).logits[0], atol=2e-5, rtol=0)

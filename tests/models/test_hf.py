@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from treetune.core import lora, tree
-from treetune.models import MODELS, Model, dense, hf
+from treetune.models import MODELS, Model, dense, hf, hf_keys
 
 KINDS = ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 
@@ -62,9 +62,10 @@ def test_keys_and_paths_are_inverse():
     for family, module in MODELS.items():
         for pattern in module.HF_KEYS:
             path = pattern.format(12)
-            assert hf.from_hf_key(family, hf.hf_key(family, path)) == path
+            assert path in hf_keys.leaves_of(family, hf.hf_key(family, path))
     assert hf.hf_key("llama", "layers.3.q_proj") == "model.layers.3.self_attn.q_proj.weight"
-    assert hf.from_hf_key("llama", "model.layers.0.self_attn.q_proj.bias") is None
+    assert hf_keys.leaves_of("llama", "model.layers.12.self_attn.q_proj.weight") == ["layers.12.q_proj"]
+    assert not hf_keys.leaves_of("llama", "model.layers.0.self_attn.q_proj.bias")
     with pytest.raises(ValueError, match="q_proj"):
         hf.hf_key("llama", "layers.0.q_prj")
 

@@ -5,10 +5,10 @@ import torch
 
 from treetune import models
 from treetune.core import grad, tree
-from treetune.models import dense, hf
-from treetune.ops import attention
+from treetune.models import decoder_attention, dense, hf, hf_keys
 
-ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe") for tied in (False, True)]
+NEW = ("mixtral", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3")
+ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3", *NEW) for tied in (False, True)]
 
 
 @pytest.mark.parametrize("kind,tied", ALL)
@@ -43,11 +43,12 @@ def test_every_gradient_leaf_equals_transformers(oracle, documents, stream, kind
     expected = total / len(batch["at"])
     expected.backward()
     assert abs(value - expected) < 1e-5 * expected
-    theirs = dict(model.named_parameters())
+    theirs = {name: leaf.grad for name, leaf in model.named_parameters()}
+    expected = hf_keys.split(ours.family, theirs, dict(tree.items(ours.params)))
+    assert expected.keys() == dict(tree.items(grads)).keys() and len(theirs) == len(hf_keys.groups(ours.family, expected))
     for leaf_path, leaf in tree.items(grads):
-        reference = theirs[hf.hf_key(ours.family, leaf_path)].grad
-        assert reference.norm() > 1e-6, leaf_path
-        error = (leaf - reference).norm() / reference.norm()
+        assert expected[leaf_path].norm() > 1e-6, leaf_path
+        error = (leaf - expected[leaf_path]).norm() / expected[leaf_path].norm()
         assert error < 1e-5, (leaf_path, error)
 
 
@@ -67,7 +68,7 @@ def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, s
 
     def hidden(docs):
         batch = stream(docs)
-        return dense.forward(ours.params, batch, attention.plan(batch, windows=ours.cfg.windows), ours.cfg).hidden
+        return dense.forward(ours.params, batch, decoder_attention.plan(batch, ours.cfg), ours.cfg).hidden
 
     changed = [[(token + 17) % 96 for token in ids] if i == 1 else ids for i, ids in enumerate(documents)]
     before, after = hidden(documents), hidden(changed)
@@ -81,13 +82,14 @@ def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, s
 def test_cached_steps_equal_the_full_forward(oracle, documents, kind, tied):
     _, path = oracle(kind, tied)
     ours = hf.load(path)
-    cfg, ids = ours.cfg, torch.tensor(documents[1])
+    cfg = ours.cfg
+    ids = torch.tensor(documents[1][: cfg.shared_positions])
     batch = dense.single(ids)
-    full = dense.forward(ours.params, batch, attention.plan(batch, windows=cfg.windows), cfg).hidden
+    full = dense.forward(ours.params, batch, decoder_attention.plan(batch, cfg), cfg).hidden
     shape = dense.kv_shape(cfg, 1, len(ids))
     cache = dense.Cache(*([torch.zeros(shape) for _ in range(cfg.num_layers)] for _ in "kv"), None, None, 0)
     start = dense.single(ids[:5])
-    plan = attention.plan(start, windows=cfg.windows)
+    plan = decoder_attention.plan(start, cfg)
     rows = torch.zeros(5, dtype=torch.int64)
     out = [dense.forward(ours.params, start, plan, cfg, cache=cache._replace(rows=rows, slots=start["positions"])).hidden]
     for slot in range(5, len(ids)):
@@ -102,7 +104,7 @@ def test_features_are_the_residual_stream(oracle, documents):
     ours = hf.load(path)
     ids = torch.tensor(documents[1])
     batch = dense.single(ids)
-    out = dense.forward(ours.params, batch, attention.plan(batch), ours.cfg, collect=(0, 1))
+    out = dense.forward(ours.params, batch, decoder_attention.plan(batch, ours.cfg), ours.cfg, collect=(0, 1))
     with torch.no_grad():
         states = model(ids[None], output_hidden_states=True).hidden_states
     assert sorted(out.features) == [0, 1]

@@ -1,0 +1,68 @@
+"""Leaf paths (`layers.3.q_proj`) and the keys of transformers' files (`model.layers.3.self_attn.q_proj.weight`).
+
+Leaves that a family gives one key share its tensor, as blocks of rows in the order of `HF_KEYS`: `qkv_proj` of phi3 holds q, k and v.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treetune.core import tree
+from treetune.core.param import Param
+from treetune.models import MODELS
+
+
+def pattern(path: str) -> str:
+    """A path or a key with {} for the number of its layer."""
+    return re.sub(r"^((?:model\.)?layers)\.\d+\.", r"\1.{}.", path)
+
+
+def hf_key(family: str, path: str) -> str:
+    """The Hugging Face key of a leaf path. Raises ValueError naming the nearest leaves when the family has no such leaf."""
+    number, keys = re.match(r"layers\.(\d+)\.", path), MODELS[family].HF_KEYS
+    if pattern(path) not in keys:
+        raise ValueError(f"{family} has no leaf {path!r}; the nearest are {', '.join(tree.nearest(pattern(path), keys))}")
+    return keys[pattern(path)].format(*([number[1]] if number else []))
+
+
+def leaves_of(family: str, key: str) -> list[str]:
+    """The paths of the leaves in the tensor of a Hugging Face key, in the order of their rows; none when the family has no such key."""
+    number = re.match(r"model\.layers\.(\d+)\.", key)
+    paths = [path for path, key_pattern in MODELS[family].HF_KEYS.items() if key_pattern == pattern(key)]
+    return [path.format(*([number[1]] if number else [])) for path in paths]
+
+
+def groups(family: str, paths: Iterable[str]) -> dict[str, list[str]]:
+    """{key: those of the paths that share its tensor, in the order of their rows}."""
+    shared: dict[str, list[str]] = {}
+    for path in paths:
+        shared.setdefault(hf_key(family, path), []).append(path)
+    return {key: paths if len(paths) == 1 else [path for path in leaves_of(family, key) if path in paths] for key, paths in shared.items()}
+
+
+def sizes(family: str, leaves: Mapping[str, Param]) -> dict[str, Param]:
+    """{key: its tensor in the files} of leaves by path."""
+    return {key: _tall([leaves[path] for path in paths]) for key, paths in groups(family, leaves).items()}
+
+
+def _tall(leaves: list[Param]) -> Param:
+    return leaves[0] if len(leaves) == 1 else leaves[0]._replace(shape=(sum(leaf.shape[0] for leaf in leaves), *leaves[0].shape[1:]))
+
+
+def split(family: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{path: leaf} of the tensors by key; `leaves` have their shapes. A block is a copy, so that none keeps the others in memory."""
+    parts: dict[str, Tensor] = {}
+    for key, paths in groups(family, leaves).items():
+        if key in tensors:
+            blocks = [tensors[key]] if len(paths) == 1 else tensors[key].split([leaves[path].shape[0] for path in paths])
+            parts |= {path: block if len(paths) == 1 else block.clone() for path, block in zip(paths, blocks, strict=True)}
+    return parts
+
+
+def join(family: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{key: tensor} of leaves by path."""
+    shared = groups(family, leaves)
+    return {key: leaves[paths[0]] if len(paths) == 1 else torch.cat([leaves[path] for path in paths]) for key, paths in shared.items()}
