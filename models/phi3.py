@@ -37,7 +37,8 @@ def _is_phi3(auto_map: object) -> bool:
 
 def to_hf(cfg: Config) -> dict:
     """The config.json of a model of this family (inverse of `config`)."""
-    extra = {"sliding_window": cfg.window, hf_rope.PARTIAL: cfg.rope_part}
+    # Without a tokenizer's, transformers would take the padding token of the released models, which a smaller vocabulary lacks.
+    extra = {"sliding_window": cfg.window, hf_rope.PARTIAL: cfg.rope_part, "pad_token_id": None}
     # This family reads the original length beside the mapping, and takes 4096 where there is none.
     extra |= {hf_rope.ORIGINAL: cfg.rope_scaling.original_max_positions} if isinstance(cfg.rope_scaling, LongRope) else {}
     return hf_config.to_hf(cfg) | extra | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}

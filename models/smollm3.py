@@ -45,5 +45,6 @@ def _rotary(hf: Fields) -> tuple[int, ...]:
 def to_hf(cfg: Config) -> dict:
     """The config.json of a model of this family (inverse of `config`)."""
     extra = {"no_rope_layers": [int(index not in cfg.nope_layers) for index in range(cfg.num_layers)], "attention_bias": False}
-    extra |= {"mlp_bias": False, "use_sliding_window": any(cfg.layer_windows)} | hf_config.layer_types(cfg)
+    # Without a tokenizer's, transformers would take the padding token of the released model, which a smaller vocabulary lacks.
+    extra |= {"pad_token_id": None, "mlp_bias": False, "use_sliding_window": any(cfg.layer_windows)} | hf_config.layer_types(cfg)
     return hf_config.to_hf(cfg) | extra | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}

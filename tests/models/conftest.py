@@ -44,7 +44,7 @@ KINDS = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
-    "phi3": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=24)),
+    "phi3": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=40)),
 }
 
 

@@ -32,9 +32,17 @@ def trainer_logp(model, stream, prompts, samples, n, adapter=None, temperature=1
     return [part[len(prompt) - 1 :] for part, (prompt, _) in zip(parts, rows, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
+CUT = {"temperature": 0.6, "top_k": 20, "top_p": 0.7}
+DRAWS = [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2}, CUT]
+OTHERS = ("phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3")
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2}, {"temperature": 0.6, "top_k": 20, "top_p": 0.7}]
+    "kind,options",
+    [
+        *((kind, draw) for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe") for draw in DRAWS),
+        *((kind, CUT) for kind in OTHERS),
+    ],
 )
 def test_logp_is_the_trainers(oracle, stream, kind, options):
     """|log ratio| <= 5e-5 on any token with the same weights, whatever was cut off (pain 36)."""
@@ -60,7 +68,7 @@ def test_an_adapter_in_the_sampler_is_the_one_of_the_trainer_without_dropout(our
 
 
 def test_greedy_is_what_transformers_generates(oracle):
-    for kind in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe"):
+    for kind in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "granite", "gemma3"):
         model, path = oracle(kind)
         samples = decode.sample(hf.load(path), PROMPTS, max_new_tokens=20, temperature=0, seed=0)
         for prompt, got in zip(PROMPTS, samples.tokens, strict=True):

@@ -5,11 +5,10 @@ import torch
 
 from treetune import models
 from treetune.core import lora, strided, tree
-from treetune.models import decode, decode_branches, hf
-from treetune.ops import attention
+from treetune.models import decode, decode_branches, decoder_attention, hf
 
 OPTIONS = {"stride": 3, "context_length": 4, "generate_max_len": 6}
-KINDS = ("llama", "mistral", "qwen3", "mixtral")
+KINDS = ("llama", "mistral", "qwen3", "mixtral", "smollm3", "granite", "gemma2", "gemma3")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +94,7 @@ def test_document_tokens_from_the_anchor_on_change_nothing_in_its_block(oracle, 
 
 
 def hidden(model, batch):
-    return (
-        models.MODELS[model.family]
-        .forward(model.params, batch, attention.plan(batch, windows=model.cfg.windows, dtype=model.cfg.dtype), model.cfg)
-        .hidden
-    )
+    return models.MODELS[model.family].forward(model.params, batch, decoder_attention.plan(batch, model.cfg), model.cfg).hidden
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,23 @@ from safetensors.torch import load_file, save_file
 from treetune.core import lora, tree
 from treetune.models import MODELS, Model, dense, hf, hf_keys
 
-KINDS = ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+KINDS = [
+    "llama",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+    "phi3",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+]
 
 
 def transformers_logits(path, ids):
