@@ -3,19 +3,18 @@
 D documents, n tokens of one.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from treetune.core import fields
-from treetune.core.data import loader, sources, streaming, trees
+from treetune.core.data import loader, row_formats, sources, streaming, trees
 from treetune.core.data.rows import Row
 from treetune.core.data.spans import Doc
 
 Refuse = Callable[[dict[str, str]], None]  # {option that the rows would ignore: the reason}; raises for one that the user gave
 Docs = list[Doc] | list[trees.TreeDoc]
-SOURCE_KEYS = frozenset(inspect.signature(sources.read).parameters) - {"path"}  # of an entry of `datasets`: where its rows are
+SOURCE_KEYS = frozenset(row_formats.keywords(sources.read))  # of an entry of `datasets`: where its rows are
 
 
 @dataclass(frozen=True)

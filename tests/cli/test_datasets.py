@@ -5,6 +5,8 @@ import json
 import pytest
 import yaml
 
+from treetune.core.data import dataset
+
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(8)]
 
 
@@ -106,6 +108,14 @@ def test_weights_repeat_rows_within_an_epoch(tune, tiny, config, here):
     assert (steps(1), steps(2), steps(0.5)) == (4, 8, 2)
     file = config(model=str(tiny.model), datasets=[{"path": str(tiny.chat), "weight": 0}])
     assert "weight must be a number above 0" in tune("preprocess", "--config", file).err
+
+
+def test_an_entry_may_say_where_its_rows_are(tune, config, tiny):
+    """Every option of `sources.read` is a key of an entry."""
+    sets = [{"path": str(tiny.chat), "split": "train[:6]", "ds_type": "json", "shards": 2, "shard_index": 0, "limit": 2}]
+    done = tune("preprocess", "--config", config(model=str(tiny.model), datasets=sets))
+    assert done.code == 0 and "documents  2," in done.out, done.err
+    assert {"split", "name", "revision", "data_files", "ds_type", "shards", "shard_index", "limit"} == dataset.SOURCE_KEYS
 
 
 def test_repeated_rows_go_and_are_counted(tune, tiny):
