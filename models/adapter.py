@@ -68,10 +68,13 @@ def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
     owners = {module(family, path): path for path in adapted}
     for path in whole:
         if (owner := module(family, path)) in owners:
-            raise ValueError(f"{path} is trained whole and {owners[owner]} of the same module has an adapter: choose one of the two")
+            raise ValueError(
+                f"modules_to_save: {path} is trained whole and {owners[owner]} of the same module has an adapter: choose one of the two"
+            )
         for other in _siblings(family, path):
             if other not in whole:
-                raise ValueError(f"{path} is trained whole without {other}; PEFT saves a module with all its leaves: train both or neither")
+                both = "PEFT saves a module with all its leaves: train both or neither"
+                raise ValueError(f"modules_to_save: {path} is trained whole without {other}; {both}")
 
 
 def _siblings(family: str, path: str) -> list[str]:

@@ -40,7 +40,7 @@ NESTED = st.recursive(
 )
 VALUES = st.one_of(st.sampled_from(SCALARS), NESTED, st.integers(1, 200).map(lambda depth: "[" * depth + "x" + "]" * depth))
 OPTIONS = [(command, name) for command in main.COMMANDS for name in table.defaults(main.COMMANDS[command].config)]
-REQUIRED = {"merge": ["a", "b"]}
+REQUIRED = {"merge": ["a/b", "b/c"], "check": ["a/b"]}
 KEPT = {"max_examples": 200, "deadline": None, "derandomize": True}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 KINDS = {"sft": "chat.jsonl", "dpo": "pairs.jsonl", "kto": "judged.jsonl", "reward": "pairs.jsonl", "prm": "steps.jsonl"}
@@ -66,7 +66,8 @@ def stopped(monkeypatch):
 def an_option(here, tune, command, name, text):
     (here / "c.yaml").write_text(f"{name}: {text}\n", encoding="utf-8", errors="surrogatepass")
     before = sorted(path.name for path in here.iterdir())
-    one_line(tune(command, *REQUIRED.get(command, []), "--config", "c.yaml"), name, name.replace("_", "-"), "c.yaml", text.strip("'\""))
+    names = (name, name.replace("_", "-"), "c.yaml", text.strip("'\""), *REQUIRED.get(command, []))
+    one_line(tune(command, *REQUIRED.get(command, []), "--config", "c.yaml"), *names)
     assert sorted(path.name for path in here.iterdir()) == before
 
 
@@ -217,7 +218,7 @@ def a_run(here, kit, tune, tiny, command, name, text):
     keys = {key: value for key, value in small.items() if key in known and value is not None} | {name: text}
     (here / "c.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()), encoding="utf-8")
     done = tune(command, "--config", "c.yaml")
-    one_line(done, "c.yaml", name, name.replace("_", "-"), text.strip("'\"[] "), "jsonl")
+    one_line(done, "c.yaml", name.removeprefix("lora_"), name.replace("_", "-"), text.strip("'\"[] "), "jsonl")
     left = {path.name for path in here.iterdir()} - {"c.yaml", "text.jsonl", *KINDS.values()}
     assert not left or name in ("html", "output", "dataset_prepared_path") and done.code == 0, left
 
