@@ -16,7 +16,7 @@ SCALE = 0.7
 
 
 def weights(experts=EXPERTS, dtype=torch.float64):
-    tree_ = moe.abstract(experts, D, lambda shape, axes, init: Param(shape, dtype, axes, init), "normal:0.5", "normal:0.5")
+    tree_ = moe.abstract(experts, D, lambda shape, axes, init, op: Param(shape, dtype, axes, init, op), "normal:0.5", "normal:0.5")
     return param.init(tree_, seed=0)
 
 
