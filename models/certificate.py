@@ -118,7 +118,7 @@ def _judge(measure: Measure, dtype: str) -> Row:
 
 def example_documents(path: Path, model: Model) -> tuple[list[int], ...]:
     """Three texts in the tokens of the model's folder, or seeded ids where it has no tokenizer."""
-    longest = min(LONGEST, model.cfg.max_positions // 2)
+    longest = min(LONGEST, model.cfg.shared_positions // 2)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return seeded_documents(model.cfg.vocab_size, longest)
     words = hf.tokenizer(path)

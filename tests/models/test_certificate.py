@@ -37,6 +37,13 @@ def test_a_native_model_passes(oracle, kind, tied):
     assert float(moved.rpartition(" ")[2]) > 0.1, "the adapter does something"
 
 
+@pytest.mark.parametrize("kind", ["phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3"])
+def test_every_native_family_passes(oracle, kind):
+    """Gradients, packing, shared prompts, cached decoding and branches, adapters: all that a certificate measures."""
+    result = certificate.certify(oracle(kind, kind in ("gemma", "gemma2"))[1])
+    assert result.passed and result.outcome == "native", certificate.describe(result)
+
+
 @pytest.mark.parametrize("leaf", ["layers.1.input_norm", "layers.0.up_proj", "embed_tokens"])
 def test_other_weights_show_against_transformers(subject, leaf):
     params = tree.map(torch.clone, subject.model.params)
