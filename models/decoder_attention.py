@@ -42,6 +42,15 @@ class Sizes(Protocol):
         """Positions up to which branches may share what is before them."""
         ...
 
+    @property
+    def num_layers(self) -> int:
+        """Layers, each with a cache."""
+        ...
+
+    def cached(self, layer: int, /) -> tuple[int, int, int]:
+        """What a layer keeps of a token: key/value heads, their key width and value width."""
+        ...
+
 
 class Rule(NamedTuple):
     """The attention of one layer: its window in tokens (None: all), and how it weighs what it sees."""
@@ -62,6 +71,14 @@ class Cache(NamedTuple):
     slots: Tensor
     span: int
     attend: Callable[[Tensor, int, Rule], Tensor] | None = None
+
+
+def buffers(cfg: Sizes, rows: int, slots: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The keys and the values of a cache before anything is written."""
+    sizes = [cfg.cached(layer) for layer in range(cfg.num_layers)]
+    # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
+    k = [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, width, _ in sizes]
+    return k, [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, _, width in sizes]
 
 
 def plan(batch: dict, cfg: Sizes, *, device: torch.device | str | None = None) -> attention.Plan:

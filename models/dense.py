@@ -258,8 +258,3 @@ def single(tokens: Tensor) -> dict[str, Tensor]:
         "seq_lens": torch.zeros(1, dtype=torch.int64, device=device),
         "doc_of_seq": torch.zeros(1, dtype=torch.int64, device=device), "row": torch.zeros(1, dtype=torch.int64, device=device),
     }  # fmt: skip
-
-
-def kv_shape(cfg: Config, rows: int, slots: int) -> tuple[int, ...]:
-    """Shape of one layer's cached keys (or values)."""
-    return (rows, slots, cfg.num_kv_heads, cfg.head_dim)
