@@ -136,3 +136,21 @@ def test_values_of_another_width_than_keys(window, weighting):
 def test_windows_are_one_for_each_layer():
     with pytest.raises(ValueError, match="layer_windows has 2 windows; expected 3"):
         dense.Config(96, 32, 48, 3, 4, 2, 8, layer_windows=(None, 3))
+
+
+def test_each_layer_attends_by_its_own_window(documents, stream):
+    """A window of 3 on the second layer: the first is as without, and of the second all but the first tokens of a document change."""
+    from dataclasses import replace
+
+    batch = stream(documents)
+
+    def features(**change):
+        model = hf.random("llama", replace(SIZES, **change), seed=0, dtype=torch.float64)
+        plan = decoder_attention.plan(batch, model.cfg)
+        return dense.forward(model.params, batch, plan, model.cfg, collect=(1, 2)).features
+
+    full, some = features(), features(layer_windows=(None, 3, None))
+    assert torch.equal(full[1], some[1])
+    assert torch.equal((full[2] != some[2]).any(1), batch["positions"] >= 3)
+    one, each = features(window=3), features(layer_windows=(3, 3, 3))
+    assert all(torch.equal(one[layer], each[layer]) for layer in (1, 2)) and not torch.equal(one[1], some[1])
