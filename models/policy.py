@@ -240,7 +240,8 @@ def logprob(
 ) -> Logprob:
     """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
 
-    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too. Randomness (dropout, NEFTune) is drawn
+    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too, or `models.logprobs_routed` for the logits
+    of routers. Randomness (dropout, NEFTune) is drawn
     from the step's seed in the batch; without one, as in evaluation, there is none.
     """
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
