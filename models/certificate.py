@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from treetune.core import fields, tree
+from treetune.core import fields, param
 from treetune.models import Model, certificate_checks, fetch, hf, identity, plain_model
 from treetune.models.certificate_checks import Check, Measure, Subject
 
@@ -29,7 +29,9 @@ TEXTS = (
 )
 LENGTHS = (24, 17, 11)  # tokens of the documents where there is no tokenizer
 LONGEST = 64  # tokens of a document, so that the work is bounded
-TREES = 5  # trees of weights that the gradients need memory for: two models, two gradients, and what is computed on the way
+GRADIENT_TREES = 5  # float32 trees of weights in memory: two models, two gradients, and what is computed on the way
+WIDE_TREES = 10  # with two models and two gradients in float64
+UNDECIDED = "rounding or error: float64, which would tell, does not fit into memory"
 
 
 class Row(NamedTuple):
@@ -92,18 +94,31 @@ def measure_rows(path: Path, model: Model, documents: tuple[list[int], ...]) -> 
     with fields.reading(f"transformers' model of {path}"):
         subject = Subject(model, plain_model.load(path), documents)
     wide: list[Subject] = []
-    fits = TREES * tree.bytes(model.params) < hf.memory_bytes()
     for check in certificate_checks.CHECKS:
-        if check.measure in certificate_checks.WITH_GRADIENTS and not fits:
-            yield Row(check.measure.__name__, math.nan, None, LEFT_OUT, "", "gradients of both models do not fit into memory")
-        else:
+        if check.gradients and not _fits(model, GRADIENT_TREES):
+            yield _unmeasured(check, LEFT_OUT, "gradients of both models do not fit into memory")
+            continue
+        try:
             yield from _rows(check, subject, wide, path)
+        except ValueError as error:  # a part of what models do, such as sampling, is refused by name
+            yield _unmeasured(check, REFUSED, str(error))
+
+
+def _fits(model: Model, trees: int) -> bool:
+    """Whether memory has room for as many float32 trees of weights as this."""
+    return trees * 4 * param.count(model.params) < hf.memory_bytes()
+
+
+def _unmeasured(check: Check, verdict: str, reason: str) -> Row:
+    return Row(check.measure.__name__.replace("_", " "), math.nan, None, verdict, "", reason)
 
 
 def _rows(check: Check, subject: Subject, wide: list[Subject], path: Path) -> list[Row]:
     rows = [_judge(measure, "float32") for measure in check.measure(subject)]
     if not check.doubled or all(row.verdict != DIFFERENCE for row in rows):
         return rows
+    if not _fits(subject.model, WIDE_TREES):
+        return [row._replace(verdict=LEFT_OUT, note=UNDECIDED) if row.verdict == DIFFERENCE else row for row in rows]
     if not wide:
         wide.append(Subject(hf.load(path, dtype=torch.float64), plain_model.load(path, dtype=torch.float64), subject.documents))
     again = [_judge(measure, "float64") for measure in check.measure(wide[0])]
@@ -118,7 +133,7 @@ def _judge(measure: Measure, dtype: str) -> Row:
 
 def example_documents(path: Path, model: Model) -> tuple[list[int], ...]:
     """Three texts in the tokens of the model's folder, or seeded ids where it has no tokenizer."""
-    longest = min(LONGEST, model.cfg.shared_positions // 2)
+    longest = min(LONGEST, model.cfg.max_positions // 2)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return seeded_documents(model.cfg.vocab_size, longest)
     words = hf.tokenizer(path)
@@ -150,7 +165,8 @@ def recall(digest: str) -> Certificate | None:
     """The certificate that is kept of the model with this digest and the versions in use."""
     try:
         stored = json.loads(place(digest).read_text())
-        return Certificate(*(stored[name] for name in Certificate._fields[:-1]), tuple(Row(*row) for row in stored["rows"]))
+        rows = tuple(Row(*row) for row in stored.pop("rows"))
+        return Certificate(**{name: stored[name] for name in Certificate._fields if name != "rows"}, rows=rows)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -95,7 +95,9 @@ def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of every token, or the loss that the options name."""
     from treetune.cli.methods.parts import supervised
 
-    return supervised(policy, config.loss, remat=config.optim.remat)
+    loss = config.loss
+    terms = {"z_loss_coef": loss.z_loss_coef, "label_smoothing": loss.label_smoothing}
+    return supervised(policy, loss.loss, remat=config.optim.remat, neftune=loss.neftune_noise_alpha, **terms)
 
 
 METHOD = Method(
