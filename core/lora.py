@@ -1,5 +1,6 @@
 """LoRA as a second tree: where the model has a weight [O, I], the adapter tree has {"A": [r, I], "B": [O, r]}.
 
+A stack of weights [E, O, I] has a pair for each, {"A": [E, r, I], "B": [E, O, r]}.
 y = x W^T + scale (x A^T) B^T.   Source: Hu et al., arXiv 2106.09685; rank-stabilised scale: Kalajdzievski, arXiv 2312.03732.
 """
 
@@ -80,13 +81,14 @@ def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dty
     shapes = {path: leaf for path, leaf in tree.items(model)}
     pairs = []
     for path in paths:
-        (outputs, inputs), axes = shapes[path].shape, getattr(shapes[path], "axes", ()) or ("out", "in")
+        *stack, outputs, inputs = shapes[path].shape
+        *stack_axes, out_axis, in_axis = getattr(shapes[path], "axes", ()) or (*("expert",) * len(stack), "out", "in")
         # PEFT starts an embedding's pair the other way round: A zero, B normal.
         a, b = ("zeros", "normal:1.0") if path == "embed_tokens" else ("kaiming", "zeros")
-        dims = (inputs, outputs) if path == "embed_tokens" else (outputs, inputs)
-        axes = axes[::-1] if path == "embed_tokens" else axes
-        pairs.append((f"{path}.A", Param((rank, dims[1]), dtype, ("rank", axes[1]), a)))
-        pairs.append((f"{path}.B", Param((dims[0], rank), dtype, (axes[0], "rank"), b)))
+        if path == "embed_tokens":
+            outputs, inputs, out_axis, in_axis = inputs, outputs, in_axis, out_axis
+        pairs.append((f"{path}.A", Param((*stack, rank, inputs), dtype, (*stack_axes, "rank", in_axis), a)))
+        pairs.append((f"{path}.B", Param((*stack, outputs, rank), dtype, (*stack_axes, out_axis, "rank"), b)))
     return tree.from_items(pairs)
 
 
@@ -125,7 +127,7 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
 
 
 def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
-    """PEFT's tensor names for an adapter tree; `hf_key` maps a leaf path to its Hugging Face name."""
+    """PEFT's tensor names for an adapter tree; `hf_key` maps a leaf path to its Hugging Face name, or that of its module."""
     named = {}
     for path, (a, b) in pairs(adapter).items():
         module = hf_key(path).removesuffix(".weight")

@@ -16,14 +16,15 @@ class Param(NamedTuple):
     """A weight before it is allocated: shape, dtype, a name for each dimension, and its initialisation.
 
     `init` is "zeros", "ones", "normal:STD" or "kaiming" (uniform in +-1/sqrt(fan_in), what PEFT gives a LoRA A). `op` names what reads
-    a matrix that a low-rank adapter may sit on: "linear" (y = x W^T in a layer), "embedding" or "head"; empty for all other leaves.
+    a matrix that a low-rank adapter may sit on: "linear" (y = x W^T in a layer), "embedding", "head", "router", or "experts", a stack of
+    matrices; empty for all other leaves.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     axes: tuple[str, ...] = ()
     init: str = "normal:0.02"
-    op: Literal["linear", "embedding", "head", ""] = ""
+    op: Literal["linear", "embedding", "head", "router", "experts", ""] = ""
 
 
 def seed_of(*parts: object) -> int:

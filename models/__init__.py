@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from treetune.models.families import MODELS, Family, Model, bare, logprobs, logprobs_beside
+    from treetune.models.families import MODELS, Family, Model, bare, logprobs, logprobs_beside, logprobs_routed
 
-__all__ = ["MODELS", "Family", "Model", "bare", "logprobs", "logprobs_beside"]
+__all__ = ["MODELS", "Family", "Model", "bare", "logprobs", "logprobs_beside", "logprobs_routed"]
 
 
 def __getattr__(name: str) -> Any:

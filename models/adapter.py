@@ -15,7 +15,7 @@ from torch import Tensor
 from treetune.core import fields, lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, adapter_blocks, adapter_config, adapter_tensors, folder, hf, hf_keys, resize
+from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, adapter_tensors, folder, hf, hf_keys, resize
 from treetune.models.adapter_tensors import BASE, PREFIX, module
 
 CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
@@ -57,14 +57,15 @@ class Head(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
-    """Raise ValueError when PEFT's format cannot hold these adapted leaves and these leaves trained whole.
+def check(family: str, adapted: Sequence[str], whole: Sequence[str], *, dropout: float = 0.0) -> None:
+    """Raise ValueError when PEFT's format cannot hold these adapted leaves, with this dropout, and these leaves trained whole.
 
     PEFT saves whole modules, so a projection goes with its bias; and a module is adapted or saved, never both.
     """
     if not adapted:
         raise ValueError("an adapter folder needs at least one adapted leaf; save a model trained whole with hf.save instead")
     adapter_blocks.check(family, adapted)
+    adapter_parameters.check(family, adapted, dropout=dropout)
     owners = {module(family, path): path for path in adapted}
     for path in whole:
         if (owner := module(family, path)) in owners:
@@ -80,7 +81,8 @@ def check(family: str, adapted: Sequence[str], whole: Sequence[str]) -> None:
 def _siblings(family: str, path: str) -> list[str]:
     """The leaves of the module that owns `path`."""
     owner = module(family, path)
-    return [leaf for kind in ("weight", "bias") for leaf in hf_keys.leaves_of(family, f"{owner}.{kind}")]
+    kinds = ("weight", "bias", *adapter_parameters.STACKS)
+    return [leaf for kind in kinds for leaf in hf_keys.leaves_of(family, f"{owner}.{kind}")]
 
 
 def save(
@@ -102,20 +104,23 @@ def save(
     from safetensors.torch import save_file
 
     pairs = lora.pairs(adapter)
-    check(family, list(pairs), [name for name, _ in tree.items(whole or {})])
-    if wrong := [name for name, (a, _) in pairs.items() if a.shape[0] != info.rank]:
-        raise ValueError(f"the adapter of {wrong[0]} has rank {pairs[wrong[0]][0].shape[0]}; adapter_config.json would say {info.rank}")
+    check(family, list(pairs), [name for name, _ in tree.items(whole or {})], dropout=info.dropout)
+    if wrong := [name for name, (a, _) in pairs.items() if a.shape[-2] != info.rank]:
+        raise ValueError(f"the adapter of {wrong[0]} has rank {pairs[wrong[0]][0].shape[-2]}; adapter_config.json would say {info.rank}")
     tensors, modules = _saved_modules(family, whole or {}, tied, pairs)
     if head is not None:
         tensors |= {PREFIX + name: leaf for name, leaf in head.tensors.items()}
         modules |= {name.rpartition(".")[0] for name in head.tensors}
-    tensors = lora.to_peft(adapter_blocks.join(family, adapter), partial(hf.hf_key, family)) | tensors
+    parameters = [name for name in pairs if adapter_parameters.is_parameter(name)]
+    files = adapter_parameters.flat(adapter_blocks.join(family, adapter))
+    tensors = lora.to_peft(files, adapter_parameters.names(family, parameters, partial(hf.hf_key, family))) | tensors
     ranks, alphas = adapter_blocks.patterns(family, list(pairs), info.rank, info.alpha, info.rslora)
     config = adapter_config.OFF | {
         "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": ranks, "alpha_pattern": alphas,
         "task_type": "CAUSAL_LM" if head is None else head.task, "base_model_name_or_path": info.base, "inference_mode": True,
         "init_lora_weights": True, "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
-        "target_modules": list(dict.fromkeys(module(family, name) for name in pairs)), "modules_to_save": sorted(modules) or None,
+        "target_modules": list(dict.fromkeys(module(family, name) for name in pairs if name not in parameters)),
+        "target_parameters": [hf.hf_key(family, name) for name in parameters] or None, "modules_to_save": sorted(modules) or None,
     }  # fmt: skip
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})

@@ -17,7 +17,7 @@ NAME = "adapter_config.json"
 # Fields that would make another function of it unless they are off; also what our own adapters say of them.
 OFF = {
     "lora_bias": False, "use_dora": False, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
-    "layer_replication": None, "megatron_config": None, "monteclora_config": None, "target_parameters": None,
+    "layer_replication": None, "megatron_config": None, "monteclora_config": None,
     "trainable_token_indices": None, "use_bdlora": None, "velora_config": None,
 }  # fmt: skip
 # What only mattered while the adapter was made, or names programs; PEFT sets fan_in_fan_out aside for linear layers.
@@ -28,7 +28,7 @@ WITHOUT_EFFECT = frozenset({
 USED = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
 })  # fmt: skip
 STARTS = ("gaussian", "orthogonal", "eva")  # leave the base as it is; others (pissa, olora, corda, loftq, lora_ga, mica) do not
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
@@ -54,6 +54,7 @@ class AdapterConfig(NamedTuple):
     layers: tuple[int, ...]
     layer_names: tuple[str, ...]
     saved: tuple[str, ...]
+    parameters: tuple[str, ...]
     ranks: dict[str, int]
     alphas: dict[str, float]
 
@@ -75,11 +76,12 @@ def read(root: Path) -> AdapterConfig:
         task=fields.text(config, "task_type", default=None, choices=TASKS, null=True),
         bias=fields.text(config, "bias", default="none", choices=("none", "all", "lora_only"), null=True),
         tying=fields.flag(config, "ensure_weight_tying", default=False, null=True),
-        targets=_names(config, "target_modules", DEFAULT_TARGETS),
+        targets=_names(config, "target_modules", () if config.values.get("target_parameters") else DEFAULT_TARGETS),
         excludes=_names(config, "exclude_modules", ()),
         layers=_layers(config),
         layer_names=_listed(config, "layers_pattern"),
         saved=fields.texts(config, "modules_to_save", default=(), null=True),
+        parameters=fields.texts(config, "target_parameters", default=(), null=True),
         ranks=_pattern(config, "rank_pattern"),
         alphas=_pattern(config, "alpha_pattern"),
     )
@@ -182,6 +184,13 @@ def adapted(config: AdapterConfig, modules: Sequence[str], linears: Sequence[str
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         return [name for name in linears if not _left_out(config, name)]
     return [name for name in modules if not _left_out(config, name) and _targeted(config, name)]
+
+
+def adapted_parameters(config: AdapterConfig, parameters: Sequence[str]) -> list[str]:
+    """Those of a model's experts and routers, by their full names, on which PEFT puts an adapter. Errors: ValueError for other targets."""
+    if odd := [rule for rule in config.parameters if not any(_named((rule,), name) for name in parameters)]:
+        raise ValueError(f"{config.source}: target_parameters names {odd[0]}, which is none of the experts and routers of this model")
+    return [name for name in parameters if _named(config.parameters, name)]
 
 
 def _left_out(config: AdapterConfig, name: str) -> bool:

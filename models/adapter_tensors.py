@@ -4,6 +4,7 @@ PEFT reads what adapter_config.json asks for and passes over the rest; here a te
 the embedding and the head share one tensor, also in PEFT, except where a module is replaced as a whole.
 """
 
+import math
 from collections import Counter
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from treetune.core import lora, tree
 from treetune.core.param import Params
-from treetune.models import Model, adapter_blocks, adapter_config, hf
+from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, hf
 from treetune.models.adapter_config import AdapterConfig
 
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
@@ -34,10 +35,13 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     shapes = dict(tree.items(hf.abstract_of(model, head=not headless)))
     if headless:
         shapes.pop(HEAD, None)
-    owners = {path: module(model.family, path) for path in shapes}
-    modules = list(dict.fromkeys(owners.values()))
+    adapter_parameters.check_config(config, model.family)
+    parameters = {path: hf.hf_key(model.family, path) for path, leaf in shapes.items() if leaf.op in ("router", "experts")}
+    owners = {path: parameters.get(path) or module(model.family, path) for path in shapes}
+    modules = list(dict.fromkeys(owner for path, owner in owners.items() if path not in parameters))
     linears = [owners[path] for path, leaf in shapes.items() if leaf.op == "linear"]
-    adapted, replaced = adapter_config.adapted(config, modules, linears), adapter_config.replaced(config, modules)
+    adapted = adapter_config.adapted(config, modules, linears) + adapter_config.adapted_parameters(config, list(parameters.values()))
+    replaced = adapter_config.replaced(config, [*modules, *parameters.values()])
     _check_config(config, owners, shapes, adapted, replaced)
     _check_tie(config, model, headless, {owners[name] for name in (EMBEDDING, HEAD) if name in owners} & {*adapted, *replaced})
     ranks = partial(adapter_config.rank_of, config)
@@ -46,9 +50,11 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     names = {path: PREFIX + key(path).rpartition(".")[0] + BASE for path in shapes if owners[path] in adapted}
     bases = {path: rest.pop(name) for path, name in names.items() if name in rest}
     whole = {path: rest.pop(PREFIX + key(path)) for path in shapes if PREFIX + key(path) in rest}
-    low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], key)
+    wrapped = [path for path, name in parameters.items() if name in adapted]
+    low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], adapter_parameters.names(model.family, wrapped, key))
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))
     _check_shapes(config, owners, low, whole, shapes)
+    low = adapter_parameters.stacked(low, shapes)
     if HEAD not in model.params and not headless:
         whole = _tied(whole, bases, {path for path in (EMBEDDING, HEAD) if owners[path] in replaced}, model)
     else:
@@ -67,7 +73,9 @@ def _check_config(config: AdapterConfig, owners: dict, shapes: dict, adapted: li
     if config.bias != "none" and any(path.endswith("_bias") for path in shapes):
         raise ValueError(f"{config.source}: bias must be none for a model with biases, got {config.bias}: trained biases are not computed")
     if not adapted:
-        raise ValueError(f"{config.source}: target_modules names no module of this model: it is of another model")
+        raise ValueError(
+            f"{config.source}: target_modules names no module of this model, nor target_parameters a parameter: it is of another"
+        )
 
 
 def _check_tie(config: AdapterConfig, model: Model, headless: bool, ends: set[str]) -> None:
@@ -81,7 +89,7 @@ def _check_tie(config: AdapterConfig, model: Model, headless: bool, ends: set[st
 def _check_found(config: AdapterConfig, owners: dict, adapted: list[str], replaced: list[str], low: list[str], whole: list[str]) -> None:
     """What the file holds is what the config asks for: PEFT would leave the one untrained, and pass over the other."""
     if missing := [name for name in adapted if name not in low]:
-        raise ValueError(f"{config.source} names {missing[0]} in target_modules, and the adapter file has nothing for it")
+        raise ValueError(f"{config.source} names {missing[0]} as a target, and the adapter file has nothing for it")
     if extra := [name for name in low if name not in adapted]:
         raise ValueError(f"the adapter file has tensors for {extra[0]}, which {config.source} does not target: PEFT would pass over them")
     if missing := [path for path, owner in owners.items() if owner in replaced and path not in whole]:
@@ -95,11 +103,12 @@ def _check_shapes(config: AdapterConfig, owners: dict, low: Params, whole: Leave
     for path, (a, b) in lora.pairs(low).items():
         rank = adapter_config.rank_of(config, owners[path])
         rank = config.rank if rank == config.rank * leaves[owners[path]] == a.shape[0] * leaves[owners[path]] else rank
-        out, inner = shapes[path].shape[::-1] if path == EMBEDDING else shapes[path].shape
-        if tuple(a.shape) != (rank, inner) or tuple(b.shape) != (out, rank):
+        *stack, out, inner = shapes[path].shape[::-1] if path == EMBEDDING else shapes[path].shape
+        rows = rank * math.prod(stack)
+        if tuple(a.shape) != (rows, inner) or tuple(b.shape) != (out, rows):
             raise ValueError(
                 f"the adapter of {path} has A {list(a.shape)} and B {list(b.shape)}; "
-                f"the model and rank {rank} ask for {[rank, inner]} and {[out, rank]}"
+                f"the model and rank {rank} ask for {[rows, inner]} and {[out, rows]}"
             )
     for path, leaf in whole.items():
         if tuple(leaf.shape) != shapes[path].shape:

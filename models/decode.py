@@ -143,18 +143,18 @@ def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lor
     batch = {"tokens": tokens, "positions": positions, "cu_docs": cu.int()}
     plan = decoder_attention.plan(batch, cfg, device=device)
     batch = {name: value.to(device) for name, value in batch.items()}
-    shape = dense.kv_shape(cfg, len(prompts) * n, int(lens.max()) + new)
-    # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
-    k, v = ([torch.zeros(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv")
+    k, v = decoder_attention.buffers(cfg, len(prompts) * n, int(lens.max()) + new, device)
     first = torch.arange(len(prompts), device=device) * n
     cache = dense.Cache(k, v, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
     hidden = MODELS[model.family].forward(weights, batch, plan, cfg, lora=lora, cache=cache).hidden
     # Only slots that a prompt fills: those behind are zeros in every row already.
     for buffer in (*cache.k, *cache.v) if n > 1 else ():
-        rows = buffer.view(len(prompts), n, *shape[1:])
+        rows = buffer.view(len(prompts), n, *buffer.shape[1:])
         rows[:, 1:, : cache.span] = rows[:, :1, : cache.span]
     last = (cu[1:] - 1).to(device)
-    return _Live(torch.arange(shape[0], device=device), lens.to(device).repeat_interleave(n), hidden[last].repeat_interleave(n, 0), cache)
+    return _Live(
+        torch.arange(len(prompts) * n, device=device), lens.to(device).repeat_interleave(n), hidden[last].repeat_interleave(n, 0), cache
+    )
 
 
 def _advance(model: Model, weights: Params, live: _Live, token: Tensor, done: Tensor, lora: Lora | None) -> _Live:

@@ -77,9 +77,7 @@ def branches(
         return decode.Samples(empty.long(), empty, empty.clone(), torch.zeros(0, dtype=torch.int64, device=device))
     trunk, hidden = _prefill(model, weights, batch, anchors, n, quiet)
     key = _keys(seed, anchors, n, ids).to(device)
-    shape = dense.kv_shape(model.cfg, count, length)
-    k, v = ([torch.empty(shape, dtype=model.cfg.dtype, device=device) for _ in range(model.cfg.num_layers)] for _ in "kv")
-    branch_cache = (k, v)
+    branch_cache = decoder_attention.buffers(model.cfg, count, length, device)
     family, steps = MODELS[model.family], []
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
     logits = partial(decode.logits_of, head=head, rule=rule)
@@ -115,8 +113,7 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
     plan = decoder_attention.plan(stream, cfg, device=device)
     stream = {name: value.to(device) for name, value in stream.items()}
     size = stream["tokens"].shape[0]
-    shape, rows = dense.kv_shape(cfg, 1, size), torch.arange(size, device=device)
-    k, v = ([torch.empty(shape, dtype=cfg.dtype, device=device) for _ in range(cfg.num_layers)] for _ in "kv")
+    rows, (k, v) = torch.arange(size, device=device), decoder_attention.buffers(cfg, 1, size, device)
     cache = dense.Cache(k, v, torch.zeros_like(rows), rows, size)
     hidden = MODELS[model.family].forward(weights, stream, plan, cfg, lora=lora, cache=cache).hidden
     last = strided.prefix_rows(batch["cu_docs"], anchors).to(device)

@@ -32,6 +32,25 @@ class Sizes(Protocol):
         """In what it computes."""
         ...
 
+    @property
+    def max_positions(self) -> int:
+        """Positions of a document."""
+        ...
+
+    @property
+    def shared_positions(self) -> int:
+        """Positions up to which branches may share what is before them."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, each with a cache."""
+        ...
+
+    def cached(self, layer: int, /) -> tuple[int, int, int]:
+        """What a layer keeps of a token: key/value heads, their key width and value width."""
+        ...
+
 
 class Rule(NamedTuple):
     """The attention of one layer: its window in tokens (None: all), and how it weighs what it sees."""
@@ -54,8 +73,24 @@ class Cache(NamedTuple):
     attend: Callable[[Tensor, int, Rule], Tensor] | None = None
 
 
+def buffers(cfg: Sizes, rows: int, slots: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The keys and the values of a cache before anything is written."""
+    sizes = [cfg.cached(layer) for layer in range(cfg.num_layers)]
+    # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
+    k = [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, width, _ in sizes]
+    return k, [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, _, width in sizes]
+
+
 def plan(batch: dict, cfg: Sizes, *, device: torch.device | str | None = None) -> attention.Plan:
-    """The plan of a batch for all layers of a model. device: where the attention will run; default: where the batch is."""
+    """The plan of a batch for all layers of a model. device: where the attention will run; default: where the batch is.
+
+    Raises ValueError for documents whose branches are too long to share a trunk.
+    """
+    if "branch" in batch and cfg.shared_positions < cfg.max_positions and int(batch["positions"].max()) >= cfg.shared_positions:
+        raise ValueError(
+            f"a document with branches has {int(batch['positions'].max()) + 1} positions; answers that share a prompt have at most "
+            f"{cfg.shared_positions} in this model, whose rotary positions change with the length"
+        )
     return attention.plan(batch, windows=cfg.windows, plain=cfg.plain_attention, device=device, dtype=cfg.dtype)
 
 

@@ -101,6 +101,10 @@ class Config:
         """Whether no layer has a soft-cap or sinks."""
         return self.attn_softcap is None and not self.attn_sinks
 
+    def cached(self, layer: int) -> tuple[int, int, int]:
+        """What a layer keeps of a token: key/value heads, their key width and value width."""
+        return self.num_kv_heads, self.head_dim, self.head_dim
+
 
 def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:
     """The tree of `Param`s of a model: shapes, axes and initial values."""

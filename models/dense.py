@@ -36,18 +36,26 @@ class Neftune(NamedTuple):
 
 
 class Training(TypedDict, total=False):
-    """What only training asks of a forward pass: noise on the embeddings, and which layers `remat` computes again in the backward."""
+    """What only training asks of a forward pass.
+
+    noise: on the embeddings. remat: which layers are computed again in the backward. routing: the logits of routers, see `Out`.
+    """
 
     noise: Neftune | None
     remat: str | None
+    routing: bool
 
 
 class Out(NamedTuple):
-    """hidden [T, D] after the last norm; features {layer: [T, D]} as asked; the cache that was written."""
+    """hidden [T, D] after the last norm; features {layer: [T, D]} as asked; the cache that was written.
+
+    routing: the router's logits [T, E] of each layer with experts, where they were asked for.
+    """
 
     hidden: Tensor
     features: dict[int, Tensor]
     cache: Cache | None
+    routing: Sequence[Tensor] = ()
 
 
 class LogitMap(NamedTuple):
@@ -113,17 +121,20 @@ def forward(
     adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
     shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, _dropout_keys(batch, lora))
-    layer_fn, features, rotations = grad.remat(_layer, remat), {}, _rotations(cfg, batch)
+    layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
             features[index] = x
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if remat else shard.gathering_again(layer):
-            x = layer_fn(x, layer, adapters[index] if index < len(adapters) else {}, index, shared._replace(rotation=rotations[index]))
+            own = adapters[index] if index < len(adapters) else {}
+            x, logits = layer_fn(x, layer, own, index, shared._replace(rotation=rotations[index]))
+        if logits is not None and training.get("routing"):
+            routing.append(logits)
     if len(weights["layers"]) in collect:
         features[len(weights["layers"])] = x
     hidden = _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg)
-    return Out(hidden, features, cache)
+    return Out(hidden, features, cache, routing)
 
 
 def head(weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
@@ -187,10 +198,12 @@ def _neftune(x: Tensor, batch: dict, option: Neftune) -> Tensor:
     return (unit * width[:, None]).to(x.dtype)
 
 
-def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> Tensor:
+def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
+    """The residual stream after a layer, and the logits of its router where it has experts."""
     w, ab = shard.gather_all(layer, s.cfg.dtype), shard.gather_all(adapters)
     x = _add(x, _attention(_normed(x, w.get("input_norm"), s.cfg), w, ab, index, s), w.get("attn_out_norm"), s.cfg)
-    return _add(x, _mlp(_normed(x, w.get("post_norm"), s.cfg), w, ab, index, s), w.get("mlp_out_norm"), s.cfg)
+    y, routing = _mlp(_normed(x, w.get("post_norm"), s.cfg), w, ab, index, s)
+    return _add(x, y, w.get("mlp_out_norm"), s.cfg), routing
 
 
 def _normed(x: Tensor, weight: Tensor | None, cfg: Config) -> Tensor:
@@ -209,12 +222,12 @@ def _add(x: Tensor, y: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
     return x + y if cfg.residual_scale == 1 else x + y * cfg.residual_scale
 
 
-def _mlp(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tensor:
+def _mlp(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
     if s.cfg.experts is not None and "router" in w:
-        return moe.mlp(h, w, ab, s.cfg.experts, s.lora)[0]
+        return moe.mlp(h, w, ab, s.cfg.experts, s.lora)
     gate, up = _project(h, ("gate_proj", "up_proj"), w, ab, index, s)
     gated = swiglu.swiglu(gate, up) if s.cfg.activation == "silu" else geglu.geglu(gate, up)
-    return _project(gated, ("down_proj",), w, ab, index, s)[0]
+    return _project(gated, ("down_proj",), w, ab, index, s)[0], None
 
 
 def _project(x: Tensor, names: tuple[str, ...], w: Params, ab: Params, index: int, s: _Shared) -> list[Tensor]:
@@ -258,8 +271,3 @@ def single(tokens: Tensor) -> dict[str, Tensor]:
         "seq_lens": torch.zeros(1, dtype=torch.int64, device=device),
         "doc_of_seq": torch.zeros(1, dtype=torch.int64, device=device), "row": torch.zeros(1, dtype=torch.int64, device=device),
     }  # fmt: skip
-
-
-def kv_shape(cfg: Config, rows: int, slots: int) -> tuple[int, ...]:
-    """Shape of one layer's cached keys (or values)."""
-    return (rows, slots, cfg.num_kv_heads, cfg.head_dim)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treetune.core import lora, module_names, param, tree
-from treetune.models import MODELS, adapter_config, adapter_tensors, gguf, hf
+from treetune.models import MODELS, adapter_config, adapter_parameters, gguf, hf
 from treetune.models.policy import Policy, weights
 
 
@@ -25,7 +25,7 @@ def describe_model(path: Path) -> dict[str, str]:
         "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
         "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",
-        "lora targets": ", ".join(module_names.shorten(adapter_tensors.module(family, path) for path in lora.adaptable(sizes))),
+        "lora targets": ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in lora.adaptable(sizes))),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
     }
 

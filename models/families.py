@@ -124,6 +124,27 @@ def _logit_options(rule: LogitMap, temperature: float) -> dict[str, Any]:
     return {"softcap": softcap, "temperature": temperature / rule.scale}
 
 
+def logprobs_routed(
+    family: str,
+    cfg: Config,
+    weights: Params,
+    batch: dict,
+    plan: attention.Plan | None = None,
+    *,
+    temperature: float = 1.0,
+    lora: Lora | None = None,
+    want: tuple[str, ...] = (),
+    **training: Unpack[Training],
+) -> tuple[TokenStats, list[Tensor]]:
+    """`logprobs`, and the logits [N, E] of the router of each layer with experts at the read rows: one forward pass."""
+    model = MODELS[family]
+    plan = decoder_attention.plan(batch, cfg) if plan is None else plan
+    out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True})
+    rows, weight, rule = model.read(out.hidden, batch, lora), model.head(weights, cfg, lora), model.logit_map(cfg)
+    stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
+    return stats, [logits[batch["at"]] for logits in out.routing]
+
+
 def logprobs_beside(
     family: str,
     cfg: Config,

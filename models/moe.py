@@ -8,7 +8,7 @@ Source: Shazeer et al., arXiv 1701.06538; Jiang et al. (Mixtral), arXiv 2401.040
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class Experts:
 class Leaf(Protocol):
     """Makes the `Param` of a leaf in the dtype of a model."""
 
-    def __call__(self, shape: tuple[int, ...], *, axes: tuple[str, ...], init: str) -> Param:
+    def __call__(self, shape: tuple[int, ...], *, axes: tuple[str, ...], init: str, op: Literal["router", "experts"]) -> Param:
         """A leaf of this shape."""
         ...
 
@@ -40,10 +40,10 @@ def abstract(experts: Experts, hidden: int, leaf: Leaf, normal: str, deep: str) 
     """The leaves of a sparse MLP: router [E, D], experts.gate_up_proj [E, 2 F, D], gates first, and experts.down_proj [E, D, F]."""
     count, width = experts.count, experts.width
     return {
-        "router": leaf((count, hidden), axes=("expert", "embed"), init=normal),
+        "router": leaf((count, hidden), axes=("expert", "embed"), init=normal, op="router"),
         "experts": {
-            "gate_up_proj": leaf((count, 2 * width, hidden), axes=("expert", "mlp", "embed"), init=normal),
-            "down_proj": leaf((count, hidden, width), axes=("expert", "embed", "mlp"), init=deep),
+            "gate_up_proj": leaf((count, 2 * width, hidden), axes=("expert", "mlp", "embed"), init=normal, op="experts"),
+            "down_proj": leaf((count, hidden, width), axes=("expert", "embed", "mlp"), init=deep, op="experts"),
         },
     }
 
@@ -58,7 +58,12 @@ def choose(logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
 
 
 def mlp(h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | None = None) -> tuple[Tensor, Tensor]:
-    """y [T, D] of h [T, D], and the router's logits [T, E]; `w` and `adapters` are those of a layer, `lora` says their scale."""
+    """y [T, D] of h [T, D], and the router's logits [T, E]; `w` and `adapters` are those of a layer, `lora` says their scale.
+
+    Errors: ValueError for dropout in adapters on router or experts.
+    """
+    if lora and lora.dropout and ("router" in adapters or "experts" in adapters):
+        raise ValueError(f"the adapter has dropout {lora.dropout} and sits on experts or routers, where dropout is not computed")
     scale = lora.scale if lora else 1.0
     (logits,) = lora_linear.lora_linears(h, [w["router"]], [adapters.get("router")], scale=scale)
     chosen, weights = choose(logits, experts)

@@ -16,7 +16,20 @@ from treetune.core import lora, module_names, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStats, TrainState
-from treetune.models import Model, adapter, artifacts, decode, decode_branches, heads, hf, loading, logprobs, logprobs_beside, resize
+from treetune.models import (
+    Model,
+    adapter,
+    adapter_parameters,
+    artifacts,
+    decode,
+    decode_branches,
+    heads,
+    hf,
+    loading,
+    logprobs,
+    logprobs_beside,
+    resize,
+)  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
@@ -130,7 +143,7 @@ def adapt(
     info = info._replace(base=base.name, digest=base.digest)
     vocabulary = _vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(whole_modules(model, spec.modules_to_save + vocabulary), whole)
-    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)])
+    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout)
     params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
     return Policy(model.family, model.cfg, params, {"model": model.params}, without_tree(low._replace(dropout=spec.dropout)), None, info)
 
@@ -143,7 +156,7 @@ def _master(leaf: Tensor) -> Tensor:
 def _fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
     sizes = hf.abstract_of(model, head=True)
     try:
-        paths = lora.match(sizes, spec.targets, layers=spec.layers or None, module=partial(adapter.module, model.family))
+        paths = lora.match(sizes, spec.targets, layers=spec.layers or None, module=partial(adapter_parameters.target, model.family))
     except ValueError as error:
         raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
     scale = lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora)
@@ -155,7 +168,7 @@ def _started(model: Model, path: str, head: bool) -> tuple[Lora, Params, Info]:
     """An adapter to train further, its vocabulary grown to that of the model."""
     rows = adapter.rows(adapter_folder(path), model.family)
     low, whole, info = loading.load_adapter(path, model if rows is None else resize.cut(model, rows), head=head)
-    if other := [name for name, (a, _) in lora.pairs(low.tree).items() if a.shape[0] != info.rank]:
+    if other := [name for name, (a, _) in lora.pairs(low.tree).items() if a.shape[-2] != info.rank]:
         raise ValueError(
             f"{path} has another rank on {other[0]} than its r of {info.rank}; training goes on from adapters of one rank only"
         )
@@ -227,7 +240,8 @@ def logprob(
 ) -> Logprob:
     """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
 
-    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too. Randomness (dropout, NEFTune) is drawn
+    run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too, or `models.logprobs_routed` for the logits
+    of routers. Randomness (dropout, NEFTune) is drawn
     from the step's seed in the batch; without one, as in evaluation, there is none.
     """
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)

@@ -38,7 +38,7 @@ ALLOWED = {
             f"treetune.losses.{name}"
             for name in (
                 "reduce", "limits", "ratio", "advantage", "sft", "preference", "reward", "policy", "divergence", "correction", "ebft",
-                "kto", "presets",
+                "kto", "presets", "routing",
             )
         ),
     },

@@ -7,22 +7,36 @@ from typing import Any
 from torch import Tensor
 
 from treetune.cli.methods.method import Parts, Setting
+from treetune.cli.options.token_loss import LossOptions
 from treetune.core import step
 from treetune.core.data import pack, reference_logps
-from treetune.core.state import Objective, Scores
-from treetune.losses import preference_objective, sft_objective
+from treetune.core.state import Logprob, Objective, Scores
+from treetune.losses import preference_objective, routing_objective, sft_objective
+from treetune.models import logprobs_routed, reference, reward_model
 from treetune.models import policy as policies
-from treetune.models import reference, reward_model
 from treetune.models.policy import Policy
 from treetune.models.reference import Reference
 
 EVERY = ("mean_logit", "entropy", "top1")  # statistics of pairs that evaluations report
 
 
-def supervised(policy: Policy, loss: str, *, remat: str | None, neftune: float, **terms: float) -> Parts:
-    """The likelihood of supervised tokens, or the loss of that name; terms: those of `sft_objective.named`."""
-    objective = sft_objective.named(policies.logprob(policy, remat=remat, neftune=neftune), loss, **terms)
+def supervised(policy: Policy, options: LossOptions, *, remat: str | None) -> Parts:
+    """The likelihood of supervised tokens, or the loss that the options name, and their terms on routers."""
+    terms = {"z_loss_coef": options.z_loss_coef, "label_smoothing": options.label_smoothing}
+    make = partial(sft_objective.named, name=options.loss, **terms)
+    logprob = partial(policies.logprob, policy, remat=remat, neftune=options.neftune_noise_alpha)
+    coefs = {"router_aux_loss_coef": options.router_aux_loss_coef, "router_z_loss_coef": options.router_z_loss_coef}
+    objective = _routed(policy, logprob, make, coefs) if any(coefs.values()) else make(logprob())
     return Parts(policy, objective, sft_objective.named(policies.logprob(policy)), (pack.collate,))
+
+
+def _routed(policy: Policy, logprob: Callable[..., Any], make: Callable[[Logprob], Objective], coefs: dict[str, float]) -> Objective:
+    """Raises ValueError for a model without experts."""
+    if (experts := policy.cfg.experts) is None:
+        name = next(name for name, coef in coefs.items() if coef)
+        raise ValueError(f"{name} weighs a loss of routers, and a {policy.family} model has none: leave it at 0")
+    router = routing_objective.Router(experts.top_k, *coefs.values())
+    return routing_objective.objective(logprob(run=logprobs_routed), make, router)
 
 
 def pairwise(

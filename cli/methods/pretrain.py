@@ -95,9 +95,7 @@ def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of every token, or the loss that the options name."""
     from treetune.cli.methods.parts import supervised
 
-    loss = config.loss
-    terms = {"z_loss_coef": loss.z_loss_coef, "label_smoothing": loss.label_smoothing}
-    return supervised(policy, loss.loss, remat=config.optim.remat, neftune=loss.neftune_noise_alpha, **terms)
+    return supervised(policy, config.loss, remat=config.optim.remat)
 
 
 METHOD = Method(

@@ -32,9 +32,7 @@ def parts(config: Sft, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of supervised tokens, or the loss that the options name."""
     from treetune.cli.methods.parts import supervised
 
-    loss = config.loss
-    terms = {"z_loss_coef": loss.z_loss_coef, "label_smoothing": loss.label_smoothing}
-    return supervised(policy, loss.loss, remat=config.optim.remat, neftune=loss.neftune_noise_alpha, **terms)
+    return supervised(policy, config.loss, remat=config.optim.remat)
 
 
 METHOD = Method("sft", "fine-tune on chats, instructions or text", Sft, RATES, "text", parts, unit="supervised tokens", perplexity=True)

@@ -22,5 +22,9 @@ class LossOptions:
     """Share of the target probability spread evenly over the vocabulary (nll only)."""
     z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Weight of the squared log-normaliser; 1e-4 is usual."""
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the load-balancing loss, within each sequence, averaged over layers and supervised tokens; 0.001 is usual."""
+    router_z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the routers' squared log-normaliser, averaged likewise; 0.001 is usual."""
     neftune_noise_alpha: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Noise on the embeddings while training; 5 is usual, 0 is off."""

@@ -89,6 +89,16 @@ def write_model(path: Path, *, seed: int = 1, template: str | None = CHATML, **s
     return path
 
 
+def write_experts(path: Path) -> Path:
+    """A model folder with experts in each layer."""
+    from treetune.models import decoder_config, hf, moe
+
+    experts = moe.Experts(count=4, top_k=2, width=16, layers=(0, 1), normalised=False)
+    sizes = SIZES | {"qk_norm": True, "tied": False, "experts": experts}
+    hf.save(path, hf.random("qwen3_moe", decoder_config.Config(**sizes), seed=1), tokenizer=tokenizer())
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")

@@ -37,6 +37,7 @@ CASES = {
     "tokenizer of another model": lambda t, d: (
         sft(t, "--model", t.model, "--from-config", config(t, d, vocab_size=99), command="pretrain", data=t.text), "token id", "has 99"
     ),
+    "no routers": lambda t, d: (sft(t, "--router-z-loss-coef", 0.1), "router_z_loss_coef weighs a loss of routers, and a llama model has"),
     "misspelt flag": lambda t, d: (sft(t, "--learning-rat", 1), "unknown option --learning-rat ", "did you mean --learning-rate"),
     "flag twice": lambda t, d: (sft(t, "--seed", 1, "--seed=2"), "--seed is given twice"),
     "negated flag twice": lambda t, d: (sft(t, "--shuffle", "--no-shuffle"), "shuffle is given twice"),
@@ -228,7 +229,8 @@ def test_bad_input_is_one_line_and_writes_nothing(case, tiny, kit, here, tune):
 OUT_OF_RANGE = {
     "learning_rate": (0, -1, "nan", "inf"), "adam_beta1": (1, -0.1), "adam_beta2": (1,), "adam_epsilon": (0,), "max_grad_norm": (-1,),
     "weight_decay": (-1,), "warmup_ratio": (1.5, -0.1), "warmup_steps": (-1,), "cosine_min_lr_ratio": (1.1,), "momentum": (1,),
-    "label_smoothing": (1, -0.1), "z_loss_coef": (-1,), "neftune_noise_alpha": (-1, "nan"), "num_epochs": (0,), "max_steps": (0,),
+    "label_smoothing": (1, -0.1), "z_loss_coef": (-1,), "router_aux_loss_coef": (-1,), "router_z_loss_coef": (-1, "nan"),
+    "neftune_noise_alpha": (-1, "nan"), "num_epochs": (0,), "max_steps": (0,),
     "micro_batch_size": (0,), "gradient_accumulation_steps": (0,), "sequence_len": (0,), "max_rows": (0,), "val_set_size": (-1, 1.5, "nan"),
     "lora_r": (0, -3), "lora_alpha": (0, "nan"), "lora_dropout": (1, -0.1), "loraplus_lr_ratio": (0,), "eval_steps": (0,),
     "save_steps": (0,), "save_total_limit": (0, -1), "logging_steps": (0,), "early_stopping_patience": (0,), "loss_watchdog_patience": (0,),

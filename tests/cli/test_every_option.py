@@ -53,6 +53,8 @@ CHANGES = {
     "loss": ("metrics", lambda t: ["--loss", "dft"], []),
     "label_smoothing": ("metrics", lambda t: ["--label-smoothing", 0.1], []),
     "z_loss_coef": ("metrics", lambda t: ["--z-loss-coef", 0.01], []),
+    "router_aux_loss_coef": ("metrics", lambda t: ["--router-aux-loss-coef", 0.5], ["--model", "experts"]),
+    "router_z_loss_coef": ("metrics", lambda t: ["--router-z-loss-coef", 0.5], ["--model", "experts"]),
     "neftune_noise_alpha": ("metrics", lambda t: ["--neftune-noise-alpha", 5], []),
     "optimizer": ("metrics", lambda t: ["--optimizer", "lion"], []),
     "learning_rate": ("metrics", lambda t: ["--learning-rate", 0.02], []),
@@ -128,6 +130,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     shutil.copytree(start, here / "start")
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
+    kit.write_experts(here / "experts")
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))

@@ -43,8 +43,9 @@ TABLE = {
         "dtype", "special_tokens", "tokens", "embedding_multiple", "adapter", "lora_r", "lora_alpha", "lora_rslora", "lora_target_modules",
         "lora_layers", "lora_modules_to_save",
         # what it is trained towards
-        "loss", "label_smoothing", "z_loss_coef", "neftune_noise_alpha", "loss_weights", "rl_beta", "dpo_label_smoothing", "f_divergence",
-        "f_alpha_divergence_coef", "discopop_tau", "ld_alpha", "dpo_use_weighting", "rpo_alpha", "kto_desirable_weight",
+        "loss", "label_smoothing", "z_loss_coef", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha", "loss_weights",
+        "rl_beta", "dpo_label_smoothing", "f_divergence", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha", "dpo_use_weighting",
+        "rpo_alpha", "kto_desirable_weight",
         "kto_undesirable_weight", "orpo_alpha", "orpo_nll_scope", "simpo_gamma", "simpo_alpha", "cpo_alpha", "center_rewards_coefficient",
         "advantage", "aggregate", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "sapo_tau_pos", "sapo_tau_neg", "beta",
         "kl_estimator", "use_bias_correction_kl", "entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta",

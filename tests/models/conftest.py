@@ -100,6 +100,24 @@ def stream():
 
 
 @pytest.fixture(scope="session")
+def stepwise():
+    """stepwise(model, ids, first=5) -> hidden states [T, D] as a sampler has them: the first tokens at once, the others one by one."""
+    from treetune.models import decoder_attention, dense
+
+    def run(model, ids, first=5):
+        cache = dense.Cache(*decoder_attention.buffers(model.cfg, 1, len(ids), ids.device), None, None, 0)
+        rows, out = torch.zeros(first, dtype=torch.int64), []
+        for lo, hi in [(0, first), *((slot, slot + 1) for slot in range(first, len(ids)))]:
+            batch = {"tokens": ids[lo:hi], "positions": torch.arange(lo, hi), "cu_docs": torch.tensor([0, hi - lo])}
+            plan = None if lo else decoder_attention.plan(batch, model.cfg)
+            step = cache._replace(rows=rows[: hi - lo], slots=batch["positions"], span=hi)
+            out.append(dense.forward(model.params, batch, plan, model.cfg, cache=step).hidden)
+        return torch.cat(out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def documents():
     """Token ids of four ragged documents, the longest well past the tiny window and the tiny llama3 context."""
     generator = torch.Generator().manual_seed(3)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from treetune.core import param
+from treetune import models
+from treetune.core import grad, param, step, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Param
-from treetune.models import moe
+from treetune.losses import routing_objective, sft_objective
+from treetune.models import decoder_attention, dense, hf, moe, policy
 
 T, D, F = 13, 8, 6
 EXPERTS = moe.Experts(count=5, top_k=2, width=F, layers=(0,))
@@ -16,7 +18,7 @@ SCALE = 0.7
 
 
 def weights(experts=EXPERTS, dtype=torch.float64):
-    tree_ = moe.abstract(experts, D, lambda shape, axes, init: Param(shape, dtype, axes, init), "normal:0.5", "normal:0.5")
+    tree_ = moe.abstract(experts, D, lambda shape, axes, init, op: Param(shape, dtype, axes, init, op), "normal:0.5", "normal:0.5")
     return param.init(tree_, seed=0)
 
 
@@ -113,3 +115,43 @@ def test_a_token_does_not_depend_on_the_others():
     torch.testing.assert_close(again[46:79], y[7:40], rtol=0, atol=1e-6)
     if torch.backends.mkldnn.is_available():
         assert torch.equal(again[46:79], y[7:40]) and torch.equal(again[30], y[0]) and torch.equal(again[-1], y[0])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_the_logits_of_routers_are_those_of_transformers(oracle, documents, stream, kind):
+    model, path = oracle(kind)
+    ours, ids = hf.load(path), documents[1]
+    _, routing = models.logprobs_routed(ours.family, ours.cfg, ours.params, stream([ids]))
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids]), output_router_logits=True).router_logits
+    assert len(routing) == len(ours.cfg.experts.layers)
+    for logits, want in zip(routing, theirs[-len(routing) :], strict=True):
+        torch.testing.assert_close(logits, want.view(-1, 5)[:-1], atol=2e-5, rtol=0)
+    batch = dense.single(torch.tensor(ids))
+    assert not dense.forward(ours.params, batch, decoder_attention.plan(batch, ours.cfg), ours.cfg).routing  # unless they are asked for
+
+
+def test_terms_of_routers_do_not_depend_on_packing_or_recomputing(oracle, documents, stream):
+    """The gradient of the whole objective: packed as one stream, a document each, and with layers computed again in the backward."""
+    ours = hf.load(oracle("qwen3_moe")[1])
+    start = policy.full(ours)
+    router = routing_objective.Router(ours.cfg.experts.top_k, 0.3, 0.2)
+
+    def gradient(batches, remat=None):
+        logprob = policy.logprob(start, remat=remat, run=models.logprobs_routed)
+        objective = routing_objective.objective(logprob, sft_objective.objective, router)
+        totals = step.totals(objective, batches)
+        values = []
+        for batch in batches:
+
+            def loss(params, batch=batch):
+                terms, _ = objective.terms(params, {}, batch, None)
+                return sum(term / totals[name] for name, term in terms.items()), None
+
+            values.append(grad.value_and_grad(loss)(start.params)[1])
+        return [sum(leaves) for leaves in zip(*map(tree.leaves, values), strict=True)]
+
+    whole = gradient([stream(documents)])
+    for other in (gradient([stream([ids]) for ids in documents]), gradient([stream(documents)], remat="full")):
+        for got, want in zip(other, whole, strict=True):
+            assert (got - want).norm() <= 2e-5 * want.norm()

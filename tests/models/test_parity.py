@@ -79,24 +79,12 @@ def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, s
 
 
 @pytest.mark.parametrize("kind,tied", ALL)
-def test_cached_steps_equal_the_full_forward(oracle, documents, kind, tied):
+def test_cached_steps_equal_the_full_forward(oracle, documents, stepwise, kind, tied):
     _, path = oracle(kind, tied)
     ours = hf.load(path)
-    cfg = ours.cfg
-    ids = torch.tensor(documents[1][: cfg.shared_positions])
-    batch = dense.single(ids)
-    full = dense.forward(ours.params, batch, decoder_attention.plan(batch, cfg), cfg).hidden
-    shape = dense.kv_shape(cfg, 1, len(ids))
-    cache = dense.Cache(*([torch.zeros(shape) for _ in range(cfg.num_layers)] for _ in "kv"), None, None, 0)
-    start = dense.single(ids[:5])
-    plan = decoder_attention.plan(start, cfg)
-    rows = torch.zeros(5, dtype=torch.int64)
-    out = [dense.forward(ours.params, start, plan, cfg, cache=cache._replace(rows=rows, slots=start["positions"])).hidden]
-    for slot in range(5, len(ids)):
-        here = torch.tensor([slot])
-        step = cache._replace(rows=rows[:1], slots=here, span=slot + 1)
-        out.append(dense.forward(ours.params, {"tokens": ids[here], "positions": here}, None, cfg, cache=step).hidden)
-    torch.testing.assert_close(torch.cat(out), full, atol=2e-5, rtol=0)
+    batch = dense.single(torch.tensor(documents[1][: ours.cfg.shared_positions]))
+    full = dense.forward(ours.params, batch, decoder_attention.plan(batch, ours.cfg), ours.cfg).hidden
+    torch.testing.assert_close(stepwise(ours, batch["tokens"]), full, atol=2e-5, rtol=0)
 
 
 def test_features_are_the_residual_stream(oracle, documents):

@@ -133,3 +133,19 @@ def test_samplers_keep_to_what_turns_alike():
     assert decode.sample(model, [[1] * 60], max_new_tokens=4, seed=0).tokens.shape == (1, 4)
     with pytest.raises(ValueError, match="need 65 positions; the model has 64"):
         decode.sample(model, [[1] * 60], max_new_tokens=5, seed=0)
+
+
+def test_branches_beyond_what_turns_alike_are_refused():
+    from treetune.models import decoder_attention, dense
+
+    rope = ours(KINDS["longrope"]).rope
+    sizes = dict(vocab_size=40, hidden_size=32, mlp_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=DIM, max_positions=MAX)
+    cfg = dense.Config(**sizes, rope_theta=rope.theta, rope_scaling=rope.scaling)
+    trunk, branch = torch.arange(60), torch.arange(60, 64)
+    batch = {"tokens": torch.zeros(68, dtype=torch.int64), "cu_docs": torch.tensor([0, 68])} | {
+        "positions": torch.cat([trunk, branch, branch]), "start": torch.full((68,), 60),
+        "branch": torch.tensor([0] * 60 + [1] * 4 + [2] * 4),
+    }  # fmt: skip
+    assert decoder_attention.plan(batch, cfg).tokens == 68
+    with pytest.raises(ValueError, match="has 65 positions; answers that share a prompt have at most 64"):
+        decoder_attention.plan(batch | {"positions": batch["positions"] + 1}, cfg)

@@ -1,0 +1,98 @@
+"""Adapters on experts and routers, which are no linear layers: PEFT adapts them as parameters by name (`target_parameters`).
+
+E experts, r rank, I inputs, O outputs. A stack of experts has A [E, r, I] and B [E, O, r]; PEFT's file has [E r, I], expert by expert, and
+[O, r E], the numbers of all experts side by side. Two adapted parameters of one module are wrapped one in the other, the later one outside.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from treetune.core import lora, tree
+from treetune.core.param import Params
+from treetune.models import hf
+from treetune.models.adapter_config import AdapterConfig
+
+NAMES = ("router", "experts.gate_up_proj", "experts.down_proj")  # of a layer, in the order of transformers' modules
+# Names of modules of transformers 4 that PEFT takes for these parameters in all layers, whatever the names in front of them.
+REWRITTEN = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+STACKS = ("gate_up_proj", "down_proj")
+INSIDE = ".base_layer"
+
+
+def is_parameter(path: str) -> bool:
+    """Whether PEFT adapts this leaf as a parameter."""
+    return ".".join(path.split(".")[2:]) in NAMES
+
+
+def rewritten(family: str, name: str) -> bool:
+    """Whether PEFT takes this name of a module for a parameter of experts."""
+    return name.rpartition(".")[2] in REWRITTEN.get(family, ())
+
+
+def check(family: str, adapted: Sequence[str], *, dropout: float) -> None:
+    """Raise ValueError when PEFT cannot hold adapters on these leaves with this dropout."""
+    parameters = [path for path in adapted if is_parameter(path)]
+    if parameters and dropout:
+        raise ValueError(
+            f"dropout of adapters must be 0 where {parameters[0]} has one, got {dropout:g}: PEFT holds no dropout on experts and routers"
+        )
+    modules = [path for path in adapted if not is_parameter(path)]
+    if taken := [path for path in modules if rewritten(family, hf.hf_key(family, path).rpartition(".")[0])]:
+        raise ValueError(
+            f"{taken[0]} takes no adapter: PEFT would read the name of its module as that of experts; leave it out of the targets"
+        )
+
+
+def check_config(config: AdapterConfig, family: str) -> None:
+    """Raise ValueError for targets of modules that PEFT would rewrite into parameters of experts."""
+    if family not in REWRITTEN:
+        return
+    if isinstance(config.targets, str):
+        raise ValueError(f"{config.source}: target_modules must be a list of names for a {family} model: PEFT rewrites expressions there")
+    if taken := [name for name in config.targets if rewritten(family, name)]:
+        raise ValueError(
+            f"{config.source}: target_modules names {taken[0]}, which PEFT takes for experts or routers of a {family} model; load the "
+            "adapter in PEFT and save it again, which names them in target_parameters"
+        )
+
+
+def names(family: str, parameters: Sequence[str], other: Callable[[str], str]) -> Callable[[str], str]:
+    """A function of paths: what holds the pair of a leaf in a file that adapts these parameters; `other` names all other leaves."""
+    prefix = _prefixes(family, parameters)
+    return lambda path: prefix.get(path) or other(path)
+
+
+def target(family: str, path: str) -> str:
+    """What a leaf is called as the target of an adapter: its module in transformers, or the parameter of it."""
+    key = hf.hf_key(family, path)
+    return key.removesuffix(".weight") if is_parameter(path) else key.rpartition(".")[0]
+
+
+def _prefixes(family: str, paths: Sequence[str]) -> dict[str, str]:
+    named, outside = {}, {}
+    for path in sorted(paths, key=lambda path: NAMES.index(".".join(path.split(".")[2:])), reverse=True):
+        module = hf.hf_key(family, path).rpartition(".")[0]
+        named[path] = module + INSIDE * outside.get(module, 0)
+        outside[module] = outside.get(module, 0) + 1
+    return named
+
+
+def flat(adapter: Params) -> Params:
+    """An adapter tree with pairs of experts as PEFT's files have them."""
+    pairs = lora.pairs(adapter).items()
+    shaped = {path: (a, b) if a.ndim == 2 else (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)) for path, (a, b) in pairs}
+    return _tree(shaped)
+
+
+def stacked(adapter: Params, sizes: Params) -> Params:
+    """The inverse of `flat`, for leaves of the shapes in `sizes` by path."""
+    shaped = {}
+    for path, (a, b) in lora.pairs(adapter).items():
+        count = sizes[path].shape[0] if len(sizes[path].shape) == 3 else None
+        shaped[path] = (a, b) if count is None else (a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).permute(2, 0, 1).contiguous())
+    return _tree(shaped)
+
+
+def _tree(pairs: dict[str, tuple[Tensor, Tensor]]) -> Params:
+    return tree.from_items((f"{path}.{name}", leaf) for path, pair in pairs.items() for name, leaf in zip("AB", pair, strict=True))
