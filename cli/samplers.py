@@ -16,8 +16,8 @@ from treetune.core.rollout import custom, documents, server, vllm
 from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
 from treetune.core.state import Params, TrainState
+from treetune.models import adapter_blocks, serving
 from treetune.models import policy as policies
-from treetune.models import serving
 from treetune.models.batches import batcher
 from treetune.models.policy import Policy
 
@@ -69,7 +69,7 @@ def served(
     ahead = pipeline.prefetch_depth if pipeline.async_prefetch else 0
     steps, interval = pipeline.steps_per_generation * pipeline.num_iterations, pipeline.vllm_sync_interval
     versions = engines.adapter_versions(steps_per_generation=steps, sync_interval=interval, prefetch_depth=ahead)
-    managed = _managed(config, model, device, say) if options.vllm_mode == "managed" else None
+    managed = _managed(config, policy, model, device, say) if options.vllm_mode == "managed" else None
     url = managed.server.url if managed else server.url(options.vllm_server_host, options.vllm_server_port)
     settings = engines.EngineSettings(
         url, model.name, model.paths, policy.cfg.vocab_size, online.longest(config), folder, seeds, model.dtype,
@@ -80,10 +80,9 @@ def served(
     return engines.VllmEngine(settings, params, policy.tokenizer, **calls, managed=managed)
 
 
-def _managed(config: OnlineConfig, model: serving.ServedModel, device: torch.device, say: Say) -> engines.ManagedServer:
+def _managed(config: OnlineConfig, policy: Policy, model: serving.ServedModel, device: torch.device, say: Say) -> engines.ManagedServer:
     """The server that a run starts for itself."""
-    options, adapter = config.engine, config.adapter
-    start = adapter.lora_model_dir
+    options, info = config.engine, policy.adapter
     settings = server.ServerOptions(
         model.name,
         options.vllm_server_port,
@@ -91,7 +90,7 @@ def _managed(config: OnlineConfig, model: serving.ServedModel, device: torch.dev
         model.dtype,
         max_model_len=options.vllm_max_model_len or online.longest(config),
         gpu_memory_utilization=options.vllm_gpu_memory_utilization,
-        max_lora_rank=None if adapter.adapter == "none" else adapter.lora_r if start is None else serving.adapter_rank(start),
+        max_lora_rank=None if info is None else adapter_blocks.file_rank(policy.family, info.paths, info.rank),
         logprobs_mode=server.logprobs_mode(config.rollout.temperature),
     )
     settings, log = server.on_device(settings, cuda=device.type == "cuda"), serving.log_file(options.vllm_server_port)

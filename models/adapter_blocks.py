@@ -5,7 +5,7 @@ A are stacked and whose B is block diagonal. Shapes: A [r, in], B [out, r].
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from treetune.models import hf_keys
 PREFIX, A, B, PLAIN, BASE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".weight", ".base_layer.weight"
 
 
-def check(family: str, adapted: Mapping[str, Any] | list[str]) -> None:
+def check(family: str, adapted: Sequence[str]) -> None:
     """Raise ValueError unless the leaves of each module are adapted together: PEFT has no place for an adapter on a part of its rows."""
     for key, paths in hf_keys.groups(family, adapted).items():
         if missing := [path for path in hf_keys.leaves_of(family, key) if path not in paths]:
@@ -30,16 +30,23 @@ def join(family: str, adapter: Params) -> Params:
     """The tree with one pair for all leaves of a module, at the path of the first of them."""
     pairs, items = lora.pairs(adapter), []
     for paths in hf_keys.groups(family, pairs).values():
-        a, b = zip(*(pairs[path] for path in paths), strict=True)
-        items += [(f"{paths[0]}.A", torch.cat(a) if len(a) > 1 else a[0]), (f"{paths[0]}.B", torch.block_diag(*b) if len(b) > 1 else b[0])]
+        a, b = pairs[paths[0]]
+        if len(paths) > 1:
+            a, b = torch.cat([pairs[path][0] for path in paths]), torch.block_diag(*(pairs[path][1] for path in paths))
+        items += [(f"{paths[0]}.A", a), (f"{paths[0]}.B", b)]
     return tree.from_items(items)
 
 
-def patterns(family: str, paths: list[str], rank: int, alpha: float, rslora: bool) -> tuple[dict[str, int], dict[str, float]]:
+def patterns(family: str, paths: Sequence[str], rank: int, alpha: float, rslora: bool) -> tuple[dict[str, int], dict[str, float]]:
     """`rank_pattern` and `alpha_pattern` of the modules of several leaves, under which the scale is that of one leaf."""
     shared = {key.removesuffix(PLAIN): len(several) for key, several in hf_keys.groups(family, paths).items() if len(several) > 1}
     counts = {module.rpartition(".")[2]: n for module, n in shared.items()}
     return {name: n * rank for name, n in counts.items()}, {name: alpha * (math.sqrt(n) if rslora else n) for name, n in counts.items()}
+
+
+def file_rank(family: str, paths: Sequence[str], rank: int) -> int:
+    """The largest rank in the file of an adapter on these leaves."""
+    return rank * max(len(several) for several in hf_keys.groups(family, paths).values())
 
 
 def own_key(family: str, path: str) -> str:

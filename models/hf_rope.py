@@ -77,7 +77,9 @@ def _read_by_type(hf: Fields, max_positions: int, head_dim: int, options: Option
         raise ValueError(f"{by_type.source} has {odd[0]}; expected the rotary positions of {' and '.join(LAYERS)}")
     ropes = []
     for name, theta, base in zip(LAYERS, ("rope_theta", options.window_theta), options.by_type, strict=True):
-        rope = fields.inner(by_type, name, default=None, null=True) or fields.mapping({}, f"{by_type.source}: {name}")
+        # Where the file says nothing of a type of layers, it has the type default, which a `type` in rope_scaling does not replace.
+        absent = fields.mapping({"rope_type": "default"}, f"{by_type.source}: {name}")
+        rope = fields.inner(by_type, name, default=None, null=True) or absent
         base = fields.number(hf, theta, default=base, least=1.0)
         scaling = old.values if old and name == LAYERS[0] else {}
         rope = rope._replace(values={"rope_theta": base} | rope.values | scaling)
@@ -98,7 +100,10 @@ def _rope(rope: Fields, sizes: tuple[int, int | None, int], options: Options) ->
         )
     if odd := [name for name in fields.unknown(rope, (*COMMON, *KINDS[kind])) if rope.values[name]]:
         raise ValueError(f"{rope.source} has {odd[0]}, which is not known for the type {kind}: it may change what the model computes")
-    return Rope(_theta(rope, 1.0), _scaling(rope, kind, *sizes))
+    theta = _theta(rope, 1.0)
+    if kind == "yarn" and theta == 1:
+        raise fields.wrong(rope, "rope_theta", "a number above 1: yarn divides by its logarithm")
+    return Rope(theta, _scaling(rope, kind, *sizes))
 
 
 def _theta(rope: Fields, default: float) -> float:
@@ -117,12 +122,12 @@ def _scaling(rope: Fields, kind: str, max_positions: int, original: int | None, 
         return None
     if kind in ("linear", "dynamic"):
         return (LinearRope if kind == "linear" else DynamicRope)(fields.number(rope, "factor", above=0))
-    if original is None:
-        original = fields.integer(rope, ORIGINAL, default=max_positions, least=1 + (kind == "longrope"), most=MOST)
+    least = 1 + (kind == "longrope")
+    length: int = fields.integer(rope, ORIGINAL, default=max_positions, least=least, most=MOST) if original is None else original
     if kind == "llama3":
-        return _llama3(rope, original)
-    factor = fields.number(rope, "factor", default=None, above=0, null=True) or max_positions / original
-    return _yarn(rope, factor, original) if kind == "yarn" else _long(rope, factor, original, dim)
+        return _llama3(rope, length)
+    factor = fields.number(rope, "factor", default=None, above=0, null=True) or max_positions / length
+    return _yarn(rope, factor, length) if kind == "yarn" else _long(rope, factor, length, dim)
 
 
 def _llama3(rope: Fields, original: int) -> Llama3Rope:

@@ -51,10 +51,11 @@ def model_folder(name: str, *, revision: str | None = None, say: Say) -> Path:
 
 
 def adapter_rank(path: str | Path) -> int:
-    """The rank in the config of an adapter folder, or of the one in a run folder. Errors: ValueError where there is none."""
+    """The largest rank in the config of an adapter folder, or of the one in a run folder. Errors: ValueError where there is none."""
     folder = adapter_folder(path)
     manifest.check(folder)
-    return adapter_config.read(folder).rank
+    config = adapter_config.read(folder)
+    return max([config.rank, *config.ranks.values()])
 
 
 def log_file(port: int) -> Path:

@@ -85,7 +85,10 @@ def count(request):
     return sizes(request)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3"])
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("smollm3", "granite", "olmo3", "gemma", "gemma2")]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3", "phi3", "gemma3", *OTHERS])
 def test_config(oracle, tmp_path, kind, count):
     source = oracle(kind)[1]
     (tmp_path / hf.SINGLE).symlink_to(source / hf.SINGLE)

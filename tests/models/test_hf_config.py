@@ -8,6 +8,8 @@ import torch
 from treetune.models import dense, hf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG3 = {"rope_theta": 1e3, "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 6.0]}
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 32, "attention_factor": 1.1}
 LONG = {"rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 4.0, 6.0, 8.0]}
 
 
@@ -62,6 +64,37 @@ ACCEPTED = [
     ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
     ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2, "layer_types": ...}),
     ("qwen3", {"max_window_layers": 0, "layer_types": None}),
+    ("phi3", {"rope_parameters": ..., "rope_theta": 500.0, "sliding_window": 9, "resid_pdrop": 0.1}),
+    (
+        "phi3",
+        {
+            "rope_parameters": ...,
+            "rope_scaling": LONG3 | {"type": "su", "original_max_position_embeddings": 9},
+            "partial_rotary_factor": 0.75,
+            "rope_theta": 500.0,
+        },
+    ),
+    ("phi3", {"rope_parameters": LONG3 | {"rope_type": "yarn"}, "partial_rotary_factor": 0.75, "max_position_embeddings": 64}),
+    ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "x--modeling_phi3.Phi3ForCausalLM"}}),
+    ("phi3", {"original_max_position_embeddings": ..., "rms_norm_eps": ...}),
+    ("smollm3", {"no_rope_layers": [0, 1], "rope_parameters": ...}),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 1, "num_key_value_heads": 2}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": ...}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("granite", {"embedding_multiplier": ..., "attention_multiplier": ..., "residual_multiplier": 2, "logits_scaling": 8}),
+    ("olmo2", {"rms_norm_eps": ..., "rope_parameters": ..., "rope_theta": 700}),
+    ("olmo3", {"rope_parameters": ..., "rope_scaling": YARN, "rope_theta": 700.0}),
+    ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_theta": 50.0, "rope_type": "default"}}, "layer_types": ...}),
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": None, "rms_norm_eps": ...}),
+    ("gemma", {"use_bidirectional_attention": False, "rope_parameters": ..., "rope_theta": 700.0}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": ..., "layer_types": None, "cache_implementation": "hybrid"}),
+    ("gemma2", {"query_pre_attn_scalar": ..., "hidden_act": "gelu_pytorch_tanh", "attn_logit_softcapping": ...}),
+    (
+        "gemma3",
+        {"rope_parameters": ..., "rope_theta": 900.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    ("gemma3", {"layer_types": ..., "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+    ("gemma3", {"layer_types": ["full_attention"] * 3, "sliding_window": 4, "_sliding_window_pattern": 6}),
     ("mixtral", {"num_experts_per_tok": 1, "sliding_window": None, "router_aux_loss_coef": 0.1, "rope_parameters": ...}),
     (
         "mixtral",
@@ -113,6 +146,31 @@ CHANGES_THE_FUNCTION = [
     ("qwen2", {"layer_types": ["sliding_attention"] * 2}),
     ("qwen3", {"attention_bias": True}),
     ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 4}}),
+    ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}),
+    ("phi3", {"rope_parameters": LONG3 | {"rope_type": "longrope", "short_mscale": 1.2}}),
+    ("phi3", {"partial_rotary_factor": 0.4, "rope_parameters": ...}),
+    ("smollm3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}),
+    ("smollm3", {"no_rope_layers": [1]}),
+    ("smollm3", {"no_rope_layers": [1, 2]}),
+    ("granite", {"logits_scaling": 0}),
+    ("granite", {"attention_bias": True}),
+    ("granite", {"num_local_experts": 8}),
+    ("olmo2", {"sliding_window": 4}),
+    ("olmo2", {"clip_qkv": 8.0}),
+    ("olmo3", {"sliding_window": None}),
+    ("olmo3", {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}),
+    ("olmo3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
+    ("gemma", {"hidden_act": "gelu_new"}),
+    ("gemma", {"hidden_activation": "gelu"}),
+    ("gemma", {"use_bidirectional_attention": True}),
+    ("gemma2", {"hidden_activation": "silu"}),
+    ("gemma2", {"query_pre_attn_scalar": 0}),
+    ("gemma2", {"final_logit_softcapping": 0}),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}),
+    ("gemma3", {"attn_logit_softcapping": 50.0}),
+    ("gemma3", {"use_bidirectional_attention": True}),
+    ("gemma3", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 8.0}}),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}}}),
     ("mixtral", {"router_jitter_noise": 0.1}),
     ("mixtral", {"num_experts_per_tok": 6}),
     ("mixtral", {"num_experts": 4}),

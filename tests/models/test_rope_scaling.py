@@ -106,6 +106,7 @@ REFUSED = [
     ({"rope_type": "longrope"} | FACTORS | {"long_factor": [1.0]}, "long_factor"),
     ({"rope_type": "longrope"} | FACTORS | {"short_factor": [1.0] * 7 + ["x"]}, "short_factor"),
     (KINDS["longrope"] | {"short_mscale": 1.2}, "short_mscale"), (YARN | {"truncate": None}, "truncate"),
+    (YARN | {"rope_theta": 1.0}, "rope_theta"),
     ({"rope_type": "linear", "factor": math.inf}, "factor"), (KINDS["linear"] | {"attention_factor": 2.0}, "attention_factor"),
     ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"), ({"partial_rotary_factor": 0.2}, "partial_rotary_factor"),
 ]  # fmt: skip
