@@ -13,6 +13,7 @@ from treetune.core.protocols import Tokenizer
 
 EOS = ("turn", "all", "last")
 SPACES = (" ", "\t")
+INSTRUCTING = ("system", "developer")
 READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "id")  # of a message; ids only link calls and answers
 
 
@@ -75,7 +76,8 @@ def reader(
     )
     template = chat_templates.template_source(tokenizer, chat_template, chat_template_jinja)
     render = chat_templates.renderer(tokenizer, chat_template, chat_template_jinja, chat_template_kwargs or {})
-    find_layout, style_calls = templates.layout_cache(render), chat_templates.tool_call_style(render)
+    find_layout = templates.layout_cache(render, getattr(tokenizer, "eos_token", None) or "")
+    style_calls = chat_templates.tool_call_style(render)
 
     def read(rows: sources.Rows) -> list[spans.Text]:
         talks = [conversations.read_conversation(row, sources.locate_row(rows, i), fields) for i, row in enumerate(rows.rows)]
@@ -130,12 +132,14 @@ def _text(
         return spans.Text(rendered, ())
     whole_text = options.whole and all(mask.weight == 1.0 and not mask.parts for mask in masks)
     try:
-        layout, piece_spans = _find_pieces(rendered, talk, [mask.trained for mask in masks], find_layout, location)
+        needed = options.whole or options.eos == "all"
+        layout, piece_spans = _find_pieces(rendered, talk, [mask.trained for mask in masks], needed, find_layout, location)
     except ValueError:
         if whole_text:  # the mask does not depend on what the template writes where
             return spans.Text(rendered, (), whole=True)
         raise
     _check_tools(talk, layout, location)
+    rendered += layout.ending
     message_spans = templates.message_spans(piece_spans, layout)
     turns = () if whole_text else _turns(rendered, talk, masks, message_spans, piece_spans, layout, options, location)
     cut, spaces = sum(masks[i].trained > 0 for i in layout.cut), sum(mask.spaces for mask in masks)
@@ -187,17 +191,36 @@ def _check_tools(talk: conversations.Conversation, layout: templates.TemplateLay
 
 
 def _find_pieces(
-    text: str, talk: conversations.Conversation, trained: list[float], find_layout: templates.FindLayout, location: str
+    text: str, talk: conversations.Conversation, trained: list[float], needed: bool, find_layout: templates.FindLayout, location: str
 ) -> tuple[templates.TemplateLayout, list[templates.PieceSpan]]:
-    """Layout of the conversation, and the characters of its pieces in the text.
+    """Layout of the conversation, and the characters of its pieces in the text. needed: also those of messages that are not trained.
 
     Errors: ValueError for a message that the template leaves out, a trained one in pieces, or a text that the layout does not fit.
     """
-    try:
-        layout = find_layout(talk.messages, talk.tools)
-        piece_spans = templates.find_pieces(text, talk.messages, layout)
-    except ValueError as error:
-        raise ValueError(f"{location}: {error}, so the trained span is not known: use another chat template") from error
+    problems: list[ValueError] = []
+    for literal in _literal_messages(talk, trained, needed):
+        layout = None
+        try:
+            layout = find_layout(talk.messages, talk.tools, literal=literal)
+            piece_spans = templates.find_pieces(text + layout.ending, talk.messages, layout)
+        except ValueError as error:
+            problems.append(error)
+            if layout is not None and templates.MISSING in layout.places.values():
+                break  # among the template's own text nobody would miss the message
+            continue
+        _check_places(talk, layout, trained, location)
+        return layout, piece_spans
+    raise ValueError(f"{location}: {problems[0]}, so the trained span is not known: use another chat template") from problems[0]
+
+
+def _literal_messages(talk: conversations.Conversation, trained: list[float], needed: bool) -> dict[tuple[int, ...], None]:
+    """Messages whose contents stand for themselves in the layout: none, else those that a template may look into."""
+    # Some look for /no_think in the system message, for tags of tools in the user's. No conversation but this one has such a layout.
+    silent = () if needed else tuple(i for i, weight in enumerate(trained) if not weight)
+    return dict.fromkeys([(), tuple(i for i in silent if talk.messages[i]["role"] in INSTRUCTING), silent])
+
+
+def _check_places(talk: conversations.Conversation, layout: templates.TemplateLayout, trained: list[float], location: str) -> None:
     for i, place in layout.places.items():
         if place == templates.MISSING or isinstance(place, str) and trained[i] > 0:
             role = talk.messages[i]["role"]
@@ -206,7 +229,6 @@ def _find_pieces(
             )
     for i in layout.lost:
         raise ValueError(f"{location}: the chat template leaves out tool calls of message {i + 1}: use one that renders them")
-    return layout, piece_spans
 
 
 def _turns(

@@ -6,19 +6,17 @@ Masks come from character offsets only: which ids a tokenizer uses for padding o
 n tokens of one document. Offsets are characters of the text.
 """
 
-import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from treetune.core.data import sources
+from treetune.core.data import sources, templates
 from treetune.core.data.rows import Row
 from treetune.core.protocols import Tokenizer
 
 TEMPLATE = "template"  # the role of what no speaker wrote
-MARK = re.compile(r"\s*(<\|?[^<>|\s]{1,40}\|?>)")  # a text such as <|eot_id|> or </s>
 BYTE_SPACE = "\u0120"  # how byte-level vocabularies spell a space
 
 
@@ -216,7 +214,7 @@ def _false_ending(text: Text, tokens: TextTokens) -> str:
     """Text behind the content of a trained turn that is spelt like a special token but is several tokens; "" for none."""
     begins, ends = tokens.begins, tokens.ends
     for turn in text.turns:
-        match = MARK.match(text.text, turn.end, max(turn.tail, turn.end))
+        match = templates.MARK.match(text.text, turn.end, max(turn.tail, turn.end))
         if match and turn.close > 0 and (turn.weight > 0 or turn.pieces):
             begin, end = match.span(1)
             i = int(np.searchsorted(begins, begin, "right")) - 1

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,8 @@ MARKER = "Qx7vZkW"
 MARKERS = re.compile(MARKER + r"m(\d+)f(\d+)p(\d+)e")
 CACHE_SIZE = 4096
 MISSING = "is not rendered"
+MARK = re.compile(r"\s*(<\|?[^<>|\s]{1,40}\|?>)")  # a text such as <|eot_id|> or </s>
+CALL_END = re.compile(r"</[^<>|\s]{0,20}tool_calls?[^<>|\s]{0,20}>\s*$")  # the end of a call that no end of turn follows
 
 Key = tuple[int, int, int]  # message, field, piece
 Tools = list[dict[str, Any]] | None  # definitions of a conversation's tools
@@ -42,8 +44,8 @@ class Render(Protocol):
 class FindLayout(Protocol):
     """Layout of a conversation's shape, made once for all rows of that shape."""
 
-    def __call__(self, messages: Sequence[Message], tools: Tools = None) -> "TemplateLayout":
-        """Layout of a conversation with these tools."""
+    def __call__(self, messages: Sequence[Message], tools: Tools = None, *, literal: Collection[int] = ()) -> "TemplateLayout":
+        """Layout of a conversation with these tools; the contents of `literal` messages belong to its shape."""
         ...
 
 
@@ -66,6 +68,7 @@ class TemplateLayout(NamedTuple):
     places: dict[int, MessageSlot | str]  # by message; a string says why the message has no single place
     cut: frozenset[int]  # messages of which the template leaves a piece out
     lost: frozenset[int]  # messages of which it leaves out a part of a tool call
+    ending: str = ""  # end of the last turn, where the template writes it only before a next one; statics[-1] ends with it
 
 
 class Markers(NamedTuple):
@@ -75,6 +78,7 @@ class Markers(NamedTuple):
     statics: list[str]
     keys: list[Key]
     render: Render
+    eos: str  # text that ends a turn, empty where it is not known
 
 
 class PieceSpan(NamedTuple):
@@ -104,19 +108,19 @@ class MessageSpan(NamedTuple):
     tail: int
 
 
-def layout_cache(render: Render) -> FindLayout:
-    """Function from messages and tools to the layout of their shape, made once for all rows of one shape."""
+def layout_cache(render: Render, eos: str = "") -> FindLayout:
+    """Function from messages and tools to the layout of their shape, made once for all rows of one shape. eos: the tokenizer's."""
     # A layout costs several renderings, and a data set has few shapes; the bound keeps one of endless shapes from filling the memory.
     cache: dict[str, TemplateLayout] = {}
 
-    def layout(messages: Sequence[Message], tools: Tools = None) -> TemplateLayout:
-        marked = [_marked(i, message) for i, message in enumerate(messages)]
+    def layout(messages: Sequence[Message], tools: Tools = None, *, literal: Collection[int] = ()) -> TemplateLayout:
+        marked = [message if i in literal else _marked(i, message) for i, message in enumerate(messages)]
         # Tools count with their names and texts, since the template writes them around the messages.
         key = json.dumps([marked, tools], default=repr) if tools else json.dumps(marked, default=repr)
         if key not in cache:
             if len(cache) >= CACHE_SIZE:
                 cache.clear()
-            cache[key] = _layout(marked, partial(render, tools=tools) if tools else render)
+            cache[key] = _layout(marked, partial(render, tools=tools) if tools else render, eos)
         return cache[key]
 
     return layout
@@ -204,14 +208,36 @@ def _piece(text: str, begin: int, content: str, static: str, *, final: bool) -> 
     return None
 
 
-def _layout(marked: list[Message], render: Render) -> TemplateLayout:
+def _layout(marked: list[Message], render: Render, eos: str) -> TemplateLayout:
     statics, keys = _split_at_markers(render(marked))
-    markers = Markers(marked, statics, keys, render)
+    markers = Markers(marked, statics, keys, render, eos)
+    ending = _ending(markers)
+    statics[-1] += ending
     places = {i: _message_slot(i, markers) for i, message in enumerate(marked) if _marks(message)}
     missing = {key for message in marked for key in _marks(message)} - set(keys)
-    return TemplateLayout(
-        statics, keys, places, frozenset(key[0] for key in missing), frozenset(key[0] for key in missing if key[1] == CALLS)
-    )
+    lost = frozenset(key[0] for key in missing if key[1] == CALLS)
+    return TemplateLayout(statics, keys, places, frozenset(key[0] for key in missing), lost, ending)
+
+
+def _ending(markers: Markers) -> str:
+    """What ends the last turn where the template writes it only between two turns; empty where it does so itself, or nothing does.
+
+    A model that never sees the end of an answer would not learn to stop.
+    """
+    marked, statics, keys, render, eos = markers
+    last, after = marked[-1], statics[-1]
+    if last["role"] != "assistant" or not keys or keys[-1][0] != len(marked) - 1 or (eos and eos in after):
+        return ""
+    calls = last.get("tool_calls")
+    if after.strip() and not (calls and CALL_END.search(after)):
+        return ""
+    answer = {"role": "tool", "name": calls[-1]["function"]["name"], "tool_call_id": calls[-1].get("id")} if calls else {"role": "user"}
+    next_key = (len(marked), 1, 0)
+    longer, shown = _try_split_at_markers([*marked, answer | {"content": _marker(next_key)}], render)
+    if shown[-2:] != [keys[-1], next_key] or not longer[-2].startswith(after):
+        return ""
+    mark = MARK.match(longer[-2], len(after))
+    return longer[-2][len(after) : mark.end()] if mark else ""
 
 
 def _message_slot(i: int, markers: Markers) -> MessageSlot | str:
@@ -242,7 +268,7 @@ def _piece_indices(i: int, keys: list[Key]) -> list[int]:
 
 def _lead(i: int, first: int, markers: Markers) -> int | None:
     """Characters between the generation prompt and the content: the model has to produce them itself, so they count."""
-    marked, statics, keys, render = markers
+    marked, statics, keys, render, _ = markers
     before = statics[first]
     if marked[i]["role"] == "assistant" and i > 0:
         prompt, shown = _try_split_at_markers(marked[:i], render, add_generation_prompt=True)
@@ -258,7 +284,7 @@ def _lead(i: int, first: int, markers: Markers) -> int | None:
 
 def _lead_of_calls(i: int, first: int, markers: Markers) -> int | None:
     """As `_lead`, for a message that starts with a call: it begins where plain content of the same speaker would."""
-    marked, statics, keys, render = markers
+    marked, statics, keys, render, _ = markers
     plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
     for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
         header, shown = _try_split_at_markers(talk, render)
@@ -277,18 +303,22 @@ def _trail(message: Message, last: Key, after: str) -> int:
 
 def _tail(i: int, last: int, markers: Markers, *, whole: bool = False) -> int | None:
     """Length of the template's text after the content that does not depend on a next message; `whole`: None where that is uncertain."""
-    marked, statics, keys, render = markers
+    marked, statics, keys, render, eos = markers
     after = statics[last + 1]
+    stop = after.find(eos) + len(eos) if eos and eos in after else None
     if i + 1 == len(marked):
-        return len(after)
+        # Some templates open the next answer whether they are asked to or not.
+        return stop if stop and after[stop:].strip() else len(after)
     # What stands between two messages is the end of one turn and the header of the next. The conversation that stops here has only
     # the first.
     alone, shown = _try_split_at_markers(marked[: i + 1], render)
     if shown[-1:] != [keys[last]]:
-        return None
+        return stop
     shared = os.path.commonprefix([after, alone[-1]])
     if shared in (after, alone[-1]):  # else it may end inside a token that two different endings happen to start with
-        return len(shared)
+        return len(shared) or stop or 0
+    if stop:
+        return stop
     return None if whole else len(shared) - len(re.split(r"\s", shared)[-1])
 
 

@@ -350,6 +350,8 @@ def _glm(messages, bos, eos):
         closes = i > 0 and messages[i - 1]["role"] == "assistant"
         yield f"<|{m['role']}|>", CLOSE if closes else OFF
         yield from _said(m, m["content"].strip(), "", before="\n")
+    if messages[-1]["role"] == "assistant":  # not in the template's text: the header of the next turn is what ends this one
+        yield "<|user|>", CLOSE
 
 
 def _channels(messages, bos, eos):

@@ -284,6 +284,12 @@ def stock():
     return sorted(folder.glob("*.jinja")) if folder else []
 
 
+def stock_ids(messages, template, tokenizer, name, **options):
+    """Ids of transformers. GLM ends a turn with the header of the next, so that the last one would have no end: here it has."""
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    return tokenizer(text + "<|user|>" * (name == "glm4moe"), add_special_tokens=False)["input_ids"]
+
+
 TEXT_ONLY = [path for path in stock() if not path.stem.startswith(("idefics", "llava", "smolvlm"))]
 
 
@@ -295,7 +301,7 @@ def test_stock_templates(tokenizer):
         template = path.read_text(encoding="utf-8")
         found = runs({"messages": PLAIN}, tokenizer, chat_template=template)
         assert len(found) == 2 and "the answer" in found[0] and "It is 4." in found[1], path.stem
-        reference = tokenizer.apply_chat_template(PLAIN, chat_template=template)["input_ids"]
+        reference = stock_ids(PLAIN, template, tokenizer, path.stem)
         assert ids({"messages": PLAIN}, tokenizer, chat_template=template) == reference, path.stem
         tools += _stock_tools(template, tokenizer, path.stem)
     assert tools >= 12
@@ -317,7 +323,7 @@ def test_stock_templates_on_every_tokenizer(variants, make_tokenizer):
                     with pytest.raises(jinja2.TemplateError):
                         tokenizer.apply_chat_template(PLAIN, chat_template=template)
                 continue
-            assert found == tokenizer.apply_chat_template(PLAIN, chat_template=template)["input_ids"], (name, path.stem)
+            assert found == stock_ids(PLAIN, template, tokenizer, path.stem), (name, path.stem)
             equal += 1
     assert len(variants) >= 20 and equal >= 20 * 12 and refused <= equal // 5, (equal, refused)
 
@@ -330,10 +336,8 @@ def _stock_tools(template, tokenizer, name):
     except ValueError as error:
         assert any(text in str(error) for text in ("refuses", "not rendered", "leaves out", "in pieces", "not known")), (name, error)
         return 0
-    assert (
-        ids(row, tokenizer, chat_template=template)
-        == tokenizer.apply_chat_template(row["messages"], tools=TOOLS, chat_template=template)["input_ids"]
-    ), name
+    reference = stock_ids(row["messages"], template, tokenizer, name, tools=TOOLS)
+    assert ids(row, tokenizer, chat_template=template) == reference, name
     assert len(found) == 3 and "get_weather" in found[0] and "Paris" in found[0], (name, found)
     assert "It is 20." in found[1] and "see you" in found[2] and "weather?" not in "".join(found), (name, found)
     return 1
