@@ -14,7 +14,7 @@ from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
 from treetune.core import ckpt, option_pairs, step
 from treetune.core.config import table
-from treetune.core.data import fingerprint
+from treetune.core.data import fingerprint, template_date
 from treetune.core.data.dataset import Dataset
 from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
@@ -82,6 +82,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     dtype = loading.compute_dtype(config.model.dtype, run.device)
     options = resume_options.describe(config, run.method, rate=run.rate, dtype=str(dtype)[6:])
     origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
+    template_date.choose(ranks.share(run.ranks, lambda: provenance.date(origin)))
     _settle_products(run, dtype)
     words = _load_words(run)
     data = _read(run, words.tokenizer, source)

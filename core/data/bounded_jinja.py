@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
+from treetune.core.data import template_date
 from treetune.core.data.rows import Message
 
 SECONDS = 20.0  # of processor time, for one conversation
@@ -60,7 +61,7 @@ def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
 def _rendered(text: str, messages: Sequence[Message], variables: dict[str, Any]) -> str:
     template, budget = _compiled(text)
     budget.start()
-    chat = [_aliased({key: value for key, value in message.items() if value is not None}) for message in messages]
+    chat = [_aliased(_without_nulls(message)) for message in messages]
     # Piece by piece and not with `render`, which would join a text of any size before it is measured.
     pieces, size = [], 0
     for piece in template.generate(messages=chat, **variables):
@@ -74,6 +75,11 @@ def check_size(size: int) -> None:
     """Raise TemplateLimitError for a value of more than LARGEST characters or items."""
     if size > LARGEST:
         raise TemplateLimitError(f"it makes a value of {size} characters or items, more than {LARGEST}")
+
+
+def _without_nulls(message: Message) -> dict:
+    """The message without fields that are null, but for the content beside tool calls: some templates ask whether it is none."""
+    return {key: value for key, value in message.items() if value is not None or (key == "content" and message.get("tool_calls"))}
 
 
 def _aliased(message: Message) -> dict:
@@ -128,6 +134,7 @@ def _environment(budget: RenderClock) -> Any:
     environment.filters.update(theirs.filters)
     environment.globals.update(theirs.globals)
     environment.globals.pop("lipsum", None)  # makes as much text as it is asked for
+    environment.globals["strftime_now"] = template_date.strftime_now
     environment.filters["measured"] = environment.measured
     for name in {"replace", "join", "format", *WIDTHS} & environment.filters.keys():
         environment.filters[name] = _checked(environment.filters[name], name)

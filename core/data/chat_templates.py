@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from treetune.core.data import bounded_jinja, conversations, templates
 from treetune.core.data.rows import Message
@@ -28,6 +28,16 @@ class TemplateOptions(TypedDict, total=False):
     chat_template: str | None
     chat_template_jinja: str | None
     chat_template_kwargs: Mapping[str, Any] | None
+
+
+class CallStyle(NamedTuple):
+    """How a template takes tool calls: the content of a message without any, and whether arguments are JSON text."""
+
+    empty: dict[str, str | None]
+    as_text: bool
+
+
+NO_CONTENT: tuple[dict[str, str | None], ...] = ({"content": ""}, {}, {"content": None})
 
 
 @cache
@@ -93,6 +103,11 @@ def names_role(source: str, text: str) -> bool:
     return f"'{text}'" in source or f'"{text}"' in source
 
 
+def writes_date(source: str) -> bool:
+    """Whether a template may write the date."""
+    return mentions(source, "strftime_now")
+
+
 def _text(template: str) -> str:
     """Jinja text as it is, of a file, or of a name."""
     if "{" in template:
@@ -134,30 +149,30 @@ def renderer(
 
 
 def tool_call_style(render: templates.Render) -> Callable[[conversations.Conversation], conversations.Conversation]:
-    """A function that writes tool calls as this template takes them: arguments as object or JSON text, no content as "" or no field."""
+    """A function that writes tool calls as this template takes them: arguments as object or text, no content as "", null or no field."""
     # Templates do not say how they take tool calls: one concatenates the arguments, another runs tojson over them, a third asks
-    # whether there is content. The first conversation with a call tries the ways out.
-    cached: list[tuple[str | None, bool]] = []
+    # whether there is content, or whether it is none. The first conversation with a call tries the ways out.
+    cached: list[CallStyle] = []
 
     def style(talk: conversations.Conversation) -> conversations.Conversation:
         if not any("tool_calls" in message for message in talk.messages):
             return talk
         if not cached:
             cached.append(_probe(render))
-        return talk._replace(messages=[_styled(message, *cached[0]) for message in talk.messages])
+        return talk._replace(messages=[_styled(message, cached[0]) for message in talk.messages])
 
     return style
 
 
-def _probe(render: templates.Render) -> tuple[str | None, bool]:
-    """First pair (content of a message without any, or None to leave the field out; arguments as text?) that the template renders."""
+def _probe(render: templates.Render) -> CallStyle:
+    """The first style that the template renders."""
     function = {"name": f"{PROBE}name", "arguments": {f"{PROBE}key": f"{PROBE}value"}}
     call = {"role": "assistant", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}]}
-    candidates = [(content, as_text) for content in ("", None) for as_text in (False, True)]
+    candidates = [CallStyle(empty, as_text) for empty in NO_CONTENT for as_text in (False, True)]
     for candidate in candidates:
         # A template may render a call that it does not understand without complaint, so the call must also be in the text.
         try:
-            text = render([{"role": "user", "content": "a"}, _styled(call, *candidate)])
+            text = render([{"role": "user", "content": "a"}, _styled(call, candidate)])
         except ValueError:
             continue
         if all(PROBE + part in text for part in ("name", "key", "value")):
@@ -165,13 +180,13 @@ def _probe(render: templates.Render) -> tuple[str | None, bool]:
     return candidates[0]
 
 
-def _styled(message: Message, empty: str | None, as_text: bool) -> dict:
+def _styled(message: Message, style: CallStyle) -> dict:
     if "tool_calls" not in message:
         return message
-    calls = [_as_text(call) for call in message["tool_calls"]] if as_text else message["tool_calls"]
-    content = message.get("content") or empty
+    calls = [_as_text(call) for call in message["tool_calls"]] if style.as_text else message["tool_calls"]
+    content = {"content": message["content"]} if message.get("content") else style.empty
     rest = {key: value for key, value in message.items() if key != "content"}
-    return rest | ({} if content is None else {"content": content}) | {"tool_calls": calls}
+    return rest | content | {"tool_calls": calls}
 
 
 def _as_text(call: dict) -> dict:

@@ -22,6 +22,7 @@ from treetune.core.data import (
     streaming,
     strides,
     suggest,
+    template_date,
     trees,
     workers,
 )
@@ -164,6 +165,8 @@ def _encode(
     if folder is not None:
         choices = {"kind": part.kind.name, "format": part.format, "given": options, "numbers": part.rows.numbers, **sizes}
         template = chat_templates.resolve(tokenizer, options["chat_template"]) if options.get("chat_template") else None
+        if chat_templates.writes_date(template or str(tokenizer.chat_template)):
+            choices["date"] = template_date.chosen()
         key = cache.entry_key(data=[part.digest], tokenizer=tokenizer, template=template, options=json.loads(json.dumps(choices)))
         if (entry := cache.load_entry(folder, key)) is not None:
             docs, reported = entry

@@ -5,7 +5,7 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from treetune.core.data import chat_templates, preference, sources, spans, templates, tool_calls, trees, turns
+from treetune.core.data import chat_templates, conversations, preference, sources, spans, templates, tool_calls, trees, turns
 from treetune.core.data.rows import Message, Row
 from treetune.core.protocols import Tokenizer
 
@@ -132,15 +132,24 @@ def _opened(tokens: np.ndarray, special: spans.SpecialTokens) -> np.ndarray:
 
 def _opener(tokenizer: Tokenizer, template: chat_templates.TemplateOptions) -> Callable[[list[Message], templates.Tools, str], str]:
     """Function that renders a conversation up to and with the header of the assistant's turn."""
-    renderers: list[templates.Render] = []  # made when the first prompt of messages comes: plain prompts need no chat template
+    made: list[tuple[templates.Render, Callable]] = []  # when the first prompt of messages comes: plain prompts need no chat template
 
     def render(messages: list[Message], tools: templates.Tools, location: str) -> str:
-        if not renderers:
+        if not made:
             name, jinja = template.get("chat_template"), template.get("chat_template_jinja")
-            renderers.append(chat_templates.renderer(tokenizer, name, jinja, template.get("chat_template_kwargs") or {}))
+            opener = chat_templates.renderer(tokenizer, name, jinja, template.get("chat_template_kwargs") or {})
+            made.append((opener, chat_templates.tool_call_style(opener)))
+        opener, style_calls = made[0]
         try:
-            return renderers[0](messages, tools=tools, add_generation_prompt=True)
+            talk = conversations.Conversation(_with_calls(messages), [], tools)
+            return opener(style_calls(talk).messages, tools=tools, add_generation_prompt=True)
         except ValueError as error:
             raise ValueError(f"{location}: {error}; its roles are {sources.join_names(message['role'] for message in messages)}") from error
 
     return render
+
+
+def _with_calls(messages: list[Message]) -> list[Message]:
+    """The messages with their tool calls read, as those of conversations to learn from are."""
+    calls = [tool_calls.read_calls(message["tool_calls"], "tool_calls") if message.get("tool_calls") else None for message in messages]
+    return [message if call is None else message | {"tool_calls": call} for message, call in zip(messages, calls, strict=True)]

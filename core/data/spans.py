@@ -6,6 +6,7 @@ Masks come from character offsets only: which ids a tokenizer uses for padding o
 n tokens of one document. Offsets are characters of the text.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -250,6 +251,14 @@ def _closing_text(tokens: TextTokens, turn: Turn, start: int, special: SpecialTo
     """Index after the last token of what closes the turn whose content ends before token `start`; `start` when nothing does."""
     text, ids, begins, ends = tokens
     stop = int(np.searchsorted(begins, turn.limit, "left"))
+    final = int(np.searchsorted(ends, turn.tail, "left"))
+    if (
+        not re.search(r"\s", text[turn.end : turn.tail])
+        and start <= final < stop
+        and ends[final] == turn.tail
+        and ids[final] in special.special
+    ):
+        return final + 1  # special tokens with names between them, as in <|close|>message<|sep|><|end_of_msg|>
     begin = start
     while begin < stop and text[begins[begin] : turn.end].strip():
         begin += 1  # content, in one token with what follows it

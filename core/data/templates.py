@@ -27,7 +27,8 @@ MARKERS = re.compile(MARKER + r"m(\d+)f(\d+)p(\d+)e")
 CACHE_SIZE = 4096
 MISSING = "is not rendered"
 MARK = re.compile(r"\s*(<\|?[^<>|\s]{1,40}\|?>)")  # a text such as <|eot_id|> or </s>
-CALL_END = re.compile(r"</[^<>|\s]{0,20}tool_calls?[^<>|\s]{0,20}>\s*$")  # the end of a call that no end of turn follows
+OPEN_MARK = re.compile(r"<\|?[^<>\s]{0,40}$")
+CALL_END = re.compile(r"</[^<>|\s]{0,20}calls?[^<>|\s]{0,20}>\s*$")  # the end of a call that no end of turn follows
 
 Key = tuple[int, int, int]  # message, field, piece
 Tools = list[dict[str, Any]] | None  # definitions of a conversation's tools
@@ -288,9 +289,16 @@ def _lead_of_calls(i: int, first: int, markers: Markers) -> int | None:
     plain = {"role": marked[i]["role"], "content": _marker((i, 1, 0))}
     for talk in ([*marked[:i], plain, *marked[i + 1 :]], [*marked[:i], plain]):
         header, shown = _try_split_at_markers(talk, render)
-        if shown[: first + 1] == [*keys[:first], (i, 1, 0)] and header[first] and statics[first].startswith(header[first]):
-            return len(statics[first]) - len(header[first])
+        if shown[: first + 1] == [*keys[:first], (i, 1, 0)] and (shared := _shared_header(header[first], statics[first])):
+            return len(statics[first]) - len(shared)
     return None
+
+
+def _shared_header(plain: str, call: str) -> str:
+    """What opens a turn, be it content or a call: the former's text, or that up to the first mark in which they differ."""
+    shared = os.path.commonprefix([plain, call])
+    border = OPEN_MARK.sub("", shared)
+    return shared if shared == plain else border if border != shared and border.endswith(">") else ""
 
 
 def _trail(message: Message, last: Key, after: str) -> int:
@@ -316,7 +324,10 @@ def _tail(i: int, last: int, markers: Markers, *, whole: bool = False) -> int | 
         return stop
     shared = os.path.commonprefix([after, alone[-1]])
     if shared in (after, alone[-1]):  # else it may end inside a token that two different endings happen to start with
-        return len(shared) or stop or 0
+        return min(len(shared), stop) if stop and shared else len(shared) or stop or 0
+    call = OPEN_MARK.sub("", shared)
+    if CALL_END.search(call) and (mark := MARK.match(after, len(call))) and alone[-1][len(call) :].strip() == eos:
+        return mark.end()  # a conversation that stops here has its own end instead
     if stop:
         return stop
     return None if whole else len(shared) - len(re.split(r"\s", shared)[-1])

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
-from treetune.core.data import kinds, sources
+from treetune.core.data import kinds, sources, template_date
 from treetune.core.data.rows import Advance
 from treetune.core.protocols import Tokenizer
 
@@ -26,7 +26,7 @@ def encode_rows(
         return kind.encode(rows, tokenizer, progress=progress, **options)
     size = -(-len(rows.rows) // (processes * PARTS))
     parts = [sources.take(rows, range(start, min(start + size, len(rows.rows)))) for start in range(0, len(rows.rows), size)]
-    encode = partial(_encode, tokenizer=tokenizer, kind=kind.name, **kind.in_parts, **options)
+    encode = partial(_encode, tokenizer=tokenizer, kind=kind.name, date=template_date.chosen(), **kind.in_parts, **options)
     docs, reports = [], []
     try:
         # Spawned, not forked: a fork copies locks that threads of torch or tokenizers may hold, and the child can hang.
@@ -44,5 +44,6 @@ def encode_rows(
     return docs, kind.merged(reports)
 
 
-def _encode(rows: sources.Rows, *, tokenizer: Tokenizer, kind: str, **options) -> tuple[list, Any]:
+def _encode(rows: sources.Rows, *, tokenizer: Tokenizer, kind: str, date: str, **options) -> tuple[list, Any]:
+    template_date.choose(date)
     return kinds.KINDS[kind].encode(rows, tokenizer, **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.core import ckpt, fields, import_path, masking
-from treetune.core.data import cache, fingerprint
+from treetune.core.data import cache, fingerprint, template_date
 from treetune.core.rollout import builtin
 from treetune.core.run import folder, resume_rules
 from treetune.core.state import Params
@@ -36,7 +36,7 @@ class Provenance(NamedTuple):
     processes: int
     documents: dict[str, str] = {}  # "train", "held out", "order"
     weights: dict[str, str] = {}  # "model" as the run started, "adapter", "reference", reward models
-    words: dict[str, str] = {}  # "tokenizer", "template", "stop tokens"
+    words: dict[str, str] = {}  # "tokenizer", "template", "stop tokens", "date" (as chat templates write it)
     code: dict[str, str] = {}  # files of the user's own functions
     functions: dict[str, str] = {}  # by option: those files and names, wherever they are
 
@@ -109,7 +109,12 @@ def with_words(origin: Origin, tokenizer: Any, stop: Iterable[int] = ()) -> Orig
     """The record with fingerprints of the vocabulary, of the chat template, and of the tokens that end what is sampled."""
     template = fingerprint.values(tokenizer.chat_template)
     words = {"tokenizer": cache.vocabulary_digest(tokenizer), "template": template, "stop tokens": " ".join(map(str, sorted(stop)))}
-    return origin._replace(now=origin.now._replace(words=words))
+    return origin._replace(now=origin.now._replace(words=words | {"date": template_date.chosen()}))
+
+
+def date(origin: Origin) -> str:
+    """The date for chat templates: that of the checkpoint that the run goes on from, else today."""
+    return (origin.before.provenance.words.get("date") if origin.before else None) or template_date.today()
 
 
 def with_functions(origin: Origin, names: Iterable[str | None], models: Mapping[str, str]) -> Origin:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from treetune.core import ckpt, manifest
+from treetune.core.data import template_date
 from treetune.core.run import provenance, resume_rules
 from treetune.models import hf
 
@@ -262,3 +263,21 @@ def test_weights_that_were_replaced_in_place_are_refused(role, tiny, here, kit, 
 
 def test_a_password_of_an_address_is_not_shown():
     assert resume_rules.shown(["s3://me:secret@host/rows.jsonl"]) == "s3://***@host/rows.jsonl"
+
+
+DATED = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_the_start(kit, tiny, here, sft, monkeypatch):
+    """On the next day the same rows would else be other documents, of a run that nobody changed."""
+    (here / "dated.jinja").write_text(DATED + kit.CHATML)
+    args = ["--chat-template", "dated.jinja", "--dataset-prepared-path", "prepared", "--output-dir", "run", "--sample-prompt", "hello"]
+    monkeypatch.setattr(template_date._Day, "chosen", template_date._Day.chosen)
+    monkeypatch.setattr(template_date, "today", lambda: "2026-02-28")
+    assert sft(*args).code == 0
+    monkeypatch.setattr(template_date, "today", lambda: "2026-03-01")
+    done = sft(*args, "--max-steps", 3, "--resume", "auto")
+    assert done.code == 0 and "prepared earlier" in done.out, done.err
+    assert ckpt.read_meta(here / "run/checkpoints/step_000003")[provenance.KEY]["words"]["date"] == "2026-02-28"
+    fresh = sft(*args[:-4], "--output-dir", "other")
+    assert fresh.code == 0 and "prepared earlier" not in fresh.out, "a new run has the date of its own start"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from treetune.core.data import chat_templates, formats, sources
+from treetune.core.data import chat_templates, formats, sources, template_date
 
 TOKENS = (
     "<|turn> <turn|> <|channel> <channel|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <｜tool▁calls▁begin｜> "
@@ -31,6 +31,7 @@ def tokenizer(wide, build_tokenizer, variants):
         wide["it"] = build_tokenizer(variants["byte"])
         wide["it"].add_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS], special_tokens=True)
     wide["it"].chat_template = None
+    template_date.choose(template_date.today())  # as transformers has it now
     return wide["it"]
 
 
@@ -326,6 +327,35 @@ def test_stock_templates_on_every_tokenizer(variants, make_tokenizer):
             assert found == stock_ids(PLAIN, template, tokenizer, path.stem), (name, path.stem)
             equal += 1
     assert len(variants) >= 20 and equal >= 20 * 12 and refused <= equal // 5, (equal, refused)
+
+
+# What TRL trains too, though the prompt has it, or though it stands behind the end of the turn.
+GIVEN = ("", "<｜Assistant｜>", "<|start|>assistant", "<think>", "<think></think>", "<think>\n\n</think>")
+MARKED = [path for path in TEXT_ONLY if path.stem.endswith("_training") and path.stem != "diffusion_gemma_training"]
+
+
+@pytest.mark.skipif(not MARKED, reason="TRL is not installed")
+def test_what_is_trained_is_what_trl_marks(tokenizer):
+    """Copies of stock templates in which TRL marks by hand what the assistant writes: the same texts, but for the header before them."""
+    compared = 0
+    for path in MARKED:
+        template = path.read_text(encoding="utf-8")
+        for messages in (PLAIN, talk(("system", "Be brief.")) + PLAIN, PLAIN[:2]):
+            try:
+                marked = tokenizer.apply_chat_template(
+                    messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+                )
+            except jinja2.TemplateError:
+                continue
+            cuts = np.split(np.arange(len(marked["input_ids"])), np.flatnonzero(np.diff(marked["assistant_masks"])) + 1)
+            theirs = [tokenizer.decode(np.array(marked["input_ids"])[cut]).rstrip() for cut in cuts if marked["assistant_masks"][cut[0]]]
+            theirs = [text.removesuffix("</s>").rstrip() if "phi3" in path.stem else text for text in theirs]
+            ours = [text.rstrip() for text in runs({"messages": messages}, tokenizer, chat_template=template)]
+            assert len(ours) == len(theirs) == len(messages) // 2, (path.stem, theirs, ours)
+            for one, other in zip(ours, theirs, strict=True):
+                assert other.endswith(one) and other.removesuffix(one).strip() in GIVEN, (path.stem, one, other)
+                compared += 1
+    assert compared >= 100
 
 
 def _stock_tools(template, tokenizer, name):

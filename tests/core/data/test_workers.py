@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from treetune.core.data import formats, sources, workers
+from treetune.core.data import formats, sources, template_date, workers
 
 
 def rows(count, text="row {} has some words in it"):
@@ -27,3 +27,12 @@ def test_errors_are_those_of_one_process(tokenizer):
         workers.encode_rows(bad, tokenizer, processes=2, format="completion")
     with pytest.raises(ValueError, match="not one token to train on in 9 rows"):
         workers.encode_rows(rows(9, text=""), tokenizer, processes=2, format="completion")
+
+
+def test_processes_write_the_date_of_their_parent(tokenizer, monkeypatch):
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    monkeypatch.setattr(template_date._Day, "chosen", template_date._Day.chosen)
+    template_date.choose("1999-12-31")
+    talks = [{"messages": [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "the answer"}]} for i in range(8)]
+    docs, _ = workers.encode_rows(sources.from_list(talks), tokenizer, processes=2, format="chat")
+    assert all(tokenizer.decode(doc.tokens).startswith("1999<|im_start|>user") for doc in docs)
