@@ -16,7 +16,7 @@ from treetune.models.adapter_config import AdapterConfig
 NAMES = ("router", "experts.gate_up_proj", "experts.down_proj")  # of a layer, in the order of transformers' modules
 # Names of modules of transformers 4 that PEFT takes for these parameters in all layers, whatever the names in front of them.
 REWRITTEN = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
-STACKS = ("gate_up_proj", "down_proj")
+STACKS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 INSIDE = ".base_layer"
 
 
@@ -66,7 +66,7 @@ def names(family: str, parameters: Sequence[str], other: Callable[[str], str]) -
 def target(family: str, path: str) -> str:
     """What a leaf is called as the target of an adapter: its module in transformers, or the parameter of it."""
     key = hf.hf_key(family, path)
-    return key.removesuffix(".weight") if is_parameter(path) else key.rpartition(".")[0]
+    return key.removesuffix(".weight") if is_parameter(path) or ".experts." in path else key.rpartition(".")[0]
 
 
 def _prefixes(family: str, paths: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treetune.core import lora, tree
 from treetune.core.param import Params
-from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, hf
+from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, hf, hf_keys
 from treetune.models.adapter_config import AdapterConfig
 
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
@@ -49,7 +49,7 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     key = partial(adapter_blocks.own_key, model.family)
     names = {path: PREFIX + key(path).rpartition(".")[0] + BASE for path in shapes if owners[path] in adapted}
     bases = {path: rest.pop(name) for path, name in names.items() if name in rest}
-    whole = {path: rest.pop(PREFIX + key(path)) for path in shapes if PREFIX + key(path) in rest}
+    whole = {path: hf_keys.turn(model.family, path, rest.pop(PREFIX + key(path))) for path in shapes if PREFIX + key(path) in rest}
     wrapped = [path for path, name in parameters.items() if name in adapted]
     low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], adapter_parameters.names(model.family, wrapped, key))
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))

@@ -34,6 +34,7 @@ class Config:
     max_positions: int = 2048
     tied: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
     layer_windows: tuple[int | None, ...] = ()  # one for each layer, instead of `window` on all
@@ -145,6 +146,8 @@ def _abstract_layer(cfg: Config, index: int, leaf, normal: str, deep: str) -> Pa
     if cfg.qkv_bias:
         sizes = {"q_bias": (q, "heads"), "k_bias": (kv, "kv_heads"), "v_bias": (kv, "kv_heads")}
         layer |= {name: leaf((size,), axes=(axis,), init="zeros") for name, (size, axis) in sizes.items()}
+    if cfg.o_bias:
+        layer["o_bias"] = leaf((d,), axes=("embed",), init="zeros")
     if cfg.qk_norm:
         whole = {"q_norm": (q, "heads"), "k_norm": (kv, "kv_heads")}
         sizes = whole if cfg.qk_norm_whole else dict.fromkeys(whole, (cfg.head_dim, "head_dim"))

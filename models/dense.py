@@ -251,7 +251,8 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
         q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)
     rule = Rule(cfg.window_of(index), Weighting(cfg.query_scale, cfg.attn_softcap, w.get("sinks")))
     mixed = decoder_attention.mix(q, k, v, index, rule, plan=s.plan, cache=s.cache)
-    return _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
+    out = _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
+    return out + w["o_bias"] if "o_bias" in w else out
 
 
 def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None, rule: LogitMap | None = None) -> Tensor:

@@ -9,7 +9,21 @@ from torch import Tensor
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import decoder_attention, gemma, gemma2, granite, llama, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from treetune.models import (
+    decoder_attention,
+    gemma,
+    gemma2,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
 from treetune.ops import attention
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
@@ -74,7 +88,7 @@ class Family(Protocol):
 
 MODELS: dict[str, Family] = {
     "llama": llama, "qwen2": qwen2, "qwen3": qwen3, "phi3": phi3, "smollm3": smollm3, "granite": granite, "olmo2": olmo2, "gemma": gemma,
-    "gemma2": gemma2, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
+    "gemma2": gemma2, "mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss,
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Defaults(NamedTuple):
     """What transformers takes where a config.json is silent, and what else a family has.
 
     kv_heads None: as many keys as queries; head_dim None: hidden / heads; activations: the names of the one it computes, default first;
-    known: further fields, which the family reads itself.
+    known: further fields, which the family reads itself; attention_bias: whether all projections of attention have one.
     """
 
     kv_heads: int | None
@@ -56,6 +56,7 @@ class Defaults(NamedTuple):
     rope: hf_rope.Options = hf_rope.Options()
     activations: tuple[str, ...] = ("silu", "swish")
     known: tuple[str, ...] = ()
+    attention_bias: bool = False
 
 
 def read(hf: Fields, defaults: Defaults, **family_fields: Any) -> Config:
@@ -172,9 +173,9 @@ def _check_choices(hf: Fields, defaults: Defaults) -> None:
         raise ValueError(
             f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model, or a .gguf file"
         )
-    for name in ("attention_bias", "mlp_bias"):
-        if fields.flag(hf, name, default=False):
-            raise fields.wrong(hf, name, "false: this family computes no such bias")
+    for name, own in (("attention_bias", defaults.attention_bias), ("mlp_bias", False)):
+        if fields.flag(hf, name, default=own) != own:
+            raise fields.wrong(hf, name, f"{str(own).lower()}: this family computes {'nothing without' if own else 'no'} such bias")
     if not fields.flag(hf, "is_causal", default=True):
         raise fields.wrong(hf, "is_causal", "true: attention to later tokens is not computed")
     fields.text(hf, "hidden_act", default=defaults.activations[0], choices=defaults.activations)

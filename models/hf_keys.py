@@ -45,7 +45,21 @@ def groups(family: str, paths: Iterable[str]) -> dict[str, list[str]]:
 
 def sizes(family: str, leaves: Mapping[str, Param]) -> dict[str, Param]:
     """{key: its tensor in the files} of leaves by path."""
-    return {key: _tall([leaves[path] for path in paths]) for key, paths in groups(family, leaves).items()}
+    stored = {path: leaf._replace(shape=_swapped(leaf.shape)) if _turned(family, path) else leaf for path, leaf in leaves.items()}
+    return {key: _tall([stored[path] for path in paths]) for key, paths in groups(family, leaves).items()}
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def turn(family: str, path: str, tensor: Tensor) -> Tensor:
+    """A leaf as the files have it, and back: some families keep stacks of matrices as [E, I, O] there."""
+    return tensor.transpose(-1, -2).contiguous() if _turned(family, path) else tensor
+
+
+def _turned(family: str, path: str) -> bool:
+    return pattern(path) in getattr(MODELS[family], "HF_TURNED", ())
 
 
 def _tall(leaves: list[Param]) -> Param:
@@ -58,11 +72,15 @@ def split(family: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any])
     for key, paths in groups(family, leaves).items():
         if key in tensors:
             blocks = [tensors[key]] if len(paths) == 1 else tensors[key].split([leaves[path].shape[0] for path in paths])
-            parts |= {path: block if len(paths) == 1 else block.clone() for path, block in zip(paths, blocks, strict=True)}
+            own = (turn(family, path, block) if len(paths) == 1 else block.clone() for path, block in zip(paths, blocks, strict=True))
+            parts |= dict(zip(paths, own, strict=True))
     return parts
 
 
 def join(family: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{key: tensor} of leaves by path."""
     shared = groups(family, leaves)
-    return {key: leaves[paths[0]] if len(paths) == 1 else torch.cat([leaves[path] for path in paths]) for key, paths in shared.items()}
+    return {
+        key: turn(family, paths[0], leaves[paths[0]]) if len(paths) == 1 else torch.cat([leaves[path] for path in paths])
+        for key, paths in shared.items()
+    }

@@ -8,8 +8,8 @@ from treetune.models import dense, hf_config, hf_experts, hf_rope, llama, moe
 from treetune.models.dense import Config
 
 HF_TYPES = ("mixtral",)
-_DENSE = {f"layers.{{}}.{name}_proj" for name in ("gate", "up", "down")}
-HF_KEYS = {path: key for path, key in llama.HF_KEYS.items() if path not in _DENSE} | {
+DENSE = {f"layers.{{}}.{name}_proj" for name in ("gate", "up", "down")}
+HF_KEYS = {path: key for path, key in llama.HF_KEYS.items() if path not in DENSE} | {
     "layers.{}.router": "model.layers.{}.mlp.gate.weight",
     "layers.{}.experts.gate_up_proj": "model.layers.{}.mlp.experts.gate_up_proj",
     "layers.{}.experts.down_proj": "model.layers.{}.mlp.experts.down_proj",

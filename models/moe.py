@@ -14,24 +14,30 @@ from torch import Tensor
 
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.ops import backend, grouped_linear, lora_linear, routing, swiglu
+from treetune.ops import backend, clamped_swiglu, grouped_linear, lora_linear, routing, swiglu
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Sizes of the sparse layers, whose numbers are `layers`; `normalised`: the weights of a token's experts sum to 1."""
+    """Sizes of the sparse layers, whose numbers are `layers`.
+
+    normalised: the weights of a token's experts sum to 1. biased: router and experts have biases. clamp: alpha and limit of a clamped
+    SwiGLU (`ops.clamped_swiglu`), for which rows of gates and of values alternate.
+    """
 
     count: int
     top_k: int
     width: int
     layers: tuple[int, ...]
     normalised: bool = True
+    biased: bool = False
+    clamp: tuple[float, float] | None = None
 
 
 class Leaf(Protocol):
     """Makes the `Param` of a leaf in the dtype of a model."""
 
-    def __call__(self, shape: tuple[int, ...], *, axes: tuple[str, ...], init: str, op: Literal["router", "experts"]) -> Param:
+    def __call__(self, shape: tuple[int, ...], *, axes: tuple[str, ...], init: str, op: Literal["router", "experts", ""]) -> Param:
         """A leaf of this shape."""
         ...
 
@@ -39,13 +45,20 @@ class Leaf(Protocol):
 def abstract(experts: Experts, hidden: int, leaf: Leaf, normal: str, deep: str) -> Params:
     """The leaves of a sparse MLP: router [E, D], experts.gate_up_proj [E, 2 F, D], gates first, and experts.down_proj [E, D, F]."""
     count, width = experts.count, experts.width
-    return {
+    layer: Params = {
         "router": leaf((count, hidden), axes=("expert", "embed"), init=normal, op="router"),
         "experts": {
             "gate_up_proj": leaf((count, 2 * width, hidden), axes=("expert", "mlp", "embed"), init=normal, op="experts"),
             "down_proj": leaf((count, hidden, width), axes=("expert", "embed", "mlp"), init=deep, op="experts"),
         },
     }
+    if experts.biased:
+        layer["router_bias"] = leaf((count,), axes=("expert",), init="zeros", op="")
+        layer["experts"] |= {
+            "gate_up_bias": leaf((count, 2 * width), axes=("expert", "mlp"), init="zeros", op=""),
+            "down_bias": leaf((count, hidden), axes=("expert", "embed"), init="zeros", op=""),
+        }
+    return layer
 
 
 def choose(logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -66,13 +79,20 @@ def mlp(h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | N
         raise ValueError(f"the adapter has dropout {lora.dropout} and sits on experts or routers, where dropout is not computed")
     scale = lora.scale if lora else 1.0
     (logits,) = lora_linear.lora_linears(h, [w["router"]], [adapters.get("router")], scale=scale)
+    logits = logits + w["router_bias"] if experts.biased else logits
     chosen, weights = choose(logits, experts)
     way, ab = routing.route(chosen, experts.count), adapters.get("experts", {})
-    gate_up = _project(routing.dispatch(h, way, experts.top_k), "gate_up_proj", w, ab, way, scale)
-    gate, up = gate_up.chunk(2, dim=-1)
-    answers = _project(swiglu.swiglu(gate, up), "down_proj", w, ab, way, scale)
+    gate_up = _project(routing.dispatch(h, way, experts.top_k), "gate_up", w["experts"], ab, way.ends, scale)
+    answers = _project(_gated(gate_up, experts), "down", w["experts"], ab, way.ends, scale)
     return routing.combine(answers, weights, way), logits
 
 
-def _project(rows: Tensor, name: str, w: Params, ab: Params, way: routing.Route, scale: float) -> Tensor:
-    return grouped_linear.grouped_linear(rows, w["experts"][name], way.ends, ab.get(name), scale=scale)
+def _gated(gate_up: Tensor, experts: Experts) -> Tensor:
+    if experts.clamp is not None:
+        return clamped_swiglu.clamped_swiglu(gate_up, alpha=experts.clamp[0], limit=experts.clamp[1])
+    return swiglu.swiglu(*gate_up.chunk(2, dim=-1))
+
+
+def _project(rows: Tensor, name: str, w: Params, ab: Params, ends: Tensor, scale: float) -> Tensor:
+    y = grouped_linear.grouped_linear(rows, w[f"{name}_proj"], ends, ab.get(f"{name}_proj"), scale=scale)
+    return grouped_linear.grouped_bias(y, w[f"{name}_bias"], ends) if f"{name}_bias" in w else y

@@ -21,6 +21,19 @@ KINDS = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "mixtral": ("Mixtral", dict(intermediate_size=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=8)),
     "qwen3_moe": ("Qwen3Moe", dict(head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=3, mlp_only_layers=[0])),
+    "gpt_oss": (
+        "GptOss",
+        dict(
+            head_dim=16,
+            intermediate_size=24,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            num_hidden_layers=2,
+            swiglu_limit=0.8,
+            rope_parameters=YARN | dict(truncate=False),
+        ),
+    ),
     "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2)),
     "granite": (
         "Granite",

@@ -40,7 +40,7 @@ OTHERS = ("phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "ge
 @pytest.mark.parametrize(
     "kind,options",
     [
-        *((kind, draw) for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe") for draw in DRAWS),
+        *((kind, draw) for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss") for draw in DRAWS),
         *((kind, CUT) for kind in OTHERS),
     ],
 )
@@ -68,7 +68,7 @@ def test_an_adapter_in_the_sampler_is_the_one_of_the_trainer_without_dropout(our
 
 
 def test_greedy_is_what_transformers_generates(oracle):
-    for kind in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "granite", "gemma3"):
+    for kind in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "granite", "gemma3"):
         model, path = oracle(kind)
         samples = decode.sample(hf.load(path), PROMPTS, max_new_tokens=20, temperature=0, seed=0)
         for prompt, got in zip(PROMPTS, samples.tokens, strict=True):

@@ -8,7 +8,7 @@ from treetune.core import lora, strided, tree
 from treetune.models import decode, decode_branches, decoder_attention, hf
 
 OPTIONS = {"stride": 3, "context_length": 4, "generate_max_len": 6}
-KINDS = ("llama", "mistral", "qwen3", "mixtral", "smollm3", "granite", "gemma2", "gemma3")
+KINDS = ("llama", "mistral", "qwen3", "mixtral", "gpt_oss", "smollm3", "granite", "gemma2", "gemma3")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from treetune.core import lora, manifest, param, tree
 from treetune.models import adapter, heads, hf
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3", "gemma2"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "gemma2"]
 SHAPES = {"sequence": (1, False), "token": (2, True)}
 ATOL = 1e-5  # logits of size 1 in float32: hidden states agree to 1e-6 of their size, and 32 products are summed
 RANK, ALPHA = 4, 12.0

@@ -19,6 +19,7 @@ KINDS = [
     "qwen3",
     "mixtral",
     "qwen3_moe",
+    "gpt_oss",
     "phi3",
     "smollm3",
     "granite",

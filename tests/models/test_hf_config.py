@@ -102,6 +102,10 @@ ACCEPTED = [
     ),
     ("qwen3_moe", {"norm_topk_prob": True, "router_jitter_noise": 0.0}),
     ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 2, "num_local_experts": ..., "num_experts": 5}),
+    ("gpt_oss", {"swiglu_limit": 2.0, "swiglu_alpha": 1.0, "router_aux_loss_coef": 0.9, "experts_per_token": 2}),
+    ("gpt_oss", {"swiglu_limit": ..., "swiglu_alpha": ..., "layer_types": ..., "sliding_window": 4, "initial_context_length": 4096}),
+    ("gpt_oss", {"rope_parameters": ..., "attention_bias": ..., "rms_norm_eps": ..., "max_position_embeddings": 131072}),
+    ("gpt_oss", {"rope_parameters": ..., "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}, "rope_theta": 500}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": ...}),
 ]
 
@@ -176,6 +180,10 @@ CHANGES_THE_FUNCTION = [
     ("mixtral", {"num_experts": 4}),
     ("mixtral", {"shared_expert_intermediate_size": 16}),
     ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
+    ("gpt_oss", {"attention_bias": False}),
+    ("gpt_oss", {"swiglu_limit": 0}),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}),
+    ("gpt_oss", {"sliding_window": None}),
     ("qwen3_moe", {"moe_intermediate_size": 0}),
     ("qwen3_moe", {"router_jitter_noise": 0.1}),
     ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),

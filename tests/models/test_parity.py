@@ -7,7 +7,7 @@ from treetune import models
 from treetune.core import grad, tree
 from treetune.models import decoder_attention, dense, hf, hf_keys
 
-NEW = ("mixtral", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3")
+NEW = ("mixtral", "qwen3_moe", "gpt_oss", "phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3")
 ALL = [(kind, tied) for kind in ("llama", "llama3", "mistral", "qwen2", "qwen3", *NEW) for tied in (False, True)]
 
 
@@ -61,7 +61,7 @@ def test_packed_equals_separate(oracle, documents, stream, kind, tied):
     torch.testing.assert_close(packed, torch.cat(separate), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, stream, kind):
     _, path = oracle(kind)
     ours = hf.load(path)

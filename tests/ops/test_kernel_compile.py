@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from treetune.ops import geglu, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
+from treetune.ops import clamped_swiglu, geglu, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
 
 CASES = {
     "rms_norm": (rms_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", {"ONCE": False, "BLOCK": 4096}),
@@ -22,6 +22,8 @@ CASES = {
     ),
     "rope": (rope._kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32 i32 i32", {"Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}),
     "swiglu": (swiglu._forward_kernel, "*bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
+    "clamped_swiglu": (clamped_swiglu._forward_kernel, "*bf16 *bf16 i32 fp32 fp32", {"BLOCK": 1024}),
+    "clamped_swiglu_backward": (clamped_swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32 fp32 fp32", {"BLOCK": 1024}),
     "geglu": (geglu._forward_kernel, "*bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "geglu_backward": (geglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "swiglu_backward": (swiglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),

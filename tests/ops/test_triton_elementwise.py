@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from treetune.ops import geglu, rms_norm, rope, swiglu
+from treetune.ops import clamped_swiglu, geglu, rms_norm, rope, swiglu
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -82,6 +82,22 @@ def test_gated_units(dtype, op, shape, relative_error):
         lambda: run(op.forward_triton, op.backward_triton, gate, up, dy),
         lambda: run(op.forward_torch, op.backward_torch, gate, up, dy),
         lambda: run(op.forward_torch, op.backward_torch, gate.double(), up.double(), dy.double()),
+        relative_error,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 258), (2,), (3, 2048)])
+def test_clamped_swiglu(dtype, shape, relative_error):
+    x, dy = _randn(*shape, dtype=dtype) * 3, _randn(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
+
+    def run(forward, backward, x, dy):
+        return forward(x, 1.7, 2.0), backward(dy, x, 1.7, 2.0)
+
+    _check(
+        lambda: run(clamped_swiglu.forward_triton, clamped_swiglu.backward_triton, x, dy),
+        lambda: run(clamped_swiglu.forward_torch, clamped_swiglu.backward_torch, x, dy),
+        lambda: run(clamped_swiglu.forward_torch, clamped_swiglu.backward_torch, x.double(), dy.double()),
         relative_error,
     )
 
