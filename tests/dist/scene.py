@@ -12,7 +12,7 @@ from treetune.core.run.ranks import Ranks
 from treetune.core import lora, optim, param, shard, step, tree
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
-from treetune.models import Model, llama, policy
+from treetune.models import Model, hf, llama, policy
 from treetune.models.policy import Policy
 
 VOCAB = 53
@@ -33,7 +33,7 @@ def trees(base: Model, trains: str) -> Policy:
     if trains == "full":
         return policy.full(base)
     rank = 1 if trains == "lora" else 3
-    paths = lora.match(base.params, "all-linear")
+    paths = lora.match(hf.abstract_of(base), "all-linear")
     fresh = lora.init(base.params, paths, rank=rank, seed=1)
     gen = torch.Generator().manual_seed(2)
     used = lora.Lora(tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), fresh), 0.7, dropout=0.2)

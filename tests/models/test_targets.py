@@ -11,6 +11,7 @@ from treetune.core import lora, tree
 from treetune.models import adapter, hf, policy
 from treetune.models.adapter import Base
 
+DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "smollm3", "granite"]
 # Targets in our words, and the same in those of transformers and PEFT.
 SAME = {
     "plain": (("q_proj", "v_proj"), ("self_attn.q_proj", "self_attn.v_proj")),
@@ -26,7 +27,7 @@ def adapted(model, **options):
     return policy.adapt(model, policy.AdapterSpec(rank=2, alpha=4.0, **options), base=Base("x", ""), seed=3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", DENSE)
 @pytest.mark.parametrize("case", SAME)
 def test_every_name_means_the_same_leaves(oracle, case, kind):
     model = hf.load(oracle(kind)[1])
@@ -105,7 +106,7 @@ def test_layers_go_with_names_of_transformers(oracle):
     assert adapted(model, targets=("self_attn.q_proj", "mlp.up_proj"), layers=(1,)).adapter.paths == ["layers.1.q_proj", "layers.1.up_proj"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", [*DENSE, "mixtral", "gpt_oss", "phi3"])
 def test_all_linear_is_what_peft_means_by_it(oracle, kind):
     import peft
 
@@ -114,3 +115,30 @@ def test_all_linear_is_what_peft_means_by_it(oracle, kind):
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     linears = lora.linears(hf.abstract_of(ours, head=True))
     assert set(map(partial(adapter.module, ours.family), linears)) == set(theirs.base_model.targeted_module_names)
+
+
+def test_modules_of_several_leaves(oracle, tmp_path):
+    """phi3 keeps three projections in one module of transformers, whose name is the target of all of them."""
+    import peft
+
+    model, folder = oracle("phi3")
+    ours = adapted(hf.load(folder), targets=("self_attn.qkv_proj",), layers=(1,))
+    assert ours.adapter.paths == [f"layers.1.{name}_proj" for name in "qkv"]
+    policy.save(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert set(back.base_model.targeted_module_names) == {"model.layers.1.self_attn.qkv_proj"}
+    with pytest.raises(ValueError, match="rows of qkv_proj: target qkv_proj"):
+        adapted(hf.load(folder), targets=("q_proj",))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_routers_and_experts_go_by_the_names_of_transformers(oracle, kind):
+    """They are no linear layers, so only who names them adapts them."""
+    model = hf.load(oracle(kind)[1])
+    owner = {"mixtral": "mlp", "qwen3_moe": "layers.1.mlp", "gpt_oss": "mlp"}[kind]
+    numbers = (1,) if kind == "qwen3_moe" else (0, 1)
+    assert adapted(model, targets=(f"{owner}.experts.gate_up_proj",)).adapter.paths == [f"layers.{i}.experts.gate_up_proj" for i in numbers]
+    linears = lora.match(hf.abstract_of(model), "all-linear")
+    assert linears and not any("router" in path or "experts" in path for path in linears)
