@@ -73,6 +73,8 @@ def distribute(leaf: Tensor, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
 
 def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back."""
+    if not leaf.is_floating_point():
+        dtype = None  # indices, which a cast could change
     if not distributed(leaf):
         return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
     from torch.distributed.tensor import Partial, Replicate

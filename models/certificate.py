@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from treetune.core import fields, param
-from treetune.models import Model, certificate_checks, fetch, hf, identity, plain_model
+from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, plain_model
 from treetune.models.certificate_checks import Check, Measure, Subject
 
 FORMAT = 1  # of the file; another one is measured again
@@ -86,7 +86,9 @@ def certify(path: Path, documents: Sequence[Sequence[int]] | None = None) -> Cer
 
 def outcome(model: Model) -> str:
     """How the model is computed."""
-    return NATIVE
+    if not isinstance(model.cfg, bridge.Config):
+        return NATIVE
+    return ALONE if model.cfg.alone else BRIDGED
 
 
 def measure_rows(path: Path, model: Model, documents: tuple[list[int], ...]) -> Iterator[Row]:

@@ -87,7 +87,7 @@ def hidden(model: Model, batch: dict[str, Tensor], adapter: Lora | None = None) 
 def logits(model: Model, batch: dict[str, Tensor], adapter: Lora | None = None) -> Tensor:
     """Logits [T, V] of a stream, in the dtype of the model."""
     family = MODELS[model.family]
-    product = family.widen(hidden(model, batch, adapter), adapter) @ family.head(model.params, model.cfg, adapter).T
+    product = family.widen(hidden(model, batch, adapter), model.cfg, adapter) @ family.head(model.params, model.cfg, adapter).T
     return dense.map_logits(product, family.logit_map(model.cfg))
 
 

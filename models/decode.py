@@ -95,7 +95,7 @@ def sample(
     out = _empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        logits = logits_of(family.widen(live.hidden, quiet), head, rule)
+        logits = logits_of(family.widen(live.hidden, model.cfg, quiet), head, rule)
         token, logp, log_kept = pick(logits, noise.keys(key[live.row], live.position), draw)
         check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, log_kept, done)

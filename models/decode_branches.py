@@ -38,12 +38,16 @@ _Sides = tuple[list[Tensor], list[Tensor]]  # keys and values, a tensor per laye
 
 
 class _Trunk(NamedTuple):
-    """What the branches start from: keys and values [1, T, K, d] per layer, runs, and the anchor of each branch [R]."""
+    """What the branches start from: keys and values [1, T, K, d] per layer, runs, and the anchor of each branch [R].
+
+    before: the ids up to each branch, of a model that keeps ids.
+    """
 
     k: list[Tensor]
     v: list[Tensor]
     runs: tuple[_Run, ...]
     start: Tensor
+    before: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -82,7 +86,7 @@ def branches(
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
     logits = partial(decode.logits_of, head=head, rule=rule)
     for step in range(length):
-        steps.append(_draw(family.widen(hidden, quiet), logits, noise.keys(key, trunk.start + step), draw))
+        steps.append(_draw(family.widen(hidden, model.cfg, quiet), logits, noise.keys(key, trunk.start + step), draw))
         decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
         if step + 1 < length:
             hidden = _advance(model, weights, trunk, branch_cache, steps[-1][0], step, quiet)
@@ -119,7 +123,13 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
     last = strided.prefix_rows(batch["cu_docs"], anchors).to(device)
     start = anchors.start.repeat_interleave(n)
     runs = _runs(batch["cu_docs"].tolist(), anchors.document.repeat_interleave(n), start)
-    return _Trunk(k, v, runs, start.to(device)), hidden[last].repeat_interleave(n, 0)
+    before = _before(stream["tokens"], runs, start.tolist()) if cfg.keeps_ids else ()
+    return _Trunk(k, v, runs, start.to(device), before), hidden[last].repeat_interleave(n, 0)
+
+
+def _before(tokens: Tensor, runs: tuple[_Run, ...], start: list[int]) -> tuple[Tensor, ...]:
+    """The ids of the document up to each branch."""
+    return tuple(tokens[trunk.start : trunk.start + start[row]] for lo, hi, trunk in runs for row in range(lo, hi))
 
 
 def _runs(bounds: list[int], document: Tensor, start: Tensor) -> tuple[_Run, ...]:
@@ -151,7 +161,7 @@ def _advance(model: Model, weights: Params, trunk: _Trunk, branch_cache: _Sides,
     """The hidden states [R, D] of the tokens just drawn, each the token number `step` of its branch."""
     rows = torch.arange(token.shape[0], device=token.device)
     attend = partial(_attend, trunk=trunk, branch_cache=branch_cache, step=step)
-    cache = dense.Cache(*branch_cache, rows, torch.full_like(rows, step), step + 1, attend)
+    cache = dense.Cache(*branch_cache, rows, torch.full_like(rows, step), step + 1, attend, trunk.before)
     batch = {"tokens": token, "positions": trunk.start + step}
     return MODELS[model.family].forward(weights, batch, None, model.cfg, lora=lora, cache=cache).hidden
 

@@ -3,7 +3,7 @@
 T tokens, H heads, K key/value heads, d key width, e value width, R cache rows, S slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,11 @@ class Sizes(Protocol):
         """Layers, each with a cache."""
         ...
 
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether the cache holds the ids of tokens in place of keys and values."""
+        ...
+
     def cached(self, layer: int, /) -> tuple[int, int, int]:
         """What a layer keeps of a token: key/value heads, their key width and value width."""
         ...
@@ -63,6 +68,8 @@ class Cache(NamedTuple):
     """Keys [R, S, K, d] and values [R, S, K, e] per layer, written in place at (rows, slots), both [T]; `span` slots are in use.
 
     `attend`, where given, is the attention over it: queries [T, H, d], the number of the layer and its rule -> [T, H, e].
+    A model whose layers are not all attention keeps the ids of its tokens [R, S] in place of keys, and reads them again for each new one;
+    `before` has the ids that stand before the first slot of each row.
     """
 
     k: list[Tensor]
@@ -71,10 +78,13 @@ class Cache(NamedTuple):
     slots: Tensor
     span: int
     attend: Callable[[Tensor, int, Rule], Tensor] | None = None
+    before: Sequence[Tensor] = ()
 
 
 def buffers(cfg: Sizes, rows: int, slots: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """The keys and the values of a cache before anything is written."""
+    """The keys and the values of a cache before anything is written; or ids, for a model that keeps those."""
+    if cfg.keeps_ids:
+        return [torch.zeros(rows, slots, dtype=torch.int64, device=device)], []
     sizes = [cfg.cached(layer) for layer in range(cfg.num_layers)]
     # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
     k = [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, width, _ in sizes]

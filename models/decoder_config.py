@@ -40,6 +40,7 @@ class Config:
     layer_windows: tuple[int | None, ...] = ()  # one for each layer, instead of `window` on all
     attn_softcap: float | None = None
     attn_sinks: bool = False
+    head_bias: bool = False
     init_std: float = 0.02
     dtype: torch.dtype = torch.float32
     rope_part: float = 1.0  # of each head, from its first feature, that turns
@@ -96,6 +97,11 @@ class Config:
     def embed_factor(self) -> float:
         """What embeddings are multiplied by before any noise on them: Gemma's scale is rounded to float32, then to the compute dtype."""
         return float(torch.tensor(self.hidden_size**0.5, dtype=torch.float32).to(self.dtype)) if self.embed_sqrt else 1.0
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether the sampler's cache holds the ids of tokens in place of keys and values."""
+        return False
 
     @property
     def plain_attention(self) -> bool:

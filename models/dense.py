@@ -92,7 +92,7 @@ def token_keys(batch: dict, seed: Tensor) -> Tensor:
     return noise.keys(seed, document, batch.get("branch", 0), batch["positions"])
 
 
-def _dropout_keys(batch: dict, lora: Lora | None) -> Tensor | None:
+def dropout_keys(batch: dict, lora: Lora | None) -> Tensor | None:
     """The keys [T] that an adapter's dropout is drawn by; None where there is none."""
     if lora is None or lora.dropout == 0:
         return None
@@ -116,11 +116,11 @@ def forward(
     x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
     remat, neftune = training.get("remat"), training.get("noise")
     if neftune is not None:
-        x = x + _neftune(x, batch, neftune)
+        x = x + embedding_noise(x.shape[1], batch, neftune).to(x.dtype)
     x = x if cfg.embed_scale == 1 else x * cfg.embed_scale
     adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, _dropout_keys(batch, lora))
+    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora))
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
@@ -140,29 +140,29 @@ def forward(
 def head(weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
     """The output matrix [V, D] in the compute dtype: `lm_head`, or the embedding of a tied model.
 
-    An adapter on the head adds its B [V, r] as further columns, which meet those of `widen`: the low-rank part is never
-    rounded into the weight, so bfloat16 loses nothing of it.
+    A bias is a further column, and so is the B [V, r] of an adapter, which meet those of `widen`: the low-rank part is never rounded
+    into the weight, so bfloat16 loses nothing of it.
     """
     weight = shard.gather(weights["lm_head"] if "lm_head" in weights else weights["embed_tokens"], cfg.dtype)
-    if lora is None or "lm_head" not in lora.tree:
-        return weight
-    return torch.cat([weight, shard.gather(lora.tree["lm_head"]["B"], cfg.dtype)], dim=1)
+    columns = [shard.gather(weights["lm_head_bias"], cfg.dtype)[:, None]] if cfg.head_bias else []
+    columns += [shard.gather(lora.tree["lm_head"]["B"], cfg.dtype)] if lora is not None and "lm_head" in lora.tree else []
+    return torch.cat([weight, *columns], dim=1) if columns else weight
 
 
-def widen(hidden: Tensor, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
-    """hidden [N, D] -> [N, D + r] with s u A^T beside it, where an adapter sits on the head; u is hidden after dropout by `key` [N]."""
-    if lora is None or "lm_head" not in lora.tree:
-        return hidden
-    u = hidden if key is None else noise.dropout(hidden, key, rate=lora.dropout, stream=_HEAD_STREAM)
-    low = lora.scale * (u @ shard.gather(lora.tree["lm_head"]["A"], hidden.dtype).T)
-    return torch.cat([hidden, low], dim=1)
+def widen(hidden: Tensor, cfg: Config, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
+    """hidden [N, D] with 1 beside it for the bias of the head, and s u A^T for an adapter on it: u is hidden after dropout by `key` [N]."""
+    columns = [hidden.new_ones(hidden.shape[0], 1)] if cfg.head_bias else []
+    if lora is not None and "lm_head" in lora.tree:
+        u = hidden if key is None else noise.dropout(hidden, key, rate=lora.dropout, stream=_HEAD_STREAM)
+        columns.append(lora.scale * (u @ shard.gather(lora.tree["lm_head"]["A"], hidden.dtype).T))
+    return torch.cat([hidden, *columns], dim=1) if columns else hidden
 
 
-def read(hidden: Tensor, batch: dict, lora: Lora | None = None) -> Tensor:
-    """The read rows [N, D] (or [N, D + r], see `widen`) of the hidden states [T, D] of a stream."""
+def read(hidden: Tensor, batch: dict, cfg: Config, lora: Lora | None = None) -> Tensor:
+    """The read rows [N, D] of the hidden states [T, D] of a stream, widened."""
     at = batch["at"]
-    keys = _dropout_keys(batch, lora) if lora is not None and "lm_head" in lora.tree else None
-    return widen(hidden[at], lora, None if keys is None else keys[at])
+    keys = dropout_keys(batch, lora) if lora is not None and "lm_head" in lora.tree else None
+    return widen(hidden[at], cfg, lora, None if keys is None else keys[at])
 
 
 _STREAMS = {"q_proj": 0, "o_proj": 1, "gate_proj": 2, "down_proj": 3}
@@ -190,12 +190,13 @@ def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None) -> T
     return x * cfg.embed_factor if cfg.embed_sqrt else x
 
 
-def _neftune(x: Tensor, batch: dict, option: Neftune) -> Tensor:
+def embedding_noise(dim: int, batch: dict, option: Neftune) -> Tensor:
+    """The noise [T, D] of `Neftune`, float32."""
     lens = batch["cu_docs"].long().diff()
-    length = torch.repeat_interleave(lens, lens, output_size=x.shape[0])  # [T]
-    width = option.alpha / torch.sqrt(length.float() * x.shape[1])
-    unit = noise.uniform(token_keys(batch, option.seed), x.shape[1], stream=_NEFTUNE_STREAM) * 2 - 1
-    return (unit * width[:, None]).to(x.dtype)
+    length = torch.repeat_interleave(lens, lens, output_size=batch["tokens"].shape[0])  # [T]
+    width = option.alpha / torch.sqrt(length.float() * dim)
+    unit = noise.uniform(token_keys(batch, option.seed), dim, stream=_NEFTUNE_STREAM) * 2 - 1
+    return unit * width[:, None]
 
 
 def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
@@ -259,7 +260,7 @@ def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = N
     """Logits [T, V] in float32 of one document of token ids [T], mapped by `rule` or by `logit_map`: for checks and small prompts only."""
     batch = single(tokens)
     hidden = forward(weights, batch, decoder_attention.plan(batch, cfg), cfg, lora=lora).hidden
-    return map_logits((widen(hidden, lora) @ head(weights, cfg, lora).T).float(), rule or logit_map(cfg))
+    return map_logits((widen(hidden, cfg, lora) @ head(weights, cfg, lora).T).float(), rule or logit_map(cfg))
 
 
 def single(tokens: Tensor) -> dict[str, Tensor]:

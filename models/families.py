@@ -11,6 +11,7 @@ from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import (
     decoder_attention,
+    dense,
     gemma,
     gemma2,
     gpt_oss,
@@ -69,15 +70,15 @@ class Family(Protocol):
         """Hidden states of a packed stream."""
         ...
 
-    def read(self, hidden: Tensor, batch: dict, lora: Lora | None = None) -> Tensor:
+    def read(self, hidden: Tensor, batch: dict, cfg: Config, lora: Lora | None = None) -> Tensor:
         """The rows `at` of the hidden states, as `head` takes them."""
         ...
 
     def head(self, weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
-        """The output matrix, with the B of an adapter on it as further columns."""
+        """The output matrix, with its bias and the B of an adapter on it as further columns."""
         ...
 
-    def widen(self, hidden: Tensor, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
+    def widen(self, hidden: Tensor, cfg: Config, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
         """Hidden states with what meets those columns beside them."""
         ...
 
@@ -86,10 +87,26 @@ class Family(Protocol):
         ...
 
 
-MODELS: dict[str, Family] = {
+class Families(dict[str, Family]):
+    """Families by name. A name that is no native family's is a `model_type` of transformers, whose own modules compute it."""
+
+    def __missing__(self, kind: str) -> Family:
+        from treetune.models import bridge
+
+        if not bridge.knows(kind):
+            raise KeyError(kind)
+        return self.setdefault(kind, bridge.Bridge(kind))
+
+    def __contains__(self, kind: object) -> bool:
+        from treetune.models import bridge
+
+        return super().__contains__(kind) or (isinstance(kind, str) and bridge.knows(kind))
+
+
+MODELS: dict[str, Family] = Families({
     "llama": llama, "qwen2": qwen2, "qwen3": qwen3, "phi3": phi3, "smollm3": smollm3, "granite": granite, "olmo2": olmo2, "gemma": gemma,
     "gemma2": gemma2, "mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss,
-}  # fmt: skip
+})  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -125,7 +142,7 @@ def logprobs(
     # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
-    rows, weight = model.read(hidden, batch, lora), model.head(weights, cfg, lora)
+    rows, weight = model.read(hidden, batch, cfg, lora), model.head(weights, cfg, lora)
     return linear_logprob(rows, weight, batch["targets"], **_logit_options(model.logit_map(cfg), temperature), want=want)
 
 
@@ -177,7 +194,15 @@ def logprobs_beside(
     """
     model = MODELS[family]
     hidden, weight = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden, model.head(weights, cfg, lora)
-    rule, rows = model.logit_map(cfg), model.read(hidden, batch, lora)
+    rule, rows = model.logit_map(cfg), model.read(hidden, batch, cfg, lora)
     stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
-    prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, lora)
+    prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, cfg, lora)
     return stats, linear_logprob(prompt_rows, weight, batch["prompt_targets"], **_logit_options(rule, 1.0))
+
+
+def document_logits(model: Model, tokens: Tensor, *, lora: Lora | None = None) -> Tensor:
+    """Logits [T, V] in float32 of one document of token ids [T]: for checks and small prompts only."""
+    batch, family, cfg = dense.single(tokens), MODELS[model.family], model.cfg
+    hidden = family.forward(model.params, batch, decoder_attention.plan(batch, cfg), cfg, lora=lora).hidden
+    product = family.widen(hidden, cfg, lora) @ family.head(model.params, cfg, lora).T
+    return dense.map_logits(product.float(), family.logit_map(cfg))

@@ -36,9 +36,12 @@ hf_key = hf_keys.hf_key
 
 
 def family_of(hf: Fields) -> str:
-    """The family that computes a config.json. Raises ValueError listing the families when there is none."""
-    kind = fields.text(hf, "model_type", choices=sorted(kind for module in MODELS.values() for kind in module.HF_TYPES))
-    return next(name for name, module in MODELS.items() if kind in module.HF_TYPES)
+    """The family that computes a config.json: a native one, or that of transformers' modules. Raises ValueError when there is none."""
+    kind = fields.text(hf, "model_type")
+    native = [name for name, module in MODELS.items() if kind in module.HF_TYPES]
+    if not native and kind not in MODELS:
+        raise fields.wrong(hf, "model_type", "that of a causal language model of the installed transformers")
+    return native[0] if native else kind
 
 
 def read_config(path: Path) -> tuple[str, Config]:
@@ -98,6 +101,9 @@ def load(
 
 
 def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
+    if (read := getattr(MODELS[family], "read_files", None)) is not None:
+        _check_files(root)
+        return read(root, cfg, dtype, device)
     leaves = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
     optional = {"lm_head": leaves["embed_tokens"]} if cfg.tied else {}
@@ -107,6 +113,14 @@ def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, devic
     if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
+
+
+def _check_files(root: Path) -> None:
+    """Raise ValueError for files of weights that cannot be read, are damaged, or hold other numbers than floats."""
+    with ExitStack() as stack:
+        for key, file in _open(root, stack).items():
+            piece = file.get_slice(key)
+            _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
 
 
 def parts(family: str, sizes: Params) -> expert_files.Parts:
@@ -326,6 +340,8 @@ def write(
 def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors by Hugging Face key and the config.json with which a model, and its tokenizer, is saved."""
     leaves, tied = _saved_leaves(model)
+    if not stacked and (convert := getattr(MODELS[model.family], "to_files", None)) is not None:
+        leaves = convert(model.cfg, leaves)
     split = {} if stacked else parts(model.family, abstract_of(model))
     pieces = [expert_files.cut(leaf, split[key]) if key in split else {key: leaf} for key, leaf in leaves.items()]
     leaves = {name: rows for group in pieces for name, rows in group.items()}

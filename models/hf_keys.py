@@ -14,25 +14,27 @@ from treetune.core import tree
 from treetune.core.param import Param
 from treetune.models import MODELS
 
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component; the first in a name is that of the layer
+
 
 def pattern(path: str) -> str:
     """A path or a key with {} for the number of its layer."""
-    return re.sub(r"^((?:model\.)?layers)\.\d+\.", r"\1.{}.", path)
+    return NUMBER.sub("{}", path, count=1)
 
 
 def hf_key(family: str, path: str) -> str:
     """The Hugging Face key of a leaf path. Raises ValueError naming the nearest leaves when the family has no such leaf."""
-    number, keys = re.match(r"layers\.(\d+)\.", path), MODELS[family].HF_KEYS
+    number, keys = NUMBER.search(path), MODELS[family].HF_KEYS
     if pattern(path) not in keys:
         raise ValueError(f"{family} has no leaf {path!r}; the nearest are {', '.join(tree.nearest(pattern(path), keys))}")
-    return keys[pattern(path)].format(*([number[1]] if number else []))
+    return keys[pattern(path)].format(*([number[0]] if number else []))
 
 
 def leaves_of(family: str, key: str) -> list[str]:
     """The paths of the leaves in the tensor of a Hugging Face key, in the order of their rows; none when the family has no such key."""
-    number = re.match(r"model\.layers\.(\d+)\.", key)
+    number = NUMBER.search(key)
     paths = [path for path, key_pattern in MODELS[family].HF_KEYS.items() if key_pattern == pattern(key)]
-    return [path.format(*([number[1]] if number else [])) for path in paths]
+    return [path.format(*([number[0]] if number else [])) for path in paths]
 
 
 def groups(family: str, paths: Iterable[str]) -> dict[str, list[str]]:

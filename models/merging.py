@@ -10,7 +10,7 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import MODELS, Model, dense, heads, hf, reward_model, target
+from treetune.models import Model, dense, families, heads, hf, reward_model, target
 from treetune.models import tokenizer as tokenizers
 from treetune.models.dense import Config
 from treetune.models.fetch import Say, silent
@@ -109,6 +109,6 @@ def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:
 def _outputs(model: Model, ids: Tensor, head: Params | None, adapter: Lora | None = None) -> Tensor:
     """Logits [T, V] at each token of the probe, or with a head its scores [T, C]."""
     if head is None:
-        return dense.probe(model.params, ids, model.cfg, lora=adapter, rule=MODELS[model.family].logit_map(model.cfg))
+        return families.document_logits(model, ids, lora=adapter)
     batch = dense.single(ids) | {"at": torch.arange(len(ids))}
     return heads.scores(model.family, model.cfg, model.params, head, batch, lora=adapter)

@@ -17,12 +17,13 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a folder with eager attention, on the CPU. Code of the folder is never run."""
     from transformers import AutoModelForCausalLM
 
-    with _without_bars():
+    with without_bars():
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
+    """Context in which transformers shows no progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

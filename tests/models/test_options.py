@@ -115,7 +115,7 @@ def test_a_small_head_adapter_is_not_rounded_away_in_bfloat16(oracle, documents)
     def change(model):
         hidden = dense.forward(model.params, dense.single(ids), plan, model.cfg).hidden
         used = lora.Lora(tree.map(lambda leaf: leaf.to(model.cfg.dtype), tree_), 1.0)
-        product = dense.widen(hidden, used).float() @ dense.head(model.params, model.cfg, used).float().T
+        product = dense.widen(hidden, model.cfg, used).float() @ dense.head(model.params, model.cfg, used).float().T
         return (product - hidden.float() @ dense.head(model.params, model.cfg).float().T).flatten()
 
     expected, got = change(wide), change(low)

@@ -1,0 +1,223 @@
+"""Any causal language model of transformers as a family: its modules, our weights, attention, adapters and head.
+
+`model_type` names the family. What a config computes is found out by a probe (`bridge_probe`), not from a list.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from treetune.core import fields, tree
+from treetune.core.fields import Fields
+from treetune.core.lora import Lora
+from treetune.core.param import Param, Params
+from treetune.models import bridge_files, bridge_forward, bridge_probe, bridge_skeleton, dense, hf_config, hf_keys
+from treetune.models.bridge_skeleton import EMBEDDING, HEAD, HEAD_BIAS, Skeleton
+from treetune.models.dense import LogitMap
+from treetune.ops import attention
+
+KNOWN = hf_config.WITHOUT_EFFECT | {"auto_map", "quantization_config", "model_type", "transformers_weights"}
+REFUSED_PARTS = ("vision_config", "audio_config", "encoder")
+UNBOUNDED = 1 << 20  # positions of a model without a largest one
+
+
+@dataclass(frozen=True)
+class Config(dense.Config):
+    """Sizes that all families have, and the config.json as canonical JSON.
+
+    alone: why documents go through the model one at a time; empty where they are packed. widths: heads, key width and value width of each
+    layer.
+    """
+
+    kind: str = ""
+    text: str = ""
+    alone: str = ""
+    widths: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether the sampler's cache holds the ids of tokens: no other state is kept of documents that go through one at a time."""
+        return bool(self.alone)
+
+    def cached(self, layer: int) -> tuple[int, int, int]:
+        """What a layer keeps of a token: key/value heads, their key width and value width."""
+        return self.widths[layer]
+
+
+class Bridge:
+    """The family of one `model_type` of transformers."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.keys: dict[str, str] = {}
+
+    @property
+    def HF_TYPES(self) -> tuple[str, ...]:
+        """The one `model_type` that it computes."""
+        return (self.kind,)
+
+    @property
+    def HF_KEYS(self) -> Mapping[str, str]:
+        """The keys of the leaves of all configs that were read, by path: which leaves there are depends on the config."""
+        return self.keys
+
+    def config(self, hf: Fields) -> Config:
+        """The sizes in a config.json.
+
+        Raises ValueError for a field that transformers does not know of this model, and for a model that is not computed, with the reason.
+        """
+        text = json.dumps(hf.values, sort_keys=True)
+        try:
+            _check_sizes(hf)
+            whole = bridge_skeleton.hf_config(self.kind, text)
+            _check(hf, whole)
+            cfg = _config(self.kind, text, whole, bridge_probe.facts(self.kind, text))
+        except ValueError as error:
+            raise ValueError(f"{hf.source}: {error}".replace(f"{hf.source}: {hf.source}", hf.source)) from error
+        self.keys |= {hf_keys.pattern(path): hf_keys.pattern(key) for path, key in skeleton(cfg).keys.items()}
+        return cfg
+
+    def to_hf(self, cfg: dense.Config) -> dict[str, Any]:
+        """The config.json of a model: the inverse of `config`."""
+        cfg = _own(cfg)
+        return json.loads(cfg.text) | {"vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied}
+
+    def abstract(self, cfg: dense.Config, *, dtype: torch.dtype = torch.float32) -> Params:
+        """The tree of `Param`s: shapes, axes and initial values."""
+        cfg = _own(cfg)
+        parts = skeleton(cfg)
+        leaves = {path: _param(parts, path, cfg, dtype) for path in parts.keys if path != HEAD}
+        if not cfg.tied:
+            leaves[HEAD] = leaves[EMBEDDING]._replace(op="head")
+        return tree.from_items(leaves.items())
+
+    def forward(
+        self,
+        weights: Params,
+        batch: dict,
+        plan: attention.Plan | None,
+        cfg: dense.Config,
+        *,
+        lora: Lora | None = None,
+        cache: dense.Cache | None = None,
+        collect: Sequence[int] = (),
+        **training: Unpack[dense.Training],
+    ) -> dense.Out:
+        """Hidden states of a packed stream. Layers that `weights` lack are passed over."""
+        parts = skeleton(_own(cfg), batch["tokens"].device)
+        run = bridge_forward.prepare(parts, weights, batch, cfg.dtype, plan=plan, lora=lora, cache=cache, collect=collect, **training)
+        hidden = bridge_forward.one_by_one(run, batch) if _own(cfg).alone else bridge_forward.packed(run, batch)
+        return dense.Out(hidden, run.features, cache)
+
+    def read(self, hidden: Tensor, batch: dict, cfg: dense.Config, lora: Lora | None = None) -> Tensor:
+        """The rows `at` of the hidden states, as `head` takes them."""
+        return dense.read(hidden, batch, cfg, lora)
+
+    def head(self, weights: Params, cfg: dense.Config, lora: Lora | None = None) -> Tensor:
+        """The output matrix, with its bias and the B of an adapter on it as further columns."""
+        return dense.head(weights, cfg, lora)
+
+    def widen(self, hidden: Tensor, cfg: dense.Config, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:
+        """Hidden states with what meets those columns beside them."""
+        return dense.widen(hidden, cfg, lora, key)
+
+    def logit_map(self, cfg: dense.Config) -> LogitMap:
+        """Scale and soft-cap of the product of hidden states and output matrix."""
+        return dense.logit_map(cfg)
+
+    def read_files(self, root: Path, cfg: dense.Config, dtype: torch.dtype, device: torch.device | str) -> Params:
+        """The tree of a folder's weights, through transformers' own conversions of older layouts."""
+        parts = skeleton(_own(cfg))
+        return tree.from_items(bridge_files.read(root, parts, dtype, device).items())
+
+    def to_files(self, cfg: dense.Config, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leaves by key in the layout in which transformers saves the model."""
+        return bridge_files.saved(skeleton(_own(cfg)), leaves)
+
+
+def knows(kind: str) -> bool:
+    """Whether transformers has a causal language model of this `model_type`."""
+    return bridge_skeleton.knows(kind)
+
+
+def skeleton(cfg: Config, device: torch.device = bridge_skeleton.CPU) -> Skeleton:
+    """The modules of a config, without weights."""
+    return bridge_skeleton.skeleton(cfg.kind, cfg.text, cfg.dtype, bool(cfg.alone), device)
+
+
+def _own(cfg: dense.Config) -> Config:
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def _check_sizes(hf: Fields) -> None:
+    """Raise ValueError for a size beyond any model's, before modules of that size are made."""
+    for name, most in hf_config.MOST.items():
+        if isinstance(value := hf.values.get(name), int) and value > most:
+            raise fields.wrong(hf, name, f"a whole number of at most {most}")
+
+
+def _check(hf: Fields, whole: Any) -> None:
+    """A field that transformers does not know of this model may change its function; one that is null, false, 0 or empty is off."""
+    if hf.values.get("quantization_config"):
+        raise ValueError(f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model")
+    if getattr(whole, "is_encoder_decoder", False):
+        raise ValueError(f"{hf.source}: {whole.model_type} has an encoder; only decoders are computed")
+    if odd := [name for name in fields.unknown(hf, KNOWN | bridge_skeleton.fields_of(whole)) if hf.values[name]]:
+        raise ValueError(
+            f"{hf.source} has {odd[0]} = {fields.shown(hf.values[odd[0]])}, which transformers does not know of {whole.model_type}: it may "
+            "change what the model computes; remove the field if it has no effect"
+        )
+
+
+def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Config:
+    config = whole.get_text_config(decoder=True)
+    parts = bridge_skeleton.skeleton(kind, text, torch.float32, bool(facts.alone), bridge_skeleton.CPU)
+    rows, hidden = parts.leaves[HEAD].shape
+    heads = _size(config, "num_attention_heads") or 1
+    return Config(
+        vocab_size=rows,
+        hidden_size=hidden,
+        mlp_size=_size(config, "intermediate_size") or 0,
+        num_layers=len(parts.layers),
+        num_heads=heads,
+        num_kv_heads=facts.widths[0][0] if facts.widths else _size(config, "num_key_value_heads") or heads,
+        head_dim=facts.widths[0][1] if facts.widths else _size(config, "head_dim") or max(hidden // heads, 1),
+        max_positions=_size(config, "max_position_embeddings") or UNBOUNDED,
+        tied=parts.leaves[HEAD] is parts.leaves[EMBEDDING],
+        layer_windows=facts.windows,
+        attn_softcap=facts.softcap,
+        attn_sinks=facts.sinks,
+        head_bias=facts.bias,
+        init_std=getattr(config, "initializer_range", None) or 0.02,
+        kind=kind,
+        text=text,
+        alone=facts.alone,
+        widths=facts.widths,
+        logit_scale=facts.logits.scale,
+        logit_softcap=facts.logits.softcap,
+    )
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A size that a config may lack, or have for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # of another value for each layer, which transformers has several errors for
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _param(parts: Skeleton, path: str, cfg: Config, dtype: torch.dtype) -> Param:
+    leaf = parts.leaves[path]
+    shape = (cfg.vocab_size, *leaf.shape[1:]) if path in (EMBEDDING, HEAD_BIAS) else tuple(leaf.shape)
+    axes = ("vocab", "embed") if path == EMBEDDING else ("embed", *("out",) * (leaf.ndim - 1))
+    called = bridge_probe.facts(cfg.kind, cfg.text).called
+    op = "embedding" if path == EMBEDDING else "linear" if path in parts.linears and path in called else ""
+    init = f"normal:{cfg.init_std}" if leaf.ndim > 1 else "zeros" if path.endswith("bias") else "ones"
+    return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op)

@@ -1,0 +1,43 @@
+"""Weights of a bridged model from and to files, in the layouts that transformers reads and writes: it stacks experts, and unstacks them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treetune.models import plain_model
+from treetune.models.bridge_skeleton import HEAD, Skeleton
+
+
+def read(root: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    """{path: tensor} of a folder of safetensors. Raises ValueError for tensors that are missing, unexpected or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    with plain_model.without_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            root, config=copy.deepcopy(skeleton.model.config), dtype=dtype, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    model, seen = loaded
+    for name, problem in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has besides those of its model"),
+        ("mismatched_keys", "has in another shape"),
+    ):
+        keys = {key if isinstance(key, str) else key[0] for key in seen.get(name, ())}
+        if keys := keys - skeleton.constants.keys() if name == "missing_keys" else keys:
+            raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    if odd := [key for key, value in skeleton.constants.items() if not torch.allclose(tensors[key].to(value), value)]:
+        raise ValueError(f"{root}: {odd[0]} is not the table that config.json implies")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return {path: tensors[key].detach().to(device) for path, key in skeleton.keys.items() if not (tied and path == HEAD)}
+
+
+def saved(skeleton: Skeleton, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves by key in the layout of saved files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return {key: leaf.contiguous() for key, leaf in revert_weight_conversion(skeleton.model, leaves).items()}

@@ -1,0 +1,169 @@
+"""The forward pass of a bridged model: a packed stream through transformers' base model, or its documents one at a time.
+
+T stream tokens, D hidden. The output matrix is no part of it: our own head reads the hidden states.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from treetune.core import grad, shard, tree
+from treetune.core.lora import Lora
+from treetune.core.param import Params
+from treetune.models import bridge_modules, decoder_attention, dense
+from treetune.models.bridge_attention import Heads
+from treetune.models.bridge_modules import Adapters, Binding
+from treetune.models.bridge_skeleton import EMBEDDING, HEAD, LAYERS, Skeleton
+from treetune.models.decoder_attention import Rule
+from treetune.ops import attention
+from treetune.ops.attention_torch import Weighting
+
+
+class Run(NamedTuple):
+    """One forward pass: what its layers need besides their own weights. `outer` are whole leaves outside of layers."""
+
+    skeleton: Skeleton
+    dtype: torch.dtype
+    weights: Params
+    leaves: Mapping[str, Tensor]
+    outer: Mapping[str, Tensor]
+    adapters: Adapters
+    noise: Tensor | None
+    plan: attention.Plan | None
+    cache: dense.Cache | None
+    collect: Sequence[int]
+    features: dict[int, Tensor]
+    remat: str | None
+
+
+def prepare(
+    skeleton: Skeleton,
+    weights: Params,
+    batch: dict,
+    dtype: torch.dtype,
+    *,
+    plan: attention.Plan | None = None,
+    lora: Lora | None = None,
+    cache: dense.Cache | None = None,
+    collect: Sequence[int] = (),
+    **training: Unpack[dense.Training],
+) -> Run:
+    """A run over a batch."""
+    leaves = dict(tree.items(weights))
+    outer = {
+        path: _whole(leaf, path, skeleton, dtype) for path, leaf in leaves.items() if not path.startswith(f"{LAYERS}.") and path != HEAD
+    }
+    neftune = training.get("noise")
+    noise = None if neftune is None else dense.embedding_noise(outer[EMBEDDING].shape[1], batch, neftune).to(dtype)
+    adapters = _adapters(lora, batch, skeleton)
+    return Run(skeleton, dtype, weights, leaves, outer, adapters, noise, plan, cache, collect, {}, training.get("remat"))
+
+
+def _whole(leaf: Tensor, path: str, skeleton: Skeleton, dtype: torch.dtype) -> Tensor:
+    return shard.gather(leaf, skeleton.wide.get(path, dtype))
+
+
+def _adapters(lora: Lora | None, batch: dict, skeleton: Skeleton) -> Adapters:
+    if lora is None:
+        return Adapters({})
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for path, leaf in tree.items(lora.tree):
+        owner, _, side = path.rpartition(".")
+        pairs.setdefault(owner, {})[side] = leaf
+    if odd := [path for path in pairs if path not in skeleton.linears and path not in (EMBEDDING, HEAD)]:
+        raise ValueError(f"{odd[0]} takes no adapter: it is no linear layer")
+    return Adapters(pairs, lora.scale, lora.dropout, dense.dropout_keys(batch, lora))
+
+
+def packed(run: Run, batch: dict) -> Tensor:
+    """Hidden states [T, D] of the whole stream at once."""
+    return _through(run, batch["tokens"], batch["positions"])
+
+
+def one_by_one(run: Run, batch: dict) -> Tensor:
+    """Hidden states [T, D] of each document by itself; a branch goes through with a copy of what it sees of its trunk."""
+    if run.cache is not None:
+        run.cache.k[0][run.cache.rows, run.cache.slots] = batch["tokens"]
+        if run.plan is None:
+            return _again(run)
+    parts, states = [], {layer: [] for layer in run.collect}
+    for rows, own in _documents(batch):
+        piece = run._replace(adapters=_rows_of(run.adapters, rows), noise=None if run.noise is None else run.noise[rows], features={})
+        parts.append(_through(piece, batch["tokens"][rows], batch["positions"][rows])[-own:])
+        for layer, hidden in piece.features.items():
+            states[layer].append(hidden[-own:])
+    run.features.update({layer: torch.cat(hidden) for layer, hidden in states.items() if hidden})
+    return torch.cat(parts)
+
+
+def _again(run: Run) -> Tensor:
+    """Hidden states [R, D] of the last token of each row of a cache of ids."""
+    assert run.cache is not None
+    ids, ends = run.cache.k[0], (run.cache.slots + 1).tolist()
+    before = run.cache.before or [ids[0, :0]] * len(ends)
+    texts = [torch.cat([first, ids[row, :end]]) for row, (first, end) in enumerate(zip(before, ends, strict=True))]
+    return torch.stack([_through(run, text, torch.arange(len(text), device=text.device))[-1] for text in texts])
+
+
+def _rows_of(adapters: Adapters, rows: Tensor) -> Adapters:
+    return adapters if adapters.key is None else adapters._replace(key=adapters.key[rows])
+
+
+def _documents(batch: dict) -> Iterator[tuple[Tensor, int]]:
+    """Rows of each trunk, and of each branch behind what it sees of its trunk, with how many of them, the last, are its own."""
+    bounds, device = batch["cu_docs"].tolist(), batch["tokens"].device
+    for lo, hi in zip(bounds, bounds[1:], strict=False):
+        sizes = batch["branch"][lo:hi].bincount().tolist() if "branch" in batch and hi > lo else [hi - lo]
+        first = lo
+        for number, size in enumerate(sizes):
+            seen = int(batch["start"][first]) if number and size else 0
+            rows = torch.cat([torch.arange(lo, lo + seen), torch.arange(first, first + size)])
+            first += size
+            if size:
+                yield rows.to(device), size
+
+
+def _through(run: Run, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Tokens [T] through the base model: [T, D]."""
+    skeleton = run.skeleton
+    layers = {id(layer): _lazy(layer, index, run) for index, layer in enumerate(skeleton.layers)}
+    binding = Binding(skeleton, run.outer, run.adapters, None, run.noise)
+    base = bridge_modules.bound(skeleton.base, binding, layers)
+    options = {"position_ids": positions[None]} if "position_ids" in inspect.signature(type(base).forward).parameters else {}
+    return base(input_ids=tokens[None], use_cache=False, **options)[0][0]
+
+
+def _lazy(layer: Any, index: int, run: Run) -> Any:
+    """A copy of a layer that binds its weights when it is called."""
+    copy = object.__new__(type(layer))
+    copy.__dict__.update(layer.__dict__)
+    copy.__dict__["forward"] = partial(_layer, layer, index, run)
+    return copy
+
+
+def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
+    x = args[0] if args else options["hidden_states"]
+    if index in run.collect:
+        run.features[index] = x[0]
+    if index >= len(run.weights[LAYERS]):
+        return x
+    needs = {path: run.leaves[path] for path in run.skeleton.needs[index]}
+
+    def compute() -> Any:
+        tensors = {path: _whole(leaf, path, run.skeleton, run.dtype) for path, leaf in needs.items()}
+        attend = partial(_attend, index=index, run=run)
+        return bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*args, **options)
+
+    # A rematerialised layer gathers its sharded leaves again by itself.
+    with contextlib.nullcontext() if run.remat else shard.gathering_again(run.weights[LAYERS][index]):
+        return grad.remat(compute, run.remat)()
+
+
+def _attend(heads: Heads, *, index: int, run: Run) -> Tensor:
+    rule = Rule(heads.window, Weighting(heads.scale, heads.softcap, heads.sinks))
+    return decoder_attention.mix(heads.q, heads.k, heads.v, index, rule, plan=run.plan, cache=run.cache)

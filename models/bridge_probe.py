@@ -1,0 +1,265 @@
+"""What a model of transformers computes, from a few tokens through its skeleton with stand-ins for its weights.
+
+A stand-in is a cheap function of each token by itself: a linear layer gives sin of a weighted sum of its input, so no weight of its size is
+made, and the run is at the true sizes. Two documents go through it packed, and each by itself through the same stand-ins with transformers'
+own attention and masks. Where both agree, and nothing of one document reaches the other, the model may be packed.
+T tokens, D hidden, V vocabulary.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from treetune.models import bridge_modules, bridge_skeleton
+from treetune.models.bridge_attention import CALL, Heads
+from treetune.models.bridge_skeleton import Skeleton
+from treetune.models.dense import LogitMap
+from treetune.ops import attention
+
+SIZE = 7  # tokens of each of the two documents: more than the taps of any short convolution
+TOLERANCE = 1e-4  # of states of size 1, in float32
+MADE = 1 << 22  # a parameter of more elements is not made: the module that holds it gets a stand-in
+
+
+class Facts(NamedTuple):
+    """alone: why documents go through the model one at a time, empty where they may be packed. logits: of the output matrix; bias: whether
+    it has one. For each layer its window, and heads and widths (K, d, e) of keys and values. softcap, sinks: of any layer. called:
+    paths of the linear layers that are called, and not read for their weight.
+    """
+
+    alone: str
+    logits: LogitMap
+    bias: bool
+    windows: tuple[int | None, ...] = ()
+    widths: tuple[tuple[int, int, int], ...] = ()
+    softcap: float | None = None
+    sinks: bool = False
+    called: frozenset[str] = frozenset()
+
+
+@functools.lru_cache(maxsize=8)
+def facts(kind: str, text: str) -> Facts:
+    """The facts of a config. Errors: ValueError for a model that is none of ours even one document at a time, with the reason."""
+    documents = [torch.arange(SIZE) + 3, torch.arange(SIZE) * 2 + 5]
+    plain = _StandIns(_plain_skeleton(kind, text), set())
+    _check_indexers(plain.skeleton)
+    states, logits, bias = _plain(plain, documents)
+    try:
+        seen = _packed(_StandIns(_with_plans(kind, text), set()), documents, states)
+    except _Alone as reason:
+        return Facts(str(reason), logits, bias, called=frozenset(plain.called))
+    calls = [call for layer in seen for call in layer]
+    return Facts(
+        "",
+        logits,
+        bias,
+        tuple(layer[0].window for layer in seen),
+        tuple((layer[0].k.shape[1], layer[0].k.shape[2], layer[0].v.shape[2]) for layer in seen),
+        next((call.softcap for call in calls if call.softcap is not None), None),
+        any(call.sinks is not None for call in calls),
+        frozenset(plain.called),
+    )
+
+
+class _StandIns(NamedTuple):
+    """What fills modules in place of weights: forward functions of `others` by the id of a module, attention; the linear layers called."""
+
+    skeleton: Skeleton
+    called: set[str]
+    others: Mapping[int, Callable[..., Any]] = {}
+    attend: Any = None
+
+
+class _Alone(Exception):
+    """Why documents are not packed."""
+
+
+def _check_indexers(skeleton: Skeleton) -> None:
+    """Raise ValueError for sparse attention that chooses its keys: equal scores fall otherwise in texts of another length."""
+    if odd := [name for name, _ in skeleton.base.named_modules() if name.rpartition(".")[2] == "indexer"]:
+        raise ValueError(
+            f"{type(skeleton.model).__name__} chooses the keys of its attention by an indexer ({odd[0]}), which is not computed"
+        )
+
+
+def _plain_skeleton(kind: str, text: str) -> Skeleton:
+    try:
+        return bridge_skeleton.skeleton(kind, text, torch.float32, True, bridge_skeleton.CPU)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"transformers builds no model of this config.json of {kind}: {_one_line(error)}") from error
+
+
+def _with_plans(kind: str, text: str) -> Skeleton:
+    try:
+        return bridge_skeleton.skeleton(kind, text, torch.float32, False, bridge_skeleton.CPU)
+    except Exception as error:  # whatever the model's own code raises
+        raise _Alone(f"{kind} takes no attention function of another name: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> tuple[list[Tensor], LogitMap, bool]:
+    """The states [T, D] of each document by itself, and what becomes of the output matrix's product."""
+    name, head = type(stand_ins.skeleton.model).__name__, stand_ins.skeleton.model.get_output_embeddings()
+    try:
+        runs = [_logits(stand_ins, tokens) for tokens in documents]
+        later = _logits(stand_ins, torch.cat([documents[0][:-1], documents[0][:1]]))
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{name} does not run on text alone: {_one_line(error)}") from error
+    if _differ(later.states[:-1], runs[0].states[:-1]):
+        raise ValueError(f"{name} lets a token see later ones: it is no causal language model under this config.json")
+    return [run.states for run in runs], _logit_map(runs[0], name), head.bias is not None
+
+
+class _Logits(NamedTuple):
+    """states [T, D] of the base model, the input [T, D] of the output matrix, and logits [T, n] where its product is GRID [n]."""
+
+    states: Tensor
+    read: Tensor
+    logits: Tensor
+
+
+GRID = torch.tensor([-1e6, -80.0, -30.0, -5.0, -1.0, -0.1, 0.0, 0.1, 1.0, 5.0, 30.0, 80.0, 1e6])
+
+
+def _logits(stand_ins: _StandIns, tokens: Tensor) -> _Logits:
+    seen: dict[str, Tensor] = {}
+    whole, base = stand_ins.skeleton.model, stand_ins.skeleton.base
+
+    def output(x: Tensor) -> Tensor:
+        seen["read"] = x[0]
+        return GRID.expand(*x.shape[:-1], -1)
+
+    with torch.no_grad():
+        states = bridge_modules.copied(base, partial(_fill, stand_ins))(input_ids=tokens[None], use_cache=False)[0]
+        model = bridge_modules.copied(whole, partial(_fill, stand_ins._replace(others={id(whole.get_output_embeddings()): output})))
+        logits = model(input_ids=tokens[None], use_cache=False).logits
+    return _Logits(states[0], seen["read"], logits[0].float())
+
+
+def _logit_map(run: _Logits, name: str) -> LogitMap:
+    """c tanh(s z / c) or s z from its values on the grid."""
+    before = float((run.read * run.states).sum() / (run.states * run.states).sum())
+    if _differ(run.read, before * run.states):
+        raise ValueError(f"{name} does more between its hidden states and its output matrix than scale them")
+    values = run.logits[0].double()
+    unit, most = float(values[GRID == 1.0]), float(values[-1])
+    if abs(most - unit * 1e6) <= 1e-3 * abs(most):
+        scale, cap = unit, None
+    else:
+        scale, cap = float(most * torch.atanh(torch.tensor(unit / most, dtype=torch.float64))), most
+    expected = scale * GRID.double() if cap is None else cap * torch.tanh(scale * GRID.double() / cap)
+    if not torch.allclose(values, expected, rtol=1e-4, atol=1e-4):
+        raise ValueError(f"{name} makes its logits in a way that is neither a scale nor a soft-cap")
+    return LogitMap(scale * before, cap)
+
+
+def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) -> list[list[Heads]]:
+    """The calls of attention of each layer. Errors: _Alone where the stream of two documents is not the two by themselves."""
+    skeleton = stand_ins.skeleton
+    name = type(skeleton.base).__name__
+    if "position_ids" not in inspect.signature(type(skeleton.base).forward).parameters:
+        raise _Alone(f"{name} takes no positions")
+    rope = getattr(skeleton.base.config, "rope_parameters", None) or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            raise _Alone(f"the rotary positions of {name} change with the length of a document")
+    calls: list[list[Heads]] = [[] for _ in skeleton.layers]
+    try:
+        states = _stream(stand_ins, documents, calls)
+        changed = _stream(stand_ins, [documents[1].flip(0), documents[1]], [[] for _ in calls])
+    except Exception as error:  # whatever the model's own code raises
+        raise _Alone(str(error) if isinstance(error, ValueError) else _one_line(error)) from error
+    if odd := [number for number, layer in enumerate(calls) if len(layer) != 1]:
+        raise _Alone(f"layer {odd[0]} of {name} calls attention {len(calls[odd[0]])} times")
+    if _differ(changed[SIZE:], states[SIZE:]):
+        raise _Alone(f"{name} carries something from one document to the next")
+    if _differ(states, torch.cat(plain)):
+        raise _Alone(f"{name} computes something else over a packed stream")
+    return calls
+
+
+def _stream(stand_ins: _StandIns, documents: list[Tensor], calls: list[list[Heads]]) -> Tensor:
+    cu = torch.tensor([0, *torch.tensor([len(tokens) for tokens in documents]).cumsum(0)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])
+    stream = {"tokens": positions, "positions": positions, "cu_docs": cu}
+
+    def attend(heads: Heads, layer: int) -> Tensor:
+        calls[layer].append(heads)
+        plan = attention.plan(stream, windows=(heads.window,), plain=False)
+        return attention.attention(heads.q, heads.k, heads.v, plan, scale=heads.scale, softcap=heads.softcap, sinks=heads.sinks)
+
+    copies: dict[int, Any] = {}
+    for number, layer in enumerate(stand_ins.skeleton.layers):
+        copies[id(layer)] = bridge_modules.copied(layer, partial(_fill, stand_ins._replace(attend=partial(attend, layer=number))))
+    with torch.no_grad():
+        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins), copies)
+        return base(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)[0][0]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() > TOLERANCE * b.abs().max().clamp_min(1.0)) or not bool(torch.isfinite(a).all())
+
+
+def _fill(stand_ins: _StandIns, module: Any, copy: Any) -> None:
+    """Fill a copy of a module with stand-ins."""
+    skeleton, inside, own = stand_ins.skeleton, copy.__dict__, [leaf for leaf in module._parameters.values() if leaf is not None]
+    number, large = min((_number(skeleton, leaf) for leaf in own), default=0), any(leaf.numel() > MADE for leaf in own)
+    if id(module) in stand_ins.others:
+        inside["forward"] = stand_ins.others[id(module)]
+    elif bridge_skeleton.is_linear(module):
+        inside["forward"], large = partial(_linear, stand_ins, module), True
+    elif large:
+        inside["forward"] = partial(_lookup, module.weight, number) if isinstance(module, nn.Embedding) else partial(_same_shape, number)
+    make: Callable[..., Tensor] = _flat if large else _made
+    inside["_parameters"] = {name: leaf if leaf is None else make(skeleton, leaf) for name, leaf in module._parameters.items()}
+    inside[CALL] = stand_ins.attend
+
+
+def _linear(stand_ins: _StandIns, module: Any, x: Tensor) -> Tensor:
+    stand_ins.called.add(stand_ins.skeleton.paths[id(module.weight)])
+    return _token_wise(module.out_features, _number(stand_ins.skeleton, module.weight), x)
+
+
+def _flat(skeleton: Skeleton, leaf: Tensor) -> Tensor:
+    """One value everywhere, of no size in memory: for what reads the weight of a module that has a stand-in."""
+    return torch.full((), 1 / max(leaf.shape[-1], 1), dtype=leaf.dtype).expand(leaf.shape)
+
+
+def _number(skeleton: Skeleton, leaf: Tensor) -> int:
+    return skeleton.numbers[skeleton.paths[id(leaf)]]
+
+
+def _made(skeleton: Skeleton, leaf: Tensor) -> Tensor:
+    """Values near 1 for vectors, of both signs for all others: a function of the number of the leaf."""
+    wave = _noise(leaf.numel(), _number(skeleton, leaf)).view(leaf.shape)
+    wave = 1 + 0.2 * wave if leaf.ndim < 2 else wave * leaf.shape[-1] ** -0.5
+    return wave.to(leaf.dtype)
+
+
+def _noise(size: int, number: int) -> Tensor:
+    """Irregular values from -1 to 1, float32 [size]."""
+    return torch.sin(1e3 * torch.sin(torch.arange(size, dtype=torch.float64) + number)).float()
+
+
+def _token_wise(outputs: int, number: int, x: Tensor) -> Tensor:
+    """[..., I] -> [..., O]: a wave of one weighted sum of each token's own input."""
+    sums = (x.float() * _noise(x.shape[-1], number)).sum(-1, keepdim=True) * x.shape[-1] ** -0.5
+    return torch.sin(sums + torch.pi * _noise(outputs, number + 1)).to(x.dtype)
+
+
+def _same_shape(number: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _token_wise(x.shape[-1], number, x)
+
+
+def _lookup(weight: Tensor, number: int, tokens: Tensor) -> Tensor:
+    return torch.sin(tokens[..., None] * 1.3 + torch.pi * _noise(weight.shape[1], number)).to(weight.dtype)

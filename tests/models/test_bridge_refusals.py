@@ -1,0 +1,124 @@
+"""What is not computed is refused by name, and what the probe finds out decides how a model is run."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from treetune.core import fields
+from treetune.models import MODELS, bridge, bridge_attention, bridge_skeleton, hf
+
+spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
+architectures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(architectures)
+
+
+def read(kind, **changes):
+    values = json.loads(architectures.tiny(kind).to_json_string(use_diff=False)) | changes
+    values = {name: value for name, value in values.items() if value is not ...}
+    return MODELS[kind].config(fields.mapping(values, "config.json"))
+
+
+@pytest.mark.parametrize(
+    "kind,changes,message",
+    [
+        ("glm4", {"quantization_config": {"bits": 4}}, "quantization_config, quantised weights"),
+        ("glm4", {"attention_sparsity": 0.5}, "attention_sparsity = 0.5 .*does not know of glm4"),
+        ("glm4", {"num_attention_heads": "four"}, "refuses this config.json of glm4.*num_attention_heads"),
+        ("glm4", {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number of at most"),
+        ("bert", {"is_decoder": False}, "lets a token see later ones"),
+        ("bert", {"is_decoder": True}, "does more between its hidden states and its output matrix"),
+        ("dory", {}, "its head is no linear layer"),
+        ("rwkv", {}, "does not run on text alone"),
+        ("deepseek_v32", {}, "indexer"),
+        ("glm_moe_dsa", {}, "indexer"),
+    ],
+)
+def test_what_is_not_computed_is_refused(kind, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read(kind, **changes)
+    assert str(caught.value).startswith("config.json: ") or "config.json has" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind,changes,reason",
+    [
+        ("llama4_text", {}, "chunked_overlay"),
+        ("bloom", {}, "takes no positions"),
+        ("qwen3_next", {}, "calls attention 0 times"),
+        ("diffllama", {}, "calls attention 2 times"),
+        ("doge", {}, "a mask that it makes itself"),
+        ("falcon", {}, "no attention function of another name"),
+        ("inkling_text", {}, "position_bias"),
+        ("glm4", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "change with the length"),
+    ],
+)
+def test_what_cannot_be_packed_goes_one_document_at_a_time(kind, changes, reason):
+    cfg = read(kind, **changes)
+    assert reason in cfg.alone and cfg.keeps_ids
+
+
+def test_a_mask_of_a_window_reaches_the_layers_that_have_it():
+    """qwen2_moe gives its attention no window: its mask has it."""
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    cfg = read("qwen2_moe", num_hidden_layers=3, use_sliding_window=True, sliding_window=5, layer_types=types)
+    assert cfg.layer_windows == (None, 5, 5) and not cfg.alone
+
+
+def test_scales_caps_and_biases_of_the_head():
+    assert read("cohere2").logit_scale == pytest.approx(0.0625) and read("nanochat").logit_softcap == pytest.approx(15.0)
+    assert read("phi").head_bias and not read("glm4").head_bias
+
+
+def test_unknown_types_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such"}))
+    with pytest.raises(ValueError, match="model_type must be .*causal language model of the installed transformers.*no_such"):
+        hf.read_config(tmp_path / "config.json")
+
+
+def test_attention_outside_of_a_pass_is_refused():
+    with pytest.raises(ValueError, match="outside a forward pass"):
+        bridge_attention.attend(nn.Identity(), *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None)
+
+
+def test_masks_that_a_model_changes_are_refused():
+    marked = bridge_attention.mask(mask_function=lambda *_: True)
+    module = nn.Identity()
+    module.__dict__[bridge_attention.CALL] = lambda heads: heads.v
+    q = torch.zeros(1, 1, 2, 4)
+    for given, message in (
+        (marked, "of the kind test_masks_that_a_model_changes_are_refused"),
+        (marked + 1.0, "that it makes itself"),
+        (None, "no mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bridge_attention.attend(module, q, q, q, given)
+
+
+def test_linear_layers_are_known_by_what_they_compute():
+    class Turned(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            return (x @ self.weight.T).softmax(-1)
+
+    assert bridge_skeleton.is_linear(Turned(2, 3)) and bridge_skeleton.is_linear(nn.Linear(2, 3))
+    assert not bridge_skeleton.is_linear(Router(2, 3)) and not bridge_skeleton.is_linear(nn.Identity())
+
+
+def test_an_adapter_on_what_is_no_linear_layer_is_refused():
+    cfg = read("mamba")
+    ops = {path: leaf.op for path, leaf in bridge_leaves(cfg).items()}
+    assert ops["layers.0.mixer.in_proj"] == "linear" and ops["layers.0.mixer.dt_proj"] == "", "dt_proj is read for its weight alone"
+
+
+def bridge_leaves(cfg: bridge.Config):
+    from treetune.core import tree
+
+    return dict(tree.items(MODELS[cfg.kind].abstract(cfg)))
