@@ -3,6 +3,7 @@
 `model_type` names the family. What a config computes is found out by a probe (`bridge_probe`), not from a list.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,14 @@ class Bridge:
     def to_files(self, cfg: dense.Config, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leaves by key in the layout in which transformers saves the model."""
         return bridge_files.saved(skeleton(_own(cfg)), leaves)
+
+
+@functools.cache
+def family(kind: str) -> Bridge:
+    """The family of a `model_type`. Raises KeyError where transformers has no causal language model of it."""
+    if not knows(kind):
+        raise KeyError(kind)
+    return Bridge(kind)
 
 
 def knows(kind: str) -> bool:

@@ -54,6 +54,8 @@ def prepare(
     **training: Unpack[dense.Training],
 ) -> Run:
     """A run over a batch."""
+    if training.get("routing"):
+        raise ValueError(f"the routers of {type(skeleton.model).__name__} are transformers' own: losses of routing are not computed for it")
     leaves = dict(tree.items(weights))
     outer = {
         path: _whole(leaf, path, skeleton, dtype) for path, leaf in leaves.items() if not path.startswith(f"{LAYERS}.") and path != HEAD

@@ -88,14 +88,12 @@ class Family(Protocol):
 
 
 class Families(dict[str, Family]):
-    """Families by name. A name that is no native family's is a `model_type` of transformers, whose own modules compute it."""
+    """The native families by name; any other name is a `model_type` of transformers, whose own modules compute it."""
 
     def __missing__(self, kind: str) -> Family:
         from treetune.models import bridge
 
-        if not bridge.knows(kind):
-            raise KeyError(kind)
-        return self.setdefault(kind, bridge.Bridge(kind))
+        return bridge.family(kind)
 
     def __contains__(self, kind: object) -> bool:
         from treetune.models import bridge

@@ -113,7 +113,8 @@ def test_wrong_weights_are_refused(oracle, tmp_path):
 def test_wrong_configs_are_refused(oracle, tmp_path):
     _, path = oracle("llama")
     for config, message in (
-        ({"model_type": "gpt_neox"}, "one of .*llama, mistral"),
+        ({"model_type": "gpt_neox"}, "not know of gpt_neox"),
+        ({"model_type": "no_such"}, "a causal language model of the installed transformers"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

@@ -206,7 +206,7 @@ WRONG = [
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("rope_theta", 0), ("rope_theta", "10000"), ("rope_theta", None),
     ("rope_parameters", {"rope_type": None}), ("rope_parameters", LLAMA3 | {"high_freq_factor": 1.0}),
     ("rope_parameters", LLAMA3 | {"factor": None}), ("rope_parameters", LLAMA3 | {"original_max_position_embeddings": 0}),
-    ("tie_word_embeddings", None), ("tie_word_embeddings", "yes"), ("initializer_range", -0.1), ("model_type", "gpt2"),
+    ("tie_word_embeddings", None), ("tie_word_embeddings", "yes"), ("initializer_range", -0.1), ("model_type", "no_such"),
     ("model_type", None), ("model_type", ["llama"]), ("layer_types", "full_attention"), ("hidden_act", None),
 ]  # fmt: skip
 
