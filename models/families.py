@@ -169,7 +169,7 @@ def logprobs_routed(
     model = MODELS[family]
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True})
-    rows, weight, rule = model.read(out.hidden, batch, lora), model.head(weights, cfg, lora), model.logit_map(cfg)
+    rows, weight, rule = model.read(out.hidden, batch, cfg, lora), model.head(weights, cfg, lora), model.logit_map(cfg)
     stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
     return stats, [logits[batch["at"]] for logits in out.routing]
 
