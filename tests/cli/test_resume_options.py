@@ -283,6 +283,7 @@ def kept():
 )
 def test_a_run_refuses_a_changed_option_or_lists_it_and_takes_it(command, name, kit, tiny, here, run, kept):
     own, both = _case(command, name, tiny)
+    (here / "watch.py").write_text("def watch(event, record):\n    pass\n")
     home = _saved(run, command, both, here, kept)
     shutil.rmtree(here / "run", ignore_errors=True)
     shutil.copytree(home, here / "run")
