@@ -174,7 +174,7 @@ def load_with_tensors(
         low, whole = adapter_tensors.read(tensors, config, model, headless=bool(names))
     except ValueError as error:
         raise ValueError(str(error) if str(root) in str(error) else f"{root}: {error}") from error
-    low = tree.map(lambda leaf: leaf.to(model.params["norm"].device, dtype), low)
+    low = tree.map(lambda leaf: leaf.to(model.params["embed_tokens"].device, dtype), low)
     info = Info(config.rank, config.alpha, config.rslora, config.dropout, config.base, list(lora.pairs(low)))
     like = dict(tree.items(model.params))
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())

@@ -120,7 +120,7 @@ def full(model: Model) -> Policy:
 def inference(model: Model, lora: Lora | None = None) -> tuple[Policy, TrainState]:
     """A policy that does not train, a model with or without an adapter on it: without its weights, and the state that holds them."""
     params = {} if lora is None else {"lora": lora.tree}
-    state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=model.params["norm"].device))
+    state = TrainState(params, {"model": model.params}, {}, {}, torch.tensor(0, device=model.params["embed_tokens"].device))
     return Policy(model.family, model.cfg, {}, {}, without_tree(lora)), state
 
 

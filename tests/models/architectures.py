@@ -206,12 +206,15 @@ def _layers(defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: [row[i] for row in rows] for i, name in enumerate(lists)} | {"num_hidden_layers": len(rows)}
 
 
-def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of the architecture in evaluation mode, with eager attention; no leaf starts neutral, which would hide one unused."""
+def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: Any = None) -> Any:
+    """A random model of the architecture in evaluation mode, with eager attention; no leaf starts neutral, which would hide one unused.
+
+    config: another one than the small config of the architecture.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny(model_type), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config or tiny(model_type), attn_implementation="eager").eval()
     with torch.no_grad():
         for leaf in model.parameters():
             if leaf.numel() > 1 and bool((leaf == leaf.flatten()[0]).all()):
