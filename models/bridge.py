@@ -31,19 +31,18 @@ UNBOUNDED = 1 << 20  # positions of a model without a largest one
 class Config(dense.Config):
     """Sizes that all families have, and the config.json as canonical JSON.
 
-    alone: why documents go through the model one at a time; empty where they are packed. widths: heads, key width and value width of each
-    layer.
+    reason: why documents are not packed. widths: heads, key width and value width of each layer.
     """
 
     kind: str = ""
     text: str = ""
-    alone: str = ""
+    reason: str = ""
     widths: tuple[tuple[int, int, int], ...] = ()
 
     @property
-    def keeps_ids(self) -> bool:
-        """Whether the sampler's cache holds the ids of tokens: no other state is kept of documents that go through one at a time."""
-        return bool(self.alone)
+    def alone(self) -> str:
+        """Why documents go through the model one at a time; empty where they are packed."""
+        return self.reason
 
     def cached(self, layer: int) -> tuple[int, int, int]:
         """What a layer keeps of a token: key/value heads, their key width and value width."""
@@ -206,7 +205,7 @@ def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Conf
         init_std=getattr(config, "initializer_range", None) or 0.02,
         kind=kind,
         text=text,
-        alone=facts.alone,
+        reason=facts.alone,
         widths=facts.widths,
         logit_scale=facts.logits.scale,
         logit_softcap=facts.logits.softcap,

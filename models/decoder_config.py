@@ -99,9 +99,14 @@ class Config:
         return float(torch.tensor(self.hidden_size**0.5, dtype=torch.float32).to(self.dtype)) if self.embed_sqrt else 1.0
 
     @property
+    def alone(self) -> str:
+        """Why documents go through the model one at a time; empty where they are packed."""
+        return ""
+
+    @property
     def keeps_ids(self) -> bool:
         """Whether the sampler's cache holds the ids of tokens in place of keys and values."""
-        return False
+        return bool(self.alone)
 
     @property
     def plain_attention(self) -> bool:

@@ -48,7 +48,8 @@ def describe_policy(policy: Policy, name: str) -> dict[str, str]:
     """Lines by name for a policy from the model of this name: its size, and what of it trains."""
     trained, total = param.count(policy.params), param.count(weights(policy.params, policy.frozen))
     leaves = len(tree.leaves(policy.params))
+    alone = f"one document at a time, prompts copied instead of shared: {policy.cfg.alone}" if policy.cfg.alone else ""
     return {
         "model": f"{name}: {policy.family}, {total / 1e6:.1f} M parameters, computes in {str(policy.cfg.dtype)[6:]}",
         "trains": f"{trained / 1e6:.2f} M parameters in {leaves} leaves ({100 * trained / total:.2f} %)",
-    }
+    } | ({"passes": alone} if alone else {})
