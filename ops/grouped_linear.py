@@ -3,7 +3,8 @@
 N rows sorted by group, E groups, I inputs, O outputs, r rank. `ends` [E] is where each group ends; groups may be empty, the last ends at N.
 Weights of experts are x [N, I], W [E, O, I], A [E, r, I], B [E, O, r]. 2 N I O flops, the weights of non-empty groups read once.
 Saved for backward: x, and the rank-r product. Every sum has one order, so results are repeatable.
-On the CPU a loop over groups, on CUDA `torch._grouped_mm` where it takes the operands: bfloat16, rows of a multiple of 16 bytes.
+On the CPU a loop over groups; on CUDA `torch._grouped_mm` where it takes the operands, bfloat16 rows of a multiple of 16 bytes, and
+Triton kernels elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import product
+from treetune.ops import backend, grouped_kernels, product
 
 
 def grouped_linear_ref(x: Tensor, weight: Tensor, ends: Tensor, adapter: dict | None = None, *, scale: float = 1.0) -> Tensor:
@@ -63,7 +64,9 @@ def _grouped(x: Tensor, inputs: int, outputs: int) -> bool:
 
 def rows_t(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """x_n W_e^T: x [N, I], w [E, O, I] -> [N, O]. Not differentiable: for the inside of autograd functions."""
-    return (rows_t_grouped if _grouped(x, w.shape[2], w.shape[1]) else rows_t_loop)(x, w, ends)
+    if _grouped(x, w.shape[2], w.shape[1]):
+        return rows_t_grouped(x, w, ends)
+    return (grouped_kernels.rows_t_triton if backend.use_triton(x) else rows_t_loop)(x, w, ends)
 
 
 def rows(g: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -73,7 +76,9 @@ def rows(g: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 def outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """g_e^T x_e: g [N, O], x [N, I] -> [E, O, I]. Not differentiable, likewise."""
-    return (outer_grouped if _grouped(x, x.shape[1], g.shape[1]) else outer_loop)(g, x, ends)
+    if _grouped(x, x.shape[1], g.shape[1]):
+        return outer_grouped(g, x, ends)
+    return (grouped_kernels.outer_triton if backend.use_triton(x) else outer_loop)(g, x, ends)
 
 
 class _GroupedLinear(torch.autograd.Function):

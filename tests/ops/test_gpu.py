@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treetune.ops import attention, linear_logprob, rms_norm, rope, swiglu
+from treetune.ops import attention, clamped_swiglu, grouped_linear, linear_logprob, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -30,6 +30,26 @@ def _check(kernel, plain, leaves, relative_error, slack=1.5):
 def test_rms_norm(relative_error):
     leaves = [_randn(1000, 2049), _randn(2049, seed=1)]
     _check(lambda x, s: rms_norm.rms_norm(x, s, eps=1e-5), lambda x, s: rms_norm.rms_norm_ref(x, s, eps=1e-5), leaves, relative_error)
+
+
+@pytest.mark.parametrize(("inner", "rank"), [(256, 8), (100, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_linear(relative_error, dtype, inner, rank):
+    """`torch._grouped_mm` and the Triton kernels: empty groups, one row alone, sizes that no tile divides."""
+    ends = torch.tensor([0, 300, 301, 301, 777, 777], device="cuda", dtype=torch.int32)
+    shapes = ((777, inner), (6, 192, inner), (6, rank, inner), (6, 192, rank))
+    leaves = [_randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+    def run(fn):
+        return lambda x, w, a, b: fn(x, w, ends, {"A": a, "B": b}, scale=0.5)
+
+    _check(run(grouped_linear.grouped_linear), run(grouped_linear.grouped_linear_ref), leaves, relative_error)
+
+
+def test_clamped_swiglu(relative_error):
+    sizes = {"alpha": 1.702, "limit": 2.0}
+    plain, kernel = clamped_swiglu.clamped_swiglu_ref, clamped_swiglu.clamped_swiglu
+    _check(lambda x: kernel(x, **sizes), lambda x: plain(x, **sizes), [_randn(1000, 514)], relative_error)
 
 
 def test_rope(relative_error):

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from treetune.ops import clamped_swiglu, geglu, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
+from treetune.ops import clamped_swiglu, geglu, grouped_kernels, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
 
 CASES = {
     "rms_norm": (rms_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", {"ONCE": False, "BLOCK": 4096}),
@@ -28,6 +28,14 @@ CASES = {
     "geglu_backward": (geglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "swiglu_backward": (swiglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
 }
+TILE = {"ROWS": grouped_kernels.ROWS, "COLS": grouped_kernels.COLS, "STEP": grouped_kernels.STEP}
+for dtype in ("fp32", "bf16"):
+    CASES[f"grouped_rows_{dtype}"] = (
+        grouped_kernels._rows_kernel,
+        f"*{dtype} *{dtype} *{dtype} *i32 *i32 *i32 i32 i32 i32 i32 i32 i32",
+        TILE,
+    )
+    CASES[f"grouped_outer_{dtype}"] = (grouped_kernels._outer_kernel, f"*{dtype} *{dtype} *{dtype} *i32 i32 i32", TILE)
 for flag in (False, True):
     CASES[f"stats_{flag}"] = (
         logprob_kernels._stats_kernel,
