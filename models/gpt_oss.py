@@ -30,6 +30,7 @@ YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     hf_rope.ORIGINAL: 4096,
 }  # fmt: skip
+MOST = 1e6  # of the gain and the bounds of the SwiGLU: more is a damaged file
 WITHOUT_EFFECT = (*hf_experts.WITHOUT_EFFECT, "experts_per_token", "initial_context_length")  # the last two are of its own code
 KNOWN = (*hf_experts.NAMES, "num_experts_per_tok", "swiglu_alpha", "swiglu_limit", *WITHOUT_EFFECT)
 DEFAULTS = hf_config.Defaults(
@@ -44,10 +45,17 @@ def config(hf: Fields) -> Config:
     default = ["full_attention" if index % 2 else "sliding_attention" for index in range(hf_config.layer_count(hf))]
     windows = hf_config.layer_windows(hf, hf_config.window(hf, 128), default)
     cfg = hf_config.read(hf, DEFAULTS, layer_windows=windows, attn_sinks=True, qkv_bias=True, o_bias=True, norm="olmo")
-    alpha, limit = (fields.number(hf, f"swiglu_{name}", default=value, above=0) for name, value in (("alpha", 1.702), ("limit", 7.0)))
+    clamp = _clamp(hf, "swiglu_alpha", 1.702), _clamp(hf, "swiglu_limit", 7.0)
     count, top_k = hf_experts.count(hf, 128), hf_experts.size(hf, "num_experts_per_tok", 4)
-    experts = moe.Experts(count, top_k, cfg.mlp_size, tuple(range(cfg.num_layers)), biased=True, clamp=(alpha, limit))
+    experts = moe.Experts(count, top_k, cfg.mlp_size, tuple(range(cfg.num_layers)), biased=True, clamp=clamp)
     return replace(cfg, experts=hf_experts.check(hf, experts))
+
+
+def _clamp(hf: Fields, name: str, default: float) -> float:
+    value = fields.number(hf, name, default=default, above=0)
+    if value > MOST:
+        raise fields.wrong(hf, name, f"a number above 0 and at most {MOST:g}")
+    return value
 
 
 def to_hf(cfg: Config) -> dict:

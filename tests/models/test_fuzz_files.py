@@ -85,7 +85,10 @@ def count(request):
     return sizes(request)
 
 
-OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("smollm3", "granite", "olmo3", "gemma", "gemma2")]
+OTHERS = [
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("smollm3", "granite", "olmo3", "gemma", "gemma2", "mixtral", "qwen3_moe", "gpt_oss")
+]
 
 
 @pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3", "phi3", "gemma3", *OTHERS])

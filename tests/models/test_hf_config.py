@@ -182,6 +182,7 @@ CHANGES_THE_FUNCTION = [
     ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
     ("gpt_oss", {"attention_bias": False}),
     ("gpt_oss", {"swiglu_limit": 0}),
+    ("gpt_oss", {"swiglu_alpha": 1e300}),
     ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}),
     ("gpt_oss", {"sliding_window": None}),
     ("qwen3_moe", {"moe_intermediate_size": 0}),
