@@ -103,7 +103,7 @@ def _calls(policy: Policy, extras: dict[str, Any], device: torch.device) -> dict
     sizes, collate = policies.bare(policy), batcher(policy.cfg, device, (pack.collate,))
 
     def save(state: TrainState, trained: Params, folder: Path, /) -> None:
-        policies.save(sizes, folder, params=trained, **extras)
+        policies.save(sizes, folder, params=trained, frozen=state.frozen if sizes.lora is None else {}, **extras)
 
     base = TrainState(policy.params if policy.lora is None else {}, policy.frozen, {}, {}, torch.tensor(0))
     of_base = documents.prompt_logprobs(policies.logprob(sizes._replace(lora=None)), collate)

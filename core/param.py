@@ -17,7 +17,7 @@ class Param(NamedTuple):
 
     `init` is "zeros", "ones", "normal:STD" or "kaiming" (uniform in +-1/sqrt(fan_in), what PEFT gives a LoRA A). `op` names what reads
     a matrix that a low-rank adapter may sit on: "linear" (y = x W^T in a layer), "embedding", "head", "router", or "experts", a stack of
-    matrices; empty for all other leaves.
+    matrices; empty for all other leaves. `trains` is false for what no gradient reaches whatever the data, as a router's bias of choice.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +25,7 @@ class Param(NamedTuple):
     axes: tuple[str, ...] = ()
     init: str = "normal:0.02"
     op: Literal["linear", "embedding", "head", "router", "experts", ""] = ""
+    trains: bool = True
 
 
 def seed_of(*parts: object) -> int:

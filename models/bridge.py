@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
@@ -228,4 +228,4 @@ def _param(parts: Skeleton, path: str, cfg: Config, dtype: torch.dtype) -> Param
     called = bridge_probe.facts(cfg.kind, cfg.text).called
     op = "embedding" if path == EMBEDDING else "linear" if path in parts.linears and path in called else ""
     init = f"normal:{cfg.init_std}" if leaf.ndim > 1 else "zeros" if path.endswith("bias") else "ones"
-    return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op)
+    return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op, isinstance(leaf, nn.Parameter))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from treetune.models import bridge_attention
+from treetune.models import bridge_attention, bridge_experts
 
 CPU = torch.device("cpu")
 LAYERS, EMBEDDING, HEAD, HEAD_BIAS = "layers", "embed_tokens", "lm_head", "lm_head_bias"
@@ -109,8 +109,9 @@ def _build(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torch.
     from transformers import AutoModelForCausalLM
 
     bridge_attention.register()
+    bridge_experts.register()
     config = hf_config(kind, text)
-    config._experts_implementation = "eager"
+    config._experts_implementation = bridge_experts.NAME
     options = {} if alone else {"attn_implementation": bridge_attention.NAME}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)

@@ -14,7 +14,7 @@ from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
 from treetune.models import decoder_attention, features
 from treetune.models.dense import Config
-from treetune.models.policy import Policy
+from treetune.models.policy import Policy, weights
 from treetune.ops.attention import Plan
 
 COPY = "features"  # the frozen tree that is the network where the model itself trains
@@ -89,7 +89,7 @@ def of_blocks(phi: Pooled, n: int, state: TrainState, grown: Batch, plan: Plan, 
 
 
 def _base(policy: Policy) -> Params:
-    return policy.params["model"] if policy.lora is None else policy.frozen["model"]
+    return weights(policy.params, policy.frozen) if policy.lora is None else policy.frozen["model"]
 
 
 def _copy(params: Params, cfg: Config, device: str | None) -> Params:

@@ -113,8 +113,11 @@ def bare(policy: Policy) -> Policy:
 
 
 def full(model: Model) -> Policy:
-    """The policy of a model that trains itself: float32 weights, nothing frozen."""
-    return Policy(model.family, model.cfg, {"model": tree.map(_master, model.params)}, {})
+    """The policy of a model that trains itself: float32 weights, nothing frozen but what no gradient reaches by nature."""
+    still = {path for path, leaf in tree.items(hf.abstract_of(model)) if not leaf.trains}
+    parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in still) == frozen] for frozen in (False, True)]
+    trained, frozen = (tree.from_items(part) for part in parts)
+    return Policy(model.family, model.cfg, {"model": tree.map(_master, trained)}, {"model": frozen} if frozen else {})
 
 
 def inference(model: Model, lora: Lora | None = None) -> tuple[Policy, TrainState]:
@@ -222,11 +225,14 @@ def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
         return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
 
     params = {name: put(part, shapes(part)) for name, part in policy.params.items()}
-    # Only the frozen model has named axes; what trains may be a part of a tree, and is sharded along its first dimension.
+    # Only a frozen model has named axes; what trains may be a part of a tree, and is sharded along its first dimension. What is frozen
+    # beside a model that trains is a few vectors, which every rank keeps.
     frozen = {}
     for name, part in policy.frozen.items():
-        sizes = hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part)
-        frozen[name] = put(part, sizes)
+        if name == "model" and policy.lora is None:
+            frozen[name] = part
+        else:
+            frozen[name] = put(part, hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part))
     return policy._replace(params=params, frozen=frozen)
 
 
@@ -353,17 +359,18 @@ def save(
     path: str | Path,
     *,
     params: Params | None = None,
+    frozen: Params | None = None,
     generation: dict[str, Any] | None = None,
     carried: Carried | None = None,
 ) -> None:
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one.
 
-    params: whole trained leaves, by default the policy's own. generation: the generation_config.json of a model. carried: what of the
+    params, frozen: whole leaves, by default the policy's own. generation: the generation_config.json of a model. carried: what of the
     tokenizer an adapter's folder holds, where the base model's is another. Raises RunFailed for weights that are not finite.
     """
     trained = policy.params if params is None else params
     if policy.lora is None:
-        model = Model(policy.family, policy.cfg, trained["model"])
+        model = Model(policy.family, policy.cfg, weights(trained, policy.frozen if frozen is None else frozen))
         artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation)
     elif policy.adapter is None:
         raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")

@@ -17,7 +17,7 @@ from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
 from treetune.models import Model, bare, loading, logprobs, tokenizer
 from treetune.models.fetch import Say, silent
-from treetune.models.policy import Policy, without_tree
+from treetune.models.policy import Policy, weights, without_tree
 from treetune.ops.attention import Plan
 
 NAME = "ref_logp"  # of a batch, and of the values of a document
@@ -74,7 +74,7 @@ def build(
         return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)}, mixer(every=pace.every, alpha=pace.alpha))
     if low is None:
         # Once they are computed, log-probs need no copy of the weights that they came from.
-        start = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
+        start = policy if precompute else _freeze(policy, ref=_cast(weights(policy.params, policy.frozen), policy.cfg.dtype))
         return Reference(_whole(sizes, run), start)
     if not trained_adapter:
         return Reference(_base(sizes, run), policy)
@@ -102,16 +102,16 @@ def _base(model: Model, run: Callable) -> RefLogp:
 
 def _whole(model: Model, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
-        weights = state.frozen["ref"] if "ref" in state.frozen else state.params["model"]
-        return run(model.family, model.cfg, weights, batch, plan).logp
+        whole = state.frozen["ref"] if "ref" in state.frozen else weights(state.params, state.frozen)
+        return run(model.family, model.cfg, whole, batch, plan).logp
 
     return logp
 
 
 def _started(model: Model, low: Lora, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
-        weights = tree.merge(state.frozen["model"], state.frozen.get("ref", {}))
-        return run(model.family, model.cfg, weights, batch, plan, lora=_quiet(low, state.frozen["ref_lora"])).logp
+        whole = tree.merge(state.frozen["model"], state.frozen.get("ref", {}))
+        return run(model.family, model.cfg, whole, batch, plan, lora=_quiet(low, state.frozen["ref_lora"])).logp
 
     return logp
 
@@ -119,9 +119,9 @@ def _started(model: Model, low: Lora, run: Callable) -> RefLogp:
 def _moving(model: Model, low: Lora | None, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
         copies = state.extra["ref"]
-        weights = tree.merge(state.frozen.get("model", {}), copies.get("model", {}))
+        whole = weights(copies, state.frozen)
         lora = None if low is None else _quiet(low, copies["lora"])
-        return run(model.family, model.cfg, weights, batch, plan, lora=lora).logp
+        return run(model.family, model.cfg, whole, batch, plan, lora=lora).logp
 
     return logp
 

@@ -58,6 +58,7 @@ LAZY = {
     "core/data/yamltext.py": {"yaml"},
     "models/adapter.py": {"safetensors"},
     "models/bridge_attention.py": {"transformers"},
+    "models/bridge_experts.py": {"transformers"},
     "models/bridge_files.py": {"transformers"},
     "models/bridge_skeleton.py": {"transformers"},
     "models/fetch.py": {"huggingface_hub", "safetensors"},

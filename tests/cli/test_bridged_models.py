@@ -10,7 +10,8 @@ spec = importlib.util.spec_from_file_location("architectures", Path(__file__).pa
 architectures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(architectures)
 VOCABULARY = ((r"(?:decoder_|unpadded_)?vocab_size(?:_per_layer_input)?", 260), (r"max_position_embeddings", 256))
-SHORT = ["--max-steps", 3, "--micro-batch-size", 2, "--learning-rate", 0.01, "--output-dir", "run", "--sample-prompt="]
+SHORT = ["--max-steps", 3, "--micro-batch-size", 2, "--learning-rate", 0.01, "--output-dir", "run"]
+QUIET = ["--sample-prompt="]
 LORA, FULL = ["--lora-r", 4], ["--adapter", "none"]
 METHODS = {
     "sft": ["sft", "--data", "chat.jsonl", "--sequence-len", 128, "--lora-dropout", 0.1, "--neftune-noise-alpha", 5, *LORA],
@@ -61,7 +62,7 @@ def rows(kit, here):
 
 
 def check(kit, here, tune, folder, method):
-    done = tune(*METHODS[method], "--model", folder, *SHORT)
+    done = tune(*METHODS[method], "--model", folder, *SHORT, *([] if method == "reward" else QUIET))
     assert done.code == 0, done
     losses = [record["train/loss"] for record in kit.metrics(here / "run") if "train/loss" in record]
     assert len(losses) >= 3 and all(math.isfinite(loss) for loss in losses)
@@ -87,7 +88,7 @@ def test_every_method_trains_every_kind(kit, here, tune, rows, bridged, kind, me
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["glm4", "deepseek_v3", "qwen3_5_text"])
 def test_a_killed_run_resumes_bit_for_bit(kit, here, forked, tune, rows, bridged, kind):
-    args = [*METHODS["sft"], "--model", bridged(kind), *SHORT, "--save-steps", 1]
+    args = [*METHODS["sft"], "--model", bridged(kind), *SHORT, *QUIET, "--save-steps", 1]
     assert tune(*args).code == 0
     whole = kit.left(here / "run", 3)
     (here / "run").rename(here / "whole")
