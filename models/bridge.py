@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,22 +32,28 @@ UNBOUNDED = 1 << 20  # positions of a model without a largest one
 class Config(dense.Config):
     """Sizes that all families have, and the config.json as canonical JSON.
 
-    reason: why documents are not packed. widths: heads, key width and value width of each layer.
+    reason: why documents are not packed. widths: for each call of attention of each layer its heads, key width and value width.
     """
 
     kind: str = ""
     text: str = ""
     reason: str = ""
-    widths: tuple[tuple[int, int, int], ...] = ()
+    widths: tuple[tuple[tuple[int, int, int], ...], ...] = ()
 
     @property
     def alone(self) -> str:
         """Why documents go through the model one at a time; empty where they are packed."""
         return self.reason
 
-    def cached(self, layer: int) -> tuple[int, int, int]:
-        """What a layer keeps of a token: key/value heads, their key width and value width."""
-        return self.widths[layer]
+    @property
+    def caches(self) -> tuple[tuple[int, int, int], ...]:
+        """Heads, key width and value width of what is kept of a token for each call of attention."""
+        return tuple(itertools.chain(*self.widths))
+
+    @property
+    def first_caches(self) -> tuple[int, ...]:
+        """The number of each layer's first cache, and of all; empty where documents go through one at a time."""
+        return () if self.reason else tuple(itertools.accumulate(map(len, self.widths), initial=0))
 
 
 class Bridge:
@@ -110,7 +117,8 @@ class Bridge:
     ) -> dense.Out:
         """Hidden states of a packed stream. Layers that `weights` lack are passed over."""
         parts = skeleton(_own(cfg), batch["tokens"].device)
-        run = bridge_forward.prepare(parts, weights, batch, cfg.dtype, plan=plan, lora=lora, cache=cache, collect=collect, **training)
+        kept = bridge_forward.Kept(cache, _own(cfg).first_caches)
+        run = bridge_forward.prepare(parts, weights, batch, cfg.dtype, plan=plan, lora=lora, kept=kept, collect=collect, **training)
         hidden = bridge_forward.one_by_one(run, batch) if _own(cfg).alone else bridge_forward.packed(run, batch)
         return dense.Out(hidden, run.features, cache)
 
@@ -130,10 +138,12 @@ class Bridge:
         """Scale and soft-cap of the product of hidden states and output matrix."""
         return dense.logit_map(cfg)
 
-    def read_files(self, root: Path, cfg: dense.Config, dtype: torch.dtype, device: torch.device | str) -> Params:
-        """The tree of a folder's weights, through transformers' own conversions of older layouts."""
+    def read_files(
+        self, root: Path, cfg: dense.Config, dtype: torch.dtype, device: torch.device | str, *, beside: Sequence[str] = ()
+    ) -> Params:
+        """The tree of a folder's weights, through transformers' own conversions of older layouts; with keys `beside`, without a head."""
         parts = skeleton(_own(cfg))
-        return tree.from_items(bridge_files.read(root, parts, dtype, device).items())
+        return tree.from_items(bridge_files.read(root, parts, dtype, device, beside=beside).items())
 
     def to_files(self, cfg: dense.Config, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leaves by key in the layout in which transformers saves the model."""
@@ -194,8 +204,8 @@ def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Conf
         mlp_size=_size(config, "intermediate_size") or 0,
         num_layers=len(parts.layers),
         num_heads=heads,
-        num_kv_heads=facts.widths[0][0] if facts.widths else _size(config, "num_key_value_heads") or heads,
-        head_dim=facts.widths[0][1] if facts.widths else _size(config, "head_dim") or max(hidden // heads, 1),
+        num_kv_heads=facts.widths[0][0][0] if facts.widths else _size(config, "num_key_value_heads") or heads,
+        head_dim=facts.widths[0][0][1] if facts.widths else _size(config, "head_dim") or max(hidden // heads, 1),
         max_positions=_size(config, "max_position_embeddings") or UNBOUNDED,
         tied=parts.leaves[HEAD] is parts.leaves[EMBEDDING],
         layer_windows=facts.windows,

@@ -44,6 +44,10 @@ class Heads(NamedTuple):
     sinks: Tensor | None
 
 
+class OwnMask(ValueError):
+    """A model makes a mask of its own."""
+
+
 Attend = Callable[[Heads], Tensor]  # -> [T, H, e]
 
 
@@ -109,8 +113,9 @@ def attend(
 def _window(module: nn.Module, attention_mask: Tensor | None) -> int | None:
     marked = getattr(attention_mask, "treetune_rule", None)
     if marked is None:
-        what = "no mask" if attention_mask is None else "a mask that it makes itself"
-        raise ValueError(f"{type(module).__name__} gives its attention {what}")
+        if attention_mask is None:
+            raise ValueError(f"{type(module).__name__} gives its attention no mask")
+        raise OwnMask(f"{type(module).__name__} gives its attention a mask that it makes itself")
     if marked.other:
         raise ValueError(f"{type(module).__name__} has a mask of the kind {marked.other}")
     return marked.window

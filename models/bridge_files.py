@@ -1,6 +1,7 @@
 """Weights of a bridged model from and to files, in the layouts that transformers reads and writes: it stacks experts, and unstacks them."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import torch
 from torch import Tensor
 
 from treetune.models import plain_model
-from treetune.models.bridge_skeleton import HEAD, Skeleton
+from treetune.models.bridge_skeleton import HEAD, HEAD_BIAS, Skeleton
 
 
-def read(root: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-    """{path: tensor} of a folder of safetensors. Raises ValueError for tensors that are missing, unexpected or of another shape."""
+def read(
+    root: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device | str, *, beside: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """{path: tensor} of a folder of safetensors; where it has the keys `beside`, of another head, without the language head.
+
+    Raises ValueError for tensors that are missing, unexpected or of another shape.
+    """
     from transformers import AutoModelForCausalLM
 
     with plain_model.without_bars():
@@ -21,19 +27,22 @@ def read(root: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.devic
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     model, seen = loaded
+    heads = [skeleton.keys[path] for path in (HEAD, HEAD_BIAS) if beside and path in skeleton.keys]
     for name, problem in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has besides those of its model"),
         ("mismatched_keys", "has in another shape"),
     ):
-        keys = {key if isinstance(key, str) else key[0] for key in seen.get(name, ())}
-        if keys := keys - skeleton.constants.keys() if name == "missing_keys" else keys:
+        keys = {key if isinstance(key, str) else key[0] for key in seen.get(name, ())} - set(beside)
+        keys -= {*skeleton.constants, *heads} if name == "missing_keys" else set()
+        if keys:
             raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     if odd := [key for key, value in skeleton.constants.items() if not torch.allclose(tensors[key].to(value), value)]:
         raise ValueError(f"{root}: {odd[0]} is not the table that config.json implies")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return {path: tensors[key].detach().to(device) for path, key in skeleton.keys.items() if not (tied and path == HEAD)}
+    left_out = {*heads} | ({skeleton.keys[HEAD]} if tied else set())
+    return {path: tensors[key].detach().to(device) for path, key in skeleton.keys.items() if key not in left_out}
 
 
 def saved(skeleton: Skeleton, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

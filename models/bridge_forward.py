@@ -4,7 +4,7 @@ T stream tokens, D hidden. The output matrix is no part of it: our own head read
 """
 
 import contextlib
-import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -24,6 +24,13 @@ from treetune.ops import attention
 from treetune.ops.attention_torch import Weighting
 
 
+class Kept(NamedTuple):
+    """The sampler's cache, and the number of each layer's first cache in it, and of all: a layer has one for each call of attention."""
+
+    cache: dense.Cache | None
+    first: tuple[int, ...]
+
+
 class Run(NamedTuple):
     """One forward pass: what its layers need besides their own weights. `outer` are whole leaves outside of layers."""
 
@@ -35,7 +42,7 @@ class Run(NamedTuple):
     adapters: Adapters
     noise: Tensor | None
     plan: attention.Plan | None
-    cache: dense.Cache | None
+    kept: Kept
     collect: Sequence[int]
     features: dict[int, Tensor]
     remat: str | None
@@ -49,7 +56,7 @@ def prepare(
     *,
     plan: attention.Plan | None = None,
     lora: Lora | None = None,
-    cache: dense.Cache | None = None,
+    kept: Kept,
     collect: Sequence[int] = (),
     **training: Unpack[dense.Training],
 ) -> Run:
@@ -63,7 +70,7 @@ def prepare(
     neftune = training.get("noise")
     noise = None if neftune is None else dense.embedding_noise(outer[EMBEDDING].shape[1], batch, neftune).to(dtype)
     adapters = _adapters(lora, batch, skeleton)
-    return Run(skeleton, dtype, weights, leaves, outer, adapters, noise, plan, cache, collect, {}, training.get("remat"))
+    return Run(skeleton, dtype, weights, leaves, outer, adapters, noise, plan, kept, collect, {}, training.get("remat"))
 
 
 def _whole(leaf: Tensor, path: str, skeleton: Skeleton, dtype: torch.dtype) -> Tensor:
@@ -89,27 +96,26 @@ def packed(run: Run, batch: dict) -> Tensor:
 
 def one_by_one(run: Run, batch: dict) -> Tensor:
     """Hidden states [T, D] of each document by itself; a branch goes through with a copy of what it sees of its trunk."""
-    if run.cache is not None:
-        run.cache.k[0][run.cache.rows, run.cache.slots] = batch["tokens"]
+    if (cache := run.kept.cache) is not None:
+        cache.k[0][cache.rows, cache.slots] = batch["tokens"]
         if run.plan is None:
-            return _again(run)
+            return _again(run, cache)
     parts, states = [], {layer: [] for layer in run.collect}
     for rows, own in _documents(batch):
         piece = run._replace(adapters=_rows_of(run.adapters, rows), noise=None if run.noise is None else run.noise[rows], features={})
-        parts.append(_through(piece, batch["tokens"][rows], batch["positions"][rows])[-own:])
+        parts.append(_through(piece, batch["tokens"][rows])[-own:])
         for layer, hidden in piece.features.items():
             states[layer].append(hidden[-own:])
     run.features.update({layer: torch.cat(hidden) for layer, hidden in states.items() if hidden})
     return torch.cat(parts)
 
 
-def _again(run: Run) -> Tensor:
+def _again(run: Run, cache: dense.Cache) -> Tensor:
     """Hidden states [R, D] of the last token of each row of a cache of ids."""
-    assert run.cache is not None
-    ids, ends = run.cache.k[0], (run.cache.slots + 1).tolist()
-    before = run.cache.before or [ids[0, :0]] * len(ends)
+    ids, ends = cache.k[0], (cache.slots + 1).tolist()
+    before = cache.before or [ids[0, :0]] * len(ends)
     texts = [torch.cat([first, ids[row, :end]]) for row, (first, end) in enumerate(zip(before, ends, strict=True))]
-    return torch.stack([_through(run, text, torch.arange(len(text), device=text.device))[-1] for text in texts])
+    return torch.stack([_through(run, text)[-1] for text in texts])
 
 
 def _rows_of(adapters: Adapters, rows: Tensor) -> Adapters:
@@ -130,13 +136,13 @@ def _documents(batch: dict) -> Iterator[tuple[Tensor, int]]:
                 yield rows.to(device), size
 
 
-def _through(run: Run, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Tokens [T] through the base model: [T, D]."""
+def _through(run: Run, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Tokens [T] through the base model: [T, D]. Without positions they are one document."""
     skeleton = run.skeleton
     layers = {id(layer): _lazy(layer, index, run) for index, layer in enumerate(skeleton.layers)}
     binding = Binding(skeleton, run.outer, run.adapters, None, run.noise)
     base = bridge_modules.bound(skeleton.base, binding, layers)
-    options = {"position_ids": positions[None]} if "position_ids" in inspect.signature(type(base).forward).parameters else {}
+    options = {} if positions is None else {"position_ids": positions[None]}
     return base(input_ids=tokens[None], use_cache=False, **options)[0][0]
 
 
@@ -158,14 +164,18 @@ def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
 
     def compute() -> Any:
         tensors = {path: _whole(leaf, path, run.skeleton, run.dtype) for path, leaf in needs.items()}
-        attend = partial(_attend, index=index, run=run)
-        return bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*args, **options)
+        calls = itertools.count(run.kept.first[index]) if run.kept.first else None
+        attend = None if calls is None else partial(_attend, calls=calls, run=run)
+        out = bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*args, **options)
+        if calls is not None and (number := next(calls)) != run.kept.first[index + 1]:
+            raise ValueError(f"layer {index} of {type(layer).__name__} has called attention {number - run.kept.first[index]} times")
+        return out
 
     # A rematerialised layer gathers its sharded leaves again by itself.
     with contextlib.nullcontext() if run.remat else shard.gathering_again(run.weights[LAYERS][index]):
         return grad.remat(compute, run.remat)()
 
 
-def _attend(heads: Heads, *, index: int, run: Run) -> Tensor:
+def _attend(heads: Heads, *, calls: Iterator[int], run: Run) -> Tensor:
     rule = Rule(heads.window, Weighting(heads.scale, heads.softcap, heads.sinks))
-    return decoder_attention.mix(heads.q, heads.k, heads.v, index, rule, plan=run.plan, cache=run.cache)
+    return decoder_attention.mix(heads.q, heads.k, heads.v, next(calls), rule, plan=run.plan, cache=run.kept.cache)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from treetune.models import bridge_modules, bridge_skeleton
+from treetune.models import bridge_attention, bridge_modules, bridge_skeleton
 from treetune.models.bridge_attention import CALL, Heads
 from treetune.models.bridge_skeleton import Skeleton
 from treetune.models.dense import LogitMap
@@ -28,15 +28,15 @@ MADE = 1 << 22  # a parameter of more elements is not made: the module that hold
 
 class Facts(NamedTuple):
     """alone: why documents go through the model one at a time, empty where they may be packed. logits: of the output matrix; bias: whether
-    it has one. For each layer its window, and heads and widths (K, d, e) of keys and values. softcap, sinks: of any layer. called:
-    paths of the linear layers that are called, and not read for their weight.
+    it has one. For each layer its window, and heads and widths (K, d, e) of keys and values of each of its calls of attention. softcap,
+    sinks: of any layer. called: paths of the linear layers that are called, and not read for their weight.
     """
 
     alone: str
     logits: LogitMap
     bias: bool
     windows: tuple[int | None, ...] = ()
-    widths: tuple[tuple[int, int, int], ...] = ()
+    widths: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     softcap: float | None = None
     sinks: bool = False
     called: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ def facts(kind: str, text: str) -> Facts:
         logits,
         bias,
         tuple(layer[0].window for layer in seen),
-        tuple((layer[0].k.shape[1], layer[0].k.shape[2], layer[0].v.shape[2]) for layer in seen),
+        tuple(tuple((call.k.shape[1], call.k.shape[2], call.v.shape[2]) for call in layer) for layer in seen),
         next((call.softcap for call in calls if call.softcap is not None), None),
         any(call.sinks is not None for call in calls),
         frozenset(plain.called),
@@ -113,11 +113,21 @@ def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> tuple[list[Tensor],
     try:
         runs = [_logits(stand_ins, tokens) for tokens in documents]
         later = _logits(stand_ins, torch.cat([documents[0][:-1], documents[0][:1]]))
+        _learn(stand_ins, documents[0])
     except Exception as error:  # whatever the model's own code raises
-        raise ValueError(f"{name} does not run on text alone: {_one_line(error)}") from error
+        raise ValueError(f"{name} does not run on text alone, or does not train in evaluation mode: {_one_line(error)}") from error
     if _differ(later.states[:-1], runs[0].states[:-1]):
         raise ValueError(f"{name} lets a token see later ones: it is no causal language model under this config.json")
     return [run.states for run in runs], _logit_map(runs[0], name), head.bias is not None
+
+
+def _learn(stand_ins: _StandIns, tokens: Tensor) -> None:
+    """Run a backward pass."""
+    with torch.enable_grad():
+        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins))
+        for leaf in base.parameters():
+            leaf.requires_grad_()
+        base(input_ids=tokens[None], use_cache=False)[0].sum().backward()
 
 
 class _Logits(NamedTuple):
@@ -177,10 +187,13 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
     try:
         states = _stream(stand_ins, documents, calls)
         changed = _stream(stand_ins, [documents[1].flip(0), documents[1]], [[] for _ in calls])
+    except bridge_attention.OwnMask as error:
+        raise ValueError(f"{error}, which may depend on later tokens of longer texts") from error
     except Exception as error:  # whatever the model's own code raises
         raise _Alone(str(error) if isinstance(error, ValueError) else _one_line(error)) from error
-    if odd := [number for number, layer in enumerate(calls) if len(layer) != 1]:
-        raise _Alone(f"layer {odd[0]} of {name} calls attention {len(calls[odd[0]])} times")
+    for number, layer in enumerate(calls):
+        if len({call.window for call in layer}) != 1:
+            raise _Alone(f"layer {number} of {name} calls attention {len(layer)} times, of {len({call.window for call in layer})} windows")
     if _differ(changed[SIZE:], states[SIZE:]):
         raise _Alone(f"{name} carries something from one document to the next")
     if _differ(states, torch.cat(plain)):
@@ -198,9 +211,16 @@ def _stream(stand_ins: _StandIns, documents: list[Tensor], calls: list[list[Head
         plan = attention.plan(stream, windows=(heads.window,), plain=False)
         return attention.attention(heads.q, heads.k, heads.v, plan, scale=heads.scale, softcap=heads.softcap, sinks=heads.sinks)
 
+    def once(copy: Any, layer: int, *args: Any, **options: Any) -> Any:
+        if calls[layer]:
+            raise ValueError(f"layer {layer} of {type(stand_ins.skeleton.base).__name__} runs several times")
+        return type(copy).forward(copy, *args, **options)
+
     copies: dict[int, Any] = {}
     for number, layer in enumerate(stand_ins.skeleton.layers):
-        copies[id(layer)] = bridge_modules.copied(layer, partial(_fill, stand_ins._replace(attend=partial(attend, layer=number))))
+        copy = bridge_modules.copied(layer, partial(_fill, stand_ins._replace(attend=partial(attend, layer=number))))
+        copies[id(layer)] = copy
+        copy.__dict__["forward"] = partial(once, copy, number)
     with torch.no_grad():
         base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins), copies)
         return base(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)[0][0]
@@ -220,7 +240,7 @@ def _fill(stand_ins: _StandIns, module: Any, copy: Any) -> None:
         inside["forward"], large = partial(_linear, stand_ins, module), True
     elif large:
         inside["forward"] = partial(_lookup, module.weight, number) if isinstance(module, nn.Embedding) else partial(_same_shape, number)
-    make: Callable[..., Tensor] = _flat if large else _made
+    make: Callable[..., Tensor] = _rows if large else _made
     inside["_parameters"] = {name: leaf if leaf is None else make(skeleton, leaf) for name, leaf in module._parameters.items()}
     inside[CALL] = stand_ins.attend
 
@@ -230,13 +250,14 @@ def _linear(stand_ins: _StandIns, module: Any, x: Tensor) -> Tensor:
     return _token_wise(module.out_features, _number(stand_ins.skeleton, module.weight), x)
 
 
-def _flat(skeleton: Skeleton, leaf: Tensor) -> Tensor:
-    """One value everywhere, of no size in memory: for what reads the weight of a module that has a stand-in."""
-    return torch.full((), 1 / max(leaf.shape[-1], 1), dtype=leaf.dtype).expand(leaf.shape)
-
-
 def _number(skeleton: Skeleton, leaf: Tensor) -> int:
     return skeleton.numbers[skeleton.paths[id(leaf)]]
+
+
+def _rows(skeleton: Skeleton, leaf: Tensor) -> Tensor:
+    """One value along each row, so of no size in memory: for what reads the weight of a module that has a stand-in."""
+    column = (_noise(leaf.shape[0], _number(skeleton, leaf)) / leaf.shape[-1]).to(leaf.dtype)
+    return column.view(-1, *(1,) * (leaf.ndim - 1)).expand(leaf.shape)
 
 
 def _made(skeleton: Skeleton, leaf: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     layers = _layers(base, getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None))
     renames = {names[id(layers)]: LAYERS, names[id(embedding)]: EMBEDDING, names[id(head)]: HEAD}
     tensors, constants = dict(_tensors(model)), _constants(model)
+    renames |= {key: HEAD_BIAS for key, leaf in tensors.items() if leaf is head.bias}  # which some have under another name
     tensors[f"{names[id(head)]}.weight"] = head.weight  # also where it is the embedding: a tied model may come to have its own
     if odd := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{type(model).__name__} has the table of integers {odd[0]}, which no optimiser can hold")
@@ -194,6 +195,10 @@ def _paths(tensors: dict[str, Tensor], renames: dict[str, str], home: str) -> di
         if path in paths:
             raise ValueError(f"{key} and {paths[path]} would both be the leaf {path}")
         paths[path] = key
+    for path in paths:
+        parts = path.split(".")
+        if within := [inside for size in range(1, len(parts)) if (inside := ".".join(parts[:size])) in paths]:
+            raise ValueError(f"{paths[path]} would stand inside the leaf {within[0]}")
     return paths
 
 

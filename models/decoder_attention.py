@@ -43,17 +43,13 @@ class Sizes(Protocol):
         ...
 
     @property
-    def num_layers(self) -> int:
-        """Layers, each with a cache."""
+    def caches(self) -> tuple[tuple[int, int, int], ...]:
+        """What is kept of a token for each layer: key/value heads, their key width and value width."""
         ...
 
     @property
     def keeps_ids(self) -> bool:
         """Whether the cache holds the ids of tokens in place of keys and values."""
-        ...
-
-    def cached(self, layer: int, /) -> tuple[int, int, int]:
-        """What a layer keeps of a token: key/value heads, their key width and value width."""
         ...
 
 
@@ -85,10 +81,9 @@ def buffers(cfg: Sizes, rows: int, slots: int, device: torch.device) -> tuple[li
     """The keys and the values of a cache before anything is written; or ids, for a model that keeps those."""
     if cfg.keeps_ids:
         return [torch.zeros(rows, slots, dtype=torch.int64, device=device)], []
-    sizes = [cfg.cached(layer) for layer in range(cfg.num_layers)]
     # Zeros, because a slot that is masked but not a number would still spoil the weighted sum.
-    k = [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, width, _ in sizes]
-    return k, [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, _, width in sizes]
+    k = [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, width, _ in cfg.caches]
+    return k, [torch.zeros(rows, slots, heads, width, dtype=cfg.dtype, device=device) for heads, _, width in cfg.caches]
 
 
 def plan(batch: dict, cfg: Sizes, *, device: torch.device | str | None = None) -> attention.Plan:

@@ -113,9 +113,10 @@ class Config:
         """Whether no layer has a soft-cap or sinks."""
         return self.attn_softcap is None and not self.attn_sinks
 
-    def cached(self, layer: int) -> tuple[int, int, int]:
-        """What a layer keeps of a token: key/value heads, their key width and value width."""
-        return self.num_kv_heads, self.head_dim, self.head_dim
+    @property
+    def caches(self) -> tuple[tuple[int, int, int], ...]:
+        """What is kept of a token for each layer: key/value heads, their key width and value width."""
+        return ((self.num_kv_heads, self.head_dim, self.head_dim),) * self.num_layers
 
 
 def abstract(cfg: Config, *, dtype: torch.dtype = torch.float32) -> Params:

@@ -103,7 +103,8 @@ def save(
     classes = _check(head, model.cfg, "the head to save")
     tokenizer = None if tokenizer is None else padding(tokenizer, model.cfg.vocab_size)
     leaves, config = hf.described(model, tokenizer)
-    leaves = {key: leaf for key, leaf in leaves.items() if key != hf.hf_key(model.family, "lm_head")}
+    head_key = hf.hf_key(model.family, "lm_head")
+    leaves = {key: leaf for key, leaf in leaves.items() if key not in (head_key, f"{head_key.removesuffix('weight')}bias")}
     leaves |= {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
     architecture = config["architectures"][0].replace("ForCausalLM", HEAD_KINDS[kind_name][0])
     config |= {"architectures": [architecture], "tie_word_embeddings": model.cfg.tied} | _labelled(labels, kind_name, classes)
@@ -127,7 +128,14 @@ def load(
     family, cfg = hf.read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
     sizes = dict(tree.items(MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)))
+    sizes.pop("lm_head_bias", None)
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
+    if (read := getattr(MODELS[family], "read_files", None)) is not None:
+        params, tensors = (
+            read(root, cfg, dtype, device, beside=list(score)),
+            hf.read_tensors(root, score, unread=hf.checked_keys(root), device=device),
+        )
+        return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
     wanted = hf_keys.sizes(family, sizes) | score

@@ -102,7 +102,7 @@ def load(
 
 def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
     if (read := getattr(MODELS[family], "read_files", None)) is not None:
-        _check_files(root)
+        checked_keys(root)
         return read(root, cfg, dtype, device)
     leaves = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
@@ -115,12 +115,14 @@ def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, devic
     return params
 
 
-def _check_files(root: Path) -> None:
-    """Raise ValueError for files of weights that cannot be read, are damaged, or hold other numbers than floats."""
+def checked_keys(root: Path) -> set[str]:
+    """The keys of a folder's tensors. Raises ValueError for files that cannot be read, are damaged, or hold other numbers than floats."""
     with ExitStack() as stack:
-        for key, file in _open(root, stack).items():
+        files = _open(root, stack)
+        for key, file in files.items():
             piece = file.get_slice(key)
             _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
+        return set(files)
 
 
 def parts(family: str, sizes: Params) -> expert_files.Parts:

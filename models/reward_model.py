@@ -115,7 +115,7 @@ def with_head(policy: Policy, *, classes: int, start: str | None = None, seed: i
         raise ValueError("no score depends on lm_head: leave it out of --lora-target-modules and --lora-modules-to-save")
     head = tree.map(lambda leaf: leaf.to(device), _head(policy, classes, start, seed))
     if policy.lora is None:
-        params["model"] = {name: part for name, part in params["model"].items() if name != "lm_head"}
+        params["model"] = {name: part for name, part in params["model"].items() if name not in ("lm_head", "lm_head_bias")}
     return policy._replace(params=params | {"head": head})
 
 

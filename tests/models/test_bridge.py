@@ -9,7 +9,7 @@ import torch
 
 from treetune.core import grad, lora, tree
 from treetune.core.lora import Lora
-from treetune.models import MODELS, certificate, certificate_checks, decoder_attention, hf, logprobs, plain_model
+from treetune.models import MODELS, certificate, certificate_checks, decoder_attention, heads, hf, logprobs, plain_model
 from treetune.models.dense import Neftune
 
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
@@ -152,3 +152,16 @@ def test_threads_do_not_disturb_each_other(folder):
         expected = certificate_checks.hidden(which, batch)
         assert all(torch.equal(hidden, expected) for hidden in results[name])
     assert not torch.equal(results["one"][0], results["other"][0])
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "phi"])
+def test_a_reward_model_is_saved_and_read(folder, tmp_path, kind):
+    """Experts are split in its files, and a bias of the language head goes with it."""
+    model = hf.load(folder(kind))
+    head = heads.init(model.cfg, 1, bias=False, seed=3)
+    batch = certificate_checks.pack(DOCUMENTS)
+    scores = heads.scores(kind, model.cfg, model.params, head, batch)
+    heads.save(tmp_path / "reward", model, head)
+    again, other = heads.load(tmp_path / "reward")
+    assert torch.equal(heads.scores(kind, again.cfg, again.params, other, batch), scores)
+    assert not [path for path, _ in tree.items(again.params) if path.startswith("lm_head")]
