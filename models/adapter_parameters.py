@@ -4,6 +4,7 @@ E experts, r rank, I inputs, O outputs. A stack of experts has A [E, r, I] and B
 [O, r E], the numbers of all experts side by side. Two adapted parameters of one module are wrapped one in the other, the later one outside.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from treetune.models.adapter_config import AdapterConfig
 NAMES = ("router", "experts.gate_up_proj", "experts.down_proj")  # of a layer, in the order of transformers' modules
 # Names of modules of transformers 4 that PEFT takes for these parameters in all layers, whatever the names in front of them.
 REWRITTEN = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+# Those of other families, by the conversion that transformers makes of their files and PEFT follows.
+CONVERSIONS = {"mixtral": REWRITTEN["mixtral"], "qwen2_moe": REWRITTEN["qwen3_moe"]}
+NO_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # PEFT refuses an adapter there
 STACKS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 INSIDE = ".base_layer"
 
@@ -28,6 +32,15 @@ def is_parameter(path: str) -> bool:
 def rewritten(family: str, name: str) -> bool:
     """Whether PEFT takes this name of a module for a parameter of experts."""
     return name.rpartition(".")[2] in REWRITTEN.get(family, ())
+
+
+@functools.cache
+def takes_none(kind: str) -> tuple[str, ...]:
+    """Last names of linear modules on which PEFT puts no adapter in a model of transformers of this `model_type`."""
+    from transformers import conversion_mapping
+
+    pattern = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, "")
+    return CONVERSIONS.get(pattern, ()) + (("out_proj",) if kind in NO_OUT_PROJ else ())
 
 
 def check(family: str, adapted: Sequence[str], *, dropout: float) -> None:

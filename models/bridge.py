@@ -18,7 +18,7 @@ from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import bridge_files, bridge_forward, bridge_probe, bridge_skeleton, dense, hf_config, hf_keys
+from treetune.models import adapter_parameters, bridge_files, bridge_forward, bridge_probe, bridge_skeleton, dense, hf_config, hf_keys
 from treetune.models.bridge_skeleton import EMBEDDING, HEAD, HEAD_BIAS, Skeleton
 from treetune.models.dense import LogitMap
 from treetune.ops import attention
@@ -235,7 +235,12 @@ def _param(parts: Skeleton, path: str, cfg: Config, dtype: torch.dtype) -> Param
     leaf = parts.leaves[path]
     shape = (cfg.vocab_size, *leaf.shape[1:]) if path in (EMBEDDING, HEAD_BIAS) else tuple(leaf.shape)
     axes = ("vocab", "embed") if path == EMBEDDING else ("embed", *("out",) * (leaf.ndim - 1))
-    called = bridge_probe.facts(cfg.kind, cfg.text).called
-    op = "embedding" if path == EMBEDDING else "linear" if path in parts.linears and path in called else ""
+    op = "embedding" if path == EMBEDDING else "linear" if _adaptable(parts, path, cfg) else ""
     init = f"normal:{cfg.init_std}" if leaf.ndim > 1 else "zeros" if path.endswith("bias") else "ones"
     return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op, isinstance(leaf, nn.Parameter))
+
+
+def _adaptable(parts: Skeleton, path: str, cfg: Config) -> bool:
+    """Whether an adapter may sit on a leaf: on a linear layer that is called as one, and that PEFT would adapt, too."""
+    taken = parts.keys[path].removesuffix(".weight").rpartition(".")[2] in adapter_parameters.takes_none(cfg.kind)
+    return path in parts.linears and path in bridge_probe.facts(cfg.kind, cfg.text).called and not taken

@@ -4,6 +4,7 @@ Parameters are on the meta device; buffers that no file holds (rotary frequencie
 without the prefix of the base model and without `.weight`; embedding, head and layers have the names that all families give them.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -91,10 +92,17 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     keys = _paths(tensors, renames, _home(names[id(layers)]))
     leaves = {path: tensors[key] for path, key in keys.items()}
     paths = {id(tensor): path for path, tensor in reversed(leaves.items())}
-    linears = frozenset(paths[id(module.weight)] for module in base.modules() if is_linear(module) and module is not head)
+    linears = _linears(model, paths) - {HEAD}
     numbers = {path: number for number, path in enumerate(keys)}
     needs = tuple(tuple(paths[id(tensor)] for _, tensor in _tensors(layer)) for layer in layers)
     return Skeleton(model, base, layers, embedding, keys, leaves, paths, numbers, linears, needs, _kept_wide(model, keys, dtype), constants)
+
+
+def _linears(model: nn.Module, paths: dict[int, str]) -> frozenset[str]:
+    """The paths of linear layers. A weight that several layers share is none: an adapter of PEFT sits on one of them."""
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    owners = collections.Counter(paths[id(module.weight)] for module in modules if is_linear(module))
+    return frozenset(path for path, count in owners.items() if count == 1)
 
 
 def _base(model: Any) -> Any:

@@ -57,6 +57,7 @@ LAZY = {
     "core/run/provenance.py": {"yaml"},
     "core/data/yamltext.py": {"yaml"},
     "models/adapter.py": {"safetensors"},
+    "models/adapter_parameters.py": {"transformers"},
     "models/bridge_attention.py": {"transformers"},
     "models/bridge_experts.py": {"transformers"},
     "models/bridge_files.py": {"transformers"},

@@ -10,6 +10,7 @@ import torch
 from treetune.core import grad, lora, tree
 from treetune.core.lora import Lora
 from treetune.models import MODELS, certificate, certificate_checks, decoder_attention, heads, hf, logprobs, plain_model
+from treetune.models import adapter as adapters
 from treetune.models.dense import Neftune
 
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
@@ -165,3 +166,24 @@ def test_a_reward_model_is_saved_and_read(folder, tmp_path, kind):
     again, other = heads.load(tmp_path / "reward")
     assert torch.equal(heads.scores(kind, again.cfg, again.params, other, batch), scores)
     assert not [path for path, _ in tree.items(again.params) if path.startswith("lm_head")]
+
+
+# What PEFT would read as experts, weights that layers share, and projections of recurrent layers take no adapter.
+WITHOUT = {"phi": "none", "deepseek_v3": "gate_proj", "zamba2": "q_proj", "nemotron_h": "out_proj"}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_adapters_compute_the_same_in_peft(folder, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    model = hf.load(folder(kind))
+    paths = lora.match(hf.abstract_of(model), "all-linear")
+    assert paths and not [path for path in paths if path.endswith(WITHOUT[kind])]
+    pairs, generator = lora.init(hf.abstract_of(model), paths, rank=2, seed=0), torch.Generator().manual_seed(1)
+    low = Lora(tree.map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=generator), pairs), 2.0)
+    info = adapters.Info(2, 4.0, base=str(folder(kind)), paths=paths)
+    adapters.save(tmp_path / "adapter", low.tree, family=model.family, info=info, tied=model.cfg.tied)
+    theirs = peft.PeftModel.from_pretrained(plain_model.load(folder(kind)), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        ours = certificate_checks.logits(model, certificate_checks.pack([DOCUMENTS[1]]), low)
+        torch.testing.assert_close(ours, plain_model.logits(theirs, DOCUMENTS[1]), atol=1e-4, rtol=0)
+        assert (ours - certificate_checks.logits(model, certificate_checks.pack([DOCUMENTS[1]]))).abs().max() > 0.1
