@@ -20,7 +20,7 @@ from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, describe, fetch, hf, identity, loading, policy, products
+from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products
 from treetune.models import tokenizer as tokenizers
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
@@ -155,7 +155,9 @@ def _base_model(run: TrainRun) -> Model:
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
         return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device)
-    return loading.load_model(options.model, revision=options.revision, dtype=options.dtype, device=run.device, say=run.say)[0]
+    model, path = loading.load_model(options.model, revision=options.revision, dtype=options.dtype, device=run.device, say=run.say)
+    ranks.share(run.ranks, partial(certificate.ensure, path, model, say=run.say))
+    return model
 
 
 def adapter_spec(options: AdapterOptions) -> AdapterSpec:

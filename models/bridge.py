@@ -32,13 +32,15 @@ UNBOUNDED = 1 << 20  # positions of a model without a largest one
 class Config(dense.Config):
     """Sizes that all families have, and the config.json as canonical JSON.
 
-    reason: why documents are not packed. widths: for each call of attention of each layer its heads, key width and value width.
+    reason: why documents are not packed. widths: for each call of attention of each layer its heads, key width and value width. whole:
+    whether states are read behind what stands before the output matrix.
     """
 
     kind: str = ""
     text: str = ""
     reason: str = ""
     widths: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    whole: bool = False
 
     @property
     def alone(self) -> str:
@@ -165,7 +167,7 @@ def knows(kind: str) -> bool:
 
 def skeleton(cfg: Config, device: torch.device = bridge_skeleton.CPU) -> Skeleton:
     """The modules of a config, without weights."""
-    return bridge_skeleton.skeleton(cfg.kind, cfg.text, cfg.dtype, bool(cfg.alone), device)
+    return bridge_skeleton.skeleton(cfg.kind, cfg.text, cfg.dtype, bool(cfg.alone), device, cfg.whole)
 
 
 def _own(cfg: dense.Config) -> Config:
@@ -195,7 +197,7 @@ def _check(hf: Fields, whole: Any) -> None:
 
 def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Config:
     config = whole.get_text_config(decoder=True)
-    parts = bridge_skeleton.skeleton(kind, text, torch.float32, bool(facts.alone), bridge_skeleton.CPU)
+    parts = bridge_skeleton.skeleton(kind, text, torch.float32, bool(facts.alone), bridge_skeleton.CPU, facts.whole)
     rows, hidden = parts.leaves[HEAD].shape
     heads = _size(config, "num_attention_heads") or 1
     return Config(
@@ -217,6 +219,7 @@ def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Conf
         text=text,
         reason=facts.alone,
         widths=facts.widths,
+        whole=facts.whole,
         logit_scale=facts.logits.scale,
         logit_softcap=facts.logits.softcap,
     )

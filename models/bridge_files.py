@@ -19,10 +19,8 @@ def read(
 
     Raises ValueError for tensors that are missing, unexpected or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     with plain_model.without_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = type(skeleton.model).from_pretrained(
             root, config=copy.deepcopy(skeleton.model.config), dtype=dtype, use_safetensors=True, local_files_only=True,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip

@@ -138,12 +138,13 @@ def _documents(batch: dict) -> Iterator[tuple[Tensor, int]]:
 
 def _through(run: Run, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """Tokens [T] through the base model: [T, D]. Without positions they are one document."""
-    skeleton = run.skeleton
-    layers = {id(layer): _lazy(layer, index, run) for index, layer in enumerate(skeleton.layers)}
+    skeleton, seen = run.skeleton, bridge_modules.Reader()
+    copies: dict[int, Any] = {id(layer): _lazy(layer, index, run) for index, layer in enumerate(skeleton.layers)}
     binding = Binding(skeleton, run.outer, run.adapters, None, run.noise)
-    base = bridge_modules.bound(skeleton.base, binding, layers)
+    base = bridge_modules.bound(skeleton.base, binding, copies | {id(skeleton.head): seen})
     options = {} if positions is None else {"position_ids": positions[None]}
-    return base(input_ids=tokens[None], use_cache=False, **options)[0][0]
+    states = base(input_ids=tokens[None], use_cache=False, **options)[0][0]
+    return states if seen.states is None else seen.states[0]
 
 
 def _lazy(layer: Any, index: int, run: Run) -> Any:

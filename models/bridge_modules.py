@@ -40,6 +40,17 @@ class Binding(NamedTuple):
     noise: Tensor | None = None
 
 
+class Reader(nn.Module):
+    """What stands in place of an output matrix: it keeps its input [1, T, D], and gives a column of it."""
+
+    states: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, T, D] -> [1, T, 1]."""
+        self.states = x
+        return x[..., :1]
+
+
 def copied(module: nn.Module, fill: Fill, copies: dict[int, Any] | None = None) -> Any:
     """A copy of a module and of all inside it; one that stands in two places is copied once. The copy shares all other attributes."""
     copies = {} if copies is None else copies

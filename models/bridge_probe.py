@@ -7,7 +7,6 @@ T tokens, D hidden, V vocabulary.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,13 +22,16 @@ from treetune.ops import attention
 
 SIZE = 7  # tokens of each of the two documents: more than the taps of any short convolution
 TOLERANCE = 1e-4  # of states of size 1, in float32
+OWN_LOOPS = ("DbrxExperts", "JetMoeParallelExperts", "LongcatFlashExperts")  # experts outside of transformers' interface
+CHOICES = ("keep_window_size", "num_hashes")  # attributes of attention that chooses its keys by their values
 MADE = 1 << 22  # a parameter of more elements is not made: the module that holds it gets a stand-in
 
 
 class Facts(NamedTuple):
     """alone: why documents go through the model one at a time, empty where they may be packed. logits: of the output matrix; bias: whether
     it has one. For each layer its window, and heads and widths (K, d, e) of keys and values of each of its calls of attention. softcap,
-    sinks: of any layer. called: paths of the linear layers that are called, and not read for their weight.
+    sinks: of any layer. called: paths of the linear layers that are called, and not read for their weight. whole: whether more than a scale
+    stands between the base model and the output matrix, so that states are read behind it.
     """
 
     alone: str
@@ -40,19 +42,24 @@ class Facts(NamedTuple):
     softcap: float | None = None
     sinks: bool = False
     called: frozenset[str] = frozenset()
+    whole: bool = False
 
 
 @functools.lru_cache(maxsize=8)
 def facts(kind: str, text: str) -> Facts:
     """The facts of a config. Errors: ValueError for a model that is none of ours even one document at a time, with the reason."""
     documents = [torch.arange(SIZE) + 3, torch.arange(SIZE) * 2 + 5]
-    plain = _StandIns(_plain_skeleton(kind, text), set())
-    _check_indexers(plain.skeleton)
-    states, logits, bias = _plain(plain, documents)
+    plain = _StandIns(_plain_skeleton(kind, text, False), set())
+    _check_choices(plain.skeleton)
+    whole, runs = False, _plain(plain, documents)
+    if _differ(runs[0].read, _ratio(runs[0]) * runs[0].states):
+        whole, plain = True, _StandIns(_plain_skeleton(kind, text, True), set())
+        runs = _plain(plain, documents)
+    bias, logits = plain.skeleton.head.bias is not None, _logit_map(runs[0], type(plain.skeleton.model).__name__)
     try:
-        seen = _packed(_StandIns(_with_plans(kind, text), set()), documents, states)
+        seen = _packed(_StandIns(_with_plans(kind, text, whole), set()), documents, [run.states for run in runs])
     except _Alone as reason:
-        return Facts(str(reason), logits, bias, called=frozenset(plain.called))
+        return Facts(str(reason), logits, bias, called=frozenset(plain.called), whole=whole)
     calls = [call for layer in seen for call in layer]
     return Facts(
         "",
@@ -63,6 +70,7 @@ def facts(kind: str, text: str) -> Facts:
         next((call.softcap for call in calls if call.softcap is not None), None),
         any(call.sinks is not None for call in calls),
         frozenset(plain.called),
+        whole,
     )
 
 
@@ -79,55 +87,41 @@ class _Alone(Exception):
     """Why documents are not packed."""
 
 
-def _check_indexers(skeleton: Skeleton) -> None:
+def _check_choices(skeleton: Skeleton) -> None:
     """Raise ValueError for sparse attention that chooses its keys: equal scores fall otherwise in texts of another length."""
-    if odd := [name for name, _ in skeleton.base.named_modules() if name.rpartition(".")[2] == "indexer"]:
-        raise ValueError(
-            f"{type(skeleton.model).__name__} chooses the keys of its attention by an indexer ({odd[0]}), which is not computed"
-        )
+    name = type(skeleton.model).__name__
+    for path, module in skeleton.base.named_modules():
+        if path.rpartition(".")[2] == "indexer":
+            raise ValueError(f"{name} chooses the keys of its attention by an indexer ({path}), which is not computed")
+        if odd := [field for field in CHOICES if hasattr(module, field)]:
+            raise ValueError(f"{name} chooses the keys of its attention ({path}.{odd[0]}), which is not computed")
 
 
-def _plain_skeleton(kind: str, text: str) -> Skeleton:
+def _check_experts(skeleton: Skeleton) -> None:
+    """Raise _Alone for experts with a loop of their own, whose products have as many rows as tokens of all documents come to an expert."""
+    for path, module in skeleton.base.named_modules():
+        if type(module).__name__ in OWN_LOOPS:
+            raise _Alone(f"{type(module).__name__} ({path}) multiplies tokens of different documents together, which rounds them otherwise")
+
+
+def _plain_skeleton(kind: str, text: str, whole: bool) -> Skeleton:
     try:
-        return bridge_skeleton.skeleton(kind, text, torch.float32, True, bridge_skeleton.CPU)
+        return bridge_skeleton.skeleton(kind, text, torch.float32, True, bridge_skeleton.CPU, whole)
     except ValueError:
         raise
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"transformers builds no model of this config.json of {kind}: {_one_line(error)}") from error
 
 
-def _with_plans(kind: str, text: str) -> Skeleton:
+def _with_plans(kind: str, text: str, whole: bool) -> Skeleton:
     try:
-        return bridge_skeleton.skeleton(kind, text, torch.float32, False, bridge_skeleton.CPU)
+        return bridge_skeleton.skeleton(kind, text, torch.float32, False, bridge_skeleton.CPU, whole)
     except Exception as error:  # whatever the model's own code raises
         raise _Alone(f"{kind} takes no attention function of another name: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> tuple[list[Tensor], LogitMap, bool]:
-    """The states [T, D] of each document by itself, and what becomes of the output matrix's product."""
-    name, head = type(stand_ins.skeleton.model).__name__, stand_ins.skeleton.model.get_output_embeddings()
-    try:
-        runs = [_logits(stand_ins, tokens) for tokens in documents]
-        later = _logits(stand_ins, torch.cat([documents[0][:-1], documents[0][:1]]))
-        _learn(stand_ins, documents[0])
-    except Exception as error:  # whatever the model's own code raises
-        raise ValueError(f"{name} does not run on text alone, or does not train in evaluation mode: {_one_line(error)}") from error
-    if _differ(later.states[:-1], runs[0].states[:-1]):
-        raise ValueError(f"{name} lets a token see later ones: it is no causal language model under this config.json")
-    return [run.states for run in runs], _logit_map(runs[0], name), head.bias is not None
-
-
-def _learn(stand_ins: _StandIns, tokens: Tensor) -> None:
-    """Run a backward pass."""
-    with torch.enable_grad():
-        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins))
-        for leaf in base.parameters():
-            leaf.requires_grad_()
-        base(input_ids=tokens[None], use_cache=False)[0].sum().backward()
 
 
 class _Logits(NamedTuple):
@@ -141,26 +135,53 @@ class _Logits(NamedTuple):
 GRID = torch.tensor([-1e6, -80.0, -30.0, -5.0, -1.0, -0.1, 0.0, 0.1, 1.0, 5.0, 30.0, 80.0, 1e6])
 
 
+def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> list[_Logits]:
+    """A run of each document by itself."""
+    name = type(stand_ins.skeleton.model).__name__
+    try:
+        runs = [_logits(stand_ins, tokens) for tokens in documents]
+        later = _logits(stand_ins, torch.cat([documents[0][:-1], documents[0][:1]]))
+        _learn(stand_ins, documents[0])
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{name} does not run on text alone, or does not train in evaluation mode: {_one_line(error)}") from error
+    if _differ(later.states[:-1], runs[0].states[:-1]):
+        raise ValueError(f"{name} lets a token see later ones: it is no causal language model under this config.json")
+    return runs
+
+
+def _learn(stand_ins: _StandIns, tokens: Tensor) -> None:
+    """Run a backward pass."""
+    with torch.enable_grad():
+        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins))
+        for leaf in base.parameters():
+            leaf.requires_grad_()
+        base(input_ids=tokens[None], use_cache=False)[0].sum().backward()
+
+
 def _logits(stand_ins: _StandIns, tokens: Tensor) -> _Logits:
     seen: dict[str, Tensor] = {}
-    whole, base = stand_ins.skeleton.model, stand_ins.skeleton.base
+    skeleton = stand_ins.skeleton
 
     def output(x: Tensor) -> Tensor:
         seen["read"] = x[0]
         return GRID.expand(*x.shape[:-1], -1)
 
     with torch.no_grad():
-        states = bridge_modules.copied(base, partial(_fill, stand_ins))(input_ids=tokens[None], use_cache=False)[0]
-        model = bridge_modules.copied(whole, partial(_fill, stand_ins._replace(others={id(whole.get_output_embeddings()): output})))
+        model = bridge_modules.copied(skeleton.model, partial(_fill, stand_ins._replace(others={id(skeleton.head): output})))
         logits = model(input_ids=tokens[None], use_cache=False).logits
+        if skeleton.base is skeleton.model:
+            return _Logits(seen["read"], seen["read"], logits[0].float())
+        states = bridge_modules.copied(skeleton.base, partial(_fill, stand_ins))(input_ids=tokens[None], use_cache=False)[0]
     return _Logits(states[0], seen["read"], logits[0].float())
+
+
+def _ratio(run: _Logits) -> float:
+    """The scale between the states of the base model and what the output matrix reads."""
+    return float((run.read * run.states).sum() / (run.states * run.states).sum())
 
 
 def _logit_map(run: _Logits, name: str) -> LogitMap:
     """c tanh(s z / c) or s z from its values on the grid."""
-    before = float((run.read * run.states).sum() / (run.states * run.states).sum())
-    if _differ(run.read, before * run.states):
-        raise ValueError(f"{name} does more between its hidden states and its output matrix than scale them")
     values = run.logits[0].double()
     unit, most = float(values[GRID == 1.0]), float(values[-1])
     if abs(most - unit * 1e6) <= 1e-3 * abs(most):
@@ -170,14 +191,14 @@ def _logit_map(run: _Logits, name: str) -> LogitMap:
     expected = scale * GRID.double() if cap is None else cap * torch.tanh(scale * GRID.double() / cap)
     if not torch.allclose(values, expected, rtol=1e-4, atol=1e-4):
         raise ValueError(f"{name} makes its logits in a way that is neither a scale nor a soft-cap")
-    return LogitMap(scale * before, cap)
+    return LogitMap(scale * _ratio(run), cap)
 
 
 def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) -> list[list[Heads]]:
     """The calls of attention of each layer. Errors: _Alone where the stream of two documents is not the two by themselves."""
     skeleton = stand_ins.skeleton
     name = type(skeleton.base).__name__
-    if "position_ids" not in inspect.signature(type(skeleton.base).forward).parameters:
+    if not bridge_skeleton.takes_positions(skeleton.base):
         raise _Alone(f"{name} takes no positions")
     rope = getattr(skeleton.base.config, "rope_parameters", None) or {}
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
@@ -190,15 +211,24 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
     except bridge_attention.OwnMask as error:
         raise ValueError(f"{error}, which may depend on later tokens of longer texts") from error
     except Exception as error:  # whatever the model's own code raises
-        raise _Alone(str(error) if isinstance(error, ValueError) else _one_line(error)) from error
-    for number, layer in enumerate(calls):
-        if len({call.window for call in layer}) != 1:
-            raise _Alone(f"layer {number} of {name} calls attention {len(layer)} times, of {len({call.window for call in layer})} windows")
+        raise _Alone(f"{name} over a packed stream: {error if isinstance(error, ValueError) else _one_line(error)}") from error
+    _check_calls(calls, name)
     if _differ(changed[SIZE:], states[SIZE:]):
         raise _Alone(f"{name} carries something from one document to the next")
     if _differ(states, torch.cat(plain)):
         raise _Alone(f"{name} computes something else over a packed stream")
+    _check_experts(skeleton)
     return calls
+
+
+def _check_calls(calls: list[list[Heads]], name: str) -> None:
+    """Raise _Alone unless every layer calls attention, and sees as far back in each of its calls."""
+    for number, layer in enumerate(calls):
+        windows = {call.window for call in layer}
+        if not layer:
+            raise _Alone(f"layer {number} of {name} keeps a state, or has an attention of its own")
+        if len(windows) > 1:
+            raise _Alone(f"layer {number} of {name} calls attention {len(layer)} times, of {len(windows)} windows")
 
 
 def _stream(stand_ins: _StandIns, documents: list[Tensor], calls: list[list[Heads]]) -> Tensor:
@@ -216,14 +246,16 @@ def _stream(stand_ins: _StandIns, documents: list[Tensor], calls: list[list[Head
             raise ValueError(f"layer {layer} of {type(stand_ins.skeleton.base).__name__} runs several times")
         return type(copy).forward(copy, *args, **options)
 
-    copies: dict[int, Any] = {}
+    seen = bridge_modules.Reader()
+    copies: dict[int, Any] = {id(stand_ins.skeleton.head): seen}
     for number, layer in enumerate(stand_ins.skeleton.layers):
         copy = bridge_modules.copied(layer, partial(_fill, stand_ins._replace(attend=partial(attend, layer=number))))
         copies[id(layer)] = copy
         copy.__dict__["forward"] = partial(once, copy, number)
     with torch.no_grad():
         base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins), copies)
-        return base(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)[0][0]
+        states = base(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)[0]
+    return states[0] if seen.states is None else seen.states[0]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

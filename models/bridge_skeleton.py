@@ -7,6 +7,7 @@ without the prefix of the base model and without `.weight`; embedding, head and 
 import collections
 import dataclasses
 import functools
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ LAYERS, EMBEDDING, HEAD, HEAD_BIAS = "layers", "embed_tokens", "lm_head", "lm_he
 
 
 class Skeleton(NamedTuple):
-    """A model of transformers without weights. `base` yields hidden states, `layers` are modules inside it.
+    """A model of transformers without weights. `base` yields hidden states, `layers` are modules inside it; a base that is the whole model
+    yields them as the input of its output matrix, `head`.
 
     keys: {path of a leaf: transformers' key}; leaves: {path: its tensor in the skeleton}; paths: {id of that tensor: path};
     numbers: {path: its number in the order of the files}; linears: paths of linear layers; needs: the leaves of each layer, shared ones
@@ -31,6 +33,7 @@ class Skeleton(NamedTuple):
 
     model: Any
     base: Any
+    head: nn.Module
     layers: nn.ModuleList
     embedding: nn.Module
     keys: dict[str, str]
@@ -74,10 +77,13 @@ def _special(value: dict[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torch.device) -> Skeleton:
-    """The skeleton of a config. alone: with transformers' own attention, which knows one document; else with that over a plan."""
+def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torch.device, whole: bool = False) -> Skeleton:
+    """The skeleton of a config. alone: with transformers' own attention, which knows one document; else with that over a plan.
+
+    whole: the base is the whole model, because it does more than scale states between its layers and its output matrix.
+    """
     model = _build(kind, text, dtype, alone, device)
-    base = _base(model)
+    base = model if whole else _base(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names or id(head) not in names or set(head._parameters) - {"weight", "bias"} or not is_linear(head):
@@ -86,7 +92,8 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     renames = {names[id(layers)]: LAYERS, names[id(embedding)]: EMBEDDING, names[id(head)]: HEAD}
     tensors, constants = dict(_tensors(model)), _constants(model)
     renames |= {key: HEAD_BIAS for key, leaf in tensors.items() if leaf is head.bias}  # which some have under another name
-    tensors[f"{names[id(head)]}.weight"] = head.weight  # also where it is the embedding: a tied model may come to have its own
+    # Both also where one is the other, since a tied model may come to have its own; the first is what a tied tensor is called.
+    tensors = {f"{names[id(embedding)]}.weight": embedding.weight} | tensors | {f"{names[id(head)]}.weight": head.weight}
     if odd := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{type(model).__name__} has the table of integers {odd[0]}, which no optimiser can hold")
     keys = _paths(tensors, renames, _home(names[id(layers)]))
@@ -95,7 +102,14 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     linears = _linears(model, paths) - {HEAD}
     numbers = {path: number for number, path in enumerate(keys)}
     needs = tuple(tuple(paths[id(tensor)] for _, tensor in _tensors(layer)) for layer in layers)
-    return Skeleton(model, base, layers, embedding, keys, leaves, paths, numbers, linears, needs, _kept_wide(model, keys, dtype), constants)
+    wide = _kept_wide(model, keys, dtype)
+    return Skeleton(model, base, head, layers, embedding, keys, leaves, paths, numbers, linears, needs, wide, constants)
+
+
+def takes_positions(base: Any) -> bool:
+    """Whether a module takes position ids, by name or among further keywords."""
+    taken = inspect.signature(type(base).forward).parameters
+    return "position_ids" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
 
 
 def _linears(model: nn.Module, paths: dict[int, str]) -> frozenset[str]:
@@ -214,7 +228,8 @@ def _renamed(name: str, renames: dict[str, str], home: str) -> str:
     for old, new in renames.items():
         if name == old or name.startswith((f"{old}.", f"{old}_")):
             return new + name[len(old) :]
-    return name.removeprefix(home)
+    first, dot, rest = name.removeprefix(home).partition(".")
+    return f"{first}_block.{rest}" if dot and first in (HEAD, EMBEDDING) else first + dot + rest  # those are leaves
 
 
 def is_linear(module: nn.Module) -> bool:

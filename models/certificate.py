@@ -18,6 +18,7 @@ import torch
 from treetune.core import fields, param
 from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, plain_model
 from treetune.models.certificate_checks import Check, Measure, Subject
+from treetune.models.fetch import Say, silent
 
 FORMAT = 1  # of the file; another one is measured again
 PASS, DIFFERENCE, STATED, LEFT_OUT = "PASS", "DIFFERENCE", "stated", "not measured"
@@ -31,6 +32,8 @@ LENGTHS = (24, 17, 11)  # tokens of the documents where there is no tokenizer
 LONGEST = 64  # tokens of a document, so that the work is bounded
 GRADIENT_TREES = 5  # float32 trees of weights in memory: two models, two gradients, and what is computed on the way
 WIDE_TREES = 10  # with two models and two gradients in float64
+FIRST_RUN = 10**9  # parameters up to which a first run measures gradients, too
+LATER = "left out before a run of so large a model; treetune check measures gradients"
 UNDECIDED = "rounding or error: float64, which would tell, does not fit into memory"
 
 
@@ -69,8 +72,28 @@ def differences(certificate: Certificate) -> list[Row]:
     return [row for row in certificate.rows if row.verdict == DIFFERENCE]
 
 
-def certify(path: Path, documents: Sequence[Sequence[int]] | None = None) -> Certificate:
-    """Measure the model of a folder on three documents, by default those of its tokenizer or seeded ids.
+def ensure(path: Path, model: Model, *, say: Say = silent) -> None:
+    """Say in a line how a model of transformers' modules was certified, by the certificate that is kept, or else by one made here.
+
+    Native families have tests of their own. Raises ValueError where a measure is over its limit.
+    """
+    if not isinstance(model.cfg, bridge.Config):
+        return
+    result = recall(identity.digest(model))
+    if result is None:
+        result = certify(path, gradients=param.count(model.params) <= FIRST_RUN)
+        keep(result)
+    if worse := differences(result):
+        row = worse[0]
+        raise ValueError(
+            f"{path} is not computed as transformers computes it: {row.name} {row.measure:.3g}, expected at most {row.limit:g}; "
+            f"treetune check {path} shows all measures"
+        )
+    say(f"certificate: {result.outcome}, {sum(row.verdict == PASS for row in result.rows)} measures within their limits")
+
+
+def certify(path: Path, documents: Sequence[Sequence[int]] | None = None, *, gradients: bool = True) -> Certificate:
+    """Measure the model of a folder on three documents, by default those of its tokenizer or seeded ids, with or without gradients.
 
     Raises ValueError where transformers cannot load the folder; a model that is refused here has a certificate that says so.
     """
@@ -80,25 +103,25 @@ def certify(path: Path, documents: Sequence[Sequence[int]] | None = None) -> Cer
     except ValueError as error:
         return Certificate(str(path), "", "", REFUSED, str(error), ())
     chosen = tuple(list(ids) for ids in documents) if documents else example_documents(path, model)
-    rows = tuple(measure_rows(path, model, chosen))
-    return Certificate(str(path), identity.digest(model), model.family, outcome(model), "", rows)
+    rows = tuple(measure_rows(path, model, chosen, gradients=gradients))
+    return Certificate(str(path), identity.digest(model), model.family, *outcome(model), rows)
 
 
-def outcome(model: Model) -> str:
-    """How the model is computed."""
+def outcome(model: Model) -> tuple[str, str]:
+    """How the model is computed, and why where that is one document at a time."""
     if not isinstance(model.cfg, bridge.Config):
-        return NATIVE
-    return ALONE if model.cfg.alone else BRIDGED
+        return NATIVE, ""
+    return (ALONE, model.cfg.alone) if model.cfg.alone else (BRIDGED, "")
 
 
-def measure_rows(path: Path, model: Model, documents: tuple[list[int], ...]) -> Iterator[Row]:
+def measure_rows(path: Path, model: Model, documents: tuple[list[int], ...], *, gradients: bool = True) -> Iterator[Row]:
     """The rows of all checks, in float32; what rounding may have brought over its limit is measured again in float64."""
     with fields.reading(f"transformers' model of {path}"):
         subject = Subject(model, plain_model.load(path), documents)
     wide: list[Subject] = []
     for check in certificate_checks.CHECKS:
-        if check.gradients and not _fits(model, GRADIENT_TREES):
-            yield _unmeasured(check, LEFT_OUT, "gradients of both models do not fit into memory")
+        if check.gradients and not (gradients and _fits(model, GRADIENT_TREES)):
+            yield _unmeasured(check, LEFT_OUT, "gradients of both models do not fit into memory" if gradients else LATER)
             continue
         try:
             yield from _rows(check, subject, wide, path)

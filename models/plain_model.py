@@ -53,6 +53,12 @@ def gradients(plain: Any, documents: Sequence[Sequence[int]]) -> tuple[float, di
     plain.zero_grad(set_to_none=True)
     value = loss(plain, documents)
     value.backward()
-    grads = {name: leaf.grad for name, leaf in plain.named_parameters() if leaf.grad is not None}
+    # A head that is the embedding goes by the name of that, though some models name the head first.
+    embedding = plain.get_input_embeddings()
+    shared = {
+        name for name, module in plain.named_modules() if getattr(module, "weight", None) is embedding.weight and module is not embedding
+    }
+    named = [(name, leaf) for name, leaf in plain.named_parameters(remove_duplicate=False) if name.removesuffix(".weight") not in shared]
+    grads = {name: leaf.grad for name, leaf in {id(leaf): (name, leaf) for name, leaf in reversed(named)}.values() if leaf.grad is not None}
     # A family may keep in one leaf what its files hold in many, such as experts: the conversion is linear, so gradients take it too.
     return value.item(), revert_weight_conversion(plain, grads)

@@ -1,10 +1,13 @@
 """Every method on models that transformers' modules compute: packed, and one document at a time."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
 import pytest
+
+from treetune.models import certificate
 
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parents[1] / "models" / "architectures.py")
 architectures = importlib.util.module_from_spec(spec)
@@ -76,6 +79,29 @@ def test_a_method_trains_it(kit, here, tune, rows, bridged, kind, method):
     if method == "grpo":
         apart = [record[name] for record in kit.metrics(here / "run") if (name := "sampling/sampling_logp_difference/max") in record]
         assert len(apart) == 3 and max(apart) <= 5e-5, "the sampler's log-probs are the trainer's"
+
+
+def test_the_first_run_certifies_and_later_ones_remember(tune, here, rows, bridged, monkeypatch):
+    monkeypatch.setenv("TREETUNE_HOME", str(here / "home"))
+    begin = ["sft", "--data", "chat.jsonl", "--sequence-len", 128, *LORA, "--model", bridged("glm4"), *SHORT[:6], "--sample-prompt="]
+    made, certify = [], certificate.certify
+    monkeypatch.setattr(certificate, "certify", lambda *args, **options: made.append(args) or certify(*args, **options))
+    lines = []
+    for name in ("a", "b"):
+        done = tune(*begin, "--output-dir", name)
+        assert done.code == 0, done
+        lines += [line for line in done.out.splitlines() if line.startswith("certificate: bridged, 11 measures within their limits")]
+    assert len(lines) == 2 and len(made) == 1
+    kept = next((here / "home/certificates").glob("*.json"))
+    entry = json.loads(kept.read_text())
+    entry["rows"][0][1:4] = [0.5, 1e-4, "DIFFERENCE"]
+    kept.write_text(json.dumps(entry))
+    refused = tune(*begin, "--output-dir", "c")
+    assert (
+        refused.code == 2
+        and "logits 0.5, expected at most 0.0001; treetune check" in refused.err
+        and not (here / "c/metrics.jsonl").exists()
+    )
 
 
 @pytest.mark.slow

@@ -52,9 +52,11 @@ def certify(model_type: str, folder: Path) -> Result:
     models = small_models()
     if model_type in models.ABSENT:
         return Result(model_type, "refused", models.ABSENT[model_type])
-    models.build(model_type).save_pretrained(folder)
+    models.save(model_type, folder)
     result = certificate.certify(folder, certificate.seeded_documents(models.VOCABULARY))
     reason = re.sub(rf"(?:the model )?{re.escape(str(folder))}(?:/config\.json)?:? ?", "", result.reason)
+    if "TREETUNE_TRACEBACK" in reason:
+        return Result(model_type, "fails: an unforeseen error", reason)
     if worse := certificate.differences(result):
         return Result(model_type, f"fails: {', '.join(row.name for row in worse)}", reason, tuple(certificate.describe(result)))
     return Result(model_type, result.outcome, reason, tuple(certificate.describe(result)))

@@ -92,8 +92,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "minimax": {f"{part}_{factor}_factor": 0.75 for part in ("full_attn", "linear_attn", "mlp") for factor in ("alpha", "beta")},
     "ministral": {"head_dim": 16},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "n_groups": 2},
+    "phi4_multimodal": {
+        "vision_config": {"num_hidden_layers": 1, "hidden_size": 16, "image_size": 56, "crop_size": 56, "patch_size": 14},
+        "audio_config": {
+            "num_blocks": 1, "hidden_size": 16, "nemo_conv_channels": 8, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16,
+        },
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
         "ple_layer_ids": [1], "ple_embed_dim": 16, "ngram_vocab_size_base": 50, "heads_per_ngram": 2, "split_ngram_parts": 2,
@@ -220,3 +227,11 @@ def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
             if leaf.numel() > 1 and bool((leaf == leaf.flatten()[0]).all()):
                 leaf.add_(0.1 * torch.randn(leaf.shape))
     return model.to(dtype)
+
+
+def save(model_type: str, folder: Any) -> None:
+    """Write the folder of a small model, under the config of its `model_type` where AutoModelForCausalLM takes a part of it."""
+    model = build(model_type)
+    model.save_pretrained(folder)
+    if model.config.model_type not in model_types():
+        tiny(model_type).save_pretrained(folder)

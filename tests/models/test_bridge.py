@@ -19,7 +19,8 @@ spec.loader.exec_module(architectures)
 
 # Windows on some layers; latent attention with narrow values, and experts; sinks; a soft-cap of the logits; a bias of the head;
 # parallel blocks with fused projections; ALiBi and recurrent layers, whose documents go through one at a time.
-WORKING = ("cohere2", "deepseek_v3", "granite_swa", "nanochat", "phi", "gpt_neox", "bloom", "qwen3_next")
+# The last has layers behind its base model.
+WORKING = ("cohere2", "deepseek_v3", "granite_swa", "nanochat", "phi", "gpt_neox", "bloom", "qwen3_next", "modernbert-decoder")
 SLOW = (
     "starcoder2", "glm4", "exaone4", "stablelm", "nemotron", "ernie4_5", "olmoe", "bitnet", "gemma4_text", "mimo_v2_flash", "minicpm3",
     "qwen2_moe", "glm4_moe", "helium", "seed_oss", "apertus", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "llama4_text", "qwen3_5_text",
@@ -52,6 +53,16 @@ def check(path, kind):
 @pytest.mark.parametrize("kind", WORKING)
 def test_it_equals_transformers_and_itself(folder, kind):
     check(folder(kind), kind)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "ernie4_5_moe"])
+def test_tokens_of_other_documents_at_an_expert_change_no_bit(folder, kind):
+    model = hf.load(folder(kind))
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        documents = tuple(torch.randint(20, 200, (size,), generator=generator).tolist() for size in (5, 3, 4))
+        subject = certificate_checks.Subject(model, None, documents)
+        assert [measure.value for measure in certificate_checks.isolate_documents(subject)] == [0.0], seed
 
 
 @pytest.mark.slow

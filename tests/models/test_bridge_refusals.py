@@ -30,10 +30,10 @@ def read(kind, **changes):
         ("glm4", {"num_attention_heads": "four"}, "refuses this config.json of glm4.*num_attention_heads"),
         ("glm4", {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number of at most"),
         ("bert", {"is_decoder": False}, "lets a token see later ones"),
-        ("bert", {"is_decoder": True}, "does more between its hidden states and its output matrix"),
         ("dory", {}, "its head is no linear layer"),
         ("rwkv", {}, "does not run on text alone"),
-        ("doge", {}, "a mask that it makes itself"),
+        ("doge", {}, "chooses the keys of its attention .*keep_window_size"),
+        ("reformer", {}, "chooses the keys of its attention .*num_hashes"),
         ("deepseek_v32", {}, "indexer"),
         ("glm_moe_dsa", {}, "indexer"),
     ],
@@ -49,8 +49,10 @@ def test_what_is_not_computed_is_refused(kind, changes, message):
     "kind,changes,reason",
     [
         ("llama4_text", {}, "chunked_overlay"),
-        ("bloom", {}, "takes no positions"),
-        ("qwen3_next", {}, "calls attention 0 times"),
+        ("bloom", {}, "keeps a state, or has an attention of its own"),
+        ("roberta", {}, "computes something else over a packed stream"),
+        ("jetmoe", {}, "multiplies tokens of different documents together"),
+        ("qwen3_next", {}, "keeps a state, or has an attention of its own"),
         ("hrm_text", {}, "runs several times"),
         ("falcon", {}, "no attention function of another name"),
         ("inkling_text", {}, "position_bias"),
@@ -60,6 +62,13 @@ def test_what_is_not_computed_is_refused(kind, changes, message):
 def test_what_cannot_be_packed_goes_one_document_at_a_time(kind, changes, reason):
     cfg = read(kind, **changes)
     assert reason in cfg.alone and cfg.keeps_ids
+
+
+def test_states_are_read_behind_what_stands_before_the_output_matrix():
+    cfg = read("modernbert-decoder")
+    assert cfg.whole and not cfg.alone and not read("glm4").whole
+    leaves = bridge_leaves(cfg)
+    assert leaves["lm_head_block.dense"].op == "linear" and leaves["lm_head_bias"].shape == (architectures.VOCABULARY,)
 
 
 def test_a_mask_of_a_window_reaches_the_layers_that_have_it():
