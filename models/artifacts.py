@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from treetune.core import check, tree
+from treetune.core import check
 from treetune.core.param import Params
 from treetune.core.run.errors import RunFailed
-from treetune.models import Model, adapter, heads, hf
+from treetune.models import Model, adapter, families, heads, hf
 from treetune.models.adapter import Carried, Info
 
 
@@ -19,7 +19,7 @@ def save_model(
     """
     dtype = model.cfg.dtype
     # float32 reaches further than bfloat16 rounds to.
-    saved = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), model.params))
+    saved = model._replace(params=families.whole(model))
     if not check.finite(saved.params):
         bad, name = check.not_finite(saved.params)[0], str(dtype).removeprefix("torch.")
         raise RunFailed(f"{bad} is not finite in {name}: {path} was not saved; lower learning_rate, or compute in float32")

@@ -140,6 +140,10 @@ class Bridge:
         """Scale and soft-cap of the product of hidden states and output matrix."""
         return dense.logit_map(cfg)
 
+    def wide(self, cfg: dense.Config) -> Mapping[str, torch.dtype]:
+        """The dtypes of leaves that are not computed with in that of the model, by path."""
+        return skeleton(_own(cfg)).wide
+
     def read_files(
         self, root: Path, cfg: dense.Config, dtype: torch.dtype, device: torch.device | str, *, beside: Sequence[str] = ()
     ) -> Params:

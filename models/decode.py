@@ -14,7 +14,7 @@ from torch import Tensor
 from treetune.core import shard
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decoder_attention, dense
+from treetune.models import MODELS, Model, decoder_attention, dense, families
 from treetune.ops import noise, product
 
 
@@ -84,7 +84,7 @@ def sample(
     """
     draw = Draw(**options)
     _check(model, prompts, n, max_new_tokens, draw)
-    weights = shard.gather_all(model.params, model.cfg.dtype)
+    weights = families.whole(model)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
     live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
     family, device = MODELS[model.family], live.hidden.device

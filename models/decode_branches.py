@@ -17,7 +17,7 @@ from torch import Tensor
 from treetune.core import shard, strided
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decode, decoder_attention, dense
+from treetune.models import MODELS, Model, decode, decoder_attention, dense, families
 from treetune.models.decoder_attention import Rule
 from treetune.ops import attention_torch, noise
 from treetune.ops.attention_torch import Weighting
@@ -73,7 +73,7 @@ def branches(
     """
     draw, count = decode.Draw(**options), anchors.start.shape[0] * n
     _check(model, batch, anchors, n, draw)
-    weights = shard.gather_all(model.params, model.cfg.dtype)
+    weights = families.whole(model)
     quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
     device, length = weights["embed_tokens"].device, anchors.length
     if count == 0:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, Unpack
 import torch
 from torch import Tensor
 
+from treetune.core import shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
@@ -113,6 +114,15 @@ class Model(NamedTuple):
     family: str
     cfg: Config
     params: Params
+
+
+def whole(model: Model) -> Params:
+    """The weights gathered, each in the dtype that the model computes with it in."""
+    # A family of transformers' modules keeps some in float32 whatever the others are.
+    wide = getattr(MODELS[model.family], "wide", lambda cfg: {})(model.cfg)
+    if not wide:
+        return shard.gather_all(model.params, model.cfg.dtype)
+    return tree.from_items((path, shard.gather(leaf, wide.get(path, model.cfg.dtype))) for path, leaf in tree.items(model.params))
 
 
 def bare(model: Model) -> Model:
