@@ -1,5 +1,6 @@
 """What training leaves behind for treetune, transformers, PEFT and vLLM to load: a model or an adapter folder, with a head if any."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ from treetune.models.adapter import Carried, Info
 
 
 def save_model(
-    path: str | Path, model: Model, *, head: Params | None = None, tokenizer: Any = None, generation: dict[str, Any] | None = None
+    path: str | Path,
+    model: Model,
+    *,
+    head: Params | None = None,
+    tokenizer: Any = None,
+    generation: dict[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a model folder in the dtype that the model computes in; `generation` is its generation_config.json, if it has no head.
+    """Write a model folder in the dtype that the model computes in.
 
+    generation, beside: its generation_config.json and the files of its processor, if it has no head.
     Raises RunFailed for weights that are not finite in that dtype.
     """
     dtype = model.cfg.dtype
@@ -26,7 +34,7 @@ def save_model(
     if head is not None:
         heads.save(path, saved, head, tokenizer=tokenizer)
     else:
-        hf.save(path, saved, tokenizer=tokenizer, generation=generation)
+        hf.save(path, saved, tokenizer=tokenizer, generation=generation, beside=beside)
 
 
 def save_adapter(path: str | Path, params: Params, *, family: str, info: Info, tied: bool, carried: Carried | None = None) -> None:

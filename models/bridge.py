@@ -18,13 +18,32 @@ from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import adapter_parameters, bridge_files, bridge_forward, bridge_probe, bridge_skeleton, dense, hf_config, hf_keys
+from treetune.models import (
+    adapter_parameters,
+    bridge_files,
+    bridge_forward,
+    bridge_probe,
+    bridge_skeleton,
+    dense,
+    hf_config,
+    hf_keys,
+    plain_model,
+)
 from treetune.models.bridge_skeleton import EMBEDDING, HEAD, HEAD_BIAS, Skeleton
 from treetune.models.dense import LogitMap
 from treetune.ops import attention
 
-KNOWN = hf_config.WITHOUT_EFFECT | {"auto_map", "quantization_config", "model_type", "transformers_weights"}
-REFUSED_PARTS = ("vision_config", "audio_config", "encoder")
+# What all configs have, and what only training from scratch or further heads read.
+KNOWN = hf_config.WITHOUT_EFFECT | {
+    "auto_map", "aux_loss_alpha", "ep_size", "model_type", "num_nextn_predict_layers", "quantization_config", "seq_aux",
+    "transformers_weights",
+}  # fmt: skip
+ROPE = frozenset({
+    "alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "llama_4_scaling_beta", "long_factor",
+    "long_mscale", "low_freq_factor", "max_position_embeddings", "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "short_mscale", "truncate",
+    "type",
+})  # fmt: skip
 UNBOUNDED = 1 << 20  # positions of a model without a largest one
 
 
@@ -84,7 +103,7 @@ class Bridge:
         try:
             _check_sizes(hf)
             whole = bridge_skeleton.hf_config(self.kind, text)
-            _check(hf, whole)
+            _check(hf, whole, bridge_skeleton.text_part(whole))
             cfg = _config(self.kind, text, whole, bridge_probe.facts(self.kind, text))
         except ValueError as error:
             raise ValueError(f"{hf.source}: {error}".replace(f"{hf.source}: {hf.source}", hf.source)) from error
@@ -94,7 +113,15 @@ class Bridge:
     def to_hf(self, cfg: dense.Config) -> dict[str, Any]:
         """The config.json of a model: the inverse of `config`."""
         cfg = _own(cfg)
-        return json.loads(cfg.text) | {"vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied}
+        values, sizes = json.loads(cfg.text), {"vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied}
+        name = bridge_skeleton.text_part(bridge_skeleton.hf_config(cfg.kind, cfg.text))
+        if name is None:
+            return values | sizes
+        # Of a model with other parts the vocabulary is that of its text; whether it is tied may be said twice.
+        inner = values.get(name) or {}
+        known = {key: value for key, value in sizes.items() if key in values}
+        part = inner | {key: value for key, value in sizes.items() if key == "vocab_size" or key in inner}
+        return values | known | {"tie_word_embeddings": cfg.tied, name: part}
 
     def abstract(self, cfg: dense.Config, *, dtype: torch.dtype = torch.float32) -> Params:
         """The tree of `Param`s: shapes, axes and initial values."""
@@ -166,7 +193,7 @@ def family(kind: str) -> Bridge:
 
 def knows(kind: str) -> bool:
     """Whether transformers has a causal language model of this `model_type`."""
-    return bridge_skeleton.knows(kind)
+    return plain_model.knows(kind)
 
 
 def skeleton(cfg: Config, device: torch.device = bridge_skeleton.CPU) -> Skeleton:
@@ -180,23 +207,48 @@ def _own(cfg: dense.Config) -> Config:
 
 
 def _check_sizes(hf: Fields) -> None:
-    """Raise ValueError for a size beyond any model's, before modules of that size are made."""
-    for name, most in hf_config.MOST.items():
-        if isinstance(value := hf.values.get(name), int) and value > most:
-            raise fields.wrong(hf, name, f"a whole number of at most {most}")
+    """Raise ValueError for a size beyond any model's, also in a part, before modules of that size are made."""
+    parts = [hf, *(fields.mapping(value, f"{hf.source}: {name}") for name, value in hf.values.items() if isinstance(value, dict))]
+    for part, (name, most) in itertools.product(parts, hf_config.MOST.items()):
+        if isinstance(value := part.values.get(name), int) and value > most:
+            raise fields.wrong(part, name, f"a whole number of at most {most}")
 
 
-def _check(hf: Fields, whole: Any) -> None:
-    """A field that transformers does not know of this model may change its function; one that is null, false, 0 or empty is off."""
+def _check(hf: Fields, whole: Any, text: str | None) -> None:
+    """A field that transformers does not know of this model may change its function. text: the field that holds the language model's."""
     if hf.values.get("quantization_config"):
         raise ValueError(f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model")
     if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"{hf.source}: {whole.model_type} has an encoder; only decoders are computed")
-    if odd := [name for name in fields.unknown(hf, KNOWN | bridge_skeleton.fields_of(whole)) if hf.values[name]]:
+    _check_known(hf, whole)
+    if text is not None and isinstance(hf.values.get(text), dict):
+        _check_known(fields.inner(hf, text), getattr(whole, text))
+
+
+def _check_known(hf: Fields, config: Any) -> None:
+    """Raise ValueError for a field that a config of transformers neither knows nor has taken another from.
+
+    One that is null, false, 0 or empty is off.
+    """
+    known, left = KNOWN | bridge_skeleton.fields_of(config), vars(config)
+    odd = [(hf, name) for name in fields.unknown(hf, known) if hf.values[name] and name in left]
+    for name in ("rope_parameters", "rope_scaling"):
+        odd += _unknown_rope(hf, name)
+    for inside, name in odd[:1]:
         raise ValueError(
-            f"{hf.source} has {odd[0]} = {fields.shown(hf.values[odd[0]])}, which transformers does not know of {whole.model_type}: it may "
-            "change what the model computes; remove the field if it has no effect"
+            f"{inside.source} has {name} = {fields.shown(inside.values[name])}, which transformers does not know of {config.model_type}: "
+            "it may change what the model computes; remove the field if it has no effect"
         )
+
+
+def _unknown_rope(hf: Fields, name: str) -> list[tuple[Fields, str]]:
+    """Fields of rotary positions, of all layers or of one type of them, that no model of transformers reads."""
+    if not isinstance(value := hf.values.get(name), dict):
+        return []
+    inside = fields.mapping(value, f"{hf.source}: {name}")
+    by_type = [key for key, part in value.items() if isinstance(part, dict)]
+    plain = [(inside, key) for key in fields.unknown(inside, ROPE) if value[key] and key not in by_type]
+    return plain + list(itertools.chain(*(_unknown_rope(inside, key) for key in by_type)))
 
 
 def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Config:
@@ -244,7 +296,8 @@ def _param(parts: Skeleton, path: str, cfg: Config, dtype: torch.dtype) -> Param
     axes = ("vocab", "embed") if path == EMBEDDING else ("embed", *("out",) * (leaf.ndim - 1))
     op = "embedding" if path == EMBEDDING else "linear" if _adaptable(parts, path, cfg) else ""
     init = f"normal:{cfg.init_std}" if leaf.ndim > 1 else "zeros" if path.endswith("bias") else "ones"
-    return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op, isinstance(leaf, nn.Parameter))
+    trains = isinstance(leaf, nn.Parameter) and path not in bridge_probe.facts(cfg.kind, cfg.text).unread
+    return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op, trains)
 
 
 def _adaptable(parts: Skeleton, path: str, cfg: Config) -> bool:

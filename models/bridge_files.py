@@ -19,12 +19,7 @@ def read(
 
     Raises ValueError for tensors that are missing, unexpected or of another shape.
     """
-    with plain_model.without_bars():
-        loaded: Any = type(skeleton.model).from_pretrained(
-            root, config=copy.deepcopy(skeleton.model.config), dtype=dtype, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
-        )  # fmt: skip
-    model, seen = loaded
+    model, seen = _loaded(root, skeleton, dtype)
     heads = [skeleton.keys[path] for path in (HEAD, HEAD_BIAS) if beside and path in skeleton.keys]
     for name, problem in (
         ("missing_keys", "lacks"),
@@ -41,6 +36,20 @@ def read(
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     left_out = {*heads} | ({skeleton.keys[HEAD]} if tied else set())
     return {path: tensors[key].detach().to(device) for path, key in skeleton.keys.items() if key not in left_out}
+
+
+def _loaded(root: Path, skeleton: Skeleton, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """transformers' model of a folder, and the keys that did not fit."""
+    with plain_model.without_bars(), plain_model.without_warnings():
+        try:
+            loaded: Any = type(skeleton.model).from_pretrained(
+                root, config=copy.deepcopy(skeleton.model.config), dtype=dtype, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except RuntimeError as error:  # of a conversion of older layouts, or of experts of other shapes
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{root}: transformers does not read the files ({reason}); config.json is of another model") from error
+    return loaded
 
 
 def saved(skeleton: Skeleton, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

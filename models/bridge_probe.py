@@ -7,6 +7,7 @@ T tokens, D hidden, V vocabulary.
 """
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ SIZE = 7  # tokens of each of the two documents: more than the taps of any short
 TOLERANCE = 1e-4  # of states of size 1, in float32
 OWN_LOOPS = ("DbrxExperts", "JetMoeParallelExperts", "LongcatFlashExperts")  # experts outside of transformers' interface
 CHOICES = ("keep_window_size", "num_hashes")  # attributes of attention that chooses its keys by their values
+NOTE = -1  # the key of a hook: those of torch count from 0
 MADE = 1 << 22  # a parameter of more elements is not made: the module that holds it gets a stand-in
 
 
@@ -31,7 +33,8 @@ class Facts(NamedTuple):
     """alone: why documents go through the model one at a time, empty where they may be packed. logits: of the output matrix; bias: whether
     it has one. For each layer its window, and heads and widths (K, d, e) of keys and values of each of its calls of attention. softcap,
     sinks: of any layer. called: paths of the linear layers that are called, and not read for their weight. whole: whether more than a scale
-    stands between the base model and the output matrix, so that states are read behind it.
+    stands between the base model and the output matrix, so that states are read behind it. unread: paths of what text does not come by, as
+    the weights of a model that sees.
     """
 
     alone: str
@@ -43,23 +46,25 @@ class Facts(NamedTuple):
     sinks: bool = False
     called: frozenset[str] = frozenset()
     whole: bool = False
+    unread: frozenset[str] = frozenset()
 
 
 @functools.lru_cache(maxsize=8)
 def facts(kind: str, text: str) -> Facts:
     """The facts of a config. Errors: ValueError for a model that is none of ours even one document at a time, with the reason."""
     documents = [torch.arange(SIZE) + 3, torch.arange(SIZE) * 2 + 5]
-    plain = _StandIns(_plain_skeleton(kind, text, False), set())
+    plain = _StandIns(_plain_skeleton(kind, text, False), set(), set())
     _check_choices(plain.skeleton)
     whole, runs = False, _plain(plain, documents)
     if _differ(runs[0].read, _ratio(runs[0]) * runs[0].states):
-        whole, plain = True, _StandIns(_plain_skeleton(kind, text, True), set())
+        whole, plain = True, _StandIns(_plain_skeleton(kind, text, True), set(), set())
         runs = _plain(plain, documents)
+    unread = _unread(plain, documents[0])
     bias, logits = plain.skeleton.head.bias is not None, _logit_map(runs[0], type(plain.skeleton.model).__name__)
     try:
-        seen = _packed(_StandIns(_with_plans(kind, text, whole), set()), documents, [run.states for run in runs])
+        seen = _packed(_StandIns(_with_plans(kind, text, whole), set(), set()), documents, [run.states for run in runs])
     except _Alone as reason:
-        return Facts(str(reason), logits, bias, called=frozenset(plain.called), whole=whole)
+        return Facts(str(reason), logits, bias, called=frozenset(plain.called), whole=whole, unread=unread)
     calls = [call for layer in seen for call in layer]
     return Facts(
         "",
@@ -71,14 +76,18 @@ def facts(kind: str, text: str) -> Facts:
         any(call.sinks is not None for call in calls),
         frozenset(plain.called),
         whole,
+        unread,
     )
 
 
 class _StandIns(NamedTuple):
-    """What fills modules in place of weights: forward functions of `others` by the id of a module, attention; the linear layers called."""
+    """What fills modules in place of weights: forward functions of `others` by the id of a module, attention; the linear layers called, and
+    the ids of all modules called.
+    """
 
     skeleton: Skeleton
     called: set[str]
+    entered: set[int]
     others: Mapping[int, Callable[..., Any]] = {}
     attend: Any = None
 
@@ -141,7 +150,7 @@ def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> list[_Logits]:
     try:
         runs = [_logits(stand_ins, tokens) for tokens in documents]
         later = _logits(stand_ins, torch.cat([documents[0][:-1], documents[0][:1]]))
-        _learn(stand_ins, documents[0])
+        _reached(stand_ins, documents[0])
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"{name} does not run on text alone, or does not train in evaluation mode: {_one_line(error)}") from error
     if _differ(later.states[:-1], runs[0].states[:-1]):
@@ -149,13 +158,38 @@ def _plain(stand_ins: _StandIns, documents: list[Tensor]) -> list[_Logits]:
     return runs
 
 
-def _learn(stand_ins: _StandIns, tokens: Tensor) -> None:
-    """Run a backward pass."""
+def _reached(stand_ins: _StandIns, tokens: Tensor) -> set[int]:
+    """The ids of the leaves that a backward pass reaches."""
+    copies: dict[int, Any] = {}
     with torch.enable_grad():
-        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins))
+        base = bridge_modules.copied(stand_ins.skeleton.base, partial(_fill, stand_ins), copies)
         for leaf in base.parameters():
             leaf.requires_grad_()
         base(input_ids=tokens[None], use_cache=False)[0].sum().backward()
+    leaves = [(leaf, copies[id(module)]._parameters[name]) for module, name, leaf in _own_leaves(stand_ins.skeleton.base)]
+    return {id(leaf) for leaf, copy in leaves if copy.grad is not None}
+
+
+def _unread(stand_ins: _StandIns, tokens: Tensor) -> frozenset[str]:
+    """The paths of the leaves outside of layers that text does not come by, in a model that reads other media, too."""
+    skeleton = stand_ins.skeleton
+    if not bridge_skeleton.has_media(skeleton.model):
+        return frozenset()
+    inside = {id(module) for module in (*skeleton.layers.modules(), skeleton.embedding, skeleton.head)}
+    reached, outside = _reached(stand_ins, tokens), [own for own in _own_leaves(skeleton.model) if id(own[0]) not in inside]
+    # Of a module with a stand-in, no gradient tells; it is one that is called.
+    read = {id(leaf) for module, _, leaf in _own_leaves(skeleton.model) if id(module) in inside} | reached
+    read |= {id(leaf) for module, _, leaf in outside if id(module) in stand_ins.entered and _replaced(module)}
+    return frozenset(skeleton.paths[id(leaf)] for _, _, leaf in outside if id(leaf) not in read)
+
+
+def _own_leaves(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [(part, name, leaf) for part in module.modules() for name, leaf in part._parameters.items() if leaf is not None]
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether a module gets a stand-in."""
+    return bridge_skeleton.is_linear(module) or any(leaf.numel() > MADE for leaf in module._parameters.values() if leaf is not None)
 
 
 def _logits(stand_ins: _StandIns, tokens: Tensor) -> _Logits:
@@ -200,7 +234,7 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
     name = type(skeleton.base).__name__
     if not bridge_skeleton.takes_positions(skeleton.base):
         raise _Alone(f"{name} takes no positions")
-    rope = getattr(skeleton.base.config, "rope_parameters", None) or {}
+    rope = getattr(skeleton.base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
         if part.get("rope_type") in ("dynamic", "longrope"):
             raise _Alone(f"the rotary positions of {name} change with the length of a document")
@@ -275,6 +309,12 @@ def _fill(stand_ins: _StandIns, module: Any, copy: Any) -> None:
     make: Callable[..., Tensor] = _rows if large else _made
     inside["_parameters"] = {name: leaf if leaf is None else make(skeleton, leaf) for name, leaf in module._parameters.items()}
     inside[CALL] = stand_ins.attend
+    note = partial(_note, stand_ins.entered, id(module))
+    inside["_forward_pre_hooks"] = OrderedDict(module._forward_pre_hooks) | {NOTE: note}
+
+
+def _note(entered: set[int], number: int, *_: Any) -> None:
+    entered.add(number)
 
 
 def _linear(stand_ins: _StandIns, module: Any, x: Tensor) -> Tensor:

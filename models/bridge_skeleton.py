@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from treetune.models import bridge_attention, bridge_experts
+from treetune.models import bridge_attention, bridge_experts, plain_model
 
 CPU = torch.device("cpu")
 LAYERS, EMBEDDING, HEAD, HEAD_BIAS = "layers", "embed_tokens", "lm_head", "lm_head_bias"
@@ -44,13 +44,6 @@ class Skeleton(NamedTuple):
     needs: tuple[tuple[str, ...], ...]
     wide: dict[str, torch.dtype]
     constants: dict[str, Tensor]
-
-
-def knows(kind: str) -> bool:
-    """Whether transformers has a causal language model of this `model_type`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def fields_of(config: Any) -> set[str]:
@@ -88,7 +81,8 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names or id(head) not in names or set(head._parameters) - {"weight", "bias"} or not is_linear(head):
         raise ValueError(f"{type(model).__name__} has no matrix of token embeddings, or its head is no linear layer")
-    layers = _layers(base, getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None))
+    decoder = _decoder(model, base)
+    layers = _layers(decoder, getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None))
     renames = {names[id(layers)]: LAYERS, names[id(embedding)]: EMBEDDING, names[id(head)]: HEAD}
     tensors, constants = dict(_tensors(model)), _constants(model)
     renames |= {key: HEAD_BIAS for key, leaf in tensors.items() if leaf is head.bias}  # which some have under another name
@@ -127,17 +121,32 @@ def _base(model: Any) -> Any:
     return modules[0]
 
 
+def text_part(config: Any) -> str | None:
+    """The field of a config of transformers that holds that of its language model; None where it is that itself."""
+    inner = config.get_text_config(decoder=True)
+    return None if inner is config else next(name for name in type(config).sub_configs if getattr(config, name, None) is inner)
+
+
+def has_media(model: Any) -> bool:
+    """Whether a model has parts beside its language model, which a config of their own describes."""
+    return model.config.get_text_config(decoder=True) is not model.config
+
+
+def _decoder(model: Any, base: nn.Module) -> nn.Module:
+    """The language model inside a base that has other parts, too; else the base."""
+    inside = model.get_decoder() if has_media(model) and hasattr(model, "get_decoder") else base
+    return inside if any(module is inside for module in base.modules()) else base
+
+
 def _build(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torch.device) -> Any:
     """The model of transformers in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     bridge_attention.register()
     bridge_experts.register()
     config = hf_config(kind, text)
     config._experts_implementation = bridge_experts.NAME
     options = {} if alone else {"attn_implementation": bridge_attention.NAME}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model = plain_model.auto_class(config).from_config(config, dtype=dtype, **options)
     model.tie_weights()
     _fill_buffers(model, device)
     return model.eval()

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, expert_files, folder, hf_keys, tokenizer_config
+from treetune.models import MODELS, Model, expert_files, folder, hf_keys, processor, tokenizer_config
 from treetune.models.dense import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -299,17 +299,18 @@ def save(
     *,
     tokenizer: Any = None,
     generation: dict | None = None,
+    beside: Mapping[str, bytes] | None = None,
     stacked: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a folder that `load` and transformers read: the leaves in their own dtype, the tokenizer's files, generation_config.json.
+    """Write a folder that `load` and transformers read: the leaves in their own dtype, a tokenizer's files, generation_config.json, others.
 
     The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied. `stacked`: experts in
     one tensor a projection, as transformers 5 holds them, instead of one for each, which older versions and servers read, too.
     """
     leaves, config = described(model, tokenizer, stacked=stacked)
     generation = special_ids(tokenizer) | (generation or {})
-    write(path, leaves, config, tokenizer=tokenizer, generation=generation, max_shard_bytes=max_shard_bytes)
+    write(path, leaves, config, tokenizer=tokenizer, generation=generation, beside=beside, max_shard_bytes=max_shard_bytes)
 
 
 def write(
@@ -319,6 +320,7 @@ def write(
     *,
     tokenizer: Any = None,
     generation: dict | None = None,
+    beside: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model folder from tensors by their Hugging Face key and a config.json; it appears whole or not at all."""
@@ -337,6 +339,7 @@ def write(
         folder.write_json(part / "config.json", config)
         if generation:
             folder.write_json(part / "generation_config.json", generation)
+        processor.write(beside or {}, part)
 
 
 def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[dict[str, Tensor], dict]:
@@ -348,7 +351,7 @@ def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> 
     pieces = [expert_files.cut(leaf, split[key]) if key in split else {key: leaf} for key, leaf in leaves.items()]
     leaves = {name: rows for group in pieces for name, rows in group.items()}
     config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
-    return leaves, config | _dtype_name(leaves) | special_ids(tokenizer)
+    return leaves, config | {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")} | special_ids(tokenizer)
 
 
 def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
@@ -367,10 +370,6 @@ def _shards(leaves: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]
             shard = {}
         shard[key] = leaf
     yield shard
-
-
-def _dtype_name(leaves: dict[str, Tensor]) -> dict[str, str]:
-    return {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")}
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:

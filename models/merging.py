@@ -10,7 +10,7 @@ from torch import Tensor
 from treetune.core import lora, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, dense, families, heads, hf, reward_model, target
+from treetune.models import Model, dense, families, heads, hf, processor, reward_model, target
 from treetune.models import tokenizer as tokenizers
 from treetune.models.dense import Config
 from treetune.models.fetch import Say, silent
@@ -97,7 +97,8 @@ def save(merged: Merged, path: Path, chosen: Target, tokenizer: Any) -> None:
         heads.save(path, merged.model, merged.head, tokenizer=tokenizer)
         return
     generation = tokenizers.generation_config(chosen.model, tokenizer, revision=chosen.revision)
-    hf.save(path, merged.model, tokenizer=tokenizer, generation=generation)
+    beside = processor.read(chosen.model, revision=chosen.revision)
+    hf.save(path, merged.model, tokenizer=tokenizer, generation=generation, beside=beside)
 
 
 def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:

@@ -4,7 +4,7 @@ T tokens of a document, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,41 @@ from torch import Tensor
 
 def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a folder with eager attention, on the CPU. Code of the folder is never run."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
     with without_bars():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+        return kind.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+
+
+def knows(kind: str) -> bool:
+    """Whether transformers has a model of this `model_type` that reads and writes text."""
+    return any(kind in names for names in _classes())
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of a config: that of causal language models, or of those of text and other media where only it has the model type, or
+    where the config names its class, so that a model keeps the parts that text does not use.
+    """
+    import transformers
+
+    causal, media = (_listed(names.get(config.model_type)) for names in _classes())
+    named = next(iter(config.architectures or ()), "")
+    if causal and (named in causal or named not in media):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
+
+
+def _classes() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """{model_type: names of classes} of causal language models, and of models of text and other media."""
+    from transformers.models.auto import modeling_auto
+
+    media = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, media
+
+
+def _listed(names: Any) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 @contextlib.contextmanager
@@ -33,6 +64,19 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Context in which transformers writes errors only."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def logits(plain: Any, ids: Sequence[int]) -> Tensor:

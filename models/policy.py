@@ -4,7 +4,7 @@ What lives as long as a run (log-prob functions, samplers) closes over sizes onl
 of the loaded ones would never be freed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -28,6 +28,7 @@ from treetune.models import (
     loading,
     logprobs,
     logprobs_beside,
+    processor,
     resize,
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
@@ -361,17 +362,18 @@ def save(
     params: Params | None = None,
     frozen: Params | None = None,
     generation: dict[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
     carried: Carried | None = None,
 ) -> None:
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one.
 
-    params, frozen: whole leaves, by default the policy's own. generation: the generation_config.json of a model. carried: what of the
-    tokenizer an adapter's folder holds, where the base model's is another. Raises RunFailed for weights that are not finite.
+    params, frozen: whole leaves, by default the policy's own. generation, beside: the generation_config.json and the processor's files of a
+    model. carried: what of the tokenizer an adapter holds, where the base's is another. Raises RunFailed for weights that are not finite.
     """
     trained = policy.params if params is None else params
     if policy.lora is None:
         model = Model(policy.family, policy.cfg, weights(trained, policy.frozen if frozen is None else frozen))
-        artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation)
+        artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation, beside=beside)
     elif policy.adapter is None:
         raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")
     else:
@@ -388,8 +390,10 @@ def companions(
     chat template, that the model's has not. Raises ValueError for a generation_config.json that cannot be used.
     """
     if policy.lora is None:
-        has_head = "head" in policy.params
-        return {"generation": None if has_head else generation_config(name, policy.tokenizer, revision=revision)}
+        if "head" in policy.params:
+            return {}
+        generation = generation_config(name, policy.tokenizer, revision=revision)
+        return {"generation": generation, "beside": processor.read(name, revision=revision)}
     if own_words or (start is not None and has_tokenizer(start)):
         return {"carried": Carried(tokenizer=policy.tokenizer)}
     template = own_template or (start is not None and has_template(start))
