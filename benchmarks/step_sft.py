@@ -5,6 +5,7 @@ in 2 micro-batches. Both sides train the same token ids and the same supervised 
 checkpointing, its faster setting. The first step warms up; the rest are timed.
 
     python benchmarks/step_sft.py --rows path/to/gsm8k_train.jsonl        (needs the extra `bench`)
+    python benchmarks/step_sft.py --bridged        the native family against transformers' own modules, on the same weights
 """
 
 import argparse
@@ -69,6 +70,17 @@ def ours(args: argparse.Namespace) -> dict:
         times.append(time.perf_counter() - start)
         counts.append(int(metrics["supervised_tokens"]))
     return summary(times, counts, losses)
+
+
+def bridged(args: argparse.Namespace) -> dict:
+    """The step of `ours` through the modules of transformers, as models without a native family are computed."""
+    from treetune.models import MODELS, hf
+
+    family, _ = hf.read_config(Path(args.model) / "config.json")
+    kind = json.loads((Path(args.model) / "config.json").read_text())["model_type"]
+    del MODELS[family]
+    assert hf.read_config(Path(args.model) / "config.json")[0] == kind and kind not in list(MODELS), f"{kind} is still native"
+    return ours(args)
 
 
 def ids_of(row: dict, tokenizer) -> tuple[list[int], int]:
@@ -182,6 +194,25 @@ def ratios(ours_: dict, theirs_: dict) -> dict:
     }
 
 
+def drive_bridged(args: argparse.Namespace) -> None:
+    """Native and bridged steps in turn; medians and ratios to JSON."""
+    common = ["--rows", args.rows, "--model", args.model, "--steps", str(args.steps)]
+    options = {"rows": ROWS, "micro": MICRO, "steps": args.steps, "repeats": args.repeats}
+    result: dict = {"benchmark": "step_sft_bridged", "machine": harness.machine(), "options": options}
+    for dtype in args.dtypes:
+        sides = [["--side", side, "--dtype", dtype, *common] for side in ("ours", "bridged")]
+        runs = harness.interleave(__file__, sides, args.repeats)
+        native, other = (harness.medians(side) for side in runs)
+        result[dtype] = {
+            "native": native, "bridged": other, "step_ratio": other["step_s"] / native["step_s"],
+            "memory_ratio": other["peak_gib"] / native["peak_gib"],
+            "loss_differences": [other[name] - native[name] for name in ("first_loss", "last_loss")],
+            "runs": {"native": runs[0], "bridged": runs[1]},
+        }  # fmt: skip
+        print(dtype, json.dumps({name: value for name, value in result[dtype].items() if "ratio" in name or "loss" in name}), flush=True)
+    print("saved", harness.save("step_sft_bridged", result))
+
+
 def drive(args: argparse.Namespace) -> None:
     """All sides in turn, three times; medians and ratios to JSON."""
     common = ["--rows", args.rows, "--model", args.model, "--steps", str(args.steps)]
@@ -208,15 +239,16 @@ def main() -> None:
     parser.add_argument("--rows", default=str(Path(__file__).parent.parent / "examples" / "data" / "gsm8k_train_sample.jsonl"))
     parser.add_argument("--model", default=None)
     parser.add_argument("--side", default=None)
+    parser.add_argument("--bridged", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.model = args.model or model_folder()
-    sides = {"ours": ours, "trl": theirs, "first-ours": first_step, "first-trl": first_step}
+    sides = {"ours": ours, "bridged": bridged, "trl": theirs, "first-ours": first_step, "first-trl": first_step}
     if args.side is None:
-        drive(args)
+        (drive_bridged if args.bridged else drive)(args)
         return
     with torch.random.fork_rng():
         print(json.dumps(sides[args.side](args)))
