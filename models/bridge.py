@@ -52,7 +52,7 @@ class Config(dense.Config):
     """Sizes that all families have, and the config.json as canonical JSON.
 
     reason: why documents are not packed. widths: for each call of attention of each layer its heads, key width and value width. whole:
-    whether states are read behind what stands before the output matrix.
+    whether states are read behind what stands before the output matrix. short: positions up to which all documents turn alike.
     """
 
     kind: str = ""
@@ -60,6 +60,12 @@ class Config(dense.Config):
     reason: str = ""
     widths: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     whole: bool = False
+    short: int | None = None
+
+    @property
+    def shared_positions(self) -> int:
+        """Positions of what is sampled: a longer text would turn the tokens that it was sampled behind otherwise."""
+        return min(self.max_positions, self.short or self.max_positions)
 
     @property
     def alone(self) -> str:
@@ -276,6 +282,7 @@ def _config(kind: str, text: str, whole: Any, facts: bridge_probe.Facts) -> Conf
         reason=facts.alone,
         widths=facts.widths,
         whole=facts.whole,
+        short=facts.short,
         logit_scale=facts.logits.scale,
         logit_softcap=facts.logits.softcap,
     )

@@ -74,6 +74,8 @@ def _fill(binding: Binding, module: nn.Module, copy: nn.Module) -> None:
     inside["_parameters"] = {name: leaf if leaf is None else tensors[paths[id(leaf)]] for name, leaf in module._parameters.items()}
     # What a file holds of the buffers takes part in choices only, as the bias of a router does: no gradient reaches it.
     inside["_buffers"] = {name: tensors[paths[id(leaf)]].detach() if id(leaf) in paths else leaf for name, leaf in module._buffers.items()}
+    if "longrope" in str(getattr(module, "rope_type", "")):  # which writes its frequencies in place: other threads read these
+        inside["_buffers"] = {name: leaf if leaf is None else leaf.clone() for name, leaf in inside["_buffers"].items()}
     inside[CALL] = binding.attend
     if module is binding.skeleton.embedding:
         inside["forward"] = partial(_embed, copy, binding)

@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     it has one. For each layer its window, and heads and widths (K, d, e) of keys and values of each of its calls of attention. softcap,
     sinks: of any layer. called: paths of the linear layers that are called, and not read for their weight. whole: whether more than a scale
     stands between the base model and the output matrix, so that states are read behind it. unread: paths of what text does not come by, as
-    the weights of a model that sees.
+    the weights of a model that sees. short: positions up to which all documents turn alike, where longer ones turn otherwise.
     """
 
     alone: str
@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     called: frozenset[str] = frozenset()
     whole: bool = False
     unread: frozenset[str] = frozenset()
+    short: int | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,7 +65,9 @@ def facts(kind: str, text: str) -> Facts:
     try:
         seen = _packed(_StandIns(_with_plans(kind, text, whole), set(), set()), documents, [run.states for run in runs])
     except _Alone as reason:
-        return Facts(str(reason), logits, bias, called=frozenset(plain.called), whole=whole, unread=unread)
+        return Facts(
+            str(reason), logits, bias, called=frozenset(plain.called), whole=whole, unread=unread, short=_short(plain.skeleton.base)
+        )
     calls = [call for layer in seen for call in layer]
     return Facts(
         "",
@@ -234,10 +237,8 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
     name = type(skeleton.base).__name__
     if not bridge_skeleton.takes_positions(skeleton.base):
         raise _Alone(f"{name} takes no positions")
-    rope = getattr(skeleton.base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if part.get("rope_type") in ("dynamic", "longrope"):
-            raise _Alone(f"the rotary positions of {name} change with the length of a document")
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in _ropes(skeleton.base)):
+        raise _Alone(f"the rotary positions of {name} change with the length of a document")
     calls: list[list[Heads]] = [[] for _ in skeleton.layers]
     try:
         states = _stream(stand_ins, documents, calls)
@@ -253,6 +254,19 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
         raise _Alone(f"{name} computes something else over a packed stream")
     _check_experts(skeleton)
     return calls
+
+
+def _ropes(base: nn.Module) -> list[dict[str, Any]]:
+    """The rotary positions of all modules: the config of a part, such as the text model of a multimodal one, may have its own."""
+    configs = {id(config): config for module in base.modules() if (config := getattr(module, "config", None)) is not None}
+    found = [rope for config in configs.values() if isinstance(rope := getattr(config, "rope_parameters", None), dict)]
+    return found + [part for rope in found for part in rope.values() if isinstance(part, dict)]
+
+
+def _short(base: nn.Module) -> int | None:
+    """Positions up to which all documents turn alike, where longer ones turn by other factors."""
+    lengths = [rope.get("original_max_position_embeddings") for rope in _ropes(base) if rope.get("rope_type") == "longrope"]
+    return min((length for length in lengths if length), default=None)
 
 
 def _check_calls(calls: list[list[Heads]], name: str) -> None:

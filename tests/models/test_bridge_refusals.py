@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from treetune.core import fields
-from treetune.models import MODELS, bridge, bridge_attention, bridge_skeleton, hf
+from treetune.models import MODELS, bridge, bridge_attention, bridge_modules, bridge_skeleton, hf
 
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
 architectures = importlib.util.module_from_spec(spec)
@@ -62,6 +62,37 @@ def test_what_is_not_computed_is_refused(kind, changes, message):
 def test_what_cannot_be_packed_goes_one_document_at_a_time(kind, changes, reason):
     cfg = read(kind, **changes)
     assert reason in cfg.alone and cfg.keeps_ids
+
+
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)],
+}  # fmt: skip
+
+
+def test_rotary_positions_of_an_inner_text_model_that_change_with_the_length_are_seen():
+    """gemma3 has those of its language model in `text_config`."""
+    inner = json.loads(architectures.tiny("gemma3").to_json_string(use_diff=False))["text_config"]
+    inner["rope_parameters"]["full_attention"] = LONG
+    cfg = read("gemma3", text_config=inner)
+    assert "change with the length" in cfg.alone and cfg.shared_positions == 16
+
+
+def test_samples_stay_where_documents_of_all_lengths_turn_alike():
+    """A text that grows beyond the original length would turn the tokens before by other factors than they were sampled with."""
+    cfg = read("cohere", rope_parameters=LONG)
+    assert (cfg.shared_positions, cfg.max_positions) == (16, 128)
+    assert read("cohere").shared_positions == 128
+
+
+def test_passes_of_long_and_of_short_documents_share_no_frequencies():
+    """transformers writes the frequencies of longrope in place, and sampling and training run at once."""
+    cfg = read("cohere", rope_parameters=LONG)
+    module = next(part for part in bridge.skeleton(cfg).base.modules() if hasattr(part, "rope_type"))
+    before = module.inv_freq.clone()
+    bound = bridge_modules.bound(module, bridge_modules.Binding(bridge.skeleton(cfg), {}, bridge_modules.Adapters({})))
+    bound(torch.zeros(1, 20, 64), torch.arange(20)[None])
+    assert torch.equal(module.inv_freq, before) and not torch.equal(bound.inv_freq, before)
 
 
 def test_states_are_read_behind_what_stands_before_the_output_matrix():
