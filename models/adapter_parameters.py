@@ -14,19 +14,26 @@ from treetune.core.param import Params
 from treetune.models import hf
 from treetune.models.adapter_config import AdapterConfig
 
-NAMES = ("router", "experts.gate_up_proj", "experts.down_proj")  # of a layer, in the order of transformers' modules
+# Of a layer, in the order of transformers' modules. Those of experts may stand inside other modules: `mlp.experts.gate_up_proj`.
+NAMES = ("router", "experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 # Names of modules of transformers 4 that PEFT takes for these parameters in all layers, whatever the names in front of them.
 REWRITTEN = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
 # Those of other families, by the conversion that transformers makes of their files and PEFT follows.
 CONVERSIONS = {"mixtral": REWRITTEN["mixtral"], "qwen2_moe": REWRITTEN["qwen3_moe"]}
 NO_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # PEFT refuses an adapter there
-STACKS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+STACKS = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 INSIDE = ".base_layer"
 
 
 def is_parameter(path: str) -> bool:
     """Whether PEFT adapts this leaf as a parameter."""
-    return ".".join(path.split(".")[2:]) in NAMES
+    return _name(path) in NAMES
+
+
+def _name(path: str) -> str:
+    """The name of a leaf in its layer, from its experts on where it has some."""
+    parts = path.split(".")[2:]
+    return ".".join(parts[parts.index("experts") :] if "experts" in parts else parts)
 
 
 def rewritten(family: str, name: str) -> bool:
@@ -84,7 +91,7 @@ def target(family: str, path: str) -> str:
 
 def _prefixes(family: str, paths: Sequence[str]) -> dict[str, str]:
     named, outside = {}, {}
-    for path in sorted(paths, key=lambda path: NAMES.index(".".join(path.split(".")[2:])), reverse=True):
+    for path in sorted(paths, key=lambda path: NAMES.index(_name(path)), reverse=True):
         module = hf.hf_key(family, path).rpartition(".")[0]
         named[path] = module + INSIDE * outside.get(module, 0)
         outside[module] = outside.get(module, 0) + 1

@@ -301,7 +301,7 @@ def _param(parts: Skeleton, path: str, cfg: Config, dtype: torch.dtype) -> Param
     leaf = parts.leaves[path]
     shape = (cfg.vocab_size, *leaf.shape[1:]) if path in (EMBEDDING, HEAD_BIAS) else tuple(leaf.shape)
     axes = ("vocab", "embed") if path == EMBEDDING else ("embed", *("out",) * (leaf.ndim - 1))
-    op = "embedding" if path == EMBEDDING else "linear" if _adaptable(parts, path, cfg) else ""
+    op = "embedding" if path == EMBEDDING else "experts" if path in parts.experts else "linear" if _adaptable(parts, path, cfg) else ""
     init = f"normal:{cfg.init_std}" if leaf.ndim > 1 else "zeros" if path.endswith("bias") else "ones"
     trains = isinstance(leaf, nn.Parameter) and path not in bridge_probe.facts(cfg.kind, cfg.text).unread
     return Param(shape, parts.wide.get(path, dtype), axes[: leaf.ndim], init, op, trains)

@@ -84,8 +84,8 @@ def _adapters(lora: Lora | None, batch: dict, skeleton: Skeleton) -> Adapters:
     for path, leaf in tree.items(lora.tree):
         owner, _, side = path.rpartition(".")
         pairs.setdefault(owner, {})[side] = leaf
-    if odd := [path for path in pairs if path not in skeleton.linears and path not in (EMBEDDING, HEAD)]:
-        raise ValueError(f"{odd[0]} takes no adapter: it is no linear layer")
+    if odd := [path for path in pairs if path not in skeleton.linears | skeleton.experts and path not in (EMBEDDING, HEAD)]:
+        raise ValueError(f"{odd[0]} takes no adapter: it is no linear layer, and no stack of experts")
     return Adapters(pairs, lora.scale, lora.dropout, dense.dropout_keys(batch, lora))
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treetune.core import shard
-from treetune.models import bridge_skeleton
+from treetune.models import bridge_experts, bridge_skeleton
 from treetune.models.bridge_attention import CALL, Attend
+from treetune.models.bridge_experts import ADAPTED, Adapted
 from treetune.models.bridge_skeleton import EMBEDDING, Skeleton
 from treetune.ops import lora_linear, noise
 
@@ -22,7 +23,9 @@ Fill = Callable[[nn.Module, nn.Module], None]  # (module, its copy)
 
 
 class Adapters(NamedTuple):
-    """Low-rank pairs by path, their scale, and the rate and the keys [T] of their dropout, None where there is none."""
+    """Low-rank pairs by path, of a stack of experts a pair for each; their scale; the rate and the keys [T] of their dropout, None where
+    there is none.
+    """
 
     pairs: Mapping[str, dict[str, Tensor]]
     scale: float = 1.0
@@ -77,10 +80,21 @@ def _fill(binding: Binding, module: nn.Module, copy: nn.Module) -> None:
     if "longrope" in str(getattr(module, "rope_type", "")):  # which writes its frequencies in place: other threads read these
         inside["_buffers"] = {name: leaf if leaf is None else leaf.clone() for name, leaf in inside["_buffers"].items()}
     inside[CALL] = binding.attend
+    if names := bridge_experts.stacks(module):
+        inside[ADAPTED] = _on_experts({name: paths[id(module._parameters[name])] for name in names}, binding)
     if module is binding.skeleton.embedding:
         inside["forward"] = partial(_embed, copy, binding)
     elif bridge_skeleton.is_linear(module):
         inside["forward"] = partial(_linear, copy, binding.skeleton.paths[id(module.weight)], binding)
+
+
+def _on_experts(stacks: Mapping[str, str], binding: Binding) -> Adapted:
+    """The adapters of the stacks of experts, whose paths are given by name."""
+    adapters = binding.adapters
+    found = {name: adapters.pairs[path] for name, path in stacks.items() if path in adapters.pairs}
+    if found and adapters.key is not None:
+        raise ValueError(f"the adapter has dropout {adapters.rate} and sits on experts, where dropout is not computed")
+    return Adapted({name: shard.gather_all(pair) for name, pair in found.items()}, adapters.scale)
 
 
 def _linear(module: Any, path: str, binding: Binding, x: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ class Skeleton(NamedTuple):
     yields them as the input of its output matrix, `head`.
 
     keys: {path of a leaf: transformers' key}; leaves: {path: its tensor in the skeleton}; paths: {id of that tensor: path};
-    numbers: {path: its number in the order of the files}; linears: paths of linear layers; needs: the leaves of each layer, shared ones
-    included; wide: the dtype of those that stay in float32 whatever the model computes in; constants: tables by key that files hold, too.
+    numbers: {path: its number in the order of the files}; linears: paths of linear layers; experts: paths of stacks of experts that our
+    products compute; needs: the leaves of each layer, shared ones included; wide: the dtype of those that stay in float32 whatever the
+    model computes in; constants: tables by key that files hold, too.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Skeleton(NamedTuple):
     paths: dict[int, str]
     numbers: dict[str, int]
     linears: frozenset[str]
+    experts: frozenset[str]
     needs: tuple[tuple[str, ...], ...]
     wide: dict[str, torch.dtype]
     constants: dict[str, Tensor]
@@ -93,11 +95,11 @@ def skeleton(kind: str, text: str, dtype: torch.dtype, alone: bool, device: torc
     keys = _paths(tensors, renames, _home(names[id(layers)]))
     leaves = {path: tensors[key] for path, key in keys.items()}
     paths = {id(tensor): path for path, tensor in reversed(leaves.items())}
-    linears = _linears(model, paths) - {HEAD}
+    linears, experts = _linears(model, paths) - {HEAD}, _experts(decoder, paths)
     numbers = {path: number for number, path in enumerate(keys)}
     needs = tuple(tuple(paths[id(tensor)] for _, tensor in _tensors(layer)) for layer in layers)
     wide = _kept_wide(model, keys, dtype)
-    return Skeleton(model, base, head, layers, embedding, keys, leaves, paths, numbers, linears, needs, wide, constants)
+    return Skeleton(model, base, head, layers, embedding, keys, leaves, paths, numbers, linears, experts, needs, wide, constants)
 
 
 def takes_positions(base: Any) -> bool:
@@ -111,6 +113,11 @@ def _linears(model: nn.Module, paths: dict[int, str]) -> frozenset[str]:
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     owners = collections.Counter(paths[id(module.weight)] for module in modules if is_linear(module))
     return frozenset(path for path, count in owners.items() if count == 1)
+
+
+def _experts(decoder: nn.Module, paths: dict[int, str]) -> frozenset[str]:
+    """The paths of the stacks [E, O, I] of experts in transformers' interface."""
+    return frozenset(paths[id(module._parameters[name])] for module in decoder.modules() for name in bridge_experts.stacks(module))
 
 
 def _base(model: Any) -> Any:

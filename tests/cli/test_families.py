@@ -33,18 +33,28 @@ METHODS = {
         "--generate-max-len", 3, "--n-samples-per-prompt", 2, "--micro-batch-size", 1,
     ],
 }  # fmt: skip
-RUNS = {name: (name, ["--lora-r", 4, "--learning-rate", 0.01]) for name in METHODS} | {"sft, full": ("sft", FULL)}
+WITH_REFERENCE = ("--beta", 0.1, "--sync-ref-model", "--ref-model-sync-steps", 1)
+LORA = ["--lora-r", 4, "--learning-rate", 0.01]
+RUNS = {name: (name, LORA) for name in METHODS} | {"sft, full": ("sft", FULL)}
+ON_EXPERTS = {f"{name}, experts": (name, [*LORA, "--lora-target-modules", "experts,q_proj"]) for name in ("sft", "grpo")}
+# Routers of these choose by a bias beside their logits, a buffer of the file that no gradient reaches.
+BIASED = ("deepseek_v3", "nemotron_h")
+WHOLE = {
+    "dpo, full": ("dpo", FULL), "reward, full": ("reward", FULL), "ebft, full": ("ebft", FULL),
+    "grpo, full": ("grpo", [*FULL, *WITH_REFERENCE]),
+}  # fmt: skip
+WITH_EXPERTS = ("gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_5_moe_text", "nemotron_h")
 FAST = {("gemma3_text", "sft"), ("qwen3_moe", "dpo"), ("glm4", "grpo")}
-# Buffers that a file holds count as weights that train, and the run stops at step 1: no gradient reaches the bias of a router.
-BIASED = {("deepseek_v3", "sft, full"), ("nemotron_h", "sft, full")}
 
 
 def marks(*case: str) -> list:
-    biased = pytest.mark.xfail(raises=AssertionError, strict=True, reason="the correction bias of routers gets no gradient")
-    return ([] if case in FAST else [pytest.mark.slow]) + ([biased] if case in BIASED else [])
+    return [] if case in FAST else [pytest.mark.slow]
 
 
-CASES = [pytest.param(family, run, marks=marks(family, run), id=f"{family}-{run}") for family in FAMILIES for run in RUNS]
+SOME = ((FAMILIES, RUNS), (WITH_EXPERTS, ON_EXPERTS), (BIASED, WHOLE))
+PAIRS = [(family, run) for families, runs in SOME for family in families for run in runs]
+CASES = [pytest.param(*case, marks=marks(*case), id="-".join(case)) for case in PAIRS]
+RUNS |= ON_EXPERTS | WHOLE
 
 
 def text(i: int) -> dict:
@@ -59,6 +69,11 @@ def prompt(i: int) -> dict:
     return {"prompt": f"{i} + {i * 7 % 11} ="}
 
 
+def biases(tensors: dict) -> dict:
+    """By which routers choose and which no gradient reaches."""
+    return {name: leaf for name, leaf in tensors.items() if name.endswith("e_score_correction_bias")}
+
+
 @pytest.fixture(scope="session")
 def folder(kit, tmp_path_factory):
     """folder(family) -> its model, saved by transformers with the tokenizer of the tests, once per session."""
@@ -70,7 +85,12 @@ def folder(kit, tmp_path_factory):
             config = architectures.tiny(family)
             config.vocab_size, config.max_position_embeddings = VOCABULARY, 256
             config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 256, 257
-            architectures.build(family, config=config).save_pretrained(saved[family])
+            model = architectures.build(family, config=config)
+            chosen_by = biases(model.state_dict())
+            assert bool(chosen_by) == (family in BIASED)
+            for i, bias in enumerate(chosen_by.values()):
+                bias.copy_(0.2 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(i)))
+            model.save_pretrained(saved[family])
             kit.tokenizer().save_pretrained(saved[family])
         return saved[family]
 
@@ -150,6 +170,8 @@ def check_written(kit, root: Path, model: Path, tune) -> None:
         written = root / "model"
     assert plain_loss(kit, written) == pytest.approx(own, abs=1e-5)
     assert abs(own - plain_loss(kit, model)) > 1e-3, "the run has changed nothing"
+    before, after = (biases(plain_model.load(path).state_dict()) for path in (model, written))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) and before[name].any() for name in before)
 
 
 @pytest.mark.parametrize(("family", "run"), CASES)
@@ -169,19 +191,25 @@ def test_three_steps(family, run, kit, here, tune, train, folder):
         check_sft(kit, root, model, tune)
     if method == "dpo":
         assert records[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if method == "grpo":
+        apart = [record["sampling/sampling_logp_difference/max"] for record in records]
+        assert max(apart) <= 5e-5, "the sampler's log-probs are the trainer's"
     check_written(kit, root, model, tune)
 
 
-KILLED = {"qwen3_moe": "sft", "gemma3_text": "grpo", "glm4": "dpo"}
+KILLED = [
+    ("qwen3_moe", "sft"), ("gemma3_text", "grpo"), ("glm4", "dpo"), ("qwen3_5_text", "sft"), ("qwen3_5_text", "dpo"),
+    ("deepseek_v3", "sft, full"), ("qwen3_moe", "grpo, experts"), ("gpt_oss", "grpo, experts"), ("deepseek_v3", "grpo, experts"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", KILLED)
-def test_killed_run_resumes_bit_for_bit(family, kit, here, tune, train, folder, forked):
+@pytest.mark.parametrize(("family", "run"), KILLED, ids="-".join)
+def test_killed_run_resumes_bit_for_bit(family, run, kit, here, tune, train, folder, forked):
     """Killed after the weights of step 4 have changed, with a checkpoint of step 2."""
-    args = ["--max-steps", 5, "--save-steps", 2, "--lora-dropout", 0.2]
-    assert train(family, KILLED[family], *args, "--output-dir", "whole").code == 0
-    killed = arguments(folder(family), KILLED[family], *args)
+    args = ["--max-steps", 5, "--save-steps", 2] + (["--lora-dropout", 0.2] if run in METHODS else [])
+    assert train(family, run, *args, "--output-dir", "whole").code == 0
+    killed = arguments(folder(family), run, *args)
     assert forked(kit.die_at(4), *killed).code == -signal.SIGKILL
     assert trained(kit, here / "run")[-1]["step"] < 5
     done = tune(*killed, "--resume", "auto")
