@@ -14,7 +14,7 @@ from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
 from treetune.core import import_path
 from treetune.core.config.marks import OBJECTIVE, Unused, Values, unused_unless
-from treetune.core.config.ranges import ANY, BELOW_HALF, PART, POSITIVE
+from treetune.core.config.ranges import ANY, BELOW_HALF, NOT_NEGATIVE, PART, POSITIVE
 from treetune.core.config.table import group
 from treetune.losses import presets
 
@@ -95,6 +95,10 @@ class DpoLoss:
     """WPO: weigh pairs by how likely the policy is to write them."""
     rpo_alpha: Annotated[float | None, POSITIVE, OBJECTIVE] = None
     """Add the chosen side's mean negative log-likelihood times this."""
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the load-balancing loss, within each side of a pair, averaged over layers and scored tokens; 0.001 is usual."""
+    router_z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the routers' squared log-normaliser, averaged likewise; 0.001 is usual."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def conflicts(config: Dpo) -> None:
 
 def parts(config: Dpo, policy: "Policy", setting: Setting) -> Parts:
     """Pairs held to a reference."""
-    from treetune.cli.methods.parts import hold, load_reference, pairwise
+    from treetune.cli.methods.parts import hold, load_reference, pairwise, router_coefs
     from treetune.losses import preference_objective
 
     options, precompute = config.loss, config.reference.precompute_ref_logps
@@ -136,7 +140,8 @@ def parts(config: Dpo, policy: "Policy", setting: Setting) -> Parts:
     nll_coef = weights.pop("sft", 0.0) + (options.rpo_alpha or 0.0)
     terms = preference_objective.Options(nll_coef=nll_coef, ld_alpha=options.ld_alpha, weighting=options.dpo_use_weighting)
     rewards = preference_objective.implicit_rewards(options.rl_beta)
-    return hold(pairwise(config.optim.remat, held.policy, pair_loss(options, weights), rewards, terms), held, precompute=precompute)
+    loss, routers = pair_loss(options, weights), router_coefs(options)
+    return hold(pairwise(config.optim.remat, held.policy, loss, rewards, terms, routers=routers), held, precompute=precompute)
 
 
 def pair_loss(options: DpoLoss, weights: dict[str, float]) -> "PairLoss | None":

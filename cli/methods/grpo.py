@@ -9,7 +9,7 @@ from treetune.cli.options.data import PromptData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RL_RATES, RlOptim
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
-from treetune.cli.options.policy_loss import PolicyLoss
+from treetune.cli.options.policy_loss import RoutedPolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
@@ -30,7 +30,7 @@ class Grpo:
     adapter: AdapterOptions = group(AdapterOptions)
     rollout: RolloutOptions = group(RolloutOptions)
     rewards: RewardFunctions = group(RewardFunctions)
-    loss: PolicyLoss = group(PolicyLoss)
+    loss: RoutedPolicyLoss = group(RoutedPolicyLoss)
     correction: CorrectionOptions = group(CorrectionOptions)
     pipeline: PipelineOptions = group(PipelineOptions)
     engine: EngineOptions = group(EngineOptions)

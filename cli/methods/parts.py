@@ -1,8 +1,9 @@
 """What several methods put together in the same way: supervised tokens, pairs, a head of scores, and a reference beside any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from treetune.models.policy import Policy
 from treetune.models.reference import Reference
 
 EVERY = ("mean_logit", "entropy", "top1")  # statistics of pairs that evaluations report
+NO_ROUTERS: Mapping[str, float] = MappingProxyType({})
 
 
 def supervised(policy: Policy, options: LossOptions, *, remat: str | None) -> Parts:
@@ -25,13 +27,33 @@ def supervised(policy: Policy, options: LossOptions, *, remat: str | None) -> Pa
     terms = {"z_loss_coef": options.z_loss_coef, "label_smoothing": options.label_smoothing}
     make = partial(sft_objective.named, name=options.loss, **terms)
     logprob = partial(policies.logprob, policy, remat=remat, neftune=options.neftune_noise_alpha)
-    coefs = {"router_aux_loss_coef": options.router_aux_loss_coef, "router_z_loss_coef": options.router_z_loss_coef}
-    objective = _routed(policy, logprob, make, coefs) if any(coefs.values()) else make(logprob())
+    objective = routed(policy, logprob, make, router_coefs(options))
     return Parts(policy, objective, sft_objective.named(policies.logprob(policy)), (pack.collate,))
 
 
-def _routed(policy: Policy, logprob: Callable[..., Any], make: Callable[[Logprob], Objective], coefs: dict[str, float]) -> Objective:
-    """Raises ValueError for a model without experts."""
+class RouterOptions(Protocol):
+    """The options of terms on routers."""
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Of the load balance."""
+        ...
+
+    @property
+    def router_z_loss_coef(self) -> float:
+        """Of the squared log-normaliser."""
+        ...
+
+
+def router_coefs(options: RouterOptions) -> dict[str, float]:
+    """The weights of terms on routers by option."""
+    return {"router_aux_loss_coef": options.router_aux_loss_coef, "router_z_loss_coef": options.router_z_loss_coef}
+
+
+def routed(policy: Policy, logprob: Callable[..., Any], make: Callable[[Logprob], Objective], coefs: Mapping[str, float]) -> Objective:
+    """make(logprob()), with terms on routers beside it where one has a weight. Raises ValueError for a model without experts."""
+    if not any(coefs.values()):
+        return make(logprob())
     if (experts := policy.cfg.experts) is None:
         name = next(name for name, coef in coefs.items() if coef)
         raise ValueError(f"{name} weighs a loss of routers, and a {policy.family} model has none: leave it at 0")
@@ -46,11 +68,12 @@ def pairwise(
     rewards: preference_objective.Rewards,
     terms: preference_objective.Options,
     more: Callable[[Any], dict[str, Tensor]] | None = None,
+    routers: Mapping[str, float] = NO_ROUTERS,
 ) -> Parts:
-    """A method on pairs, as it is without a reference; more(pairs) -> further metrics."""
+    """A method on pairs, as it is without a reference; more(pairs) -> further metrics; routers: weights of terms on them, by option."""
     make = partial(preference_objective.objective, loss=loss, rewards=rewards, options=terms, more=more)
-    train, evaluation = policies.logprob(policy, remat=remat), policies.logprob(policy)
-    return Parts(policy, make(train), make(evaluation, want=EVERY), (partial(pack.collate_trees, prompts=terms.prompts),))
+    train = routed(policy, partial(policies.logprob, policy, remat=remat), make, routers)
+    return Parts(policy, train, make(policies.logprob(policy), want=EVERY), (partial(pack.collate_trees, prompts=terms.prompts),))
 
 
 def scored(config: Any, policy: Policy, setting: Setting, *, classes: int, read: str, objective: Callable[[Scores], Objective]) -> Parts:

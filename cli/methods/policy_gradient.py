@@ -13,7 +13,7 @@ from treetune.cli.methods import parts
 from treetune.cli.methods.method import Parts, RolloutParts, Setting
 from treetune.cli.options import pipeline
 from treetune.cli.options.pipeline import CorrectionOptions
-from treetune.cli.options.policy_loss import PolicyLoss, clip_bounds
+from treetune.cli.options.policy_loss import PolicyLoss, RoutedPolicyLoss, clip_bounds
 from treetune.core import registry, shard, step
 from treetune.core.config import table
 from treetune.core.data import pack
@@ -78,7 +78,7 @@ def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logpr
     reference = parts.load_reference(config, start, setting, temperature=temperature) if loss.beta else None
     held = start if reference is None else reference.policy
     quiet = policy.logprob(held, temperature=temperature)
-    objective = _objective(config, partial(policy.logprob, held, remat=config.optim.remat, temperature=temperature), ce_coef)
+    objective = _objective(config, held, partial(policy.logprob, held, remat=config.optim.remat, temperature=temperature), ce_coef)
     collate = policy_gradient_with_sft.aside_collate(pack.collate_trees) if ce_coef else pack.collate_trees
     built = Parts(held, objective, objective, (collate,), rollouts=sampled(quiet))
     if loss.use_adaptive_entropy:
@@ -92,7 +92,7 @@ def build(config: Any, start: Policy, setting: Setting, sampled: Callable[[Logpr
     return built if reference is None else parts.hold(built, reference)
 
 
-def _objective(config: Any, train: Callable[..., Logprob], ce_coef: float) -> Objective:
+def _objective(config: Any, start: Policy, train: Callable[..., Logprob], ce_coef: float) -> Objective:
     options, (low, high) = config.loss, clip_bounds(config.loss)
     knobs = {"delta": options.delta, "tau_pos": options.sapo_tau_pos, "tau_neg": options.sapo_tau_neg}
     length = config.rollout.max_completion_length
@@ -101,4 +101,4 @@ def _objective(config: Any, train: Callable[..., Logprob], ce_coef: float) -> Ob
     make = partial(policy_gradient.objective, loss=surrogate, **terms)
     if ce_coef:
         return policy_gradient_with_sft.objective(cast(LogprobBeside, train(run=logprobs_beside)), make, coef=ce_coef, name="ebft/ce_loss")
-    return make(train())
+    return parts.routed(start, train, make, parts.router_coefs(options) if isinstance(options, RoutedPolicyLoss) else parts.NO_ROUTERS)

@@ -80,6 +80,16 @@ class PolicyLoss:
     """Do not train on completions that were cut off at max_completion_length."""
 
 
+@dataclass(frozen=True)
+class RoutedPolicyLoss(PolicyLoss):
+    """Loss. The start of a run prints what a name stands for."""
+
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the load-balancing loss, within each completion, averaged over layers and its tokens; 0.001 is usual."""
+    router_z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
+    """Experts: weight of the routers' squared log-normaliser, averaged likewise; 0.001 is usual."""
+
+
 def clip_bounds(options: PolicyLoss) -> tuple[float, float]:
     """How far a ratio may fall below and rise above 1."""
     return presets.clip_bounds(preset(options.loss), options.epsilon, options.epsilon_high)
@@ -88,7 +98,8 @@ def clip_bounds(options: PolicyLoss) -> tuple[float, float]:
 def skippable(options: PolicyLoss) -> bool:
     """Whether a completion of advantage 0 trains nothing at all, and no threshold counts its tokens."""
     bonus = options.entropy_coef or options.use_adaptive_entropy
-    return not options.beta and not bonus and options.top_entropy_quantile == 1
+    routers = isinstance(options, RoutedPolicyLoss) and (options.router_aux_loss_coef or options.router_z_loss_coef)
+    return not options.beta and not bonus and not routers and options.top_entropy_quantile == 1
 
 
 def conflicts(loss: PolicyLoss) -> None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 CASES = {
     "unknown command": lambda t, d: (["sfft"], "unknown command 'sfft'", "did you mean sft"),
     "missing file": lambda t, d: (sft(t, "--data", "nope.jsonl"), "nope.jsonl: no such file"),
@@ -38,6 +39,9 @@ CASES = {
         sft(t, "--model", t.model, "--from-config", config(t, d, vocab_size=99), command="pretrain", data=t.text), "token id", "has 99"
     ),
     "no routers": lambda t, d: (sft(t, "--router-z-loss-coef", 0.1), "router_z_loss_coef weighs a loss of routers, and a llama model has"),
+    "no routers, dpo": lambda t, d: (
+        sft(t, "--router-aux-loss-coef", 0.1, command="dpo", data=text(d, "p.jsonl", PAIR * 3)), "router_aux_loss_coef weighs a loss of"
+    ),
     "misspelt flag": lambda t, d: (sft(t, "--learning-rat", 1), "unknown option --learning-rat ", "did you mean --learning-rate"),
     "flag twice": lambda t, d: (sft(t, "--seed", 1, "--seed=2"), "--seed is given twice"),
     "negated flag twice": lambda t, d: (sft(t, "--shuffle", "--no-shuffle"), "shuffle is given twice"),

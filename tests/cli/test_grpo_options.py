@@ -87,6 +87,8 @@ CHANGES = {
     "entropy_coef_delta": (["--entropy-coef-delta", 0.5], BONUS),
     "entropy_coef_max": (["--entropy-coef-max", 0.001], BONUS),
     "top_entropy_quantile": (["--top-entropy-quantile", 0.3], []),
+    "router_aux_loss_coef": (["--router-aux-loss-coef", 0.5], ["--model", "experts"]),
+    "router_z_loss_coef": (["--router-z-loss-coef", 0.5], ["--model", "experts"]),
     "mask_truncated_completions": (["--mask-truncated-completions"], STOPS),
     "vllm_importance_sampling_correction": (["--no-vllm-importance-sampling-correction"], AHEAD),
     "vllm_importance_sampling_mode": (["--vllm-importance-sampling-mode", "sequence_mask"], AHEAD),
@@ -125,6 +127,7 @@ AS_MANY_NUMBERS = {"streaming_partial_batch", "streaming_min_groups", "skip_zero
 def told(kit, tiny, here, learn, monkeypatch):
     """told(args, name) -> (what training was, what else a run did)."""
     (here / "more.py").write_text(MORE)
+    kit.write_experts(here / "experts")
     kit.write_rows(here / "other.jsonl", CHATS[::-2])
     sizes, plain = [], reward_pool.Pool.score
     monkeypatch.setattr(
@@ -202,6 +205,17 @@ def test_the_defaults_of_the_documents():
     assert policy_loss.clip_bounds(PolicyLoss(loss="grpo")) == (0.2, 0.2)
     assert policy_loss.clip_bounds(PolicyLoss(loss="gspo")) == (3e-4, 4e-4)
     assert policy_loss.clip_bounds(PolicyLoss(loss="gmpo", epsilon=0.1)) == (0.1, 0.1)
+
+
+def test_routers_learn_from_completions_without_an_advantage(kit, here, steps):
+    """Groups without a signal are skipped otherwise, and nothing is computed of them."""
+    (here / "same.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    kit.write_experts(here / "experts")
+    args = ["--model", "experts", "--reward-funcs", "same.py:same"]
+    assert all(record["grad_norm"] == 0 for record in steps(*args, name="plain"))
+    records = steps(*args, "--router-aux-loss-coef", 0.5, "--lora-target-modules", "router", name="routed")
+    assert all(record["grad_norm"] > 0 and record["router_z_loss"] > 0 for record in records)
+    assert all(record["train/loss"] == pytest.approx(0.5 * record["router_aux_loss"], rel=1e-5) for record in records)
 
 
 def test_every_loss_is_its_own(kit, here, steps):

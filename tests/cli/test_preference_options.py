@@ -34,6 +34,8 @@ CHANGES = {
     ("dpo", "ld_alpha"): (["--ld-alpha", 0.3], []),
     ("dpo", "dpo_use_weighting"): (["--dpo-use-weighting"], []),
     ("dpo", "rpo_alpha"): (["--rpo-alpha", 0.5], []),
+    ("dpo", "router_aux_loss_coef"): (["--router-aux-loss-coef", 0.5], ["--model", "experts"]),
+    ("dpo", "router_z_loss_coef"): (["--router-z-loss-coef", 0.5], ["--model", "experts"]),
     ("dpo", "ref_model"): (["--ref-model", "SAME"], []),
     ("dpo", "precompute_ref_logps"): (["--precompute-ref-logps"], []),
     ("dpo", "sync_ref_model"): (["--sync-ref-model", "--ref-model-sync-steps", 1], FULL),
@@ -74,6 +76,7 @@ def calls(monkeypatch):
 @pytest.fixture
 def losses(kit, tiny, here, train):
     """losses(command, args, name) -> what the steps and evaluations of a run said."""
+    kit.write_experts(here / "experts")
 
     def run(command, args, name):
         done = train(command, *[tiny.same if arg == "SAME" else arg for arg in args], "--output-dir", name)
@@ -104,6 +107,16 @@ def test_option_changes_the_run(command, option, losses, calls):
     else:
         trained = [[record["train/loss"] for record in told if "train/loss" in record] for told in (plain, changed)]
         assert trained[0] != trained[1], "the numbers of training, not only what is printed"
+
+
+def test_terms_on_routers_are_added_to_the_loss_of_pairs(losses):
+    args = ["--model", "experts", "--router-aux-loss-coef", 0.5, "--router-z-loss-coef", 0.25]
+    first = next(record for record in losses("dpo", args, "run") if "train/loss" in record)
+    assert first["router_aux_loss"] > 2 and first["router_z_loss"] > 0, "2 experts a token, all used alike"
+    whole = math.log(2) + 0.5 * first["router_aux_loss"] + 0.25 * first["router_z_loss"]
+    assert first["train/loss"] == pytest.approx(whole, rel=1e-6)
+    told = [record for record in losses("dpo", args, "again") if "eval/loss" in record]
+    assert told and "router_aux_loss" not in told[0] and told[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("command", ["dpo", "kto"])
