@@ -61,7 +61,9 @@ def match(
         every = target.lower() == ALL_LINEAR
         matched.update(linears(abstract) if every else module_names.match_target(target, modules, owners))
     if not matched:
-        raise ValueError(f"{ALL_LINEAR} matches nothing: no leaf of this family says that it is a linear layer")
+        raise ValueError(
+            f"{ALL_LINEAR} matches nothing: no leaf of this family says that it is a linear layer; train all weights with adapter none"
+        )
     paths = [path for path in modules if path in matched]
     return paths if layers is None else _in_layers(paths, set(layers), owners)
 

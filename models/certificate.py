@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from treetune.core import fields, param
-from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, plain_model
+from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, loading, plain_model
 from treetune.models.certificate_checks import Check, Measure, Subject
 from treetune.models.fetch import Say, silent
 
@@ -98,8 +98,7 @@ def certify(path: Path, documents: Sequence[Sequence[int]] | None = None, *, gra
     Raises ValueError where transformers cannot load the folder; a model that is refused here has a certificate that says so.
     """
     try:
-        with fields.reading(f"the model {path}"):
-            model = hf.load(path)
+        model, _ = loading.load_model(path, dtype="float32", device=torch.device("cpu"))
     except ValueError as error:
         return Certificate(str(path), "", "", REFUSED, str(error), ())
     chosen = tuple(list(ids) for ids in documents) if documents else example_documents(path, model)

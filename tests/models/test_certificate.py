@@ -154,6 +154,15 @@ def test_a_model_that_is_refused_has_its_reason(tmp_path):
     assert certificate.describe(result)[0].startswith("REFUSED")
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(oracle, tmp_path):
+    """As a run refuses them: every measure would be nan, which names no weight."""
+    model = hf.load(oracle("mistral")[1])
+    model.params["layers"][0]["q_proj"][0, 0] = torch.nan
+    hf.save(tmp_path / "nan", model)
+    result = certificate.certify(tmp_path / "nan")
+    assert result.outcome == "refused" and "not finite: layers.0.q_proj" in result.reason
+
+
 def test_a_certificate_is_kept_by_digest_and_versions(oracle, tmp_path, monkeypatch):
     monkeypatch.setenv("TREETUNE_HOME", str(tmp_path))
     row = certificate.Row("logits", 1e-6, 1e-4, "PASS", "float32", "")
