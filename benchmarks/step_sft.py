@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import harness
 import torch
@@ -43,44 +45,76 @@ def model_folder() -> str:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
+    from treetune.models import loading
+
+    model, _ = loading.load_model(args.model, dtype=args.dtype, device=torch.device("cpu"))
+    return summary_of(list(map(stepper(args, model), range(args.steps))))
+
+
+class Step(NamedTuple):
+    """Seconds of the clock and of the processor, the loss, and supervised tokens of a step."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+    tokens: int
+
+
+def stepper(args: argparse.Namespace, model: Any, pair_of: Callable[[str], tuple] | None = None) -> Callable[[int], Step]:
+    """The training step of a model with a fresh adapter, by its number. pair_of: A and B to start with, by the path of the leaf."""
     from treetune.cli.options import optim
     from treetune.cli.options.optim import OptimOptions
-    from treetune.core import step
+    from treetune.core import lora, step
     from treetune.core.data import pack, spans
     from treetune.core.run import cadence
     from treetune.core.state import TrainState
     from treetune.losses import sft_objective
-    from treetune.models import adapter, batches, hf, loading, policy
+    from treetune.models import adapter, batches, hf, policy
 
-    device = torch.device("cpu")
     tokenizer = hf.tokenizer(args.model)
-    docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, ROWS * args.steps))]
-    model, _ = loading.load_model(args.model, dtype=args.dtype, device=device)
+    docs = [doc_of(row, i, tokenizer, spans.Doc) for i, row in enumerate(read(args.rows, args.step_rows * args.steps))]
     start = policy.adapt(model, policy.AdapterSpec(rank=RANK, alpha=ALPHA), base=adapter.Base("base", ""), seed=0)
-    objective = sft_objective.named(policy.logprob(start))
+    for path, (low, up) in lora.pairs(start.params["lora"]).items() if pair_of else ():
+        for leaf, value in zip((low, up), pair_of(path), strict=True):
+            leaf.copy_(value)
     optimizer = optim.build(OptimOptions(learning_rate=LR))
-    run = step.make_step(objective, optimizer, schedule=cadence.schedule(cadence.Rate(LR, args.steps, warmup_steps=0)))
-    state = TrainState(start.params, start.frozen, optimizer.init(start.params), {}, torch.tensor(0))
-    collate, times, losses, counts = batches.batcher(model.cfg, device, (pack.collate,)), [], [], []
-    for i in range(args.steps):
-        start = time.perf_counter()
-        groups = [range(j, j + MICRO) for j in range(i * ROWS, (i + 1) * ROWS, MICRO)]
-        state, metrics = run(state, [collate([docs[k] for k in group]) for group in groups])
-        losses.append(metrics["loss"].item())
-        times.append(time.perf_counter() - start)
-        counts.append(int(metrics["supervised_tokens"]))
-    return summary(times, counts, losses)
+    schedule = cadence.schedule(cadence.Rate(LR, args.steps, warmup_steps=0))
+    run = step.make_step(sft_objective.named(policy.logprob(start)), optimizer, schedule=schedule)
+    states = [TrainState(start.params, start.frozen, optimizer.init(start.params), {}, torch.tensor(0))]
+    collate = batches.batcher(model.cfg, torch.device("cpu"), (pack.collate,))
+
+    def one(number: int) -> Step:
+        begin, cpu = time.perf_counter(), time.process_time()
+        first, end = number * args.step_rows, (number + 1) * args.step_rows
+        groups = [range(j, min(j + MICRO, end)) for j in range(first, end, MICRO)]
+        states[0], metrics = run(states[0], [collate([docs[k] for k in group]) for group in groups])
+        loss = metrics["loss"].item()
+        return Step(time.perf_counter() - begin, time.process_time() - cpu, loss, int(metrics["supervised_tokens"]))
+
+    return one
 
 
-def bridged(args: argparse.Namespace) -> dict:
-    """The step of `ours` through the modules of transformers, as models without a native family are computed."""
-    from treetune.models import MODELS, hf
+def summary_of(steps: list[Step]) -> dict:
+    return summary([one.seconds for one in steps], [one.tokens for one in steps], [one.loss for one in steps])
 
-    family, _ = hf.read_config(Path(args.model) / "config.json")
-    kind = json.loads((Path(args.model) / "config.json").read_text())["model_type"]
-    del MODELS[family]
-    assert hf.read_config(Path(args.model) / "config.json")[0] == kind and kind not in list(MODELS), f"{kind} is still native"
-    return ours(args)
+
+def bridged_pair(args: argparse.Namespace) -> list[Callable[[int], Step]]:
+    """The steps of a native family, and of the same weights and the same fresh adapter through the modules of transformers."""
+    from treetune.core import lora
+    from treetune.models import MODELS, bridge, hf, hf_keys, loading
+
+    native, _ = loading.load_model(args.model, dtype=args.dtype, device=torch.device("cpu"))
+    sizes = hf.abstract_of(native)
+    fresh = lora.init(sizes, lora.match(sizes, "all-linear"), rank=RANK, seed=0)
+    by_key = {hf_keys.hf_key(native.family, path): pair for path, pair in lora.pairs(fresh).items()}
+    values = json.loads((Path(args.model) / "config.json").read_text())
+    MODELS["bridged"] = bridge.family(values["model_type"])
+    native_module = MODELS.pop(native.family)
+    other = hf.load(args.model, dtype=DTYPES[args.dtype])
+    MODELS[native.family] = native_module
+    assert isinstance(other.cfg, bridge.Config), f"{native.family} is still native"
+    steps = stepper(args, other._replace(family="bridged"), lambda path: by_key[hf_keys.hf_key("bridged", path)])
+    return [stepper(args, native), steps]
 
 
 def ids_of(row: dict, tokenizer) -> tuple[list[int], int]:
@@ -195,21 +229,25 @@ def ratios(ours_: dict, theirs_: dict) -> dict:
 
 
 def drive_bridged(args: argparse.Namespace) -> None:
-    """Native and bridged steps in turn; medians and ratios to JSON."""
-    common = ["--rows", args.rows, "--model", args.model, "--steps", str(args.steps)]
-    options = {"rows": ROWS, "micro": MICRO, "steps": args.steps, "repeats": args.repeats}
+    """Native and bridged steps in turn in one process; medians and ratios to JSON."""
+    options = {"rows": args.step_rows, "micro": min(MICRO, args.step_rows), "steps": args.steps}
     result: dict = {"benchmark": "step_sft_bridged", "machine": harness.machine(), "options": options}
     for dtype in args.dtypes:
-        sides = [["--side", side, "--dtype", dtype, *common] for side in ("ours", "bridged")]
-        runs = harness.interleave(__file__, sides, args.repeats)
-        native, other = (harness.medians(side) for side in runs)
+        sides, runs = bridged_pair(argparse.Namespace(**vars(args) | {"dtype": dtype})), ([], [])
+        for number in range(args.steps):
+            for steps, one in zip(runs, sides, strict=True):
+                steps.append(one(number))
+                print(steps[-1], flush=True)
+        native, other = runs
         result[dtype] = {
-            "native": native, "bridged": other, "step_ratio": other["step_s"] / native["step_s"],
-            "memory_ratio": other["peak_gib"] / native["peak_gib"],
-            "loss_differences": [other[name] - native[name] for name in ("first_loss", "last_loss")],
-            "runs": {"native": runs[0], "bridged": runs[1]},
-        }  # fmt: skip
-        print(dtype, json.dumps({name: value for name, value in result[dtype].items() if "ratio" in name or "loss" in name}), flush=True)
+            "step_s": [statistics.median(one.seconds for one in steps[1:]) for steps in runs],
+            "cpu_s": [statistics.median(one.cpu_seconds for one in steps[1:]) for steps in runs],
+            "step_ratio": statistics.median(b.seconds / a.seconds for a, b in zip(native[1:], other[1:], strict=True)),
+            "cpu_ratio": statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in zip(native[1:], other[1:], strict=True)),
+            "loss_differences": [b.loss - a.loss for a, b in zip(native, other, strict=True)],
+            "runs": {"native": native, "bridged": other},
+        }
+        print(dtype, json.dumps({name: value for name, value in result[dtype].items() if name != "runs"}), flush=True)
     print("saved", harness.save("step_sft_bridged", result))
 
 
@@ -240,13 +278,14 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--side", default=None)
     parser.add_argument("--bridged", action="store_true")
+    parser.add_argument("--step-rows", type=int, default=ROWS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.model = args.model or model_folder()
-    sides = {"ours": ours, "bridged": bridged, "trl": theirs, "first-ours": first_step, "first-trl": first_step}
+    sides = {"ours": ours, "trl": theirs, "first-ours": first_step, "first-trl": first_step}
     if args.side is None:
         (drive_bridged if args.bridged else drive)(args)
         return

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -44,6 +45,7 @@ ROPE = frozenset({
     "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "short_mscale", "truncate",
     "type",
 })  # fmt: skip
+OLDEST = (5, 8)  # of transformers, that takes functions for experts by name
 UNBOUNDED = 1 << 20  # positions of a model without a largest one
 
 
@@ -105,6 +107,7 @@ class Bridge:
 
         Raises ValueError for a field that transformers does not know of this model, and for a model that is not computed, with the reason.
         """
+        _check_version(hf, metadata.version("transformers"))
         text = json.dumps(hf.values, sort_keys=True)
         try:
             _check_sizes(hf)
@@ -210,6 +213,16 @@ def skeleton(cfg: Config, device: torch.device = bridge_skeleton.CPU) -> Skeleto
 def _own(cfg: dense.Config) -> Config:
     assert isinstance(cfg, Config)
     return cfg
+
+
+def _check_version(hf: Fields, installed: str) -> None:
+    """Raise ValueError for a transformers that does not take experts and attention of others."""
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise ValueError(
+            f"{hf.source}: a {hf.values.get('model_type')} model is computed by the modules of transformers from {needed} on, and "
+            f'{installed} is installed: pip install -U "transformers>={needed}"'
+        )
 
 
 def _check_sizes(hf: Fields) -> None:

@@ -114,6 +114,13 @@ def test_scales_caps_and_biases_of_the_head():
     assert read("phi").head_bias and not read("glm4").head_bias
 
 
+def test_an_older_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(bridge.metadata, "version", lambda name: "5.0.0")
+    with pytest.raises(ValueError, match=r"config.json: a glm4 model .* from 5\.8 on, and 5\.0\.0 is installed: pip install") as caught:
+        read("glm4")
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_types_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such"}))
     with pytest.raises(ValueError, match="model_type must be .*causal language model of the installed transformers.*no_such"):
