@@ -45,7 +45,7 @@ ROPE = frozenset({
     "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "short_mscale", "truncate",
     "type",
 })  # fmt: skip
-OLDEST = (5, 8)  # of transformers, that takes functions for experts by name
+OLDEST = (5, 7)  # of transformers, that takes functions for experts by name
 UNBOUNDED = 1 << 20  # positions of a model without a largest one
 
 
