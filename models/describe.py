@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from treetune.core import lora, module_names, param, tree
-from treetune.models import MODELS, adapter_config, adapter_parameters, gguf, hf
+from treetune.models import MODELS, adapter_config, adapter_parameters, bridge, gguf, hf
+from treetune.models.dense import Config
 from treetune.models.policy import Policy, weights
 
 
@@ -21,6 +22,7 @@ def describe_model(path: Path) -> dict[str, str]:
     return {
         "model": str(path),
         "family": f"{family}, {cfg.num_layers} layers, hidden {cfg.hidden_size}, mlp {cfg.mlp_size}",
+        "computed by": _computed_by(cfg),
         "attention": f"{cfg.num_heads} query and {cfg.num_kv_heads} key heads of {cfg.head_dim}, window {windows}",
         "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
@@ -28,6 +30,14 @@ def describe_model(path: Path) -> dict[str, str]:
         "lora targets": ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in lora.adaptable(sizes))),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
     }
+
+
+def _computed_by(cfg: Config) -> str:
+    """Whose code computes a model, and whether documents are packed."""
+    if not isinstance(cfg, bridge.Config):
+        return "a native family, packed documents"
+    alone = f"one document at a time: {cfg.alone}" if cfg.alone else "packed documents"
+    return f"transformers' modules, {alone}"
 
 
 def describe_adapter(path: Path) -> dict[str, str]:
