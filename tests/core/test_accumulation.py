@@ -8,7 +8,9 @@ from treetune.core import optim, step, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.state import TrainState
 
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative, by norm of each leaf
+# Relative, by norm of each leaf. In float32 the order of sums differs with the sizes of products and the vectors of a CPU: up to 1.4e-6 on
+# those seen. An error of the split would show in float64.
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
 
 
 def _gradients(objective, params, frozen, micro_batches):
@@ -43,7 +45,7 @@ def test_every_split_gives_one_gradient(model, adapter, objective, documents, sp
     assert found.keys() == {"8x1", "4x2", "2x4", "1x8"}
     grads, metrics = found.pop("1x8")
     for other, measured in found.values():
-        _assert_equal(other, grads, 1e-6 if weighted else TOLERANCE[dtype])  # weights are float32 in the batch
+        _assert_equal(other, grads, TOLERANCE[torch.float32] if weighted else TOLERANCE[dtype])  # weights are float32 in the batch
         for key in ("loss", "nll", "mean_token_accuracy", "grad_norm", "num_tokens", "supervised_tokens"):
             torch.testing.assert_close(measured[key], metrics[key], rtol=1e-6, atol=0, check_dtype=False)
 
