@@ -45,9 +45,11 @@ def model_folder() -> str:
 
 def ours(args: argparse.Namespace) -> dict:
     """The step of treetune, as its command line builds it."""
+    from treetune.core.quant import Scheme
     from treetune.models import loading
 
-    model, _ = loading.load_model(args.model, dtype=args.dtype, device=torch.device("cpu"))
+    scheme = None if args.quant == "none" else Scheme(args.quant)
+    model, _ = loading.load_model(args.model, dtype=args.dtype, device=torch.device("cpu"), scheme=scheme)
     return summary_of(list(map(stepper(args, model), range(args.steps))))
 
 
@@ -135,6 +137,17 @@ def doc_of(row: dict, number: int, tokenizer, kind):
     return kind(np.array(ids), weight, number)
 
 
+def four_bits(args: argparse.Namespace):
+    """How bitsandbytes quantises the model of the peer, as we do ours; None where neither does."""
+    from transformers import BitsAndBytesConfig
+
+    if args.quant == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=args.quant, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPES[args.dtype]
+    )
+
+
 def theirs(args: argparse.Namespace) -> dict:
     """The step of TRL's SFTTrainer with a PEFT adapter."""
     from datasets import Dataset
@@ -168,7 +181,7 @@ def theirs(args: argparse.Namespace) -> dict:
         gradient_checkpointing=False, bf16=args.dtype == "bfloat16", use_cpu=True, train_sampling_strategy="sequential",
         disable_tqdm=True, seed=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype], quantization_config=four_bits(args))
     peft = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=peft, callbacks=[Clock()]).train()
     encoded = [ids_of(row, tokenizer) for row in rows]
@@ -272,8 +285,9 @@ def drive(args: argparse.Namespace) -> None:
     print("saved", harness.save("step_sft", result))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default=str(Path(__file__).parent.parent / "examples" / "data" / "gsm8k_train_sample.jsonl"))
     parser.add_argument("--model", default=None)
     parser.add_argument("--side", default=None)
@@ -283,7 +297,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--quant", default="none", choices=("none", "nf4", "fp4"))
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     args.model = args.model or model_folder()
     sides = {"ours": ours, "trl": theirs, "first-ours": first_step, "first-trl": first_step}
     if args.side is None:

@@ -20,7 +20,7 @@ from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products
+from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised
 from treetune.models import tokenizer as tokenizers
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
@@ -136,7 +136,7 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
     """The model that the run starts from, with a row for each token, and the policy over it."""
     config = run.config
     loaded = _base_model(run)
-    base = loading.identify_base(config.model.model, loaded)
+    base = loading.identify_base(config.model.model, loaded, quantised.of(config.model))
     if run.start is not None:
         loading.check_base(run.start, base, say=run.say, train=True)
     model = tokenizers.resize_embeddings(loaded, words, multiple=config.vocabulary.embedding_multiple, start=run.start)
@@ -155,7 +155,8 @@ def _base_model(run: TrainRun) -> Model:
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
         return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device)
-    model, path = loading.load_model(options.model, revision=options.revision, dtype=options.dtype, device=run.device, say=run.say)
+    named = {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": quantised.of(options)}
+    model, path = loading.load_model(options.model, **named, say=run.say)
     ranks.share(run.ranks, partial(certificate.ensure, path, model, say=run.say))
     return model
 

@@ -42,11 +42,12 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
 
 def _on_base(config: Config, adapter: str, *, named: bool) -> Config:
     """The config of a run that starts from an adapter, on that adapter's own base model unless the user has named one. Imports torch."""
-    from treetune.models import target
+    from treetune.models import quantised, target
 
     options = cast(Any, config).model
     base = target.choose(adapter, model=options.model, named=named, revision=options.revision)
-    changed: dict[str, Any] = {"model": dataclasses.replace(options, model=base.model, revision=base.revision)}
+    quant = quantised.options(base.scheme) if options.quant == "auto" else {}
+    changed: dict[str, Any] = {"model": dataclasses.replace(options, model=base.model, revision=base.revision, **quant)}
     return dataclasses.replace(config, **changed)
 
 

@@ -9,7 +9,7 @@ import torch
 from treetune.cli.options import online
 from treetune.cli.options.online import OnlineConfig
 from treetune.cli.options.rollout import RolloutOptions
-from treetune.core import option_pairs
+from treetune.core import option_pairs, quant, tree
 from treetune.core.config import table
 from treetune.core.data import pack
 from treetune.core.rollout import custom, documents, server, vllm
@@ -65,6 +65,8 @@ def served(
 ) -> engines.VllmEngine:
     """The engine of a server, which is started if it is the run's own. folder: for weights; extras: what is saved beside them."""
     options, pipeline = config.engine, config.pipeline
+    if any(quant.quantised(leaf) for leaf in tree.leaves(policy.frozen)):
+        raise ValueError("use_vllm: the server has the weights of the model as they are, and those that train are quantised: leave one out")
     model = serving.locate(config.model.model, revision=config.model.revision, dtype=policy.cfg.dtype, say=say)
     ahead = pipeline.prefetch_depth if pipeline.async_prefetch else 0
     steps, interval = pipeline.steps_per_generation * pipeline.num_iterations, pipeline.vllm_sync_interval

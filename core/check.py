@@ -1,9 +1,11 @@
 """Checks with readable messages: a batch that keeps its contract, a tree whose numbers are finite."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from treetune.core import shard, tree
+from treetune.core import quant, shard, tree
 from treetune.core.state import AXES, Batch, Params
 
 
@@ -36,7 +38,12 @@ def _bounds(stream: Batch) -> None:
 
 def not_finite(params: Params) -> list[str]:
     """Paths of the leaves with a nan or an inf."""
-    return [path for path, leaf in tree.items(params) if not torch.isfinite(leaf).all()]
+    return [path for path, leaf in tree.items(params) if not all(torch.isfinite(part).all() for part in _parts(leaf))]
+
+
+def _parts(leaf: Any) -> list[Tensor]:
+    """The leaf, or the tensors of a quantised one that may hold a nan or an inf."""
+    return [part for part in leaf.parts() if part.dtype == torch.float32] if quant.quantised(leaf) else [leaf]
 
 
 @torch.no_grad()
@@ -45,7 +52,8 @@ def finite(params: Params) -> Tensor:
 
     No leaf is copied, and nothing is read by the host.
     """
-    sides = [torch.aminmax(local) for leaf in tree.leaves(params) if (local := shard.local(leaf)).numel() and local.is_floating_point()]
+    parts = [shard.local(part) for leaf in tree.leaves(params) for part in _parts(leaf)]
+    sides = [torch.aminmax(part) for part in parts if part.numel() and part.is_floating_point()]
     if not sides:
         return torch.tensor(True)
     return torch.stack([torch.isfinite(side.min) & torch.isfinite(side.max) for side in sides]).all()
@@ -54,7 +62,7 @@ def finite(params: Params) -> Tensor:
 def no_shared_storage(one: Params, other: Params) -> None:
     """Raise ValueError when two trees alias: an optimiser updates in place, so a reference or average must be a clone."""
     # By storage and not by address: a view into a leaf changes with it, wherever it begins.
-    owners = {leaf.untyped_storage().data_ptr(): path for path, leaf in tree.items(one)}
-    for path, leaf in tree.items(other):
-        if (owner := owners.get(leaf.untyped_storage().data_ptr())) is not None and leaf.numel():
+    owners = {part.untyped_storage().data_ptr(): path for path, leaf in tree.items(one) for part in _parts(leaf)}
+    for path, part in ((path, part) for path, leaf in tree.items(other) for part in _parts(leaf)):
+        if (owner := owners.get(part.untyped_storage().data_ptr())) is not None and part.numel():
             raise ValueError(f"{path} shares memory with {owner}; clone it, because updates happen in place")

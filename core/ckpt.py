@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treetune.core import drafts, durable, fields, manifest, owned, shard, tree
+from treetune.core import drafts, durable, fields, manifest, owned, quant, shard, tree
 from treetune.core.state import Params, TrainState
 
 FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
@@ -34,6 +34,9 @@ def digest(params: Params) -> str:
     sha = hashlib.sha256()
     # By path, because the order of a dict is not part of the weights.
     for path, leaf in sorted(tree.items(params)):
+        if quant.quantised(leaf):
+            sha.update(f"{path} {quant.facts(leaf)} ".encode())
+            continue
         whole = shard.full(leaf).contiguous().cpu()
         sha.update(f"{path} {tuple(whole.shape)} {whole.dtype} ".encode())
         sha.update(whole.reshape(-1).view(torch.uint8).numpy().data)
@@ -45,6 +48,8 @@ def leaf_digest(params: Params) -> str:
 
     def one(item: tuple[str, Tensor]) -> str:
         path, leaf = item
+        if quant.quantised(leaf):
+            return f"{path} {quant.facts(leaf)}"
         whole = leaf.detach().contiguous().cpu().reshape(-1)
         sha = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
         sha.update(whole.view(torch.uint8).numpy().data)

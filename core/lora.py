@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import module_names, param, tree
+from treetune.core import module_names, param, shard, tree
 from treetune.core.param import Param, Params
 
 ALL_LINEAR = "all-linear"
@@ -124,7 +124,7 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
         base["lm_head"] = base["embed_tokens"]
     # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
     for path, (a, b) in adapted.items():
-        base[path] = (base[path].float() + delta(path, a, b, scaling)).to(base[path].dtype)
+        base[path] = (shard.gather(base[path], torch.float32) + delta(path, a, b, scaling)).to(base[path].dtype)
     return tree.from_items(base.items())
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import quant, tree
 from treetune.core.param import Param, Params
 
 if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and a run on one device never needs it
@@ -63,16 +63,23 @@ def place(params: Params, device_mesh: DeviceMesh, specs: Params) -> Params:
     return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, specs)
 
 
-def distribute(leaf: Tensor, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
-    """A whole leaf, the same on every rank, as a DTensor with the given placements."""
+def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
+    """A whole leaf, the same on every rank, as a DTensor with the given placements; a quantised one stays whole."""
+    if quant.quantised(leaf):
+        return cast(Any, leaf)
     from torch.distributed.tensor import distribute_tensor
 
     # No source rank: a broadcast would send every weight once more, and all ranks have read the same files.
     return distribute_tensor(leaf, device_mesh, spec, src_data_rank=None)
 
 
-def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back."""
+def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back.
+
+    A quantised leaf, which every rank has whole, becomes dense.
+    """
+    if quant.quantised(leaf):
+        return _remembered(quant.dense(leaf, dtype), leaf)
     if not leaf.is_floating_point():
         dtype = None  # indices, which a cast could change
     if not distributed(leaf):
@@ -83,23 +90,27 @@ def gather(leaf: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     # Partial: what arrives in the backward pass is this rank's share of the gradient, to be summed over ranks and scattered. The cast
     # comes after, so that the sum is made in the dtype of the leaf: float32 masters sum in float32 whatever the compute dtype.
     whole = leaf.redistribute(placements=axes).to_local(grad_placements=[Partial()] * len(axes))
-    whole = whole if dtype is None or whole.dtype == dtype else whole.to(dtype)
+    return _remembered(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
+
+
+def _remembered(whole: Tensor, leaf: Tensor | quant.Quantised) -> Tensor:
     if _gathered:
-        _gathered[-1][whole.untyped_storage().data_ptr()] = (whole, leaf.detach())
+        _gathered[-1][whole.untyped_storage().data_ptr()] = (whole, leaf)
     return whole
 
 
-# Of the innermost `gathering_again`: {address: (whole leaf, its shards)}. It holds the whole leaves, so that no address is used twice.
-_gathered: list[dict[int, tuple[Tensor, Tensor]]] = []
+# Of the innermost `gathering_again`: {address: (whole leaf, what it was made of)}. It holds the whole leaves, so that no address is used
+# twice.
+_gathered: list[dict[int, tuple[Tensor, Any]]] = []
 
 
 @contextlib.contextmanager
 def gathering_again(params: Params) -> Iterator[None]:
-    """Inside, whole leaves that `gather` makes of sharded `params` are not kept for the backward pass, which gathers them once more.
+    """Inside, leaves that `gather` makes of sharded or quantised `params` are not kept for the backward pass, which makes them once more.
 
-    Without it a model that is not rematerialised would be whole on every rank by the end of its forward pass.
+    Without it a model that is not rematerialised would be whole and dense on every rank by the end of its forward pass.
     """
-    if not torch.is_grad_enabled() or not any(sharded(leaf) for leaf in tree.leaves(params)):
+    if not torch.is_grad_enabled() or not any(quant.quantised(leaf) or sharded(leaf) for leaf in tree.leaves(params)):
         yield
         return
     _gathered.append({})
@@ -111,9 +122,9 @@ def gathering_again(params: Params) -> Iterator[None]:
 
 
 class _Again(NamedTuple):
-    """A view of a whole leaf, as its shards and the view's geometry."""
+    """A view of a whole leaf, as what that is made of and the view's geometry."""
 
-    leaf: Tensor
+    leaf: Tensor | quant.Quantised
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -145,7 +156,7 @@ def local(leaf: Tensor) -> Tensor:
 def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
     """A local tensor with the sharding of `like`."""
     if not distributed(like):
-        return leaf
+        return cast(Any, leaf)
     from torch.distributed.tensor import DTensor
 
     # run_check would be a collective for every leaf.
@@ -158,7 +169,7 @@ def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
 
 
 def full(leaf: Tensor) -> Tensor:
-    """The whole leaf, detached, on every rank (a collective for a sharded leaf)."""
+    """The whole leaf, detached, on every rank (a collective for a sharded leaf); a quantised one stays so."""
     return (leaf.full_tensor() if distributed(leaf) else leaf).detach()
 
 

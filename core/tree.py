@@ -80,8 +80,8 @@ def _at(nodes: list, index: int) -> Tree:
 
 
 def bytes(tree: Tree) -> int:
-    """Bytes held by all tensor leaves."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+    """Bytes held by all leaves, tensors or quantised."""
+    return sum(leaf.nbytes for leaf in leaves(tree))
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:

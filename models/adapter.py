@@ -15,7 +15,19 @@ from torch import Tensor
 from treetune.core import fields, lora, manifest, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, adapter_tensors, folder, hf, hf_keys, resize
+from treetune.core.quant import Scheme
+from treetune.models import (
+    Model,
+    adapter_blocks,
+    adapter_config,
+    adapter_parameters,
+    adapter_tensors,
+    folder,
+    hf,
+    hf_keys,
+    quantised,
+    resize,
+)
 from treetune.models.adapter_tensors import BASE, PREFIX, module
 
 CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
@@ -25,14 +37,18 @@ CLASSIFIERS = ("classifier", "score")  # PEFT names both in the config of every 
 
 
 class Base(NamedTuple):
-    """The base model of an adapter: its name or path, and its `identity.digest`, empty where it is not known."""
+    """The base model of an adapter: its name or path, its `identity.digest`, empty where it is not known, and how it was quantised."""
 
     name: str
     digest: str
+    scheme: Scheme | None = None
 
 
 class Info(NamedTuple):
-    """What an adapter_config.json says: sizes, dropout in training, the base model and its digest, the paths of the adapted leaves."""
+    """What an adapter_config.json says: sizes, dropout in training, the base model and its digest, the paths of the adapted leaves.
+
+    scheme: how the base was quantised while the adapter trained.
+    """
 
     rank: int
     alpha: float
@@ -41,6 +57,7 @@ class Info(NamedTuple):
     base: str = ""
     paths: Sequence[str] = ()
     digest: str = ""
+    scheme: Scheme | None = None
 
 
 class Carried(NamedTuple):
@@ -126,7 +143,8 @@ def save(
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         folder.write_json(part / CONFIG, config)
         if info.digest:
-            folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest})
+            scheme = {} if info.scheme is None else {"quantised": quantised.options(info.scheme)}
+            folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest} | scheme)
         _write_carried(carried or Carried(), part)
 
 
@@ -193,11 +211,11 @@ def revision_of(path: str | Path) -> str | None:
 
 
 def base(path: str | Path) -> Base:
-    """The base model that an adapter folder was trained on, with its digest where we wrote the folder."""
+    """The base model that an adapter folder was trained on, with its digest where we wrote the folder, and how it was quantised."""
     root = Path(path).expanduser()
-    recorded = folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}
-    digest = fields.text(fields.mapping(recorded, str(root / BASE_FILE)), "digest", default="")
-    return Base(base_of(root), digest)
+    recorded = fields.mapping(folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}, str(root / BASE_FILE))
+    scheme = fields.inner(recorded, "quantised", default=None, null=True)
+    return Base(base_of(root), fields.text(recorded, "digest", default=""), None if scheme is None else quantised.read(scheme))
 
 
 def task_of(path: str | Path) -> str | None:

@@ -29,9 +29,11 @@ from treetune.models import (
     hf_config,
     hf_keys,
     plain_model,
+    quantised,
 )
 from treetune.models.bridge_skeleton import EMBEDDING, HEAD, HEAD_BIAS, Skeleton
 from treetune.models.dense import LogitMap
+from treetune.models.quantised import Keep
 from treetune.ops import attention
 
 # What all configs have, and what only training from scratch or further heads read.
@@ -181,11 +183,21 @@ class Bridge:
         return skeleton(_own(cfg)).wide
 
     def read_files(
-        self, root: Path, cfg: dense.Config, dtype: torch.dtype, device: torch.device | str, *, beside: Sequence[str] = ()
+        self,
+        root: Path,
+        cfg: dense.Config,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        beside: Sequence[str] = (),
+        keep: Keep = quantised.AS_READ,
     ) -> Params:
         """The tree of a folder's weights, through transformers' own conversions of older layouts; with keys `beside`, without a head."""
         parts = skeleton(_own(cfg))
-        return tree.from_items(bridge_files.read(root, parts, dtype, device, beside=beside).items())
+        if keep.chosen and not beside and bridge_files.one_by_one(root, parts):
+            leaves = dict(tree.items(self.abstract(cfg, dtype=dtype)))
+            return tree.from_items(bridge_files.read_each(root, parts, leaves, device, keep).items())
+        return tree.from_items(bridge_files.read(root, parts, dtype, device, beside=beside, keep=keep).items())
 
     def to_files(self, cfg: dense.Config, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leaves by key in the layout in which transformers saves the model."""

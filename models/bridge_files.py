@@ -8,18 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treetune.models import plain_model
+from treetune.core.param import Param
+from treetune.models import hf_weights, plain_model, quantised
 from treetune.models.bridge_skeleton import HEAD, HEAD_BIAS, Skeleton
+from treetune.models.quantised import Keep
 
 
 def read(
-    root: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device | str, *, beside: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """{path: tensor} of a folder of safetensors; where it has the keys `beside`, of another head, without the language head.
+    root: Path,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    beside: Sequence[str] = (),
+    keep: Keep = quantised.AS_READ,
+) -> dict[str, Any]:
+    """{path: leaf} of a folder of safetensors; where it has the keys `beside`, of another head, without the language head.
 
     Raises ValueError for tensors that are missing, unexpected or of another shape.
     """
-    model, seen = _loaded(root, skeleton, dtype)
+    # What a quantised leaf is made from; transformers reads all of them in one dtype.
+    model, seen = _loaded(root, skeleton, torch.float32 if keep.chosen else dtype)
     heads = [skeleton.keys[path] for path in (HEAD, HEAD_BIAS) if beside and path in skeleton.keys]
     for name, problem in (
         ("missing_keys", "lacks"),
@@ -35,7 +44,31 @@ def read(
         raise ValueError(f"{root}: {odd[0]} is not the table that config.json implies")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     left_out = {*heads} | ({skeleton.keys[HEAD]} if tied else set())
-    return {path: tensors[key].detach().to(device) for path, key in skeleton.keys.items() if key not in left_out}
+    del model
+    kept = ((path, tensors.pop(key).detach().to(device)) for path, key in skeleton.keys.items() if key not in left_out)
+    return {path: keep(path, leaf if path in keep.chosen else leaf.to(skeleton.wide.get(path, dtype))) for path, leaf in kept}
+
+
+def one_by_one(root: Path, skeleton: Skeleton) -> bool:
+    """Whether the files of a folder have the leaves under the keys of the model, so that each can be read by itself."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if skeleton.constants or get_checkpoint_conversion_mapping(skeleton.model.config.model_type) is not None:
+        return False
+    keys, own = hf_weights.checked_keys(root), set(skeleton.keys.values())
+    return own - {skeleton.keys[HEAD]} <= keys <= own
+
+
+def read_each(root: Path, skeleton: Skeleton, leaves: dict[str, Param], device: torch.device | str, keep: Keep) -> dict[str, Any]:
+    """{path: leaf} of such a folder, each kept as soon as it is read."""
+    paths = {skeleton.keys[path]: path for path in leaves}
+    wanted = {skeleton.keys[path]: leaf for path, leaf in keep.wide(leaves).items()}
+
+    def store(key: str, tensor: Tensor) -> Any:
+        return keep(paths[key], tensor)
+
+    kept = hf_weights.read_tensors(root, wanted, unread={skeleton.keys[HEAD]}, device=device, keep=store)
+    return {paths[key]: leaf for key, leaf in kept.items()}
 
 
 def _loaded(root: Path, skeleton: Skeleton, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

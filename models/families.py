@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import shard, tree
+from treetune.core import quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
@@ -118,11 +118,13 @@ class Model(NamedTuple):
 
 def whole(model: Model) -> Params:
     """The weights gathered, each in the dtype that the model computes with it in."""
-    # A family of transformers' modules keeps some in float32 whatever the others are.
+    # A family of transformers' modules keeps some in float32 whatever the others are. Quantised leaves are made dense by each layer.
     wide = getattr(MODELS[model.family], "wide", lambda cfg: {})(model.cfg)
-    if not wide:
-        return shard.gather_all(model.params, model.cfg.dtype)
-    return tree.from_items((path, shard.gather(leaf, wide.get(path, model.cfg.dtype))) for path, leaf in tree.items(model.params))
+
+    def one(path: str, leaf: Any) -> Any:
+        return leaf if quant.quantised(leaf) else shard.gather(leaf, wide.get(path, model.cfg.dtype))
+
+    return tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params))
 
 
 def bare(model: Model) -> Model:

@@ -4,12 +4,12 @@ N rows of B sequences in a stream, H hidden size, D features.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from treetune.core import shard, strided, tree
+from treetune.core import quant, shard, strided, tree
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
 from treetune.models import decoder_attention, features
@@ -93,7 +93,12 @@ def _base(policy: Policy) -> Params:
 
 
 def _copy(params: Params, cfg: Config, device: str | None) -> Params:
-    return tree.map(lambda leaf: leaf.detach().to(device or leaf.device, cfg.dtype, copy=True), params)
+    def one(leaf: Any) -> Any:
+        if quant.quantised(leaf):
+            return leaf.moved(lambda part: part.to(device or part.device, copy=True))
+        return leaf.detach().to(device or leaf.device, cfg.dtype, copy=True)
+
+    return tree.map(one, params)
 
 
 def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batch, plan: Plan, rows: SequenceRows) -> Tensor:

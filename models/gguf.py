@@ -17,8 +17,10 @@ from torch import Tensor
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decoder_config
+from treetune.core.quant import Scheme
+from treetune.models import MODELS, Model, decoder_config, quantised
 from treetune.models.dense import Config
+from treetune.models.quantised import Keep
 from treetune.models.rope_scaling import Llama3Rope
 
 NAMES = {
@@ -98,8 +100,12 @@ def _metadata(path: str | Path, reader, names: Iterable[str]) -> Fields:
     return Fields(values, str(path))
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", scheme: Scheme | None = None
+) -> Model:
     """The model in a .gguf file, dequantised to float32 and rounded once to `dtype`, which is also what it computes in.
+
+    scheme: quantise its leaves again, each as it is read.
 
     Raises ValueError for an architecture, a key or a rope scaling that is not known here, and for missing or unexpected tensors.
     """
@@ -107,7 +113,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     family = _family(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     cfg = replace(_config(path, reader, family, tensors), dtype=dtype)
-    return Model(family, cfg, _params(path, family, cfg, tensors, dtype, device))
+    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)
+    return Model(family, cfg, _params(path, family, cfg, tensors, device, keep))
 
 
 def _family(path: str | Path, reader) -> str:
@@ -213,9 +220,9 @@ def _dequantise(tensor) -> Tensor:
     return torch.from_numpy(array.copy() if not array.flags.writeable else array)
 
 
-def _params(path, family: str, cfg: Config, tensors: dict, dtype: torch.dtype, device) -> Params:
+def _params(path, family: str, cfg: Config, tensors: dict, device, keep: Keep) -> Params:
     by_path = {_leaf_path(name): tensor for name, tensor in tensors.items() if name != FACTORS}
-    abstract = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
+    abstract = keep.wide(dict(tree.items(MODELS[family].abstract(cfg, dtype=cfg.dtype))))
     for keys, problem in ((set(abstract) - set(by_path), "lacks"), (set(by_path) - set(abstract), "has besides those of its family")):
         if keys:
             raise ValueError(f"{path}: the file {problem} {len(keys)} tensors, the first is {min(keys)}")
@@ -227,7 +234,7 @@ def _params(path, family: str, cfg: Config, tensors: dict, dtype: torch.dtype, d
         tensor = _dequantise(by_path[leaf])
         if family == "llama" and leaf.endswith(("q_proj", "k_proj")):
             tensor = _unpermute(tensor, cfg.num_heads if leaf.endswith("q_proj") else cfg.num_kv_heads)
-        pairs.append((leaf, tensor.to(device=device, dtype=dtype)))
+        pairs.append((leaf, keep(leaf, tensor.to(device=device, dtype=abstract[leaf].dtype))))
     return tree.from_items(pairs)
 
 

@@ -18,7 +18,8 @@ from treetune.core import fields, param, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf, hf_keys
+from treetune.core.quant import Scheme
+from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf, hf_weights, quantised
 from treetune.models.dense import Config, Training
 from treetune.ops import attention
 
@@ -112,7 +113,12 @@ def save(
 
 
 def load(
-    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", revision: str | None = None
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    scheme: Scheme | None = None,
 ) -> tuple[Model, Params]:
     """The model (without `lm_head`, leaves in `dtype`) and the head (float32) of a folder or hub id of transformers' classifiers.
 
@@ -130,17 +136,17 @@ def load(
     sizes = dict(tree.items(MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)))
     sizes.pop("lm_head_bias", None)
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
+    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)
     if (read := getattr(MODELS[family], "read_files", None)) is not None:
         params, tensors = (
-            read(root, cfg, dtype, device, beside=list(score)),
-            hf.read_tensors(root, score, unread=hf.checked_keys(root), device=device),
+            read(root, cfg, dtype, device, beside=list(score), keep=keep),
+            hf_weights.read_tensors(root, score, unread=hf_weights.checked_keys(root), device=device),
         )
         return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
     # Some folders keep the language head, which no score depends on.
     unread = {hf.hf_key(family, "lm_head")}
-    wanted = hf_keys.sizes(family, sizes) | score
-    tensors = hf.read_tensors(root, wanted, unread=unread, parts=hf.parts(family, sizes), device=device)
-    params = tree.from_items(hf_keys.split(family, tensors, sizes).items())
+    params = hf_weights.read_leaves(root, family, sizes, unread=unread | set(score), device=device, keep=keep)
+    tensors = hf_weights.read_tensors(root, score, unread=hf_weights.checked_keys(root), device=device)
     return Model(family, cfg, params), tree.from_items((name, tensors[name]) for name in score)
 
 

@@ -9,8 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from torch import Tensor
 
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
-from treetune.core.param import Param, Params
-from treetune.models import MODELS, Model, expert_files, folder, hf_keys, processor, tokenizer_config
+from treetune.core.param import Params
+from treetune.core.quant import Scheme
+from treetune.models import MODELS, Model, expert_files, folder, hf_keys, hf_weights, processor, quantised, tokenizer_config
 from treetune.models.dense import Config
+from treetune.models.quantised import Keep
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = hf_weights.INDEX, hf_weights.SINGLE
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-FLOATS = ("F32", "BF16", "F16", "F64")
 UNWANTED = ("consolidated*", "original/*", "*/*")
 
 
@@ -81,8 +81,9 @@ def load(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    scheme: Scheme | None = None,
 ) -> Model:
-    """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`.
+    """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`; quantised by a scheme as it is read.
 
     Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
     not the one that config.json implies.
@@ -92,144 +93,25 @@ def load(
     if str(path_or_id).endswith(".gguf"):
         from treetune.models import gguf
 
-        return gguf.load(path_or_id, dtype=dtype, device=device)
+        return gguf.load(path_or_id, dtype=dtype, device=device, scheme=scheme)
     root = fetch(path_or_id, revision=revision)
     family, cfg = read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
-    params = _read_params(root, family, cfg, dtype, device)
+    params = _read_params(root, family, cfg, device, quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype))
     return Model(family, replace(cfg, tied="lm_head" not in params), params)
 
 
-def _read_params(root: Path, family: str, cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Params:
+def _read_params(root: Path, family: str, cfg: Config, device: torch.device | str, keep: Keep) -> Params:
     if (read := getattr(MODELS[family], "read_files", None)) is not None:
-        checked_keys(root)
-        return read(root, cfg, dtype, device)
-    leaves = dict(tree.items(MODELS[family].abstract(cfg, dtype=dtype)))
+        hf_weights.checked_keys(root)
+        return read(root, cfg, cfg.dtype, device, keep=keep)
+    leaves = dict(tree.items(MODELS[family].abstract(cfg, dtype=cfg.dtype)))
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
     optional = {"lm_head": leaves["embed_tokens"]} if cfg.tied else {}
-    wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional))
-    tensors = read_tensors(root, wanted, optional=extra, parts=parts(family, leaves), device=device)
-    params = tree.from_items(hf_keys.split(family, tensors, leaves | optional).items())
+    params = hf_weights.read_leaves(root, family, leaves, optional=optional, device=device, keep=keep)
     if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
-
-
-def checked_keys(root: Path) -> set[str]:
-    """The keys of a folder's tensors. Raises ValueError for files that cannot be read, are damaged, or hold other numbers than floats."""
-    with ExitStack() as stack:
-        files = _open(root, stack)
-        for key, file in files.items():
-            piece = file.get_slice(key)
-            _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
-        return set(files)
-
-
-def parts(family: str, sizes: Params) -> expert_files.Parts:
-    """{Hugging Face key of a stacked leaf: keys of its parts in older files}; of families with experts."""
-    table = getattr(MODELS[family], "HF_PARTS", {})
-    return {hf_key(family, path): names for path, names in expert_files.parts_of(table, sizes).items()}
-
-
-def read_tensors(
-    root: Path,
-    wanted: dict[str, Param],
-    *,
-    optional: dict[str, Param] | None = None,
-    unread: Iterable[str] = (),
-    parts: expert_files.Parts | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """{key: tensor} of a folder's safetensors: all that is wanted, whole or in `parts`, and what it has of the optional keys.
-
-    Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
-    """
-    optional = optional or {}
-    with ExitStack() as stack:
-        files = _open(root, stack)
-        split = {key: names for key, names in (parts or {}).items() if key in wanted and key not in files}
-        pieces = {name: expert_files.part(wanted[key], len(names)) for key, names in split.items() for name in names}
-        needed = {key: leaf for key, leaf in wanted.items() if key not in split} | pieces
-        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*needed, *optional, *unread}
-        _check_keys(root, set(needed) - set(files), extra)
-        needed |= {key: leaf for key, leaf in optional.items() if key in files}
-        for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
-            _check_tensor(root, files[key].get_slice(key), key, leaf)
-        tensors = {key: _read(files[key], key, leaf, device) for key, leaf in needed.items() if key not in pieces}
-        tensors |= {key: _read_parts(files, names, wanted[key], device) for key, names in split.items()}
-        # In the order of the model, whatever the layout: sums over leaves follow it.
-        return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
-
-
-def _open(root: Path, stack: ExitStack) -> dict:
-    """{key: open safetensors file that has it} of a folder, memory-mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    names = _weight_files(root)
-    manifest.check(root)
-    files: dict = {}
-    for name in names:
-        try:
-            file = stack.enter_context(safe_open(root / name, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
-        if repeated := sorted(files.keys() & set(file.keys())):
-            raise ValueError(f"{root}: {name} has the tensor {repeated[0]}, which another file of the folder has too: download it again")
-        files |= dict.fromkeys(file.keys(), file)
-    return files
-
-
-def _weight_files(root: Path) -> list[str]:
-    if (root / INDEX).is_file():
-        return _indexed(root)
-    if (root / SINGLE).is_file():
-        return [SINGLE]
-    if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
-        raise ValueError(
-            f"{root} holds pickled weights only ({pickled[0]}), which can run code when they are read. Convert them where you trust "
-            "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
-        )
-    raise ValueError(f"{root} holds no {SINGLE} and no {INDEX}; expected a model folder with safetensors weights")
-
-
-def _indexed(root: Path) -> list[str]:
-    """The file names in an index. They must be names inside the folder: an index of others could have any file read."""
-    places = fields.inner(fields.mapping(folder.read_json(root / INDEX), str(root / INDEX)), "weight_map")
-    names = sorted({fields.text(places, key) for key in places.values})
-    if not names:
-        raise ValueError(f"{root / INDEX}: weight_map is empty; expected the file of each tensor")
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{root / INDEX}: weight_map names the file {fields.shown(name)}; expected a .safetensors file of this folder")
-        if not (root / name).is_file():
-            raise ValueError(f"{root / INDEX}: weight_map names {name}, which is not in the folder: download or save the model again")
-    return names
-
-
-def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
-    for keys, problem in ((missing, "lacks"), (unexpected, "has besides those of its family")):
-        if keys:
-            raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
-
-
-def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
-    if tuple(piece.get_shape()) != tuple(leaf.shape):
-        raise ValueError(f"{root}: {key} has shape {list(piece.get_shape())}; config.json implies {list(leaf.shape)}")
-    if piece.get_dtype() not in FLOATS:
-        raise ValueError(f"{root}: {key} has dtype {piece.get_dtype()}; expected one of {', '.join(FLOATS)}: take the unquantised model")
-
-
-def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
-    # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
-    return file.get_tensor(key).to(device=device, dtype=leaf.dtype, copy=True)
-
-
-def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Tensor:
-    """A stacked leaf, filled part by part, so that it is in memory once."""
-    whole = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-    for name, rows in expert_files.cut(whole, names).items():
-        rows.copy_(files[name].get_tensor(name))
-    return whole
 
 
 def abstract_of(model: Model, *, head: bool = False) -> Params:
@@ -347,7 +229,7 @@ def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> 
     leaves, tied = _saved_leaves(model)
     if not stacked and (convert := getattr(MODELS[model.family], "to_files", None)) is not None:
         leaves = convert(model.cfg, leaves)
-    split = {} if stacked else parts(model.family, abstract_of(model))
+    split = {} if stacked else hf_weights.parts(model.family, abstract_of(model))
     pieces = [expert_files.cut(leaf, split[key]) if key in split else {key: leaf} for key, leaf in leaves.items()]
     leaves = {name: rows for group in pieces for name, rows in group.items()}
     config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))

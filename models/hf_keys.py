@@ -73,10 +73,16 @@ def split(family: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any])
     parts: dict[str, Tensor] = {}
     for key, paths in groups(family, leaves).items():
         if key in tensors:
-            blocks = [tensors[key]] if len(paths) == 1 else tensors[key].split([leaves[path].shape[0] for path in paths])
-            own = (turn(family, path, block) if len(paths) == 1 else block.clone() for path, block in zip(paths, blocks, strict=True))
-            parts |= dict(zip(paths, own, strict=True))
+            parts |= blocks(family, paths, tensors[key], leaves)
     return parts
+
+
+def blocks(family: str, paths: list[str], tensor: Tensor, leaves: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{path: leaf} of the leaves that share a tensor of the files."""
+    if len(paths) == 1:
+        return {paths[0]: turn(family, paths[0], tensor)}
+    rows = tensor.split([leaves[path].shape[0] for path in paths])
+    return {path: block.clone() for path, block in zip(paths, rows, strict=True)}
 
 
 def join(family: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

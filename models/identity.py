@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 
 import torch
-from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import quant, tree
 from treetune.models import Model
 from treetune.models.dense import Config
 
@@ -15,20 +14,19 @@ ALWAYS = (
     "hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling", "qkv_bias",
     "qk_norm", "window",
 )  # fmt: skip
-NUMBERS = 256  # of each leaf: other weights differ in nearly all of theirs
 
 
 def digest(model: Model) -> str:
     """sha256 over `settings`, the shapes of all leaves and numbers spread over each, rounded to bfloat16; the language head is left out.
 
-    A base model with a scalar head instead, or loaded in a dtype as wide or in bfloat16, has the same digest. It says which model this
-    is, not that no bit of it has changed: manifests do.
+    A base model with a scalar head instead, or loaded in a dtype as wide or in bfloat16, or quantised, has the same digest. It says which
+    model this is, not that no bit of it has changed: manifests do.
     """
     total = hashlib.sha256(settings(model.family, model.cfg).encode())
     for path, leaf in sorted(tree.items(model.params)):
         if path != "lm_head":
             total.update(f"{path} {tuple(leaf.shape)} ".encode())
-            total.update(_numbers(leaf).view(torch.int16).numpy().tobytes())
+            total.update(quant.spread(leaf).view(torch.int16).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -42,10 +40,3 @@ def settings(family: str, cfg: Config) -> str:
     written = [entry.name for entry in fields if entry.name in ALWAYS or getattr(cfg, entry.name) != entry.default]
     pairs = ((name, getattr(cfg, name)) for name in written)
     return " ".join([family, *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in pairs)])
-
-
-def _numbers(leaf: Tensor) -> Tensor:
-    """bfloat16 [<= NUMBERS] on the CPU: the first and the last number of a leaf, and others evenly between."""
-    flat = leaf.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(NUMBERS, flat.numel()), dtype=torch.float64).round().long()
-    return flat[index.to(flat.device)].cpu().to(torch.bfloat16)

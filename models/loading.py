@@ -8,6 +8,7 @@ import torch
 from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.quant import Scheme
 from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
 from treetune.models.fetch import Say, silent
 from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
@@ -30,16 +31,22 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, *, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: torch.device,
+    scheme: Scheme | None = None,
+    say: Say = silent,
 ) -> tuple[Model, Path]:
-    """The model of a name, in its compute dtype on the device, and the path it came from.
+    """The model of a name, in its compute dtype on the device, and the path it came from; quantised by a scheme leaf by leaf.
 
     Raises ValueError for weights that are not finite.
     """
     path = fetch.resolve(name, say=say, revision=revision)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
-        model = load(path, dtype=compute_dtype(dtype, device), device=device)
+        model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme)
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
     return model, path
@@ -75,9 +82,9 @@ def base_name(name: str) -> str:
     return fetch.MODELS[short].hub_id if short else name
 
 
-def identify_base(name: str, model: Model) -> adapter.Base:
+def identify_base(name: str, model: Model, scheme: Scheme | None = None) -> adapter.Base:
     """What an adapter on this model says of it; `model` is as it was loaded, before its vocabulary grows."""
-    return adapter.Base(base_name(name), identity.digest(model))
+    return adapter.Base(base_name(name), identity.digest(model), scheme)
 
 
 def check_base(path: str, base: adapter.Base, *, say: Say = silent, train: bool = False) -> None:
@@ -125,10 +132,17 @@ def load_adapter(path: str, model: Model, *, head: bool = False) -> tuple[Lora, 
 
 
 def load_adapted(
-    name: str, path: str | None, *, revision: str | None = None, dtype: str = "auto", device: torch.device, say: Say = silent
+    name: str,
+    path: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: torch.device,
+    scheme: Scheme | None = None,
+    say: Say = silent,
 ) -> tuple[Model, Lora | None]:
     """A model with the adapter folder's whole weights laid over its own, and the adapter to run it with."""
-    model, _ = load_model(name, revision=revision, dtype=dtype, device=device, say=say)
+    model, _ = load_model(name, revision=revision, dtype=dtype, device=device, scheme=scheme, say=say)
     if path is None:
         return model, None
     check_base(path, identify_base(name, model), say=say)

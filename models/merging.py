@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import lora, tree
+from treetune.core import lora, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
 from treetune.models import Model, dense, families, heads, hf, processor, reward_model, target
@@ -64,7 +64,7 @@ def compare(logits: Tensor, other: Tensor) -> Difference:
 def merge(model: Model, adapter: Lora, tokenizer: Callable[..., Any], *, dtype: torch.dtype, head: Params | None = None) -> Merged:
     """The model with the adapter folded into leaves of `dtype`, compared on the probe text. head: of a reward model, whose scores count."""
     folded = lora.merge(model.params, adapter.tree, adapter.scale)
-    merged = model._replace(params=tree.map(lambda leaf: leaf.to(dtype), folded))
+    merged = model._replace(params=tree.map(lambda leaf: shard.gather(leaf, dtype), folded))
     ids = _probe_ids(tokenizer, model.cfg)
     upcast = merged._replace(params=tree.map(lambda leaf: leaf.float(), merged.params))
     difference = compare(_outputs(model, ids, head, adapter), _outputs(upcast, ids, head))

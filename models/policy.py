@@ -1,7 +1,6 @@
 """A policy: a model with what trains and what does not, and the functions over it.
 
-What lives as long as a run (log-prob functions, samplers) closes over sizes only: the weights are those of the run's state, and a copy
-of the loaded ones would never be freed.
+What lives as long as a run closes over sizes only: the weights are those of its state, and a copy of the loaded ones would never be freed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from treetune.core import lora, module_names, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.quant import Scheme
 from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStats, TrainState
 from treetune.models import (
     Model,
@@ -29,6 +29,7 @@ from treetune.models import (
     logprobs,
     logprobs_beside,
     processor,
+    quantised,
     resize,
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
@@ -84,24 +85,25 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    scheme: Scheme | None = None,
     seed: int = 0,
     say: Say = silent,
 ) -> Policy:
     """The policy that starts from a model by name (a folder, a .gguf file, a known name, a hub id), with its tokenizer.
 
-    Without an adapter all weights train, in float32. `seed` decides how a fresh adapter starts. Raises ValueError, one line, for
-    what cannot be found or read, and for an adapter that does not fit the model.
+    Without an adapter all weights train, in float32. scheme: quantises the base of one. `seed` decides how a fresh adapter starts. Raises
+    ValueError, one line, for what cannot be found or read, and for an adapter that does not fit the model.
     """
     start = None if adapter is None else adapter.start
     torch_device = loading.select_device(device)
     setup = set_up_tokenizer(name, revision=revision, start=start, say=say)
     loading.check_configs(name, revision=revision)
-    loaded, _ = loading.load_model(name, revision=revision, dtype=dtype, device=torch_device, say=say)
+    loaded, _ = loading.load_model(name, revision=revision, dtype=dtype, device=torch_device, scheme=scheme, say=say)
     model = resize_embeddings(loaded, setup, start=start)
     if adapter is None:
         return full(model)._replace(tokenizer=setup.tokenizer)
     # The digest is of the model as it was loaded: rows that are added are the adapter's.
-    base = loading.identify_base(name, loaded)
+    base = loading.identify_base(name, loaded, scheme)
     if start is not None:
         loading.check_base(start, base, say=say, train=True)
     new_rows = model.cfg.vocab_size > loaded.cfg.vocab_size
@@ -115,6 +117,7 @@ def bare(policy: Policy) -> Policy:
 
 def full(model: Model) -> Policy:
     """The policy of a model that trains itself: float32 weights, nothing frozen but what no gradient reaches by nature."""
+    quantised.check_dense(model.params)
     still = {path for path, leaf in tree.items(hf.abstract_of(model)) if not leaf.trains}
     parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in still) == frozen] for frozen in (False, True)]
     trained, frozen = (tree.from_items(part) for part in parts)
@@ -144,7 +147,7 @@ def adapt(
     adapter to start from may be a reward model's.
     """
     low, whole, info = _fresh(model, spec, seed=seed) if spec.start is None else _started(model, spec.start, head)
-    info = info._replace(base=base.name, digest=base.digest)
+    info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
     vocabulary = _vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(whole_modules(model, spec.modules_to_save + vocabulary), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout)
@@ -154,7 +157,7 @@ def adapt(
 
 def _master(leaf: Tensor) -> Tensor:
     """A float32 copy that an optimiser may change in place."""
-    return leaf.detach().float().clone()
+    return shard.gather(leaf, torch.float32).detach().clone()
 
 
 def _fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
@@ -192,9 +195,8 @@ def _vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Inf
 
 def whole_modules(model: Model, names: tuple[str, ...]) -> Params:
     """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
-    leaves = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params))
+    leaves, matched = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params)), set[str]()
     modules = {path: adapter.module(model.family, path) for path in leaves}
-    matched: set[str] = set()
     for name in names:
         try:
             matched.update(module_names.match_whole(name, modules))
@@ -205,8 +207,7 @@ def whole_modules(model: Model, names: tuple[str, ...]) -> Params:
 
 def move_to(params: Params, model: Model) -> Params:
     """A tree on the device of a model."""
-    device = model.params["embed_tokens"].device
-    return tree.map(lambda leaf: leaf.to(device), params)
+    return tree.map(lambda leaf: leaf.to(model.params["embed_tokens"].device), params)
 
 
 def without_tree(low: Lora | None) -> Lora | None:
@@ -248,8 +249,7 @@ def logprob(
     """The log-prob function of an objective: lays trained weights over frozen ones and runs the model.
 
     run: `models.logprobs`, or `models.logprobs_beside` for the log-probs of prompt rows, too, or `models.logprobs_routed` for the logits
-    of routers. Randomness (dropout, NEFTune) is drawn
-    from the step's seed in the batch; without one, as in evaluation, there is none.
+    of routers. Randomness (dropout, NEFTune) is drawn from the step's seed in the batch; without one, as in evaluation, there is none.
     """
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
 
@@ -341,7 +341,7 @@ def branch_sampler(
 ) -> Callable[[TrainState, Batch, strided.Anchors], Tensor]:
     """The sampler of n rollouts from each anchor of a stream: tokens [R, G] from the weights of a state, without dropout.
 
-    A function of weights, rows, places and the seed of the batch, for which `seed` stands in evaluations.
+    It depends on weights, rows, places and the seed of the batch alone, for which `seed` stands in evaluations.
     """
     sizes, evaluation_seed = bare(policy), noise.keys(seed, EVALUATION)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from treetune.core import tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.quant import Scheme
 from treetune.core.state import Batch, TrainState
 from treetune.models import Model, bare, loading, logprobs, tokenizer
 from treetune.models.fetch import Say, silent
@@ -138,13 +139,13 @@ def _of_other(other: Model, policy: Policy, run: Callable) -> RefLogp:
     return lambda state, batch, plan: run(family, sizes, state.frozen["ref"], batch, plan if same else None).logp
 
 
-def load_other(name: str, policy: Policy, *, dtype: str, device: torch.device, say: Say = silent) -> Model:
-    """Another model as the reference.
+def load_other(name: str, policy: Policy, *, dtype: str, device: torch.device, scheme: Scheme | None = None, say: Say = silent) -> Model:
+    """Another model as the reference, quantised by a scheme.
 
     Raises ValueError where it has another number of rows of vocabulary, or its tokenizer numbers tokens otherwise, so that its log-probs
     would be of other texts.
     """
-    other, path = loading.load_model(name, dtype=dtype, device=device, say=say)
+    other, path = loading.load_model(name, dtype=dtype, device=device, scheme=scheme, say=say)
     if other.cfg.vocab_size != policy.cfg.vocab_size:
         rows = f"{other.cfg.vocab_size} rows of vocabulary, the model {policy.cfg.vocab_size}"
         raise ValueError(f"ref_model {path} has {rows}: take one of its kind")

@@ -67,11 +67,12 @@ def load(chosen: Target, *, say: Say = silent) -> RewardModel:
     path, low, device = fetch.resolve(name, say=say, revision=revision), None, loading.select_device(chosen.device)
     if heads.kind(path) is not None:
         with fields.reading(f"the model {path}"):
-            model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device)
+            model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device, scheme=chosen.scheme)
     elif adapter_path is None:
         raise ValueError(f"{name} has no head that scores: expected a reward model, or the adapter folder of one")
     else:
-        model, head = loading.load_model(name, revision=revision, dtype=dtype, device=device, say=say)[0], {}
+        options = {"revision": revision, "dtype": dtype, "device": device, "scheme": chosen.scheme}
+        model, head = loading.load_model(name, **options, say=say)[0], {}
     if adapter_path is not None:
         loading.check_base(adapter_path, loading.identify_base(name, model), say=say)
         model = loading.match_rows(model, adapter_path, name, revision=revision)
@@ -92,7 +93,8 @@ def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent
     tokenizer = load_tokenizer(base, adapter_path=path, say=say)
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
-    return load(Target(base, dtype=dtype, device=device.type, adapter=path)), tokenizer
+    scheme = None if path is None else adapter.base(adapter_folder(path)).scheme
+    return load(Target(base, dtype=dtype, device=device.type, adapter=path, scheme=scheme)), tokenizer
 
 
 def _check(loaded: RewardModel, name: str) -> None:

@@ -47,7 +47,7 @@ ALLOWED = {
 LAZY = {
     "core/ckpt.py": {"safetensors"},
     "core/lora.py": {"safetensors"},
-    "core/quant.py": {"bitsandbytes"},
+    "core/quant.py": {"treetune.ops.dequantise"},
     "core/optim.py": {"bitsandbytes"},
     "core/data/bounded_jinja.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},
@@ -66,6 +66,7 @@ LAZY = {
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},
     "models/vocabulary.py": {"tokenizers"},
     "models/plain_model.py": {"transformers"},
+    "models/hf_weights.py": {"safetensors"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.

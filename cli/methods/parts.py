@@ -13,7 +13,7 @@ from treetune.core import step
 from treetune.core.data import pack, reference_logps
 from treetune.core.state import Logprob, Objective, Scores
 from treetune.losses import preference_objective, routing_objective, sft_objective
-from treetune.models import logprobs_routed, reference, reward_model
+from treetune.models import logprobs_routed, quantised, reference, reward_model
 from treetune.models import policy as policies
 from treetune.models.policy import Policy
 from treetune.models.reference import Reference
@@ -91,7 +91,8 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
     """
     options, other = config.reference, None
     if options.ref_model is not None:
-        other = reference.load_other(options.ref_model, policy, dtype=config.model.dtype, device=setting.device, say=setting.say)
+        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model)}
+        other = reference.load_other(options.ref_model, policy, **named, say=setting.say)
     pace = reference.Pace(options.ref_model_sync_steps, options.ref_model_mixup_alpha)
     return reference.build(
         policy,

@@ -19,7 +19,15 @@ def _local(values: marks.Values) -> str:
     return f"{values['model']} is on this machine" if local else ""
 
 
+def _nothing_frozen(values: marks.Values) -> str:
+    trains = values.get("adapter") == "none" and values["quant"] not in ("auto", "none")
+    return "adapter is none, and weights that train are not quantised" if trains else ""
+
+
 LOCAL = marks.Unused(_local)
+QUANTISED = marks.refused("the frozen weights are other numbers when they are quantised otherwise")
+QUANT = marks.unused_if("quant", "auto", "none", reason="quant is {quant}")
+FOUR_BITS = marks.unused_unless("quant", "nf4", "fp4", reason="quant is {quant}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class ModelOptions(ModelName):
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32."""
     device: Annotated[Literal["auto", "cpu", "cuda"], marks.MACHINE] = "auto"
     """Device; auto takes CUDA when there is one."""
+    quant: Annotated[Literal["auto", "none", "nf4", "fp4", "int8", "fp8"], QUANTISED, marks.Unused(_nothing_frozen)] = "auto"
+    """Keep frozen linear layers in 4 bits (nf4, fp4) or 8 (int8, fp8); auto does as the adapter was trained, and none without one."""
+    quant_double: Annotated[bool, QUANTISED, FOUR_BITS] = True
+    """Keep the maxima of 4-bit blocks in 8 bits, too: 0.4 bits less for each weight."""
+    quantize_moe_experts: Annotated[bool, QUANTISED, QUANT] = True
+    """Quantise stacks of experts, too."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ CHANGES = {
     "revision": ("error", lambda t: ["--revision", "main"], []),
     "dtype": ("metrics", lambda t: ["--dtype", "bfloat16"], []),
     "device": ("error", lambda t: ["--device", "cuda"], []),
+    "quant": ("metrics", lambda t: ["--quant", "nf4"], []),
+    "quant_double": ("metrics", lambda t: ["--no-quant-double"], ["--quant", "nf4"]),
+    "quantize_moe_experts": ("metrics", lambda t: ["--no-quantize-moe-experts"], ["--quant", "int8", "--model", "experts"]),
     "data": ("metrics", lambda t: ["--data", t.text], []),
     "format": ("metrics", lambda t: ["--format", "completion"], ["--data", "both.jsonl"]),
     "split": ("error", lambda t: ["--split", "test"], []),
@@ -196,7 +199,7 @@ def test_sampling_option_changes_the_answer(name, tiny, tune):
 
 
 EVALUATION = {
-    "dtype": ["--dtype", "bfloat16"], "max_rows": ["--max-rows", 9], "overlong": ["--overlong", "truncate"],
+    "dtype": ["--dtype", "bfloat16"], "quant": ["--quant", "nf4"], "max_rows": ["--max-rows", 9], "overlong": ["--overlong", "truncate"],
     "roles_to_train": ["--roles-to-train", "user"], "train_on_eos": ["--train-on-eos", "last"], "train_on_inputs": ["--train-on-inputs"],
     "chat_template": ["--chat-template", LONG], "default_system_message": ["--default-system-message", "Add."],
 }  # fmt: skip

@@ -44,18 +44,20 @@ WHOLE = {
     "dpo, full": ("dpo", FULL), "reward, full": ("reward", FULL), "ebft, full": ("ebft", FULL),
     "grpo, full": ("grpo", [*FULL, *WITH_REFERENCE]),
 }  # fmt: skip
+QUANTISED = {f"{name}, nf4": (name, [*LORA, "--quant", "nf4"]) for name in METHODS}
+SHAPES = ("phi3", "qwen3_moe", "glm4", "qwen3_5_text")  # shared rows in the files, experts, transformers' modules, one document at a time
 WITH_EXPERTS = ("gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_5_moe_text", "nemotron_h")
-FAST = {("gemma3_text", "sft"), ("qwen3_moe", "dpo"), ("glm4", "grpo")}
+FAST = {("gemma3_text", "sft"), ("qwen3_moe", "dpo"), ("glm4", "grpo"), ("qwen3_moe", "grpo, nf4")}
 
 
 def marks(*case: str) -> list:
     return [] if case in FAST else [pytest.mark.slow]
 
 
-SOME = ((FAMILIES, RUNS), (WITH_EXPERTS, ON_EXPERTS), (BIASED, WHOLE))
+SOME = ((FAMILIES, RUNS), (WITH_EXPERTS, ON_EXPERTS), (BIASED, WHOLE), (SHAPES, QUANTISED))
 PAIRS = [(family, run) for families, runs in SOME for family in families for run in runs]
 CASES = [pytest.param(*case, marks=marks(*case), id="-".join(case)) for case in PAIRS]
-RUNS |= ON_EXPERTS | WHOLE
+RUNS |= ON_EXPERTS | WHOLE | QUANTISED
 
 
 def text(i: int) -> dict:
@@ -141,9 +143,10 @@ def plain_loss(kit, model: Path) -> float:
         return plain_model.loss(plain_model.load(model), tokens).item()
 
 
-def check_sft(kit, root: Path, model: Path, tune) -> None:
+def check_sft(kit, root: Path, model: Path, tune, *, quantised: bool) -> None:
     """Step 1 holds all rows, so its loss is that of transformers; what is saved evaluates as the run ended."""
-    assert trained(kit, root)[0]["train/loss"] == pytest.approx(plain_loss(kit, model), abs=1e-5)
+    gap = abs(trained(kit, root)[0]["train/loss"] - plain_loss(kit, model))
+    assert 1e-4 < gap < 0.5 if quantised else gap <= 1e-5
     last = [record["eval/loss"] for record in kit.metrics(root) if "eval/loss" in record][-1]
     saved = ["--adapter", root] if (root / "adapter").exists() else ["--model", root / "model"]
     assert printed(tune("eval", *saved, "--data", "text.jsonl", "--sequence-len", 96), "loss") == pytest.approx(last, abs=5e-6)
@@ -189,7 +192,7 @@ def test_three_steps(family, run, kit, here, tune, train, folder):
     if method == "reward":
         return check_reward(kit, root, model, tune)
     if method == "sft":
-        check_sft(kit, root, model, tune)
+        check_sft(kit, root, model, tune, quantised="nf4" in run)
     if method == "dpo":
         assert records[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     if method == "grpo":
@@ -201,6 +204,7 @@ def test_three_steps(family, run, kit, here, tune, train, folder):
 KILLED = [
     ("qwen3_moe", "sft"), ("gemma3_text", "grpo"), ("glm4", "dpo"), ("qwen3_5_text", "sft"), ("qwen3_5_text", "dpo"),
     ("deepseek_v3", "sft, full"), ("qwen3_moe", "grpo, experts"), ("gpt_oss", "grpo, experts"), ("deepseek_v3", "grpo, experts"),
+    ("qwen3_moe", "grpo, nf4"), ("glm4", "sft, nf4"), ("phi3", "dpo, nf4"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,230 @@
+"""Quantised leaves: weights kept in 4 or 8 bits, and made dense again where they are computed with.
+
+A quantised leaf is a named tuple, so that `tree` takes it for a leaf, with the shape and the dtype of the dense one.
+4 bits (nf4, fp4): w = table[code] * absmax of its block; absmax itself is in 8 bits where it is quantised, too ("double").
+8 bits: int8 w = code * absmax of its row / 127; fp8 (e4m3) w = code * scale of its row.
+Codes and numbers are those of bitsandbytes, to the bit. Source: Dettmers et al., arXiv 2305.14314 (nf4), 2208.07339 (int8 rows),
+2110.02861 (the 8-bit table).
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from treetune.core import quant_tables
+
+Kind = Literal["nf4", "fp4", "int8", "fp8"]
+FOUR_BITS: tuple[Kind, ...] = ("nf4", "fp4")
+KINDS: tuple[Kind, ...] = (*FOUR_BITS, "int8", "fp8")
+BLOCK, NESTED_BLOCK = 64, 256
+SMALLEST = 1e-38  # what a block of zeros is divided by
+SPREAD = 256  # numbers of a leaf that tell which one it is
+MOST_FP8 = 448.0
+OF_127 = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
+
+
+class Scheme(NamedTuple):
+    """How leaves are quantised. double: the maxima of 4-bit blocks, too. experts: stacks of experts beside linear layers."""
+
+    kind: Kind
+    double: bool = True
+    experts: bool = True
+
+
+class Origin(NamedTuple):
+    """What a leaf was quantised from: sha256 of its bytes, and numbers spread over it in bfloat16."""
+
+    digest: str
+    numbers: Tensor
+
+
+class Quantised(NamedTuple):
+    """A quantised leaf.
+
+    codes: uint8 [ceil(n / 2)] of 4 bits, the earlier number in the higher half; int8 or float8 of the shape of the leaf for 8 bits.
+    scale: float32 [blocks], [..., rows] for 8 bits; uint8 [blocks], codes of absmax - offset, where `nested` [blocks / 256] scales them.
+    """
+
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    scale: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+    origin: Origin
+    block: int = BLOCK
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the dense leaf."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the leaf holds."""
+        return sum(part.nbytes for part in self.parts())
+
+    def numel(self) -> int:
+        """Numbers of the dense leaf."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """The dense leaf is."""
+        return True
+
+    def detach(self) -> "Quantised":
+        """Itself: it takes no gradient."""
+        return self
+
+    def parts(self) -> list[Tensor]:
+        """Its tensors."""
+        return [part for part in (self.codes, self.scale, self.nested, self.offset) if part is not None]
+
+    def moved(self, put: Callable[[Tensor], Tensor]) -> "Quantised":
+        """The leaf with `put` applied to each of its tensors."""
+        nested, offset = (None if part is None else put(part) for part in (self.nested, self.offset))
+        return self._replace(codes=put(self.codes), scale=put(self.scale), nested=nested, offset=offset)
+
+
+def quantised(leaf: Any) -> TypeGuard[Quantised]:
+    """Whether a leaf is quantised."""
+    return isinstance(leaf, Quantised)
+
+
+def quantise(weight: Tensor, scheme: Scheme) -> Quantised:
+    """A leaf in 4 or 8 bits. Errors: ValueError for numbers that are not finite, or a vector."""
+    if weight.ndim < 2:
+        raise ValueError(f"a leaf of shape {list(weight.shape)} is not quantised; expected a matrix, or a stack of them")
+    if not torch.isfinite(weight).all():
+        raise ValueError("a leaf with numbers that are not finite cannot be quantised")
+    make = _four_bits if scheme.kind in FOUR_BITS else _int8 if scheme.kind == "int8" else _fp8
+    return make(weight.detach(), scheme, origin_of(weight))
+
+
+def dense(leaf: Quantised, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers of a leaf, computed in float32 and rounded once to `dtype`, by default its own."""
+    dtype = dtype or leaf.dtype
+    if leaf.kind in FOUR_BITS:
+        return _dense_four_bits(leaf, dtype)
+    scale = leaf.scale.unsqueeze(-1)
+    if leaf.kind == "int8":
+        return (leaf.codes.float() * scale * OF_127).to(dtype)
+    return (leaf.codes.float() * scale).to(dtype)
+
+
+def origin_of(weight: Tensor) -> Origin:
+    """Which leaf this is."""
+    return Origin(digest(weight), spread(weight))
+
+
+def digest(leaf: Tensor | Quantised) -> str:
+    """sha256 of the bytes of a whole leaf; of a quantised one that of what it was made from."""
+    if isinstance(leaf, Quantised):
+        return leaf.origin.digest
+    return hashlib.sha256(_bytes(leaf).numpy().data).hexdigest()
+
+
+def spread(leaf: Tensor | Quantised) -> Tensor:
+    """bfloat16 [<= 256] on the CPU: the first and the last number of a leaf, and others evenly between; of what a quantised one was."""
+    if isinstance(leaf, Quantised):
+        return leaf.origin.numbers
+    flat = leaf.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(SPREAD, flat.numel()), dtype=torch.float64).round().long()
+    return flat[index.to(flat.device)].cpu().to(torch.bfloat16)
+
+
+def facts(leaf: Quantised) -> str:
+    """What tells a quantised leaf from others, in a line: what it was made from, and how."""
+    return f"{tuple(leaf.shape)} {leaf.dtype} {leaf.kind}{'' if leaf.nested is None else ' double'} {leaf.origin.digest}"
+
+
+def _bytes(leaf: Tensor) -> Tensor:
+    return leaf.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+
+
+def _four_bits(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
+    table = quant_tables.four_bits(scheme.kind, weight.device)
+    order = table.argsort()
+    scaled, absmax = _scaled(weight.reshape(-1).float(), BLOCK)
+    scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
+    codes = order.to(torch.uint8)[quant_tables.nearest(scaled, table[order]).int()]
+    leaf = Quantised(scheme.kind, weight.shape, weight.dtype, (codes[::2] << 4) | codes[1::2], absmax, None, None, origin)
+    return _doubled(leaf) if scheme.double else leaf
+
+
+def _doubled(leaf: Quantised) -> Quantised:
+    """The leaf with its maxima in 8 bits."""
+    offset = leaf.scale.mean()
+    blocks = torch.nn.functional.pad(leaf.scale - offset, (0, -leaf.scale.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    # A block of zeros has code 0 and a maximum of 0.
+    scaled = torch.where(absmax.unsqueeze(1) > 0, blocks * (1 / absmax).unsqueeze(1), -1).view(-1)[: leaf.scale.numel()]
+    if leaf.device.type == "cpu":  # as bitsandbytes does: its kernel for CPUs rounds to a grid first
+        codes = quant_tables.grid_codes()[((scaled + 1) * (quant_tables.CELLS / 2) + 0.5).floor().int()]
+    else:
+        codes = quant_tables.nearest(scaled, quant_tables.eight_bits(leaf.device))
+    return leaf._replace(scale=codes, nested=absmax, offset=offset)
+
+
+def _scaled(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Numbers [n] over the largest of their block, in [-1, 1], and these maxima [blocks]."""
+    whole = flat.numel() // block * block
+    rows, rest = flat[:whole].view(-1, block), flat[whole:]
+    absmax = rows.abs().amax(1)
+    scaled = (rows * (1.0 / absmax.clamp(min=SMALLEST)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    if rest.numel():
+        largest = rest.abs().amax().clamp(min=SMALLEST)
+        absmax, scaled = torch.cat([absmax, largest[None]]), torch.cat([scaled, (rest / largest).clamp_(-1, 1)])
+    return scaled, absmax
+
+
+def _dense_four_bits(leaf: Quantised, dtype: torch.dtype) -> Tensor:
+    if leaf.device.type == "cuda":
+        from treetune.ops import dequantise
+
+        return dequantise.four_bits(leaf.codes, absmax(leaf), quant_tables.four_bits(leaf.kind, leaf.device), leaf.shape, leaf.block, dtype)
+    numbers = _looked_up(leaf)
+    whole = numbers.numel() // leaf.block * leaf.block
+    scale = absmax(leaf)
+    numbers[:whole].view(-1, leaf.block).mul_(scale[: whole // leaf.block, None])
+    if whole < numbers.numel():
+        numbers[whole:].mul_(scale[-1])
+    return numbers.to(dtype).view(leaf.shape)
+
+
+def _looked_up(leaf: Quantised) -> Tensor:
+    """float32 [n]: what the codes stand for. A byte is looked up at once: its two numbers are one complex one."""
+    table = torch.view_as_complex(quant_tables.pairs(leaf.kind, leaf.device))
+    return torch.view_as_real(table.index_select(0, leaf.codes.int())).view(-1)[: leaf.numel()]
+
+
+def absmax(leaf: Quantised) -> Tensor:
+    """float32 [blocks]: the maxima of a leaf in 4 bits."""
+    if leaf.nested is None or leaf.offset is None:
+        return leaf.scale
+    numbers, scale = quant_tables.eight_bits(leaf.device)[leaf.scale.int()], leaf.nested.repeat_interleave(NESTED_BLOCK)
+    return numbers * scale[: numbers.numel()] + leaf.offset
+
+
+def _int8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
+    # bitsandbytes quantises what is left of a number in float16; beyond its range we keep what it would lose.
+    half = weight.half()
+    rows = (half if torch.isfinite(half).all() else weight).float()
+    scale = rows.abs().amax(-1)
+    codes = torch.where(scale.unsqueeze(-1) > 0, torch.round(rows * (127.0 / scale.unsqueeze(-1))), 0).to(torch.int8)
+    return Quantised("int8", weight.shape, weight.dtype, codes, scale, None, None, origin)
+
+
+def _fp8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
+    rows = weight.float()
+    scale = rows.abs().amax(-1).clamp(min=SMALLEST) / MOST_FP8
+    return Quantised("fp8", weight.shape, weight.dtype, (rows / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale, None, None, origin)

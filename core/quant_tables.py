@@ -1,0 +1,55 @@
+"""The tables of quantised leaves: the numbers in [-1, 1] that 4-bit and 8-bit codes stand for, on each device once."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Quantiles of a normal distribution with a zero. Source: Dettmers et al., arXiv 2305.14314, appendix E.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
+    0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# A sign, two bits of exponent and one of mantissa, over the largest.
+FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+CELLS = 65535  # of the grid that bitsandbytes' kernel for CPUs reads codes of 8 bits from
+
+
+@functools.cache
+def four_bits(kind: str, device: torch.device) -> Tensor:
+    """float32 [16]: what the codes of a kind stand for."""
+    return torch.tensor(NF4 if kind == "nf4" else FP4, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def pairs(kind: str, device: torch.device) -> Tensor:
+    """float32 [256, 2]: the two numbers in a byte of codes of 4 bits, the higher half first."""
+    table, byte = four_bits(kind, device), torch.arange(256, device=device)
+    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
+
+
+@functools.cache
+def eight_bits(device: torch.device) -> Tensor:
+    """float32 [256], sorted: signed numbers of a moving exponent and what is left of 7 bits for the fraction.
+
+    Source: Dettmers, arXiv 1511.04561; Dettmers et al., arXiv 2110.02861, section 1.3.
+    """
+    numbers = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10.0 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)
+        numbers += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(numbers), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def grid_codes() -> Tensor:
+    """uint8 [65536]: the code of eight_bits nearest to each of as many numbers evenly between -1 and 1."""
+    table = eight_bits(torch.device("cpu"))
+    return nearest(torch.arange(CELLS + 1, dtype=torch.float32) * (2 / CELLS) - 1, table)
+
+
+def nearest(numbers: Tensor, table: Tensor) -> Tensor:
+    """uint8: the entry of a sorted table nearest to each number, the lower one of two."""
+    return torch.bucketize(numbers, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)

@@ -1,0 +1,161 @@
+"""Weights in the folders of Hugging Face: safetensors, in one file or several with an index. Pickled ones are never read.
+
+Every file is memory-mapped, every key and shape checked before the first tensor is read, and each leaf kept as it is asked for.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treetune.core import fields, manifest, tree
+from treetune.core.param import Param, Params
+from treetune.models import MODELS, expert_files, folder, hf_keys, quantised
+from treetune.models.quantised import Keep
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def read_leaves(
+    root: Path,
+    family: str,
+    leaves: dict[str, Param],
+    *,
+    optional: dict[str, Param] | None = None,
+    unread: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+    keep: Keep = quantised.AS_READ,
+) -> Params:
+    """The tree of leaves by path, and of those optional ones that the folder has; each is kept as `keep` says as soon as it is read."""
+    leaves = keep.wide(leaves)
+    every = leaves | (optional or {})
+    groups = hf_keys.groups(family, every)
+
+    def store(key: str, tensor: Tensor) -> dict[str, Any]:
+        return {path: keep(path, leaf) for path, leaf in hf_keys.blocks(family, groups[key], tensor, every).items()}
+
+    wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional or {}))
+    kept = read_tensors(root, wanted, optional=extra, unread=unread, parts=parts(family, leaves), device=device, keep=store)
+    return tree.from_items(item for leaf in kept.values() for item in leaf.items())
+
+
+def checked_keys(root: Path) -> set[str]:
+    """The keys of a folder's tensors. Raises ValueError for files that cannot be read, are damaged, or hold other numbers than floats."""
+    with ExitStack() as stack:
+        files = _open(root, stack)
+        for key, file in files.items():
+            piece = file.get_slice(key)
+            _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
+        return set(files)
+
+
+def parts(family: str, sizes: Params) -> expert_files.Parts:
+    """{Hugging Face key of a stacked leaf: keys of its parts in older files}; of families with experts."""
+    table = getattr(MODELS[family], "HF_PARTS", {})
+    return {hf_keys.hf_key(family, path): names for path, names in expert_files.parts_of(table, sizes).items()}
+
+
+def read_tensors(
+    root: Path,
+    wanted: dict[str, Param],
+    *,
+    optional: dict[str, Param] | None = None,
+    unread: Iterable[str] = (),
+    parts: expert_files.Parts | None = None,
+    device: torch.device | str = "cpu",
+    keep: Callable[[str, Tensor], Any] = quantised.AS_READ,
+) -> dict[str, Any]:
+    """{key: keep(key, tensor)} of a folder's safetensors: all that is wanted, whole or in `parts`, and what it has of the optional keys.
+
+    Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
+    """
+    optional = optional or {}
+    with ExitStack() as stack:
+        files = _open(root, stack)
+        split = {key: names for key, names in (parts or {}).items() if key in wanted and key not in files}
+        pieces = {name: expert_files.part(wanted[key], len(names)) for key, names in split.items() for name in names}
+        needed = {key: leaf for key, leaf in wanted.items() if key not in split} | pieces
+        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*needed, *optional, *unread}
+        _check_keys(root, set(needed) - set(files), extra)
+        needed |= {key: leaf for key, leaf in optional.items() if key in files}
+        for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+            _check_tensor(root, files[key].get_slice(key), key, leaf)
+        tensors = {key: keep(key, _read(files[key], key, leaf, device)) for key, leaf in needed.items() if key not in pieces}
+        tensors |= {key: keep(key, _read_parts(files, names, wanted[key], device)) for key, names in split.items()}
+        # In the order of the model, whatever the layout: sums over leaves follow it.
+        return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
+
+
+def _open(root: Path, stack: ExitStack) -> dict:
+    """{key: open safetensors file that has it} of a folder, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    names = _weight_files(root)
+    manifest.check(root)
+    files: dict = {}
+    for name in names:
+        try:
+            file = stack.enter_context(safe_open(root / name, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
+        if repeated := sorted(files.keys() & set(file.keys())):
+            raise ValueError(f"{root}: {name} has the tensor {repeated[0]}, which another file of the folder has too: download it again")
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _weight_files(root: Path) -> list[str]:
+    if (root / INDEX).is_file():
+        return _indexed(root)
+    if (root / SINGLE).is_file():
+        return [SINGLE]
+    if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
+        raise ValueError(
+            f"{root} holds pickled weights only ({pickled[0]}), which can run code when they are read. Convert them where you trust "
+            "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        )
+    raise ValueError(f"{root} holds no {SINGLE} and no {INDEX}; expected a model folder with safetensors weights")
+
+
+def _indexed(root: Path) -> list[str]:
+    """The file names in an index. They must be names inside the folder: an index of others could have any file read."""
+    places = fields.inner(fields.mapping(folder.read_json(root / INDEX), str(root / INDEX)), "weight_map")
+    names = sorted({fields.text(places, key) for key in places.values})
+    if not names:
+        raise ValueError(f"{root / INDEX}: weight_map is empty; expected the file of each tensor")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{root / INDEX}: weight_map names the file {fields.shown(name)}; expected a .safetensors file of this folder")
+        if not (root / name).is_file():
+            raise ValueError(f"{root / INDEX}: weight_map names {name}, which is not in the folder: download or save the model again")
+    return names
+
+
+def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
+    for keys, problem in ((missing, "lacks"), (unexpected, "has besides those of its family")):
+        if keys:
+            raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")
+
+
+def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
+    if tuple(piece.get_shape()) != tuple(leaf.shape):
+        raise ValueError(f"{root}: {key} has shape {list(piece.get_shape())}; config.json implies {list(leaf.shape)}")
+    if piece.get_dtype() not in FLOATS:
+        raise ValueError(f"{root}: {key} has dtype {piece.get_dtype()}; expected one of {', '.join(FLOATS)}: take the unquantised model")
+
+
+def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
+    # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
+    return file.get_tensor(key).to(device=device, dtype=leaf.dtype, copy=True)
+
+
+def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Tensor:
+    """A stacked leaf, filled part by part, so that it is in memory once."""
+    whole = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+    for name, rows in expert_files.cut(whole, names).items():
+        rows.copy_(files[name].get_tensor(name))
+    return whole

@@ -1,0 +1,93 @@
+"""Which leaves of a model are quantised, and quantising each as it is read: the dense model is never whole in memory."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from treetune.core import fields, quant, tree
+from treetune.core.fields import Fields
+from treetune.core.param import Param, Params
+from treetune.core.quant import FOUR_BITS, KINDS, Kind, Scheme
+
+AUTO = ("auto", "none")  # values of --quant that name no kind
+
+
+class QuantOptions(TypedDict, total=False):
+    """Options of commands."""
+
+    quant: str
+    quant_double: bool
+    quantize_moe_experts: bool
+
+
+def scheme(recorded: Scheme | None = None, **options: Unpack[QuantOptions]) -> Scheme | None:
+    """The scheme of the options; "auto", which is the default, is the recorded one of an adapter, if any."""
+    kind = options.get("quant", "auto")
+    if kind in AUTO:
+        return recorded if kind == "auto" else None
+    return Scheme(cast(Kind, kind), options.get("quant_double", True), options.get("quantize_moe_experts", True))
+
+
+def of(config: Any) -> Scheme | None:
+    """The scheme of the options of a model, as attributes."""
+    named = {name: getattr(config, name) for name in QuantOptions.__annotations__}
+    return scheme(**cast(QuantOptions, named))
+
+
+def options(scheme: Scheme | None) -> dict[str, Any]:
+    """The options that say a scheme: the inverse of `scheme`."""
+    if scheme is None:
+        return {"quant": "none"}
+    double = {"quant_double": scheme.double} if scheme.kind in FOUR_BITS else {}
+    return {"quant": scheme.kind, "quantize_moe_experts": scheme.experts} | double
+
+
+def read(recorded: Fields) -> Scheme:
+    """The scheme in a file. Errors: ValueError for another kind, or values that are none."""
+    kind = fields.text(recorded, "quant", choices=KINDS)
+    names = ("quant_double", "quantize_moe_experts")
+    return Scheme(cast(Kind, kind), *(fields.flag(recorded, name, default=True) for name in names))
+
+
+class Keep(NamedTuple):
+    """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in."""
+
+    scheme: Scheme | None = None
+    chosen: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, path: str, leaf: Tensor) -> Any:
+        """The leaf as the model has it."""
+        if self.scheme is None or path not in self.chosen:
+            return leaf
+        with fields.reading(f"the leaf {path}"):
+            return quant.quantise(leaf, self.scheme)._replace(dtype=self.dtype)
+
+    def wide(self, leaves: Mapping[str, Param]) -> dict[str, Param]:
+        """The leaves by path, in the dtypes in which they are read."""
+        return {path: leaf._replace(dtype=torch.float32) if path in self.chosen else leaf for path, leaf in leaves.items()}
+
+
+AS_READ = Keep()
+
+
+def keeping(abstract: Params, scheme: Scheme | None, dtype: torch.dtype) -> Keep:
+    """Quantises the leaves that a scheme takes."""
+    return AS_READ if scheme is None else Keep(scheme, frozenset(paths(abstract, scheme)), dtype)
+
+
+def check_dense(params: Params) -> None:
+    """Errors: ValueError for a quantised leaf, which takes no gradient."""
+    if path := next((path for path, leaf in tree.items(params) if quant.quantised(leaf)), None):
+        raise ValueError(f"{path} is quantised and cannot train: train an adapter on the model, or leave quant out")
+
+
+def paths(abstract: Params, scheme: Scheme) -> set[str]:
+    """The leaves that a scheme quantises: matrices of linear layers, and stacks of experts. Embeddings, heads and routers stay dense."""
+    return {path for path, leaf in tree.items(abstract) if leaf.op == "linear" or (scheme.experts and _experts(path, leaf))}
+
+
+def _experts(path: str, leaf: Param) -> bool:
+    return leaf.op == "experts" or (len(leaf.shape) == 3 and "experts" in path.split("."))  # those of bridged models take no adapter
