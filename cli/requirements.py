@@ -30,6 +30,7 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
     method: whose config it is; None for other commands. options: names of those that the user set, of which one that the command would
     ignore is refused. Errors: ValueError, one line, for options out of range, that contradict each other, or that name what is not there.
     """
+    config = _spelled_out(config)
     places.check_names(config)
     check(config, method, options)
     _check_outputs(config, config_file)
@@ -38,6 +39,19 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
     if adapter is not None:
         config = _on_base(config, adapter, named="model" in options)
     return config if method is None else method.complete(config)
+
+
+def _spelled_out(config: Config) -> Config:
+    """The config with adapter qlora as what it means. Errors: ValueError where the model is not to be quantised."""
+    train = cast(Any, config)
+    if getattr(getattr(config, "adapter", None), "lora_r", None) is None or train.adapter.adapter != "qlora":
+        return config
+    if train.model.quant == "none":
+        raise ValueError("adapter qlora trains on a quantised model, and quant is none: give adapter lora, or leave quant out")
+    kind = "nf4" if train.model.quant == "auto" else train.model.quant
+    model, adapter = dataclasses.replace(train.model, quant=kind), dataclasses.replace(train.adapter, adapter="lora")
+    changed: dict[str, Any] = {"model": model, "adapter": adapter}
+    return dataclasses.replace(config, **changed)
 
 
 def _on_base(config: Config, adapter: str, *, named: bool) -> Config:

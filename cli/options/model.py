@@ -20,8 +20,11 @@ def _local(values: marks.Values) -> str:
 
 
 def _nothing_frozen(values: marks.Values) -> str:
-    trains = values.get("adapter") == "none" and values["quant"] not in ("auto", "none")
-    return "adapter is none, and weights that train are not quantised" if trains else ""
+    if values["quant"] in ("auto", "none"):
+        return ""
+    if values.get("from_config"):
+        return "from_config starts from random weights"
+    return "adapter is none, and weights that train are not quantised" if values.get("adapter") == "none" else ""
 
 
 LOCAL = marks.Unused(_local)
@@ -78,8 +81,8 @@ class VocabularyOptions(TokenOptions):
 class AdapterOptions:
     """Adapter."""
 
-    adapter: Annotated[Literal["lora", "none"], marks.TRAINED] = "lora"
-    """lora trains low-rank matrices beside the frozen model; none trains the model itself."""
+    adapter: Annotated[Literal["lora", "qlora", "none"], marks.TRAINED] = "lora"
+    """lora trains low-rank matrices beside the frozen model; qlora is lora with --quant nf4; none trains the model itself."""
     lora_r: Annotated[int, SMALL, marks.ADAPTER_SCALE, LORA, BROUGHT] = 16
     """Rank."""
     lora_alpha: Annotated[float, POSITIVE, marks.ADAPTER_SCALE, LORA, BROUGHT] = 32.0

@@ -1,0 +1,46 @@
+"""Adapters on a base in 4 bits learn as those on the base in bfloat16 do: the real model, 40 steps each, side by side."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+COMMON = ["--dtype", "bfloat16", "--max-steps", "40", "--seed", "1", "--sample-prompt", "", "--gradient-accumulation-steps", "1"]
+CHATS, PAIRS, TEXT = (str(DATA / f"{name}_sample.jsonl") for name in ("gsm8k_train", "gsm8k_preference", "shakespeare"))
+RUNS = {
+    "sft": ["--data", CHATS, "--max-rows", "100", "--val-set-size", "20", "--micro-batch-size", "2", "--learning-rate", "5e-4"],
+    "dpo": ["--data", PAIRS, "--val-set-size", "16", "--micro-batch-size", "1", "--learning-rate", "1e-4"],
+    "ebft": [
+        "--mode", "strided", "--data", TEXT, "--max-rows", "48", "--sequence-len", "128", "--val-set-size", "6", "--micro-batch-size", "2",
+        "--learning-rate", "2e-4", "--ce-coef", "0.1",
+    ],
+    "grpo": [
+        "--data", CHATS, "--reward-funcs", "digits", "--num-generations", "8", "--max-completion-length", "16", "--micro-batch-size", "2",
+        "--learning-rate", "5e-4",
+    ],
+}  # fmt: skip
+MEASURES = {"sft": "eval/loss", "dpo": "eval/loss", "ebft": "eval/ebft/ce_loss", "grpo": "reward"}
+
+
+def measured(folder: Path, method: str, quant: str) -> list[float]:
+    """The held-out losses of a run, or its rewards by step."""
+    line = [sys.executable, "-m", "treetune.cli.main", method, *COMMON, *RUNS[method], "--quant", quant, "--output-dir", str(folder)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record[MEASURES[method]] for record in records if MEASURES[method] in record]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RUNS)
+def test_four_bits_learn_as_bfloat16(tmp_path, method):
+    small, plain = (measured(tmp_path / quant, method, quant) for quant in ("nf4", "none"))
+    if method == "grpo":
+        assert all(statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5]) + 0.3 for rewards in (small, plain)), (small, plain)
+        return
+    assert small[-1] < small[0] and plain[-1] < plain[0], (small, plain)
+    assert small[-1] <= 1.03 * plain[-1], (small, plain)
