@@ -7,7 +7,7 @@ Suggestions come from the table first. Distance alone suggests only what differs
 import difflib
 from collections.abc import Collection, Iterable
 
-QUANTISED = "quantised bases are not supported yet; leave it out, and train an adapter on a bfloat16 model"
+QUANTISED = "weights that other tools have quantised so are not read; take the unquantised model, and quant: nf4"
 TRACKED = "observer: FILE.py:FUNCTION sends metrics to a tracker; metrics.jsonl and report.html hold all curves, too"
 ALWAYS = "it is always so here; leave it out"
 COMMANDS_OF = {
@@ -52,7 +52,9 @@ OPTIONS = {
     "peft_layers_to_transform": "lora_layers", "layers_to_transform": "lora_layers", "adapter_name_or_path": "lora_model_dir",
     "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": "adapter: lora or none",
     "use_peft": "adapter: lora or none", "use_lora": "adapter: lora or none", "peft": "adapter: lora or none",
-    "use_dora": "adapter: lora, as DoRA is not supported yet", "peft_use_dora": "adapter: lora, as DoRA is not supported yet",
+    "load_in_4bit": "quant: nf4", "load_in_8bit": "quant: int8", "qlora": "adapter: qlora", "quantization": "quant",
+    "quantization_bit": "quant", "bnb_4bit_quant_type": "quant", "bnb_config_kwargs": "quant", "quantize": "quant", "bits": "quant",
+    "bnb_4bit_use_double_quant": "quant_double", "use_dora": "adapter: lora, as DoRA is not supported yet", "peft_use_dora": "adapter: lora, as DoRA is not supported yet",
     "neftune_alpha": "neftune_noise_alpha", "label_smoothing_factor": "label_smoothing",
     "dataset": "data", "train_file": "data", "training_data": "data", "train_data": "data", "data_path": "data", "dataset_name": "data",
     "dataset_path": "data", "train_dataset": "data", "files": "data", "file": "data", "pretraining_dataset": "data",
@@ -88,8 +90,7 @@ ADVICE = {
     "rl": "it is the command here: treetune dpo, kto, grpo, ...", "stage": "it is the command here: treetune sft, dpo, reward, ...",
     "trl": "write its keys at the top level", "ebft": "write its keys at the top level",
     "vllm": "write its keys at the top level, with vllm_ before them",
-    "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED, "qlora": QUANTISED, "quantization": QUANTISED, "quantization_bit": QUANTISED,
-    "bnb_4bit_quant_type": QUANTISED, "bnb_config_kwargs": QUANTISED, "quantize": QUANTISED, "bits": QUANTISED, "gptq": QUANTISED,
+    "gptq": QUANTISED,
     "report_to": TRACKED,
     "wandb_project": TRACKED,
     "wandb_name": TRACKED, "wandb_entity": TRACKED,
@@ -111,7 +112,7 @@ ADVICE = {
 }  # fmt: skip
 # Values of options in other tools.
 CHOICES = {
-    "qlora": QUANTISED, "dora": "DoRA is not supported yet", "full": "none", "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
+    "dora": "DoRA is not supported yet", "full": "none", "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
     "adamw_hf": "adamw", "adam": "adamw", "adamw_8bit": "8-bit optimisers are not supported yet: use adamw", "sigmoid": "dpo",
     "paged_adamw_8bit": "8-bit optimisers are not supported yet: use adamw",
     "adamw_bnb_8bit": "8-bit optimisers are not supported yet: use adamw",

@@ -271,7 +271,7 @@ def test_unknown_keys_are_told_all_at_once(here, kit, tune):
         done,
         "unknown keys 'base_model' .did you mean model",
         "'lr' .did you mean learning_rate",
-        "'load_in_4bit' .quantised",
+        "'load_in_4bit' .did you mean quant: nf4\\?",
         "'lora_rr' .did you mean lora_r\\?",
         "'frobnicate'[;,]",
     )
