@@ -20,7 +20,7 @@ from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised
+from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised, resize
 from treetune.models import tokenizer as tokenizers
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
@@ -144,10 +144,20 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
     if changed:
         run.say(changed)
     if run.adapter is None:
-        return model, policy.full(model)._replace(tokenizer=words.tokenizer)
+        return model, policy.full(model, _unfrozen(run, model, grown=changed != ""))._replace(tokenizer=words.tokenizer)
     options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head}
     start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
     return model, start._replace(tokenizer=words.tokenizer)
+
+
+def _unfrozen(run: TrainRun, model: Model, *, grown: bool) -> tuple[str, ...]:
+    """Regular expressions of the only weights that train without an adapter; with new rows those of the vocabulary are among them."""
+    options = getattr(run.config, "adapter", None)
+    names = () if options is None else options.unfrozen_parameters
+    rows = tuple(f"^{name}$" for name in resize.LEAVES if grown and names and name in model.params)
+    if rows:
+        run.say(f"the vocabulary has new rows: {' and '.join(name[1:-1] for name in rows)} train, too")
+    return names + rows
 
 
 def _base_model(run: TrainRun) -> Model:
@@ -172,6 +182,7 @@ def adapter_spec(options: AdapterOptions) -> AdapterSpec:
         layers=options.lora_layers,
         modules_to_save=options.lora_modules_to_save,
         start=options.lora_model_dir,
+        unfrozen=options.unfrozen_parameters,
     )
 
 

@@ -15,7 +15,7 @@ from treetune.core.data.reference_logps import Enrich
 from treetune.core.run import documents
 from treetune.core.run.errors import checking_input
 from treetune.core.run.source import Cursor, Supply
-from treetune.core.state import TrainState
+from treetune.core.state import Params, TrainState
 from treetune.models.batches import batcher
 from treetune.models.dense import Config
 from treetune.ops import noise
@@ -78,5 +78,10 @@ def _precompute(run: TrainRun, parts: Parts, enrich: Enrich, data: Dataset, stat
     if root is not None:
         other = getattr(getattr(run.config, "reference", None), "ref_model", None)
         computes = repr((policy.cfg, policy.lora and policy.lora.scale, other))
-        store = reference_logps.Store(root, ckpt.digest(state.frozen or state.params), computes, policy.tokenizer)
+        store = reference_logps.Store(root, ckpt.digest(_start(state)), computes, policy.tokenizer)
     return reference_logps.precompute(data, compute, batching, store, say=run.say)
+
+
+def _start(state: TrainState) -> Params:
+    """The weights that a reference starts from: without an adapter those that train are among them."""
+    return state.frozen | ({} if "lora" in state.params else {"trained": state.params})

@@ -38,6 +38,17 @@ def match_whole(name: str, modules: Modules) -> list[str]:
     raise ValueError(_no_match(name, modules))
 
 
+def match_parameters(name: str, keys: Modules) -> list[str]:
+    """Paths of the leaves in which a regular expression is found, else those in whose keys of transformers' files it is found.
+
+    keys: {path: key}. Errors: ValueError for one that is found nowhere.
+    """
+    if paths := _search(name, keys):
+        return paths
+    near = tree.nearest(name, dict.fromkeys([*keys, *keys.values()]))
+    raise ValueError(f"{name!r} matches no parameter; the nearest are {', '.join(near)}")
+
+
 def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 

@@ -4,14 +4,13 @@ What lives as long as a run closes over sizes only: the weights are those of its
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from treetune.core import lora, module_names, param, shard, strided, tree
+from treetune.core import lora, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -19,7 +18,7 @@ from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStat
 from treetune.models import (
     Model,
     adapter,
-    adapter_parameters,
+    adapter_spec,
     artifacts,
     decode,
     decode_branches,
@@ -33,6 +32,7 @@ from treetune.models import (
     resize,
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
+from treetune.models.adapter_spec import AdapterSpec
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
@@ -58,24 +58,6 @@ class Policy(NamedTuple):
     lora: Lora | None = None
     tokenizer: Any = None
     adapter: Info | None = None
-
-
-class AdapterSpec(NamedTuple):
-    """A low-rank adapter to train.
-
-    targets: "all-linear", names of modules as in PEFT, or regular expressions over paths or names of modules; layers: only these, empty for
-    all. modules_to_save: names or regular expressions of the weights that train whole beside it. start: the folder of an adapter to train
-    further, which then says rank, alpha and targets.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    rslora: bool = False
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
-    layers: tuple[int, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    start: str | None = None
 
 
 def load(
@@ -115,12 +97,15 @@ def bare(policy: Policy) -> Policy:
     return policy._replace(params={}, frozen={}, lora=without_tree(policy.lora))
 
 
-def full(model: Model) -> Policy:
-    """The policy of a model that trains itself: float32 weights, nothing frozen but what no gradient reaches by nature."""
-    quantised.check_dense(model.params)
-    still = {path for path, leaf in tree.items(hf.abstract_of(model)) if not leaf.trains}
-    parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in still) == frozen] for frozen in (False, True)]
+def full(model: Model, unfrozen: tuple[str, ...] = ()) -> Policy:
+    """The policy of a model that trains itself: float32 weights, nothing frozen but what no gradient reaches by nature.
+
+    unfrozen: regular expressions of the only weights that train, by `adapter_spec.unfrozen`.
+    """
+    trains = adapter_spec.unfrozen(model, unfrozen) or {path for path, leaf in tree.items(hf.abstract_of(model)) if leaf.trains}
+    parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in trains) == chosen] for chosen in (True, False)]
     trained, frozen = (tree.from_items(part) for part in parts)
+    quantised.check_dense(trained)
     return Policy(model.family, model.cfg, {"model": tree.map(_master, trained)}, {"model": frozen} if frozen else {})
 
 
@@ -146,10 +131,10 @@ def adapt(
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter. With `head` the
     adapter to start from may be a reward model's.
     """
-    low, whole, info = _fresh(model, spec, seed=seed) if spec.start is None else _started(model, spec.start, head)
+    low, whole, info = adapter_spec.fresh(model, spec, seed=seed) if spec.start is None else _started(model, spec.start, head)
     info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
-    vocabulary = _vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
-    whole = tree.merge(whole_modules(model, spec.modules_to_save + vocabulary), whole)
+    vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
+    whole = tree.merge(adapter_spec.whole_leaves(model, spec, vocabulary), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout)
     params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
     return Policy(model.family, model.cfg, params, {"model": model.params}, without_tree(low._replace(dropout=spec.dropout)), None, info)
@@ -158,17 +143,6 @@ def adapt(
 def _master(leaf: Tensor) -> Tensor:
     """A float32 copy that an optimiser may change in place."""
     return shard.gather(leaf, torch.float32).detach().clone()
-
-
-def _fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
-    sizes = hf.abstract_of(model, head=True)
-    try:
-        paths = lora.match(sizes, spec.targets, layers=spec.layers or None, module=partial(adapter_parameters.target, model.family))
-    except ValueError as error:
-        raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
-    scale = lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora)
-    info = Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths)
-    return Lora(lora.init(sizes, paths, rank=spec.rank, seed=seed), scale), {}, info
 
 
 def _started(model: Model, path: str, head: bool) -> tuple[Lora, Params, Info]:
@@ -180,29 +154,6 @@ def _started(model: Model, path: str, head: bool) -> tuple[Lora, Params, Info]:
             f"{path} has another rank on {other[0]} than its r of {info.rank}; training goes on from adapters of one rank only"
         )
     return low, resize.grown(whole, model.cfg.vocab_size), info
-
-
-def _vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Info, *, say: Say) -> tuple[str, ...]:
-    """Regular expressions of the leaves with a row per token that are not trained whole yet."""
-    saved = [path for path, _ in tree.items(whole_modules(model, spec.modules_to_save))]
-    missing = [name for name in resize.LEAVES if name in model.params and name not in (*saved, *whole)]
-    if low := [name for name in missing if name in info.paths]:
-        raise ValueError(f"the vocabulary has new rows, so {low[0]} trains whole: leave it out of --lora-target-modules")
-    if missing:
-        say(f"the vocabulary has new rows: {' and '.join(missing)} train whole beside the adapter and are saved with it")
-    return tuple(f"^{name}$" for name in missing)
-
-
-def whole_modules(model: Model, names: tuple[str, ...]) -> Params:
-    """The weights that train whole beside an adapter; the head of a tied model starts as its embedding."""
-    leaves, matched = {"lm_head": model.params["embed_tokens"]} | dict(tree.items(model.params)), set[str]()
-    modules = {path: adapter.module(model.family, path) for path in leaves}
-    for name in names:
-        try:
-            matched.update(module_names.match_whole(name, modules))
-        except ValueError as error:
-            raise ValueError(f"lora_modules_to_save: {error}") from error
-    return tree.from_items([(path, leaf) for path, leaf in leaves.items() if path in matched])
 
 
 def move_to(params: Params, model: Model) -> Params:
@@ -227,12 +178,12 @@ def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
         return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
 
     params = {name: put(part, shapes(part)) for name, part in policy.params.items()}
-    # Only a frozen model has named axes; what trains may be a part of a tree, and is sharded along its first dimension. What is frozen
-    # beside a model that trains is a few vectors, which every rank keeps.
+    # Only a frozen model has named axes; a part of a tree is sharded along its first dimension. What is frozen beside a model that trains
+    # may be a few vectors, which every rank keeps.
     frozen = {}
     for name, part in policy.frozen.items():
         if name == "model" and policy.lora is None:
-            frozen[name] = part
+            frozen[name] = tree.map(lambda leaf: put(leaf, shapes(leaf)) if leaf.ndim > 1 else leaf, part)
         else:
             frozen[name] = put(part, hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part))
     return policy._replace(params=params, frozen=frozen)

@@ -75,7 +75,7 @@ def build(
         return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)}, mixer(every=pace.every, alpha=pace.alpha))
     if low is None:
         # Once they are computed, log-probs need no copy of the weights that they came from.
-        start = policy if precompute else _freeze(policy, ref=_cast(weights(policy.params, policy.frozen), policy.cfg.dtype))
+        start = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
         return Reference(_whole(sizes, run), start)
     if not trained_adapter:
         return Reference(_base(sizes, run), policy)
@@ -103,7 +103,7 @@ def _base(model: Model, run: Callable) -> RefLogp:
 
 def _whole(model: Model, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
-        whole = state.frozen["ref"] if "ref" in state.frozen else weights(state.params, state.frozen)
+        whole = tree.merge(state.frozen.get("model", {}), state.frozen["ref"] if "ref" in state.frozen else state.params["model"])
         return run(model.family, model.cfg, whole, batch, plan).logp
 
     return logp

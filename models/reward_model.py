@@ -116,9 +116,15 @@ def with_head(policy: Policy, *, classes: int, start: str | None = None, seed: i
     if "lm_head" in params.get("lora", {}) or policy.lora is not None and "lm_head" in params.get("model", {}):
         raise ValueError("no score depends on lm_head: leave it out of --lora-target-modules and --lora-modules-to-save")
     head = tree.map(lambda leaf: leaf.to(device), _head(policy, classes, start, seed))
+    frozen = dict(policy.frozen)
     if policy.lora is None:
-        params["model"] = {name: part for name, part in params["model"].items() if name not in ("lm_head", "lm_head_bias")}
-    return policy._replace(params=params | {"head": head})
+        for part in (params, frozen):
+            part |= {"model": _without_lm_head(part["model"])} if "model" in part else {}
+    return policy._replace(params=params | {"head": head}, frozen=frozen)
+
+
+def _without_lm_head(params: Params) -> Params:
+    return {name: part for name, part in params.items() if name not in ("lm_head", "lm_head_bias")}
 
 
 def _head(policy: Policy, classes: int, start: str | None, seed: int) -> Params:

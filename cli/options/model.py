@@ -24,7 +24,8 @@ def _nothing_frozen(values: marks.Values) -> str:
         return ""
     if values.get("from_config"):
         return "from_config starts from random weights"
-    return "adapter is none, and weights that train are not quantised" if values.get("adapter") == "none" else ""
+    whole = values.get("adapter") == "none" and not values.get("unfrozen_parameters")
+    return "adapter is none, and weights that train are not quantised" if whole else ""
 
 
 LOCAL = marks.Unused(_local)
@@ -97,6 +98,8 @@ class AdapterOptions:
     """Adapt only these layers; empty for all."""
     lora_modules_to_save: Annotated[tuple[str, ...], marks.TRAINED, LORA] = ()
     """Whole weights to train and save beside the adapter, by name or regular expression: embed_tokens, lm_head, model.norm."""
+    unfrozen_parameters: Annotated[tuple[str, ...], marks.TRAINED] = ()
+    """Regexes over paths or keys of transformers: weights that train whole. With adapter none all others are frozen."""
     lora_model_dir: Annotated[str | None, marks.ADAPTER, marks.ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
     loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None

@@ -112,8 +112,9 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
         raise ValueError("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
     if config.adapter.adapter == "none" and engine.vllm_mode != "managed":
         raise ValueError("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
-    if config.adapter.lora_modules_to_save or config.vocabulary.tokens or config.vocabulary.embedding_multiple:
-        names = "lora_modules_to_save, tokens and embedding_multiple"
+    whole = config.adapter.lora_modules_to_save or (config.adapter.adapter == "lora" and config.adapter.unfrozen_parameters)
+    if whole or config.vocabulary.tokens or config.vocabulary.embedding_multiple:
+        names = "lora_modules_to_save, unfrozen_parameters, tokens and embedding_multiple"
         raise ValueError(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
 
 

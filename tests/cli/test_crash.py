@@ -20,6 +20,7 @@ KINDS = {
     "full": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--neftune-noise-alpha", 5],
     "bf16": [*RUN, "--dtype", "bfloat16", "--gradient-checkpointing", "--lora-dropout", 0.2],
     "lion, rows": [*RUN, "--optimizer", "lion", "--no-sample-packing", "--loraplus-lr-ratio", 4, "--lora-modules-to-save", "norm"],
+    "unfrozen": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--unfrozen-parameters", "layers.1", "^norm$"],
 }
 
 
@@ -123,7 +124,8 @@ DEATHS = {f"step {step}": at_step(step, die) for step in range(1, STEPS + 1)} | 
     "while leaving": before_report,
 }
 FAST = [("lora", f"step {random.Random(1).randint(3, STEPS)}"), ("full", f"step {random.Random(2).randint(3, STEPS)}"),
-        ("lora", "step 1"), ("lora", "while saving"), ("full", "before the first rename"), ("lora", "while leaving")]  # fmt: skip
+        ("lora", "step 1"), ("lora", "while saving"), ("full", "before the first rename"), ("lora", "while leaving"),
+        ("unfrozen", "step 3")]  # fmt: skip
 
 
 def killed_and_resumed(kit, tiny, tune, forked, here, kind, death):

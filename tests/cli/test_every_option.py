@@ -51,6 +51,7 @@ CHANGES = {
     "lora_target_modules": ("metrics", lambda t: ["--lora-target-modules", "q_proj", "v_proj"], []),
     "lora_layers": ("metrics", lambda t: ["--lora-layers", 1], []),
     "lora_modules_to_save": ("metrics", lambda t: ["--lora-modules-to-save", r"^norm$"], []),
+    "unfrozen_parameters": ("metrics", lambda t: ["--unfrozen-parameters", r"norm\.weight$"], ["--adapter", "none", "--lora-r", None]),
     "lora_model_dir": ("metrics", lambda t: ["--lora-model-dir", "start", "--lora-r", None], []),
     "loraplus_lr_ratio": ("metrics", lambda t: ["--loraplus-lr-ratio", 16], []),
     "loss": ("metrics", lambda t: ["--loss", "dft"], []),

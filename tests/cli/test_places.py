@@ -35,7 +35,7 @@ TEXTS = {
     # rows: columns, roles, texts
     "text_column", "field_prompt", "roles_to_train", "default_system_message", "step_separator", "prompt", "system", "sample_prompt",
     # weights: regular expressions over paths of leaves; tokens
-    "lora_target_modules", "lora_modules_to_save", "tokens",
+    "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", "tokens",
     # the server
     "vllm_server_host", "vllm_guided_decoding_regex", "host", "vllm_args",
 }  # fmt: skip
