@@ -12,7 +12,7 @@ from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, option_pairs, step
+from treetune.core import ckpt, loss_scale, option_pairs, step
 from treetune.core.config import table
 from treetune.core.data import fingerprint, template_date
 from treetune.core.data.dataset import Dataset
@@ -57,6 +57,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     parts, start = pieces.parts, pieces.parts.policy
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
     optimizer = optim.build(run.config.optim, loraplus=loraplus)
+    optimizer = loss_scale.scaled(optimizer) if start.cfg.dtype == torch.float16 else optimizer
     step_zero = torch.tensor(0, device=run.device)
     state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
     supply, data = _supply(run, pieces, state, source, stack)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import shard, tree
+from treetune.core import loss_scale, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
 from treetune.core.state import Metrics, MicroBatch, Objective, Params, Terms, TrainState, with_plan
@@ -180,7 +180,8 @@ def make_step(
     clip: largest global gradient norm, None for no clipping. prepare: adds to the micro-batches, without gradients, what is global to
     the step. mesh: sums over its ranks; None for one process.
     metrics: loss, grad_norm (before clipping), learning_rate, skipped (1 where a non-finite loss or gradient left all
-    weights as they were), dead_leaves (trainable leaves whose gradient is exactly 0), and the objective's own.
+    weights as they were), dead_leaves (trainable leaves whose gradient is exactly 0), loss_scale (with an optimiser of
+    `loss_scale.scaled`), and the objective's own.
     """
     gradient = value_and_grad(_loss(objective))
 
@@ -188,7 +189,9 @@ def make_step(
         if prepare is not None:
             with torch.no_grad():
                 micro_batches = prepare(state, list(micro_batches))
-        denominators = totals(objective, micro_batches, mesh)
+        denominators, scale = totals(objective, micro_batches, mesh), loss_scale.of(state.opt)
+        if scale is not None:
+            denominators = {name: value / scale for name, value in denominators.items()}
         losses, grads, collected = [], None, []
         for micro in micro_batches:
             (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *with_plan(micro), denominators)
@@ -196,13 +199,17 @@ def make_step(
             collected.append(metrics)
         assert grads is not None
         loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_plain(grads, mesh)
+        if scale is not None:
+            loss = loss / scale
+            torch._foreach_div_([shard.local(leaf) for leaf in tree.leaves(grads)], scale)
         squares, lr = square_norms(grads, mesh), schedule(state.step)
         norm = squares.sum().sqrt()
         # A flag for the kernel of the optimiser: an `if` here would wait for the device at every step.
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         _clip(grads, norm, clip)
+        report = {} if scale is None else {loss_scale.KEY: scale.clone()}  # that of this step: the update changes it
         params, opt = optimizer.update(grads, state.opt, state.params, lr, found_inf)
-        report = reduce_metrics(collected, mesh)
+        report |= reduce_metrics(collected, mesh)
         report |= {"loss": loss, "grad_norm": norm, "learning_rate": lr, "skipped": found_inf, "dead_leaves": (squares == 0).sum()}
         return state._replace(params=params, opt=opt, step=state.step + 1), report
 

@@ -13,7 +13,7 @@ from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, re
 from treetune.models.fetch import Say, silent
 from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def select_device(name: str = "auto") -> torch.device:

@@ -30,7 +30,7 @@ OPTIONS = {
     "model_path": "model", "checkpoint": "model", "base_model_config": "model", "revision_of_model": "revision",
     "model_revision": "revision", "torch_dtype": "dtype", "precision": "dtype",
     "bf16": "dtype: bfloat16", "bfloat16": "dtype: bfloat16", "fp32": "dtype: float32", "float32": "dtype: float32",
-    "fp16": "dtype: bfloat16 or float32, as float16 overflows in training", "float16": "dtype: bfloat16 or float32",
+    "fp16": "dtype: float16", "float16": "dtype: float16",
     "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler", "scheduler": "lr_scheduler", "optim": "optimizer",
     "optimizer_type": "optimizer", "epochs": "num_epochs", "epoch": "num_epochs", "num_train_epochs": "num_epochs",
     "n_epochs": "num_epochs", "steps": "max_steps", "num_steps": "max_steps", "max_train_steps": "max_steps", "total_steps": "max_steps",
@@ -117,8 +117,8 @@ CHOICES = {
     "adamw_hf": "adamw", "adam": "adamw", "adamw_8bit": "8-bit optimisers are not supported yet: use adamw", "sigmoid": "dpo",
     "paged_adamw_8bit": "8-bit optimisers are not supported yet: use adamw",
     "adamw_bnb_8bit": "8-bit optimisers are not supported yet: use adamw",
-    "bf16": "bfloat16", "fp32": "float32", "fp16": "float16 overflows in training: use bfloat16 or float32", "gpu": "cuda",
-    "float16": "float16 overflows in training: use bfloat16 or float32", "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",
+    "bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "gpu": "cuda",
+    "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",
 }  # fmt: skip
 CUTOFF = 0.8
 

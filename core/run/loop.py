@@ -126,7 +126,7 @@ class _Loop:
             return
         # On the disk first: a run that stops here has the record of the step that it stopped for.
         self.observers.step(record)
-        if record["skipped"]:
+        if record["skipped"] and record.get("loss_scale", 1) <= 1:  # above 1 it is an overflow of float16, which lowers the scale
             text = f"step {record['step']} is not finite, no weight was changed: {self._explain(state)}"
             raise RunFailed(f"{text}; {self._last_checkpoint()}")
         # A hinge at 0, or rewards that are all the same, teach nothing: their leaves have no gradient and are alive.
