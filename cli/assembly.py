@@ -58,6 +58,8 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
     optimizer = optim.build(run.config.optim, loraplus=loraplus)
     optimizer = loss_scale.scaled(optimizer) if start.cfg.dtype == torch.float16 else optimizer
+    if note := optim.offloading_note(run.config.optim, run.device.type):
+        run.say(note)
     step_zero = torch.tensor(0, device=run.device)
     state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
     supply, data = _supply(run, pieces, state, source, stack)

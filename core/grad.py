@@ -1,12 +1,16 @@
 """Gradients over trees, with the calling convention of jax.value_and_grad(has_aux=True)."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from treetune.core import shard, tree
+from treetune.core import offload, shard, tree
 
 
 def value_and_grad(fn: Callable) -> Callable:
@@ -48,11 +52,95 @@ def _own(grads: Sequence[Tensor]) -> list[Tensor]:
     return owned
 
 
+class Remat(NamedTuple):
+    """What of a layer is there in the backward pass, and where it is until then.
+
+    recompute: "none", all that autograd saves; "full", the input, of which the layer is computed again; "selective", also the results of
+    matrix products and of attention. place: "" on the device, else one of `offload.PLACES`.
+    """
+
+    recompute: str = "none"
+    place: str = ""
+
+
+RECOMPUTE = ("none", "full", "selective")
+
+
+def policy_of(policy: str | None) -> Remat:
+    """The policy of a name: None, "full", "selective", and each with a place, as in "none+cpu", "full+disk". Errors: ValueError."""
+    recompute, plus, where = ("none" if policy is None else policy).partition("+")
+    if recompute not in RECOMPUTE or plus and where not in offload.PLACES:
+        names = ", ".join(repr(name) for name in RECOMPUTE[1:])
+        raise ValueError(f"unknown rematerialisation policy {policy!r}; expected None, {names}, or one with +cpu or +disk behind it")
+    return Remat(recompute, where)
+
+
+def recomputes(policy: str | None) -> bool:
+    """Whether a layer is computed again in the backward pass, and gathers its sharded and quantised leaves again by itself."""
+    return policy_of(policy).recompute != "none"
+
+
 def remat(fn: Callable, policy: str | None) -> Callable:
-    """`fn` unchanged (policy None), or with its activations recomputed in the backward pass ("full")."""
-    if policy is None:
+    """`fn(x, *args)` with what the policy says of its activations kept for the backward pass; x is the input [T, D] of a layer.
+
+    Gradients are the same to the bit. No random state is kept: noise is a function of counters, not of a generator.
+    """
+    keep = policy_of(policy)
+    if keep == Remat():
         return fn
-    if policy == "full":
-        # Re-entrant checkpoints refuse backward(inputs=...). No random state is kept: noise is a function of counters, not of a generator.
-        return lambda *args: checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
-    raise ValueError(f"unknown rematerialisation policy {policy!r}; expected None or 'full'")
+    place = offload.place(keep.place) if keep.place else None
+    if keep.recompute == "none":
+        assert place is not None
+        return partial(_elsewhere, fn, place)
+    # Re-entrant checkpoints refuse backward(inputs=...).
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keep.recompute == "selective":
+        options["context_fn"] = partial(_selected, place)
+
+    def again(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return fn(*args)
+        with contextlib.nullcontext() if place is None else saved_tensors_hooks(place.put, place.take):
+            return checkpoint(fn, *args, **options)
+
+    return again
+
+
+def _selected(place: offload.Place | None) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """The contexts of the first computation of a layer and of the second."""
+    from treetune.ops import kept
+
+    store = kept.Store(*(place or (_same, _same)))
+    return store.keeping(), store.using()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _elsewhere(fn: Callable, place: offload.Place, x: Tensor, *args: Any) -> Any:
+    """`fn` with what autograd saves of it in another place. Weights stay where they are, and those that are made of others are again."""
+    if not torch.is_grad_enabled():
+        return fn(x, *args)
+    still = {leaf.untyped_storage().data_ptr() for leaf in _tensors(args)}
+
+    def put(saved: Tensor) -> Any:
+        if shard.distributed(saved) or saved.untyped_storage().data_ptr() in still:
+            return saved
+        again = shard.without_whole(saved)
+        return place.put(saved) if again is saved else again
+
+    with saved_tensors_hooks(put, lambda stored: place.take(shard.with_whole(stored))):
+        return fn(x, *args)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The plain tensors in arguments: what a layer is given besides its input."""
+    if isinstance(value, Tensor):
+        if not shard.distributed(value):
+            yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)

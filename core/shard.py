@@ -115,7 +115,7 @@ def gathering_again(params: Params) -> Iterator[None]:
         return
     _gathered.append({})
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_without_whole, _with_whole):
+        with torch.autograd.graph.saved_tensors_hooks(without_whole, with_whole):
             yield
     finally:
         _gathered.pop()
@@ -131,12 +131,14 @@ class _Again(NamedTuple):
     offset: int
 
 
-def _without_whole(saved: Tensor) -> Tensor | _Again:
-    entry = None if distributed(saved) else _gathered[-1].get(saved.untyped_storage().data_ptr())
+def without_whole(saved: Tensor) -> Tensor | _Again:
+    """A tensor that autograd saves, or what it is made of again where it is a whole leaf inside `gathering_again`."""
+    entry = None if distributed(saved) or not _gathered else _gathered[-1].get(saved.untyped_storage().data_ptr())
     return saved if entry is None else _Again(entry[1], saved.dtype, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
 
 
-def _with_whole(saved: Tensor | _Again) -> Tensor:
+def with_whole(saved: Any) -> Any:
+    """A whole leaf of what `without_whole` made of it; anything else as it is."""
     if not isinstance(saved, _Again):
         return saved
     with torch.no_grad():

@@ -163,18 +163,21 @@ def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
         return x
     needs = {path: run.leaves[path] for path in run.skeleton.needs[index]}
 
-    def compute() -> Any:
+    def compute(x: Tensor, needs: Mapping[str, Tensor], *_: Any) -> Any:
         tensors = {path: _whole(leaf, path, run.skeleton, run.dtype) for path, leaf in needs.items()}
         calls = itertools.count(run.kept.first[index]) if run.kept.first else None
         attend = None if calls is None else partial(_attend, calls=calls, run=run)
-        out = bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*args, **options)
+        first, more = ((x, *args[1:]), options) if args else ((), options | {"hidden_states": x})
+        out = bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*first, **more)
         if calls is not None and (number := next(calls)) != run.kept.first[index + 1]:
             raise ValueError(f"layer {index} of {type(layer).__name__} has called attention {number - run.kept.first[index]} times")
         return out
 
+    # What the layer reads beside its input is given, too, so that a policy can tell it from what the layer computes.
+    others = [run.adapters.pairs.get(path) for path in needs], args[1:], options
     # A rematerialised layer gathers its sharded leaves again by itself.
-    with contextlib.nullcontext() if run.remat else shard.gathering_again(run.weights[LAYERS][index]):
-        return grad.remat(compute, run.remat)()
+    with contextlib.nullcontext() if grad.recomputes(run.remat) else shard.gathering_again(run.weights[LAYERS][index]):
+        return grad.remat(compute, run.remat)(x, needs, *others)
 
 
 def _attend(heads: Heads, *, calls: Iterator[int], run: Run) -> Tensor:

@@ -38,7 +38,7 @@ class Neftune(NamedTuple):
 class Training(TypedDict, total=False):
     """What only training asks of a forward pass.
 
-    noise: on the embeddings. remat: which layers are computed again in the backward. routing: the logits of routers, see `Out`.
+    noise: on the embeddings. remat: what of a layer is kept for the backward, see `grad.remat`. routing: the logits of routers, see `Out`.
     """
 
     noise: Neftune | None
@@ -122,11 +122,12 @@ def forward(
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
     shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora))
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
+    again = grad.recomputes(remat)
     for index, layer in enumerate(weights["layers"]):
         if index in collect:
             features[index] = x
         # A rematerialised layer gathers its sharded leaves again by itself.
-        with contextlib.nullcontext() if remat else shard.gathering_again(layer):
+        with contextlib.nullcontext() if again else shard.gathering_again(layer):
             own = adapters[index] if index < len(adapters) else {}
             x, logits = layer_fn(x, layer, own, index, shared._replace(rotation=rotations[index]))
         if logits is not None and training.get("routing"):

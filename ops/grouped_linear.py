@@ -9,11 +9,13 @@ Triton kernels elsewhere.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import backend, grouped_kernels, product
+from treetune.ops import backend, grouped_kernels, kept, product
 
 
 def grouped_linear_ref(x: Tensor, weight: Tensor, ends: Tensor, adapter: dict | None = None, *, scale: float = 1.0) -> Tensor:
@@ -81,14 +83,18 @@ def outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return (grouped_kernels.outer_triton if backend.use_triton(x) else outer_loop)(g, x, ends)
 
 
+def _forward(x: Tensor, w: Tensor, ends: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    y = rows_t(x, w, ends)
+    if a is None or b is None:
+        return y, None
+    low = rows_t(x, a, ends)  # [N, r]
+    return y.add_(rows_t(low, b, ends), alpha=scale), low
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x, w, ends, a, b, scale):
-        y = rows_t(x, w, ends)
-        if a is None:
-            return y, None
-        low = rows_t(x, a, ends)  # [N, r]
-        return y.add_(rows_t(low, b, ends), alpha=scale), low
+    def forward(*inputs):
+        return kept.result(partial(_forward, *inputs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

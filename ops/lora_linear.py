@@ -7,12 +7,13 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import product
+from treetune.ops import kept, product
 
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
@@ -21,17 +22,21 @@ def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[di
     return [x @ w.T + scale * (u @ ab["A"].T) @ ab["B"].T for w, ab in zip(weights, adapters, strict=True)]
 
 
+def _forward(x: Tensor, u: Tensor | None, scale: float, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    weights, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+    # One product for all adapters: n products of rank r would each read the input again and leave most of the cores idle.
+    low = (x if u is None else u) @ torch.cat(downs).T  # [T, n r]
+    ranks = [down.shape[0] for down in downs]
+    outs = []
+    for w, up, part in zip(weights, ups, low.split(ranks, dim=1), strict=True):
+        outs.append(product.rows_t(x, w).addmm_(part, up.T, alpha=scale))  # [T, O]
+    return (*outs, low)
+
+
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(x, u, scale, n, *tensors):
-        weights, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        # One product for all adapters: n products of rank r would each read the input again and leave most of the cores idle.
-        low = (x if u is None else u) @ torch.cat(downs).T  # [T, n r]
-        ranks = [down.shape[0] for down in downs]
-        outs = []
-        for w, up, part in zip(weights, ups, low.split(ranks, dim=1), strict=True):
-            outs.append(product.rows_t(x, w).addmm_(part, up.T, alpha=scale))  # [T, O]
-        return (*outs, low)
+    def forward(*inputs):
+        return kept.result(partial(_forward, *inputs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -48,6 +48,7 @@ LAZY = {
     "core/ckpt.py": {"safetensors"},
     "core/lora.py": {"safetensors"},
     "core/quant.py": {"treetune.ops.dequantise"},
+    "core/grad.py": {"treetune.ops.kept"},
     "core/optim.py": {"bitsandbytes"},
     "core/data/bounded_jinja.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},

@@ -30,10 +30,9 @@ def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Com
     assert temperature is not None  # of the mode, where none is given
     for text in _describe(options, policy.cfg.num_layers):
         setting.say(text)
-    remat = "full" if config.optim.gradient_checkpointing else None
     logprob = partial(policies.logprob_beside, policy, temperature=temperature)
     objective = partial(ebft_objective.objective, rl_coef=options.rl_coef, ce_coef=options.ce_coef)
-    train, evaluation = objective(logprob(remat=remat, documents=options.ce_coef != 0)), objective(logprob())
+    train, evaluation = objective(logprob(remat=config.optim.remat, documents=options.ce_coef != 0)), objective(logprob())
     rollouts = strided_rollouts.StridedRollouts(
         _places(options),
         n,

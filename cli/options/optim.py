@@ -1,14 +1,14 @@
 """Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from treetune.cli.options.doors import door
 from treetune.core import option_pairs, registry
 from treetune.core.config.doors import unused_unless_taken
-from treetune.core.config.marks import REGEX_NUMBERS, RESOURCES, RUN_LENGTH, STEP_ROWS, STEP_SIZE, Unused, refused, unused_unless
+from treetune.core.config.marks import REGEX_NUMBERS, RESOURCES, RUN_LENGTH, STEP_ROWS, STEP_SIZE, Switch, Unused, refused, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
 
 if TYPE_CHECKING:
@@ -72,15 +72,22 @@ class OptimOptions:
     """Documents (or, packed, sequence_len's worth of tokens) in one forward pass on one device."""
     gradient_accumulation_steps: Annotated[int, COUNT, STEP_ROWS] = 2
     """Micro-batches in one optimiser step on one device; the split never changes the gradient."""
-    gradient_checkpointing: Annotated[bool, RESOURCES] = False
-    """Recompute each layer in the backward pass: about 1.4 times the time for about half the memory."""
+    gradient_checkpointing: Annotated[Literal["none", "full", "selective", "offload"], RESOURCES, Switch("full", "none")] = "none"
+    """Compute layers again in the backward pass: full, from their inputs; selective, all but matrix products and attention; offload, full
+    with the inputs in host memory."""
+    activation_offloading: Annotated[Literal["none", "cpu", "disk"], RESOURCES, Switch("cpu", "none")] = "none"
+    """Where activations are until the backward pass reads them: on the device, in host memory (cpu), or in temporary files (disk)."""
     seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
     """Random seed; all randomness of the run derives from it."""
 
     @property
     def remat(self) -> str | None:
-        """What a training pass of a model recomputes."""
-        return "full" if self.gradient_checkpointing else None
+        """What a training pass of a model keeps for its backward pass, as `core.grad.remat` takes it."""
+        recompute = "full" if self.gradient_checkpointing == "offload" else self.gradient_checkpointing
+        place = "cpu" if self.gradient_checkpointing == "offload" and self.activation_offloading == "none" else self.activation_offloading
+        if place != "none":
+            return f"{recompute}+{place}"
+        return None if recompute == "none" else recompute
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,13 @@ class RlOptim(OptimOptions):
     """Shape of the learning rate after the warm-up, or a function of your own."""
     micro_batch_size: Annotated[int, SMALL, STEP_ROWS] = 2
     """Prompts, each with its completions, in one forward pass on one device."""
+
+
+def offloading_note(optim: OptimOptions, device: str) -> str:
+    """A line about an offload that changes nothing on a device of this type; empty where it does."""
+    if device != "cpu" or not (optim.remat or "").endswith("+cpu"):
+        return ""
+    return "activations: the model is on the CPU, where they are in host memory already; --activation-offloading disk writes them to files"
 
 
 def conflicts(optim: OptimOptions) -> None:

@@ -27,6 +27,7 @@ def read(command: str, argv: list[str], options: Options) -> Arguments:
     """
     _check_text(argv)
     argv, path = take_config(argv)
+    argv = _switched(argv, options)
     given = _flags(command, argv, options)
     _check_flags(command, argv, options)
     _check_values(argv, options)
@@ -56,6 +57,28 @@ def take_config(argv: list[str]) -> tuple[list[str], str | None]:
             rest.append(argv[i])
             i += 1
     return rest, path
+
+
+def _switched(argv: list[str], options: Options) -> list[str]:
+    """The arguments with the choices that switches stand for: --option, --no-option, and true or false behind it."""
+    out: list[str] = []
+    for arg, following in itertools.pairwise([*argv, "--"]):
+        flag, equals, text = arg.partition("=")
+        negated, known = flag.startswith("--no-"), _named(options, flag.replace("--no-", "--", 1))
+        before = _named(options, out[-1]) if out else None
+        if known is not None and known.switch is not None and negated and not equals and following.startswith("--"):
+            out.append(f"--{flag[5:]}={known.switch.off}")
+        elif known is not None and known.switch is not None and (equals or following.startswith("--")):
+            out.append(f"{flag}={_choice(known, text) if equals else known.switch.on}")
+        else:
+            out.append(_choice(before, arg) if before is not None else arg)
+    return out
+
+
+def _choice(option: Option, text: str) -> str:
+    """The text of a value; of a switch what true or false stand for."""
+    words = {} if option.switch is None else {"true": option.switch.on, "false": option.switch.off}
+    return words.get(text.lower(), text)
 
 
 def _flags(command: str, argv: list[str], known: Options) -> set[str]:

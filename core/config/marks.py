@@ -65,6 +65,13 @@ class EqualsTexts(NamedTuple):
     values: bool = False
 
 
+class Switch(NamedTuple):
+    """An option of choices that may also be written as one that is on or off: --option, --no-option, and true or false in a file."""
+
+    on: str
+    off: str
+
+
 NAMED_TEXTS = EqualsTexts(option_pairs.named_texts, named=True)
 NAMED_VALUES = NAMED_TEXTS._replace(values=True)
 REGEX_NUMBERS = EqualsTexts(option_pairs.rules)

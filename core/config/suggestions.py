@@ -40,6 +40,7 @@ OPTIONS = {
     "gradient_accumulation": "gradient_accumulation_steps", "grad_accum": "gradient_accumulation_steps",
     "accumulation_steps": "gradient_accumulation_steps", "grad_accumulation_steps": "gradient_accumulation_steps",
     "activation_checkpointing": "gradient_checkpointing", "use_gradient_checkpointing": "gradient_checkpointing",
+    "offload_activations": "activation_offloading", "activation_offload": "activation_offloading",
     "grad_clip": "max_grad_norm", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "max_norm": "max_grad_norm",
     "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "wd": "weight_decay",
     "random_seed": "seed", "data_seed": "seed", "random_state": "seed",

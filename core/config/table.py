@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from treetune.core.config.doors import Door
-from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Unused
+from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Switch, Unused
 from treetune.core.config.ranges import Range
 from treetune.core.import_path import FORM, is_path
 
@@ -46,6 +46,7 @@ class Option(NamedTuple):
     pairs: EqualsTexts | None = None
     door: Door | None = None
     place: Place | None = None
+    switch: Switch | None = None
 
     def expected(self) -> str:
         """What one value must be, in words."""
@@ -105,7 +106,9 @@ def _option(name: str, kind: Any, default: Any, marked: Any) -> Option:
     if door and rule is not None and rule.verdict == REFUSED:
         rule = rule._replace(judged_by=(name,))  # two functions in other places may be the same
     place = FUNCTION_PATH if door else only(Place)
-    return Option(name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door, place)
+    return Option(
+        name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door, place, only(Switch)
+    )
 
 
 def _taken_apart(marked: Any) -> tuple[tuple, Any]:

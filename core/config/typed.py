@@ -42,6 +42,8 @@ def check_argument(flag: str, text: str, option: Option) -> None:
 
 
 def _one(written: Written, option: Option, subject: str) -> Any:
+    if option.switch is not None and isinstance(written.value, bool):
+        return option.switch.on if written.value else option.switch.off
     read: Callable = {bool: yamlvalues.flag, int: yamlvalues.integer, float: yamlvalues.number}.get(option.single, yamlvalues.text)
     out = read(written)
     if out is None or isinstance(out, str) and not option.holds(out):

@@ -79,6 +79,7 @@ CHANGES = {
     "micro_batch_size": ("metrics", lambda t: ["--micro-batch-size", 3], []),
     "gradient_accumulation_steps": ("metrics", lambda t: ["--gradient-accumulation-steps", 1], []),
     "gradient_checkpointing": ("layers run", lambda t: ["--gradient-checkpointing"], []),
+    "activation_offloading": ("out", lambda t: ["--activation-offloading", "cpu"], []),
     "seed": ("metrics", lambda t: ["--seed", 1], []),
     "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
@@ -226,4 +227,6 @@ def test_same_options_give_the_same_run(observed):
 
 
 def test_gradient_checkpointing_changes_no_number(observed):
-    assert observed(BASE)["metrics"] == observed([*BASE, "--gradient-checkpointing"])["metrics"]
+    plain = observed(BASE)["metrics"]
+    for policy in (["--gradient-checkpointing"], ["--gradient-checkpointing", "selective"], ["--activation-offloading", "disk"]):
+        assert observed([*BASE, *policy])["metrics"] == plain, policy

@@ -1,0 +1,110 @@
+"""Gradients under every policy of rematerialisation and offload: those of a pass that keeps all, to the bit."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from treetune.core import grad, lora, tree
+from treetune.core.lora import Lora
+from treetune.core.quant import Scheme
+from treetune.models import families, hf
+from treetune.ops import kept, noise
+
+spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parent / "architectures.py")
+architectures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(architectures)
+
+POLICIES = ("full", "selective", "none+cpu", "none+disk", "full+cpu", "full+disk", "selective+cpu", "selective+disk")
+NATIVE, BRIDGED = ("llama", "gemma2", "qwen3_moe", "gpt_oss"), ("glm4", "deepseek_v3", "qwen3_5_text")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folders(family) -> a small model, saved by transformers once."""
+    root = tmp_path_factory.mktemp("policies")
+
+    def folder(family):
+        if not (root / family).exists():
+            architectures.save(family, root / family)
+        return root / family
+
+    return folder
+
+
+def stream():
+    """Two documents, all tokens but the first of each read."""
+    lens = torch.tensor([29, 16])
+    tokens = torch.randint(0, 60, (45,), generator=torch.Generator().manual_seed(1))
+    at = torch.tensor([*range(28), *range(29, 44)])
+    return {
+        "tokens": tokens, "positions": torch.cat([torch.arange(29), torch.arange(16)]), "at": at, "targets": tokens[at + 1],
+        "cu_docs": torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(), "seq": torch.tensor([0] * 28 + [1] * 15),
+        "seq_lens": torch.tensor([28, 15]), "doc_of_seq": torch.tensor([0, 1]), "row": torch.tensor([0, 1]),
+    }  # fmt: skip
+
+
+def adapted(model, dropout):
+    """An adapter on all linear layers, away from its start."""
+    sizes = hf.abstract_of(model)
+    fresh = lora.init(sizes, lora.match(sizes, "all-linear"), rank=2, seed=3)
+    keys = noise.keys(torch.tensor(5), torch.arange(4096))
+    moved = tree.map(lambda leaf: leaf + 0.05 * (noise.uniform(keys[: leaf.shape[0]], leaf.shape[1]) - 0.5), fresh)
+    return Lora(moved, 1.5, dropout, torch.tensor(7))
+
+
+def gradient(model, kind, remat, batch):
+    """Loss and gradient in what trains: an adapter, or all weights."""
+    low = adapted(model, 0.25) if kind != "full" else None
+    still = [path for path, leaf in tree.items(hf.abstract_of(model)) if not leaf.trains]
+    frozen = tree.from_items([(path, leaf) for path, leaf in tree.items(model.params) if path in still])
+    trained = tree.from_items([(path, leaf) for path, leaf in tree.items(model.params) if path not in still])
+
+    def loss(params):
+        used = None if low is None else low._replace(tree=params)
+        weights = model.params if low is not None else tree.merge(frozen, params)
+        stats = families.logprobs(model.family, model.cfg, weights, batch, lora=used, remat=remat)
+        return -stats.logp.sum(), None
+
+    (value, _), found = grad.value_and_grad(loss)(trained if low is None else low.tree)
+    return value, found
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "nf4"])
+@pytest.mark.parametrize("family", (*NATIVE, *BRIDGED))
+def test_no_policy_changes_a_bit(family, kind, folders):
+    model, batch = hf.load(folders(family), scheme=Scheme("nf4") if kind == "nf4" else None), stream()
+    value, expected = gradient(model, kind, None, batch)
+    for policy in POLICIES:
+        other, found = gradient(model, kind, policy, batch)
+        assert torch.equal(value, other), policy
+        for (path, a), (_, b) in zip(tree.items(expected), tree.items(found), strict=True):
+            assert torch.equal(a, b), (policy, path)
+    assert any(leaf.any() for leaf in tree.leaves(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_makes_no_product_and_no_attention_again(dtype, folders):
+    """A backward pass runs the products of gradients only; a full one runs those of the layers once more."""
+    model = hf.load(folders("llama"), dtype=dtype)
+    counts = {policy: products(model, policy, stream()) for policy in (None, "full", "selective")}
+    assert counts["selective"] == counts[None] < counts["full"]
+
+
+class Counted(TorchDispatchMode):
+    """Counts the products and the attentions that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in kept.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def products(model, policy, batch):
+    """The number of products and of attentions of a forward and a backward pass."""
+    with Counted() as mode:
+        gradient(model, "lora", policy, batch)
+    return mode.count
