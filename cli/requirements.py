@@ -70,6 +70,7 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
     checks.check_ranges(config)
     _check_pass(table.flatten(config))
     checks.check_texts(config)
+    _check_dense(config)
     if method is not None:
         train = cast(Any, config)
         optim.conflicts(train.optim)
@@ -88,6 +89,16 @@ def _check_pass(values: dict[str, Any]) -> None:
     tokens = (values.get("micro_batch_size") or 1) * (values.get("sequence_len") or 1)
     if tokens > TOKENS_MAX:
         raise ValueError(f"micro_batch_size * sequence_len must be at most {TOKENS_MAX} tokens, got {tokens}: lower one of them")
+
+
+def _check_dense(config: Config) -> None:
+    """quant none makes nothing dense: a model that is quantised in its files stays so."""
+    options = getattr(config, "model", None)
+    if getattr(options, "quant", None) == "none" and fetch.quantised(cast(Any, options).model):
+        raise ValueError(
+            f"quant is none, and {cast(Any, options).model} holds quantised weights: leave quant out to take them as they are, or name the "
+            "unquantised model"
+        )
 
 
 def _check_outputs(config: Config, config_file: str | None) -> None:

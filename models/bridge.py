@@ -29,6 +29,7 @@ from treetune.models import (
     hf_config,
     hf_keys,
     plain_model,
+    quant_config,
     quantised,
 )
 from treetune.models.bridge_skeleton import EMBEDDING, HEAD, HEAD_BIAS, Skeleton
@@ -110,7 +111,8 @@ class Bridge:
         Raises ValueError for a field that transformers does not know of this model, and for a model that is not computed, with the reason.
         """
         _check_version(hf, metadata.version("transformers"))
-        text = json.dumps(hf.values, sort_keys=True)
+        # How weights are stored is no part of what a model computes.
+        text = json.dumps({name: value for name, value in hf.values.items() if name != quant_config.NAME}, sort_keys=True)
         try:
             _check_sizes(hf)
             whole = bridge_skeleton.hf_config(self.kind, text)
@@ -194,7 +196,13 @@ class Bridge:
     ) -> Params:
         """The tree of a folder's weights, through transformers' own conversions of older layouts; with keys `beside`, without a head."""
         parts = skeleton(_own(cfg))
-        if keep.chosen and not beside and bridge_files.one_by_one(root, parts):
+        each = bool(keep.chosen) and not beside and bridge_files.one_by_one(root, parts)
+        if keep.stored and not each:
+            raise ValueError(
+                f"{root} is quantised, and its files hold the weights of {self.kind} otherwise than its modules do: take the unquantised "
+                "model, with --quant"
+            )
+        if each:
             leaves = dict(tree.items(self.abstract(cfg, dtype=dtype)))
             return tree.from_items(bridge_files.read_each(root, parts, leaves, device, keep).items())
         return tree.from_items(bridge_files.read(root, parts, dtype, device, beside=beside, keep=keep).items())
@@ -247,8 +255,7 @@ def _check_sizes(hf: Fields) -> None:
 
 def _check(hf: Fields, whole: Any, text: str | None) -> None:
     """A field that transformers does not know of this model may change its function. text: the field that holds the language model's."""
-    if hf.values.get("quantization_config"):
-        raise ValueError(f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model")
+    quant_config.read(hf)
     if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"{hf.source}: {whole.model_type} has an encoder; only decoders are computed")
     _check_known(hf, whole)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from treetune.core import fields, param
-from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, loading, plain_model
+from treetune.models import Model, bridge, certificate_checks, fetch, hf, identity, loading, plain_model, quantised
 from treetune.models.certificate_checks import Check, Measure, Subject
 from treetune.models.fetch import Say, silent
 
@@ -98,7 +98,7 @@ def certify(path: Path, documents: Sequence[Sequence[int]] | None = None, *, gra
     Raises ValueError where transformers cannot load the folder; a model that is refused here has a certificate that says so.
     """
     try:
-        model, _ = loading.load_model(path, dtype="float32", device=torch.device("cpu"))
+        model = quantised.dense(loading.load_model(path, dtype="float32", device=torch.device("cpu"))[0])
     except ValueError as error:
         return Certificate(str(path), "", "", REFUSED, str(error), ())
     chosen = tuple(list(ids) for ids in documents) if documents else example_documents(path, model)
@@ -144,7 +144,8 @@ def _rows(check: Check, subject: Subject, wide: list[Subject], path: Path) -> li
     if not _fits(subject.model, WIDE_TREES):
         return [row._replace(verdict=LEFT_OUT, note=UNDECIDED) if row.verdict == DIFFERENCE else row for row in rows]
     if not wide:
-        wide.append(Subject(hf.load(path, dtype=torch.float64), plain_model.load(path, dtype=torch.float64), subject.documents))
+        double = quantised.dense(hf.load(path, dtype=torch.float64))
+        wide.append(Subject(double, plain_model.load(path, dtype=torch.float64), subject.documents))
     again = [_judge(measure, "float64") for measure in check.measure(wide[0])]
     return [new if old.verdict == DIFFERENCE else old for old, new in zip(rows, again, strict=True)]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treetune.core import lora, module_names, param, tree
-from treetune.models import MODELS, adapter_config, adapter_parameters, bridge, gguf, hf
+from treetune.models import MODELS, adapter_config, adapter_parameters, bridge, gguf, hf, quant_config
 from treetune.models.dense import Config
 from treetune.models.policy import Policy, weights
 
@@ -15,6 +15,7 @@ def describe_model(path: Path) -> dict[str, str]:
         family, cfg = model.family, model.cfg
     else:
         family, cfg = hf.read_config(path / "config.json")
+    stored = None if path.suffix == ".gguf" else quant_config.of_folder(path)
     sizes = MODELS[family].abstract(cfg)
     linears, count = lora.linears(sizes), param.count(sizes)
     low_rank = param.count(lora.abstract(sizes, linears, rank=16))
@@ -26,6 +27,7 @@ def describe_model(path: Path) -> dict[str, str]:
         "attention": f"{cfg.num_heads} query and {cfg.num_kv_heads} key heads of {cfg.head_dim}, window {windows}",
         "vocabulary": f"{cfg.vocab_size}, embeddings {'tied' if cfg.tied else 'not tied'}, {cfg.max_positions} positions",
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
+        **({} if stored is None else {"weights": f"quantised in the files: {quant_config.named(stored)}"}),
         "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",
         "lora targets": ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in lora.adaptable(sizes))),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",

@@ -8,6 +8,7 @@ checked against the digests below.
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -97,6 +98,16 @@ def check(name: str) -> None:
         raise ValueError(f"{name} is a file of weights: name the folder that holds it, {Path(name).parent}")
     if _local(name) is None and known_name(name) is None and not _looks_like_id(name):
         raise ValueError(f"{name} is not a folder, a .gguf file, a hub id like 'owner/name' or a name known here: {', '.join(MODELS)}")
+
+
+def quantised(name: str) -> bool:
+    """Whether the files of a model on this machine hold quantised weights, by its config.json. Of one that cannot be read: no."""
+    if (local := _local(name)) is None or local.is_file():
+        return False
+    try:
+        return bool(json.loads((model_in(local) / "config.json").read_bytes()).get("quantization_config"))
+    except (ValueError, OSError, AttributeError, RecursionError):
+        return False
 
 
 def check_adapter(name: str) -> None:

@@ -136,7 +136,7 @@ def load(
     sizes = dict(tree.items(MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)))
     sizes.pop("lm_head_bias", None)
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
-    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)
+    keep = quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype)
     if (read := getattr(MODELS[family], "read_files", None)) is not None:
         params, tensors = (
             read(root, cfg, dtype, device, beside=list(score), keep=keep),

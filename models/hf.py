@@ -85,6 +85,7 @@ def load(
 ) -> Model:
     """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`; quantised by a scheme as it is read.
 
+    Leaves that the files hold quantised stay so; `scheme` may be theirs.
     Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
     not the one that config.json implies.
     """
@@ -97,7 +98,7 @@ def load(
     root = fetch(path_or_id, revision=revision)
     family, cfg = read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
-    params = _read_params(root, family, cfg, device, quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype))
+    params = _read_params(root, family, cfg, device, quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype))
     return Model(family, replace(cfg, tied="lm_head" not in params), params)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from treetune.core import fields
 from treetune.core.fields import Fields
-from treetune.models import hf_rope
+from treetune.models import hf_rope, quant_config
 from treetune.models.dense import Config
 
 # Fields that change no logit: notes of the writer, options of training and of generation, ids, labels, choices of implementation.
@@ -169,10 +169,7 @@ def _check_unknown(hf: Fields, defaults: Defaults) -> None:
 
 
 def _check_choices(hf: Fields, defaults: Defaults) -> None:
-    if hf.values.get("quantization_config"):
-        raise ValueError(
-            f"{hf.source} has quantization_config, quantised weights; expected float weights: take the unquantised model, or a .gguf file"
-        )
+    quant_config.read(hf)
     for name, own in (("attention_bias", defaults.attention_bias), ("mlp_bias", False)):
         if fields.flag(hf, name, default=own) != own:
             raise fields.wrong(hf, name, f"{str(own).lower()}: this family computes {'nothing without' if own else 'no'} such bias")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import quant, quant_parts, tree
 from treetune.core.param import Param
 from treetune.models import MODELS
 
@@ -55,9 +55,13 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def turn(family: str, path: str, tensor: Tensor) -> Tensor:
+def turn(family: str, path: str, tensor: Any) -> Any:
     """A leaf as the files have it, and back: some families keep stacks of matrices as [E, I, O] there."""
-    return tensor.transpose(-1, -2).contiguous() if _turned(family, path) else tensor
+    if not _turned(family, path):
+        return tensor
+    # Codes cannot be turned: their scales are those of rows.
+    whole: Tensor = quant.dense(tensor) if quant.quantised(tensor) else tensor
+    return whole.transpose(-1, -2).contiguous()
 
 
 def _turned(family: str, path: str) -> bool:
@@ -77,12 +81,14 @@ def split(family: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any])
     return parts
 
 
-def blocks(family: str, paths: list[str], tensor: Tensor, leaves: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{path: leaf} of the leaves that share a tensor of the files."""
+def blocks(family: str, paths: list[str], tensor: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: leaf} of the leaves that share a tensor of the files, which may be quantised."""
     if len(paths) == 1:
         return {paths[0]: turn(family, paths[0], tensor)}
-    rows = tensor.split([leaves[path].shape[0] for path in paths])
-    return {path: block.clone() for path, block in zip(paths, rows, strict=True)}
+    rows = [leaves[path].shape[0] for path in paths]
+    if quant.quantised(tensor):
+        return dict(zip(paths, quant_parts.split(tensor, rows), strict=True))
+    return {path: block.clone() for path, block in zip(paths, tensor.split(rows), strict=True)}
 
 
 def join(family: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from treetune.core import fields, manifest, tree
+from treetune.core import fields, manifest, quant, quant_parts, tree
 from treetune.core.param import Param, Params
-from treetune.models import MODELS, expert_files, folder, hf_keys, quantised
+from treetune.models import MODELS, bnb_files, expert_files, folder, hf_keys, quant_config, quantised
 from treetune.models.quantised import Keep
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -35,7 +34,7 @@ def read_leaves(
     every = leaves | (optional or {})
     groups = hf_keys.groups(family, every)
 
-    def store(key: str, tensor: Tensor) -> dict[str, Any]:
+    def store(key: str, tensor: Any) -> dict[str, Any]:
         return {path: keep(path, leaf) for path, leaf in hf_keys.blocks(family, groups[key], tensor, every).items()}
 
     wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional or {}))
@@ -67,7 +66,7 @@ def read_tensors(
     unread: Iterable[str] = (),
     parts: expert_files.Parts | None = None,
     device: torch.device | str = "cpu",
-    keep: Callable[[str, Tensor], Any] = quantised.AS_READ,
+    keep: Callable[[str, Any], Any] = quantised.AS_READ,
 ) -> dict[str, Any]:
     """{key: keep(key, tensor)} of a folder's safetensors: all that is wanted, whole or in `parts`, and what it has of the optional keys.
 
@@ -91,7 +90,7 @@ def read_tensors(
 
 
 def _open(root: Path, stack: ExitStack) -> dict:
-    """{key: open safetensors file that has it} of a folder, memory-mapped."""
+    """{key: open safetensors file that has it} of a folder, memory-mapped; quantised weights are one tensor each."""
     from safetensors import SafetensorError, safe_open
 
     names = _weight_files(root)
@@ -105,7 +104,8 @@ def _open(root: Path, stack: ExitStack) -> dict:
         if repeated := sorted(files.keys() & set(file.keys())):
             raise ValueError(f"{root}: {name} has the tensor {repeated[0]}, which another file of the folder has too: download it again")
         files |= dict.fromkeys(file.keys(), file)
-    return files
+    stored = quant_config.of_folder(root)
+    return files if stored is None else bnb_files.assembled(str(root), files, stored)
 
 
 def _weight_files(root: Path) -> list[str]:
@@ -148,13 +148,18 @@ def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
         raise ValueError(f"{root}: {key} has dtype {piece.get_dtype()}; expected one of {', '.join(FLOATS)}: take the unquantised model")
 
 
-def _read(file, key: str, leaf: Param, device: torch.device | str) -> Tensor:
+def _read(file, key: str, leaf: Param, device: torch.device | str) -> Any:
+    tensor = file.get_tensor(key)
+    if quant.quantised(tensor):
+        return tensor.moved(lambda part: part.to(device))._replace(dtype=leaf.dtype)
     # A copy even without a cast: a view of the mapped file would be unaligned, and would die with the file.
-    return file.get_tensor(key).to(device=device, dtype=leaf.dtype, copy=True)
+    return tensor.to(device=device, dtype=leaf.dtype, copy=True)
 
 
-def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Tensor:
+def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Any:
     """A stacked leaf, filled part by part, so that it is in memory once."""
+    if any(isinstance(files[name], bnb_files.Packed) for name in names):
+        return quant_parts.joined([_read(files[name], name, leaf, device) for name in names], leaf.shape)
     whole = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
     for name, rows in expert_files.cut(whole, names).items():
         rows.copy_(files[name].get_tensor(name))

@@ -19,7 +19,9 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
 
     kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
     with without_bars():
-        return kind.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+        plain = kind.from_pretrained(path, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+        # Quantised weights take no gradient, and some of their kernels round what meets them.
+        return plain.dequantize().to(dtype) if getattr(plain, "is_quantized", False) else plain
 
 
 def knows(kind: str) -> bool:

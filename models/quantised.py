@@ -1,15 +1,16 @@
 """Which leaves of a model are quantised, and quantising each as it is read: the dense model is never whole in memory."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
-from torch import Tensor
 
 from treetune.core import fields, quant, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
 from treetune.core.quant import FOUR_BITS, KINDS, Kind, Scheme
+from treetune.models import Model, quant_config
 
 AUTO = ("auto", "none")  # values of --quant that name no kind
 
@@ -52,30 +53,48 @@ def read(recorded: Fields) -> Scheme:
 
 
 class Keep(NamedTuple):
-    """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in."""
+    """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in.
+
+    stored: the files hold them quantised. Others that are quantised there, such as routers, become dense.
+    """
 
     scheme: Scheme | None = None
     chosen: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float32
+    stored: bool = False
 
-    def __call__(self, path: str, leaf: Tensor) -> Any:
+    def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf as the model has it."""
-        if self.scheme is None or path not in self.chosen:
+        if quant.quantised(leaf):
+            return leaf if path in self.chosen else quant.dense(leaf)
+        if self.scheme is None or self.stored or path not in self.chosen:
             return leaf
         with fields.reading(f"the leaf {path}"):
             return quant.quantise(leaf, self.scheme)._replace(dtype=self.dtype)
 
     def wide(self, leaves: Mapping[str, Param]) -> dict[str, Param]:
         """The leaves by path, in the dtypes in which they are read."""
-        return {path: leaf._replace(dtype=torch.float32) if path in self.chosen else leaf for path, leaf in leaves.items()}
+        wide = frozenset() if self.stored else self.chosen
+        return {path: leaf._replace(dtype=torch.float32) if path in wide else leaf for path, leaf in leaves.items()}
 
 
 AS_READ = Keep()
 
 
-def keeping(abstract: Params, scheme: Scheme | None, dtype: torch.dtype) -> Keep:
-    """Quantises the leaves that a scheme takes."""
-    return AS_READ if scheme is None else Keep(scheme, frozenset(paths(abstract, scheme)), dtype)
+def keeping(abstract: Params, scheme: Scheme | None, dtype: torch.dtype, *, stored: bool = False) -> Keep:
+    """Quantises the leaves that a scheme takes; where the files hold them so, takes them as they are."""
+    return AS_READ if scheme is None else Keep(scheme, frozenset(paths(abstract, scheme)), dtype, stored)
+
+
+def folder_keeping(root: Path, abstract: Params, asked: Scheme | None, dtype: torch.dtype) -> Keep:
+    """`keeping` of a model folder by the scheme that is asked for. Errors: ValueError where the folder is quantised otherwise."""
+    stored = quant_config.of_folder(root)
+    return keeping(abstract, quant_config.agreed(stored, asked, root), dtype, stored=stored is not None)
+
+
+def dense(model: Model) -> Model:
+    """The model with each quantised leaf as its dense numbers."""
+    return model._replace(params=tree.map(lambda leaf: quant.dense(leaf) if quant.quantised(leaf) else leaf, model.params))
 
 
 def check_dense(params: Params) -> None:

@@ -27,8 +27,8 @@ ALLOWED = {
         *(
             f"treetune.core.{name}"
             for name in (
-                "tree", "param", "grad", "shard", "lora", "quant", "strided", "fields", "manifest", "drafts", "durable", "check", "state",
-                "module_names", "owned", "protocols", "run.errors",
+                "tree", "param", "grad", "shard", "lora", "quant", "quant_parts", "quant_tables", "strided", "fields",
+                "manifest", "drafts", "durable", "check", "state", "module_names", "owned", "protocols", "run.errors",
             )
         ),
     },
