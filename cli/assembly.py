@@ -1,6 +1,7 @@
 """The assembly of a run from its config: tokenizer, data, model, method, source and step. Reads everything, writes nothing."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,10 @@ from treetune.models.tokenizer import TokenizerSetup
 
 
 class Assembly(NamedTuple):
-    """All parts of a run, before anything is written. policy: with the weights of the state. rate: of learning, over all steps."""
+    """All parts of a run, before anything is written. policy: with the weights of the state. rate: of learning, over all steps.
+
+    shown: the state with the weights that are evaluated, sampled from and saved.
+    """
 
     policy: Policy
     state: TrainState
@@ -37,6 +41,7 @@ class Assembly(NamedTuple):
     data: Dataset
     rate: cadence.Rate
     stop_ids: list[int]
+    shown: Callable[[TrainState], TrainState]
 
 
 class Pieces(NamedTuple):
@@ -76,7 +81,12 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     state, hooks = _restore(run, pieces, state, supply)
     start = start._replace(params=state.params, frozen=state.frozen)
     about = summary.describe(run.folder, describe.describe_policy(start, run.config.model.model), supply.described, rate)
-    return Assembly(start, state, supply, stepper, hooks._replace(about=about), data, rate, pieces.stop_ids)
+    supply = supply._replace(evaluate=_of_shown(supply.evaluate, optimizer.shown))
+    return Assembly(start, state, supply, stepper, hooks._replace(about=about), data, rate, pieces.stop_ids, optimizer.shown)
+
+
+def _of_shown(evaluate: loop.Evaluate | None, shown: Callable[[TrainState], TrainState]) -> loop.Evaluate | None:
+    return None if evaluate is None else lambda state: evaluate(shown(state))
 
 
 def _load(run: TrainRun, source: Source | None) -> Pieces:

@@ -110,9 +110,10 @@ def run(
             this.observers.add(*_files(this, parts))
         with running(this.folder.root):
             outcome = _train(this, parts, answer, interrupted)
-            saved = _save(this, parts.policy, outcome.state, extras)
+            shown = parts.shown(outcome.state)
+            saved = _save(this, parts.policy, shown, extras)
             _finish(this, parts, answer, outcome, saved)
-        trained = parts.policy._replace(params=outcome.state.params, frozen=outcome.state.frozen)
+        trained = parts.policy._replace(params=shown.params, frozen=shown.frozen)
         return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
 
 
@@ -188,7 +189,7 @@ def _train(
             this.observers.warn(text)
         parts.supply.start(state)
         if parts.hooks.resumed is None:
-            answer(state)
+            answer(parts.shown(state))
 
     with contextlib.ExitStack() as stack:
         stop = loop.never if interrupted is None else stack.enter_context(signals.caught(interrupted))
@@ -222,7 +223,7 @@ def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, An
 def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], outcome: loop.Outcome, saved: Path) -> None:
     """Answer the sample prompt once more and report; a failure here loses nothing, since what trained is saved."""
     try:
-        answer(outcome.state)
+        answer(parts.shown(outcome.state))
     except (ValueError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         this.observers.warn(f"the sample answer failed, the trained weights are saved: {reason}")

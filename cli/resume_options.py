@@ -5,12 +5,13 @@ from typing import Any
 from treetune.cli import requirements
 from treetune.cli.methods.method import Method
 from treetune.cli.options import ebft
+from treetune.core import registry
 from treetune.core.config import table
 from treetune.core.config.table import Config
 from treetune.core.run.provenance import Options
 from treetune.core.run.resume_rules import WEIGHTS
 
-BETAS = {"adamw": 0.999, "lion": 0.99}
+OPEN = {"adam_beta2": "b2", "adam_epsilon": "eps", "momentum": "momentum"}
 
 
 def describe(config: Config, method: Method, *, rate: float, dtype: str) -> Options:
@@ -18,7 +19,8 @@ def describe(config: Config, method: Method, *, rate: float, dtype: str) -> Opti
 
     def resolve(values: dict[str, Any]) -> dict[str, Any]:
         """The options with values for those that were left open, so that naming the default is no change."""
-        left = {"learning_rate": rate, "dtype": dtype, "adam_beta2": BETAS.get(values.get("optimizer", ""))}
+        own = registry.left_open(values.get("optimizer", ""))
+        left = {"learning_rate": rate, "dtype": dtype, **{option: own[name] for option, name in OPEN.items()}}
         if "feature_norm" in values:
             left["feature_norm"] = ebft.norm(values)
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}

@@ -189,7 +189,7 @@ def _as_leaf(value: Tensor, like: Tensor) -> Tensor:
     value = value.to(device=like.device, dtype=like.dtype)
     if shard.distributed(like):
         return shard.distribute(value, like.device_mesh, like.placements)
-    return value.clone()
+    return value.pin_memory() if like.is_pinned() else value.clone()
 
 
 def name(step: int) -> str:

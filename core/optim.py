@@ -6,14 +6,14 @@ place. Where `found_inf` (0-d float32) is 1 the whole update is skipped inside t
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_kernel
 
-from treetune.core import shard, tree
-from treetune.core.state import OptState, Params
+from treetune.core import optim_pages, shard, tree
+from treetune.core.state import OptState, Params, TrainState
 
 LeafRules = Iterable[tuple[str, float]]
 
@@ -29,10 +29,18 @@ class Update(Protocol):
 
 
 class Optimizer(NamedTuple):
-    """init(params) -> state; update as in the module docstring."""
+    """init(params) -> state; update as in the module docstring.
+
+    averaged(params, state) -> the weights that are evaluated, sampled from and saved, where these are not those that train.
+    """
 
     init: Callable[[Params], OptState]
     update: Update
+    averaged: Callable[[Params, OptState], Params] | None = None
+
+    def shown(self, state: TrainState) -> TrainState:
+        """The state with the weights that are evaluated and saved; itself where they are those that train."""
+        return state if self.averaged is None else state._replace(params=self.averaged(state.params, state.opt))
 
 
 Moments = dict[str, Tensor]  # the optimiser's own state of one leaf, by name
@@ -40,30 +48,49 @@ Start = Callable[[Tensor], Moments]
 Direction = Callable[[Tensor, Moments, Tensor], tuple[Tensor, Moments]]
 
 
-class _Leaf(NamedTuple):
+class Rate(NamedTuple):
+    """How fast a leaf moves: lr with the leaf's factor (0-d), and its decay."""
+
+    lr: Tensor
+    decay: float
+
+
+class Rule(NamedTuple):
+    """An optimiser on one leaf: start(leaf) -> moments; move(grad, moments, param, rate) -> (param, moments), nothing in place.
+
+    `start` gets a leaf as it is placed, `move` the shards of this rank. The new param may be wider than the leaf, which rounds it.
+    """
+
+    start: Start
+    move: Callable[[Tensor, Moments, Tensor, Rate], tuple[Tensor, Moments]]
+
+
+class Leaf(NamedTuple):
+    """A leaf that trains: the part of it on this rank, its decay, and the factor of its learning rate."""
+
     path: str
     param: Tensor
     decay: float
     lr_scale: float
 
 
-def _plan(params: Params, weight_decay: float, decay: LeafRules, lr_scale: LeafRules) -> list[_Leaf]:
+def plan(params: Params, weight_decay: float, decay: LeafRules, lr_scale: LeafRules) -> list[Leaf]:
     """Per-leaf decay and lr multiplier, from (regex, value) rules; vectors decay only where a rule says so."""
     decays = tree.leaves(tree.assign(params, decay, None))
     scales = tree.leaves(tree.assign(params, lr_scale, 1.0))
     leaves = []
     for (path, leaf), rule, lr in zip(tree.items(params), decays, scales, strict=True):
         default = weight_decay if leaf.ndim >= 2 else 0.0
-        leaves.append(_Leaf(path, shard.local(leaf), default if rule is None else rule, lr))
+        leaves.append(Leaf(path, shard.local(leaf), default if rule is None else rule, lr))
     return leaves
 
 
-def _groups(leaves: list[_Leaf]) -> dict[tuple, list[int]]:
-    """Indices of the leaves that one kernel call can take: equal decay, lr multiplier, dtype and device."""
-    groups: dict[tuple, list[int]] = {}
+def _groups(leaves: list[Leaf], *, single: bool) -> list[list[int]]:
+    """Indices of the leaves that one kernel call can take: equal decay, lr multiplier, dtype and device; or each leaf by itself."""
+    groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        groups.setdefault((leaf.decay, leaf.lr_scale, leaf.param.dtype, leaf.param.device), []).append(i)
-    return groups
+        groups.setdefault(i if single else (leaf.decay, leaf.lr_scale, leaf.param.dtype, leaf.param.device), []).append(i)
+    return list(groups.values())
 
 
 def _locals(trees: Params) -> list[Tensor]:
@@ -83,70 +110,110 @@ def _laid_out(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def adamw(
-    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: LeafRules = (),
+    lr_scale: LeafRules = (),
+    paged: bool = False,
 ) -> Optimizer:
     """AdamW with decoupled decay, fused and in place: p -= lr (m_hat / (sqrt(v_hat) + eps) + decay p).
 
-    `decay` and `lr_scale` are (regex, value) rules over paths; LoRA+ is lr_scale=[(r"\\.B$", ratio)].
+    `decay` and `lr_scale` are (regex, value) rules over paths; LoRA+ is lr_scale=[(r"\\.B$", ratio)]. `paged` keeps the moments in the
+    host's memory (`optim_pages`).
     Source: Loshchilov & Hutter, arXiv 1711.05101, algorithm 2; LoRA+: Hayou et al., arXiv 2402.12354.
     """
     # Lists, because every update reads the rules again and an iterator could be read once only.
     decay, lr_scale = list(decay), list(lr_scale)
 
     def init(params: Params) -> OptState:
-        _plan(params, weight_decay, decay, lr_scale)  # a rule that matches nothing is an error now, not at the first step
+        plan(params, weight_decay, decay, lr_scale)  # a rule that matches nothing is an error now, not at the first step
         _dense(params)
         # One step tensor a leaf: the kernel increments each that it is given, so a shared one would count once a leaf.
         count = tree.map(lambda leaf: torch.zeros((), dtype=torch.float32, device=leaf.device), params)
-        return {"mu": tree.map(_zero, params), "nu": tree.map(_zero, params), "count": count}
+        moments = {name: tree.map(zero, params) for name in ("mu", "nu")}
+        return (optim_pages.home(moments) if paged else moments) | {"count": count}
 
     @torch.no_grad()
     def update(grads, state, params, lr, found_inf=None):
-        leaves = _plan(params, weight_decay, decay, lr_scale)
-        flat = [_locals(side) for side in (grads, state["mu"], state["nu"])] + [tree.leaves(state["count"])]
-        for (rate, scale, _, _), chosen in _groups(leaves).items():
-            p, (g, mu, nu, count) = [leaves[i].param for i in chosen], ([side[i] for i in chosen] for side in flat)
-            # lr stays a tensor: compiled code specialises on a Python float and recompiles for every value of a schedule.
-            adamw_kernel(
-                p, [_laid_out(*pair) for pair in zip(g, p, strict=True)], mu, nu, [], count,
-                fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr * scale, weight_decay=rate, eps=eps,
-                maximize=False,
-            )  # fmt: skip
+        leaves = plan(params, weight_decay, decay, lr_scale)
+        grad, mu, nu, count = _locals(grads), _locals(state["mu"]), _locals(state["nu"]), tree.leaves(state["count"])
+        for chosen in _groups(leaves, single=paged):
+            p, c, leaf = [leaves[i].param for i in chosen], [count[i] for i in chosen], leaves[chosen[0]]
+            g = [_laid_out(grad[i], leaves[i].param) for i in chosen]
+            with optim_pages.fetched([side[i] for side in (mu, nu) for i in chosen], leaf.param.device) as sides:
+                # lr stays a tensor: compiled code specialises on a Python float and recompiles for every value of a schedule.
+                adamw_kernel(
+                    p, g, sides[: len(p)], sides[len(p) :], [], c, fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2,
+                    lr=lr * leaf.lr_scale, weight_decay=leaf.decay, eps=eps, maximize=False,
+                )  # fmt: skip
+        if paged:
+            optim_pages.settle(params)
         return params, state
 
     return Optimizer(init, update)
 
 
-def stepwise(start: Start, direction: Direction, *, weight_decay: float, decay: LeafRules, lr_scale: LeafRules) -> Optimizer:
+def leafwise(
+    rule: Callable[[str, Tensor], Rule], *, weight_decay: float, decay: LeafRules, lr_scale: LeafRules, paged: bool = False
+) -> Optimizer:
+    """An optimiser from the rule of each leaf, which may depend on its path.
+
+    weight_decay, decay, lr_scale, paged: as of `adamw`.
+    """
+    decay, lr_scale = list(decay), list(lr_scale)
+
+    def init(params: Params) -> OptState:
+        plan(params, weight_decay, decay, lr_scale)
+        moments = [(path, rule(path, leaf).start(leaf)) for path, leaf in tree.items(params)]
+        names = dict.fromkeys(name for _, leaf in moments for name in leaf)
+        state = {name: tree.from_items((path, leaf[name]) for path, leaf in moments if name in leaf) for name in names}
+        return optim_pages.home(state) if paged else state
+
+    @torch.no_grad()
+    def update(grads, state, params, lr, found_inf=None):
+        by_path = {name: dict(tree.items(side)) for name, side in state.items()}
+        leaves = zip(plan(params, weight_decay, decay, lr_scale), tree.items(params), _locals(grads), strict=True)
+        for leaf, (path, placed), grad in leaves:
+            names = [name for name, side in by_path.items() if path in side]
+            with optim_pages.fetched([shard.local(by_path[name][path]) for name in names], grad.device) as here:
+                moments = dict(zip(names, here, strict=True))
+                # Out of place per leaf, so that a skipped step can keep the old values; one leaf at a time, so never a second tree.
+                target, moved = rule(path, placed).move(grad.contiguous(), moments, leaf.param, Rate(lr * leaf.lr_scale, leaf.decay))
+                _keep(leaf.param, target, found_inf)
+                for name, moment in moments.items():
+                    _keep(moment, moved[name], found_inf)
+        if paged:
+            optim_pages.settle(params)
+        return params, state
+
+    return Optimizer(init, update)
+
+
+def stepwise(
+    start: Start, direction: Direction, *, weight_decay: float, decay: LeafRules, lr_scale: LeafRules, paged: bool = False
+) -> Optimizer:
     """An optimiser from a pair of functions on one leaf, applied as p -= lr (step + decay p).
 
     start(leaf) -> moments: the state of a leaf before the first step, tensors by name, {} for none.
     direction(grad, moments, param) -> (step, new moments), of the shapes that it was given. It sees the shard of a leaf that this rank
     holds, and changes nothing in place: what it returns is kept only where the step is not skipped.
-    weight_decay, decay, lr_scale: as of `adamw`.
+    weight_decay, decay, lr_scale, paged: as of `adamw`.
     """
-    decay, lr_scale = list(decay), list(lr_scale)
+    rule = Rule(start, along(direction))
+    return leafwise(lambda path, leaf: rule, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
 
-    def init(params: Params) -> OptState:
-        _plan(params, weight_decay, decay, lr_scale)
-        moments = [(path, start(leaf)) for path, leaf in tree.items(params)]
-        names = dict.fromkeys(name for _, leaf in moments for name in leaf)
-        return {name: tree.from_items((path, leaf[name]) for path, leaf in moments if name in leaf) for name in names}
 
-    @torch.no_grad()
-    def update(grads, state, params, lr, found_inf=None):
-        by_path = {name: dict(tree.items(side)) for name, side in state.items()}
-        for leaf, grad in zip(_plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True):
-            moments = {name: shard.local(side[leaf.path]) for name, side in by_path.items() if leaf.path in side}
-            step, moved = direction(grad, moments, leaf.param)
-            # Out of place per leaf, so that a skipped step can keep the old values; one leaf at a time, so never a second tree.
-            target = leaf.param - (lr * leaf.lr_scale) * (step + leaf.decay * leaf.param)
-            _keep(leaf.param, target, found_inf)
-            for name, moment in moments.items():
-                _keep(moment, moved[name], found_inf)
-        return params, state
+def along(direction: Direction) -> Callable[[Tensor, Moments, Tensor, Rate], tuple[Tensor, Moments]]:
+    """The move p - lr (step + decay p) of a direction."""
 
-    return Optimizer(init, update)
+    def move(grad: Tensor, moments: Moments, param: Tensor, rate: Rate) -> tuple[Tensor, Moments]:
+        step, moved = direction(grad, moments, param)
+        return param - rate.lr * (step + rate.decay * param), moved
+
+    return move
 
 
 def _keep(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
@@ -154,15 +221,23 @@ def _keep(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
     old.copy_(new if found_inf is None else torch.where(found_inf > 0, old, new.to(old.dtype)))
 
 
-def _zero(leaf: Tensor) -> Tensor:
+def zero(leaf: Tensor) -> Tensor:
+    """A moment of the shape, dtype and placement of a leaf."""
     return shard.like(torch.zeros_like, leaf)
 
 
-def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()) -> Optimizer:
+def sgd(
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay: LeafRules = (),
+    lr_scale: LeafRules = (),
+    paged: bool = False,
+) -> Optimizer:
     """Gradient descent with heavy-ball momentum: m <- momentum m + g; p -= lr (m + decay p). No state without momentum."""
 
     def start(leaf: Tensor) -> Moments:
-        return {"mu": _zero(leaf)} if momentum else {}
+        return {"mu": zero(leaf)} if momentum else {}
 
     def direction(grad: Tensor, moments: Moments, param: Tensor) -> tuple[Tensor, Moments]:
         if not momentum:
@@ -170,17 +245,25 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, decay: LeafRules = 
         mu = momentum * moments["mu"] + grad
         return mu, {"mu": mu}
 
-    return stepwise(start, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale)
+    return stepwise(start, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
 
 
-def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, decay: LeafRules = (), lr_scale: LeafRules = ()) -> Optimizer:
+def lion(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float = 0.0,
+    decay: LeafRules = (),
+    lr_scale: LeafRules = (),
+    paged: bool = False,
+) -> Optimizer:
     """Lion: p -= lr (sign(b1 m + (1 - b1) g) + decay p); m <- b2 m + (1 - b2) g. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
 
     def direction(grad: Tensor, moments: Moments, param: Tensor) -> tuple[Tensor, Moments]:
         mu = moments["mu"]
         return torch.sign(b1 * mu + (1 - b1) * grad), {"mu": b2 * mu + (1 - b2) * grad}
 
-    return stepwise(lambda leaf: {"mu": _zero(leaf)}, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale)
+    return stepwise(lambda leaf: {"mu": zero(leaf)}, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
 
 
 Schedule = Callable[[Tensor], Tensor]

@@ -30,23 +30,38 @@ def pairs(kind: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def eight_bits(device: torch.device) -> Tensor:
-    """float32 [256], sorted: signed numbers of a moving exponent and what is left of 7 bits for the fraction.
+def eight_bits(device: torch.device, signed: bool = True) -> Tensor:
+    """float32 [256], sorted: numbers of a moving exponent and what is left of 7 bits (unsigned: 8) for the fraction.
 
     Source: Dettmers, arXiv 1511.04561; Dettmers et al., arXiv 2110.02861, section 1.3.
     """
+    return torch.tensor(_dynamic(7, 7 if signed else 8, signed), dtype=torch.float32, device=device)
+
+
+def _dynamic(exponents: int, bits: int, signed: bool) -> list[float]:
+    """Sorted: 0, 1, and the middles of equal parts of [0.1, 1], at each smaller exponent of half as many."""
     numbers = [0.0, 1.0]
-    for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = 10.0 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        numbers += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(numbers), dtype=torch.float32, device=device)
+    for exponent in range(exponents):
+        bounds = torch.linspace(0.1, 1, 2 ** (exponent + bits - exponents) + 1, dtype=torch.float32)
+        means = 10.0 ** (exponent - exponents + 1) * ((bounds[:-1] + bounds[1:]) / 2)
+        numbers += [*means.tolist(), *((-means).tolist() if signed else ())]
+    return sorted(numbers)
 
 
 @functools.cache
-def grid_codes() -> Tensor:
+def four_bit_moments(device: torch.device, signed: bool) -> Tensor:
+    """float32 [16], sorted: what 4-bit codes of a moment stand for, dynamic where it is signed, and evenly in (0, 1] where it is not.
+
+    Source: Li et al., arXiv 2309.01507, section 4.
+    """
+    numbers = _dynamic(3, 3, signed) if signed else torch.linspace(0, 1, 17)[1:].tolist()
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def grid_codes(signed: bool = True) -> Tensor:
     """uint8 [65536]: the code of eight_bits nearest to each of as many numbers evenly between -1 and 1."""
-    table = eight_bits(torch.device("cpu"))
+    table = eight_bits(torch.device("cpu"), signed)
     return nearest(torch.arange(CELLS + 1, dtype=torch.float32) * (2 / CELLS) - 1, table)
 
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from treetune.core import import_path
@@ -28,10 +29,11 @@ class Named(Protocol):
 
 
 class Entry(NamedTuple):
-    """A function, by its import path or itself, and the keyword-only parameters of it that options set."""
+    """A function, by its import path or itself, the keyword-only parameters of it that options set, and those that its name sets."""
 
     function: str | Callable[..., Any]
     takes: tuple[str, ...] = ()
+    bound: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "Entry":
@@ -39,12 +41,46 @@ class Entry(NamedTuple):
         return cls(function, keywords(function))
 
 
-_RULES = ("weight_decay", "decay", "lr_scale")
+_RULES, _ADAM = ("weight_decay", "decay", "lr_scale"), ("b1", "b2", "eps", "weight_decay", "decay", "lr_scale")
+_PAGED = MappingProxyType({"paged": True})
 OPTIMIZERS: Mapping[str, Entry] = {
-    "adamw": Entry("treetune.core.optim.adamw", ("b1", "b2", "eps", *_RULES)),
-    "lion": Entry("treetune.core.optim.lion", ("b1", "b2", *_RULES)),
-    "sgd": Entry("treetune.core.optim.sgd", ("momentum", *_RULES)),
+    "adamw": Entry("treetune.core.optim.adamw", (*_ADAM, "paged")),
+    "adamw_8bit": Entry("treetune.core.optim_blocks.adamw_8bit", (*_ADAM, "paged")),
+    "adamw_4bit": Entry("treetune.core.optim_blocks.adamw_4bit", (*_ADAM, "paged")),
+    "adamw_fp8": Entry("treetune.core.optim_blocks.adamw_fp8", (*_ADAM, "paged")),
+    "paged_adamw": Entry("treetune.core.optim.adamw", _ADAM, _PAGED),
+    "paged_adamw_8bit": Entry("treetune.core.optim_blocks.adamw_8bit", _ADAM, _PAGED),
+    "schedule_free_adamw": Entry("treetune.core.optim_averages.schedule_free_adamw", (*_ADAM, "paged")),
+    "adopt": Entry("treetune.core.optim_averages.adopt", (*_ADAM, "paged")),
+    "lion": Entry("treetune.core.optim.lion", ("b1", "b2", *_RULES, "paged")),
+    "lion_8bit": Entry("treetune.core.optim_blocks.lion_8bit", ("b1", "b2", *_RULES, "paged")),
+    "paged_lion": Entry("treetune.core.optim.lion", ("b1", "b2", *_RULES), _PAGED),
+    "paged_lion_8bit": Entry("treetune.core.optim_blocks.lion_8bit", ("b1", "b2", *_RULES), _PAGED),
+    "muon": Entry("treetune.core.optim_matrices.muon", ("momentum", "adjust", "b1", "b2", *_RULES, "paged")),
+    "adafactor": Entry("treetune.core.optim_matrices.adafactor", ("decay_rate", "clip_threshold", "scale_parameter", *_RULES, "paged")),
+    "adagrad": Entry("treetune.core.optim_averages.adagrad", ("eps", *_RULES, "paged")),
+    "sgd": Entry("treetune.core.optim.sgd", ("momentum", *_RULES, "paged")),
 }
+# What other tools call them.
+OPTIMIZER_ALIASES: Mapping[str, str] = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_xla": "adamw", "adamw_hf": "adamw", "adamw_apex_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_4bit", "adamw_torch_fp8": "adamw_fp8",
+    "paged_adamw_32bit": "paged_adamw", "lion_32bit": "lion", "paged_lion_32bit": "paged_lion", "adopt_adamw": "adopt",
+    "schedule_free_adamw_torch": "schedule_free_adamw", "adamw_schedule_free": "schedule_free_adamw",
+}  # fmt: skip
+_OWN: Mapping[str, Mapping[str, float]] = {
+    "b2": {"lion": 0.99, "lion_8bit": 0.99, "paged_lion": 0.99, "paged_lion_8bit": 0.99, "adopt": 0.9999},
+    "eps": {"adagrad": 1e-10, "adopt": 1e-6},
+    "momentum": {"muon": 0.95},
+}
+_USUAL: Mapping[str, float] = {"b2": 0.999, "eps": 1e-8, "momentum": 0.0}
+
+
+def left_open(optimizer: str) -> dict[str, float]:
+    """What an optimizer takes for options that are not given: its own defaults, and the usual ones for a function of the user's."""
+    return {name: _OWN[name].get(optimizer, usual) for name, usual in _USUAL.items()}
+
+
 SCHEDULES: Mapping[str, Entry] = {
     "cosine": Entry("treetune.core.optim.cosine", ("min_ratio",)),
     "linear": Entry("treetune.core.optim.linear", ("min_ratio",)),
@@ -88,4 +124,5 @@ def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
 def bind(entry: Named, **options: Any) -> Callable[..., Any]:
     """The function of a row, with those of `options` that it takes. An option that is left out keeps the function's own default."""
     function, chosen = resolve(entry.function), {name: options[name] for name in entry.takes if name in options}
+    chosen |= getattr(entry, "bound", {})
     return partial(function, **chosen) if chosen else function

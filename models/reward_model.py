@@ -12,7 +12,7 @@ from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.state import Batch
-from treetune.models import Model, adapter, decoder_attention, fetch, heads, identity, loading, target
+from treetune.models import Model, adapter, decoder_attention, fetch, heads, identity, loading
 from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy
 from treetune.models.target import Target
@@ -93,7 +93,8 @@ def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent
     tokenizer = load_tokenizer(base, adapter_path=path, say=say)
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
-    return load(target.choose(path, model=base, named=True, dtype=dtype, device=device.type)), tokenizer
+    scheme = None if path is None else adapter.base(adapter_folder(path)).scheme
+    return load(Target(base, dtype=dtype, device=device.type, adapter=path, scheme=scheme)), tokenizer
 
 
 def _check(loaded: RewardModel, name: str) -> None:

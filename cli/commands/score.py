@@ -30,8 +30,7 @@ def run(config: Score, given: frozenset[str]) -> int:
             raise ValueError("nothing to score: give --data at least one file or data set")
         name, path = reward_model.locate(config.model, config.adapter)
         device = loading.select_device(config.device)
-        computed = {"revision": config.revision, "dtype": config.dtype, "device": config.device, "quant": config.quant}
-        chosen = target.choose(path, model=name, named=True, **computed)
+        chosen = target.Target(name, config.revision, config.dtype, config.device, path)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         model = reward_model.load(chosen, say=screen.line)
         data = _read(config, tokenizer, model, given)

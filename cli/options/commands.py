@@ -63,8 +63,6 @@ class Score:
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. The head computes in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to score; auto takes CUDA when there is one."""
-    quant: Literal["auto", "none", "nf4", "fp4", "int8", "fp8"] = "auto"
-    """Keep linear layers in 4 bits (nf4, fp4) or 8 (int8, fp8); auto does as the adapter was trained."""
     data: Annotated[tuple[str, ...], ROW_FILES] = ()
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     format: Annotated[str, FUNCTION_PATH] = "auto"

@@ -1,6 +1,8 @@
 """Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -8,21 +10,43 @@ from tyro.conf import arg
 from treetune.cli.options.doors import door
 from treetune.core import option_pairs, registry
 from treetune.core.config.doors import unused_unless_taken
-from treetune.core.config.marks import REGEX_NUMBERS, RESOURCES, RUN_LENGTH, STEP_ROWS, STEP_SIZE, Switch, Unused, refused, unused_unless
-from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL
+from treetune.core.config.marks import (
+    NAMED_VALUES,
+    REGEX_NUMBERS,
+    RESOURCES,
+    RUN_LENGTH,
+    STEP_ROWS,
+    STEP_SIZE,
+    Switch,
+    Unused,
+    Values,
+    refused,
+    unused_unless,
+)
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL, Range
 
 if TYPE_CHECKING:
     from treetune.core.optim import Optimizer
 
+MOMENTUM, BETA = {"momentum": "{optimizer} has momentum instead"}, {"b1": "{optimizer} has adam_beta1 instead"}
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
 
-OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *dict.fromkeys(name for row in registry.OPTIMIZERS.values() for name in row.takes))
+# What options of their own set; `optim_args` sets the others.
+GIVEN = ("b1", "b2", "eps", "momentum", "weight_decay", "decay", "lr_scale")
+OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *GIVEN, aliases=registry.OPTIMIZER_ALIASES)
 SCHEDULE = door(registry.SCHEDULES, "learning-rate schedule", "peak", "steps")
 
 
-def taken(parameter: str, *, reason: str = "") -> Unused:
-    """The mark of an option that sets a parameter of the optimizer."""
-    return unused_unless_taken("optimizer", registry.OPTIMIZERS, parameter, reason=reason)
+def taken(parameter: str, *, reason: str = "", instead: Mapping[str, str] = MappingProxyType({})) -> Unused:
+    """The mark of an option that sets a parameter of the optimizer. instead: {parameter that it may have in its place: the reason}."""
+    mark = unused_unless_taken("optimizer", registry.OPTIMIZERS, parameter, reason=reason)
+
+    def unused(values: Values) -> str:
+        row = registry.OPTIMIZERS.get(values["optimizer"], registry.Entry(""))
+        other = next((text for name, text in instead.items() if name in row.takes and parameter not in row.takes), "")
+        return other.format(**values) or mark.reason(values)
+
+    return Unused(unused)
 
 
 def peak(rates: tuple[float, float]) -> Any:
@@ -54,14 +78,18 @@ class OptimOptions:
     """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
     lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("lr_scale")] = ()
     """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
-    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, taken("b1", reason="sgd has momentum instead")] = 0.9
-    """Decay rate of the first moment (adamw, lion)."""
-    adam_beta2: Annotated[float | None, BELOW_ONE, STEP_SIZE, taken("b2", reason="sgd has momentum instead")] = None
-    """Decay rate of the second moment (adamw, lion); if not given, 0.999 for adamw and 0.99 for lion."""
-    adam_epsilon: Annotated[float, POSITIVE, STEP_SIZE, taken("eps", reason="{optimizer} has no epsilon")] = 1e-8
-    """Term added to the root of the second moment (adamw)."""
-    momentum: Annotated[float, BELOW_ONE, STEP_SIZE, taken("momentum", reason="{optimizer} has adam_beta1 instead")] = 0.0
-    """Heavy-ball momentum (sgd)."""
+    adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, taken("b1", reason="{optimizer} has no first moment", instead=MOMENTUM)] = 0.9
+    """Decay rate of the first moment (adamw, lion and their kin)."""
+    adam_beta2: Annotated[
+        float | None, BELOW_ONE, STEP_SIZE, taken("b2", reason="{optimizer} has no such decay rate", instead=MOMENTUM)
+    ] = None
+    """Decay rate of the second moment (adamw, lion and their kin); if not given, 0.99 for lion, 0.9999 for adopt and 0.999 for others."""
+    adam_epsilon: Annotated[float | None, POSITIVE, STEP_SIZE, taken("eps", reason="{optimizer} has no epsilon")] = None
+    """Term added to the root of the second moment; if not given, 1e-10 for adagrad, 1e-6 for adopt and 1e-8 for others."""
+    momentum: Annotated[float | None, BELOW_ONE, STEP_SIZE, taken("momentum", reason="{optimizer} has no momentum", instead=BETA)] = None
+    """Heavy-ball momentum of sgd, and that of muon; if not given, 0 for sgd and 0.95 for muon."""
+    optim_args: Annotated[tuple[str, ...], NAMED_VALUES, STEP_SIZE, Unused(lambda values: _without_args(values["optimizer"]))] = ()
+    """NAME=VALUE: parameters of this optimizer alone, such as adjust of muon; paged=true keeps moments in the memory of the host."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Clip the global gradient norm to this value; 0 disables clipping."""
     num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1
@@ -122,8 +150,43 @@ def offloading_note(optim: OptimOptions, device: str) -> str:
     return "activations: the model is on the CPU, where they are in host memory already; --activation-offloading disk writes them to files"
 
 
+# Parameters that `optim_args` sets: the range, the words to choose from, or bool.
+ARGS: Mapping[str, Range | tuple[str, ...] | type[bool]] = {
+    "paged": bool, "scale_parameter": bool, "adjust": ("match_rms_adamw", "original"),
+    "clip_threshold": POSITIVE, "decay_rate": Range(-10, 0, below=True),
+}  # fmt: skip
+
+
+def _without_args(optimizer: str) -> str:
+    if optimizer in registry.OPTIMIZERS:
+        return ""
+    return "options of your own function go behind its name: FILE.py:FUNCTION?name=value"
+
+
+def _own_args(optim: OptimOptions) -> dict[str, Any]:
+    """The parameters in `optim_args`. Errors: ValueError for one that the optimizer does not take, or a value that it cannot use."""
+    takes = registry.OPTIMIZERS[optim.optimizer].takes if optim.optimizer in registry.OPTIMIZERS else ()
+    args, own = option_pairs.named_values(optim.optim_args, "optim-args"), [name for name in takes if name in ARGS]
+    for name, value in args.items():
+        if name not in own:
+            raise ValueError(f"--optim-args {name}: {optim.optimizer} takes no such; it takes {', '.join(own) or 'none'}")
+        if wrong := _wrong(ARGS[name], value):
+            raise ValueError(f"--optim-args {name} must be {wrong}, got {value!r}")
+    return args
+
+
+def _wrong(kind: Range | tuple[str, ...] | type[bool], value: Any) -> str:
+    """What a value should have been; empty for one that is right."""
+    if isinstance(kind, Range):
+        return "" if type(value) in (int, float) and kind.holds(value) else kind.expected()
+    if isinstance(kind, tuple):
+        return "" if value in kind else f"one of {', '.join(kind)}"
+    return "" if isinstance(value, bool) else "true or false"
+
+
 def conflicts(optim: OptimOptions) -> None:
-    """Raise ValueError for two ways of saying how long the warm-up is."""
+    """Raise ValueError for two ways of saying how long the warm-up is, and for what the optimizer does not take."""
+    _own_args(optim)
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         raise ValueError("give warmup_steps or warmup_ratio, not both")
 
@@ -133,12 +196,12 @@ def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer
     factors = option_pairs.rules(options.lr_rules, "lr-rules")
     if frozen := [regex for regex, factor in factors if not factor > 0]:
         raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
+    given = {"b2": options.adam_beta2, "eps": options.adam_epsilon, "momentum": options.momentum}
     values = {
         "b1": options.adam_beta1,
-        "eps": options.adam_epsilon,
-        "momentum": options.momentum,
+        **{name: usual if given[name] is None else given[name] for name, usual in registry.left_open(options.optimizer).items()},
         "weight_decay": options.weight_decay,
         "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
         "lr_scale": factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else []),
-    } | ({} if options.adam_beta2 is None else {"b2": options.adam_beta2})
-    return registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values)()
+    }
+    return registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values, **_own_args(options))()

@@ -4,7 +4,7 @@ A function takes by name what the option gives it, values of other options, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from treetune.core import import_path
 from treetune.core.config.marks import Unused, Values
@@ -16,11 +16,17 @@ class Door:
     """The mark of such an option.
 
     names: built-in ones. what: the function in words. gives: names of what it is called with, of which it takes those that it wants.
+    aliases: what other tools call the built-in ones.
     """
 
     names: tuple[str, ...] = ()
     what: str = ""
     gives: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)  # annotations with it are hashed
+
+    def name(self, text: str) -> str:
+        """The text, with our name for that of another tool."""
+        return self.aliases.get(text, text)
 
 
 def check(text: str, option: str, door: Door) -> None:

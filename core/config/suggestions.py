@@ -114,10 +114,8 @@ ADVICE = {
 }  # fmt: skip
 # Values of options in other tools.
 CHOICES = {
-    "dora": "DoRA is not supported yet", "full": "none", "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw", "adam": "adamw", "adamw_8bit": "8-bit optimisers are not supported yet: use adamw", "sigmoid": "dpo",
-    "paged_adamw_8bit": "8-bit optimisers are not supported yet: use adamw",
-    "adamw_bnb_8bit": "8-bit optimisers are not supported yet: use adamw",
+    "dora": "DoRA is not supported yet", "full": "none", "adam": "adamw", "sigmoid": "dpo",
+    "adam_8bit": "adamw_8bit", "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "prodigy": "it is not supported yet: use adamw",
     "bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "gpu": "cuda",
     "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",
 }  # fmt: skip

@@ -63,7 +63,7 @@ class Option(NamedTuple):
 
     def holds(self, text: str) -> bool:
         """Whether a text is one of the choices, or the import path of a function where the option takes such."""
-        return not self.choices or text in self.choices or self.door is not None and is_path(text)
+        return not self.choices or text in self.choices or self.door is not None and (text in self.door.aliases or is_path(text))
 
 
 def group(options: type[T], **changed: Any) -> T:

@@ -51,4 +51,4 @@ def _one(written: Written, option: Option, subject: str) -> Any:
         raise yamlvalues.wrong(written, subject, option.expected(), near)
     if option.range is not None and not isinstance(out, str) and not option.range.holds(out):
         raise ValueError(f"{subject} must be {option.expected()}, got {written.text or out}")
-    return out
+    return option.door.name(out) if option.door is not None and isinstance(out, str) else out

@@ -20,6 +20,9 @@ KINDS = {
     "full": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--neftune-noise-alpha", 5],
     "bf16": [*RUN, "--dtype", "bfloat16", "--gradient-checkpointing", "--lora-dropout", 0.2],
     "lion, rows": [*RUN, "--optimizer", "lion", "--no-sample-packing", "--loraplus-lr-ratio", 4, "--lora-modules-to-save", "norm"],
+    "8 bits": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--optimizer", "paged_adamw_8bit"],
+    "schedule-free": [*RUN, "--optimizer", "schedule_free_adamw", "--lr-scheduler", "constant"],
+    "muon": [*RUN, "--adapter", "none", "--optimizer", "muon"],
     "unfrozen": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--unfrozen-parameters", "layers.1", "^norm$"],
 }
 

@@ -63,7 +63,8 @@ TABLE = {
     "listed": (
         # how large the steps to come are, and how many
         "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "weight_decay_rules",
-        "lr_rules", "loraplus_lr_ratio", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "max_grad_norm", "lora_dropout",
+        "lr_rules", "loraplus_lr_ratio", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "optim_args", "max_grad_norm",
+        "lora_dropout",
         "num_epochs", "max_steps", "ref_model_sync_steps", "ref_model_mixup_alpha",
         # where and how they are made
         "device", "sharding", "gradient_checkpointing", "activation_offloading", "feature_device", "precompute_ref_logps",

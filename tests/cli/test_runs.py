@@ -116,7 +116,9 @@ def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, 
     assert kit.same(kit.state(here / "a", 2), kit.state(here / "b", 2))
 
 
-@pytest.mark.parametrize("extra", [["--optimizer", "lion"], ["--optimizer", "sgd", "--momentum", 0.5], ["--adapter", "none"],
+@pytest.mark.parametrize("extra", [["--optimizer", "lion"], ["--optimizer", "adafactor", "--optim-args", "scale_parameter=true"],
+                                   ["--optimizer", "adamw_torch_4bit", "--learning-rate", 1e-3], ["--optimizer", "muon"],
+                                   ["--optimizer", "sgd", "--momentum", 0.5], ["--adapter", "none"],
                                    ["--val-set-size", 0], ["--loss", "eaft"], ["--lr-scheduler", "linear"]])  # fmt: skip
 def test_config_of_any_run_can_be_run_again(extra, kit, here, sft, tune):
     assert sft("--output-dir", "a", *extra).code == 0

@@ -15,7 +15,25 @@ ROWS = [pytest.param(entry, id=name) for table in (registry.OPTIMIZERS, registry
 @pytest.mark.parametrize("entry", ROWS)
 def test_a_row_takes_what_its_function_takes(entry):
     parameters = inspect.signature(registry.resolve(entry.function)).parameters.values()
-    assert set(entry.takes) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert {*entry.takes, *entry.bound} == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert not set(entry.takes) & set(entry.bound)
+
+
+@pytest.mark.parametrize("name", registry.OPTIMIZERS)
+def test_what_options_leave_open_is_the_default_of_the_function(name):
+    entry, said = registry.OPTIMIZERS[name], registry.left_open(name)
+    parameters = inspect.signature(registry.resolve(entry.function)).parameters
+    assert {key: said[key] for key in said if key in entry.takes} == {key: parameters[key].default for key in said if key in entry.takes}
+
+
+def test_names_of_other_tools_stand_for_one_of_ours():
+    assert set(registry.OPTIMIZER_ALIASES.values()) <= set(registry.OPTIMIZERS)
+    assert not set(registry.OPTIMIZER_ALIASES) & set(registry.OPTIMIZERS)
+
+
+def test_a_paged_optimiser_is_the_other_with_its_moments_elsewhere():
+    bound = registry.bind(registry.OPTIMIZERS["paged_adamw"], b1=0.5, paged=False)
+    assert bound.func is optim.adamw and bound.keywords == {"b1": 0.5, "paged": True}
 
 
 @pytest.mark.parametrize("name", registry.SCHEDULES)

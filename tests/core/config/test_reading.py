@@ -68,7 +68,7 @@ def test_a_config_put_together_in_python_is_read_as_a_file():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Sft(adapter=AdapterOptions(adapter="lorra")), "sft: adapter must be one of lora, none"),
+        (Sft(adapter=AdapterOptions(adapter="lorra")), "sft: adapter must be one of lora, qlora, none"),
         (Sft(model=ModelOptions(dtype="fp16")), "sft: dtype must be one of auto"),
         (Sft(optim=dataclasses.replace(Sft().optim, max_steps=True)), "sft: max_steps must be a whole number"),
         (Sft(run=dataclasses.replace(Sft().run, eval_steps="many")), "sft: eval_steps must be a whole number"),
