@@ -13,7 +13,7 @@ from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, loss_scale, option_pairs, step
+from treetune.core import ckpt, loss_scale, option_pairs, quant, step
 from treetune.core.config import table
 from treetune.core.data import fingerprint, template_date
 from treetune.core.data.dataset import Dataset
@@ -66,7 +66,9 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     if note := optim.offloading_note(run.config.optim, run.device.type):
         run.say(note)
     step_zero = torch.tensor(0, device=run.device)
-    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra, step_zero)
+    # Where an adapter started is in checkpoints, too: another machine would decompose the weights with other roundings.
+    begun = {"start": start.frozen["start"]} if "start" in start.frozen else {}
+    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra | begun, step_zero)
     supply, data = _supply(run, pieces, state, source, stack)
     stack.callback(supply.source.close)
     rate = table.record(cadence.Rate, run.config, peak=run.peak, total_steps=supply.source.total_steps)
@@ -79,6 +81,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
         mesh=run.ranks.mesh,
     )
     state, hooks = _restore(run, pieces, state, supply)
+    state = state._replace(frozen=state.frozen | {name: state.extra[name] for name in begun})
     start = start._replace(params=state.params, frozen=state.frozen)
     about = summary.describe(run.folder, describe.describe_policy(start, run.config.model.model), supply.described, rate)
     supply = supply._replace(evaluate=_of_shown(supply.evaluate, optimizer.shown))
@@ -158,9 +161,16 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
         run.say(changed)
     if run.adapter is None:
         return model, policy.full(model, _unfrozen(run, model, grown=changed != ""))._replace(tokenizer=words.tokenizer)
-    options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head}
+    options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head, "reread": partial(_reread, run)}
     start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
     return model, start._replace(tokenizer=words.tokenizer)
+
+
+def _reread(run: TrainRun, see: Callable[[str, torch.Tensor, quant.Quantised], None]) -> None:
+    """Read the model once more, telling of each leaf that is quantised."""
+    options = run.config.model
+    named = {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": quantised.of(options)}
+    loading.load_model(options.model, **named, see=see)
 
 
 def _unfrozen(run: TrainRun, model: Model, *, grown: bool) -> tuple[str, ...]:
@@ -196,6 +206,10 @@ def adapter_spec(options: AdapterOptions) -> AdapterSpec:
         modules_to_save=options.lora_modules_to_save,
         start=options.lora_model_dir,
         unfrozen=options.unfrozen_parameters,
+        ranks=tuple(option_pairs.rules(options.lora_rank_pattern, "lora-rank-pattern")),
+        alphas=tuple(option_pairs.rules(options.lora_alpha_pattern, "lora-alpha-pattern")),
+        dora=options.lora_dora,
+        init=options.lora_init,
     )
 
 

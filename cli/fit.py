@@ -214,7 +214,9 @@ def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:
     """Write what trained into the run folder, in place of an earlier result. The folder written."""
     trained = tree.map(shard.full, state.params)  # on every rank: gathering sharded leaves is a collective
-    path, frozen = this.folder.root / _result_name(start), state.frozen if start.lora is None else {}
+    needed = "model" if start.lora is None else "start"
+    frozen = {name: tree.map(shard.full, part) for name, part in state.frozen.items() if name == needed}
+    path = this.folder.root / _result_name(start)
     if this.ranks.rank == 0:
         folder.leave(path, lambda draft: policies.save(policies.bare(start), draft, params=trained, frozen=frozen, **extras))
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import optim, run
+from treetune.cli.options import model, optim, run
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -75,6 +75,8 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
         train = cast(Any, config)
         optim.conflicts(train.optim)
         run.conflicts(train.run)
+        if hasattr(train, "adapter"):
+            model.conflicts(train.adapter, train.model)
         method.conflicts(config)
     checks.refuse_unused(options, ignored(config, method))
 

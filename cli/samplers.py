@@ -9,15 +9,15 @@ import torch
 from treetune.cli.options import online
 from treetune.cli.options.online import OnlineConfig
 from treetune.cli.options.rollout import RolloutOptions
-from treetune.core import option_pairs, quant, tree
+from treetune.core import lora, option_pairs, quant, tree
 from treetune.core.config import table
 from treetune.core.data import pack
 from treetune.core.rollout import custom, documents, server, vllm
 from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
 from treetune.core.state import Params, TrainState
-from treetune.models import adapter_blocks, serving
 from treetune.models import policy as policies
+from treetune.models import serving
 from treetune.models.batches import batcher
 from treetune.models.policy import Policy
 
@@ -67,6 +67,10 @@ def served(
     options, pipeline = config.engine, config.pipeline
     if any(quant.quantised(leaf) for leaf in tree.leaves(policy.frozen)):
         raise ValueError("use_vllm: the server has the weights of the model as they are, and those that train are quantised: leave one out")
+    if policy.lora is not None and (lora.magnitudes(policy.params["lora"]) or policy.lora.ratios):
+        raise ValueError(
+            "use_vllm: vLLM computes no DoRA, and one scale for all pairs: leave out lora_dora, lora_rank_pattern, lora_alpha_pattern"
+        )
     model = serving.locate(config.model.model, revision=config.model.revision, dtype=policy.cfg.dtype, say=say)
     ahead = pipeline.prefetch_depth if pipeline.async_prefetch else 0
     steps, interval = pipeline.steps_per_generation * pipeline.num_iterations, pipeline.vllm_sync_interval
@@ -84,7 +88,7 @@ def served(
 
 def _managed(config: OnlineConfig, policy: Policy, model: serving.ServedModel, device: torch.device, say: Say) -> engines.ManagedServer:
     """The server that a run starts for itself."""
-    options, info = config.engine, policy.adapter
+    options = config.engine
     settings = server.ServerOptions(
         model.name,
         options.vllm_server_port,
@@ -92,7 +96,7 @@ def _managed(config: OnlineConfig, policy: Policy, model: serving.ServedModel, d
         model.dtype,
         max_model_len=options.vllm_max_model_len or online.longest(config),
         gpu_memory_utilization=options.vllm_gpu_memory_utilization,
-        max_lora_rank=None if info is None else adapter_blocks.file_rank(policy.family, info.paths, info.rank),
+        max_lora_rank=None if policy.lora is None else policies.file_rank(policy),
         logprobs_mode=server.logprobs_mode(config.rollout.temperature),
     )
     settings, log = server.on_device(settings, cuda=device.type == "cuda"), serving.log_file(options.vllm_server_port)
@@ -105,7 +109,7 @@ def _calls(policy: Policy, extras: dict[str, Any], device: torch.device) -> dict
     sizes, collate = policies.bare(policy), batcher(policy.cfg, device, (pack.collate,))
 
     def save(state: TrainState, trained: Params, folder: Path, /) -> None:
-        policies.save(sizes, folder, params=trained, frozen=state.frozen if sizes.lora is None else {}, **extras)
+        policies.save(sizes, folder, params=trained, frozen=state.frozen, **extras)
 
     base = TrainState(policy.params if policy.lora is None else {}, policy.frozen, {}, {}, torch.tensor(0))
     of_base = documents.prompt_logprobs(policies.logprob(sizes._replace(lora=None)), collate)

@@ -1,11 +1,12 @@
 """LoRA as a second tree: where the model has a weight [O, I], the adapter tree has {"A": [r, I], "B": [O, r]}.
 
 A stack of weights [E, O, I] has a pair for each, {"A": [E, r, I], "B": [E, O, r]}.
-y = x W^T + scale (x A^T) B^T.   Source: Hu et al., arXiv 2106.09685; rank-stabilised scale: Kalajdzievski, arXiv 2312.03732.
+y = x W^T + scale (x A^T) B^T. With a magnitude "M" [O] beside them, rows of W + scale B A have its length (DoRA, `ops.magnitude`).
+Source: Hu et al., arXiv 2106.09685; rank-stabilised scale: Kalajdzievski, arXiv 2312.03732.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,16 +16,22 @@ from treetune.core import module_names, param, shard, tree
 from treetune.core.param import Param, Params
 
 ALL_LINEAR = "all-linear"
+MAGNITUDE, SETTLED = "M", "G"  # of DoRA: what trains, and it over the norms of the rows, once these are known
+PEFT_MAGNITUDE = "lora_magnitude_vector"
 PEFT_LINEAR, PEFT_EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 
 class Lora(NamedTuple):
-    """An adapter in use: its tree, its scale (never trained), and its dropout with the 0-d int64 seed of the step."""
+    """An adapter in use: its tree, its scale (never trained), and its dropout with the 0-d int64 seed of the step.
+
+    ratios: (path, the scale of its pair over the common one), of a trained tree as `lora_use` takes it; none of one in use.
+    """
 
     tree: Params
     scale: float
     dropout: float = 0.0
     seed: Tensor | None = None
+    ratios: tuple[tuple[str, float], ...] = ()
 
 
 def scale(*, rank: int, alpha: float, rslora: bool = False) -> float:
@@ -78,8 +85,11 @@ def _in_layers(paths: list[str], wanted: set[int], every: Iterable[str]) -> list
     return inside
 
 
-def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dtype = torch.float32) -> Params:
-    """The abstract adapter tree for the leaves at `paths`: A uniform as in PEFT, B zero, so the start is the base model."""
+def abstract(model: Params, paths: Iterable[str], *, rank: int | Mapping[str, int], dtype: torch.dtype = torch.float32) -> Params:
+    """The abstract adapter tree for the leaves at `paths`: A uniform as in PEFT, B zero, so the start is the base model.
+
+    rank: of all, or by path.
+    """
     shapes = {path: leaf for path, leaf in tree.items(model)}
     pairs = []
     for path in paths:
@@ -89,12 +99,13 @@ def abstract(model: Params, paths: Iterable[str], *, rank: int, dtype: torch.dty
         a, b = ("zeros", "normal:1.0") if path == "embed_tokens" else ("kaiming", "zeros")
         if path == "embed_tokens":
             outputs, inputs, out_axis, in_axis = inputs, outputs, in_axis, out_axis
-        pairs.append((f"{path}.A", Param((*stack, rank, inputs), dtype, (*stack_axes, "rank", in_axis), a)))
-        pairs.append((f"{path}.B", Param((*stack, outputs, rank), dtype, (*stack_axes, out_axis, "rank"), b)))
+        r = rank if isinstance(rank, int) else rank[path]
+        pairs.append((f"{path}.A", Param((*stack, r, inputs), dtype, (*stack_axes, "rank", in_axis), a)))
+        pairs.append((f"{path}.B", Param((*stack, outputs, r), dtype, (*stack_axes, out_axis, "rank"), b)))
     return tree.from_items(pairs)
 
 
-def init(model: Params, paths: Iterable[str], *, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Params:
+def init(model: Params, paths: Iterable[str], *, rank: int | Mapping[str, int], seed: int, dtype: torch.dtype = torch.float32) -> Params:
     """A fresh adapter tree for the leaves of `model` (tensors or Params) at `paths`."""
     return param.init(abstract(model, paths, rank=rank, dtype=dtype), seed=seed)
 
@@ -105,6 +116,30 @@ def pairs(adapter: Params) -> dict[str, tuple[Tensor, Tensor]]:
     return {path[:-2]: (leaf, flat[f"{path[:-2]}.B"]) for path, leaf in flat.items() if path.endswith(".A")}
 
 
+def magnitudes(adapter: Params, name: str = MAGNITUDE) -> dict[str, Tensor]:
+    """{path of the adapted weight: m [O]}, of those that have one."""
+    return {path.removesuffix(f".{name}"): leaf for path, leaf in tree.items(adapter) if path.endswith(f".{name}")}
+
+
+def check_magnitudes(paths: Iterable[str]) -> None:
+    """Raise ValueError for a weight on which DoRA is not computed."""
+    if odd := next((path for path in paths if not in_layer(path)), None):
+        raise ValueError(f"{odd} has a magnitude: DoRA is computed on linear layers only, not on embeddings, heads, routers and experts")
+
+
+def in_layer(path: str) -> bool:
+    """Whether a leaf is a linear layer by its path: no embedding, head, router or stack of experts."""
+    return path not in ("embed_tokens", "lm_head") and not path.endswith(".router") and ".experts." not in path
+
+
+def of(pairs: Mapping[str, tuple[Tensor, Tensor]], like: Params) -> Params:
+    """The tree of pairs (A, B) by path, with the magnitudes that `like` has for these paths."""
+    flat = dict(tree.items(like))
+    items = [(f"{path}.{name}", leaf) for path, pair in pairs.items() for name, leaf in zip("AB", pair, strict=True)]
+    items += [(key, flat[key]) for path in pairs for name in (MAGNITUDE, SETTLED) if (key := f"{path}.{name}") in flat]
+    return tree.from_items(items)
+
+
 def delta(path: str, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The full-size update scale * B A in float32, in the orientation of the weight at `path`."""
     product = scaling * (b.float() @ a.float())
@@ -112,7 +147,7 @@ def delta(path: str, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def merge(model: Params, adapter: Params, scaling: float) -> Params:
-    """W + scale B A for every adapted leaf, each rounded once to the leaf's dtype.
+    """W + scale B A for every adapted leaf, in rows of its magnitude if it has one, each rounded once to the leaf's dtype.
 
     A tied model (no `lm_head` leaf) whose adapters sit on the embedding or the head only comes out untied, because the
     two matrices then differ.
@@ -124,8 +159,17 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
         base["lm_head"] = base["embed_tokens"]
     # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
     for path, (a, b) in adapted.items():
-        base[path] = (shard.gather(base[path], torch.float32) + delta(path, a, b, scaling)).to(base[path].dtype)
+        whole = shard.gather(base[path], torch.float32) + delta(path, a, b, scaling)
+        base[path] = _of_length(whole, path, adapter).to(base[path].dtype)
     return tree.from_items(base.items())
+
+
+def _of_length(whole: Tensor, path: str, adapter: Params) -> Tensor:
+    """Rows of a merged weight, scaled as the magnitudes of the adapter say."""
+    if (known := magnitudes(adapter, SETTLED).get(path)) is not None:
+        return whole * known.float()[:, None]
+    length = magnitudes(adapter).get(path)
+    return whole if length is None else whole * (length.float() / whole.norm(dim=1))[:, None]
 
 
 def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
@@ -136,6 +180,8 @@ def to_peft(adapter: Params, hf_key: Callable[[str], str]) -> dict[str, Tensor]:
         names = PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR
         named[f"base_model.model.{module}.{names[0]}"] = a
         named[f"base_model.model.{module}.{names[1]}"] = b
+    for path, length in magnitudes(adapter).items():
+        named[f"base_model.model.{hf_key(path).removesuffix('.weight')}.{PEFT_MAGNITUDE}"] = length
     return named
 
 
@@ -147,7 +193,8 @@ def from_peft(tensors: dict[str, Tensor], paths: Iterable[str], hf_key: Callable
     matched, leaves = set(), []
     for path in paths:
         module = hf_key(path).removesuffix(".weight")
-        for part, name in zip("AB", PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR, strict=True):
+        names = PEFT_EMBEDDING if path == "embed_tokens" else PEFT_LINEAR
+        for part, name in zip(("A", "B", MAGNITUDE), (*names, PEFT_MAGNITUDE), strict=True):
             key = f"base_model.model.{module}.{name}"
             if key in tensors:
                 matched.add(key)
@@ -162,6 +209,6 @@ def _check_complete(unused: set[str], paths: list[str]) -> None:
         raise ValueError(f"the adapter file has {len(unused)} tensors that this model cannot use, the first is {min(unused)}")
     if not paths:
         raise ValueError("the adapter file holds no LoRA tensors")
-    for path in paths:
+    for path in (path for path in paths if path[-1] in "AB"):
         if (twin := path[:-1] + ("B" if path.endswith("A") else "A")) not in paths:
             raise ValueError(f"the adapter file has {path} but not {twin}")

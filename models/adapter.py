@@ -4,7 +4,8 @@ A [r, in] and B [out, r] keep our orientation. Whole modules trained beside the 
 `modules_to_save`, under the key of the base model; every file key must be used, and every needed key be there.
 """
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Base(NamedTuple):
 class Info(NamedTuple):
     """What an adapter_config.json says: sizes, dropout in training, the base model and its digest, the paths of the adapted leaves.
 
-    scheme: how the base was quantised while the adapter trained.
+    scheme: how the base was quantised while the adapter trained. ratios: (path, its scale over that of rank and alpha), where it differs.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class Info(NamedTuple):
     paths: Sequence[str] = ()
     digest: str = ""
     scheme: Scheme | None = None
+    ratios: tuple[tuple[str, float], ...] = ()
 
 
 class Carried(NamedTuple):
@@ -116,26 +118,27 @@ def save(
     """Write an adapter folder that `peft.PeftModel.from_pretrained` turns into the same function as ours.
 
     `adapter` is the LoRA tree, `whole` a tree of leaves trained whole beside it, `tied` whether the base model is tied; the paths in
-    `info` are those of the tree. Raises ValueError as `check` does, and when a rank is not `info.rank`.
+    `info` are those of the tree. Raises ValueError as `check` does.
     """
     from safetensors.torch import save_file
 
     pairs = lora.pairs(adapter)
     check(family, list(pairs), [name for name, _ in tree.items(whole or {})], dropout=info.dropout)
-    if wrong := [name for name, (a, _) in pairs.items() if a.shape[-2] != info.rank]:
-        raise ValueError(f"the adapter of {wrong[0]} has rank {pairs[wrong[0]][0].shape[-2]}; adapter_config.json would say {info.rank}")
+    lengths = _check_magnitudes(adapter)
     tensors, modules = _saved_modules(family, whole or {}, tied, pairs)
     if head is not None:
         tensors |= {PREFIX + name: leaf for name, leaf in head.tensors.items()}
         modules |= {name.rpartition(".")[0] for name in head.tensors}
     parameters = [name for name in pairs if adapter_parameters.is_parameter(name)]
-    files = adapter_parameters.flat(adapter_blocks.join(family, adapter))
+    joined = adapter_blocks.join(family, adapter)
+    files = adapter_parameters.flat(joined)
     tensors = lora.to_peft(files, adapter_parameters.names(family, parameters, partial(hf.hf_key, family))) | tensors
-    ranks, alphas = adapter_blocks.patterns(family, list(pairs), info.rank, info.alpha, info.rslora)
+    ranks, alphas = adapter_blocks.patterns(_sizes(family, joined, pairs, info), info.rank, info.alpha)
     config = adapter_config.OFF | {
         "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": ranks, "alpha_pattern": alphas,
         "task_type": "CAUSAL_LM" if head is None else head.task, "base_model_name_or_path": info.base, "inference_mode": True,
-        "init_lora_weights": True, "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
+        "init_lora_weights": True, "use_dora": lengths,
+        "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
         "target_modules": list(dict.fromkeys(module(family, name) for name in pairs if name not in parameters)),
         "target_parameters": [hf.hf_key(family, name) for name in parameters] or None, "modules_to_save": sorted(modules) or None,
     }  # fmt: skip
@@ -146,6 +149,31 @@ def save(
             scheme = {} if info.scheme is None else {"quantised": quantised.options(info.scheme)}
             folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest} | scheme)
         _write_carried(carried or Carried(), part)
+
+
+def _check_magnitudes(adapter: Params) -> bool:
+    """Whether an adapter is DoRA's: PEFT has magnitudes on all of its modules, or on none."""
+    pairs, lengths = lora.pairs(adapter), lora.magnitudes(adapter)
+    if lengths and (odd := next((path for path in pairs if path not in lengths), None)):
+        raise ValueError(f"{next(iter(lengths))} has a magnitude and {odd} has none: DoRA is for all adapted weights or for none")
+    return bool(lengths)
+
+
+def _sizes(family: str, joined: Params, pairs: Iterable[str], info: Info) -> dict[str, tuple[int, float]]:
+    """(rank, alpha) of each adapted module in the file, under which its scale is that of its leaves."""
+    common, ratios, sizes = lora.scale(rank=info.rank, alpha=info.alpha, rslora=info.rslora), dict(info.ratios), {}
+    groups = {paths[0]: paths for paths in hf_keys.groups(family, pairs).values()}
+    for path, (a, _) in lora.pairs(joined).items():
+        rank, several, leaves = a.shape[-2], {ratios.get(leaf, 1.0) for leaf in groups[path]}, " and ".join(groups[path])
+        if len(several) > 1:
+            raise ValueError(f"{leaves} are rows of one module and have scales of their own: give them one alpha and rank")
+        scale, key = common * several.pop(), hf.hf_key(family, path)
+        alpha = float(f"{scale * (math.sqrt(rank) if info.rslora else rank):.12g}")
+        parameter = adapter_parameters.is_parameter(path)
+        if parameter and (rank, alpha) != (info.rank, info.alpha):
+            raise ValueError(f"{path} has rank {rank} and alpha {alpha:g}: experts and routers have those of the whole adapter")
+        sizes[key if parameter else key.rpartition(".")[0]] = (rank, alpha)
+    return sizes
 
 
 def _saved_modules(family: str, whole: Params, tied: bool, adapted: Container[str]) -> tuple[dict[str, Tensor], set[str]]:

@@ -4,7 +4,6 @@ PEFT has one A for all rows of such a module, we have a pair for each of its n l
 A are stacked and whose B is block diagonal. Shapes: A [r, in], B [out, r].
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from treetune.core.param import Params
 from treetune.models import hf_keys
 
 PREFIX, A, B, PLAIN, BASE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".weight", ".base_layer.weight"
+LENGTHS = f".{lora.PEFT_MAGNITUDE}"
 
 
 def check(family: str, adapted: Sequence[str]) -> None:
@@ -27,26 +27,33 @@ def check(family: str, adapted: Sequence[str]) -> None:
 
 
 def join(family: str, adapter: Params) -> Params:
-    """The tree with one pair for all leaves of a module, at the path of the first of them."""
-    pairs, items = lora.pairs(adapter), []
+    """The tree with one pair, and one magnitude, for all leaves of a module, at the path of the first of them."""
+    pairs, lengths, items = lora.pairs(adapter), lora.magnitudes(adapter), []
     for paths in hf_keys.groups(family, pairs).values():
         a, b = pairs[paths[0]]
         if len(paths) > 1:
             a, b = torch.cat([pairs[path][0] for path in paths]), torch.block_diag(*(pairs[path][1] for path in paths))
         items += [(f"{paths[0]}.A", a), (f"{paths[0]}.B", b)]
+        if paths[0] in lengths:
+            items += [(f"{paths[0]}.{lora.MAGNITUDE}", torch.cat([lengths[path] for path in paths]))]
     return tree.from_items(items)
 
 
-def patterns(family: str, paths: Sequence[str], rank: int, alpha: float, rslora: bool) -> tuple[dict[str, int], dict[str, float]]:
-    """`rank_pattern` and `alpha_pattern` of the modules of several leaves, under which the scale is that of one leaf."""
-    shared = {key.removesuffix(PLAIN): len(several) for key, several in hf_keys.groups(family, paths).items() if len(several) > 1}
-    counts = {module.rpartition(".")[2]: n for module, n in shared.items()}
-    return {name: n * rank for name, n in counts.items()}, {name: alpha * (math.sqrt(n) if rslora else n) for name, n in counts.items()}
+def patterns(modules: Mapping[str, tuple[int, float]], rank: int, alpha: float) -> tuple[dict[str, int], dict[str, float]]:
+    """`rank_pattern` and `alpha_pattern` of modules that have this rank and alpha each, where those of the config are others.
+
+    The last name of a module stands for all of that name that agree, a full name for one.
+    """
+    named: dict[str, set[tuple[int, float]]] = {}
+    for module, sizes in modules.items():
+        named.setdefault(module.rpartition(".")[2], set()).add(sizes)
+    rules = {(last if len(named[last := module.rpartition(".")[2]]) == 1 else module): sizes for module, sizes in modules.items()}
+    return {key: r for key, (r, _) in rules.items() if r != rank}, {key: a for key, (_, a) in rules.items() if a != alpha}
 
 
-def file_rank(family: str, paths: Sequence[str], rank: int) -> int:
-    """The largest rank in the file of an adapter on these leaves."""
-    return rank * max(len(several) for several in hf_keys.groups(family, paths).values())
+def file_rank(family: str, adapter: Params) -> int:
+    """The largest rank in the file of an adapter."""
+    return max(a.shape[-2] for a, _ in lora.pairs(join(family, adapter)).values())
 
 
 def own_key(family: str, path: str) -> str:
@@ -63,8 +70,8 @@ def split(
 ) -> dict[str, Tensor]:
     """The tensors of a file with those of a module of several leaves under the names of these (`own_key`).
 
-    A B that is block diagonal at n times `rank` gives each leaf its rank back; any other gives all of them the same A. rank_of: the rank
-    that the config gives a module. Raises ValueError for another number of rows.
+    A B that is block diagonal at n times the rank of a leaf gives each leaf its rank back; any other gives all of them the same A.
+    rank_of: the rank that the config gives a module. Raises ValueError for another number of rows.
     """
     rest = dict(tensors)
     for key, paths in hf_keys.groups(family, leaves).items():
@@ -72,10 +79,12 @@ def split(
             continue
         module, rows = PREFIX + key.removesuffix(PLAIN), [leaves[path].shape[0] for path in paths]
         owns = [PREFIX + own_key(family, path).removesuffix(PLAIN) for path in paths]
-        blocks = {kind: _rows(rest.pop(module + kind), rows, module + kind) for kind in (B, PLAIN, BASE) if module + kind in rest}
+        blocks = {kind: _rows(rest.pop(module + kind), rows, module + kind) for kind in (B, PLAIN, BASE, LENGTHS) if module + kind in rest}
         if B in blocks and module + A in rest:
-            a = _rows(rest.pop(module + A), [rank_of(module.removeprefix(PREFIX))], module + A)[0]
-            blocks[A], blocks[B] = _own_pairs(a, blocks[B], rank)
+            every = rank_of(module.removeprefix(PREFIX))
+            a = _rows(rest.pop(module + A), [every], module + A)[0]
+            own = every // len(paths) if every != rank and every % len(paths) == 0 else rank
+            blocks[A], blocks[B] = _own_pairs(a, blocks[B], own)
         rest |= {own + kind: block for kind, parts in blocks.items() for own, block in zip(owns, parts, strict=True)}
     return rest
 

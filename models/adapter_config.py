@@ -16,7 +16,7 @@ from treetune.models import folder
 NAME = "adapter_config.json"
 # Fields that would make another function of it unless they are off; also what our own adapters say of them.
 OFF = {
-    "lora_bias": False, "use_dora": False, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
+    "lora_bias": False, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
     "layer_replication": None, "megatron_config": None, "monteclora_config": None,
     "trainable_token_indices": None, "use_bdlora": None, "velora_config": None,
 }  # fmt: skip
@@ -28,7 +28,7 @@ WITHOUT_EFFECT = frozenset({
 USED = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
-    "target_modules", "target_parameters", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
 })  # fmt: skip
 STARTS = ("gaussian", "orthogonal", "eva")  # leave the base as it is; others (pissa, olora, corda, loftq, lora_ga, mica) do not
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
@@ -57,6 +57,7 @@ class AdapterConfig(NamedTuple):
     parameters: tuple[str, ...]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    dora: bool = False
 
 
 def read(root: Path) -> AdapterConfig:
@@ -84,6 +85,7 @@ def read(root: Path) -> AdapterConfig:
         parameters=fields.texts(config, "target_parameters", default=(), null=True),
         ranks=_pattern(config, "rank_pattern"),
         alphas=_pattern(config, "alpha_pattern"),
+        dora=fields.flag(config, "use_dora", default=False, null=True),
     )
     _check_rules(config, parsed)
     manifest.check(root, weights=False)
@@ -97,7 +99,7 @@ def _check_off(config: Fields) -> None:
     for name, off in OFF.items():
         value = config.values.get(name)
         if value is not None and value is not False:
-            raise fields.wrong(config, name, f"{'false' if off is False else 'null'}: only plain LoRA is computed here")
+            raise fields.wrong(config, name, f"{'false' if off is False else 'null'}: only LoRA and DoRA are computed here")
     odd = [name for name in fields.unknown(config, (*OFF, *WITHOUT_EFFECT, *USED)) if config.values[name]]
     if odd:
         raise ValueError(

@@ -7,9 +7,7 @@ E experts, r rank, I inputs, O outputs. A stack of experts has A [E, r, I] and B
 import functools
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
-from treetune.core import lora, tree
+from treetune.core import lora
 from treetune.core.param import Params
 from treetune.models import hf
 from treetune.models.adapter_config import AdapterConfig
@@ -102,7 +100,7 @@ def flat(adapter: Params) -> Params:
     """An adapter tree with pairs of experts as PEFT's files have them."""
     pairs = lora.pairs(adapter).items()
     shaped = {path: (a, b) if a.ndim == 2 else (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)) for path, (a, b) in pairs}
-    return _tree(shaped)
+    return lora.of(shaped, adapter)
 
 
 def stacked(adapter: Params, sizes: Params) -> Params:
@@ -111,8 +109,4 @@ def stacked(adapter: Params, sizes: Params) -> Params:
     for path, (a, b) in lora.pairs(adapter).items():
         count = sizes[path].shape[0] if len(sizes[path].shape) == 3 else None
         shaped[path] = (a, b) if count is None else (a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).permute(2, 0, 1).contiguous())
-    return _tree(shaped)
-
-
-def _tree(pairs: dict[str, tuple[Tensor, Tensor]]) -> Params:
-    return tree.from_items((f"{path}.{name}", leaf) for path, pair in pairs.items() for name, leaf in zip("AB", pair, strict=True))
+    return lora.of(shaped, adapter)

@@ -1,14 +1,21 @@
 """Which weights of a model train with an adapter: its low-rank pairs, and weights that train whole beside it."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from treetune.core import lora, module_names, tree
+import torch
+from torch import Tensor
+
+from treetune.core import lora, lora_use, module_names, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, adapter, adapter_parameters, hf, quantised, resize
+from treetune.models import Model, adapter, adapter_parameters, adapter_starts, hf, quantised, resize
 from treetune.models.adapter import Info
+from treetune.models.adapter_starts import Init, Reread
 from treetune.models.fetch import Say
+from treetune.ops import magnitude
 
 
 class AdapterSpec(NamedTuple):
@@ -16,7 +23,8 @@ class AdapterSpec(NamedTuple):
 
     targets: "all-linear", names of modules as in PEFT, or regular expressions over paths or names of modules; layers: only these, empty for
     all. modules_to_save: names or regular expressions of the weights that train whole beside it. start: the folder of an adapter to train
-    further, which then says rank, alpha and targets. unfrozen: regular expressions of further weights that train whole.
+    further, which then says rank, alpha and targets. unfrozen: regular expressions of further weights that train whole. ranks, alphas:
+    (target, value) for some of the targets, the first that matches. dora: with magnitudes. init: how the pairs start.
     """
 
     rank: int = 16
@@ -28,18 +36,77 @@ class AdapterSpec(NamedTuple):
     modules_to_save: tuple[str, ...] = ()
     start: str | None = None
     unfrozen: tuple[str, ...] = ()
+    ranks: tuple[tuple[str, float], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    dora: bool = False
+    init: Init = "default"
 
 
-def fresh(model: Model, spec: AdapterSpec, *, seed: int) -> tuple[Lora, Params, Info]:
-    """A fresh adapter on a model. Errors: ValueError for targets or layers that are not there."""
+class Fresh(NamedTuple):
+    """A fresh adapter, or one to train further: its tree, the weights trained whole, what its folder says, and the start of its pairs.
+
+    start: {path: {"A", "B"}} of those whose start is taken off the weight again.
+    """
+
+    low: Lora
+    whole: Params
+    info: Info
+    start: Params
+
+
+def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None = None) -> Fresh:
+    """A fresh adapter on a model; reread: for LoftQ.
+
+    Errors: ValueError for targets or layers that are not there, and for options that these leaves cannot have.
+    """
     sizes = hf.abstract_of(model, head=True)
     try:
         paths = lora.match(sizes, spec.targets, layers=spec.layers or None, module=partial(adapter_parameters.target, model.family))
     except ValueError as error:
         raise ValueError(f"{'lora_layers' if 'layers [' in str(error) else 'lora_target_modules'}: {error}") from error
-    scale = lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora)
-    info = Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths)
-    return Lora(lora.init(sizes, paths, rank=spec.rank, seed=seed), scale), {}, info
+    ranks = {path: int(rank) for path, rank in _by_rule(model, paths, spec.ranks, spec.rank, "lora_rank_pattern").items()}
+    alphas = _by_rule(model, paths, spec.alphas, spec.alpha, "lora_alpha_pattern")
+    adapter_starts.check(spec.init, paths, ranks=ranks, dropout=spec.dropout, start=spec.start)
+    low = Lora(lora.init(sizes, paths, rank=ranks, seed=seed), lora.scale(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora))
+    low = low._replace(ratios=adapter_starts.ratios(low, ranks, alphas, rslora=spec.rslora))
+    start: Params = {}
+    if spec.init != "default":
+        made, start = adapter_starts.start(model.params, low, init=spec.init, seed=seed, reread=reread)
+        low = low._replace(tree=made)
+    if spec.dora:
+        low = low._replace(tree=_with_magnitudes(model, low, start))
+    return Fresh(low, {}, Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths, ratios=low.ratios), start)
+
+
+def _by_rule(model: Model, paths: Sequence[str], rules: Sequence[tuple[str, float]], default: float, option: str) -> dict[str, float]:
+    """The value of each adapted leaf: that of the first rule whose target it is. Errors: ValueError for a rule that is none's."""
+    modules, found = {path: adapter_parameters.target(model.family, path) for path in paths}, dict[str, float]()
+    for name, value in rules:
+        try:
+            matched = module_names.match_target(name, modules, modules)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from error
+        found |= {path: value for path in matched if path not in found}
+    return {path: found.get(path, default) for path in paths}
+
+
+def _with_magnitudes(model: Model, low: Lora, start: Params) -> Params:
+    """The tree with the lengths of the rows that it starts from. Errors: ValueError for a leaf on which DoRA is not computed."""
+    pairs, leaves = lora.pairs(low.tree), dict(tree.items(model.params))
+    try:
+        lora.check_magnitudes(pairs)
+    except ValueError as error:
+        raise ValueError(f"lora_dora: {error}") from error
+    used = lora.pairs(lora_use.in_use(low, low.tree, start).tree)
+    lengths = [
+        (f"{path}.{lora.MAGNITUDE}", magnitude.norms(shard.gather(leaves[path]), *_on(leaves[path].device, used[path]), low.scale))
+        for path in pairs
+    ]
+    return tree.merge(low.tree, tree.from_items(lengths))
+
+
+def _on(device: torch.device, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].to(device), pair[1].to(device)
 
 
 def vocabulary_leaves(model: Model, spec: AdapterSpec, whole: Params, info: Info, *, say: Say) -> tuple[str, ...]:
@@ -82,3 +149,11 @@ def unfrozen(model: Model, names: tuple[str, ...]) -> set[str]:
     except ValueError as error:
         raise ValueError(f"unfrozen_parameters: {error}") from error
     return matched
+
+
+def file_info(info: Info, scale: float, *, twice: bool) -> Info:
+    """What the folder of an adapter says; `twice`: of plain pairs of twice the rank, which have the same scale."""
+    if not twice:
+        return info
+    rank = 2 * info.rank
+    return info._replace(rank=rank, alpha=float(f"{scale * (math.sqrt(rank) if info.rslora else rank):.12g}"))

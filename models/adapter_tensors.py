@@ -53,6 +53,7 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     wrapped = [path for path, name in parameters.items() if name in adapted]
     low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], adapter_parameters.names(model.family, wrapped, key))
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))
+    _check_magnitudes(config, low)
     _check_shapes(config, owners, low, whole, shapes)
     low = adapter_parameters.stacked(low, shapes)
     if HEAD not in model.params and not headless:
@@ -98,11 +99,21 @@ def _check_found(config: AdapterConfig, owners: dict, adapted: list[str], replac
         raise ValueError(f"the adapter file has both an adapter and a whole tensor for {odd[0]}: PEFT would pass over the latter")
 
 
+def _check_magnitudes(config: AdapterConfig, low: Params) -> None:
+    """What DoRA computes on ends and experts is not computed here; its magnitudes are all there, or none."""
+    pairs, lengths = lora.pairs(low), lora.magnitudes(low)
+    if config.dora and (odd := next((path for path in pairs if path not in lengths), None)):
+        raise ValueError(f"{config.source} says use_dora, and the adapter file has no {lora.PEFT_MAGNITUDE} for {odd}")
+    if not config.dora and lengths:
+        raise ValueError(f"the adapter file has {lora.PEFT_MAGNITUDE} for {next(iter(lengths))}, and {config.source} does not say use_dora")
+    lora.check_magnitudes(lengths)
+
+
 def _check_shapes(config: AdapterConfig, owners: dict, low: Params, whole: Leaves, shapes: dict) -> None:
-    leaves = Counter(owners.values())
+    leaves = Counter(owner for path, owner in owners.items() if shapes[path].op)
     for path, (a, b) in lora.pairs(low).items():
         rank = adapter_config.rank_of(config, owners[path])
-        rank = config.rank if rank == config.rank * leaves[owners[path]] == a.shape[0] * leaves[owners[path]] else rank
+        rank = a.shape[0] if rank == a.shape[0] * leaves[owners[path]] else rank
         *stack, out, inner = shapes[path].shape[::-1] if path == EMBEDDING else shapes[path].shape
         rows = rank * math.prod(stack)
         if tuple(a.shape) != (rows, inner) or tuple(b.shape) != (out, rows):
@@ -110,6 +121,9 @@ def _check_shapes(config: AdapterConfig, owners: dict, low: Params, whole: Leave
                 f"the adapter of {path} has A {list(a.shape)} and B {list(b.shape)}; "
                 f"the model and rank {rank} ask for {[rows, inner]} and {[out, rows]}"
             )
+    for path, length in lora.magnitudes(low).items():
+        if tuple(length.shape) != shapes[path].shape[:1]:
+            raise ValueError(f"the magnitude of {path} has shape {list(length.shape)}; the model asks for {list(shapes[path].shape[:1])}")
     for path, leaf in whole.items():
         if tuple(leaf.shape) != shapes[path].shape:
             raise ValueError(f"{path} in the adapter file has shape {list(leaf.shape)}; the model has {list(shapes[path].shape)}")
@@ -120,12 +134,12 @@ def _check_shapes(config: AdapterConfig, owners: dict, low: Params, whole: Leave
 
 def _scaled(config: AdapterConfig, owners: dict, low: Params) -> Params:
     """The tree under one scale: a module of another rank or alpha has the ratio of the scales in its B."""
-    common, items = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora), []
+    common, scaled = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora), {}
     for path, (a, b) in lora.pairs(low).items():
         name = owners[path]
         scale = lora.scale(rank=adapter_config.rank_of(config, name), alpha=adapter_config.alpha_of(config, name), rslora=config.rslora)
-        items += [(f"{path}.A", a), (f"{path}.B", b if scale == common else b.float() * (scale / common))]
-    return tree.from_items(items)
+        scaled[path] = (a, b if scale == common else b.float() * (scale / common))
+    return lora.of(scaled, low)
 
 
 def _tied(whole: Leaves, bases: Leaves, replaced: set[str], model: Model) -> Leaves:

@@ -11,7 +11,6 @@ from typing import NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import shard
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, decoder_attention, dense, families
@@ -85,7 +84,7 @@ def sample(
     draw = Draw(**options)
     _check(model, prompts, n, max_new_tokens, draw)
     weights = families.whole(model)
-    quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
+    quiet = None if lora is None else families.settled(lora, weights)
     live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
     family, device = MODELS[model.family], live.hidden.device
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import shard, strided
+from treetune.core import strided
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, decode, decoder_attention, dense, families
@@ -74,7 +74,7 @@ def branches(
     draw, count = decode.Draw(**options), anchors.start.shape[0] * n
     _check(model, batch, anchors, n, draw)
     weights = families.whole(model)
-    quiet = None if lora is None else lora._replace(dropout=0.0, tree=shard.gather_all(lora.tree))
+    quiet = None if lora is None else families.settled(lora, weights)
     device, length = weights["embed_tokens"].device, anchors.length
     if count == 0:
         empty = torch.zeros(0, length, device=device)

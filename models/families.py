@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, Unpack
 import torch
 from torch import Tensor
 
+from treetune.core import lora as lora_trees
 from treetune.core import quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
@@ -27,7 +28,7 @@ from treetune.models import (
     smollm3,
 )
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
-from treetune.ops import attention
+from treetune.ops import attention, magnitude
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
 
 
@@ -125,6 +126,20 @@ def whole(model: Model) -> Params:
         return leaf if quant.quantised(leaf) else shard.gather(leaf, wide.get(path, model.cfg.dtype))
 
     return tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params))
+
+
+def settled(low: Lora, weights: Params) -> Lora:
+    """An adapter to sample with: whole leaves, no dropout, and of magnitudes what they are over the norms of the rows."""
+    leaves, base = shard.gather_all(low.tree), dict(tree.items(weights))
+    pairs, known = lora_trees.pairs(leaves), []
+    for path, length in lora_trees.magnitudes(leaves).items():
+        norms = magnitude.norms(shard.gather(base[path]), *pairs[path], low.scale)
+        known.append((f"{path}.{lora_trees.SETTLED}", length / norms))
+    if known:
+        leaves = tree.from_items(
+            [(path, leaf) for path, leaf in tree.items(leaves) if not path.endswith(f".{lora_trees.MAGNITUDE}")] + known
+        )
+    return low._replace(dropout=0.0, tree=leaves)
 
 
 def bare(model: Model) -> Model:

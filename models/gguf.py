@@ -101,11 +101,16 @@ def _metadata(path: str | Path, reader, names: Iterable[str]) -> Fields:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", scheme: Scheme | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scheme: Scheme | None = None,
+    see: quantised.See | None = None,
 ) -> Model:
     """The model in a .gguf file, dequantised to float32 and rounded once to `dtype`, which is also what it computes in.
 
-    scheme: quantise its leaves again, each as it is read.
+    scheme: quantise its leaves again, each as it is read. see: is told of each of these.
 
     Raises ValueError for an architecture, a key or a rope scaling that is not known here, and for missing or unexpected tensors.
     """
@@ -113,7 +118,7 @@ def load(
     family = _family(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     cfg = replace(_config(path, reader, family, tensors), dtype=dtype)
-    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)
+    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)._replace(see=see)
     return Model(family, cfg, _params(path, family, cfg, tensors, device, keep))
 
 

@@ -23,7 +23,7 @@ from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, expert_files, folder, hf_keys, hf_weights, processor, quantised, tokenizer_config
 from treetune.models.dense import Config
-from treetune.models.quantised import Keep
+from treetune.models.quantised import Keep, See
 
 INDEX, SINGLE = hf_weights.INDEX, hf_weights.SINGLE
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
@@ -82,10 +82,11 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scheme: Scheme | None = None,
+    see: See | None = None,
 ) -> Model:
     """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`; quantised by a scheme as it is read.
 
-    Leaves that the files hold quantised stay so; `scheme` may be theirs.
+    Leaves that the files hold quantised stay so; `scheme` may be theirs. see: is told of each leaf that is quantised here.
     Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
     not the one that config.json implies.
     """
@@ -94,11 +95,12 @@ def load(
     if str(path_or_id).endswith(".gguf"):
         from treetune.models import gguf
 
-        return gguf.load(path_or_id, dtype=dtype, device=device, scheme=scheme)
+        return gguf.load(path_or_id, dtype=dtype, device=device, scheme=scheme, see=see)
     root = fetch(path_or_id, revision=revision)
     family, cfg = read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
-    params = _read_params(root, family, cfg, device, quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype))
+    keep = quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype)
+    params = _read_params(root, family, cfg, device, keep._replace(see=see))
     return Model(family, replace(cfg, tied="lm_head" not in params), params)
 
 

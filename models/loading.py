@@ -11,6 +11,7 @@ from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
 from treetune.models.fetch import Say, silent
+from treetune.models.quantised import See
 from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,16 +38,19 @@ def load_model(
     dtype: str = "auto",
     device: torch.device,
     scheme: Scheme | None = None,
+    see: See | None = None,
     say: Say = silent,
 ) -> tuple[Model, Path]:
     """The model of a name, in its compute dtype on the device, and the path it came from; quantised by a scheme leaf by leaf.
+
+    see: is told of each leaf that is quantised.
 
     Raises ValueError for weights that are not finite.
     """
     path = fetch.resolve(name, say=say, revision=revision)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
-        model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme)
+        model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see)
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
     return model, path

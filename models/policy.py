@@ -4,13 +4,14 @@ What lives as long as a run closes over sizes only: the weights are those of its
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from treetune.core import lora, param, shard, strided, tree
+from treetune.core import lora_use, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -18,6 +19,7 @@ from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStat
 from treetune.models import (
     Model,
     adapter,
+    adapter_blocks,
     adapter_spec,
     artifacts,
     decode,
@@ -33,6 +35,7 @@ from treetune.models import (
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.adapter_spec import AdapterSpec
+from treetune.models.adapter_starts import Reread
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
@@ -47,8 +50,8 @@ class Policy(NamedTuple):
     """A model with what trains and what does not.
 
     params: what trains, {"model"?, "lora"?, "head"?}; a "model" may be part of a tree. frozen: what does not, {"model"?, "ref"?,
-    "ref_lora"?, "features"?}. lora: how the adapter is applied; its tree is empty, the trained one is params["lora"]. adapter: what the
-    adapter's folder will say.
+    "ref_lora"?, "start"?, "features"?}, where "start" is what an adapter began with and its model is without. lora: how the adapter is
+    applied; its tree is empty, the trained one is params["lora"]. adapter: what the adapter's folder will say.
     """
 
     family: str
@@ -89,7 +92,9 @@ def load(
     if start is not None:
         loading.check_base(start, base, say=say, train=True)
     new_rows = model.cfg.vocab_size > loaded.cfg.vocab_size
-    return adapt(model, adapter, base=base, seed=seed, new_rows=new_rows, say=say)._replace(tokenizer=setup.tokenizer)
+    reread = partial(loading.load_model, name, revision=revision, dtype=dtype, device=torch_device, scheme=scheme)
+    options = {"seed": seed, "new_rows": new_rows, "reread": lambda see: reread(see=see)}
+    return adapt(model, adapter, base=base, **options, say=say)._replace(tokenizer=setup.tokenizer)
 
 
 def bare(policy: Policy) -> Policy:
@@ -124,20 +129,23 @@ def adapt(
     seed: int,
     new_rows: bool = False,
     head: bool = False,
+    reread: Reread | None = None,
     say: Say = silent,
 ) -> Policy:
     """The policy of an adapter: low-rank pairs, and whole weights that train beside them, over the frozen model.
 
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter. With `head` the
-    adapter to start from may be a reward model's.
+    adapter to start from may be a reward model's. reread: for a start by LoftQ.
     """
-    low, whole, info = adapter_spec.fresh(model, spec, seed=seed) if spec.start is None else _started(model, spec.start, head)
+    made = adapter_spec.fresh(model, spec, seed=seed, reread=reread) if spec.start is None else _started(model, spec.start, head)
+    low, whole, info, start = made
     info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
     vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(adapter_spec.whole_leaves(model, spec, vocabulary), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout)
     params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
-    return Policy(model.family, model.cfg, params, {"model": model.params}, without_tree(low._replace(dropout=spec.dropout)), None, info)
+    frozen = {"model": model.params} | ({"start": tree.map(_master, move_to(start, model))} if start else {})
+    return Policy(model.family, model.cfg, params, frozen, without_tree(low._replace(dropout=spec.dropout)), None, info)
 
 
 def _master(leaf: Tensor) -> Tensor:
@@ -145,15 +153,11 @@ def _master(leaf: Tensor) -> Tensor:
     return shard.gather(leaf, torch.float32).detach().clone()
 
 
-def _started(model: Model, path: str, head: bool) -> tuple[Lora, Params, Info]:
+def _started(model: Model, path: str, head: bool) -> adapter_spec.Fresh:
     """An adapter to train further, its vocabulary grown to that of the model."""
     rows = adapter.rows(adapter_folder(path), model.family)
     low, whole, info = loading.load_adapter(path, model if rows is None else resize.cut(model, rows), head=head)
-    if other := [name for name, (a, _) in lora.pairs(low.tree).items() if a.shape[-2] != info.rank]:
-        raise ValueError(
-            f"{path} has another rank on {other[0]} than its r of {info.rank}; training goes on from adapters of one rank only"
-        )
-    return low, resize.grown(whole, model.cfg.vocab_size), info
+    return adapter_spec.Fresh(low, resize.grown(whole, model.cfg.vocab_size), info, {})
 
 
 def move_to(params: Params, model: Model) -> Params:
@@ -207,7 +211,7 @@ def logprob(
     def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /, *, want: tuple[str, ...] = ()) -> Any:
         seed = batch.get("seed")
         noise = Neftune(neftune, seed) if neftune and seed is not None else None
-        options = {"lora": _lora(low, params, seed), "want": want, "noise": noise, "remat": remat, "temperature": temperature}
+        options = {"lora": _lora(low, params, frozen, seed), "want": want, "noise": noise, "remat": remat, "temperature": temperature}
         return run(family, cfg, weights(params, frozen), batch, plan, **options)
 
     return compute
@@ -232,7 +236,7 @@ def scores(policy: Policy, *, remat: str | None = None) -> Scores:
     family, cfg, low = policy.family, policy.cfg, without_tree(policy.lora)
 
     def compute(params: Params, frozen: Params, batch: Batch, plan: Plan | None, /) -> Tensor:
-        adapted = _lora(low, params, batch.get("seed"))
+        adapted = _lora(low, params, frozen, batch.get("seed"))
         return heads.scores(family, cfg, weights(params, frozen), params["head"], batch, plan, lora=adapted, remat=remat)
 
     return compute
@@ -243,9 +247,9 @@ def weights(params: Params, frozen: Params) -> Params:
     return tree.merge(frozen.get("model", {}), params.get("model", {}))
 
 
-def _lora(low: Lora | None, params: Params, seed: Tensor | None) -> Lora | None:
-    """The adapter with its trained tree; no dropout without a seed to draw it from."""
-    return None if low is None else low._replace(tree=params["lora"], seed=seed, dropout=low.dropout if seed is not None else 0.0)
+def _lora(low: Lora | None, params: Params, frozen: Params, seed: Tensor | None = None) -> Lora | None:
+    """The adapter in use with its trained tree; no dropout without a seed to draw it from."""
+    return None if low is None else lora_use.in_use(low, params["lora"], frozen.get("start"), seed)
 
 
 def current(policy: Policy, params: Params | None = None, frozen: Params | None = None) -> tuple[Model, Lora | None]:
@@ -254,9 +258,9 @@ def current(policy: Policy, params: Params | None = None, frozen: Params | None 
     Leaves are whole: a collective where they are sharded. There is no dropout.
     """
     trained = tree.map(shard.full, policy.params if params is None else params)
-    base = tree.map(shard.full, (policy.frozen if frozen is None else frozen).get("model", {}))
-    model = Model(policy.family, policy.cfg, weights(trained, {"model": base}))
-    return model, None if policy.lora is None else policy.lora._replace(tree=trained["lora"], dropout=0.0)
+    chosen = policy.frozen if frozen is None else frozen
+    base = {name: tree.map(shard.full, chosen[name]) for name in ("model", "start") if name in chosen}
+    return Model(policy.family, policy.cfg, weights(trained, base)), _lora(policy.lora, trained, base)
 
 
 class LocalSample(Protocol):
@@ -298,7 +302,7 @@ def branch_sampler(
 
     def sample(state: TrainState, batch: Batch, anchors: strided.Anchors) -> Tensor:
         model = Model(sizes.family, sizes.cfg, weights(state.params, state.frozen))
-        low = None if sizes.lora is None else sizes.lora._replace(tree=state.params["lora"])
+        low = _lora(sizes.lora, state.params, state.frozen)
         rows, draw_seed = strided.document_rows(batch).tolist(), int(noise.keys(batch.get("seed", evaluation_seed), ROLLOUTS))
         draw = {"temperature": temperature, "top_p": top_p, "seed": draw_seed}
         return decode_branches.branches(model, batch, anchors, n, lora=low, ids=rows, **draw).tokens
@@ -328,8 +332,15 @@ def save(
     elif policy.adapter is None:
         raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")
     else:
-        info = policy.adapter._replace(dropout=policy.lora.dropout)
+        start = (policy.frozen if frozen is None else frozen).get("start")
+        trained = trained | {"lora": lora_use.whole(trained["lora"], start)}
+        info = adapter_spec.file_info(policy.adapter, policy.lora.scale, twice=bool(start))._replace(dropout=policy.lora.dropout)
         artifacts.save_adapter(path, trained, family=policy.family, info=info, tied=policy.cfg.tied, carried=carried)
+
+
+def file_rank(policy: Policy) -> int:
+    """The largest rank in the file of the policy's adapter."""
+    return adapter_blocks.file_rank(policy.family, lora_use.whole(policy.params["lora"], policy.frozen.get("start")))
 
 
 def companions(

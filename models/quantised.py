@@ -1,18 +1,22 @@
 """Which leaves of a model are quantised, and quantising each as it is read: the dense model is never whole in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
+from torch import Tensor
 
 from treetune.core import fields, quant, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
-from treetune.core.quant import FOUR_BITS, KINDS, Kind, Scheme
+from treetune.core.quant import FOUR_BITS, KINDS, Kind, Quantised, Scheme
 from treetune.models import Model, quant_config
 
 AUTO = ("auto", "none")  # values of --quant that name no kind
+
+
+See = Callable[[str, Tensor, Quantised], None]  # (path, a leaf, what it is quantised to)
 
 
 class QuantOptions(TypedDict, total=False):
@@ -55,13 +59,15 @@ def read(recorded: Fields) -> Scheme:
 class Keep(NamedTuple):
     """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in.
 
-    stored: the files hold them quantised. Others that are quantised there, such as routers, become dense.
+    stored: the files hold them quantised. Others that are quantised there, such as routers, become dense. see: is told of each leaf that
+    is quantised here: path, leaf, what it is quantised to.
     """
 
     scheme: Scheme | None = None
     chosen: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float32
     stored: bool = False
+    see: See | None = None
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf as the model has it."""
@@ -70,7 +76,10 @@ class Keep(NamedTuple):
         if self.scheme is None or self.stored or path not in self.chosen:
             return leaf
         with fields.reading(f"the leaf {path}"):
-            return quant.quantise(leaf, self.scheme)._replace(dtype=self.dtype)
+            kept = quant.quantise(leaf, self.scheme)._replace(dtype=self.dtype)
+        if self.see is not None:
+            self.see(path, leaf, kept)
+        return kept
 
     def wide(self, leaves: Mapping[str, Param]) -> dict[str, Param]:
         """The leaves by path, in the dtypes in which they are read."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import tree
+from treetune.core import lora_use, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -112,7 +112,7 @@ def _whole(model: Model, run: Callable) -> RefLogp:
 def _started(model: Model, low: Lora, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
         whole = tree.merge(state.frozen["model"], state.frozen.get("ref", {}))
-        return run(model.family, model.cfg, whole, batch, plan, lora=_quiet(low, state.frozen["ref_lora"])).logp
+        return run(model.family, model.cfg, whole, batch, plan, lora=_quiet(low, state.frozen["ref_lora"], state)).logp
 
     return logp
 
@@ -121,15 +121,15 @@ def _moving(model: Model, low: Lora | None, run: Callable) -> RefLogp:
     def logp(state: TrainState, batch: Batch, plan: Plan | None) -> Tensor:
         copies = state.extra["ref"]
         whole = weights(copies, state.frozen)
-        lora = None if low is None else _quiet(low, copies["lora"])
+        lora = None if low is None else _quiet(low, copies["lora"], state)
         return run(model.family, model.cfg, whole, batch, plan, lora=lora).logp
 
     return logp
 
 
-def _quiet(low: Lora, adapter: Params) -> Lora:
-    """An adapter without dropout."""
-    return low._replace(tree=adapter, dropout=0.0, seed=None)
+def _quiet(low: Lora, adapter: Params, state: TrainState) -> Lora:
+    """An adapter in use, without dropout."""
+    return lora_use.in_use(low, adapter, state.frozen.get("start"))
 
 
 def _of_other(other: Model, policy: Policy, run: Callable) -> RefLogp:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import kept, product
+from treetune.ops import kept, magnitude, product
 
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
@@ -75,7 +75,7 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict |
     """x [T, I], weights [O_i, I] each, adapters {"A": [r, I], "B": [O_i, r]} or None -> list of [T, O_i] in the dtype of x.
 
     Projections without an adapter are plain products; the adapted ones share one backward pass. `u` [T, I] replaces x
-    as the adapters' input (dropout).
+    as the adapters' input (dropout). An adapter with "M" or "G" [O_i] is DoRA's (`magnitude`).
     """
     adapted = {i: ab for i, ab in enumerate(adapters) if ab}
     projections: list = [None if ab else product.linear(x, w) for w, ab in zip(weights, adapters, strict=True)]
@@ -83,6 +83,7 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict |
         downs = [ab["A"].to(x.dtype) for ab in adapted.values()]
         ups = [ab["B"].to(x.dtype) for ab in adapted.values()]
         results = _LoraLinears.apply(x, u, scale, len(adapted), *(weights[i] for i in adapted), *downs, *ups)
-        for i, y in zip(adapted, results, strict=False):
-            projections[i] = y
+        moved = u - x if u is not None and any(magnitude.has(ab) for ab in adapted.values()) else None
+        for (i, ab), y in zip(adapted.items(), results, strict=False):
+            projections[i] = magnitude.rescaled(y, weights[i], ab, scale=scale, moved=moved) if magnitude.has(ab) else y
     return projections

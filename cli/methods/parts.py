@@ -99,7 +99,8 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
         other=other,
         pace=pace if options.sync_ref_model else None,
         precompute=precompute,
-        trained_adapter=policy.lora is not None and config.adapter.lora_model_dir is not None,
+        # An adapter that starts from what quantising loses is no identity, either.
+        trained_adapter=policy.lora is not None and (config.adapter.lora_model_dir is not None or config.adapter.lora_init == "loftq"),
         temperature=temperature,
     )
 

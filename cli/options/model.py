@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from treetune.core import registry
+from treetune.core import option_pairs, registry
 from treetune.core.config import marks
 from treetune.core.config.doors import unused_unless_taken
 from treetune.core.config.ranges import BELOW_ONE, POSITIVE, SMALL, whole
@@ -12,6 +12,7 @@ from treetune.core.config.ranges import BELOW_ONE, POSITIVE, SMALL, whole
 LORA = marks.unused_if("adapter", "none", reason="adapter is none")
 SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
 BROUGHT = marks.unused_if("lora_model_dir", reason="lora_model_dir brings its own")
+MOST = 65536  # of a rank or an alpha
 
 
 def _local(values: marks.Values) -> str:
@@ -30,6 +31,7 @@ def _nothing_frozen(values: marks.Values) -> str:
 
 LOCAL = marks.Unused(_local)
 QUANTISED = marks.refused("the frozen weights are other numbers when they are quantised otherwise")
+START = marks.refused("decides where the adapter starts, and what it is added to")
 QUANT = marks.unused_if("quant", "auto", "none", reason="quant is {quant}")
 FOUR_BITS = marks.unused_unless("quant", "nf4", "fp4", reason="quant is {quant}")
 
@@ -92,6 +94,16 @@ class AdapterOptions:
     """Scale numerator: updates are multiplied by lora_alpha / lora_r."""
     lora_rslora: Annotated[bool, marks.ADAPTER_SCALE, LORA, BROUGHT] = False
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
+    lora_dora: Annotated[bool, marks.TRAINED, LORA, BROUGHT] = False
+    """DoRA: train the length of each row of the adapted weights, too."""
+    lora_init: Annotated[
+        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq"], START, LORA, BROUGHT
+    ] = "default"
+    """How the low-rank matrices start; pissa (niter: approximate, fast) and olora train the strongest part, loftq what quant loses."""
+    lora_rank_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.TRAINED, LORA, BROUGHT] = ()
+    """TARGET=RANK pairs, first match wins: another rank for some of the targets."""
+    lora_alpha_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.ADAPTER_SCALE, LORA, BROUGHT] = ()
+    """TARGET=ALPHA pairs, first match wins: another lora_alpha for some of the targets."""
     lora_dropout: Annotated[float, BELOW_ONE, marks.listed("is noise on the steps to come"), LORA] = 0.0
     """Dropout on the adapter's input; a function of seed, step and row, so packing does not change it."""
     lora_target_modules: Annotated[tuple[str, ...], marks.TRAINED, LORA, BROUGHT] = ("all-linear",)
@@ -114,3 +126,21 @@ class AdapterPath:
 
     adapter: Annotated[str | None, marks.ADAPTER] = None
     """Adapter folder in PEFT format, or a run folder with one; its own base model is used unless --model names another."""
+
+
+def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
+    """Raise ValueError for options of an adapter that contradict each other."""
+    if adapter.adapter == "none" or adapter.lora_model_dir is not None:
+        return
+    for option, least in (("lora_rank_pattern", 1), ("lora_alpha_pattern", 1e-9)):
+        for text, value in zip(
+            getattr(adapter, option), option_pairs.rules(getattr(adapter, option), option.replace("_", "-")), strict=True
+        ):
+            if not least <= value[1] <= MOST or (least == 1 and value[1] != int(value[1])):
+                raise ValueError(
+                    f"{option} needs {'whole numbers from 1' if least == 1 else 'numbers above 0'}, at most {MOST}, got {text!r}"
+                )
+    if adapter.lora_init == "loftq" and model.quant in ("auto", "none"):
+        raise ValueError("lora_init loftq starts from what quantising loses, and the model is not quantised: give quant, such as nf4")
+    if adapter.lora_init.startswith(("pissa", "olora")) and adapter.lora_dropout:
+        raise ValueError(f"lora_init {adapter.lora_init} needs lora_dropout 0: dropout would drop parts of the weight itself")

@@ -116,6 +116,11 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
     if whole or config.vocabulary.tokens or config.vocabulary.embedding_multiple:
         names = "lora_modules_to_save, unfrozen_parameters, tokens and embedding_multiple"
         raise ValueError(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
+    if config.adapter.lora_dora or config.adapter.lora_rank_pattern or config.adapter.lora_alpha_pattern:
+        raise ValueError(
+            "vLLM computes no DoRA, and one scale for all of an adapter: leave out lora_dora, lora_rank_pattern and lora_alpha_pattern, "
+            "or sample without use_vllm"
+        )
 
 
 def longest(config: Any) -> int:

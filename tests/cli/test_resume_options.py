@@ -41,7 +41,8 @@ TABLE = {
     "refused": (
         # the function that is trained
         "dtype", "special_tokens", "tokens", "embedding_multiple", "adapter", "lora_r", "lora_alpha", "lora_rslora", "lora_target_modules",
-        "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "quant", "quant_double", "quantize_moe_experts",
+        "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "lora_dora",
+        "lora_init", "lora_rank_pattern", "lora_alpha_pattern", "quant", "quant_double", "quantize_moe_experts",
         # what it is trained towards
         "loss", "label_smoothing", "z_loss_coef", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha", "loss_weights",
         "rl_beta", "dpo_label_smoothing", "f_divergence", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha", "dpo_use_weighting",

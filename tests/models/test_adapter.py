@@ -134,12 +134,13 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None}, {}, "names model.layers.1.self_attn.q_proj"),
         ({"base_model.model.model.norm.weight": None}, {}, "names model.norm"),
         ({"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}, {}, "cannot use.*layers.7"),
-        ({f"{Q}.lora_magnitude_vector": torch.zeros(32)}, {}, "cannot use"),
+        ({f"{Q}.lora_magnitude_vector": torch.zeros(32)}, {}, "does not say use_dora"),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 31)}, {}, r"A \[4, 31\]"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 32), f"{Q}.lora_B.weight": torch.zeros(32, 2)}, {}, "rank 4"),
         ({"base_model.model.model.norm.weight": torch.zeros(31)}, {}, r"norm in the adapter file has shape \[31\]"),
         ({f"{Q}.base_layer.weight": torch.zeros(32, 32)}, {}, "base weight"),
-        ({}, {"use_dora": True}, "use_dora"),
+        ({}, {"use_dora": True}, "says use_dora, and the adapter file has no lora_magnitude_vector"),
+        ({f"{Q}.lora_bias": torch.zeros(32)}, {}, "cannot use"),
         ({}, {"peft_type": "LOHA"}, "peft_type"),
         ({}, {"rank_pattern": {"q_proj": 2}}, "rank 2 ask for"),
         ({}, {"bias": "some"}, "bias must be one of"),
@@ -174,12 +175,14 @@ def test_what_peft_cannot_hold_is_refused_before_training():
     adapter.check("qwen2", ["layers.0.k_proj", "lm_head"], ["layers.0.q_proj", "layers.0.q_bias", "embed_tokens"])
 
 
-def test_one_rank(oracle, tmp_path):
+def test_a_rank_that_is_not_the_configs_keeps_its_scale(oracle, tmp_path):
     ours = hf.load(oracle("llama")[1])
-    tree_, _, _ = trained(ours, ["q_proj"])
-    with pytest.raises(ValueError, match="rank 4"):
-        adapter.save(tmp_path / "adapter", tree_, family="llama", info=adapter.Info(8, ALPHA, base="x"))
-    assert not (tmp_path / "adapter").exists()
+    tree_, scale, _ = trained(ours, ["q_proj"])
+    adapter.save(tmp_path / "adapter", tree_, family="llama", info=adapter.Info(8, 2 * ALPHA, base="x"))
+    config = json.loads((tmp_path / "adapter" / adapter.CONFIG).read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (8, {"q_proj": RANK}, {"q_proj": ALPHA})
+    again, _, _ = adapter.load(tmp_path / "adapter", ours)
+    assert again.scale == scale and all(map(torch.equal, tree.leaves(again.tree), tree.leaves(tree_)))
 
 
 def test_loaded_leaves_take_the_dtype_that_is_asked_for(saved):
