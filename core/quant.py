@@ -41,6 +41,9 @@ class Origin(NamedTuple):
     numbers: Tensor
 
 
+NO_ORIGIN = Origin("", torch.zeros(0))  # of a leaf that does not outlive the pass that makes it
+
+
 class Quantised(NamedTuple):
     """A quantised leaf.
 
@@ -106,8 +109,30 @@ def quantise(weight: Tensor, scheme: Scheme) -> Quantised:
         raise ValueError(f"a leaf of shape {list(weight.shape)} is not quantised; expected a matrix, or a stack of them")
     if not torch.isfinite(weight).all():
         raise ValueError("a leaf with numbers that are not finite cannot be quantised")
+    return _coded(weight.detach(), scheme, origin_of(weight))
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scheme: Scheme) -> Tensor:
+        return dense(_coded(weight, scheme, NO_ORIGIN))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """What quantising leaves of a weight, with the gradient of the weight itself, as if nothing were rounded.
+
+    Source: Bengio et al., arXiv 1308.3432 (straight-through); Jacob et al., arXiv 1712.05877, section 3.
+    """
+    return _Rounded.apply(weight, scheme)
+
+
+def _coded(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
     make = _four_bits if scheme.kind in FOUR_BITS else _int8 if scheme.kind == "int8" else _fp8
-    return make(weight.detach(), scheme, origin_of(weight))
+    return make(weight, scheme, origin)
 
 
 def dense(leaf: Quantised, dtype: torch.dtype | None = None) -> Tensor:

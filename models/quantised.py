@@ -1,6 +1,6 @@
 """Which leaves of a model are quantised, and quantising each as it is read: the dense model is never whole in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
@@ -104,6 +104,19 @@ def folder_keeping(root: Path, abstract: Params, asked: Scheme | None, dtype: to
 def dense(model: Model) -> Model:
     """The model with each quantised leaf as its dense numbers."""
     return model._replace(params=tree.map(lambda leaf: quant.dense(leaf) if quant.quantised(leaf) else leaf, model.params))
+
+
+def rounding(logprob: Callable[..., Any], chosen: Collection[str], scheme: Scheme) -> Callable[..., Any]:
+    """A log-prob function that rounds the chosen leaves of what trains as a scheme quantises them, in every forward pass."""
+
+    def one(path: str, leaf: Tensor) -> Tensor:
+        return quant.rounded(leaf, scheme) if path in chosen else leaf
+
+    def compute(params: Params, frozen: Params, *inputs: Any, **options: Any) -> Any:
+        model = tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(params["model"]))
+        return logprob(params | {"model": model}, frozen, *inputs, **options)
+
+    return compute
 
 
 def check_dense(params: Params) -> None:

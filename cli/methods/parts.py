@@ -13,7 +13,7 @@ from treetune.core import step
 from treetune.core.data import pack, reference_logps
 from treetune.core.state import Logprob, Objective, Scores
 from treetune.losses import preference_objective, routing_objective, sft_objective
-from treetune.models import logprobs_routed, quantised, reference, reward_model
+from treetune.models import Model, hf, logprobs_routed, quantised, reference, reward_model
 from treetune.models import policy as policies
 from treetune.models.policy import Policy
 from treetune.models.reference import Reference
@@ -26,9 +26,22 @@ def supervised(policy: Policy, options: LossOptions, *, remat: str | None) -> Pa
     """The likelihood of supervised tokens, or the loss that the options name, and their terms on routers."""
     terms = {"z_loss_coef": options.z_loss_coef, "label_smoothing": options.label_smoothing}
     make = partial(sft_objective.named, name=options.loss, **terms)
-    logprob = partial(policies.logprob, policy, remat=remat, neftune=options.neftune_noise_alpha)
+    round_ = rounding(policy, options.qat)
+
+    def logprob(**own: Any) -> Any:
+        return round_(policies.logprob(policy, remat=remat, neftune=options.neftune_noise_alpha, **own))
+
     objective = routed(policy, logprob, make, router_coefs(options))
-    return Parts(policy, objective, sft_objective.named(policies.logprob(policy)), (pack.collate,))
+    return Parts(policy, objective, sft_objective.named(round_(policies.logprob(policy))), (pack.collate,))
+
+
+def rounding(policy: Policy, kind: str) -> Callable[[Any], Any]:
+    """What makes a log-prob function round the weights that train, for a model that is to be quantised; nothing for "none"."""
+    scheme = quantised.scheme(quant=kind)
+    if scheme is None:
+        return lambda logprob: logprob
+    chosen = quantised.paths(hf.abstract_of(Model(policy.family, policy.cfg, policy.params["model"])), scheme)
+    return partial(quantised.rounding, chosen=chosen, scheme=scheme)
 
 
 class RouterOptions(Protocol):

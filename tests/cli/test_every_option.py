@@ -63,6 +63,7 @@ CHANGES = {
     "z_loss_coef": ("metrics", lambda t: ["--z-loss-coef", 0.01], []),
     "router_aux_loss_coef": ("metrics", lambda t: ["--router-aux-loss-coef", 0.5], ["--model", "experts"]),
     "router_z_loss_coef": ("metrics", lambda t: ["--router-z-loss-coef", 0.5], ["--model", "experts"]),
+    "qat": ("metrics", lambda t: ["--qat", "nf4"], ["--adapter", "none", "--lora-r", None]),
     "neftune_noise_alpha": ("metrics", lambda t: ["--neftune-noise-alpha", 5], []),
     "optimizer": ("metrics", lambda t: ["--optimizer", "lion"], []),
     "learning_rate": ("metrics", lambda t: ["--learning-rate", 0.02], []),

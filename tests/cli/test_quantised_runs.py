@@ -54,3 +54,20 @@ def test_what_would_do_nothing_is_refused(command, options, words, kit, tiny, he
     done = tune(command, "--model", tiny.model, "--data", tiny.text if command == "pretrain" else tiny.chat, *options)
     assert done.code == 2 and words in " ".join(done.err.split()), done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_model_that_was_trained_rounded_is_quantised_to_what_was_evaluated(kind, kit, tiny, here, tune):
+    options = ["--adapter", "none", "--qat", kind, "--max-steps", 3, "--learning-rate", 1e-3, "--sample-prompt=", "--val-data", tiny.text]
+    done = tune("sft", *kit.basics(tiny, *options, "--output-dir", "run"))
+    assert done.code == 0, done.err
+    records = kit.metrics(here / "run")
+    last = [record["eval/loss"] for record in records if "eval/loss" in record][-1]
+    evaluate = ["eval", "--model", "run/model", "--data", tiny.text, "--sequence-len", 128]
+
+    def loss(*more):
+        done = tune(*evaluate, *more)
+        assert done.code == 0, done.err
+        return float(next(line.split()[1] for line in done.out.splitlines() if line.startswith("loss")))
+
+    assert loss("--quant", kind) == pytest.approx(last, abs=5e-5) != pytest.approx(loss(), abs=5e-5)

@@ -44,7 +44,8 @@ TABLE = {
         "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "lora_dora",
         "lora_init", "lora_rank_pattern", "lora_alpha_pattern", "quant", "quant_double", "quantize_moe_experts",
         # what it is trained towards
-        "loss", "label_smoothing", "z_loss_coef", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha", "loss_weights",
+        "loss", "label_smoothing", "z_loss_coef", "qat", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha",
+        "loss_weights",
         "rl_beta", "dpo_label_smoothing", "f_divergence", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha", "dpo_use_weighting",
         "rpo_alpha", "kto_desirable_weight",
         "kto_undesirable_weight", "orpo_alpha", "orpo_nll_scope", "simpo_gamma", "simpo_alpha", "cpo_alpha", "center_rewards_coefficient",

@@ -112,3 +112,13 @@ def test_a_leaf_has_shape_dtype_and_bytes(kind):
 def test_what_cannot_be_quantised_is_refused(weight):
     with pytest.raises(ValueError, match="expected a matrix|not finite"):
         quant.quantise(weight, Scheme("nf4"))
+
+
+@pytest.mark.parametrize("kind", quant.KINDS)
+def test_rounded_weights_have_the_gradient_of_those_before(kind):
+    weight = random((8, 64)).requires_grad_()
+    scheme = Scheme(kind)
+    y = quant.rounded(weight, scheme)
+    assert torch.equal(y.detach(), quant.dense(quant.quantise(weight, scheme)))
+    (gradient,) = torch.autograd.grad((y * torch.arange(8.0)[:, None]).sum(), weight)
+    assert torch.equal(gradient, torch.arange(8.0)[:, None].expand(8, 64))
