@@ -32,6 +32,7 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "generate": Command("commands.generate", commands.Generate, "answer prompts"),
     "chat": Command("commands.chat", commands.Chat, "talk to a model"),
     "merge": Command("commands.merge", commands.Merge, "fold an adapter into its model"),
+    "quantize": Command("commands.quantize", commands.Quantize, "write a model in 4 or 8 bits"),
     "check": Command("commands.check", commands.Check, "compare a model with transformers, and packed with alone"),
     "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine"),
     "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),

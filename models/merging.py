@@ -65,7 +65,7 @@ def merge(model: Model, adapter: Lora, tokenizer: Callable[..., Any], *, dtype: 
     """The model with the adapter folded into leaves of `dtype`, compared on the probe text. head: of a reward model, whose scores count."""
     folded = lora.merge(model.params, adapter.tree, adapter.scale)
     merged = model._replace(params=tree.map(lambda leaf: shard.gather(leaf, dtype), folded))
-    ids = _probe_ids(tokenizer, model.cfg)
+    ids = probe_ids(tokenizer, model.cfg)
     upcast = merged._replace(params=tree.map(lambda leaf: leaf.float(), merged.params))
     difference = compare(_outputs(model, ids, head, adapter), _outputs(upcast, ids, head))
     return Merged(merged, difference, len(ids), head)
@@ -101,7 +101,7 @@ def save(merged: Merged, path: Path, chosen: Target, tokenizer: Any) -> None:
     hf.save(path, merged.model, tokenizer=tokenizer, generation=generation, beside=beside)
 
 
-def _probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:
+def probe_ids(tokenizer: Callable[..., Any], cfg: Config) -> Tensor:
     """Token ids of the probe text, and every 997th id of the vocabulary after it."""
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"] + list(range(0, cfg.vocab_size, 997))
     return torch.tensor(ids[: cfg.max_positions])

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from treetune.cli.options.data import PromptRows, RowOptions
-from treetune.cli.options.model import LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
+from treetune.cli.options.model import FOUR_BITS, LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.serve import Serve as Serve
@@ -131,6 +131,27 @@ class Merge:
     """Dtype of the saved weights; rounding shows in the logit difference."""
     max_logit_diff: Annotated[float, POSITIVE] = 0.05
     """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a model folder with its linear layers in 4 or 8 bits, which transformers and vLLM load, and print how far its logits move.
+
+    nf4, fp4 and int8 are files of bitsandbytes, fp8 those of compressed-tensors. Embeddings, head, routers and experts stay as they are.
+    """
+
+    model: Annotated[Positional[str], MODEL, arg(metavar="MODEL")]
+    """Model folder, .gguf file, known name or Hugging Face id."""
+    output: Annotated[Positional[str], NEW_FOLDER, arg(metavar="OUTPUT")]
+    """Folder to write; must not exist."""
+    revision: Annotated[str | None, LOCAL] = None
+    """Branch, tag or commit of a Hugging Face id."""
+    quant: Literal["nf4", "fp4", "int8", "fp8"] = "nf4"
+    """Bits and codes: 4 (nf4, fp4) or 8 (int8, fp8)."""
+    quant_double: Annotated[bool, FOUR_BITS] = True
+    """Keep the maxima of 4-bit blocks in 8 bits, too: 0.4 bits less for each weight."""
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of what is not quantised, which transformers computes in."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from treetune.core import quant, tree
 from treetune.models import hf
 
 
@@ -260,3 +261,27 @@ def test_several_data_sets_of_several_formats(kit, tiny, tune, here):
     assert all(f"{name}:" in done.out for name in ("chat", "alpaca", "completion")) and "22 rows -> 22 documents" in done.out
     asked = [sample["prompt"] for sample in kit.samples(here / "runs/sft-001")]
     assert len(set(asked)) == 1 and "+" in asked[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--quant", "int8"], ["--quant", "fp8"], ["--no-quant-double"], ["--save-dtype", "float32"]])
+def test_quantize_writes_a_folder_that_loads(options, tiny, tune, here):
+    done = tune("quantize", tiny.model, "small", *options)
+    assert done.code == 0 and "KL " in done.out and "saved small" in done.out, done
+    model = hf.load("small", dtype=torch.float32)
+    kind = options[1] if "--quant" in options else "nf4"
+    found = {leaf.kind for leaf in tree.leaves(model.params) if quant.quantised(leaf)}
+    assert found == {kind} and json.loads((here / "small/config.json").read_text())["dtype"] == (
+        "float32" if "--save-dtype" in options else "bfloat16"
+    )
+    leaf = model.params["layers"][0]["q_proj"]
+    assert (leaf.nested is None) == ("--no-quant-double" in options or kind not in quant.FOUR_BITS)
+    shown = tune("generate", "--model", "small", "--max-new-tokens", 2, "--raw", "ab")
+    assert shown.code == 0, shown
+
+
+def test_quantize_refuses_what_it_cannot_write(tiny, tune, kit, adapter, here):
+    assert tune("quantize", tiny.model, "small").code == 0
+    kit.refused(tune("quantize", "small", "again"), "small is quantised: name the unquantised model")
+    kit.refused(tune("quantize", tiny.model, "small"), "small exists: name a folder")
+    kit.refused(tune("quantize", tiny.model, "other", "--quant", "int8", "--quant-double"), "quant is int8")
+    kit.refused(tune("merge", adapter, "merged", "--model", "small", "--save-dtype", "int4"), "save_dtype|save-dtype")

@@ -1,0 +1,103 @@
+"""A model written with its linear layers in 4 or 8 bits, as transformers and vLLM read it, and how far that moves what it computes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from treetune.core import quant, tree
+from treetune.core.quant import Scheme
+from treetune.models import Model, bnb_files, bridge, families, hf, hf_keys, merging, processor, quant_config, quantised
+from treetune.models import tokenizer as tokenizers
+from treetune.models.merging import Difference
+
+HEAD = "lm_head"
+
+
+class Written(NamedTuple):
+    """What was quantised: weights, of these numbers in all; the bytes of all tensors; and the difference of logits on the probe."""
+
+    weights: int
+    numbers: int
+    bytes: int
+    difference: Difference
+    probe_tokens: int
+
+
+def check(model: Model, scheme: Scheme, name: str) -> None:
+    """Errors: ValueError for a model that is quantised, or that this scheme has no files for."""
+    if any(quant.quantised(leaf) for leaf in tree.leaves(model.params)):
+        raise ValueError(f"{name} is quantised: name the unquantised model")
+    experts = next((path for path, leaf in tree.items(model.params) if leaf.ndim == 3 and "experts" in path.split(".")), None)
+    if scheme.kind == "fp8" and experts is not None:
+        raise ValueError(
+            f"{name} has experts ({experts}), which fp8 files do not hold here: take nf4, fp4 or int8, which leave experts as they are"
+        )
+
+
+def quantise(model: Model, scheme: Scheme, dtype: torch.dtype) -> Model:
+    """The model as its files will have it: leaves of linear layers quantised, all others rounded to `dtype`."""
+    chosen = quantised.paths(hf.abstract_of(model), scheme._replace(experts=False))
+
+    def one(path: str, leaf: Tensor) -> Any:
+        return quant.quantise(leaf.float(), scheme)._replace(dtype=dtype) if path in chosen else leaf.to(dtype)
+
+    return model._replace(params=tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params)))
+
+
+@torch.no_grad()
+def write(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any, name: str, revision: str | None = None) -> Written:
+    """Write the folder of a dense model in float32, quantised; `name` is where it came from. Errors: ValueError where there is a folder."""
+    tensors, config = described(model, scheme, dtype, tokenizer)
+    generation = tokenizers.generation_config(name, tokenizer, revision=revision)
+    hf.write(path, tensors, config, tokenizer=tokenizer, generation=generation, beside=processor.read(name, revision=revision))
+    ids = merging.probe_ids(tokenizer, model.cfg)
+    # As the folder has it; transformers' modules may hold weights otherwise than their files, which cannot be read back quantised.
+    made = quantise(model, scheme, dtype) if isinstance(model.cfg, bridge.Config) else hf.load(path, dtype=dtype)
+    chosen = [leaf for leaf in tree.leaves(made.params) if quant.quantised(leaf)]
+    wide = tree.map(lambda leaf: quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float(), made.params)
+    difference = merging.compare(families.document_logits(model, ids), families.document_logits(model._replace(params=wide), ids))
+    return Written(len(chosen), sum(leaf.numel() for leaf in chosen), tree.bytes(tensors), difference, len(ids))
+
+
+def described(model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by key and the config.json of a dense model, its linear layers quantised, each as one tensor of the files."""
+    leaves, config = hf.described(model, tokenizer)
+    chosen = keys(model, scheme, leaves)
+    tensors: dict[str, Tensor] = {}
+    for key in list(leaves):
+        leaf = leaves.pop(key)
+        if key in chosen:
+            tensors |= bnb_files.parts(key, quant.quantise(leaf.float(), scheme)._replace(dtype=dtype))
+        else:
+            tensors[key] = leaf.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    mapping = quant_config.to_hf(scheme, _dense_modules(model, chosen, tensors), name)
+    return tensors, config | {"dtype": name, quant_config.NAME: mapping}
+
+
+def keys(model: Model, scheme: Scheme, leaves: Mapping[str, Tensor]) -> set[str]:
+    """The keys of the files that hold linear layers."""
+    paths = quantised.paths(hf.abstract_of(model), scheme._replace(experts=False))
+    return {key for path in paths if (key := hf_keys.hf_key(model.family, path)) in leaves}
+
+
+def _dense_modules(model: Model, chosen: set[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Modules that may be linear layers of transformers or of a server, and stay as they are."""
+    head = hf_keys.hf_key(model.family, HEAD).removesuffix(".weight")
+    embedding = hf_keys.hf_key(model.family, "embed_tokens")
+    parts = {f"{key}{end}" for key in chosen for end in ("", bnb_files.ABSMAX)}
+    found = [key for key, leaf in tensors.items() if leaf.ndim > 1 and key not in parts and key != embedding]
+    names = (key.removesuffix(".weight") for key in found if key.endswith(".weight") and f"{key.removesuffix('_scale')}" not in chosen)
+    return list(dict.fromkeys([head, *(f"{name.partition('.experts.')[0]}.experts" if ".experts." in name else name for name in names)]))
+
+
+def describe(written: Written) -> str:
+    """What was written, in a line."""
+    largest, mean, kl = written.difference
+    return (
+        f"{written.weights} weights of {written.numbers / 1e6:.1f} M numbers quantised, {written.bytes / 2**20:.1f} MiB in all; probe of "
+        f"{written.probe_tokens} tokens: largest logit difference {largest:.2e}, mean {mean:.2e}, KL {kl:.2e} nats"
+    )

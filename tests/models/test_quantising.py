@@ -1,0 +1,156 @@
+"""Folders that we quantise: those of bitsandbytes to the bit, with the logits of transformers, and as they were when read again."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from treetune.core import quant, tree
+from treetune.core.quant import Scheme
+from treetune.models import bridge, families, hf, merging, quantised, quantising
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+MODELS = {
+    "llama": ("Llama", dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", dict()),
+    "phi3": ("Phi3", dict()),
+    "qwen3_moe": ("Qwen3Moe", dict(head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)),
+    "glm4": ("Glm4", dict(head_dim=16)),
+}
+SCHEMES = {
+    "nf4": (Scheme("nf4"), dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)),
+    "fp4": (Scheme("fp4", double=False), dict(load_in_4bit=True, bnb_4bit_quant_type="fp4")),
+    "int8": (Scheme("int8"), dict(load_in_8bit=True)),
+}
+IDS = torch.arange(40) % 96
+
+
+def tokens(text, **_):
+    return {"input_ids": [5, 6, 7]}
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """plain(name) -> the folder of a small model of random weights."""
+    root = tmp_path_factory.mktemp("dense")
+
+    def folder(name):
+        if not (root / name).exists():
+            prefix, extra = MODELS[name]
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{prefix}Config")(**SIZES | extra)
+            getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+def written(model, scheme, path, dtype=torch.float32):
+    tensors, config = quantising.described(model, scheme, dtype)
+    hf.write(path, tensors, config)
+    return path
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_of_ours_is_that_of_transformers(name, kind, plain, tmp_path):
+    """Every tensor but the spelling of the state; logits, too."""
+    scheme, options = SCHEMES[kind]
+    path = written(hf.load(plain(name)), scheme, tmp_path / "ours")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path)
+    config = transformers.BitsAndBytesConfig(**options)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(plain(name), quantization_config=config, dtype=torch.float32)
+    expected.save_pretrained(tmp_path / "theirs")
+    ours, theirs = load_file(path / "model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert not [key for key, leaf in theirs.items() if "quant_state" not in key and not torch.equal(ours[key], leaf)]
+    with torch.no_grad():
+        logits = loaded(IDS[None]).logits[0]
+        assert torch.equal(logits, expected(IDS[None]).logits[0])
+    # bitsandbytes also rounds what meets weights in 8 bits.
+    own = families.document_logits(hf.load(path), IDS)
+    assert torch.allclose(own, logits, atol=1e-4 if kind != "int8" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", [*SCHEMES, "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_read_again_it_is_the_same_to_the_bit(name, kind, plain, tmp_path):
+    if (name, kind) == ("qwen3_moe", "fp8"):
+        pytest.skip("fp8 files hold no experts: refused below")
+    scheme = SCHEMES[kind][0] if kind in SCHEMES else Scheme("fp8")
+    model = hf.load(plain(name))
+    again = hf.load(written(model, scheme, tmp_path / "once", torch.bfloat16), dtype=torch.bfloat16)
+    made = quantising.quantise(model, scheme, torch.bfloat16)
+    assert again.params["norm"].dtype == torch.bfloat16
+    count = 0
+    for one, other in zip(tree.leaves(again.params), tree.leaves(made.params), strict=True):
+        assert quant.quantised(one) == quant.quantised(other) and one.dtype == other.dtype
+        if name != "phi3" or kind not in ("nf4",):  # whose maxima of maxima are those of fused tensors
+            assert torch.equal(*(quant.dense(leaf) if quant.quantised(leaf) else leaf for leaf in (one, other)))
+        count += quant.quantised(one)
+    assert count == len(quantised.paths(hf.abstract_of(model), scheme._replace(experts=False))) >= 8
+
+
+def test_what_stays_dense_is_named(plain, tmp_path):
+    _, config = quantising.described(hf.load(plain("qwen3_moe")), Scheme("nf4"), torch.float32)
+    skipped = config["quantization_config"]["llm_int8_skip_modules"]
+    layers = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("experts", "gate")]
+    assert sorted(skipped) == sorted(["lm_head", *layers])
+
+
+def test_the_difference_is_that_of_the_folder(plain, tmp_path):
+    for name in ("llama", "glm4"):
+        model = hf.load(plain(name))
+        options = {"name": str(plain(name))}
+        result = quantising.write(tmp_path / name, model, Scheme("nf4"), torch.bfloat16, FakeTokenizer(), **options)
+        again = hf.load(tmp_path / name, dtype=torch.bfloat16)
+        ids = merging.probe_ids(tokens, model.cfg)
+        assert result.difference.largest > 1e-3 and "nats" in quantising.describe(result)
+        if not isinstance(model.cfg, bridge.Config):
+            upcast = {
+                path: quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float() for path, leaf in tree.items(again.params)
+            }
+            expected = merging.compare(
+                families.document_logits(model, ids), families.document_logits(model._replace(params=tree.from_items(upcast.items())), ids)
+            )
+            assert result.difference == expected
+        files = [file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")]
+        assert result.bytes < sum(files) < result.bytes * 1.6
+
+
+class FakeTokenizer:
+    """Three tokens for any text, and nothing to save."""
+
+    eos_token_id = bos_token_id = pad_token_id = None
+    chat_template = None
+
+    def __call__(self, text, **_):
+        return tokens(text)
+
+    def save_pretrained(self, path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "expected"), [("qwen3_moe", Scheme("fp8"), "has experts"), ("llama", Scheme("nf4"), "is quantised")]
+)
+def test_models_without_such_files_are_refused(name, scheme, expected, plain):
+    model = hf.load(plain(name), scheme=Scheme("nf4") if name == "llama" else None)
+    with pytest.raises(ValueError, match=expected):
+        quantising.check(model, scheme, "base")
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_fp8_has_the_logits_of_compressed_tensors(name, plain, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors: the library that reads these files for transformers")
+    path = written(hf.load(plain(name)), Scheme("fp8"), tmp_path / "ours")
+    options = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=options)
+    with torch.no_grad():
+        logits = loaded(IDS[None]).logits[0]
+    assert torch.allclose(families.document_logits(hf.load(path), IDS), logits, atol=1e-5)
