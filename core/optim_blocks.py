@@ -147,8 +147,9 @@ def _start_blocks(path: str, leaf: Tensor, signs: Signs, fmt: Format) -> Moments
 
 
 def _check_split(path: str, leaf: Tensor, fmt: Format) -> None:
-    own, dims = shard.local(leaf), shard.split_dims(leaf)
-    if dims != [0] or own.numel() % fmt.block or leaf.numel() % own.numel() or leaf.shape[0] % own.shape[0]:
+    parts = shard.parts(leaf)
+    # The same on all ranks, so that all of them stop.
+    if shard.split_dims(leaf) != [0] or leaf.shape[0] % parts or leaf.numel() // parts % fmt.block:
         raise ValueError(
             f"{fmt.label} keeps blocks of {fmt.block} numbers, and ranks hold parts of {path} {tuple(leaf.shape)} that end inside of one: "
             "use optimizer adamw, or sharding none"

@@ -7,6 +7,7 @@ once a step; fully sharded training (ZeRO-3) shards every leaf on the data axis 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
@@ -176,14 +177,20 @@ def flat(values: Tensor, like: Tensor) -> Tensor:
         return values
     from torch.distributed.tensor import DTensor
 
-    parts = like.numel() // local(like).numel()
-    shape = torch.Size([values.numel() * parts])
+    shape = torch.Size([values.numel() * parts(like)])
     return DTensor.from_local(values, like.device_mesh, like.placements, shape=shape, stride=(1,), run_check=False)
 
 
 def split_dims(leaf: Tensor) -> list[int]:
     """The dimensions along which a leaf is split among ranks."""
     return [cast(Any, spec).dim for spec in leaf.placements if spec.is_shard()] if distributed(leaf) else []
+
+
+def parts(leaf: Tensor) -> int:
+    """Into how many parts a leaf is split."""
+    if not distributed(leaf):
+        return 1
+    return math.prod(leaf.device_mesh.size(axis) for axis, spec in enumerate(leaf.placements) if spec.is_shard())
 
 
 def full(leaf: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from treetune.cli import fit, methods
 from treetune.cli.fit import configure
+from treetune.core import tree
 from treetune.core.run.errors import RunFailed
 from treetune.core.run.source import Fixed
 from treetune.models import policy
@@ -47,6 +49,21 @@ def test_bad_input_is_a_value_error_and_writes_nothing(tiny, here, kit):
         with pytest.raises(ValueError, match=words):
             fit.fit(configure("sft", **options(tiny, **more)))
     assert kit.listing(here) == set()
+
+
+def test_the_average_of_a_schedule_free_run_is_what_is_evaluated_and_saved(tiny, here):
+    more = {"optimizer": "schedule_free_adamw", "lr_scheduler": "constant", "learning_rate": 0.01, "val_set_size": 2}
+    result = fit.fit(configure("sft", **options(tiny, **more)))
+    pairs = zip(tree.leaves(result.state.params), tree.leaves(result.state.opt["z"]), tree.leaves(result.policy.params), strict=True)
+    assert all(torch.equal(shown, torch.lerp(y, z, 1 - 1 / 0.9)) for y, z, shown in pairs)
+    saved = {name.rpartition("layers.")[2]: leaf for name, leaf in load_file(result.folder / "adapter/adapter_model.safetensors").items()}
+    for path, leaf in tree.items(result.policy.params["lora"]["layers"][0]["q_proj"]):
+        assert torch.equal(saved[f"0.self_attn.q_proj.lora_{path}.weight"], leaf)
+    # The last evaluation is that of a run that starts from what was saved.
+    start = {"lora_model_dir": str(result.folder / "adapter"), "val_set_size": 2, "max_steps": 1, "learning_rate": 1e-12}
+    again = fit.fit(configure("sft", **{name: value for name, value in options(tiny, **start).items() if name != "lora_r"}))
+    first, last = ([one["eval/loss"] for one in run.history if "eval/loss" in one] for run in (again, result))
+    assert first[0] == pytest.approx(last[-1], rel=1e-5)
 
 
 def test_a_run_that_fails_is_run_failed(tiny, here):

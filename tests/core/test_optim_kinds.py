@@ -1,11 +1,12 @@
 """Adafactor, Muon, Adagrad, ADOPT, schedule-free AdamW and pages against other implementations, or the published formulas in float64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from treetune.core import optim, optim_averages, optim_blocks, optim_matrices, optim_pages, tree
+from treetune.core import optim, optim_averages, optim_blocks, optim_matrices, optim_pages, registry, tree
 from treetune.core.state import TrainState
 
 STEPS = 50
@@ -179,6 +180,23 @@ def test_pages_change_no_number(name, copied, monkeypatch):
     flat = [tree.leaves({"params": params, "state": state}) for params, state in ends]
     assert all(torch.equal(one, two) for one, two in zip(*flat, strict=True))
     assert bool(copies) == copied
+
+
+def _documented():
+    """{name: bytes of a weight} of the table in docs/training.md, without those whose state is elsewhere."""
+    rows = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8").partition("## Optimisers")[2].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| `")]
+    return {name.strip("` "): size for names, size, *_ in cells for name in names.split(",")}
+
+
+@pytest.mark.parametrize("name", registry.OPTIMIZERS)
+def test_the_documented_bytes_of_a_weight_are_those_of_its_state(name):
+    said, params = _documented()[name], {"layers": [{"w": torch.zeros(4096, 4096)}]}
+    measured = tree.bytes(registry.bind(registry.OPTIMIZERS[name])().init(params)) / 4096**2
+    if "paged" in name:
+        assert said == "0 on the GPU"
+    else:
+        assert float(said.partition(",")[0]) == pytest.approx(measured, abs=0.005)
 
 
 def test_wrong_parameters_are_refused():
