@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import lora, shard, tree
+from treetune.core import lora, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.state import Params
-from treetune.models import Model, dense, families, heads, hf, processor, reward_model, target
+from treetune.models import Model, dense, families, heads, hf, processor, quant_config, reward_model, target
 from treetune.models import tokenizer as tokenizers
 from treetune.models.dense import Config
 from treetune.models.fetch import Say, silent
@@ -65,10 +65,28 @@ def merge(model: Model, adapter: Lora, tokenizer: Callable[..., Any], *, dtype: 
     """The model with the adapter folded into leaves of `dtype`, compared on the probe text. head: of a reward model, whose scores count."""
     folded = lora.merge(model.params, adapter.tree, adapter.scale)
     merged = model._replace(params=tree.map(lambda leaf: shard.gather(leaf, dtype), folded))
+    return compared(Merged(merged, Difference(0, 0, 0), 0, head), model, adapter, tokenizer, head)
+
+
+def unquantised(merged: Merged, chosen: Target, tokenizer: Callable[..., Any], *, say: Say = silent) -> Merged | None:
+    """The merged model compared with the adapter on the base before it was quantised; None where it was not, or its files are so."""
+    if chosen.scheme is None or quant_config.of_name(chosen.model, chosen.revision) is not None:
+        return None
+    model, adapter, head = load(chosen._replace(scheme=None), say=say)
+    return compared(merged, model, adapter, tokenizer, head)
+
+
+@torch.no_grad()
+def compared(merged: Merged, model: Model, adapter: Lora, tokenizer: Callable[..., Any], head: Params | None = None) -> Merged:
+    """The merged model with its difference from a model with the adapter."""
     ids = probe_ids(tokenizer, model.cfg)
-    upcast = merged._replace(params=tree.map(lambda leaf: leaf.float(), merged.params))
+    upcast = merged.model._replace(params=tree.map(_wide, merged.model.params), cfg=model.cfg)
     difference = compare(_outputs(model, ids, head, adapter), _outputs(upcast, ids, head))
-    return Merged(merged, difference, len(ids), head)
+    return merged._replace(difference=difference, probe_tokens=len(ids))
+
+
+def _wide(leaf: Any) -> Tensor:
+    return quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float()
 
 
 def describe(merged: Merged) -> str:

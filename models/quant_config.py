@@ -10,7 +10,7 @@ from typing import Any, cast
 from treetune.core import fields
 from treetune.core.fields import Fields
 from treetune.core.quant import FOUR_BITS, Kind, Scheme
-from treetune.models import folder
+from treetune.models import fetch, folder
 
 NAME = "quantization_config"
 BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
@@ -37,6 +37,12 @@ def of_folder(root: Path) -> Scheme | None:
     """The scheme of the weights in a model folder; None where they are plain, or it has no config.json."""
     path = root / "config.json"
     return read(fields.mapping(folder.read_json(path), str(path))) if path.is_file() else None
+
+
+def of_name(name: str, revision: str | None = None) -> Scheme | None:
+    """`of_folder` of the folder that a name means; None for a .gguf file."""
+    path = fetch.resolve(name, revision=revision)
+    return of_folder(path) if path.is_dir() else None
 
 
 def agreed(stored: Scheme | None, asked: Scheme | None, source: object) -> Scheme | None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from treetune.core import quant, tree
+from treetune.core.lora import Lora
 from treetune.core.quant import Scheme
 from treetune.models import Model, bnb_files, bridge, families, hf, hf_keys, merging, processor, quant_config, quantised
 from treetune.models import tokenizer as tokenizers
-from treetune.models.merging import Difference
+from treetune.models.merging import Difference, Merged
 
 HEAD = "lm_head"
 
@@ -50,16 +51,32 @@ def quantise(model: Model, scheme: Scheme, dtype: torch.dtype) -> Model:
 @torch.no_grad()
 def write(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any, name: str, revision: str | None = None) -> Written:
     """Write the folder of a dense model in float32, quantised; `name` is where it came from. Errors: ValueError where there is a folder."""
-    tensors, config = described(model, scheme, dtype, tokenizer)
-    generation = tokenizers.generation_config(name, tokenizer, revision=revision)
-    hf.write(path, tensors, config, tokenizer=tokenizer, generation=generation, beside=processor.read(name, revision=revision))
+    size = save(path, model, scheme, dtype, tokenizer, name, revision)
     ids = merging.probe_ids(tokenizer, model.cfg)
     # As the folder has it; transformers' modules may hold weights otherwise than their files, which cannot be read back quantised.
     made = quantise(model, scheme, dtype) if isinstance(model.cfg, bridge.Config) else hf.load(path, dtype=dtype)
     chosen = [leaf for leaf in tree.leaves(made.params) if quant.quantised(leaf)]
     wide = tree.map(lambda leaf: quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float(), made.params)
     difference = merging.compare(families.document_logits(model, ids), families.document_logits(model._replace(params=wide), ids))
-    return Written(len(chosen), sum(leaf.numel() for leaf in chosen), tree.bytes(tensors), difference, len(ids))
+    return Written(len(chosen), sum(leaf.numel() for leaf in chosen), size, difference, len(ids))
+
+
+def save(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any, name: str, revision: str | None = None) -> int:
+    """Write the folder of a dense model, quantised; the bytes of its tensors. `name` is where tokenizer and processor came from."""
+    tensors, config = described(model, scheme, dtype, tokenizer)
+    generation = tokenizers.generation_config(name, tokenizer, revision=revision)
+    hf.write(path, tensors, config, tokenizer=tokenizer, generation=generation, beside=processor.read(name, revision=revision))
+    return tree.bytes(tensors)
+
+
+def merge(model: Model, adapter: Lora, tokenizer: Any, scheme: Scheme, dtype: torch.dtype) -> tuple[Model, Merged]:
+    """The adapter folded into the model in float32, and that quantised, all else of `dtype`, with its difference.
+
+    Leaves of one tensor in the files are quantised apart here: the maxima of maxima of blocks are then others than in the files.
+    """
+    merged = merging.merge(model, adapter, tokenizer, dtype=torch.float32)
+    made = merged._replace(model=quantise(merged.model, scheme, dtype))
+    return merged.model, merging.compared(made, model, adapter, tokenizer)
 
 
 def described(model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -127,8 +127,8 @@ class Merge:
     """Base model; if not given, the one the adapter names."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
-    save_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the saved weights; rounding shows in the logit difference."""
+    save_dtype: Literal["float32", "bfloat16", "nf4", "fp4", "int8"] = "float32"
+    """Dtype of the saved weights; rounding shows in the logit difference. nf4, fp4, int8: linear layers as by treetune quantize."""
     max_logit_diff: Annotated[float, POSITIVE] = 0.05
     """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""
 

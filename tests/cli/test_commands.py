@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -285,3 +286,32 @@ def test_quantize_refuses_what_it_cannot_write(tiny, tune, kit, adapter, here):
     kit.refused(tune("quantize", tiny.model, "small"), "small exists: name a folder")
     kit.refused(tune("quantize", tiny.model, "other", "--quant", "int8", "--quant-double"), "quant is int8")
     kit.refused(tune("merge", adapter, "merged", "--model", "small", "--save-dtype", "int4"), "save_dtype|save-dtype")
+
+
+def differences(out):
+    """The largest logit differences that were printed."""
+    return [float(found) for found in re.findall(r"largest logit difference (\S+),", out)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_merge_quantises_again_within_the_bound(kind, adapter, tune, kit, here):
+    kit.refused(tune("merge", adapter, "small", "--save-dtype", kind, "--max-logit-diff", 1e-6), "merged logits differ by up to")
+    assert not (here / "small").exists()
+    done = tune("merge", adapter, "small", "--save-dtype", kind, "--max-logit-diff", 100)
+    assert done.code == 0, done
+    assert len(differences(done.out)) == 1 and differences(done.out)[0] > 1e-4
+    model, whole = hf.load("small"), tune("merge", adapter, "whole")
+    assert whole.code == 0 and differences(whole.out)[0] < 1e-4
+    leaf, merged = model.params["layers"][0]["q_proj"], hf.load("whole").params["layers"][0]["q_proj"]
+    assert leaf.kind == kind and torch.equal(quant.dense(leaf), quant.dense(quant.quantise(merged, quant.Scheme(kind))))
+
+
+def test_merge_says_how_far_the_unquantised_base_is(tiny, sft, tune, kit):
+    assert sft("--quant", "nf4", "--output-dir", "run").code == 0
+    done = tune("merge", "run", "merged")
+    assert done.code == 0, done
+    near, far = differences(done.out)
+    assert near < 1e-4 < far and "against the adapter on the unquantised base" in done.out
+    assert tune("quantize", tiny.model, "small").code == 0
+    again = tune("merge", "run", "other", "--model", "small")
+    assert again.code == 0 and len(differences(again.out)) == 1, again
