@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import document_source, resume_options, rollout_source
+from treetune.cli import document_source, memory_rows, resume_options, rollout_source
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
@@ -83,7 +83,10 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     state, hooks = _restore(run, pieces, state, supply)
     state = state._replace(frozen=state.frozen | {name: state.extra[name] for name in begun})
     start = start._replace(params=state.params, frozen=state.frozen)
-    about = summary.describe(run.folder, describe.describe_policy(start, run.config.model.model), supply.described, rate)
+    model = describe.describe_policy(start, run.config.model.model)
+    if line := memory_rows.of_run(run, start, state):
+        model |= {"memory": line}
+    about = summary.describe(run.folder, model, supply.described, rate)
     supply = supply._replace(evaluate=_of_shown(supply.evaluate, optimizer.shown))
     return Assembly(start, state, supply, stepper, hooks._replace(about=about), data, rate, pieces.stop_ids, optimizer.shown)
 

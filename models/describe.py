@@ -10,11 +10,7 @@ from treetune.models.policy import Policy, weights
 
 def describe_model(path: Path) -> dict[str, str]:
     """Lines by name for a model folder or a .gguf file: family, sizes, parameters, and what LoRA of rank 16 would add."""
-    if path.suffix == ".gguf":
-        model = gguf.load(path)
-        family, cfg = model.family, model.cfg
-    else:
-        family, cfg = hf.read_config(path / "config.json")
+    family, cfg = read_sizes(path)
     stored = None if path.suffix == ".gguf" else quant_config.of_folder(path)
     sizes = MODELS[family].abstract(cfg)
     linears, count = lora.linears(sizes), param.count(sizes)
@@ -32,6 +28,14 @@ def describe_model(path: Path) -> dict[str, str]:
         "lora targets": ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in lora.adaptable(sizes))),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
     }
+
+
+def read_sizes(path: Path) -> tuple[str, Config]:
+    """The family and the sizes of a model folder or a .gguf file."""
+    if path.suffix != ".gguf":
+        return hf.read_config(path / "config.json")
+    model = gguf.load(path)
+    return model.family, model.cfg
 
 
 def _computed_by(cfg: Config) -> str:

@@ -155,6 +155,7 @@ def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor]
         if jacobian is not None:
             assert dz is not None
             _write(jacobian[rows], dz, weight, scales)
+        del z, dz  # else the logits of two chunks are there at once
     return stats, jacobian
 
 
@@ -187,6 +188,7 @@ def backward_chunks(
             db += dz.sum(0, dtype=dtype)
         if dw is not None:
             _accumulate(dw, dz, h, rows_of(targets, rows))
+        del dz
     return dh, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
 
 

@@ -9,14 +9,30 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from treetune.cli.options.data import PromptRows, RowOptions
-from treetune.cli.options.model import FOUR_BITS, LOCAL, AdapterPath, ModelName, ModelOptions, TokenOptions
+from treetune.cli.options.model import FOUR_BITS, LOCAL, LORA, QUANT, AdapterPath, ModelName, ModelOptions, TokenOptions
+from treetune.cli.options.optim import OPTIMIZER
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.serve import Serve as Serve
-from treetune.core.config.marks import ADAPTER, ANY_PATH, FUNCTION_PATH, MODEL, NEW_FILE, NEW_FOLDER, PAGE, ROW_FILES, TEMPLATE, unused_if
+from treetune.core.config.marks import (
+    ADAPTER,
+    ANY_PATH,
+    FUNCTION_PATH,
+    MODEL,
+    NEW_FILE,
+    NEW_FOLDER,
+    PAGE,
+    ROW_FILES,
+    TEMPLATE,
+    Switch,
+    unused_if,
+    unused_unless,
+)
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
+
+FROZEN = unused_if("adapter", "none", reason="adapter is none, and weights that train are not quantised")
 
 
 @dataclass(frozen=True)
@@ -200,8 +216,43 @@ class Fetch:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """Memory of a training run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the run; auto is CUDA where there is one."""
+    quant: Annotated[Literal["none", "nf4", "fp4", "int8", "fp8"], FROZEN] = "none"
+    """Frozen linear layers in 4 bits (nf4, fp4) or 8 (int8, fp8)."""
+    quant_double: Annotated[bool, FOUR_BITS] = True
+    """The maxima of 4-bit blocks in 8 bits, too."""
+    quantize_moe_experts: Annotated[bool, QUANT] = True
+    """Stacks of experts, too."""
+    adapter: Literal["lora", "none"] = "lora"
+    """An adapter on all linear layers, or none: the model itself trains."""
+    lora_r: Annotated[int, SMALL, LORA] = 16
+    """Rank."""
+    optimizer: Annotated[str, OPTIMIZER] = "adamw"
+    """Update rule, or a function of your own that makes one."""
+    micro_batch_size: Annotated[int, SMALL] = 2
+    """Documents, each of sequence_len tokens, or prompts, in one forward pass."""
+    sequence_len: Annotated[int, TOKENS] = 512
+    """Longest document, or prompt, in tokens."""
+    num_generations: Annotated[int, COUNT_OR_NONE] = 0
+    """Completions of each prompt, where the run samples them from its own weights."""
+    max_completion_length: Annotated[int, COUNT_OR_NONE, unused_unless("num_generations", reason="nothing is sampled")] = 256
+    """Longest completion, in tokens."""
+    gradient_checkpointing: Annotated[Literal["none", "full", "selective", "offload"], Switch("full", "none")] = "none"
+    """What is computed again in the backward pass."""
+    activation_offloading: Annotated[Literal["none", "cpu", "disk"], Switch("cpu", "none")] = "none"
+    """Where activations are until the backward pass."""
+
+
+@dataclass(frozen=True)
 class Info:
-    """What this machine, a model, an adapter or a run is."""
+    """What this machine, a model, an adapter or a run is; of a model also the memory of a training run."""
 
     path: Annotated[Positional[str | None], ANY_PATH, arg(metavar="[PATH]")] = None
     """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""
+    memory: MemoryOptions = group(MemoryOptions)

@@ -205,12 +205,41 @@ def test_info_of_everything(adapter, tiny, tune):
     assert machine.code == 0 and "torch" in machine.out and "cores" in machine.out
     model = tune("info", tiny.model)
     assert model.code == 0 and "llama, 2 layers, hidden 32, mlp 48" in model.out and "256 positions" in model.out
+    assert "memory: peak" in model.out
     folder = tune("info", adapter / "adapter")
     assert (
         folder.code == 0 and "4, alpha 32" in folder.out and "14 modules" in folder.out and str(tiny.model) in " ".join(folder.out.split())
     )
     run = tune("info", adapter)
     assert run.code == 0 and "step_000004" in run.out and "4 in" in run.out and "held-out loss" in run.out
+
+
+MEMORY = {
+    "dtype": ["--dtype", "bfloat16"], "quant": ["--quant", "nf4"], "adapter": ["--adapter", "none"], "lora_r": ["--lora-r", 64],
+    "optimizer": ["--optimizer", "sgd", "--adapter", "none"], "micro_batch_size": ["--micro-batch-size", 64],
+    "sequence_len": ["--sequence-len", 4000], "gradient_checkpointing": ["--gradient-checkpointing"],
+    "activation_offloading": ["--activation-offloading", "disk"], "num_generations": ["--num-generations", 64],
+    "max_completion_length": ["--num-generations", 64, "--max-completion-length", 999],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_info_counts_the_memory_of_a_run_with_these_options(name, tiny, tune):
+    base = ["info", tiny.model, "--device", "cpu"]
+    plain, changed = tune(*base), tune(*base, *MEMORY[name])
+    assert plain.code == changed.code == 0, changed.err
+    assert plain.out != changed.out
+
+
+def test_options_of_memory_need_a_model(adapter, tune):
+    for path in ([], [adapter], [adapter / "adapter"]):
+        done = tune("info", *path, "--lora-r", 8)
+        assert done.code == 2 and "--lora-r would be ignored" in done.err
+
+
+def test_a_run_says_its_memory(kit, tiny, tune):
+    done = tune("sft", *kit.basics(tiny, "--max-steps", 1, "--output-dir", "run"))
+    assert done.code == 0 and "at the peak" in " ".join(done.out.split())
 
 
 def test_pretrain_from_a_config_and_from_a_model(kit, tiny, tune, here):

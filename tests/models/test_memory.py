@@ -1,0 +1,138 @@
+"""The memory table against what torch allocates in training steps of a random model, and its terms against the trees themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from treetune.core import grad, lora, optim, param, registry, tree
+from treetune.core.lora import Lora
+from treetune.core.quant import Scheme
+from treetune.models import MODELS, decoder_attention, dense, families, memory, quantised
+from treetune.models.memory import Setup, Table
+
+CFG = dense.Config(
+    vocab_size=2048, hidden_size=192, mlp_size=512, num_layers=5, num_heads=6, num_kv_heads=2, head_dim=32, tied=True, dtype=torch.float32
+)
+TOKENS, DOCUMENTS = 768, 3
+
+
+def stream():
+    """Documents of equal length, every token read."""
+    size = TOKENS // DOCUMENTS
+    tokens = torch.randint(0, CFG.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    return {
+        "tokens": tokens, "positions": torch.arange(size).repeat(DOCUMENTS), "at": torch.arange(TOKENS), "targets": tokens,
+        "cu_docs": torch.arange(0, TOKENS + 1, size, dtype=torch.int32), "seq": torch.arange(DOCUMENTS).repeat_interleave(size),
+        "seq_lens": torch.full((DOCUMENTS,), size), "doc_of_seq": torch.arange(DOCUMENTS), "row": torch.arange(DOCUMENTS),
+    }  # fmt: skip
+
+
+def loaded(cfg, setup):
+    """Random weights as a run has them: what trains, and what does not."""
+    abstract = MODELS["llama"].abstract(cfg, dtype=cfg.dtype if setup.rank else torch.float32)
+    model = param.init(abstract, seed=0)
+    if not setup.rank:
+        return {"model": model}, {}
+    keep = quantised.keeping(abstract, setup.scheme, cfg.dtype)
+    model = tree.from_items([(path, keep(path, leaf)) for path, leaf in tree.items(model)])
+    return {"lora": lora.init(abstract, lora.linears(abstract), rank=setup.rank, seed=0)}, {"model": model}
+
+
+def measured(cfg, setup):
+    """The most bytes that torch holds at once while a model is made and trains one step of two micro-batches."""
+    batch = stream()
+
+    def run():
+        params, frozen = loaded(cfg, setup)
+        optimizer = optim.adamw()
+        state, total = optimizer.init(params), None
+
+        def loss(params):
+            weights = tree.merge(frozen.get("model", {}), params.get("model", {}))
+            low = Lora(params["lora"], 2.0) if setup.rank else None
+            return families.logprobs("llama", cfg, weights, batch, lora=low, remat=setup.remat).logp.sum(), None
+
+        for _ in range(2):
+            _, total = grad.value_and_grad(loss)(params, into=total)
+        optimizer.update(total, state, params, torch.tensor(1e-3))
+
+    return most(run)
+
+
+def most(run):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = sorted((event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = top = 0
+    for event in events:
+        held += event.nbytes()
+        top = max(top, held)
+    return top
+
+
+def check(dtype, rank, scheme):
+    """Peaks within 7 % of the table, and what a policy saves within 10 % of what the table says."""
+    cfg = dataclasses.replace(CFG, dtype=dtype)
+    abstract, peaks, tables = MODELS["llama"].abstract(cfg), {}, {}
+    for policy in (None, "selective", "full", "full+disk"):
+        setup = Setup(TOKENS, rank, scheme, memory.state_bytes(optim.adamw()), policy)
+        peaks[policy], tables[policy] = measured(cfg, setup), memory.table(abstract, cfg, setup)
+        assert tables[policy].peak == pytest.approx(peaks[policy], rel=0.07), (policy, peaks[policy], tables[policy])
+    for policy in ("selective", "full", "full+disk"):
+        fall = tables[None].peak - tables[policy].peak
+        assert fall == pytest.approx(peaks[None] - peaks[policy], rel=0.1), policy
+    assert peaks["full+disk"] < peaks["full"] < peaks["selective"] < peaks[None]
+
+
+def test_peaks_of_an_adapter_are_those_of_the_table():
+    check(torch.float32, 8, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "scheme"), [(8, None), (0, None), (8, Scheme("nf4")), (8, Scheme("int8"))])
+def test_peaks_are_those_of_the_table(dtype, rank, scheme):
+    check(dtype, rank, scheme)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp4", double=False), Scheme("int8"), Scheme("fp8")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_of_a_loaded_tree(scheme, dtype):
+    cfg = dataclasses.replace(CFG, dtype=dtype, num_layers=2)
+    abstract = MODELS["llama"].abstract(cfg)
+    params, frozen = loaded(cfg, Setup(rank=4, scheme=scheme))
+    origins = sum(leaf.origin.numbers.nbytes for leaf in tree.leaves(frozen) if isinstance(leaf, quantised.quant.Quantised))
+    said = memory.table(abstract, cfg, Setup(rank=4, scheme=scheme))
+    assert said.weights == memory.size(frozen) - origins and said.adapter == memory.size(params)
+
+
+@pytest.mark.parametrize(("name", "size"), [("adamw", 8), ("lion", 4), ("sgd", 0), ("adamw_8bit", 2.03), ("adamw_4bit", 1.06)])
+def test_states_of_an_optimizer_are_measured_on_a_matrix(name, size):
+    optimizer = registry.bind(registry.choose(registry.OPTIMIZERS, name))()
+    assert memory.state_bytes(optimizer) == pytest.approx(size, abs=0.02)
+
+
+def test_the_cache_is_that_of_the_sampler():
+    keys, values = decoder_attention.buffers(CFG, 6, 40, torch.device("cpu"))
+    assert memory.cache(CFG, 6, 40) == sum(one.nbytes for one in (*keys, *values))
+
+
+def test_a_run_that_samples_needs_the_larger_of_cache_and_activations():
+    small, large = Table(10, activations=5, layer=3, head=2, cache=4), Table(10, activations=5, layer=3, head=2, cache=40)
+    assert (small.peak, large.peak) == (18, 50)
+
+
+def test_on_a_cpu_host_memory_is_memory_and_files_are_not():
+    abstract = MODELS["llama"].abstract(CFG)
+    plain, host, files = (memory.table(abstract, CFG, Setup(TOKENS, remat=policy)) for policy in (None, "none+cpu", "none+disk"))
+    card = memory.table(abstract, CFG, Setup(TOKENS, remat="none+cpu", device="cuda"))
+    assert plain == host and host.elsewhere == 0
+    assert files.elsewhere == plain.activations and files.peak < plain.peak and card.elsewhere > 0
+
+
+def test_rows_leave_out_what_there_is_not():
+    rows = memory.lines(Table(3 * memory.GIB, adapter=memory.GIB // 2))
+    assert rows == {"memory: weights": "3.00 GiB", "memory: adapter": "512.00 MiB", "memory: peak": "3.50 GiB"}
+    assert memory.line(Table(3 * memory.GIB)) == "about 3.00 GiB at the peak: weights 3.00"
