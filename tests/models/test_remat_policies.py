@@ -1,13 +1,14 @@
 """Gradients under every policy of rematerialisation and offload: those of a pass that keeps all, to the bit."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from treetune.core import grad, lora, tree
+from treetune.core import grad, lora, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.quant import Scheme
 from treetune.models import families, hf
@@ -55,9 +56,17 @@ def adapted(model, dropout):
     return Lora(moved, 1.5, dropout, torch.tensor(7))
 
 
+def lengthened(low, model):
+    """The adapter as DoRA's: with magnitudes near the norms of the rows."""
+    weights, items = dict(tree.items(model.params)), list(tree.items(low.tree))
+    lengths = [(f"{path}.M", 1.1 * shard.gather(weights[path], torch.float32).norm(dim=1)) for path in lora.pairs(low.tree)]
+    return low._replace(tree=tree.from_items(items + lengths))
+
+
 def gradient(model, kind, remat, batch):
     """Loss and gradient in what trains: an adapter, or all weights."""
     low = adapted(model, 0.25) if kind != "full" else None
+    low = lengthened(low, model) if kind == "dora" else low
     still = [path for path, leaf in tree.items(hf.abstract_of(model)) if not leaf.trains]
     frozen = tree.from_items([(path, leaf) for path, leaf in tree.items(model.params) if path in still])
     trained = tree.from_items([(path, leaf) for path, leaf in tree.items(model.params) if path not in still])
@@ -72,8 +81,9 @@ def gradient(model, kind, remat, batch):
     return value, found
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "nf4"])
-@pytest.mark.parametrize("family", (*NATIVE, *BRIDGED))
+@pytest.mark.parametrize(
+    ("family", "kind"), [*itertools.product((*NATIVE, *BRIDGED), ("lora", "full", "nf4")), ("llama", "dora"), ("glm4", "dora")]
+)
 def test_no_policy_changes_a_bit(family, kind, folders):
     model, batch = hf.load(folders(family), scheme=Scheme("nf4") if kind == "nf4" else None), stream()
     value, expected = gradient(model, kind, None, batch)
