@@ -7,7 +7,7 @@ from typing import Any
 from treetune.core import check
 from treetune.core.param import Params
 from treetune.core.run.errors import RunFailed
-from treetune.models import Model, adapter, families, heads, hf
+from treetune.models import Model, adapter, families, heads, hf, quantised
 from treetune.models.adapter import Carried, Info
 
 
@@ -20,14 +20,14 @@ def save_model(
     generation: dict[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a model folder in the dtype that the model computes in.
+    """Write a model folder in the dtype that the model computes in, with the dense numbers of leaves that are quantised.
 
     generation, beside: its generation_config.json and the files of its processor, if it has no head.
     Raises RunFailed for weights that are not finite in that dtype.
     """
     dtype = model.cfg.dtype
     # float32 reaches further than bfloat16 rounds to.
-    saved = model._replace(params=families.whole(model))
+    saved = quantised.dense(model._replace(params=families.whole(model)))
     if not check.finite(saved.params):
         bad, name = check.not_finite(saved.params)[0], str(dtype).removeprefix("torch.")
         raise RunFailed(f"{bad} is not finite in {name}: {path} was not saved; lower learning_rate, or compute in float32")

@@ -88,6 +88,8 @@ PLACES = {
     "whole norms": ["--lora-modules-to-save", "norm"],
     "one layer": ["--lora-layers", "1"],
     "rank-stabilised": ["--lora-rslora", "--lora-alpha", "8"],
+    "DoRA": ["--lora-dora", "--lora-rank-pattern", "q_proj=2"],
+    "PiSSA": ["--lora-init", "pissa", "--lora-dora"],
 }
 
 

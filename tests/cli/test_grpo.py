@@ -303,6 +303,10 @@ STARTS = {
     "merged": ["--model", "FOLDED"],
     "full": ["--adapter", "none"],
     "full from merged": ["--adapter", "none", "--model", "FOLDED"],
+    "DoRA": ["--lora-dora"],
+    "PiSSA": ["--lora-init", "pissa", "--lora-alpha-pattern", "q_proj=3"],
+    "LoftQ": ["--lora-init", "loftq", "--quant", "nf4"],
+    "unfrozen": ["--adapter", "none", "--unfrozen-parameters", "layers"],
 }
 
 

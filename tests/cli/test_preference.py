@@ -116,8 +116,16 @@ def started(kit, here, tune, train):
     return here / "sft" / "adapter", here / "folded"
 
 
+KINDS = {
+    "DoRA": ["--lora-dora"],
+    "PiSSA": ["--lora-init", "pissa"],
+    "LoftQ": ["--lora-init", "loftq", "--quant", "nf4"],
+    "unfrozen": ["--adapter", "none", "--unfrozen-parameters", r"layers\.1", "^norm$"],
+}
+
+
 @pytest.mark.parametrize("command", ["dpo", "kto"])
-@pytest.mark.parametrize("start", ["fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too"])
+@pytest.mark.parametrize("start", ["fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS])
 def test_nothing_has_moved_at_step_0(command, start, kit, tiny, here, train, started):
     """Exactly 0 where both run in one packing; within 1e-6 where the reference was computed once, in another.
 
@@ -131,7 +139,8 @@ def test_nothing_has_moved_at_step_0(command, start, kit, tiny, here, train, sta
         "merged": ["--model", folded],
         "full": ["--adapter", "none"],
         "full from merged": ["--adapter", "none", "--model", folded],
-    }[start]
+    }
+    args = (args | KINDS)[start]
     for more, name in (((), "direct"), (("--precompute-ref-logps",), "once")):
         assert (done := train(command, *args, *more, "--output-dir", name)).code == 0, done.err
         told, held = moves(kit, here / name), evaluations(kit, here / name)[0]
