@@ -222,7 +222,8 @@ def load_with_tensors(
         raise ValueError(str(error) if str(root) in str(error) else f"{root}: {error}") from error
     low = tree.map(lambda leaf: leaf.to(model.params["embed_tokens"].device, dtype), low)
     info = Info(config.rank, config.alpha, config.rslora, config.dropout, config.base, list(lora.pairs(low)))
-    like = dict(tree.items(model.params))
+    # Of a model whose layers are read when they are asked for, one at a time.
+    like = {name: leaf for name, leaf in tree.items(model.params) if name in {"embed_tokens", *whole}}
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
     scale = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora)
     return Lora(low, scale), tree.from_items(leaves), extra, info

@@ -59,7 +59,7 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     if HEAD not in model.params and not headless:
         whole = _tied(whole, bases, {path for path in (EMBEDDING, HEAD) if owners[path] in replaced}, model)
     else:
-        like = dict(tree.items(model.params))
+        like = {path: leaf for path, leaf in tree.items(model.params) if path in bases} if bases else {}
         for path, leaf in bases.items():
             _check_base(path, leaf, [like[path]])
     return _scaled(config, owners, low), whole

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def save(
 
 def write(
     path: str | Path,
-    leaves: dict[str, Tensor],
+    leaves: dict[str, Tensor] | Iterator[tuple[str, Tensor]],
     config: dict,
     *,
     tokenizer: Any = None,
@@ -209,16 +209,8 @@ def write(
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model folder from tensors by their Hugging Face key and a config.json; it appears whole or not at all."""
-    from safetensors.torch import save_file
-
     with folder.writing(path) as part:
-        shards = list(_shards(leaves, max_shard_bytes))
-        names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
-            save_file(shard, part / name, metadata={"format": "pt"})
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            folder.write_json(part / INDEX, {"metadata": {"total_size": tree.bytes(leaves)}, "weight_map": weight_map})
+        _write_shards(part, leaves.items() if isinstance(leaves, dict) else leaves, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         folder.write_json(part / "config.json", config)
@@ -246,10 +238,27 @@ def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
     return {key: leaf.contiguous() for key, leaf in hf_keys.join(model.family, leaves).items()}, tied
 
 
-def _shards(leaves: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+def _write_shards(part: Path, leaves: Iterable[tuple[str, Tensor]], limit: int) -> None:
+    """Write leaves as they come, a file at a time, and an index where there are several."""
+    from safetensors.torch import save_file
+
+    places, total = {}, 0
+    for number, shard in enumerate(_shards(leaves, limit)):
+        save_file(shard, part / f"{number}.safetensors", metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, number)
+        total += tree.bytes(shard)
+    count = len(set(places.values()))
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for number, name in enumerate(names):
+        (part / f"{number}.safetensors").rename(part / name)
+    if count > 1:
+        folder.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": {key: names[i] for key, i in places.items()}})
+
+
+def _shards(leaves: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     """Consecutive leaves of at most `limit` bytes together, or one larger leaf."""
     shard: dict[str, Tensor] = {}
-    for key, leaf in leaves.items():
+    for key, leaf in leaves:
         if shard and tree.bytes(shard) + leaf.nbytes > limit:
             yield shard
             shard = {}

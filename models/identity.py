@@ -23,10 +23,12 @@ def digest(model: Model) -> str:
     model this is, not that no bit of it has changed: manifests do.
     """
     total = hashlib.sha256(settings(model.family, model.cfg).encode())
-    for path, leaf in sorted(tree.items(model.params)):
+    # Few numbers of each leaf, so that a model whose layers are read one at a time is never whole in memory.
+    facts = {path: (tuple(leaf.shape), quant.spread(leaf)) for path, leaf in tree.items(model.params)}
+    for path, (shape, numbers) in sorted(facts.items()):
         if path != "lm_head":
-            total.update(f"{path} {tuple(leaf.shape)} ".encode())
-            total.update(quant.spread(leaf).view(torch.int16).numpy().tobytes())
+            total.update(f"{path} {shape} ".encode())
+            total.update(numbers.view(torch.int16).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -11,7 +11,7 @@ from treetune.cli.screen import Screen
 from treetune.core.lora import Lora
 from treetune.core.quant import KINDS, Kind, Scheme
 from treetune.core.run.errors import checking_input
-from treetune.models import Model, loading, merging, quantising, target
+from treetune.models import Model, layered, loading, merging, quantising, target
 from treetune.models.merging import Merged
 from treetune.models.target import Target
 
@@ -25,21 +25,32 @@ def run(config: Merge, given: frozenset[str]) -> int:
         options = {"revision": config.revision, "dtype": "float32", "device": "cpu"}
         chosen = target.choose(config.adapter, model=config.model or "", named=named, **options)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        model, lora, head = merging.load(chosen, say=screen.line)
-        if config.save_dtype in KINDS:
-            if head is not None:
-                raise ValueError(f"{config.adapter} is a reward model's, which is not written quantised: save_dtype float32 or bfloat16")
-            merged, save = _quantised(config, chosen, tokenizer, model, lora)
-        else:
-            merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
-            save = lambda: merging.save(merged, Path(config.output), chosen, tokenizer)  # noqa: E731
+        merged, save = _merged(config, chosen, tokenizer, screen)
         screen.line(merging.describe(merged))
         merging.check(merged, config.max_logit_diff)
-        if (other := merging.unquantised(merged, chosen, tokenizer, say=screen.line)) is not None:
+        # The model on its unquantised base would be whole in memory.
+        whole = config.merge_method == "legacy"
+        if whole and (other := merging.unquantised(merged, chosen, tokenizer, say=screen.line)) is not None:
             screen.line(f"against the adapter on the unquantised base: {merging.describe(other)}")
         save()
     screen.line(f"saved {Path(config.output)}")
     return 0
+
+
+def _merged(config: Merge, chosen: Target, tokenizer: Any, screen: Screen) -> tuple[Merged, Save]:
+    """The merged model, and what writes it."""
+    output = Path(config.output)
+    if config.merge_method == "memory_efficient":
+        model, lora = layered.load(chosen, say=screen.line)
+        merged = layered.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype])
+        return merged, lambda: layered.save(merged, output, chosen, tokenizer)
+    model, lora, head = merging.load(chosen, say=screen.line)
+    if config.save_dtype not in KINDS:
+        merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
+        return merged, lambda: merging.save(merged, output, chosen, tokenizer)
+    if head is not None:
+        raise ValueError(f"{config.adapter} is a reward model's, which is not written quantised: save_dtype float32 or bfloat16")
+    return _quantised(config, chosen, tokenizer, model, lora)
 
 
 def _quantised(config: Merge, chosen: Target, tokenizer: Any, model: Model, lora: Lora) -> tuple[Merged, Save]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from treetune.core import quant, tree
 from treetune.models import hf
@@ -346,3 +347,27 @@ def test_merge_says_how_far_the_unquantised_base_is(tiny, sft, tune, kit):
     assert tune("quantize", tiny.model, "small").code == 0
     again = tune("merge", "run", "other", "--model", "small")
     assert again.code == 0 and len(differences(again.out)) == 1, again
+
+
+def every_tensor(root):
+    return {key: leaf for file in sorted(root.glob("*.safetensors")) for key, leaf in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"), [("model", []), ("untied", ["--quant", "nf4"]), ("experts", []), ("model", ["--lora-modules-to-save", "norm"])]
+)
+def test_merging_by_layers_gives_the_same_weights(base, options, tiny, kit, sft, tune, here):
+    model = kit.write_experts(here / "experts") if base == "experts" else getattr(tiny, base, tiny.model.parent / base)
+    targets = ["--lora-target-modules", "all-linear", "experts"] if base == "experts" else []
+    assert sft("--model", model, *options, *targets, "--learning-rate", 0.05, "--output-dir", "run").code == 0
+    for dtype in ("float32", "bfloat16"):
+        whole, parts = here / f"whole-{dtype}", here / f"parts-{dtype}"
+        one = tune("merge", "run", whole, "--save-dtype", dtype, "--max-logit-diff", 1)
+        other = tune("merge", "run", parts, "--save-dtype", dtype, "--max-logit-diff", 1, "--merge-method", "memory_efficient")
+        assert one.code == other.code == 0, (one, other)
+        assert differences(one.out)[0] == differences(other.out)[0]
+        first, second = every_tensor(whole), every_tensor(parts)
+        assert first.keys() == second.keys() and all(torch.equal(leaf, second[key]) for key, leaf in first.items())
+        configs = [json.loads((root / "config.json").read_text()) for root in (whole, parts)]
+        assert configs[0] == configs[1] and len(list(parts.glob("*.safetensors"))) > 1
+        assert hf.load(parts).params.keys() == hf.load(whole).params.keys()
