@@ -1,4 +1,7 @@
-"""Adapters on a base in 4 bits learn as those on the base in bfloat16 do: the real model, 40 steps each, side by side."""
+"""Adapters on a base in 4 bits learn as those on the base as it is: the real model, 40 steps each, side by side.
+
+In the dtype of the machine, as bfloat16 takes minutes a step on CPUs that do not multiply in it.
+"""
 
 import json
 import statistics
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
-COMMON = ["--dtype", "bfloat16", "--max-steps", "40", "--seed", "1", "--sample-prompt", "", "--gradient-accumulation-steps", "1"]
+COMMON = ["--max-steps", "40", "--seed", "1", "--sample-prompt", "", "--gradient-accumulation-steps", "1"]
 CHATS, PAIRS, TEXT = (str(DATA / f"{name}_sample.jsonl") for name in ("gsm8k_train", "gsm8k_preference", "shakespeare"))
 RUNS = {
     "sft": ["--data", CHATS, "--max-rows", "100", "--val-set-size", "20", "--micro-batch-size", "2", "--learning-rate", "5e-4"],
@@ -37,7 +40,7 @@ def measured(folder: Path, method: str, quant: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RUNS)
-def test_four_bits_learn_as_bfloat16(tmp_path, method):
+def test_four_bits_learn_as_the_base_does(tmp_path, method):
     small, plain = (measured(tmp_path / quant, method, quant) for quant in ("nf4", "none"))
     if method == "grpo":
         assert all(statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5]) + 0.3 for rewards in (small, plain)), (small, plain)
