@@ -31,6 +31,11 @@ KINDS = {
 }
 
 
+def close(ours, theirs, bound=1e-5):
+    """Within a bound of the largest logit: float32 rounds what it is a sum of by as much, and CPUs sum in other orders."""
+    assert (ours - theirs).abs().max() <= bound * max(theirs.abs().max(), 1.0)
+
+
 def adapted(model, **options):
     return policy.adapt(model, AdapterSpec(**dict(rank=4, alpha=12.0) | options), base=Base("x", ""), seed=3)
 
@@ -66,7 +71,7 @@ def test_a_kind_in_peft_again_here_merged_and_sampled(oracle, documents, tmp_pat
     ours, ids = hf.load(folder), torch.tensor(documents[1])
     start = adapted(ours, **options)
     base = logits(ours, None, ids)
-    torch.testing.assert_close(logits(*policy.current(start), ids), base, atol=2e-5, rtol=1e-5)  # orthogonal: B A = 0 up to rounding
+    close(logits(*policy.current(start), ids), base, 2e-5)  # orthogonal: B A = 0 up to rounding
     if "orthogonal" not in kind:
         assert torch.equal(logits(*policy.current(start), ids), base)
     params = moved(start)
@@ -74,17 +79,17 @@ def test_a_kind_in_peft_again_here_merged_and_sampled(oracle, documents, tmp_pat
     current, used = policy.current(start, params)
     expected = logits(current, used, ids)
     assert (expected - base).abs().max() > 0.05
-    torch.testing.assert_close(in_peft(model, tmp_path / "adapter", ids), expected, atol=1e-5, rtol=1e-5)
+    close(in_peft(model, tmp_path / "adapter", ids), expected)
     again, _, info = adapter.load(tmp_path / "adapter", ours)
-    torch.testing.assert_close(logits(ours, again, ids), expected, atol=1e-5, rtol=1e-5)
+    close(logits(ours, again, ids), expected)
     assert set(info.paths) == set(start.adapter.paths)
     merged = ours._replace(params=lora.merge(ours.params, again.tree, again.scale))
-    torch.testing.assert_close(logits(merged, None, ids), expected, atol=2e-5, rtol=1e-5)
+    close(logits(merged, None, ids), expected, 2e-5)
     drawn = [decode.sample(ours, [documents[1][:6]], n=2, lora=low, max_new_tokens=5, seed=1) for low in (used, again)]
     assert torch.equal(drawn[0].tokens, drawn[1].tokens)
     reread = adapted(ours, start=str(tmp_path / "adapter"))
     policy.save(reread, tmp_path / "further")
-    torch.testing.assert_close(in_peft(model, tmp_path / "further", ids), expected, atol=1e-5, rtol=1e-5)
+    close(in_peft(model, tmp_path / "further", ids), expected)
 
 
 THEIRS = {
@@ -100,17 +105,18 @@ def test_what_peft_writes_is_read(oracle, documents, tmp_path, options, tied):
     import peft
 
     model, folder = oracle("llama", tied)
-    ours, ids = hf.load(folder), torch.tensor(documents[1])
+    ours, ids = hf.load(folder, dtype=torch.float64), torch.tensor(documents[1])
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, **options)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).double()
     with torch.no_grad():
         for name, leaf in wrapped.named_parameters():
             if "magnitude" in name:
                 leaf.mul_(torch.linspace(0.8, 1.3, leaf.numel()))
         expected = wrapped(ids[None]).logits[0]
     wrapped.save_pretrained(tmp_path)
-    low, _, _ = adapter.load(tmp_path, ours)
-    torch.testing.assert_close(logits(ours, low, ids), expected, atol=1e-5, rtol=1e-5)
+    low, _, _ = adapter.load(tmp_path, ours, dtype=torch.float64)
+    # Softmax and norms are in float32 there, so this is no tighter than a bound on rounding.
+    torch.testing.assert_close(logits(ours, low, ids).double(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -178,7 +184,7 @@ def test_loftq_starts_nearer_to_the_dense_model_and_is_a_plain_adapter(oracle, d
         best = (torch.linalg.svd(lost)[1][16:] ** 2).sum().sqrt()
         torch.testing.assert_close((lost - 2.0 * b @ a).norm(), best, atol=1e-6, rtol=1e-4)
     policy.save(start, tmp_path / "a")
-    torch.testing.assert_close(logits(low, adapter.load(tmp_path / "a", low)[0], ids), logits(model, used, ids), atol=1e-5, rtol=1e-5)
+    close(logits(low, adapter.load(tmp_path / "a", low)[0], ids), logits(model, used, ids))
     with pytest.raises(ValueError, match="loftq starts from what quantising loses, and layers.0.q_proj was not quantised"):
         adapted(hf.load(folder), init="loftq")
 
@@ -194,7 +200,7 @@ def test_over_a_quantised_base(oracle, documents, tmp_path, options):
     expected = logits(*policy.current(start, params), ids)
     policy.save(start, tmp_path / "a", params=params)
     used = adapter.load(tmp_path / "a", low)[0]
-    torch.testing.assert_close(logits(dense_model, used, ids), expected, atol=1e-5, rtol=1e-5)
+    close(logits(dense_model, used, ids), expected)
     merged = merging.merge(low, used, lambda text, **_: {"input_ids": [5, 6, 7]}, dtype=torch.float32)
     assert merged.difference.largest < 1e-4
 

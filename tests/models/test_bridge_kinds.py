@@ -20,6 +20,11 @@ IDS = [11, 3, 199, 42, 17, 17, 90, 31, 5, 77, 140, 2, 66]
 KINDS = {"dora": dict(dora=True), "pissa, dora, ranks": dict(dora=True, init="pissa", ranks=((r"layers\.1\.", 2),))}
 
 
+def close(ours, theirs, bound=1e-5):
+    """Within a bound of the largest logit: float32 rounds what it is a sum of by as much, and CPUs sum in other orders."""
+    assert (ours - theirs).abs().max() <= bound * max(theirs.abs().max(), 1.0)
+
+
 @pytest.fixture(scope="module", params=["glm4", "cohere2"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
@@ -53,10 +58,10 @@ def test_peft_on_the_modules_computes_the_same(folder, tmp_path, kind):
         wrapped = peft.PeftModel.from_pretrained(plain_model.load(folder), tmp_path / "a")
         theirs = wrapped(torch.tensor([IDS])).logits[0]
     assert (expected - logits(model, None)).abs().max() > 0.01
-    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
+    close(theirs, expected)
     again, _, _ = adapter.load(tmp_path / "a", model)
     merged = model._replace(params=lora.merge(model.params, again.tree, again.scale))
-    torch.testing.assert_close(logits(merged, None), expected, atol=2e-5, rtol=1e-5)
+    close(logits(merged, None), expected, 2e-5)
     drawn = decode.sample(model, [IDS[:5]], n=2, lora=used, max_new_tokens=4, seed=1)
     assert torch.equal(drawn.tokens, decode.sample(merged, [IDS[:5]], n=2, max_new_tokens=4, seed=1).tokens)
 
