@@ -26,15 +26,15 @@ def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
         gradient_checkpointing=options.gradient_checkpointing,
         activation_offloading=options.activation_offloading,
     )
-    prompt, completion = options.sequence_len, options.max_completion_length
+    prompt, completion, n = options.sequence_len, options.max_completion_length, options.num_generations or 0
     setup = Setup(
-        _tokens(options.micro_batch_size, prompt, options.num_generations, completion),
+        _tokens(options.micro_batch_size, prompt, n, completion),
         rank=options.lora_r if options.adapter == "lora" else 0,
         scheme=quantised.of(options) or (quant_config.of_folder(path) if path.is_dir() else None),
         state_bytes=memory.state_bytes(optim.build(chosen)),
         remat=chosen.remat,
         device=device.type,
-        rows=options.micro_batch_size * options.num_generations,
+        rows=options.micro_batch_size * n,
         slots=prompt + completion,
     )
     return memory.lines(memory.table(MODELS[family].abstract(cfg), cfg, setup))

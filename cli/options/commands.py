@@ -242,9 +242,9 @@ class MemoryOptions:
     """Documents, each of sequence_len tokens, or prompts, in one forward pass."""
     sequence_len: Annotated[int, TOKENS] = 512
     """Longest document, or prompt, in tokens."""
-    num_generations: Annotated[int, COUNT_OR_NONE] = 0
-    """Completions of each prompt, where the run samples them from its own weights."""
-    max_completion_length: Annotated[int, COUNT_OR_NONE, unused_unless("num_generations", reason="nothing is sampled")] = 256
+    num_generations: Annotated[int | None, SMALL] = None
+    """Completions of each prompt, where the run samples them from its own weights; if not given, it samples nothing."""
+    max_completion_length: Annotated[int, TOKENS, unused_unless("num_generations", reason="nothing is sampled")] = 256
     """Longest completion, in tokens."""
     gradient_checkpointing: Annotated[Literal["none", "full", "selective", "offload"], Switch("full", "none")] = "none"
     """What is computed again in the backward pass."""
