@@ -71,11 +71,11 @@ def test_a_copied_prompt_gives_the_gradient_of_a_shared_one(wide_head):
 
 @pytest.mark.parametrize("command", ["reward", "prm"])
 def test_float32_heads_give_one_gradient_too(command):
-    """Gradients of single rows come back in float32 and partly cancel: 5e-6 by norm."""
+    """Gradients of single rows come back in float32 and partly cancel: 1e-5 by norm; 6.3e-6 was seen on one CPU."""
     docs, built = documents(command), made(command, scene.model())
     want, _ = scene.gradients(built, scene.state(built), [docs])
     got, _ = scene.gradients(built, scene.state(built), [[doc] for doc in docs])
-    assert scene.error(got, want) <= 5e-6
+    assert scene.error(got, want) <= 1e-5
 
 
 def their_hidden(network, rows):
