@@ -68,11 +68,11 @@ RECOMPUTE = ("none", "full", "selective")
 
 def policy_of(policy: str | None) -> Remat:
     """The policy of a name: None, "full", "selective", and each with a place, as in "none+cpu", "full+disk". Errors: ValueError."""
-    recompute, plus, where = ("none" if policy is None else policy).partition("+")
-    if recompute not in RECOMPUTE or plus and where not in offload.PLACES:
+    recompute, plus, place = ("none" if policy is None else policy).partition("+")
+    if recompute not in RECOMPUTE or plus and place not in offload.PLACES:
         names = ", ".join(repr(name) for name in RECOMPUTE[1:])
         raise ValueError(f"unknown rematerialisation policy {policy!r}; expected None, {names}, or one with +cpu or +disk behind it")
-    return Remat(recompute, where)
+    return Remat(recompute, place)
 
 
 def recomputes(policy: str | None) -> bool:

@@ -48,15 +48,7 @@ def _times(numbers: Tensor, absmax: Tensor, block: int) -> Tensor:
 
 
 def _eight_bits(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    blocks = _blocks(numbers, 256)
-    absmax = blocks.abs().amax(1)
-    # A block of zeros has code 0 and a maximum of 0.
-    scaled = torch.where(absmax.unsqueeze(1) > 0, blocks * (1 / absmax).unsqueeze(1), -1.0).view(-1)[: numbers.numel()]
-    if numbers.device.type == "cpu":  # as bitsandbytes does: its kernel for CPUs rounds to a grid first
-        # A step that is skipped comes here with numbers that are not finite.
-        cells = ((scaled + 1) * (quant_tables.CELLS / 2) + 0.5).floor_().nan_to_num_(0.0).int()
-        return quant_tables.grid_codes(signed)[cells], absmax
-    return quant_tables.nearest(scaled, quant_tables.eight_bits(numbers.device, signed)), absmax
+    return quant.eight_bits(numbers, signed=signed)  # a step that is skipped comes here with numbers that are not finite
 
 
 def _from_eight_bits(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

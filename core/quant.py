@@ -189,15 +189,22 @@ def _four_bits(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
 def _doubled(leaf: Quantised) -> Quantised:
     """The leaf with its maxima in 8 bits."""
     offset = leaf.scale.mean()
-    blocks = torch.nn.functional.pad(leaf.scale - offset, (0, -leaf.scale.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = blocks.abs().amax(1)
-    # A block of zeros has code 0 and a maximum of 0.
-    scaled = torch.where(absmax.unsqueeze(1) > 0, blocks * (1 / absmax).unsqueeze(1), -1).view(-1)[: leaf.scale.numel()]
-    if leaf.device.type == "cpu":  # as bitsandbytes does: its kernel for CPUs rounds to a grid first
-        codes = quant_tables.grid_codes()[((scaled + 1) * (quant_tables.CELLS / 2) + 0.5).floor().int()]
-    else:
-        codes = quant_tables.nearest(scaled, quant_tables.eight_bits(leaf.device))
+    codes, absmax = eight_bits(leaf.scale - offset)
     return leaf._replace(scale=codes, nested=absmax, offset=offset)
+
+
+def eight_bits(numbers: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [n] of numbers [n] over the largest of their block of 256, and these maxima [blocks]; a block of zeros has codes of 0.
+
+    On a CPU numbers are rounded to a grid first, as bitsandbytes' kernel for CPUs does. Numbers that are not finite have codes, too.
+    """
+    blocks = torch.nn.functional.pad(numbers, (0, -numbers.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = torch.where(absmax.unsqueeze(1) > 0, blocks * (1 / absmax).unsqueeze(1), -1.0).view(-1)[: numbers.numel()]
+    if numbers.device.type != "cpu":
+        return quant_tables.nearest(scaled, quant_tables.eight_bits(numbers.device, signed)), absmax
+    cells = ((scaled + 1) * (quant_tables.CELLS / 2) + 0.5).floor_().nan_to_num_(0.0).int()
+    return quant_tables.grid_codes(signed)[cells], absmax
 
 
 def _scaled(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,8 @@ def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None =
     low = low._replace(ratios=adapter_starts.ratios(low, ranks, alphas, rslora=spec.rslora))
     start: Params = {}
     if spec.init != "default":
-        made, start = adapter_starts.start(model.params, low, init=spec.init, seed=seed, reread=reread)
-        low = low._replace(tree=made)
+        pairs, start = adapter_starts.start(model.params, low, init=spec.init, seed=seed, reread=reread)
+        low = low._replace(tree=pairs)
     if spec.dora:
         low = low._replace(tree=_with_magnitudes(model, low, start))
     return Fresh(low, {}, Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths, ratios=low.ratios), start)
@@ -80,14 +80,14 @@ def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None =
 
 def _by_rule(model: Model, paths: Sequence[str], rules: Sequence[tuple[str, float]], default: float, option: str) -> dict[str, float]:
     """The value of each adapted leaf: that of the first rule whose target it is. Errors: ValueError for a rule that is none's."""
-    modules, found = {path: adapter_parameters.target(model.family, path) for path in paths}, dict[str, float]()
+    modules, value_of = {path: adapter_parameters.target(model.family, path) for path in paths}, dict[str, float]()
     for name, value in rules:
         try:
             matched = module_names.match_target(name, modules, modules)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
-        found |= {path: value for path in matched if path not in found}
-    return {path: found.get(path, default) for path in paths}
+        value_of |= {path: value for path in matched if path not in value_of}
+    return {path: value_of.get(path, default) for path in paths}
 
 
 def _with_magnitudes(model: Model, low: Lora, start: Params) -> Params:
@@ -97,9 +97,9 @@ def _with_magnitudes(model: Model, low: Lora, start: Params) -> Params:
         lora.check_magnitudes(pairs)
     except ValueError as error:
         raise ValueError(f"lora_dora: {error}") from error
-    used = lora.pairs(lora_use.in_use(low, low.tree, start).tree)
+    in_use = lora.pairs(lora_use.in_use(low, low.tree, start).tree)
     lengths = [
-        (f"{path}.{lora.MAGNITUDE}", magnitude.norms(shard.gather(leaves[path]), *_on(leaves[path].device, used[path]), low.scale))
+        (f"{path}.{lora.MAGNITUDE}", magnitude.norms(shard.gather(leaves[path]), *_on(leaves[path].device, in_use[path]), low.scale))
         for path in pairs
     ]
     return tree.merge(low.tree, tree.from_items(lengths))

@@ -48,18 +48,18 @@ def start(model: Params, low: Lora, *, init: str, seed: int, reread: Reread | No
     pairs, scales = lora.pairs(low.tree), {path: low.scale * ratio for path, ratio in low.ratios}
     if init == "loftq":
         return _loftq(low, scales, reread), {}
-    leaves, made = dict(tree.items(model)), {}
+    leaves, starts = dict(tree.items(model)), {}
     for path, (a, b) in pairs.items():
         scale = scales.get(path, low.scale)
         if init in ("gaussian", "orthogonal"):
-            made[path] = _random(init, path, a, b, seed)
+            starts[path] = _random(init, path, a, b, seed)
         else:
             weight = shard.gather(leaves[path], torch.float32)
             _check_rank(init, path, a, b)
-            made[path] = (
+            starts[path] = (
                 _qr(weight, a.shape[0]) if init == "olora" else _largest(weight, a.shape[0], scale, init, param.seed_of(seed, path))
             )
-    tree_ = lora.of(made, low.tree)
+    tree_ = lora.of(starts, low.tree)
     return tree_, tree_ if init in MOVED else {}
 
 
@@ -110,21 +110,21 @@ def _qr(weight: Tensor, rank: int) -> Pair:
 
 
 def _loftq(low: Lora, scales: Mapping[str, float], reread: Reread | None) -> Params:
-    pairs, made = lora.pairs(low.tree), {}
+    pairs, starts = lora.pairs(low.tree), {}
 
     def see(path: str, leaf: Tensor, kept: Quantised) -> None:
         if path in pairs:
             a, b = pairs[path]
             _check_rank("loftq", path, a, b)
-            made[path] = _largest(leaf.float() - quant.dense(kept, torch.float32), a.shape[0], scales.get(path, low.scale), "loftq", 0)
+            starts[path] = _largest(leaf.float() - quant.dense(kept, torch.float32), a.shape[0], scales.get(path, low.scale), "loftq", 0)
 
     if reread is not None:
         reread(see)
-    if odd := next((path for path in pairs if path not in made), None):
+    if odd := next((path for path in pairs if path not in starts), None):
         raise ValueError(
             f"lora_init loftq starts from what quantising loses, and {odd} was not quantised as it was read: give quant and a dense model"
         )
-    return lora.of(made, low.tree)
+    return lora.of(starts, low.tree)
 
 
 def ratios(low: Lora, ranks: Mapping[str, int], alphas: Mapping[str, float], *, rslora: bool) -> tuple[tuple[str, float], ...]:

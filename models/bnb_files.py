@@ -42,10 +42,8 @@ class Files(NamedTuple):
 
     def check(self, key: str, dtype: str, shape: list[int]) -> None:
         """Errors: ValueError for a part that is missing, or of another dtype or shape."""
-        if (found := self.size(key)) != (dtype, shape):
-            raise ValueError(
-                f"{self.source}: {key} is {found[0]} {found[1]}, a part of a quantised weight that is {dtype} {shape}: {AGAIN}"
-            )
+        if (size := self.size(key)) != (dtype, shape):
+            raise ValueError(f"{self.source}: {key} is {size[0]} {size[1]}, a part of a quantised weight that is {dtype} {shape}: {AGAIN}")
 
     def read(self, key: str) -> Tensor:
         """The tensor, its own memory."""
@@ -100,11 +98,11 @@ def assembled(source: str, files: Mapping[str, Any], scheme: Scheme) -> dict[str
     Errors: ValueError, by key, for parts that are missing, of another dtype or shape, or not what bitsandbytes writes.
     """
     own = Files(source, files)
-    found = _four_bits(own, scheme) if scheme.kind in FOUR_BITS else _eight_bits(own, scheme.kind)
-    if not found:
+    weights = _four_bits(own, scheme) if scheme.kind in FOUR_BITS else _eight_bits(own, scheme.kind)
+    if not weights:
         raise ValueError(f"{source}: config.json says {quant_config.named(scheme)}, and the files hold no weight so quantised: {AGAIN}")
-    taken = {part for key, packed in found.items() for part in _keys(key, packed)}
-    return {key: file for key, file in files.items() if key not in taken} | found
+    taken = {part for key, packed in weights.items() for part in _keys(key, packed)}
+    return {key: file for key, file in files.items() if key not in taken} | weights
 
 
 def parts(key: str, leaf: Quantised) -> dict[str, Tensor]:
@@ -207,10 +205,10 @@ def _eight_bits_at(files: Files, key: str, kind: Kind, dtype: str) -> Packed:
         files.check(scale, "F32", shape[:1])
         _check_format(files, _beside(key, "weight_format"))
     else:
-        found = files.size(scale)
-        if found[0] not in ("F32", "BF16", "F16") or found[1] != [shape[0], 1]:
+        scale_size = files.size(scale)
+        if scale_size[0] not in ("F32", "BF16", "F16") or scale_size[1] != [shape[0], 1]:
             raise ValueError(
-                f"{files.source}: {scale} is {found[0]} {found[1]}, the scales of a weight that are F32 {[shape[0], 1]}: {AGAIN}"
+                f"{files.source}: {scale} is {scale_size[0]} {scale_size[1]}, the scales of a weight that are F32 {[shape[0], 1]}: {AGAIN}"
             )
     return Packed(files, key, kind, State(tuple(shape), torch.float32, quant.BLOCK, None))
 

@@ -91,10 +91,10 @@ def _fill(binding: Binding, module: nn.Module, copy: nn.Module) -> None:
 def _on_experts(stacks: Mapping[str, str], binding: Binding) -> Adapted:
     """The adapters of the stacks of experts, whose paths are given by name."""
     adapters = binding.adapters
-    found = {name: adapters.pairs[path] for name, path in stacks.items() if path in adapters.pairs}
-    if found and adapters.key is not None:
+    pairs = {name: adapters.pairs[path] for name, path in stacks.items() if path in adapters.pairs}
+    if pairs and adapters.key is not None:
         raise ValueError(f"the adapter has dropout {adapters.rate} and sits on experts, where dropout is not computed")
-    return Adapted({name: shard.gather_all(pair) for name, pair in found.items()}, adapters.scale)
+    return Adapted({name: shard.gather_all(pair) for name, pair in pairs.items()}, adapters.scale)
 
 
 def _linear(module: Any, path: str, binding: Binding, x: Tensor) -> Tensor:

@@ -259,8 +259,8 @@ def _packed(stand_ins: _StandIns, documents: list[Tensor], plain: list[Tensor]) 
 def _ropes(base: nn.Module) -> list[dict[str, Any]]:
     """The rotary positions of all modules: the config of a part, such as the text model of a multimodal one, may have its own."""
     configs = {id(config): config for module in base.modules() if (config := getattr(module, "config", None)) is not None}
-    found = [rope for config in configs.values() if isinstance(rope := getattr(config, "rope_parameters", None), dict)]
-    return found + [part for rope in found for part in rope.values() if isinstance(part, dict)]
+    ropes = [rope for config in configs.values() if isinstance(rope := getattr(config, "rope_parameters", None), dict)]
+    return ropes + [part for rope in ropes for part in rope.values() if isinstance(part, dict)]
 
 
 def _short(base: nn.Module) -> int | None:

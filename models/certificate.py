@@ -30,6 +30,7 @@ TEXTS = (
 )
 LENGTHS = (24, 17, 11)  # tokens of the documents where there is no tokenizer
 LONGEST = 64  # tokens of a document, so that the work is bounded
+FORWARD_TREES = 2  # of a first run: our model and that of transformers
 GRADIENT_TREES = 5  # float32 trees of weights in memory: two models, two gradients, and what is computed on the way
 WIDE_TREES = 10  # with two models and two gradients in float64
 FIRST_RUN = 10**9  # parameters up to which a first run measures gradients, too
@@ -80,6 +81,9 @@ def ensure(path: Path, model: Model, *, say: Say = silent) -> None:
     if not isinstance(model.cfg, bridge.Config):
         return
     result = recall(identity.digest(model))
+    if result is None and not _fits(model, FORWARD_TREES):
+        say(f"certificate: none, two float32 copies of {path} do not fit into memory; treetune check certifies it where they do")
+        return
     if result is None:
         result = certify(path, gradients=param.count(model.params) <= FIRST_RUN)
         keep(result)

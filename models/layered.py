@@ -76,13 +76,13 @@ def merge(model: Model, adapter: Lora, tokenizer: Callable[..., Any], *, dtype: 
         return _rounded(lora.merge(*pair, adapter.scale)[LAYERS][0], dtype)
 
     top = _rounded(lora.merge(_outer(model.params), _outer(adapter.tree), adapter.scale), dtype)
-    made = model._replace(params=top | {LAYERS: Layers(len(layers), one)})
+    merged = model._replace(params=top | {LAYERS: Layers(len(layers), one)})
     wide = {name: leaf.float() for name, leaf in top.items()}
     upcast = model._replace(params=wide | {LAYERS: Layers(len(layers), lambda index: tree.map(lambda leaf: leaf.float(), one(index)))})
     ids = merging.probe_ids(tokenizer, model.cfg)
     with torch.no_grad():
         pair = families.document_logits(model, ids, lora=adapter), families.document_logits(upcast, ids)
-    return Merged(made, merging.compare(*pair), len(ids))
+    return Merged(merged, merging.compare(*pair), len(ids))
 
 
 def save(merged: Merged, path: Path, chosen: Target, tokenizer: Any) -> None:

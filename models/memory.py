@@ -127,16 +127,16 @@ def saved(cfg: Config, index: int, rank: int, *, device: str = "cpu") -> Saved:
     b, d = cfg.dtype.itemsize, cfg.hidden_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     norms = 2 * cfg.pre_norms + 2 * cfg.out_norms
-    inside, made, wide = _mlp(cfg, index)
+    inside, products, wide = _mlp(cfg, index)
     copies = q if device == "cpu" else 0  # documents are computed one by one, and put together
     low, numbers = 7 * rank * b, STATS * (norms + cfg.num_heads)
     # The residual stream before attention and before the mlp, and both after their norms.
     stream = d * (2 + norms)
     normed = (q + kv) * bool(cfg.qk_norm)
     everything = b * (stream + normed + q + 2 * kv + q + copies + inside) + low + numbers
-    results = b * (q + 2 * kv + q + d + made) + low + STATS * cfg.num_heads
+    results = b * (q + 2 * kv + q + d + products) + low + STATS * cfg.num_heads
     # Results that no gradient reads go when they have been used: queries and keys before they turn, what is added to the residual stream.
-    again = b * (d * (1 + norms) + normed + copies + inside - (made - d) - 2 * d)
+    again = b * (d * (1 + norms) + normed + copies + inside - (products - d) - 2 * d)
     # Products of low precision on a CPU have float32 sums beside them: those of the mlp's gradient are the widest.
     sums = STATS * (wide // 2) - b * (wide // 2) if device == "cpu" and b < STATS else 0
     return Saved(everything, results, again, b * d, b * (wide + d) + sums)

@@ -137,8 +137,8 @@ def adapt(
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter. With `head` the
     adapter to start from may be a reward model's. reread: for a start by LoftQ.
     """
-    made = adapter_spec.fresh(model, spec, seed=seed, reread=reread) if spec.start is None else _started(model, spec.start, head)
-    low, whole, info, start = made
+    begin = adapter_spec.fresh(model, spec, seed=seed, reread=reread) if spec.start is None else _started(model, spec.start, head)
+    low, whole, info, start = begin
     info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
     vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(adapter_spec.whole_leaves(model, spec, vocabulary), whole)

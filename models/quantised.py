@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, cast
 import torch
 from torch import Tensor
 
-from treetune.core import fields, quant, tree
+from treetune.core import fields, quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
 from treetune.core.quant import FOUR_BITS, KINDS, Kind, Quantised, Scheme
@@ -103,7 +103,7 @@ def folder_keeping(root: Path, abstract: Params, asked: Scheme | None, dtype: to
 
 def dense(model: Model) -> Model:
     """The model with each quantised leaf as its dense numbers."""
-    return model._replace(params=tree.map(lambda leaf: quant.dense(leaf) if quant.quantised(leaf) else leaf, model.params))
+    return model._replace(params=shard.gather_all(model.params))
 
 
 def rounding(logprob: Callable[..., Any], chosen: Collection[str], scheme: Scheme) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import quant, tree
+from treetune.core import quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.quant import Scheme
 from treetune.models import Model, bnb_files, bridge, families, hf, hf_keys, merging, processor, quant_config, quantised
@@ -54,9 +54,9 @@ def write(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenize
     size = save(path, model, scheme, dtype, tokenizer, name, revision)
     ids = merging.probe_ids(tokenizer, model.cfg)
     # As the folder has it; transformers' modules may hold weights otherwise than their files, which cannot be read back quantised.
-    made = quantise(model, scheme, dtype) if isinstance(model.cfg, bridge.Config) else hf.load(path, dtype=dtype)
-    chosen = [leaf for leaf in tree.leaves(made.params) if quant.quantised(leaf)]
-    wide = tree.map(lambda leaf: quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float(), made.params)
+    small = quantise(model, scheme, dtype) if isinstance(model.cfg, bridge.Config) else hf.load(path, dtype=dtype)
+    chosen = [leaf for leaf in tree.leaves(small.params) if quant.quantised(leaf)]
+    wide = shard.gather_all(small.params, torch.float32)
     difference = merging.compare(families.document_logits(model, ids), families.document_logits(model._replace(params=wide), ids))
     return Written(len(chosen), sum(leaf.numel() for leaf in chosen), size, difference, len(ids))
 
@@ -75,8 +75,8 @@ def merge(model: Model, adapter: Lora, tokenizer: Any, scheme: Scheme, dtype: to
     Leaves of one tensor in the files are quantised apart here: the maxima of maxima of blocks are then others than in the files.
     """
     merged = merging.merge(model, adapter, tokenizer, dtype=torch.float32)
-    made = merged._replace(model=quantise(merged.model, scheme, dtype))
-    return merged.model, merging.compared(made, model, adapter, tokenizer)
+    small = merged._replace(model=quantise(merged.model, scheme, dtype))
+    return merged.model, merging.compared(small, model, adapter, tokenizer)
 
 
 def described(model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,8 +106,8 @@ def _dense_modules(model: Model, chosen: set[str], tensors: Mapping[str, Tensor]
     head = hf_keys.hf_key(model.family, HEAD).removesuffix(".weight")
     embedding = hf_keys.hf_key(model.family, "embed_tokens")
     parts = {f"{key}{end}" for key in chosen for end in ("", bnb_files.ABSMAX)}
-    found = [key for key, leaf in tensors.items() if leaf.ndim > 1 and key not in parts and key != embedding]
-    names = (key.removesuffix(".weight") for key in found if key.endswith(".weight") and f"{key.removesuffix('_scale')}" not in chosen)
+    matrices = [key for key, leaf in tensors.items() if leaf.ndim > 1 and key not in parts and key != embedding]
+    names = (key.removesuffix(".weight") for key in matrices if key.endswith(".weight") and f"{key.removesuffix('_scale')}" not in chosen)
     return list(dict.fromkeys([head, *(f"{name.partition('.experts.')[0]}.experts" if ".experts." in name else name for name in names)]))
 
 

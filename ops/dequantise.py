@@ -28,8 +28,8 @@ def _four_bits_kernel(codes, absmax, table, out, count, BLOCK: tl.constexpr, BYT
     byte = tl.load(codes + at, 2 * at < count, 0).to(tl.int32)
     scale = tl.load(absmax + 2 * at // BLOCK, 2 * at < count, 0)  # blocks have even sizes: the halves of a byte are in the same
     numbers = tl.interleave(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
-    where = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    tl.store(out + where, numbers, where < count)
+    at_number = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    tl.store(out + at_number, numbers, at_number < count)
 
 
 def four_bits_triton(codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.Size, block: int, dtype: torch.dtype) -> Tensor:

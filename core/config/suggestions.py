@@ -90,6 +90,7 @@ OPTIONS = {
     "do_sample": "temperature, 0 of which takes the likeliest token",
 }  # fmt: skip
 ADVICE = {
+    "tf32": "float32 is computed in full; dtype: bfloat16 is faster",
     "rl": "it is the command here: treetune dpo, kto, grpo, ...", "stage": "it is the command here: treetune sft, dpo, reward, ...",
     "trl": "write its keys at the top level", "ebft": "write its keys at the top level",
     "vllm": "write its keys at the top level, with vllm_ before them",
@@ -106,7 +107,7 @@ ADVICE = {
     "trust_remote_code": "code of a model is never run; leave it out", "device_map": "torchrun places processes; leave it out",
     "flash_attention": ALWAYS, "flash_attn": ALWAYS, "sdp_attention": ALWAYS, "xformers_attention": ALWAYS, "flex_attention": ALWAYS,
     "attn_implementation": ALWAYS, "group_by_length": "documents are packed; leave it out", "remove_unused_columns": ALWAYS,
-    "gradient_checkpointing_kwargs": ALWAYS, "tf32": ALWAYS, "strict": ALWAYS, "special_tokens_map": "special_tokens: {pad_token: ...}",
+    "gradient_checkpointing_kwargs": ALWAYS, "strict": ALWAYS, "special_tokens_map": "special_tokens: {pad_token: ...}",
     "model_type": "it is read from the model's config.json", "tokenizer_type": "it is read from the model", "do_train": ALWAYS,
     "do_eval": ALWAYS,
     "liger": ALWAYS, "use_liger_kernel": ALWAYS, "torch_compile": "it is not supported yet; leave it out",
@@ -115,7 +116,7 @@ ADVICE = {
 }  # fmt: skip
 # Values of options in other tools.
 CHOICES = {
-    "dora": "DoRA is not supported yet", "full": "none", "adam": "adamw", "sigmoid": "dpo",
+    "dora": "lora with lora_dora", "full": "none", "adam": "adamw", "sigmoid": "dpo",
     "adam_8bit": "adamw_8bit", "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "prodigy": "it is not supported yet: use adamw",
     "bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "gpu": "cuda",
     "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",

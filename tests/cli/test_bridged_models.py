@@ -84,14 +84,14 @@ def test_a_method_trains_it(kit, here, tune, rows, bridged, kind, method):
 def test_the_first_run_certifies_and_later_ones_remember(tune, here, rows, bridged, monkeypatch):
     monkeypatch.setenv("TREETUNE_HOME", str(here / "home"))
     begin = ["sft", "--data", "chat.jsonl", "--sequence-len", 128, *LORA, "--model", bridged("glm4"), *SHORT[:6], "--sample-prompt="]
-    made, certify = [], certificate.certify
-    monkeypatch.setattr(certificate, "certify", lambda *args, **options: made.append(args) or certify(*args, **options))
+    certified, certify = [], certificate.certify
+    monkeypatch.setattr(certificate, "certify", lambda *args, **options: certified.append(args) or certify(*args, **options))
     lines = []
     for name in ("a", "b"):
         done = tune(*begin, "--output-dir", name)
         assert done.code == 0, done
         lines += [line for line in done.out.splitlines() if line.startswith("certificate: bridged, 11 measures within their limits")]
-    assert len(lines) == 2 and len(made) == 1
+    assert len(lines) == 2 and len(certified) == 1
     kept = next((here / "home/certificates").glob("*.json"))
     entry = json.loads(kept.read_text())
     entry["rows"][0][1:4] = [0.5, 1e-4, "DIFFERENCE"]

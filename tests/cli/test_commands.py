@@ -302,8 +302,8 @@ def test_quantize_writes_a_folder_that_loads(options, tiny, tune, here):
     assert done.code == 0 and "KL " in done.out and "saved small" in done.out, done
     model = hf.load("small", dtype=torch.float32)
     kind = options[1] if "--quant" in options else "nf4"
-    found = {leaf.kind for leaf in tree.leaves(model.params) if quant.quantised(leaf)}
-    assert found == {kind} and json.loads((here / "small/config.json").read_text())["dtype"] == (
+    kinds = {leaf.kind for leaf in tree.leaves(model.params) if quant.quantised(leaf)}
+    assert kinds == {kind} and json.loads((here / "small/config.json").read_text())["dtype"] == (
         "float32" if "--save-dtype" in options else "bfloat16"
     )
     leaf = model.params["layers"][0]["q_proj"]
@@ -322,7 +322,7 @@ def test_quantize_refuses_what_it_cannot_write(tiny, tune, kit, adapter, here):
 
 def differences(out):
     """The largest logit differences that were printed."""
-    return [float(found) for found in re.findall(r"largest logit difference (\S+),", out)]
+    return [float(difference) for difference in re.findall(r"largest logit difference (\S+),", out)]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

@@ -112,9 +112,9 @@ def test_eight_bits_on_a_gpu_are_the_nearest_of_the_table(signed):
     table = quant_tables.eight_bits(CPU, signed)
     numbers = torch.randn(2000, generator=torch.Generator().manual_seed(1)) ** 3
     numbers = (numbers if signed else numbers.abs()) / numbers.abs().max()
-    found = table[quant_tables.nearest(numbers, table).int()]
+    nearest = table[quant_tables.nearest(numbers, table).int()]
     best = (numbers[:, None] - table).abs().amin(1)
-    assert torch.equal((found - numbers).abs(), best)
+    assert torch.equal((nearest - numbers).abs(), best)
 
 
 def _even_grads(params, step):

@@ -1,5 +1,8 @@
 """Tiny random transformers models as oracles, saved to folders, and the streams that both sides read."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +77,45 @@ def _build(kind: str, tied: bool):
             neutral = 1.0 if "norm" in path and "Gemma" not in name else 0.0
             leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.2 + neutral)
     return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(model_type) -> a small random model of an architecture (`architectures.py`), saved by transformers once per session."""
+    from treetune.models import plain_model
+
+    spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
+    architectures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architectures)
+    root = tmp_path_factory.mktemp("architectures")
+
+    def save(model_type):
+        if not (root / model_type).exists():
+            with plain_model.without_bars():
+                architectures.save(model_type, root / model_type)
+        return root / model_type
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """plain(prefix, fields) -> a small random model of transformers' class of that prefix, of whole blocks of 64 unless fields say else."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("plain")
+    sizes = SIZES | dict(hidden_size=64, intermediate_size=192)
+    sizes.pop("attn_implementation")
+
+    def save(prefix, fields):
+        path = root / f"{prefix} {sorted(fields.items())}".replace("/", "")
+        if not path.exists():
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{prefix}Config")(**sizes | fields)
+            getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(path)
+        return path
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -76,8 +76,8 @@ def test_a_kind_in_peft_again_here_merged_and_sampled(oracle, documents, tmp_pat
         assert torch.equal(logits(*policy.current(start), ids), base)
     params = moved(start)
     policy.save(start, tmp_path / "adapter", params=params)
-    current, used = policy.current(start, params)
-    expected = logits(current, used, ids)
+    current, applied = policy.current(start, params)
+    expected = logits(current, applied, ids)
     assert (expected - base).abs().max() > 0.05
     close(in_peft(model, tmp_path / "adapter", ids), expected)
     again, _, info = adapter.load(tmp_path / "adapter", ours)
@@ -85,7 +85,7 @@ def test_a_kind_in_peft_again_here_merged_and_sampled(oracle, documents, tmp_pat
     assert set(info.paths) == set(start.adapter.paths)
     merged = ours._replace(params=lora.merge(ours.params, again.tree, again.scale))
     close(logits(merged, None, ids), expected, 2e-5)
-    drawn = [decode.sample(ours, [documents[1][:6]], n=2, lora=low, max_new_tokens=5, seed=1) for low in (used, again)]
+    drawn = [decode.sample(ours, [documents[1][:6]], n=2, lora=low, max_new_tokens=5, seed=1) for low in (applied, again)]
     assert torch.equal(drawn[0].tokens, drawn[1].tokens)
     reread = adapted(ours, start=str(tmp_path / "adapter"))
     policy.save(reread, tmp_path / "further")
@@ -175,8 +175,8 @@ def test_loftq_starts_nearer_to_the_dense_model_and_is_a_plain_adapter(oracle, d
     low = hf.load(folder, scheme=Scheme(kind))
     base, again = Base(str(folder), ""), partial(hf.load, folder, scheme=Scheme(kind))
     start = policy.adapt(low, AdapterSpec(rank=16, init="loftq"), base=base, seed=0, reread=lambda see: again(see=see))
-    model, used = policy.current(start)
-    far, near = ((got - exact).pow(2).mean() for got in (logits(low, None, ids), logits(model, used, ids)))
+    model, applied = policy.current(start)
+    far, near = ((got - exact).pow(2).mean() for got in (logits(low, None, ids), logits(model, applied, ids)))
     assert near < 0.6 * far
     for path, (a, b) in lora.pairs(start.params["lora"]).items():
         weight = dict(tree.items(hf.load(folder).params))[path]
@@ -184,7 +184,7 @@ def test_loftq_starts_nearer_to_the_dense_model_and_is_a_plain_adapter(oracle, d
         best = (torch.linalg.svd(lost)[1][16:] ** 2).sum().sqrt()
         torch.testing.assert_close((lost - 2.0 * b @ a).norm(), best, atol=1e-6, rtol=1e-4)
     policy.save(start, tmp_path / "a")
-    close(logits(low, adapter.load(tmp_path / "a", low)[0], ids), logits(model, used, ids))
+    close(logits(low, adapter.load(tmp_path / "a", low)[0], ids), logits(model, applied, ids))
     with pytest.raises(ValueError, match="loftq starts from what quantising loses, and layers.0.q_proj was not quantised"):
         adapted(hf.load(folder), init="loftq")
 
@@ -199,9 +199,9 @@ def test_over_a_quantised_base(oracle, documents, tmp_path, options):
     params = moved(start)
     expected = logits(*policy.current(start, params), ids)
     policy.save(start, tmp_path / "a", params=params)
-    used = adapter.load(tmp_path / "a", low)[0]
-    close(logits(dense_model, used, ids), expected)
-    merged = merging.merge(low, used, lambda text, **_: {"input_ids": [5, 6, 7]}, dtype=torch.float32)
+    applied = adapter.load(tmp_path / "a", low)[0]
+    close(logits(dense_model, applied, ids), expected)
+    merged = merging.merge(low, applied, lambda text, **_: {"input_ids": [5, 6, 7]}, dtype=torch.float32)
     assert merged.difference.largest < 1e-4
 
 

@@ -18,10 +18,6 @@ from treetune.models import certificate, describe, families, fetch, hf, loading
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
 MODELS = {
     "llama": ("Llama", dict()),
     "odd": ("Llama", dict(intermediate_size=90, hidden_size=44, head_dim=6, tie_word_embeddings=True)),
@@ -40,33 +36,19 @@ IDS = torch.arange(40) % 96
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """plain(name) -> the folder of a small model of random weights."""
-    root = tmp_path_factory.mktemp("plain")
-
-    def folder(name):
-        if not (root / name).exists():
-            prefix, extra = MODELS[name]
-            torch.manual_seed(0)
-            config = getattr(transformers, f"{prefix}Config")(**SIZES | extra)
-            getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(root / name)
-        return root / name
-
-    return folder
-
-
-@pytest.fixture(scope="session")
 def theirs(plain, tmp_path_factory):
     """theirs(name, config) -> a folder that transformers quantised, and its model."""
-    root, made = tmp_path_factory.mktemp("theirs"), {}
+    root, models = tmp_path_factory.mktemp("theirs"), {}
 
     def folder(name, config):
         path = root / f"{name}-{config}"
-        if path not in made:
+        if path not in models:
             options = transformers.BitsAndBytesConfig(**CONFIGS[config])
-            made[path] = transformers.AutoModelForCausalLM.from_pretrained(plain(name), quantization_config=options, dtype=torch.float32)
-            made[path].save_pretrained(path)
-        return path, made[path]
+            models[path] = transformers.AutoModelForCausalLM.from_pretrained(
+                plain(*MODELS[name]), quantization_config=options, dtype=torch.float32
+            )
+            models[path].save_pretrained(path)
+        return path, models[path]
 
     return folder
 
@@ -106,16 +88,16 @@ def test_a_folder_of_transformers_has_the_same_numbers_here(name, config, theirs
 
 def test_experts_in_parts_are_stacked(plain, tmp_path):
     """Older versions of transformers had a linear layer for each projection of each expert, and bitsandbytes quantised these."""
-    path = shutil.copytree(plain("qwen3_moe"), tmp_path / "old")
-    tensors, found = load_file(path / "model.safetensors"), {}
+    path = shutil.copytree(plain(*MODELS["qwen3_moe"]), tmp_path / "old")
+    tensors, parts = load_file(path / "model.safetensors"), {}
     for key, weight in tensors.items():
         if "proj" not in key and "mlp.gate" not in key:
-            found[key] = weight
+            parts[key] = weight
             continue
         codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics="down" in key)
-        found |= {key: codes} | {f"{key}.{name}": part for name, part in state.as_dict(packed=True).items()}
+        parts |= {key: codes} | {f"{key}.{name}": part for name, part in state.as_dict(packed=True).items()}
         tensors[key] = bitsandbytes.functional.dequantize_4bit(codes, state)
-    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(parts, path / "model.safetensors", metadata={"format": "pt"})
     written = json.loads((path / "config.json").read_text())
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (path / "config.json").write_text(json.dumps(written | {"quantization_config": quantization}))

@@ -1,8 +1,6 @@
 """Models of transformers that no native family computes: against transformers itself, and against themselves."""
 
-import importlib.util
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,6 @@ from treetune.core.lora import Lora
 from treetune.models import MODELS, certificate, certificate_checks, decoder_attention, heads, hf, logprobs, plain_model
 from treetune.models import adapter as adapters
 from treetune.models.dense import Neftune
-
-spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
-architectures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(architectures)
 
 # Windows on some layers; latent attention with narrow values, and experts; sinks; a soft-cap of the logits; a bias of the head;
 # parallel blocks with fused projections; ALiBi and recurrent layers, whose documents go through one at a time.
@@ -27,21 +21,6 @@ SLOW = (
 )  # fmt: skip
 ALONE = {"bloom", "qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "llama4_text", "qwen3_5_text"}
 DOCUMENTS = ([5, 9, 120, 33, 7, 64, 8], [11, 3, 199, 42, 17, 17, 90, 31, 5, 77, 140, 2, 66], [150, 44, 13, 101, 23])
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The folder of a small random model of an architecture, as transformers saves it."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            with plain_model.without_bars():
-                architectures.build(kind).save_pretrained(made[kind])
-        return made[kind]
-
-    return make
 
 
 def check(path, kind):

@@ -23,21 +23,6 @@ EVERY = [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)]
 DOCUMENTS = ([5, 9, 120, 33, 7, 64, 8], [11, 3, 199, 42, 17, 17, 90, 31, 5, 77, 140, 2, 66], [150, 44, 13, 101, 23])
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The folder of a small random model of an architecture, as transformers saves it."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            with plain_model.without_bars():
-                architectures.build(kind).save_pretrained(made[kind])
-        return made[kind]
-
-    return make
-
-
 def adapted(model):
     """An adapter on the experts, away from its start."""
     sizes, generator = hf.abstract_of(model), torch.Generator().manual_seed(1)
@@ -111,8 +96,8 @@ def test_values_and_gradients_are_those_of_the_folded_weights(folder, kind):
 
     def loss(pairs, fold):
         folded = base | {path: base[path] + low.scale * b @ a for path, (a, b) in lora.pairs(pairs).items()} if fold else base
-        used = None if fold else low._replace(tree=pairs)
-        return -logprobs(model.family, model.cfg, tree.from_items(folded.items()), batch, lora=used).logp.sum(), None
+        adapter = None if fold else low._replace(tree=pairs)
+        return -logprobs(model.family, model.cfg, tree.from_items(folded.items()), batch, lora=adapter).logp.sum(), None
 
     ((one, _), mine), ((other, _), plain) = (grad.value_and_grad(loss)(low.tree, fold) for fold in (False, True))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=0)

@@ -50,8 +50,8 @@ def test_peft_on_the_modules_computes_the_same(folder, tmp_path, kind):
     start = policy.adapt(model, AdapterSpec(rank=4, alpha=8.0, **KINDS[kind]), base=adapter.Base(str(folder), ""), seed=0)
     assert torch.equal(logits(*policy.current(start)), logits(model, None))
     params = moved(start)
-    current, used = policy.current(start, params)
-    expected = logits(current, used)
+    current, low = policy.current(start, params)
+    expected = logits(current, low)
     policy.save(start, tmp_path / "a", params=params)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -62,7 +62,7 @@ def test_peft_on_the_modules_computes_the_same(folder, tmp_path, kind):
     again, _, _ = adapter.load(tmp_path / "a", model)
     merged = model._replace(params=lora.merge(model.params, again.tree, again.scale))
     close(logits(merged, None), expected, 2e-5)
-    drawn = decode.sample(model, [IDS[:5]], n=2, lora=used, max_new_tokens=4, seed=1)
+    drawn = decode.sample(model, [IDS[:5]], n=2, lora=low, max_new_tokens=4, seed=1)
     assert torch.equal(drawn.tokens, decode.sample(merged, [IDS[:5]], n=2, max_new_tokens=4, seed=1).tokens)
 
 

@@ -37,15 +37,15 @@ def config_of(kind):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The folder of a small random model with all its parts."""
-    made = {}
+    paths = {}
 
     def make(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
+        if kind not in paths:
+            paths[kind] = tmp_path_factory.mktemp(kind)
             with plain_model.without_bars():
                 torch.manual_seed(0)
-                class_of(kind)(config_of(kind)).save_pretrained(made[kind])
-        return made[kind]
+                class_of(kind)(config_of(kind)).save_pretrained(paths[kind])
+        return paths[kind]
 
     return make
 

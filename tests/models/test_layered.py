@@ -82,8 +82,8 @@ def test_memory_is_that_of_a_few_layers(chosen, tmp_path):
 
 
 def test_layers_are_made_when_they_are_asked_for():
-    made = []
-    layers = layered.Layers(3, lambda index: made.append(index) or {"a": torch.tensor(index)})
-    assert len(layers) == 3 and not made
-    assert [path for path, _ in tree.items({"layers": layers})] == ["layers.0.a", "layers.1.a", "layers.2.a"] and made == [0, 1, 2]
-    assert layers[1]["a"] == 1 and made == [0, 1, 2, 1]
+    indices = []
+    layers = layered.Layers(3, lambda index: indices.append(index) or {"a": torch.tensor(index)})
+    assert len(layers) == 3 and not indices
+    assert [path for path, _ in tree.items({"layers": layers})] == ["layers.0.a", "layers.1.a", "layers.2.a"] and indices == [0, 1, 2]
+    assert layers[1]["a"] == 1 and indices == [0, 1, 2, 1]

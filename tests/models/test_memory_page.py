@@ -42,8 +42,8 @@ def expected() -> str:
 
 
 def test_the_table_of_the_page_is_what_is_counted():
-    found = re.search(r"\| model \| training .*?(?=\n\n|\Z)", PAGE.read_text(), flags=re.S)
-    assert found is not None and found.group(0).rstrip() == expected(), f"docs/memory.md should have\n{expected()}"
+    table = re.search(r"\| model \| training .*?(?=\n\n|\Z)", PAGE.read_text(), flags=re.S)
+    assert table is not None and table.group(0).rstrip() == expected(), f"docs/memory.md should have\n{expected()}"
 
 
 def test_the_sizes_are_those_of_the_models():

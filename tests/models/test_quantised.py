@@ -1,8 +1,5 @@
 """Models with quantised leaves against the same models with these leaves made dense, and what a folder of them says."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,30 +8,8 @@ from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, adapter, decode, families, hf, identity, loading, policy, quantised
 from treetune.ops import noise
 
-spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parent / "architectures.py")
-architectures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(architectures)
-
 FAMILIES = ("llama", "gemma2", "phi3", "gpt_oss", "qwen3_moe", "glm4", "deepseek_v3", "qwen3_5_text")
 SCHEMES = (Scheme("nf4"), Scheme("fp4", double=False), Scheme("int8"), Scheme("fp8"))
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """folders(family) -> a small model, saved by transformers once per session."""
-    root = tmp_path_factory.mktemp("quantised")
-
-    def folder(family):
-        if not (root / family).exists():
-            architectures.save(family, root / family)
-        return root / family
-
-    return folder
-
-
-def dense(model: Model) -> Model:
-    """The model with its quantised leaves made dense."""
-    return model._replace(params=tree.map(lambda leaf: quant.dense(leaf) if quant.quantised(leaf) else leaf, model.params))
 
 
 def stream():
@@ -74,71 +49,71 @@ def same(one, other):
 
 @pytest.mark.parametrize("remat", [None, "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradient_are_those_of_the_dense_weights_to_the_bit(family, remat, folders):
-    model = hf.load(folders(family), scheme=Scheme("nf4"))
+def test_loss_and_gradient_are_those_of_the_dense_weights_to_the_bit(family, remat, folder):
+    model = hf.load(folder(family), scheme=Scheme("nf4"))
     chosen = [path for path, leaf in tree.items(model.params) if quant.quantised(leaf)]
     assert len(chosen) >= 8 and not check.not_finite(model.params)
     value, gradient = loss_and_gradient(model, remat)
-    expected, twin = loss_and_gradient(dense(model), remat)
+    expected, twin = loss_and_gradient(quantised.dense(model), remat)
     assert torch.equal(value, expected) and same(gradient, twin)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.kind)
-def test_every_kind_computes(scheme, folders):
-    model = hf.load(folders("llama"), scheme=scheme)
-    whole = hf.load(folders("llama"))
+def test_every_kind_computes(scheme, folder):
+    model = hf.load(folder("llama"), scheme=scheme)
+    whole = hf.load(folder("llama"))
     value, gradient = loss_and_gradient(model)
-    expected, twin = loss_and_gradient(dense(model))
+    expected, twin = loss_and_gradient(quantised.dense(model))
     assert torch.equal(value, expected) and same(gradient, twin)
     assert 0 < abs(value - loss_and_gradient(whole)[0]) / stream()["at"].shape[0] < 0.25
 
 
-def test_no_dense_weight_is_kept_for_the_backward_pass(folders, monkeypatch):
+def test_no_dense_weight_is_kept_for_the_backward_pass(folder, monkeypatch):
     """Each is made in the forward pass and again in the backward pass; one that was kept would be made once."""
-    model, made = hf.load(folders("llama"), scheme=Scheme("nf4")), []
+    model, dense_leaves = hf.load(folder("llama"), scheme=Scheme("nf4")), []
     dense_of = quant.dense
-    monkeypatch.setattr(quant, "dense", lambda leaf, dtype=None: made.append(leaf) or dense_of(leaf, dtype))
+    monkeypatch.setattr(quant, "dense", lambda leaf, dtype=None: dense_leaves.append(leaf) or dense_of(leaf, dtype))
     count = sum(quant.quantised(leaf) for leaf in tree.leaves(model.params))
     params = tree.map(lambda leaf: leaf.requires_grad_(), adapted(model))
     value = families.logprobs(model.family, model.cfg, model.params, stream(), lora=lora.Lora(params, 1.0)).logp.sum()
-    assert len(made) == count
+    assert len(dense_leaves) == count
     value.backward()
-    assert len(made) == 2 * count and all(leaf.grad is not None for leaf in tree.leaves(params))
+    assert len(dense_leaves) == 2 * count and all(leaf.grad is not None for leaf in tree.leaves(params))
 
 
-def test_numbers_do_not_depend_on_the_dtype_that_is_computed_in(folders):
-    one, other = (hf.load(folders("llama"), dtype=dtype, scheme=Scheme("nf4")) for dtype in (torch.float32, torch.bfloat16))
+def test_numbers_do_not_depend_on_the_dtype_that_is_computed_in(folder):
+    one, other = (hf.load(folder("llama"), dtype=dtype, scheme=Scheme("nf4")) for dtype in (torch.float32, torch.bfloat16))
     for a, b in zip(tree.leaves(one.params), tree.leaves(other.params), strict=True):
         if quant.quantised(a):
             assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and b.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ("llama", "qwen3_moe", "glm4"))
-def test_samples_are_those_of_the_dense_weights(family, folders):
-    model = hf.load(folders(family), scheme=Scheme("nf4"))
-    one, other = (decode.sample(m, [[1, 2, 3], [4, 5]], n=2, max_new_tokens=6, seed=0) for m in (model, dense(model)))
+def test_samples_are_those_of_the_dense_weights(family, folder):
+    model = hf.load(folder(family), scheme=Scheme("nf4"))
+    one, other = (decode.sample(m, [[1, 2, 3], [4, 5]], n=2, max_new_tokens=6, seed=0) for m in (model, quantised.dense(model)))
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logp, other.logp)
 
 
 @pytest.mark.parametrize("family", ("phi3", "qwen3_moe", "deepseek_v3"))
-def test_embeddings_heads_and_routers_stay_dense(family, folders):
-    model = hf.load(folders(family), scheme=Scheme("nf4", experts=False))
+def test_embeddings_heads_and_routers_stay_dense(family, folder):
+    model = hf.load(folder(family), scheme=Scheme("nf4", experts=False))
     dense_leaves = {path.rpartition(".")[2] for path, leaf in tree.items(model.params) if not quant.quantised(leaf)}
     assert "embed_tokens" in dense_leaves and not {"q_proj", "o_proj"} & dense_leaves
-    every = hf.load(folders(family), scheme=Scheme("nf4"))
+    every = hf.load(folder(family), scheme=Scheme("nf4"))
     stacks = [path for path, leaf in tree.items(every.params) if quant.quantised(leaf) and leaf.ndim == 3]
     assert bool(stacks) == (family != "phi3") and all(not quant.quantised(dict(tree.items(model.params))[path]) for path in stacks)
 
 
 @pytest.mark.parametrize("family", ("llama", "glm4"))
-def test_a_quantised_model_is_the_same_base(family, folders):
-    model, other = hf.load(folders(family)), hf.load(folders(family), scheme=Scheme("nf4"))
+def test_a_quantised_model_is_the_same_base(family, folder):
+    model, other = hf.load(folder(family)), hf.load(folder(family), scheme=Scheme("nf4"))
     assert identity.digest(model) == identity.digest(other)
     assert tree.bytes(other.params) < tree.bytes(model.params)
 
 
-def test_the_merged_model_is_the_quantised_one_with_the_adapter(folders):
-    model = hf.load(folders("llama"), scheme=Scheme("nf4"))
+def test_the_merged_model_is_the_quantised_one_with_the_adapter(folder):
+    model = hf.load(folder("llama"), scheme=Scheme("nf4"))
     low = lora.Lora(adapted(model), 1.5)
     merged = model._replace(params=lora.merge(model.params, low.tree, low.scale))
     ids = torch.arange(20)
@@ -147,23 +122,23 @@ def test_the_merged_model_is_the_quantised_one_with_the_adapter(folders):
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_an_adapter_folder_says_how_its_base_was_quantised(folders, tmp_path):
+def test_an_adapter_folder_says_how_its_base_was_quantised(folder, tmp_path):
     scheme = Scheme("fp4", double=False)
-    loaded = hf.load(folders("llama"), scheme=scheme)
-    base = loading.identify_base(str(folders("llama")), loaded, scheme)
+    loaded = hf.load(folder("llama"), scheme=scheme)
+    base = loading.identify_base(str(folder("llama")), loaded, scheme)
     start = policy.adapt(loaded, policy.AdapterSpec(rank=2), base=base, seed=0)
     policy.save(start, tmp_path / "adapter")
     assert adapter.base(tmp_path / "adapter").scheme == scheme
     assert quantised.scheme(scheme) == scheme and quantised.scheme(scheme, quant="none") is None
 
 
-def test_quantised_weights_cannot_train(folders):
+def test_quantised_weights_cannot_train(folder):
     with pytest.raises(ValueError, match=r"q_proj is quantised and cannot train: train an adapter"):
-        policy.full(hf.load(folders("llama"), scheme=Scheme("nf4")))
+        policy.full(hf.load(folder("llama"), scheme=Scheme("nf4")))
 
 
-def test_a_leaf_that_trains_whole_starts_as_its_dense_numbers(folders):
-    model = hf.load(folders("llama"), scheme=Scheme("nf4"))
+def test_a_leaf_that_trains_whole_starts_as_its_dense_numbers(folder):
+    model = hf.load(folder("llama"), scheme=Scheme("nf4"))
     spec_ = policy.AdapterSpec(rank=2, targets=("k_proj",), modules_to_save=("layers.0.q_proj",))
     start = policy.adapt(model, spec_, base=adapter.Base("base", "0"), seed=0)
     leaf = start.params["model"]["layers"][0]["q_proj"]

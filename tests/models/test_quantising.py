@@ -11,10 +11,6 @@ from treetune.models import bridge, families, hf, merging, quantised, quantising
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
 MODELS = {
     "llama": ("Llama", dict(tie_word_embeddings=True)),
     "qwen2": ("Qwen2", dict()),
@@ -34,22 +30,6 @@ def tokens(text, **_):
     return {"input_ids": [5, 6, 7]}
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """plain(name) -> the folder of a small model of random weights."""
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(name):
-        if not (root / name).exists():
-            prefix, extra = MODELS[name]
-            torch.manual_seed(0)
-            config = getattr(transformers, f"{prefix}Config")(**SIZES | extra)
-            getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(root / name)
-        return root / name
-
-    return folder
-
-
 def written(model, scheme, path, dtype=torch.float32):
     tensors, config = quantising.described(model, scheme, dtype)
     hf.write(path, tensors, config)
@@ -61,10 +41,10 @@ def written(model, scheme, path, dtype=torch.float32):
 def test_a_folder_of_ours_is_that_of_transformers(name, kind, plain, tmp_path):
     """Every tensor but the spelling of the state; logits, too."""
     scheme, options = SCHEMES[kind]
-    path = written(hf.load(plain(name)), scheme, tmp_path / "ours")
+    path = written(hf.load(plain(*MODELS[name])), scheme, tmp_path / "ours")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path)
     config = transformers.BitsAndBytesConfig(**options)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(plain(name), quantization_config=config, dtype=torch.float32)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(plain(*MODELS[name]), quantization_config=config, dtype=torch.float32)
     expected.save_pretrained(tmp_path / "theirs")
     ours, theirs = load_file(path / "model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -83,12 +63,12 @@ def test_read_again_it_is_the_same_to_the_bit(name, kind, plain, tmp_path):
     if (name, kind) == ("qwen3_moe", "fp8"):
         pytest.skip("fp8 files hold no experts: refused below")
     scheme = SCHEMES[kind][0] if kind in SCHEMES else Scheme("fp8")
-    model = hf.load(plain(name))
+    model = hf.load(plain(*MODELS[name]))
     again = hf.load(written(model, scheme, tmp_path / "once", torch.bfloat16), dtype=torch.bfloat16)
-    made = quantising.quantise(model, scheme, torch.bfloat16)
+    small = quantising.quantise(model, scheme, torch.bfloat16)
     assert again.params["norm"].dtype == torch.bfloat16
     count = 0
-    for one, other in zip(tree.leaves(again.params), tree.leaves(made.params), strict=True):
+    for one, other in zip(tree.leaves(again.params), tree.leaves(small.params), strict=True):
         assert quant.quantised(one) == quant.quantised(other) and one.dtype == other.dtype
         if name != "phi3" or kind not in ("nf4",):  # whose maxima of maxima are those of fused tensors
             assert torch.equal(*(quant.dense(leaf) if quant.quantised(leaf) else leaf for leaf in (one, other)))
@@ -97,7 +77,7 @@ def test_read_again_it_is_the_same_to_the_bit(name, kind, plain, tmp_path):
 
 
 def test_what_stays_dense_is_named(plain, tmp_path):
-    _, config = quantising.described(hf.load(plain("qwen3_moe")), Scheme("nf4"), torch.float32)
+    _, config = quantising.described(hf.load(plain(*MODELS["qwen3_moe"])), Scheme("nf4"), torch.float32)
     skipped = config["quantization_config"]["llm_int8_skip_modules"]
     layers = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("experts", "gate")]
     assert sorted(skipped) == sorted(["lm_head", *layers])
@@ -105,8 +85,8 @@ def test_what_stays_dense_is_named(plain, tmp_path):
 
 def test_the_difference_is_that_of_the_folder(plain, tmp_path):
     for name in ("llama", "glm4"):
-        model = hf.load(plain(name))
-        options = {"name": str(plain(name))}
+        model = hf.load(plain(*MODELS[name]))
+        options = {"name": str(plain(*MODELS[name]))}
         result = quantising.write(tmp_path / name, model, Scheme("nf4"), torch.bfloat16, FakeTokenizer(), **options)
         again = hf.load(tmp_path / name, dtype=torch.bfloat16)
         ids = merging.probe_ids(tokens, model.cfg)
@@ -140,7 +120,7 @@ class FakeTokenizer:
     ("name", "scheme", "expected"), [("qwen3_moe", Scheme("fp8"), "has experts"), ("llama", Scheme("nf4"), "is quantised")]
 )
 def test_models_without_such_files_are_refused(name, scheme, expected, plain):
-    model = hf.load(plain(name), scheme=Scheme("nf4") if name == "llama" else None)
+    model = hf.load(plain(*MODELS[name]), scheme=Scheme("nf4") if name == "llama" else None)
     with pytest.raises(ValueError, match=expected):
         quantising.check(model, scheme, "base")
 
@@ -148,7 +128,7 @@ def test_models_without_such_files_are_refused(name, scheme, expected, plain):
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_fp8_has_the_logits_of_compressed_tensors(name, plain, tmp_path):
     pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors: the library that reads these files for transformers")
-    path = written(hf.load(plain(name)), Scheme("fp8"), tmp_path / "ours")
+    path = written(hf.load(plain(*MODELS[name])), Scheme("fp8"), tmp_path / "ours")
     options = transformers.CompressedTensorsConfig(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=options)
     with torch.no_grad():

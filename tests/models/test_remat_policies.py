@@ -1,8 +1,6 @@
 """Gradients under every policy of rematerialisation and offload: those of a pass that keeps all, to the bit."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +12,8 @@ from treetune.core.quant import Scheme
 from treetune.models import families, hf
 from treetune.ops import kept, noise
 
-spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parent / "architectures.py")
-architectures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(architectures)
-
 POLICIES = ("full", "selective", "none+cpu", "none+disk", "full+cpu", "full+disk", "selective+cpu", "selective+disk")
 NATIVE, BRIDGED = ("llama", "gemma2", "qwen3_moe", "gpt_oss"), ("glm4", "deepseek_v3", "qwen3_5_text")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(family) -> a small model, saved by transformers once."""
-    root = tmp_path_factory.mktemp("policies")
-
-    def folder(family):
-        if not (root / family).exists():
-            architectures.save(family, root / family)
-        return root / family
-
-    return folder
 
 
 def stream():
@@ -72,33 +53,33 @@ def gradient(model, kind, remat, batch):
     trained = tree.from_items([(path, leaf) for path, leaf in tree.items(model.params) if path not in still])
 
     def loss(params):
-        used = None if low is None else low._replace(tree=params)
+        adapter = None if low is None else low._replace(tree=params)
         weights = model.params if low is not None else tree.merge(frozen, params)
-        stats = families.logprobs(model.family, model.cfg, weights, batch, lora=used, remat=remat)
+        stats = families.logprobs(model.family, model.cfg, weights, batch, lora=adapter, remat=remat)
         return -stats.logp.sum(), None
 
-    (value, _), found = grad.value_and_grad(loss)(trained if low is None else low.tree)
-    return value, found
+    (value, _), grads = grad.value_and_grad(loss)(trained if low is None else low.tree)
+    return value, grads
 
 
 @pytest.mark.parametrize(
     ("family", "kind"), [*itertools.product((*NATIVE, *BRIDGED), ("lora", "full", "nf4")), ("llama", "dora"), ("glm4", "dora")]
 )
-def test_no_policy_changes_a_bit(family, kind, folders):
-    model, batch = hf.load(folders(family), scheme=Scheme("nf4") if kind == "nf4" else None), stream()
+def test_no_policy_changes_a_bit(family, kind, folder):
+    model, batch = hf.load(folder(family), scheme=Scheme("nf4") if kind == "nf4" else None), stream()
     value, expected = gradient(model, kind, None, batch)
     for policy in POLICIES:
-        other, found = gradient(model, kind, policy, batch)
+        other, grads = gradient(model, kind, policy, batch)
         assert torch.equal(value, other), policy
-        for (path, a), (_, b) in zip(tree.items(expected), tree.items(found), strict=True):
+        for (path, a), (_, b) in zip(tree.items(expected), tree.items(grads), strict=True):
             assert torch.equal(a, b), (policy, path)
     assert any(leaf.any() for leaf in tree.leaves(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selective_makes_no_product_and_no_attention_again(dtype, folders):
+def test_selective_makes_no_product_and_no_attention_again(dtype, folder):
     """A backward pass runs the products of gradients only; a full one runs those of the layers once more."""
-    model = hf.load(folders("llama"), dtype=dtype)
+    model = hf.load(folder("llama"), dtype=dtype)
     counts = {policy: products(model, policy, stream()) for policy in (None, "full", "selective")}
     assert counts["selective"] == counts[None] < counts["full"]
 
