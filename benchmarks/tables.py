@@ -14,13 +14,18 @@ Written by `python benchmarks/tables.py` from `results/*/*.json`: medians of int
 """
 
 
+def _described(machine: dict) -> str:
+    """Processor, threads and versions, in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return f"{machine['cpu']}, {machine['threads']} threads; {versions}."
+
+
 def step_sft(results: dict) -> str:
     """One supervised step against TRL."""
     machine, options = results["machine"], results["options"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One supervised LoRA step ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        _described(machine),
         "SmolLM2-135M-Instruct, LoRA r 16 on all linear layers, GSM8K chat rows in file order, "
         f"{options['rows']} rows a step in micro-batches of {options['micro']}, {options['steps'] - 1} timed steps a run, 3 runs a side.\n",
         "| dtype | side | supervised tokens/s | step (s) | peak memory (GiB) | first loss |",
@@ -44,10 +49,9 @@ def step_sft(results: dict) -> str:
 def step_sft_bridged(results: dict) -> str:
     """One supervised step of a native family against the same model through transformers' modules."""
     machine, options = results["machine"], results["options"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One supervised LoRA step, native and bridged ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        _described(machine),
         "SmolLM2-135M-Instruct, LoRA r 16 on all linear layers, the same GSM8K chat rows and the same fresh adapter, by the native family "
         f"and through the modules of transformers in turn in one process; {options['rows']} rows a step in micro-batches of "
         f"{options['micro']}, {options['steps'] - 1} timed steps a side.\n",
@@ -67,13 +71,36 @@ def step_sft_bridged(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory(results: dict) -> str:
+    """One QLoRA step against TRL + PEFT + bitsandbytes, and what a loaded model holds."""
+    machine, loading = results["machine"], results["loading"]
+    lines = [
+        f"## One QLoRA step ({machine['device']})\n",
+        _described(machine),
+        "SmolLM2-135M-Instruct, linear layers in NF4 with double quantisation, LoRA r 16 on all of them, GSM8K chat rows in file order, "
+        f"8 rows a step in micro-batches of 4, {results['options']['steps'] - 1} timed steps a run, "
+        f"{len(results['float32']['runs']['ours'])} runs a side. Memory is the peak of the process, libraries included.\n",
+        "| dtype | side | supervised tokens/s | step (s) | peak memory (GiB) | first loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in results]
+    for dtype in dtypes:
+        lines += [_row(dtype, side, results[dtype][key]) for side, key in (("treetune", "ours"), ("TRL + PEFT + bitsandbytes", "trl"))]
+    for dtype in dtypes:
+        ratio = results[dtype]["ratio"]
+        lines.append(f"\n{dtype}: {ratio['step_s']:.2f} x the time and {ratio['peak_gib']:.2f} x the memory.")
+    wide, small = (loading[name] for name in ("bfloat16", "nf4"))
+    sizes = [f"{wide[name] / 2**20:.0f} MiB in bfloat16, {small[name] / 2**20:.0f} in NF4" for name in ("leaf_bytes", "linear_bytes")]
+    lines.append(f"\nLoaded, all leaves take {sizes[0]}; the linear layers alone {sizes[1]}.")
+    return "\n".join(lines) + "\n"
+
+
 def step_dpo(results: dict) -> str:
     """One DPO step against TRL."""
     machine, options = results["machine"], results["options"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One DPO step with LoRA ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        _described(machine),
         "SmolLM2-135M-Instruct, LoRA r 16 on all linear layers, the base as the reference at every step, GSM8K pairs in file order, "
         f"{options['pairs']} a step in micro-batches of {options['micro']}, {options['steps'] - 1} timed steps a run, 3 runs a side.\n",
         "| dtype | side | s a pair | peak memory (GiB) | first loss | scored tokens | computed tokens |",
@@ -97,10 +124,9 @@ def step_dpo(results: dict) -> str:
 def step_grpo(results: dict) -> str:
     """One GRPO step against TRL."""
     machine, options, ratio = results["machine"], results["options"], results["float32"]["ratio"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One GRPO step with LoRA ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        _described(machine),
         f"SmolLM2-135M-Instruct, float32, LoRA r 16 on all linear layers, {options['prompts']} GSM8K prompts a step with "
         f"{options['completions']} completions of exactly {options['tokens']} tokens each, sampled from the trainer's own weights (TRL: "
         f"transformers generation), no reference; {options['steps'] - 1} timed steps a run, 3 runs a side.\n",
@@ -117,10 +143,9 @@ def step_grpo(results: dict) -> str:
 def step_ebft(results: dict) -> str:
     """One strided EBFT step against the same step written plainly."""
     machine, options, run = results["machine"], results["options"], results["float32"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## One strided EBFT step with LoRA ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}.",
+        _described(machine),
         f"SmolLM2-135M-Instruct, float32, LoRA r 16 on all linear layers, a document of {options['tokens']} tokens a step, stride "
         f"{options['stride']}, {options['n_samples_per_prompt']} rollouts of {options['generate_max_len']} tokens from each anchor, "
         "whitened features of three layers. The plain side (transformers + PEFT) runs the whole sequence of document and blocks again for "
@@ -138,10 +163,9 @@ def step_ebft(results: dict) -> str:
 def generate(results: dict) -> str:
     """Sampling against transformers."""
     machine, options = results["machine"], results["options"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"## Sampling ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}. SmolLM2-135M-Instruct, {options['dtype']}, GSM8K questions, "
+        f"{_described(machine)} SmolLM2-135M-Instruct, {options['dtype']}, GSM8K questions, "
         f"{options['new_tokens']} new tokens a completion, 8 completions of each prompt (batch 1: one of one), "
         f"{options['repeats']} run(s) a side.\n",
         "| batch | treetune (tokens/s) | transformers (tokens/s) | ratio | memory (GiB) |",
@@ -157,11 +181,10 @@ def generate(results: dict) -> str:
 def prepare(results: dict) -> str:
     """Preparing rows against TRL."""
     machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     names = {"ours": "treetune", "trl": "TRL", "trl_2_workers": "TRL, 2 worker processes"}
     lines = [
         f"## Preparing {results['ours']['rows']:.0f} chat rows ({machine['device']})\n",
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}. GSM8K as one-turn chats, SmolLM2's tokenizer.\n",
+        f"{_described(machine)} GSM8K as one-turn chats, SmolLM2's tokenizer.\n",
         "| side | seconds | tokens | supervised |",
         "|---|---|---|---|",
     ]
@@ -185,6 +208,7 @@ def _pair_row(dtype: str, side: str, run: dict) -> str:
 TABLES = {
     "step_sft": step_sft,
     "step_sft_bridged": step_sft_bridged,
+    "memory": memory,
     "step_dpo": step_dpo,
     "step_grpo": step_grpo,
     "step_ebft": step_ebft,

@@ -45,7 +45,7 @@ def test_every_split_gives_one_gradient(model, adapter, objective, documents, sp
     assert found.keys() == {"8x1", "4x2", "2x4", "1x8"}
     grads, metrics = found.pop("1x8")
     for other, measured in found.values():
-        _assert_equal(other, grads, TOLERANCE[torch.float32] if weighted else TOLERANCE[dtype])  # weights are float32 in the batch
+        _assert_equal(other, grads, max(TOLERANCE[dtype], 1e-6) if weighted else TOLERANCE[dtype])  # weights are float32 in the batch
         for key in ("loss", "nll", "mean_token_accuracy", "grad_norm", "num_tokens", "supervised_tokens"):
             torch.testing.assert_close(measured[key], metrics[key], rtol=1e-6, atol=0, check_dtype=False)
 
