@@ -4,9 +4,11 @@ import math
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
+CONTAINER = Path("/sys/fs/cgroup")
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
 
 
@@ -25,3 +27,17 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def free_memory() -> int:
+    """Bytes of memory that a process may take without others being moved out, in its container too; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+    try:
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no limit is "max"
+        return free
+    return max(0, min(free, limit - used))

@@ -142,8 +142,15 @@ def dense(leaf: Quantised, dtype: torch.dtype | None = None) -> Tensor:
         return _dense_four_bits(leaf, dtype)
     scale = leaf.scale.unsqueeze(-1)
     if leaf.kind == "int8":
-        return (leaf.codes.float() * scale * OF_127).to(dtype)
-    return (leaf.codes.float() * scale).to(dtype)
+        return leaf.codes.float().mul_(scale).mul_(OF_127).to(dtype)
+    return _of_fp8(leaf.codes).mul_(scale).to(dtype)
+
+
+def _of_fp8(codes: Tensor) -> Tensor:
+    if codes.device.type != "cpu":
+        return codes.float()
+    bytes_ = codes.reshape(-1).view(torch.uint8)
+    return quant_tables.fp8(codes.device).index_select(0, bytes_.int()).view(codes.shape)
 
 
 def origin_of(weight: Tensor) -> Origin:

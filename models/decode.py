@@ -83,7 +83,7 @@ def sample(
     """
     draw = Draw(**options)
     _check(model, prompts, n, max_new_tokens, draw)
-    weights = families.whole(model)
+    weights = families.to_sample(model)
     quiet = None if lora is None else families.settled(lora, weights)
     live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
     family, device = MODELS[model.family], live.hidden.device

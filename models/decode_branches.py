@@ -73,7 +73,7 @@ def branches(
     """
     draw, count = decode.Draw(**options), anchors.start.shape[0] * n
     _check(model, batch, anchors, n, draw)
-    weights = families.whole(model)
+    weights = families.to_sample(model)
     quiet = None if lora is None else families.settled(lora, weights)
     device, length = weights["embed_tokens"].device, anchors.length
     if count == 0:

@@ -195,6 +195,14 @@ def cache(cfg: Config, rows: int, slots: int) -> int:
     return rows * slots * cfg.dtype.itemsize * sum(heads * (key + value) for heads, key, value in cfg.caches)
 
 
+def dense_weights(abstract: Params, cfg: Config, setup: Setup) -> int:
+    """Bytes of the quantised leaves that a sampler on a CPU makes dense for all its tokens, fewer where memory is short."""
+    if setup.scheme is None or setup.device != "cpu" or not setup.rows:
+        return 0
+    chosen = quantised.paths(abstract, setup.scheme)
+    return sum(_numbers(leaf) * cfg.dtype.itemsize for path, leaf in tree.items(abstract) if path in chosen)
+
+
 def table(abstract: Params, cfg: Config, setup: Setup) -> Table:
     """The memory of a run that trains an adapter on all linear layers, or with rank 0 the model itself."""
     if setup.rank:
@@ -220,7 +228,7 @@ def training(held: Table, trained: int, abstract: Params, cfg: Config, setup: Se
         # The gradient of a tied head waits for that of the embeddings.
         layer=layer + layer_casts + gone // cfg.num_layers + (0 if setup.rank or not cfg.tied else 4 * cfg.vocab_size * cfg.hidden_size),
         head=head(cfg, setup) if setup.tokens else 0,
-        cache=cache(cfg, setup.rows, setup.slots),
+        cache=cache(cfg, setup.rows, setup.slots) + dense_weights(abstract, cfg, setup),
         elsewhere=gone,
     )
 

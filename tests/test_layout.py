@@ -28,7 +28,7 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided", "fields",
-                "manifest", "drafts", "durable", "check", "state", "module_names", "optim", "owned", "protocols", "run.errors",
+                "machine", "manifest", "drafts", "durable", "check", "state", "module_names", "optim", "owned", "protocols", "run.errors",
             )
         ),
     },

@@ -97,6 +97,15 @@ def test_fp8_is_within_half_a_step():
     assert (error.abs() <= torch.maximum(weight.abs() / 16, largest / quant.MOST_FP8 * 2**-9) * (1 + 1e-6)).all()
 
 
+def test_bytes_of_fp8_are_looked_up_as_they_are_cast():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(4, 64)
+    leaf = quant.quantise(torch.ones(4, 64), Scheme("fp8"))._replace(codes=codes, scale=torch.tensor([1.0, 0.1, 3.0, 7.0]))
+    expected = codes.float() * leaf.scale[:, None]
+    assert torch.equal(
+        quant.dense(leaf).view(torch.int32).where(~expected.isnan(), 0), expected.view(torch.int32).where(~expected.isnan(), 0)
+    )
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
 def test_a_leaf_has_shape_dtype_and_bytes(kind):
     weight = random((128, 256)).bfloat16()

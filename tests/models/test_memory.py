@@ -119,6 +119,14 @@ def test_the_cache_is_that_of_the_sampler():
     assert memory.cache(CFG, 6, 40) == sum(one.nbytes for one in (*keys, *values))
 
 
+def test_a_sampler_on_a_cpu_has_quantised_leaves_dense():
+    abstract, setup = MODELS["llama"].abstract(CFG), Setup(TOKENS, rank=4, scheme=Scheme("nf4"), rows=6, slots=40)
+    linears = sum(param.count(leaf) for leaf in tree.leaves(abstract) if leaf.op == "linear")
+    said, card, idle = (memory.table(abstract, CFG, one) for one in (setup, setup._replace(device="cuda"), setup._replace(rows=0)))
+    assert said.cache == memory.cache(CFG, 6, 40) + 4 * linears
+    assert card.cache == memory.cache(CFG, 6, 40) and idle.cache == 0
+
+
 def test_a_run_that_samples_needs_the_larger_of_cache_and_activations():
     small, large = Table(10, activations=5, layer=3, head=2, cache=4), Table(10, activations=5, layer=3, head=2, cache=40)
     assert (small.peak, large.peak) == (18, 50)

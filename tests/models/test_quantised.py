@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treetune.core import check, grad, lora, quant, shard, tree
+from treetune.core import check, grad, lora, machine, quant, shard, tree
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, adapter, decode, families, hf, identity, loading, policy, quantised
 from treetune.ops import noise
@@ -93,6 +93,29 @@ def test_samples_are_those_of_the_dense_weights(family, folder):
     model = hf.load(folder(family), scheme=Scheme("nf4"))
     one, other = (decode.sample(m, [[1, 2, 3], [4, 5]], n=2, max_new_tokens=6, seed=0) for m in (model, quantised.dense(model)))
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logp, other.logp)
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen3_moe", "glm4"))
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.kind)
+def test_a_sampler_with_memory_makes_each_leaf_dense_once_and_draws_the_same(family, scheme, folder, monkeypatch):
+    model = hf.load(folder(family), scheme=scheme)
+    low, count = lora.Lora(adapted(model), 1.5), [0]
+    sizes = [4 * leaf.numel() for leaf in tree.leaves(model.params) if quant.quantised(leaf)]
+    plain = quant.dense
+
+    def counted(*args):
+        count[0] += 1
+        return plain(*args)
+
+    monkeypatch.setattr(quant, "dense", counted)
+    draws, counts = [], []
+    for free in (0, 2 * sum(sizes), 4 * sum(sizes)):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        count[0] = 0
+        draws.append(decode.sample(model, [[1, 2, 3], [4, 5]], n=2, lora=low, max_new_tokens=6, seed=3))
+        counts.append(count[0])
+    assert all(torch.equal(a, b) for other in draws[1:] for a, b in zip(draws[0], other, strict=True))
+    assert counts[0] == 6 * len(sizes) > counts[1] > counts[2] == len(sizes)
 
 
 @pytest.mark.parametrize("family", ("phi3", "qwen3_moe", "deepseek_v3"))
