@@ -163,7 +163,8 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
     if changed:
         run.say(changed)
     if run.adapter is None:
-        return model, policy.full(model, _unfrozen(run, model, grown=changed != ""))._replace(tokenizer=words.tokenizer)
+        dtype = loading.DTYPES[config.optim.master_dtype]
+        return model, policy.full(model, _unfrozen(run, model, grown=changed != ""), dtype)._replace(tokenizer=words.tokenizer)
     options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head, "reread": partial(_reread, run)}
     start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
     return model, start._replace(tokenizer=words.tokenizer)

@@ -34,6 +34,7 @@ def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
         state_bytes=memory.state_bytes(optim.build(chosen)),
         remat=chosen.remat,
         device=device.type,
+        master=loading.DTYPES[options.master_dtype].itemsize,
         rows=options.micro_batch_size * n,
         slots=prompt + completion,
     )
@@ -60,6 +61,7 @@ def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
         scheme=quantised.of(run.config.model),
         state_bytes=count(state.opt) / trained,
         remat=run.config.optim.remat,
+        master=loading.DTYPES[run.config.optim.master_dtype].itemsize,
         device=run.device.type,
         rows=rows,
         slots=slots,

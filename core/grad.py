@@ -20,8 +20,8 @@ def value_and_grad(fn: Callable) -> Callable:
     with ctx-style autograd functions. Leaves that `fn` does not use get zero gradients. The value comes back detached;
     gradients may be changed in place: each is contiguous and has memory of its own.
 
-    into: gradients of the same tree, in the dtypes of params, to which the new ones are added in place. Each is added as it
-    arrives, so two whole trees of gradients never exist at once.
+    into: gradients of the same tree to which the new ones are added in place. Each is added as it arrives, so two whole trees of
+    gradients never exist at once. Gradients of leaves in 16 bits are float32, because sums in 16 bits would lose the small ones.
     """
 
     def wrapped(params, *args, into=None):
@@ -29,16 +29,40 @@ def value_and_grad(fn: Callable) -> Callable:
         with torch.enable_grad():
             value, aux = fn(tracked, *args)
         leaves = tree.leaves(tracked)
-        # Autograd adds into the buffer that it finds in .grad, so a total and a second whole tree of gradients never exist at once.
-        for leaf, total in zip(leaves, [None] * len(leaves) if into is None else tree.leaves(into), strict=True):
-            leaf.grad = total
+        wide = _begin(leaves, [None] * len(leaves) if into is None else tree.leaves(into))
         if value.requires_grad:
             torch.autograd.backward(value, inputs=leaves)
-        flat = [torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad for leaf in leaves]
-        grads = iter(_own(flat))
+        flat = [wide.get(i, leaf.grad) for i, leaf in enumerate(leaves)]
+        grads = iter(_own([_zeros(leaf) if grad is None else grad for leaf, grad in zip(leaves, flat, strict=True)]))
         return (value.detach(), aux), tree.map(lambda _: next(grads), params)
 
     return wrapped
+
+
+def _begin(leaves: list[Tensor], before: list[Tensor | None]) -> dict[int, Tensor | None]:
+    """Have the gradients of leaves added to those before; {index: total} of the leaves in 16 bits, filled as they arrive."""
+    wide: dict[int, Tensor | None] = {}
+    for i, (leaf, total) in enumerate(zip(leaves, before, strict=True)):
+        if leaf.dtype in (torch.float32, torch.float64):
+            leaf.grad = total  # autograd adds into the buffer that it finds there
+        else:
+            wide[i] = total
+            leaf.register_post_accumulate_grad_hook(partial(_widen, wide, i))
+    return wide
+
+
+def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
+    """Add what has arrived for a leaf to its total, and free it."""
+    assert leaf.grad is not None
+    grad, total, leaf.grad = leaf.grad.float(), wide[i], None
+    if total is None:
+        wide[i] = grad
+    else:
+        shard.local(total).add_(shard.local(grad))
+
+
+def _zeros(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32), requires_grad=False)
 
 
 def _own(grads: Sequence[Tensor]) -> list[Tensor]:

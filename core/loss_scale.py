@@ -45,7 +45,7 @@ def scaled(optimizer: Optimizer, pace: Pace = PACE) -> Optimizer:
         own["steps"].copy_(torch.where(factor == 2.0, 0.0, steps))
         return params, inner | {KEY: own}
 
-    return Optimizer(init, update)
+    return optimizer._replace(init=init, update=update)
 
 
 def of(state: OptState) -> Tensor | None:

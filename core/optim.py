@@ -6,43 +6,17 @@ place. Where `found_inf` (0-d float32) is 1 the whole update is skipped inside t
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_kernel
 
-from treetune.core import optim_pages, shard, tree
-from treetune.core.state import OptState, Params, TrainState
+from treetune.core import optim_pages, rounding, shard, tree
+from treetune.core.optimizer import Optimizer as Optimizer
+from treetune.core.state import OptState, Params
 
 LeafRules = Iterable[tuple[str, float]]
-
-
-class Update(Protocol):
-    """Update of params and state from gradients, in place: both inputs are consumed."""
-
-    def __call__(
-        self, grads: Params, state: OptState, params: Params, lr: Tensor, found_inf: Tensor | None = None
-    ) -> tuple[Params, OptState]:
-        """New params and state; as they were where found_inf (0-d) is 1."""
-        ...
-
-
-class Optimizer(NamedTuple):
-    """init(params) -> state; update as in the module docstring.
-
-    averaged(params, state) -> the weights that are evaluated, sampled from and saved, where these are not those that train.
-    """
-
-    init: Callable[[Params], OptState]
-    update: Update
-    averaged: Callable[[Params, OptState], Params] | None = None
-
-    def shown(self, state: TrainState) -> TrainState:
-        """The state with the weights that are evaluated and saved; itself where they are those that train."""
-        return state if self.averaged is None else state._replace(params=self.averaged(state.params, state.opt))
-
-
 Moments = dict[str, Tensor]  # the optimiser's own state of one leaf, by name
 Start = Callable[[Tensor], Moments]
 Direction = Callable[[Tensor, Moments, Tensor], tuple[Tensor, Moments]]
@@ -66,9 +40,10 @@ class Rule(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A leaf that trains: the part of it on this rank, its decay, and the factor of its learning rate."""
+    """A leaf that trains, as it is placed, the part of it on this rank, its decay, and the factor of its learning rate."""
 
     path: str
+    placed: Tensor
     param: Tensor
     decay: float
     lr_scale: float
@@ -81,15 +56,19 @@ def plan(params: Params, weight_decay: float, decay: LeafRules, lr_scale: LeafRu
     leaves = []
     for (path, leaf), rule, lr in zip(tree.items(params), decays, scales, strict=True):
         default = weight_decay if leaf.ndim >= 2 else 0.0
-        leaves.append(Leaf(path, shard.local(leaf), default if rule is None else rule, lr))
+        leaves.append(Leaf(path, leaf, shard.local(leaf), default if rule is None else rule, lr))
     return leaves
 
 
-def _groups(leaves: list[Leaf], *, single: bool) -> list[list[int]]:
-    """Indices of the leaves that one kernel call can take: equal decay, lr multiplier, dtype and device; or each leaf by itself."""
+def _groups(leaves: list[Leaf], *, paged: bool) -> list[list[int]]:
+    """Indices of the leaves that one kernel call can take: equal decay, lr multiplier, dtype and device.
+
+    A leaf is by itself where something of it is copied, its moments or, in 16 bits, its numbers.
+    """
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        groups.setdefault(i if single else (leaf.decay, leaf.lr_scale, leaf.param.dtype, leaf.param.device), []).append(i)
+        alone = paged or leaf.param.itemsize < 4
+        groups.setdefault(i if alone else (leaf.decay, leaf.lr_scale, leaf.param.dtype, leaf.param.device), []).append(i)
     return list(groups.values())
 
 
@@ -138,22 +117,26 @@ def adamw(
 
     @torch.no_grad()
     def update(grads, state, params, lr, found_inf=None):
-        leaves = plan(params, weight_decay, decay, lr_scale)
+        leaves, draw = plan(params, weight_decay, decay, lr_scale), rounding.of(state)
         grad, mu, nu, count = _locals(grads), _locals(state["mu"]), _locals(state["nu"]), tree.leaves(state["count"])
-        for chosen in _groups(leaves, single=paged):
-            p, c, leaf = [leaves[i].param for i in chosen], [count[i] for i in chosen], leaves[chosen[0]]
-            g = [_laid_out(grad[i], leaves[i].param) for i in chosen]
+        for chosen in _groups(leaves, paged=paged):
+            c, leaf = [count[i] for i in chosen], leaves[chosen[0]]
+            p = [rounding.wide(leaves[i].param) for i in chosen]
+            g = [_laid_out(grad[i], one) for i, one in zip(chosen, p, strict=True)]
             with optim_pages.fetched([side[i] for side in (mu, nu) for i in chosen], leaf.param.device) as sides:
                 # lr stays a tensor: compiled code specialises on a Python float and recompiles for every value of a schedule.
                 adamw_kernel(
                     p, g, sides[: len(p)], sides[len(p) :], [], c, fused=True, found_inf=found_inf, amsgrad=False, beta1=b1, beta2=b2,
                     lr=lr * leaf.lr_scale, weight_decay=leaf.decay, eps=eps, maximize=False,
                 )  # fmt: skip
+            for one, moved in zip([leaves[i] for i in chosen], p, strict=True):
+                if moved is not one.param:
+                    one.param.copy_(rounding.into(one.path, one.placed, moved, draw))
         if paged:
             optim_pages.settle(params)
         return params, state
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, rounds=True)
 
 
 def leafwise(
@@ -174,22 +157,22 @@ def leafwise(
 
     @torch.no_grad()
     def update(grads, state, params, lr, found_inf=None):
-        by_path = {name: dict(tree.items(side)) for name, side in state.items()}
-        leaves = zip(plan(params, weight_decay, decay, lr_scale), tree.items(params), _locals(grads), strict=True)
-        for leaf, (path, placed), grad in leaves:
-            names = [name for name, side in by_path.items() if path in side]
-            with optim_pages.fetched([shard.local(by_path[name][path]) for name in names], grad.device) as here:
-                moments = dict(zip(names, here, strict=True))
+        by_path, draw = {name: dict(tree.items(side)) for name, side in state.items()}, rounding.of(state)
+        for leaf, grad in zip(plan(params, weight_decay, decay, lr_scale), _locals(grads), strict=True):
+            names = [name for name, side in by_path.items() if leaf.path in side]
+            with optim_pages.fetched([shard.local(by_path[name][leaf.path]) for name in names], grad.device) as here:
+                moments, param = dict(zip(names, here, strict=True)), rounding.wide(leaf.param)
                 # Out of place per leaf, so that a skipped step can keep the old values; one leaf at a time, so never a second tree.
-                target, moved = rule(path, placed).move(grad.contiguous(), moments, leaf.param, Rate(lr * leaf.lr_scale, leaf.decay))
-                _keep(leaf.param, target, found_inf)
+                moving, rate = rule(leaf.path, leaf.placed), Rate(lr * leaf.lr_scale, leaf.decay)
+                target, moved = moving.move(grad.contiguous().to(param.dtype), moments, param, rate)
+                _keep(leaf.param, rounding.into(leaf.path, leaf.placed, target, draw), found_inf)
                 for name, moment in moments.items():
                     _keep(moment, moved[name], found_inf)
         if paged:
             optim_pages.settle(params)
         return params, state
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, rounds=True)
 
 
 def stepwise(
@@ -222,8 +205,8 @@ def _keep(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
 
 
 def zero(leaf: Tensor) -> Tensor:
-    """A moment of the shape, dtype and placement of a leaf."""
-    return shard.like(torch.zeros_like, leaf)
+    """A moment of the shape and placement of a leaf, in float32 or wider."""
+    return shard.like(lambda own: torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32)), leaf)
 
 
 def sgd(

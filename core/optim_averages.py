@@ -78,7 +78,7 @@ def schedule_free_adamw(
 
     def start(leaf: Tensor) -> Moments:
         scalars = {name: _count(leaf) for name in ("count", "largest", "total")}
-        return {"z": shard.like(torch.clone, leaf.detach()), "nu": zero(leaf)} | scalars
+        return {"z": shard.like(_wide_copy, leaf.detach()), "nu": zero(leaf)} | scalars
 
     def move(grad: Tensor, moments: Moments, y: Tensor, rate: Rate) -> tuple[Tensor, Moments]:
         z, count, largest = moments["z"], moments["count"] + 1, torch.maximum(moments["largest"], rate.lr.float())
@@ -93,12 +93,17 @@ def schedule_free_adamw(
 
     def averaged(params: Params, state: OptState) -> Params:
         """x, of y and z."""
-        return tree.map(lambda y, z: shard.like(lambda own: torch.lerp(own.detach(), _beside(z, own), 1 - 1 / b1), y), params, state["z"])
+        return tree.map(lambda y, z: shard.like(lambda own: _average(own.detach(), shard.local(z), b1), y), params, state["z"])
 
     rule = Rule(start, move)
     rules = {"weight_decay": weight_decay, "decay": decay, "lr_scale": lr_scale, "paged": paged}
     return leafwise(lambda path, leaf: rule, **rules)._replace(averaged=averaged)
 
 
-def _beside(z: Tensor, y: Tensor) -> Tensor:
-    return shard.local(z).to(device=y.device, dtype=y.dtype)
+def _wide_copy(leaf: Tensor) -> Tensor:
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32), copy=True)
+
+
+def _average(y: Tensor, z: Tensor, b1: float) -> Tensor:
+    """x, in the dtype of y."""
+    return torch.lerp(y.to(z.dtype), z.to(y.device), 1 - 1 / b1).to(y.dtype)

@@ -186,6 +186,15 @@ def split_dims(leaf: Tensor) -> list[int]:
     return [cast(Any, spec).dim for spec in leaf.placements if spec.is_shard()] if distributed(leaf) else []
 
 
+def first_places(leaf: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a leaf begins along each dimension."""
+    if not distributed(leaf):
+        return (0,) * leaf.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(leaf.shape, leaf.device_mesh, leaf.placements)[1])
+
+
 def parts(leaf: Tensor) -> int:
     """Into how many parts a leaf is split."""
     if not distributed(leaf):

@@ -98,20 +98,6 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _accumulate(gradient: Callable, total: Params | None, params: Params, *args) -> tuple[tuple[Tensor, Metrics], Params]:
-    """(value, metrics) of a micro-batch, and total += its gradient in fp32, in place from the second micro-batch on."""
-    # Autograd accumulates in the dtype of the leaf, so it may add into the total itself only where leaves are float32 or wider:
-    # bfloat16 sums would lose the small micro-batches.
-    full_precision = all(leaf.dtype in (torch.float32, torch.float64) for leaf in tree.leaves(params))
-    outputs, grads = gradient(params, *args, into=total if full_precision else None)
-    if full_precision:
-        return outputs, grads
-    if total is None:
-        return outputs, tree.map(lambda g: g if g.dtype in (torch.float32, torch.float64) else g.float(), grads)
-    tree.map(lambda t, g: shard.local(t).add_(shard.local(g)), total, grads)
-    return outputs, total
-
-
 def _sum_plain(grads: Params, mesh: DeviceMesh | None) -> Params:
     """Sum the gradients of whole leaves over ranks; those of sharded leaves were summed on the way."""
     if mesh is None:
@@ -194,7 +180,7 @@ def make_step(
             denominators = {name: value / scale for name, value in denominators.items()}
         losses, grads, collected = [], None, []
         for micro in micro_batches:
-            (value, metrics), grads = _accumulate(gradient, grads, state.params, state.frozen, *with_plan(micro), denominators)
+            (value, metrics), grads = gradient(state.params, state.frozen, *with_plan(micro), denominators, into=grads)
             losses.append(value)
             collected.append(metrics)
         assert grads is not None

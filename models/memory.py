@@ -28,7 +28,8 @@ STATS = 4  # bytes of what is computed in float32 whatever the dtype: moments of
 class Setup(NamedTuple):
     """What of a run decides its memory beside the sizes of the model.
 
-    rank: of an adapter on all linear layers; 0: the model itself trains, in float32. state_bytes: of the optimiser, a number that trains.
+    rank: of an adapter on all linear layers; 0: the model itself trains. state_bytes: of the optimiser, a number that trains.
+    master: bytes of a number that trains.
     rows, slots: of the sampler's cache, where the run samples.
     """
 
@@ -40,6 +41,7 @@ class Setup(NamedTuple):
     device: str = "cpu"
     rows: int = 0
     slots: int = 0
+    master: int = 4
 
 
 class Table(NamedTuple):
@@ -170,7 +172,7 @@ def casts(abstract: Params, cfg: Config, setup: Setup) -> tuple[int, int]:
     one = max(sum(_numbers(leaf) for _, leaf in tree.items(layer)) for layer in abstract["layers"]) * b
     if setup.scheme is not None:
         return 0, one  # a quantised leaf is made again, and never kept
-    if setup.rank or b == STATS:
+    if setup.rank or b == setup.master:
         return 0, 0
     return (0, one) if grad.recomputes(setup.remat) else (one * cfg.num_layers, 0)
 
@@ -211,7 +213,7 @@ def table(abstract: Params, cfg: Config, setup: Setup) -> Table:
         held = Table(weights(abstract, setup.scheme, cfg.dtype), adapter=4 * trained)
     else:
         trained = sum(_numbers(leaf) for leaf in tree.leaves(abstract))
-        held = Table(4 * trained)
+        held = Table(setup.master * trained)
     return training(held, trained, abstract, cfg, setup)
 
 

@@ -102,16 +102,16 @@ def bare(policy: Policy) -> Policy:
     return policy._replace(params={}, frozen={}, lora=without_tree(policy.lora))
 
 
-def full(model: Model, unfrozen: tuple[str, ...] = ()) -> Policy:
-    """The policy of a model that trains itself: float32 weights, nothing frozen but what no gradient reaches by nature.
+def full(model: Model, unfrozen: tuple[str, ...] = (), dtype: torch.dtype = torch.float32) -> Policy:
+    """The policy of a model that trains itself, nothing frozen but what no gradient reaches by nature.
 
-    unfrozen: regular expressions of the only weights that train, by `adapter_spec.unfrozen`.
+    unfrozen: regular expressions of the only weights that train, by `adapter_spec.unfrozen`. dtype: of matrices; vectors are float32.
     """
     trains = adapter_spec.unfrozen(model, unfrozen) or {path for path, leaf in tree.items(hf.abstract_of(model)) if leaf.trains}
     parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in trains) == chosen] for chosen in (True, False)]
     trained, frozen = (tree.from_items(part) for part in parts)
     quantised.check_dense(trained)
-    return Policy(model.family, model.cfg, {"model": tree.map(_master, trained)}, {"model": frozen} if frozen else {})
+    return Policy(model.family, model.cfg, {"model": tree.map(partial(_master, dtype=dtype), trained)}, {"model": frozen} if frozen else {})
 
 
 def inference(model: Model, lora: Lora | None = None) -> tuple[Policy, TrainState]:
@@ -148,9 +148,9 @@ def adapt(
     return Policy(model.family, model.cfg, params, frozen, without_tree(low._replace(dropout=spec.dropout)), None, info)
 
 
-def _master(leaf: Tensor) -> Tensor:
-    """A float32 copy that an optimiser may change in place."""
-    return shard.gather(leaf, torch.float32).detach().clone()
+def _master(leaf: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy that an optimiser may change in place; of vectors, which are few, in float32."""
+    return shard.gather(leaf, dtype if leaf.ndim > 1 else torch.float32).detach().clone()
 
 
 def _started(model: Model, path: str, head: bool) -> adapter_spec.Fresh:

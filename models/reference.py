@@ -72,7 +72,9 @@ def build(
     if other is not None:
         return Reference(_of_other(other, policy, run), _freeze(policy, ref=other.params))
     if pace is not None:
-        return Reference(_moving(sizes, low, run), policy, {"ref": _copy(policy.params)}, mixer(every=pace.every, alpha=pace.alpha))
+        return Reference(
+            _moving(sizes, low, run), policy, {"ref": tree.map(_wide_copy, policy.params)}, mixer(every=pace.every, alpha=pace.alpha)
+        )
     if low is None:
         # Once they are computed, log-probs need no copy of the weights that they came from.
         start = policy if precompute else _freeze(policy, ref=_cast(policy.params["model"], policy.cfg.dtype))
@@ -90,6 +92,11 @@ def _freeze(policy: Policy, **trees: Params) -> Policy:
 
 def _copy(params: Params) -> Params:
     return tree.map(lambda leaf: leaf.detach().clone(), params)
+
+
+def _wide_copy(leaf: Tensor) -> Tensor:
+    """A copy that takes part in means: in float32 or wider."""
+    return leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32), copy=True)
 
 
 def _cast(params: Params, dtype: torch.dtype) -> Params:
@@ -189,7 +196,7 @@ def mixer(*, every: int, alpha: float) -> Callable[[TrainState, dict, int], Trai
     def after_step(state: TrainState, metrics: dict, step: int) -> TrainState:
         if step % every:
             return state
-        mixed = tree.map(lambda old, new: torch.lerp(old, new.detach(), alpha), state.extra["ref"], state.params)
+        mixed = tree.map(lambda old, new: torch.lerp(old, new.detach().to(old.dtype), alpha), state.extra["ref"], state.params)
         return state._replace(extra=state.extra | {"ref": mixed})
 
     return after_step

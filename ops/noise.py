@@ -35,6 +35,14 @@ def uniform(key: Tensor, columns: int, *, stream: int = 0) -> Tensor:
     return ((bits & 0xFFFFFF).float()) * 2.0**-24
 
 
+def words(key: Tensor, columns: int, *, first: int = 0) -> Tensor:
+    """int32 in [0, 65536): key [T] -> [T, columns], those of the columns from `first` on, four of each hash."""
+    begin, end = first // 4, -(-(first + columns) // 4)
+    column = _mix(torch.arange(begin, end, device=key.device) + _GOLD)
+    bits = _mix(key[:, None] ^ column)  # [T, hashes]
+    return bits.view(torch.int16)[:, first - 4 * begin : first - 4 * begin + columns].int() & 0xFFFF
+
+
 def dropout(x: Tensor, key: Tensor, *, rate: float, stream: int = 0) -> Tensor:
     """x [T, C] with each entry zeroed with probability `rate` and the rest scaled by 1 / (1 - rate)."""
     keep = uniform(key, x.shape[-1], stream=stream) >= rate

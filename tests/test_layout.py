@@ -49,6 +49,7 @@ LAZY = {
     "core/lora.py": {"safetensors"},
     "core/quant.py": {"treetune.ops.dequantise"},
     "core/grad.py": {"treetune.ops.kept"},
+    "core/rounding.py": {"treetune.ops.noise"},
     "core/optim.py": {"bitsandbytes"},
     "core/data/bounded_jinja.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},

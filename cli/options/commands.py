@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from treetune.cli.options.data import PromptRows, RowOptions
 from treetune.cli.options.model import FOUR_BITS, LOCAL, LORA, QUANT, AdapterPath, ModelName, ModelOptions, TokenOptions
-from treetune.cli.options.optim import OPTIMIZER
+from treetune.cli.options.optim import FEW, OPTIMIZER
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.serve import Serve as Serve
@@ -238,6 +238,8 @@ class MemoryOptions:
     """Rank."""
     optimizer: Annotated[str, OPTIMIZER] = "adamw"
     """Update rule, or a function of your own that makes one."""
+    master_dtype: Annotated[Literal["float32", "bfloat16"], FEW] = "float32"
+    """Dtype in which matrices that train are kept."""
     micro_batch_size: Annotated[int, SMALL] = 2
     """Documents, each of sequence_len tokens, or prompts, in one forward pass."""
     sequence_len: Annotated[int, TOKENS] = 512

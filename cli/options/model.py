@@ -53,7 +53,7 @@ class ModelOptions(ModelName):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], marks.refused("the model computes other numbers in another dtype")
     ] = "auto"
-    """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Trained weights are kept in float32; float16 trains with loss scaling."""
+    """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Weights that train have master_dtype. float16 has loss scaling."""
     device: Annotated[Literal["auto", "cpu", "cuda"], marks.MACHINE] = "auto"
     """Device; auto takes CUDA when there is one."""
     quant: Annotated[Literal["auto", "none", "nf4", "fp4", "int8", "fp8"], QUANTISED, marks.Unused(_nothing_frozen)] = "auto"

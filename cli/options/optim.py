@@ -21,6 +21,7 @@ from treetune.core.config.marks import (
     Unused,
     Values,
     refused,
+    unused_if,
     unused_unless,
 )
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL, Range
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MOMENTUM, BETA = {"momentum": "{optimizer} has momentum instead"}, {"b1": "{optimizer} has adam_beta1 instead"}
 RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1e-4, 1e-5), (2e-5, 1e-6)
 
+KEPT = refused("the weights in the checkpoint are kept in this dtype")
+FEW = unused_if("adapter", "lora", "qlora", reason="the weights of an adapter are few, and kept in float32")
 # What options of their own set; `optim_args` sets the others.
 GIVEN = ("b1", "b2", "eps", "momentum", "weight_decay", "decay", "lr_scale")
 OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *GIVEN, aliases=registry.OPTIMIZER_ALIASES)
@@ -90,6 +93,8 @@ class OptimOptions:
     """Heavy-ball momentum of sgd, and that of muon; if not given, 0 for sgd and 0.95 for muon."""
     optim_args: Annotated[tuple[str, ...], NAMED_VALUES, STEP_SIZE, Unused(lambda values: _without_args(values["optimizer"]))] = ()
     """NAME=VALUE: parameters of this optimizer alone, such as adjust of muon; paged=true keeps moments in the memory of the host."""
+    master_dtype: Annotated[Literal["float32", "bfloat16"], KEPT, FEW] = "float32"
+    """Dtype in which matrices that train are kept; bfloat16 halves their memory, and rounds updates up or down at random, without bias."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Clip the global gradient norm to this value; 0 disables clipping."""
     num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1
@@ -204,4 +209,9 @@ def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer
         "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
         "lr_scale": factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else []),
     }
-    return registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values, **_own_args(options))()
+    optimizer = registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values, **_own_args(options))()
+    if options.master_dtype == "float32":
+        return optimizer
+    from treetune.core import rounding
+
+    return rounding.stochastic(optimizer, options.seed)

@@ -43,6 +43,7 @@ OPTIONS = {
     "offload_activations": "activation_offloading", "activation_offload": "activation_offloading",
     "grad_clip": "max_grad_norm", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "max_norm": "max_grad_norm",
     "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "wd": "weight_decay",
+    "bf16_stochastic_round": "master_dtype: bfloat16", "pure_bf16": "master_dtype: bfloat16", "bf16_full": "master_dtype: bfloat16",
     "random_seed": "seed", "data_seed": "seed", "random_state": "seed",
     "max_seq_length": "sequence_len", "max_seq_len": "sequence_len", "seq_len": "sequence_len", "sequence_length": "sequence_len",
     "cutoff_len": "sequence_len", "max_length": "sequence_len", "context_len": "sequence_len", "block_size": "sequence_len",

@@ -79,6 +79,7 @@ CHANGES = {
     "adam_epsilon": ("metrics", lambda t: ["--adam-epsilon", 0.01], []),
     "momentum": ("metrics", lambda t: ["--momentum", 0.9], SGD),
     "optim_args": ("metrics", lambda t: ["--optim-args", "clip_threshold=0.01"], ["--optimizer", "adafactor", "--max-steps", 3]),
+    "master_dtype": ("metrics", lambda t: ["--master-dtype", "bfloat16"], ["--adapter", "none", "--lora-r", None]),
     "max_grad_norm": ("metrics", lambda t: ["--max-grad-norm", 0.01], SGD),
     "num_epochs": ("metrics", lambda t: ["--num-epochs", 2], ["--max-rows", 6, "--max-steps", None]),
     "max_steps": ("metrics", lambda t: ["--max-steps", 3], []),

@@ -2,7 +2,7 @@
 
 import torch
 
-from treetune.core import loss_scale, optim, step
+from treetune.core import loss_scale, optim, optim_averages, step
 from treetune.core.loss_scale import Pace
 from treetune.core.state import Metric, Objective, TrainState
 
@@ -57,3 +57,8 @@ def test_gradients_below_float16_survive():
     assert plain[1][0]["grad_norm"] == 0 and scaled[1][0]["grad_norm"] > 0
     wide = run(None, 1, objective(1e-9), lr=1e8)
     assert torch.allclose(scaled[0].params["w"], wide[0].params["w"], rtol=5e-3)
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_still_shown():
+    inner = optim_averages.schedule_free_adamw()
+    assert loss_scale.scaled(inner).averaged is inner.averaged

@@ -2,17 +2,19 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import Shard
 
-from treetune.core import ckpt, optim, registry, shard, tree
+from treetune.core import ckpt, optim, registry, rounding, shard, tree
 from treetune.core.run.ranks import join_ranks
 from treetune.core.state import TrainState
 
 ELEMENTWISE = ("adamw", "lion", "sgd", "adagrad", "adopt", "schedule_free_adamw", "adamw_8bit", "lion_8bit", "adamw_4bit", "adamw_fp8")
+ROUNDED = ("lion, bfloat16", "adamw_8bit, bfloat16", "adopt, bfloat16 by columns")
 STEPS = 4
 
 
@@ -23,10 +25,13 @@ def params(odd: bool) -> dict:
     return tree.map(lambda shape: torch.randn(shape, generator=gen), shapes)
 
 
-def train(name: str, start: dict, placed) -> TrainState:
+def train(label: str, start: dict, placed) -> TrainState:
     """A few steps on the leaves that `placed` makes of whole ones."""
+    name, rounded, _ = label.partition(", bfloat16")
     optimizer: optim.Optimizer = registry.bind(registry.OPTIMIZERS[name], weight_decay=0.1)()
     weights = tree.map(placed, start)
+    if rounded:
+        weights, optimizer = tree.map(lambda leaf: leaf.bfloat16(), weights), rounding.stochastic(optimizer, 3)
     state = optimizer.init(weights)
     for step in range(STEPS):
         gen = torch.Generator().manual_seed(step + 1)
@@ -41,14 +46,15 @@ def main(folder: Path) -> None:
     mesh, refused = ranks.mesh, {}
     assert mesh is not None
 
-    def half(leaf: torch.Tensor) -> torch.Tensor:
-        return shard.distribute(leaf, mesh, (Shard(0),))
+    def half(leaf: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return shard.distribute(leaf, mesh, (Shard(dim),))
 
-    for name in ELEMENTWISE:
-        state = train(name, params(odd=False), half)
+    for name in ELEMENTWISE + ROUNDED:
+        placed = partial(half, dim=int("columns" in name))
+        state = train(name, params(odd=False), placed)
         ckpt.save(folder / name, state, {}, rank=ranks.rank)
         torch.distributed.barrier()  # rank 0 writes
-        again = train(name, tree.map(torch.zeros_like, params(odd=False)), half)
+        again = train(name, tree.map(torch.zeros_like, params(odd=False)), placed)
         loaded, _ = ckpt.load(folder / name / "step_000004", again)
         whole = {path: shard.full(leaf).contiguous() for path, leaf in tree.items({"params": loaded.params, "opt": loaded.opt})}
         if ranks.rank == 0:

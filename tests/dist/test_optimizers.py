@@ -26,7 +26,7 @@ def halves(torchrun, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", worker.ELEMENTWISE)
+@pytest.mark.parametrize("name", worker.ELEMENTWISE + worker.ROUNDED)
 def test_halves_of_leaves_are_updated_as_whole_ones(halves, name):
     one = worker.train(name, worker.params(odd=False), lambda leaf: leaf)
     two, _ = ckpt.load(halves / name / "step_000004", one)

@@ -32,6 +32,8 @@ def stream():
 def loaded(cfg, setup):
     """Random weights as a run has them: what trains, and what does not."""
     abstract = MODELS["llama"].abstract(cfg, dtype=cfg.dtype if setup.rank else torch.float32)
+    if setup.master == 2:
+        abstract = tree.map(lambda leaf: leaf._replace(dtype=torch.bfloat16) if len(leaf.shape) > 1 else leaf, abstract)
     model = param.init(abstract, seed=0)
     if not setup.rank:
         return {"model": model}, {}
@@ -72,12 +74,12 @@ def most(run):
     return top
 
 
-def check(dtype, rank, scheme):
+def check(dtype, rank, scheme, master=4):
     """Peaks within 7 % of the table, and what a policy saves within 10 % of what the table says."""
     cfg = dataclasses.replace(CFG, dtype=dtype)
     abstract, peaks, tables = MODELS["llama"].abstract(cfg), {}, {}
     for policy in (None, "selective", "full", "full+disk"):
-        setup = Setup(TOKENS, rank, scheme, memory.state_bytes(optim.adamw()), policy)
+        setup = Setup(TOKENS, rank, scheme, memory.state_bytes(optim.adamw()), policy, master=master)
         peaks[policy], tables[policy] = measured(cfg, setup), memory.table(abstract, cfg, setup)
         assert tables[policy].peak == pytest.approx(peaks[policy], rel=0.07), (policy, peaks[policy], tables[policy])
     for policy in ("selective", "full", "full+disk"):
@@ -95,6 +97,11 @@ def test_peaks_of_an_adapter_are_those_of_the_table():
 @pytest.mark.parametrize(("rank", "scheme"), [(8, None), (0, None), (8, Scheme("nf4")), (8, Scheme("int8"))])
 def test_peaks_are_those_of_the_table(dtype, rank, scheme):
     check(dtype, rank, scheme)
+
+
+@pytest.mark.slow
+def test_peaks_of_bfloat16_weights_are_those_of_the_table():
+    check(torch.bfloat16, 0, None, master=2)
 
 
 @pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp4", double=False), Scheme("int8"), Scheme("fp8")])
