@@ -1,5 +1,6 @@
 """HTML pages in one file: no scripts, nothing fetched, for light and dark and for phones."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,10 +66,16 @@ def write_documents(path: Path, values: dict[str, Any], *, name: str, rows: Mapp
 
 def render(template: str, *, name: str, **values: Any) -> str:
     """The page that a file of `pages/` makes of these values; every text is escaped."""
+    return _template(template).render(name=name, **values)
+
+
+@functools.cache
+def _template(name: str) -> Any:
+    """A compiled file of `pages/` with its parts and style: compiling takes longer than writing a page."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True)
     environment.globals |= {"mark_blanks": mark_blanks, "join_runs": passages.join_runs, "meanings": passages.MEANINGS}
-    environment.globals |= {"beginning": owned.PAGE, **SIZES}
-    source, style = ((FOLDER / file).read_text(encoding="utf-8") for file in ("parts.jinja", "style.css"))
-    return environment.from_string(source + (FOLDER / template).read_text(encoding="utf-8")).render(name=name, style=style, **values)
+    parts, page, style = ((FOLDER / file).read_text(encoding="utf-8") for file in ("parts.jinja", name, "style.css"))
+    environment.globals |= {"beginning": owned.PAGE, "style": style, **SIZES}
+    return environment.from_string(parts + page)

@@ -99,6 +99,26 @@ def write_experts(path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def parsers():
+    """The parser of a config class is built once, by its class: building it takes longer than all that a refused command does."""
+    import tyro
+    from tyro import _parsers
+
+    build, built = _parsers.ParserSpecification.from_callable_or_type, {}
+
+    def get(f, **named):
+        if named["parent_classes"] or named["default_instance"] is not tyro.MISSING_NONPROP:
+            return build(f, **named)
+        if f not in built:
+            built[f] = build(f, **named)
+        return built[f]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_parsers.ParserSpecification, "from_callable_or_type", staticmethod(get))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
@@ -138,6 +158,27 @@ def runs(tiny, tmp_path_factory) -> Path:
 def run(runs, here) -> Path:
     """A run folder `r` in the working folder."""
     return shutil.copytree(runs / "lora", here / "r")
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory) -> dict[tuple, Path]:
+    """The runs of `finished` by their arguments."""
+    return {(): tmp_path_factory.mktemp("finished")}
+
+
+@pytest.fixture
+def finished(finished_runs, tiny, tune, here):
+    """finished("sft", ...) -> a copy of the folder of a finished run, `run` in the working folder; each is trained once per session."""
+
+    def get(command, *args) -> Path:
+        if (command, *args) not in finished_runs:
+            folder = finished_runs[()] / str(len(finished_runs))
+            done = tune(command, *basics(tiny, *args, "--output-dir", folder))
+            assert done.code == 0, done.err
+            finished_runs[(command, *args)] = folder
+        return shutil.copytree(finished_runs[(command, *args)], here / "run")
+
+    return get
 
 
 @pytest.fixture

@@ -38,14 +38,22 @@ def left(kit, root):
     return kit.state(root, STEPS), kit.tensors(root / f"{out}.safetensors"), kit.timeless(kit.metrics(root)), samples
 
 
+@pytest.fixture(scope="module")
+def undisturbed():
+    """What the runs of this file leave that nothing disturbs, by kind: each is run once."""
+    return {}
+
+
 @pytest.fixture
-def whole(kit, tiny, tune, here):
+def whole(undisturbed, kit, tiny, tune, here):
     """whole(kind) -> what the run leaves that nothing disturbed."""
 
     def run(kind):
-        args = ["whole" if arg == "run" else arg for arg in KINDS[kind]]
-        assert tune("sft", *kit.basics(tiny, *args)).code == 0
-        return left(kit, here / "whole")
+        if kind not in undisturbed:
+            args = ["whole" if arg == "run" else arg for arg in KINDS[kind]]
+            assert tune("sft", *kit.basics(tiny, *args)).code == 0
+            undisturbed[kind] = left(kit, here / "whole")
+        return undisturbed[kind]
 
     return run
 

@@ -1,5 +1,8 @@
 """A tiny llama, ragged documents in any split, and the supervised step over them."""
 
+import contextlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -133,3 +136,18 @@ def start():
 def splits():
     """The eight documents in micro-batches of 1, 2, 4 and 8."""
     return lambda docs: {f"{8 // n}x{n}": [make_batch(docs[i : i + n]) for i in range(0, 8, n)] for n in (1, 2, 4, 8)}
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Two worker processes for tests of any file: each of them imports torch when it starts."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture
+def shared_pool(pool, monkeypatch):
+    """`workers.encode_rows` finds its processes running."""
+    from treetune.core.data import workers
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(pool))

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -159,8 +160,7 @@ import numpy as np
 from treetune.core.data import cache, spans
 root, start = sys.argv[1], float(sys.argv[2])
 docs = [spans.Doc(np.full(50, i, np.int32), np.ones(50, np.float32), i) for i in range(300)]
-while time.time() < start:
-    pass
+time.sleep(max(0.0, start - time.time()))
 for turn in range(25):
     key = f"k{turn}"
     folder = Path(root) / key
@@ -192,25 +192,29 @@ def test_two_processes_race_for_the_same_entries(tmp_path):
             assert turn % 3 == 0, "only an entry damaged on purpose may be unreadable"
 
 
-KILLED = """
-import os, sys
-import numpy as np
-from treetune.core.data import cache, spans
-real, calls = os.fsync, []
-def die_at(handle):
-    calls.append(handle)
-    if len(calls) == int(sys.argv[2]):
-        os.kill(os.getpid(), 9)
-    real(handle)
-os.fsync = die_at
-cache.save_entry(sys.argv[1], "k", [spans.Doc(np.ones(5, np.int32), np.ones(5, np.float32), 1)], None)
-"""
+def save_killed(root, at):
+    """Save an entry in a process that is killed when it flushes a file for the `at`-th time."""
+    real, calls = os.fsync, []
+
+    def die(handle):
+        calls.append(handle)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+
+    if (child := os.fork()) == 0:
+        try:
+            os.fsync = die
+            cache.save_entry(root, "k", [spans.Doc(np.ones(5, np.int32), np.ones(5, np.float32), 1)], None)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("at", [1, 6])
 def test_a_killed_save_leaves_no_entry(at, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(at)], check=False)
-    assert done.returncode == -9 and cache.load_entry(tmp_path, "k") is None
+    save_killed(tmp_path, at)
+    assert cache.load_entry(tmp_path, "k") is None
     docs = make_docs(3)
     cache.save_entry(tmp_path, "k", docs)
     assert same(cache.load_entry(tmp_path, "k")[0], docs)
@@ -227,7 +231,7 @@ def test_what_killed_processes_left_is_swept_after_a_day(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_at_once(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "6"], check=False)
+    save_killed(tmp_path, 6)
     assert os.listdir(tmp_path)
     cache.save_entry(tmp_path, "other", make_docs(2))
     assert os.listdir(tmp_path) == ["other"]

@@ -199,7 +199,7 @@ def in_two(listed, talker, **options):
 
 
 @pytest.mark.parametrize(("empty", "told"), [((3,), [2] * 16), ((2, 3), [2])])  # 32 rows are 16 parts of 2; a part without documents
-def test_two_processes_give_the_pairs_of_one(talker, empty, told):
+def test_two_processes_give_the_pairs_of_one(talker, shared_pool, empty, told):
     listed = [PAIR | {"prompt": f"What is {i}?", "rejected": "" if i in empty else "Stone."} for i in range(32)]
     one, seen = K["pairs"].encode(rows(listed), talker, format="passthrough"), []
     two = in_two(listed, talker, progress=seen.append)
@@ -207,7 +207,7 @@ def test_two_processes_give_the_pairs_of_one(talker, empty, told):
     assert all(np.array_equal(a.tokens, b.tokens) and a.row == b.row for a, b in zip(one[0], two[0], strict=True))
 
 
-def test_two_processes_find_what_parts_cannot_see(talker):
+def test_two_processes_find_what_parts_cannot_see(talker, shared_pool):
     good = [PAIR | {"prompt": f"What is {i}?"} for i in range(16)]
     with pytest.raises(ValueError, match="data.jsonl row 17 has the field margin, unlike row 1"):
         in_two(good + [row | {"margin": 1.0} for row in good], talker)

@@ -21,7 +21,7 @@ def test_two_processes_give_the_documents_of_one(tokenizer):
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.weight, b.weight)
 
 
-def test_errors_are_those_of_one_process(tokenizer):
+def test_errors_are_those_of_one_process(tokenizer, shared_pool):
     bad = sources.from_list([{"text": "good"}] * 20 + [{"text": 3}], "data.jsonl")
     with pytest.raises(ValueError, match="data.jsonl row 21: field text is of type int"):
         workers.encode_rows(bad, tokenizer, processes=2, format="completion")
@@ -29,7 +29,7 @@ def test_errors_are_those_of_one_process(tokenizer):
         workers.encode_rows(rows(9, text=""), tokenizer, processes=2, format="completion")
 
 
-def test_processes_write_the_date_of_their_parent(tokenizer, monkeypatch):
+def test_processes_write_the_date_of_their_parent(tokenizer, monkeypatch, shared_pool):
     tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
     monkeypatch.setattr(template_date._Day, "chosen", template_date._Day.chosen)
     template_date.choose("1999-12-31")
