@@ -1,4 +1,4 @@
-"""Progress on a terminal: two lines under the printed ones, a bar with times, and metrics or the current activity."""
+"""Progress on a terminal, under the printed lines: a bar with times, metrics or the current activity, and curves where there is room."""
 
 import time
 from collections.abc import Sequence
@@ -10,9 +10,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from treetune.core.run import sparks
 from treetune.core.run.lines import clock
 
 SHORTEST, LONGEST = 6, 60  # of the bar, in columns
+CURVES_WIDE, CURVES_HIGH = 60, 12  # columns and lines of a terminal with room for curves
+CURVE = 24  # columns of a curve
+POINTS = 480  # of a curve at most: of more, neighbours are put together
 ECHO = 5  # columns at the end of the last line for what a terminal echoes there, such as ^C: it must not wrap
 
 
@@ -41,11 +45,38 @@ class Activity:
         yield Text.assemble(frame if isinstance(frame, Text) else "", " ", (name, "cyan"), "  ", elapsed, no_wrap=True, overflow="crop")
 
 
+class Trace:
+    """The curve of a metric while it grows; drawn many times a second, so it keeps few points however long the run is."""
+
+    def __init__(self, name: str):
+        self.name, self.each, self.waiting = name, 1, []
+        self.points: list[tuple[float, float]] = []
+
+    def add(self, step: float, value: float) -> None:
+        """Add a point."""
+        self.waiting.append((step, value))
+        if len(self.waiting) == self.each:
+            self.points.append(_middle(self.waiting))
+            self.waiting = []
+        if len(self.points) > POINTS:
+            self.points = [_middle(self.points[i : i + 2]) for i in range(0, len(self.points), 2)]
+            self.each *= 2
+
+    def draw(self, *, plain: bool) -> str:
+        """Name, curve and last value."""
+        return f"{self.name} {sparks.draw(self.points, CURVE, plain=plain)} {self.points[-1][1]:.4g}"
+
+
+def _middle(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(step for step, _ in points) / len(points), sum(value for _, value in points) / len(points)
+
+
 class Bar:
     """The progress of a run; has a lifetime: rich draws it from another thread until the run ends."""
 
     def __init__(self, total: int, done: int):
         self.total, self.done, self.start = total, done, time.monotonic()
+        self.traces: dict[str, Trace] = {}
         self.eta_s: float | None = None
         self.items: Sequence[str] = ()
         self.activity: Activity | None = None
@@ -53,6 +84,14 @@ class Bar:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._bar(options.max_width - 1)
         yield self.activity or Text(fit(self.items, options.max_width - ECHO), style="dim", no_wrap=True, overflow="crop")
+        shown = [trace for trace in list(self.traces.values()) if len(trace.points) > 1]
+        if shown and options.max_width >= CURVES_WIDE and console.height >= CURVES_HIGH:
+            drawn = [trace.draw(plain=options.ascii_only) for trace in shown]
+            yield Text(fit(drawn, options.max_width - ECHO), style="dim", no_wrap=True, overflow="crop")
+
+    def trace(self, name: str, step: float, value: float) -> None:
+        """Add a point to the curve of a name."""
+        self.traces.setdefault(name, Trace(name)).add(step, value)
 
     def _bar(self, width: int) -> Table | Text:
         """Steps, a bar where there is room for one, the time so far and the time to come."""

@@ -15,7 +15,7 @@ from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
-from treetune.core.run import cadence, folder, loop, ranks, report, sample_answer, signals, summary
+from treetune.core.run import cadence, folder, journal, loop, ranks, report, sample_answer, signals, summary
 from treetune.core.run import observers as trackers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -125,6 +125,7 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()
     if world.rank == 0:
+        group.append(journal.Journal(run_dir.root, method=method.name, goal=method.goal))
         group.append(*(trackers.of(one, getattr(one, "__name__", type(one).__name__), group.warn) for one in told))
         group.append(*(trackers.of(import_path.load(path), path, group.warn) for path in config.run.observer))
     return Run(config, method, options, device, world, group, run_dir)

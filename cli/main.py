@@ -35,6 +35,7 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "quantize": Command("commands.quantize", commands.Quantize, "write a model in 4 or 8 bits"),
     "check": Command("commands.check", commands.Check, "compare a model with transformers, and packed with alone"),
     "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine"),
+    "runs": Command("commands.runs", commands.Runs, "list runs, show one, or compare several"),
     "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),
 }
 

@@ -71,6 +71,25 @@ class Screen(Observer):
             table.add_row(name, Text(masking.escape_controls(masking.mask_secrets(value))))
         self.console.print(table)
 
+    def grid(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table with a line of names above; what is long wraps inside its column."""
+        table = Table(box=None, pad_edge=False, header_style="cyan")
+        for name in columns:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(masking.escape_controls(masking.mask_secrets(cell))) for cell in row))
+        self.console.print(table, soft_wrap=False)
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        return self.console.width
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the terminal can show characters beyond ASCII."""
+        return not self.console.options.ascii_only
+
     @contextlib.contextmanager
     def counting(self, unit: str) -> Iterator[Callable[[int], None]]:
         """A counter on a terminal; yields the function to call with how many more are done."""
@@ -156,12 +175,17 @@ class Screen(Observer):
         items = lines.step_items(record, self.metrics)
         if self.bar is not None:
             self.bar.done, self.bar.eta_s, self.bar.items = step, eta_s, items
+            name = "reward" if health.sampled(record) else "train/loss"
+            if name in record:
+                self.bar.trace(name.removeprefix("train/"), step, record[name])
         elif step % self.every == 0 or step == self.total:
             self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {lines.clock(eta_s)}"]))
 
     def evaluation(self, record: Record) -> None:
         """Print the metric that evaluations compare, and the method's own."""
         self.seconds += record["eval/seconds"]
+        if self.bar is not None and (value := record.get(f"eval/{self.metrics.goal}")) is not None:
+            self.bar.trace(f"held out {self.metrics.goal}", record["step"], value)
         self.line(lines.evaluation(record, self.metrics), "bold")
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:

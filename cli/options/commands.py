@@ -261,3 +261,17 @@ class Info:
     path: Annotated[Positional[str | None], ANY_PATH, arg(metavar="[PATH]")] = None
     """Model (folder, .gguf, name), adapter folder or run folder; nothing: this machine and the versions in use."""
     memory: MemoryOptions = group(MemoryOptions)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs in folders; of one run, show its curves; of two or more, what differs, their curves and the best of each."""
+
+    paths: Annotated[Positional[tuple[str, ...]], ANY_PATH, arg(metavar="[PATH ...]")] = ("runs",)
+    """Run folders, or folders of runs."""
+    metric: str | None = None
+    """Metric of the column best, as metrics.jsonl names it; if not given, the one that a run's best checkpoint follows."""
+    sort: Literal["name", "started", "best"] = "name"
+    """Order of the list: by name, newest last, or best last."""
+    html: Annotated[str | None, PAGE] = None
+    """Write the table, what differs and the curves to this HTML file."""

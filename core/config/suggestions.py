@@ -20,8 +20,9 @@ COMMANDS_OF = {
     "merge-sharded-fsdp-weights": "merge", "download": "fetch", "pull": "fetch", "get": "fetch", "ppo": "grpo", "rl": "grpo",
     "rlhf": "grpo", "rloo": "grpo --loss rloo", "dapo": "grpo --loss dapo", "gspo": "grpo --loss gspo", "ipo": "dpo --loss ipo",
     "pt": "pretrain", "continued-pretrain": "pretrain", "cpt": "pretrain", "rm": "reward", "orm": "reward", "reward-model": "reward",
-    "vllm": "serve", "vllm-serve": "serve", "vllm_serve": "serve", "api": "serve", "env": "info", "doctor": "info", "status": "info",
-    "verify": "check", "validate": "check", "certify": "check", "compare": "check",
+    "vllm": "serve", "vllm-serve": "serve", "vllm_serve": "serve", "api": "serve", "env": "info",
+    "status": "runs", "list": "runs", "ls": "runs", "history": "runs",
+    "verify": "check", "validate": "check", "certify": "check", "compare": "runs for runs, or check for a model",
     "show": "info, or preprocess for rows", "prepare": "preprocess", "tokenize": "preprocess", "data": "preprocess",
 }  # fmt: skip
 # What axolotl, TRL, LLaMA-Factory, Unsloth and PEFT call our options: a name of ours, or what to do instead.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from treetune.core.run import health
@@ -12,6 +12,7 @@ Points = list[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 52, 12, 12, 26
 MARKED = 24  # up to so many points of a line are drawn as dots, too
 SMOOTHED = 60  # from so many points on a line is drawn thin, with its moving mean over it
+COLOURS = "abcdef"
 DRAWN = 600  # points of a line at most: of more, the lowest and highest of each stretch
 
 # title, keys of the records; charts without a value are left out
@@ -76,6 +77,31 @@ def charts(history: History, *, loss: str) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
+def metrics(history: History) -> list[str]:
+    """The metrics of a run's records that a chart shows, in the order of the charts."""
+    losses = () if any(health.sampled(record) for record in history) else ("train/loss", "eval/loss")
+    names = (*losses, *(key for _, keys in CHARTS for key in _expand(keys, history)))
+    return [name for name in names if any(math.isfinite(record.get(name, math.nan)) for record in history)]
+
+
+def compared(runs: Mapping[str, History]) -> list[Chart]:
+    """A chart for each metric that a run has, with a line for each run that has it, in the run's colour."""
+    titles = {keys[0]: title for title, keys in CHARTS}
+    names = dict.fromkeys(name for history in runs.values() for name in metrics(history))
+    return [one for name in names if (one := _beside(name, titles.get(name, name), runs)) is not None]
+
+
+def colour(index: int) -> str:
+    """The class of a line; behind the colours, the same ones dashed."""
+    return COLOURS[index % len(COLOURS)] + " dashed" * (index >= len(COLOURS))
+
+
+def _beside(metric: str, title: str, runs: Mapping[str, History]) -> Chart | None:
+    colours = {name: colour(i) for i, name in enumerate(runs)}
+    series = {name: _points(metric, history) for name, history in runs.items()}
+    return _sheet(title, series, colours)
+
+
 def _expand(keys: Sequence[str], history: History) -> list[str]:
     """The keys, or those that a pattern matches, if there are several: a line alone would repeat the chart of the sum."""
     if "*" not in keys[0]:
@@ -87,17 +113,25 @@ def _expand(keys: Sequence[str], history: History) -> list[str]:
 
 
 def _chart(title: str, keys: Sequence[str], history: History) -> Chart | None:
-    series = {key: [(record["step"], record[key]) for record in history if record.get(key) is not None] for key in keys}
-    series = {key: points for key, points in series.items() if any(math.isfinite(value) for _, value in points)}
+    return _sheet(title, {key: _points(key, history) for key in keys}, {key: colour(i) for i, key in enumerate(keys)})
+
+
+def _points(metric: str, history: History) -> Points:
+    return [(record["step"], record[metric]) for record in history if record.get(metric) is not None]
+
+
+def _sheet(title: str, series: Mapping[str, Points], colours: Mapping[str, str]) -> Chart | None:
+    """The lines of several series, by name, on one sheet; those without a finite value are left out."""
+    series = {name: points for name, points in series.items() if any(math.isfinite(value) for _, value in points)}
     if not series:
         return None
     finite = [point for points in series.values() for point in points if math.isfinite(point[1])]
     bounds = [0.0, 1.0] if title.startswith("share") else []  # a share is seen against the whole
     ticks = _ticks(min([value for _, value in finite] + bounds), max([value for _, value in finite] + bounds))
     first, last = min(step for step, _ in finite), max(step for step, _ in finite)
-    sheet = _Sheet(first, last, ticks[0], ticks[-1])
+    sheet = _Places(first, last, ticks[0], ticks[-1])
     window = max((len(points) // 25 for points in series.values() if len(points) >= SMOOTHED), default=0)
-    lines = [_line(key, "abcdef"[i % 6], points, sheet, window) for i, (key, points) in enumerate(series.items())]
+    lines = [_line(name, colours[name], points, sheet, window) for name, points in series.items()]
     return Chart(title, lines, [(sheet.y(tick), _short(tick)) for tick in ticks], _columns(sheet), window)
 
 
@@ -107,7 +141,7 @@ def _short(value: float) -> str:
     return plain if len(plain) <= 6 else re.sub(r"e([+-])0*", r"e\1", f"{value:.3e}").replace("e+", "e").replace(".000e", "e")
 
 
-class _Sheet(NamedTuple):
+class _Places(NamedTuple):
     first: float
     last: float
     low: float
@@ -131,7 +165,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * size for i in range(first, last + 1)]
 
 
-def _columns(sheet: _Sheet) -> list[tuple[float, str, str]]:
+def _columns(sheet: _Places) -> list[tuple[float, str, str]]:
     """The first, the middle and the last step: (place, text, which of its ends stands there)."""
     if sheet.first == sheet.last:
         return [(sheet.x(sheet.first), f"step {sheet.first:g}", "middle")]
@@ -140,7 +174,7 @@ def _columns(sheet: _Sheet) -> list[tuple[float, str, str]]:
     return [(sheet.x(sheet.first), f"step {sheet.first:g}", "start"), *centre, (sheet.x(sheet.last), f"{sheet.last:g}", "end")]
 
 
-def _line(name: str, colour: str, points: Points, sheet: _Sheet, window: int) -> Line:
+def _line(name: str, colour: str, points: Points, sheet: _Places, window: int) -> Line:
     finite = [point for point in points if math.isfinite(point[1])]
     smooth = window if len(points) >= SMOOTHED else 0
     mean = _path(list(_means(points, smooth)), sheet) if smooth else ""
@@ -149,13 +183,14 @@ def _line(name: str, colour: str, points: Points, sheet: _Sheet, window: int) ->
 
 
 def _means(points: Points, window: int) -> Iterator[tuple[float, float]]:
-    """Mean of the last `window` points at each of them."""
-    for i, (step, _) in enumerate(points):
+    """Mean of the last `window` points at each of them, or at about DRAWN of them."""
+    apart = max(1, len(points) // DRAWN)  # of a long line, a mean at each point would take minutes
+    for i in range((len(points) - 1) % apart, len(points), apart):
         values = [value for _, value in points[max(0, i - window + 1) : i + 1] if math.isfinite(value)]
-        yield step, sum(values) / len(values) if values else math.nan
+        yield points[i][0], sum(values) / len(values) if values else math.nan
 
 
-def _path(points: Points, sheet: _Sheet) -> str:
+def _path(points: Points, sheet: _Places) -> str:
     """An SVG path, broken where values are not finite."""
     commands, pen = [], "M"
     for step, value in _thin(points):

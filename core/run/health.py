@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Set
 from typing import NamedTuple
 
-from treetune.core.run.recorder import Record
+from treetune.core.records import JsonRecord as Record
 
 Rule = Callable[[list[Record]], str | None]  # the history -> what is wrong with its last record, None for nothing
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from treetune.core.records import JsonRecord as Record
 from treetune.core.run import health
-from treetune.core.run.recorder import Record
 
 
 class Metrics(NamedTuple):

@@ -10,7 +10,10 @@ from typing import NamedTuple
 from treetune.core import drafts, lock, owned
 
 NAME, FORMAT, PREVIOUS = ".treetune.json", 1, "previous"
-FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "best.json", "report.html", "metrics.tmp", "samples.tmp")
+FILES = (
+    "config.yaml", "metrics.jsonl", "samples.jsonl", "best.json", "report.html", "live.js", "status.json", "run.log",
+    "profile_trace.json", "profile_ops.txt", "profile_memory.pickle", "metrics.tmp", "samples.tmp",
+)  # fmt: skip
 RESULTS = ("adapter", "model")
 SYNCED = re.compile(r"(adapter|weights)-v\d{6,}")  # in the folder `engine`, what a sampler was given
 # Versions before wrote no marker, but every option into config.yaml: a file of the user's does not hold all of these.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from treetune.core import records
+from treetune.core.records import JsonRecord as Record
 from treetune.core.run.health import Event
-from treetune.core.run.recorder import Record
 
 LOG = logging.getLogger("treetune")
 
@@ -21,9 +21,11 @@ class Observer(Protocol):
     """What is told of a run; a method that a subclass leaves out does nothing. Only the first rank has observers.
 
     essential: an error in it ends the run, as in the files of a run; after an error in any other the run goes on without that one.
+    silent: it takes lines and shows them to nobody.
     """
 
     essential: bool = False
+    silent: bool = False
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
         """The run begins, or goes on after `step`. about: model, data, step size and so on, in words."""
@@ -146,7 +148,7 @@ class Guarded(Observer):
 
 def _takes_lines(one: Observer | Guarded) -> bool:
     observer = one.observer if isinstance(one, Guarded) else one
-    return getattr(type(observer), "message", Observer.message) is not Observer.message
+    return not getattr(observer, "silent", False) and getattr(type(observer), "message", Observer.message) is not Observer.message
 
 
 def _copy(value: Any) -> Any:

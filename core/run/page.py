@@ -1,4 +1,4 @@
-"""HTML pages in one file: no scripts, nothing fetched, for light and dark and for phones."""
+"""HTML pages in one file: nothing fetched, for light and dark and for phones. Only the page of a run that goes on has a script."""
 
 import functools
 import re
@@ -66,16 +66,26 @@ def write_documents(path: Path, values: dict[str, Any], *, name: str, rows: Mapp
 
 def render(template: str, *, name: str, **values: Any) -> str:
     """The page that a file of `pages/` makes of these values; every text is escaped."""
-    return _template(template).render(name=name, **values)
+    source = _text("parts.jinja") + _text("head.jinja") + _text(template)
+    return _compiled(source).render(name=name, style=_text("style.css"), **values)
+
+
+def part(template: str, **values: Any) -> str:
+    """A part of a page: what a template makes of these values with the macros of `parts.jinja`, a file of `pages/` or a line."""
+    return _compiled(_text("parts.jinja") + (_text(template) if template.endswith(".jinja") else template)).render(**values)
 
 
 @functools.cache
-def _template(name: str) -> Any:
-    """A compiled file of `pages/` with its parts and style: compiling takes longer than writing a page."""
+def _text(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _compiled(source: str) -> Any:
+    """A template: compiling takes longer than writing a page."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True)
     environment.globals |= {"mark_blanks": mark_blanks, "join_runs": passages.join_runs, "meanings": passages.MEANINGS}
-    parts, page, style = ((FOLDER / file).read_text(encoding="utf-8") for file in ("parts.jinja", name, "style.css"))
-    environment.globals |= {"beginning": owned.PAGE, "style": style, **SIZES}
-    return environment.from_string(parts + page)
+    environment.globals |= {"beginning": owned.PAGE, **SIZES}
+    return environment.from_string(source)

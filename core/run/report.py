@@ -1,17 +1,28 @@
-"""report.html: what a run did, its curves, what was trained token by token, and answers with their rewards."""
+"""report.html: what a run did, its curves, what was trained token by token, and answers with their rewards.
+
+While the run goes on, the page is written again now and then, and beside it live.js, which brings an open page up to date in place.
+"""
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treetune.core import drafts, masking
+from treetune.core import drafts, masking, records
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
+from treetune.core.records import JsonRecord as Record
 from treetune.core.run import curves, page
+from treetune.core.run.health import Event
+from treetune.core.run.lines import clock
 from treetune.core.run.observers import Observer
 
+LIVE = "live.js"
+EVERY_S = 5.0  # between two writings of a page that is live
+SHARE = 50  # of a run's time, at most one part in so many goes into writing it
+RECENT = 20  # steps that say how long the next ones take
 BEST, WORST = 3, 2  # completions of a prompt to show, where there are more
 LOSS = {
     "supervised tokens": "nats per supervised token",
@@ -22,27 +33,10 @@ LOSS = {
 }
 
 
-def write(
-    run_dir: Path,
-    *,
-    history: Sequence[dict],
-    rows: Mapping[str, str],
-    docs: Sequence[Doc | TreeDoc],
-    tokenizer: Any,
-    read: str | None,
-    unit: str,
-) -> None:
-    """Write report.html into a run folder, with the samples of its samples.jsonl.
-
-    history: records of metrics.jsonl; rows: facts for the head of the page, by name; docs: documents to show as they are trained;
-    read: `kinds.DatasetSpec.read` of their kind; unit: what the loss is a mean over.
-    """
-    steps = [record["step"] for record in history if "train/loss" in record]
-    samples, groups = _answers(run_dir / "samples.jsonl", {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set())
-    values = page.documents(docs, tokenizer, read) | {"samples": samples, "groups": groups}
-    values["rows"] = {name: masking.mask_secrets(value) for name, value in rows.items()}
-    values["charts"] = curves.charts(history, loss=LOSS.get(unit, f"mean over {unit.rstrip(',')}"))
-    drafts.write(run_dir / "report.html", page.render("run.jinja", name=run_dir.name, **values))
+def write(path: Path, *, parts: Mapping[str, str], trained: str, live: bool = False) -> None:
+    """Write the page of a run. parts: HTML by the id of its place; trained: HTML of the documents; live: whether it follows the run."""
+    script = (page.FOLDER / LIVE).read_text(encoding="utf-8") if live else ""
+    drafts.write(path, page.render("run.jinja", name=path.parent.name, trained=trained, live=script, **parts))
 
 
 def _answers(path: Path, steps: set[int]) -> tuple[list, list[dict]]:
@@ -99,19 +93,88 @@ def _completion(record: dict) -> dict:
 
 
 class Report(Observer):
-    """report.html of a run, written when all is saved; its head has what the run is and what it reached."""
+    """report.html of a run: from its start on, and for the last time when all is saved. Its head has what the run is and reached."""
 
     essential = True
 
     def __init__(self, run_dir: Path, *, docs: Sequence[Doc | TreeDoc], tokenizer: Any, read: str | None, unit: str):
         self.run_dir, self.docs, self.tokenizer, self.read, self.unit = run_dir, docs, tokenizer, read, unit
-        self.about: dict[str, str] = {}
+        self.rows: dict[str, str] = {}
+        self.history: list[Record] = []
+        self.events: list[tuple[int, str, str]] = []
+        self.latest: list[dict[str, Any]] = []
+        self.trained, self.total, self.due = "", 0, 0.0
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
-        """Keep what the run is."""
-        self.about = dict(about)
+        """Write the page of a run that begins, or goes on."""
+        self.rows, self.total = dict(about), total_steps
+        self.history = records.read(self.run_dir / "metrics.jsonl", numbers=True).records if step else []
+        self.trained = page.part("trained.jinja", **page.documents(self.docs, self.tokenizer, self.read))
+        self._follow()
 
-    def summary(self, rows: Mapping[str, str], history: Sequence[Mapping[str, Any]]) -> None:
-        """Write the page."""
-        shown = {"docs": self.docs, "tokenizer": self.tokenizer, "read": self.read, "unit": self.unit}
-        write(self.run_dir, history=[dict(record) for record in history], rows=self.about | dict(rows), **shown)
+    def step(self, record: Record) -> None:
+        """Keep the record, and write the page if it is time."""
+        self.history.append(record)
+        self._follow()
+
+    def evaluation(self, record: Record) -> None:
+        """Keep the record, and write the page if it is time."""
+        self.step(record)
+
+    def samples(self, answers: Sequence[dict[str, Any]]) -> None:
+        """Keep the answers, of which a page that is live shows the last."""
+        self.latest = list(answers)
+
+    def health(self, event: Event) -> None:
+        """Keep what a health rule saw."""
+        self.events.append((int(self.history[-1]["step"]) if self.history else 0, event.seen, event.fix))
+
+    def end(self, stopped: str | None, history: Sequence[Record]) -> None:
+        """Write the last page of a run that failed: nothing comes after it."""
+        if stopped is not None and stopped.startswith("failed"):
+            self._finish({"state": stopped})
+
+    def summary(self, rows: Mapping[str, str], history: Sequence[Record]) -> None:
+        """Write the last page."""
+        self._finish(rows)
+
+    def _follow(self) -> None:
+        """Write the page and what brings an open one up to date, unless that was a moment ago: it takes a small share of the time."""
+        start = time.monotonic()
+        if start < self.due:
+            return
+        parts = self._parts({"state": self._state()} | self.rows, *_shown(self.latest))
+        write(self.run_dir / "report.html", parts=parts, trained=self.trained, live=True)
+        drafts.write(self.run_dir / LIVE, f"treetune({json.dumps({'stamp': time.time(), 'parts': parts})})\n")
+        now = time.monotonic()
+        self.due = now + max(EVERY_S, SHARE * (now - start))
+
+    def _state(self) -> str:
+        step, steps = int(self.history[-1]["step"]) if self.history else 0, [one for one in self.history if "step_seconds" in one]
+        recent = [one["step_seconds"] for one in steps[-RECENT:]]
+        eta = f", about {clock(sum(recent) / len(recent) * (self.total - step))} to go" if recent else ""
+        return f"running: step {step} of {self.total}{eta}; written at {time.strftime('%H:%M:%S')}"
+
+    def _finish(self, rows: Mapping[str, str]) -> None:
+        """The page as it stays: with the answers of its beginning, its middle and its end."""
+        steps = [record["step"] for record in self.history if "train/loss" in record]
+        chosen = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
+        samples, groups = _answers(self.run_dir / "samples.jsonl", chosen)
+        write(self.run_dir / "report.html", parts=self._parts(self.rows | dict(rows), samples, groups), trained=self.trained)
+        (self.run_dir / LIVE).unlink(missing_ok=True)
+
+    def _parts(self, rows: Mapping[str, str], samples: list, groups: list[dict]) -> dict[str, str]:
+        """HTML by the id of its place."""
+        facts = {name: masking.mask_secrets(value) for name, value in rows.items()}
+        charts = curves.charts(self.history, loss=LOSS.get(self.unit, f"mean over {self.unit.rstrip(',')}"))
+        now = page.part("{{ standing(rows, notes, charts) }}", rows=facts, notes=self.events, charts=charts)
+        return {"now": now, "answers": page.part("{{ replies(groups, samples) }}", groups=groups, samples=samples)}
+
+
+def _shown(latest: Sequence[dict[str, Any]]) -> tuple[list, list[dict]]:
+    """The last answers, as `_answers` gives them."""
+    if not latest:
+        return [], []
+    if "rewards" in latest[0]:
+        return [], [_group(int(latest[0]["step"]), {latest[0]["prompt"]: list(latest)})]
+    return [(one["prompt"], [(one["step"], one["answer"])]) for one in latest], []

@@ -21,7 +21,7 @@ PLACES = {
         "format", "prompt_transform", "reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage", "observer",
     },
     "program": {"vllm_python", "python"},
-    "anything": {"path"},
+    "anything": {"path", "paths"},
     "run folder": {"output_dir"},
     "prepared rows": {"dataset_prepared_path"},
     "new folder": {"output"},
@@ -36,6 +36,8 @@ TEXTS = {
     "text_column", "field_prompt", "roles_to_train", "default_system_message", "step_separator", "prompt", "system", "sample_prompt",
     # weights: regular expressions over paths of leaves; tokens
     "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", "tokens",
+    # metrics.jsonl
+    "metric",
     # the server
     "vllm_server_host", "vllm_guided_decoding_regex", "host", "vllm_args",
 }  # fmt: skip

@@ -15,7 +15,9 @@ from treetune.core.run import evaluation, faults, loop, recorder
 from treetune.losses import sft_objective
 from treetune.models import adapter, batches, hf
 
-FILES = {".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints"}
+FILES = {
+    ".treetune.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "best.json", "checkpoints", "status.json", "run.log",
+}  # fmt: skip
 VOID = {"meta"}
 
 

@@ -159,3 +159,39 @@ def test_an_evaluation_shows_its_goal_and_the_method_s_own_metrics(monkeypatch):
     one.metrics = lines.Metrics(("rewards/margins", "reward"), goal="reward")
     one.evaluation({"step": 3, "eval/seconds": 1.0, "eval/reward": 0.25, "eval/rewards/margins": 2.0})
     assert one.console.file.getvalue() == "held out, step 3: reward 0.2500  margins 2.000\n"
+
+
+def traced(width, height=40, count=300, plain=False):
+    console = Console(width=width, height=height, record=True, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    one = bar()
+    for step in range(count):
+        one.trace("loss", step, 300.0 - step)
+        if step % 100 == 0:
+            one.trace("held out loss", step, float(step))
+    console.print(one)
+    return console.export_text().rstrip("\n").split("\n")
+
+
+def test_curves_stand_under_the_metrics_where_there_is_room():
+    lines = traced(100)
+    assert len(lines) == 3 and re.match(r"loss █[█▇▆▅▄▃▂▁]{22}▁ 1  held out loss ▁▅█ 200 *$", lines[2])
+    assert len(traced(59)) == 2 and len(traced(100, height=11)) == 2, "a small terminal keeps its lines for the run's"
+    assert all(cell_len(line.rstrip()) <= width - bar_module.ECHO for width in range(60, 120, 7) for line in traced(width)[1:])
+
+
+def test_a_curve_keeps_few_points_of_a_long_run():
+    one = bar_module.Trace("loss")
+    for step in range(100_000):
+        one.add(step, float(step))
+    assert len(one.points) <= bar_module.POINTS and one.points[-1][0] > 99_000
+    assert sorted(one.points) == one.points
+    assert re.fullmatch(r"loss ▁+▂+▃+▄+▅+▆+▇+█+ 9\.\d+e\+04", one.draw(plain=False))
+
+
+def test_a_run_on_a_terminal_draws_its_curve():
+    one = on_terminal()
+    one.start(10, 0, {})
+    for step in (1, 2, 3):
+        one.step({"step": step, "train/loss": 3.0 - step, "grad_norm": 1.0, "learning_rate": 1e-4, "step_seconds": 1.0, "memory_gib": 0.1})
+    assert "".join(drawn(100, one.bar)).count("loss █▅▁ 0") == 1
+    one.stop()

@@ -31,6 +31,7 @@ QUICK = {
     "no config file": (["sft", "--config", "no.yaml"], 2),
     "config key": (["sft", "--config", "c.yaml"], 2),
     "command help": (["sft", "--help"], 0),
+    "list of runs": (["runs", "."], 0),
     "config value": (["sft", "--config", "types.yaml"], 2),
     "data set field": (["sft", "--config", "sets.yaml"], 2),
     "data set file": (["sft", "--config", "files.yaml"], 2),

@@ -29,8 +29,13 @@ def test_nothing_becomes_markup_and_nothing_is_fetched():
     evil = "<script>alert(1)</script>&'\"><img src=x>"
     groups = [{"step": 1, "prompt": evil, "more": 0, "completions": [
         {"label": "on", "advantage": "+1", "rewards": [(evil, evil)], "about": evil, "answer": evil}]}]  # fmt: skip
-    values = {"rows": {evil: evil}, "charts": [], "docs": [], "labels": set(), "groups": groups, "samples": [(evil, [(1, evil)])]}
-    text = page.render("run.jinja", name=evil, **values)
+    parts = {
+        "now": page.part("{{ standing(rows, notes, charts) }}", rows={evil: evil}, notes=[(1, evil, evil)], charts=[]),
+        "answers": page.part("{{ replies(groups, samples) }}", groups=groups, samples=[(evil, [(1, evil)])]),
+        "trained": page.part("trained.jinja", docs=[], labels=set()),
+    }
+    text = page.render("run.jinja", name=evil, **parts)
+    assert text.count("&lt;script&gt;") == 13, "each of the values is there"
     assert "<script" not in text and "<img" not in text
     assert not re.search(r"https?:|<[^>]*src=|url\(|@import|<link", text)
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text

@@ -1,0 +1,130 @@
+"""`treetune runs`: which runs there are, what one of them shows, and how several compare. Imports no torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from treetune.cli.options.commands import Runs
+from treetune.cli.screen import Screen
+from treetune.core.run import compared, curves, runs, sparks
+from treetune.core.run.errors import checking_input
+from treetune.core.run.lines import clock
+from treetune.core.run.runs import PastRun
+
+GIVEN = ("learning_rate", "memory_gib", "supervised_tokens_per_second")  # metrics that nobody wants the best of
+NARROW, WIDE = 16, 60  # columns of a curve
+
+
+def run(config: Runs, given: frozenset[str]) -> int:
+    """Print, and write the page; the exit code."""
+    screen = Screen()
+    with checking_input():
+        named = all(runs.is_run(Path(path)) for path in config.paths)
+        found = _sorted([runs.read(root) for path in config.paths for root in _found(Path(path))], config)
+        if config.metric is not None and not any(config.metric in record for one in found for record in one.history):
+            raise ValueError(f"no run has the metric {config.metric}; names are those of metrics.jsonl{_having(found)}")
+    if not found:
+        screen.line(f"no runs in {' '.join(config.paths)}")
+    elif named and len(found) == 1:
+        _show(found[0], screen, config.metric)
+    else:
+        _list(found, screen, config.metric)
+        if named:
+            _compare(found, screen)
+    if config.html and found:
+        title = found[0].root.name if len(found) == 1 else f"{len(found)} runs"
+        compared.write(Path(config.html), found, title=title, metric=config.metric, charts=named or len(found) <= compared.DRAWN)
+        screen.line(f"wrote {config.html}")
+    return 0
+
+
+def _found(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; name run folders, or a folder of runs")
+    return runs.find(path)
+
+
+def _having(found: Sequence[PastRun]) -> str:
+    names = dict.fromkeys(name for one in found for name in curves.metrics(one.history))
+    return f": {', '.join(list(names)[:8])}" if names else ""
+
+
+def _sorted(found: list[PastRun], config: Runs) -> list[PastRun]:
+    """The runs in the order that is asked for."""
+    if config.sort == "started":
+        return sorted(found, key=lambda one: one.status.started or 0.0)
+    if config.sort == "best":
+        return sorted(found, key=lambda one: _merit(one, config.metric))
+    return found
+
+
+def _merit(one: PastRun, metric: str | None) -> float:
+    best = one.best(metric)
+    return -math.inf if best is None else -best.value if runs.falls(best.metric) else best.value
+
+
+def _list(found: Sequence[PastRun], screen: Screen, metric: str | None) -> None:
+    names = runs.names(found)
+    screen.grid(compared.COLUMNS, [compared.row(one, name, metric) for one, name in zip(found, names, strict=True)])
+    for name, reason in compared.reasons(found, names).items():
+        screen.line(f"  {name}: {reason}")
+
+
+def _show(one: PastRun, screen: Screen, metric: str | None) -> None:
+    """What a run is, and a line with the curve of each of its metrics."""
+    best, total = one.best(metric), one.status.total_steps
+    rows = {"run": str(one.root), "method": one.method, "model": runs.shown(one.config.get("model"))}
+    rows["state"] = one.state + (f": {one.reason}" if one.reason else "")
+    rows["steps"] = f"{one.step}{'' if total is None else f' of {total}'} in {clock(one.seconds)}"
+    rows |= {} if best is None else {"best": f"{best.metric} {best.value:.4g} at step {best.step}"}
+    screen.table("", {name: text for name, text in rows.items() if text})
+    screen.grid(
+        ("metric", "curve", "first", "last", "lowest", "highest"), [_curve(one, name, screen) for name in curves.metrics(one.history)]
+    )
+    for event in one.status.health:
+        screen.warn(f"step {event.step}: {event.seen}: {event.fix}")
+    if one.broken:
+        screen.warn(f"{one.broken} lines of {one.root / 'metrics.jsonl'} hold no record and are left out")
+
+
+def _room(screen: Screen, taken: int) -> int:
+    """Columns that are left for a curve."""
+    return min(max(screen.width - taken, NARROW), WIDE)
+
+
+def _curve(one: PastRun, metric: str, screen: Screen) -> list[str]:
+    points = one.series(metric)
+    finite = [value for _, value in points if math.isfinite(value)]
+    inside = sparks.frame(points)
+    if inside is not None:  # all curves of a run have one axis of steps
+        inside = inside._replace(first=one.history[0]["step"], last=max(one.step, one.history[0]["step"] + 1))
+    drawn = sparks.draw(points, _room(screen, 74), inside=inside, plain=not screen.blocks)
+    return [metric, drawn, *(f"{value:.4g}" for value in (points[0][1], points[-1][1], min(finite), max(finite)))]
+
+
+def _compare(found: Sequence[PastRun], screen: Screen) -> None:
+    """The options that differ, and the curves of each metric one above the other, in one frame."""
+    names = runs.names(found)
+    screen.line("\noptions that differ", "bold")
+    differing = compared.differences(found)
+    if differing:
+        screen.grid(("option", *names), [[option, *values] for option, values in differing.items()])
+    else:
+        screen.line("none")
+    screen.line("\ncurves", "bold")
+    metrics = dict.fromkeys(name for one in found for name in curves.metrics(one.history))
+    rows = [row for metric in metrics for row in _curves(metric, found, names, screen)]
+    screen.grid(("metric", "run", "curve", "first", "last", "best"), rows)
+
+
+def _curves(metric: str, found: Sequence[PastRun], names: Sequence[str], screen: Screen) -> Iterator[list[str]]:
+    series = [one.series(metric) for one in found]
+    inside, room = sparks.frame(*series), _room(screen, 66 + max(map(len, names)))
+    label = metric
+    for one, name, points in zip(found, names, series, strict=True):
+        best = one.best(metric)
+        if best is not None:
+            drawn = sparks.draw(points, room, inside=inside, plain=not screen.blocks)
+            ends = [f"{value:.4g}" for value in (points[0][1], points[-1][1])]
+            yield [label, name, drawn, *ends, "" if metric in GIVEN else f"{best.value:.4g} at {best.step}"]
+            label = ""

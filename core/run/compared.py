@@ -1,0 +1,48 @@
+"""Several runs side by side: rows of a table, the options that differ, and a page with their curves. Imports no torch."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treetune.core import drafts, masking
+from treetune.core.run import curves, runs
+from treetune.core.run.lines import clock
+from treetune.core.run.runs import PastRun
+
+COLUMNS = ("run", "state", "best", "at step", "steps", "time", "method", "model", "started")
+DRAWN = 12  # runs whose curves are drawn on a page: more lines on one sheet tell nothing
+
+
+def row(run: PastRun, name: str, metric: str | None = None) -> list[str]:
+    """The cells of a run in a table of `COLUMNS`."""
+    best, total = run.best(metric), run.status.total_steps
+    steps = f"{run.step}/{total}" if total is not None else str(run.step)
+    value = ("-", "-") if best is None else (f"{best.metric} {best.value:.4g}", str(best.step))
+    started = "-" if run.status.started is None else time.strftime("%m-%d %H:%M", time.localtime(run.status.started))
+    return [name, run.state, *value, steps, clock(run.seconds), run.method or "-", run.model or "-", started]
+
+
+def reasons(several: Sequence[PastRun], names: Sequence[str]) -> dict[str, str]:
+    """Why runs ended before their last step, by name."""
+    return {name: run.reason for name, run in zip(names, several, strict=True) if run.reason and run.state != "running"}
+
+
+def differences(several: Sequence[PastRun]) -> dict[str, list[str]]:
+    """{option: what each run has} of the options that are not the same in all, for people."""
+    return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in runs.differences(several).items()}
+
+
+def write(path: Path, several: Sequence[PastRun], *, title: str, metric: str | None = None, charts: bool = True) -> None:
+    """Write a page about runs: their table, what differs, and with `charts` their curves, a colour for each run."""
+    from treetune.core.run import page  # what shows tokens imports torch, and a list on the terminal needs none of it
+
+    names = runs.names(several)
+    drawn = charts and len(several) <= DRAWN
+    colours = [curves.colour(i) if drawn else "" for i in range(len(several))]
+    table = [(one.state, colour, row(one, name, metric)) for one, name, colour in zip(several, names, colours, strict=True)]
+    values: dict[str, Any] = {"columns": COLUMNS, "table": table, "names": names, "reasons": reasons(several, names)}
+    values["differences"] = differences(several) if len(several) > 1 and drawn else {}
+    values["charts"] = curves.compared(dict(zip(names, (one.history for one in several), strict=True))) if drawn else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drafts.write(path, page.render("runs.jinja", name=title, **values))
