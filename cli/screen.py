@@ -5,7 +5,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,10 +15,12 @@ from rich.text import Text
 
 from treetune.cli import bar
 from treetune.core import masking
-from treetune.core.data import passages
+from treetune.core.records import JsonRecord as Record
 from treetune.core.run import health, lines
 from treetune.core.run.observers import Observer
-from treetune.core.run.recorder import Record
+
+if TYPE_CHECKING:
+    from treetune.core.data import passages
 
 PASTED = ("continue with", "try it")  # rows of a summary that are commands
 PLAIN = lines.Metrics()
@@ -49,8 +51,10 @@ class Screen(Observer):
         """Whether colours can be seen: on a terminal that has them, unless NO_COLOR says not to use them."""
         return self.console.color_system is not None and not self.console.no_color
 
-    def passage(self, pieces: passages.Pieces) -> None:
+    def passage(self, pieces: "passages.Pieces") -> None:
         """Print the pieces of a passage: in colours, or with marks where there are none."""
+        from treetune.core.data import passages  # imports torch
+
         styled = ((masking.escape_controls("".join(texts)), STYLES[label]) for label, texts in passages.join_runs(pieces))
         self.console.print(Text.assemble(*styled) if self.colours else Text(masking.escape_controls(passages.mark(pieces))))
 
