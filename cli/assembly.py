@@ -15,7 +15,7 @@ from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
 from treetune.core import ckpt, loss_scale, option_pairs, quant, step
 from treetune.core.config import table
-from treetune.core.data import fingerprint, template_date
+from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
 from treetune.core.data.dataset import Dataset
 from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
@@ -148,7 +148,16 @@ def _read(run: TrainRun, tokenizer: Tokenizer, source: Source | None) -> Dataset
     data = reader.read(run, tokenizer)
     for text in data.lines:
         run.say(text)
+    _check_template(run, tokenizer)
     return data
+
+
+def _check_template(run: TrainRun, tokenizer: Tokenizer) -> None:
+    """Warn of a template that the options name and that writes marks which the tokenizer does not know."""
+    name = getattr(run.config.data, "chat_template", None)
+    template = None if name is None else chat_templates.resolve(tokenizer, name)
+    if name is not None and template is not None and (text := template_marks.warning(tokenizer, name, template)):
+        run.observers.warn(text)
 
 
 def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:

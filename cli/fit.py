@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import assembly, document_source, invocation, requirements
+from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.run import Run, TrainConfig, TrainRun
@@ -22,7 +22,7 @@ from treetune.core.run.observers import MetricsFile, Observer, Observers, Sample
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.state import TrainState
-from treetune.models import loading
+from treetune.models import loading, memory
 from treetune.models import policy as policies
 from treetune.models.decode import Samples
 from treetune.models.policy import Policy
@@ -108,13 +108,25 @@ def run(
             ranks.barrier(this.ranks)  # every rank has read what it resumes from
             ranks.share(this.ranks, partial(_create, this, parts.policy))
             this.observers.add(*_files(this, parts))
-        with running(this.folder.root):
+        with running(this.folder.root, partial(_advise, this, parts.state)):
             outcome = _train(this, parts, answer, interrupted)
             shown = parts.shown(outcome.state)
             saved = _save(this, parts.policy, shown, extras)
             _finish(this, parts, answer, outcome, saved)
         trained = parts.policy._replace(params=shown.params, frozen=shown.frozen)
         return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
+
+
+def _advise(this: TrainRun, state: TrainState) -> str:
+    """Tell what to try where memory has run out, the whole ladder to the observers; the first thing in words."""
+    device = this.device.type
+    held = memory.size(state.params, device) + memory.size(state.frozen, device)
+    ladder = memory_ladder.climb(this.config, device, held=held)
+    lines = memory_ladder.lines(ladder, memory_ladder.capacity(device))
+    this.observers.tell("advise", lines)
+    for text in lines:
+        this.observers.message(text)
+    return memory_ladder.first(ladder)
 
 
 def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], stack: contextlib.ExitStack) -> TrainRun:

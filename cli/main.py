@@ -36,6 +36,7 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "check": Command("commands.check", commands.Check, "compare a model with transformers, and packed with alone"),
     "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine"),
     "runs": Command("commands.runs", commands.Runs, "list runs, show one, or compare several"),
+    "doctor": Command("commands.doctor", commands.Doctor, "say what is wrong with a run, and what to change"),
     "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),
 }
 

@@ -48,7 +48,7 @@ def _tokens(documents: int, prompt: int, completions: int, longest: int) -> int:
 
 def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
     """A line for a run that is about to start, from the very trees that it holds; empty where its micro-batches have no known size."""
-    tokens, rows, slots = _sizes(table.flatten(run.config))
+    tokens, rows, slots = sizes(table.flatten(run.config))
     if not tokens:
         return ""
     count = partial(memory.size, device=run.device.type)
@@ -70,7 +70,7 @@ def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
     return memory.line(memory.training(held, trained, abstract, start.cfg, setup))
 
 
-def _sizes(values: dict[str, Any]) -> tuple[int, int, int]:
+def sizes(values: dict[str, Any]) -> tuple[int, int, int]:
     """Tokens of a micro-batch, and rows and slots of the sampler's cache, 0 where they are not known or nothing is sampled here."""
     documents, prompt = values["micro_batch_size"], values.get("max_prompt_len") or values.get("sequence_len") or 0
     n, longest = values.get("num_generations") or 0, values.get("max_completion_length") or 0

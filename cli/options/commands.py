@@ -275,3 +275,14 @@ class Runs:
     """Order of the list: by name, newest last, or best last."""
     html: Annotated[str | None, PAGE] = None
     """Write the table, what differs and the curves to this HTML file."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is wrong with a run, and what to change: from its numbers, its status, its log and its config.
+
+    Exit codes: 0 nothing is found, 1 something is, 2 the folder is no run.
+    """
+
+    path: Annotated[Positional[str], ANY_PATH, arg(metavar="RUN")]
+    """Run folder; the run may be running, finished, stopped or killed."""

@@ -21,6 +21,7 @@ COMMANDS_OF = {
     "rlhf": "grpo", "rloo": "grpo --loss rloo", "dapo": "grpo --loss dapo", "gspo": "grpo --loss gspo", "ipo": "dpo --loss ipo",
     "pt": "pretrain", "continued-pretrain": "pretrain", "cpt": "pretrain", "rm": "reward", "orm": "reward", "reward-model": "reward",
     "vllm": "serve", "vllm-serve": "serve", "vllm_serve": "serve", "api": "serve", "env": "info",
+    "diagnose": "doctor", "debug": "doctor", "health": "doctor",
     "status": "runs", "list": "runs", "ls": "runs", "history": "runs",
     "verify": "check", "validate": "check", "certify": "check", "compare": "runs for runs, or check for a model",
     "show": "info, or preprocess for rows", "prepare": "preprocess", "tokenize": "preprocess", "data": "preprocess",

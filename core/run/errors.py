@@ -3,7 +3,7 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from treetune.core import fields
@@ -38,22 +38,35 @@ def checking_input(what: str = "an option or an input") -> Iterator[None]:
         raise
 
 
+GENERAL = "lower micro_batch_size or sequence_len, or turn on gradient_checkpointing"
+
+
 @contextlib.contextmanager
-def running(root: Path) -> Iterator[None]:
-    """Inside, a full disk becomes BadInput and a full memory RunFailed; `root` is the run, whose checkpoints are always whole."""
+def running(root: Path, advise: Callable[[], str] = lambda: GENERAL) -> Iterator[None]:
+    """Inside, a full disk becomes BadInput and a full memory RunFailed.
+
+    root: the run, whose checkpoints are always whole. advise() -> what to do where memory has run out.
+    """
     try:
         yield
     except BrokenPipeError:
         raise
     except Exception as error:
         if out_of_memory(error):
-            fix = "lower micro_batch_size or sequence_len, or turn on gradient_checkpointing"
-            raise RunFailed(f"out of memory: {fix} ({_first_line(error)})") from error
+            raise RunFailed(f"out of memory: {_advice(advise)} ({_first_line(error)})") from error
         if not isinstance(error, _file_errors()):
             raise
         if type(error).__name__ == "SaveError":  # of core.ckpt, which imports torch: it says all there is to say
             raise BadInput(str(error)) from error
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
+
+
+def _advice(advise: Callable[[], str]) -> str:
+    try:
+        return advise()
+    # Memory has run out already, and the message about that must not be lost to whatever goes wrong while it is written.
+    except Exception:
+        return GENERAL
 
 
 # What torch, oneDNN, the loader of libraries and the system say when there is no memory: torch has an exception of its own for CUDA only.

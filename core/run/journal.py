@@ -126,8 +126,6 @@ class Journal(Observer):
     def advise(self, lines: Sequence[str]) -> None:
         """Keep what to try where the run could not go on."""
         self.status = self.status._replace(advice=tuple(lines))
-        for text in lines:
-            self._line(ERROR, text)
         self._write()
 
     def summary(self, rows: Mapping[str, str], history: Sequence[JsonRecord]) -> None:

@@ -213,7 +213,8 @@ def test_out_of_memory_is_one_line_with_the_fix(sft, monkeypatch):
 
     monkeypatch.setattr(loop._Loop, "steps", full)
     done = sft()
-    assert done.code == 1 and done.err.count("\n") == 1 and "lower micro_batch_size" in done.err and "2 GiB" in done.err
+    assert done.code == 1 and done.err.count("\n") == 1 and "2 GiB" in done.err
+    assert "try --micro-batch-size 1 --gradient-accumulation-steps 4, about " in done.err and "1. --micro-batch-size 1" in done.out
 
 
 def test_gradient_that_is_not_finite_names_rows_and_leaf_and_changes_nothing(kit, here, sft, monkeypatch):

@@ -32,6 +32,7 @@ QUICK = {
     "config key": (["sft", "--config", "c.yaml"], 2),
     "command help": (["sft", "--help"], 0),
     "list of runs": (["runs", "."], 0),
+    "no run to examine": (["doctor", "."], 2),
     "config value": (["sft", "--config", "types.yaml"], 2),
     "data set field": (["sft", "--config", "sets.yaml"], 2),
     "data set file": (["sft", "--config", "files.yaml"], 2),
