@@ -11,6 +11,7 @@ import torch
 from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
+from treetune.cli.options import run as run_options
 from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
@@ -67,15 +68,21 @@ def fit(config: TrainConfig, *, observers: Iterable[Any] = (), source: Source | 
         defaults = table.defaults(type(config))
         options = frozenset(name for name, value in table.flatten(config).items() if value != defaults[name])
         config = requirements.complete(config, CONFIGS[type(config)], options)
-        _check_source(source, config.optim.max_steps)
+        _check_source(source, config)
         _check_torch()
     return run(config, observers=observers, source=source, options=options)
 
 
-def _check_source(source: Source | None, max_steps: int | None) -> None:
-    """Raise ValueError for a length of the run that is not that of its source."""
-    if source is not None and max_steps not in (None, source.total_steps):
-        raise ValueError(f"max_steps is {max_steps}, but the source has {source.total_steps} steps: leave max_steps out")
+def _check_source(source: Source | None, config: TrainConfig) -> None:
+    """Raise ValueError for a length of the run that is not that of its source, and for parts of epochs of one that knows no epochs."""
+    if source is None:
+        return
+    if config.optim.max_steps not in (None, source.total_steps):
+        raise ValueError(f"max_steps is {config.optim.max_steps}, but the source has {source.total_steps} steps: leave max_steps out")
+    if getattr(source, "passes", None) is None and (name := run_options.per_epoch(config.run)):
+        raise ValueError(
+            f"{name} needs a source that has passes(step), and {type(source).__name__} has none: {run_options.PER_EPOCH[name]}"
+        )
 
 
 def _check_torch() -> None:
@@ -220,8 +227,10 @@ def _train(
 
 def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
     """What the run never reaches."""
-    intervals = table.record(cadence.Intervals, this.config)
-    return cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None)
+    passes = getattr(parts.supply.source, "passes", None)
+    passed = None if passes is None else passes(parts.supply.source.total_steps)
+    intervals = table.record(cadence.Intervals, this.config, passed=passed)
+    return cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None and intervals.evals_per_epoch != 0)
 
 
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:

@@ -74,7 +74,7 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
     if method is not None:
         train = cast(Any, config)
         optim.conflicts(train.optim)
-        run.conflicts(train.run)
+        run.conflicts(train.run, streaming=getattr(train.data, "streaming", False))
         if hasattr(train, "adapter"):
             model.conflicts(train.adapter, train.model)
         method.conflicts(config)

@@ -249,35 +249,40 @@ def lion(
     return stepwise(lambda leaf: {"mu": zero(leaf)}, direction, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
 
 
+# A 0-d step to a 0-d rate in float64, which a step of training rounds once; the shapes of `core.schedules` are further ones.
 Schedule = Callable[[Tensor], Tensor]
 
 
 def constant(peak: float, steps: int = 1) -> Schedule:
     """lr(step) = peak, whatever the `steps`, which other shapes take."""
-    return lambda step: torch.full((), peak, device=step.device)
+    return lambda step: torch.full((), peak, dtype=torch.float64, device=step.device)
 
 
 def linear(peak: float, steps: int, *, min_ratio: float = 0.0) -> Schedule:
     """Linear decay from peak at step 0 to min_ratio * peak at `steps`, constant after."""
-    return lambda step: peak * (1 - (1 - min_ratio) * _progress(step, steps))
+    return lambda step: peak * (1 - (1 - min_ratio) * progress(step, steps))
 
 
-def cosine(peak: float, steps: int, *, min_ratio: float = 0.0) -> Schedule:
-    """Half a cosine from peak at step 0 to min_ratio * peak at `steps`. Source: Loshchilov & Hutter, arXiv 1608.03983, eq. 5."""
-    return lambda step: peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + torch.cos(math.pi * _progress(step, steps))))
+def cosine(peak: float, steps: int, *, min_ratio: float = 0.0, num_cycles: float = 0.5) -> Schedule:
+    """`num_cycles` waves of a cosine from peak at step 0, by default half of one, which ends at min_ratio * peak at `steps`.
+
+    Source: Loshchilov & Hutter, arXiv 1608.03983, eq. 5.
+    """
+    return lambda step: peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + torch.cos(2 * math.pi * num_cycles * progress(step, steps))))
 
 
-def _progress(step: Tensor, steps: int) -> Tensor:
-    return (step.float() / max(steps, 1)).clamp(0, 1)
+def progress(step: Tensor, steps: int) -> Tensor:
+    """The part of `steps` that are done before a step, from 0 to 1, float64."""
+    return (step.double() / max(steps, 1)).clamp(0, 1)
 
 
-def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """Linear rise over `steps` steps to the first value of `schedule`, which then starts; the rate of step 0 is above 0."""
+def warmup(schedule: Schedule, steps: int, *, power: int = 1) -> Schedule:
+    """A rise over `steps` steps to the first value of `schedule`, which then starts; the rate of step 0 is above 0. power 1: linear."""
     if steps <= 0:
         return schedule
 
     def lr(step: Tensor) -> Tensor:
-        rising = ((step.float() + 1) / (steps + 1)).clamp(max=1.0)
+        rising = ((step.double() + 1) / (steps + 1)).clamp(max=1.0) ** power
         return rising * schedule((step - steps).clamp(min=0))
 
     return lr

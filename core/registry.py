@@ -81,11 +81,28 @@ def left_open(optimizer: str) -> dict[str, float]:
     return {name: _OWN[name].get(optimizer, usual) for name, usual in _USUAL.items()}
 
 
+# One that takes `warmup` has a rise of its own.
 SCHEDULES: Mapping[str, Entry] = {
-    "cosine": Entry("treetune.core.optim.cosine", ("min_ratio",)),
+    "cosine": Entry("treetune.core.optim.cosine", ("min_ratio", "num_cycles")),
     "linear": Entry("treetune.core.optim.linear", ("min_ratio",)),
     "constant": Entry("treetune.core.optim.constant"),
+    "cosine_with_restarts": Entry("treetune.core.schedules.cosine_with_restarts", ("num_cycles",)),
+    "cosine_with_min_lr": Entry("treetune.core.schedules.cosine_with_min_lr", ("min_lr", "min_lr_rate", "num_cycles")),
+    "polynomial": Entry("treetune.core.schedules.polynomial", ("power", "lr_end")),
+    "inverse_sqrt": Entry("treetune.core.schedules.inverse_sqrt", ("timescale",)),
+    "rex": Entry("treetune.core.schedules.rex", ("min_ratio", "beta")),
+    "warmup_stable_decay": Entry(
+        "treetune.core.schedules.warmup_stable_decay",
+        ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "warmup"),
+    ),
+    "one_cycle": Entry(
+        "treetune.core.schedules.one_cycle",
+        ("pct_start", "anneal_strategy", "div_factor", "final_div_factor", "three_phase", "warmup"),
+    ),
 }
+SCHEDULE_ALIASES: Mapping[str, str] = {"constant_with_warmup": "constant", "wsd": "warmup_stable_decay"}
+# What options of their own set; `lr_scheduler_kwargs` sets the others.
+SCHEDULE_GIVEN = ("min_ratio", "warmup")
 
 
 def keywords(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ def make_step(
         if scale is not None:
             loss = loss / scale
             torch._foreach_div_([shard.local(leaf) for leaf in tree.leaves(grads)], scale)
-        squares, lr = square_norms(grads, mesh), schedule(state.step)
+        squares, lr = square_norms(grads, mesh), schedule(state.step).float()
         norm = squares.sum().sqrt()
         # A flag for the kernel of the optimiser: an `if` here would wait for the device at every step.
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from treetune.cli.options import schedule
 from treetune.cli.options.doors import door
 from treetune.core import option_pairs, registry
+from treetune.core.config import checks
 from treetune.core.config.doors import unused_unless_taken
 from treetune.core.config.marks import (
     NAMED_VALUES,
@@ -24,7 +26,7 @@ from treetune.core.config.marks import (
     unused_if,
     unused_unless,
 )
-from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SMALL, Range
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, PART, POSITIVE, SEED, SHARE, SMALL, Range
 
 if TYPE_CHECKING:
     from treetune.core.optim import Optimizer
@@ -37,7 +39,7 @@ FEW = unused_if("adapter", "lora", "qlora", reason="the weights of an adapter ar
 # What options of their own set; `optim_args` sets the others.
 GIVEN = ("b1", "b2", "eps", "momentum", "weight_decay", "decay", "lr_scale")
 OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *GIVEN, aliases=registry.OPTIMIZER_ALIASES)
-SCHEDULE = door(registry.SCHEDULES, "learning-rate schedule", "peak", "steps")
+SCHEDULE = door(registry.SCHEDULES, "learning-rate schedule", "peak", "steps", aliases=registry.SCHEDULE_ALIASES)
 
 
 def taken(parameter: str, *, reason: str = "", instead: Mapping[str, str] = MappingProxyType({})) -> Unused:
@@ -66,15 +68,27 @@ class OptimOptions:
     """Update rule, or a function of your own that makes one; all work in place."""
     learning_rate: Annotated[float | None, POSITIVE, STEP_SIZE, peak(RATES)] = None
     lr_scheduler: Annotated[str, SCHEDULE, STEP_SIZE] = "cosine"
-    """Shape of the learning rate after the warm-up, or a function of your own."""
+    """Shape of the learning rate after the warm-up (docs/training.md lists them), or a function of your own."""
+    lr_scheduler_kwargs: Annotated[tuple[str, ...], NAMED_VALUES, STEP_SIZE, schedule.KWARGS_TAKEN] = ()
+    """NAME=VALUE for the schedule, such as num_cycles=3, power=2, min_lr_rate=0.1, num_decay_steps=100; in a file also a mapping."""
     cosine_min_lr_ratio: Annotated[
-        float, PART, STEP_SIZE, unused_unless("lr_scheduler", "cosine", reason="the schedule is {lr_scheduler}")
+        float, PART, STEP_SIZE, unused_unless("lr_scheduler", "cosine", "rex", reason="the schedule is {lr_scheduler}")
     ] = 0.0
-    """Final learning rate of the cosine schedule, as a fraction of the peak."""
+    """Final learning rate of the schedules cosine and rex, as a fraction of the peak."""
+    cosine_constant_lr_ratio: Annotated[
+        float | None, SHARE, STEP_SIZE, unused_unless("lr_scheduler", "cosine", reason="the schedule is {lr_scheduler}")
+    ] = None
+    """Fraction of the run in which the cosine falls; after it the learning rate stays at cosine_min_lr_ratio of the peak."""
+    lr_div_factor: Annotated[
+        float | None, schedule.FACTOR, STEP_SIZE, unused_unless("lr_scheduler", "one_cycle", reason="the schedule is {lr_scheduler}")
+    ] = None
+    """The peak over the first learning rate of one_cycle; 25 if not given."""
     warmup_steps: Annotated[int | None, COUNT_OR_NONE, STEP_SIZE] = None
     """Steps of linear warm-up."""
     warmup_ratio: Annotated[float | None, PART, STEP_SIZE] = None
     """Warm-up as a fraction of all steps, instead of warmup_steps; 0.03 if neither is given."""
+    lr_quadratic_warmup: Annotated[bool, STEP_SIZE, schedule.LINEAR_RISE] = False
+    """The warm-up rises as the square of the step."""
     weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, taken("weight_decay")] = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
     weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("decay")] = ()
@@ -172,28 +186,14 @@ def _own_args(optim: OptimOptions) -> dict[str, Any]:
     """The parameters in `optim_args`. Errors: ValueError for one that the optimizer does not take, or a value that it cannot use."""
     takes = registry.OPTIMIZERS[optim.optimizer].takes if optim.optimizer in registry.OPTIMIZERS else ()
     args, own = option_pairs.named_values(optim.optim_args, "optim-args"), [name for name in takes if name in ARGS]
-    for name, value in args.items():
-        if name not in own:
-            raise ValueError(f"--optim-args {name}: {optim.optimizer} takes no such; it takes {', '.join(own) or 'none'}")
-        if wrong := _wrong(ARGS[name], value):
-            raise ValueError(f"--optim-args {name} must be {wrong}, got {value!r}")
+    checks.check_named(args, "optim-args", optim.optimizer, own, ARGS)
     return args
 
 
-def _wrong(kind: Range | tuple[str, ...] | type[bool], value: Any) -> str:
-    """What a value should have been; empty for one that is right."""
-    if isinstance(kind, Range):
-        return "" if type(value) in (int, float) and kind.holds(value) else kind.expected()
-    if isinstance(kind, tuple):
-        return "" if value in kind else f"one of {', '.join(kind)}"
-    return "" if isinstance(value, bool) else "true or false"
-
-
 def conflicts(optim: OptimOptions) -> None:
-    """Raise ValueError for two ways of saying how long the warm-up is, and for what the optimizer does not take."""
+    """Raise ValueError for two ways of saying how long the warm-up is, and for what the optimizer or the schedule does not take."""
     _own_args(optim)
-    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
-        raise ValueError("give warmup_steps or warmup_ratio, not both")
+    schedule.conflicts(optim)
 
 
 def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer":

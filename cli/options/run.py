@@ -36,13 +36,19 @@ class RunOptions:
     """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
     eval_steps: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
     """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
+    evals_per_epoch: Annotated[int | None, COUNT_OR_NONE, SHOWN, HELD_OUT] = None
+    """Evaluate so many times in each epoch, besides before and after, instead of eval_steps; 0: never, not even before and after."""
     save_steps: Annotated[int | None, COUNT, SHOWN] = None
     """Save a checkpoint every so many steps, besides at the end; if not given, at the ends of epochs, up to 10 of them."""
-    save_total_limit: Annotated[int, COUNT, SHOWN] = 2
+    saves_per_epoch: Annotated[int | None, COUNT_OR_NONE, SHOWN] = None
+    """Save a checkpoint so many times in each epoch, besides at the end, instead of save_steps; 0: only where a signal ends the run."""
+    save_total_limit: Annotated[int, COUNT, SHOWN, unused_if("saves_per_epoch", 0, reason="saves_per_epoch is 0")] = 2
     """Newest checkpoints to keep; the best one by eval loss is kept besides."""
     logging_steps: Annotated[int, COUNT, SHOWN] = 1
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
-    early_stopping_patience: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
+    early_stopping_patience: Annotated[
+        int | None, COUNT, SHOWN, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
+    ] = None
     """Stop after this many evaluations in a row without a new best loss."""
     loss_watchdog_threshold: Annotated[float | None, POSITIVE, SHOWN] = None
     """Stop when train/loss stays above this for loss_watchdog_patience steps."""
@@ -78,7 +84,24 @@ class SampleOptions:
     """Random seed: the same seed gives the same answer."""
 
 
-def conflicts(run: RunOptions) -> None:
-    """Raise ValueError for a run that is continued and deleted at once."""
+# Options that need the length of an epoch: what to give instead.
+PER_EPOCH = {"evals_per_epoch": "give eval_steps", "saves_per_epoch": "give save_steps"}
+
+
+def per_epoch(run: RunOptions) -> str:
+    """The first option that needs the length of an epoch; empty where none does."""
+    return next((name for name in PER_EPOCH if getattr(run, name)), "")
+
+
+def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
+    """Raise ValueError for a run that is continued and deleted at once, and for two ways of saying how often something happens.
+
+    streaming: the rows are a stream, of which no epoch is known before its end.
+    """
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")
+    for steps, parts in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
+        if getattr(run, steps) is not None and getattr(run, parts) is not None:
+            raise ValueError(f"give {steps} or {parts}, not both: {getattr(run, steps)} steps, or {getattr(run, parts)} times an epoch")
+    if streaming and (name := per_epoch(run)):
+        raise ValueError(f"{name} {getattr(run, name)} needs the length of an epoch, which a stream tells at its end: {PER_EPOCH[name]}")

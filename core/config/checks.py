@@ -1,9 +1,11 @@
 """What the marks of options forbid: values out of range, texts that name nothing, options that a command would ignore. Imports no torch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from treetune.core import import_path
 from treetune.core.config import doors, table
+from treetune.core.config.ranges import Range
 from treetune.core.config.table import Config
 
 
@@ -37,3 +39,23 @@ def refuse_unused(explicit: Collection[str], reasons: Mapping[str, str]) -> None
     """Raise ValueError for an option that the user set and this run would ignore; `reasons` maps it to the reason."""
     for name in sorted(set(explicit) & reasons.keys()):
         raise ValueError(f"--{name.replace('_', '-')} would be ignored: {reasons[name]}")
+
+
+def check_named(
+    values: Mapping[str, Any], option: str, of: str, takes: Sequence[str], kinds: Mapping[str, Range | tuple[str, ...] | type[bool]]
+) -> None:
+    """Errors: ValueError for a name that `of` does not take, and for a value that is not of its kind: a range, words, or true or false."""
+    for name, value in values.items():
+        if name not in takes:
+            raise ValueError(f"--{option} {name}: {of} takes no such; it takes {', '.join(takes) or 'none'}")
+        if wrong := _wrong(kinds[name], value):
+            raise ValueError(f"--{option} {name} must be {wrong}, got {value!r}")
+
+
+def _wrong(kind: Range | tuple[str, ...] | type[bool], value: Any) -> str:
+    """What a value should have been; empty for one that is right."""
+    if isinstance(kind, Range):
+        return "" if type(value) in (int, float) and kind.holds(value) else kind.expected()
+    if isinstance(kind, tuple):
+        return "" if value in kind else f"one of {', '.join(kind)}"
+    return "" if isinstance(value, bool) else "true or false"

@@ -75,9 +75,10 @@ OPTIONS = {
     "added_tokens": "tokens", "add_tokens": "tokens", "new_special_tokens": "tokens", "pad_token": "special_tokens: {pad_token: ...}",
     "output": "output_dir", "out": "output_dir", "out_dir": "output_dir", "save_dir": "output_dir", "output_path": "output_dir",
     "run_dir": "output_dir", "overwrite_output_dir": "overwrite", "resume_from_checkpoint": "resume",
-    "auto_resume_from_checkpoints": "resume: auto", "evals_per_epoch": "eval_steps, a number of steps", "eval_every": "eval_steps",
-    "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "saves_per_epoch": "save_steps, a number of steps",
-    "save_every": "save_steps", "save_strategy": "save_steps", "log_every": "logging_steps", "patience": "early_stopping_patience",
+    "auto_resume_from_checkpoints": "resume: auto", "eval_every": "eval_steps",
+    "eval_strategy": "eval_steps, or evals_per_epoch: 0 for no", "evaluation_strategy": "eval_steps, or evals_per_epoch: 0 for no",
+    "save_every": "save_steps", "save_strategy": "save_steps, or saves_per_epoch: 0 for no",
+    "log_every": "logging_steps", "patience": "early_stopping_patience",
     "max_checkpoints": "save_total_limit", "keep_checkpoints": "save_total_limit", "eval_max_new_tokens": "sample_tokens",
     "fsdp": "sharding: full", "fsdp_config": "sharding: full", "deepspeed": "sharding: full", "zero": "sharding: full",
     "fsdp_version": "sharding: full", "ddp": "torchrun, which sharding: none and full run under",
@@ -122,7 +123,9 @@ CHOICES = {
     "dora": "lora with lora_dora", "full": "none", "adam": "adamw", "sigmoid": "dpo",
     "adam_8bit": "adamw_8bit", "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "prodigy": "it is not supported yet: use adamw",
     "bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "gpu": "cuda",
-    "cosine_with_min_lr": "cosine", "constant_with_warmup": "constant",
+    "constant_with_warmup": "constant", "cosine_warmup_with_min_lr": "cosine_with_min_lr", "onecycle": "one_cycle",
+    "log_sweep": "it is not supported yet: use a function of your own",
+    "reduce_lr_on_plateau": "it is not supported yet: use early_stopping_patience",
 }  # fmt: skip
 CUTOFF = 0.8
 

@@ -4,14 +4,18 @@ The fields of the records here have the names of the options that set them, and 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 
-from treetune.core import optim, registry
-from treetune.core.run.loop import PAUSES
+from treetune.core import optim, option_pairs, registry
+from treetune.core.run import pauses
 
 WARMUP_RATIO = 0.03  # of a run that says nothing of its warm-up
+UNWARMED_TIMESCALE = 10_000  # of inverse_sqrt without a warm-up, as transformers has it
+NOT_BETWEEN, LAST_ONLY = "it is evaluated before and after, and not in between", "the only checkpoint is that of the last step"
 
 
 class Rate(NamedTuple):
@@ -21,8 +25,12 @@ class Rate(NamedTuple):
     total_steps: int
     lr_scheduler: str = "constant"
     cosine_min_lr_ratio: float = 0.0
+    cosine_constant_lr_ratio: float | None = None
+    lr_scheduler_kwargs: Sequence[str] = ()
+    lr_div_factor: float | None = None
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
+    lr_quadratic_warmup: bool = False
 
     @property
     def warmup(self) -> int:
@@ -31,16 +39,36 @@ class Rate(NamedTuple):
         return self.warmup_steps if self.warmup_steps is not None else round(ratio * self.total_steps)
 
     @property
+    def decayed(self) -> int:
+        """The step from which the rate stays at its least."""
+        ratio = self.cosine_constant_lr_ratio
+        return self.total_steps if ratio is None else int(self.total_steps * ratio)
+
+    @property
     def final(self) -> float:
         """The learning rate of the last step."""
         return schedule(self)(torch.tensor(max(self.total_steps - 1, 0))).item()
 
 
 def schedule(rate: Rate) -> optim.Schedule:
-    """Warm-up, then the shape of this name, over the steps of the run."""
-    rest = max(rate.total_steps - rate.warmup, 1)
-    shape = registry.bind(registry.choose(registry.SCHEDULES, rate.lr_scheduler), min_ratio=rate.cosine_min_lr_ratio)
-    return optim.warmup(shape(rate.peak, rest), rate.warmup)
+    """Warm-up, then the shape of this name, over the steps of the run; a shape that takes `warmup` rises by itself.
+
+    Errors: ValueError for numbers of lr_scheduler_kwargs that a run of this length and rate cannot have.
+    """
+    shape = registry.bind(registry.choose(registry.SCHEDULES, rate.lr_scheduler), **_parameters(rate))
+    if rate.lr_scheduler in registry.SCHEDULES and "warmup" in registry.SCHEDULES[rate.lr_scheduler].takes:
+        return shape(rate.peak, rate.total_steps)
+    rest = max(rate.decayed - rate.warmup, 1)
+    return optim.warmup(shape(rate.peak, rest), rate.warmup, power=2 if rate.lr_quadratic_warmup else 1)
+
+
+def _parameters(rate: Rate) -> dict[str, Any]:
+    """What options set of a shape; of a function of the user's none but min_ratio, where it takes that."""
+    if rate.lr_scheduler not in registry.SCHEDULES:
+        return {"min_ratio": rate.cosine_min_lr_ratio}
+    options: dict[str, Any] = {"warmup": rate.warmup, "timescale": rate.warmup or UNWARMED_TIMESCALE, "min_ratio": rate.cosine_min_lr_ratio}
+    options |= {} if rate.lr_div_factor is None else {"div_factor": rate.lr_div_factor}
+    return options | option_pairs.named_values(tuple(rate.lr_scheduler_kwargs), "lr-scheduler-kwargs")
 
 
 def describe(rate: Rate) -> str:
@@ -50,10 +78,16 @@ def describe(rate: Rate) -> str:
 
 
 class Intervals(NamedTuple):
-    """What of a run is counted in steps and evaluations; None: nothing of the kind happens, or only at the ends of epochs."""
+    """What of a run is counted in steps, epochs and evaluations; None: nothing of the kind happens, or only at the ends of epochs.
+
+    passed: passes over the data in the whole run, where they are known.
+    """
 
     eval_steps: int | None = None
     save_steps: int | None = None
+    evals_per_epoch: int | None = None
+    saves_per_epoch: int | None = None
+    passed: Fraction | None = None
     early_stopping_patience: int | None = None
     loss_watchdog_threshold: float | None = None
     loss_watchdog_patience: int | None = None
@@ -69,15 +103,17 @@ class Intervals(NamedTuple):
         """Evaluations after the start of a run of `total` steps; at the ends of epochs, the most that there may be."""
         if self.eval_steps is not None:
             return math.ceil(total / self.eval_steps)
+        if self.evals_per_epoch and self.passed is not None:
+            return min(total, math.ceil(self.passed * self.evals_per_epoch))
         epochs = self.num_epochs if self.max_steps is None else total
-        return max(1, min(PAUSES, total, math.ceil(epochs)))
+        return max(1, min(pauses.MOST, total, math.ceil(epochs)))
 
 
 def warnings(rate: Rate, intervals: Intervals, *, evaluated: bool) -> list[str]:
     """What the options ask for that the run never reaches, with the fix. evaluated: whether anything is held out."""
     total = rate.total_steps
     patience = _patience(intervals, total) if evaluated else []
-    return [*_warmup(rate), *_never(intervals, total, evaluated), *patience]
+    return [*_warmup(rate), *_never(intervals, total, evaluated), *_parts(intervals, total, evaluated), *patience]
 
 
 def _warmup(rate: Rate) -> list[str]:
@@ -91,11 +127,29 @@ def _warmup(rate: Rate) -> list[str]:
     ]
 
 
+def _parts(asked: Intervals, total: int, evaluated: bool) -> list[str]:
+    """Parts of epochs that are past the end of the run, or shorter than a step."""
+    given = {
+        "evals_per_epoch": (asked.evals_per_epoch if evaluated else None, NOT_BETWEEN, "evaluated"),
+        "saves_per_epoch": (asked.saves_per_epoch, LAST_ONLY, "saved"),
+    }
+    out = []
+    for name, (count, never, done) in given.items():
+        if not count or asked.passed is None:
+            continue
+        if count * asked.passed < 1:
+            least = math.ceil(1 / asked.passed)
+            out.append(f"{name} {count} is longer than the run of {_steps(total)}: {never}; set it to at least {least}, or train longer")
+        elif count * asked.passed > total:
+            out.append(f"{name} {count} is more than the {float(total / asked.passed):g} steps of an epoch: it is {done} after every step")
+    return out
+
+
 def _never(asked: Intervals, total: int, evaluated: bool) -> list[str]:
     """Intervals that are past the end."""
     values = {
-        "eval_steps": (asked.eval_steps if evaluated else None, "it is evaluated before and after, and not in between"),
-        "save_steps": (asked.save_steps, "the only checkpoint is that of the last step"),
+        "eval_steps": (asked.eval_steps if evaluated else None, NOT_BETWEEN),
+        "save_steps": (asked.save_steps, LAST_ONLY),
         "loss_watchdog_patience": (asked.loss_watchdog_patience if asked.loss_watchdog_threshold else None, "the watchdog never stops it"),
         "ref_model_sync_steps": (asked.ref_model_sync_steps if asked.sync_ref_model else None, "the reference never moves"),
         "vllm_sync_interval": (

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.core import check, ckpt, durable, import_path, shard
-from treetune.core.run import best, faults, health, memory, progress, recorder
+from treetune.core.run import best, faults, health, memory, pauses, progress, recorder
 from treetune.core.run import folder as run_folder
 from treetune.core.run.errors import RunFailed
 from treetune.core.run.observers import Observers
@@ -19,16 +19,20 @@ from treetune.core.state import Objective, TrainState
 from treetune.core.step import AfterStep, Prepare
 
 RATES = {"tokens_per_second": "num_tokens", "supervised_tokens_per_second": "supervised_tokens"}
-PAUSES = 10  # evaluations and checkpoints of a run at the ends of epochs, where no setting says how often
 Evaluate = Callable[[TrainState], dict[str, torch.Tensor]]
 Step = Callable[[TrainState, list[Any]], tuple[TrainState, dict[str, torch.Tensor]]]
 
 
 class Settings(NamedTuple):
-    """How often things happen (by default at up to 10 ends of epochs), how many checkpoints stay (by default all), what ends a run."""
+    """How often things happen (by default at up to 10 ends of epochs), how many checkpoints stay (by default all), what ends a run.
+
+    evals_per_epoch, saves_per_epoch: in place of steps. With 0 nothing is evaluated, and saved only where a signal ends the run.
+    """
 
     eval_steps: int | None = None
     save_steps: int | None = None
+    evals_per_epoch: int | None = None
+    saves_per_epoch: int | None = None
     save_total_limit: int | None = None
     early_stopping_patience: int | None = None
     loss_watchdog_threshold: float | None = None
@@ -101,6 +105,8 @@ class _Loop:
     def begin(self, state: TrainState, settings: Settings, hooks: Hooks) -> None:
         """Take over the settings, and what a checkpoint says of the run so far."""
         self.settings, self.hooks, self.device = settings, hooks, state.step.device
+        self.evaluations = pauses.Every(settings.eval_steps, settings.evals_per_epoch)
+        self.checkpoints = pauses.Every(settings.save_steps, settings.saves_per_epoch)
         if hooks.resumed is not None and self.run is not None:
             assert self.run.resume is not None
             self.progress = progress.read(hooks.resumed, self.run.resume)
@@ -198,7 +204,7 @@ class _Loop:
 
     def evaluate(self, state: TrainState) -> str | None:
         """Evaluate, keep the best checkpoint, and say why to stop if patience ran out."""
-        if self._evaluate is None:
+        if self._evaluate is None or self.settings.evals_per_epoch == 0:
             return None
         step, start = int(state.step), time.perf_counter()
         with self.observers.busy("evaluating what is held out"):
@@ -228,10 +234,10 @@ class _Loop:
         self.progress = self.progress._replace(**new)
         return better
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best."""
+    def save(self, state: TrainState, *, leaving: bool = False) -> None:
+        """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best. leaving: the run is interrupted."""
         step = int(state.step)
-        if self.run is None or self.saved == step:
+        if self.run is None or self.saved == step or self.settings.saves_per_epoch == 0 and not leaving:
             return
         position = self.source.state()  # on every rank: rollouts gather the states of all of them
         meta = self.hooks.meta | progress.stored(self.progress, position)
@@ -278,10 +284,10 @@ class _Loop:
             # The record is that of the step before, whose micro-batches `previous` still holds to explain it.
             self.record(record, state)
             self.previous = micro_batches
-            ended = self.source.epoch != epoch and pauses(index, self.progress.paused, total)
+            ended = self.source.epoch != epoch and pauses.at_end(index, self.progress.paused, total)
             self.progress = self.progress._replace(paused=index if ended else self.progress.paused)
             leaving = self._leaving(index)
-            if leaving or index == total or self._due(index, ended):
+            if leaving or index == total or any(self._due(every, index, ended) for every in (self.evaluations, self.checkpoints)):
                 stopped, clock = self._pause(state, index, ended, leaving, last=index == total), time.perf_counter()
             if leaving or stopped:
                 break
@@ -296,7 +302,7 @@ class _Loop:
         if evaluated:
             self.save(state)
         elif index > self.first:
-            self._pause(state, index, True, True, last=True)
+            self._pause(state, index, True, False, last=True)
         return f"the source ended after step {index}"
 
     def _leaving(self, step: int) -> bool:
@@ -317,14 +323,14 @@ class _Loop:
                 self._require_finite_loss(state)
             self._settle()
         self.record(record, state)
-        if last or _on(index, epoch_ended, self.settings.eval_steps):
+        if last or self._due(self.evaluations, index, epoch_ended):
             stopped = self.evaluate(state)
-        if last or leaving or stopped or _on(index, epoch_ended, self.settings.save_steps):
-            self.save(state)
+        if last or leaving or stopped or self._due(self.checkpoints, index, epoch_ended):
+            self.save(state, leaving=leaving)
         return stopped
 
-    def _due(self, index: int, epoch_ended: bool) -> bool:
-        return _on(index, epoch_ended, self.settings.eval_steps) or _on(index, epoch_ended, self.settings.save_steps)
+    def _due(self, every: pauses.Every, index: int, epoch_ended: bool) -> bool:
+        return every.due(index, getattr(self.source, "passes", None), epoch_ended=epoch_ended)
 
 
 @contextlib.contextmanager
@@ -336,18 +342,8 @@ def _failing(place: str) -> Iterator[None]:
         raise RunFailed(f"{place}: {error}") from error
 
 
-def pauses(index: int, last: int, total: int) -> bool:
-    """Whether an epoch that ends at step `index` is one to evaluate and save after; `last`: the step of the pause before."""
-    return index - last >= total / PAUSES
-
-
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _on(index: int, epoch_ended: bool, every: int | None) -> bool:
-    """Whether something that happens `every` so many steps (None: at each epoch's end) happens now."""
-    return epoch_ended if every is None else index % every == 0
 
 
 def run(

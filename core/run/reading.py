@@ -1,12 +1,14 @@
 """How a run reads its training documents: which form the micro-batches of a step, from which cursor on, for how many steps."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 from treetune.core.data import fingerprint, ledger, loader, streaming
+from treetune.core.run import pauses
 from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.run.source import Cursor, Deal, Documents
 
@@ -48,7 +50,7 @@ class Reading(NamedTuple):
     """The training documents of a run in their order.
 
     order: fingerprint of how documents form steps. digest: the one of earlier versions, over the lengths of documents as well. Of a
-    stream, mark(cursor) says what it has read, and resume(cursor, mark) checks that this is still there.
+    stream, mark(cursor) says what it has read, and resume(cursor, mark) checks that this is still there. passes: as of `source.Source`.
     """
 
     deal: Deal
@@ -58,24 +60,26 @@ class Reading(NamedTuple):
     order: str
     mark: Callable[[Any], Any] | None = None
     resume: Callable[[Any, Any], None] | None = None
+    passes: pauses.Passes | None = None
 
     def source(self, collate: Collate) -> Documents:
         """The documents as the source of a run; collate(documents, cursor) -> micro-batch."""
-        return Documents(self.deal, collate, total_steps=self.total_steps, start=self.start, mark=self.mark, resume=self.resume)
+        known = {"start": self.start, "mark": self.mark, "resume": self.resume, "passes": self.passes}
+        return Documents(self.deal, collate, total_steps=self.total_steps, **known)
 
 
 def in_memory(documents: Sequence[Any], order: Order, *, weights: Sequence[float] | None = None) -> Reading:
     """The reading of documents in memory; weights: how often each is read in an epoch, None for once."""
     plan = order.plan | {"weights": weights}
     lengths = [len(document.tokens) for document in documents]
-    total = order.max_steps
-    if total is None:
-        steps = partial(loader.steps_per_epoch, lengths, accum=order.accumulation, world=order.ranks.world, **plan)
-        total = sum(steps(epoch=epoch) for epoch in range(order.epochs))
+    steps = partial(loader.steps_per_epoch, lengths, accum=order.accumulation, world=order.ranks.world, **plan)
+    steps_of = functools.cache(lambda epoch: steps(epoch=epoch))
+    total = sum(map(steps_of, range(order.epochs))) if order.max_steps is None else order.max_steps
     epochs = order.epochs if order.max_steps is None else None
     deal = partial(_deal_from_memory, documents, epochs=epochs, **order.shares, **plan)
     digest = loader.plan_fingerprint(lengths, step=order.step_size, **plan)
-    return Reading(deal, loader.START, total, digest, fingerprint.values("memory", order.step_size, plan | {"weights": None}))
+    order_digest = fingerprint.values("memory", order.step_size, plan | {"weights": None})
+    return Reading(deal, loader.START, total, digest, order_digest, passes=pauses.passes(steps_of))
 
 
 def _deal_from_memory(

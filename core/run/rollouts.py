@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,10 @@ class Rollouts:
     def epoch(self) -> int:
         """Passes over the prompts before the next step."""
         return self.cursor.epoch
+
+    def passes(self, step: int) -> Fraction:
+        """Passes over the prompts after a step."""
+        return Fraction(step * self.sizes.step_prompts, self.sizes.epoch_prompts)
 
     def next(self, state: TrainState, step: int) -> tuple[MicroBatches, dict[str, Any]]:
         """Sample a generation where none is left, and lay out the groups of this step. Errors: RunFailed where nothing can be sampled."""

@@ -5,11 +5,13 @@ resumed run reads what comes next and nothing twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from treetune.core.data import loader, streaming
+from treetune.core.run.pauses import Passes
 from treetune.core.state import TrainState
 
 Cursor = loader.PlanCursor | streaming.StreamCursor
@@ -22,6 +24,8 @@ class Source(Protocol):
     """Micro-batches of a run, step by step.
 
     total_steps: optimiser steps of the whole run. epoch: passes over the data before the next step.
+    A source that knows how long an epoch is may have `passes(step)`, passes over the data after a step as an exact `Fraction`, which
+    evals_per_epoch and saves_per_epoch need.
     """
 
     total_steps: int
@@ -72,6 +76,7 @@ class Documents:
 
     collate(documents, cursor) -> micro-batch, whose dropout and noise the cursor before the step seeds.
     mark(cursor) -> which rows of a stream are read there, as JSON; resume(cursor, mark) checks that they still are.
+    passes: as of `Source`; None for a stream.
     """
 
     def __init__(
@@ -83,8 +88,9 @@ class Documents:
         start: Cursor = loader.START,
         mark: Callable[[Cursor], dict] | None = None,
         resume: Callable[[Cursor, Any], None] | None = None,
+        passes: Passes | None = None,
     ):
-        self.total_steps, self.cursor = total_steps, start
+        self.total_steps, self.cursor, self.passes = total_steps, start, passes
         self._deal, self._collate, self._mark, self._resume = deal, collate, mark, resume
         self._steps: Iterator[tuple[list[list[Any]], Cursor]] | None = None
 
@@ -135,6 +141,10 @@ class Fixed:
     def epoch(self) -> int:
         """Passes over the list before the next step."""
         return self.index // len(self.steps)
+
+    def passes(self, step: int) -> Fraction:
+        """Passes over the list after a step."""
+        return Fraction(step, len(self.steps))
 
     def next(self, state: TrainState, step: int) -> tuple[MicroBatches, dict[str, Any]]:
         """The micro-batches of the next step."""

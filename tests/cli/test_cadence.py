@@ -2,10 +2,11 @@
 
 import math
 import re
+from fractions import Fraction
 
 import pytest
 
-from treetune.core.run import loop
+from treetune.core.run import pauses as pausing
 
 
 def evals(kit, root):
@@ -15,7 +16,7 @@ def evals(kit, root):
 def pauses(ends, total):
     found = [0]
     for end in ends:
-        if loop.pauses(end, found[-1], total):
+        if pausing.at_end(end, found[-1], total):
             found.append(end)
     return found[1:]
 
@@ -45,6 +46,169 @@ def test_a_resumed_run_keeps_the_cadence(kit, tiny, sft, here):
     assert kit.timeless(kit.metrics(here / "run")) == whole
 
 
+def test_parts_of_epochs_are_exact_where_epochs_have_other_lengths():
+    passes = pausing.passes({0: 4, 1: 3, 2: 5}.__getitem__)
+    expected = [Fraction(step, 4) for step in range(4)] + [1 + Fraction(step, 3) for step in range(3)]
+    assert [passes(step) for step in range(13)] == [*expected, *(2 + Fraction(step, 5) for step in range(6))]
+    due = {n: [step for step in range(1, 13) if pausing.Every(None, n).due(step, passes, epoch_ended=False)] for n in (0, 1, 2, 4, 99)}
+    assert due == {0: [], 1: [4, 7, 12], 2: [2, 4, 6, 7, 10, 12], 4: [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12], 99: list(range(1, 13))}
+
+
+def saved(root):
+    return sorted(int(path.name.removeprefix("step_")) for path in (root / "checkpoints").glob("step_*"))
+
+
+@pytest.fixture
+def ten(kit, here, sft):
+    """ten(...): a run over two epochs of 5 steps each."""
+    rows = kit.write_rows(here / "rows.jsonl", kit.chats(11))
+    size = ["--no-sample-packing", "--micro-batch-size", 2, "--gradient-accumulation-steps", 1, "--val-set-size", 1]
+    return lambda *args: sft("--data", rows, *size, "--num-epochs", 2, "--sample-prompt=", *args, without=["--max-steps"])
+
+
+def test_evaluations_and_checkpoints_of_an_epoch(kit, ten, here):
+    done = ten("--evals-per-epoch", 2, "--saves-per-epoch", 1, "--save-total-limit", 99, "--output-dir", "run")
+    assert done.code == 0, done.err
+    assert evals(kit, here / "run") == [0, 3, 5, 8, 10]
+    assert {5, 10} <= set(saved(here / "run")) <= {5, 10} | set(evals(kit, here / "run")), "and the best of the evaluations"
+
+
+def test_parts_of_epochs_of_a_resumed_run_are_those_of_the_whole(kit, ten, here):
+    args = ["--evals-per-epoch", 2, "--save-steps", 1, "--save-total-limit", 99]
+    assert ten(*args, "--output-dir", "run").code == 0
+    whole = kit.timeless(kit.metrics(here / "run"))
+    done = ten(*args, "--resume", "run/checkpoints/step_000004")
+    assert done.code == 0, done.err
+    assert kit.timeless(kit.metrics(here / "run")) == whole and evals(kit, here / "run") == [0, 3, 5, 8, 10]
+
+
+def test_none_an_epoch_is_none_at_all(kit, ten, here):
+    done = ten("--evals-per-epoch", 0, "--saves-per-epoch", 0, "--output-dir", "run")
+    assert done.code == 0, done.err
+    assert evals(kit, here / "run") == [] == saved(here / "run")
+    assert (here / "run/adapter/adapter_model.safetensors").exists() and "eval" not in "".join(kit.metrics(here / "run")[-1])
+
+
+def test_a_run_that_saves_nothing_saves_where_a_signal_ends_it(kit, forked, tiny, here):
+    import os
+    import signal
+
+    from treetune.core.run import recorder
+
+    def at_step_two():
+        push = recorder.Recorder.push
+
+        def patched(self, index, metrics):
+            done = push(self, index, metrics)
+            if index == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return done
+
+        recorder.Recorder.push = patched
+
+    args = ["sft", *kit.basics(tiny, "--saves-per-epoch", 0, "--max-steps", 5, "--output-dir", "run")]
+    stopped = forked(at_step_two, *args)
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert saved(here / "run") == [2]
+
+
+def test_prompts_have_parts_of_epochs_too():
+    from treetune.core.run.rollouts import Rollouts, Sizes
+
+    given = Rollouts(None, None, Sizes(9, 1, step_prompts=2, epoch_prompts=6))  # type: ignore[arg-type]
+    assert [given.passes(step) for step in (1, 3, 4)] == [Fraction(1, 3), 1, Fraction(4, 3)]
+
+
+def test_another_schedule_is_resumed_exactly(kit, ten, here):
+    args = ["--lr-scheduler", "wsd", "--lr-scheduler-kwargs", "num_decay_steps=4", "decay_type=1-sqrt", "--warmup-steps", 2]
+    args += ["--save-steps", 1, "--save-total-limit", 99]
+    assert ten(*args, "--output-dir", "run").code == 0
+    rates = [record["learning_rate"] for record in kit.metrics(here / "run") if "learning_rate" in record]
+    falling = [2e-4 * (1 - math.sqrt(i / 4)) for i in range(4)]
+    assert rates == pytest.approx([2e-4 / 3, 4e-4 / 3, *[2e-4] * 4, *falling], rel=1e-6)
+    whole = kit.timeless(kit.metrics(here / "run"))
+    assert ten(*args, "--resume", "run/checkpoints/step_000007").code == 0
+    assert kit.timeless(kit.metrics(here / "run")) == whole
+
+
+SCHEDULES = [
+    (
+        ["--lr-scheduler", "polynomial", "--lr-scheduler-kwargs", "powr=2"],
+        "lr-scheduler-kwargs powr: polynomial takes no such; .*power, lr_end",
+    ),
+    (["--lr-scheduler", "polynomial", "--lr-scheduler-kwargs", "power=-1"], "lr-scheduler-kwargs power must be a number above 0"),
+    (["--lr-scheduler", "one_cycle", "--lr-scheduler-kwargs", "three_phase=1"], "three_phase must be true or false, got 1"),
+    (["--lr-scheduler", "one_cycle", "--lr-scheduler-kwargs", "anneal_strategy=x"], "must be one of cos, linear, got 'x'"),
+    (
+        ["--lr-scheduler", "one_cycle", "--lr-scheduler-kwargs", "pct_start=0.3", "--warmup-steps", 1],
+        "give pct_start .* or the warm-up, not both",
+    ),
+    (
+        ["--lr-scheduler", "one_cycle", "--lr-scheduler-kwargs", "div_factor=3", "--lr-div-factor", 2],
+        "give lr_div_factor or the div_factor",
+    ),
+    (["--lr-scheduler", "one_cycle", "--lr-quadratic-warmup"], "lr-quadratic-warmup would be ignored: one_cycle rises in its own way"),
+    (["--lr-quadratic-warmup", "--warmup-steps", 0], "lr-quadratic-warmup would be ignored: there is no warm-up"),
+    (
+        ["--lr-scheduler", "constant", "--lr-scheduler-kwargs", "power=2"],
+        "lr-scheduler-kwargs would be ignored: constant takes none|takes none",
+    ),
+    (["--lr-scheduler", "wsd"], "warmup_stable_decay needs num_decay_steps: give lr_scheduler_kwargs num_decay_steps=100"),
+    (["--lr-scheduler", "cosine_with_min_lr"], "needs min_lr or min_lr_rate"),
+    (
+        ["--lr-scheduler", "cosine_with_min_lr", "--lr-scheduler-kwargs", "min_lr=0", "min_lr_rate=0"],
+        "give min_lr or min_lr_rate, not both",
+    ),
+    (["--lr-scheduler", "polynomial", "--lr-scheduler-kwargs", "lr_end=0.5"], "lr_end 0.5 .* must be below the peak learning rate 0.0002"),
+    (["--cosine-constant-lr-ratio", 0.8], "after 0.8 of the run the learning rate would be 0, and nothing would train"),
+    (
+        ["--lr-scheduler", "linear", "--cosine-constant-lr-ratio", 0.8],
+        "cosine-constant-lr-ratio would be ignored: the schedule is linear|after 0.8",
+    ),
+    (["--lr-scheduler", "log_sweep"], "not supported yet: use a function of your own"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), SCHEDULES)
+def test_schedules_that_make_no_sense_are_refused(kit, sft, here, args, words):
+    kit.refused(sft(*args), words)
+    assert not (here / "runs").exists()
+
+
+def test_a_file_gives_the_numbers_of_a_schedule_as_a_mapping(kit, tiny, tune, here):
+    text = "lr_scheduler: constant_with_warmup\nwarmup_steps: 1\n"
+    (here / "a.yaml").write_text(text)
+    assert tune("sft", *kit.basics(tiny, "--config", "a.yaml", "--output-dir", "a")).code == 0
+    assert [record["learning_rate"] for record in kit.metrics(here / "a") if "learning_rate" in record] == pytest.approx([1e-4, 2e-4])
+    (here / "b.yaml").write_text("lr_scheduler: polynomial\nlr_scheduler_kwargs:\n  power: 2\n  lr_end: 1.0e-5\nwarmup_steps: 0\n")
+    assert tune("sft", *kit.basics(tiny, "--config", "b.yaml", "--output-dir", "b")).code == 0
+    rates = [record["learning_rate"] for record in kit.metrics(here / "b") if "learning_rate" in record]
+    assert rates == pytest.approx([2e-4, 1e-5 + 1.9e-4 / 4])
+
+
+REFUSED = [
+    (["--eval-steps", 2, "--evals-per-epoch", 1], "give eval_steps or evals_per_epoch, not both: 2 steps, or 1 times an epoch"),
+    (["--save-steps", 2, "--saves-per-epoch", 0], "give save_steps or saves_per_epoch, not both"),
+    (["--evals-per-epoch", 1, "--val-set-size", 0], "evals-per-epoch would be ignored: nothing is held out"),
+    (["--saves-per-epoch", 0, "--save-total-limit", 3], "save-total-limit would be ignored: saves_per_epoch is 0"),
+    (["--evals-per-epoch", 0, "--early-stopping-patience", 3], "early-stopping-patience would be ignored: evals_per_epoch is 0"),
+    (["--evals-per-epoch", 1.5], "evals[-_]per[-_]epoch must be a whole number"),
+    (["--evals-per-epoch", -1], "evals_per_epoch must be a number from 0 up"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), REFUSED)
+def test_parts_of_epochs_that_make_no_sense_are_refused(kit, sft, here, args, words):
+    kit.refused(sft(*args), words)
+    assert not (here / "runs").exists()
+
+
+def test_a_stream_has_no_parts_of_epochs(kit, tune, tiny):
+    stream = ["pretrain", "--model", tiny.model, "--data", tiny.text, "--sequence-len", 64, "--streaming", "--max-steps", 2]
+    kit.refused(tune(*stream, "--saves-per-epoch", 2), "saves_per_epoch 2 needs the length of an epoch, .*give save_steps")
+    assert tune(*stream, "--saves-per-epoch", 0).code == 0
+
+
 def final(kit, root):
     return [record for record in kit.metrics(root) if "learning_rate" in record][-1]["learning_rate"]
 
@@ -66,6 +230,12 @@ def test_the_last_learning_rate_is_told_before_it_comes(kit, sft, here, args):
         (("--warmup-ratio", 1.0), "warmup_ratio 1 is all of the run of 2 steps"),
         (("--eval-steps", 50), "eval_steps 50 is longer than the run of 2 steps: it is evaluated before and after"),
         (("--save-steps", 50), "save_steps 50 is longer than the run of 2 steps: the only checkpoint is that of the last"),
+        (("--evals-per-epoch", 50), r"evals_per_epoch 50 is more than the \d+ steps of an epoch: it is evaluated after every step"),
+        (
+            ("--saves-per-epoch", 1, "--micro-batch-size", 1),
+            "saves_per_epoch 1 is longer than the run of 2 steps: the only checkpoint is that of the last step; set it to at least 2",
+        ),
+        (("--evals-per-epoch", 3, "--early-stopping-patience", 2), "never stops this run: it is evaluated 2 times after the start"),
         (("--early-stopping-patience", 5), "early_stopping_patience 5 never stops this run"),
         (("--early-stopping-patience", 2, "--eval-steps", 1), "never stops this run: it is evaluated 2 times after the start"),
         (("--loss-watchdog-threshold", 9, "--loss-watchdog-patience", 7), "loss_watchdog_patience 7 is longer than the run"),

@@ -68,6 +68,12 @@ CHANGES = {
     "optimizer": ("metrics", lambda t: ["--optimizer", "lion"], []),
     "learning_rate": ("metrics", lambda t: ["--learning-rate", 0.02], []),
     "lr_scheduler": ("metrics", lambda t: ["--lr-scheduler", "constant"], []),
+    "lr_scheduler_kwargs": ("metrics", lambda t: ["--lr-scheduler-kwargs", "power=3"], ["--lr-scheduler", "polynomial"]),
+    "cosine_constant_lr_ratio": (
+        "metrics", lambda t: ["--cosine-constant-lr-ratio", 0.5], ["--cosine-min-lr-ratio", 0.5, "--max-steps", 3]
+    ),
+    "lr_div_factor": ("metrics", lambda t: ["--lr-div-factor", 2], ["--lr-scheduler", "one_cycle", "--warmup-steps", 2]),
+    "lr_quadratic_warmup": ("metrics", lambda t: ["--lr-quadratic-warmup"], ["--warmup-steps", 1]),
     "cosine_min_lr_ratio": ("metrics", lambda t: ["--cosine-min-lr-ratio", 0.5], []),
     "warmup_steps": ("metrics", lambda t: ["--warmup-steps", 1], []),
     "warmup_ratio": ("metrics", lambda t: ["--warmup-ratio", 0.5], []),
@@ -92,7 +98,9 @@ CHANGES = {
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
     "overwrite": ("error", lambda t: ["--overwrite"], ["--output-dir", "start", "--max-steps", 3]),
     "eval_steps": ("metrics", lambda t: ["--eval-steps", 1], []),
+    "evals_per_epoch": ("metrics", lambda t: ["--evals-per-epoch", 0], []),
     "save_steps": ("files", lambda t: ["--save-steps", 1], []),
+    "saves_per_epoch": ("files", lambda t: ["--saves-per-epoch", 99], []),
     "save_total_limit": ("files", lambda t: ["--save-total-limit", 1], ["--save-steps", 1, "--val-set-size", 0]),
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
     "early_stopping_patience": (

@@ -227,3 +227,14 @@ def test_a_source_of_ones_own_takes_the_place_of_data(tiny, here):
     result = fit.fit(configure("sft", model=tiny.model, sample_prompt="", learning_rate=0.01), source=source)
     losses = [record["train/loss"] for record in result.history]
     assert seen == [1, 2] and losses[1] < losses[0]
+    # Two passes over its one step.
+    parts = fit.fit(configure("sft", model=tiny.model, sample_prompt="", saves_per_epoch=1), source=Fixed(source.steps, total_steps=2))
+    assert sorted(path.name for path in (parts.folder / "checkpoints").glob("step_*")) == ["step_000001", "step_000002"]
+
+
+def test_a_source_without_epochs_has_no_parts_of_them(tiny, here):
+    class Endless:
+        total_steps = 2
+
+    with pytest.raises(ValueError, match=r"saves_per_epoch needs a source that has passes\(step\), and Endless has none: give save_steps"):
+        fit.fit(configure("sft", model=tiny.model, saves_per_epoch=1), source=Endless())  # type: ignore[arg-type]

@@ -64,6 +64,7 @@ TABLE = {
     "function": ("reward_funcs", "rollout_func"),
     "listed": (
         # how large the steps to come are, and how many
+        "lr_scheduler_kwargs", "cosine_constant_lr_ratio", "lr_div_factor", "lr_quadratic_warmup",
         "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "weight_decay_rules",
         "lr_rules", "loraplus_lr_ratio", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "optim_args", "max_grad_norm",
         "lora_dropout",
@@ -78,6 +79,7 @@ TABLE = {
         "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization",
         "vllm_reload_in_place", "vllm_canary_tolerance", "reward_num_workers", "reward_timeout",
         # what is shown and kept
+        "evals_per_epoch", "saves_per_epoch",
         "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_threshold",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
     ),

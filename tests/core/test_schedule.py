@@ -37,7 +37,7 @@ def test_the_rate_is_a_tensor_of_no_dimension_and_reads_nothing_back():
     """A Python float would recompile a compiled step at every value; .item() would wait for the device."""
     for schedule in (optim.constant(1.0), optim.linear(1.0, 10), optim.cosine(1.0, 10), optim.warmup(optim.cosine(1.0, 10), 3)):
         lr = schedule(torch.tensor(3))
-        assert isinstance(lr, torch.Tensor) and lr.ndim == 0 and lr.dtype == torch.float32
+        assert isinstance(lr, torch.Tensor) and lr.ndim == 0 and lr.dtype == torch.float64
         assert schedule(torch.tensor(3, device="meta")).device.type == "meta"  # reading a meta tensor raises
 
 
