@@ -1,7 +1,7 @@
 """Weights of a bridged model from and to files, in the layouts that transformers reads and writes: it stacks experts, and unstacks them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,17 @@ def one_by_one(root: Path, skeleton: Skeleton) -> bool:
     return own - {skeleton.keys[HEAD]} <= keys <= own
 
 
-def read_each(root: Path, skeleton: Skeleton, leaves: dict[str, Param], device: torch.device | str, keep: Keep) -> dict[str, Any]:
-    """{path: leaf} of such a folder, each kept as soon as it is read."""
+def read_each(
+    root: Path, skeleton: Skeleton, leaves: dict[str, Param], device: torch.device | str, keep: Keep, *, unread: Iterable[str] = ()
+) -> dict[str, Any]:
+    """{path: leaf} of such a folder, each kept as soon as it is read. unread: keys of others that the folder may have."""
     paths = {skeleton.keys[path]: path for path in leaves}
     wanted = {skeleton.keys[path]: leaf for path, leaf in keep.wide(leaves).items()}
 
     def store(key: str, tensor: Tensor) -> Any:
         return keep(paths[key], tensor)
 
-    kept = hf_weights.read_tensors(root, wanted, unread={skeleton.keys[HEAD]}, device=device, keep=store)
+    kept = hf_weights.read_tensors(root, wanted, unread={skeleton.keys[HEAD], *unread}, device=device, keep=store)
     return {paths[key]: leaf for key, leaf in kept.items()}
 
 

@@ -37,7 +37,6 @@ class Run(NamedTuple):
     skeleton: Skeleton
     dtype: torch.dtype
     weights: Params
-    leaves: Mapping[str, Tensor]
     outer: Mapping[str, Tensor]
     adapters: Adapters
     noise: Tensor | None
@@ -63,14 +62,12 @@ def prepare(
     """A run over a batch."""
     if training.get("routing"):
         raise ValueError(f"the routers of {type(skeleton.model).__name__} are transformers' own: losses of routing are not computed for it")
-    leaves = dict(tree.items(weights))
-    outer = {
-        path: _whole(leaf, path, skeleton, dtype) for path, leaf in leaves.items() if not path.startswith(f"{LAYERS}.") and path != HEAD
-    }
+    others = {name: part for name, part in weights.items() if name not in (LAYERS, HEAD)}
+    outer = {path: _whole(leaf, path, skeleton, dtype) for path, leaf in tree.items(others)}
     neftune = training.get("noise")
     noise = None if neftune is None else dense.embedding_noise(outer[EMBEDDING].shape[1], batch, neftune).to(dtype)
     adapters = _adapters(lora, batch, skeleton)
-    return Run(skeleton, dtype, weights, leaves, outer, adapters, noise, plan, kept, collect, {}, training.get("remat"))
+    return Run(skeleton, dtype, weights, outer, adapters, noise, plan, kept, collect, {}, training.get("remat"))
 
 
 def _whole(leaf: Tensor, path: str, skeleton: Skeleton, dtype: torch.dtype) -> Tensor:
@@ -161,7 +158,8 @@ def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
         run.features[index] = x[0]
     if index >= len(run.weights[LAYERS]):
         return x
-    needs = {path: run.leaves[path] for path in run.skeleton.needs[index]}
+    own = run.weights[LAYERS][index]
+    needs = _needs(run, index, own)
 
     def compute(x: Tensor, needs: Mapping[str, Tensor], *_: Any) -> Any:
         tensors = {path: _whole(leaf, path, run.skeleton, run.dtype) for path, leaf in needs.items()}
@@ -176,8 +174,18 @@ def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
     # What the layer reads beside its input is given, too, so that a policy can tell it from what the layer computes.
     others = [run.adapters.pairs.get(path) for path in needs], args[1:], options
     # A rematerialised layer gathers its sharded leaves again by itself.
-    with contextlib.nullcontext() if grad.recomputes(run.remat) else shard.gathering_again(run.weights[LAYERS][index]):
+    with contextlib.nullcontext() if grad.recomputes(run.remat) else shard.gathering_again(own):
         return grad.remat(compute, run.remat)(x, needs, *others)
+
+
+def _needs(run: Run, index: int, own: Params) -> dict[str, Any]:
+    """The leaves of a layer by path, those that it shares with others included. Layers may be made when they are asked for."""
+    leaves = {f"{LAYERS}.{index}.{path}": leaf for path, leaf in tree.items(own)}
+    wanted = run.skeleton.needs[index]
+    shared = {path for path in wanted if path not in leaves}
+    if not all(path in run.outer for path in shared):
+        leaves |= {path: leaf for path, leaf in tree.items(run.weights) if path in shared}
+    return {path: leaves[path] if path in leaves else run.outer[path] for path in wanted}
 
 
 def _attend(heads: Heads, *, calls: Iterator[int], run: Run) -> Tensor:

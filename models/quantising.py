@@ -1,6 +1,6 @@
 """A model written with its linear layers in 4 or 8 bits, as transformers and vLLM read it, and how far that moves what it computes."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,14 @@ def check(model: Model, scheme: Scheme, name: str) -> None:
     """Errors: ValueError for a model that is quantised, or that this scheme has no files for."""
     if any(quant.quantised(leaf) for leaf in tree.leaves(model.params)):
         raise ValueError(f"{name} is quantised: name the unquantised model")
-    experts = next((path for path, leaf in tree.items(model.params) if leaf.ndim == 3 and "experts" in path.split(".")), None)
-    if scheme.kind == "fp8" and experts is not None:
+    check_scheme(model, scheme, name)
+
+
+def check_scheme(model: Model, scheme: Scheme | None, name: str) -> None:
+    """Errors: ValueError for a model that this scheme has no files for."""
+    sizes = hf.abstract_of(model)
+    experts = next((path for path, leaf in tree.items(sizes) if len(leaf.shape) == 3 and "experts" in path.split(".")), None)
+    if scheme is not None and scheme.kind == "fp8" and experts is not None:
         raise ValueError(
             f"{name} has experts ({experts}), which fp8 files do not hold here: take nf4, fp4 or int8, which leave experts as they are"
         )
@@ -41,11 +47,13 @@ def check(model: Model, scheme: Scheme, name: str) -> None:
 def quantise(model: Model, scheme: Scheme, dtype: torch.dtype) -> Model:
     """The model as its files will have it: leaves of linear layers quantised, all others rounded to `dtype`."""
     chosen = quantised.paths(hf.abstract_of(model), scheme._replace(experts=False))
+    kept = ((path, kept_leaf(path, leaf, chosen, scheme, dtype)) for path, leaf in tree.items(model.params))
+    return model._replace(params=tree.from_items(kept))
 
-    def one(path: str, leaf: Tensor) -> Any:
-        return quant.quantise(leaf.float(), scheme)._replace(dtype=dtype) if path in chosen else leaf.to(dtype)
 
-    return model._replace(params=tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params)))
+def kept_leaf(path: str, leaf: Tensor, chosen: Container[str], scheme: Scheme, dtype: torch.dtype) -> Any:
+    """A leaf quantised where its path is chosen, else rounded."""
+    return quant.quantise(leaf.float(), scheme)._replace(dtype=dtype) if path in chosen else leaf.to(dtype)
 
 
 @torch.no_grad()
@@ -82,32 +90,38 @@ def merge(model: Model, adapter: Lora, tokenizer: Any, scheme: Scheme, dtype: to
 def described(model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by key and the config.json of a dense model, its linear layers quantised, each as one tensor of the files."""
     leaves, config = hf.described(model, tokenizer)
-    chosen = keys(model, scheme, leaves)
+    chosen, dimensions = keys(model, scheme), {key: leaf.ndim for key, leaf in leaves.items()}
     tensors: dict[str, Tensor] = {}
     for key in list(leaves):
-        leaf = leaves.pop(key)
-        if key in chosen:
-            tensors |= bnb_files.parts(key, quant.quantise(leaf.float(), scheme)._replace(dtype=dtype))
-        else:
-            tensors[key] = leaf.to(dtype)
-    name = str(dtype).removeprefix("torch.")
-    mapping = quant_config.to_hf(scheme, _dense_modules(model, chosen, tensors), name)
-    return tensors, config | {"dtype": name, quant_config.NAME: mapping}
+        tensors |= stored(key, leaves.pop(key), chosen, scheme, dtype)
+    return tensors, config | settings(model, scheme, chosen, dimensions, dtype)
 
 
-def keys(model: Model, scheme: Scheme, leaves: Mapping[str, Tensor]) -> set[str]:
+def stored(key: str, leaf: Tensor, chosen: Container[str], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """{key: tensor} of a tensor of the files, quantised where its key is chosen."""
+    if key not in chosen:
+        return {key: leaf.to(dtype)}
+    return bnb_files.parts(key, quant.quantise(leaf.float(), scheme)._replace(dtype=dtype))
+
+
+def keys(model: Model, scheme: Scheme) -> set[str]:
     """The keys of the files that hold linear layers."""
     paths = quantised.paths(hf.abstract_of(model), scheme._replace(experts=False))
-    return {key for path in paths if (key := hf_keys.hf_key(model.family, path)) in leaves}
+    return {hf_keys.hf_key(model.family, path) for path in paths}
 
 
-def _dense_modules(model: Model, chosen: set[str], tensors: Mapping[str, Tensor]) -> list[str]:
+def settings(model: Model, scheme: Scheme, chosen: Container[str], dimensions: Mapping[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of a model so written. dimensions: of each tensor of the dense model, by key."""
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, quant_config.NAME: quant_config.to_hf(scheme, _dense_modules(model, chosen, dimensions), name)}
+
+
+def _dense_modules(model: Model, chosen: Container[str], dimensions: Mapping[str, int]) -> list[str]:
     """Modules that may be linear layers of transformers or of a server, and stay as they are."""
     head = hf_keys.hf_key(model.family, HEAD).removesuffix(".weight")
     embedding = hf_keys.hf_key(model.family, "embed_tokens")
-    parts = {f"{key}{end}" for key in chosen for end in ("", bnb_files.ABSMAX)}
-    matrices = [key for key, leaf in tensors.items() if leaf.ndim > 1 and key not in parts and key != embedding]
-    names = (key.removesuffix(".weight") for key in matrices if key.endswith(".weight") and f"{key.removesuffix('_scale')}" not in chosen)
+    matrices = [key for key, count in dimensions.items() if count > 1 and key not in chosen and key != embedding]
+    names = (key.removesuffix(".weight") for key in matrices if key.endswith(".weight"))
     return list(dict.fromkeys([head, *(f"{name.partition('.experts.')[0]}.experts" if ".experts." in name else name for name in names)]))
 
 

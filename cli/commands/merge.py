@@ -2,20 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from treetune.cli.options.commands import Merge
 from treetune.cli.screen import Screen
-from treetune.core.lora import Lora
 from treetune.core.quant import KINDS, Kind, Scheme
 from treetune.core.run.errors import checking_input
-from treetune.models import Model, layered, loading, merging, quantising, target
+from treetune.models import layered, loading, merging, quantising, target
 from treetune.models.merging import Merged
 from treetune.models.target import Target
 
-Save = Callable[[], object]
+
+class Plan(NamedTuple):
+    """A merged model, what compares it with the adapter on the unquantised base, and what writes it."""
+
+    merged: Merged
+    unquantised: Callable[[], Merged | None]
+    save: Callable[[], object]
 
 
 def run(config: Merge, given: frozenset[str]) -> int:
@@ -25,36 +30,51 @@ def run(config: Merge, given: frozenset[str]) -> int:
         options = {"revision": config.revision, "dtype": "float32", "device": "cpu"}
         chosen = target.choose(config.adapter, model=config.model or "", named=named, **options)
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
-        merged, save = _merged(config, chosen, tokenizer, screen)
-        screen.line(merging.describe(merged))
-        merging.check(merged, config.max_logit_diff)
-        # The model on its unquantised base would be whole in memory.
-        whole = config.merge_method == "legacy"
-        if whole and (other := merging.unquantised(merged, chosen, tokenizer, say=screen.line)) is not None:
+        plan = (_by_layers if config.merge_method == "memory_efficient" else _whole)(config, chosen, tokenizer, screen)
+        screen.line(merging.describe(plan.merged))
+        merging.check(plan.merged, config.max_logit_diff)
+        if (other := plan.unquantised()) is not None:
             screen.line(f"against the adapter on the unquantised base: {merging.describe(other)}")
-        save()
+        plan.save()
     screen.line(f"saved {Path(config.output)}")
     return 0
 
 
-def _merged(config: Merge, chosen: Target, tokenizer: Any, screen: Screen) -> tuple[Merged, Save]:
-    """The merged model, and what writes it."""
-    output = Path(config.output)
-    if config.merge_method == "memory_efficient":
-        model, lora = layered.load(chosen, say=screen.line)
-        merged = layered.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype])
-        return merged, lambda: layered.save(merged, output, chosen, tokenizer)
+def _form(config: Merge) -> tuple[torch.dtype, Scheme | None]:
+    """The dtype of the weights, or of those that are not quantised by the scheme."""
+    if config.save_dtype in KINDS:
+        return torch.bfloat16, Scheme(cast(Kind, config.save_dtype), experts=False)
+    return loading.DTYPES[config.save_dtype], None
+
+
+def _by_layers(config: Merge, chosen: Target, tokenizer: Any, screen: Screen) -> Plan:
+    dtype, scheme = _form(config)
+    model, lora = layered.load(chosen, say=screen.line)
+    quantising.check_scheme(model, scheme, chosen.name)
+    merged = layered.merge(model, lora, tokenizer, dtype=dtype, scheme=scheme)
+    form = {"dtype": dtype, "scheme": scheme}
+    return Plan(
+        merged,
+        lambda: layered.unquantised(merged, chosen, tokenizer, **form, say=screen.line),
+        lambda: layered.save(merged, Path(config.output), chosen, tokenizer, **form),
+    )
+
+
+def _whole(config: Merge, chosen: Target, tokenizer: Any, screen: Screen) -> Plan:
+    (dtype, scheme), output = _form(config), Path(config.output)
     model, lora, head = merging.load(chosen, say=screen.line)
-    if config.save_dtype not in KINDS:
-        merged = merging.merge(model, lora, tokenizer, dtype=loading.DTYPES[config.save_dtype], head=head)
-        return merged, lambda: merging.save(merged, output, chosen, tokenizer)
-    if head is not None:
-        raise ValueError(f"{config.adapter} is a reward model's, which is not written quantised: save_dtype float32 or bfloat16")
-    return _quantised(config, chosen, tokenizer, model, lora)
+    if scheme is None:
+        merged = merging.merge(model, lora, tokenizer, dtype=dtype, head=head)
 
+        def save() -> object:
+            return merging.save(merged, output, chosen, tokenizer)
+    else:
+        if head is not None:
+            raise ValueError(f"{config.adapter} is a reward model's, which is not written quantised: save_dtype float32 or bfloat16")
+        quantising.check_scheme(model, scheme, chosen.name)
+        dense, merged = quantising.merge(model, lora, tokenizer, scheme, dtype)
 
-def _quantised(config: Merge, chosen: Target, tokenizer: Any, model: Model, lora: Lora) -> tuple[Merged, Save]:
-    """The merged model in 4 or 8 bits, all else in bfloat16, and what writes it."""
-    scheme, dtype = Scheme(cast(Kind, config.save_dtype), experts=False), torch.bfloat16
-    dense, merged = quantising.merge(model, lora, tokenizer, scheme, dtype)
-    return merged, lambda: quantising.save(Path(config.output), dense, scheme, dtype, tokenizer, chosen.model, chosen.revision)
+        def save() -> object:
+            return quantising.save(output, dense, scheme, dtype, tokenizer, chosen.model, chosen.revision)
+
+    return Plan(merged, lambda: merging.unquantised(merged, chosen, tokenizer, say=screen.line), save)

@@ -33,7 +33,6 @@ from treetune.core.config.table import group
 from treetune.core.data import samples
 
 FROZEN = unused_if("adapter", "none", reason="adapter is none, and weights that train are not quantised")
-DENSE = unused_if("save_dtype", "nf4", "fp4", "int8", reason="save_dtype {save_dtype} is made from the whole model")
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,9 @@ class Merge:
     """Base model; if not given, the one the adapter names."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
-    save_dtype: Literal["float32", "bfloat16", "nf4", "fp4", "int8"] = "float32"
-    """Dtype of the saved weights; rounding shows in the logit difference. nf4, fp4, int8: linear layers as by treetune quantize."""
-    merge_method: Annotated[Literal["legacy", "memory_efficient"], DENSE] = "legacy"
+    save_dtype: Literal["float32", "bfloat16", "nf4", "fp4", "int8", "fp8"] = "float32"
+    """Dtype of the saved weights; rounding shows in the logit difference. nf4, fp4, int8, fp8: linear layers as by treetune quantize."""
+    merge_method: Literal["legacy", "memory_efficient"] = "legacy"
     """memory_efficient reads, merges and writes layer by layer; legacy holds the model. The weights are the same to the bit."""
     max_logit_diff: Annotated[float, POSITIVE] = 0.05
     """Refuse to save when a logit of the probe differs by more than this from model plus adapter."""

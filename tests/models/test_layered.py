@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from treetune.core import lora, tree
-from treetune.models import adapter, hf, layered, loading, merging
+from treetune.core.quant import Scheme
+from treetune.models import adapter, hf, layered, loading, merging, quantising
 from treetune.models.dense import Config
 from treetune.models.target import Target
 
@@ -52,33 +54,70 @@ tokenizer.chat_template = tokenizer.bos_token_id = tokenizer.eos_token_id = toke
 tokenizer.save_pretrained = lambda path: None
 
 
+def adapted(base, path):
+    """An adapter on all linear layers of the model in a folder, in a folder beside it."""
+    model = hf.load(base)
+    sizes = hf.abstract_of(model)
+    low = tree.map(lambda leaf: leaf + 0.05, lora.init(sizes, lora.linears(sizes), rank=2, seed=3))
+    known = loading.identify_base(str(base), model)
+    info = adapter.Info(2, 4.0, False, 0.0, known.name, list(lora.pairs(low)), digest=known.digest)
+    adapter.save(path / "adapter", low, family=model.family, info=info, tied=model.cfg.tied)
+    return Target(str(base), dtype="float32", device="cpu", adapter=str(path / "adapter"))
+
+
 @pytest.fixture
 def chosen(tmp_path):
     """A model of twelve layers and an adapter on it, in folders."""
-    model = hf.random("llama", Config(**SIZES), seed=0)
-    hf.save(tmp_path / "base", model)
-    sizes = hf.abstract_of(model)
-    low = tree.map(lambda leaf: leaf + 0.05, lora.init(sizes, lora.linears(sizes), rank=2, seed=3))
-    base = loading.identify_base(str(tmp_path / "base"), model)
-    info = adapter.Info(2, 4.0, False, 0.0, base.name, list(lora.pairs(low)), digest=base.digest)
-    adapter.save(tmp_path / "adapter", low, family="llama", info=info, tied=True)
-    return Target(str(tmp_path / "base"), dtype="float32", device="cpu", adapter=str(tmp_path / "adapter"))
+    hf.save(tmp_path / "base", hf.random("llama", Config(**SIZES), seed=0))
+    return adapted(tmp_path / "base", tmp_path)
 
 
-def test_memory_is_that_of_a_few_layers(chosen, tmp_path):
+def written(chosen, path, scheme, *, by_layers):
+    """The difference that merging into a folder shows."""
+    dtype = torch.float32 if scheme is None else torch.bfloat16
+    if by_layers:
+        merged = layered.merge(*layered.load(chosen), tokenizer, dtype=dtype, scheme=scheme)
+        layered.save(merged, path, chosen, tokenizer, dtype=dtype, scheme=scheme)
+        return merged.difference
+    model, low, _ = merging.load(chosen)
+    if scheme is None:
+        merged = merging.merge(model, low, tokenizer, dtype=dtype)
+        merging.save(merged, path, chosen, tokenizer)
+        return merged.difference
+    dense, merged = quantising.merge(model, low, tokenizer, scheme, dtype)
+    quantising.save(path, dense, scheme, dtype, tokenizer, chosen.model)
+    return merged.difference
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4")], ids=["float32", "nf4"])
+def test_memory_is_that_of_a_few_layers(scheme, chosen, tmp_path):
     peaks = {}
     for name in ("whole", "layers"):
         with Peak() as peak:
-            if name == "whole":
-                model, low, _ = merging.load(chosen)
-                merging.save(merging.merge(model, low, tokenizer, dtype=torch.float32), tmp_path / name, chosen, tokenizer)
-                del model, low
-            else:
-                model, low = layered.load(chosen)
-                layered.save(layered.merge(model, low, tokenizer, dtype=torch.float32), tmp_path / name, chosen, tokenizer)
+            written(chosen, tmp_path / name, scheme, by_layers=name == "layers")
         peaks[name] = peak.most
     layer = (4 * 64 * 64 + 3 * 64 * 256) * 4
     assert peaks["whole"] > 24 * layer and peaks["layers"] < 6 * layer, (peaks, layer)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp8")], ids=["float32", "nf4", "fp8"])
+@pytest.mark.parametrize("kind", ["cohere2", "zamba2"])
+def test_models_of_transformers_are_merged_by_layers(kind, scheme, folder, tmp_path):
+    """The layers of zamba2 share weights, which no layer of its own holds."""
+    chosen = adapted(folder(kind), tmp_path)
+    one, other = (written(chosen, tmp_path / str(by_layers), scheme, by_layers=by_layers) for by_layers in (False, True))
+    assert one == other and one.largest > 0
+    first, second = (
+        {key: leaf for file in sorted((tmp_path / str(name)).glob("*.safetensors")) for key, leaf in load_file(file).items()}
+        for name in (False, True)
+    )
+    assert first.keys() == second.keys() and all(torch.equal(leaf, second[key]) for key, leaf in first.items())
+    assert len({(tmp_path / str(name) / "config.json").read_text() for name in (False, True)}) == 1
+
+
+def test_files_otherwise_than_modules_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"hold those of deepseek_v3 otherwise than its modules do: take merge_method legacy"):
+        layered.load(adapted(folder("deepseek_v3"), tmp_path))
 
 
 def test_layers_are_made_when_they_are_asked_for():
