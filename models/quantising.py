@@ -10,7 +10,7 @@ from torch import Tensor
 from treetune.core import quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.quant import Scheme
-from treetune.models import Model, bnb_files, bridge, families, hf, hf_keys, merging, processor, quant_config, quantised
+from treetune.models import MODELS, Model, bnb_files, bridge, families, hf, hf_keys, merging, processor, quant_config, quantised
 from treetune.models import tokenizer as tokenizers
 from treetune.models.merging import Difference, Merged
 
@@ -89,12 +89,28 @@ def merge(model: Model, adapter: Lora, tokenizer: Any, scheme: Scheme, dtype: to
 
 def described(model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by key and the config.json of a dense model, its linear layers quantised, each as one tensor of the files."""
+    chosen = keys(model, scheme)
+    pointers = {leaf.data_ptr(): path for path, leaf in tree.items(model.params)}
     leaves, config = hf.described(model, tokenizer)
-    chosen, dimensions = keys(model, scheme), {key: leaf.ndim for key, leaf in leaves.items()}
+    if hasattr(MODELS[model.family], "to_files"):
+        chosen = _renamed(model, chosen, leaves, pointers)
+    dimensions = {key: leaf.ndim for key, leaf in leaves.items()}
     tensors: dict[str, Tensor] = {}
     for key in list(leaves):
         tensors |= stored(key, leaves.pop(key), chosen, scheme, dtype)
     return tensors, config | settings(model, scheme, chosen, dimensions, dtype)
+
+
+def _renamed(model: Model, chosen: set[str], leaves: Mapping[str, Tensor], paths: Mapping[int, str]) -> set[str]:
+    """The keys in the files of the tensors of modules that are chosen: transformers may save one under another name.
+
+    Errors: ValueError for one that it saves in other parts.
+    """
+    own = {key: hf_keys.hf_key(model.family, paths[pointer]) for key, leaf in leaves.items() if (pointer := leaf.data_ptr()) in paths}
+    found = {key for key, module_key in own.items() if module_key in chosen}
+    if missing := sorted(chosen - {own[key] for key in found}):
+        raise ValueError(f"{model.family} has {missing[0]} in other parts in its files, and so cannot be written quantised")
+    return found
 
 
 def stored(key: str, leaf: Tensor, chosen: Container[str], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -113,14 +129,18 @@ def keys(model: Model, scheme: Scheme) -> set[str]:
 def settings(model: Model, scheme: Scheme, chosen: Container[str], dimensions: Mapping[str, int], dtype: torch.dtype) -> dict[str, Any]:
     """What config.json says of a model so written. dimensions: of each tensor of the dense model, by key."""
     name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, quant_config.NAME: quant_config.to_hf(scheme, _dense_modules(model, chosen, dimensions), name)}
+    return {"dtype": name, quant_config.NAME: quant_config.to_hf(scheme, _dense_modules(model, scheme, chosen, dimensions), name)}
 
 
-def _dense_modules(model: Model, chosen: Container[str], dimensions: Mapping[str, int]) -> list[str]:
+def _dense_modules(model: Model, scheme: Scheme, chosen: Container[str], dimensions: Mapping[str, int]) -> list[str]:
     """Modules that may be linear layers of transformers or of a server, and stay as they are."""
     head = hf_keys.hf_key(model.family, HEAD).removesuffix(".weight")
     embedding = hf_keys.hf_key(model.family, "embed_tokens")
     matrices = [key for key, count in dimensions.items() if count > 1 and key not in chosen and key != embedding]
+    if hasattr(MODELS[model.family], "to_files"):  # transformers goes by the names of its modules, whatever those in files are
+        leaves = hf_keys.sizes(model.family, dict(tree.items(hf.abstract_of(model))))
+        linears = keys(model, scheme)
+        matrices += [key for key, leaf in leaves.items() if len(leaf.shape) > 1 and key not in linears and key != embedding]
     names = (key.removesuffix(".weight") for key in matrices if key.endswith(".weight"))
     return list(dict.fromkeys([head, *(f"{name.partition('.experts.')[0]}.experts" if ".experts." in name else name for name in names)]))
 

@@ -1,5 +1,8 @@
 """Folders that we quantise: those of bitsandbytes to the bit, with the logits of transformers, and as they were when read again."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -55,6 +58,32 @@ def test_a_folder_of_ours_is_that_of_transformers(name, kind, plain, tmp_path):
     # bitsandbytes also rounds what meets weights in 8 bits.
     own = families.document_logits(hf.load(path), IDS)
     assert torch.allclose(own, logits, atol=1e-4 if kind != "int8" else 2e-2)
+
+
+def model_that_sees(kind, path):
+    """A small random model of whole blocks of 64 whose files name weights otherwise than its modules do."""
+    spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
+    architectures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architectures)
+    architectures.SIZES = ((r".*intermediate_size", 192), *architectures.SIZES)
+    torch.manual_seed(0)
+    kinds = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    getattr(transformers, kinds[kind])(architectures.tiny(kind)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("mistral3", marks=pytest.mark.slow)])
+def test_a_model_that_sees_is_quantised_under_the_names_of_its_files(kind, tmp_path):
+    model = hf.load(model_that_sees(kind, tmp_path / "plain"))
+    path = written(model, Scheme("nf4"), tmp_path / "small")
+    small = quantising.quantise(model, Scheme("nf4"), torch.float32)
+    stored = [key for key in load_file(path / "model.safetensors") if key.endswith(".absmax")]
+    assert len(stored) == sum(quant.quantised(leaf) for leaf in tree.leaves(small.params)) > 8
+    assert all(key.startswith("language_model.") for key in stored)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
+    with torch.no_grad():
+        logits = loaded(input_ids=IDS[None], use_cache=False).logits[0]
+    torch.testing.assert_close(families.document_logits(small, IDS), logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [*SCHEMES, "fp8"])
