@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements
+from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements, run_file
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import run as run_options
@@ -159,7 +159,7 @@ def _create(this: TrainRun, start: Policy) -> None:
     """Begin the run in its folder."""
     # How a run was started (--resume, --overwrite) is not what it is.
     text = reading.to_yaml(this.config, without=("resume", "overwrite"))
-    folder.create(this.folder, masking.mask_secrets(text), makes=(_result_name(start),))
+    folder.create(this.folder, masking.mask_secrets(f"{run_file.METHOD}: {this.method.name}\n{text}"), makes=(_result_name(start),))
 
 
 def _files(this: TrainRun, parts: Assembly) -> tuple[Observer, ...]:

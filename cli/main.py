@@ -5,9 +5,10 @@ import io
 import os
 import sys
 import traceback
+from functools import partial
 from typing import NamedTuple
 
-from treetune.cli import methods
+from treetune.cli import file_commands, methods
 from treetune.cli.methods import CONFIGS, METHODS
 from treetune.cli.options import commands
 from treetune.core import fields, masking
@@ -24,6 +25,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {name: Command("commands.train", method.config, method.help) for name, method in METHODS.items()} | {
+    "convert": Command("commands.convert", commands.Convert, "write a file of axolotl's as one of ours"),
+    "config-schema": Command("commands.schema", commands.ConfigSchema, "the options of files, as a JSON schema"),
     "rollout": Command("commands.rollout", commands.Rollout, "sample and score without training: try a reward"),
     "serve": Command("commands.serve", commands.Serve, "start a vLLM server for a model"),
     "preprocess": Command("commands.preprocess", commands.Preprocess, "show what a run would read, token by token"),
@@ -43,9 +46,11 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
 
 def usage() -> str:
     """The text of `treetune --help`."""
-    lines = [f"  {name:10} {COMMANDS[name].help}" for name in COMMANDS]
+    lines = [
+        f"  {name:13} {text}" for name, text in {"train": file_commands.HELP, **{name: one.help for name, one in COMMANDS.items()}}.items()
+    ]
     return "\n".join(
-        ["usage: treetune COMMAND [--config run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
+        ["usage: treetune COMMAND [run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
          "treetune COMMAND --help lists the options of a command.",
          "Exit codes: 0 done, 1 the run failed, 2 bad configuration or input."]
     )  # fmt: skip
@@ -82,6 +87,8 @@ def _run(command: str, argv: list[str]) -> int:
 
     invocation.remember(command, argv)
     try:
+        with checking_input("the config file"):
+            command, argv, dry = file_commands.resolve(command, argv)
         if command not in COMMANDS and paths.is_path(command):
             with checking_input(command):
                 method = methods.load(command)
@@ -90,8 +97,12 @@ def _run(command: str, argv: list[str]) -> int:
             raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, COMMANDS)}; see treetune --help")
         chosen = COMMANDS[command]
         with checking_input("the command line or its config file"):
-            parsed, given = parse.parse(command, chosen.config, argv)
-            parsed = requirements.complete(parsed, CONFIGS.get(chosen.config), given, parse.config_file(argv))
+            method, file = CONFIGS.get(chosen.config), parse.config_file(argv)
+            ignored = partial(requirements.ignored, method=method)
+            parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored, say=file_commands.say)
+            if dry:
+                return file_commands.dry_run(parsed, method, given, file)
+            parsed = requirements.complete(parsed, method, given, file)
         return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):

@@ -8,24 +8,40 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from treetune.cli import run_file
+from treetune.cli.run_file import RunFile
 from treetune.core.config import flags, reading, table
 
 LONGEST = 600  # characters of a message about a flag
 Parsed = tuple[Any, frozenset[str]]
+Ignored = Callable[[Any], Mapping[str, str]]
 
 
-def parse(command: str, config: type, argv: list[str]) -> Parsed:
+def parse(
+    command: str, config: type, argv: list[str], *, ignored: Ignored | None = None, say: Callable[[str], None] = lambda line: None
+) -> Parsed:
     """The config, and the names of the options that the user set. `--help` prints and exits.
 
     A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option.
+    ignored(config) -> {option: why nothing would look at it}: of a file of another tool such options are left out. say takes lines about
+    what the file of another tool means.
     """
     options = table.options(config)
     argv, path, given = flags.read(command, argv, options)
-    read = {} if path is None else reading.from_file(path, options, hint=f"; see treetune {command} --help")
-    from_file = {key: value for key, value in read.items() if key not in given}
+    file = RunFile({}) if path is None else run_file.read(path, command, options, hint=f"; see treetune {command} --help")
+    from_file = {key: value for key, value in file.values.items() if key not in given}
     parsed = _run_tyro(command, config, from_file, argv)
+    for line in file.lines:
+        say(line)
+    if file.foreign and ignored is not None and (idle := {key: why for key, why in ignored(parsed).items() if key in from_file}):
+        for key, why in idle.items():
+            if from_file[key] != options[key].default:
+                say(f"  left out, as nothing would look at it: {key} ({why})")
+        from_file = {key: value for key, value in from_file.items() if key not in idle}
+        parsed = _run_tyro(command, config, from_file, argv)
     values = table.flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != options[key].default})
 

@@ -41,6 +41,19 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
     return config if method is None else method.complete(config)
 
 
+def plan(config: Config, method: Method, options: frozenset[str], config_file: str | None) -> tuple[Any, list[str]]:
+    """`complete` for a run that is not to start: what is not on this machine, or stands in the way of outputs, is told, not raised."""
+    config = _spelled_out(config)
+    places.check_names(config)
+    check(config, method, options)
+    missing = [str(error) for error in places.absent(config, MODELS)]
+    try:
+        _check_outputs(config, config_file)
+    except ValueError as error:
+        missing.append(str(error))
+    return method.complete(config), missing
+
+
 def _spelled_out(config: Config) -> Config:
     """The config with adapter qlora as what it means. Errors: ValueError where the model is not to be quantised."""
     train = cast(Any, config)

@@ -92,6 +92,14 @@ def _local(name: str | Path) -> Path | None:
     return local if local.is_dir() or (local.is_file() and local.suffix == ".gguf") else None
 
 
+def here(name: str) -> Path | None:
+    """The folder or .gguf file of a model that is on this machine under its name or as a known one; nothing is fetched."""
+    if (local := _local(name)) is not None:
+        return model_in(local) if local.is_dir() else local
+    place = home() / "models" / (known_name(name) or "")
+    return place if known_name(name) is not None and (place / "config.json").is_file() else None
+
+
 def check(name: str) -> None:
     """Errors: ValueError for a name that is nothing we could find, here or elsewhere."""
     if Path(name).is_file() and Path(name).suffix == ".safetensors":

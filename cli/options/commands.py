@@ -197,6 +197,30 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write a config file of axolotl's as one of ours, with what it means where the two differ."""
+
+    file: Annotated[Positional[str], ANY_PATH, arg(metavar="FILE")]
+    """The file, here or at an address."""
+    output: Annotated[str | None, NEW_FILE] = None
+    """File to write, which must not exist; if not given, the screen."""
+
+
+@dataclass(frozen=True)
+class ConfigSchema:
+    """Print the options of config files as a JSON schema, which editors complete from, or what one option is."""
+
+    dialect: Literal["treetune", "axolotl"] = "treetune"
+    """Keys of our files, or of axolotl's as they are read here."""
+    method: str = "sft"
+    """Training command whose options a file of ours holds."""
+    format: Literal["json", "yaml"] = "json"
+    """Format of the schema."""
+    field: str | None = None
+    """Only this option."""
+
+
+@dataclass(frozen=True)
 class Check:
     """Compare a model with transformers' plain forward, packed documents with documents alone, cached decoding with a forward pass.
 

@@ -74,13 +74,22 @@ def check(config: Config, models: Mapping[str, Check]) -> None:
 
     Defaults are found where they are read. models: by kind of place, the checks of what core does not know.
     """
+    for error in absent(config, models):
+        raise error
+
+
+def absent(config: Config, models: Mapping[str, Check]) -> Iterator[ValueError]:
+    """An error for each option that names what is not there, or what cannot be written; otherwise as `check`."""
     values, defaults = table.flatten(config), table.defaults(type(config))
     checks = {**CHECKS, **models, marks.ROW_SETS.kind: partial(check_rows, split=values.get("split") or "train")}
     for one in named(config):
         looked_at = one.place.kind in checks and values[one.option] != defaults[one.option] and not values.get(one.place.instead)
         if looked_at:
-            with _naming(one.label):
-                checks[one.place.kind](one.value)
+            try:
+                with _naming(one.label):
+                    checks[one.place.kind](one.value)
+            except ValueError as error:
+                yield error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from treetune.core.config import suggestions, table, typed
 from treetune.core.config.table import Config, Option
-from treetune.core.data import dataset_fields, yamltext, yamlvalues
+from treetune.core.data import dataset_fields, yamlvalues
 from treetune.core.data.yamltext import Written
 
 C = TypeVar("C", bound=Config)
@@ -16,14 +16,13 @@ DEEPEST = 20  # lists and mappings inside each other
 MAPPING_VALUES = "a text, a finite number, true, false, null, or a list or mapping of such"
 
 
-def from_file(path: str, options: Mapping[str, Option], *, hint: str = "") -> dict[str, Any]:
+def from_written(written: Mapping[str, Written], options: Mapping[str, Option], place: str, *, hint: str = "") -> dict[str, Any]:
     """{option: value} of a config file, typed. Errors: ValueError naming the file and all unknown keys, or the key and its value.
 
     hint: the end of the message about unknown keys.
     """
-    written = yamltext.load(path)
-    _check_known(written, options, path, hint)
-    return _read(written, options, path)
+    _check_known(written, options, place, hint)
+    return _read(written, options, place)
 
 
 def from_values(command: str, config: type, values: Mapping[str, Any]) -> Any:
@@ -67,7 +66,7 @@ def fill(config: type, values: Mapping[str, Any], *, missing: Any = table.REQUIR
 
 
 def to_yaml(config: Config, *, without: tuple[str, ...] = ()) -> str:
-    """The config as YAML that `from_file` reads back."""
+    """The config as YAML that `from_written` reads back."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

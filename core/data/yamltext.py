@@ -35,9 +35,13 @@ class Written(NamedTuple):
 
 def load(path: str) -> dict[str, Written]:
     """The options of a config file. Errors: ValueError, one line that names the file and the line or the key."""
+    return read(text_of(path), path)
+
+
+def read(text: str, path: str) -> dict[str, Written]:
+    """The options that a text holds. path: what errors call it. Errors: as `load`."""
     import yaml
 
-    text = _text(path)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -58,7 +62,8 @@ def load(path: str) -> dict[str, Written]:
     return written.value
 
 
-def _text(path: str) -> str:
+def text_of(path: str) -> str:
+    """The text of a config file. Errors: ValueError for what cannot be read, is too large or is not UTF-8."""
     file = Path(path)
     try:
         exists, regular, size = file.exists(), file.is_file(), file.stat().st_size if file.is_file() else 0

@@ -1,0 +1,104 @@
+"""The keys of axolotl's files that are not options of ours: another name, nothing to do here, or not there. Imports no torch.
+
+A key that no table names is the option of the same name.
+"""
+
+from collections.abc import Mapping
+
+RENAMED: Mapping[str, str] = {
+    "base_model": "model", "revision_of_model": "revision", "torch_dtype": "dtype", "loss_type": "loss", "resume_from_checkpoint": "resume",
+    "peft_layers_to_transform": "lora_layers", "peft_use_rslora": "lora_rslora", "peft_use_dora": "lora_dora",
+    "peft_init_lora_weights": "lora_init", "rl_adapter_ref_model": "ref_model", "shuffle_merged_datasets": "shuffle",
+    "activation_checkpointing": "gradient_checkpointing", "conversation": "chat_template", "chat_template_jinja": "chat_template",
+    "max_prompt_length": "max_prompt_len",
+}  # fmt: skip
+
+KERNELS = "how it is computed, which our own operators decide"
+TRAINER = "how another trainer is set up"
+PLACING = "where processes and weights are placed, which --sharding and torchrun decide"
+
+
+def _each(reason: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
+
+
+# Keys that need nothing here, whatever their value, and why.
+NOTHING: Mapping[str, str] = {
+    **_each(
+        KERNELS,
+        """
+        flash_attention sdp_attention xformers_attention flex_attention eager_attention attn_implementation attn_needs_dtype_cast
+        flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp flex_attn_compile_kwargs flash_optimum
+        liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation liger_cross_entropy
+        liger_fused_linear_cross_entropy liger_use_token_scaling use_liger_loss use_liger_kernel lora_mlp_kernel lora_qkv_kernel
+        lora_o_kernel lora_embedding_kernel use_kernels use_scattermoe use_sonicmoe experts_implementation torch_compile
+        torch_compile_backend torch_compile_mode cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks
+        use_onebitllms tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp unsloth_cross_entropy_loss unsloth_lora_mlp
+        unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope dpo_use_logits_to_keep dpo_padding_free torchao_kernels
+        """,
+    ),
+    **_each(
+        TRAINER,
+        """
+        gradient_checkpointing_kwargs use_reentrant strict remove_unused_columns skip_prepare_dataset vllm_lora_sync
+        use_data_producer replay_recompute_logps pad_to_sequence_len pad_to_multiple_of eval_sample_packing group_by_length
+        lora_fan_in_fan_out lora_on_cpu batch_flattening dataset_keep_in_memory pretrain_multipack_attn
+        pretrain_multipack_buffer_size pretraining_sample_concatenation sample_packing_bin_size sample_packing_eff_est
+        sample_packing_group_size sample_packing_sequentially sample_packing_drop_attention_mask multipack_real_batches
+        save_safetensors total_num_tokens total_supervised_tokens include_tokens_per_second include_tkps dataloader_pin_memory
+        dataloader_num_workers dataloader_prefetch_factor dataloader_drop_last dataset_processes dataset_num_proc gc_steps
+        auto_find_batch_size peft_autocast_adapter_dtype save_only_model logging_dir logging_strategy do_train do_eval is_preprocess
+        bf16_full_eval serve_module worker_extension_cls prediction_loss_only is_llama_derived_model is_mistral_derived_model
+        is_falcon_derived_model is_qwen_derived_model num_labels processor_type tokenizer_type tokenizer_use_fast tokenizer_legacy
+        tokenizer_use_mistral_common base_model_ignore_patterns torchdistx_path timeout_preprocess hf_use_auth_token
+        axolotl_config_path low_cpu_mem_usage cpu_ram_efficient_loading
+        """,
+    ),
+    **_each(
+        PLACING,
+        """
+        local_rank world_size device device_map ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters
+        max_memory gpu_memory_limit fsdp_transformer_layer_cls_to_wrap fsdp_auto_wrap_policy fsdp_state_dict_type
+        fsdp_final_state_dict_type
+        """,
+    ),
+}
+
+HUB = "nothing is uploaded; `hf upload` takes the folder that a run leaves"
+CLOUD = "start the command on that machine"
+# Keys that are not there yet, and the nearest thing that is; false, null and empty values ask for nothing.
+MISSING: Mapping[str, str] = {
+    **_each(HUB, "hub_model_id hub_strategy hub_revision push_dataset_to_hub push_to_hub"),
+    **_each(CLOUD, "cloud provider docker_tag volumes mount secrets gpu gpu_count branch env memory"),
+    **_each("torchrun starts the processes", "use_ray ray_num_workers ray_run_name resources_per_worker"),
+    **_each(
+        "reward_funcs and rollout_func take functions of your own, which may ask a server",
+        """
+        nemo_gym_enabled nemo_gym_dir nemo_gym_auto_start nemo_gym_head_port nemo_gym_datasets nemo_gym_multi_turn
+        nemo_gym_verify_timeout nemo_gym_run_timeout
+        """,
+    ),
+    **_each("treetune merge leaves a folder that lm-eval reads", "lm_eval_tasks lm_eval_batch_size lm_eval_model"),
+    "rope_scaling": "rope_scaling in the model's config.json", "overrides_of_model_config": "the model's config.json",
+    "overrides_of_model_kwargs": "the model's config.json", "base_model_config": "the config.json beside the weights",
+    "gptq": "the unquantised model with quant: nf4", "s2_attention": "longer documents fit with gradient_checkpointing",
+    "normalize_weight_scales": "model: a folder whose weights you have scaled", "optim_target_modules": "optim_args",
+    "vllm_enable_sleep_mode": "vllm_mode: managed", "eval_causal_lm_metrics": "treetune eval prints loss, perplexity and accuracy",
+    "eval_table_size": "sample_prompt", "eval_table_max_new_tokens": "sample_tokens", "do_bench_eval": "treetune eval",
+    "sequence_parallel_degree": "sharding: full", "context_parallel_size": "sharding: full", "tensor_parallel_size": "sharding: full",
+    "expert_parallel_size": "sharding: full", "dp_shard_size": "sharding: full", "dp_replicate_size": "sharding: none",
+    "llmcompressor": "qat, and treetune quantize", "spectrum_top_fraction": "unfrozen_parameters", "kd_trainer": "loss: FILE.py:FUNCTION",
+    "diffusion": "loss: FILE.py:FUNCTION", "special_tokens_map": "special_tokens", "dynamic_checkpoint": "Ctrl-C saves a checkpoint",
+    "lora_target_parameters": "lora_target_modules", "layer_offloading": "quant: nf4",
+}  # fmt: skip
+
+# Plugins that are kernels; any other is missing.
+PLUGINS = ("cut_cross_entropy", "liger", "kernels")
+OPTIMIZERS: Mapping[str, str] = {"lion_pytorch": "lion", "came_pytorch": "adafactor", "ao_adamw_4bit": "adamw_4bit",
+                                 "ao_adamw_8bit": "adamw_8bit", "ao_adamw_fp8": "adamw_fp8"}  # fmt: skip
+# What makes a file one of axolotl's; ours have none of these.
+MARKS = frozenset(
+    {"base_model", "rl", "trl", "ebft", "vllm", "bf16", "fp16", "pretraining_dataset", "reward_model", "process_reward_model", "deepspeed",
+     "fsdp", "fsdp_config", "load_in_4bit", "load_in_8bit", "plugins", "lora_target_linear"}
+    | (NOTHING.keys() - {"device", "dataset_processes"})
+)  # fmt: skip

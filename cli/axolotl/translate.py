@@ -1,0 +1,151 @@
+"""A file of axolotl's as options of a command of ours. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from treetune.cli.axolotl import keys, meanings, rows
+from treetune.cli.axolotl.values import FUNCTIONS, File, Unsupported, Values
+from treetune.core.config import suggestions
+from treetune.core.config.table import Option
+from treetune.core.data import yamlvalues
+from treetune.core.data.yamltext import Written
+
+METHODS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo", "gdpo": "grpo", "ebft": "ebft"}
+CHOOSE = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")  # keys that say which method it is
+LOSSES = {"ipo": {"loss": "ipo"}, "gdpo": {"advantage": "gdpo"}}
+# Options of vllm: with another name where a run starts the server itself.
+MANAGED = {"gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_len": "vllm_max_model_len", "port": "vllm_server_port"}
+
+
+class Translation(NamedTuple):
+    """Options of the command as a file of ours would hold them.
+
+    notes: what the file means where that differs from our defaults. needless: keys that need nothing here. left: sections for others.
+    """
+
+    values: Values
+    notes: tuple[str, ...]
+    needless: tuple[str, ...]
+    left: tuple[str, ...] = ()
+
+
+def is_foreign(written: Mapping[str, Written]) -> bool:
+    """Whether a file has axolotl's keys: one of those that ours never have, and no `model`."""
+    return "model" not in written and bool(keys.MARKS & written.keys())
+
+
+def method_of(written: Mapping[str, Written], path: str) -> str:
+    """The training command that a file of axolotl's is for. Errors: ValueError for an `rl` that is none."""
+    kind = written["rl"].value if "rl" in written else None
+    if kind is not None:
+        if kind not in METHODS:
+            raise ValueError(f"{path}: rl must be one of {', '.join(METHODS)}, got {yamlvalues.shown(written['rl'])}")
+        return METHODS[str(kind)]
+    for key, method in (("process_reward_model", "prm"), ("reward_model", "reward"), ("pretraining_dataset", "pretrain"),
+                        ("ebft", "ebft"), ("trl", "grpo")):  # fmt: skip
+        if key in written and written[key].value:
+            return method
+    return "sft"
+
+
+def translate(written: Mapping[str, Written], command: str, options: Mapping[str, Option], path: str) -> Translation:
+    """The options of a training command that a file of axolotl's means.
+
+    Errors: ValueError, one line, with every key that is not supported and the nearest thing that is.
+    """
+    flat, left = _flat(written, command, options, path)
+    file = File(command, options, flat)
+    values, needless, missing = {}, [], {}
+    for key, value in flat.items():
+        if value.value is None or key in CHOOSE and key != "pretraining_dataset":
+            continue
+        try:
+            found = _option(key, value, file)
+        except Unsupported as nearest:
+            missing[key] = str(nearest)
+            continue
+        values |= found
+        needless += [] if found else [key]
+    if missing:
+        raise ValueError(f"{path}: {_refusal(missing)}")
+    absent, notes = meanings.values_of(meanings.absent(file))
+    counted, counts = meanings.values_of(meanings.counted(file))
+    chosen = {name: Written(value, value, True) for name, value in LOSSES.get(str(file.value("rl")), {}).items() if name not in values}
+    return Translation(absent | values | chosen | counted, tuple([*_chosen(file, written), *notes, *counts]), tuple(needless), tuple(left))
+
+
+def _chosen(file: File, written: Mapping[str, Written]) -> list[str]:
+    key = next((key for key in CHOOSE if key in written and written[key].value), None)
+    section = next((name for name in ("ebft", "trl") if name in written), None)
+    if key == "rl":
+        return [f"rl: {file.value('rl')} is treetune {file.command}"]
+    if key is not None:
+        return [f"{key} is treetune {file.command}"]
+    return [f"no rl, but a section {section}: treetune {file.command}"] if section and file.command in meanings.SAMPLED else []
+
+
+def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Option], path: str) -> tuple[Values, list[str]]:
+    """The keys with those of sections among them, and the names of sections that are for another command."""
+    flat: Values = {}
+    left: list[str] = []
+    for key, value in written.items():
+        if key not in ("trl", "ebft", "vllm", "bnb_config_kwargs"):
+            flat[key] = value
+        elif value.value is None:
+            continue
+        elif not isinstance(value.value, dict):
+            raise ValueError(f"{path}: {key} must be a mapping, got {yamlvalues.shown(value)}")
+        elif key == "vllm":
+            flat |= _engine(value.value, written, command, options)
+            left += [] if command == "serve" else ["vllm (for treetune serve)"]
+        elif key == "ebft" and command != "ebft" or key == "trl" and command not in meanings.SAMPLED and command in METHODS.values():
+            left.append(key)
+        else:
+            flat |= {name: item for name, item in value.value.items()}
+    return flat, left
+
+
+def _engine(section: Mapping[str, Written], written: Mapping[str, Written], command: str, options: Mapping[str, Option]) -> Values:
+    trl = written["trl"].value if "trl" in written and isinstance(written["trl"].value, dict) else {}
+    managed = "vllm_mode" in trl and trl["vllm_mode"].value in ("colocate", "managed")
+    if not managed or command not in meanings.SAMPLED:
+        return {}
+    return {MANAGED[name]: value for name, value in section.items() if name in MANAGED and MANAGED[name] not in trl}
+
+
+def _option(key: str, value: Written, file: File) -> Values:
+    """The options that a key means; none where it needs nothing. Errors: Unsupported, with what there is instead."""
+    if key == "pretraining_dataset":
+        return rows.corpus(value, file)
+    if key in ("dataset_shard_num", "dataset_shard_idx"):
+        return {}
+    if key in FUNCTIONS:
+        return FUNCTIONS[key](yamlvalues.plain(value), file)
+    name = keys.RENAMED.get(key, key)
+    if name in file.options:
+        return {name: rows.entries(value, file) if file.options[name].of_mappings else value}
+    if key in keys.NOTHING or key in FOR_OTHERS.get(file.command, ()) or _says_nothing(value):
+        return {}
+    if key in keys.MISSING:
+        raise Unsupported(keys.MISSING[key])
+    meant = suggestions.of_option(key, file.options)
+    raise Unsupported(meant.strip().removeprefix("(").removesuffix(")") or f"no option of treetune {file.command} is near")
+
+
+# Options that a method of ours does without, because it always does so or has no such rows.
+FOR_OTHERS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("sample_packing", "sequence_len", "dataset_prepared_path", "shuffle", "train_on_inputs", "overlong"),
+    "ebft": ("train_on_inputs",),
+    **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm"), ("train_on_inputs",)),
+    "pretrain": ("train_on_inputs", "dataset_prepared_path", "chat_template", "sample_packing"),
+}
+
+
+def _says_nothing(value: Written) -> bool:
+    """Whether a value leaves off what its key would turn on."""
+    return value.value in (None, False, "") or value.value == [] or value.value == {}
+
+
+def _refusal(missing: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{key} (nearest: {nearest})" for key, nearest in missing.items())
+    return f"{len(missing)} key{'s' * (len(missing) > 1)} of axolotl's that {'are' if len(missing) > 1 else 'is'} not supported: {listed}"

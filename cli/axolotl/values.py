@@ -1,0 +1,304 @@
+"""Keys whose value means one or several options of ours: key -> function of its value and of the file. Imports no torch."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from treetune.cli.axolotl import keys
+from treetune.core import registry
+from treetune.core.config.table import Option
+from treetune.core.data import yamlvalues
+from treetune.core.data.yamltext import Written
+
+Values = dict[str, Written]
+
+
+class Unsupported(ValueError):
+    """What a key asks for is not there; the message says what is."""
+
+
+class File(NamedTuple):
+    """The keys of a file, sections laid flat, and the command that reads it with its options."""
+
+    command: str
+    options: Mapping[str, Option]
+    keys: Mapping[str, Written]
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of a key as Python's own; the default where it is not given or null."""
+        written = self.keys.get(key)
+        return default if written is None or written.value is None else yamlvalues.plain(written)
+
+
+def write(value: Any) -> Written:
+    """A Python value as if the file held it."""
+    if isinstance(value, dict):
+        return Written({name: write(item) for name, item in value.items()})
+    if isinstance(value, list | tuple):
+        return Written([write(item) for item in value])
+    return value if isinstance(value, Written) else Written(value, "" if value is None else str(value), True)
+
+
+def several_processes() -> bool:
+    """Whether torchrun has started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def dtype(file: File) -> str | None:
+    """The compute dtype that bf16, fp16, their old names and torch_dtype ask for together; None where none of them is given."""
+    asked = {"bfloat16" if key in ("bf16", "bfloat16") else "float16": file.value(key) for key in ("bfloat16", "float16", "bf16", "fp16")
+             if file.value(key) is not None}  # fmt: skip
+    named = str(file.value("torch_dtype", "")).removeprefix("torch.") or None
+    wanted = {kind for kind, value in asked.items() if value not in (False, "auto")}
+    if len(wanted | ({named} if named not in (None, "auto") else set())) > 1:
+        raise Unsupported(f"one dtype; the file asks for {' and '.join(sorted(wanted | {str(named)}))}")
+    if wanted:
+        return wanted.pop()
+    if "auto" in asked.values() and named is None:
+        return "auto"
+    return named or ("float32" if asked else None)
+
+
+def _dtype(value: Any, file: File) -> Values:
+    kind = dtype(file)
+    out: Values = {} if kind is None else {"dtype": write(kind)}
+    if file.value("bf16") == "full" and "master_dtype" in file.options and file.value("adapter") is None:
+        out["master_dtype"] = write("bfloat16")
+    return out
+
+
+def _four_bits(value: Any, file: File) -> Values:
+    if value and file.value("load_in_8bit"):
+        raise Unsupported("either load_in_4bit or load_in_8bit")
+    return {"quant": write(file.value("bnb_4bit_quant_type", "nf4"))} if value else {}
+
+
+def _eight_bits(value: Any, file: File) -> Values:
+    if value and file.value("adapter") == "qlora":
+        raise Unsupported("adapter: lora with load_in_8bit, as qlora is in 4 bits")
+    return {"quant": write("int8")} if value else {}
+
+
+def _compute_dtype(value: Any, file: File) -> Values:
+    kind = str(value).removeprefix("torch.")
+    if kind != (dtype(file) or kind):
+        raise Unsupported(f"one dtype; bf16 or fp16 ask for {dtype(file)}")
+    return {"dtype": write(kind)}
+
+
+def _targets(value: Any, file: File) -> Values:
+    if file.value("lora_target_linear"):
+        return {"lora_target_modules": write(["all-linear"])}
+    stacks = file.value("lora_target_parameters", [])
+    stacks = [stacks] if isinstance(stacks, str) else list(stacks)
+    named = file.value("lora_target_modules", [])
+    # PEFT compares a text with the whole name, and the names of a list with the ends.
+    named = [named if named == "all-linear" or re.fullmatch(r"\w+", named) else f"^(?:{named})$"] if isinstance(named, str) else list(named)
+    return {"lora_target_modules": write(named + stacks)} if named or stacks else {}
+
+
+def _lr_groups(value: Any, file: File) -> Values:
+    peak = file.value("learning_rate")
+    if peak is None:
+        raise Unsupported("learning_rate beside lr_groups, whose rates are relative here")
+    rules = []
+    for group in value:
+        names = "|".join(re.escape(name) for name in group.get("modules", []))
+        if not names or "lr" not in group:
+            raise Unsupported("groups with modules and lr each")
+        rules.append(f"{names}={float(group['lr']) / float(peak):.10g}")
+    return {"lr_rules": write([*file.value("lr_rules", []), *rules])}
+
+
+def _embedding_rate(value: Any, file: File) -> Values:
+    peak = file.value("learning_rate")
+    if peak is None:
+        raise Unsupported("learning_rate beside it, as rates of parts are relative here")
+    return {"lr_rules": write([*file.value("lr_rules", []), f"embed={float(value) / float(peak):.10g}"])}
+
+
+def _embedding_scale(value: Any, file: File) -> Values:
+    return {"lr_rules": write([*file.value("lr_rules", []), f"embed={float(value):.10g}"])}
+
+
+def _optimizer(value: Any, file: File) -> Values:
+    return {"optimizer": write(keys.OPTIMIZERS.get(str(value), registry.OPTIMIZER_ALIASES.get(str(value), value)))}
+
+
+def _optim_args(value: Any, file: File) -> Values:
+    if isinstance(value, str):
+        value = dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair)
+        value = {name: yamlvalues.numeral(text) if yamlvalues.numeral(text) is not None else text for name, text in value.items()}
+    return {"optim_args": write(value)}
+
+
+def _schedule(value: Any, file: File) -> Values:
+    return {"lr_scheduler": write({"constant_with_warmup": "constant"}.get(str(value), value))}
+
+
+def _checkpointing(value: Any, file: File) -> Values:
+    if value == "offload_disk":
+        return {"gradient_checkpointing": write("full"), "activation_offloading": write("disk")}
+    return {"gradient_checkpointing": write({"unsloth": "full"}.get(value, value) if isinstance(value, str) else bool(value))}
+
+
+def _activations(value: Any, file: File) -> Values:
+    own = {"legacy": "cpu", "hidden_states": "cpu"}
+    return {"activation_offloading": write(own.get(value, value) if isinstance(value, str) else value)}
+
+
+def sharded() -> Values:
+    """Sharding of everything, which one process has nothing to do with."""
+    return {"sharding": write("full")} if several_processes() else {}
+
+
+def _fsdp(value: Any, file: File) -> Values:
+    words = value if isinstance(value, list) else str(value).split()
+    if "offload" in words:
+        raise Unsupported("fsdp without offload")
+    if any("hybrid" in str(word) for word in words):
+        raise Unsupported("fsdp: full_shard")
+    return {} if not value or "no_shard" in words else sharded()
+
+
+def _fsdp_config(value: Any, file: File) -> Values:
+    if not isinstance(value, dict):
+        raise Unsupported("a mapping")
+    bare = {name.removeprefix("fsdp_"): item for name, item in value.items()}
+    if bare.get("offload_params"):
+        raise Unsupported("offload_params: false")
+    strategy = str(bare.get("sharding_strategy", "FULL_SHARD")).upper()
+    if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "1", "2", "3"):
+        raise Unsupported("sharding_strategy: FULL_SHARD")
+    out = {} if not value or strategy in ("NO_SHARD", "3") else sharded()
+    if bare.get("activation_checkpointing") and not file.value("gradient_checkpointing"):
+        out["gradient_checkpointing"] = write("full")
+    return out
+
+
+def _fsdp_version(value: Any, file: File) -> Values:
+    return sharded()
+
+
+def _deepspeed(value: Any, file: File) -> Values:
+    offloads = "offload_optimizer" in value or "offload_param" in value if isinstance(value, dict) else "offload" in str(value)
+    if offloads:
+        raise Unsupported("a DeepSpeed file without offload; optimizer: paged_adamw keeps moments in the memory of the host")
+    return sharded() if value else {}
+
+
+def _data_seed(value: Any, file: File) -> Values:
+    if file.value("seed", value) != value:
+        raise Unsupported("seed, which decides the order of rows, too: give both the same value")
+    return {"seed": write(value)}
+
+
+def _evaluation(value: Any, file: File) -> Values:
+    if value in (False, "no"):
+        return {"evals_per_epoch": write(0)}
+    return {"evals_per_epoch": write(1)} if value == "epoch" else {}
+
+
+def _saving(value: Any, file: File) -> Values:
+    if value in (False, "no"):
+        return {"saves_per_epoch": write(0)}
+    return {"saves_per_epoch": write(1)} if value == "epoch" else {}
+
+
+def _scale_rewards(value: Any, file: File) -> Values:
+    kinds = {True: "group_scaled", False: "centered", "group": "group_scaled", "batch": "batch_scaled", "none": "centered"}
+    if value not in kinds:
+        raise Unsupported("true, false, group, batch or none")
+    gdpo = file.value("rl") == "gdpo" or file.value("multi_objective_aggregation") == "normalize_then_sum"
+    return {} if gdpo else {"advantage": write(kinds[value])}
+
+
+def _aggregation(value: Any, file: File) -> Values:
+    if value not in ("normalize_then_sum", "sum_then_normalize"):
+        raise Unsupported("normalize_then_sum or sum_then_normalize")
+    return {"advantage": write("gdpo")} if value == "normalize_then_sum" else {}
+
+
+def _generation(value: Any, file: File) -> Values:
+    """Parameters of sampling: those that are options of ours, and the rest."""
+    own = {name: write(item) for name, item in value.items() if name in file.options}
+    rest = {name: item for name, item in value.items() if name not in file.options}
+    return own | ({"generation_kwargs": write(rest)} if rest else {})
+
+
+def _colocated(value: Any, file: File) -> Values:
+    return {"vllm_mode": write("managed" if value == "colocate" else value)}
+
+
+def _labels(value: Any, file: File) -> Values:
+    expected = {"reward": 1, "prm": 2}.get(file.command)
+    if expected is not None and value != expected:
+        raise Unsupported(f"num_labels: {expected}")
+    return {}
+
+
+def _resume(value: Any, file: File) -> Values:
+    return {"resume": write("auto" if value is True else value)} if value else {}
+
+
+def _auto_resume(value: Any, file: File) -> Values:
+    folder = file.value("output_dir")
+    return {"resume": write("auto")} if value and folder is not None and os.path.isdir(os.path.join(folder, "checkpoints")) else {}
+
+
+def _overlong(value: Any, file: File) -> Values:
+    return {"overlong": write({"raise": "error"}.get(value, value))}
+
+
+def _remote_code(value: Any, file: File) -> Values:
+    return {}
+
+
+def _thirty_two(value: Any, file: File) -> Values:
+    return {"embedding_multiple": write(32)} if value else {}
+
+
+def _media(value: Any, file: File) -> Values:
+    if not value:
+        raise Unsupported("freeze_mm_modules: true, as only the text model trains")
+    return {}
+
+
+def _peft(value: Any, file: File) -> Values:
+    bits = (value.get("loftq_config") or {}).get("loftq_bits") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or set(value) - {"loftq_config"}:
+        raise Unsupported("the lora_ options")
+    return {"lora_init": write("loftq")} if bits else {}
+
+
+def _plugins(value: Any, file: File) -> Values:
+    names = value if isinstance(value, list) else [value]
+    others = [name for name in names if not any(known in str(name) for known in keys.PLUGINS)]
+    if others:
+        raise Unsupported(f"options; {' and '.join(map(str, others))} cannot be loaded")
+    return {}
+
+
+def _profiler(value: Any, file: File) -> Values:
+    if "profiler_steps" not in file.options:
+        raise Unsupported("the seconds of each step in metrics.jsonl")
+    return {"profiler_steps": write(value)}
+
+
+FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
+    **dict.fromkeys(("bf16", "fp16", "bfloat16", "float16", "torch_dtype"), _dtype),
+    "load_in_4bit": _four_bits, "load_in_8bit": _eight_bits, "bnb_4bit_compute_dtype": _compute_dtype,
+    "bnb_4bit_use_double_quant": lambda value, file: {"quant_double": write(value)},
+    "bnb_4bit_quant_type": lambda value, file: {}, "bnb_4bit_quant_storage": lambda value, file: {},
+    **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
+    "lr_groups": _lr_groups, "embedding_lr": _embedding_rate, "loraplus_lr_embedding": _embedding_rate,
+    "embedding_lr_scale": _embedding_scale, "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
+    "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
+    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, "data_seed": _data_seed,
+    "eval_strategy": _evaluation, "save_strategy": _saving, "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation,
+    "generation_kwargs": _generation, "vllm_mode": _colocated, "num_labels": _labels, "resume_from_checkpoint": _resume,
+    "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, "trust_remote_code": _remote_code,
+    "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins, "profiler_steps": _profiler,
+    "freeze_mm_modules": _media, "model_type": lambda value, file: {}, "debug": lambda value, file: {},
+}  # fmt: skip
