@@ -73,7 +73,7 @@ def method_of(written: Mapping[str, Written], path: str) -> str:
     if translate.is_foreign(written):
         return translate.method_of(written, path)
     if METHOD not in written:
-        return "sft" if set(written) & {"datasets", "data"} and "model" not in written else _unnamed(path)
+        return translate.method_of(written, path) if "datasets" in written and "model" not in written else _unnamed(path)
     name = yamlvalues.plain(written[METHOD])
     if name not in METHODS:
         raise ValueError(f"{path}: method must be one of {', '.join(METHODS)}, got {yamlvalues.shown(written[METHOD])}")

@@ -45,7 +45,14 @@ def method_of(written: Mapping[str, Written], path: str) -> str:
                         ("ebft", "ebft"), ("trl", "grpo")):  # fmt: skip
         if key in written and written[key].value:
             return method
-    return "sft"
+    return "ebft" if any(kind.startswith("ebft_") for kind in _types(written)) else "sft"
+
+
+def _types(written: Mapping[str, Written]) -> list[str]:
+    """The formats of the data sets that a file names."""
+    listed = written["datasets"].value if "datasets" in written else []
+    entries = [item.value for item in listed if isinstance(item.value, dict)] if isinstance(listed, list) else []
+    return [str(entry["type"].value) for entry in entries if "type" in entry]
 
 
 def translate(written: Mapping[str, Written], command: str, options: Mapping[str, Option], path: str) -> Translation:
@@ -81,7 +88,9 @@ def _chosen(file: File, written: Mapping[str, Written]) -> list[str]:
         return [f"rl: {file.value('rl')} is treetune {file.command}"]
     if key is not None:
         return [f"{key} is treetune {file.command}"]
-    return [f"no rl, but a section {section}: treetune {file.command}"] if section and file.command in meanings.SAMPLED else []
+    if section is not None and file.command in meanings.SAMPLED:
+        return [f"no rl, but a section {section}: treetune {file.command}"]
+    return ["no rl, but rows of EBFT: treetune ebft"] if file.command == "ebft" else []
 
 
 def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Option], path: str) -> tuple[Values, list[str]]:

@@ -1,0 +1,188 @@
+"""Keys of axolotl's files, one at a time: what they become, what is refused, and what is said."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from treetune.cli import main, run_file
+from treetune.cli.axolotl import keys, translate, values
+from treetune.cli.methods import METHODS
+from treetune.core.config import table
+
+
+def read(here, text: str, method: str | None = None) -> run_file.RunFile:
+    (here / "a.yaml").write_text(text)
+    method = method or run_file.method_of(run_file.load("a.yaml"), "a.yaml")
+    return run_file.read("a.yaml", method, table.options(METHODS[method].config))
+
+
+BASE = "base_model: m\n"
+CASES = [
+    ("adapter: lora\nload_in_4bit: true\n", {"adapter": "lora", "quant": "nf4", "quantize_moe_experts": False}),
+    ("adapter: qlora\nload_in_4bit: true\nbnb_config_kwargs: {bnb_4bit_use_double_quant: false, bnb_4bit_quant_type: fp4}\n",
+     {"adapter": "qlora", "quant": "fp4", "quant_double": False}),
+    ("adapter: lora\nload_in_8bit: true\nquantize_moe_experts: true\n", {"quant": "int8", "quantize_moe_experts": True}),
+    ("learning_rate: 1e-4\n", {"adapter": "none", "sample_packing": False, "val_set_size": 0.0, "micro_batch_size": 1,
+                               "gradient_accumulation_steps": 1, "learning_rate": 1e-4}),
+    ("bf16: auto\n", {"dtype": "auto"}), ("bf16: true\n", {"dtype": "bfloat16"}), ("bf16: full\n", {"dtype": "bfloat16"}),
+    ("fp16: true\nbf16: false\n", {"dtype": "float16"}), ("bf16: false\nfp16: false\n", {"dtype": "float32"}),
+    ("torch_dtype: torch.bfloat16\nbf16: auto\n", {"dtype": "bfloat16"}),
+    ("optimizer: adamw_torch_fused\n", {"optimizer": "adamw"}), ("optimizer: adamw_bnb_8bit\n", {"optimizer": "adamw_8bit"}),
+    ("lr_scheduler: constant_with_warmup\n", {"lr_scheduler": "constant"}),
+    ("adapter: lora\nlora_target_linear: true\nlora_target_modules: [q_proj]\n", {"lora_target_modules": ["all-linear"]}),
+    ("adapter: lora\nlora_target_modules: 'a.(q|k)_proj'\n", {"lora_target_modules": ["^(?:a.(q|k)_proj)$"]}),
+    ("adapter: lora\nlora_target_modules: [q_proj, o_proj]\n", {"lora_target_modules": ["q_proj", "o_proj"]}),
+    ("learning_rate: 1e-4\nlr_groups: [{name: a, modules: [q_proj, k.x], lr: 5e-5}]\n", {"lr_rules": [r"q_proj|k\.x=0.5"]}),
+    ("learning_rate: 1e-4\nembedding_lr: 1e-5\n", {"lr_rules": ["embed=0.1"]}),
+    ("gradient_checkpointing: true\n", {"gradient_checkpointing": "full"}),
+    ("gradient_checkpointing: offload_disk\n", {"gradient_checkpointing": "full", "activation_offloading": "disk"}),
+    ("activation_offloading: legacy\n", {"activation_offloading": "cpu"}),
+    ("resize_token_embeddings_to_32x: true\n", {"embedding_multiple": 32}),
+    ("excess_length_strategy: raise\n", {"overlong": "error"}), ("data_seed: 7\n", {"seed": 7}), ("data_seed: 7\nseed: 7\n", {"seed": 7}),
+    ("fsdp: [full_shard, auto_wrap]\nfsdp_config: {fsdp_version: 2, activation_checkpointing: true}\n", {"gradient_checkpointing": "full"}),
+    ("peft: {loftq_config: {loftq_bits: 4}}\nadapter: qlora\n", {"lora_init": "loftq"}),
+    ("peft_use_dora: true\npeft_layers_to_transform: [0, 1]\nadapter: lora\n", {"lora_dora": True, "lora_layers": [0, 1]}),
+    ("dataset_shard_num: 4\ndataset_shard_idx: 1\ndatasets: [{path: x.jsonl, type: alpaca, name: null}]\n",
+     {"datasets": [{"path": "x.jsonl", "type": "alpaca", "shards": 4, "shard_index": 1}]}),
+    ("special_tokens: {pad_token: <pad>}\ntokens: [a]\n", {"special_tokens": ["pad_token=<pad>"], "tokens": ["a"]}),
+    ("rl: ipo\n", {"loss": ["ipo"]}), ("rl: gdpo\n", {"advantage": "gdpo"}),
+    ("rl: simpo\n", {"rl_beta": 0.1, "cpo_alpha": 1.0}), ("rl: simpo\nrl_beta: 2\ncpo_alpha: 0\n", {"rl_beta": 2.0, "cpo_alpha": 0.0}),
+    ("rl: grpo\nmicro_batch_size: 16\ngradient_accumulation_steps: 2\ntrl: {num_generations: 8}\nsequence_len: 99\n",
+     {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_prompt_len": 99, "epsilon_high": 0.2, "lr_scheduler": "cosine"}),
+    ("rl: grpo\nmicro_batch_size: 2\ngradient_accumulation_steps: 3\ntrl: {num_generations: 4}\n",
+     {"micro_batch_size": 1, "gradient_accumulation_steps": 2}),
+    ("rl: grpo\ntrl: {scale_rewards: false, loss_type: dr_grpo, beta: 0.1}\n", {"advantage": "centered", "loss": "dr_grpo", "beta": 0.1}),
+    ("rl: grpo\ntrl: {multi_objective_aggregation: normalize_then_sum, scale_rewards: true}\n", {"advantage": "gdpo"}),
+    ("rl: grpo\ntrl: {generation_kwargs: {stop_token_ids: [1], min_tokens: 2}}\n",
+     {"stop_token_ids": [1], "generation_kwargs": ["min_tokens=2"]}),
+    ("rl: grpo\ntrl: {use_vllm: true, vllm_mode: colocate}\nvllm: {gpu_memory_utilization: 0.4, max_model_len: 64}\n",
+     {"vllm_mode": "managed", "vllm_gpu_memory_utilization": 0.4, "vllm_max_model_len": 64}),
+    ("rl: ebft\nebft: {mode: strided, stride: 4}\nmicro_batch_size: 2\n", {"mode": "strided", "stride": 4, "micro_batch_size": 2}),
+    ("rl: ebft\nmicro_batch_size: 4\n", {"temperature": 0.7, "micro_batch_size": 1, "gradient_accumulation_steps": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES, ids=[case[0].replace("\n", " ")[:60] for case in CASES])
+def test_keys_become_options(here, text, expected):
+    file = read(here, BASE + text)
+    assert {name: file.values.get(name) for name in expected} == expected
+    assert file.values["model"] == "m"
+
+
+METHOD_OF = {"rl: kto": "kto", "rl: null": "sft", "reward_model: true": "reward", "process_reward_model: true": "prm",
+             "pretraining_dataset: [{path: a}]": "pretrain", "trl: {beta: 1}": "grpo",
+             "datasets: [{path: a, type: ebft_x.transform}]": "ebft",
+             "ebft: {stride: 2}": "ebft"}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", METHOD_OF)
+def test_the_file_names_the_method(here, text):
+    (here / "a.yaml").write_text(BASE + text)
+    assert run_file.method_of(run_file.load("a.yaml"), "a.yaml") == METHOD_OF[text]
+
+
+REFUSED = {
+    "rl: ppo\n": "rl must be one of dpo, ipo",
+    "hub_model_id: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: hub_model_id",
+    "data_seed: 1\nseed: 2\n": "data_seed (nearest: seed",
+    "load_in_4bit: true\nload_in_8bit: true\n": "either load_in_4bit or load_in_8bit",
+    "plugins: [axolotl.integrations.liger.LigerPlugin, x.Y]\n": "x.Y cannot be loaded",
+    "fsdp_config: {offload_params: true}\n": "offload_params: false",
+    "bf16: true\nfp16: true\n": "one dtype",
+    "rl: grpo\ntrl: [1]\n": "trl must be a mapping",
+    "rl: grpo\ntrl: {vllm_enable_sleep_mode: true}\n": "vllm_enable_sleep_mode (nearest: vllm_mode: managed)",
+    "lr_groups: [{modules: [a], lr: 1e-5}]\n": "learning_rate beside lr_groups",
+    "num_labels: 3\nreward_model: true\n": "num_labels: 1",
+    "learning_rate: fast\n": "learning_rate must be a number",
+    "lora_rr: 8\nadapter: lora\n": "lora_rr (nearest: did you mean lora_r?)",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_not_there_is_one_line(tune, here, text):
+    (here / "a.yaml").write_text(BASE + text)
+    done = tune("train", "a.yaml", "--dry-run")
+    assert done.code == 2 and done.err.count("\n") == 1 and REFUSED[text] in done.err, done.err
+    assert {path.name for path in here.iterdir()} == {"a.yaml"}
+
+
+def test_values_that_ask_for_nothing_are_no_error(here):
+    text = "wandb_project:\nhub_model_id: ''\nload_in_8bit: false\nfp8: false\ngptq: false\ndeepspeed:\nfsdp: []\nspecial_tokens:\n"
+    assert read(here, BASE + text).values["model"] == "m"
+
+
+def test_keys_that_need_nothing_are_named_once(here):
+    lines = read(here, BASE + "flash_attention: true\nliger_rope: true\nstrict: false\n").lines
+    assert [line for line in lines if "needs nothing here" in line] == ["  needs nothing here: flash_attention, liger_rope, strict"]
+
+
+def test_flags_win_and_options_without_effect_are_left_out(tune, here, tiny):
+    (here / "a.yaml").write_text(f"{BASE}lora_r: 4\nlora_dropout: 0.5\nmax_steps: 9\n")
+    done = tune("train", "a.yaml", "--dry-run", "--max-steps", 3, "--model", tiny.model, "--data", tiny.chat)
+    assert done.code == 0, done.err
+    assert "left out, as nothing would look at it: lora_r (adapter is none)" in done.out
+    assert re.search(r"^max_steps +3 *$", done.out, re.M) and re.search(r"^memory: peak", done.out, re.M), done.out
+
+
+def test_a_flag_without_effect_is_still_an_error(tune, here, tiny):
+    (here / "a.yaml").write_text(BASE)
+    done = tune("train", "a.yaml", "--dry-run", "--lora-r", 4, "--model", tiny.model)
+    assert done.code == 2 and "--lora-r would be ignored: adapter is none" in done.err
+
+
+def test_a_file_of_ours_names_its_method(tune, here, tiny, run):
+    done = tune("train", "r/config.yaml", "--output-dir", "again")
+    assert done.code == 0, done.err
+    assert (here / "again" / "metrics.jsonl").is_file()
+    assert yaml.safe_load((here / "again/config.yaml").read_text())["method"] == "sft"
+    refused = tune("dpo", "r/config.yaml")
+    assert refused.code == 2 and "r/config.yaml is a file of treetune sft: start it with treetune train" in refused.err
+
+
+@pytest.mark.parametrize("args", [("eval", "r/config.yaml", "--max-rows", 2), ("generate", "r/config.yaml", "--max-new-tokens", 2),
+                                  ("preprocess", "r/config.yaml"), ("merge", "r/config.yaml")])  # fmt: skip
+def test_other_commands_read_the_file_of_a_run(tune, here, run, args):
+    config = yaml.safe_load((here / "r/config.yaml").read_text())
+    (here / "r/config.yaml").write_text(yaml.safe_dump(config | {"output_dir": "r"}))
+    done = tune(*args)
+    assert done.code == 0, done.err
+    assert "a file of treetune sft; taken from it" in done.out
+
+
+def test_without_a_file_or_a_method_train_says_what_it_needs(tune, here):
+    assert "treetune train needs a config file" in tune("train").err
+    (here / "a.yaml").write_text("model: m\n")
+    assert "a.yaml does not say how to train: write method: sft into it" in tune("train", "a.yaml").err
+    (here / "a.yaml").write_text("method: ppo\nmodel: m\n")
+    assert "method must be one of sft" in tune("train", "a.yaml").err
+    assert "config file none.yaml does not exist" in tune("train", "none.yaml").err
+
+
+def test_convert_writes_a_file_of_ours(tune, here, tiny):
+    (here / "a.yaml").write_text(f"base_model: {tiny.model}\ndatasets: [{{path: {tiny.chat}, type: chat_template}}]\nadapter: lora\n"
+                                 "sequence_len: 128\nmax_steps: 2\nlora_r: 4\nflash_attention: true\noutput_dir: one\n")  # fmt: skip
+    done = tune("convert", "a.yaml", "--output", "b.yaml")
+    assert done.code == 0 and "treetune train b.yaml" in done.out, done.err
+    ours = yaml.safe_load((here / "b.yaml").read_text())
+    assert ours["method"] == "sft" and ours["sample_packing"] is False and ours["lora_r"] == 4 and "flash_attention" not in ours
+    assert tune("train", "a.yaml").code == 0 and tune("train", "b.yaml", "--output-dir", "two").code == 0
+    assert (here / "one/adapter/adapter_model.safetensors").read_bytes() == (here / "two/adapter/adapter_model.safetensors").read_bytes()
+    assert tune("convert", "b.yaml").code == 2
+
+
+def test_the_schema_knows_every_key_of_the_documents(tune):
+    whole = json.loads(tune("config-schema", "--dialect", "axolotl").out)["properties"]
+    assert {"trl", "vllm", "bf16", "lora_target_linear", "flash_attention"} <= set(whole) and "beta" in whole["trl"]["properties"]
+    one = json.loads(tune("config-schema", "--field", "lora-dropout").out)["lora-dropout"]
+    assert one["type"] == "number" and one["default"] == 0.0 and "Dropout" in one["description"]
+    assert "did you mean lora_dropout?" in tune("config-schema", "--field", "lora_dropot").err
+
+
+def test_tables_hold_no_option_of_ours_and_no_key_twice():
+    ours = {name for method in METHODS.values() for name in table.options(method.config)}
+    assert not keys.RENAMED.keys() & ours
+    assert set(keys.RENAMED.values()) <= ours
+    assert not keys.MISSING.keys() & (ours | values.FUNCTIONS.keys() | keys.NOTHING.keys())
+    assert set(translate.METHODS.values()) <= set(METHODS) and main.COMMANDS["convert"]
