@@ -87,10 +87,9 @@ def _unnamed(path: str) -> str:
 def read(path: str, command: str, options: Mapping[str, Option], *, hint: str = "") -> RunFile:
     """What a file says to a command that has these options. Errors: ValueError, one line, naming the file and what is wrong in it."""
     written = load(path)
-    if command in METHODS or command not in TAKEN:
+    own = not translate.is_foreign(written) and not set(written) - set(options)
+    if command in METHODS or command not in TAKEN or own:
         return _own(written, path, command, options, hint)
-    if not translate.is_foreign(written) and METHOD not in written and not set(written) - set(options):
-        return RunFile(reading.from_written(written, options, path, hint=hint))
     if not translate.is_foreign(written) and METHOD not in written:
         raise ValueError(f"{path}: {suggestions.all_of([name for name in written if name not in options], options)}{hint}")
     method = method_of(written, path)

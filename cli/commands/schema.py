@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 from treetune.cli import schema
-from treetune.cli.methods import METHODS
 from treetune.cli.options.commands import ConfigSchema
 from treetune.core.config import suggestions
 from treetune.core.run.errors import checking_input
@@ -17,8 +16,6 @@ def run(config: ConfigSchema, given: frozenset[str]) -> int:
     with checking_input():
         if config.dialect == "axolotl" and "method" in given:
             raise ValueError("--method would be ignored: a file of axolotl's names its method itself")
-        if config.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {config.method!r}")
         whole = schema.of_axolotl() if config.dialect == "axolotl" else schema.of_method(config.method)
         shown = whole if config.field is None else _field(whole, config.field)
     print(json.dumps(shown, indent=2) if config.format == "json" else yaml.safe_dump(shown, sort_keys=False), end="")

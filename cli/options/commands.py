@@ -212,7 +212,7 @@ class ConfigSchema:
 
     dialect: Literal["treetune", "axolotl"] = "treetune"
     """Keys of our files, or of axolotl's as they are read here."""
-    method: str = "sft"
+    method: Literal["sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "grpo", "ebft"] = "sft"
     """Training command whose options a file of ours holds."""
     format: Literal["json", "yaml"] = "json"
     """Format of the schema."""

@@ -11,7 +11,6 @@ QUANTISED = "weights that other tools have quantised so are not read; take the u
 TRACKED = "observer: FILE.py:FUNCTION sends metrics to a tracker; metrics.jsonl and report.html hold all curves, too"
 ALWAYS = "it is always so here; leave it out"
 COMMANDS_OF = {
-    "train": "sft, dpo, kto, orpo, simpo, cpo, reward, prm, grpo, ebft or pretrain, whichever method you mean",
     "finetune": "sft", "fine-tune": "sft", "fine_tune": "sft", "instruct": "sft", "lora": "sft", "qlora": "sft",
     "full": "sft --adapter none",
     "evaluate": "eval", "evaluation": "eval", "test": "eval", "lm-eval": "eval", "lm_eval": "eval", "benchmark": "eval",

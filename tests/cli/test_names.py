@@ -86,4 +86,4 @@ def test_flags_are_suggested_as_flags(kit, tune):
     kit.refused(tune("sft", "--lr", 1), "unknown option --lr .did you mean --learning-rate")
     kit.refused(tune("sft", "--bf16"), "did you mean --dtype bfloat16")
     kit.refused(tune("sft", "--no-shufle"), "did you mean --shuffle")
-    kit.refused(tune("train", "c.yaml"), "unknown command 'train'", "sft, dpo")
+    kit.refused(tune("train"), "needs a config file", "treetune sft")

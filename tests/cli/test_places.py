@@ -21,7 +21,7 @@ PLACES = {
         "format", "prompt_transform", "reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage", "observer",
     },
     "program": {"vllm_python", "python"},
-    "anything": {"path", "paths"},
+    "anything": {"file", "path", "paths"},
     "run folder": {"output_dir"},
     "prepared rows": {"dataset_prepared_path"},
     "new folder": {"output"},

@@ -268,11 +268,11 @@ def test_yaml_itself_agrees_with_what_is_written():
 
 
 def test_unknown_keys_are_told_all_at_once(here, kit, tune):
-    (here / "c.yaml").write_text("base_model: m\nlr: 1\nload_in_4bit: true\nlora_rr: 3\nfrobnicate: 1\n")
+    (here / "c.yaml").write_text("model: m\nmodel_name: m\nlr: 1\nload_in_4bit: true\nlora_rr: 3\nfrobnicate: 1\n")
     done = tune("sft", "--config", "c.yaml")
     kit.refused(
         done,
-        "unknown keys 'base_model' .did you mean model",
+        "unknown keys 'model_name' .did you mean model",
         "'lr' .did you mean learning_rate",
         "'load_in_4bit' .did you mean quant: nf4\\?",
         "'lora_rr' .did you mean lora_r\\?",
