@@ -64,7 +64,6 @@ def test_every_name_in_the_table_is_an_option_of_some_command():
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("train", "sft"),
         ("finetune", "sft"),
         ("evaluate", "eval"),
         ("inference", "generate"),

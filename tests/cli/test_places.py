@@ -37,7 +37,7 @@ TEXTS = {
     # weights: regular expressions over paths of leaves; tokens
     "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", "tokens",
     # metrics.jsonl
-    "metric",
+    "field", "metric",
     # the server
     "vllm_server_host", "vllm_guided_decoding_regex", "host", "vllm_args",
 }  # fmt: skip
