@@ -7,6 +7,7 @@ Source: Dettmers et al., arXiv 2110.02861 (8 bits); Li et al., arXiv 2309.01507 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,21 +96,28 @@ def _optimizer(
     fmt: Format, signs: Signs, inner: Inner, *, weight_decay: float, decay: LeafRules, lr_scale: LeafRules, paged: bool
 ) -> Optimizer:
     """An optimiser of `inner`, on flat float32 numbers: (grad, moments, param, count, rate) -> (param, moments)."""
+    return leafwise(_rules(fmt, signs, inner), weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
+
+
+def _rules(fmt: Format | None, signs: Signs, inner: Inner) -> Callable[[str, Tensor], Rule]:
+    """The rule of each leaf, its moments in a format, or in float32."""
     whole = _dense_rule(inner, signs)
 
     def rule(path: str, leaf: Tensor) -> Rule:
-        if leaf.numel() < SMALLEST:
+        if fmt is None or leaf.numel() < SMALLEST:
             return whole
-        return Rule(
-            lambda placed: _start_blocks(path, placed, signs, fmt),
-            lambda g, m, p, rate: _move(g, m, p, rate, inner, fmt, signs),
-        )
+        return Rule(partial(_start_blocks, path, signs=signs, fmt=fmt), lambda g, m, p, rate: _move(g, m, p, rate, inner, fmt, signs))
 
-    return leafwise(rule, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
+    return rule
 
 
 def _dense_rule(inner: Inner, signs: Signs) -> Rule:
     return Rule(lambda leaf: _start(leaf, signs), lambda g, m, p, rate: _move(g, m, p, rate, inner, None, signs))
+
+
+def adamw_rules(label: str, b1: float, b2: float, eps: float, *, eight: bool) -> Callable[[str, Tensor], Rule]:
+    """AdamW on each leaf, its moments in 8 bits or in float32."""
+    return _rules(_eight(label) if eight else None, {"mu": True, "nu": False}, _adamw(b1, b2, eps, _sum))
 
 
 def dense_adamw(b1: float, b2: float, eps: float) -> Rule:

@@ -16,7 +16,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS, SMALLEST_NORM = 5, 1e-7
 
 
-def _require_whole(path: str, leaf: Tensor, name: str) -> None:
+def require_whole(path: str, leaf: Tensor, name: str) -> None:
+    """Raise ValueError for a leaf that is split among ranks; name: of the optimiser."""
     if shard.sharded(leaf):
         raise ValueError(f"{name} needs whole matrices, and {path} {tuple(leaf.shape)} is split among ranks: use adamw, or sharding none")
 
@@ -69,7 +70,7 @@ def adafactor(
         return param - lr * (step + rate.decay * param), moved | {"count": count}
 
     def rule(path: str, leaf: Tensor) -> Rule:
-        _require_whole(path, leaf, "adafactor")
+        require_whole(path, leaf, "adafactor")
         return Rule(start, move)
 
     return leafwise(rule, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)
@@ -124,7 +125,7 @@ def muon(
     def rule(path: str, leaf: Tensor) -> Rule:
         if not is_hidden(path, leaf):
             return rest
-        _require_whole(path, leaf, "muon")
+        require_whole(path, leaf, "muon")
         return hidden
 
     return leafwise(rule, weight_decay=weight_decay, decay=decay, lr_scale=lr_scale, paged=paged)

@@ -42,6 +42,7 @@ class Entry(NamedTuple):
 
 
 _RULES, _ADAM = ("weight_decay", "decay", "lr_scale"), ("b1", "b2", "eps", "weight_decay", "decay", "lr_scale")
+_GALORE, _APOLLO = ("rank", "update_proj_gap", "scale", "proj_type"), ("update_proj_gap", "scale", "seed")
 _PAGED = MappingProxyType({"paged": True})
 OPTIMIZERS: Mapping[str, Entry] = {
     "adamw": Entry("treetune.core.optim.adamw", (*_ADAM, "paged")),
@@ -57,6 +58,10 @@ OPTIMIZERS: Mapping[str, Entry] = {
     "paged_lion": Entry("treetune.core.optim.lion", ("b1", "b2", *_RULES), _PAGED),
     "paged_lion_8bit": Entry("treetune.core.optim_blocks.lion_8bit", ("b1", "b2", *_RULES), _PAGED),
     "muon": Entry("treetune.core.optim_matrices.muon", ("momentum", "adjust", "b1", "b2", *_RULES, "paged")),
+    "galore_adamw": Entry("treetune.core.optim_projections.galore_adamw", (*_GALORE, *_ADAM, "paged")),
+    "galore_adamw_8bit": Entry("treetune.core.optim_projections.galore_adamw_8bit", (*_GALORE, *_ADAM, "paged")),
+    "apollo_adamw": Entry("treetune.core.optim_projections.apollo_adamw", ("rank", "scale_type", *_APOLLO, *_ADAM, "paged")),
+    "apollo_mini": Entry("treetune.core.optim_projections.apollo_mini", (*_APOLLO, *_ADAM, "paged")),
     "adafactor": Entry("treetune.core.optim_matrices.adafactor", ("decay_rate", "clip_threshold", "scale_parameter", *_RULES, "paged")),
     "adagrad": Entry("treetune.core.optim_averages.adagrad", ("eps", *_RULES, "paged")),
     "sgd": Entry("treetune.core.optim.sgd", ("momentum", *_RULES, "paged")),
@@ -67,6 +72,7 @@ OPTIMIZER_ALIASES: Mapping[str, str] = {
     "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_4bit", "adamw_torch_fp8": "adamw_fp8",
     "paged_adamw_32bit": "paged_adamw", "lion_32bit": "lion", "paged_lion_32bit": "paged_lion", "adopt_adamw": "adopt",
     "schedule_free_adamw_torch": "schedule_free_adamw", "adamw_schedule_free": "schedule_free_adamw",
+    "apollo": "apollo_adamw",
 }  # fmt: skip
 _OWN: Mapping[str, Mapping[str, float]] = {
     "b2": {"lion": 0.99, "lion_8bit": 0.99, "paged_lion": 0.99, "paged_lion_8bit": 0.99, "adopt": 0.9999},

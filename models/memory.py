@@ -81,8 +81,8 @@ def _bytes(leaf: Any, device: str | None) -> int:
 
 def state_bytes(optimizer: Optimizer) -> float:
     """Bytes of an optimiser's state for each number that trains, of a matrix of common size."""
-    matrix = torch.zeros(256, 256)
-    return size(optimizer.init({"weight": matrix})) / matrix.numel()
+    matrix = torch.zeros(1024, 1024)
+    return size(optimizer.init({"layers": [{"weight": matrix}]})) / matrix.numel()
 
 
 def quantised_bytes(numbers: int, rows: int, scheme: Scheme) -> int:

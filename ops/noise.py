@@ -35,6 +35,12 @@ def uniform(key: Tensor, columns: int, *, stream: int = 0) -> Tensor:
     return ((bits & 0xFFFFFF).float()) * 2.0**-24
 
 
+def normal(key: Tensor, columns: int) -> Tensor:
+    """Standard normal float32: key [T] -> [T, columns]. Source: Box & Muller 1958."""
+    radius = (-2 * torch.log1p(-uniform(key, columns))).sqrt()  # of 1 - u, which is never 0
+    return radius * torch.cos(2 * torch.pi * uniform(key, columns, stream=1))
+
+
 def words(key: Tensor, columns: int, *, first: int = 0) -> Tensor:
     """int32 in [0, 65536): key [T] -> [T, columns], those of the columns from `first` on, four of each hash."""
     begin, end = first // 4, -(-(first + columns) // 4)

@@ -11,6 +11,8 @@ with contextlib.suppress(ImportError):
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Kernels of torchao are of other versions of torch, which it says in every process that imports transformers; the oracle needs none.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 torch.set_num_threads(1)
 
 

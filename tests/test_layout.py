@@ -50,6 +50,7 @@ LAZY = {
     "core/quant.py": {"treetune.ops.dequantise"},
     "core/grad.py": {"treetune.ops.kept"},
     "core/rounding.py": {"treetune.ops.noise"},
+    "core/optim_projections.py": {"treetune.ops.noise"},
     "core/optim.py": {"bitsandbytes"},
     "core/data/bounded_jinja.py": {"jinja2"},
     "core/data/files.py": {"fsspec", "zstandard"},

@@ -37,7 +37,7 @@ RATES, PREFERENCE_RATES, REWARD_RATES, RL_RATES = (2e-4, 2e-5), (5e-5, 1e-6), (1
 KEPT = refused("the weights in the checkpoint are kept in this dtype")
 FEW = unused_if("adapter", "lora", "qlora", reason="the weights of an adapter are few, and kept in float32")
 # What options of their own set; `optim_args` sets the others.
-GIVEN = ("b1", "b2", "eps", "momentum", "weight_decay", "decay", "lr_scale")
+GIVEN = ("b1", "b2", "eps", "momentum", "weight_decay", "decay", "lr_scale", "seed")
 OPTIMIZER = door(registry.OPTIMIZERS, "optimizer", *GIVEN, aliases=registry.OPTIMIZER_ALIASES)
 SCHEDULE = door(registry.SCHEDULES, "learning-rate schedule", "peak", "steps", aliases=registry.SCHEDULE_ALIASES)
 
@@ -172,7 +172,8 @@ def offloading_note(optim: OptimOptions, device: str) -> str:
 # Parameters that `optim_args` sets: the range, the words to choose from, or bool.
 ARGS: Mapping[str, Range | tuple[str, ...] | type[bool]] = {
     "paged": bool, "scale_parameter": bool, "adjust": ("match_rms_adamw", "original"),
-    "clip_threshold": POSITIVE, "decay_rate": Range(-10, 0, below=True),
+    "rank": SMALL, "update_proj_gap": COUNT, "scale": POSITIVE, "proj_type": ("std", "reverse_std", "left", "right"),
+    "scale_type": ("channel", "tensor"), "clip_threshold": POSITIVE, "decay_rate": Range(-10, 0, below=True),
 }  # fmt: skip
 
 
@@ -204,6 +205,7 @@ def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer
     given = {"b2": options.adam_beta2, "eps": options.adam_epsilon, "momentum": options.momentum}
     values = {
         "b1": options.adam_beta1,
+        "seed": options.seed,
         **{name: usual if given[name] is None else given[name] for name, usual in registry.left_open(options.optimizer).items()},
         "weight_decay": options.weight_decay,
         "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),

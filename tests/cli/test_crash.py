@@ -22,6 +22,7 @@ KINDS = {
     "lion, rows": [*RUN, "--optimizer", "lion", "--no-sample-packing", "--loraplus-lr-ratio", 4, "--lora-modules-to-save", "norm"],
     "8 bits": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--optimizer", "paged_adamw_8bit"],
     "bfloat16 weights": [*RUN, "--adapter", "none", "--master-dtype", "bfloat16", "--optimizer", "adamw_8bit", "--weight-decay", 0.1],
+    "galore": [*RUN, "--adapter", "none", "--optimizer", "galore_adamw", "--optim-args", "rank=4", "update_proj_gap=2"],
     "schedule-free": [*RUN, "--optimizer", "schedule_free_adamw", "--lr-scheduler", "constant"],
     "muon": [*RUN, "--adapter", "none", "--optimizer", "muon"],
     "dora": [*RUN, "--lora-dora", "--lora-dropout", 0.2, "--lora-rank-pattern", "q_proj=2", "--gradient-checkpointing"],

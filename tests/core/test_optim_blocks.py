@@ -65,8 +65,7 @@ def test_the_codes_are_those_of_bitsandbytes(name):
 
 @pytest.mark.parametrize("name", ["adamw_4bit", "adamw_fp8"])
 def test_the_codes_are_those_of_torchao(name):
-    reason = "the oracle; not among the tools of development, because transformers would import it in every process"
-    adam = pytest.importorskip("torchao.optim.adam", reason=reason)
+    adam = pytest.importorskip("torchao.optim.adam", reason="the oracle; it is installed on Linux only")
     four, eight = pytest.importorskip("torchao.optim.subclass_4bit"), pytest.importorskip("torchao.optim.subclass_fp8")
     params = _params({"whole": (64, 128)})
     leaf, flat = params["whole"].clone(), lambda codes: codes.reshape(-1).view(torch.uint8)

@@ -14,6 +14,7 @@ from treetune.core.run.ranks import join_ranks
 from treetune.core.state import TrainState
 
 ELEMENTWISE = ("adamw", "lion", "sgd", "adagrad", "adopt", "schedule_free_adamw", "adamw_8bit", "lion_8bit", "adamw_4bit", "adamw_fp8")
+REFUSED = ("adamw_8bit", "adamw_4bit", "muon", "adafactor", "galore_adamw", "apollo_mini")
 ROUNDED = ("lion, bfloat16", "adamw_8bit, bfloat16", "adopt, bfloat16 by columns")
 STEPS = 4
 
@@ -28,7 +29,7 @@ def params(odd: bool) -> dict:
 def train(label: str, start: dict, placed) -> TrainState:
     """A few steps on the leaves that `placed` makes of whole ones."""
     name, rounded, _ = label.partition(", bfloat16")
-    optimizer: optim.Optimizer = registry.bind(registry.OPTIMIZERS[name], weight_decay=0.1)()
+    optimizer: optim.Optimizer = registry.bind(registry.OPTIMIZERS[name], weight_decay=0.1, rank=4)()
     weights = tree.map(placed, start)
     if rounded:
         weights, optimizer = tree.map(lambda leaf: leaf.bfloat16(), weights), rounding.stochastic(optimizer, 3)
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
         whole = {path: shard.full(leaf).contiguous() for path, leaf in tree.items({"params": loaded.params, "opt": loaded.opt})}
         if ranks.rank == 0:
             save_file(whole, folder / f"{name}.safetensors")
-    for name in ("adamw_8bit", "adamw_4bit", "muon", "adafactor"):
+    for name in REFUSED:
         try:
             train(name, params(odd=True), half)
         except ValueError as error:

@@ -48,7 +48,7 @@ def _same(name, leaf, other, path):
 
 def test_what_cannot_be_split_is_refused_by_name_on_both_ranks(halves):
     first, second = (json.loads((halves / f"refused{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and set(first) == {"adamw_8bit", "adamw_4bit", "muon", "adafactor"}
+    assert first == second and set(first) == set(worker.REFUSED)
     assert "adamw_8bit keeps blocks of 256 numbers, and ranks hold parts of odd (65, 64)" in first["adamw_8bit"]
     assert "adamw_4bit keeps blocks of 128 numbers" in first["adamw_4bit"]
-    assert all("needs whole matrices, and layers.0.w (64, 128) is split" in first[name] for name in ("muon", "adafactor"))
+    assert all("needs whole matrices, and layers.0.w (64, 128) is split" in first[name] for name in worker.REFUSED[2:])

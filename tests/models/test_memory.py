@@ -115,7 +115,10 @@ def test_weights_are_those_of_a_loaded_tree(scheme, dtype):
     assert said.weights == memory.size(frozen) - origins and said.adapter == memory.size(params)
 
 
-@pytest.mark.parametrize(("name", "size"), [("adamw", 8), ("lion", 4), ("sgd", 0), ("adamw_8bit", 2.03), ("adamw_4bit", 1.06)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("adamw", 8), ("lion", 4), ("sgd", 0), ("adamw_8bit", 2.03), ("adamw_4bit", 1.06), ("muon", 4), ("apollo_mini", 0.008)],
+)
 def test_states_of_an_optimizer_are_measured_on_a_matrix(name, size):
     optimizer = registry.bind(registry.choose(registry.OPTIMIZERS, name))()
     assert memory.state_bytes(optimizer) == pytest.approx(size, abs=0.02)
