@@ -7,8 +7,9 @@ Source: Zhao et al., arXiv 2403.03507, algorithm 2 (GaLore); Zhu et al., arXiv 2
 2410.01623, section 4.2 (the limit on the growth of norms).
 """
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ TINY = 1e-8
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
 Rules = Callable[[str, Tensor], Rule]
+Made = TypeVar("Made", bound=Callable[..., Optimizer])
 
 
 class Shared(TypedDict, total=False):
@@ -62,6 +64,15 @@ class Subspace(NamedTuple):
     gap: int
     scale: float
     proj_type: str
+
+
+def _spelled_out(function: Made) -> Made:
+    """The function with all that it takes by `Shared` in its signature, defaults included, for whoever asks what it takes."""
+    own = [one for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    defaults = Adam._field_defaults | Walk._field_defaults
+    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+    vars(function)["__signature__"] = inspect.Signature([*own, *shared], return_annotation=Optimizer)
+    return function
 
 
 def _parts(shared: Shared) -> tuple[Adam, Walk]:
@@ -195,6 +206,7 @@ def _check(name: str, rank: int, gap: int, scale: float) -> None:
         raise ValueError(f"{name} needs rank and update_proj_gap from 1 and scale above 0, got {rank}, {gap} and {scale}")
 
 
+@_spelled_out
 def galore_adamw(
     *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std", **shared: Unpack[Shared]
 ) -> Optimizer:
@@ -205,6 +217,7 @@ def galore_adamw(
     return _galore("galore_adamw", Subspace(rank, update_proj_gap, scale, proj_type), shared, eight=False)
 
 
+@_spelled_out
 def galore_adamw_8bit(
     *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std", **shared: Unpack[Shared]
 ) -> Optimizer:
@@ -212,6 +225,7 @@ def galore_adamw_8bit(
     return _galore("galore_adamw_8bit", Subspace(rank, update_proj_gap, scale, proj_type), shared, eight=True)
 
 
+@_spelled_out
 def apollo_adamw(
     *,
     rank: int = 128,
@@ -264,6 +278,7 @@ def apollo_adamw(
     return made._replace(init=init)
 
 
+@_spelled_out
 def apollo_mini(*, update_proj_gap: int = 200, scale: float = 128.0, seed: int = 0, **shared: Unpack[Shared]) -> Optimizer:
     """APOLLO of rank 1 with one factor for a whole matrix."""
     return apollo_adamw(rank=1, scale_type="tensor", update_proj_gap=update_proj_gap, scale=scale, seed=seed, **shared)
