@@ -38,7 +38,12 @@ def _bounds(stream: Batch) -> None:
 
 def not_finite(params: Params) -> list[str]:
     """Paths of the leaves with a nan or an inf."""
-    return [path for path, leaf in tree.items(params) if not all(torch.isfinite(part).all() for part in _parts(leaf))]
+    return [path for path, leaf in tree.items(params) if not all(torch.isfinite(part).all() for part in _parts(leaf)) or _nan_codes(leaf)]
+
+
+def _nan_codes(leaf: Any) -> bool:
+    """Whether a leaf in fp8 has codes that are no number: no e4m3 is an infinity, and one byte of each sign is a nan."""
+    return quant.quantised(leaf) and leaf.kind == "fp8" and bool((leaf.codes.view(torch.uint8) & 127 == 127).any())
 
 
 def _parts(leaf: Any) -> list[Tensor]:

@@ -43,7 +43,7 @@ class Files(NamedTuple):
     def check(self, key: str, dtype: str, shape: list[int]) -> None:
         """Errors: ValueError for a part that is missing, or of another dtype or shape."""
         if (size := self.size(key)) != (dtype, shape):
-            raise ValueError(f"{self.source}: {key} is {size[0]} {size[1]}, a part of a quantised weight that is {dtype} {shape}: {AGAIN}")
+            raise ValueError(f"{self.source}: {key} is {size[0]} {size[1]}, and this quantised weight needs {dtype} {shape}: {AGAIN}")
 
     def read(self, key: str) -> Tensor:
         """The tensor, its own memory."""
@@ -132,6 +132,10 @@ def _keys(key: str, packed: Packed) -> list[str]:
 
 
 def _four_bits(files: Files, scheme: Scheme) -> dict[str, Packed]:
+    for other in FOUR_BITS:
+        end = STATE + other
+        if other != scheme.kind and (odd := next((key for key in files.files if key.endswith(end)), None)):
+            raise ValueError(f"{files.source}: config.json says {scheme.kind}, and {odd.removesuffix(end)} is in {other}: {AGAIN}")
     # A weight of which any part is there, so that one without its state is named.
     ends = (STATE + "nf4", STATE + "fp4", MAP, ABSMAX, NESTED, NESTED_MAP)
     keys = [key.removesuffix(end) for key in files.files for end in ends if key.endswith(end)]

@@ -136,6 +136,11 @@ def _indexed(root: Path) -> list[str]:
 
 
 def _check_keys(root: Path, missing: set[str], unexpected: set[str]) -> None:
+    if quantised_parts := [key for key in unexpected if key.endswith((bnb_files.ABSMAX, ".SCB", ".weight_scale"))]:
+        raise ValueError(
+            f"{root}: {min(quantised_parts)} is a part of a quantised weight, and config.json has no quantization_config: download or "
+            "quantise the model again"
+        )
     for keys, problem in ((missing, "lacks"), (unexpected, "has besides those of its family")):
         if keys:
             raise ValueError(f"{root}: the file {problem} {len(keys)} tensors, the first is {min(keys)}; config.json is of another model")

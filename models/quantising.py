@@ -17,14 +17,23 @@ from treetune.models.merging import Difference, Merged
 HEAD = "lm_head"
 
 
+class Error(NamedTuple):
+    """Of the weights of one kind, what quantising changes, ||W' - W|| / ||W||: the mean, the largest, and where that is."""
+
+    mean: float
+    worst: float
+    path: str
+
+
 class Written(NamedTuple):
-    """What was quantised: weights, of these numbers in all; the bytes of all tensors; and the difference of logits on the probe."""
+    """What was quantised: weights, of these numbers in all; the bytes of all tensors; differences of logits; errors by kind."""
 
     weights: int
     numbers: int
     bytes: int
     difference: Difference
     probe_tokens: int
+    errors: dict[str, Error]
 
 
 def check(model: Model, scheme: Scheme, name: str) -> None:
@@ -66,7 +75,17 @@ def write(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenize
     chosen = [leaf for leaf in tree.leaves(small.params) if quant.quantised(leaf)]
     wide = shard.gather_all(small.params, torch.float32)
     difference = merging.compare(families.document_logits(model, ids), families.document_logits(model._replace(params=wide), ids))
-    return Written(len(chosen), sum(leaf.numel() for leaf in chosen), size, difference, len(ids))
+    return Written(len(chosen), sum(leaf.numel() for leaf in chosen), size, difference, len(ids), errors(model, small))
+
+
+def errors(model: Model, small: Model) -> dict[str, Error]:
+    """By the last name of their paths, how far quantised weights are from those of a model."""
+    whole, found = dict(tree.items(model.params)), {}
+    for path, leaf in tree.items(small.params):
+        if quant.quantised(leaf):
+            change = (quant.dense(leaf, torch.float32) - whole[path]).norm() / whole[path].norm().clamp(min=quant.SMALLEST)
+            found.setdefault(path.rpartition(".")[2], []).append((change.item(), path))
+    return {kind: Error(sum(change for change, _ in each) / len(each), *max(each)) for kind, each in found.items()}
 
 
 def save(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any, name: str, revision: str | None = None) -> int:
@@ -146,8 +165,16 @@ def _dense_modules(model: Model, scheme: Scheme, chosen: Container[str], dimensi
 
 
 def describe(written: Written) -> str:
-    """What was written, in a line."""
+    """What was written: a line for each kind of weight, and one for the model."""
     largest, mean, kl = written.difference
+    lines = [
+        f"{kind}: weights change by {error.mean:.2%} in the mean, at most by {error.worst:.2%} ({error.path})"
+        for kind, error in written.errors.items()
+    ]
+    return "\n".join([*lines, _described(written, largest, mean, kl)])
+
+
+def _described(written: Written, largest: float, mean: float, kl: float) -> str:
     return (
         f"{written.weights} weights of {written.numbers / 1e6:.1f} M numbers quantised, {written.bytes / 2**20:.1f} MiB in all; probe of "
         f"{written.probe_tokens} tokens: largest logit difference {largest:.2e}, mean {mean:.2e}, KL {kl:.2e} nats"

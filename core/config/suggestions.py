@@ -7,6 +7,7 @@ Suggestions come from the table first. Distance alone suggests only what differs
 import difflib
 from collections.abc import Collection, Iterable
 
+ROWS = "quant: int8 holds weights only, all of them in 8 bits; leave it out"
 QUANTISED = "weights that other tools have quantised so are not read; take the unquantised model, and quant: nf4"
 TRACKED = "observer: FILE.py:FUNCTION sends metrics to a tracker; metrics.jsonl and report.html hold all curves, too"
 ALWAYS = "it is always so here; leave it out"
@@ -56,8 +57,9 @@ OPTIONS = {
     "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": "adapter: lora or none",
     "use_peft": "adapter: lora or none", "use_lora": "adapter: lora or none", "peft": "adapter: lora or none",
     "load_in_4bit": "quant: nf4", "load_in_8bit": "quant: int8", "qlora": "adapter: qlora", "quantization": "quant",
-    "quantization_bit": "quant", "bnb_4bit_quant_type": "quant", "bnb_config_kwargs": "quant", "quantize": "quant", "bits": "quant",
-    "bnb_4bit_use_double_quant": "quant_double",
+    "quantization_bit": "quant", "bnb_4bit_quant_type": "quant", "bnb_config_kwargs": "quant: nf4, with quant_double",
+    "quantize": "quant", "bits": "quant",
+    "bnb_4bit_use_double_quant": "quant_double", "bnb_4bit_compute_dtype": "dtype", "bnb_4bit_quant_storage": "quant",
     "use_dora": "lora_dora", "peft_use_dora": "lora_dora", "peft_init_lora_weights": "lora_init", "init_lora_weights": "lora_init",
     "rank_pattern": "lora_rank_pattern", "alpha_pattern": "lora_alpha_pattern", "pissa_init": "lora_init: pissa",
     "neftune_alpha": "neftune_noise_alpha", "label_smoothing_factor": "label_smoothing",
@@ -97,7 +99,8 @@ ADVICE = {
     "rl": "it is the command here: treetune dpo, kto, grpo, ...", "stage": "it is the command here: treetune sft, dpo, reward, ...",
     "trl": "write its keys at the top level", "ebft": "write its keys at the top level",
     "vllm": "write its keys at the top level, with vllm_ before them",
-    "gptq": QUANTISED,
+    "gptq": QUANTISED, "llm_int8_has_fp16_weight": ROWS, "llm_int8_threshold": ROWS, "llm_int8_skip_modules": ROWS,
+    "lora_on_cpu": "treetune merge computes on the CPU; leave it out",
     "report_to": TRACKED,
     "wandb_project": TRACKED,
     "wandb_name": TRACKED, "wandb_entity": TRACKED,

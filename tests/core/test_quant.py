@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treetune.core import quant, quant_tables
+from treetune.core import check, quant, quant_tables
 from treetune.core.quant import Scheme
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised numbers is bitsandbytes")
@@ -95,6 +95,14 @@ def test_fp8_is_within_half_a_step():
     error = quant.dense(quant.quantise(weight, Scheme("fp8"))) - weight
     largest = weight.abs().amax(1, keepdim=True)
     assert (error.abs() <= torch.maximum(weight.abs() / 16, largest / quant.MOST_FP8 * 2**-9) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("byte", [127, 255])
+def test_a_code_of_fp8_that_is_no_number_is_found(byte):
+    leaf = quant.quantise(random((4, 64)), Scheme("fp8"))
+    assert not check.not_finite({"a": leaf})
+    leaf.codes.view(torch.uint8)[3, 5] = byte
+    assert check.not_finite({"a": leaf}) == ["a"]
 
 
 def test_bytes_of_fp8_are_looked_up_as_they_are_cast():

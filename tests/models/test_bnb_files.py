@@ -155,10 +155,10 @@ DAMAGED = {
     "nested map missing": ({f"{KEY}.nested_quant_map": None}, r"nested_quant_map is missing"),
     "nested maxima missing": ({f"{KEY}.nested_absmax": None}, r"nested_absmax is missing"),
     "state missing": ({STATE: None}, r"quant_state.bitsandbytes__nf4 is missing"),
-    "weight of floats": ({KEY: torch.zeros(2048, 1)}, r"q_proj.weight is F32 \[2048, 1\], .* that is U8 \[2048, 1\]"),
+    "weight of floats": ({KEY: torch.zeros(2048, 1)}, r"q_proj.weight is F32 \[2048, 1\], .* needs U8 \[2048, 1\]"),
     "weight too short": ({KEY: torch.zeros(2047, 1, dtype=torch.uint8)}, r"q_proj.weight is U8 \[2047, 1\]"),
     "weight turned": ({KEY: torch.zeros(1, 2048, dtype=torch.uint8)}, r"q_proj.weight is U8 \[1, 2048\]"),
-    "maxima of floats": ({f"{KEY}.absmax": torch.zeros(64)}, r"absmax is F32 \[64\], .* that is U8 \[64\]"),
+    "maxima of floats": ({f"{KEY}.absmax": torch.zeros(64)}, r"absmax is F32 \[64\], .* needs U8 \[64\]"),
     "maxima too short": ({f"{KEY}.absmax": torch.zeros(63, dtype=torch.uint8)}, r"absmax is U8 \[63\]"),
     "nested maxima too long": ({f"{KEY}.nested_absmax": torch.zeros(2)}, r"nested_absmax is F32 \[2\]"),
     "maxima not finite": ({f"{KEY}.nested_absmax": torch.tensor([float("nan")])}, r"not finite"),
@@ -175,7 +175,7 @@ DAMAGED = {
     "no blocks": ({STATE: state(blocksize=0)}, r"blocksize must be one of 32"),
     "huge sizes": ({STATE: state(shape=[2**40, 2**40])}, r"shape must be the sizes of a matrix"),
     "huge product": ({STATE: state(shape=[2**30, 2**30])}, r"shape must be the sizes of a matrix"),
-    "large sizes": ({STATE: state(shape=[2**20, 2**19])}, r"q_proj.weight is U8 \[2048, 1\], .* that is U8 \[274877906944, 1\]"),
+    "large sizes": ({STATE: state(shape=[2**20, 2**19])}, r"q_proj.weight is U8 \[2048, 1\], .* needs U8 \[274877906944, 1\]"),
     "negative sizes": ({STATE: state(shape=[-64, -64])}, r"shape must be a list of whole numbers of at least 1"),
     "a vector": ({STATE: state(shape=[4096])}, r"shape must be the sizes of a matrix"),
     "another shape": ({STATE: state(shape=[32, 128])}, r"q_proj.weight has shape \[32, 128\]; config.json implies \[64, 64\]"),
@@ -218,10 +218,10 @@ ROWS = f"{KEY.removesuffix('weight')}SCB"
 FORM = f"{KEY.removesuffix('weight')}weight_format"
 DAMAGED_ROWS = {
     "scales missing": ({ROWS: None}, r"q_proj.SCB is missing"),
-    "scales too long": ({ROWS: torch.ones(65)}, r"q_proj.SCB is F32 \[65\], .* that is F32 \[64\]"),
+    "scales too long": ({ROWS: torch.ones(65)}, r"q_proj.SCB is F32 \[65\], .* needs F32 \[64\]"),
     "scales of halves": ({ROWS: torch.ones(64, dtype=torch.float16)}, r"q_proj.SCB is F16 \[64\]"),
     "scales not finite": ({ROWS: torch.full((64,), float("inf"))}, r"not finite"),
-    "weight of bytes": ({KEY: torch.zeros(64, 64, dtype=torch.uint8)}, r"q_proj.weight is U8 \[64, 64\], .* that is I8"),
+    "weight of bytes": ({KEY: torch.zeros(64, 64, dtype=torch.uint8)}, r"q_proj.weight is U8 \[64, 64\], .* needs I8"),
     "weight a vector": ({KEY: torch.zeros(64, dtype=torch.int8)}, r"q_proj.weight has shape \[64\]; expected that of a matrix"),
     "weight missing": ({KEY: None}, r"q_proj.weight is missing"),
     "another layout": ({FORM: torch.tensor(2, dtype=torch.uint8)}, r"weight_format is 2; expected 0, rows as they are"),
@@ -258,7 +258,7 @@ CONFIGURED = {
     ),
     "the other type": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-        r"bitsandbytes__fp4 is missing",
+        r"config.json says fp4, and .*proj.weight is in nf4",
     ),
     "other bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"hold no weight so quantised"),
     "tensors": (
@@ -284,7 +284,7 @@ def test_a_folder_whose_config_says_nothing_is_refused(theirs, tmp_path):
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
-    assert "has besides those of its family" in refused(path)
+    assert "is a part of a quantised weight, and config.json has no quantization_config" in refused(path)
 
 
 @pytest.mark.parametrize(("name", "config"), [("llama", "nf4-double"), ("qwen2", "int8"), ("glm4", "nf4")])

@@ -120,6 +120,13 @@ def test_the_difference_is_that_of_the_folder(plain, tmp_path):
         again = hf.load(tmp_path / name, dtype=torch.bfloat16)
         ids = merging.probe_ids(tokens, model.cfg)
         assert result.difference.largest > 1e-3 and "nats" in quantising.describe(result)
+        small = dict(tree.items(quantising.quantise(model, Scheme("nf4"), torch.bfloat16).params))
+        for kind, error in result.errors.items():
+            whole = {path: leaf for path, leaf in tree.items(model.params) if path.endswith(f".{kind}")}
+            changes = {path: ((quant.dense(small[path], torch.float32) - leaf).norm() / leaf.norm()).item() for path, leaf in whole.items()}
+            assert error.worst == max(changes.values()) == changes[error.path] < 0.15
+            assert error.mean == pytest.approx(sum(changes.values()) / len(changes))
+            assert f"{kind}: weights change by {error.mean:.2%}" in quantising.describe(result)
         if not isinstance(model.cfg, bridge.Config):
             upcast = {
                 path: quant.dense(leaf, torch.float32) if quant.quantised(leaf) else leaf.float() for path, leaf in tree.items(again.params)
