@@ -13,7 +13,8 @@ from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, loss_scale, option_pairs, quant, step
+from treetune.core import ckpt, loss_scale, option_pairs, quant, step, tree
+from treetune.core import optim as optimizers
 from treetune.core.config import table
 from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
 from treetune.core.data.dataset import Dataset
@@ -21,7 +22,7 @@ from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised, resize
+from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised, relora, resize
 from treetune.models import tokenizer as tokenizers
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
@@ -66,9 +67,9 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     if note := optim.offloading_note(run.config.optim, run.device.type):
         run.say(note)
     step_zero = torch.tensor(0, device=run.device)
-    # Where an adapter started is in checkpoints, too: another machine would decompose the weights with other roundings.
-    begun = {"start": start.frozen["start"]} if "start" in start.frozen else {}
-    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra | begun, step_zero)
+    restarts = _restarts(run, optimizer, start)
+    held = _held(start, restarts)
+    state = TrainState(start.params, start.frozen, optimizer.init(start.params), parts.extra | held, step_zero)
     supply, data = _supply(run, pieces, state, source, stack)
     stack.callback(supply.source.close)
     rate = table.record(cadence.Rate, run.config, peak=run.peak, total_steps=supply.source.total_steps)
@@ -80,8 +81,11 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
         prepare=parts.prepare,
         mesh=run.ranks.mesh,
     )
+    if restarts is not None:
+        again = relora.restarter(start, optimizer, restarts)
+        pieces = pieces._replace(parts=parts._replace(after_step=step.in_sequence(again, parts.after_step)))
     state, hooks = _restore(run, pieces, state, supply)
-    state = state._replace(frozen=state.frozen | {name: state.extra[name] for name in begun})
+    state = state._replace(frozen=_with_held(state))
     start = start._replace(params=state.params, frozen=state.frozen)
     model = describe.describe_policy(start, run.config.model.model)
     if line := memory_rows.of_run(run, start, state):
@@ -89,6 +93,32 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     about = summary.describe(run.folder, model, supply.described, rate)
     supply = supply._replace(evaluate=_of_shown(supply.evaluate, optimizer.shown))
     return Assembly(start, state, supply, stepper, hooks._replace(about=about), data, rate, pieces.stop_ids, optimizer.shown)
+
+
+def _restarts(run: TrainRun, optimizer: optimizers.Optimizer, start: Policy) -> relora.Restarts | None:
+    """When the adapter starts anew, if it does."""
+    options = run.adapter
+    if options is None or options.relora_steps is None:
+        return None
+    restarts = relora.Restarts(options.relora_steps, options.relora_prune_ratio, options.lora_init, run.config.optim.seed)
+    relora.check(optimizer, start.params, restarts)
+    return restarts
+
+
+def _held(start: Policy, restarts: relora.Restarts | None) -> dict[str, Params]:
+    """What of the frozen weights is in checkpoints, by name: where pairs started, and a base that moves.
+
+    Another machine would decompose and merge the weights with other roundings.
+    """
+    begun = {"start": start.frozen["start"]} if "start" in start.frozen else {}
+    return begun if restarts is None else begun | {relora.HELD: relora.base(start)}
+
+
+def _with_held(state: TrainState) -> Params:
+    """The frozen weights with those that the state holds."""
+    begun = {name: state.extra[name] for name in ("start",) if name in state.extra}
+    moved = {"model": tree.merge(state.frozen["model"], state.extra[relora.HELD])} if relora.HELD in state.extra else {}
+    return state.frozen | begun | moved
 
 
 def _of_shown(evaluate: loop.Evaluate | None, shown: Callable[[TrainState], TrainState]) -> loop.Evaluate | None:
@@ -176,7 +206,7 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
         return model, policy.full(model, _unfrozen(run, model, grown=changed != ""), dtype)._replace(tokenizer=words.tokenizer)
     options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head, "reread": partial(_reread, run)}
     start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
-    return model, start._replace(tokenizer=words.tokenizer)
+    return model, start._replace(tokenizer=words.tokenizer, folds=run.adapter.relora_steps is not None)
 
 
 def _reread(run: TrainRun, see: Callable[[str, torch.Tensor, quant.Quantised], None]) -> None:

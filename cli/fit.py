@@ -152,7 +152,7 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
 
 def _result_name(start: Policy) -> str:
     """The name of the folder of what trained, in the run folder."""
-    return "model" if start.lora is None else "adapter"
+    return "model" if start.leaves_model else "adapter"
 
 
 def _create(this: TrainRun, start: Policy) -> None:
@@ -236,7 +236,7 @@ def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:
     """Write what trained into the run folder, in place of an earlier result. The folder written."""
     trained = tree.map(shard.full, state.params)  # on every rank: gathering sharded leaves is a collective
-    needed = "model" if start.lora is None else "start"
+    needed = "model" if start.leaves_model else "start"
     frozen = {name: tree.map(shard.full, part) for name, part in state.frozen.items() if name == needed}
     path = this.folder.root / _result_name(start)
     if this.ranks.rank == 0:
@@ -264,5 +264,5 @@ def _commands(this: TrainRun, parts: Assembly, outcome: loop.Outcome, saved: Pat
     if outcome.stopped == "interrupted" and (text := invocation.continuation(this.folder.root, overwrite=this.config.run.overwrite)):
         rows["continue with"] = text
     chat = parts.data.format != "completion" and bool(start.tokenizer.chat_template)
-    kind = {"scores": "head" in start.params, "adapter": start.lora is not None, "chat": chat}
+    kind = {"scores": "head" in start.params, "adapter": not start.leaves_model, "chat": chat}
     return rows | {"try it": invocation.trial(this.config.data, saved, **kind)}

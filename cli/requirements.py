@@ -90,8 +90,18 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
         run.conflicts(train.run, streaming=getattr(train.data, "streaming", False))
         if hasattr(train, "adapter"):
             model.conflicts(train.adapter, train.model)
+            _check_restarts(train, method.name)
         method.conflicts(config)
     checks.refuse_unused(options, ignored(config, method))
+
+
+def _check_restarts(train: Any, name: str) -> None:
+    """A base that moves is no reference, no feature network, and not what a server has."""
+    if train.adapter.relora_steps is not None and any(hasattr(train, part) for part in ("reference", "rollout", "ebft")):
+        raise ValueError(
+            f"relora_steps merges the adapter into the model that {name} compares the policy with: leave it out, or merge the adapter "
+            "yourself between runs (treetune merge)"
+        )
 
 
 def ignored(config: Config, method: Method | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ Source: Hu et al., arXiv 2106.09685; rank-stabilised scale: Kalajdzievski, arXiv
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,11 +157,16 @@ def merge(model: Params, adapter: Params, scaling: float) -> Params:
     tied = "lm_head" not in base
     if tied and ("lm_head" in adapted or "embed_tokens" in adapted):
         base["lm_head"] = base["embed_tokens"]
-    # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
-    for path, (a, b) in adapted.items():
-        whole = shard.gather(base[path], torch.float32) + delta(path, a, b, scaling)
-        base[path] = _of_length(whole, path, adapter).to(base[path].dtype)
+    for path in adapted:
+        base[path] = merged(path, base[path], adapter, scaling).to(base[path].dtype)
     return tree.from_items(base.items())
+
+
+def merged(path: str, leaf: Any, adapter: Params, scaling: float) -> Tensor:
+    """W + scale B A of the leaf at `path`, in rows of its magnitude if it has one, in float32."""
+    # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
+    a, b = pairs(adapter)[path]
+    return _of_length(shard.gather(leaf, torch.float32) + delta(path, a, b, scaling), path, adapter)
 
 
 def _of_length(whole: Tensor, path: str, adapter: Params) -> Tensor:

@@ -286,3 +286,17 @@ def warmup(schedule: Schedule, steps: int, *, power: int = 1) -> Schedule:
         return rising * schedule((step - steps).clamp(min=0))
 
     return lr
+
+
+def restarting(schedule: Schedule, every: int, warmup: int, anneal: int = 0) -> Schedule:
+    """The schedule, times a rise over the first `warmup` steps of every cycle of `every` but the first, and a fall over its last `anneal`.
+
+    No factor is 0: (k + 1) / (warmup + 1) at the k-th step of a cycle, (every - k) / (anneal + 1) at its end.
+    """
+
+    def lr(step: Tensor) -> Tensor:
+        cycle = (step % every).float()
+        rising = torch.where(step < every, 1.0, ((cycle + 1) / (warmup + 1)).clamp(max=1.0))
+        return schedule(step) * rising * ((every - cycle) / (anneal + 1)).clamp(max=1.0)
+
+    return lr

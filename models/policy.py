@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from treetune.core import lora_use, param, shard, strided, tree
+from treetune.core import lora, lora_use, param, shard, strided, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -51,7 +51,8 @@ class Policy(NamedTuple):
 
     params: what trains, {"model"?, "lora"?, "head"?}; a "model" may be part of a tree. frozen: what does not, {"model"?, "ref"?,
     "ref_lora"?, "start"?, "features"?}, where "start" is what an adapter began with and its model is without. lora: how the adapter is
-    applied; its tree is empty, the trained one is params["lora"]. adapter: what the adapter's folder will say.
+    applied; its tree is empty, the trained one is params["lora"]. adapter: what the adapter's folder will say. folds: whether the adapter
+    is folded into the frozen model as the run goes, so that what the run leaves is a model.
     """
 
     family: str
@@ -61,6 +62,12 @@ class Policy(NamedTuple):
     lora: Lora | None = None
     tokenizer: Any = None
     adapter: Info | None = None
+    folds: bool = False
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether a model is what it leaves, and no adapter."""
+        return self.lora is None or self.folds
 
 
 def load(
@@ -326,10 +333,11 @@ def save(
     model. carried: what of the tokenizer an adapter holds, where the base's is another. Raises RunFailed for weights that are not finite.
     """
     trained = policy.params if params is None else params
-    if policy.lora is None:
-        model = Model(policy.family, policy.cfg, weights(trained, policy.frozen if frozen is None else frozen))
+    if policy.leaves_model:
+        model, low = current(policy, trained, frozen)
+        model = model if low is None else model._replace(params=lora.merge(model.params, low.tree, low.scale))
         artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation, beside=beside)
-    elif policy.adapter is None:
+    elif policy.lora is None or policy.adapter is None:
         raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")
     else:
         start = (policy.frozen if frozen is None else frozen).get("start")
@@ -351,7 +359,7 @@ def companions(
     name, revision: the model that it was made from; start: the adapter. own_words, own_template: whether the tokenizer has tokens, or a
     chat template, that the model's has not. Raises ValueError for a generation_config.json that cannot be used.
     """
-    if policy.lora is None:
+    if policy.leaves_model:
         if "head" in policy.params:
             return {}
         generation = generation_config(name, policy.tokenizer, revision=revision)

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 from treetune.core import option_pairs, registry
 from treetune.core.config import marks
 from treetune.core.config.doors import unused_unless_taken
-from treetune.core.config.ranges import BELOW_ONE, POSITIVE, SMALL, whole
+from treetune.core.config.ranges import BELOW_ONE, COUNT_OR_NONE, PART, POSITIVE, ROWS_MAX, SMALL, whole
 
 LORA = marks.unused_if("adapter", "none", reason="adapter is none")
 SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
+MERGED = marks.refused("decides when the adapter is merged into the weights that the checkpoint holds")
+RESTARTED = marks.unused_unless("relora_steps", reason="relora_steps is not given")
 BROUGHT = marks.unused_if("lora_model_dir", reason="lora_model_dir brings its own")
 MOST = 65536  # of a rank or an alpha
 
@@ -118,6 +120,14 @@ class AdapterOptions:
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
     loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None
     """LoRA+: learning rate of B over that of A; 16 is the authors' advice."""
+    relora_steps: Annotated[int | None, whole(2, ROWS_MAX), MERGED, LORA] = None
+    """ReLoRA: after every so many steps merge the adapter into the model and start it anew. What is saved is the merged model."""
+    relora_warmup_steps: Annotated[int | None, COUNT_OR_NONE, marks.STEP_SIZE, RESTARTED] = None
+    """Steps in which the learning rate rises again after a restart; a tenth of relora_steps if not given."""
+    relora_anneal_steps: Annotated[int, COUNT_OR_NONE, marks.STEP_SIZE, RESTARTED] = 0
+    """Steps in which the learning rate falls before a restart."""
+    relora_prune_ratio: Annotated[float, PART, marks.listed("sets what later restarts forget of the moments"), RESTARTED] = 1.0
+    """Part of the optimiser's moments of the adapter that a restart sets to 0, the smallest numbers; 1 starts the optimiser anew."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class AdapterPath:
 
 def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
     """Raise ValueError for options of an adapter that contradict each other."""
+    _restart_conflicts(adapter, model)
     if adapter.adapter == "none" or adapter.lora_model_dir is not None:
         return
     for option, least in (("lora_rank_pattern", 1), ("lora_alpha_pattern", 1e-9)):
@@ -144,3 +155,19 @@ def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
         raise ValueError("lora_init loftq starts from what quantising loses, and the model is not quantised: give quant, such as nf4")
     if adapter.lora_init.startswith(("pissa", "olora")) and adapter.lora_dropout:
         raise ValueError(f"lora_init {adapter.lora_init} needs lora_dropout 0: dropout would drop parts of the weight itself")
+
+
+def _restart_conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
+    if adapter.relora_steps is None:
+        return
+    if model.quant not in ("auto", "none"):
+        raise ValueError(
+            f"relora_steps merges the adapter into the weights, and most updates are smaller than a step between codes of {model.quant}: "
+            "leave quant out"
+        )
+    if adapter.lora_init not in ("default", "gaussian", "orthogonal"):
+        raise ValueError(f"relora_steps starts pairs that are 0 together, and lora_init {adapter.lora_init} does not: leave it out")
+    if (adapter.relora_warmup_steps or 0) + adapter.relora_anneal_steps > adapter.relora_steps:
+        raise ValueError(
+            f"relora_warmup_steps and relora_anneal_steps are longer than the {adapter.relora_steps} steps from one restart to the next"
+        )

@@ -19,7 +19,7 @@ NOT_BETWEEN, LAST_ONLY = "it is evaluated before and after, and not in between",
 
 
 class Rate(NamedTuple):
-    """The learning rate over a run. cosine_min_lr_ratio: of the schedules that take a `min_ratio`."""
+    """The learning rate over a run. cosine_min_lr_ratio: of the schedules that take a `min_ratio`. relora: as of `optim.restarting`."""
 
     peak: float
     total_steps: int
@@ -31,6 +31,14 @@ class Rate(NamedTuple):
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
     lr_quadratic_warmup: bool = False
+    relora_steps: int | None = None
+    relora_warmup_steps: int | None = None
+    relora_anneal_steps: int = 0
+
+    @property
+    def restart_warmup(self) -> int:
+        """Steps of warm-up after a restart."""
+        return self.relora_warmup_steps if self.relora_warmup_steps is not None else (self.relora_steps or 0) // 10
 
     @property
     def warmup(self) -> int:
@@ -51,10 +59,17 @@ class Rate(NamedTuple):
 
 
 def schedule(rate: Rate) -> optim.Schedule:
-    """Warm-up, then the shape of this name, over the steps of the run; a shape that takes `warmup` rises by itself.
+    """Warm-up, then the shape of this name, over the steps of the run, which rises again after each restart of the adapter.
 
     Errors: ValueError for numbers of lr_scheduler_kwargs that a run of this length and rate cannot have.
     """
+    if rate.relora_steps is None:
+        return _once(rate)
+    return optim.restarting(_once(rate), rate.relora_steps, rate.restart_warmup, rate.relora_anneal_steps)
+
+
+def _once(rate: Rate) -> optim.Schedule:
+    """Without restarts; a shape that takes `warmup` rises by itself."""
     shape = registry.bind(registry.choose(registry.SCHEDULES, rate.lr_scheduler), **_parameters(rate))
     if rate.lr_scheduler in registry.SCHEDULES and "warmup" in registry.SCHEDULES[rate.lr_scheduler].takes:
         return shape(rate.peak, rate.total_steps)
@@ -74,7 +89,8 @@ def _parameters(rate: Rate) -> dict[str, Any]:
 def describe(rate: Rate) -> str:
     """The learning rate of a run in words, with that of its last step."""
     rise = f" after {rate.warmup} step{'s' * (rate.warmup > 1)} of warm-up" if rate.warmup else ""
-    return f"peak learning rate {rate.peak:g}{rise}, {rate.lr_scheduler}, {rate.final:.3g} at the last step"
+    again = "" if rate.relora_steps is None else f", rising again after every {rate.relora_steps} steps"
+    return f"peak learning rate {rate.peak:g}{rise}, {rate.lr_scheduler}{again}, {rate.final:.3g} at the last step"
 
 
 class Intervals(NamedTuple):
@@ -98,6 +114,7 @@ class Intervals(NamedTuple):
     use_vllm: bool = False
     vllm_sync_interval: int | None = None
     steps_per_generation: int | None = None
+    relora_steps: int | None = None
 
     def evaluations(self, total: int) -> int:
         """Evaluations after the start of a run of `total` steps; at the ends of epochs, the most that there may be."""
@@ -156,6 +173,7 @@ def _never(asked: Intervals, total: int, evaluated: bool) -> list[str]:
             asked.vllm_sync_interval if asked.use_vllm else None,
             "the server samples from the untrained weights to the end",
         ),
+        "relora_steps": (asked.relora_steps, "the adapter never starts anew"),
         "steps_per_generation": (asked.steps_per_generation, "some of what is sampled is never trained on"),
     }
     return [

@@ -26,6 +26,14 @@ REFUSED = {
     "unfrozen, quantised": (
         ["--adapter", "none", "--quant", "nf4", "--unfrozen-parameters", "q_proj"], "unfrozen_parameters: layers.0.q_proj is quantised"
     ),
+    "relora, quantised": (["--relora-steps", 2, "--quant", "nf4"], "relora_steps merges", "between codes of nf4", "leave quant out"),
+    "relora, pissa": (["--relora-steps", 2, "--lora-init", "pissa"], "relora_steps", "lora_init pissa"),
+    "relora, long": (["--relora-steps", 2, "--relora-warmup-steps", 3], "relora_warmup_steps and", "longer than the 2 steps"),
+    "relora, averages": (["--relora-steps", 2, "--optimizer", "schedule_free_adamw"], "relora_steps", "averages weights"),
+    "relora, factors": (
+        ["--relora-steps", 2, "--optimizer", "adafactor", "--relora-prune-ratio", 0.5], "relora_prune_ratio 0.5", "give 1"
+    ),
+    "relora, ratio": (["--relora-prune-ratio", 0.5], "--relora-prune-ratio would be ignored: relora_steps is not given"),
     "quant, all": (["--adapter", "none", "--quant", "nf4"], "quant", "weights that train are not quantised"),
 }  # fmt: skip
 
@@ -37,6 +45,12 @@ def test_refused_in_a_line(case, kit, tiny, tune, here):
     done = tune("sft", *kit.basics(tiny, *args, "--output-dir", "run", without=without))
     assert done.code == 2 and all(word in done.err for word in words) and done.err.count("\n") <= 2, done.err
     assert not (here / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "grpo", "ebft"])
+def test_a_base_that_moves_is_no_reference(command, kit, tiny, tune, here):
+    done = tune(command, "--model", tiny.model, "--relora-steps", 2, "--output-dir", "run")
+    kit.refused(done, f"relora_steps merges the adapter into the model that {command} compares the policy with")
 
 
 @pytest.mark.parametrize("args", [["--lora-dora"], ["--lora-rank-pattern", "q_proj=2"], ["--lora-alpha-pattern", "q_proj=2"]], ids=str)

@@ -42,7 +42,7 @@ TABLE = {
         # the function that is trained
         "dtype", "special_tokens", "tokens", "embedding_multiple", "adapter", "lora_r", "lora_alpha", "lora_rslora", "lora_target_modules",
         "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "lora_dora",
-        "master_dtype", "lora_init", "lora_rank_pattern", "lora_alpha_pattern", "quant", "quant_double", "quantize_moe_experts",
+        "master_dtype", "lora_init", "relora_steps", "lora_rank_pattern", "lora_alpha_pattern", "quant", "quant_double", "quantize_moe_experts",
         # what it is trained towards
         "loss", "label_smoothing", "z_loss_coef", "qat", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha",
         "loss_weights",
@@ -67,7 +67,7 @@ TABLE = {
         "lr_scheduler_kwargs", "cosine_constant_lr_ratio", "lr_div_factor", "lr_quadratic_warmup",
         "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "weight_decay_rules",
         "lr_rules", "loraplus_lr_ratio", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "optim_args", "max_grad_norm",
-        "lora_dropout",
+        "lora_dropout", "relora_warmup_steps", "relora_anneal_steps", "relora_prune_ratio",
         "num_epochs", "max_steps", "ref_model_sync_steps", "ref_model_mixup_alpha",
         # where and how they are made
         "device", "sharding", "gradient_checkpointing", "activation_offloading", "feature_device", "precompute_ref_logps",
