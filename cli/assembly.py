@@ -253,6 +253,7 @@ def adapter_spec(options: AdapterOptions) -> AdapterSpec:
         alphas=tuple(option_pairs.rules(options.lora_alpha_pattern, "lora-alpha-pattern")),
         dora=options.lora_dora,
         init=options.lora_init,
+        bias=options.lora_bias,
     )
 
 

@@ -19,6 +19,7 @@ from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import (
     Model,
+    adapter_bias,
     adapter_blocks,
     adapter_config,
     adapter_parameters,
@@ -49,6 +50,7 @@ class Info(NamedTuple):
     """What an adapter_config.json says: sizes, dropout in training, the base model and its digest, the paths of the adapted leaves.
 
     scheme: how the base was quantised while the adapter trained. ratios: (path, its scale over that of rank and alpha), where it differs.
+    bias: which biases train beside it, as of `adapter_bias`.
     """
 
     rank: int
@@ -60,6 +62,7 @@ class Info(NamedTuple):
     digest: str = ""
     scheme: Scheme | None = None
     ratios: tuple[tuple[str, float], ...] = ()
+    bias: str = adapter_bias.NONE
 
 
 class Carried(NamedTuple):
@@ -76,8 +79,8 @@ class Head(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def check(family: str, adapted: Sequence[str], whole: Sequence[str], *, dropout: float = 0.0) -> None:
-    """Raise ValueError when PEFT's format cannot hold these adapted leaves, with this dropout, and these leaves trained whole.
+def check(family: str, adapted: Sequence[str], whole: Sequence[str], *, dropout: float = 0.0, bias: str = adapter_bias.NONE) -> None:
+    """Raise ValueError when PEFT's format cannot hold these adapted leaves, with this dropout, and these leaves and biases trained whole.
 
     PEFT saves whole modules, so a projection goes with its bias; and a module is adapted or saved, never both.
     """
@@ -85,8 +88,10 @@ def check(family: str, adapted: Sequence[str], whole: Sequence[str], *, dropout:
         raise ValueError("an adapter folder needs at least one adapted leaf; save a model trained whole with hf.save instead")
     adapter_blocks.check(family, adapted)
     adapter_parameters.check(family, adapted, dropout=dropout)
+    adapter_bias.check(family, adapted, bias)
+    biases = adapter_bias.alone(family, whole, bias)
     owners = {module(family, path): path for path in adapted}
-    for path in whole:
+    for path in (path for path in whole if path not in biases):
         if (owner := module(family, path)) in owners:
             raise ValueError(
                 f"modules_to_save: {path} is trained whole and {owners[owner]} of the same module has an adapter: choose one of the two"
@@ -123,9 +128,12 @@ def save(
     from safetensors.torch import save_file
 
     pairs = lora.pairs(adapter)
-    check(family, list(pairs), [name for name, _ in tree.items(whole or {})], dropout=info.dropout)
+    leaves = dict(tree.items(whole or {}))
+    check(family, list(pairs), list(leaves), dropout=info.dropout, bias=info.bias)
     lengths = _check_magnitudes(adapter)
-    tensors, modules = _saved_modules(family, whole or {}, tied, pairs)
+    biases = adapter_bias.names(family, adapter_bias.alone(family, list(leaves), info.bias), list(pairs))
+    tensors, modules = _saved_modules(family, {path: leaf for path, leaf in leaves.items() if path not in biases}, tied, pairs)
+    tensors |= {PREFIX + name: leaves[path] for path, name in biases.items()}
     if head is not None:
         tensors |= {PREFIX + name: leaf for name, leaf in head.tensors.items()}
         modules |= {name.rpartition(".")[0] for name in head.tensors}
@@ -135,7 +143,7 @@ def save(
     tensors = lora.to_peft(files, adapter_parameters.names(family, parameters, partial(hf.hf_key, family))) | tensors
     ranks, alphas = adapter_blocks.patterns(_sizes(family, joined, pairs, info), info.rank, info.alpha)
     config = adapter_config.OFF | {
-        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": ranks, "alpha_pattern": alphas,
+        "peft_type": "LORA", "bias": info.bias, "fan_in_fan_out": False, "rank_pattern": ranks, "alpha_pattern": alphas,
         "task_type": "CAUSAL_LM" if head is None else head.task, "base_model_name_or_path": info.base, "inference_mode": True,
         "init_lora_weights": True, "use_dora": lengths,
         "r": info.rank, "lora_alpha": info.alpha, "use_rslora": info.rslora, "lora_dropout": info.dropout,
@@ -176,9 +184,8 @@ def _sizes(family: str, joined: Params, pairs: Iterable[str], info: Info) -> dic
     return sizes
 
 
-def _saved_modules(family: str, whole: Params, tied: bool, adapted: Container[str]) -> tuple[dict[str, Tensor], set[str]]:
+def _saved_modules(family: str, leaves: dict[str, Tensor], tied: bool, adapted: Container[str]) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors of leaves trained whole by PEFT's key, and the modules that PEFT's config names for them."""
-    leaves = dict(tree.items(whole))
     tensors = {PREFIX + key: leaf for key, leaf in hf_keys.join(family, leaves).items()}
     modules = {module(family, name) for name in leaves}
     if tied and "embed_tokens" in leaves and "lm_head" not in leaves:
@@ -222,6 +229,8 @@ def load_with_tensors(
         raise ValueError(str(error) if str(root) in str(error) else f"{root}: {error}") from error
     low = tree.map(lambda leaf: leaf.to(model.params["embed_tokens"].device, dtype), low)
     info = Info(config.rank, config.alpha, config.rslora, config.dropout, config.base, list(lora.pairs(low)))
+    if adapter_bias.alone(model.family, list(whole), config.bias):
+        info = info._replace(bias=config.bias)
     # Of a model whose layers are read when they are asked for, one at a time.
     like = {name: leaf for name, leaf in tree.items(model.params) if name in {"embed_tokens", *whole}}
     leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())

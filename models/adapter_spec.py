@@ -11,7 +11,7 @@ from torch import Tensor
 from treetune.core import lora, lora_use, module_names, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import Model, adapter, adapter_parameters, adapter_starts, hf, quantised, resize
+from treetune.models import Model, adapter, adapter_bias, adapter_parameters, adapter_starts, hf, quantised, resize
 from treetune.models.adapter import Info
 from treetune.models.adapter_starts import Init, Reread
 from treetune.models.fetch import Say
@@ -24,7 +24,8 @@ class AdapterSpec(NamedTuple):
     targets: "all-linear", names of modules as in PEFT, or regular expressions over paths or names of modules; layers: only these, empty for
     all. modules_to_save: names or regular expressions of the weights that train whole beside it. start: the folder of an adapter to train
     further, which then says rank, alpha and targets. unfrozen: regular expressions of further weights that train whole. ranks, alphas:
-    (target, value) for some of the targets, the first that matches. dora: with magnitudes. init: how the pairs start.
+    (target, value) for some of the targets, the first that matches. dora: with magnitudes. init: how the pairs start. bias: which biases
+    train beside it, as of `adapter_bias`.
     """
 
     rank: int = 16
@@ -40,6 +41,7 @@ class AdapterSpec(NamedTuple):
     alphas: tuple[tuple[str, float], ...] = ()
     dora: bool = False
     init: Init = "default"
+    bias: str = adapter_bias.NONE
 
 
 class Fresh(NamedTuple):
@@ -75,7 +77,19 @@ def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None =
         low = low._replace(tree=pairs)
     if spec.dora:
         low = low._replace(tree=_with_magnitudes(model, low, start))
-    return Fresh(low, {}, Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths, ratios=low.ratios), start)
+    info = Info(spec.rank, spec.alpha, spec.rslora, spec.dropout, "", paths, ratios=low.ratios, bias=spec.bias)
+    return Fresh(low, _biases(model, paths, spec.bias), info, start)
+
+
+def _biases(model: Model, adapted: Sequence[str], kind: str) -> Params:
+    """The biases that train beside an adapter. Errors: ValueError where the model has none of them."""
+    leaves, sizes = dict(tree.items(model.params)), dict(tree.items(hf.abstract_of(model)))
+    chosen = adapter_bias.paths(model.family, sizes, adapted, kind)
+    if kind != adapter_bias.NONE and not chosen:
+        raise ValueError(
+            f"lora_bias {kind}: {'the model has no bias' if kind == adapter_bias.ALL else 'none of the targets has a bias'}: leave it out"
+        )
+    return tree.from_items((path, leaves[path]) for path in chosen)
 
 
 def _by_rule(model: Model, paths: Sequence[str], rules: Sequence[tuple[str, float]], default: float, option: str) -> dict[str, float]:

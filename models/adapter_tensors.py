@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treetune.core import lora, tree
 from treetune.core.param import Params
-from treetune.models import Model, adapter_blocks, adapter_config, adapter_parameters, hf, hf_keys
+from treetune.models import Model, adapter_bias, adapter_blocks, adapter_config, adapter_parameters, hf, hf_keys
 from treetune.models.adapter_config import AdapterConfig
 
 PREFIX, BASE = "base_model.model.", ".base_layer.weight"
@@ -49,11 +49,13 @@ def read(tensors: Leaves, config: AdapterConfig, model: Model, *, headless: bool
     key = partial(adapter_blocks.own_key, model.family)
     names = {path: PREFIX + key(path).rpartition(".")[0] + BASE for path in shapes if owners[path] in adapted}
     bases = {path: rest.pop(name) for path, name in names.items() if name in rest}
+    biases = _biases(config, model.family, shapes, low=[path for path in shapes if owners[path] in adapted], replaced=replaced, rest=rest)
     whole = {path: hf_keys.turn(model.family, path, rest.pop(PREFIX + key(path))) for path in shapes if PREFIX + key(path) in rest}
     wrapped = [path for path, name in parameters.items() if name in adapted]
     low = lora.from_peft(rest, [path for path, leaf in shapes.items() if leaf.op], adapter_parameters.names(model.family, wrapped, key))
     _check_found(config, owners, adapted, replaced, [owners[path] for path in lora.pairs(low)], list(whole))
     _check_magnitudes(config, low)
+    whole |= biases
     _check_shapes(config, owners, low, whole, shapes)
     low = adapter_parameters.stacked(low, shapes)
     if HEAD not in model.params and not headless:
@@ -71,12 +73,20 @@ def _check_config(config: AdapterConfig, owners: dict, shapes: dict, adapted: li
         raise ValueError(f"{config.source}: target_modules names {odd[0]}, which is no linear layer and no embedding; it takes no adapter")
     if both := sorted({*adapted} & {*replaced}):
         raise ValueError(f"{config.source}: target_modules and modules_to_save both name {both[0]}: choose one of the two")
-    if config.bias != "none" and any(path.endswith("_bias") for path in shapes):
-        raise ValueError(f"{config.source}: bias must be none for a model with biases, got {config.bias}: trained biases are not computed")
     if not adapted:
         raise ValueError(
             f"{config.source}: target_modules names no module of this model, nor target_parameters a parameter: it is of another"
         )
+
+
+def _biases(config: AdapterConfig, family: str, shapes: dict, *, low: list[str], replaced: list[str], rest: Leaves) -> Leaves:
+    """The biases that train beside the adapter, taken out of `rest`."""
+    adapter_bias.check(family, low, config.bias)
+    chosen = [path for path in adapter_bias.paths(family, shapes, low, config.bias) if module(family, path) not in replaced]
+    keys = {path: PREFIX + name for path, name in adapter_bias.names(family, chosen, low).items()}
+    if missing := [path for path, key in keys.items() if key not in rest]:
+        raise ValueError(f"{config.source} says bias {config.bias}, and the adapter file has none for {missing[0]}")
+    return {path: rest.pop(key) for path, key in keys.items()}
 
 
 def _check_tie(config: AdapterConfig, model: Model, headless: bool, ends: set[str]) -> None:

@@ -149,7 +149,7 @@ def adapt(
     info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
     vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(adapter_spec.whole_leaves(model, spec, vocabulary), whole)
-    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout)
+    adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout, bias=info.bias)
     params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
     frozen = {"model": model.params} | ({"start": tree.map(_master, move_to(start, model))} if start else {})
     return Policy(model.family, model.cfg, params, frozen, without_tree(low._replace(dropout=spec.dropout)), None, info)

@@ -5,6 +5,7 @@ each restart (`optim.restarting`). The base that moves is in checkpoints: foldin
 another machine. Source: Lialin et al., arXiv 2307.05695, algorithm 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from treetune.core.lora import Lora
 from treetune.core.optim import Optimizer
 from treetune.core.param import Params
 from treetune.core.state import OptState, TrainState
-from treetune.core.step import AfterStep
 from treetune.models import adapter_starts
 from treetune.models.policy import Policy, without_tree
 from treetune.ops import magnitude
@@ -66,13 +66,13 @@ def check(optimizer: Optimizer, params: Params, restarts: Restarts) -> None:
                 )
 
 
-def restarter(policy: Policy, optimizer: Optimizer, restarts: Restarts) -> AfterStep:
+def restarter(policy: Policy, optimizer: Optimizer, restarts: Restarts) -> Callable[[TrainState, dict, int], TrainState]:
     """After every so many steps: the adapter folded into the base, IN PLACE, fresh pairs, and moments without a past."""
     low = without_tree(policy.lora)
     assert low is not None, "an adapter trains"
 
     @torch.no_grad()
-    def after_step(state: TrainState, metrics: dict[str, Tensor], step: int, /) -> TrainState:
+    def after_step(state: TrainState, metrics: dict, step: int) -> TrainState:
         if step % restarts.every:
             return state
         metrics[ROUNDING] = _fold(low, state)

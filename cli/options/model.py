@@ -114,6 +114,8 @@ class AdapterOptions:
     """Adapt only these layers; empty for all."""
     lora_modules_to_save: Annotated[tuple[str, ...], marks.TRAINED, LORA] = ()
     """Whole weights to train and save beside the adapter, by name or regular expression: embed_tokens, lm_head, model.norm."""
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], marks.TRAINED, LORA, BROUGHT] = "none"
+    """Biases that train beside the adapter, as PEFT has them: all of the model, or lora_only, those of the adapted modules."""
     unfrozen_parameters: Annotated[tuple[str, ...], marks.TRAINED] = ()
     """Regexes over paths or keys of transformers: weights that train whole. With adapter none all others are frozen."""
     lora_model_dir: Annotated[str | None, marks.ADAPTER, marks.ADAPTER_WEIGHTS, LORA] = None

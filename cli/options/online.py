@@ -112,9 +112,10 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
         raise ValueError("vllm_reload_in_place opens the server to whoever reaches it: it is for servers on 127.0.0.1 only")
     if config.adapter.adapter == "none" and engine.vllm_mode != "managed":
         raise ValueError("whole weights reach a vLLM server by restarting it: give vllm_mode managed, or train an adapter")
-    whole = config.adapter.lora_modules_to_save or (config.adapter.adapter == "lora" and config.adapter.unfrozen_parameters)
+    trained = config.adapter.unfrozen_parameters or config.adapter.lora_bias != "none"
+    whole = config.adapter.lora_modules_to_save or (config.adapter.adapter == "lora" and trained)
     if whole or config.vocabulary.tokens or config.vocabulary.embedding_multiple:
-        names = "lora_modules_to_save, unfrozen_parameters, tokens and embedding_multiple"
+        names = "lora_modules_to_save, lora_bias, unfrozen_parameters, tokens and embedding_multiple"
         raise ValueError(f"vLLM takes adapters of low rank only: leave out {names}, or sample without use_vllm")
     if config.adapter.lora_dora or config.adapter.lora_rank_pattern or config.adapter.lora_alpha_pattern:
         raise ValueError(

@@ -119,6 +119,14 @@ def parsers():
         yield
 
 
+def write_biased(path: Path) -> Path:
+    """A model folder with biases on the query, key and value projections."""
+    from treetune.models import decoder_config, hf
+
+    hf.save(path, hf.random("qwen2", decoder_config.Config(**SIZES | {"qkv_bias": True}), seed=1), tokenizer=tokenizer())
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")

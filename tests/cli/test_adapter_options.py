@@ -26,6 +26,7 @@ REFUSED = {
     "unfrozen, quantised": (
         ["--adapter", "none", "--quant", "nf4", "--unfrozen-parameters", "q_proj"], "unfrozen_parameters: layers.0.q_proj is quantised"
     ),
+    "bias, none": (["--lora-bias", "all"], "lora_bias all: the model has no bias"),
     "relora, quantised": (["--relora-steps", 2, "--quant", "nf4"], "relora_steps merges", "between codes of nf4", "leave quant out"),
     "relora, pissa": (["--relora-steps", 2, "--lora-init", "pissa"], "relora_steps", "lora_init pissa"),
     "relora, long": (["--relora-steps", 2, "--relora-warmup-steps", 3], "relora_warmup_steps and", "longer than the 2 steps"),

@@ -30,6 +30,7 @@ KINDS = {
     "loftq": [*RUN, "--lora-init", "loftq", "--quant", "nf4", "--lora-r", 4],
     "relora": [*RUN, "--relora-steps", 2, "--lora-dropout", 0.2, "--lora-dora", "--relora-prune-ratio", 0.9],
     "relora, bf16": [*RUN, "--relora-steps", 3, "--dtype", "bfloat16", "--optimizer", "adamw_8bit", "--lora-modules-to-save", "norm"],
+    "bias": [*RUN, "--lora-bias", "all", "--model", "biased"],
     "unfrozen": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--unfrozen-parameters", "layers.1", "^norm$"],
 }
 
@@ -45,6 +46,12 @@ def left(kit, root):
 def undisturbed():
     """What the runs of this file leave that nothing disturbs, by kind: each is run once."""
     return {}
+
+
+@pytest.fixture(autouse=True)
+def biased(kit, here):
+    """A model that some kinds train."""
+    return kit.write_biased(here / "biased")
 
 
 @pytest.fixture
@@ -144,7 +151,7 @@ DEATHS = {f"step {step}": at_step(step, die) for step in range(1, STEPS + 1)} | 
 FAST = [("lora", f"step {random.Random(1).randint(3, STEPS)}"), ("full", f"step {random.Random(2).randint(3, STEPS)}"),
         ("lora", "step 1"), ("lora", "while saving"), ("full", "before the first rename"), ("lora", "while leaving"),
         ("unfrozen", "step 3"), ("dora", "step 3"), ("pissa", "step 5"), ("loftq", "step 3"), ("relora", "step 5"),
-        ("relora, bf16", "step 4")]  # fmt: skip
+        ("relora, bf16", "step 4"), ("bias", "step 3")]  # fmt: skip
 
 
 def killed_and_resumed(kit, tiny, tune, forked, here, kind, death):

@@ -55,6 +55,7 @@ CHANGES = {
     "lora_init": ("metrics", lambda t: ["--lora-init", "pissa"], []),
     "lora_rank_pattern": ("metrics", lambda t: ["--lora-rank-pattern", "q_proj=2"], []),
     "lora_alpha_pattern": ("metrics", lambda t: ["--lora-alpha-pattern", "layers.0.q_proj=2"], []),
+    "lora_bias": ("metrics", lambda t: ["--lora-bias", "all"], ["--model", "biased"]),
     "unfrozen_parameters": ("metrics", lambda t: ["--unfrozen-parameters", r"norm\.weight$"], ["--adapter", "none", "--lora-r", None]),
     "lora_model_dir": ("metrics", lambda t: ["--lora-model-dir", "start", "--lora-r", None], []),
     "loraplus_lr_ratio": ("metrics", lambda t: ["--loraplus-lr-ratio", 16], []),
@@ -155,6 +156,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
     kit.write_experts(here / "experts")
+    kit.write_biased(here / "biased")
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))

@@ -79,8 +79,8 @@ PLAIN = {
 }  # fmt: skip
 # What depends on the model: (options, refusal on models with biases or None, refusal on tied models or None)
 OTHERS = {
-    "bias all": (dict(target_modules=["q_proj"], bias="all"), "bias", None),
-    "bias of the adapted": (dict(target_modules=["q_proj"], bias="lora_only"), "bias", None),
+    "bias all": (dict(target_modules=["q_proj"], bias="all"), None, None),
+    "bias of the adapted": (dict(target_modules=["q_proj"], bias="lora_only"), None, None),
     "tied whole": (
         dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
         None,
