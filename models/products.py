@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from treetune.models import fetch
 from treetune.models.fetch import Say, silent
 from treetune.ops import product
 
+TF32_PARTS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)  # each has its own switch
 KEY = "products"  # of a checkpoint's meta
 Share = Callable[[Callable[[], Any]], Any]  # runs a function on one rank and gives its result to all
 
@@ -45,6 +46,30 @@ def settle(
     product.choose(choice)
     if choice != fastest:
         say(f"products: {_describe(choice)}, as in {source}; on this machine {_describe(fastest)} would be faster")
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device, *, on: bool, say: Say = silent) -> Iterator[None]:
+    """Inside, CUDA multiplies float32 numbers as they are, or rounded to TF32; a line where the device has none."""
+    lacks = _without_tf32(device)
+    if on and lacks:
+        say(f"tf32: {lacks}; float32 numbers are multiplied as they are")
+    before = [part.allow_tf32 for part in TF32_PARTS]
+    try:
+        for part in TF32_PARTS:
+            part.allow_tf32 = on and not lacks
+        yield
+    finally:
+        for part, value in zip(TF32_PARTS, before, strict=True):
+            part.allow_tf32 = value
+
+
+def _without_tf32(device: torch.device) -> str:
+    """Why a device has no TF32; empty for one that has."""
+    if device.type != "cuda":
+        return f"the run is on {device.type}, which has no TF32"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"TF32 needs compute capability 8.0, and this GPU has {major}.{minor}"
 
 
 def record() -> dict[str, dict[str, str]]:

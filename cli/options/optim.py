@@ -22,6 +22,7 @@ from treetune.core.config.marks import (
     Switch,
     Unused,
     Values,
+    listed,
     refused,
     unused_if,
     unused_unless,
@@ -109,6 +110,8 @@ class OptimOptions:
     """NAME=VALUE: parameters of this optimizer alone, such as adjust of muon; paged=true keeps moments in the memory of the host."""
     master_dtype: Annotated[Literal["float32", "bfloat16"], KEPT, FEW] = "float32"
     """Dtype in which matrices that train are kept; bfloat16 halves their memory, and rounds updates up or down at random, without bias."""
+    tf32: Annotated[bool, listed("says how CUDA multiplies float32 numbers", lasting=True)] = False
+    """Round float32 numbers to TF32 (10 bits) where CUDA multiplies them, which is several times faster; from Ampere on."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Clip the global gradient norm to this value; 0 disables clipping."""
     num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1

@@ -95,7 +95,6 @@ OPTIONS = {
     "do_sample": "temperature, 0 of which takes the likeliest token",
 }  # fmt: skip
 ADVICE = {
-    "tf32": "float32 is computed in full; dtype: bfloat16 is faster",
     "rl": "it is the command here: treetune dpo, kto, grpo, ...", "stage": "it is the command here: treetune sft, dpo, reward, ...",
     "trl": "write its keys at the top level", "ebft": "write its keys at the top level",
     "vllm": "write its keys at the top level, with vllm_ before them",

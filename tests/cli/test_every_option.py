@@ -91,6 +91,7 @@ CHANGES = {
     "momentum": ("metrics", lambda t: ["--momentum", 0.9], SGD),
     "optim_args": ("metrics", lambda t: ["--optim-args", "clip_threshold=0.01"], ["--optimizer", "adafactor", "--max-steps", 3]),
     "master_dtype": ("metrics", lambda t: ["--master-dtype", "bfloat16"], ["--adapter", "none", "--lora-r", None]),
+    "tf32": ("out", lambda t: ["--tf32"], []),
     "max_grad_norm": ("metrics", lambda t: ["--max-grad-norm", 0.01], SGD),
     "num_epochs": ("metrics", lambda t: ["--num-epochs", 2], ["--max-rows", 6, "--max-steps", None]),
     "max_steps": ("metrics", lambda t: ["--max-steps", 3], []),

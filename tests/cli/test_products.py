@@ -1,8 +1,10 @@
 """The matrix products of a run: those of the machine, measured once; those of its checkpoint on resuming."""
 
+import contextlib
 import json
 
 import pytest
+import torch
 
 from treetune.core import ckpt
 from treetune.models import products
@@ -51,3 +53,24 @@ def test_a_resumed_run_goes_on_with_its_own_products(machine, tiny, tune, here, 
 def test_bfloat16_has_one_product(machine, tiny, tune):
     assert tune(*args(tiny, "--max-steps", 1, "--dtype", "bfloat16")).code == 0
     assert not machine and product.chosen() == product.Choice()
+
+
+def test_tf32_is_on_inside_of_a_run_only(monkeypatch):
+    cuda, parts = torch.device("cuda"), products.TF32_PARTS
+    before = [part.allow_tf32 for part in parts]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for on in (True, False):
+        with contextlib.suppress(KeyError), products.tf32(cuda, on=on):
+            assert [part.allow_tf32 for part in parts] == [on, on]
+            raise KeyError
+        assert [part.allow_tf32 for part in parts] == before
+
+
+@pytest.mark.parametrize(("device", "words"), [("cpu", "the run is on cpu"), ("cuda", "compute capability 8.0, and this GPU has 7.5")])
+def test_a_device_without_tf32_is_said(device, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    lines: list[str] = []
+    for on in (False, True):
+        with products.tf32(torch.device(device), on=on, say=lines.append):
+            assert not any(part.allow_tf32 for part in products.TF32_PARTS)
+    assert len(lines) == 1 and words in lines[0] and "multiplied as they are" in lines[0]
