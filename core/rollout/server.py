@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,12 @@ import httpx
 from treetune.core.run.errors import RunFailed
 
 # Between us and the server: ends the whole process group when the server ends, or when the process that wanted it is gone,
-# killed or not. It outlives SIGTERM, which the group gets, to reap the server.
+# killed or not, and removes the folder of its sockets. It outlives SIGTERM, which the group gets, to reap the server.
 GUARD = """
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)
-owner, grace_s = int(sys.argv[1]), float(sys.argv[2])
-child = subprocess.Popen(sys.argv[3:])
+owner, grace_s, sockets = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+child = subprocess.Popen(sys.argv[4:])
 while child.poll() is None and os.getppid() == owner:
     time.sleep(0.2)
 if child.poll() is None:
@@ -33,7 +34,9 @@ if child.poll() is None:
     end = time.monotonic() + grace_s
     while child.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
+    shutil.rmtree(sockets, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
+shutil.rmtree(sockets, ignore_errors=True)
 sys.exit(child.returncode if child.returncode >= 0 else 128 - child.returncode)
 """
 # What the server needs in its environment, unless the user has set it: adapters at run time, no usage reports.
@@ -188,7 +191,8 @@ class Server:
         grace_s: float = 15.0,
     ):
         self.command, self.host, self.port, self.log = list(command), host, port, Path(log)
-        self.environment = {**ENVIRONMENT, **os.environ, **(environment or {})}
+        self.environment = {**os.environ, **(environment or {})}
+        self.sockets: Path | None = None  # where it keeps them: vLLM leaves its own in the temporary folder when it is killed
         self.deadline_s, self.grace_s = deadline_s, grace_s
         self.process: subprocess.Popen | None = None
         self.written = 0  # bytes of the log that belong to earlier starts
@@ -231,6 +235,8 @@ class Server:
             process.wait(self.grace_s)
         _signal(process.pid, signal.SIGKILL)  # also when the server has ended: a worker of it may not have
         process.wait()
+        if self.sockets is not None:
+            shutil.rmtree(self.sockets, ignore_errors=True)
 
     def tail(self) -> str:
         """The last lines of the log, in one line; errors first where there are some."""
@@ -242,13 +248,15 @@ class Server:
     def _start(self) -> None:
         check_port(self.host, self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guarded = [sys.executable, "-c", GUARD, str(os.getpid()), str(self.grace_s), *self.command]
         if shutil.which(self.command[0]) is None:
             raise ValueError(f"there is no program {self.command[0]}: name the Python of the environment that has vLLM")
+        self.sockets = Path(tempfile.mkdtemp(prefix="treetune-"))
+        guarded = [sys.executable, "-c", GUARD, str(os.getpid()), str(self.grace_s), str(self.sockets), *self.command]
+        environment = {**ENVIRONMENT, "VLLM_RPC_BASE_PATH": str(self.sockets), **self.environment}
         with self.log.open("ab") as out:
             self.written = out.tell()
             self.process = subprocess.Popen(
-                guarded, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                guarded, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         atexit.register(self.stop)
         with contextlib.ExitStack() as undo:

@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--die", action="store_true", help="end with an error before being healthy")
     parser.add_argument("--stubborn", default=None, help="ignore SIGTERM, with a worker that does too; the file gets both process ids")
     options, _ = parser.parse_known_args()
+    if sockets := os.environ.get("VLLM_RPC_BASE_PATH"):
+        (Path(sockets) / "socket").touch()  # vLLM removes its own only when it ends in good order
     if options.die:
         print("loading\nValueError: no space for the key/value cache", flush=True)
         sys.exit(3)

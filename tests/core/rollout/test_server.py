@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,16 @@ from treetune.core.rollout import server as server_
 from treetune.core.rollout.server import Server
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """The temporary folder of these tests and of what they start."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # asked for again
+    return folder
 
 
 @pytest.fixture
@@ -62,10 +73,12 @@ def test_a_server_comes_up_on_the_loopback_interface_and_stops(run):
         httpx.get(f"{server.url}/health")
 
 
-def test_stopping_ends_workers_that_ignore_sigterm(run, tmp_path):
+def test_stopping_ends_workers_that_ignore_sigterm(run, tmp_path, temporary):
     server = run("--stubborn", str(tmp_path / "pids"))
+    assert [path.name for path in temporary.glob("treetune-*/*")] == ["socket"]
     server.stop()
     assert all(gone(pid) for pid in pids(tmp_path / "pids"))
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_killed_server_is_seen_and_can_be_restarted(run, tmp_path):
@@ -82,10 +95,10 @@ def test_a_killed_server_is_seen_and_can_be_restarted(run, tmp_path):
     assert gone(worker), "what the dead server left behind is ended too"
 
 
-def test_a_server_that_ends_early_shows_its_error(run):
+def test_a_server_that_ends_early_shows_its_error(run, temporary):
     with pytest.raises(RuntimeError, match="ended with code 3 before it was up; .*ValueError: no space for the key/value cache") as caught:
         run("--die")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and list(temporary.iterdir()) == []
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(run, tmp_path):
@@ -116,7 +129,7 @@ time.sleep(300 if sys.stdin.read() == "" else 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
-def test_the_server_ends_with_its_owner_however_that_ends(how, tmp_path):
+def test_the_server_ends_with_its_owner_however_that_ends(how, tmp_path, temporary):
     port, files = server_.free_port(), tmp_path / "pids"
     command = [sys.executable, "-c", OWNER, str(port), str(FAKE), str(files), str(tmp_path / "log")]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -128,6 +141,7 @@ def test_the_server_ends_with_its_owner_however_that_ends(how, tmp_path):
             owner.send_signal(how)
         owner.wait(20)
         assert all(gone(pid, 8.0) for pid in pids(files))
+        assert list(temporary.iterdir()) == []
     finally:
         owner.kill()
         owner.communicate()
