@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest
+# Each of the many processes of the tests would compile everything again where bytecode is not written.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 VLLM := .vllm-venv
 
 quickstart: $(READY)

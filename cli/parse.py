@@ -33,7 +33,7 @@ def parse(
     argv, path, given = flags.read(command, argv, options)
     file = RunFile({}) if path is None else run_file.read(path, command, options, hint=f"; see treetune {command} --help")
     from_file = {key: value for key, value in file.values.items() if key not in given}
-    parsed = _run_tyro(command, config, from_file, argv)
+    parsed = _fill(command, config, from_file, argv)
     for line in file.lines:
         say(line)
     if file.foreign and ignored is not None and (idle := {key: why for key, why in ignored(parsed).items() if key in from_file}):
@@ -41,7 +41,7 @@ def parse(
             if from_file[key] != options[key].default:
                 say(f"  left out, as nothing would look at it: {key} ({why})")
         from_file = {key: value for key, value in from_file.items() if key not in idle}
-        parsed = _run_tyro(command, config, from_file, argv)
+        parsed = _fill(command, config, from_file, argv)
     values = table.flatten(parsed)
     return parsed, frozenset(given | {key for key in from_file if values[key] != options[key].default})
 
@@ -49,6 +49,12 @@ def parse(
 def config_file(argv: list[str]) -> str | None:
     """The file that --config names."""
     return flags.take_config(argv)[1]
+
+
+def _fill(command: str, config: type, from_file: dict[str, Any], args: list[str]) -> Any:
+    """The config of a file and of flags. Without flags there is nothing to parse, and building tyro's parser takes longer than the file."""
+    needed = {name for name, option in table.options(config).items() if option.default is table.REQUIRED}
+    return _run_tyro(command, config, from_file, args) if args or needed - from_file.keys() else reading.fill(config, from_file)
 
 
 def _run_tyro(command: str, config: type, from_file: dict[str, Any], args: list[str]) -> Any:

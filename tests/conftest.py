@@ -1,7 +1,9 @@
-"""One thread for all tests: their tensors are small, and two cores serve two processes better than four threads."""
+"""One thread for all tests and what they start: their tensors are small, and two cores serve two processes better than four threads."""
 
 import contextlib
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts its threads; other processes inherit it
 
 import pytest
 import torch

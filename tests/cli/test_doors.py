@@ -130,13 +130,12 @@ def test_bad_function_is_one_line_before_anything_is_loaded(case, own, tune, kit
     ],
     ids=" ".join,
 )
-def test_own_function_changes_the_run_and_stands_in_its_config(args, own, sft, kit):
+def test_own_function_changes_the_run_and_stands_in_its_config(args, own, sft, finished, kit):
     common = ["--learning-rate", 0.05, "--sample-prompt=", "--max-steps", 3]
-    assert sft(*common, "--output-dir", "plain").code == 0
+    plain = finished("sft", *common)
     done = sft(*common, *args, "--output-dir", "changed")
     assert done.code == 0, done.err
-    plain, changed = (kit.timeless(kit.metrics(own.parent / name)) for name in ("plain", "changed"))
-    assert plain != changed
+    assert kit.timeless(kit.metrics(plain)) != kit.timeless(kit.metrics(own.parent / "changed"))
     assert f"{args[0][2:].replace('-', '_')}: {args[1]}" in (own.parent / "changed" / "config.yaml").read_text()
 
 

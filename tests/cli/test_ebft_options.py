@@ -75,8 +75,7 @@ CHANGES = {
 AS_MANY_NUMBERS = {"streaming_partial_batch", "streaming_min_groups", "skip_zero_advantage_batches", "log_completions",
                    "num_completions_to_print"}  # fmt: skip
 FAST = ("format", "chat_template_kwargs", "dataset_exact_deduplication", "shuffle", "val_data", "feature_layers", "feature_norm",
-        "whitening_space", "alignment_coef", "gt_length_multiplier", "ce_coef", "dynamic_sampling", "replay_buffer_size",
-        "skip_zero_advantage_batches", "streaming_partial_batch", "prefetch_depth")  # fmt: skip
+        "whitening_space", "alignment_coef", "gt_length_multiplier", "ce_coef", "dynamic_sampling", "streaming_partial_batch")  # fmt: skip
 
 
 @pytest.fixture

@@ -139,11 +139,11 @@ def test_columns_tell_the_transform(name, kit, here, train):
     done = train("--sequence-len", 160, "--sample-prompt", None, "--sample-tokens", 3, rows=FORMATS[name])
     assert done.code == 0, done.err
     assert f"train rows.jsonl: {name}: 12 rows -> 12 documents" in " ".join(done.out.split()) and "blocks" in done.out
-    assert train("--sequence-len", 160, "--format", name, "--output-dir", "named", rows=FORMATS[name]).code == 0
-    assert kit.timeless(kit.metrics(here / "run")) == kit.timeless(kit.metrics(here / "named"))
     assert len(kit.samples(here / "run")) == 2
-    done = train("--sequence-len", 160, "--sample-prompt", "hello", "--sample-tokens", 3, "--output-dir", "asked", rows=FORMATS[name])
-    assert done.code == 0 and kit.samples(here / "asked")[0]["prompt"] == "hello"
+    named = ["--format", name, "--sample-prompt", "hello", "--output-dir", "named"]
+    assert train("--sequence-len", 160, "--sample-tokens", 3, *named, rows=FORMATS[name]).code == 0
+    assert kit.samples(here / "named")[0]["prompt"] == "hello"
+    assert kit.timeless(kit.metrics(here / "run")) == kit.timeless(kit.metrics(here / "named"))
 
 
 TRANSFORM = """
@@ -228,20 +228,29 @@ def test_there_is_a_row_for_every_option_of_the_mode():
     assert known <= {*CHANGES, *SAME_NUMBERS, *STRUCTURED}
 
 
+@pytest.fixture(scope="module")
+def plain_numbers():
+    """{arguments: the numbers of a run with them}: many options are compared with the same one."""
+    return {}
+
+
 @pytest.mark.parametrize("option", CHANGES)
-def test_option_changes_the_training(option, kit, here, train):
+def test_option_changes_the_training(option, plain_numbers, kit, here, train):
     kit.write_rows(here / "asked.jsonl", asked())
     kit.write_rows(here / "chats.jsonl", chats())
     own, both = CHANGES[option]
     both = [*both, "--chat-template", MARKED] if option == "chat_template_kwargs" else both
-    found = []
-    for args, name in ((both, "plain"), ([*both, *own], "changed")):
-        assert (done := train(*args, "--output-dir", name)).code == 0, done.err
-        found.append([(record["train/loss"], record["grad_norm"]) for record in steps(kit, here / name)])
-    assert found[0] != found[1], "the numbers of training, not only what is printed"
+
+    def numbers(name, *args):
+        assert (done := train("--val-set-size", 0, *args, "--output-dir", name)).code == 0, done.err
+        return [(record["train/loss"], record["grad_norm"]) for record in steps(kit, here / name)]
+
+    if str(both) not in plain_numbers:
+        plain_numbers[str(both)] = numbers("plain", *both)
+    assert plain_numbers[str(both)] != numbers("changed", *both, *own), "the numbers of training, not only what is printed"
 
 
-@pytest.mark.parametrize("trains", ["lora", "none"])
+@pytest.mark.parametrize("trains", ["lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_network_in_main_memory_says_the_same(trains, kit, here, train):
     assert train("--adapter", trains).code == 0
     assert train("--adapter", trains, "--feature-device", "cpu", "--output-dir", "copy").code == 0
@@ -270,7 +279,7 @@ STEPS = 5
 CRASHES = {"lora": ["--lora-dropout", 0.2], "full": ["--adapter", "none", "--ce-coef", 0.1, "--use-whitening"]}
 
 
-@pytest.mark.parametrize("kind", CRASHES)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, train, forked):
     args = [*CRASHES[kind], "--max-steps", STEPS, "--save-steps", 2, "--eval-steps", 3, "--micro-batch-size", 1]
     assert train(*args, "--output-dir", "whole").code == 0

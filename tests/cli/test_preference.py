@@ -107,13 +107,20 @@ def moves(kit, root) -> tuple:
     return record["kl"], record["rewards/chosen"], record["rewards/rejected"]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Where `started` is kept; it is read only."""
+    return tmp_path_factory.mktemp("begun")
+
+
 @pytest.fixture
-def started(kit, here, tune, train):
+def started(begun, tune, train):
     """A trained adapter, and the same folded into a model folder."""
-    assert train("dpo", "--output-dir", "sft", "--learning-rate", 0.3).code == 0
-    done = tune("merge", "sft", "folded", "--max-logit-diff", 9)
-    assert done.code == 0, done.err
-    return here / "sft" / "adapter", here / "folded"
+    if not (begun / "folded").exists():
+        assert train("dpo", "--output-dir", begun / "sft", "--learning-rate", 0.3).code == 0
+        done = tune("merge", begun / "sft", begun / "folded", "--max-logit-diff", 9)
+        assert done.code == 0, done.err
+    return begun / "sft" / "adapter", begun / "folded"
 
 
 KINDS = {
@@ -124,8 +131,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("command", ["dpo", "kto"])
-@pytest.mark.parametrize("start", ["fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS])
+STARTS = ("fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS)
+SOME = ("resumed LoRA", "full")
+MOVING = [("kto", start) if start in SOME else pytest.param("kto", start, marks=pytest.mark.slow) for start in STARTS]
+
+
+@pytest.mark.parametrize(("command", "start"), [("dpo", start) for start in STARTS] + MOVING)
 def test_nothing_has_moved_at_step_0(command, start, kit, tiny, here, train, started):
     """Exactly 0 where both run in one packing; within 1e-6 where the reference was computed once, in another.
 
@@ -209,7 +220,10 @@ CRASHES = {
 }
 
 
-@pytest.mark.parametrize("kind", CRASHES)
+SOON = ("dpo", "dpo, synced", "bco", "reward")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in SOON else pytest.param(kind, marks=pytest.mark.slow) for kind in CRASHES])
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, train, forked):
     command, own = CRASHES[kind]
     args = [*own, "--max-steps", STEPS, "--save-steps", 2, "--eval-steps", 3, "--micro-batch-size", 1]
@@ -287,8 +301,12 @@ DROPPED = {
 }
 
 
-@pytest.mark.parametrize("command", ["dpo", "orpo", "reward"])
-@pytest.mark.parametrize("what", DROPPED)
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("dpo", what) for what in DROPPED]
+    + [("orpo", "empty"), ("reward", "identical")]
+    + [pytest.param(name, what, marks=pytest.mark.slow) for name in ("orpo", "reward") for what in list(DROPPED)[2:]],
+)
 def test_pairs_that_cannot_be_learned_from_are_dropped_and_counted(what, command, kit, here, train):
     rows, reason = DROPPED[what]
     done = train(command, "--overlong", "truncate", "--val-set-size", 0, rows=rows)

@@ -37,12 +37,21 @@ def base(request, tiny):
     return tiny.model if request.param == "tied" else tiny.untied
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where the runs of `run` are kept, and what they printed by their model."""
+    return {None: tmp_path_factory.mktemp("trained")}
+
+
 @pytest.fixture
-def run(base, sft, here):
-    """The folder of a LoRA run of three steps with new tokens, and what it printed."""
-    done = sft("--model", base, *NEW, "--learning-rate", 0.05, "--max-steps", 3)
-    assert done.code == 0, done
-    return here / "runs/sft-001", done.out
+def run(base, sft, trained):
+    """The folder of a LoRA run of three steps with new tokens, and what it printed; it is read only."""
+    folder = trained[None] / base.name
+    if base not in trained:
+        done = sft("--model", base, *NEW, "--learning-rate", 0.05, "--max-steps", 3, "--output-dir", folder)
+        assert done.code == 0, done
+        trained[base] = done.out
+    return folder, trained[base]
 
 
 def test_new_rows_train_and_are_saved_with_the_adapter(base, run, kit):

@@ -227,7 +227,7 @@ def odd(kind, option, draw):
     if kind is float:
         low, high = known.low, min(known.high, 1e6)
         value = draw.choice([low + (high - low) * draw.random() / 2, 10 ** -draw.uniform(1, 9)])
-        return value if known.holds(value) else 0.25
+        return value if known.holds(value) else 0.25 if known.holds(0.25) else low + 0.25
     return draw.choice([True, False]) if kind is bool else draw.choice(TEXTS)
 
 
@@ -259,6 +259,7 @@ def test_a_config_that_was_written_reads_back_as_the_same(command, here):
         (here / "c.yaml").write_text(text, encoding="utf-8")
         again, _ = parse.parse(command, config, ["--config", "c.yaml"])
         assert again == written and reading.to_yaml(again) == text
+    assert parse._run_tyro(command, config, table.flatten(written), []) == again, "as beside flags"
 
 
 def test_yaml_itself_agrees_with_what_is_written():
