@@ -37,9 +37,10 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "merge": Command("commands.merge", commands.Merge, "fold an adapter into its model"),
     "quantize": Command("commands.quantize", commands.Quantize, "write a model in 4 or 8 bits"),
     "check": Command("commands.check", commands.Check, "compare a model with transformers, and packed with alone"),
-    "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine"),
+    "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine, or the examples and docs"),
     "runs": Command("commands.runs", commands.Runs, "list runs, show one, or compare several"),
     "doctor": Command("commands.doctor", commands.Doctor, "say what is wrong with a run, and what to change"),
+    "agent-docs": Command("commands.agent_docs", commands.AgentDocs, "print a page of the documentation"),
     "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),
 }
 

@@ -167,6 +167,7 @@ def test_packages_of_pyproject_are_the_folders_with_init():
     folders = {path.parent.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
     names = {f"treetune.{folder.replace('/', '.')}": folder for folder in folders}
     names |= {"treetune.samples": "examples/data"}  # rows alone, which commands read where no data is named
+    names |= {"treetune.examples": "examples", "treetune.docs": "docs"}  # which treetune fetch and agent-docs give
     assert set(config["packages"]) == set(names) and config["package-dir"] == names
     with_code = {path.parent.relative_to(ROOT).as_posix() for path in _files(*PACKAGES)}
     assert with_code == folders, "a folder with Python files has no __init__.py"

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from treetune.cli import web_chat
 from treetune.cli.options.commands import Chat
 from treetune.cli.screen import Screen
 from treetune.core.data import detokenise, prompt_ids
@@ -17,12 +18,16 @@ def run(config: Chat, given: frozenset[str]) -> int:
     screen = Screen()
     start = [{"role": "system", "content": config.system}] if config.system else []
     with checking_input():
+        if config.gradio:
+            web_chat.check()
         chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         ids = prompt_ids.encode_turns(tokenizer, [*start, {"role": "user", "content": "?"}])  # whether it can chat, before weights are read
         model, lora = target.load_model(chosen, say=screen.line)
         stop = target.stop_ids(chosen, tokenizer)
         prompt_ids.check_ids(ids, model.cfg.vocab_size)
+    if config.gradio:
+        return _browser(config, chosen, tokenizer, partial(decode.sample, model, lora=lora, stop=stop), model.cfg.shared_positions)
     screen.line(f"{chosen.name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
     messages, turn = list(start), 0
     while (text := _ask(screen)) is not None:
@@ -43,6 +48,25 @@ def run(config: Chat, given: frozenset[str]) -> int:
             answer = print_answer(screen, tokenizer, partial(decode.sample, model, [ids], lora=lora, stop=stop, **options))
             messages.append({"role": "assistant", "content": answer})
             turn += 1
+    return 0
+
+
+def _browser(config: Chat, chosen: target.Target, tokenizer: Any, sample: Callable[..., Any], positions: int) -> int:
+    """The conversation in the browser, until Ctrl-C; the exit code."""
+    start = [{"role": "system", "content": config.system}] if config.system else []
+
+    def reply(messages: web_chat.Messages, tell: web_chat.Tell) -> str:
+        ids = prompt_ids.encode_turns(tokenizer, [*start, *messages])
+        if len(ids) >= positions:
+            raise ValueError(f"the conversation fills all {positions} positions of the model: start a new one")
+        options = asdict(config.sample) | {"seed": config.sample.seed + len(messages)}
+        options["max_new_tokens"] = min(options["max_new_tokens"], positions - len(ids))
+        answer = detokenise.Answer(tokenizer)
+        sample([ids], tell=lambda _, token: tell(answer.push(int(token))), **options)
+        tell(answer.flush())
+        return answer.text()
+
+    web_chat.serve(reply, chosen.name, config.gradio_server_port)
     return 0
 
 

