@@ -42,7 +42,7 @@ NOTHING: Mapping[str, str] = {
         """
         gradient_checkpointing_kwargs use_reentrant strict remove_unused_columns skip_prepare_dataset vllm_lora_sync
         use_data_producer replay_recompute_logps pad_to_sequence_len pad_to_multiple_of eval_sample_packing group_by_length
-        lora_fan_in_fan_out lora_on_cpu batch_flattening dataset_keep_in_memory pretrain_multipack_attn
+        lora_fan_in_fan_out lora_on_cpu relora_cpu_offload batch_flattening dataset_keep_in_memory pretrain_multipack_attn
         pretrain_multipack_buffer_size pretraining_sample_concatenation sample_packing_bin_size sample_packing_eff_est
         sample_packing_group_size sample_packing_sequentially sample_packing_drop_attention_mask multipack_real_batches
         save_safetensors total_num_tokens total_supervised_tokens include_tokens_per_second include_tkps dataloader_pin_memory

@@ -4,16 +4,19 @@ Sizes are odd on purpose: the vocabulary and the adapter's rank do not divide by
 ranks without a part of A.
 """
 
+import dataclasses
 import math
 
 import torch
 
 from treetune.core.run.ranks import Ranks
-from treetune.core import lora, optim, param, shard, step, tree
+from treetune.core import lora, optim, param, quant, shard, step, tree
+from treetune.core.quant import Scheme
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
-from treetune.models import Model, hf, llama, policy
-from treetune.models.policy import Policy
+from treetune.models import Model, hf, llama, policy, qwen2, relora
+from treetune.models.adapter import Base
+from treetune.models.policy import AdapterSpec, Policy
 
 VOCAB = 53
 TRAINS = ("full", "lora", "both")
@@ -39,6 +42,41 @@ def trees(base: Model, trains: str) -> Policy:
     used = lora.Lora(tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), fresh), 0.7, dropout=0.2)
     params = {"lora": used.tree} | ({"model": tree.map(torch.clone, tree.select(base.params, "norm"))} if trains == "both" else {})
     return Policy(base.family, base.cfg, params, {"model": base.params}, used)
+
+
+# Kinds of adapters; "restarts" is of ReLoRA. Documents of a kind with dropout draw it by themselves.
+KINDS = {
+    "lora, dropout": dict(dropout=0.2), "dora": dict(dora=True, dropout=0.2), "pissa": dict(init="pissa"), "olora": dict(init="olora"),
+    "orthogonal": dict(init="orthogonal", rank=2), "patterns": dict(ranks=(("q_proj", 1),), alphas=(("down_proj", 3.0),), dora=True),
+    "bias": dict(bias="all"), "whole": dict(modules_to_save=("norm",), unfrozen=("post_norm",)), "nf4": dict(quant="nf4", dora=True),
+    "relora": dict(restarts=1.0), "relora, pruned": dict(restarts=0.5, dora=True),
+}  # fmt: skip
+
+
+def kind(name: str, ranks: Ranks, sharding: str) -> dict[str, torch.Tensor]:
+    """Three steps of an adapter of a kind: {"state.PATH", "frozen.PATH" of what moves, "start.PATH"} as whole tensors."""
+    options = dict(KINDS[name])
+    prune, scheme = options.pop("restarts", None), options.pop("quant", None)
+    base = model()
+    if "bias" in options:
+        cfg = dataclasses.replace(base.cfg, qkv_bias=True)
+        base = Model("qwen2", cfg, param.init(qwen2.abstract(cfg), seed=5))
+    if scheme is not None:
+        leaves = {path: quant.quantise(leaf, Scheme(scheme)) if "_proj" in path else leaf for path, leaf in tree.items(base.params)}
+        base = base._replace(params=tree.from_items(leaves.items()))
+    start = policy.adapt(base, AdapterSpec(**dict(rank=3, alpha=6.0) | options), base=Base("x", ""), seed=1)
+    begun = {f"start.{path}": leaf.clone() for path, leaf in tree.items(start.params)}
+    placed = policy.place(start, ranks.mesh, sharding)
+    # With a small epsilon the first step after a restart is little more than the sign of each gradient, and rounding decides some.
+    own = optim.adamw(eps=1e-2, weight_decay=0.1)
+    state = TrainState(placed.params, placed.frozen, own.init(placed.params), {}, torch.tensor(0))
+    one = step.make_step(objective(base, placed), own, schedule=optim.constant(0.1), mesh=ranks.mesh, clip=0.5)
+    again = None if prune is None else relora.restarter(placed, own, relora.Restarts(2, prune, seed=4))
+    for number in range(len(STEPS)):
+        state, metrics = one(state, micro_batches(number, ranks.rank, ranks.world))
+        state = state if again is None else again(state, metrics, number + 1)
+    moved = {} if prune is None else {path: shard.full(leaf).clone() for path, leaf in tree.items(state.frozen["model"])}
+    return begun | whole(state) | {f"frozen.{path}": leaf for path, leaf in moved.items()}
 
 
 def documents() -> list[tuple[list[int], list[int]]]:

@@ -1,6 +1,7 @@
 """One rank of the distributed tests. argv: job, folder. Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
 
 train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
+kinds: three steps of an adapter of each kind, in every mode.
 die: the last rank is killed in the middle of its second save.
 """
 
@@ -76,6 +77,14 @@ def poison(base, ranks: Ranks, sharding: str) -> dict:
     return {"skipped": metrics["skipped"].item(), "same": same, "text": faults.find_not_finite(objective, state, batches)}
 
 
+def kinds(folder: Path, ranks: Ranks) -> None:
+    for sharding in MODES:
+        for name in scene.KINDS:
+            out = scene.kind(name, ranks, sharding)
+            if ranks.rank == 0:
+                write(folder / f"{sharding}-{name}.safetensors", out)
+
+
 def die(folder: Path, ranks: Ranks) -> None:
     base = scene.model()
     state, _ = scene.start(base, "full", ranks, "full")
@@ -96,7 +105,7 @@ def die(folder: Path, ranks: Ranks) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks(torch.device("cpu"))
-    {"train": train, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
+    {"train": train, "kinds": kinds, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
