@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-all test-interpret test-vllm vllm-env lint format bench clean
+.PHONY: quickstart test test-all test-interpret test-vllm vllm-env test-trackers lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 # Each of the many processes of the tests would compile everything again where bytecode is not written.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 VLLM := .vllm-venv
+TRACKERS := .trackers-venv
 
 quickstart: $(READY)
 	$(BIN)/treetune sft
@@ -29,7 +30,20 @@ test-all: $(READY) $(VLLM)/.ready
 	$(PYTEST) -m "not vllm and (slow or not interpret)" || status=$$?; \
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/ops || status=$$?; \
 	$(PYTEST) -m "vllm and (slow or not slow)" tests/vllm || status=$$?; \
+	$(MAKE) test-trackers || status=$$?; \
 	exit $$status
+
+# The packages of trackers, in an environment that has those of the main one besides: some of them hold others back.
+$(TRACKERS)/.ready: $(READY)
+	test -x $(TRACKERS)/bin/python || $(PYTHON) -m venv $(TRACKERS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+		"$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(TRACKERS)/bin/python -m pip install --quiet $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["trackers"])')
+	touch $(TRACKERS)/.ready
+
+test-trackers: $(TRACKERS)/.ready
+	$(TRACKERS)/bin/python -m pytest -m "slow or not slow" tests/core/trackers tests/cli/test_trackers_real.py
 
 # vLLM on a CPU, in an environment of its own because it pins its torch; text models need none of the three that go.
 vllm-env: $(VLLM)/.ready
@@ -63,4 +77,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(TRACKERS) build *.egg-info

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements, run_file
+from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements, run_file, trackers
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import run as run_options
@@ -17,7 +17,7 @@ from treetune.core import import_path, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
 from treetune.core.run import cadence, folder, journal, loop, ranks, report, sample_answer, signals, summary
-from treetune.core.run import observers as trackers
+from treetune.core.run import observers as run_observers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
 from treetune.core.run.recorder import Record
@@ -119,6 +119,7 @@ def run(
             outcome = _train(this, parts, answer, interrupted)
             shown = parts.shown(outcome.state)
             saved = _save(this, parts.policy, shown, extras)
+            this.observers.saved(saved, None)
             _finish(this, parts, answer, outcome, saved)
         trained = parts.policy._replace(params=shown.params, frozen=shown.frozen)
         return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
@@ -145,8 +146,9 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
     group = Observers()
     if world.rank == 0:
         group.append(journal.Journal(run_dir.root, method=method.name, goal=method.goal))
-        group.append(*(trackers.of(one, getattr(one, "__name__", type(one).__name__), group.warn) for one in told))
-        group.append(*(trackers.of(import_path.load(path), path, group.warn) for path in config.run.observer))
+        group.append(*(run_observers.of(one, getattr(one, "__name__", type(one).__name__), group.warn) for one in told))
+        group.append(*(run_observers.of(import_path.load(path), path, group.warn) for path in config.run.observer))
+        trackers.attach(group, config, run_dir, stack)
     return Run(config, method, options, device, world, group, run_dir)
 
 
@@ -158,7 +160,7 @@ def _result_name(start: Policy) -> str:
 def _create(this: TrainRun, start: Policy) -> None:
     """Begin the run in its folder."""
     # How a run was started (--resume, --overwrite) is not what it is.
-    text = reading.to_yaml(this.config, without=("resume", "overwrite"))
+    text = reading.to_yaml(this.config, without=("resume", "overwrite", *table.secrets(type(this.config))))
     folder.create(this.folder, masking.mask_secrets(f"{run_file.METHOD}: {this.method.name}\n{text}"), makes=(_result_name(start),))
 
 
@@ -261,7 +263,8 @@ def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None
 def _commands(this: TrainRun, parts: Assembly, outcome: loop.Outcome, saved: Path) -> dict[str, str]:
     """Commands that continue the run and that try what was trained."""
     rows, start = {}, parts.policy
-    if outcome.stopped == "interrupted" and (text := invocation.continuation(this.folder.root, overwrite=this.config.run.overwrite)):
+    named = {"overwrite": this.config.run.overwrite, "secrets": table.secrets(type(this.config))}
+    if outcome.stopped == "interrupted" and (text := invocation.continuation(this.folder.root, **named)):
         rows["continue with"] = text
     chat = parts.data.format != "completion" and bool(start.tokenizer.chat_template)
     kind = {"scores": "head" in start.params, "adapter": not start.leaves_model, "chat": chat}

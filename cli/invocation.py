@@ -32,21 +32,22 @@ def command(*words: object) -> str:
     return shlex.join([program(), *map(str, words)])
 
 
-def continuation(root: Path, *, overwrite: bool) -> str | None:
+def continuation(root: Path, *, overwrite: bool, secrets: frozenset[str] = frozenset()) -> str | None:
     """The command line that continues the run at `root` with all its options; None where this process has no command line.
 
-    overwrite: whether the run overwrites, perhaps by a config file, which the new command line names again.
+    overwrite: whether the run overwrites, perhaps by a config file, which the new command line names again. secrets: options to leave out.
     """
     argv = _COMMAND_LINE.get(None)
     if argv is None:
         return None
     words, options, i = [argv[0]], set(), 1
+    left_out = STARTING | dict.fromkeys(secrets, 1)
     while i < len(argv):
         flag, equals, _ = argv[i].partition("=")
         name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         options.add(name)
-        if name in STARTING:
-            i += 0 if equals else STARTING[name]
+        if name in left_out:
+            i += 0 if equals else left_out[name]
         else:
             words.append(argv[i])
         i += 1

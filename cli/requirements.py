@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import model, optim, run
+from treetune.cli.options import model, optim, run, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -34,6 +34,8 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
     places.check_names(config)
     check(config, method, options)
     _check_outputs(config, config_file)
+    if (tracking := getattr(config, "tracking", None)) is not None:
+        trackers.check_packages(tracking)
     places.check(config, MODELS)
     adapter = getattr(getattr(config, "adapter", None), "lora_model_dir", None)
     if adapter is not None:
@@ -88,6 +90,8 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
         train = cast(Any, config)
         optim.conflicts(train.optim)
         run.conflicts(train.run, streaming=getattr(train.data, "streaming", False))
+        if hasattr(train, "tracking"):
+            trackers.conflicts(train.tracking)
         if hasattr(train, "adapter"):
             model.conflicts(train.adapter, train.model)
             _check_restarts(train, method.name)

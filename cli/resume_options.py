@@ -26,11 +26,11 @@ def describe(config: Config, method: Method, *, rate: float, dtype: str) -> Opti
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}
 
     kind = type(config)
-    rules = table.rules(kind)
+    rules, defaults = table.rules(kind), table.defaults(kind)
     return Options(
         method.name,
-        table.flatten(config),
-        table.defaults(kind),
+        table.flatten(config) | {name: defaults[name] for name in table.secrets(kind)},
+        defaults,
         requirements.ignored(config, method),
         rules,
         resolve,

@@ -9,6 +9,7 @@ from treetune.cli.options.doors import door
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core import import_path
 from treetune.core.config.marks import OBJECTIVE, Unused, Values
 from treetune.core.config.ranges import BELOW_HALF, NOT_NEGATIVE, POSITIVE
@@ -52,6 +53,7 @@ class Cpo:
     loss: CpoLoss = group(CpoLoss)
     optim: PreferenceOptim = group(PreferenceOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def parts(config: Cpo, policy: "Policy", setting: Setting) -> Parts:

@@ -12,6 +12,7 @@ from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyO
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.reference import ReferenceOptions
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core import import_path
 from treetune.core.config.marks import OBJECTIVE, Unused, Values, unused_unless
 from treetune.core.config.ranges import ANY, BELOW_HALF, NOT_NEGATIVE, PART, POSITIVE
@@ -113,6 +114,7 @@ class Dpo:
     reference: ReferenceOptions = group(ReferenceOptions)
     optim: PreferenceOptim = group(PreferenceOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def conflicts(config: Dpo) -> None:

@@ -13,6 +13,7 @@ from treetune.cli.options.policy_loss import RoutedPolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Grpo:
     reference: RlReference = group(RlReference)
     optim: RlOptim = group(RlOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def conflicts(config: Grpo) -> None:

@@ -9,6 +9,7 @@ from treetune.cli.options.data import PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.marks import OBJECTIVE
 from treetune.core.config.ranges import NOT_NEGATIVE
 from treetune.core.config.table import group
@@ -38,6 +39,7 @@ class Orpo:
     loss: OrpoLoss = group(OrpoLoss)
     optim: PreferenceOptim = group(PreferenceOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def parts(config: Orpo, policy: "Policy", setting: Setting) -> Parts:

@@ -8,6 +8,7 @@ from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.token_loss import LossOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.marks import (
     HELD_OUT_FILES,
     MODEL_SHAPE,
@@ -83,6 +84,7 @@ class Pretrain:
     loss: LossOptions = group(LossOptions)
     optim: OptimOptions = group(OptimOptions)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def conflicts(config: Pretrain) -> None:

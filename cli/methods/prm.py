@@ -8,6 +8,7 @@ from treetune.cli.options.data import SAMPLES, PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Prm:
     adapter: AdapterOptions = group(AdapterOptions)
     optim: RewardOptim = group(RewardOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def parts(config: Prm, policy: "Policy", setting: Setting) -> Parts:

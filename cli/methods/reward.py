@@ -9,6 +9,7 @@ from treetune.cli.options.data import PairData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.marks import OBJECTIVE
 from treetune.core.config.ranges import NOT_NEGATIVE
 from treetune.core.config.table import group
@@ -36,6 +37,7 @@ class Reward:
     loss: RewardLoss = group(RewardLoss)
     optim: RewardOptim = group(RewardOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def parts(config: Reward, policy: "Policy", setting: Setting) -> Parts:

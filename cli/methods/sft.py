@@ -9,6 +9,7 @@ from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyO
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
 from treetune.cli.options.token_loss import LossOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.table import group
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Sft:
     loss: LossOptions = group(LossOptions)
     optim: OptimOptions = group(OptimOptions)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)
 
 
 def parts(config: Sft, policy: "Policy", setting: Setting) -> Parts:

@@ -11,6 +11,7 @@ from treetune.cli.options.policy_loss import POLICY_LOSS, PolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.options.run import RunOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config.marks import (
     COMPLETIONS,
     FUNCTION_PATH,
@@ -168,3 +169,4 @@ class Ebft:
     reference: RlReference = group(RlReference)
     optim: EbftOptim = group(EbftOptim)
     run: RunOptions = group(RunOptions)
+    tracking: TrackerOptions = group(TrackerOptions)

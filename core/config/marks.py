@@ -77,6 +77,10 @@ NAMED_VALUES = NAMED_TEXTS._replace(values=True)
 REGEX_NUMBERS = EqualsTexts(option_pairs.rules)
 
 
+class Secret(NamedTuple):
+    """The option holds a key or a password: it is written into no file, no record and no line."""
+
+
 class Place(NamedTuple):
     """The option names something: a file, a folder, a model, a function. kind: what, a key of the checks in `places`.
 
@@ -93,6 +97,7 @@ TEMPLATE, FUNCTION_PATH, PROGRAM, ANY_PATH = Place("template"), Place("function"
 RUN_FOLDER, PREPARED_ROWS, NEW_FOLDER = Place("run folder"), Place("prepared rows"), Place("new folder")
 NEW_FILE, PAGE, LOG = Place("new file"), Place("page"), Place("log")
 
+SECRET = Secret()
 STARTED = Rule(START, "says how the run is started")
 MODEL_WEIGHTS = _judged(WEIGHTS, "the trained weights belong to the model that they started from")
 ROWS_READ = _judged(DOCUMENTS, "decides which documents are read, and which of their tokens are supervised")

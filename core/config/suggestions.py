@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 ROWS = "quant: int8 holds weights only, all of them in 8 bits; leave it out"
 QUANTISED = "weights that other tools have quantised so are not read; take the unquantised model, and quant: nf4"
-TRACKED = "observer: FILE.py:FUNCTION sends metrics to a tracker; metrics.jsonl and report.html hold all curves, too"
+TRACKED = "use_wandb, use_tensorboard, use_mlflow, use_comet, use_trackio and use_swanlab say who is told"
 ALWAYS = "it is always so here; leave it out"
 COMMANDS_OF = {
     "finetune": "sft", "fine-tune": "sft", "fine_tune": "sft", "instruct": "sft", "lora": "sft", "qlora": "sft",
@@ -101,12 +101,7 @@ ADVICE = {
     "gptq": QUANTISED, "llm_int8_has_fp16_weight": ROWS, "llm_int8_threshold": ROWS, "llm_int8_skip_modules": ROWS,
     "lora_on_cpu": "treetune merge computes on the CPU; leave it out",
     "report_to": TRACKED,
-    "wandb_project": TRACKED,
-    "wandb_name": TRACKED, "wandb_entity": TRACKED,
-    "wandb_watch": TRACKED,
-    "wandb_log_model": TRACKED, "wandb_run_id": TRACKED, "run_name": "output_dir names a run",
-    "use_wandb": TRACKED, "mlflow_tracking_uri": TRACKED,
-    "comet_api_key": TRACKED,
+    "run_name": "output_dir names a run; wandb_name, mlflow_run_name and others name it in trackers",
     "push_to_hub": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
     "hub_model_id": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
     "trust_remote_code": "code of a model is never run; leave it out", "device_map": "torchrun places processes; leave it out",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from treetune.core.config.doors import Door
-from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Switch, Unused
+from treetune.core.config.marks import FUNCTION_PATH, REFUSED, EqualsTexts, Place, Rule, Secret, Switch, Unused
 from treetune.core.config.ranges import Range
 from treetune.core.import_path import FORM, is_path
 
@@ -47,6 +47,7 @@ class Option(NamedTuple):
     door: Door | None = None
     place: Place | None = None
     switch: Switch | None = None
+    secret: bool = False
 
     def expected(self) -> str:
         """What one value must be, in words."""
@@ -107,8 +108,9 @@ def _option(name: str, kind: Any, default: Any, marked: Any) -> Option:
         rule = rule._replace(judged_by=(name,))  # two functions in other places may be the same
     place = FUNCTION_PATH if door else only(Place)
     return Option(
-        name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door, place, only(Switch)
-    )
+        name, kind, default, single, optional, many, choices, only(Range), rule, unused, only(EqualsTexts), door, place, only(Switch),
+        only(Secret) is not None,
+    )  # fmt: skip
 
 
 def _taken_apart(marked: Any) -> tuple[tuple, Any]:
@@ -142,6 +144,11 @@ def _values(config: Config) -> Iterator[tuple[str, Any]]:
             yield from _values(value)
         else:
             yield entry.name, value
+
+
+def secrets(config: type) -> frozenset[str]:
+    """The options of a config class that hold keys and passwords."""
+    return frozenset(name for name, option in options(config).items() if option.secret)
 
 
 def record(kind: Callable[..., T], config: Config, **values: Any) -> T:

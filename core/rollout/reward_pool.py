@@ -169,7 +169,7 @@ class Pool:
         child.channel.settimeout(limit_s)
         self._echo.renew(child.channel.fileno())
         try:
-            worker.send(child.channel, message)
+            wire.send(child.channel, message)
         except OSError:
             pass  # gone or stuck: reading its answer says so
         except (TypeError, ValueError) as error:
@@ -323,7 +323,7 @@ def _answer(child: Process, job: Job) -> tuple[dict | None, str]:
     # At least a second, for the rest of an answer whose first bytes came in time.
     child.channel.settimeout(max(job.deadline - time.monotonic(), 1.0))
     try:
-        answer = worker.receive(child.channel)
+        answer = wire.receive(child.channel)
     except TimeoutError:
         return None, ""
     except OSError:

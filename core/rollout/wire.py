@@ -1,11 +1,15 @@
-"""Messages between the trainer and its reward workers: JSON, with the values of data files that JSON lacks in objects of their own.
+"""Messages between the trainer and its workers (rewards, trackers): JSON, with values that JSON lacks in objects of their own.
 
-So a reward gets a date, a decimal or bytes of a parquet file as what they are. The standard library only: workers import this.
+A message is its length (8 bytes) and its text. A reward gets a date, a decimal or bytes of a parquet file as what they are. The standard
+library only: workers import this.
 """
 
 import base64
 import datetime
 import json
+import os
+import socket
+import struct
 import uuid
 from collections.abc import Callable
 from decimal import Decimal
@@ -51,3 +55,36 @@ def _written(value: Any) -> dict:
 
 def _read(value: dict) -> Any:
     return READ[value[KIND]](value["text"]) if value.get(KIND) in READ and value.keys() == {KIND, "text"} else value
+
+
+def send(channel: socket.socket, message: dict) -> None:
+    """Writes one message. Errors: TypeError or ValueError for what is not JSON, OSError for a channel that is gone."""
+    data = dumps(message).encode()
+    channel.sendall(struct.pack("<Q", len(data)) + data)
+
+
+def receive(channel: socket.socket) -> dict | None:
+    """Reads one message; None when the other side is gone."""
+    head = _bytes(channel, 8)
+    data = head and _bytes(channel, struct.unpack("<Q", head)[0])
+    return loads(data) if data else None
+
+
+def standard_input() -> socket.socket:
+    """Standard input as a socket that nothing else has; functions and what they start then read from nowhere."""
+    # A copy made by os.dup is not inherited, so that no program that a function starts can answer in its place.
+    channel = socket.socket(fileno=os.dup(0))
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    return channel
+
+
+def _bytes(channel: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        part = channel.recv(min(count - len(data), 1 << 20))
+        if not part:
+            return None
+        data += part
+    return bytes(data)

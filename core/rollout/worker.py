@@ -17,8 +17,6 @@ import json
 import math
 import os
 import signal
-import socket
-import struct
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,19 +38,6 @@ class Loaded(NamedTuple):
     takes: list[str]
     required: list[str]
     rest: bool  # **kwargs: every column
-
-
-def send(channel: socket.socket, message: dict) -> None:
-    """Writes one message. Errors: TypeError or ValueError for what is not JSON, OSError for a channel that is gone."""
-    data = wire.dumps(message).encode()
-    channel.sendall(struct.pack("<Q", len(data)) + data)
-
-
-def receive(channel: socket.socket) -> dict | None:
-    """Reads one message; None when the other side is gone."""
-    head = _read(channel, 8)
-    data = head and _read(channel, struct.unpack("<Q", head)[0])
-    return wire.loads(data) if data else None
 
 
 def parse(name: str) -> tuple[str, dict]:
@@ -147,7 +132,7 @@ def described(error: BaseException) -> str:
 
 def main() -> None:
     """Answers messages until the channel closes."""
-    channel, me = _channel(), os.getpid()
+    channel, me = wire.standard_input(), os.getpid()
     # What functions leave behind stays below this process, and ends when the trainer is gone, however it ended.
     descendants.adopt()
     descendants.end_with(os.getppid())
@@ -157,14 +142,14 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     functions: list[Loaded] = []
     with open(os.devnull, "w") as nowhere, contextlib.suppress(ConnectionError):  # the parent is gone: nobody wants to read why
-        while (message := receive(channel)) is not None:
+        while (message := wire.receive(channel)) is not None:
             # A thread of C that needs no lock of the interpreter: it also ends a function that holds that lock for ever.
             faulthandler.dump_traceback_later(message["limit_s"] + GRACE_S, exit=True, file=nowhere)
             answer = _load_all(message["names"], functions) if "names" in message else call(functions[message["function"]], message["rows"])
             if os.getpid() != me:
                 os._exit(1)  # a function forked and let its child return
             faulthandler.cancel_dump_traceback_later()
-            send(channel, answer)
+            wire.send(channel, answer)
     descendants.kill(me)
 
 
@@ -237,26 +222,6 @@ def _from_file(path: Path):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
-
-
-def _read(channel: socket.socket, count: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < count:
-        part = channel.recv(min(count - len(data), 1 << 20))
-        if not part:
-            return None
-        data += part
-    return bytes(data)
-
-
-def _channel() -> socket.socket:
-    """Standard input as a socket that nothing else has; functions and what they start then read from nowhere."""
-    # A copy made by os.dup is not inherited, so that no program that a function starts can answer in its place.
-    channel = socket.socket(fileno=os.dup(0))
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)
-    os.close(nowhere)
-    return channel
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def _clear(path: Path) -> None:
             owned.remove(inner, owned.CHECKPOINT if path.name == "checkpoints" else owned.MODEL)
         _unmake(path)
     else:
-        owned.remove(path, owned.MODEL)
+        owned.remove(path, owned.EVENTS if path.name == marker.TENSORBOARD else owned.MODEL)
 
 
 def _merge(source: Path, target: Path) -> None:

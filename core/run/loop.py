@@ -239,12 +239,12 @@ class _Loop:
         step = int(state.step)
         if self.run is None or self.saved == step or self.settings.saves_per_epoch == 0 and not leaving:
             return
-        position = self.source.state()  # on every rank: rollouts gather the states of all of them
-        meta = self.hooks.meta | progress.stored(self.progress, position)
+        meta = self.hooks.meta | progress.stored(self.progress, self.source.state())  # on every rank: rollouts gather the states of all
         if _rank() == 0:
             self._flush_records()
-        ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
+        path = ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
         self.saved = step
+        self.observers.saved(path, step)
         if _rank() == 0:
             self._prune()
 

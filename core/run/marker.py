@@ -12,9 +12,11 @@ from treetune.core import drafts, lock, owned
 NAME, FORMAT, PREVIOUS = ".treetune.json", 1, "previous"
 FILES = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "best.json", "report.html", "live.js", "status.json", "run.log",
+    "trackers.json",
     "profile_trace.json", "profile_ops.txt", "profile_memory.pickle", "metrics.tmp", "samples.tmp",
 )  # fmt: skip
 RESULTS = ("adapter", "model")
+TENSORBOARD = "tensorboard"  # folder of event files
 SYNCED = re.compile(r"(adapter|weights)-v\d{6,}")  # in the folder `engine`, what a sampler was given
 # Versions before wrote no marker, but every option into config.yaml: a file of the user's does not hold all of these.
 EARLIER = ("seed", "micro_batch_size", "gradient_accumulation_steps", "max_grad_norm", "num_epochs", "save_total_limit", "logging_steps")
@@ -80,7 +82,7 @@ def _plain(path: Path) -> bool:
 
 def names(one: Marker) -> tuple[str, ...]:
     """What a run of this marker makes in its folder, the marker first."""
-    return (NAME, *FILES, "checkpoints", "engine", *one.makes)
+    return (NAME, *FILES, "checkpoints", "engine", TENSORBOARD, *one.makes)
 
 
 def foreign(root: Path, one: Marker) -> list[Path]:
@@ -95,6 +97,8 @@ def foreign(root: Path, one: Marker) -> list[Path]:
             out += _foreign_inside(path, re.compile(r"step_\d{6,}"), owned.CHECKPOINT)
         elif path.name == "engine":
             out += _foreign_inside(path, SYNCED, owned.MODEL)
+        elif path.name == TENSORBOARD:
+            out += owned.foreign(path, owned.EVENTS)
         else:
             out += owned.foreign(path, owned.MODEL) if path.name in one.makes else [path]
     return out

@@ -42,6 +42,9 @@ class Observer(Protocol):
     def health(self, event: Event) -> None:
         """A health rule fired, for the first time in this run."""
 
+    def saved(self, path: Path, step: int | None) -> None:
+        """A folder is written and whole: the checkpoint of a step, or what was trained (None)."""
+
     def message(self, text: str, *, warning: bool = False) -> None:
         """A line for people."""
 
@@ -200,6 +203,10 @@ class Observers(Observer):
         """Tell all of a health rule."""
         self.tell("health", event)
 
+    def saved(self, path: Path, step: int | None) -> None:
+        """Tell all of a folder that is written."""
+        self.tell("saved", path, step)
+
     def message(self, text: str, *, warning: bool = False) -> None:
         """Tell all a line."""
         self.tell("message", text, warning=warning)
@@ -237,7 +244,7 @@ def of(value: Any, name: str, warn: Callable[[str], None]) -> Observer | Guarded
 
     Errors: ValueError for anything else.
     """
-    events = ("start", "step", "evaluation", "samples", "health", "message", "activity", "end", "summary")
+    events = ("start", "step", "evaluation", "samples", "health", "saved", "message", "activity", "end", "summary")
     if isinstance(value, type) or isinstance(value, partial) and isinstance(value.func, type):
         value = _instance(value, name)
     if getattr(value, "essential", False):

@@ -75,6 +75,8 @@ def swapped(keys: dict, model: str, place: Path) -> dict:
             out[name] = [local(entry, place, f"{name}{i}") for i, entry in enumerate(keys[name])]
     if keys.get("trl"):
         out["trl"] = dict(keys["trl"]) | ({"use_vllm": False} if keys["trl"].get("use_vllm") else {})
+    if keys.get("wandb_project"):
+        out["use_wandb"] = False  # its package is tested by `make test-trackers`
     (place / "rewards.py").write_text(REWARDS)
     (place / "your_module.py").write_text(REWARDS)
     if (out.get("trl") or {}).get("generation_kwargs"):

@@ -7,6 +7,7 @@ import pytest
 
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.run import SampleOptions
+from treetune.cli.options.trackers import TrackerOptions
 from treetune.core.config import table
 from treetune.models import dense
 
@@ -118,6 +119,7 @@ CHANGES = {
     ),
     "sharding": ("error", lambda t: ["--sharding", "full"], []),
     "observer": ("files", lambda t: ["--observer", "watch.py:watch"], []),
+    "use_tensorboard": ("files", lambda t: ["--use-tensorboard"], []),
     "sample_prompt": ("samples", lambda t: ["--sample-prompt", "2 + 2"], []),
     "sample_tokens": ("samples", lambda t: ["--sample-tokens", 9], []),
 }  # fmt: skip
@@ -214,8 +216,9 @@ def test_option_changes_the_run(name, plain_runs, tiny, observed):
 
 
 def test_there_is_a_row_for_every_option():
-    # Lists of mappings are tested in test_datasets.py.
-    assert set(CHANGES) == {name for name, option in table.options(Sft).items() if not option.of_mappings}
+    # Lists of mappings are tested in test_datasets.py, what trackers are given in test_trackers.py.
+    trackers = set(vars(TrackerOptions())) - {"use_tensorboard"}
+    assert set(CHANGES) == {name for name, option in table.options(Sft).items() if not option.of_mappings} - trackers
 
 
 SAMPLING = {

@@ -32,7 +32,7 @@ SFT = table.defaults(Sft)
         ("lora_on_cpu", "treetune merge computes on the CPU"),
         ("qlora", "adapter: qlora?"),
         ("gptq", "are not read"),
-        ("report_to", "metrics.jsonl"),
+        ("report_to", "use_wandb"),
         ("learning_rat", "learning_rate?"),
         ("Learning-Rate", "learning_rate?"),
         ("num_epoch", "num_epochs?"),

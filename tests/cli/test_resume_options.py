@@ -30,7 +30,7 @@ def _module(name: str):
 COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "grpo", "ebft")
 # what becomes of another value -> options. Neither "refused" nor "listed": refused unless what they stand for is the same, then listed.
 TABLE = {
-    "start": ("output_dir", "resume", "overwrite"),
+    "start": ("output_dir", "resume", "overwrite", "comet_api_key", "swanlab_api_key"),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
     "documents": (
         "data", "datasets", "test_datasets", "format", "split", "max_rows", "sequence_len", "overlong", "chat_template",
@@ -83,6 +83,12 @@ TABLE = {
         "evals_per_epoch", "saves_per_epoch",
         "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_threshold",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
+        # who is told
+        "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model",
+        "use_tensorboard", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "hf_mlflow_log_artifacts",
+        "use_comet", "comet_workspace", "comet_project_name", "comet_experiment_key", "comet_mode", "comet_online",
+        "comet_experiment_config", "use_trackio", "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_swanlab",
+        "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_mode", "tracker_timeout",
     ),
 }  # fmt: skip
 VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}
