@@ -151,7 +151,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LATER = ("mean_pooling", "completion_mean", "per layer", "network in main memory", "ahead", "one by one")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in LATER else case for case in CASES])
 def test_rewards_and_advantages_are_those_of_transformers_and_the_definition(case, kit, features, groups, steps):
     """float32 features: 2e-5 on rewards. Advantages divide that by the deviation of a group, and are compared where it is not small."""
     args, how = CASES[case]
@@ -247,7 +250,9 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("what", BESIDE)
+@pytest.mark.parametrize(
+    "what", [what if what in ("reference", "recomputed") else pytest.param(what, marks=pytest.mark.slow) for what in BESIDE]
+)
 def test_the_truth_trains_beside_all_that_the_policy_loss_can_have(what, steps):
     """However the step is cut into micro-batches: float32, 2e-5."""
     args = [*BESIDE[what], "--ce-coef", 0.3, *STOPS]
@@ -265,8 +270,8 @@ def test_the_truth_trains_beside_all_that_the_policy_loss_can_have(what, steps):
     ("args", "length"),
     [
         (["--max-completion-length", 100], 90),  # 60 tokens of the longest truth times 1.5
-        (["--max-completion-length", 80], 80),
-        (["--max-completion-length", 100, "--gt-length-multiplier", 0.5], 64),
+        pytest.param(["--max-completion-length", 80], 80, marks=pytest.mark.slow),
+        pytest.param(["--max-completion-length", 100, "--gt-length-multiplier", 0.5], 64, marks=pytest.mark.slow),
         (["--max-completion-length", 100, "--no-adaptive-max-tokens"], 100),
     ],
 )

@@ -28,7 +28,7 @@ KINDS = {
     "conversations": (["--steps-per-generation", 2, "--num-iterations", 2, "--streaming-partial-batch"], TALKS),
     "dynamic": (["--dynamic-sampling", "--replay-buffer-size", 4, "--embed-method", "concat", "--top-k", 2], None),
 }
-FAST = ("lora", "conversations")
+FAST = ("conversations",)
 
 
 @pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])

@@ -42,7 +42,7 @@ def logits(model):
         return model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_the_trained_model_still_sees(kit, here, tune, kind):
     from treetune.models import certificate_checks, hf
 

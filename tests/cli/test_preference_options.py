@@ -106,6 +106,7 @@ def plain_runs():
 @pytest.mark.parametrize(("command", "option"), CHANGES)
 def test_option_changes_the_run(command, option, plain_runs, losses, calls):
     own, both = CHANGES[command, option]
+    both = [*both, "--val-set-size", 0]
     key = (command, *map(str, both))
     if key not in plain_runs:
         plain_runs[key] = losses(command, both, "plain"), len(calls)

@@ -111,19 +111,19 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_resume_of_another_run_is_refused(what, kit, here, sft):
+def test_resume_of_another_run_is_refused(what, kit, here, sft, finished):
     args, words = OTHERS[what]
-    assert sft("--output-dir", "a").code == 0
-    before = kit.listing(here), (here / "a/config.yaml").read_bytes()
-    kit.refused(sft("--output-dir", "a", "--resume", "auto", *args), words)
-    assert (kit.listing(here), (here / "a/config.yaml").read_bytes()) == before
+    run = finished("sft")
+    before = kit.listing(here), (run / "config.yaml").read_bytes()
+    kit.refused(sft("--output-dir", "run", "--resume", "auto", *args), words)
+    assert (kit.listing(here), (run / "config.yaml").read_bytes()) == before
 
 
 @pytest.mark.parametrize("args", [[], ["--adapter", "none"]])
 @pytest.mark.parametrize("model", ["other", "same"])
-def test_resume_on_another_model_is_refused(model, args, kit, tiny, here, sft):
-    assert sft("--output-dir", "a", *args).code == 0
-    other = ["--output-dir", "a", "--resume", "a/checkpoints/step_000002", "--model", getattr(tiny, model)]
+def test_resume_on_another_model_is_refused(model, args, kit, tiny, sft, finished):
+    finished("sft", *args)
+    other = ["--output-dir", "run", "--resume", "run/checkpoints/step_000002", "--model", getattr(tiny, model)]
     kit.refused(sft(*other, *args), f"model /.*{model} instead of", "weights belong to the model that they started from")
 
 

@@ -118,10 +118,12 @@ def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, 
     assert kit.same(kit.state(here / "a", 2), kit.state(here / "b", 2))
 
 
-@pytest.mark.parametrize("extra", [["--optimizer", "lion"], ["--optimizer", "adafactor", "--optim-args", "scale_parameter=true"],
-                                   ["--optimizer", "adamw_torch_4bit", "--learning-rate", 1e-3], ["--optimizer", "muon"],
-                                   ["--optimizer", "sgd", "--momentum", 0.5], ["--adapter", "none"],
-                                   ["--val-set-size", 0], ["--loss", "eaft"], ["--lr-scheduler", "linear"]])  # fmt: skip
+AGAIN = [["--optimizer", "adafactor", "--optim-args", "scale_parameter=true"], ["--optimizer", "muon"],
+         ["--optimizer", "adamw_torch_4bit", "--learning-rate", 1e-3], ["--adapter", "none"], ["--loss", "eaft"]]  # fmt: skip
+LATER = [["--optimizer", "lion"], ["--optimizer", "sgd", "--momentum", 0.5], ["--val-set-size", 0], ["--lr-scheduler", "linear"]]
+
+
+@pytest.mark.parametrize("extra", AGAIN + [pytest.param(extra, marks=pytest.mark.slow) for extra in LATER])
 def test_config_of_any_run_can_be_run_again(extra, kit, here, sft, tune):
     assert sft("--output-dir", "a", *extra).code == 0
     done = tune("sft", "--config", "a/config.yaml", "--output-dir", "b")

@@ -59,8 +59,11 @@ def at_step(step, signum):
     return prepare
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("kind", KINDS)
+FAST = [("packed, many epochs", signal.SIGKILL), ("one block", signal.SIGKILL), ("one block", signal.SIGTERM)]
+STOPPED = [(kind, signum) for kind in KINDS for signum in (signal.SIGKILL, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("kind", "signum"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in STOPPED])
 def test_a_stopped_run_continues_bit_for_bit(kind, signum, kit, args, tune, forked, here):
     done = tune(*args(*KINDS[kind], output="whole"))
     assert done.code == 0, done.err
@@ -163,13 +166,13 @@ def test_blank_rows_are_no_reason_to_stop_but_a_stream_of_them_is(kit, args, tun
 
 
 def test_a_bad_row_far_into_the_stream_is_one_line_and_the_run_goes_on_when_it_is_mended(kit, args, tune, here):
-    rows = [{"text": f"{i} " + "x" * 50} for i in range(200)]
-    kit.write_rows(here / "rows.jsonl", [*rows[:150], {"texts": "oops"}, *rows[151:]])
-    options = ["--data", "rows.jsonl", "--max-steps", 160, "--save-steps", 100, "--no-shuffle", *ONE_ROW, BUFFER, 10]
-    kit.refused(tune(*args(*options)), "rows.jsonl line 151", "text")
+    rows = [{"text": f"{i} " + "x" * 50} for i in range(70)]
+    kit.write_rows(here / "rows.jsonl", [*rows[:50], {"texts": "oops"}, *rows[51:]])
+    options = ["--data", "rows.jsonl", "--max-steps", 60, "--save-steps", 30, "--no-shuffle", *ONE_ROW, BUFFER, 10]
+    kit.refused(tune(*args(*options)), "rows.jsonl line 51", "text")
     kit.write_rows(here / "rows.jsonl", rows)
     assert tune(*args(*options, "--resume", "auto")).code == 0
-    assert [record["step"] for record in kit.metrics(here / "run") if "train/loss" in record] == list(range(1, 161))
+    assert [record["step"] for record in kit.metrics(here / "run") if "train/loss" in record] == list(range(1, 61))
 
 
 def test_a_row_that_was_trained_on_and_changed_is_refused_and_one_to_come_is_not(kit, args, tune, here):
@@ -193,10 +196,10 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_another_stream_is_not_resumed(what, kit, args, tune):
+def test_another_stream_is_not_resumed(kit, args, tune):
     assert tune(*args("--max-steps", 2)).code == 0
-    kit.refused(tune(*args("--max-steps", 4, "--resume", "auto", *OTHERS[what])), rf"cannot be continued with {what} \S+ instead of")
+    for what, other in OTHERS.items():
+        kit.refused(tune(*args("--max-steps", 4, "--resume", "auto", *other)), rf"cannot be continued with {what} \S+ instead of")
 
 
 def test_a_stream_and_a_run_in_memory_do_not_continue_each_other(kit, tiny, args, tune):

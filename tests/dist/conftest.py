@@ -38,12 +38,15 @@ def scene():
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(world, job, folder): run worker.py on so many ranks, as torchrun would set them up, and wait for all of them."""
+    """launch(world, *command, cwd=...): run a program on so many ranks, as torchrun would set them up, and wait for all of them.
 
-    def start(world: int, job: str, folder: Path) -> None:
-        port, command = free_port(), [sys.executable, HERE / "worker.py", job, folder]
+    The launcher itself takes as long to start as a rank.
+    """
+
+    def start(world: int, *command, cwd: Path) -> None:
+        port, args = free_port(), [sys.executable, *map(str, command)]
         sets = [quiet_env(RANK=i, LOCAL_RANK=i, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(world)]
-        ranks = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in sets]
+        ranks = [subprocess.Popen(args, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for env in sets]
         try:
             errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
         finally:

@@ -63,13 +63,12 @@ OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts; float noise
 
 
 @pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SHARDINGS if kind != "across")])
-def test_two_ranks_leave_what_one_leaves(kind, place, torchrun):
+def test_two_ranks_leave_what_one_leaves(kind, place, launch):
     from treetune.cli import main
 
     name, options = kind.replace(" ", "_"), KINDS[kind]
     assert main.main(arguments(place, place / f"{name}_alone", 4, *options)) == 0
-    done = torchrun(2, "-m", "treetune.cli.main", *arguments(place, place / name, 2, *options, "--sharding", SHARDINGS[kind]), cwd=place)
-    assert done.returncode == 0, done.stderr
+    launch(2, "-m", "treetune.cli.main", *arguments(place, place / name, 2, *options, "--sharding", SHARDINGS[kind]), cwd=place)
     alone, pair = place / f"{name}_alone", place / name
     file = "model/model.safetensors" if kind == "full" else "adapter/adapter_model.safetensors"
     one, two = load_file(alone / file), load_file(pair / file)

@@ -18,11 +18,10 @@ _spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
-def halves(torchrun, tmp_path_factory):
+def halves(launch, tmp_path_factory):
     """The folder that two ranks filled."""
     folder = tmp_path_factory.mktemp("optimizers")
-    done = torchrun(2, WORKER, folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    launch(2, WORKER, folder, cwd=folder)
     return folder
 
 

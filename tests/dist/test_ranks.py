@@ -14,6 +14,7 @@ from treetune.core import ckpt, tree
 
 MODES = ("none", "full")
 TRAINS = ("full", "lora", "both")
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class Runs(NamedTuple):
@@ -34,7 +35,7 @@ def _prepare(scene, folder: Path) -> Runs:
 @pytest.fixture(scope="module")
 def runs(scene, launch, tmp_path_factory):
     found = _prepare(scene, tmp_path_factory.mktemp("ranks"))
-    launch(2, "train", found.folder)
+    launch(2, WORKER, "train", found.folder, cwd=found.folder)
     return found
 
 
@@ -134,7 +135,7 @@ def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
 def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
     """Some ranks then hold no part of a rank-1 or rank-3 adapter."""
     runs = _prepare(scene, tmp_path)
-    launch(4, "train", tmp_path)
+    launch(4, WORKER, "train", tmp_path, cwd=tmp_path)
     for mode in MODES:
         for trains in TRAINS:
             _, four = _results(runs, mode, trains)
@@ -146,7 +147,7 @@ def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
 
 
 def test_a_rank_that_dies_while_saving_ends_the_job_and_leaves_the_last_checkpoint(scene, torchrun, tmp_path):
-    done = torchrun(2, Path(__file__).with_name("worker.py"), "die", tmp_path, cwd=tmp_path)
+    done = torchrun(2, WORKER, "die", tmp_path, cwd=tmp_path)
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert [path.name for path in ckpt.steps(tmp_path / "runs")] == ["step_000000"]
     state, _ = scene.start(scene.model(), "full", ALONE, "none")

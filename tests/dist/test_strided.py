@@ -15,11 +15,10 @@ spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
-def found(torchrun, tmp_path_factory):
+def found(launch, tmp_path_factory):
     """(what one rank finds, what two find)."""
     folder = tmp_path_factory.mktemp("strided")
-    done = torchrun(2, WORKER, folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    launch(2, WORKER, folder, cwd=folder)
     return worker.cases(ALONE), load_file(folder / "two.safetensors")
 
 

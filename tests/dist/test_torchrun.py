@@ -69,7 +69,7 @@ def pair(place, torchrun):
     return get
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
     run = pair(sharding)
     one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (alone, run))
@@ -83,12 +83,11 @@ def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
 
 
-def test_two_sharded_ranks_train_on_a_quantised_base_as_one_does(place, torchrun):
+def test_two_sharded_ranks_train_on_a_quantised_base_as_one_does(place, launch):
     from treetune.cli import main
 
     quant = ("--quant", "nf4", "--sharding")
-    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, place / "small", 2, *quant, "full"), cwd=place)
-    assert done.returncode == 0, done.stderr
+    launch(2, "-m", "treetune.cli.main", *_args(place, place / "small", 2, *quant, "full"), cwd=place)
     assert main.main(_args(place, place / "small alone", 4, *quant[:2])) == 0
     one, two = (load_file(place / run / "adapter" / "adapter_model.safetensors") for run in ("small alone", "small"))
     assert all((leaf - two[name]).abs().max() <= 1e-5 for name, leaf in one.items())

@@ -36,8 +36,10 @@ def made(name: str, base, used=None):
     return scene.parts(command, base, used, **options)
 
 
-@pytest.mark.parametrize("trains", ["full", "lora"])
-@pytest.mark.parametrize("name", METHODS)
+ADAPTED = [(name, "lora") if name in ("dpo", "orpo", "simpo") else pytest.param(name, "lora", marks=pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize(("name", "trains"), [(name, "full") for name in METHODS] + ADAPTED)
 def test_every_cut_of_a_step_gives_one_gradient(name, trains):
     base = scene.model()
     built = made(name, base, scene.adapted(base) if trains == "lora" else None)
