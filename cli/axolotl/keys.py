@@ -8,7 +8,9 @@ from collections.abc import Mapping
 RENAMED: Mapping[str, str] = {
     "base_model": "model", "revision_of_model": "revision", "torch_dtype": "dtype", "loss_type": "loss", "resume_from_checkpoint": "resume",
     "peft_layers_to_transform": "lora_layers", "peft_use_rslora": "lora_rslora", "peft_use_dora": "lora_dora",
-    "peft_init_lora_weights": "lora_init", "rl_adapter_ref_model": "ref_model", "shuffle_merged_datasets": "shuffle",
+    "peft_init_lora_weights": "lora_init", "rl_adapter_ref_model": "ref_model",
+    "jagged_restart_steps": "relora_steps", "jagged_restart_warmup_steps": "relora_warmup_steps",
+    "jagged_restart_anneal_steps": "relora_anneal_steps", "shuffle_merged_datasets": "shuffle",
     "activation_checkpointing": "gradient_checkpointing", "conversation": "chat_template", "chat_template_jinja": "chat_template",
     "max_prompt_length": "max_prompt_len",
 }  # fmt: skip

@@ -265,6 +265,12 @@ def _media(value: Any, file: File) -> Values:
     return {}
 
 
+def _relora(value: Any, file: File) -> Values:
+    if value and not (file.value("relora_steps") or file.value("jagged_restart_steps")):
+        raise Unsupported("relora_steps")
+    return {}
+
+
 def _peft(value: Any, file: File) -> Values:
     bits = (value.get("loftq_config") or {}).get("loftq_bits") if isinstance(value, dict) else None
     if not isinstance(value, dict) or set(value) - {"loftq_config"}:
@@ -300,5 +306,6 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "generation_kwargs": _generation, "vllm_mode": _colocated, "num_labels": _labels, "resume_from_checkpoint": _resume,
     "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, "trust_remote_code": _remote_code,
     "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins, "profiler_steps": _profiler,
-    "freeze_mm_modules": _media, "model_type": lambda value, file: {}, "debug": lambda value, file: {},
+    "freeze_mm_modules": _media, "relora": _relora, "relora_cpu_offload": lambda value, file: {},
+    "model_type": lambda value, file: {}, "debug": lambda value, file: {},
 }  # fmt: skip

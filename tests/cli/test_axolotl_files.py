@@ -1,6 +1,6 @@
 """Every YAML file of axolotl's documents: read as it is, and run for two steps with a tiny model and a few rows in the place of its own.
 
-`python tests/cli/test_axolotl_files.py` writes the table of docs/axolotl.md.
+`python tests/cli/test_axolotl_files.py --write` writes the table of docs/axolotl.md.
 """
 
 import contextlib
@@ -180,20 +180,67 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory, kit):
-    """Models by what the targets of a file's adapter name: plain, with experts, inside a model with a tower for images."""
-    root = tmp_path_factory.mktemp("axolotl")
-    return {"plain": str(kit.write_model(root / "plain", max_positions=8192))}
+def model(tmp_path_factory, kit) -> str:
+    return str(kit.write_model(tmp_path_factory.mktemp("axolotl") / "model", max_positions=8192))
 
 
-@pytest.mark.parametrize("file", [pytest.param(one, marks=[] if one.stem in FAST else pytest.mark.slow, id=one.stem) for one in FILES])
-def test_a_file_resolves_and_trains_or_lists_what_is_missing(file, here, models):
+def row(file: Path, result: str) -> str:
+    return f"| {file.stem} | {method_name(file)} | {result} |"
+
+
+def method_name(file: Path) -> str:
+    from treetune.cli import run_file
+
+    return run_file.method_of(run_file.load(str(file)), file.name)
+
+
+def listed(err: str) -> str:
+    """The keys of the one error."""
+    return "lists " + ", ".join(re.findall(r"(\w+) \(nearest:", err))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[one.stem for one in FILES])
+def test_a_file_resolves_or_lists_what_is_missing(file, here):
     code, out, err = run_in_process(["train", str(file), "--dry-run"])
     assert not any(here.iterdir()), "a dry run writes nothing"
     if file.stem in LISTS:
         assert code == 2 and "not supported" in err and err.count("\n") == 1
-        return
-    assert code == 0, err
-    assert "nothing was loaded or written" in out
-    config = trained(file, models["plain"], here)
+    else:
+        assert code == 0 and "nothing was loaded or written" in out, err
+    assert row(file, listed(err) if code else "runs") in PAGE.read_text(), "python tests/cli/test_axolotl_files.py --write"
+
+
+@pytest.mark.parametrize("file", [pytest.param(one, marks=[] if one.stem in FAST else pytest.mark.slow, id=one.stem)
+                                  for one in FILES if one.stem not in LISTS])  # fmt: skip
+def test_a_file_trains_and_its_keys_are_seen(file, here, model):
+    config = trained(file, model, here)
     assert not unseen(config["_keys"], config)
+
+
+def write() -> None:
+    """Run every file and write the table into the page."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import conftest
+
+    rows = ["| file | command | result |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as root:
+        model = str(conftest.write_model(Path(root) / "model", max_positions=8192))
+        for file in FILES:
+            place = Path(root) / file.stem
+            place.mkdir()
+            os.chdir(place)
+            code, _, err = run_in_process(["train", str(file), "--dry-run"])
+            result = listed(err) if code == 2 else "runs"
+            if code == 0:
+                config = trained(file, model, place)
+                assert not unseen(config["_keys"], config), (file, unseen(config["_keys"], config))
+            rows.append(row(file, result))
+            print(rows[-1], flush=True)
+    counts = f"{len(FILES)} files: {sum('runs |' in one for one in rows)} run, {sum('| lists' in one for one in rows)} list."
+    text = PAGE.read_text()
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(f"{head}{BEGIN}\n{counts}\n\n" + "\n".join(rows) + f"\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    write()

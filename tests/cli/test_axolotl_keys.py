@@ -1,7 +1,10 @@
 """Keys of axolotl's files, one at a time: what they become, what is refused, and what is said."""
 
+import functools
+import http.server
 import json
 import re
+import threading
 
 import pytest
 import yaml
@@ -158,6 +161,25 @@ def test_without_a_file_or_a_method_train_says_what_it_needs(tune, here):
     (here / "a.yaml").write_text("method: ppo\nmodel: m\n")
     assert "method must be one of sft" in tune("train", "a.yaml").err
     assert "config file none.yaml does not exist" in tune("train", "none.yaml").err
+
+
+def test_a_file_may_be_an_address(tune, here):
+    (here / "a.yaml").write_text("base_model: m\nadapter: lora\nlora_r: 8\n")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(here)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert "read as treetune sft" in tune("train", f"{address}/a.yaml", "--dry-run").out
+        missing = tune("train", f"{address}/b.yaml", "--dry-run")
+        assert missing.code == 2 and "b.yaml cannot be read" in missing.err and "404" in missing.err
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
 
 
 def test_convert_writes_a_file_of_ours(tune, here, tiny):
