@@ -6,7 +6,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
