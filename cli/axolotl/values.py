@@ -306,6 +306,6 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "generation_kwargs": _generation, "vllm_mode": _colocated, "num_labels": _labels, "resume_from_checkpoint": _resume,
     "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, "trust_remote_code": _remote_code,
     "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins, "profiler_steps": _profiler,
-    "freeze_mm_modules": _media, "relora": _relora, "relora_cpu_offload": lambda value, file: {},
+    "freeze_mm_modules": _media, "relora": _relora,
     "model_type": lambda value, file: {}, "debug": lambda value, file: {},
 }  # fmt: skip
