@@ -231,6 +231,18 @@ def _colocated(value: Any, file: File) -> Values:
     return {"vllm_mode": write("managed" if value == "colocate" else value)}
 
 
+def _server(value: Any, file: File) -> Values:
+    if value and file.value("adapter") is None and file.value("vllm_mode") not in ("colocate", "managed"):
+        raise Unsupported("adapter: lora, or vllm_mode: colocate; whole weights reach a server by restarting it")
+    return {"use_vllm": write(value)}
+
+
+def _ahead(value: Any, file: File) -> Values:
+    if value and file.value("adapter") is None:
+        raise Unsupported("adapter: lora; whole weights would be held twice to sample ahead")
+    return {"async_prefetch": write(value)}
+
+
 def _labels(value: Any, file: File) -> Values:
     expected = {"reward": 1, "prm": 2}.get(file.command)
     if expected is not None and value != expected:
@@ -303,7 +315,8 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
     "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, "data_seed": _data_seed,
     "eval_strategy": _evaluation, "save_strategy": _saving, "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation,
-    "generation_kwargs": _generation, "vllm_mode": _colocated, "num_labels": _labels, "resume_from_checkpoint": _resume,
+    "generation_kwargs": _generation, "vllm_mode": _colocated,
+    "use_vllm": _server, "async_prefetch": _ahead, "num_labels": _labels, "resume_from_checkpoint": _resume,
     "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, "trust_remote_code": _remote_code,
     "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins, "profiler_steps": _profiler,
     "freeze_mm_modules": _media, "relora": _relora,
