@@ -235,7 +235,11 @@ def _base_model(run: TrainRun) -> Model:
     named = {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": quantised.of(options)}
     model, path = loading.load_model(options.model, **named, say=run.say)
     ranks.share(run.ranks, partial(certificate.ensure, path, model, say=run.say))
-    return model
+    if not getattr(getattr(run.config, "adapter", None), "fp8_products", False):
+        return model
+    if note := products.without_float8(run.device):
+        run.say(note)
+    return quantised.multiplied(model, hf.abstract_of(model))
 
 
 def adapter_spec(options: AdapterOptions) -> AdapterSpec:

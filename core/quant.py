@@ -49,6 +49,7 @@ class Quantised(NamedTuple):
 
     codes: uint8 [ceil(n / 2)] of 4 bits, the earlier number in the higher half; int8 or float8 of the shape of the leaf for 8 bits.
     scale: float32 [blocks], [..., rows] for 8 bits; uint8 [blocks], codes of absmax - offset, where `nested` [blocks / 256] scales them.
+    multiplied: layers multiply the codes themselves (`ops.fp8_linear`), where others make the leaf dense.
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class Quantised(NamedTuple):
     offset: Tensor | None
     origin: Origin
     block: int = BLOCK
+    multiplied: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,14 @@ x = x + attn(norm(x)) ; x = x + mlp(norm(x)), RMSNorm before each or after it, r
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from functools import partial
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import grad, shard
+from treetune.core import grad, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
@@ -21,6 +22,7 @@ from treetune.models.decoder_config import Config
 from treetune.models.rope_scaling import Rotation
 from treetune.ops import attention, geglu, lora_linear, noise, rms_norm, rope, swiglu
 from treetune.ops.attention_torch import Weighting
+from treetune.ops.fp8_linear import Rows
 
 abstract = decoder_config.abstract
 
@@ -202,10 +204,15 @@ def embedding_noise(dim: int, batch: dict, option: Neftune) -> Tensor:
 
 def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
     """The residual stream after a layer, and the logits of its router where it has experts."""
-    w, ab = shard.gather_all(layer, s.cfg.dtype), shard.gather_all(adapters)
+    w, ab = tree.map(partial(_computed_with, dtype=s.cfg.dtype), layer), shard.gather_all(adapters)
     x = _add(x, _attention(_normed(x, w.get("input_norm"), s.cfg), w, ab, index, s), w.get("attn_out_norm"), s.cfg)
     y, routing = _mlp(_normed(x, w.get("post_norm"), s.cfg), w, ab, index, s)
     return _add(x, y, w.get("mlp_out_norm"), s.cfg), routing
+
+
+def _computed_with(leaf: Any, dtype: torch.dtype) -> Any:
+    """The whole leaf, or its codes where these are multiplied."""
+    return Rows(leaf.codes, leaf.scale) if quant.quantised(leaf) and leaf.multiplied else shard.gather(leaf, dtype)
 
 
 def _normed(x: Tensor, weight: Tensor | None, cfg: Config) -> Tensor:

@@ -139,7 +139,7 @@ def to_sample(model: Model) -> Params:
     def one(path: str, leaf: Any) -> Any:
         nonlocal left
         dtype = wide.get(path, model.cfg.dtype)
-        if not quant.quantised(leaf) or leaf.device.type != "cpu" or (size := leaf.numel() * dtype.itemsize) > left:
+        if not quant.quantised(leaf) or leaf.multiplied or leaf.device.type != "cpu" or (size := leaf.numel() * dtype.itemsize) > left:
             return leaf
         left -= size
         return quant.dense(leaf, dtype)

@@ -16,7 +16,7 @@ import torch
 
 from treetune.models import fetch
 from treetune.models.fetch import Say, silent
-from treetune.ops import product
+from treetune.ops import fp8_linear, product
 
 TF32_PARTS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)  # each has its own switch
 KEY = "products"  # of a checkpoint's meta
@@ -70,6 +70,16 @@ def _without_tf32(device: torch.device) -> str:
         return f"the run is on {device.type}, which has no TF32"
     major, minor = torch.cuda.get_device_capability(device)
     return "" if major >= 8 else f"TF32 needs compute capability 8.0, and this GPU has {major}.{minor}"
+
+
+def without_float8(device: torch.device) -> str:
+    """A line about a device that multiplies no float8; empty for one that does. Errors: ValueError for a GPU that does not."""
+    if fp8_linear.native(device):
+        return ""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(f"fp8_products needs a GPU of compute capability 8.9 or more, and this one has {major}.{minor}: leave it out")
+    return f"fp8 products: {device.type} multiplies no float8; the same numbers are multiplied in float32, which is slower than without"
 
 
 def record() -> dict[str, dict[str, str]]:

@@ -11,7 +11,7 @@ from treetune.core import fields, quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
 from treetune.core.quant import FOUR_BITS, KINDS, Kind, Quantised, Scheme
-from treetune.models import Model, quant_config
+from treetune.models import MODELS, Model, quant_config
 
 AUTO = ("auto", "none")  # values of --quant that name no kind
 
@@ -104,6 +104,20 @@ def folder_keeping(root: Path, abstract: Params, asked: Scheme | None, dtype: to
 def dense(model: Model) -> Model:
     """The model with each quantised leaf as its dense numbers."""
     return model._replace(params=shard.gather_all(model.params))
+
+
+def multiplied(model: Model, abstract: Params) -> Model:
+    """The model whose linear layers multiply float8 codes themselves. Errors: ValueError where modules of transformers compute it."""
+    if not dict.__contains__(MODELS, model.family):
+        raise ValueError(
+            f"fp8_products: a {model.family} model is computed by modules of transformers, which take dense weights: leave it out"
+        )
+    linear = {path for path, leaf in tree.items(abstract) if leaf.op == "linear"}
+
+    def one(path: str, leaf: Any) -> Any:
+        return leaf._replace(multiplied=True) if path in linear and quant.quantised(leaf) and leaf.kind == "fp8" else leaf
+
+    return model._replace(params=tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params)))
 
 
 def rounding(logprob: Callable[..., Any], chosen: Collection[str], scheme: Scheme) -> Callable[..., Any]:

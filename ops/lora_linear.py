@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treetune.ops import kept, magnitude, product
+from treetune.ops import fp8_linear, kept, magnitude, product
+from treetune.ops.fp8_linear import Rows
 
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
@@ -71,12 +72,36 @@ def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor], low: tuple |
     return d_x if low is None else d_x.addmm_(low[0], torch.cat(low[1]))
 
 
-def lora_linears(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict | None], *, scale: float, u: Tensor | None = None) -> list:
+def lora_linears(
+    x: Tensor, weights: Sequence[Tensor | Rows], adapters: Sequence[dict | None], *, scale: float, u: Tensor | None = None
+) -> list:
     """x [T, I], weights [O_i, I] each, adapters {"A": [r, I], "B": [O_i, r]} or None -> list of [T, O_i] in the dtype of x.
 
     Projections without an adapter are plain products; the adapted ones share one backward pass. `u` [T, I] replaces x
-    as the adapters' input (dropout). An adapter with "M" or "G" [O_i] is DoRA's (`magnitude`).
+    as the adapters' input (dropout). An adapter with "M" or "G" [O_i] is DoRA's (`magnitude`). Weights that are `Rows` meet x in float8.
     """
+    small = [i for i, w in enumerate(weights) if isinstance(w, Rows)]
+    rest = [i for i in range(len(weights)) if i not in small]
+    results: dict[int, Tensor] = dict(zip(small, _in_float8(x, u, [(weights[i], adapters[i]) for i in small], scale), strict=True))
+    results |= zip(rest, _dense_linears(x, [weights[i] for i in rest], [adapters[i] for i in rest], scale=scale, u=u), strict=True)
+    return [results[i] for i in range(len(weights))]
+
+
+def _in_float8(x: Tensor, u: Tensor | None, pairs: Sequence[tuple], scale: float) -> list[Tensor]:
+    """The projections through weights in float8, with their adapters beside them in the dtype of x."""
+    if not pairs:
+        return []
+    out = fp8_linear.linears(x, [w for w, _ in pairs])
+    for i, (_, ab) in enumerate(pairs):
+        if ab and magnitude.has(ab):
+            raise ValueError("DoRA needs the numbers of a weight, and this one is multiplied in float8: leave fp8_products out")
+        if ab:
+            low = (x if u is None else u) @ ab["A"].to(x.dtype).T
+            out[i] = torch.addmm(out[i], low, ab["B"].to(x.dtype).T, alpha=scale)
+    return out
+
+
+def _dense_linears(x: Tensor, weights: Sequence, adapters: Sequence[dict | None], *, scale: float, u: Tensor | None) -> list:
     adapted = {i: ab for i, ab in enumerate(adapters) if ab}
     projections: list = [None if ab else product.linear(x, w) for w, ab in zip(weights, adapters, strict=True)]
     if adapted:

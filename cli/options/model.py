@@ -35,6 +35,7 @@ LOCAL = marks.Unused(_local)
 QUANTISED = marks.refused("the frozen weights are other numbers when they are quantised otherwise")
 START = marks.refused("decides where the adapter starts, and what it is added to")
 QUANT = marks.unused_if("quant", "auto", "none", reason="quant is {quant}")
+FP8 = marks.unused_unless("quant", "fp8", reason="quant is {quant}")
 FOUR_BITS = marks.unused_unless("quant", "nf4", "fp4", reason="quant is {quant}")
 
 
@@ -118,6 +119,8 @@ class AdapterOptions:
     """Biases that train beside the adapter, as PEFT has them: all of the model, or lora_only, those of the adapted modules."""
     unfrozen_parameters: Annotated[tuple[str, ...], marks.TRAINED] = ()
     """Regexes over paths or keys of transformers: weights that train whole. With adapter none all others are frozen."""
+    fp8_products: Annotated[bool, QUANTISED, FP8] = False
+    """Multiply linear layers of --quant fp8 in float8, activations rounded row by row: faster from compute capability 8.9 on."""
     lora_model_dir: Annotated[str | None, marks.ADAPTER, marks.ADAPTER_WEIGHTS, LORA] = None
     """Start from this adapter (a folder in PEFT format) instead of a fresh one."""
     loraplus_lr_ratio: Annotated[float | None, POSITIVE, marks.STEP_SIZE, LORA, SCALED] = None
@@ -145,6 +148,8 @@ def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
     _restart_conflicts(adapter, model)
     if adapter.adapter == "none" or adapter.lora_model_dir is not None:
         return
+    if adapter.fp8_products and adapter.lora_dora:
+        raise ValueError("lora_dora needs the numbers of weights, and fp8_products multiplies their codes: leave one out")
     for option, least in (("lora_rank_pattern", 1), ("lora_alpha_pattern", 1e-9)):
         for text, value in zip(
             getattr(adapter, option), option_pairs.rules(getattr(adapter, option), option.replace("_", "-")), strict=True

@@ -56,6 +56,7 @@ OPTIONS = {
     "peft_layers_to_transform": "lora_layers", "layers_to_transform": "lora_layers", "adapter_name_or_path": "lora_model_dir",
     "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": "adapter: lora or none",
     "use_peft": "adapter: lora or none", "use_lora": "adapter: lora or none", "peft": "adapter: lora or none",
+    "fp8": "quant: fp8, with fp8_products: true for products in float8",
     "load_in_4bit": "quant: nf4", "load_in_8bit": "quant: int8", "qlora": "adapter: qlora", "quantization": "quant",
     "quantization_bit": "quant", "bnb_4bit_quant_type": "quant", "bnb_config_kwargs": "quant: nf4, with quant_double",
     "quantize": "quant", "bits": "quant",

@@ -23,6 +23,7 @@ CHANGES = {
     "device": ("error", lambda t: ["--device", "cuda"], []),
     "quant": ("metrics", lambda t: ["--quant", "nf4"], []),
     "quant_double": ("metrics", lambda t: ["--no-quant-double"], ["--quant", "nf4"]),
+    "fp8_products": ("metrics", lambda t: ["--fp8-products"], ["--quant", "fp8"]),
     "quantize_moe_experts": ("metrics", lambda t: ["--no-quantize-moe-experts"], ["--quant", "int8", "--model", "experts"]),
     "data": ("metrics", lambda t: ["--data", t.text], []),
     "format": ("metrics", lambda t: ["--format", "completion"], ["--data", "both.jsonl"]),

@@ -74,3 +74,12 @@ def test_a_device_without_tf32_is_said(device, words, monkeypatch):
         with products.tf32(torch.device(device), on=on, say=lines.append):
             assert not any(part.allow_tf32 for part in products.TF32_PARTS)
     assert len(lines) == 1 and words in lines[0] and "multiplied as they are" in lines[0]
+
+
+def test_a_gpu_without_float8_is_refused_and_a_cpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match=r"fp8_products needs a GPU of compute capability 8.9 or more, and this one has 8.6"):
+        products.without_float8(torch.device("cuda"))
+    assert "multiplies no float8" in products.without_float8(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert products.without_float8(torch.device("cuda")) == ""

@@ -45,6 +45,8 @@ def test_an_adapter_is_used_on_the_base_it_was_trained_on(kit, tiny, here, tune)
         ("sft", ["--adapter", "qlora", "--quant", "none"], "qlora trains on a quantised model, and quant is none"),
         ("sft", ["--quant", "int8", "--no-quant-double"], "quant is int8"),
         ("sft", ["--no-quantize-moe-experts"], "quant is auto"),
+        ("sft", ["--quant", "nf4", "--fp8-products"], "quant is nf4"),
+        ("sft", ["--quant", "fp8", "--fp8-products", "--lora-dora"], "fp8_products multiplies their codes: leave one out"),
         ("pretrain", ["--from-config", "shape", "--quant", "nf4"], "from_config starts from random weights"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from treetune.core import check, grad, lora, machine, quant, shard, tree
 from treetune.core.quant import Scheme
-from treetune.models import MODELS, Model, adapter, decode, families, hf, identity, loading, policy, quantised
+from treetune.models import MODELS, Model, adapter, decode, dense, families, hf, identity, loading, policy, quantised
 from treetune.ops import noise
 
 FAMILIES = ("llama", "gemma2", "phi3", "gpt_oss", "qwen3_moe", "glm4", "deepseek_v3", "qwen3_5_text")
@@ -167,3 +167,43 @@ def test_a_leaf_that_trains_whole_starts_as_its_dense_numbers(folder):
     leaf = start.params["model"]["layers"][0]["q_proj"]
     assert torch.equal(leaf, shard.gather(model.params["layers"][0]["q_proj"], torch.float32))
     assert MODELS[model.family]
+
+
+def in_float8(model: Model) -> Model:
+    return quantised.multiplied(model, hf.abstract_of(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_linear_layers_in_float8_move_the_loss_little_and_pass_gradients(family, folder):
+    """Each activation is off by at most 1/16 of itself, at random; experts, routers, embeddings and heads stay as they are."""
+    model = hf.load(folder(family), scheme=Scheme("fp8"))
+    twin = in_float8(model)
+    linear = {path for path, leaf in tree.items(hf.abstract_of(model)) if leaf.op == "linear"}
+    assert {path for path, leaf in tree.items(twin.params) if quant.quantised(leaf) and leaf.multiplied} == linear
+    (value, gradient), (small, other) = loss_and_gradient(model), loss_and_gradient(twin)
+    assert small != value and abs(small - value) < value / 16
+    cosines = [
+        torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(tree.leaves(gradient), tree.leaves(other), strict=True)
+    ]
+    assert min(cosines) > 0.9
+    for remat in ("full", "selective"):
+        again = loss_and_gradient(twin, remat)
+        assert torch.equal(again[0], small) and same(again[1], other)
+
+
+def test_samples_in_float8_have_the_log_probs_of_training_in_float8(folder, monkeypatch):
+    """Whatever memory is free: a dense sampler would be another policy."""
+    twin = in_float8(hf.load(folder("llama"), scheme=Scheme("fp8")))
+    for free in (0, 2**40):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        drawn = decode.sample(twin, [[3, 4, 5]], n=1, max_new_tokens=6, seed=1)
+        tokens = torch.tensor([3, 4, 5, *drawn.tokens[0].tolist()])
+        logq = dense.probe(twin.params, tokens, twin.cfg).log_softmax(-1)
+        read = logq[2:-1].gather(1, tokens[3:, None])[:, 0]
+        torch.testing.assert_close(torch.as_tensor(drawn.logp[0]), read, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_of_transformers_do_not_multiply_float8(folder):
+    model = hf.load(folder("glm4"), scheme=Scheme("fp8"))
+    with pytest.raises(ValueError, match="fp8_products: a glm4 model is computed by modules of transformers"):
+        in_float8(model)
