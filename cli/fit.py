@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -13,10 +13,10 @@ from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import run as run_options
 from treetune.cli.run import Run, TrainConfig, TrainRun
-from treetune.core import import_path, masking, shard, tree
+from treetune.core import import_path, machine, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
-from treetune.core.run import cadence, folder, journal, loop, ranks, report, sample_answer, signals, summary
+from treetune.core.run import cadence, folder, journal, loop, profiling, ranks, report, sample_answer, signals, summary
 from treetune.core.run import observers as run_observers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -145,7 +145,7 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()
     if world.rank == 0:
-        group.append(journal.Journal(run_dir.root, method=method.name, goal=method.goal))
+        group.append(journal.Journal(run_dir.root, method=method.name, goal=method.goal, level=config.run.log_level))
         group.append(*(run_observers.of(one, getattr(one, "__name__", type(one).__name__), group.warn) for one in told))
         group.append(*(run_observers.of(import_path.load(path), path, group.warn) for path in config.run.observer))
         trackers.attach(group, config, run_dir, stack)
@@ -207,6 +207,8 @@ def _train(
     """All steps of the run, or those up to a reason to stop."""
 
     def before(state: TrainState) -> None:
+        for text in _facts(this):
+            this.observers.debug(text)
         for text in (*_warnings(this, parts), *this.folder.notes):
             this.observers.warn(text)
         parts.supply.start(state)
@@ -217,7 +219,7 @@ def _train(
         stop = loop.never if interrupted is None else stack.enter_context(signals.caught(interrupted))
         return loop.run(
             parts.step,
-            parts.supply.source,
+            _watched(this, parts.supply.source, stack),
             parts.state,
             evaluate=parts.supply.evaluate,
             observers=this.observers,
@@ -227,12 +229,41 @@ def _train(
         )
 
 
+def _facts(this: TrainRun) -> list[str]:
+    """The machine, and the options that are not as they are by default: lines for those who look for a fault."""
+    if this.config.run.log_level != journal.DEBUG:
+        return []
+    defaults, hidden = table.defaults(type(this.config)), table.secrets(type(this.config))
+    options = {name: value for name, value in table.flatten(this.config).items() if value != defaults[name] and name not in hidden}
+    return [f"{name}: {value}" for name, value in (machine.describe() | {f"option {name}": one for name, one in options.items()}).items()]
+
+
+def _watched(this: TrainRun, source: Source, stack: contextlib.ExitStack) -> Source:
+    """The source as those see it who look inside a run: profiled, and with its time in the log; itself where nobody looks."""
+    options, before = this.config.run, lambda index: None
+    if this.ranks.rank > 0 or not (options.profiler_steps or options.log_level == journal.DEBUG):
+        return source
+    if (steps := profiling.span(options.profiler_steps, options.profiler_steps_start)) is not None:
+        profile = profiling.Profile(this.folder.root, steps, this.device, this.say)
+        stack.callback(profile.end)
+        before = profile.before
+
+    def after(index: int, seconds: float) -> None:
+        this.observers.debug(f"step {index}: its micro-batches took {seconds:.3f} s")
+
+    return cast(Source, profiling.Watched(source, before, after))
+
+
 def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
     """What the run never reaches."""
     passes = getattr(parts.supply.source, "passes", None)
     passed = None if passes is None else passes(parts.supply.source.total_steps)
     intervals = table.record(cadence.Intervals, this.config, passed=passed)
-    return cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None and intervals.evals_per_epoch != 0)
+    found = cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None and intervals.evals_per_epoch != 0)
+    steps = profiling.span(this.config.run.profiler_steps, this.config.run.profiler_steps_start)
+    if steps is not None and steps.first > parts.rate.total_steps:
+        found = [*found, f"there is no profile: its first step is {steps.first}, and the run has {parts.rate.total_steps}"]
+    return found
 
 
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:

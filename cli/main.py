@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treetune.cli import file_commands, methods
 from treetune.cli.methods import CONFIGS, METHODS
@@ -82,8 +82,35 @@ def _main(argv: list[str]) -> int:
     return _run(argv[0], argv[1:])
 
 
+def _start(command: str, chosen: Command, argv: list[str], *, dry: bool) -> int:
+    """Run a command with its arguments, show what it would do, or run it for each value of a sweep; the exit code."""
+    from treetune.cli import parse, requirements
+    from treetune.core.config import product, table
+
+    method = CONFIGS.get(chosen.config)
+    ignored = partial(requirements.ignored, method=method)
+
+    def resolve(argv: list[str]) -> Any:
+        parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored)
+        return requirements.complete(parsed, method, given, parse.config_file(argv))
+
+    if method is not None and product.asked(argv):
+        if dry:
+            raise BadInput("--dry-run shows one run: leave out --sweep, and give one value of each option")
+        from treetune.cli import sweep
+
+        return sweep.run(command, argv, table.options(chosen.config), resolve)
+    with checking_input("the command line or its config file"):
+        file = parse.config_file(argv)
+        parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored, say=file_commands.say)
+        if dry:
+            return file_commands.dry_run(parsed, method, given, file)
+        parsed = requirements.complete(parsed, method, given, file)
+    return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
+
+
 def _run(command: str, argv: list[str]) -> int:
-    from treetune.cli import invocation, parse, requirements
+    from treetune.cli import invocation
     from treetune.core.config import suggestions
 
     invocation.remember(command, argv)
@@ -97,14 +124,7 @@ def _run(command: str, argv: list[str]) -> int:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, COMMANDS)}; see treetune --help")
         chosen = COMMANDS[command]
-        with checking_input("the command line or its config file"):
-            method, file = CONFIGS.get(chosen.config), parse.config_file(argv)
-            ignored = partial(requirements.ignored, method=method)
-            parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored, say=file_commands.say)
-            if dry:
-                return file_commands.dry_run(parsed, method, given, file)
-            parsed = requirements.complete(parsed, method, given, file)
-        return importlib.import_module(f"treetune.cli.{chosen.module}").run(parsed, given) or 0
+        return _start(command, chosen, argv, dry=dry)
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()

@@ -29,12 +29,15 @@ PATIENCE_S = 10  # before a screen without a bar says what it waits for
 
 
 class Screen(Observer):
-    """The console of a command, and the observer of a run; `quiet` is for ranks above 0, `every` the steps between plain lines."""
+    """The console of a command, and the observer of a run.
+
+    quiet: for ranks above 0. every: steps between plain lines. level: debug, info, or warning and error, which leave out what is below.
+    """
 
     essential = True
 
-    def __init__(self, *, quiet: bool = False, every: int = 1, metrics: lines.Metrics = PLAIN):
-        self.metrics = metrics
+    def __init__(self, *, quiet: bool = False, every: int = 1, metrics: lines.Metrics = PLAIN, level: str = "info"):
+        self.metrics, self.level = metrics, level
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.every = every
         self.bar: bar.Bar | None = None
@@ -85,6 +88,11 @@ class Screen(Observer):
         self.console.print(table, soft_wrap=False)
 
     @property
+    def talks(self) -> bool:
+        """Whether more than warnings and errors of a run are shown."""
+        return self.level in ("debug", "info")
+
+    @property
     def width(self) -> int:
         """Columns of the terminal."""
         return self.console.width
@@ -108,9 +116,9 @@ class Screen(Observer):
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
         """Show the bar of a run of `total_steps` steps, of which `step` are done."""
         self.total, self.first, self.seconds = total_steps, step, 0.0
-        if about:
+        if about and self.talks:
             self.table("", about)
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.talks:
             self.bar = bar.Bar(total_steps, step)
             self.live = self._draw(self.bar, transient=False)
             self.live.start()
@@ -121,7 +129,7 @@ class Screen(Observer):
     @contextlib.contextmanager
     def busy(self, activity: str) -> Iterator[None]:
         """Show an activity and its time while it lasts, under the bar or alone; without a terminal, a line if it takes long."""
-        if self.console.quiet:
+        if self.console.quiet or not self.talks:
             yield
         elif not self.console.is_terminal:
             timer = threading.Timer(PATIENCE_S, self.line, (f"{activity} ...",))
@@ -165,11 +173,19 @@ class Screen(Observer):
 
     def message(self, text: str, *, warning: bool = False) -> None:
         """Print one line, in colour if it is a warning."""
-        (self.warn if warning else self.line)(text)
+        if warning and self.level != "error":
+            self.warn(text)
+        elif not warning and self.talks:
+            self.line(text)
+
+    def debug(self, text: str) -> None:
+        """Print a line for those who look for a fault."""
+        if self.level == "debug":
+            self.line(text, "dim")
 
     def health(self, event: health.Event) -> None:
         """Warn of what a health rule saw, with the fix."""
-        self.warn(f"{event.seen}: {event.fix}")
+        self.message(f"{event.seen}: {event.fix}", warning=True)
 
     def step(self, record: Record) -> None:
         """Show the metrics of a step."""
@@ -182,7 +198,7 @@ class Screen(Observer):
             name = "reward" if health.sampled(record) else "train/loss"
             if name in record:
                 self.bar.trace(name.removeprefix("train/"), step, record[name])
-        elif step % self.every == 0 or step == self.total:
+        elif self.talks and (step % self.every == 0 or step == self.total):
             self.line("  ".join([f"step {step:>4}/{self.total}", *items, f"eta {lines.clock(eta_s)}"]))
 
     def evaluation(self, record: Record) -> None:
@@ -190,11 +206,14 @@ class Screen(Observer):
         self.seconds += record["eval/seconds"]
         if self.bar is not None and (value := record.get(f"eval/{self.metrics.goal}")) is not None:
             self.bar.trace(f"held out {self.metrics.goal}", record["step"], value)
-        self.line(lines.evaluation(record, self.metrics), "bold")
+        if self.talks:
+            self.line(lines.evaluation(record, self.metrics), "bold")
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:
         """Print the answer to the sample prompt, or the best completions of a step's first prompt with their rewards."""
         step = int(answers[0]["step"])
+        if not self.talks:
+            return
         if "rewards" not in answers[0]:
             self.line(f"sample answer {'before' if step == 0 else 'after'} training", "bold")
             self.line(f"  prompt: {answers[0]['prompt']}\n  answer: {answers[0]['answer'].strip() or '(blank)'}\n")
@@ -210,6 +229,8 @@ class Screen(Observer):
 
     def summary(self, rows: Mapping[str, str], history: Sequence[Record]) -> None:
         """Print what the run reached; commands to paste stand on lines of their own, which no column breaks."""
+        if not self.talks:
+            return
         self.table("", {name: text for name, text in rows.items() if name not in PASTED})
         for name in [name for name in PASTED if name in rows]:
             self.line(f"{name}  {rows[name]}")

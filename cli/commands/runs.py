@@ -54,13 +54,8 @@ def _sorted(found: list[PastRun], config: Runs) -> list[PastRun]:
     if config.sort == "started":
         return sorted(found, key=lambda one: one.status.started or 0.0)
     if config.sort == "best":
-        return sorted(found, key=lambda one: _merit(one, config.metric))
+        return sorted(found, key=lambda one: one.merit(config.metric))
     return found
-
-
-def _merit(one: PastRun, metric: str | None) -> float:
-    best = one.best(metric)
-    return -math.inf if best is None else -best.value if runs.falls(best.metric) else best.value
 
 
 def _list(found: Sequence[PastRun], screen: Screen, metric: str | None) -> None:

@@ -12,7 +12,7 @@ def run(config: TrainConfig, options: frozenset[str]) -> int:
     method, pipeline = of_config(config), getattr(config, "pipeline", None)
     completions = 0 if pipeline is None else pipeline.num_completions_to_print
     metrics = Metrics(method.shown, method.goal, method.perplexity, completions)
-    console = Screen(every=config.run.logging_steps, metrics=metrics)
+    console = Screen(every=config.run.logging_steps, metrics=metrics, level=config.run.log_level)
     try:
         result = fit.run(config, observers=[console], options=options, interrupted=console.interrupt)
     finally:

@@ -304,7 +304,7 @@ class Info:
 class Runs:
     """List the runs in folders; of one run, show its curves; of two or more, what differs, their curves and the best of each."""
 
-    paths: Annotated[Positional[tuple[str, ...]], ANY_PATH, arg(metavar="[PATH ...]")] = ("runs",)
+    paths: Annotated[Positional[tuple[str, ...]], ANY_PATH, arg(metavar="[PATHS ...]")] = ("runs",)
     """Run folders, or folders of runs."""
     metric: str | None = None
     """Metric of the column best, as metrics.jsonl names it; if not given, the one that a run's best checkpoint follows."""
@@ -321,5 +321,5 @@ class Doctor:
     Exit codes: 0 nothing is found, 1 something is, 2 the folder is no run.
     """
 
-    path: Annotated[Positional[str], ANY_PATH, arg(metavar="RUN")]
+    path: Annotated[Positional[str], ANY_PATH, arg(metavar="PATH")]
     """Run folder; the run may be running, finished, stopped or killed."""

@@ -19,6 +19,10 @@ def _one_process(values: Values) -> str:
     return "there is one process; start several with torchrun" if alone else ""
 
 
+def _listed_steps(values: Values) -> str:
+    return "profiler_steps names the steps themselves" if len(values["profiler_steps"]) > 1 else ""
+
+
 OBSERVER = door((), "observer", "event", "record")
 HELD_OUT = Unused(_nothing_held_out)
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
@@ -34,6 +38,8 @@ class RunOptions:
     """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
     overwrite: Annotated[bool, STARTED] = False
     """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
+    sweep: Annotated[bool, STARTED] = False
+    """Options that are given several values (--learning-rate 1e-4 2e-4 --sweep) are a run each, or a run for each of their combinations."""
     eval_steps: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
     """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
     evals_per_epoch: Annotated[int | None, COUNT_OR_NONE, SHOWN, HELD_OUT] = None
@@ -58,6 +64,15 @@ class RunOptions:
     """Steps above the threshold before the watchdog stops the run."""
     sharding: Annotated[Literal["none", "full"], MACHINE, Unused(_one_process)] = "none"
     """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    profiler_steps: Annotated[tuple[Annotated[int, COUNT], ...], SHOWN] = ()
+    """Profile so many steps (one number), or from the lowest to the highest of these (several): profile_trace.json and profile_ops.txt
+    in the run folder, on CUDA also profile_memory.pickle."""
+    profiler_steps_start: Annotated[
+        int, COUNT_OR_NONE, SHOWN, unused_unless("profiler_steps", reason="there are no profiler_steps"), Unused(_listed_steps)
+    ] = 0
+    """The step after which profiler_steps begin."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], SHOWN] = "info"
+    """What is printed, and goes into run.log: debug has all numbers of each step, versions and times; warning and error leave out."""
     observer: Annotated[tuple[Annotated[str, OBSERVER], ...], SHOWN] = ()
     """Trackers to tell of the run: functions track(event, record), or classes with methods such as step and evaluation."""
     sample_prompt: Annotated[str | None, ANSWER] = None
@@ -94,10 +109,12 @@ def per_epoch(run: RunOptions) -> str:
 
 
 def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
-    """Raise ValueError for a run that is continued and deleted at once, and for two ways of saying how often something happens.
+    """Raise ValueError for a run that is continued and deleted at once, a sweep in a file, and two ways of saying how often.
 
     streaming: the rows are a stream, of which no epoch is known before its end.
     """
+    if run.sweep:
+        raise ValueError("sweep is for the command line, which starts a run for each value: --learning-rate 1e-4 2e-4 --sweep")
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")
     for steps, parts in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):

@@ -38,11 +38,13 @@ def write(path: Path, several: Sequence[PastRun], *, title: str, metric: str | N
     from treetune.core.run import page  # what shows tokens imports torch, and a list on the terminal needs none of it
 
     names = runs.names(several)
-    drawn = charts and len(several) <= DRAWN
-    colours = [curves.colour(i) if drawn else "" for i in range(len(several))]
-    table = [(one.state, colour, row(one, name, metric)) for one, name, colour in zip(several, names, colours, strict=True)]
+    best = sorted(range(len(several)), key=lambda i: -several[i].merit(metric))[:DRAWN] if charts else []
+    shown = [i for i in range(len(several)) if i in best]
+    colours = {i: curves.colour(place) for place, i in enumerate(shown)}
+    table = [(one.state, colours.get(i, ""), row(one, names[i], metric)) for i, one in enumerate(several)]
     values: dict[str, Any] = {"columns": COLUMNS, "table": table, "names": names, "reasons": reasons(several, names)}
-    values["differences"] = differences(several) if len(several) > 1 and drawn else {}
-    values["charts"] = curves.compared(dict(zip(names, (one.history for one in several), strict=True))) if drawn else []
+    values["differences"] = differences(several) if charts and len(several) > 1 else {}
+    values["charts"] = curves.compared({names[i]: several[i].history for i in shown}) if charts else []
+    values["left_out"] = len(several) - len(shown)
     path.parent.mkdir(parents=True, exist_ok=True)
     drafts.write(path, page.render("runs.jinja", name=title, **values))

@@ -3,6 +3,7 @@
 Both are read by `treetune runs` and `treetune doctor`, also when the process that wrote them is gone. Imports no torch.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ from treetune.core.run.observers import Observer
 STATUS, LOG = "status.json", "run.log"
 RUNNING, SAVING, FINISHED, STOPPED, FAILED = "running", "saving", "finished", "stopped", "failed"
 FAILURE = "failed"  # begins what `Observer.end` is told of a run that an error ended
-INFO, WARNING, ERROR, DEBUG = "info", "warning", "error", "debug"
+LEVELS = DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
 
 
 class Seen(NamedTuple):
@@ -67,8 +68,8 @@ class Journal(Observer):
 
     essential = silent = True
 
-    def __init__(self, root: Path, *, method: str, goal: str, debug: bool = False):
-        self.root, self.debug = root, debug
+    def __init__(self, root: Path, *, method: str, goal: str, level: str = INFO):
+        self.root, self.level = root, LEVELS.index(level)
         self.status = Status(method, goal)
         self.at = 0
         self.waiting: list[bytes] | None = []
@@ -81,21 +82,23 @@ class Journal(Observer):
         self.status = self.status._replace(total_steps=total_steps, started=started, health=earlier)
         self.at, waiting, self.waiting = step, self.waiting or [], None
         for line in waiting:
-            durable.append_line(self.root / LOG, line)
+            self._append(line)
         for name, text in about.items():
             self._line(INFO, f"{name}: {text}")
         self._write()
 
     def step(self, record: JsonRecord) -> None:
-        """Keep the number of the step, and with `debug` its numbers."""
+        """Keep the number of the step, and log its numbers for those who look for a fault."""
         self.at = int(record["step"])
-        if self.debug:
-            self._line(DEBUG, "  ".join(f"{name} {value:.6g}" for name, value in record.items()))
+        self.evaluation(record)
 
     def evaluation(self, record: JsonRecord) -> None:
-        """With `debug`, a line of its numbers."""
-        if self.debug:
-            self._line(DEBUG, "  ".join(f"{name} {value:.6g}" for name, value in record.items()))
+        """Log its numbers for those who look for a fault."""
+        self._line(DEBUG, "  ".join(f"{name} {value:.6g}" for name, value in record.items()))
+
+    def debug(self, text: str) -> None:
+        """Log a line for those who look for a fault."""
+        self._line(DEBUG, text)
 
     def health(self, event: Event) -> None:
         """Keep what a health rule saw."""
@@ -108,9 +111,9 @@ class Journal(Observer):
         self._line(WARNING if warning else INFO, text)
 
     def activity(self, name: str | None) -> None:
-        """With `debug`, log what takes a while."""
-        if self.debug and name is not None:
-            self._line(DEBUG, name)
+        """Log what takes a while."""
+        if name is not None:
+            self._line(DEBUG, f"{name} ...")
 
     def end(self, stopped: str | None, history: Sequence[JsonRecord]) -> None:
         """Write how the steps ended; of an error, log where it arose."""
@@ -138,17 +141,24 @@ class Journal(Observer):
 
     def _write(self) -> None:
         if self.waiting is None:
-            write(self.root, self.status)
+            with contextlib.suppress(OSError):  # a full disk is told where records or checkpoints are lost, not where words about them are
+                write(self.root, self.status)
 
     def _line(self, level: str, text: str) -> None:
-        """Log a text, each of its lines with the time and how serious it is."""
+        """Log a text, each of its lines with the time and how serious it is, unless that is less than what is logged."""
+        if LEVELS.index(level) < self.level:
+            return
         clock = time.strftime("%Y-%m-%d %H:%M:%S")
         for part in masking.escape_controls(masking.mask_secrets(text)).splitlines():
             line = f"{clock} {level:7} {part}".encode("utf-8", "backslashreplace")
             if self.waiting is None:
-                durable.append_line(self.root / LOG, line)
+                self._append(line)
             else:
                 self.waiting.append(line)
+
+    def _append(self, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            durable.append_line(self.root / LOG, line)
 
 
 def log(root: Path, *levels: str) -> list[str]:

@@ -48,6 +48,9 @@ class Observer(Protocol):
     def message(self, text: str, *, warning: bool = False) -> None:
         """A line for people."""
 
+    def debug(self, text: str) -> None:
+        """A line for those who look for a fault."""
+
     def activity(self, name: str | None) -> None:
         """Something that takes a while begins; None: it has ended."""
 
@@ -216,6 +219,10 @@ class Observers(Observer):
         self.tell("message", text, warning=True)
         if self.observers and not any(map(_takes_lines, self.observers)):
             LOG.warning(text)
+
+    def debug(self, text: str) -> None:
+        """Tell all a line for those who look for a fault."""
+        self.tell("debug", text)
 
     def activity(self, name: str | None) -> None:
         """Tell all what takes a while."""

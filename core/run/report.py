@@ -3,6 +3,7 @@
 While the run goes on, the page is written again now and then, and beside it live.js, which brings an open page up to date in place.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -132,7 +133,8 @@ class Report(Observer):
     def end(self, stopped: str | None, history: Sequence[Record]) -> None:
         """Write the last page of a run that failed: nothing comes after it."""
         if stopped is not None and stopped.startswith("failed"):
-            self._finish({"state": stopped})
+            with contextlib.suppress(OSError):  # of a full disk, which may be what the run failed of
+                self._finish({"state": stopped})
 
     def summary(self, rows: Mapping[str, str], history: Sequence[Record]) -> None:
         """Write the last page."""
@@ -144,8 +146,10 @@ class Report(Observer):
         if start < self.due:
             return
         parts = self._parts({"state": self._state()} | self.rows, *_shown(self.latest))
-        write(self.run_dir / "report.html", parts=parts, trained=self.trained, live=True)
-        drafts.write(self.run_dir / LIVE, f"treetune({json.dumps({'stamp': time.time(), 'parts': parts})})\n")
+        update = f"treetune({json.dumps({'stamp': time.time(), 'parts': parts})})\n"
+        with contextlib.suppress(OSError):  # on a full disk the run goes on as long as its records and checkpoints do
+            write(self.run_dir / "report.html", parts=parts, trained=self.trained, live=True)
+            drafts.write(self.run_dir / LIVE, update)
         now = time.monotonic()
         self.due = now + max(EVERY_S, SHARE * (now - start))
 

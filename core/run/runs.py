@@ -77,6 +77,11 @@ class PastRun(NamedTuple):
                 return Best(name, value, int(step))
         return None
 
+    def merit(self, metric: str | None = None) -> float:
+        """How good the best value is: more is better; -inf where there is none."""
+        best = self.best(metric)
+        return -math.inf if best is None else -best.value if falls(best.metric) else best.value
+
 
 def falls(metric: str) -> bool:
     """Whether less of a metric is better: losses, distances, lengths of gradients."""

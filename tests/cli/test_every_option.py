@@ -104,6 +104,7 @@ CHANGES = {
     "seed": ("metrics", lambda t: ["--seed", 1], []),
     "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
+    "sweep": ("error", lambda t: ["--sweep"], []),
     "overwrite": ("error", lambda t: ["--overwrite"], ["--output-dir", "start", "--max-steps", 3]),
     "eval_steps": ("metrics", lambda t: ["--eval-steps", 1], []),
     "evals_per_epoch": ("metrics", lambda t: ["--evals-per-epoch", 0], []),
@@ -119,6 +120,9 @@ CHANGES = {
         "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]
     ),
     "sharding": ("error", lambda t: ["--sharding", "full"], []),
+    "profiler_steps": ("files", lambda t: ["--profiler-steps", 1], []),
+    "profiler_steps_start": ("files", lambda t: ["--profiler-steps-start", 9], ["--profiler-steps", 1]),
+    "log_level": ("out", lambda t: ["--log-level", "warning"], []),
     "observer": ("files", lambda t: ["--observer", "watch.py:watch"], []),
     "use_tensorboard": ("files", lambda t: ["--use-tensorboard"], []),
     "sample_prompt": ("samples", lambda t: ["--sample-prompt", "2 + 2"], []),

@@ -30,7 +30,7 @@ def _module(name: str):
 COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "grpo", "ebft")
 # what becomes of another value -> options. Neither "refused" nor "listed": refused unless what they stand for is the same, then listed.
 TABLE = {
-    "start": ("output_dir", "resume", "overwrite", "comet_api_key", "swanlab_api_key"),
+    "start": ("output_dir", "resume", "overwrite", "sweep", "comet_api_key", "swanlab_api_key"),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
     "documents": (
         "data", "datasets", "test_datasets", "format", "split", "max_rows", "sequence_len", "overlong", "chat_template",
@@ -82,6 +82,7 @@ TABLE = {
         # what is shown and kept
         "evals_per_epoch", "saves_per_epoch",
         "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_threshold",
+        "profiler_steps", "profiler_steps_start", "log_level",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
         # who is told
         "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model",
