@@ -89,8 +89,10 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
 
     axes = [Replicate()] * leaf.device_mesh.ndim
     # Partial: what arrives in the backward pass is this rank's share of the gradient, to be summed over ranks and scattered. The cast
-    # comes after, so that the sum is made in the dtype of the leaf: float32 masters sum in float32 whatever the compute dtype.
-    whole = leaf.redistribute(placements=axes).to_local(grad_placements=[Partial()] * len(axes))
+    # comes after, so that the sum is made in the dtype of the leaf: float32 masters sum in float32 whatever the compute dtype. Those of
+    # leaves in 16 bits are sent in float32, and rounded once.
+    wide = torch.float32 if leaf.itemsize < 4 else None
+    whole = leaf.redistribute(placements=axes, backward_dtype=wide).to_local(grad_placements=[Partial()] * len(axes))
     return _remembered(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
 
 
