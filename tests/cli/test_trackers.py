@@ -86,6 +86,13 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(tracker
     assert kit.listing(here) == set() and done.out == ""
 
 
+def test_a_folder_that_is_called_like_a_package_is_none(kit, sft, here, monkeypatch):
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setitem(options_.MODULES, "swanlab", "swanlab_logs")
+    (here / "swanlab_logs").mkdir()
+    kit.refused(sft("--use-swanlab"), "needs the package swanlab_logs, which is not installed")
+
+
 def test_the_extras_that_errors_name_are_there():
     import tomllib
 

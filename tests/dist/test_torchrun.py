@@ -37,7 +37,8 @@ def _args(place, output, accumulation, *more, adapter=True):
         "device": "cpu", "val-set-size": 4, "sample-prompt": "Row", "sample-tokens": 3, "save-steps": 2,
         "save-total-limit": 9,
     } | ({"lora-r": 3, "lora-dropout": 0.1} if adapter else {})  # fmt: skip
-    return ["sft", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *map(str, more)]
+    flags = (str(part) for name, value in options.items() for part in (f"--{name}", value))
+    return ["sft", *flags, "--use-tensorboard", *map(str, more)]
 
 
 def _losses(run) -> list[float]:
@@ -78,6 +79,7 @@ def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
         assert (leaf - two[name]).abs().max() <= 1e-5 and leaf.abs().max() > 1e-3, name
     assert _losses(run) == pytest.approx(_losses(alone), rel=1e-5) and len(_losses(run)) > 4
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(path.name for path in (alone / "checkpoints").iterdir())
+    assert len(list((run / "tensorboard").iterdir())) == 1, "the first rank alone tells trackers"
     first, last = (load_file(path / "checkpoints" / "step_000004" / "state.safetensors") for path in (alone, run))
     assert first.keys() == last.keys() and all(torch.allclose(first[name], last[name], rtol=1e-4, atol=1e-5) for name in first)
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
