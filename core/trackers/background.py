@@ -170,6 +170,7 @@ class Background(Observer):
             told = told._replace(step=last, evaluation=min(told.evaluation, last))
         run = {
             "id": service.id or told.id or (known if service.made_here else None),
+            "key": known,
             "continued": told.id is not None,
             "name": self.root.resolve().name,
             "folder": str(self.root),

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Protocol
 class TrackedRun(NamedTuple):
     """The run that a tracker follows.
 
-    id: of the run in the tracker; None where the tracker has yet to give one. continued: whether the tracker knows it already. name: of
-    the run folder. folder: its path. step: the last one that the tracker may keep, -1 for none. pid: the process that trains. config:
-    option -> value, without secrets. about: what the run is, in words.
+    id: of the run in the tracker; None where the tracker has yet to give one. key: of the run folder, which no other has. continued:
+    whether the tracker knows the run already. name: of the run folder. folder: its path. step: the last one that the tracker may keep, -1
+    for none. pid: the process that trains. config: option -> value, without secrets. about: what the run is, in words.
     """
 
     id: str | None
+    key: str
     continued: bool
     name: str
     folder: str

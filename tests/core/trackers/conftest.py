@@ -152,8 +152,12 @@ class MlflowClient:
         call("create_experiment", name)
         return "7"
 
-    def create_run(self, experiment, run_name):
-        call("create_run", experiment, run_name)
+    def search_runs(self, experiments, filter_string, max_results):
+        call("search_runs", experiments, filter_string)
+        return []
+
+    def create_run(self, experiment, run_name, tags):
+        call("create_run", experiment, run_name, tags)
         return Found(info=Found(run_id="given-by-mlflow"))
 
     def get_run(self, id):

@@ -60,8 +60,8 @@ def test_mlflow(stubs, followed, services):
     stubs("mlflow")
     follow(followed, services(mlflow_experiment_name="sums", mlflow_tracking_uri="http://me:pass@host", mlflow_run_name="one"))
     assert stubs.calls("MlflowClient")[0][1] == ["http://me:pass@host"] and "pass" not in str(followed.lines)
-    assert [args for _, args, _ in stubs.calls("create_run")] == [["7", "one"]]
-    assert [args for _, args, _ in stubs.calls("update_run")] == [["given-by-mlflow", "RUNNING"]]
+    assert [args for _, args, _ in stubs.calls("create_run")] == [["7", "one", {"treetune.run": followed.id}]]
+    assert [args for _, args, _ in stubs.calls("update_run")] == [["given-by-mlflow", "RUNNING"]] * 2
     batches = [named for _, _, named in stubs.calls("log_batch")]
     told = [{"step": one["metrics"][0][3]} | {key: value for _, key, value, _ in one["metrics"]} for one in batches if one["metrics"]]
     assert told == [{"step": step} | values for step, values in TOLD]
