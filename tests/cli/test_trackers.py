@@ -158,7 +158,7 @@ def test_a_tracker_that_fails_costs_a_warning(kit, tiny, here, sft, stub):
     stub("wandb", 'call("log", values, step=step)', 'raise OSError("no network")')
     done = sft("--sample-prompt=", "--wandb-project", "sums", "--output-dir", "run")
     assert done.code == 0 and (here / "run/adapter").is_dir()
-    warnings = [line for line in done.out.splitlines() if "tracker" in line]
+    warnings = [line for line in done.out.splitlines() if "! tracker" in line]
     assert len(warnings) == 1 and "tracker wandb failed (numbers): OSError: no network" in " ".join(done.out.split())
 
 
