@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 PREFIXES = 200  # beginnings of a history that the rules are asked about, where a run has no record of its health
 EARLY = 10  # evaluations or steps before which nothing is called flat
 FLAT = 0.005  # relative fall of a held-out loss that is none
-TINY, HOPELESS = 30, 1000  # how many times below the usual learning rate one is tiny where nothing is learned, and in any case
+TINY, HOPELESS = 30, 1000  # times below the usual learning rate that are tiny where nothing is learned, and in any case; above: too high
 GROUPS, TAIL = 10, 1 << 20  # groups that show a collapse, and bytes of samples.jsonl that are looked at
 FAINT = 1e-6  # scale of an adapter that adds nothing
 NO_SYNC = ("the server has ", "was lost: the server still has", "was not given to the server", "weights for the server were damaged")
@@ -44,7 +44,7 @@ def diagnose(run: PastRun, *, usual_rate: float | None = None, memory_gib: float
 
     usual_rate: the peak learning rate of its method. memory_gib: of the machine, for a run that was killed.
     """
-    found = [*_ended(run, memory_gib), *_template(run), *_dead(run), *_rate(run, usual_rate), *_flat(run, usual_rate)]
+    found = [*_ended(run, memory_gib, usual_rate), *_template(run), *_dead(run), *_rate(run, usual_rate), *_flat(run, usual_rate)]
     first: dict[str, Finding] = {}
     for one in [*found, *_collapsed(run), *_health(run)]:
         first.setdefault(one.cause, one)
@@ -60,7 +60,7 @@ def warnings(run: PastRun) -> list[str]:
     return [line for line in lines if line not in told and not line.startswith("chat template ") and line not in run.status.advice]
 
 
-def _ended(run: PastRun, memory_gib: float | None) -> Iterator[Finding]:
+def _ended(run: PastRun, memory_gib: float | None, usual: float | None) -> Iterator[Finding]:
     """Why a run that did not come to its end stopped."""
     reason = run.reason
     if run.state == runs.CRASHED:
@@ -69,7 +69,7 @@ def _ended(run: PastRun, memory_gib: float | None) -> Iterator[Finding]:
         general = ("lower micro_batch_size or sequence_len, or turn on gradient_checkpointing",)
         yield Finding("out of memory", reason, run.status.advice or general)
     elif "not finite" in reason or any(_bad(record) for record in run.steps[-3:]):
-        yield _not_finite(run)
+        yield _not_finite(run, usual)
     elif any(text in reason for text in NO_SYNC):
         fix = ("sync whole generations again: --resume auto", "check that nobody else changes the server, and that it has this model")
         yield Finding("lost sync with the sampler", reason, fix)
@@ -98,17 +98,19 @@ def _killed(run: PastRun, memory_gib: float | None) -> Finding:
     return Finding("killed", seen, ("continue with --resume auto", "look into the system's log: memory, time limits, a restart"))
 
 
-def _not_finite(run: PastRun) -> Finding:
+def _not_finite(run: PastRun, usual: float | None) -> Finding:
     config, rows = run.config, "rows [" in run.reason
     fixes = ["look at the rows that it names: treetune preprocess --debug"] * rows
     if config.get("dtype") == "float16":
         fixes.append("use dtype bfloat16, whose numbers are not bounded at 65504")
     norms = [value for _, value in run.series("grad_norm") if math.isfinite(value)]
-    if norms and max(norms[-5:]) > 10 * statistics.median(norms):
-        fixes.append(
-            f"the gradient grew before (grad_norm {max(norms[-5:]):.3g}, usually {statistics.median(norms):.3g}): lower max_grad_norm"
-        )
-    fixes.append(f"lower learning_rate (it was {_peak(run):.3g}) 2 to 10 times, or lengthen the warm-up")
+    if norms and (grown := max(norms[-5:])) > 10 * (middle := statistics.median(norms)):
+        fixes.append(f"the gradient grew before (grad_norm {grown:.3g}, usually {middle:.3g}): lower max_grad_norm")
+    peak = _peak(run)
+    if usual is not None and peak > TINY * usual:
+        fixes.insert(0, f"lower learning_rate: it was {peak:.3g}, where {usual:.3g} is usual")
+    else:
+        fixes.append(f"lower learning_rate (it was {peak:.3g}) 2 to 10 times, or lengthen the warm-up")
     return Finding("not finite (NaN)", run.reason or f"the numbers of step {run.step} are not finite", tuple(fixes))
 
 

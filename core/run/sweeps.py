@@ -120,5 +120,5 @@ def rows(sweep: Sweep) -> list[list[str]]:
 def write_page(sweep: Sweep) -> Path:
     """Write sweep.html: the table, the options that differ, and the curves of the best runs."""
     several = sorted(past(sweep).values(), key=lambda run: -run.merit())
-    compared.write(sweep.root / PAGE, several, title=f"sweep {sweep.root.name}")
+    compared.write(sweep.root / PAGE, several, title=f"sweep {sweep.root.name.removeprefix('sweep').strip('-_')}".strip())
     return sweep.root / PAGE
