@@ -13,7 +13,7 @@ from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, loss_scale, option_pairs, quant, step, tree
+from treetune.core import ckpt, layer_offload, loss_scale, option_pairs, quant, step, tree
 from treetune.core import optim as optimizers
 from treetune.core.config import table
 from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
@@ -65,7 +65,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
     optimizer = optim.build(run.config.optim, loraplus=loraplus)
     optimizer = loss_scale.scaled(optimizer) if start.cfg.dtype == torch.float16 else optimizer
-    if note := optim.offloading_note(run.config.optim, run.device.type):
+    for note in optim.offloading_notes(run.config.optim, run.device.type):
         run.say(note)
     step_zero = torch.tensor(0, device=run.device)
     restarts = _restarts(run, optimizer, start)
@@ -145,7 +145,8 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     origin = provenance.with_weights(origin, _weights(run, model, start, frozen), lambda: ckpt.digest(frozen) if frozen else "")
     origin = provenance.with_words(origin, words.tokenizer, stop_ids if parts.rollouts else ())
     del model, start  # the weights that train are copies, beside which the loaded ones must not live
-    placed = policy.place(parts.policy, run.ranks.mesh, config.run.sharding)
+    home = layer_offload.home(config.optim.layer_offloading, run.device)
+    placed = policy.offload(policy.place(parts.policy, run.ranks.mesh, config.run.sharding), home)
     return Pieces(parts._replace(policy=placed), data, origin, stop_ids)
 
 
@@ -213,8 +214,14 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
 def _reread(run: TrainRun, see: Callable[[str, torch.Tensor, quant.Quantised], None]) -> None:
     """Read the model once more, telling of each leaf that is quantised."""
     options = run.config.model
-    named = {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": quantised.of(options)}
-    loading.load_model(options.model, **named, see=see)
+    loading.load_model(options.model, **_reading(run), see=see)
+
+
+def _reading(run: TrainRun) -> dict[str, Any]:
+    """How the model is read."""
+    options = run.config.model
+    scheme, layers = quantised.of(options), layer_offload.home(run.config.optim.layer_offloading, run.device)
+    return {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": scheme, "home": layers}
 
 
 def _unfrozen(run: TrainRun, model: Model, *, grown: bool) -> tuple[str, ...]:
@@ -232,8 +239,7 @@ def _base_model(run: TrainRun) -> Model:
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
         return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device)
-    named = {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": quantised.of(options)}
-    model, path = loading.load_model(options.model, **named, say=run.say)
+    model, path = loading.load_model(options.model, **_reading(run), say=run.say)
     ranks.share(run.ranks, partial(certificate.ensure, path, model, say=run.say))
     if not getattr(getattr(run.config, "adapter", None), "fp8_products", False):
         return model

@@ -25,6 +25,7 @@ def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
         optimizer=options.optimizer,
         gradient_checkpointing=options.gradient_checkpointing,
         activation_offloading=options.activation_offloading,
+        layer_offloading=options.layer_offloading,
     )
     prompt, completion, n = options.sequence_len, options.max_completion_length, options.num_generations or 0
     setup = Setup(
@@ -37,6 +38,7 @@ def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
         master=loading.DTYPES[options.master_dtype].itemsize,
         rows=options.micro_batch_size * n,
         slots=prompt + completion,
+        layers=chosen.layer_offloading,
     )
     return memory.lines(memory.table(MODELS[family].abstract(cfg), cfg, setup))
 
@@ -54,7 +56,8 @@ def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
     count = partial(memory.size, device=run.device.type)
     trained = sum(shard.local(leaf).numel() for leaf in tree.leaves(state.params))
     whole = {name: part for name, part in state.params.items() if name != "lora"}
-    held = Table(count(state.frozen) + count(whole), adapter=count(state.params.get("lora", {})))
+    here, away = memory.frozen(state.frozen, run.device)
+    held = Table(here + count(whole), adapter=count(state.params.get("lora", {})), away=away)
     setup = Setup(
         tokens,
         rank=0 if start.adapter is None else start.adapter.rank,
@@ -65,6 +68,7 @@ def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
         device=run.device.type,
         rows=rows,
         slots=slots,
+        nucleus=table.flatten(run.config).get("top_p", 1.0) < 1,
     )
     abstract = MODELS[start.family].abstract(start.cfg)
     return memory.line(memory.training(held, trained, abstract, start.cfg, setup))

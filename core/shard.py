@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treetune.core import quant, tree
+from treetune.core import layer_offload, quant, tree
 from treetune.core.param import Param, Params
 
 if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and a run on one device never needs it
@@ -77,8 +77,10 @@ def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
 def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back.
 
-    A quantised leaf, which every rank has whole, becomes dense.
+    A quantised leaf, which every rank has whole, becomes dense; one that is away comes to the device.
     """
+    if layer_offload.coming(leaf):
+        return _remembered(gather(leaf.here(), dtype), leaf)
     if quant.quantised(leaf):
         return _remembered(quant.dense(leaf, dtype), leaf)
     if not leaf.is_floating_point():
@@ -96,7 +98,7 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     return _remembered(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
 
 
-def _remembered(whole: Tensor, leaf: Tensor | quant.Quantised) -> Tensor:
+def _remembered(whole: Tensor, leaf: Tensor | quant.Quantised | layer_offload.Coming) -> Tensor:
     if _gathered:
         _gathered[-1][whole.untyped_storage().data_ptr()] = (whole, leaf)
     return whole
@@ -109,11 +111,11 @@ _gathered: list[dict[int, tuple[Tensor, Any]]] = []
 
 @contextlib.contextmanager
 def gathering_again(params: Params) -> Iterator[None]:
-    """Inside, leaves that `gather` makes of sharded or quantised `params` are not kept for the backward pass, which makes them once more.
+    """Inside, what `gather` makes of sharded, quantised or absent `params` is not kept for the backward pass, which makes it once more.
 
     Without it a model that is not rematerialised would be whole and dense on every rank by the end of its forward pass.
     """
-    if not torch.is_grad_enabled() or not any(quant.quantised(leaf) or sharded(leaf) for leaf in tree.leaves(params)):
+    if not torch.is_grad_enabled() or not any(_made(leaf) for leaf in tree.leaves(params)):
         yield
         return
     _gathered.append({})
@@ -124,10 +126,15 @@ def gathering_again(params: Params) -> Iterator[None]:
         _gathered.pop()
 
 
+def _made(leaf: Any) -> bool:
+    """Whether `gather` makes a tensor that is not the leaf."""
+    return quant.quantised(leaf) or layer_offload.coming(leaf) or sharded(leaf)
+
+
 class _Again(NamedTuple):
     """A view of a whole leaf, as what that is made of and the view's geometry."""
 
-    leaf: Tensor | quant.Quantised
+    leaf: Tensor | quant.Quantised | layer_offload.Coming
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -196,7 +196,7 @@ class Bridge:
     ) -> Params:
         """The tree of a folder's weights, through transformers' own conversions of older layouts; with keys `beside`, without a head."""
         parts = skeleton(_own(cfg))
-        each = bool(keep.chosen) and not beside and bridge_files.one_by_one(root, parts)
+        each = bool(keep.chosen or keep.home) and not beside and bridge_files.one_by_one(root, parts)
         if keep.stored and not each:
             raise ValueError(
                 f"{root} is quantised, and its files hold the weights of {self.kind} otherwise than its modules do: take the unquantised "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import grad, shard, tree
+from treetune.core import grad, layer_offload, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import bridge_modules, decoder_attention, dense
@@ -62,6 +62,7 @@ def prepare(
     """A run over a batch."""
     if training.get("routing"):
         raise ValueError(f"the routers of {type(skeleton.model).__name__} are transformers' own: losses of routing are not computed for it")
+    weights = weights | {LAYERS: layer_offload.arriving(weights[LAYERS], batch["tokens"].device)}
     others = {name: part for name, part in weights.items() if name not in (LAYERS, HEAD)}
     outer = {path: _whole(leaf, path, skeleton, dtype) for path, leaf in tree.items(others)}
     neftune = training.get("noise")

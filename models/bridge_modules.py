@@ -5,6 +5,7 @@ swapped in would be gone.
 T tokens, I inputs, O outputs, r rank.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,12 +81,13 @@ def _fill(binding: Binding, module: nn.Module, copy: nn.Module) -> None:
     if "longrope" in str(getattr(module, "rope_type", "")):  # which writes its frequencies in place: other threads read these
         inside["_buffers"] = {name: leaf if leaf is None else leaf.clone() for name, leaf in inside["_buffers"].items()}
     inside[CALL] = binding.attend
+    # What stands in `forward` does not hold the copy: a cycle would keep a layer's whole weights until the collector of cycles runs.
     if names := bridge_experts.stacks(module):
         inside[ADAPTED] = _on_experts({name: paths[id(module._parameters[name])] for name in names}, binding)
     if module is binding.skeleton.embedding:
-        inside["forward"] = partial(_embed, copy, binding)
+        inside["forward"] = partial(_embed, weakref.ref(copy), binding)
     elif bridge_skeleton.is_linear(module):
-        inside["forward"] = partial(_linear, copy, binding.skeleton.paths[id(module.weight)], binding)
+        inside["forward"] = partial(_linear, inside["_parameters"], binding.skeleton.paths[id(module.weight)], binding)
 
 
 def _on_experts(stacks: Mapping[str, str], binding: Binding) -> Adapted:
@@ -97,7 +99,7 @@ def _on_experts(stacks: Mapping[str, str], binding: Binding) -> Adapted:
     return Adapted({name: shard.gather_all(pair) for name, pair in pairs.items()}, adapters.scale)
 
 
-def _linear(module: Any, path: str, binding: Binding, x: Tensor) -> Tensor:
+def _linear(tensors: Mapping[str, Tensor | None], path: str, binding: Binding, x: Tensor) -> Tensor:
     """x [..., I] -> [..., O], with the adapter of this path."""
     rows, adapters = x.reshape(-1, x.shape[-1]), binding.adapters
     pair, u = adapters.pairs.get(path), None
@@ -105,8 +107,10 @@ def _linear(module: Any, path: str, binding: Binding, x: Tensor) -> Tensor:
         pair = shard.gather_all(pair)
         if adapters.key is not None:
             u = _dropped(rows, path, binding)
-    y = lora_linear.lora_linears(rows, [module.weight], [pair], scale=adapters.scale, u=u)[0]
-    return (y if module.bias is None else y + module.bias).view(*x.shape[:-1], -1)
+    weight, bias = tensors["weight"], tensors.get("bias")
+    assert weight is not None
+    y = lora_linear.lora_linears(rows, [weight], [pair], scale=adapters.scale, u=u)[0]
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 def _dropped(rows: Tensor, path: str, binding: Binding) -> Tensor:
@@ -117,8 +121,9 @@ def _dropped(rows: Tensor, path: str, binding: Binding) -> Tensor:
     return noise.dropout(rows, key, rate=binding.adapters.rate, stream=binding.skeleton.numbers[path])
 
 
-def _embed(module: Any, binding: Binding, tokens: Tensor) -> Tensor:
+def _embed(copy: Callable[[], Any], binding: Binding, tokens: Tensor) -> Tensor:
     """Embeddings [1, T, D], with an adapter in the scale that the model gives its embeddings, and with noise."""
+    module = copy()
     x, pair = type(module).forward(module, tokens), binding.adapters.pairs.get(EMBEDDING)
     if pair is not None:
         pair = shard.gather_all(pair, x.dtype)

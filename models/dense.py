@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import grad, quant, shard, tree
+from treetune.core import grad, layer_offload, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
@@ -125,7 +125,7 @@ def forward(
     shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora))
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     again = grad.recomputes(remat)
-    for index, layer in enumerate(weights["layers"]):
+    for index, layer in enumerate(layer_offload.arriving(weights["layers"], x.device)):
         if index in collect:
             features[index] = x
         # A rematerialised layer gathers its sharded leaves again by itself.

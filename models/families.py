@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol, Unpack
 import torch
 from torch import Tensor
 
+from treetune.core import layer_offload, machine, quant, shard, tree
 from treetune.core import lora as lora_trees
-from treetune.core import machine, quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
 from treetune.core.param import Params
@@ -131,15 +131,19 @@ def whole(model: Model) -> Params:
 def to_sample(model: Model) -> Params:
     """The weights as `whole`, with quantised leaves on a CPU dense, in order, as far as they take a quarter of the memory that is free.
 
+    Those of layers that are away stay so.
+
     A sampler reads every leaf once a token; made dense each time they would take longer than the products. Other devices make them fast.
     """
-    weights, wide = whole(model), _wide(model)
+    weights, wide, device = whole(model), _wide(model), model.params["embed_tokens"].device
     left = machine.free_memory() // 4 if any(quant.quantised(leaf) for leaf in tree.leaves(weights)) else 0
 
     def one(path: str, leaf: Any) -> Any:
         nonlocal left
         dtype = wide.get(path, model.cfg.dtype)
-        if not quant.quantised(leaf) or leaf.multiplied or leaf.device.type != "cpu" or (size := leaf.numel() * dtype.itemsize) > left:
+        if not quant.quantised(leaf) or leaf.multiplied or layer_offload.far(leaf, device) or device.type != "cpu":
+            return leaf
+        if (size := leaf.numel() * dtype.itemsize) > left:
             return leaf
         left -= size
         return quant.dense(leaf, dtype)
@@ -157,7 +161,8 @@ def settled(low: Lora, weights: Params) -> Lora:
     leaves, base = shard.gather_all(low.tree), dict(tree.items(weights))
     pairs, known = lora_trees.pairs(leaves), []
     for path, length in lora_trees.magnitudes(leaves).items():
-        norms = magnitude.norms(shard.gather(base[path]), *pairs[path], low.scale)
+        weight = shard.gather(layer_offload.brought(base[path], length.device))
+        norms = magnitude.norms(weight, *pairs[path], low.scale)
         known.append((f"{path}.{lora_trees.SETTLED}", length / norms))
     if known:
         leaves = tree.from_items(

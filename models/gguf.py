@@ -16,6 +16,7 @@ from torch import Tensor
 
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
+from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, decoder_config, quantised
@@ -107,10 +108,12 @@ def load(
     device: torch.device | str = "cpu",
     scheme: Scheme | None = None,
     see: quantised.See | None = None,
+    home: Put | None = None,
 ) -> Model:
     """The model in a .gguf file, dequantised to float32 and rounded once to `dtype`, which is also what it computes in.
 
-    scheme: quantise its leaves again, each as it is read. see: is told of each of these.
+    scheme: quantise its leaves again, each as it is read. see: is told of each of these. home: where layers go, if not to
+    the device.
 
     Raises ValueError for an architecture, a key or a rope scaling that is not known here, and for missing or unexpected tensors.
     """
@@ -118,7 +121,7 @@ def load(
     family = _family(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     cfg = replace(_config(path, reader, family, tensors), dtype=dtype)
-    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)._replace(see=see)
+    keep = quantised.keeping(MODELS[family].abstract(cfg), scheme, dtype)._replace(see=see, home=home)
     return Model(family, cfg, _params(path, family, cfg, tensors, device, keep))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from treetune.core import fields, manifest, param, tree
 from treetune.core.fields import Fields
+from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, expert_files, folder, hf_keys, hf_weights, processor, quantised, tokenizer_config
@@ -83,10 +84,12 @@ def load(
     trust_remote_code: bool = False,
     scheme: Scheme | None = None,
     see: See | None = None,
+    home: Put | None = None,
 ) -> Model:
     """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`; quantised by a scheme as it is read.
 
-    Leaves that the files hold quantised stay so; `scheme` may be theirs. see: is told of each leaf that is quantised here.
+    Leaves that the files hold quantised stay so; `scheme` may be theirs. see: is told of each leaf that is quantised here. home: where
+    layers go as they are read, if not to the device.
     Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
     not the one that config.json implies.
     """
@@ -95,12 +98,12 @@ def load(
     if str(path_or_id).endswith(".gguf"):
         from treetune.models import gguf
 
-        return gguf.load(path_or_id, dtype=dtype, device=device, scheme=scheme, see=see)
+        return gguf.load(path_or_id, dtype=dtype, device=device, scheme=scheme, see=see, home=home)
     root = fetch(path_or_id, revision=revision)
     family, cfg = read_config(root / "config.json")
     cfg = replace(cfg, dtype=dtype)
     keep = quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype)
-    params = _read_params(root, family, cfg, device, keep._replace(see=see))
+    params = _read_params(root, family, cfg, device, keep._replace(see=see, home=home))
     return Model(family, replace(cfg, tied="lm_head" not in params), params)
 
 

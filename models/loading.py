@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from treetune.core import check, fields, tree
+from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -39,18 +40,19 @@ def load_model(
     device: torch.device,
     scheme: Scheme | None = None,
     see: See | None = None,
+    home: Put | None = None,
     say: Say = silent,
 ) -> tuple[Model, Path]:
     """The model of a name, in its compute dtype on the device, and the path it came from; quantised by a scheme leaf by leaf.
 
-    see: is told of each leaf that is quantised.
+    see: is told of each leaf that is quantised. home: where layers go as they are read, if not to the device.
 
     Raises ValueError for weights that are not finite.
     """
     path = fetch.resolve(name, say=say, revision=revision)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
-        model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see)
+        model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see, home=home)
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
     return model, path

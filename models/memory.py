@@ -8,12 +8,13 @@ would take.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from treetune.core import grad, lora, shard, tree
+from treetune.core import grad, layer_offload, lora, shard, tree
 from treetune.core.optim import Optimizer
 from treetune.core.param import Param, Params
 from treetune.core.quant import BLOCK, FOUR_BITS, NESTED_BLOCK, Scheme
@@ -30,7 +31,8 @@ class Setup(NamedTuple):
 
     rank: of an adapter on all linear layers; 0: the model itself trains. state_bytes: of the optimiser, a number that trains.
     master: bytes of a number that trains.
-    rows, slots: of the sampler's cache, where the run samples.
+    rows, slots: of the sampler's cache, where the run samples; nucleus: it draws with top_p below 1.
+    layers: where frozen layers are, "none" for the device.
     """
 
     tokens: int = 0
@@ -42,10 +44,20 @@ class Setup(NamedTuple):
     rows: int = 0
     slots: int = 0
     master: int = 4
+    nucleus: bool = False
+    layers: str = "none"
+
+    @property
+    def away(self) -> bool:
+        """Whether frozen layers are elsewhere, and come to the device two at a time."""
+        return self.layers == "disk" or (self.layers == "cpu" and self.device != "cpu")
 
 
 class Table(NamedTuple):
-    """Bytes by term. layer: what the one layer needs that is being computed. elsewhere: activations in host memory or in files."""
+    """Bytes by term. layer: what the one layer needs that is being computed.
+
+    elsewhere, away: activations, and frozen layers, in host memory or in files.
+    """
 
     weights: int
     adapter: int = 0
@@ -55,7 +67,9 @@ class Table(NamedTuple):
     layer: int = 0
     head: int = 0
     cache: int = 0
+    draws: int = 0
     elsewhere: int = 0
+    away: int = 0
 
     @property
     def held(self) -> int:
@@ -65,7 +79,7 @@ class Table(NamedTuple):
     @property
     def peak(self) -> int:
         """The most that is there at once: in training, or while completions are sampled."""
-        return self.held + max(self.activations + max(self.layer, self.head), self.cache)
+        return self.held + max(self.activations + max(self.layer, self.head), self.cache + self.draws)
 
 
 def size(params: Params, device: str | None = None) -> int:
@@ -96,15 +110,44 @@ def quantised_bytes(numbers: int, rows: int, scheme: Scheme) -> int:
 
 def weights(abstract: Params, scheme: Scheme | None, dtype: torch.dtype) -> int:
     """Bytes of a frozen model in the compute dtype, with the leaves of a scheme quantised."""
+    return sum(leaf_bytes(abstract, scheme, dtype).values())
+
+
+def leaf_bytes(abstract: Params, scheme: Scheme | None, dtype: torch.dtype) -> dict[str, int]:
+    """Those of each leaf, by path."""
     chosen = set() if scheme is None else quantised.paths(abstract, scheme)
-    total = 0
-    for path, leaf in tree.items(abstract):
+
+    def one(path: str, leaf: Param) -> int:
         numbers = _numbers(leaf)
-        if scheme is not None and path in chosen:
-            total += quantised_bytes(numbers, numbers // leaf.shape[-1], scheme)
-        else:
-            total += numbers * dtype.itemsize
-    return total
+        if scheme is None or path not in chosen:
+            return numbers * dtype.itemsize
+        return quantised_bytes(numbers, numbers // leaf.shape[-1], scheme)
+
+    return {path: one(path, leaf) for path, leaf in tree.items(abstract)}
+
+
+def travelling(abstract: Params, cfg: Config, setup: Setup) -> tuple[int, int]:
+    """Bytes of frozen layers that are away, and of the two that are on the device at once, which a CPU needs none of: it reads files."""
+    if not (setup.away and setup.rank):
+        return 0, 0
+    layers = [0] * cfg.num_layers
+    for path, size in leaf_bytes(abstract, setup.scheme, cfg.dtype).items():
+        if path.startswith("layers.") and size >= layer_offload.SMALL:
+            layers[int(path.split(".")[1])] += size
+    return sum(layers), _window(layers, setup.device)
+
+
+def _window(layers: Sequence[int], device: str) -> int:
+    return 0 if device == "cpu" else max((sum(layers[index : index + 2]) for index in range(len(layers))), default=0)
+
+
+def frozen(trees: Params, device: torch.device) -> tuple[int, int]:
+    """Bytes on a device of frozen trees by name, and of their layers that are away: of each tree two are on the device at once."""
+    away, here = layer_offload.elsewhere(trees, device), 0
+    for part in trees.values():
+        layers = part.get("layers", []) if isinstance(part, dict) else []
+        here += _window([layer_offload.elsewhere(layer, device) for layer in layers], device.type)
+    return size(trees) - away + here, away
 
 
 def _numbers(leaf: Param) -> int:
@@ -199,10 +242,15 @@ def cache(cfg: Config, rows: int, slots: int) -> int:
 
 def dense_weights(abstract: Params, cfg: Config, setup: Setup) -> int:
     """Bytes of the quantised leaves that a sampler on a CPU makes dense for all its tokens, fewer where memory is short."""
-    if setup.scheme is None or setup.device != "cpu" or not setup.rows:
+    if setup.scheme is None or setup.device != "cpu" or setup.away or not setup.rows:
         return 0
     chosen = quantised.paths(abstract, setup.scheme)
     return sum(_numbers(leaf) * cfg.dtype.itemsize for path, leaf in tree.items(abstract) if path in chosen)
+
+
+def draws(cfg: Config, rows: int, nucleus: bool) -> int:
+    """Bytes of the distributions [rows, V] that a token of each row is drawn from: float32, and float64 where they are summed up."""
+    return rows * cfg.vocab_size * (44 if nucleus else 24)
 
 
 def table(abstract: Params, cfg: Config, setup: Setup) -> Table:
@@ -210,7 +258,8 @@ def table(abstract: Params, cfg: Config, setup: Setup) -> Table:
     if setup.rank:
         low = lora.abstract(abstract, lora.linears(abstract), rank=setup.rank)
         trained = sum(_numbers(leaf) for leaf in tree.leaves(low))
-        held = Table(weights(abstract, setup.scheme, cfg.dtype), adapter=4 * trained)
+        away, window = travelling(abstract, cfg, setup)
+        held = Table(weights(abstract, setup.scheme, cfg.dtype) - away + window, adapter=4 * trained, away=away)
     else:
         trained = sum(_numbers(leaf) for leaf in tree.leaves(abstract))
         held = Table(setup.master * trained)
@@ -231,6 +280,7 @@ def training(held: Table, trained: int, abstract: Params, cfg: Config, setup: Se
         layer=layer + layer_casts + gone // cfg.num_layers + (0 if setup.rank or not cfg.tied else 4 * cfg.vocab_size * cfg.hidden_size),
         head=head(cfg, setup) if setup.tokens else 0,
         cache=cache(cfg, setup.rows, setup.slots) + dense_weights(abstract, cfg, setup),
+        draws=draws(cfg, setup.rows, setup.nucleus),
         elsewhere=gone,
     )
 
@@ -238,7 +288,8 @@ def training(held: Table, trained: int, abstract: Params, cfg: Config, setup: Se
 TERMS = {
     "weights": "weights", "adapter": "adapter", "gradients": "gradients, float32", "optimiser": "states of the optimiser",
     "activations": "activations between the passes", "layer": "one layer", "head": "logits", "cache": "keys and values of the sampler",
-    "elsewhere": "activations in host memory or files",
+    "draws": "distributions of the sampler",
+    "elsewhere": "activations in host memory or files", "away": "frozen layers in host memory or files",
 }  # fmt: skip
 
 

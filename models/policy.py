@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from treetune.core import lora, lora_use, param, shard, strided, tree
+from treetune.core import layer_offload, lora, lora_use, param, shard, strided, tree
+from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -43,6 +44,7 @@ from treetune.models.tokenizer import adapter_folder, generation_config, has_tem
 from treetune.ops import noise
 from treetune.ops.attention import Plan
 
+MODELS_KEPT = ("model", "ref", "features")  # of what is frozen: models, or parts of such
 ROLLOUTS, EVALUATION = 21, 22  # what the randomness of rollouts from anchors is for
 
 
@@ -118,7 +120,8 @@ def full(model: Model, unfrozen: tuple[str, ...] = (), dtype: torch.dtype = torc
     parts = [[(path, leaf) for path, leaf in tree.items(model.params) if (path in trains) == chosen] for chosen in (True, False)]
     trained, frozen = (tree.from_items(part) for part in parts)
     quantised.check_dense(trained)
-    return Policy(model.family, model.cfg, {"model": tree.map(partial(_master, dtype=dtype), trained)}, {"model": frozen} if frozen else {})
+    params = {"model": tree.map(partial(_master, dtype=dtype), move_to(trained, model))}
+    return Policy(model.family, model.cfg, params, {"model": frozen} if frozen else {})
 
 
 def inference(model: Model, lora: Lora | None = None) -> tuple[Policy, TrainState]:
@@ -150,7 +153,7 @@ def adapt(
     vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()
     whole = tree.merge(adapter_spec.whole_leaves(model, spec, vocabulary), whole)
     adapter.check(model.family, info.paths, [path for path, _ in tree.items(whole)], dropout=spec.dropout, bias=info.bias)
-    params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, whole)} if whole else {})
+    params = {"lora": tree.map(_master, move_to(low.tree, model))} | ({"model": tree.map(_master, move_to(whole, model))} if whole else {})
     frozen = {"model": model.params} | ({"start": tree.map(_master, move_to(start, model))} if start else {})
     return Policy(model.family, model.cfg, params, frozen, without_tree(low._replace(dropout=spec.dropout)), None, info)
 
@@ -169,7 +172,7 @@ def _started(model: Model, path: str, head: bool) -> adapter_spec.Fresh:
 
 def move_to(params: Params, model: Model) -> Params:
     """A tree on the device of a model."""
-    return tree.map(lambda leaf: leaf.to(model.params["embed_tokens"].device), params)
+    return tree.map(lambda leaf: layer_offload.brought(leaf, model.params["embed_tokens"].device), params)
 
 
 def without_tree(low: Lora | None) -> Lora | None:
@@ -198,6 +201,19 @@ def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
         else:
             frozen[name] = put(part, hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part))
     return policy._replace(params=params, frozen=frozen)
+
+
+def offload(policy: Policy, home: Put | None) -> Policy:
+    """The policy with the frozen layers of all its models where `home` puts them; as it is without one.
+
+    Errors: ValueError where all layers train.
+    """
+    if home is None:
+        return policy
+    models = {name: part for name, part in policy.frozen.items() if name in MODELS_KEPT and "layers" in part}
+    if not models:
+        raise ValueError("layer_offloading is of frozen layers, and all layers of this run train: leave it out, or train an adapter")
+    return policy._replace(frozen=policy.frozen | {name: layer_offload.away(part, home) for name, part in models.items()})
 
 
 def logprob(

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack, cast
 import torch
 from torch import Tensor
 
-from treetune.core import fields, quant, shard, tree
+from treetune.core import fields, layer_offload, quant, shard, tree
 from treetune.core.fields import Fields
+from treetune.core.layer_offload import Put
 from treetune.core.param import Param, Params
 from treetune.core.quant import FOUR_BITS, KINDS, Kind, Quantised, Scheme
 from treetune.models import MODELS, Model, quant_config
@@ -60,7 +61,7 @@ class Keep(NamedTuple):
     """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in.
 
     stored: the files hold them quantised. Others that are quantised there, such as routers, become dense. see: is told of each leaf that
-    is quantised here: path, leaf, what it is quantised to.
+    is quantised here: path, leaf, what it is quantised to. home: where layers are, if that is not the device.
     """
 
     scheme: Scheme | None = None
@@ -68,9 +69,14 @@ class Keep(NamedTuple):
     dtype: torch.dtype = torch.float32
     stored: bool = False
     see: See | None = None
+    home: Put | None = None
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf as the model has it."""
+        kept = self._kept(path, leaf)
+        return kept if self.home is None or not path.startswith("layers.") else layer_offload.moved(kept, self.home)
+
+    def _kept(self, path: str, leaf: Any) -> Any:
         if quant.quantised(leaf):
             return leaf if path in self.chosen else quant.dense(leaf)
         if self.scheme is None or self.stored or path not in self.chosen:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treetune.core import lora_use, tree
+from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -146,13 +147,22 @@ def _of_other(other: Model, policy: Policy, run: Callable) -> RefLogp:
     return lambda state, batch, plan: run(family, sizes, state.frozen["ref"], batch, plan if same else None).logp
 
 
-def load_other(name: str, policy: Policy, *, dtype: str, device: torch.device, scheme: Scheme | None = None, say: Say = silent) -> Model:
-    """Another model as the reference, quantised by a scheme.
+def load_other(
+    name: str,
+    policy: Policy,
+    *,
+    dtype: str,
+    device: torch.device,
+    scheme: Scheme | None = None,
+    home: Put | None = None,
+    say: Say = silent,
+) -> Model:
+    """Another model as the reference, quantised by a scheme. home: where its layers are, if not on the device.
 
     Raises ValueError where it has another number of rows of vocabulary, or its tokenizer numbers tokens otherwise, so that its log-probs
     would be of other texts.
     """
-    other, path = loading.load_model(name, dtype=dtype, device=device, scheme=scheme, say=say)
+    other, path = loading.load_model(name, dtype=dtype, device=device, scheme=scheme, home=home, say=say)
     if other.cfg.vocab_size != policy.cfg.vocab_size:
         rows = f"{other.cfg.vocab_size} rows of vocabulary, the model {policy.cfg.vocab_size}"
         raise ValueError(f"ref_model {path} has {rows}: take one of its kind")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options.token_loss import LossOptions
-from treetune.core import step
+from treetune.core import layer_offload, step
 from treetune.core.data import pack, reference_logps
 from treetune.core.state import Logprob, Objective, Scores
 from treetune.losses import preference_objective, routing_objective, sft_objective
@@ -104,7 +104,8 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
     """
     options, other = config.reference, None
     if options.ref_model is not None:
-        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model)}
+        home = layer_offload.home(config.optim.layer_offloading, setting.device)
+        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": home}
         other = reference.load_other(options.ref_model, policy, **named, say=setting.say)
     pace = reference.Pace(options.ref_model_sync_steps, options.ref_model_mixup_alpha)
     return reference.build(

@@ -289,6 +289,8 @@ class MemoryOptions:
     """What is computed again in the backward pass."""
     activation_offloading: Annotated[Literal["none", "cpu", "disk"], Switch("cpu", "none")] = "none"
     """Where activations are until the backward pass."""
+    layer_offloading: Annotated[Literal["none", "cpu", "disk"], Switch("cpu", "none"), LORA] = "none"
+    """Where frozen layers are until they are computed with."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,20 @@ def peak(rates: tuple[float, float]) -> Any:
     return arg(help=f"Peak learning rate; if not given, {low} with an adapter and {full} without.")
 
 
+def _all_here(values: Values) -> str:
+    if values["layer_offloading"] == "none":
+        return ""
+    if values.get("sharding") == "full":
+        return "sharding is full, and each rank has a part of every layer"
+    if values.get("relora_steps"):
+        return "relora_steps merges the adapter into the layers, which are on the device for it"
+    if values.get("fp8_products"):
+        return "fp8_products multiplies the codes of layers, which are on the device for it"
+    whole = values.get("adapter", "none") == "none" and not values.get("unfrozen_parameters")
+    # A reference, or a network of features, is a frozen model beside the one that trains.
+    return "adapter is none, and all layers train" if whole and not {"ref_model", "feature_device"} & set(values) else ""
+
+
 @dataclass(frozen=True)
 class OptimOptions:
     """Optimisation."""
@@ -127,6 +141,8 @@ class OptimOptions:
     with the inputs in host memory."""
     activation_offloading: Annotated[Literal["none", "cpu", "disk"], RESOURCES, Switch("cpu", "none")] = "none"
     """Where activations are until the backward pass reads them: on the device, in host memory (cpu), or in temporary files (disk)."""
+    layer_offloading: Annotated[Literal["none", "cpu", "disk"], RESOURCES, Switch("cpu", "none"), Unused(_all_here)] = "none"
+    """Where frozen layers are until they are computed with: on the device, in host memory (cpu), or in temporary files (disk)."""
     seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
     """Random seed; all randomness of the run derives from it."""
 
@@ -165,11 +181,13 @@ class RlOptim(OptimOptions):
     """Prompts, each with its completions, in one forward pass on one device."""
 
 
-def offloading_note(optim: OptimOptions, device: str) -> str:
-    """A line about an offload that changes nothing on a device of this type; empty where it does."""
-    if device != "cpu" or not (optim.remat or "").endswith("+cpu"):
-        return ""
-    return "activations: the model is on the CPU, where they are in host memory already; --activation-offloading disk writes them to files"
+def offloading_notes(optim: OptimOptions, device: str) -> list[str]:
+    """Lines about offloads that change nothing on a device of this type."""
+    if device != "cpu":
+        return []
+    idle = {"activation": (optim.remat or "").endswith("+cpu"), "layer": optim.layer_offloading == "cpu"}
+    where = "the model is on the CPU, where they are in host memory already"
+    return [f"{name}s: {where}; --{name}-offloading disk writes them to files" for name, on in idle.items() if on]
 
 
 # Parameters that `optim_args` sets: the range, the words to choose from, or bool.

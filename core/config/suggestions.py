@@ -43,6 +43,8 @@ OPTIONS = {
     "accumulation_steps": "gradient_accumulation_steps", "grad_accumulation_steps": "gradient_accumulation_steps",
     "activation_checkpointing": "gradient_checkpointing", "use_gradient_checkpointing": "gradient_checkpointing",
     "offload_activations": "activation_offloading", "activation_offload": "activation_offloading",
+    "offload_layers": "layer_offloading", "offload_params": "layer_offloading", "cpu_offload": "layer_offloading",
+    "fsdp_offload_params": "layer_offloading", "offload_param": "layer_offloading", "offload_optimizer": "optim_args: {paged: true}",
     "grad_clip": "max_grad_norm", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "max_norm": "max_grad_norm",
     "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "wd": "weight_decay",
     "bf16_stochastic_round": "master_dtype: bfloat16", "pure_bf16": "master_dtype: bfloat16", "bf16_full": "master_dtype: bfloat16",

@@ -53,6 +53,9 @@ CASES = {
         sft(t, "--optimizer", "adafactor", "--optim-args", "rank=8"),
         "optim-args rank: adafactor takes no such; it takes decay_rate, clip_threshold, scale_parameter, paged",
     ),
+    "layers of a model that trains": lambda t, d: (
+        sft(t, "--layer-offloading", "disk", "--adapter", "none"), "--layer-offloading would be ignored: adapter is none, and all"
+    ),
     "optim args choice": lambda t, d: (
         sft(t, "--optimizer", "muon", "--optim-args", "adjust=none"), "adjust must be one of match_rms_adamw, original, got 'none'"
     ),

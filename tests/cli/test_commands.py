@@ -224,7 +224,8 @@ MEMORY = {
     "dtype": ["--dtype", "bfloat16"], "quant": ["--quant", "nf4"], "adapter": ["--adapter", "none"], "lora_r": ["--lora-r", 64],
     "optimizer": ["--optimizer", "sgd", "--adapter", "none"], "micro_batch_size": ["--micro-batch-size", 64],
     "sequence_len": ["--sequence-len", 4000], "gradient_checkpointing": ["--gradient-checkpointing"],
-    "activation_offloading": ["--activation-offloading", "disk"], "num_generations": ["--num-generations", 64],
+    "activation_offloading": ["--activation-offloading", "disk"], "layer_offloading": ["--layer-offloading", "disk"],
+    "num_generations": ["--num-generations", 64],
     "max_completion_length": ["--num-generations", 64, "--max-completion-length", 999],
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
+from treetune.core import layer_offload
 from treetune.core.config import table
 from treetune.models import dense
 
@@ -101,6 +102,7 @@ CHANGES = {
     "gradient_accumulation_steps": ("metrics", lambda t: ["--gradient-accumulation-steps", 1], []),
     "gradient_checkpointing": ("layers run", lambda t: ["--gradient-checkpointing"], []),
     "activation_offloading": ("out", lambda t: ["--activation-offloading", "cpu"], []),
+    "layer_offloading": ("out", lambda t: ["--layer-offloading", "cpu"], []),
     "seed": ("metrics", lambda t: ["--seed", 1], []),
     "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
@@ -270,3 +272,11 @@ def test_gradient_checkpointing_changes_no_number(observed):
     plain = observed(BASE)["metrics"]
     for policy in (["--gradient-checkpointing"], ["--gradient-checkpointing", "selective"], ["--activation-offloading", "disk"]):
         assert observed([*BASE, *policy])["metrics"] == plain, policy
+
+
+def test_layer_offloading_changes_no_number(observed, monkeypatch):
+    moved, put = [], layer_offload._in_file
+    monkeypatch.setattr(layer_offload, "_in_file", lambda part: moved.append(part.nbytes) or put(part))
+    for more in ([], ["--quant", "nf4", "--gradient-checkpointing"]):
+        assert observed([*BASE, *more, "--layer-offloading", "disk"])["metrics"] == observed([*BASE, *more])["metrics"]
+    assert moved

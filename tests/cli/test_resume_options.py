@@ -71,8 +71,8 @@ TABLE = {
         "lora_dropout", "relora_warmup_steps", "relora_anneal_steps", "relora_prune_ratio",
         "num_epochs", "max_steps", "ref_model_sync_steps", "ref_model_mixup_alpha",
         # where and how they are made
-        "device", "tf32", "sharding", "gradient_checkpointing", "activation_offloading", "feature_device", "precompute_ref_logps",
-        "dataset_prepared_path",
+        "device", "tf32", "sharding", "gradient_checkpointing", "activation_offloading", "layer_offloading", "feature_device",
+        "precompute_ref_logps", "dataset_prepared_path",
         "max_completion_length", "adaptive_max_tokens", "gt_length_multiplier", "async_prefetch", "prefetch_depth", "vllm_sync_interval",
         "streaming_partial_batch", "streaming_min_groups", "dynamic_sampling", "replay_buffer_size", "reroll_start_fraction",
         "reroll_max_groups", "skip_zero_advantage_batches", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",

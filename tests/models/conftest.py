@@ -79,14 +79,26 @@ def _build(kind: str, tied: bool):
     return model
 
 
+def beside(name):
+    """The module of a file in this folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def passes():
+    """Forward and backward passes of a small model (`passes.py`)."""
+    return beside("passes")
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """folder(model_type) -> a small random model of an architecture (`architectures.py`), saved by transformers once per session."""
     from treetune.models import plain_model
 
-    spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
-    architectures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(architectures)
+    architectures = beside("architectures")
     root = tmp_path_factory.mktemp("architectures")
 
     def save(model_type):
