@@ -16,13 +16,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
 from torch import Tensor
 
 LAYERS, TOKENS, RANK = 18, 64, 16
-SMALL = {"layers": 1, "vocabulary": 256}
 
 
 def resident(name: str) -> int:
@@ -63,8 +63,9 @@ def write_model(folder: Path, *, layers: int = LAYERS, vocabulary: int = 32768) 
     from treetune.core import tree
     from treetune.models import MODELS, hf, hf_keys, llama
 
-    sizes = {"hidden_size": 2048, "mlp_size": 7168, "num_heads": 16, "num_kv_heads": 4, "head_dim": 128}
-    cfg = llama.Config(vocab_size=vocabulary, num_layers=layers, tied=False, dtype=torch.bfloat16, **sizes)
+    cfg = llama.Config(
+        vocab_size=vocabulary, hidden_size=2048, mlp_size=7168, num_layers=layers, num_heads=16, num_kv_heads=4, head_dim=128, tied=False
+    )
     generator = torch.Generator().manual_seed(0)
 
     def leaves() -> Iterator[tuple[str, Tensor]]:
@@ -76,12 +77,12 @@ def write_model(folder: Path, *, layers: int = LAYERS, vocabulary: int = 32768) 
     return folder
 
 
-def measure(kind: str, folder: Path) -> dict[str, float]:
+def measure(kind: str, folder: Path) -> dict[str, Any]:
     """Load the model, then train one step on it."""
-    from treetune.core import quant, tree
-    from treetune.models import loading
+    from treetune.core import tree
+    from treetune.models import loading, quantised
 
-    scheme = None if kind == "none" else quant.Scheme(kind)
+    scheme = quantised.scheme(quant=kind)
     load = partial(loading.load_model, dtype="bfloat16", device=torch.device("cpu"), scheme=scheme)
     step(load(folder / "small")[0])  # imports, tables and the allocator are warm
     watch = Watch()
@@ -126,7 +127,7 @@ def step(model) -> None:
 def drive(kinds: list[str], repeats: int) -> None:
     """All kinds in turn; medians and ratios to JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "small", **SMALL)
+        write_model(Path(folder) / "small", layers=1, vocabulary=256)
         write_model(Path(folder) / "large")
         runs = harness.interleave(__file__, [["--kind", kind, "--folder", folder] for kind in kinds], repeats)
     medians = {kind: harness.medians(side) for kind, side in zip(kinds, runs, strict=True)}
