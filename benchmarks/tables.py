@@ -95,6 +95,37 @@ def memory(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def loading(results: dict) -> str:
+    """Resident memory of loading and of a step, quantised against bfloat16."""
+    machine, options, sides = results["machine"], results["options"], results["medians"]
+    first = sides["none"]
+    lines = [
+        f"## Loading {first['leaf_bytes'] / 2e9:.2f} B parameters ({machine['device']})\n",
+        _described(machine),
+        "Random weights of the shape of Llama 3 8B, scaled down, from files in bfloat16; then a step of LoRA "
+        f"r {options['rank']} on all linear layers over {options['tokens']} tokens, with full gradient checkpointing. MiB over what the "
+        f"process had before, {len(results['runs']['none'])} run(s) each: own memory at the peak, with pages of files in brackets.\n",
+        "| weights | leaves | loading | loaded | step | bfloat16 over it: leaves, loading, step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, side in sides.items():
+        peaks = [
+            f"{side[f'{what}_peak_bytes'] / 2**20:.0f} ({side[f'{what}_resident_peak_bytes'] / 2**20:.0f})" for what in ("load", "step")
+        ]
+        ratios = [f"{first[name] / side[name]:.2f}" for name in ("leaf_bytes", "load_peak_bytes")]
+        ratios.append(f"{_held(first) / _held(side):.2f}")
+        sizes = [f"{side[name] / 2**20:.0f}" for name in ("leaf_bytes", "load_left_bytes")]
+        name = "bfloat16" if kind == "none" else kind
+        lines.append(f"| {name} | {sizes[0]} | {peaks[0]} | {sizes[1]} | {peaks[1]} | {', '.join(ratios)} |")
+    read = first["largest_read_bytes"] / 2**20
+    return "\n".join([*lines, f"\nThe largest leaf takes {read:.0f} MiB in float32, from which leaves are quantised."]) + "\n"
+
+
+def _held(side: dict) -> int:
+    """What a process has at the peak of a step: the loaded model, and what the step takes."""
+    return side["load_left_bytes"] + side["step_peak_bytes"]
+
+
 def step_dpo(results: dict) -> str:
     """One DPO step against TRL."""
     machine, options = results["machine"], results["options"]
@@ -209,6 +240,7 @@ TABLES = {
     "step_sft": step_sft,
     "step_sft_bridged": step_sft_bridged,
     "memory": memory,
+    "loading": loading,
     "step_dpo": step_dpo,
     "step_grpo": step_grpo,
     "step_ebft": step_ebft,

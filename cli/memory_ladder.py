@@ -71,16 +71,20 @@ def _dtype(name: str, device: str) -> Any:
 
 def _setup(config: TrainConfig, values: Values, device: str) -> Setup:
     count, rows, slots = sizes(values)
-    changed = {name: values[name] for name in ("gradient_checkpointing", "activation_offloading")}
+    changed = {name: values[name] for name in ("gradient_checkpointing", "activation_offloading", "layer_offloading")}
+    chosen = dataclasses.replace(config.optim, **changed)
     return Setup(
         count,
         rank=values["lora_r"] if values.get("adapter") == "lora" else 0,
         scheme=quantised.of(dataclasses.replace(config.model, quant=values["quant"])),
         state_bytes=_state_bytes(values["optimizer"]),
-        remat=dataclasses.replace(config.optim, **changed).remat,
+        remat=chosen.remat,
         device=device,
         rows=rows,
         slots=slots,
+        nucleus=values.get("top_p", 1.0) < 1,
+        layers=chosen.layer_offloading,
+        paged=values["optimizer"].startswith("paged_"),
     )
 
 
@@ -110,6 +114,8 @@ def _changes(values: Values, device: str) -> Iterator[tuple[str, str, Values]]:
         yield "--adapter lora", "trains matrices of low rank beside the model", {"adapter": "lora"}
     if values["quant"] in ("auto", "none") and not values.get("from_config"):
         yield "--quant nf4", "frozen weights in 4 bits", {"quant": "nf4"}
+    if values["layer_offloading"] == "none" and values.get("adapter") != "none" and values.get("sharding") != "full":
+        yield f"--layer-offloading {place}", "frozen layers are read twice a pass", {"layer_offloading": place}
     yield from _shorter(values)
 
 

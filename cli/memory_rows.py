@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from treetune.cli.options import optim
 from treetune.cli.options.commands import MemoryOptions
 from treetune.cli.run import TrainRun
@@ -17,8 +19,8 @@ from treetune.models.policy import Policy
 
 
 def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
-    """Rows for a run with these options on a model folder or a .gguf file."""
-    device = loading.select_device(options.device)
+    """Rows for a run with these options on a model folder or a .gguf file. The device of the run need not be here."""
+    device = torch.device("cuda") if options.device == "cuda" else loading.select_device(options.device)
     family, cfg = describe.read_sizes(path)
     cfg = dataclasses.replace(cfg, dtype=loading.compute_dtype(options.dtype, device))
     chosen = optim.OptimOptions(
@@ -39,8 +41,19 @@ def of_model(path: Path, options: MemoryOptions) -> dict[str, str]:
         rows=options.micro_batch_size * n,
         slots=prompt + completion,
         layers=chosen.layer_offloading,
+        paged=options.optimizer.startswith("paged_"),
     )
-    return memory.lines(memory.table(MODELS[family].abstract(cfg), cfg, setup))
+    return memory.lines(memory.table(MODELS[family].abstract(cfg), cfg, setup), _about(options, setup, cfg.dtype))
+
+
+def _about(options: MemoryOptions, setup: Setup, dtype: torch.dtype) -> str:
+    """What a table is of: the options that count most, those that are not given included."""
+    kept = "" if setup.scheme is None else f" on {setup.scheme.kind}"
+    trained = f"lora r {setup.rank}{kept}" if setup.rank else "the whole model"
+    samples = f", {options.num_generations} completions each" if options.num_generations else ""
+    size = f"{options.micro_batch_size} x {options.sequence_len} tokens{samples}"
+    remat = f"gradient checkpointing {options.gradient_checkpointing}"
+    return f"{setup.device}, {str(dtype).removeprefix('torch.')}, {size}, {trained}, {options.optimizer}, {remat}"
 
 
 def _tokens(documents: int, prompt: int, completions: int, longest: int) -> int:
@@ -69,6 +82,7 @@ def of_run(run: TrainRun, start: Policy, state: TrainState) -> str:
         rows=rows,
         slots=slots,
         nucleus=table.flatten(run.config).get("top_p", 1.0) < 1,
+        layers=run.config.optim.layer_offloading,
     )
     abstract = MODELS[start.family].abstract(start.cfg)
     return memory.line(memory.training(held, trained, abstract, start.cfg, setup))

@@ -102,7 +102,7 @@ def _copy(params: Params, cfg: Config, device: str | None) -> Params:
 
 
 def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batch, plan: Plan, rows: SequenceRows) -> Tensor:
-    device, network_device = rows.at.device, tree.leaves(weights)[0].device
+    device, network_device = rows.at.device, weights["embed_tokens"].device
     if network_device != device:
         batch = {key: value.to(network_device) for key, value in batch.items()}
         # The plan's masks live where the attention runs, and are made from a batch on the host.

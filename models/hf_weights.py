@@ -4,7 +4,6 @@ Every file is memory-mapped, every key and shape checked before the first tensor
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from treetune.models import MODELS, bnb_files, expert_files, folder, hf_keys, qu
 from treetune.models.quantised import Keep
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MAPPED = 1 << 26  # bytes of a file that are read before it is mapped anew
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -44,12 +44,11 @@ def read_leaves(
 
 def checked_keys(root: Path) -> set[str]:
     """The keys of a folder's tensors. Raises ValueError for files that cannot be read, are damaged, or hold other numbers than floats."""
-    with ExitStack() as stack:
-        files = _open(root, stack)
-        for key, file in files.items():
-            piece = file.get_slice(key)
-            _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
-        return set(files)
+    files = _open(root)
+    for key, file in files.items():
+        piece = file.get_slice(key)
+        _check_tensor(root, piece, key, Param(tuple(piece.get_shape())))
+    return set(files)
 
 
 def parts(family: str, sizes: Params) -> expert_files.Parts:
@@ -73,32 +72,60 @@ def read_tensors(
     Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
     """
     optional = optional or {}
-    with ExitStack() as stack:
-        files = _open(root, stack)
-        split = {key: names for key, names in (parts or {}).items() if key in wanted and key not in files}
-        pieces = {name: expert_files.part(wanted[key], len(names)) for key, names in split.items() for name in names}
-        needed = {key: leaf for key, leaf in wanted.items() if key not in split} | pieces
-        extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*needed, *optional, *unread}
-        _check_keys(root, set(needed) - set(files), extra)
-        needed |= {key: leaf for key, leaf in optional.items() if key in files}
-        for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
-            _check_tensor(root, files[key].get_slice(key), key, leaf)
-        tensors = {key: keep(key, _read(files[key], key, leaf, device)) for key, leaf in needed.items() if key not in pieces}
-        tensors |= {key: keep(key, _read_parts(files, names, wanted[key], device)) for key, names in split.items()}
-        # In the order of the model, whatever the layout: sums over leaves follow it.
-        return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
+    files = _open(root)
+    split = {key: names for key, names in (parts or {}).items() if key in wanted and key not in files}
+    pieces = {name: expert_files.part(wanted[key], len(names)) for key, names in split.items() for name in names}
+    needed = {key: leaf for key, leaf in wanted.items() if key not in split} | pieces
+    extra = {key for key in files if not key.endswith("rotary_emb.inv_freq")} - {*needed, *optional, *unread}
+    _check_keys(root, set(needed) - set(files), extra)
+    needed |= {key: leaf for key, leaf in optional.items() if key in files}
+    for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
+        _check_tensor(root, files[key].get_slice(key), key, leaf)
+    tensors = {key: keep(key, _read(files[key], key, leaf, device)) for key, leaf in needed.items() if key not in pieces}
+    tensors |= {key: keep(key, _read_parts(files, names, wanted[key], device)) for key, names in split.items()}
+    # In the order of the model, whatever the layout: sums over leaves follow it.
+    return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
 
 
-def _open(root: Path, stack: ExitStack) -> dict:
-    """{key: open safetensors file that has it} of a folder, memory-mapped; quantised weights are one tensor each."""
-    from safetensors import SafetensorError, safe_open
+class _File:
+    """A safetensors file, memory-mapped: anew from time to time, because pages that were read count for memory of this process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._map()
+
+    def _map(self) -> None:
+        from safetensors import safe_open
+
+        self.file, self.read = safe_open(self.path, framework="pt"), 0
+
+    def keys(self) -> list[str]:
+        """The keys of its tensors."""
+        return self.file.keys()
+
+    def get_slice(self, key: str) -> Any:
+        """What tells the shape and the dtype of a tensor."""
+        return self.file.get_slice(key)
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        """A tensor in the mapped file; a mapping goes with the last of its tensors."""
+        if self.read > MAPPED:
+            self._map()
+        tensor = self.file.get_tensor(key)
+        self.read += tensor.nbytes
+        return tensor
+
+
+def _open(root: Path) -> dict:
+    """{key: safetensors file that has it} of a folder, memory-mapped; quantised weights are one tensor each."""
+    from safetensors import SafetensorError
 
     names = _weight_files(root)
     manifest.check(root)
     files: dict = {}
     for name in names:
         try:
-            file = stack.enter_context(safe_open(root / name, framework="pt"))
+            file = _File(root / name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{root / name} cannot be read as safetensors ({error}): download or save the model again") from error
         if repeated := sorted(files.keys() & set(file.keys())):

@@ -32,7 +32,7 @@ class Setup(NamedTuple):
     rank: of an adapter on all linear layers; 0: the model itself trains. state_bytes: of the optimiser, a number that trains.
     master: bytes of a number that trains.
     rows, slots: of the sampler's cache, where the run samples; nucleus: it draws with top_p below 1.
-    layers: where frozen layers are, "none" for the device.
+    layers: where frozen layers are, "none" for the device. paged: states of the optimiser are in host memory.
     """
 
     tokens: int = 0
@@ -46,6 +46,7 @@ class Setup(NamedTuple):
     master: int = 4
     nucleus: bool = False
     layers: str = "none"
+    paged: bool = False
 
     @property
     def away(self) -> bool:
@@ -56,7 +57,7 @@ class Setup(NamedTuple):
 class Table(NamedTuple):
     """Bytes by term. layer: what the one layer needs that is being computed.
 
-    elsewhere, away: activations, and frozen layers, in host memory or in files.
+    elsewhere, away, paged: activations, frozen layers, and states of the optimiser, in host memory or in files.
     """
 
     weights: int
@@ -70,6 +71,7 @@ class Table(NamedTuple):
     draws: int = 0
     elsewhere: int = 0
     away: int = 0
+    paged: int = 0
 
     @property
     def held(self) -> int:
@@ -272,9 +274,11 @@ def training(held: Table, trained: int, abstract: Params, cfg: Config, setup: Se
     kept_casts, layer_casts = casts(abstract, cfg, setup)
     place = grad.policy_of(setup.remat).place
     gone = between if place == "disk" or (place == "cpu" and setup.device != "cpu") else 0
+    states, paged = round(setup.state_bytes * trained), setup.paged and setup.device != "cpu"
     return held._replace(
         gradients=4 * trained,
-        optimiser=round(setup.state_bytes * trained),
+        optimiser=0 if paged else states,
+        paged=states if paged else 0,
         activations=between - gone + kept_casts,
         # The gradient of a tied head waits for that of the embeddings.
         layer=layer + layer_casts + gone // cfg.num_layers + (0 if setup.rank or not cfg.tied else 4 * cfg.vocab_size * cfg.hidden_size),
@@ -285,18 +289,17 @@ def training(held: Table, trained: int, abstract: Params, cfg: Config, setup: Se
     )
 
 
-TERMS = {
-    "weights": "weights", "adapter": "adapter", "gradients": "gradients, float32", "optimiser": "states of the optimiser",
-    "activations": "activations between the passes", "layer": "one layer", "head": "logits", "cache": "keys and values of the sampler",
-    "draws": "distributions of the sampler",
-    "elsewhere": "activations in host memory or files", "away": "frozen layers in host memory or files",
-}  # fmt: skip
+# In the order of the fields of a table.
+TERMS = (
+    "weights", "adapter", "gradients", "optimiser states", "activations", "one layer", "logits", "sampler cache", "sampler draws",
+    "elsewhere: activations", "elsewhere: layers", "elsewhere: states",
+)  # fmt: skip
 
 
-def lines(table: Table) -> dict[str, str]:
-    """A row for each term that there is, and the peak."""
-    rows = {f"memory: {name}": shown(value) for name, value in zip(TERMS.values(), table, strict=True) if value}
-    return rows | {"memory: peak": shown(table.peak)}
+def lines(table: Table, about: str) -> dict[str, str]:
+    """A row for the peak of a run, described in a few words, and one for each term that there is."""
+    rows = {f"  {name}": shown(value) for name, value in zip(TERMS, table, strict=True) if value}
+    return {"memory": f"{shown(table.peak)} at the peak of a run: {about}"} | rows
 
 
 def shown(size: int) -> str:
@@ -307,5 +310,5 @@ def shown(size: int) -> str:
 
 def line(table: Table) -> str:
     """All terms in a line."""
-    terms = ", ".join(f"{name} {value / GIB:.2f}" for name, value in zip(Table._fields, table, strict=True) if value >= GIB / 200)
-    return f"about {table.peak / GIB:.2f} GiB at the peak" + (f": {terms}" if terms else "")
+    terms = ", ".join(f"{name} {shown(value)}" for name, value in zip(TERMS, table, strict=True) if value >= table.peak / 200)
+    return f"about {shown(table.peak)} at the peak: {terms}"

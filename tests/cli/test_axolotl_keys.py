@@ -41,7 +41,7 @@ CASES = [
     ("learning_rate: 1e-4\nembedding_lr: 1e-5\n", {"lr_rules": ["embed=0.1"]}),
     ("gradient_checkpointing: true\n", {"gradient_checkpointing": "full"}),
     ("gradient_checkpointing: offload_disk\n", {"gradient_checkpointing": "full", "activation_offloading": "disk"}),
-    ("activation_offloading: legacy\n", {"activation_offloading": "cpu"}),
+    ("activation_offloading: legacy\n", {"activation_offloading": "cpu"}), ("layer_offloading: true\n", {"layer_offloading": "cpu"}),
     ("resize_token_embeddings_to_32x: true\n", {"embedding_multiple": 32}),
     ("excess_length_strategy: raise\n", {"overlong": "error"}), ("data_seed: 7\n", {"seed": 7}), ("data_seed: 7\nseed: 7\n", {"seed": 7}),
     ("fsdp: [full_shard, auto_wrap]\nfsdp_config: {fsdp_version: 2, activation_checkpointing: true}\n", {"gradient_checkpointing": "full"}),

@@ -56,6 +56,12 @@ CASES = {
     "layers of a model that trains": lambda t, d: (
         sft(t, "--layer-offloading", "disk", "--adapter", "none"), "--layer-offloading would be ignored: adapter is none, and all"
     ),
+    "layers that the adapter is merged into": lambda t, d: (
+        sft(t, "--layer-offloading", "disk", "--relora-steps", 4), "--layer-offloading would be ignored: relora_steps merges the adapter"
+    ),
+    "layers whose codes are multiplied": lambda t, d: (
+        sft(t, "--layer-offloading", "disk", "--quant", "fp8", "--fp8-products"), "--layer-offloading would be ignored: fp8_products"
+    ),
     "optim args choice": lambda t, d: (
         sft(t, "--optimizer", "muon", "--optim-args", "adjust=none"), "adjust must be one of match_rms_adamw, original, got 'none'"
     ),
