@@ -1,7 +1,7 @@
 """The assembly of a run from its config: tokenizer, data, model, method, source and step. Reads everything, writes nothing."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,23 @@ from treetune.core.protocols import Tokenizer
 from treetune.core.run import cadence, loop, provenance, ranks, summary
 from treetune.core.run.source import Source, Supply
 from treetune.core.state import Params, TrainState
-from treetune.models import Model, certificate, describe, fetch, hf, identity, loading, policy, products, quantised, relora, resize
+from treetune.models import (
+    Model,
+    certificate,
+    describe,
+    fetch,
+    hf,
+    identity,
+    input_covariances,
+    loading,
+    policy,
+    products,
+    quantised,
+    relora,
+    resize,
+)  # fmt: skip
 from treetune.models import tokenizer as tokenizers
+from treetune.models.adapter_starts import Given
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
 
@@ -136,7 +151,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     _settle_products(run, dtype)
     words = _load_words(run)
     data = _read(run, words.tokenizer, source)
-    model, start = _load_model(run, words)
+    model, start = _load_model(run, words, data if source is None else None)
     if source is None and run.method.data not in rollout_source.READERS:
         document_source.check_fits(run, model.cfg, data.train + data.val)
     stop_ids = tokenizers.stop_ids(config.model.model, words.tokenizer, revision=config.model.revision)
@@ -192,8 +207,8 @@ def _check_template(run: TrainRun, tokenizer: Tokenizer) -> None:
         run.observers.warn(text)
 
 
-def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
-    """The model that the run starts from, with a row for each token, and the policy over it."""
+def _load_model(run: TrainRun, words: TokenizerSetup, data: Dataset | None) -> tuple[Model, Policy]:
+    """The model that the run starts from, with a row for each token, and the policy over it; data: rows of the config, if it has any."""
     config = run.config
     loaded = _base_model(run)
     base = loading.identify_base(config.model.model, loaded, quantised.of(config.model))
@@ -206,7 +221,10 @@ def _load_model(run: TrainRun, words: TokenizerSetup) -> tuple[Model, Policy]:
     if run.adapter is None:
         dtype = loading.DTYPES[config.optim.master_dtype]
         return model, policy.full(model, _unfrozen(run, model, grown=changed != ""), dtype)._replace(tokenizer=words.tokenizer)
-    options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head, "reread": partial(_reread, run)}
+    documents = None if run.method.data in rollout_source.READERS else data
+    inputs = None if documents is None else partial(_covariances, run, model, documents)
+    given = Given(partial(_reread, run), inputs)
+    options = {"seed": config.optim.seed, "new_rows": changed != "", "head": run.method.head, "given": given}
     start = policy.adapt(model, adapter_spec(run.adapter), base=base, **options, say=run.say)
     return model, start._replace(tokenizer=words.tokenizer, folds=run.adapter.relora_steps is not None)
 
@@ -222,6 +240,14 @@ def _reading(run: TrainRun) -> dict[str, Any]:
     options = run.config.model
     scheme, layers = quantised.of(options), layer_offload.home(run.config.optim.layer_offloading, run.device)
     return {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": scheme, "home": layers}
+
+
+def _covariances(run: TrainRun, model: Model, data: Dataset, paths: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the inputs of linear layers, on rows of the training data."""
+    rows = 0 if run.adapter is None else run.adapter.lora_init_rows
+    batches = document_source.some(run, model.cfg, data, rows)
+    with run.observers.busy("reading rows for the start of the adapter"):
+        yield from input_covariances.measure(model, batches, paths)
 
 
 def _unfrozen(run: TrainRun, model: Model, *, grown: bool) -> tuple[str, ...]:

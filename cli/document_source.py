@@ -49,6 +49,17 @@ def check_fits(run: TrainRun, cfg: Config, docs: list[Any]) -> None:
     dataset.check_fits(docs, run.config.data.sequence_len, **sizes)
 
 
+def some(run: TrainRun, cfg: Config, data: Dataset, rows: int) -> list[tuple[Any, Any]]:
+    """At most so many of the training documents, evenly spaced and in their order, as micro-batches without padding or noise."""
+    docs = [data.train[i * len(data.train) // rows] for i in range(rows)] if rows < len(data.train) else data.train
+    check_fits(run, cfg, docs)
+    batching, sizes = documents.batching(data._replace(train=docs), table.record(documents.Settings, run.config)), dataset.lengths(docs)
+    groups = pack.group_rows(sizes, batching["rows"]) if "rows" in batching else pack.pack(sizes, batching["budget"], seed=None)
+    read = reading_of(run)
+    collate = batcher(cfg, run.device, (pack.collate if read is None else partial(pack.collate_trees, read=read),))
+    return [collate([docs[i] for i in group]) for group in groups]
+
+
 def supply(run: TrainRun, parts: Parts, data: Dataset, state: TrainState) -> tuple[Supply, Dataset]:
     """Micro-batches and evaluation of documents, and the documents with what the method computes of them once."""
     cfg, settings = parts.policy.cfg, table.record(documents.Settings, run.config)

@@ -13,7 +13,7 @@ from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import Model, adapter, adapter_bias, adapter_parameters, adapter_starts, hf, quantised, resize
 from treetune.models.adapter import Info
-from treetune.models.adapter_starts import Init, Reread
+from treetune.models.adapter_starts import WEIGHTS_ALONE, Given, Init
 from treetune.models.fetch import Say
 from treetune.ops import magnitude
 
@@ -56,8 +56,8 @@ class Fresh(NamedTuple):
     start: Params
 
 
-def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None = None) -> Fresh:
-    """A fresh adapter on a model; reread: for LoftQ.
+def fresh(model: Model, spec: AdapterSpec, *, seed: int, given: Given = WEIGHTS_ALONE) -> Fresh:
+    """A fresh adapter on a model; given: what starts are computed from besides its weights.
 
     Errors: ValueError for targets or layers that are not there, and for options that these leaves cannot have.
     """
@@ -73,7 +73,7 @@ def fresh(model: Model, spec: AdapterSpec, *, seed: int, reread: Reread | None =
     low = low._replace(ratios=adapter_starts.ratios(low, ranks, alphas, rslora=spec.rslora))
     start: Params = {}
     if spec.init != "default":
-        pairs, start = adapter_starts.start(model.params, low, init=spec.init, seed=seed, reread=reread)
+        pairs, start = adapter_starts.start(model.params, low, init=spec.init, seed=seed, given=given)
         low = low._replace(tree=pairs)
     if spec.dora:
         low = low._replace(tree=_with_magnitudes(model, low, start))

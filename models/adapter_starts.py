@@ -2,13 +2,16 @@
 
 W [O, I], A [r, I], B [O, r], s the scale. "default" is PEFT's: A uniform, B zero. PiSSA takes the r largest singular values of W,
 s B A = U S V^T, and OLoRA r rows of W = Q R; what trains is then W - s B0 A0 + s B A, see `lora_use`. LoftQ takes those of what
-quantising loses, s B A = SVD_r(W - Q), and is the only one that moves the model: towards the dense one.
-Source: Meng et al. (PiSSA), arXiv 2404.02948; Büyükakyüz (OLoRA), arXiv 2406.01775; Li et al. (LoftQ), arXiv 2310.08659, one round.
+quantising loses, s B A = SVD_r(W - Q), and is the only one that moves the model: towards the dense one. CorDA takes W by the covariance
+C of its inputs, W C = U S V^T and s B A = U_r S_r V_r^T C^-1: of the r least singular values (knowledge of these rows is kept), or by "ipm"
+of the r largest (these rows are learned).
+Source: Meng et al. (PiSSA), arXiv 2404.02948; Büyükakyüz (OLoRA), arXiv 2406.01775; Li et al. (LoftQ), arXiv 2310.08659, one round; Yang
+et al. (CorDA), arXiv 2406.05223.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +22,25 @@ from treetune.core.param import Params
 from treetune.core.quant import Quantised
 from treetune.models.quantised import See
 
-Init = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq"]
+Init = Literal[
+    "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "corda", "corda_ipm"
+]  # fmt: skip
 Pair = tuple[Tensor, Tensor]
 Reread = Callable[[See], object]  # reads a model again, and tells of each leaf that is quantised
-MOVED = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora")  # starts that are taken off the weight again
+Inputs = Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]  # the covariance [I, I] of the inputs of each linear layer
+MOVED = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "corda_ipm")  # starts that are taken off the weight again
 OVERSAMPLED = 8  # further directions of a randomised decomposition
+DAMPING, INVERSE_ERROR = 0.01, 0.05  # PEFT's: of the mean variance; of C C^-1
+
+
+class Given(NamedTuple):
+    """What starts are computed from besides weights. reread: for LoftQ; inputs: for CorDA."""
+
+    reread: Reread | None = None
+    inputs: Inputs | None = None
+
+
+WEIGHTS_ALONE = Given()
 
 
 def check(init: str, paths: list[str], *, ranks: Mapping[str, int], dropout: float, start: str | None) -> None:
@@ -40,14 +57,17 @@ def check(init: str, paths: list[str], *, ranks: Mapping[str, int], dropout: flo
         raise ValueError(f"lora_init {init} needs lora_dropout 0, got {dropout:g}: dropout would drop parts of the weight itself")
 
 
-def start(model: Params, low: Lora, *, init: str, seed: int, reread: Reread | None = None) -> tuple[Params, Params]:
+def start(model: Params, low: Lora, *, init: str, seed: int, given: Given = WEIGHTS_ALONE) -> tuple[Params, Params]:
     """The pairs of a fresh adapter by `init`, and of them those that are taken off their weight again (empty where none are).
 
-    reread: for LoftQ. Errors: ValueError for a rank that a weight does not have, and for LoftQ on a model that is not quantised.
+    Errors: ValueError for a rank that a weight does not have, for LoftQ on a model that is not quantised, and for CorDA without rows.
     """
     pairs, scales = lora.pairs(low.tree), {path: low.scale * ratio for path, ratio in low.ratios}
     if init == "loftq":
-        return _loftq(low, scales, reread), {}
+        return _loftq(low, scales, given.reread), {}
+    if init.startswith("corda"):
+        tree_ = _corda(model, low, scales, init, given.inputs)
+        return tree_, tree_
     leaves, starts = dict(tree.items(model)), {}
     for path, (a, b) in pairs.items():
         scale = scales.get(path, low.scale)
@@ -82,7 +102,11 @@ def _random(init: str, path: str, a: Tensor, b: Tensor, seed: int) -> Pair:
 
 def _largest(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> Pair:
     """(A, B) with s B A the best approximation of a weight by this rank, each with the roots of the singular values."""
-    u, s, v = _singular(weight, rank, init, seed)
+    return _split(*_singular(weight, rank, init, seed), scale)
+
+
+def _split(u: Tensor, s: Tensor, v: Tensor, scale: float) -> Pair:
+    """(A, B) with s B A = U S V^T, each with the roots of the singular values."""
     # The signs of a decomposition are the library's choice: the largest number of each column of U is positive.
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     root = (s / scale).sqrt()
@@ -107,6 +131,32 @@ def _qr(weight: Tensor, rank: int) -> Pair:
     """(A, B): the first r rows of R and columns of Q, W = Q R."""
     q, r = torch.linalg.qr(weight)
     return r[:rank].contiguous(), q[:, :rank].contiguous()
+
+
+def _corda(model: Params, low: Lora, scales: Mapping[str, float], init: str, inputs: Inputs | None) -> Params:
+    if inputs is None:
+        raise ValueError(f"lora_init {init} starts from rows of the training data, and there are none: choose pissa, which needs no rows")
+    pairs, leaves, starts = lora.pairs(low.tree), dict(tree.items(model)), {}
+    for path, (a, b) in pairs.items():
+        _check_rank(init, path, a, b)
+    for path, covariance in inputs(list(pairs)):
+        weight, rank = shard.gather(leaves[path], covariance.dtype), pairs[path][0].shape[0]
+        fixed, inverse = _inverted(covariance)
+        u, s, vh = torch.linalg.svd(weight @ fixed, full_matrices=False)
+        chosen = slice(0, rank) if init == "corda_ipm" else slice(len(s) - rank, len(s))
+        starts[path] = _split(u[:, chosen], s[chosen], (vh[chosen] @ inverse).T, scales.get(path, low.scale))
+    return lora.of({path: (a.float(), b.float()) for path, (a, b) in starts.items()}, low.tree)
+
+
+def _inverted(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """C and C^-1, damped until one undoes the other."""
+    damping, one = DAMPING, torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    while True:
+        fixed = covariance + damping * covariance.diagonal().mean() * one
+        inverse = torch.linalg.inv(fixed)
+        if torch.dist(fixed @ inverse, one) < INVERSE_ERROR:
+            return fixed, inverse
+        damping *= 2
 
 
 def _loftq(low: Lora, scales: Mapping[str, float], reread: Reread | None) -> Params:

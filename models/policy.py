@@ -36,7 +36,7 @@ from treetune.models import (
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.adapter_spec import AdapterSpec
-from treetune.models.adapter_starts import Reread
+from treetune.models.adapter_starts import WEIGHTS_ALONE, Given
 from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
@@ -102,7 +102,7 @@ def load(
         loading.check_base(start, base, say=say, train=True)
     new_rows = model.cfg.vocab_size > loaded.cfg.vocab_size
     reread = partial(loading.load_model, name, revision=revision, dtype=dtype, device=torch_device, scheme=scheme)
-    options = {"seed": seed, "new_rows": new_rows, "reread": lambda see: reread(see=see)}
+    options = {"seed": seed, "new_rows": new_rows, "given": Given(lambda see: reread(see=see))}
     return adapt(model, adapter, base=base, **options, say=say)._replace(tokenizer=setup.tokenizer)
 
 
@@ -139,15 +139,15 @@ def adapt(
     seed: int,
     new_rows: bool = False,
     head: bool = False,
-    reread: Reread | None = None,
+    given: Given = WEIGHTS_ALONE,
     say: Say = silent,
 ) -> Policy:
     """The policy of an adapter: low-rank pairs, and whole weights that train beside them, over the frozen model.
 
     With `new_rows` in the vocabulary, which no base model has, the embedding and an untied head are among the latter. With `head` the
-    adapter to start from may be a reward model's. reread: for a start by LoftQ.
+    adapter to start from may be a reward model's. given: what starts are computed from.
     """
-    begin = adapter_spec.fresh(model, spec, seed=seed, reread=reread) if spec.start is None else _started(model, spec.start, head)
+    begin = adapter_spec.fresh(model, spec, seed=seed, given=given) if spec.start is None else _started(model, spec.start, head)
     low, whole, info, start = begin
     info = info._replace(base=base.name, digest=base.digest, scheme=base.scheme)
     vocabulary = adapter_spec.vocabulary_leaves(model, spec, whole, info, say=say) if new_rows else ()

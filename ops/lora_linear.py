@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from treetune.ops import fp8_linear, kept, magnitude, product
 from treetune.ops.fp8_linear import Rows
 
+SQUARES, CALLS = "C", "N"  # of an adapter that computes nothing and sees inputs
+
 
 def lora_linears_ref(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[dict], *, scale: float, u: Tensor | None = None) -> list:
     """The formula, one projection at a time, through plain autograd."""
@@ -72,6 +74,18 @@ def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor], low: tuple |
     return d_x if low is None else d_x.addmm_(low[0], torch.cat(low[1]))
 
 
+def unseen(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """An adapter that computes nothing: it sums x^T x / max(x)^2 [I, I] of the inputs of its projection, and counts the calls."""
+    return {SQUARES: torch.zeros(size, size, dtype=dtype, device=device), CALLS: torch.zeros((), dtype=dtype, device=device)}
+
+
+def _see(ab: dict, x: Tensor) -> None:
+    rows = x.detach().to(ab[SQUARES].dtype)
+    rows = rows / rows.max().abs()
+    ab[SQUARES].addmm_(rows.T, rows)
+    ab[CALLS].add_(1)
+
+
 def lora_linears(
     x: Tensor, weights: Sequence[Tensor | Rows], adapters: Sequence[dict | None], *, scale: float, u: Tensor | None = None
 ) -> list:
@@ -79,7 +93,12 @@ def lora_linears(
 
     Projections without an adapter are plain products; the adapted ones share one backward pass. `u` [T, I] replaces x
     as the adapters' input (dropout). An adapter with "M" or "G" [O_i] is DoRA's (`magnitude`). Weights that are `Rows` meet x in float8.
+    One of `unseen` is told of x.
     """
+    for ab in adapters:
+        if ab and SQUARES in ab:
+            _see(ab, x)
+    adapters = [None if ab and SQUARES in ab else ab for ab in adapters]
     small = [i for i, w in enumerate(weights) if isinstance(w, Rows)]
     rest = [i for i in range(len(weights)) if i not in small]
     results: dict[int, Tensor] = dict(zip(small, _in_float8(x, u, [(weights[i], adapters[i]) for i in small], scale), strict=True))

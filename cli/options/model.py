@@ -14,6 +14,7 @@ SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
 MERGED = marks.refused("decides when the adapter is merged into the weights that the checkpoint holds")
 RESTARTED = marks.unused_unless("relora_steps", reason="relora_steps is not given")
 BROUGHT = marks.unused_if("lora_model_dir", reason="lora_model_dir brings its own")
+ROWS = marks.unused_unless("lora_init", "corda", "corda_ipm", reason="lora_init is {lora_init}")
 MOST = 65536  # of a rank or an alpha
 
 
@@ -100,9 +101,14 @@ class AdapterOptions:
     lora_dora: Annotated[bool, marks.TRAINED, LORA, BROUGHT] = False
     """DoRA: train the length of each row of the adapted weights, too."""
     lora_init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq"], START, LORA, BROUGHT
+        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "corda", "corda_ipm"],
+        START,
+        LORA,
+        BROUGHT,
     ] = "default"
-    """How the low-rank matrices start; pissa (niter: approximate, fast) and olora train the strongest part, loftq what quant loses."""
+    """How A and B start; pissa (niter: fast), olora: the largest part; loftq: what quant loses; corda: what rows need least, ipm: most."""
+    lora_init_rows: Annotated[int, whole(1, ROWS_MAX), START, LORA, BROUGHT, ROWS] = 256
+    """Training rows, evenly spaced, that corda and corda_ipm measure the inputs of weights on."""
     lora_rank_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.TRAINED, LORA, BROUGHT] = ()
     """TARGET=RANK pairs, first match wins: another rank for some of the targets."""
     lora_alpha_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.ADAPTER_SCALE, LORA, BROUGHT] = ()
@@ -160,7 +166,7 @@ def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
                 )
     if adapter.lora_init == "loftq" and model.quant in ("auto", "none"):
         raise ValueError("lora_init loftq starts from what quantising loses, and the model is not quantised: give quant, such as nf4")
-    if adapter.lora_init.startswith(("pissa", "olora")) and adapter.lora_dropout:
+    if adapter.lora_init.startswith(("pissa", "olora", "corda")) and adapter.lora_dropout:
         raise ValueError(f"lora_init {adapter.lora_init} needs lora_dropout 0: dropout would drop parts of the weight itself")
 
 

@@ -65,6 +65,7 @@ OPTIONS = {
     "bnb_4bit_use_double_quant": "quant_double", "bnb_4bit_compute_dtype": "dtype", "bnb_4bit_quant_storage": "quant",
     "use_dora": "lora_dora", "peft_use_dora": "lora_dora", "peft_init_lora_weights": "lora_init", "init_lora_weights": "lora_init",
     "rank_pattern": "lora_rank_pattern", "alpha_pattern": "lora_alpha_pattern", "pissa_init": "lora_init: pissa",
+    "corda_config": "lora_init: corda",
     "neftune_alpha": "neftune_noise_alpha", "label_smoothing_factor": "label_smoothing",
     "dataset": "data", "train_file": "data", "training_data": "data", "train_data": "data", "data_path": "data", "dataset_name": "data",
     "dataset_path": "data", "train_dataset": "data", "files": "data", "file": "data", "pretraining_dataset": "data",

@@ -10,6 +10,11 @@ from treetune.models import hf, quantised
 REFUSED = {
     "loftq, dense": (["--lora-init", "loftq"], "lora_init loftq", "the model is not quantised", "give quant"),
     "pissa, dropout": (["--lora-init", "pissa", "--lora-dropout", 0.1], "lora_init pissa", "needs lora_dropout 0"),
+    "corda, dropout": (["--lora-init", "corda", "--lora-dropout", 0.1], "lora_init corda", "needs lora_dropout 0"),
+    "rows, pissa": (
+        ["--lora-init", "pissa", "--lora-init-rows", 8], "--lora-init-rows would be ignored: lora_init is pissa"
+    ),
+    "relora, corda": (["--relora-steps", 2, "--lora-init", "corda"], "relora_steps", "lora_init corda"),
     "rank, part": (["--lora-rank-pattern", "q_proj=2.5"], "lora_rank_pattern needs whole numbers from 1", "'q_proj=2.5'"),
     "rank, zero": (["--lora-rank-pattern", "q_proj=0"], "lora_rank_pattern needs whole numbers from 1"),
     "rank, none": (["--lora-rank-pattern", "q_proj"], "--lora-rank-pattern takes REGEX=NUMBER"),
@@ -61,6 +66,13 @@ def test_servers_take_plain_adapters_only(args, kit, tiny, tune, here):
     options = ["--model", tiny.model, "--data", "prompts.jsonl", "--reward-funcs", "rewards.py:one", "--use-vllm"]
     done = tune("grpo", *options, *args, "--output-dir", "run")
     assert done.code == 2 and "vLLM computes no DoRA, and one scale for all of an adapter" in done.err, done.err
+
+
+def test_prompts_orient_no_adapter(kit, tiny, tune, here):
+    kit.write_rows(here / "prompts.jsonl", [{"prompt": f"{i} + 1 ="} for i in range(8)])
+    (here / "rewards.py").write_text("def one(completions):\n    return [1.0 for _ in completions]\n")
+    options = ["--model", tiny.model, "--data", "prompts.jsonl", "--reward-funcs", "rewards.py:one", "--lora-init", "corda"]
+    kit.refused(tune("grpo", *options, "--output-dir", "run"), "lora_init corda starts from rows of the training data")
 
 
 def test_chosen_weights_train_over_a_quantised_model(kit, tiny, tune, here):

@@ -27,6 +27,7 @@ KINDS = {
     "muon": [*RUN, "--adapter", "none", "--optimizer", "muon"],
     "dora": [*RUN, "--lora-dora", "--lora-dropout", 0.2, "--lora-rank-pattern", "q_proj=2", "--gradient-checkpointing"],
     "pissa": [*RUN, "--lora-init", "pissa_niter_4", "--lora-dora", "--lora-alpha-pattern", "up_proj=3", "--dtype", "bfloat16"],
+    "corda": [*RUN, "--lora-init", "corda_ipm", "--lora-init-rows", 4],
     "loftq": [*RUN, "--lora-init", "loftq", "--quant", "nf4", "--lora-r", 4],
     "relora": [*RUN, "--relora-steps", 2, "--lora-dropout", 0.2, "--lora-dora", "--relora-prune-ratio", 0.9],
     "relora, bf16": [*RUN, "--relora-steps", 3, "--dtype", "bfloat16", "--optimizer", "adamw_8bit", "--lora-modules-to-save", "norm"],
@@ -150,7 +151,7 @@ DEATHS = {f"step {step}": at_step(step, die) for step in range(1, STEPS + 1)} | 
 }
 FAST = [("lora", f"step {random.Random(1).randint(3, STEPS)}"), ("full", f"step {random.Random(2).randint(3, STEPS)}"),
         ("lora", "step 1"), ("lora", "while saving"), ("full", "before the first rename"), ("lora", "while leaving"),
-        ("unfrozen", "step 3"), ("dora", "step 3"), ("pissa", "step 5"), ("loftq", "step 3"), ("relora", "step 5"),
+        ("unfrozen", "step 3"), ("dora", "step 3"), ("pissa", "step 5"), ("corda", "step 3"), ("loftq", "step 3"), ("relora", "step 5"),
         ("relora, bf16", "step 4"), ("bias", "step 3")]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ CHANGES = {
     "lora_modules_to_save": ("metrics", lambda t: ["--lora-modules-to-save", r"^norm$"], []),
     "lora_dora": ("metrics", lambda t: ["--lora-dora"], []),
     "lora_init": ("metrics", lambda t: ["--lora-init", "pissa"], []),
+    "lora_init_rows": ("metrics", lambda t: ["--lora-init-rows", 3], ["--lora-init", "corda_ipm"]),
     "lora_rank_pattern": ("metrics", lambda t: ["--lora-rank-pattern", "q_proj=2"], []),
     "lora_alpha_pattern": ("metrics", lambda t: ["--lora-alpha-pattern", "layers.0.q_proj=2"], []),
     "lora_bias": ("metrics", lambda t: ["--lora-bias", "all"], ["--model", "biased"]),

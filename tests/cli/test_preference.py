@@ -125,10 +125,10 @@ def started(begun, tune, train):
 
 KINDS = {
     "DoRA": ["--lora-dora"],
-    "PiSSA": ["--lora-init", "pissa"],
+    "PiSSA": ["--lora-init", "pissa"], "CorDA": ["--lora-init", "corda", "--lora-init-rows", 3],
     "LoftQ": ["--lora-init", "loftq", "--quant", "nf4"],
     "unfrozen": ["--adapter", "none", "--unfrozen-parameters", r"layers\.1", "^norm$"],
-}
+}  # fmt: skip
 
 
 STARTS = ("fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS)

@@ -42,7 +42,8 @@ TABLE = {
         # the function that is trained
         "dtype", "special_tokens", "tokens", "embedding_multiple", "adapter", "lora_r", "lora_alpha", "lora_rslora", "lora_target_modules",
         "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "lora_dora", "lora_bias",
-        "master_dtype", "fp8_products", "lora_init", "relora_steps", "lora_rank_pattern", "lora_alpha_pattern", "quant", "quant_double",
+        "master_dtype", "fp8_products", "lora_init", "lora_init_rows", "relora_steps", "lora_rank_pattern",
+        "lora_alpha_pattern", "quant", "quant_double",
         "quantize_moe_experts",
         # what it is trained towards
         "loss", "label_smoothing", "z_loss_coef", "qat", "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha",

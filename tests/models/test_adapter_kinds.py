@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from treetune.core import lora, quant, tree
 from treetune.core.quant import Scheme
 from treetune.models import adapter, decode, dense, families, hf, merging, policy
 from treetune.models.adapter import Base
+from treetune.models.adapter_starts import Given
 from treetune.models.policy import AdapterSpec
 
 PATTERNS = {"ranks": (("q_proj", 8), (r"layers\.1\..*gate", 2)), "alphas": (("down_proj", 3.0), ("layers.0.q_proj", 40.0))}
@@ -37,7 +39,7 @@ def close(ours, theirs, bound=1e-5):
 
 
 def adapted(model, **options):
-    return policy.adapt(model, AdapterSpec(**dict(rank=4, alpha=12.0) | options), base=Base("x", ""), seed=3)
+    return policy.adapt(model, AdapterSpec(rank=4, alpha=12.0)._replace(**options), base=Base("x", ""), seed=3)
 
 
 def moved(start, by=0.1):
@@ -82,7 +84,7 @@ def test_a_kind_in_peft_again_here_merged_and_sampled(oracle, documents, tmp_pat
     close(in_peft(model, tmp_path / "adapter", ids), expected)
     again, _, info = adapter.load(tmp_path / "adapter", ours)
     close(logits(ours, again, ids), expected)
-    assert set(info.paths) == set(start.adapter.paths)
+    assert start.adapter is not None and set(info.paths) == set(start.adapter.paths)
     merged = ours._replace(params=lora.merge(ours.params, again.tree, again.scale))
     close(logits(merged, None, ids), expected, 2e-5)
     drawn = [decode.sample(ours, [documents[1][:6]], n=2, lora=low, max_new_tokens=5, seed=1) for low in (applied, again)]
@@ -130,7 +132,7 @@ def test_pairs_start_as_those_of_peft(oracle, documents, init):
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     pairs = lora.pairs(ours.params["lora"])
     for path, (a, b) in pairs.items():
-        module = theirs.get_submodule(f"base_model.model.{adapter.module('llama', path)}")
+        module: Any = theirs.get_submodule(f"base_model.model.{adapter.module('llama', path)}")
         torch.testing.assert_close(b @ a, module.lora_B["default"].weight @ module.lora_A["default"].weight, atol=1e-5, rtol=1e-4)
     start = lora.pairs(ours.frozen["start"])
     assert set(start) == set(pairs) and all(torch.equal(start[path][0], a) for path, (a, _) in pairs.items())
@@ -174,7 +176,7 @@ def test_loftq_starts_nearer_to_the_dense_model_and_is_a_plain_adapter(oracle, d
     exact = logits(hf.load(folder), None, ids)
     low = hf.load(folder, scheme=Scheme(kind))
     base, again = Base(str(folder), ""), partial(hf.load, folder, scheme=Scheme(kind))
-    start = policy.adapt(low, AdapterSpec(rank=16, init="loftq"), base=base, seed=0, reread=lambda see: again(see=see))
+    start = policy.adapt(low, AdapterSpec(rank=16, init="loftq"), base=base, seed=0, given=Given(lambda see: again(see=see)))
     model, applied = policy.current(start)
     far, near = ((got - exact).pow(2).mean() for got in (logits(low, None, ids), logits(model, applied, ids)))
     assert near < 0.6 * far

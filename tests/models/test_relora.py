@@ -1,6 +1,7 @@
 """ReLoRA: an adapter folded into its base and started anew. The oracle is the sum of all that was folded, over the base as it was."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from treetune.models.adapter import Base
 from treetune.models.policy import AdapterSpec
 from treetune.models.relora import Restarts
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {}, "dora": dict(dora=True), "patterns": dict(ranks=(("q_proj", 2),), alphas=(("down_proj", 3.0),), rslora=True),
     "orthogonal": dict(init="orthogonal"), "few": dict(targets=("q_proj",), modules_to_save=("norm",)),
 }  # fmt: skip
@@ -21,7 +22,7 @@ KINDS = {
 
 def started(model, optimizer, **options):
     """A policy and a state after some steps."""
-    start = policy.adapt(model, AdapterSpec(**dict(rank=4, alpha=12.0) | options), base=Base("x", ""), seed=3)
+    start = policy.adapt(model, AdapterSpec(rank=4, alpha=12.0)._replace(**options), base=Base("x", ""), seed=3)
     gen = torch.Generator().manual_seed(1)
     params = tree.map(lambda leaf: leaf + 0.05 * torch.randn(leaf.shape, generator=gen), start.params)
     state = TrainState(params, start.frozen, optimizer.init(params), {}, torch.tensor(4))
@@ -42,6 +43,7 @@ def test_a_restart_changes_no_output_and_starts_pairs_and_moments_anew(oracle, d
     restarts = Restarts(5, init=KINDS[kind].get("init", "default"), seed=7)
     again, metrics = relora.restarter(start, optimizer, restarts), {}
     assert again(state, metrics, 4) is state and not metrics
+    assert start.lora is not None
     before, used = copy.deepcopy(state), lora_use.in_use(start.lora, state.params["lora"])
     expected = lora.merge(before.frozen["model"], used.tree, used.scale)
     shown = logits(start, state, ids)
@@ -85,14 +87,15 @@ def test_the_learning_rate_rises_again_and_falls_before():
 def test_a_bfloat16_base_rounds_and_the_metric_says_how_much(oracle):
     optimizer = optim.adamw()
     start, state = started(hf.load(oracle("llama")[1], dtype=torch.bfloat16), optimizer)
+    assert start.lora is not None
     before = [leaf.float().clone() for leaf in tree.leaves(relora.base(start))]
     exact = lora.merge(tree.map(torch.Tensor.float, state.frozen["model"]), state.params["lora"], start.lora.scale)
     metrics = {}
     state = relora.restarter(start, optimizer, Restarts(5))(state, metrics, 5)
     paths = [path for path, _ in tree.items(relora.base(start))]
     got, want = (dict(tree.items(part)) for part in (state.frozen["model"], exact))
-    lost = sum((got[path].float() - want[path]).square().sum() for path in paths)
-    moved = sum((want[path] - old).square().sum() for path, old in zip(paths, before, strict=True))
+    lost = torch.stack([(got[path].float() - want[path]).square().sum() for path in paths]).sum()
+    moved = torch.stack([(want[path] - old).square().sum() for path, old in zip(paths, before, strict=True)]).sum()
     torch.testing.assert_close(metrics[relora.ROUNDING], (lost / moved).sqrt(), rtol=1e-3, atol=0)
     assert 1e-4 < metrics[relora.ROUNDING] < 0.1
 
