@@ -3,8 +3,9 @@
 A quantised leaf is a named tuple, so that `tree` takes it for a leaf, with the shape and the dtype of the dense one.
 4 bits (nf4, fp4): w = table[code] * absmax of its block; absmax itself is in 8 bits where it is quantised, too ("double").
 8 bits: int8 w = code * absmax of its row / 127; fp8 (e4m3) w = code * scale of its row.
-Codes and numbers are those of bitsandbytes, to the bit. Source: Dettmers et al., arXiv 2305.14314 (nf4), 2208.07339 (int8 rows),
-2110.02861 (the 8-bit table).
+int4: w = (code - 8) * scale of its 64 neighbours in the row. Scales of fp8 and int4 are numbers of bfloat16.
+Codes and numbers of the others are those of bitsandbytes, to the bit. Source: Dettmers et al., arXiv 2305.14314 (nf4), 2208.07339
+(int8 rows), 2110.02861 (the 8-bit table).
 """
 
 import hashlib
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from treetune.core import quant_tables
 
-Kind = Literal["nf4", "fp4", "int8", "fp8"]
-FOUR_BITS: tuple[Kind, ...] = ("nf4", "fp4")
-KINDS: tuple[Kind, ...] = (*FOUR_BITS, "int8", "fp8")
+Kind = Literal["nf4", "fp4", "int4", "int8", "fp8"]
+FOUR_BITS: tuple[Kind, ...] = ("nf4", "fp4")  # those of bitsandbytes, in blocks of the flat leaf
+KINDS: tuple[Kind, ...] = (*FOUR_BITS, "int4", "int8", "fp8")
 BLOCK, NESTED_BLOCK = 64, 256
 SMALLEST = 1e-38  # what a block of zeros is divided by
 SPREAD = 256  # numbers of a leaf that tell which one it is
@@ -49,6 +50,7 @@ class Quantised(NamedTuple):
 
     codes: uint8 [ceil(n / 2)] of 4 bits, the earlier number in the higher half; int8 or float8 of the shape of the leaf for 8 bits.
     scale: float32 [blocks], [..., rows] for 8 bits; uint8 [blocks], codes of absmax - offset, where `nested` [blocks / 256] scales them.
+    int4: codes uint8 [..., rows, ceil(I / 2)], the earlier number in the lower half, and scale [..., rows, ceil(I / block)].
     multiplied: layers multiply the codes themselves (`ops.fp8_linear`), where others make the leaf dense.
     """
 
@@ -133,7 +135,7 @@ def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _coded(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
-    make = _four_bits if scheme.kind in FOUR_BITS else _int8 if scheme.kind == "int8" else _fp8
+    make = {"int4": _int4, "int8": _int8, "fp8": _fp8}.get(scheme.kind, _four_bits)
     return make(weight, scheme, origin)
 
 
@@ -142,6 +144,8 @@ def dense(leaf: Quantised, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or leaf.dtype
     if leaf.kind in FOUR_BITS:
         return _dense_four_bits(leaf, dtype)
+    if leaf.kind == "int4":
+        return _dense_int4(leaf, dtype)
     scale = leaf.scale.unsqueeze(-1)
     if leaf.kind == "int8":
         return leaf.codes.float().mul_(scale).mul_(OF_127).to(dtype)
@@ -267,5 +271,27 @@ def _int8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
 
 def _fp8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
     rows = weight.float()
-    scale = rows.abs().amax(-1).clamp(min=SMALLEST) / MOST_FP8
+    scale = _bfloat16(rows.abs().amax(-1) / MOST_FP8)
     return Quantised("fp8", weight.shape, weight.dtype, (rows / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale, None, None, origin)
+
+
+def _int4(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
+    width = weight.shape[-1]
+    groups = torch.nn.functional.pad(weight.float(), (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = _bfloat16(groups.abs().amax(-1) / 7.5)
+    codes = (torch.round(groups / scale.unsqueeze(-1)).clamp_(-8, 7) + 8).to(torch.uint8).flatten(-2)[..., : width + width % 2]
+    return Quantised("int4", weight.shape, weight.dtype, codes[..., ::2] | (codes[..., 1::2] << 4), scale, None, None, origin)
+
+
+def _bfloat16(scale: Tensor) -> Tensor:
+    """Scales as numbers of bfloat16, so that who computes in it has the very same weights; none is 0."""
+    return scale.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16().float()
+
+
+def _dense_int4(leaf: Quantised, dtype: torch.dtype) -> Tensor:
+    width, table = leaf.shape[-1], torch.view_as_complex(quant_tables.whole_pairs(leaf.device))
+    numbers = torch.view_as_real(table.index_select(0, leaf.codes.reshape(-1).int())).view(*leaf.shape[:-1], width + width % 2)
+    if width % leaf.block == 0:
+        numbers.unflatten(-1, (-1, leaf.block)).mul_(leaf.scale.unsqueeze(-1))
+        return numbers.to(dtype)
+    return (numbers[..., :width] * leaf.scale.repeat_interleave(leaf.block, -1)[..., :width]).to(dtype)

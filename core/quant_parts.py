@@ -32,7 +32,7 @@ def split(whole: Quantised, rows: Sequence[int]) -> list[Quantised | Tensor]:
     width = whole.shape[1]
     if whole.kind not in FOUR_BITS:
         parts = zip(rows, whole.codes.split(list(rows)), whole.scale.split(list(rows)), strict=True)
-        return [leaf(whole.kind, (count, width), whole.dtype, codes.clone(), scale.clone()) for count, codes, scale in parts]
+        return [leaf(whole.kind, (r, width), whole.dtype, c.clone(), s.clone(), block=whole.block) for r, c, s in parts]
     if any(count * width % whole.block for count in rows):
         return [part.clone() for part in quant.dense(whole).split(list(rows))]
     codes = whole.codes.split([count * width // 2 for count in rows])
@@ -55,7 +55,7 @@ def joined(parts: Sequence[Quantised | Tensor], shape: Sequence[int]) -> Quantis
         scale = torch.cat([quant.absmax(part) for part in leaves])
         return leaf(first.kind, shape, first.dtype, codes, scale, block=first.block)
     scale = torch.cat([part.scale for part in leaves])
-    return leaf(first.kind, shape, first.dtype, codes.view(*shape), scale.view(*shape[:-1]))
+    return _shaped(leaf(first.kind, (len(scale), shape[-1]), first.dtype, codes, scale, block=first.block), shape)
 
 
 def _dense(part: Quantised | Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def _alike(part: Quantised, first: Quantised) -> bool:
 def _shaped(one: Quantised, shape: Sequence[int]) -> Quantised:
     if one.kind in FOUR_BITS:
         return one._replace(shape=torch.Size(shape))
-    return one._replace(shape=torch.Size(shape), codes=one.codes.view(*shape), scale=one.scale.view(*shape[:-1]))
+    codes, scale = (part.view(*shape[:-1], *part.shape[1:]) for part in (one.codes, one.scale))
+    return one._replace(shape=torch.Size(shape), codes=codes, scale=scale)
 
 
 def _with_origin(made: Quantised) -> Quantised:

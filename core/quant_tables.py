@@ -30,6 +30,13 @@ def pairs(kind: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def whole_pairs(device: torch.device) -> Tensor:
+    """float32 [256, 2]: the two whole numbers from -8 to 7 in a byte, that of the lower half first."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([byte & 15, byte >> 4], dim=1).float() - 8
+
+
+@functools.cache
 def eight_bits(device: torch.device, signed: bool = True) -> Tensor:
     """float32 [256], sorted: numbers of a moving exponent and what is left of 7 bits (unsigned: 8) for the fraction.
 

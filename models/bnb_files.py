@@ -1,7 +1,8 @@
-"""Quantised weights in the files of a folder, each in parts beside one another: those of bitsandbytes, and fp8 of compressed-tensors.
+"""Quantised weights in the files of a folder, in parts beside one another: those of bitsandbytes, fp8 and int4 of compressed-tensors.
 
 4 bits: X.weight uint8 [n / 2, 1], with .absmax, .quant_map, .nested_absmax and .nested_quant_map where the maxima are in 8 bits, and JSON
 as bytes in .quant_state.bitsandbytes__nf4. int8: X.weight [out, in], X.SCB [out], X.weight_format. fp8: X.weight, X.weight_scale [out, 1].
+int4: X.weight_packed int32 [out, in / 8], the first number in the lowest bits, X.weight_scale [out, groups], X.weight_shape [2].
 Parts are checked before a byte of theirs is read, but for those that say how the others are to be read.
 """
 
@@ -20,6 +21,7 @@ from treetune.models import quant_config
 STATE = ".quant_state.bitsandbytes__"
 MAP, ABSMAX, NESTED, NESTED_MAP = ".quant_map", ".absmax", ".nested_absmax", ".nested_quant_map"
 SCALES: dict[Kind, tuple[str, ...]] = {"int8": ("SCB", "weight_format"), "fp8": ("weight_scale",)}
+GROUPED = ("weight_packed", "weight_scale", "weight_shape")  # of int4
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_BYTES = 4096  # more than any such JSON has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,6 +84,9 @@ class Packed(NamedTuple):
     def get_tensor(self, key: str) -> Quantised:
         """The leaf."""
         state, read = self.state, self.files.read
+        if self.kind == "int4":
+            packed, scale, _ = (read(_beside(self.key, name)) for name in GROUPED)
+            return quant_parts.leaf("int4", state.shape, state.dtype, packed.view(torch.uint8), scale.float(), block=state.block)
         if self.kind not in FOUR_BITS:
             scale = read(_beside(self.key, SCALES[self.kind][0])).float().view(-1)
             return quant_parts.leaf(self.kind, state.shape, state.dtype, read(self.key), scale)
@@ -98,7 +103,10 @@ def assembled(source: str, files: Mapping[str, Any], scheme: Scheme) -> dict[str
     Errors: ValueError, by key, for parts that are missing, of another dtype or shape, or not what bitsandbytes writes.
     """
     own = Files(source, files)
-    weights = _four_bits(own, scheme) if scheme.kind in FOUR_BITS else _eight_bits(own, scheme.kind)
+    if scheme.kind == "int4":
+        weights = _groups(own)
+    else:
+        weights = _four_bits(own, scheme) if scheme.kind in FOUR_BITS else _eight_bits(own, scheme.kind)
     if not weights:
         raise ValueError(f"{source}: config.json says {quant_config.named(scheme)}, and the files hold no weight so quantised: {AGAIN}")
     taken = {part for key, packed in weights.items() for part in _keys(key, packed)}
@@ -107,6 +115,11 @@ def assembled(source: str, files: Mapping[str, Any], scheme: Scheme) -> dict[str
 
 def parts(key: str, leaf: Quantised) -> dict[str, Tensor]:
     """{key: tensor} of a weight in the files: the inverse of `assembled`."""
+    if leaf.kind == "int4":
+        # Scales are numbers of bfloat16, which float16 has not all of.
+        scale = leaf.scale.to(torch.float32 if leaf.dtype == torch.float16 else leaf.dtype)
+        packed, shape = leaf.codes.contiguous().view(torch.int32), torch.tensor(leaf.shape)
+        return {_beside(key, name): part for name, part in zip(GROUPED, (packed, scale, shape), strict=True)}
     if leaf.kind == "int8":
         form = torch.tensor(0, dtype=torch.uint8)  # rows as they are
         return {key: leaf.codes, _beside(key, "SCB"): leaf.scale, _beside(key, "weight_format"): form}
@@ -126,6 +139,8 @@ def _beside(key: str, name: str) -> str:
 
 
 def _keys(key: str, packed: Packed) -> list[str]:
+    if packed.kind == "int4":
+        return [_beside(key, name) for name in GROUPED]
     if packed.kind not in FOUR_BITS:
         return [key, *(_beside(key, name) for name in SCALES[packed.kind])]
     return [key, key + ABSMAX, key + MAP, key + NESTED, key + NESTED_MAP, key + STATE + packed.kind]
@@ -226,3 +241,21 @@ def _check_format(files: Files, key: str) -> None:
         raise ValueError(
             f"{files.source}: {key} is {form}; expected 0, rows as they are: save the model again with bitsandbytes 0.45 or later"
         )
+
+
+def _groups(files: Files) -> dict[str, Packed]:
+    keys = (f"{key.removesuffix(end)}weight" for key in files.files for end in GROUPED if key.endswith(f".{end}"))
+    return {key: _groups_at(files, key) for key in dict.fromkeys(keys)}
+
+
+def _groups_at(files: Files, key: str) -> Packed:
+    packed, scale, shape = (_beside(key, name) for name in GROUPED)
+    files.check(shape, "I64", [2])
+    rows, width = files.read(shape).tolist()
+    if rows < 1 or width < 8 or width % 8 or rows * width > 2**40:
+        raise ValueError(f"{files.source}: {shape} is {[rows, width]}; expected the sizes of a matrix of whole bytes: {AGAIN}")
+    files.check(packed, "I32", [rows, width // 8])
+    dtype, sizes = files.size(scale)
+    if dtype not in ("F32", "BF16", "F16") or len(sizes) != 2 or sizes[0] != rows or sizes[1] < 1 or width % sizes[1]:
+        raise ValueError(f"{files.source}: {scale} is {dtype} {sizes}, and a weight {[rows, width]} needs F32 [{rows}, groups]: {AGAIN}")
+    return Packed(files, key, "int4", State((rows, width), torch.float32, width // sizes[1], None))

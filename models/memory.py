@@ -103,6 +103,9 @@ def state_bytes(optimizer: Optimizer) -> float:
 
 def quantised_bytes(numbers: int, rows: int, scheme: Scheme) -> int:
     """Bytes of a leaf of so many numbers in so many rows."""
+    if scheme.kind == "int4":
+        width = numbers // rows
+        return rows * (-(-width // 2) + 4 * -(-width // BLOCK))
     if scheme.kind not in FOUR_BITS:
         return numbers + 4 * rows
     blocks = -(-numbers // BLOCK)

@@ -1,6 +1,6 @@
 """`quantization_config` of a config.json: how the weights of a folder are quantised, as transformers and vLLM read it, and back.
 
-nf4, fp4 and int8 are bitsandbytes' own; fp8 with a scale for each row is that of compressed-tensors.
+nf4, fp4 and int8 are bitsandbytes' own; fp8 with a scale for each row, and int4 with one for each group, are of compressed-tensors.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from treetune.core import fields
 from treetune.core.fields import Fields
-from treetune.core.quant import FOUR_BITS, Kind, Scheme
+from treetune.core.quant import BLOCK, FOUR_BITS, Kind, Scheme
 from treetune.models import fetch, folder
 
 NAME = "quantization_config"
@@ -29,7 +29,7 @@ def read(hf: Fields) -> Scheme | None:
         return _compressed(config)
     raise ValueError(
         f"{hf.source} has {NAME}, quantised weights of quant_method {fields.shown(method)}; expected float weights, or those of "
-        f"{BITSANDBYTES} (4 and 8 bits) or {COMPRESSED} (fp8 by rows): {PLAIN}"
+        f"{BITSANDBYTES} (4 and 8 bits) or {COMPRESSED} (fp8 by rows, int4 in groups): {PLAIN}"
     )
 
 
@@ -64,8 +64,8 @@ def named(scheme: Scheme) -> str:
 
 def to_hf(scheme: Scheme, dense: Iterable[str], dtype: str) -> dict[str, Any]:
     """The mapping of a scheme. dense: modules that are linear layers of transformers and stay as they are. dtype: of what is dense."""
-    if scheme.kind == "fp8":
-        return _to_compressed(list(dense))
+    if scheme.kind in COMPRESSED_KINDS:
+        return _to_compressed(scheme.kind, list(dense))
     four = scheme.kind in FOUR_BITS
     return {
         "quant_method": BITSANDBYTES, "load_in_4bit": four, "load_in_8bit": not four, "llm_int8_skip_modules": list(dense),
@@ -89,33 +89,39 @@ def _bitsandbytes(config: Fields) -> Scheme:
     return Scheme(cast(Kind, kind), fields.flag(config, "bnb_4bit_use_double_quant", default=False))
 
 
+FP8, INT4 = "float-quantized", "pack-quantized"  # formats of compressed-tensors
+COMPRESSED_KINDS: dict[Kind, str] = {"fp8": FP8, "int4": INT4}
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "dynamic": False}
 WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True}
-INPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
 def _compressed(config: Fields) -> Scheme:
     groups = fields.inner(config, "config_groups")
+    kinds: dict[str, Kind] = {form: kind for kind, form in COMPRESSED_KINDS.items()}
+    form = fields.text(config, "format", default="")
+    if form not in kinds or not groups.values:
+        raise fields.wrong(config, "format", f"{' or '.join(kinds)}, with at least one of config_groups; {PLAIN}")
     for name in groups.values:
-        weights = fields.inner(fields.inner(groups, name), "weights")
-        if odd := [key for key, value in WEIGHTS.items() if weights.values.get(key) != value]:
+        weights, known = fields.inner(fields.inner(groups, name), "weights"), WEIGHTS if form == FP8 else GROUPS
+        if odd := [key for key, value in known.items() if weights.values.get(key) != value]:
             raise fields.wrong(
-                weights, odd[0], f"{WEIGHTS[odd[0]]}: of this method weights in fp8 with a scale for each row are read; {PLAIN}"
+                weights,
+                odd[0],
+                f"{known[odd[0]]}: of this method fp8 with a scale for each row and symmetric int4 in groups are read; {PLAIN}",
             )
-    if not groups.values or fields.text(config, "format") != "float-quantized":
-        raise fields.wrong(config, "format", f"float-quantized, with at least one of config_groups; {PLAIN}")
-    return Scheme("fp8")
+    return Scheme(kinds[form])
 
 
-def _to_compressed(dense: list[str]) -> dict[str, Any]:
-    # vLLM computes with inputs in fp8, too, a scale for each token, where the hardware has such products.
+def _to_compressed(kind: Kind, dense: list[str]) -> dict[str, Any]:
+    form = COMPRESSED_KINDS[kind]
     group = {
         "targets": ["Linear"],
-        "weights": WEIGHTS,
-        "input_activations": INPUTS,
+        "weights": WEIGHTS if kind == "fp8" else GROUPS | {"group_size": BLOCK},
+        "input_activations": None,  # rounded, too, they would make the model another than the one that was measured
         "output_activations": None,
-        "format": "float-quantized",
+        "format": form,
     }
     return {
-        "quant_method": COMPRESSED, "format": "float-quantized", "quantization_status": "compressed", "config_groups": {"group_0": group},
+        "quant_method": COMPRESSED, "format": form, "quantization_status": "compressed", "config_groups": {"group_0": group},
         "ignore": dense, "kv_cache_scheme": None, "global_compression_ratio": None,
     }  # fmt: skip

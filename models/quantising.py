@@ -47,9 +47,17 @@ def check_scheme(model: Model, scheme: Scheme | None, name: str) -> None:
     """Errors: ValueError for a model that this scheme has no files for."""
     sizes = hf.abstract_of(model)
     experts = next((path for path, leaf in tree.items(sizes) if len(leaf.shape) == 3 and "experts" in path.split(".")), None)
-    if scheme is not None and scheme.kind == "fp8" and experts is not None:
+    if scheme is None or scheme.kind not in quant_config.COMPRESSED_KINDS:
+        return
+    if experts is not None:
         raise ValueError(
-            f"{name} has experts ({experts}), which fp8 files do not hold here: take nf4, fp4 or int8, which leave experts as they are"
+            f"{name} has experts ({experts}), which {scheme.kind} files do not hold here: take nf4, fp4 or int8, which leave experts as "
+            "they are"
+        )
+    linears = quantised.paths(sizes, scheme)
+    if scheme.kind == "int4" and (odd := [path for path, leaf in tree.items(sizes) if path in linears and leaf.shape[-1] % quant.BLOCK]):
+        raise ValueError(
+            f"{name}: the rows of {odd[0]} are no whole groups of {quant.BLOCK} numbers, as int4 files have: take nf4, fp4, int8 or fp8"
         )
 
 

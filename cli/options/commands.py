@@ -147,8 +147,8 @@ class Merge:
     """Base model; if not given, the one the adapter names."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
-    save_dtype: Literal["float32", "bfloat16", "nf4", "fp4", "int8", "fp8"] = "float32"
-    """Dtype of the saved weights; rounding shows in the logit difference. nf4, fp4, int8, fp8: linear layers as by treetune quantize."""
+    save_dtype: Literal["float32", "bfloat16", "nf4", "fp4", "int4", "int8", "fp8"] = "float32"
+    """Dtype of the saved weights; rounding shows in the logit difference. nf4 to fp8: linear layers as by treetune quantize."""
     merge_method: Literal["legacy", "memory_efficient"] = "legacy"
     """memory_efficient reads, merges and writes layer by layer; legacy holds the model. The weights are the same to the bit."""
     max_logit_diff: Annotated[float, POSITIVE] = 0.05
@@ -159,7 +159,7 @@ class Merge:
 class Quantize:
     """Write a model folder with its linear layers in 4 or 8 bits, which transformers and vLLM load, and print how far its logits move.
 
-    nf4, fp4 and int8 are files of bitsandbytes, fp8 those of compressed-tensors. Embeddings, head, routers and experts stay as they are.
+    nf4, fp4 and int8 are files of bitsandbytes, int4 and fp8 of compressed-tensors. Embeddings, head, routers, experts stay as they are.
     """
 
     model: Annotated[Positional[str], MODEL, arg(metavar="MODEL")]
@@ -168,8 +168,8 @@ class Quantize:
     """Folder to write; must not exist."""
     revision: Annotated[str | None, LOCAL] = None
     """Branch, tag or commit of a Hugging Face id."""
-    quant: Literal["nf4", "fp4", "int8", "fp8"] = "nf4"
-    """Bits and codes: 4 (nf4, fp4) or 8 (int8, fp8)."""
+    quant: Literal["nf4", "fp4", "int4", "int8", "fp8"] = "nf4"
+    """Bits and codes: 4 (nf4, fp4, int4) or 8 (int8, fp8)."""
     quant_double: Annotated[bool, FOUR_BITS] = True
     """Keep the maxima of 4-bit blocks in 8 bits, too: 0.4 bits less for each weight."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -263,8 +263,8 @@ class MemoryOptions:
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the run; auto is CUDA where there is one."""
-    quant: Annotated[Literal["none", "nf4", "fp4", "int8", "fp8"], FROZEN] = "none"
-    """Frozen linear layers in 4 bits (nf4, fp4) or 8 (int8, fp8)."""
+    quant: Annotated[Literal["none", "nf4", "fp4", "int4", "int8", "fp8"], FROZEN] = "none"
+    """Frozen linear layers in 4 bits (nf4, fp4, int4) or 8 (int8, fp8)."""
     quant_double: Annotated[bool, FOUR_BITS] = True
     """The maxima of 4-bit blocks in 8 bits, too."""
     quantize_moe_experts: Annotated[bool, QUANT] = True

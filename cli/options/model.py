@@ -60,8 +60,8 @@ class ModelOptions(ModelName):
     """Compute dtype; auto is bfloat16 on CUDA and float32 on CPU. Weights that train have master_dtype. float16 has loss scaling."""
     device: Annotated[Literal["auto", "cpu", "cuda"], marks.MACHINE] = "auto"
     """Device; auto takes CUDA when there is one."""
-    quant: Annotated[Literal["auto", "none", "nf4", "fp4", "int8", "fp8"], QUANTISED, marks.Unused(_nothing_frozen)] = "auto"
-    """Keep frozen linear layers in 4 bits (nf4, fp4) or 8 (int8, fp8); auto does as the adapter was trained, and none without one."""
+    quant: Annotated[Literal["auto", "none", "nf4", "fp4", "int4", "int8", "fp8"], QUANTISED, marks.Unused(_nothing_frozen)] = "auto"
+    """Keep frozen linear layers in 4 bits (nf4, fp4, int4) or 8 (int8, fp8); auto does as the adapter was trained, and none without one."""
     quant_double: Annotated[bool, QUANTISED, FOUR_BITS] = True
     """Keep the maxima of 4-bit blocks in 8 bits, too: 0.4 bits less for each weight."""
     quantize_moe_experts: Annotated[bool, QUANTISED, QUANT] = True

@@ -28,7 +28,7 @@ class LossOptions:
     """Experts: weight of the load-balancing loss, within each sequence, averaged over layers and supervised tokens; 0.001 is usual."""
     router_z_loss_coef: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Experts: weight of the routers' squared log-normaliser, averaged likewise; 0.001 is usual."""
-    qat: Annotated[Literal["none", "nf4", "fp4", "int8", "fp8"], OBJECTIVE, ADAPTED, SHARDED] = "none"
+    qat: Annotated[Literal["none", "nf4", "fp4", "int4", "int8", "fp8"], OBJECTIVE, ADAPTED, SHARDED] = "none"
     """Round the weights that train to this format in every forward pass, so that the saved model loses little when it is quantised."""
     neftune_noise_alpha: Annotated[float, NOT_NEGATIVE, OBJECTIVE] = 0.0
     """Noise on the embeddings while training; 5 is usual, 0 is off."""

@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 import yaml
+
+from treetune.core import quant, tree
+from treetune.models import hf
 
 RUN = ["--max-steps", 2, "--learning-rate", 0.05, "--lora-r", 4, "--sample-prompt="]
 
@@ -73,3 +77,18 @@ def test_a_model_that_was_trained_rounded_is_quantised_to_what_was_evaluated(kin
         return float(next(line.split()[1] for line in done.out.splitlines() if line.startswith("loss")))
 
     assert loss("--quant", kind) == pytest.approx(last, abs=5e-5) != pytest.approx(loss(), abs=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int8", "fp8"])
+def test_the_files_of_a_model_that_was_trained_rounded_hold_what_it_computed_with(kind, kit, tiny, here, tune):
+    model = kit.write_model(here / "base", hidden_size=64, mlp_size=192, head_dim=16)
+    options = ["--adapter", "none", "--qat", kind, "--max-steps", 2, "--learning-rate", 1e-2, "--sample-prompt="]
+    assert tune("sft", *kit.basics(tiny, "--model", model, *options, "--output-dir", "run")).code == 0
+    assert tune("quantize", "run/model", "small", "--quant", kind).code == 0
+    for dtype in (torch.float32, torch.bfloat16):
+        trained, small = hf.load(here / "run/model", dtype=torch.float32), hf.load(here / "small", dtype=dtype)
+        chosen = [(path, leaf) for path, leaf in tree.items(small.params) if quant.quantised(leaf)]
+        whole = dict(tree.items(trained.params))
+        assert len(chosen) == 14
+        for path, leaf in chosen:
+            assert torch.equal(quant.dense(leaf, dtype), quant.rounded(whole[path], quant.Scheme(kind)).to(dtype)), path

@@ -90,6 +90,27 @@ def test_int8_keeps_numbers_beyond_float16():
     assert quant.dense(quant.quantise(weight, Scheme("int8"))).sub(weight).abs().max() <= 2e6 / 127 / 2 * 1.01
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (5, 7), (3, 128), (2, 3, 70)])
+def test_int4_is_within_half_a_step_of_its_group(shape):
+    weight = random(shape)
+    leaf = quant.quantise(weight, Scheme("int4"))
+    error = (quant.dense(leaf) - weight).abs()
+    padded = torch.nn.functional.pad(weight, (0, -shape[-1] % 64)).unflatten(-1, (-1, 64))
+    step = (padded.abs().amax(-1) / 7.5).repeat_interleave(64, -1)[..., : shape[-1]]
+    assert (error <= step * (0.5 + 7.5 * 2**-8)).all() and (error > step * 0.3).any()
+    assert torch.equal(leaf.scale, leaf.scale.bfloat16().float()) and leaf.scale.shape == padded.shape[:-1]
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_row_of_zeros_stays_one_and_bfloat16_has_the_same_numbers(kind):
+    leaf = quant.quantise(torch.cat([torch.zeros(2, 64), random((2, 64))]), Scheme(kind))
+    whole, half = quant.dense(leaf), quant.dense(leaf, torch.bfloat16)
+    assert (whole[:2] == 0).all() and not check.not_finite({"a": whole})
+    codes = leaf.codes.bfloat16() if kind == "fp8" else (torch.stack([leaf.codes & 15, leaf.codes >> 4], -1).flatten(1).bfloat16() - 8)
+    scale = leaf.scale.bfloat16().view(4, 1)
+    assert torch.equal(codes * scale, half), "as compressed-tensors makes them dense"
+
+
 def test_fp8_is_within_half_a_step():
     weight = random((64, 96))
     error = quant.dense(quant.quantise(weight, Scheme("fp8"))) - weight
@@ -114,13 +135,13 @@ def test_bytes_of_fp8_are_looked_up_as_they_are_cast():
     )
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int8", "fp8"])
 def test_a_leaf_has_shape_dtype_and_bytes(kind):
     weight = random((128, 256)).bfloat16()
     leaf = quant.quantise(weight, Scheme(kind))
     assert leaf.shape == weight.shape and leaf.dtype == weight.dtype and leaf.numel() == weight.numel() and leaf.ndim == 2
     bits = 8 * leaf.nbytes / weight.numel()
-    expected = 4 + 8 / 64 + 32 / 64 / 256 if kind in quant.FOUR_BITS else 8 + 32 / 256
+    expected = {"int4": 4 + 32 / 64, "int8": 8 + 32 / 256, "fp8": 8 + 32 / 256}.get(kind, 4 + 8 / 64 + 32 / 64 / 256)
     assert math.isclose(bits, expected, rel_tol=0.01)
     assert quant.digest(leaf) == quant.digest(weight) and torch.equal(quant.spread(leaf), quant.spread(weight))
 

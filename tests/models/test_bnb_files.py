@@ -263,7 +263,7 @@ CONFIGURED = {
     "other bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"hold no weight so quantised"),
     "tensors": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": {"weights": {"num_bits": 4}}}},
-        r"num_bits must be 8: of this method weights in fp8",
+        r"type must be int: of this method fp8 with a scale for each row and symmetric int4",
     ),
 }
 

@@ -100,7 +100,7 @@ def test_memory_is_that_of_a_few_layers(scheme, chosen, tmp_path):
     assert peaks["whole"] > 24 * layer and peaks["layers"] < 6 * layer, (peaks, layer)
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp8")], ids=["float32", "nf4", "fp8"])
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("int4")], ids=["float32", "nf4", "int4"])
 @pytest.mark.parametrize("kind", ["cohere2", "zamba2"])
 def test_models_of_transformers_are_merged_by_layers(kind, scheme, folder, tmp_path):
     """The layers of zamba2 share weights, which no layer of its own holds."""

@@ -170,7 +170,7 @@ def test_the_peak_of_a_sampler_is_that_of_the_table():
         assert said.cache + said.draws == pytest.approx(seen, rel=0.07), (n, new, top_p)
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp4", double=False), Scheme("int8"), Scheme("fp8")])
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp4", double=False), Scheme("int4"), Scheme("int8"), Scheme("fp8")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_those_of_a_loaded_tree(scheme, dtype):
     cfg = dataclasses.replace(CFG, dtype=dtype, num_layers=2)

@@ -9,7 +9,7 @@ from treetune.models import MODELS, Model, adapter, decode, dense, families, hf,
 from treetune.ops import noise
 
 FAMILIES = ("llama", "gemma2", "phi3", "gpt_oss", "qwen3_moe", "glm4", "deepseek_v3", "qwen3_5_text")
-SCHEMES = (Scheme("nf4"), Scheme("fp4", double=False), Scheme("int8"), Scheme("fp8"))
+SCHEMES = (Scheme("nf4"), Scheme("fp4", double=False), Scheme("int4"), Scheme("int8"), Scheme("fp8"))
 
 
 def stream():
@@ -65,7 +65,8 @@ def test_every_kind_computes(scheme, folder):
     value, gradient = loss_and_gradient(model)
     expected, twin = loss_and_gradient(quantised.dense(model))
     assert torch.equal(value, expected) and same(gradient, twin)
-    assert 0 < abs(value - loss_and_gradient(whole)[0]) / stream()["at"].shape[0] < 0.25
+    most = 0.35 if scheme.kind == "int4" else 0.25  # evenly spaced numbers fit weights worse than those of nf4
+    assert 0 < abs(value - loss_and_gradient(whole)[0]) / stream()["at"].shape[0] < most
 
 
 def test_no_dense_weight_is_kept_for_the_backward_pass(folder, monkeypatch):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from treetune.core import quant, tree
+from treetune.core import manifest, quant, tree
 from treetune.core.quant import Scheme
-from treetune.models import bridge, families, hf, merging, quantised, quantising
+from treetune.models import bridge, families, hf, loading, merging, quantised, quantising
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
 transformers = pytest.importorskip("transformers")
@@ -86,12 +86,12 @@ def test_a_model_that_sees_is_quantised_under_the_names_of_its_files(kind, tmp_p
     torch.testing.assert_close(families.document_logits(small, IDS), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [*SCHEMES, "fp8"])
+@pytest.mark.parametrize("kind", [*SCHEMES, "int4", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_read_again_it_is_the_same_to_the_bit(name, kind, plain, tmp_path):
-    if (name, kind) == ("qwen3_moe", "fp8"):
-        pytest.skip("fp8 files hold no experts: refused below")
-    scheme = SCHEMES[kind][0] if kind in SCHEMES else Scheme("fp8")
+    if name == "qwen3_moe" and kind not in SCHEMES:
+        pytest.skip("files of compressed-tensors hold no experts: refused below")
+    scheme = SCHEMES[kind][0] if kind in SCHEMES else Scheme(kind)
     model = hf.load(plain(*MODELS[name]))
     again = hf.load(written(model, scheme, tmp_path / "once", torch.bfloat16), dtype=torch.bfloat16)
     small = quantising.quantise(model, scheme, torch.bfloat16)
@@ -153,20 +153,56 @@ class FakeTokenizer:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "expected"), [("qwen3_moe", Scheme("fp8"), "has experts"), ("llama", Scheme("nf4"), "is quantised")]
+    ("name", "scheme", "expected"),
+    [
+        ("qwen3_moe", Scheme("fp8"), "has experts"),
+        ("qwen3_moe", Scheme("int4"), "has experts"),
+        ("odd", Scheme("int4"), r"the rows of layers.0.o_proj are no whole groups of 64 numbers"),
+        ("llama", Scheme("nf4"), "is quantised"),
+    ],
 )
 def test_models_without_such_files_are_refused(name, scheme, expected, plain):
-    model = hf.load(plain(*MODELS[name]), scheme=Scheme("nf4") if name == "llama" else None)
+    shape = ("Llama", dict(head_dim=20)) if name == "odd" else MODELS[name]
+    model = hf.load(plain(*shape), scheme=Scheme("nf4") if name == "llama" else None)
     with pytest.raises(ValueError, match=expected):
         quantising.check(model, scheme, "base")
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "phi3"])
-def test_fp8_has_the_logits_of_compressed_tensors(name, plain, tmp_path):
+def test_files_have_the_logits_of_compressed_tensors(name, kind, plain, tmp_path):
     pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors: the library that reads these files for transformers")
-    path = written(hf.load(plain(*MODELS[name])), Scheme("fp8"), tmp_path / "ours")
+    path = written(hf.load(plain(*MODELS[name])), Scheme(kind), tmp_path / "ours")
     options = transformers.CompressedTensorsConfig(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=options)
     with torch.no_grad():
         logits = loaded(IDS[None]).logits[0]
     assert torch.allclose(families.document_logits(hf.load(path), IDS), logits, atol=1e-5)
+
+
+DAMAGED = {
+    "packed missing": ({"weight_packed": None}, r"q_proj.weight_packed is missing"),
+    "packed short": (
+        {"weight_packed": torch.zeros(64, 7, dtype=torch.int32)},
+        r"is I32 \[64, 7\], and .* needs I32 \[64, 8\]",
+    ),
+    "scale missing": ({"weight_scale": None}, r"q_proj.weight_scale is missing"),
+    "scale of other groups": ({"weight_scale": torch.ones(64, 3)}, r"weight_scale is F32 \[64, 3\]"),
+    "scale not finite": ({"weight_scale": torch.full((64, 1), torch.nan)}, r"not finite"),
+    "shape missing": ({"weight_shape": None}, r"q_proj.weight_shape is missing"),
+    "another shape": ({"weight_shape": torch.tensor([64, 128])}, r"weight_packed is I32 \[64, 8\], and .* needs I32 \[64, 16\]"),
+    "no shape": ({"weight_shape": torch.tensor([-64, 64])}, r"weight_shape is \[-64, 64\]; expected the sizes of a matrix"),
+    "zero points": ({"weight_zero_point": torch.zeros(8, 1, dtype=torch.int32)}, r"has besides those of its family .*weight_zero_point"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_of_int4_is_one_line(case, plain, tmp_path):
+    changed, expected = DAMAGED[case]
+    path = written(hf.load(plain(*MODELS["llama"])), Scheme("int4"), tmp_path / "small")
+    (path / manifest.NAME).unlink()
+    tensors = load_file(path / "model.safetensors") | {f"model.layers.0.self_attn.q_proj.{name}": leaf for name, leaf in changed.items()}
+    save_file({key: leaf for key, leaf in tensors.items() if leaf is not None}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=expected) as error:
+        loading.load_model(str(path), device=torch.device("cpu"))
+    assert "\n" not in str(error.value)
