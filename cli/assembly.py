@@ -36,6 +36,7 @@ from treetune.models import (
     quantised,
     relora,
     resize,
+    rule_names,
 )  # fmt: skip
 from treetune.models import tokenizer as tokenizers
 from treetune.models.adapter_starts import Given
@@ -78,7 +79,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     pieces = _load(run, source)
     parts, start = pieces.parts, pieces.parts.policy
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
-    optimizer = optim.build(run.config.optim, loraplus=loraplus)
+    optimizer = optim.build(run.config.optim, rule_names.of(start), peak=run.peak, loraplus=loraplus)
     optimizer = loss_scale.scaled(optimizer) if start.cfg.dtype == torch.float16 else optimizer
     for note in optim.offloading_notes(run.config.optim, run.device.type):
         run.say(note)
@@ -179,6 +180,7 @@ def _load_words(run: TrainRun) -> TokenizerSetup:
         model.model,
         revision=model.revision,
         start=run.start,
+        other=options.tokenizer_config,
         special_tokens=option_pairs.named_texts(options.special_tokens, "special-tokens"),
         tokens=options.tokens,
         say=run.say,
@@ -342,5 +344,6 @@ def extras(run: TrainRun, start: Policy) -> dict[str, Any]:
     """
     model, words = run.config.model, run.config.vocabulary
     own_template = getattr(run.config.data, "chat_template", None) is not None
-    own = {"own_words": bool(words.special_tokens or words.tokens), "own_template": own_template}
+    own_words = bool(words.special_tokens or words.tokens or words.tokenizer_config)
+    own = {"own_words": own_words, "own_template": own_template}
     return policy.companions(start, model.model, revision=model.revision, start=run.start, **own)

@@ -65,6 +65,7 @@ def supply(run: TrainRun, parts: Parts, data: Dataset, state: TrainState) -> tup
     cfg, settings = parts.policy.cfg, table.record(documents.Settings, run.config)
     batching = documents.batching(data, settings)
     collate = batcher(cfg, run.device, parts.collates, budget=batching.get("budget"))
+    collate_held_out = batcher(cfg, run.device, parts.collates, budget=documents.batching(data, settings.held_out).get("budget"))
     if parts.precompute is not None:
         data = _precompute(run, parts, parts.precompute, data, state, batching)
 
@@ -72,7 +73,7 @@ def supply(run: TrainRun, parts: Parts, data: Dataset, state: TrainState) -> tup
         # Dropout and noise are functions of the place in the data, so that a resumed run draws what it would have drawn.
         return collate(batch, seed=noise.keys(settings.seed, *cursor))
 
-    calls = documents.Calls(seeded, collate, parts.evaluation, parts.prepare, partial(check_fits, run, cfg), checking_input)
+    calls = documents.Calls(seeded, collate_held_out, parts.evaluation, parts.prepare, partial(check_fits, run, cfg), checking_input)
     return documents.supply(data, settings, calls, ranks=run.ranks, unit=run.method.unit), data
 
 

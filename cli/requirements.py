@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import model, optim, run, trackers
+from treetune.cli.options import data, model, optim, run, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -89,6 +89,7 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
     if method is not None:
         train = cast(Any, config)
         optim.conflicts(train.optim)
+        data.conflicts(train.data, train.optim.max_steps)
         run.conflicts(train.run, streaming=getattr(train.data, "streaming", False))
         if hasattr(train, "tracking"):
             trackers.conflicts(train.tracking)
@@ -114,10 +115,11 @@ def ignored(config: Config, method: Method | None) -> dict[str, str]:
 
 
 def _check_pass(values: dict[str, Any]) -> None:
-    """A forward pass holds micro_batch_size * sequence_len tokens."""
-    tokens = (values.get("micro_batch_size") or 1) * (values.get("sequence_len") or 1)
-    if tokens > TOKENS_MAX:
-        raise ValueError(f"micro_batch_size * sequence_len must be at most {TOKENS_MAX} tokens, got {tokens}: lower one of them")
+    """A forward pass holds micro_batch_size * sequence_len tokens, one of an evaluation eval_batch_size * sequence_len."""
+    for size in ("micro_batch_size", "eval_batch_size"):
+        tokens = (values.get(size) or 1) * (values.get("sequence_len") or 1)
+        if tokens > TOKENS_MAX:
+            raise ValueError(f"{size} * sequence_len must be at most {TOKENS_MAX} tokens, got {tokens}: lower one of them")
 
 
 def _check_dense(config: Config) -> None:

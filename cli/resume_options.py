@@ -21,6 +21,7 @@ def describe(config: Config, method: Method, *, rate: float, dtype: str) -> Opti
         """The options with values for those that were left open, so that naming the default is no change."""
         own = registry.left_open(values.get("optimizer", ""))
         left = {"learning_rate": rate, "dtype": dtype, **{option: own[name] for option, name in OPEN.items()}}
+        left["data_seed"] = values.get("seed")
         if "feature_norm" in values:
             left["feature_norm"] = ebft.norm(values)
         return values | {name: value for name, value in left.items() if name in values and values[name] in (None, "auto")}

@@ -87,6 +87,20 @@ def resolve(name: str | Path, *, say: Say = silent, revision: str | None = None)
     return hf.fetch(name, revision=revision)
 
 
+def resolve_tokenizer(name: str, *, say: Say = silent) -> Path:
+    """The local folder or .gguf file with the tokenizer of a name as of a model; of a hub id only the files beside the weights.
+
+    Raises ValueError, one line, for a name that is nothing we can find.
+    """
+    if _local(name) is not None or known_name(name) is not None:
+        return resolve(name, say=say)
+    check(name)
+    from treetune.models import hf
+
+    say(f"looking for the tokenizer of {name} on the hub")
+    return hf.fetch(name, weights=False)
+
+
 def _local(name: str | Path) -> Path | None:
     local = Path(name).expanduser()
     return local if local.is_dir() or (local.is_file() and local.suffix == ".gguf") else None

@@ -54,8 +54,11 @@ def read_config(path: Path) -> tuple[str, Config]:
     return family, cfg
 
 
-def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a model: the folder itself, or the snapshot of a hub id. Raises ValueError when there is neither."""
+def fetch(path_or_id: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder of a model: the folder itself, or the snapshot of a hub id, without `weights` only the files beside them.
+
+    Raises ValueError when there is neither.
+    """
     if (local := Path(path_or_id).expanduser()).is_dir():
         return local
     if local.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
@@ -65,7 +68,10 @@ def fetch(path_or_id: str | Path, *, revision: str | None = None) -> Path:
 
     try:
         snapshot = huggingface_hub.snapshot_download(
-            str(path_or_id), revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            str(path_or_id),
+            revision=revision,
+            allow_patterns=list(WANTED),
+            ignore_patterns=[*UNWANTED, *([] if weights else ["*.safetensors"])],
         )
     except LocalEntryNotFoundError as error:
         raise ValueError(f"no folder {path_or_id} here, and the hub cannot be reached to look for it") from error

@@ -46,17 +46,21 @@ def load_tokenizer(name: str | Path, *, adapter_path: str | None = None, revisio
         path = adapter_folder(adapter_path)
     else:
         path = fetch.resolve(name, say=say, revision=revision)
+    tokenizer = _read(path)
+    if adapter_path is not None and has_template(adapter_path):
+        tokenizer.chat_template = (adapter_folder(adapter_path) / adapter.TEMPLATE).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _read(path: Path) -> Any:
     try:
-        tokenizer = (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
+        return (gguf.tokenizer if str(path).endswith(".gguf") else hf.tokenizer)(path)
     except Exception as error:  # the tokenizers package raises bare Exceptions
         if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "tokenizer.json")):
             raise ValueError(f"{path} holds no model: there is no config.json in it") from error
         if path.is_dir():
             tokenizer_config.check_files(path)
         raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
-    if adapter_path is not None and has_template(adapter_path):
-        tokenizer.chat_template = (adapter_folder(adapter_path) / adapter.TEMPLATE).read_text(encoding="utf-8")
-    return tokenizer
 
 
 def set_up_tokenizer(
@@ -64,15 +68,19 @@ def set_up_tokenizer(
     *,
     revision: str | None = None,
     start: str | None = None,
+    other: str | None = None,
     special_tokens: Mapping[str, str] | None = None,
     tokens: Sequence[str] = (),
     say: Say = silent,
 ) -> TokenizerSetup:
-    """The tokenizer of a run: that of the model, or of the adapter `start`, with special and extra tokens as asked."""
-    plain = load_tokenizer(name, adapter_path=start, revision=revision, say=say)
+    """The tokenizer of a run, of the model, the adapter `start`, or an `other` folder, with special and extra tokens as asked."""
+    if other is None:
+        plain = load_tokenizer(name, adapter_path=start, revision=revision, say=say)
+    else:
+        plain = _read(fetch.resolve_tokenizer(other, say=say))
     tokenizer, added = vocabulary.add_tokens(plain, special_tokens=special_tokens, tokens=tokens)
     # The rows that a plain tokenizer lacks or has too many are the model's own business: padded vocabularies are common.
-    covers_all = special_tokens or tokens or (start is not None and has_tokenizer(start))
+    covers_all = special_tokens or tokens or other is not None or (start is not None and has_tokenizer(start))
     return TokenizerSetup(tokenizer, added, len(plain), len(tokenizer) if covers_all else 0)
 
 

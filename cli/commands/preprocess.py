@@ -58,9 +58,10 @@ def unused_options(config: Preprocess) -> dict[str, str]:
 
 
 def _tokenizer(config: Preprocess, screen: Screen) -> Any:
-    model, revision, tokens = config.model.model, config.model.revision, config.vocabulary.tokens
-    special_tokens = option_pairs.named_texts(config.vocabulary.special_tokens, "special-tokens")
-    setup = set_up_tokenizer(model, revision=revision, special_tokens=special_tokens, tokens=tokens, say=screen.line)
+    model, revision, words = config.model.model, config.model.revision, config.vocabulary
+    special_tokens = option_pairs.named_texts(words.special_tokens, "special-tokens")
+    asked = {"other": words.tokenizer_config, "special_tokens": special_tokens, "tokens": words.tokens}
+    setup = set_up_tokenizer(model, revision=revision, **asked, say=screen.line)
     loading.check_configs(model, revision=revision)
     return setup.tokenizer
 

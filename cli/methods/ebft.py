@@ -21,6 +21,7 @@ TWINS = {"num_generations": "n_samples_per_prompt", "max_completion_length": "ge
 STRUCTURED = {
     "sample_packing": "structured mode takes micro_batch_size prompts in a forward pass, always packed",
     "overlong": "structured mode drops a prompt that is longer than sequence_len with its true reply: a truth that is cut is none",
+    "eval_batch_size": "structured mode samples the completions of all held-out prompts, and reads micro_batch_size of these at a time",
     "dataset_prepared_path": "structured mode reads its prompts anew in each run",
 } | dict.fromkeys(("reroll_start_fraction", "reroll_max_groups"), "features are never all 0, so no prompt counts as failed")
 

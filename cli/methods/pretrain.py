@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method, Parts, Setting
+from treetune.cli.options.data import ENDLESS, FRACTION_OF_STREAM, HELD_OUT, Listed, Stream
 from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
@@ -16,25 +17,16 @@ from treetune.core.config.marks import (
     ROW_FILES,
     ROWS_AND_ORDER,
     ROWS_READ,
+    SHOWN,
     STEP_ROWS,
-    Unused,
-    Values,
     unused_if,
-    unused_unless,
 )
-from treetune.core.config.ranges import COUNT, ROWS, TOKENS
+from treetune.core.config.ranges import COUNT, ROWS, SMALL, TOKENS
 from treetune.core.config.table import group
 from treetune.core.data import samples
 
 if TYPE_CHECKING:
     from treetune.models.policy import Policy
-
-
-def _fraction_of_stream(values: Values) -> str:
-    if not values["streaming"] or not 0 < values["val_set_size"] < 1:
-        return ""
-    size = values["val_set_size"]
-    return f"{size} is a part of the rows, but how many a stream has is not known: give a number of rows, or val_data"
 
 
 @dataclass(frozen=True)
@@ -46,26 +38,26 @@ class PretrainModel(ModelOptions):
 
 
 @dataclass(frozen=True)
-class PretrainData:
-    """Data."""
+class PretrainData(Stream):
+    """Data. A config file may have `datasets`, a list of mappings with `path`, `text_column` and options, instead of `data`."""
 
+    datasets: Annotated[Listed, ROWS_READ] = ()
+    """Data sets with options of their own."""
     data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (samples.path("text.jsonl"),)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids with a text column."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""
     text_column: Annotated[str, ROWS_READ] = "text"
-    """Column that holds the text."""
+    """Column that holds the text, where an entry of `datasets` does not name its own."""
     val_data: Annotated[tuple[str, ...], HELD_OUT_FILES, ROWS_READ] = ()
     """Files or data sets to evaluate on, instead of a fraction of the training rows."""
-    val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given"), Unused(_fraction_of_stream)] = 0.1
+    val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given"), FRACTION_OF_STREAM] = 0.1
     """Fraction of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none. Of a stream only a number of rows,
     the first of each data set; without one nothing is held out."""
-    max_rows: Annotated[int | None, COUNT, ROWS_READ, unused_if("streaming", reason="a stream is read for max_steps")] = None
+    eval_batch_size: Annotated[int | None, SMALL, SHOWN, HELD_OUT] = None
+    """As micro_batch_size, in evaluations, whose numbers do not depend on it; micro_batch_size if not given."""
+    max_rows: Annotated[int | None, COUNT, ROWS_READ, ENDLESS] = None
     """Use only the first rows of each data set."""
-    streaming: Annotated[bool, ROWS_AND_ORDER] = False
-    """Read rows as they are needed, for corpora that do not fit in memory; needs max_steps."""
-    streaming_multipack_buffer_size: Annotated[int, COUNT, STEP_ROWS, unused_unless("streaming", reason="there is no --streaming")] = 10_000
-    """Streaming: rows that are held at a time, and shuffled and packed together."""
     sequence_len: Annotated[int, TOKENS, ROWS_AND_ORDER] = 512
     """Texts longer than this many tokens are split; a micro-batch holds micro_batch_size * sequence_len tokens."""
     sample_packing: Annotated[bool, STEP_ROWS] = True
@@ -87,12 +79,6 @@ class Pretrain:
     tracking: TrackerOptions = group(TrackerOptions)
 
 
-def conflicts(config: Pretrain) -> None:
-    """Raise ValueError for a stream without an end."""
-    if config.data.streaming and config.optim.max_steps is None:
-        raise ValueError("streaming needs max_steps: how many rows a stream has is not known before its end")
-
-
 def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:
     """The likelihood of every token, or the loss that the options name."""
     from treetune.cli.methods.parts import supervised
@@ -109,5 +95,4 @@ METHOD = Method(
     parts,
     unit="supervised tokens",
     perplexity=True,
-    conflicts=conflicts,
 )

@@ -14,14 +14,34 @@ from treetune.core.config.marks import (
     ROW_SETS,
     ROWS_AND_ORDER,
     ROWS_READ,
+    SHOWN,
     STEP_ROWS,
     TEMPLATE,
+    Unused,
+    Values,
     listed,
     unused_if,
+    unused_unless,
 )
-from treetune.core.config.ranges import COUNT, ROWS, TOKENS
+from treetune.core.config.ranges import COUNT, ROWS, SMALL, TOKENS
 from treetune.core.data import samples
 
+
+def _nothing_held_out(values: Values) -> str:
+    size = 0 if values.get("streaming") and values["val_set_size"] < 1 else values["val_set_size"]
+    return "" if values["val_data"] or values.get("test_datasets") or size else "nothing is held out"
+
+
+def _fraction_of_stream(values: Values) -> str:
+    if not values.get("streaming") or not 0 < values["val_set_size"] < 1:
+        return ""
+    size = values["val_set_size"]
+    return f"{size} is a part of the rows, but how many a stream has is not known: give a number of rows, or val_data"
+
+
+HELD_OUT, FRACTION_OF_STREAM = Unused(_nothing_held_out), Unused(_fraction_of_stream)
+ENDLESS = unused_if("streaming", reason="a stream is read for max_steps")
+UNKEPT = unused_if("streaming", reason="the rows of a stream are not kept")
 KEPT_ROWS = listed("only says where encoded rows are kept", lasting=True)
 # A list of mappings: written in a config file, never as flags.
 Listed = Annotated[tuple[dict[str, Any], ...], ROW_SETS, Suppress, Fixed]
@@ -46,7 +66,7 @@ class AnyRows:
     """Row format: chat, alpaca, completion, input_output, pretokenised, jeopardy, ...; auto goes by the columns and prints it."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""
-    max_rows: Annotated[int | None, COUNT, ROWS_READ] = None
+    max_rows: Annotated[int | None, COUNT, ROWS_READ, ENDLESS] = None
     """Use only the first rows of each data set."""
     sequence_len: Annotated[int, TOKENS, ROWS_AND_ORDER] = 512
     """Longest document in tokens; with packing, a micro-batch holds up to micro_batch_size * sequence_len tokens."""
@@ -56,9 +76,9 @@ class AnyRows:
     """Fill each micro-batch with whole documents; off: micro_batch_size documents each."""
     chat_template: Annotated[str | None, TEMPLATE, ROWS_READ] = None
     """Instead of the tokenizer's own: a built-in name (chatml, llama3, qwen3, ...), tokenizer_default_fallback_NAME, or Jinja."""
-    dataset_exact_deduplication: Annotated[bool, ROWS_READ] = False
+    dataset_exact_deduplication: Annotated[bool, ROWS_READ, UNKEPT] = False
     """Leave out rows that repeat an earlier row, and held-out rows that are trained on; counted."""
-    dataset_prepared_path: Annotated[str | None, PREPARED_ROWS, KEPT_ROWS] = None
+    dataset_prepared_path: Annotated[str | None, PREPARED_ROWS, KEPT_ROWS, UNKEPT] = None
     """Folder to keep encoded rows in; a later run with the same data, tokenizer, template and options reads them from there."""
 
 
@@ -92,14 +112,27 @@ class HeldOut:
         ROWS_READ,
         unused_if("val_data", reason="val_data is given"),
         unused_if("test_datasets", reason="test_datasets is given"),
+        FRACTION_OF_STREAM,
     ] = 0.1
     """Fraction of the rows (below 1) or number of rows (1 and up) held out for evaluation; 0 for none."""
+    eval_batch_size: Annotated[int | None, SMALL, SHOWN, HELD_OUT] = None
+    """As micro_batch_size, in evaluations, whose numbers do not depend on it; micro_batch_size if not given."""
     shuffle: Annotated[bool, STEP_ROWS] = True
     """Shuffle the rows anew every epoch."""
 
 
 @dataclass(frozen=True)
-class DataOptions(HeldOut, RowOptions):
+class Stream:
+    """Rows that are read as they are needed."""
+
+    streaming: Annotated[bool, ROWS_AND_ORDER] = False
+    """Read rows as they are needed, for data that does not fit in memory; needs max_steps, and a number of rows as val_set_size."""
+    streaming_multipack_buffer_size: Annotated[int, COUNT, STEP_ROWS, unused_unless("streaming", reason="there is no --streaming")] = 10_000
+    """Streaming: rows that are held at a time, and shuffled and packed together."""
+
+
+@dataclass(frozen=True)
+class DataOptions(Stream, HeldOut, RowOptions):
     """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
 
 
@@ -149,3 +182,9 @@ class PromptData(PromptRows):
     """Files or data sets of prompts to evaluate on, instead of a fraction of the training prompts."""
     val_set_size: Annotated[float, ROWS, ROWS_READ, unused_if("val_data", reason="val_data is given")] = 0.0
     """Fraction of the prompts (below 1) or number of prompts (1 and up) held out for evaluation; 0 for none."""
+
+
+def conflicts(data: Any, max_steps: int | None) -> None:
+    """Raise ValueError for a stream without an end."""
+    if getattr(data, "streaming", False) and max_steps is None:
+        raise ValueError("streaming needs max_steps: how many rows a stream has is not known before its end")

@@ -72,6 +72,8 @@ class ModelOptions(ModelName):
 class TokenOptions:
     """Vocabulary."""
 
+    tokenizer_config: Annotated[str | None, marks.MODEL, marks.TOKEN_IDS, BROUGHT] = None
+    """Folder, .gguf file or Hugging Face id of another tokenizer than the model's; what trained is saved with it."""
     special_tokens: Annotated[tuple[str, ...], marks.NAMED_TEXTS, marks.TOKEN_IDS] = ()
     """NAME=TEXT pairs that set bos_token, eos_token, unk_token, pad_token and so on; in a file also a mapping."""
     tokens: Annotated[tuple[str, ...], marks.TOKEN_IDS] = ()

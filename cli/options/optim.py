@@ -1,9 +1,9 @@
 """Options of the optimiser, the learning rate and the length of a run. Importing this imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from tyro.conf import arg
 
@@ -53,6 +53,11 @@ def taken(parameter: str, *, reason: str = "", instead: Mapping[str, str] = Mapp
         return other.format(**values) or mark.reason(values)
 
     return Unused(unused)
+
+
+def _unshuffled(values: Values) -> str:
+    weighted = any("weight" in entry for entry in values.get("datasets", ()))  # decides which rows come once more, in any order
+    return "" if values.get("shuffle", True) or weighted else "shuffle is off"
 
 
 def peak(rates: tuple[float, float]) -> Any:
@@ -107,9 +112,11 @@ class OptimOptions:
     weight_decay: Annotated[float, NOT_NEGATIVE, STEP_SIZE, taken("weight_decay")] = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) do not decay."""
     weight_decay_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("decay")] = ()
-    """REGEX=VALUE over paths, first match wins: decay of the leaves that match."""
+    """REGEX=VALUE over paths, or names of transformers, first match wins: decay of the leaves that match."""
     lr_rules: Annotated[tuple[str, ...], REGEX_NUMBERS, STEP_SIZE, taken("lr_scale")] = ()
-    """REGEX=FACTOR over paths, first match wins: multiplies the learning rate of the leaves that match."""
+    """REGEX=FACTOR over paths, or names of transformers, first match wins: multiplies the learning rate of the leaves that match."""
+    embedding_lr: Annotated[float | None, POSITIVE, STEP_SIZE, taken("lr_scale")] = None
+    """Peak learning rate of the embedding and the head where they train, unless a rule of lr_rules matches them."""
     adam_beta1: Annotated[float, BELOW_ONE, STEP_SIZE, taken("b1", reason="{optimizer} has no first moment", instead=MOMENTUM)] = 0.9
     """Decay rate of the first moment (adamw, lion and their kin)."""
     adam_beta2: Annotated[
@@ -145,6 +152,10 @@ class OptimOptions:
     """Where frozen layers are until they are computed with: on the device, in host memory (cpu), or in temporary files (disk)."""
     seed: Annotated[int, SEED, refused("decides order, rollouts and dropout; another value would read rows twice or never")] = 42
     """Random seed; all randomness of the run derives from it."""
+    data_seed: Annotated[int | None, SEED, Unused(_unshuffled), refused("decides order; another value would read rows twice or never")] = (
+        None
+    )
+    """Seed of the order of rows alone; seed if not given."""
 
     @property
     def remat(self) -> str | None:
@@ -218,18 +229,38 @@ def conflicts(optim: OptimOptions) -> None:
     schedule.conflicts(optim)
 
 
-def build(options: OptimOptions, *, loraplus: float | None = None) -> "Optimizer":
-    """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side. Imports torch."""
+class Names(Protocol):
+    """The names of what trains in one model."""
+
+    def over_paths(self, rules: Sequence[tuple[str, float]], option: str) -> list[tuple[str, float]]:
+        """The rules as rules over paths. Errors: ValueError for one that matches nothing."""
+        ...
+
+    def vocabulary(self) -> str:
+        """A regular expression of what trains of the embedding and the head. Errors: ValueError where nothing does."""
+        ...
+
+
+def build(options: OptimOptions, names: Names | None = None, *, peak: float = 1.0, loraplus: float | None = None) -> "Optimizer":
+    """The optimiser that the options name; LoRA+ is a learning-rate rule for the B side. Imports torch.
+
+    names: of what trains; without them rules are over paths, and there is no embedding_lr, which is a part of the peak learning rate.
+    """
     factors = option_pairs.rules(options.lr_rules, "lr-rules")
     if frozen := [regex for regex, factor in factors if not factor > 0]:
         raise ValueError(f"--lr-rules needs factors above 0, and {frozen[0]!r} has none; to leave weights as they are, do not target them")
+    decays = option_pairs.rules(options.weight_decay_rules, "weight-decay-rules")
+    if names is not None:
+        factors, decays = names.over_paths(factors, "lr_rules"), names.over_paths(decays, "weight_decay_rules")
+        if options.embedding_lr is not None:
+            factors.append((names.vocabulary(), options.embedding_lr / peak))
     given = {"b2": options.adam_beta2, "eps": options.adam_epsilon, "momentum": options.momentum}
     values = {
         "b1": options.adam_beta1,
         "seed": options.seed,
         **{name: usual if given[name] is None else given[name] for name, usual in registry.left_open(options.optimizer).items()},
         "weight_decay": options.weight_decay,
-        "decay": option_pairs.rules(options.weight_decay_rules, "weight-decay-rules"),
+        "decay": decays,
         "lr_scale": factors + ([(r"^lora\..*\.B$", loraplus)] if loraplus else []),
     }
     optimizer = registry.bind(registry.choose(registry.OPTIMIZERS, options.optimizer), **values, **_own_args(options))()

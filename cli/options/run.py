@@ -4,14 +4,10 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
-
-
-def _nothing_held_out(values: Values) -> str:
-    size = 0 if values.get("streaming") and values["val_set_size"] < 1 else values["val_set_size"]
-    return "" if values["val_data"] or values.get("test_datasets") or size else "nothing is held out"
 
 
 def _one_process(values: Values) -> str:
@@ -24,7 +20,6 @@ def _listed_steps(values: Values) -> str:
 
 
 OBSERVER = door((), "observer", "event", "record")
-HELD_OUT = Unused(_nothing_held_out)
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
 

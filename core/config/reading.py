@@ -86,7 +86,7 @@ def _check_known(names: Mapping[str, Any], options: Mapping[str, Option], place:
 
 
 def _read(written: Mapping[str, Written], options: Mapping[str, Option], place: str) -> dict[str, Any]:
-    fields = dataset_fields.PROMPTS if "field_prompt" in options else dataset_fields.ROWS
+    fields = dataset_fields.of_options(options)
     return {name: _value(options[name], value, place, fields) for name, value in written.items()}
 
 

@@ -1,8 +1,7 @@
 """From rows to documents: read the data sets, split, encode, and say what became of the rows."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,21 +16,19 @@ from treetune.core.data import (
     formats,
     kinds,
     loader,
+    nested,
     reporting,
     sources,
-    streaming,
     strides,
     suggest,
     template_date,
     trees,
     workers,
 )
-from treetune.core.data.dataset import Dataset, Docs, DocumentStream, Refuse, RowSettings
-from treetune.core.data.spans import Doc
+from treetune.core.data.dataset import Dataset, Docs, Refuse, RowSettings
 from treetune.core.protocols import Tokenizer
 
-SHOWN = 8  # documents of a stream to check and to show before it starts
-OWN_KEYS = {"path", "type", "train_on_split", "weight"}  # of an entry of `datasets`, besides the source's and the format's
+OWN_KEYS = {"path", "type", "train_on_split", "weight", "text_column"}  # of an entry of `datasets`, besides the source's and the format's
 # Options of all data sets that formats may take.
 FOR_ROWS = ("chat_template", "chat_template_kwargs", "default_system_message", "roles_to_train", "train_on_eos", "train_on_inputs")
 RAW = {"completion", *strides.SPLIT}
@@ -45,23 +42,45 @@ class DataSetRows(NamedTuple):
     format: str
     options: dict[str, Any]
     weight: float
-    digest: str  # of the bytes and choices behind the rows; empty where nothing is kept
+    digest: str = ""  # of the bytes and choices behind the rows; empty where nothing is kept
+    transform: Callable[[sources.Rows], sources.Rows] | None = None  # of the user's, which the rows went through
 
 
 def _read(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Tokenizer, kind: kinds.DatasetSpec) -> DataSetRows:
-    """The data set that one mapping describes; what is neither about the source nor its type goes to the encoder."""
+    """The data set that one mapping describes."""
     split = {"split": entry["train_on_split"]} if "train_on_split" in entry else {}
-    rows = dataset.read_source(entry, settings, **split)
+    rows, is_cached = dataset.read_source(entry, settings, **split), settings.prepared_folder is not None
+    part = describe(rows, entry, settings, tokenizer, kind)
+    if not is_cached:
+        return part
+    if part.transform is not None:
+        return part._replace(digest=custom.digest_rows(part.rows))
+    return part._replace(digest=sources.digest_source(entry.get("path"), **dataset.source_options(entry, settings) | split))
+
+
+def describe(
+    rows: sources.Rows, entry: Mapping[str, Any], settings: RowSettings, tokenizer: Tokenizer, kind: kinds.DatasetSpec
+) -> DataSetRows:
+    """Rows of the data set that one mapping describes, with its format; what is no key of its own here goes to the encoder."""
+    if settings.text_column is not None:
+        if len(columns := {entry[key] for key in ("text_column", "field") if key in entry}) > 1:
+            raise ValueError(f"datasets: {entry.get('path')} has text_column and field, two names of one thing: give one")
+        options = {"field": next(iter(columns), settings.text_column)}
+        return DataSetRows(lifted(rows, options), kind, "completion", options, _weight(entry))
     options = {key: value for key, value in entry.items() if key not in dataset.SOURCE_KEYS | OWN_KEYS}
     options |= entry["type"] if isinstance(entry.get("type"), dict) else {}
-    is_cached = settings.prepared_folder is not None
-    named = entry.get("type", None if settings.text_column or settings.format == "auto" else settings.format)
+    named = entry.get("type", None if settings.format == "auto" else settings.format)
     if custom.is_path(named, kind.names):
-        rows = custom.apply_transform(rows, custom.load_transform(named, entry), tokenizer)
-        digest = custom.digest_rows(rows) if is_cached else ""
-        return DataSetRows(rows, kind, _detect(rows, kind), options, _weight(entry), digest)
-    digest = sources.digest_source(entry.get("path"), **dataset.source_options(entry, settings) | split) if is_cached else ""
-    return DataSetRows(rows, kind, _format(entry, settings, rows, kind), options, _weight(entry), digest)
+        transform = partial(custom.apply_transform, transform=custom.load_transform(named, entry), tokenizer=tokenizer)
+        rows = lifted(transform(rows), options)
+        return DataSetRows(rows, kind, _detect(rows, kind), options, _weight(entry), transform=transform)
+    rows = lifted(rows, options)
+    return DataSetRows(rows, kind, _format(entry, settings, rows, kind), options, _weight(entry))
+
+
+def lifted(rows: sources.Rows, options: Mapping[str, Any]) -> sources.Rows:
+    """The rows with the columns that options name inside others."""
+    return nested.lifted(rows, [value for key, value in options.items() if key.startswith("field")])
 
 
 def _weight(entry: Mapping[str, Any]) -> float:
@@ -73,8 +92,6 @@ def _weight(entry: Mapping[str, Any]) -> float:
 
 def _format(entry: Mapping[str, Any], settings: RowSettings, rows: sources.Rows, kind: kinds.DatasetSpec) -> str:
     """As named for the data set, else for all, else by the columns. Found before any split: a part may lack a column."""
-    if settings.text_column is not None:
-        return "completion"
     if "type" in entry and entry["type"] is None:
         return kind.canonical("pretokenised")
     if isinstance(entry.get("type"), dict):
@@ -105,20 +122,19 @@ def _taken(part: DataSetRows) -> tuple[str, ...]:
 def _encoding(settings: RowSettings, part: DataSetRows) -> dict[str, Any]:
     """Those of the options of all data sets that this one's format takes."""
     if settings.text_column is not None:
-        return {"field": settings.text_column}
+        return {}
     taken = _taken(part)
     return {key: settings.encoding[key] for key in FOR_ROWS if key in settings.encoding and key in taken}
 
 
 def unused_options(settings: RowSettings, parts: list[DataSetRows]) -> dict[str, str]:
     """{option that the rows of these data sets would ignore: the reason}."""
+    given: dict[str, str] = dict.fromkeys(("data", "format"), "datasets is given") if settings.datasets else {}
     if settings.text_column is not None:
-        return {}
+        return given
     names, taken = {part.format for part in parts}, {key for part in parts for key in _taken(part)}
     unused = {key: f"rows of format {', '.join(sorted(names))} do not take it" for key in FOR_ROWS if key not in taken}
-    if settings.datasets:
-        unused |= {key: "datasets is given" for key in ("data", "format")}
-    return unused | ({"overlong": "raw text is split, not dropped"} if names <= RAW else {})
+    return unused | given | ({"overlong": "raw text is split, not dropped"} if names <= RAW else {})
 
 
 class EncodedRows(NamedTuple):
@@ -158,9 +174,7 @@ def _encode(
     part: DataSetRows, settings: RowSettings, tokenizer: Tokenizer, *, processes: int = 1, **working: Any
 ) -> tuple[Docs, Any, str, bool]:
     """Documents, report and fingerprint of one data set, and whether they were prepared earlier."""
-    options = _encoding(settings, part) | part.options
-    policy = "split" if part.format == "completion" else settings.overlong or part.kind.fallback_overlong
-    sizes = {"sequence_len": settings.sequence_len, "overlong": policy}
+    options, sizes = encoding_of(part, settings)
     folder, key = settings.prepared_folder, ""
     if folder is not None:
         choices = {"kind": part.kind.name, "format": part.format, "given": options, "numbers": part.rows.numbers, **sizes}
@@ -179,6 +193,12 @@ def _encode(
     if folder is not None:
         cache.save_entry(folder, key, docs, [report, digest])
     return docs, report, digest, False
+
+
+def encoding_of(part: DataSetRows, settings: RowSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the format, and how long documents may be, for the rows of a data set."""
+    policy = "split" if part.format == "completion" else settings.overlong or part.kind.fallback_overlong
+    return _encoding(settings, part) | part.options, {"sequence_len": settings.sequence_len, "overlong": policy}
 
 
 def _without_duplicates(train: list[DataSetRows], val: list[DataSetRows]) -> tuple[list[DataSetRows], list[DataSetRows], list[str]]:
@@ -203,10 +223,6 @@ def read_and_encode(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: T
 
 def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *, seed: int, refuse: Refuse) -> Dataset:
     """Documents for training and evaluation. Errors: ValueError naming file, row and fix; what `refuse` raises."""
-    if not settings.data:
-        raise ValueError("no training data: give --data at least one file or data set")
-    if settings.stream_buffer is not None:
-        return _stream(kind, settings, tokenizer)
     parts = read_all(settings.training_entries(), settings, tokenizer, kind)
     val_parts = read_all(settings.held_out_entries(), settings, tokenizer, kind)
     refuse(unused_options(settings, parts + val_parts))
@@ -218,43 +234,14 @@ def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *
         parts = [part._replace(rows=rows) for part, rows in zip(parts, train_rows, strict=True)]
     train, val = encode_all(parts, settings, tokenizer, "train"), encode_all(val_parts, settings, tokenizer, "held out")
     kind.check(train.docs)
-    first = val_parts[0].rows.rows[0] if val_parts else None
+    first = first_row(val_parts, settings)
     lines, digests = repeated + train.lines + val.lines, (train.digest, val.digest)
     return Dataset(train.docs, val.docs, first, (val_parts or parts)[0].format, lines, train.weights, digests=digests)
 
 
-def _stream(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer) -> Dataset:
-    """A stream of the data sets' rows, but for those held out, with its first documents."""
-    val_parts = read_all(settings.held_out_entries(), settings, tokenizer, kind)
-    size = 0 if val_parts else int(settings.val_set_size)  # a fraction counts as 0: nobody knows the length of a stream
-    val_parts += [_first_rows(path, settings.split, size, kind) for path in settings.data if size]
-    shards = [shard for path in settings.data for shard in streaming.list_shards(path, split=settings.split, skip=size)]
-    encode = partial(_encode_block, settings=settings, tokenizer=tokenizer)
-    first_docs, _ = next(streaming.micro_batches(shards, encode, rows=SHOWN, buffer=SHOWN, shuffle=False))
-    val = encode_all(val_parts, settings, tokenizer, "held out")
-    line = f"train: a stream of {len(shards)} files or shards, {settings.stream_buffer} rows at a time"
-    first = val_parts[0].rows.rows[0] if val_parts else None
-    # Where files are is no part of what they hold; which comes first is told by their names.
-    places = [[os.path.basename(shard.name) if len(shards) > 1 else "", *shard.start] for shard in shards]
-    digests = (fingerprint.values(fingerprint.documents(first_docs), settings.split, places), val.digest)
-    stream = DocumentStream(shards, encode)
-    return Dataset(first_docs, val.docs, first, "completion", [line, *val.lines], stream=stream, digests=digests)
-
-
-def _first_rows(path: str, split: str, size: int, kind: kinds.DatasetSpec) -> DataSetRows:
-    """The first rows of a data set that has more."""
-    rows, _, _ = next(streaming.blocks(streaming.list_shards(path, split=split), buffer=size + 1, shuffle=False))
-    if len(rows.rows) <= size:
-        raise ValueError(f"val_set_size {size} holds out all {len(rows.rows)} rows of {path}: give a smaller number")
-    return DataSetRows(sources.take(rows, range(size)), kind, "completion", {}, 1.0, "")
-
-
-def _encode_block(rows: sources.Rows, *, settings: RowSettings, tokenizer: Tokenizer) -> list[Doc]:
-    """Documents of some rows of a stream: none where all texts are blank, which is an error only for a whole data set."""
-    column = settings.text_column
-    assert column is not None
-    texts = [row.get(column) for row in rows.rows]
-    if all(isinstance(text, str) and not text.strip() for text in texts):
-        return []
-    options = {"format": "completion", "format_options": {"field": column}, "sequence_len": settings.sequence_len, "overlong": "split"}
-    return formats.encode_rows(rows, tokenizer, **options)[0]
+def first_row(parts: list[DataSetRows], settings: RowSettings) -> dict[str, Any] | None:
+    """The first held-out row; of raw text with its text in the column of all data sets, whatever its own is called."""
+    if not parts:
+        return None
+    row, column = parts[0].rows.rows[0], settings.text_column
+    return row if column is None else {**row, column: row.get(parts[0].options["field"])}

@@ -88,7 +88,7 @@ VALUES = Field("a mapping of the template's variables", lambda written: _mapping
 SOURCE = {
     "path": NAME, "split": NAME, "name": _or_null(NAME), "revision": _or_null(NAME), "data_files": FILES,
     "ds_type": _or_null(_choice(*FILE_TYPES)), "shards": _or_null(_whole(1)), "shard_index": _whole(0), "limit": _or_null(_whole(1)),
-    "train_on_split": NAME, "weight": WEIGHT,
+    "skip": _whole(0), "train_on_split": NAME, "weight": WEIGHT,
 }  # fmt: skip
 # What rows of fixed columns in a wording of one's own take: `type: {field_instruction: ...}`, and the user_defined formats.
 WORDED = {
@@ -160,3 +160,12 @@ def _type(written: Written, place: str) -> Any:
 ROWS = SOURCE | {"type": TYPE} | FORMATS
 PROMPTS = {name: field for name, field in SOURCE.items() if name not in ("train_on_split", "weight")}
 PROMPTS |= {"type": Field("a transform, as module.function or file.py:function", NAME.read), "field_prompt": NAME}
+TEXTS_ONLY = {name: field for name, field in SOURCE.items() if name != "train_on_split"}
+TEXTS_ONLY |= {"text_column": NAME, "field": NAME, "type": _choice("completion", "pretrain")}
+
+
+def of_options(names: Collection[str]) -> dict[str, Field]:
+    """The fields of entries for a command with these options."""
+    if "field_prompt" in names:
+        return PROMPTS
+    return TEXTS_ONLY if "text_column" in names else ROWS

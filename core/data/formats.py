@@ -41,7 +41,7 @@ class TextReport(NamedTuple):
     ending: str = ""  # what closes trained turns and looks like one token, but is none
 
 
-ALIASES = {"chat_template": "chat", "pretrain": "completion"}  # the documents' names
+ALIASES = {"chat_template": "chat", "sharegpt": "chat", "pretrain": "completion"}  # the documents' names
 
 
 def detect(columns: Sequence[str]) -> str:

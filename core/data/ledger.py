@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from treetune.core.data import sources, streaming
+from treetune.core.data import nested, sources, streaming
 
 SIZE = 16  # bytes of a row's digest
 MODULUS = 2 ** (8 * SIZE)
@@ -34,10 +34,11 @@ class BlockSums(NamedTuple):
 class Ledger:
     """Sums of the rows of a stream, block by block as they are read.
 
-    column: the one that is trained on. warn: called once a pass of rows that changed while the run went on.
+    column: the one that is trained on, where a shard does not name its own; None: the whole row.
+    warn: called once a pass of rows that changed while the run went on.
     """
 
-    def __init__(self, shards: Sequence[streaming.Shard], column: str, *, warn: Callable[[str], None] = print):
+    def __init__(self, shards: Sequence[streaming.Shard], column: str | None, *, warn: Callable[[str], None] = print):
         self._shards, self._column, self._warn = shards, column, warn
         self._blocks: dict[tuple[int, int], BlockSums] = {}  # by epoch and block
         self._start: tuple[tuple[int, int], int | None] = ((0, 0), 0)  # a block, and the sum before it if that is known
@@ -104,7 +105,8 @@ class Ledger:
     def _sum(self, rows: sources.Rows) -> int:
         total = 0
         for number, row in zip(rows.numbers, rows.rows, strict=True):
-            text = json.dumps([number, row.get(self._column)], default=str)
+            column = self._shards[streaming.shard_of(number)].column or self._column
+            text = json.dumps([number, row if column is None else nested.look_up(row, column)], default=str)
             total += int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest())
         return total % MODULUS
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from treetune.core.data import corpus, ebft_rows, kinds, prompt_rows
+from treetune.core.data import corpus, ebft_rows, kinds, prompt_rows, stream_rows
 from treetune.core.data.dataset import Dataset, Refuse, RowSettings
 
 PROMPTS = {"prompts": prompt_rows.load, "truths": ebft_rows.load}
@@ -19,4 +19,9 @@ def load(
     """
     if isinstance(kind, str) and kind in PROMPTS:
         return PROMPTS[kind](settings, tokenizer, seed=seed)
-    return corpus.load(kinds.KINDS[kind] if isinstance(kind, str) else kind, settings, tokenizer, seed=seed, refuse=refuse)
+    if not settings.data:
+        raise ValueError("no training data: give --data at least one file or data set")
+    spec = kinds.KINDS[kind] if isinstance(kind, str) else kind
+    if settings.stream_buffer is not None:
+        return stream_rows.load(spec, settings, tokenizer, refuse=refuse)
+    return corpus.load(spec, settings, tokenizer, seed=seed, refuse=refuse)

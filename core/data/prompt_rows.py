@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treetune.core import fields
-from treetune.core.data import custom, dataset, kinds, prompts, row_formats, sources
+from treetune.core.data import custom, dataset, kinds, nested, prompts, row_formats, sources
 from treetune.core.data.dataset import Dataset, RowSettings
 from treetune.core.data.prompts import Prompt
 
@@ -31,7 +31,9 @@ def _rows(entry: Mapping[str, Any], settings: RowSettings, tokenizer: Any) -> so
     transform = entry.get("type") or (None if settings.format == "auto" else settings.format)
     if transform:
         rows = custom.apply_transform(rows, custom.load_transform(transform, settings.transform_config), tokenizer)
-    name = _column(rows, entry.get("field_prompt") or settings.prompt_column)
+    named = entry.get("field_prompt") or settings.prompt_column
+    rows = nested.lifted(rows, [named])
+    name = _column(rows, named)
     formats = row_formats.of_kind("prompts")
     read = formats[name].reader if name in formats else prompts.from_column
     return rows._replace(rows=[read(row, name, sources.locate_row(rows, i)) for i, row in enumerate(rows.rows)])

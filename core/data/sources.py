@@ -158,14 +158,21 @@ class SourceOptions(TypedDict, total=False):
 
 
 def read(
-    path: str | None, *, shards: int | None = None, shard_index: int = 0, limit: int | None = None, **options: Unpack[SourceOptions]
+    path: str | None,
+    *,
+    shards: int | None = None,
+    shard_index: int = 0,
+    skip: int = 0,
+    limit: int | None = None,
+    **options: Unpack[SourceOptions],
 ) -> Rows:
     """Rows of files, of a folder saved by the datasets library, or of a Hugging Face dataset `owner/name`.
 
     path: a file, folder, pattern or remote address (.jsonl, .json, .parquet, .csv, .arrow, .txt; .gz and .zst of them), see `files.find`.
     split: a split and perhaps a part of it: "train[:1%]", "train[100:200]", "train[:5%]+train[-5%:]".
     name, revision: configuration and version of a hub dataset. ds_type: json, csv, parquet, arrow, text, document.
-    shards, shard_index: only this one of so many random parts (`take_shard`). limit: only the first rows of what is left.
+    shards, shard_index: only this one of so many random parts (`take_shard`). skip: without the first rows of that; limit: only the first
+    rows of what is left.
     Errors: ValueError of one line for a missing, empty, broken or unsupported source; it names the file and the line or row.
     """
     if limit is not None and limit < 1:
@@ -178,15 +185,24 @@ def read(
     else:
         whole = shards is None and "[" not in split and "+" not in split
         # The first rows of a large file need not wait for the others, unless a part or a share of all is asked for.
-        rows = slice_rows(_read_files(place, path, limit if whole else None), split)
+        rows = slice_rows(_read_files(place, path, None if limit is None or not whole else skip + limit), split)
     if not rows.rows:
         raise ValueError(f"{path or options.get('data_files')} has no rows" + ("" if split == "train" else f" in split {split}"))
     rows = rows if shards is None else take_shard(rows, shards, shard_index)
-    return rows if limit is None else take(rows, range(min(limit, len(rows.rows))))
+    end = len(rows.rows) if limit is None else min(skip + limit, len(rows.rows))
+    if skip >= end:
+        raise ValueError(f"{rows.name}: skip {skip} leaves out all {len(rows.rows)} rows: give a smaller number")
+    return rows if (skip, end) == (0, len(rows.rows)) else take(rows, range(skip, end))
 
 
 def digest_source(
-    path: str | None, *, shards: int | None = None, shard_index: int = 0, limit: int | None = None, **options: Unpack[SourceOptions]
+    path: str | None,
+    *,
+    shards: int | None = None,
+    shard_index: int = 0,
+    skip: int = 0,
+    limit: int | None = None,
+    **options: Unpack[SourceOptions],
 ) -> str:
     """A fingerprint of the rows that `read` would give for the same arguments, without reading them: sha256 over the bytes of the files
     (or the datasets library's own fingerprint of a hub dataset) and over what chooses among the rows. Where files lie does not count.
@@ -197,7 +213,8 @@ def digest_source(
     else:
         content = files.digest_files(files.folder_files(place.path) if isinstance(place, SavedFolder) else place)
     split, name, revision = options.get("split", "train"), options.get("name"), options.get("revision")
-    return hashlib.sha256(json.dumps([content, split, name, revision, shards, shard_index, limit]).encode()).hexdigest()
+    chosen = [content, split, name, revision, shards, shard_index, limit, *([skip] if skip else [])]
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
 
 
 def slice_rows(rows: Rows, split: str) -> Rows:

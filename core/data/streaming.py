@@ -26,11 +26,18 @@ END = object()
 
 
 class Shard(NamedTuple):
-    """A file, or a shard of a hub dataset. `read(position)` gives the rows after a position."""
+    """A file, or a shard of a hub dataset. `read(position)` gives the rows after a position.
+
+    entry: index of the data set that it is of. weight: how often its rows are read in a pass. column: the one that is trained on, where
+    it is not that of the whole stream.
+    """
 
     name: str
     read: Callable[[ReadPosition], Iterator[file_rows.RowRecord]]
     start: ReadPosition = ReadPosition()
+    entry: int = 0
+    weight: float = 1.0
+    column: str | None = None
 
 
 class StreamCursor(NamedTuple):
@@ -141,11 +148,29 @@ def micro_batches(
         # Without an end to the stream, rows that give no document would be read for ever.
         if first_empty and block_cursor.epoch > first_empty.epoch and block_cursor.block >= first_empty.block:
             raise ValueError(f"{rows.name}: not one document in a whole pass through the source")
+        docs = _weighed(docs, shards, seed, block_cursor.epoch)
         plan = _plan(docs, block_cursor, shuffle=shuffle, seed=seed, **options)
         first_index = cursor.index if cursor._replace(index=0) == block_cursor else 0
         # The cursor behind the last micro-batch is that of the next block: resuming there encodes no block for nothing.
         for index, group in enumerate(plan[first_index:], first_index + 1):
             yield [docs[i] for i in group], block_cursor._replace(index=index) if index < len(plan) else next_cursor
+
+
+def _weighed(docs: list, shards: Sequence[Shard], seed: int, epoch: int) -> list:
+    """The documents with those of each row as often as its data set weighs: floor(w) times, and once more with probability w - floor(w)."""
+    if all(shard.weight == 1 for shard in shards):
+        return docs
+    out = []
+    for doc in docs:
+        weight = shards[shard_of(doc.row)].weight
+        more = order.uniform(seed, epoch, doc.row, order.REPEATS) < weight - int(weight)
+        out += [doc] * (int(weight) + more)
+    return out
+
+
+def shard_of(number: int) -> int:
+    """The index of the shard that the row of a stream is of."""
+    return number >> PART_BITS
 
 
 def _plan(docs: list, block_cursor: StreamCursor, **options) -> list[list[int]]:

@@ -17,6 +17,7 @@ from treetune.core.step import Prepare
 class Settings(NamedTuple):
     """How documents become the steps of a run; the fields have the names of their options.
 
+    eval_batch_size: micro_batch_size of evaluations, the same if None. data_seed: of the order of rows, seed if None.
     streaming_multipack_buffer_size: rows of a stream that are in memory at a time. text_column: of the texts of a stream.
     """
 
@@ -29,7 +30,19 @@ class Settings(NamedTuple):
     num_epochs: int = 1
     max_steps: int | None = None
     streaming_multipack_buffer_size: int = streaming.BUFFER
-    text_column: str = "text"
+    text_column: str | None = None
+    eval_batch_size: int | None = None
+    data_seed: int | None = None
+
+    @property
+    def held_out(self) -> "Settings":
+        """The settings of evaluations."""
+        return self if self.eval_batch_size is None else self._replace(micro_batch_size=self.eval_batch_size)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class Calls(NamedTuple):
@@ -59,7 +72,7 @@ def supply(data: Dataset, settings: Settings, calls: Calls, *, ranks: Ranks, uni
     """Micro-batches and evaluation of documents; unit: what the loss is a mean over."""
     groups = batching(data, settings)
     order = reading.Order(
-        groups, settings.shuffle, settings.seed, settings.gradient_accumulation_steps, settings.num_epochs, settings.max_steps, ranks
+        groups, settings.shuffle, settings.order_seed, settings.gradient_accumulation_steps, settings.num_epochs, settings.max_steps, ranks
     )
     if data.stream is None:
         documents = reading.in_memory(data.train, order, weights=data.weights)
@@ -67,7 +80,8 @@ def supply(data: Dataset, settings: Settings, calls: Calls, *, ranks: Ranks, uni
         encode = partial(_encode_checked, data.stream.encode, calls.check)
         window = reading.Window(settings.streaming_multipack_buffer_size, settings.sequence_len, settings.text_column)
         documents = reading.streamed(data.stream.parts, encode, order, window, guard=calls.guard)
-    evaluate = evaluation.of_documents(calls.evaluation, data.val, calls.collate_held_out, groups, ranks=ranks, prepare=calls.prepare)
+    held_out = batching(data, settings.held_out)
+    evaluate = evaluation.of_documents(calls.evaluation, data.val, calls.collate_held_out, held_out, ranks=ranks, prepare=calls.prepare)
     prints = {"train": data.digests[0], "held out": data.digests[1], "order": documents.order}
     about = _describe(data, settings, ranks, unit)
     return Supply(documents.source(calls.collate), evaluate, prints, documents.digest, described=about)

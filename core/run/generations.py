@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     num_epochs: int = 1
     max_steps: int | None = None
     seed: int = 0
+    data_seed: int | None = None
     shuffle: bool = True
     steps_per_generation: int = 1
     num_iterations: int = 1
@@ -45,6 +46,11 @@ class Settings(NamedTuple):
     replay_buffer_size: int = 0
     reroll_start_fraction: float = 1.0
     reroll_max_groups: int = 1
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of prompts."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def prompts(self) -> int:
@@ -98,7 +104,7 @@ def feed_settings(settings: Settings, total_steps: int, ranks: Ranks) -> FeedSet
         prompts=settings.prompts * settings.steps_per_generation,
         steps=settings.steps_per_generation,
         iterations=settings.num_iterations,
-        seed=settings.seed,
+        seed=settings.order_seed,
         epochs_shuffle=settings.shuffle,
         rank=ranks.rank,
         world=ranks.world,
@@ -134,7 +140,7 @@ def supply(
         source,
         evaluate,
         _fingerprints(data, plan.step_prompts, settings.shuffle),
-        loader.plan_fingerprint([len(prompt.tokens) for prompt in data.train], step=plan.step_prompts, seed=settings.seed),
+        loader.plan_fingerprint([len(prompt.tokens) for prompt in data.train], step=plan.step_prompts, seed=settings.order_seed),
         sampler.engine.after_step,
         sampler.engine.start,
         _describe(data, settings, ranks.world),

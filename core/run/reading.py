@@ -91,11 +91,14 @@ def _deal_from_memory(
 
 
 class Window(NamedTuple):
-    """What of a stream is in memory: rows at a time, and the column of the text that is split to sequence_len tokens."""
+    """What of a stream is in memory: rows at a time, and the column of the text that becomes documents of sequence_len tokens.
+
+    text_column: None for rows of several columns.
+    """
 
     buffer: int
     sequence_len: int
-    text_column: str
+    text_column: str | None
 
 
 def streamed(

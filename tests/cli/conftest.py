@@ -89,6 +89,21 @@ def write_model(path: Path, *, seed: int = 1, template: str | None = CHATML, **s
     return path
 
 
+def write_tokenizer(path: Path) -> Path:
+    """A folder with a tokenizer of the tiny model's letters in another order, and nothing else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    other = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    other.chat_template = CHATML
+    other.save_pretrained(path)
+    return path
+
+
 def write_experts(path: Path) -> Path:
     """A model folder with experts in each layer."""
     from treetune.models import decoder_config, hf, moe

@@ -112,6 +112,69 @@ def test_a_run_that_saves_nothing_saves_where_a_signal_ends_it(kit, forked, tiny
     assert saved(here / "run") == [2]
 
 
+@pytest.mark.parametrize("packing", [(), ("--no-sample-packing",)])
+def test_evaluations_do_not_depend_on_how_they_are_cut(kit, tiny, sft, here, packing):
+    found = []
+    for size in (None, 1, 5):
+        own = () if size is None else ("--eval-batch-size", size)
+        assert sft(*own, *packing, "--val-set-size", 7, "--sample-prompt=", "--output-dir", f"run{size}").code == 0
+        found.append(kit.timeless(kit.metrics(here / f"run{size}")))
+    plain, *others = [[record for record in records if "eval/loss" in record] for records in found]
+    for other in others:
+        assert [list(record) for record in other] == [list(record) for record in plain]
+        assert [value for record in other for value in record.values()] == pytest.approx(
+            [value for record in plain for value in record.values()], rel=1e-5
+        )
+    trained = [[record for record in records if "train/loss" in record] for records in found]
+    assert trained[0] == trained[1] == trained[2], "steps are as they were"
+
+
+def test_the_seed_of_the_order_is_that_of_the_order_alone(kit, sft, here):
+    for name, args in {
+        "plain": [],
+        "same": ["--data-seed", 42],
+        "order": ["--data-seed", 7],
+        "seed": ["--seed", 7, "--data-seed", 42],
+    }.items():
+        assert sft(*args, "--val-set-size", 5, "--sample-prompt=", "--output-dir", name).code == 0
+    records = {name: kit.timeless(kit.metrics(here / name)) for name in ("plain", "same", "order", "seed")}
+    assert records["same"] == records["plain"]
+    assert records["order"][0] == records["plain"][0], "the same rows held out, the same start of the adapter"
+    assert records["order"] != records["plain"] and records["seed"][0] != records["plain"][0]
+    more = ["--val-set-size", 5, "--sample-prompt=", "--output-dir", "plain", "--resume", "auto"]
+    done = sft("--data-seed", 42, "--max-steps", 3, *more)
+    assert done.code == 0 and "data_seed" not in done.out, done.err
+    kit.refused(sft("--data-seed", 7, "--max-steps", 4, *more), "data_seed 7 instead of 42")
+    kit.refused(sft("--data-seed", 7, "--no-shuffle"), "data-seed would be ignored: shuffle is off")
+
+
+def test_prompts_have_an_order_of_their_own_seed():
+    from treetune.core.run import generations, ranks
+
+    settings = generations.Settings(2, 8, 1, seed=3, data_seed=5)
+    assert generations.feed_settings(settings, 4, ranks.ALONE).seed == 5
+    assert generations.feed_settings(settings._replace(data_seed=None), 4, ranks.ALONE).seed == 3
+
+
+def test_a_rule_names_a_module_of_transformers(kit, tiny, sft, here):
+    both = ["--adapter", "none", "--optimizer", "sgd", "--sample-prompt="]
+    for name, rule in {"ours": r"^model\.layers\.0\.q_proj$=0.5", "theirs": r"model.layers.0.self_attn.q_proj.weight=0.5"}.items():
+        assert sft(*both, "--lr-rules", rule, "--output-dir", name).code == 0
+    assert kit.same(kit.tensors(here / "ours/model/model.safetensors"), kit.tensors(here / "theirs/model/model.safetensors"))
+
+
+def test_the_embedding_has_a_learning_rate_of_its_own(kit, tiny, sft, here):
+    both = ["--adapter", "none", "--optimizer", "sgd", "--learning-rate", 0.01, "--max-steps", 1, "--sample-prompt="]
+    for name, own in {"plain": [], "faster": ["--embedding-lr", 0.03]}.items():
+        assert sft(*both, *own, "--output-dir", name).code == 0
+    before = kit.tensors(tiny.model / "model.safetensors")
+    plain, faster = (kit.tensors(here / name / "model/model.safetensors") for name in ("plain", "faster"))
+    for key, start in before.items():
+        ratio = 3 if "embed_tokens" in key else 1
+        assert (faster[key] - start - ratio * (plain[key] - start)).abs().max() < 1e-5, key
+    kit.refused(sft("--embedding-lr", 0.1), "embedding_lr is the learning rate of the embedding and the head, and neither trains")
+
+
 def test_prompts_have_parts_of_epochs_too():
     from treetune.core.run.rollouts import Rollouts, Sizes
 

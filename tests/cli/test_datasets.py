@@ -112,10 +112,10 @@ def test_weights_repeat_rows_within_an_epoch(tune, tiny, config, here):
 
 def test_an_entry_may_say_where_its_rows_are(tune, config, tiny):
     """Every option of `sources.read` is a key of an entry."""
-    sets = [{"path": str(tiny.chat), "split": "train[:6]", "ds_type": "json", "shards": 2, "shard_index": 0, "limit": 2}]
+    sets = [{"path": str(tiny.chat), "split": "train[:6]", "ds_type": "json", "shards": 2, "shard_index": 0, "skip": 1, "limit": 2}]
     done = tune("preprocess", "--config", config(model=str(tiny.model), datasets=sets))
     assert done.code == 0 and "documents  2," in done.out, done.err
-    assert {"split", "name", "revision", "data_files", "ds_type", "shards", "shard_index", "limit"} == dataset.SOURCE_KEYS
+    assert {"split", "name", "revision", "data_files", "ds_type", "shards", "shard_index", "skip", "limit"} == dataset.SOURCE_KEYS
 
 
 def test_repeated_rows_go_and_are_counted(tune, tiny):
@@ -192,3 +192,16 @@ def test_a_transform_may_give_pairs(tune, tiny, config, here):
     keys = {"model": str(tiny.model), "datasets": [{"path": str(tiny.text), "type": "mine.py:pairs"}]}
     done = tune("preprocess", "--method", "dpo", "--config", config(**keys))
     assert done.code == 0 and "passthrough: 16 rows -> 16 documents" in done.out, done.err
+
+
+def test_messages_may_be_inside_other_columns(tune, tiny, config, kit, here):
+    rows = kit.chats(6)
+    kit.write_rows(here / "rows.jsonl", [{"data": {"talk": {"turns": row["messages"]}, "id": i}} for i, row in enumerate(rows)])
+    kit.write_rows(here / "plain.jsonl", rows)
+    inside = {"path": "rows.jsonl", "type": "chat_template", "field_messages": "data.talk.turns"}
+    plain = {"path": "plain.jsonl", "type": "sharegpt"}
+    seen = [tune("preprocess", "--config", config(model=str(tiny.model), datasets=[one])) for one in (inside, plain)]
+    assert [one.code for one in seen] == [0, 0], seen[0].err + seen[1].err
+    assert seen[0].out.replace("rows.jsonl", "plain.jsonl") == seen[1].out
+    kit.refused(tune("preprocess", "--config", config(model=str(tiny.model), datasets=[inside | {"field_messages": "data.talk.turn"}])),
+        "rows.jsonl line 1 has no field data.talk.turn")  # fmt: skip

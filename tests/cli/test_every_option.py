@@ -42,7 +42,14 @@ CHANGES = {
     "dataset_prepared_path": ("files", lambda t: ["--dataset-prepared-path", "prepared"], []),
     "val_data": ("metrics", lambda t: ["--val-data", t.text], []),
     "val_set_size": ("metrics", lambda t: ["--val-set-size", 5], []),
+    "eval_batch_size": ("layers run", lambda t: ["--eval-batch-size", 3], ["--no-sample-packing"]),
+    # In one block a stream is what memory would be (test_streamed_sets.py).
+    "streaming": ("out", lambda t: ["--streaming"], ["--val-set-size", 0]),
+    "streaming_multipack_buffer_size": (
+        "metrics", lambda t: ["--streaming-multipack-buffer-size", 5], ["--streaming", "--val-set-size", 3]
+    ),
     "shuffle": ("metrics", lambda t: ["--no-shuffle"], []),
+    "tokenizer_config": ("metrics", lambda t: ["--tokenizer-config", "words"], []),
     "special_tokens": ("metrics", lambda t: ["--special-tokens", "pad_token=<|pad|>"], []),
     "tokens": ("metrics", lambda t: ["--tokens", " please"], []),
     "embedding_multiple": ("metrics", lambda t: ["--embedding-multiple", 32], []),
@@ -89,6 +96,7 @@ CHANGES = {
     "weight_decay": ("metrics", lambda t: ["--weight-decay", 0.5], []),
     "weight_decay_rules": ("metrics", lambda t: ["--weight-decay-rules", r"v_proj\.A=5", "q_proj=3"], []),
     "lr_rules": ("metrics", lambda t: ["--lr-rules", "layers.0=0.1"], []),
+    "embedding_lr": ("metrics", lambda t: ["--embedding-lr", 0.5], ["--lora-modules-to-save", "embed_tokens"]),
     "adam_beta1": ("metrics", lambda t: ["--adam-beta1", 0.5], []),
     "adam_beta2": ("metrics", lambda t: ["--adam-beta2", 0.5], ["--max-steps", 3]),
     "adam_epsilon": ("metrics", lambda t: ["--adam-epsilon", 0.01], []),
@@ -105,6 +113,7 @@ CHANGES = {
     "activation_offloading": ("out", lambda t: ["--activation-offloading", "cpu"], []),
     "layer_offloading": ("out", lambda t: ["--layer-offloading", "cpu"], []),
     "seed": ("metrics", lambda t: ["--seed", 1], []),
+    "data_seed": ("metrics", lambda t: ["--data-seed", 1], []),
     "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
     "sweep": ("error", lambda t: ["--sweep"], []),
@@ -172,7 +181,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
 
     def run(args):
         calls.clear()
-        for name, write in (("experts", kit.write_experts), ("biased", kit.write_biased)):
+        for name, write in (("experts", kit.write_experts), ("biased", kit.write_biased), ("words", kit.write_tokenizer)):
             if name in args and not (here / name).exists():
                 write(here / name)
         done = tune("sft", *kit.basics(tiny, *args, without=("--lora-r", "--max-steps")))

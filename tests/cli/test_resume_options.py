@@ -40,6 +40,7 @@ TABLE = {
     "order": ("micro_batch_size", "gradient_accumulation_steps", "sample_packing", "shuffle", "streaming_multipack_buffer_size"),
     "refused": (
         # the function that is trained
+        "tokenizer_config",
         "dtype", "special_tokens", "tokens", "embedding_multiple", "adapter", "lora_r", "lora_alpha", "lora_rslora", "lora_target_modules",
         "lora_layers", "lora_modules_to_save", "unfrozen_parameters", "lora_dora", "lora_bias",
         "master_dtype", "fp8_products", "lora_init", "lora_init_rows", "relora_steps", "lora_rank_pattern",
@@ -57,6 +58,7 @@ TABLE = {
         "reward_weights", "mode", "feature_layers", "embed_method", "feature_norm", "use_whitening", "whitening_space",
         "alignment_coef", "diversity_coef", "sync_ref_model",
         # what the checkpoint holds: moments, stored groups, places in the data
+        "data_seed",
         "optimizer", "seed", "num_generations", "steps_per_generation", "num_iterations", "stride", "context_length", "generate_max_len",
         "n_samples_per_prompt", "min_completion_prefix",
         # what is sampled from
@@ -66,7 +68,7 @@ TABLE = {
     "function": ("reward_funcs", "rollout_func"),
     "listed": (
         # how large the steps to come are, and how many
-        "lr_scheduler_kwargs", "cosine_constant_lr_ratio", "lr_div_factor", "lr_quadratic_warmup",
+        "embedding_lr", "eval_batch_size", "lr_scheduler_kwargs", "cosine_constant_lr_ratio", "lr_div_factor", "lr_quadratic_warmup",
         "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "weight_decay_rules",
         "lr_rules", "loraplus_lr_ratio", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "optim_args", "max_grad_norm",
         "lora_dropout", "relora_warmup_steps", "relora_anneal_steps", "relora_prune_ratio",
@@ -229,6 +231,7 @@ STOPS = {"loss_watchdog_threshold", "loss_watchdog_patience"}  # take effect by 
 def run(kit, tiny, here, tune):
     """run(command, arguments) -> Done."""
     kit.write_rows(here / "both.jsonl", [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))])
+    kit.write_tokenizer(here / "words")
     kit.write_rows(here / "more.jsonl", [{"text": f"{i} dogs ran " + "far " * (i % 4), "other": f"{i} cats"} for i in range(16)])
     (here / "more.py").write_text(GRPO.MORE)
     (here / "own.py").write_text(EBFT.OWN)

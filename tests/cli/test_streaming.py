@@ -153,8 +153,8 @@ def test_streams_that_make_no_sense_are_one_line(what, kit, tiny, tune, here):
     assert kit.listing(here) == set()
 
 
-def test_sft_does_not_stream(kit, tune):
-    kit.refused(tune("sft", "--streaming"), "unknown option --streaming")
+def test_pairs_do_not_stream(kit, tune):
+    kit.refused(tune("dpo", "--streaming"), "unknown option --streaming")
 
 
 def test_blank_rows_are_no_reason_to_stop_but_a_stream_of_them_is(kit, args, tune, here):

@@ -269,3 +269,21 @@ def test_an_adapter_trained_further_keeps_its_template(tiny, sft, here, kit):
     assert (here / "second/adapter" / adapter.TEMPLATE).read_text() == own
     assert not (here / "second/adapter" / adapter.TOKENIZER).exists()
     assert own != kit.CHATML and hf.tokenizer(tiny.model).chat_template == kit.CHATML
+
+
+def test_another_tokenizer_reads_the_rows_and_is_saved(kit, tiny, tune, here):
+    from transformers import AutoTokenizer
+
+    kit.write_tokenizer(here / "words")
+    for kind, place in (("lora", "adapter"), ("none", "model")):
+        args = ["--adapter", kind, "--tokenizer-config", "words", "--sample-prompt=", "--output-dir", kind]
+        done = tune("sft", *kit.basics(tiny, *args))
+        assert done.code == 0, done.err
+        saved, given = (AutoTokenizer.from_pretrained(str(path)) for path in (here / kind / place, here / "words"))
+        assert saved("17 + 4").input_ids == given("17 + 4").input_ids != kit.tokenizer()("17 + 4").input_ids
+    assert tune("generate", "1 + 1", "--adapter", "lora", "--max-new-tokens", 2).code == 0
+    kit.refused(tune("sft", *kit.basics(tiny, "--tokenizer-config", "nowhere")), "tokenizer.config.*nowhere is not a folder")
+    kit.refused(
+        tune("sft", *kit.basics(tiny, "--tokenizer-config", "words", "--lora-model-dir", "lora/adapter", without=("--lora-r",))),
+        "tokenizer-config would be ignored: lora_model_dir brings its own",
+    )

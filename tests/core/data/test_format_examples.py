@@ -11,10 +11,12 @@ from treetune.core.data import (
     ebft,
     formats,
     instruction,
+    kinds,
     pack,
     preference,
     pretokenised,
     prompts,
+    pygmalion,
     reward,
     row_formats,
     segments,
@@ -139,7 +141,7 @@ STRUCTURED = {
     "ebft_reasoning.transform_answer_only": [([QUESTION], "5")],
     "ebft_reasoning.transform_split_thinking": [([QUESTION | {"reasoning_content": ""}], "<think>\nAdd them.\n</think>\n\n5")],
 }
-OTHERS = ("user_defined", "input_output", "pretokenised", "completion", "stepwise_supervised", "grpo", "custom")
+OTHERS = ("user_defined", "input_output", "pygmalion", "pretokenised", "completion", "stepwise_supervised", "grpo", "custom")
 
 
 def example(name):
@@ -202,6 +204,35 @@ def test_user_defined(tokenizer):
         ("Be brief.\n[INST] Name a colour. (grass) [/INST]\n", "Green.</s>"),
         ("Answer.\n[INST] Name a fruit. [/INST]\n", "A pear.</s>"),
     ]
+
+
+def test_the_messages_of_a_bot(tokenizer):
+    part = encoded(pygmalion.reader(tokenizer), example("pygmalion"), tokenizer)[0]
+    before = "<|system|>Persona: Ann is a baker.<|user|> What is fresh?<|model|>"
+    assert text_of(part.tokens, tokenizer) == f"{before} Rye bread.</s><|user|> And sweet?<|model|> Buns.</s>"
+    assert halves(part.tokens, part.weight, tokenizer) == (before, " Rye bread.</s> Buns.</s>")
+    assert part.unclosed == 0, "each message is ended"
+    whole = encoded(pygmalion.reader(tokenizer, train_on_inputs=True), example("pygmalion"), tokenizer)[0]
+    assert whole.weight.tolist() == [0.0] + [1.0] * (len(part.tokens) - 1)
+
+
+PYGMALION_ERRORS = {
+    "no list": ({"conversations": "hi"}, "field conversations is of type str, expected a list"),
+    "no role": ({"conversations": [{"from": "human", "value": "a"}]}, "message 1: field role is None, expected one of system, human, bot"),
+    "no text": ({"conversations": [{"role": "bot", "value": 3}]}, "message 1: field value is of type int, expected text"),
+    "no message": ({"conversations": ["hi"]}, "message 1 is of type str, expected an object"),
+}
+
+
+@pytest.mark.parametrize("what", PYGMALION_ERRORS)
+def test_messages_of_a_bot_that_are_none_are_named(what, tokenizer):
+    row, words = PYGMALION_ERRORS[what]
+    with pytest.raises(ValueError, match=f"rows row 1.*{words}"):
+        pygmalion.reader(tokenizer)(sources.from_list([row]))
+
+
+def test_sharegpt_rows_are_chats(tokenizer):
+    assert kinds.TEXT.canonical("sharegpt") == "chat"
 
 
 def test_segments(tokenizer):
