@@ -80,6 +80,23 @@ def _eight_bits(value: Any, file: File) -> Values:
     return {"quant": write("int8")} if value else {}
 
 
+QAT = {"int4": "int4", "int8": "int8", "fp8": "fp8", "float8_e4m3fn": "fp8", "torch.int4": "int4", "torch.int8": "int8"}
+
+
+def _rounded(value: Any, file: File) -> Values:
+    """The section `qat`: weights alone, in groups of 64 where they are in int4."""
+    if not isinstance(value, dict):
+        return {"qat": write(value)}
+    kind = QAT.get(str(value.get("weight_dtype", "int8")))
+    if kind is None:
+        raise Unsupported("weight_dtype int4, int8 or fp8, or qat: nf4")
+    if value.get("activation_dtype") or value.get("quantize_embedding"):
+        raise Unsupported(f"qat: {kind}, which rounds weights of linear layers alone")
+    if kind == "int4" and value.get("group_size", 64) != 64:
+        raise Unsupported("group_size: 64")
+    return {"qat": write(kind)}
+
+
 def _compute_dtype(value: Any, file: File) -> Values:
     kind = str(value).removeprefix("torch.")
     if kind != (dtype(file) or kind):
@@ -309,6 +326,7 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "load_in_4bit": _four_bits, "load_in_8bit": _eight_bits, "bnb_4bit_compute_dtype": _compute_dtype,
     "bnb_4bit_use_double_quant": lambda value, file: {"quant_double": write(value)},
     "bnb_4bit_quant_type": lambda value, file: {}, "bnb_4bit_quant_storage": lambda value, file: {},
+    "qat": _rounded,
     **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
     "lr_groups": _lr_groups, "embedding_lr": _embedding_rate, "loraplus_lr_embedding": _embedding_rate,
     "embedding_lr_scale": _embedding_scale, "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
