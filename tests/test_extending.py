@@ -137,6 +137,15 @@ def follow(folder: Path, recipe: Recipe, model: Path) -> int:
     return code
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny, tmp_path_factory):
+    """What a run imports is imported here, once for all recipes."""
+    from treetune.cli import main
+
+    assert main.main(["sft", *fixtures.basics(tiny, "--output-dir", tmp_path_factory.mktemp("loaded") / "run")]) == 0
+
+
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("title", RECIPES)
 def test_the_recipe_runs(title, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not live through a fork

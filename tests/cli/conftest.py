@@ -177,6 +177,12 @@ def runs(tiny, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder for what the tests of a file make once and then only read."""
+    return tmp_path_factory.mktemp("begun")
+
+
 @pytest.fixture
 def run(runs, here) -> Path:
     """A run folder `r` in the working folder."""

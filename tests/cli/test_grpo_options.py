@@ -166,9 +166,13 @@ def plain_runs():
 
 PLAIN = ("max_rows", "data", "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "reward_funcs", "seed",
          "learning_rate", "lr_scheduler", "micro_batch_size", "gradient_accumulation_steps", "loss", "advantage")  # fmt: skip
+# What these do is the subject of a test of its own, here or beside.
+TOLD = ("chat_template", "default_system_message", "rollout_func", "reward_weights", "entropy_target", "entropy_coef_delta",
+        "entropy_coef_max", "router_aux_loss_coef", "async_prefetch", "prefetch_depth", "streaming_min_groups", "dynamic_sampling",
+        "replay_buffer_size", "reroll_max_groups", "skip_zero_advantage_batches", "sync_ref_model", "ref_model_sync_steps")  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN else name for name in CHANGES])
+@pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN + TOLD else name for name in CHANGES])
 def test_option_changes_the_run(option, told, plain_runs):
     own, both = CHANGES[option]
     key = tuple(map(str, both))

@@ -20,6 +20,10 @@ def text(path: Path, words: str = "mine") -> Path:
     return path
 
 
+FILES = {
+    ".treetune.json", "config.yaml", "metrics.jsonl", "checkpoints", "best.json", "report.html", "status.json", "run.log",
+}  # fmt: skip
+
 # The run that is replaced.
 
 
@@ -52,7 +56,7 @@ def test_the_old_run_goes_after_the_first_step(kit, tiny, tune, here, run, monke
     args = kit.basics(tiny, "--sample-prompt=", "--output-dir", "r", "--overwrite", "--seed", 3, "--max-steps", 4, "--save-steps", 1)
     assert tune("sft", *args).code == 130
     assert "seed: 3" in (run / "config.yaml").read_text()
-    assert {path.name for path in run.iterdir()} == {".treetune.json", "config.yaml", "metrics.jsonl", "checkpoints", "best.json"}
+    assert {path.name for path in run.iterdir()} == FILES
 
 
 def test_what_failed_leaves_no_folder(kit, tiny, tune, here):
@@ -133,8 +137,7 @@ def test_drafts_block_nothing_and_go(name, kit, tiny, tune, here):
         shutil.rmtree(here / "r/checkpoints")
         text(here / "r" / name / "file")
     assert tune("sft", *kit.basics(tiny, "--output-dir", "r", "--sample-prompt=")).code == 0
-    assert {path.name for path in (here / "r").iterdir()} == {
-        ".treetune.json", "config.yaml", "metrics.jsonl", "checkpoints", "best.json", "adapter", "report.html"}  # fmt: skip
+    assert {path.name for path in (here / "r").iterdir()} == FILES | {"adapter"}
 
 
 def test_a_draft_of_a_running_process_stays(kit, tiny, tune, run):

@@ -107,12 +107,6 @@ def moves(kit, root) -> tuple:
     return record["kl"], record["rewards/chosen"], record["rewards/rejected"]
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """Where `started` is kept; it is read only."""
-    return tmp_path_factory.mktemp("begun")
-
-
 @pytest.fixture
 def started(begun, tune, train):
     """A trained adapter, and the same folded into a model folder."""

@@ -163,7 +163,10 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
     if hasattr(parsed, "run"):
         answers = [] if command in ("reward", "prm") else ["--sample-tokens", "4"]
-        args += ["--max-steps", "2", "--max-rows", "40", *answers]
+        args += ["--max-steps", "2", "--max-rows", "24" if command == "ebft" else "40", *answers]
+    if command == "ebft":
+        short = {"ebft_pretrain.transform": ["--val-set-size", "1"], "ebft_opencode.transform": ["--max-completion-length", "16"]}
+        args += short.get(parsed.data.format, [])
     if hasattr(parsed, "data") and "sequence_len" in vars(parsed.data) and "sequence_len" not in Path(path).read_text():
         args += ["--sequence-len", "1024"]
     if command == "grpo":
