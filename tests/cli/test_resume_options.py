@@ -206,7 +206,7 @@ PRETRAIN = {
     "data": (lambda t: TEXT, []), "text_column": (lambda t: ["--text-column", "other"], TEXT),
     "max_rows": (lambda t: ["--max-rows", 7], []), "sequence_len": (lambda t: ["--sequence-len", 40], []),
     "val_data": (lambda t: ["--val-data", "more.jsonl"], []), "tokens": (lambda t: ["--tokens", "cat"], []),
-    "weight_decay_rules": (lambda t: ["--weight-decay-rules", "q_proj=3"], []),
+    "weight_decay_rules": (lambda t: ["--weight-decay-rules", "q_proj=3"], []), "embedding_lr": (lambda t: ["--embedding-lr", 0.5], []),
     "streaming": (lambda t: ["--streaming", "--val-set-size", 0], ["--val-set-size", 0]),
     "streaming_multipack_buffer_size": (lambda t: ["--streaming-multipack-buffer-size", 5], ["--streaming", "--val-set-size", 3]),
 }  # fmt: skip
