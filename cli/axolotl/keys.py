@@ -91,7 +91,7 @@ MISSING: Mapping[str, str] = {
     "expert_parallel_size": "sharding: full", "dp_shard_size": "sharding: full", "dp_replicate_size": "sharding: none",
     "llmcompressor": "qat, and treetune quantize", "spectrum_top_fraction": "unfrozen_parameters", "kd_trainer": "loss: FILE.py:FUNCTION",
     "diffusion": "loss: FILE.py:FUNCTION", "special_tokens_map": "special_tokens", "dynamic_checkpoint": "Ctrl-C saves a checkpoint",
-    "fp8": "quant: fp8", "quantization": "treetune quantize MODEL OUTPUT --quant int4",
+    "fp8": "quant: fp8 with fp8_products, beside an adapter", "quantization": "treetune quantize MODEL OUTPUT --quant int4",
 }  # fmt: skip
 
 # Plugins that are kernels; any other is missing.
