@@ -52,8 +52,15 @@ def _sampled(file: File) -> Iterator[Meaning]:
         yield Meaning("log_completions", False, "no log_completions: completions are not written down")
     if file.command == "grpo" and file.value("epsilon_high") is None:
         yield Meaning("epsilon_high", float(file.value("epsilon", 0.2)), "no epsilon_high: as epsilon")
-    if file.command == "ebft" and structured(file) and file.value("temperature") is None:
+    if file.command == "ebft" and file.value("mode") is None and any("strided" in kind or "pretrain" in kind for kind in _types(file)):
+        yield Meaning("mode", "strided", "no mode, but rows of strided EBFT: strided")
+    elif file.command == "ebft" and structured(file) and file.value("temperature") is None:
         yield Meaning("temperature", 0.7, "no temperature: 0.7")
+
+
+def _types(file: File) -> list[str]:
+    listed = file.value("datasets", [])
+    return [str(entry.get("type")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def structured(file: File) -> bool:

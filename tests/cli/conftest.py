@@ -104,12 +104,12 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def write_experts(path: Path) -> Path:
+def write_experts(path: Path, **changed) -> Path:
     """A model folder with experts in each layer."""
     from treetune.models import decoder_config, hf, moe
 
     experts = moe.Experts(count=4, top_k=2, width=16, layers=(0, 1), normalised=False)
-    sizes = SIZES | {"qk_norm": True, "tied": False, "experts": experts}
+    sizes = SIZES | {"qk_norm": True, "tied": False, "experts": experts} | changed
     hf.save(path, hf.random("qwen3_moe", decoder_config.Config(**sizes), seed=1), tokenizer=tokenizer())
     return path
 

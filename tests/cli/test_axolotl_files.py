@@ -77,6 +77,11 @@ def swapped(keys: dict, model: str, place: Path) -> dict:
         out["trl"] = dict(keys["trl"]) | ({"use_vllm": False} if keys["trl"].get("use_vllm") else {})
     if keys.get("wandb_project"):
         out["use_wandb"] = False  # its package is tested by `make test-trackers`
+    if "reward_funcs" in out.get("trl", {}):
+        out["trl"]["reward_funcs"] = ["rewards.length_penalty" if "/" in name else name for name in out["trl"]["reward_funcs"]]
+    targets = out.get("lora_target_modules")
+    if isinstance(targets, str):  # the tiny model has no tower beside it
+        out["lora_target_modules"] = targets.replace("model.language_model.", "model.")
     (place / "rewards.py").write_text(REWARDS)
     (place / "your_module.py").write_text(REWARDS)
     if (out.get("trl") or {}).get("generation_kwargs"):
@@ -136,7 +141,12 @@ OPTIMIZERS = {"adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit", "a
 # What the value of a key must be in the config of the run: written here by hand, beside the table of the code.
 SEEN: dict[str, Any] = {
     "optimizer": lambda value, config: config["optimizer"] == OPTIMIZERS.get(value, value),
-    "bf16": lambda value, config: config["dtype"] == {"auto": "auto", True: "bfloat16"}[value],
+    "bf16": lambda value, config: config["dtype"] == ("bfloat16" if value is True else config["_keys"].get("torch_dtype", "auto")),
+    "bnb_4bit_use_double_quant": lambda value, config: config["quant_double"] == value,
+    "activation_offloading": lambda value, config: config["activation_offloading"] == "cpu",
+    "torch_dtype": lambda value, config: config["dtype"] == value,
+    "multi_objective_aggregation": lambda value, config: config["advantage"] == "gdpo",
+    "lora_target_parameters": lambda value, config: config["lora_target_modules"][-len(value) :] == value,
     "load_in_4bit": lambda value, config: config["quant"] == "nf4",
     "adapter": lambda value, config: config["adapter"] == "lora" and (value != "qlora" or config["quant"] == "nf4"),
     "gradient_checkpointing": lambda value, config: config["gradient_checkpointing"] == "full",
@@ -174,6 +184,8 @@ def unseen(keys: dict, config: dict) -> list[str]:
 
 
 def same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, str):
+        return ours == float(theirs)  # YAML reads 2e-5 as a text
     if isinstance(theirs, dict) and isinstance(ours, list):
         return {pair.partition("=")[0] for pair in ours} <= set(theirs)
     return ours == theirs or isinstance(theirs, int | float) and ours is not None and float(ours) == float(theirs)
@@ -182,6 +194,11 @@ def same(ours: Any, theirs: Any) -> bool:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, kit) -> str:
     return str(kit.write_model(tmp_path_factory.mktemp("axolotl") / "model", max_positions=8192))
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory, kit) -> str:
+    return str(kit.write_experts(tmp_path_factory.mktemp("axolotl") / "experts", max_positions=8192))
 
 
 def row(file: Path, result: str) -> str:
@@ -212,8 +229,8 @@ def test_a_file_resolves_or_lists_what_is_missing(file, here):
 
 @pytest.mark.parametrize("file", [pytest.param(one, marks=[] if one.stem in FAST else pytest.mark.slow, id=one.stem)
                                   for one in FILES if one.stem not in LISTS])  # fmt: skip
-def test_a_file_trains_and_its_keys_are_seen(file, here, model):
-    config = trained(file, model, here)
+def test_a_file_trains_and_its_keys_are_seen(file, here, model, experts):
+    config = trained(file, experts if "lora_target_parameters" in file.read_text() else model, here)
     assert not unseen(config["_keys"], config)
 
 
@@ -225,6 +242,7 @@ def write() -> None:
     rows = ["| file | command | result |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         model = str(conftest.write_model(Path(root) / "model", max_positions=8192))
+        experts = str(conftest.write_experts(Path(root) / "experts", max_positions=8192))
         for file in FILES:
             place = Path(root) / file.stem
             place.mkdir()
@@ -232,7 +250,7 @@ def write() -> None:
             code, _, err = run_in_process(["train", str(file), "--dry-run"])
             result = listed(err) if code == 2 else "runs"
             if code == 0:
-                config = trained(file, model, place)
+                config = trained(file, experts if "lora_target_parameters" in file.read_text() else model, place)
                 assert not unseen(config["_keys"], config), (file, unseen(config["_keys"], config))
             rows.append(row(file, result))
             print(rows[-1], flush=True)
