@@ -109,6 +109,7 @@ def test_what_peft_writes_is_read(oracle, documents, tmp_path, options, tied):
     model, folder = oracle("llama", tied)
     ours, ids = hf.load(folder, dtype=torch.float64), torch.tensor(documents[1])
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, **options)
+    torch.manual_seed(0)  # what PEFT draws from
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).double()
     with torch.no_grad():
         for name, leaf in wrapped.named_parameters():
@@ -117,8 +118,8 @@ def test_what_peft_writes_is_read(oracle, documents, tmp_path, options, tied):
         expected = wrapped(ids[None]).logits[0]
     wrapped.save_pretrained(tmp_path)
     low, _, _ = adapter.load(tmp_path, ours, dtype=torch.float64)
-    # Softmax and norms are in float32 there, so this is no tighter than a bound on rounding.
-    torch.testing.assert_close(logits(ours, low, ids).double(), expected.double(), atol=1e-5, rtol=1e-5)
+    # Softmax and norms are in float32 there, and round in proportion to the logits.
+    close(logits(ours, low, ids).double(), expected.double(), bound=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
