@@ -33,11 +33,13 @@ class File(NamedTuple):
 
 def write(value: Any) -> Written:
     """A Python value as if the file held it."""
+    if isinstance(value, Written):
+        return value
     if isinstance(value, dict):
         return Written({name: write(item) for name, item in value.items()})
     if isinstance(value, list | tuple):
         return Written([write(item) for item in value])
-    return value if isinstance(value, Written) else Written(value, "" if value is None else str(value), True)
+    return Written(value, "" if value is None else str(value), True)
 
 
 def several_processes() -> bool:
@@ -205,12 +207,6 @@ def _deepspeed(value: Any, file: File) -> Values:
     return sharded() if value else {}
 
 
-def _data_seed(value: Any, file: File) -> Values:
-    if file.value("seed", value) != value:
-        raise Unsupported("seed, which decides the order of rows, too: give both the same value")
-    return {"seed": write(value)}
-
-
 def _evaluation(value: Any, file: File) -> Values:
     if value in (False, "no"):
         return {"evals_per_epoch": write(0)}
@@ -331,7 +327,7 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "lr_groups": _lr_groups, "embedding_lr": _embedding_rate, "loraplus_lr_embedding": _embedding_rate,
     "embedding_lr_scale": _embedding_scale, "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
-    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, "data_seed": _data_seed,
+    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, 
     "eval_strategy": _evaluation, "save_strategy": _saving, "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation,
     "generation_kwargs": _generation, "vllm_mode": _colocated,
     "use_vllm": _server, "async_prefetch": _ahead, "num_labels": _labels, "resume_from_checkpoint": _resume,

@@ -45,7 +45,7 @@ CASES = [
     ("gradient_checkpointing: offload_disk\n", {"gradient_checkpointing": "full", "activation_offloading": "disk"}),
     ("activation_offloading: legacy\n", {"activation_offloading": "cpu"}), ("layer_offloading: true\n", {"layer_offloading": "cpu"}),
     ("resize_token_embeddings_to_32x: true\n", {"embedding_multiple": 32}),
-    ("excess_length_strategy: raise\n", {"overlong": "error"}), ("data_seed: 7\n", {"seed": 7}), ("data_seed: 7\nseed: 7\n", {"seed": 7}),
+    ("excess_length_strategy: raise\n", {"overlong": "error"}), ("data_seed: 7\n", {"data_seed": 7}),
     ("fsdp: [full_shard, auto_wrap]\nfsdp_config: {fsdp_version: 2, activation_checkpointing: true}\n", {"gradient_checkpointing": "full"}),
     ("peft: {loftq_config: {loftq_bits: 4}}\nadapter: qlora\n", {"lora_init": "loftq"}),
     ("peft_use_dora: true\npeft_layers_to_transform: [0, 1]\nadapter: lora\n", {"lora_dora": True, "lora_layers": [0, 1]}),
@@ -91,7 +91,6 @@ def test_the_file_names_the_method(here, text):
 REFUSED = {
     "rl: ppo\n": "rl must be one of dpo, ipo",
     "hub_model_id: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: hub_model_id",
-    "data_seed: 1\nseed: 2\n": "data_seed (nearest: seed",
     "qat: {weight_dtype: int4, activation_dtype: int8}\n": "qat (nearest: qat: int4, which rounds weights of linear layers alone",
     "qat: {weight_dtype: int4, group_size: 32}\n": "qat (nearest: group_size: 64",
     "qat: {weight_dtype: nvfp4}\n": "qat (nearest: weight_dtype int4, int8 or fp8",
