@@ -38,7 +38,12 @@ def _bounds(stream: Batch) -> None:
 
 def not_finite(params: Params) -> list[str]:
     """Paths of the leaves with a nan or an inf."""
-    return [path for path, leaf in tree.items(params) if not all(torch.isfinite(part).all() for part in _parts(leaf)) or _nan_codes(leaf)]
+    return [path for path, leaf in tree.items(params) if not all(map(_is_finite, _parts(leaf))) or _nan_codes(leaf)]
+
+
+def _is_finite(part: Tensor) -> bool:
+    """By the smallest and the largest number, which are nan where any is: nothing of the size of the leaf is made."""
+    return not part.numel() or not part.is_floating_point() or all(bool(torch.isfinite(side)) for side in part.aminmax())
 
 
 def _nan_codes(leaf: Any) -> bool:

@@ -1,10 +1,13 @@
 """This machine in a few lines: Python, packages, processor and devices."""
 
+import ctypes
+import functools
 import math
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +30,20 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system: the allocator of glibc keeps what lies between smaller pieces that are in use."""
+    if trim := getattr(_library(), "malloc_trim", None):
+        trim(0)
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return None
 
 
 def free_memory() -> int:

@@ -21,6 +21,8 @@ Kind = Literal["nf4", "fp4", "int4", "int8", "fp8"]
 FOUR_BITS: tuple[Kind, ...] = ("nf4", "fp4")  # those of bitsandbytes, in blocks of the flat leaf
 KINDS: tuple[Kind, ...] = (*FOUR_BITS, "int4", "int8", "fp8")
 BLOCK, NESTED_BLOCK = 64, 256
+# Numbers of a leaf that are quantised, or made dense, at once, so that what is computed on the way is small: a multiple of every block.
+CHUNK = 2**20
 SMALLEST = 1e-38  # what a block of zeros is divided by
 SPREAD = 256  # numbers of a leaf that tell which one it is
 MOST_FP8 = 448.0
@@ -111,7 +113,7 @@ def quantise(weight: Tensor, scheme: Scheme) -> Quantised:
     """A leaf in 4 or 8 bits. Errors: ValueError for numbers that are not finite, or a vector."""
     if weight.ndim < 2:
         raise ValueError(f"a leaf of shape {list(weight.shape)} is not quantised; expected a matrix, or a stack of them")
-    if not torch.isfinite(weight).all():
+    if not all(torch.isfinite(side) for side in weight.aminmax()):
         raise ValueError("a leaf with numbers that are not finite cannot be quantised")
     return _coded(weight.detach(), scheme, origin_of(weight))
 
@@ -192,11 +194,27 @@ def _bytes(leaf: Tensor) -> Tensor:
 def _four_bits(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
     table = quant_tables.four_bits(scheme.kind, weight.device)
     order = table.argsort()
-    scaled, absmax = _scaled(weight.reshape(-1).float(), BLOCK)
-    scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
-    codes = order.to(torch.uint8)[quant_tables.nearest(scaled, table[order]).int()]
-    leaf = Quantised(scheme.kind, weight.shape, weight.dtype, (codes[::2] << 4) | codes[1::2], absmax, None, None, origin)
+    flat = weight.reshape(-1)
+    halves, scale = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8), flat.new_empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
+    for start in range(0, flat.numel(), CHUNK):
+        scaled, absmax = _scaled(flat[start : start + CHUNK].float(), BLOCK)
+        scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
+        codes = order.to(torch.uint8)[quant_tables.nearest(scaled, table[order]).int()]
+        halves[start // 2 : (start + CHUNK) // 2] = (codes[::2] << 4) | codes[1::2]
+        scale[start // BLOCK : (start + CHUNK) // BLOCK] = absmax
+    leaf = Quantised(scheme.kind, weight.shape, weight.dtype, halves, scale, None, None, origin)
     return _doubled(leaf) if scheme.double else leaf
+
+
+def _by_rows(weight: Tensor, dtype: torch.dtype, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Codes of the shape of a weight and scales of its rows, some rows at a time: make(rows [n, I]) -> (codes [n, I], scales [n])."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    codes, scale = torch.empty_like(rows, dtype=dtype), rows.new_empty(rows.shape[0], dtype=torch.float32)
+    for some, of_codes, of_scale in zip(*(part.split(max(1, CHUNK // rows.shape[1])) for part in (rows, codes, scale)), strict=True):
+        made, largest = make(some)
+        of_codes.copy_(made)
+        of_scale.copy_(largest)
+    return codes.view(weight.shape), scale.view(weight.shape[:-1])
 
 
 def _doubled(leaf: Quantised) -> Quantised:
@@ -237,19 +255,24 @@ def _dense_four_bits(leaf: Quantised, dtype: torch.dtype) -> Tensor:
         from treetune.ops import dequantise
 
         return dequantise.four_bits(leaf.codes, absmax(leaf), quant_tables.four_bits(leaf.kind, leaf.device), leaf.shape, leaf.block, dtype)
-    numbers = _looked_up(leaf)
-    whole = numbers.numel() // leaf.block * leaf.block
-    scale = absmax(leaf)
-    numbers[:whole].view(-1, leaf.block).mul_(scale[: whole // leaf.block, None])
-    if whole < numbers.numel():
-        numbers[whole:].mul_(scale[-1])
-    return numbers.to(dtype).view(leaf.shape)
-
-
-def _looked_up(leaf: Quantised) -> Tensor:
-    """float32 [n]: what the codes stand for. A byte is looked up at once: its two numbers are one complex one."""
+    out, scale = torch.empty(leaf.numel(), dtype=dtype, device=leaf.device), absmax(leaf)
+    # A byte is looked up at once: its two numbers are one complex one.
     table = torch.view_as_complex(quant_tables.pairs(leaf.kind, leaf.device))
-    return torch.view_as_real(table.index_select(0, leaf.codes.int())).view(-1)[: leaf.numel()]
+    for start in range(0, out.numel(), CHUNK):
+        part = out[start : start + CHUNK]
+        codes = leaf.codes[start // 2 : (start + CHUNK) // 2]
+        numbers = torch.view_as_real(table.index_select(0, codes.int())).view(-1)[: part.numel()]
+        part.copy_(_multiplied(numbers, scale[start // leaf.block :], leaf.block))
+    return out.view(leaf.shape)
+
+
+def _multiplied(numbers: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Numbers [n] times the scale of their block, in place."""
+    whole = numbers.numel() // block
+    numbers[: whole * block].view(-1, block).mul_(scale[:whole, None])
+    if whole * block < numbers.numel():
+        numbers[whole * block :].mul_(scale[whole])
+    return numbers
 
 
 def absmax(leaf: Quantised) -> Tensor:
@@ -262,17 +285,25 @@ def absmax(leaf: Quantised) -> Tensor:
 
 def _int8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
     # bitsandbytes quantises what is left of a number in float16; beyond its range we keep what it would lose.
-    half = weight.half()
-    rows = (half if torch.isfinite(half).all() else weight).float()
-    scale = rows.abs().amax(-1)
-    codes = torch.where(scale.unsqueeze(-1) > 0, torch.round(rows * (127.0 / scale.unsqueeze(-1))), 0).to(torch.int8)
+    fits = all(torch.isfinite(side) for side in torch.stack(weight.aminmax()).half())
+
+    def make(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (rows.half() if fits else rows).float()
+        scale = rows.abs().amax(-1)
+        return torch.where(scale.unsqueeze(-1) > 0, torch.round(rows * (127.0 / scale.unsqueeze(-1))), 0).to(torch.int8), scale
+
+    codes, scale = _by_rows(weight, torch.int8, make)
     return Quantised("int8", weight.shape, weight.dtype, codes, scale, None, None, origin)
 
 
 def _fp8(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:
-    rows = weight.float()
-    scale = _bfloat16(rows.abs().amax(-1) / MOST_FP8)
-    return Quantised("fp8", weight.shape, weight.dtype, (rows / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale, None, None, origin)
+    def make(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.float()
+        scale = _bfloat16(rows.abs().amax(-1) / MOST_FP8)
+        return (rows / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+    codes, scale = _by_rows(weight, torch.float8_e4m3fn, make)
+    return Quantised("fp8", weight.shape, weight.dtype, codes, scale, None, None, origin)
 
 
 def _int4(weight: Tensor, scheme: Scheme, origin: Origin) -> Quantised:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from treetune.core import fields, manifest, quant, quant_parts, tree
+from treetune.core import fields, machine, manifest, quant, quant_parts, tree
 from treetune.core.param import Param, Params
 from treetune.models import MODELS, bnb_files, expert_files, folder, hf_keys, quant_config, quantised
 from treetune.models.quantised import Keep
@@ -109,6 +109,7 @@ class _File:
 
     def get_tensor(self, key: str) -> torch.Tensor:
         """A tensor in the mapped file; a mapping goes with the last of its tensors."""
+        machine.trim()  # of what the leaves before were made from
         if self.read > MAPPED:
             self._map()
         tensor = self.file.get_tensor(key)

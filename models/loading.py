@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from treetune.core import check, fields, tree
+from treetune.core import check, fields, machine, tree
 from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
@@ -53,6 +53,7 @@ def load_model(
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
         model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see, home=home)
+    machine.trim()
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
     return model, path

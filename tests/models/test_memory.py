@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from treetune.core import grad, layer_offload, lora, optim, optim_blocks, param, registry, tree
+from treetune.core import grad, layer_offload, lora, optim, optim_blocks, param, quant, registry, tree
 from treetune.core.lora import Lora
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, decode, decoder_attention, dense, families, memory, quantised
@@ -188,6 +188,16 @@ def test_weights_are_those_of_a_loaded_tree(scheme, dtype):
 def test_states_of_an_optimizer_are_measured_on_a_matrix(name, size):
     optimizer = registry.bind(registry.choose(registry.OPTIMIZERS, name))()
     assert memory.state_bytes(optimizer) == pytest.approx(size, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
+def test_a_leaf_is_quantised_in_little_more_than_what_it_becomes(kind):
+    """Some numbers at a time, so that what is computed on the way does not grow with the leaf."""
+    weight = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
+    leaf = quant.quantise(weight, Scheme(kind))
+    assert most(lambda: quant.quantise(weight, Scheme(kind))) < leaf.nbytes + 24 * quant.CHUNK
+    if kind in quant.FOUR_BITS:
+        assert most(lambda: quant.dense(leaf, torch.bfloat16)) < 2 * weight.numel() + 12 * quant.CHUNK
 
 
 def test_the_cache_is_that_of_the_sampler():
