@@ -180,7 +180,7 @@ def ask_for_too_much():
 def test_a_run_out_of_memory_is_one_line_and_its_checkpoints_stay(kit, tiny, tune, forked, here):
     args = kit.basics(tiny, *RUN, "--output-dir", "r")
     done = forked(at_step(2, ask_for_too_much), "sft", *args)
-    assert done.code == 1 and done.err.count("\n") == 1 and "out of memory: lower micro_batch_size" in done.err, done
+    assert done.code == 1 and done.err.count("\n") == 1 and "out of memory: try --micro-batch-size 1" in done.err, done
     assert [path.name for path in ckpt.steps(here / "r/checkpoints")] == ["step_000001"]
     assert tune("sft", *args, "--resume", "auto").code == 0
     whole(kit, here / "r")
