@@ -321,4 +321,5 @@ def test_quantize_refuses_what_it_cannot_write(tiny, tune, kit, adapter, here):
     kit.refused(tune("quantize", "small", "again"), "small is quantised: name the unquantised model")
     kit.refused(tune("quantize", tiny.model, "small"), "small exists: name a folder")
     kit.refused(tune("quantize", tiny.model, "other", "--quant", "int8", "--quant-double"), "quant is int8")
-    kit.refused(tune("merge", adapter, "merged", "--model", "small", "--save-dtype", "int4"), "save_dtype|save-dtype")
+    kit.refused(tune("merge", adapter, "merged", "--model", "small", "--save-dtype", "int3"), "save_dtype|save-dtype")
+    kit.refused(tune("merge", adapter, "merged", "--model", "small", "--save-dtype", "int4"), "no whole groups of 64 numbers")
