@@ -12,7 +12,7 @@ from treetune.core.config.table import Option
 
 PLACES = {
     "rows": {"data", "val_data", "datasets", "test_datasets"},
-    "model": {"model", "ref_model"},
+    "model": {"model", "ref_model", "tokenizer_config"},
     "model shape": {"from_config"},
     "adapter": {"lora_model_dir", "adapter"},
     "checkpoint": {"resume"},

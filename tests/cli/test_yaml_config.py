@@ -8,6 +8,7 @@ import yaml
 from treetune.cli import main, parse
 from treetune.cli.methods.sft import Sft
 from treetune.core.config import reading, table
+from treetune.core.data import dataset_fields
 
 READ = {
     "max_steps: 1e1": ("max_steps", 10),
@@ -239,7 +240,10 @@ def filled(config, draw):
     entry = {"path": draw.choice(TEXTS) or "x", "type": None, "roles": {"user": draw.sample(TEXTS, 3)}, "limit": 3, "weight": 0.5}
     entry |= {"chat_template_kwargs": {"a": [1, 2.5, None, "yes"], "12:30": {}}, "train_on_inputs": False, "field_tools": None}
     entry["path"] = entry["path"].strip() or "x"
-    rows = ({"path": "12:30", "field_prompt": "yes", "limit": 3},) if "field_prompt" in kinds else (entry, entry)
+    entry |= {"field_prompt": "yes", "text_column": "on", "skip": 7}
+    fields = dataset_fields.of_options(options)
+    entry = {name: value for name, value in entry.items() if name in fields and (name != "type" or "roles" in fields)}
+    rows = (entry, entry)
     for part in dataclasses.fields(config):
         group = part.default_factory() if part.default_factory is not dataclasses.MISSING else None
         if group is None:
