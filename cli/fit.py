@@ -259,11 +259,11 @@ def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
     passes = getattr(parts.supply.source, "passes", None)
     passed = None if passes is None else passes(parts.supply.source.total_steps)
     intervals = table.record(cadence.Intervals, this.config, passed=passed)
-    found = cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None and intervals.evals_per_epoch != 0)
+    warnings = cadence.warnings(parts.rate, intervals, evaluated=parts.supply.evaluate is not None and intervals.evals_per_epoch != 0)
     steps = profiling.span(this.config.run.profiler_steps, this.config.run.profiler_steps_start)
     if steps is not None and steps.first > parts.rate.total_steps:
-        found = [*found, f"there is no profile: its first step is {steps.first}, and the run has {parts.rate.total_steps}"]
-    return found
+        warnings = [*warnings, f"there is no profile: its first step is {steps.first}, and the run has {parts.rate.total_steps}"]
+    return warnings
 
 
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:

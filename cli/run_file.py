@@ -104,13 +104,25 @@ def _own(written: Mapping[str, Written], path: str, command: str, options: Mappi
         lines += [f"needs nothing here: {', '.join(meant.needless)}"] if meant.needless else []
         lines += [f"not for treetune {command}: {', '.join(meant.left)}"] if meant.left else []
         head = f"{path}: axolotl's keys, read as treetune {command}"
-        return RunFile(reading.from_written(meant.values, options, path, hint=hint), (head, *(f"  {line}" for line in lines)), True)
+        return RunFile(_typed(meant, options, path), (head, *(f"  {line}" for line in lines)), True)
     if METHOD in written and METHOD not in options:
         named = yamlvalues.plain(written[METHOD])
         if command in METHODS and named != command:
             raise ValueError(f"{path} is a file of treetune {named}: start it with treetune train, or take out its line method")
         written = {name: value for name, value in written.items() if name != METHOD}
     return RunFile(reading.from_written(written, options, path, hint=hint))
+
+
+def _typed(meant: translate.Translation, options: Mapping[str, Option], path: str) -> dict[str, Any]:
+    """The values of a translation; an error names the key of the file, too."""
+    out: dict[str, Any] = {}
+    for name, value in meant.values.items():
+        try:
+            out |= reading.from_written({name: value}, options, path)
+        except ValueError as error:
+            key = meant.keys.get(name, name)
+            raise ValueError(f"{error}" if key in str(error) else f"{error}; the file says so by {key}") from error
+    return out
 
 
 def _for_command(

@@ -23,7 +23,7 @@ def _wandb(options: TrackerOptions) -> dict[str, Any]:
     given = {
         "project": options.wandb_project, "entity": options.wandb_entity, "name": options.wandb_name, "mode": options.wandb_mode,
     }  # fmt: skip
-    return {"options": given, "id": options.wandb_run_id, "where": ("project", "entity"), "keeps": keeps}
+    return {"options": given, "id": options.wandb_run_id, "destination": ("project", "entity"), "keeps": keeps}
 
 
 def _tensorboard(options: TrackerOptions) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _tensorboard(options: TrackerOptions) -> dict[str, Any]:
 def _mlflow(options: TrackerOptions) -> dict[str, Any]:
     given = {"uri": options.mlflow_tracking_uri, "experiment": options.mlflow_experiment_name, "name": options.mlflow_run_name}
     keeps = ("checkpoint", "end") if options.hf_mlflow_log_artifacts else ()
-    return {"options": given, "where": ("uri", "experiment"), "keeps": keeps, "made_here": False}
+    return {"options": given, "destination": ("uri", "experiment"), "keeps": keeps, "made_here": False}
 
 
 def _comet(options: TrackerOptions) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def _comet(options: TrackerOptions) -> dict[str, Any]:
         "api_key": options.comet_api_key, "workspace": options.comet_workspace, "project": options.comet_project_name,
         "mode": options.comet_mode, "online": options.comet_online, "config": options_.comet_config(options),
     }  # fmt: skip
-    return {"options": given, "id": options.comet_experiment_key, "where": ("workspace", "project")}
+    return {"options": given, "id": options.comet_experiment_key, "destination": ("workspace", "project")}
 
 
 def _trackio(options: TrackerOptions) -> dict[str, Any]:
     given = {"project": options.trackio_project_name, "name": options.trackio_run_name, "space": options.trackio_space_id}
-    return {"options": given, "id": options.trackio_run_name, "where": ("project", "space")}
+    return {"options": given, "id": options.trackio_run_name, "destination": ("project", "space")}
 
 
 def _swanlab(options: TrackerOptions) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _swanlab(options: TrackerOptions) -> dict[str, Any]:
         "project": options.swanlab_project, "workspace": options.swanlab_workspace, "name": options.swanlab_experiment_name,
         "mode": "online" if options.swanlab_mode == "cloud" else options.swanlab_mode, "api_key": options.swanlab_api_key,
     }  # fmt: skip
-    return {"options": given, "where": ("project", "workspace")}
+    return {"options": given, "destination": ("project", "workspace")}
 
 
 MADE: dict[str, Callable[[TrackerOptions], dict[str, Any]]] = {
@@ -70,10 +70,10 @@ def services(options: TrackerOptions) -> list[Service]:
 def attach(group: Observers, config: TrainConfig, folder: RunDir, stack: contextlib.ExitStack) -> None:
     """Add the trackers of a run to its observers; they end with the stack."""
     options = getattr(config, "tracking", None)
-    if options is None or not (found := services(options)):
+    if options is None or not (chosen := services(options)):
         return
     book, public = Book(folder.root), _public(config)
-    trackers = [Background(one, folder.root, public, book, timeout_s=options.tracker_timeout) for one in found]
+    trackers = [Background(one, folder.root, public, book, timeout_s=options.tracker_timeout) for one in chosen]
 
     def say(text: str, warning: bool) -> None:
         group.message(text, warning=warning) if not warning else group.warn(text)

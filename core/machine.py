@@ -54,7 +54,7 @@ def free_memory() -> int:
     except (OSError, StopIteration, ValueError):
         return 0
     try:
-        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, in_use = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no limit is "max"
         return free
-    return max(0, min(free, limit - used))
+    return max(0, min(free, limit - in_use))

@@ -179,14 +179,14 @@ def _galore(name: str, subspace: Subspace, shared: Shared, *, eight: bool) -> Op
 
         return Rule(start, move)
 
-    def made(fresh: bool) -> Optimizer:
+    def inner(fresh: bool) -> Optimizer:
         rules = _rules(name, rank, rest, lambda path, leaf: rule(path, leaf, fresh))
         return leafwise(rules, **walk._asdict())
 
     def init(params: Params) -> OptState:
         _require_some(params, name, rank)
         # On the host, which decides whether a step decomposes, so that no other step waits for the device.
-        return made(False).init(params) | {KEY: {"updates": torch.zeros((), dtype=torch.int64)}}
+        return inner(False).init(params) | {KEY: {"updates": torch.zeros((), dtype=torch.int64)}}
 
     def update(grads: Params, state: OptState, params: Params, lr: Tensor, found_inf: Tensor | None = None) -> tuple[Params, OptState]:
         updates = state[KEY]["updates"]
@@ -194,7 +194,7 @@ def _galore(name: str, subspace: Subspace, shared: Shared, *, eight: bool) -> Op
         # Nothing to decompose in what is not finite; decompositions wait for the device by themselves, so reading the flag costs nothing.
         if fresh and found_inf is not None and bool(found_inf):
             return params, state
-        params, state = made(fresh).update(grads, state, params, lr, found_inf)
+        params, state = inner(fresh).update(grads, state, params, lr, found_inf)
         updates.add_(1)
         return params, state
 
@@ -269,13 +269,13 @@ def apollo_adamw(
         return Rule(start, move)
 
     rules = _rules("apollo_adamw", rank, rest, rule)
-    made = leafwise(rules, **walk._asdict())
+    optimizer = leafwise(rules, **walk._asdict())
 
     def init(params: Params) -> OptState:
         _require_some(params, "apollo_adamw", rank)
-        return made.init(params)
+        return optimizer.init(params)
 
-    return made._replace(init=init)
+    return optimizer._replace(init=init)
 
 
 @_spelled_out

@@ -211,8 +211,8 @@ def _by_rows(weight: Tensor, dtype: torch.dtype, make: Callable[[Tensor], tuple[
     rows = weight.reshape(-1, weight.shape[-1])
     codes, scale = torch.empty_like(rows, dtype=dtype), rows.new_empty(rows.shape[0], dtype=torch.float32)
     for some, of_codes, of_scale in zip(*(part.split(max(1, CHUNK // rows.shape[1])) for part in (rows, codes, scale)), strict=True):
-        made, largest = make(some)
-        of_codes.copy_(made)
+        part, largest = make(some)
+        of_codes.copy_(part)
         of_scale.copy_(largest)
     return codes.view(weight.shape), scale.view(weight.shape[:-1])
 

@@ -88,12 +88,12 @@ def write(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenize
 
 def errors(model: Model, small: Model) -> dict[str, Error]:
     """By the last name of their paths, how far quantised weights are from those of a model."""
-    whole, found = dict(tree.items(model.params)), {}
+    whole, changes = dict(tree.items(model.params)), {}
     for path, leaf in tree.items(small.params):
         if quant.quantised(leaf):
             change = (quant.dense(leaf, torch.float32) - whole[path]).norm() / whole[path].norm().clamp(min=quant.SMALLEST)
-            found.setdefault(path.rpartition(".")[2], []).append((change.item(), path))
-    return {kind: Error(sum(change for change, _ in each) / len(each), *max(each)) for kind, each in found.items()}
+            changes.setdefault(path.rpartition(".")[2], []).append((change.item(), path))
+    return {kind: Error(sum(change for change, _ in each) / len(each), *max(each)) for kind, each in changes.items()}
 
 
 def save(path: Path, model: Model, scheme: Scheme, dtype: torch.dtype, tokenizer: Any, name: str, revision: str | None = None) -> int:
@@ -134,10 +134,10 @@ def _renamed(model: Model, chosen: set[str], leaves: Mapping[str, Tensor], paths
     Errors: ValueError for one that it saves in other parts.
     """
     own = {key: hf_keys.hf_key(model.family, paths[pointer]) for key, leaf in leaves.items() if (pointer := leaf.data_ptr()) in paths}
-    found = {key for key, module_key in own.items() if module_key in chosen}
-    if missing := sorted(chosen - {own[key] for key in found}):
+    file_keys = {key for key, module_key in own.items() if module_key in chosen}
+    if missing := sorted(chosen - {own[key] for key in file_keys}):
         raise ValueError(f"{model.family} has {missing[0]} in other parts in its files, and so cannot be written quantised")
-    return found
+    return file_keys
 
 
 def stored(key: str, leaf: Tensor, chosen: Container[str], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:

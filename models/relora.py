@@ -84,11 +84,11 @@ def restarter(policy: Policy, optimizer: Optimizer, restarts: Restarts) -> Calla
 
 def _fold(low: Lora, state: TrainState) -> Tensor:
     """W <- W + s B A for each adapted weight; the norm of what rounding loses of all updates over that of the updates."""
-    used, leaves = lora_use.in_use(low, shard.gather_all(state.params["lora"])), dict(tree.items(state.frozen["model"]))
+    trained, leaves = lora_use.in_use(low, shard.gather_all(state.params["lora"])), dict(tree.items(state.frozen["model"]))
     lost, moved = [], []
-    for path in lora.pairs(used.tree):
+    for path in lora.pairs(trained.tree):
         before = shard.gather(leaves[path], torch.float32)
-        after = lora.merged(path, before, used.tree, used.scale)
+        after = lora.merged(path, before, trained.tree, trained.scale)
         _put(leaves[path], after)
         lost.append((shard.gather(leaves[path], torch.float32) - after).square().sum())
         moved.append((after - before).square().sum())

@@ -70,8 +70,8 @@ def exactly(paths: Iterable[str]) -> str:
     """A regular expression of these paths and no other, with one alternative for all layers."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for path in paths:
-        found = LAYER.search(path)
-        before, number, after = (path, "", "") if found is None else (path[: found.start()], found[0], path[found.end() :])
+        match = LAYER.search(path)
+        before, number, after = (path, "", "") if match is None else (path[: match.start()], match[0], path[match.end() :])
         numbers.setdefault((before, after), []).append(number)
-    forms = [f"{re.escape(before)}(?:{'|'.join(found)}){re.escape(after)}" for (before, after), found in numbers.items()]
+    forms = [f"{re.escape(before)}(?:{'|'.join(layers)}){re.escape(after)}" for (before, after), layers in numbers.items()]
     return f"^(?:{'|'.join(forms)})$"

@@ -12,7 +12,7 @@ RENAMED: Mapping[str, str] = {
     "jagged_restart_steps": "relora_steps", "jagged_restart_warmup_steps": "relora_warmup_steps",
     "jagged_restart_anneal_steps": "relora_anneal_steps", "shuffle_merged_datasets": "shuffle",
     "activation_checkpointing": "gradient_checkpointing", "conversation": "chat_template", "chat_template_jinja": "chat_template",
-    "max_prompt_length": "max_prompt_len",
+    "max_prompt_length": "max_prompt_len", "loraplus_lr_embedding": "embedding_lr",
 }  # fmt: skip
 
 KERNELS = "how it is computed, which our own operators decide"
@@ -26,6 +26,8 @@ def _each(reason: str, names: str) -> dict[str, str]:
 
 # Keys that need nothing here, whatever their value, and why.
 NOTHING: Mapping[str, str] = {
+    **_each("the architecture is read from config.json, and code of a model is never run", "model_type trust_remote_code"),
+    **_each("preprocess prints documents", "debug"),
     **_each(
         KERNELS,
         """

@@ -28,7 +28,7 @@ def _adapter(file: File) -> Iterator[Meaning]:
         yield Meaning("adapter", "none", "no adapter: all weights train")
     elif file.value("lora_r") is None and file.value("lora_model_dir") is None:
         r, alpha = file.options["lora_r"].default, file.options["lora_alpha"].default
-        yield Meaning("lora_r", r, f"no lora_r: {r}, the default here, and lora_alpha {file.value('lora_alpha', alpha):g}")
+        yield Meaning("lora_r", r, f"no lora_r: {r}, the default here, and lora_alpha {file.value('lora_alpha', alpha)}")
     if file.value("quantize_moe_experts") is None and (file.value("load_in_4bit") or file.value("load_in_8bit")):
         yield Meaning("quantize_moe_experts", False, "no quantize_moe_experts: stacks of experts stay as they are")
 
@@ -51,7 +51,7 @@ def _sampled(file: File) -> Iterator[Meaning]:
     if file.value("log_completions") is None:
         yield Meaning("log_completions", False, "no log_completions: completions are not written down")
     if file.command == "grpo" and file.value("epsilon_high") is None:
-        yield Meaning("epsilon_high", float(file.value("epsilon", 0.2)), "no epsilon_high: as epsilon")
+        yield Meaning("epsilon_high", file.value("epsilon", 0.2), "no epsilon_high: as epsilon")
     if file.command == "ebft" and file.value("mode") is None and any("strided" in kind or "pretrain" in kind for kind in _types(file)):
         yield Meaning("mode", "strided", "no mode, but rows of strided EBFT: strided")
     elif file.command == "ebft" and structured(file) and file.value("temperature") is None:
@@ -77,11 +77,17 @@ def _simple_preferences(file: File) -> Iterator[Meaning]:
         yield Meaning("cpo_alpha", 1.0, "no cpo_alpha: 1")
 
 
+def _generations(file: File) -> int | None:
+    return file.options["num_generations"].default if "num_generations" in file.options else None
+
+
 def counted(file: File) -> Iterator[Meaning]:
     """What counts something else: completions in a micro-batch of a method that samples, which are prompts here."""
-    if file.command == "grpo" or file.command == "ebft" and structured(file):
-        each = int(file.value("num_generations", file.options["num_generations"].default))
-        rows, splits = int(file.value("micro_batch_size") or 1), int(file.value("gradient_accumulation_steps") or 1)
+    sizes = [file.value(key, default) for key, default in (
+        ("num_generations", _generations(file)), ("micro_batch_size", 1), ("gradient_accumulation_steps", 1))]  # fmt: skip
+    sampled = file.command == "grpo" or file.command == "ebft" and structured(file)
+    if sampled and all(isinstance(size, int) and size > 0 for size in sizes):
+        each, rows, splits = sizes
         prompts = max(1, -(-rows * splits // each))
         held = next(count for count in range(max(1, rows // each), 0, -1) if prompts % count == 0)
         reason = f"micro_batch_size counts completions: {rows} x {splits} a step, {each} for each prompt, so prompts a step: {prompts}"

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from treetune.cli import methods
 from treetune.cli.axolotl import keys, meanings, rows
 from treetune.cli.axolotl.values import FUNCTIONS, File, Unsupported, Values
-from treetune.core.config import suggestions
+from treetune.core.config import suggestions, table
 from treetune.core.config.table import Option
 from treetune.core.data import yamlvalues
 from treetune.core.data.yamltext import Written
@@ -21,12 +22,14 @@ class Translation(NamedTuple):
     """Options of the command as a file of ours would hold them.
 
     notes: what the file means where that differs from our defaults. needless: keys that need nothing here. left: sections for others.
+    keys: {option: the key of the file that it comes from}.
     """
 
     values: Values
     notes: tuple[str, ...]
     needless: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    left: tuple[str, ...]
+    keys: Mapping[str, str]
 
 
 def is_foreign(written: Mapping[str, Written]) -> bool:
@@ -38,9 +41,9 @@ def method_of(written: Mapping[str, Written], path: str) -> str:
     """The training command that a file of axolotl's is for. Errors: ValueError for an `rl` that is none."""
     kind = written["rl"].value if "rl" in written else None
     if kind is not None:
-        if kind not in METHODS:
+        if not isinstance(kind, str) or kind not in METHODS:
             raise ValueError(f"{path}: rl must be one of {', '.join(METHODS)}, got {yamlvalues.shown(written['rl'])}")
-        return METHODS[str(kind)]
+        return METHODS[kind]
     for key, method in (("process_reward_model", "prm"), ("reward_model", "reward"), ("pretraining_dataset", "pretrain"),
                         ("ebft", "ebft"), ("trl", "grpo")):  # fmt: skip
         if key in written and written[key].value:
@@ -62,23 +65,27 @@ def translate(written: Mapping[str, Written], command: str, options: Mapping[str
     """
     flat, left = _flat(written, command, options, path)
     file = File(command, options, flat)
-    values, needless, missing = {}, [], {}
+    values, needless, missing, origins = {}, [], {}, {}
     for key, value in flat.items():
         if value.value is None or key in CHOOSE and key != "pretraining_dataset":
             continue
         try:
-            found = _option(key, value, file)
+            meant = _option(key, value, file)
         except Unsupported as nearest:
             missing[key] = str(nearest)
             continue
-        values |= found
-        needless += [] if found else [key]
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {key} is of another form than axolotl's, got {yamlvalues.shown(value)}") from error
+        values |= meant
+        origins |= dict.fromkeys(meant, key)
+        needless += [] if meant else [key]
     if missing:
         raise ValueError(f"{path}: {_refusal(missing)}")
     absent, notes = meanings.values_of(meanings.absent(file))
     counted, counts = meanings.values_of(meanings.counted(file))
     chosen = {name: Written(value, value, True) for name, value in LOSSES.get(str(file.value("rl")), {}).items() if name not in values}
-    return Translation(absent | values | chosen | counted, tuple([*_chosen(file, written), *notes, *counts]), tuple(needless), tuple(left))
+    lines = tuple([*_chosen(file, written), *notes, *counts])
+    return Translation(absent | values | chosen | counted, lines, tuple(needless), tuple(left), origins)
 
 
 def _chosen(file: File, written: Mapping[str, Written]) -> list[str]:
@@ -97,7 +104,9 @@ def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Op
     """The keys with those of sections among them, and the names of sections that are for another command."""
     flat: Values = {}
     left: list[str] = []
-    for key, value in written.items():
+    # A section of EBFT is of its strided mode where the other one, too, has a key.
+    strided = "ebft" in written and isinstance(written["ebft"].value, dict) and _is_strided(written["ebft"].value)
+    for key, value in sorted(written.items(), key=lambda item: item[0] == ("ebft" if strided else "trl")):
         if key not in ("trl", "ebft", "vllm", "bnb_config_kwargs"):
             flat[key] = value
         elif value.value is None:
@@ -112,6 +121,10 @@ def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Op
         else:
             flat |= {name: item for name, item in value.value.items()}
     return flat, left
+
+
+def _is_strided(section: Mapping[str, Written]) -> bool:
+    return "mode" in section and section["mode"].value == "strided"
 
 
 def _engine(section: Mapping[str, Written], written: Mapping[str, Written], command: str, options: Mapping[str, Option]) -> Values:
@@ -133,8 +146,10 @@ def _option(key: str, value: Written, file: File) -> Values:
     name = keys.RENAMED.get(key, key)
     if name in file.options:
         return {name: rows.entries(value, file) if file.options[name].of_mappings else value}
-    if key in keys.NOTHING or key in FOR_OTHERS.get(file.command, ()) or _says_nothing(value):
+    if key in keys.NOTHING or key in FOR_OTHERS.get(file.command, ()) or _says_nothing(value) and _is_known(key):
         return {}
+    if file.command == "pretrain" and (key == "adapter" or key.startswith("lora_")):
+        raise Unsupported("datasets with type: completion, as pretrain trains all weights")
     if key in keys.MISSING:
         raise Unsupported(keys.MISSING[key])
     meant = suggestions.of_option(key, file.options)
@@ -153,6 +168,11 @@ FOR_OTHERS: Mapping[str, tuple[str, ...]] = {
 def _says_nothing(value: Written) -> bool:
     """Whether a value leaves off what its key would turn on."""
     return value.value in (None, False, "") or value.value == [] or value.value == {}
+
+
+def _is_known(key: str) -> bool:
+    """Whether a key is one of axolotl's that are not there, or an option of another method of ours."""
+    return key in keys.MISSING or any(key in table.options(method.config) for method in methods.METHODS.values())
 
 
 def _refusal(missing: Mapping[str, str]) -> str:

@@ -65,20 +65,29 @@ def dtype(file: File) -> str | None:
 def _dtype(value: Any, file: File) -> Values:
     kind = dtype(file)
     out: Values = {} if kind is None else {"dtype": write(kind)}
-    if file.value("bf16") == "full" and "master_dtype" in file.options and file.value("adapter") is None:
+    if file.value("bf16") == "full" and file.value("adapter") is None:
         out["master_dtype"] = write("bfloat16")
     return out
+
+
+def _check_frozen(file: File) -> None:
+    if file.value("adapter") is None and not file.value("unfrozen_parameters"):
+        raise Unsupported("an adapter beside it: weights that train are not quantised")
 
 
 def _four_bits(value: Any, file: File) -> Values:
     if value and file.value("load_in_8bit"):
         raise Unsupported("either load_in_4bit or load_in_8bit")
+    if value:
+        _check_frozen(file)
     return {"quant": write(file.value("bnb_4bit_quant_type", "nf4"))} if value else {}
 
 
 def _eight_bits(value: Any, file: File) -> Values:
     if value and file.value("adapter") == "qlora":
         raise Unsupported("adapter: lora with load_in_8bit, as qlora is in 4 bits")
+    if value:
+        _check_frozen(file)
     return {"quant": write("int8")} if value else {}
 
 
@@ -117,28 +126,17 @@ def _targets(value: Any, file: File) -> Values:
     return {"lora_target_modules": write(named + stacks)} if named or stacks else {}
 
 
-def _lr_groups(value: Any, file: File) -> Values:
-    peak = file.value("learning_rate")
-    if peak is None:
-        raise Unsupported("learning_rate beside lr_groups, whose rates are relative here")
-    rules = []
-    for group in value:
-        names = "|".join(re.escape(name) for name in group.get("modules", []))
-        if not names or "lr" not in group:
+def _rates(value: Any, file: File) -> Values:
+    """lr_rules of the file, and those that lr_groups and embedding_lr_scale mean: rates of parts are relative to learning_rate here."""
+    rules, peak = list(file.value("lr_rules", [])), file.value("learning_rate")
+    for group in file.value("lr_groups", []):
+        if peak is None:
+            raise Unsupported("learning_rate beside lr_groups, whose rates are relative here")
+        if not group.get("modules") or "lr" not in group:
             raise Unsupported("groups with modules and lr each")
-        rules.append(f"{names}={float(group['lr']) / float(peak):.10g}")
-    return {"lr_rules": write([*file.value("lr_rules", []), *rules])}
-
-
-def _embedding_rate(value: Any, file: File) -> Values:
-    peak = file.value("learning_rate")
-    if peak is None:
-        raise Unsupported("learning_rate beside it, as rates of parts are relative here")
-    return {"lr_rules": write([*file.value("lr_rules", []), f"embed={float(value) / float(peak):.10g}"])}
-
-
-def _embedding_scale(value: Any, file: File) -> Values:
-    return {"lr_rules": write([*file.value("lr_rules", []), f"embed={float(value):.10g}"])}
+        rules.append(f"{'|'.join(re.escape(name) for name in group['modules'])}={float(group['lr']) / float(peak):.10g}")
+    scale = file.value("embedding_lr_scale")
+    return {"lr_rules": write(rules if scale is None else [*rules, f"embed={float(scale):.10g}"])}
 
 
 def _optimizer(value: Any, file: File) -> Values:
@@ -159,12 +157,11 @@ def _schedule(value: Any, file: File) -> Values:
 def _checkpointing(value: Any, file: File) -> Values:
     if value == "offload_disk":
         return {"gradient_checkpointing": write("full"), "activation_offloading": write("disk")}
-    return {"gradient_checkpointing": write({"unsloth": "full"}.get(value, value) if isinstance(value, str) else bool(value))}
+    return {"gradient_checkpointing": write("full" if value == "unsloth" else value)}
 
 
 def _activations(value: Any, file: File) -> Values:
-    own = {"legacy": "cpu", "hidden_states": "cpu"}
-    return {"activation_offloading": write(own.get(value, value) if isinstance(value, str) else value)}
+    return {"activation_offloading": write("cpu" if value in ("legacy", "hidden_states") else value)}
 
 
 def sharded() -> Values:
@@ -276,10 +273,6 @@ def _overlong(value: Any, file: File) -> Values:
     return {"overlong": write({"raise": "error"}.get(value, value))}
 
 
-def _remote_code(value: Any, file: File) -> Values:
-    return {}
-
-
 def _thirty_two(value: Any, file: File) -> Values:
     return {"embedding_multiple": write(32)} if value else {}
 
@@ -311,12 +304,6 @@ def _plugins(value: Any, file: File) -> Values:
     return {}
 
 
-def _profiler(value: Any, file: File) -> Values:
-    if "profiler_steps" not in file.options:
-        raise Unsupported("the seconds of each step in metrics.jsonl")
-    return {"profiler_steps": write(value)}
-
-
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     **dict.fromkeys(("bf16", "fp16", "bfloat16", "float16", "torch_dtype"), _dtype),
     "load_in_4bit": _four_bits, "load_in_8bit": _eight_bits, "bnb_4bit_compute_dtype": _compute_dtype,
@@ -324,15 +311,14 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "bnb_4bit_quant_type": lambda value, file: {}, "bnb_4bit_quant_storage": lambda value, file: {},
     "qat": _rounded,
     **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
-    "lr_groups": _lr_groups, "embedding_lr": _embedding_rate, "loraplus_lr_embedding": _embedding_rate,
-    "embedding_lr_scale": _embedding_scale, "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
+    **dict.fromkeys(("lr_rules", "lr_groups", "embedding_lr_scale"), _rates),
+    "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
-    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, 
+    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
     "eval_strategy": _evaluation, "save_strategy": _saving, "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation,
     "generation_kwargs": _generation, "vllm_mode": _colocated,
     "use_vllm": _server, "async_prefetch": _ahead, "num_labels": _labels, "resume_from_checkpoint": _resume,
-    "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, "trust_remote_code": _remote_code,
-    "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins, "profiler_steps": _profiler,
+    "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, 
+    "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins,
     "freeze_mm_modules": _media, "relora": _relora,
-    "model_type": lambda value, file: {}, "debug": lambda value, file: {},
 }  # fmt: skip

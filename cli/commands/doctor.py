@@ -16,9 +16,9 @@ def run(config: Doctor, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         past = runs.read(Path(config.path))
-    found = doctor.diagnose(past, usual_rate=_usual(past), memory_gib=_memory_gib())
+    findings = doctor.diagnose(past, usual_rate=_usual(past), memory_gib=_memory_gib())
     screen.line(f"{past.root}: {past.method or 'a run'}, {past.state}, step {past.step} of {past.status.total_steps or '?'}")
-    for number, one in enumerate(found, 1):
+    for number, one in enumerate(findings, 1):
         screen.line(f"\n{number}. {one.cause}", "bold")
         screen.line(f"   seen    {one.seen}")
         for i, text in enumerate(one.fix):
@@ -27,10 +27,10 @@ def run(config: Doctor, given: frozenset[str]) -> int:
         screen.line("\nthe run also warned:")
         for text in warnings:
             screen.line(f"   {text}")
-    if not found:
+    if not findings:
         begun = "" if past.steps else " (no step is recorded yet)"
         screen.line(f"nothing found{begun}" + ("; it still runs" if past.state == journal.RUNNING else ""))
-    return 1 if found else 0
+    return 1 if findings else 0
 
 
 def _usual(past: runs.PastRun) -> float | None:

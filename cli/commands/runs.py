@@ -20,20 +20,20 @@ def run(config: Runs, given: frozenset[str]) -> int:
     screen = Screen()
     with checking_input():
         named = all(runs.is_run(Path(path)) for path in config.paths)
-        found = _sorted([runs.read(root) for path in config.paths for root in _found(Path(path))], config)
-        if config.metric is not None and not any(config.metric in record for one in found for record in one.history):
-            raise ValueError(f"no run has the metric {config.metric}; names are those of metrics.jsonl{_having(found)}")
-    if not found:
+        past_runs = _sorted([runs.read(root) for path in config.paths for root in _found(Path(path))], config)
+        if config.metric is not None and not any(config.metric in record for one in past_runs for record in one.history):
+            raise ValueError(f"no run has the metric {config.metric}; names are those of metrics.jsonl{_having(past_runs)}")
+    if not past_runs:
         screen.line(f"no runs in {' '.join(config.paths)}")
-    elif named and len(found) == 1:
-        _show(found[0], screen, config.metric)
+    elif named and len(past_runs) == 1:
+        _show(past_runs[0], screen, config.metric)
     else:
-        _list(found, screen, config.metric)
+        _list(past_runs, screen, config.metric)
         if named:
-            _compare(found, screen)
-    if config.html and found:
-        title = found[0].root.name if len(found) == 1 else f"{len(found)} runs"
-        compared.write(Path(config.html), found, title=title, metric=config.metric, charts=named or len(found) <= compared.DRAWN)
+            _compare(past_runs, screen)
+    if config.html and past_runs:
+        title = past_runs[0].root.name if len(past_runs) == 1 else f"{len(past_runs)} runs"
+        compared.write(Path(config.html), past_runs, title=title, metric=config.metric, charts=named or len(past_runs) <= compared.DRAWN)
         screen.line(f"wrote {config.html}")
     return 0
 
@@ -44,18 +44,18 @@ def _found(path: Path) -> Iterator[Path]:
     return runs.find(path)
 
 
-def _having(found: Sequence[PastRun]) -> str:
-    names = dict.fromkeys(name for one in found for name in curves.metrics(one.history))
+def _having(past_runs: Sequence[PastRun]) -> str:
+    names = dict.fromkeys(name for one in past_runs for name in curves.metrics(one.history))
     return f": {', '.join(list(names)[:8])}" if names else ""
 
 
-def _sorted(found: list[PastRun], config: Runs) -> list[PastRun]:
+def _sorted(past_runs: list[PastRun], config: Runs) -> list[PastRun]:
     """The runs in the order that is asked for."""
     if config.sort == "started":
-        return sorted(found, key=lambda one: one.status.started or 0.0)
+        return sorted(past_runs, key=lambda one: one.status.started or 0.0)
     if config.sort == "best":
-        return sorted(found, key=lambda one: one.merit(config.metric))
-    return found
+        return sorted(past_runs, key=lambda one: one.merit(config.metric))
+    return past_runs
 
 
 def _list(found: Sequence[PastRun], screen: Screen, metric: str | None) -> None:

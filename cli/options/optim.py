@@ -197,8 +197,8 @@ def offloading_notes(optim: OptimOptions, device: str) -> list[str]:
     if device != "cpu":
         return []
     idle = {"activation": (optim.remat or "").endswith("+cpu"), "layer": optim.layer_offloading == "cpu"}
-    where = "the model is on the CPU, where they are in host memory already"
-    return [f"{name}s: {where}; --{name}-offloading disk writes them to files" for name, on in idle.items() if on]
+    reason = "the model is on the CPU, where they are in host memory already"
+    return [f"{name}s: {reason}; --{name}-offloading disk writes them to files" for name, on in idle.items() if on]
 
 
 # Parameters that `optim_args` sets: the range, the words to choose from, or bool.

@@ -151,8 +151,8 @@ def check_packages(options: TrackerOptions) -> None:
     for name in active(options):
         module = "swanboard" if name == "swanlab" and options.swanlab_mode == "local" else MODULES[name]
         for needed in dict.fromkeys((MODULES[name], module)):
-            found = importlib.util.find_spec(needed)
-            if found is None or found.origin is None:  # a folder of that name, such as ./wandb, is no package
+            package = importlib.util.find_spec(needed)
+            if package is None or package.origin is None:  # a folder of that name, such as ./wandb, is no package
                 by = f"use_{name}" if not getattr(options, NAMED_BY.get(name, ""), None) else NAMED_BY[name]
                 raise ValueError(f"{by} needs the package {needed}, which is not installed: pip install 'treetune[{name}]'")
 

@@ -66,17 +66,17 @@ def read(argv: Sequence[str], options: Mapping[str, Option]) -> Product:
 
 def _groups(argv: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
     """(flag, what stands behind it, all its words) of the arguments."""
-    found: list[tuple[str, list[str], list[str]]] = []
+    groups: list[tuple[str, list[str], list[str]]] = []
     for arg in argv:
         if arg.startswith("--"):
             flag, equals, text = arg.partition("=")
-            found.append((flag, [text] if equals else [], [arg]))
-        elif found:
-            found[-1][1].append(arg)
-            found[-1][2].append(arg)
+            groups.append((flag, [text] if equals else [], [arg]))
+        elif groups:
+            groups[-1][1].append(arg)
+            groups[-1][2].append(arg)
         else:
-            found.append(("", [], [arg]))
-    return found
+            groups.append(("", [], [arg]))
+    return groups
 
 
 def _values(flag: str, texts: list[str], option: Option | None) -> list[tuple[str, list[str]]]:

@@ -21,8 +21,8 @@ def lifted(rows: sources.Rows, names: Iterable[Any]) -> sources.Rows:
 
 
 def _lifted(row: Row, names: Iterable[str], outer: set[str]) -> Row:
-    found = {name: value for name in names if (value := look_up(row, name)) is not None}
-    return {name: value for name, value in row.items() if name not in outer} | found
+    values = {name: value for name in names if (value := look_up(row, name)) is not None}
+    return {name: value for name, value in row.items() if name not in outer} | values
 
 
 def look_up(row: Mapping[str, Any], name: str) -> Any:

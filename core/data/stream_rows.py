@@ -50,10 +50,10 @@ def load(kind: kinds.DatasetSpec, settings: RowSettings, tokenizer: Tokenizer, *
 
 def _open(entry: Mapping[str, Any], size: int, settings: RowSettings, tokenizer: Tokenizer, kind: kinds.DatasetSpec) -> StreamedSet:
     """The data set that one mapping describes, without its first `size` rows, which are held out."""
-    path, where = entry.get("path"), {key: entry[key] for key in WHERE if key in entry}
+    path, source = entry.get("path"), {key: entry[key] for key in WHERE if key in entry}
     if whole := [key for key in WHOLE if key in entry]:
         raise ValueError(f"datasets: {path} has {whole[0]}, which needs all rows at once; a stream has skip, and is read for max_steps")
-    options: dict[str, Any] = {"split": settings.split} | where
+    options: dict[str, Any] = {"split": settings.split} | source
     with fields.reading(path or entry.get("data_files")):
         first, _, _ = next(streaming.blocks(streaming.list_shards(path, **options), buffer=max(size + 1, SHOWN), shuffle=False))
         if size and len(first.rows) <= size:

@@ -16,11 +16,11 @@ def foreign(tokenizer: Tokenizer, template: str) -> dict[str, int]:
 
 def warning(tokenizer: Tokenizer, name: str, template: str) -> str:
     """A line about a template that was given by name and is not of this tokenizer; empty where it is."""
-    found = foreign(tokenizer, template)
-    if not found:
+    split_marks = foreign(tokenizer, template)
+    if not split_marks:
         return ""
-    mark, count = next(iter(found.items()))
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    mark, count = next(iter(split_marks.items()))
+    more = f", and {len(split_marks) - 1} more" if len(split_marks) > 1 else ""
     fix = "leave chat_template out to take the model's own, or add the marks with tokens"
     seen = f"it writes {mark}, which its tokenizer splits into {count} tokens{more}"
     return f"chat template {name:.40} is not one of this model's: {seen}; {fix}"

@@ -44,9 +44,9 @@ def diagnose(run: PastRun, *, usual_rate: float | None = None, memory_gib: float
 
     usual_rate: the peak learning rate of its method. memory_gib: of the machine, for a run that was killed.
     """
-    found = [*_ended(run, memory_gib, usual_rate), *_template(run), *_dead(run), *_rate(run, usual_rate), *_flat(run, usual_rate)]
+    findings = [*_ended(run, memory_gib, usual_rate), *_template(run), *_dead(run), *_rate(run, usual_rate), *_flat(run, usual_rate)]
     first: dict[str, Finding] = {}
-    for one in [*found, *_collapsed(run), *_health(run)]:
+    for one in [*findings, *_collapsed(run), *_health(run)]:
         first.setdefault(one.cause, one)
     if {"zero reward", "collapsed entropy"} & first.keys():  # what has no reward, or one completion only, has no signal either
         first.pop("no signal", None)
@@ -80,8 +80,10 @@ def _ended(run: PastRun, memory_gib: float | None, usual: float | None) -> Itera
     elif "train/loss was above" in reason:
         yield Finding("loss watchdog", reason, ("lower learning_rate, or lengthen the warm-up", "look for malformed rows before that step"))
     elif run.state == journal.FAILED:
-        where = next((line.strip() for line in reversed(journal.log(run.root, journal.ERROR)) if line.strip().startswith("File ")), "")
-        yield Finding("error", reason + (f" ({where})" if where else ""), ("the traceback is in run.log",))
+        line_of_error = next(
+            (line.strip() for line in reversed(journal.log(run.root, journal.ERROR)) if line.strip().startswith("File ")), ""
+        )
+        yield Finding("error", reason + (f" ({line_of_error})" if line_of_error else ""), ("the traceback is in run.log",))
 
 
 def _bad(record: dict) -> bool:
@@ -89,9 +91,9 @@ def _bad(record: dict) -> bool:
 
 
 def _killed(run: PastRun, memory_gib: float | None) -> Finding:
-    used = next((record["memory_gib"] for record in reversed(run.steps) if math.isfinite(record.get("memory_gib", math.nan))), None)
-    if used is not None and memory_gib is not None and used > 0.7 * memory_gib and run.config.get("device") != "cuda":
-        taken = f"{used:.1f} of {memory_gib:.1f} GiB in use"
+    held = next((record["memory_gib"] for record in reversed(run.steps) if math.isfinite(record.get("memory_gib", math.nan))), None)
+    if held is not None and memory_gib is not None and held > 0.7 * memory_gib and run.config.get("device") != "cuda":
+        taken = f"{held:.1f} of {memory_gib:.1f} GiB in use"
         seen = f"its process was killed after step {run.step} with {taken}: the system does so when memory ends"
         return Finding("out of memory", seen, run.status.advice or ("lower micro_batch_size, or turn on gradient_checkpointing",))
     seen = f"{run.reason or 'its process has ended'}, after step {run.step}"

@@ -42,9 +42,9 @@ class Watched:
         """The micro-batches of a step and metrics about them."""
         self._before(index)
         start = time.perf_counter()
-        found = self.source.next(state, index)
+        step_batch = self.source.next(state, index)
         self._after(index, time.perf_counter() - start)
-        return cast(Any, found)
+        return cast(Any, step_batch)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)

@@ -104,14 +104,14 @@ def _options(sweep: Sweep) -> list[str]:
 
 def rows(sweep: Sweep) -> list[list[str]]:
     """A row for each run, the best first, those without a value last."""
-    found, options = past(sweep), _options(sweep)
+    past_runs, options = past(sweep), _options(sweep)
     out = []
-    for name in sorted(sweep.points, key=lambda name: -found[name].merit() if name in found else float("inf")):
+    for name in sorted(sweep.points, key=lambda name: -past_runs[name].merit() if name in past_runs else float("inf")):
         chosen = [sweep.points[name].get(option, "-") for option in options]
-        if name not in found:
+        if name not in past_runs:
             out.append([name, *chosen, "not begun", "-", "-", "-", "-"])
             continue
-        one, best = found[name], found[name].best()
+        one, best = past_runs[name], past_runs[name].best()
         value = ("-", "-") if best is None else (f"{best.metric} {best.value:.4g}", str(best.step))
         out.append([name, *chosen, one.state, *value, f"{one.step}/{one.status.total_steps or '?'}", clock(one.seconds)])
     return out

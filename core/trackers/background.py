@@ -161,9 +161,9 @@ class Background(Observer):
 
     def _open(self, channel: socket.socket, step: int, about: dict[str, str]) -> None:
         service, run_marker = self.service, marker.read(self.root)
-        where = json.dumps([masking.mask_secrets(str(service.options.get(name))) for name in service.where])
+        destination = json.dumps([masking.mask_secrets(str(service.options.get(name))) for name in service.destination])
         told, known = self.book.read(service.name), run_marker.run if run_marker is not None else uuid.uuid4().hex
-        if told.where != where or service.id not in (None, told.id):
+        if told.destination != destination or service.id not in (None, told.id):
             told = Told()  # another run of the tracker
         if service.rewinds:
             last = min(told.step, step)
@@ -181,7 +181,7 @@ class Background(Observer):
         }
         given = {"module": service.module, "run": run, "options": service.options, "path": sys.path}
         answer = self._call(channel, "open", given, LONG)
-        self._note(told._replace(id=answer["id"], where=where))
+        self._note(told._replace(id=answer["id"], destination=destination))
         self.lines.put((f"{service.name}: {answer['place']}", False))
 
     def _missed(self, step: int) -> Iterator[dict[str, Any]]:

@@ -28,20 +28,20 @@ class Mlflow:
         if run.continued and run.id is not None:
             self.id = run.id
         else:
-            self.id = self._found_or_made(self._experiment(experiment or "Default"), name or run.name, run)
+            self.id = self._run_id(self._experiment(experiment or "Default"), name or run.name, run)
         self.client.update_run(self.id, status="RUNNING")
         self.place = f"MLflow run {self.id} at {_masked(uri or mlflow.get_tracking_uri())}"
         self._log_options(run)
 
     def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        return self.client.create_experiment(name) if found is None else found.experiment_id
+        known = self.client.get_experiment_by_name(name)
+        return self.client.create_experiment(name) if known is None else known.experiment_id
 
-    def _found_or_made(self, experiment: str, name: str, run: TrackedRun) -> str:
+    def _run_id(self, experiment: str, name: str, run: TrackedRun) -> str:
         """The id of a new run, or of one that a trainer began which was killed before it heard of the id."""
-        found = self.client.search_runs([experiment], filter_string=f"tags.`{TAG}` = '{run.key}'", max_results=1)
-        if found:
-            return found[0].info.run_id
+        runs = self.client.search_runs([experiment], filter_string=f"tags.`{TAG}` = '{run.key}'", max_results=1)
+        if runs:
+            return runs[0].info.run_id
         if os.getppid() != run.pid:
             raise RuntimeError("the trainer is gone, and would not hear of a new run")
         return self.client.create_run(experiment, run_name=name, tags={TAG: run.key}).info.run_id

@@ -13,10 +13,13 @@ KINDS = ("step", "evaluation")
 
 
 class Told(NamedTuple):
-    """What a tracker knows of a run. id: its name there. where: the account and project. step, evaluation: the last ones; -1 for none."""
+    """What a tracker knows of a run.
+
+    id: its name there. destination: the account and project. step, evaluation: the last ones; -1 for none.
+    """
 
     id: str | None = None
-    where: str = ""
+    destination: str = ""
     step: int = -1
     evaluation: int = -1
 
@@ -52,5 +55,5 @@ def _read(path: Path) -> dict[str, Told]:
 
 
 def _entry(values: dict[str, Any]) -> Told:
-    found = None if values["id"] is None else str(values["id"])
-    return Told(found, str(values["where"]), int(values["step"]), int(values["evaluation"]))
+    tracker_id = None if values["id"] is None else str(values["id"])
+    return Told(tracker_id, str(values["destination"]), int(values["step"]), int(values["evaluation"]))

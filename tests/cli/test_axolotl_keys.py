@@ -40,7 +40,10 @@ CASES = [
     ("adapter: lora\nlora_target_modules: 'a.(q|k)_proj'\n", {"lora_target_modules": ["^(?:a.(q|k)_proj)$"]}),
     ("adapter: lora\nlora_target_modules: [q_proj, o_proj]\n", {"lora_target_modules": ["q_proj", "o_proj"]}),
     ("learning_rate: 1e-4\nlr_groups: [{name: a, modules: [q_proj, k.x], lr: 5e-5}]\n", {"lr_rules": [r"q_proj|k\.x=0.5"]}),
-    ("learning_rate: 1e-4\nembedding_lr: 1e-5\n", {"lr_rules": ["embed=0.1"]}),
+    ("learning_rate: 1e-4\nembedding_lr: 1e-5\n", {"embedding_lr": 1e-5}),
+    ("learning_rate: 1e-4\nlr_groups: [{modules: [v], lr: 1e-5}]\nembedding_lr_scale: 0.5\n", {"lr_rules": ["v=0.1", "embed=0.5"]}),
+    ("rl: ebft\nebft: {mode: strided, temperature: 0.6}\ntrl: {temperature: 0.9}\n", {"temperature": 0.6}),
+    ("rl: ebft\ntrl: {temperature: 0.9}\nebft: {temperature: 0.6}\n", {"temperature": 0.9}),
     ("gradient_checkpointing: true\n", {"gradient_checkpointing": "full"}),
     ("gradient_checkpointing: offload_disk\n", {"gradient_checkpointing": "full", "activation_offloading": "disk"}),
     ("activation_offloading: legacy\n", {"activation_offloading": "cpu"}), ("layer_offloading: true\n", {"layer_offloading": "cpu"}),
@@ -95,6 +98,11 @@ REFUSED = {
     "qat: {weight_dtype: int4, group_size: 32}\n": "qat (nearest: group_size: 64",
     "qat: {weight_dtype: nvfp4}\n": "qat (nearest: weight_dtype int4, int8 or fp8",
     "quantization: {weight_dtype: int4}\n": "quantization (nearest: treetune quantize MODEL OUTPUT --quant int4",
+    "pretraining_dataset: [{path: a}]\nadapter: lora\n": "adapter (nearest: datasets with type: completion",
+    "load_in_4bit: true\n": "load_in_4bit (nearest: an adapter beside it",
+    "train_on_inptus: false\n": "train_on_inptus (nearest: did you mean train_on_inputs?)",
+    "rl: grpo\nmicro_batch_size: two\n": "micro_batch_size must be a whole number",
+    "lr_groups: [1]\nlearning_rate: 1e-4\n": "lr_groups is of another form than axolotl's",
     "load_in_4bit: true\nload_in_8bit: true\n": "either load_in_4bit or load_in_8bit",
     "plugins: [axolotl.integrations.liger.LigerPlugin, x.Y]\n": "x.Y cannot be loaded",
     "fsdp_config: {offload_params: true}\n": "offload_params: false",
@@ -114,6 +122,20 @@ def test_what_is_not_there_is_one_line(tune, here, text):
     done = tune("train", "a.yaml", "--dry-run")
     assert done.code == 2 and done.err.count("\n") == 1 and REFUSED[text] in done.err, done.err
     assert {path.name for path in here.iterdir()} == {"a.yaml"}
+
+
+ODD = ("[]", "{}", "''", "5", "-1.5", "x", "[1, {a: 2}]", "{a: {b: [null]}}", "true", "false", "2024-01-01", "[[]]")
+
+
+@pytest.mark.parametrize("key", sorted({*values.FUNCTIONS, "datasets", "pretraining_dataset", "trl", "ebft", "vllm", "rl"}))
+def test_odd_values_are_read_or_refused_in_a_line(here, key):
+    for rest in ("", "rl: grpo\n", "rl: ebft\n", "adapter: qlora\nlearning_rate: 1e-4\n"):
+        for odd in ODD:
+            text = f"{BASE}{rest}{key}: {odd}\n" if f"{key}:" not in rest else f"{BASE}{key}: {odd}\n"
+            try:
+                read(here, text)
+            except ValueError as error:
+                assert "\n" not in str(error) and (key in str(error) or "nearest" in str(error)), text
 
 
 def test_values_that_ask_for_nothing_are_no_error(here):

@@ -14,11 +14,11 @@ def evals(kit, root):
 
 
 def pauses(ends, total):
-    found = [0]
+    pauses = [0]
     for end in ends:
-        if pausing.at_end(end, found[-1], total):
-            found.append(end)
-    return found[1:]
+        if pausing.at_end(end, pauses[-1], total):
+            pauses.append(end)
+    return pauses[1:]
 
 
 def test_many_short_epochs_have_ten_pauses_and_few_long_ones_all():
@@ -114,18 +114,18 @@ def test_a_run_that_saves_nothing_saves_where_a_signal_ends_it(kit, forked, tiny
 
 @pytest.mark.parametrize("packing", [(), ("--no-sample-packing",)])
 def test_evaluations_do_not_depend_on_how_they_are_cut(kit, tiny, sft, here, packing):
-    found = []
+    runs = []
     for size in (None, 1, 5):
         own = () if size is None else ("--eval-batch-size", size)
         assert sft(*own, *packing, "--val-set-size", 7, "--sample-prompt=", "--output-dir", f"run{size}").code == 0
-        found.append(kit.timeless(kit.metrics(here / f"run{size}")))
-    plain, *others = [[record for record in records if "eval/loss" in record] for records in found]
+        runs.append(kit.timeless(kit.metrics(here / f"run{size}")))
+    plain, *others = [[record for record in records if "eval/loss" in record] for records in runs]
     for other in others:
         assert [list(record) for record in other] == [list(record) for record in plain]
         assert [value for record in other for value in record.values()] == pytest.approx(
             [value for record in plain for value in record.values()], rel=1e-5
         )
-    trained = [[record for record in records if "train/loss" in record] for records in found]
+    trained = [[record for record in records if "train/loss" in record] for records in runs]
     assert trained[0] == trained[1] == trained[2], "steps are as they were"
 
 

@@ -27,11 +27,11 @@ def logged(root, level):
 
 def test_debug_logs_versions_options_times_and_all_numbers(sft, here):
     done = sft("--log-level", "debug", "--output-dir", "run", "--sample-prompt=")
-    found = logged(here / "run", "debug")
+    lines = logged(here / "run", "debug")
     assert done.code == 0 and all(line in done.out for line in ("option lora_r: 4", "step 1: its micro-batches took"))
-    assert any(line.startswith("torch: ") for line in found) and "option lora_r: 4" in found
-    assert sum("grad_norm" in line for line in found) == 2 and sum("eval/loss" in line for line in found) == 2
-    assert "evaluating what is held out ..." in found
+    assert any(line.startswith("torch: ") for line in lines) and "option lora_r: 4" in lines
+    assert sum("grad_norm" in line for line in lines) == 2 and sum("eval/loss" in line for line in lines) == 2
+    assert "evaluating what is held out ..." in lines
 
 
 def test_a_level_leaves_out_what_is_below_it(sft, here):

@@ -20,15 +20,15 @@ class Calls(list):
 
 @pytest.fixture
 def calls(monkeypatch, here):
-    found = Calls()
-    found.codes = {}
+    calls = Calls()
+    calls.codes = {}
 
     def call(self, args):
-        found.append(args[args.index("treetune.cli.main") + 1 :])
-        return found.codes.get(args[-1][-3:], 0)
+        calls.append(args[args.index("treetune.cli.main") + 1 :])
+        return calls.codes.get(args[-1][-3:], 0)
 
     monkeypatch.setattr(command._Relay, "call", call)
-    return found
+    return calls
 
 
 @pytest.fixture

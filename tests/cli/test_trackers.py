@@ -119,8 +119,8 @@ def stub(tmp_path_factory, monkeypatch):
         (folder / f"{name}.py").write_text(module.STUBS[name].replace(old, new) if old else module.STUBS[name])
 
     def calls(*names: str) -> list:
-        found = map(json.loads, (folder / "calls.jsonl").read_text().splitlines())
-        return [one for one in found if one[0] in names]
+        calls = map(json.loads, (folder / "calls.jsonl").read_text().splitlines())
+        return [one for one in calls if one[0] in names]
 
     put.calls = calls
     return put

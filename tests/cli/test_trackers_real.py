@@ -22,10 +22,10 @@ def wandb_rows(here: Path):
     """(id, step, name, value) of the history in offline folders: LevelDB records of 32 KiB blocks with protocol buffers."""
     proto = importlib.import_module("wandb.proto.wandb_internal_pb2")
     for path in sorted(here.glob("wandb/offline-run-*/*.wandb")):
-        found = [proto.Record.FromString(data) for data in leveldb(path.read_bytes())]
-        (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+        records = [proto.Record.FromString(data) for data in leveldb(path.read_bytes())]
+        (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
         assert json.loads({item.key: item.value_json for item in run.config.update}["lora_r"]) == 4
-        for record in found:
+        for record in records:
             for item in record.history.item if record.WhichOneof("record_type") == "history" else ():
                 name = item.key or "/".join(item.nested_key)
                 if not name.startswith("_"):
@@ -48,10 +48,10 @@ def leveldb(data: bytes):
 
 def tensorboard_rows(here: Path):
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    found = events.EventAccumulator(str(here / "run/tensorboard"), size_guidance={"scalars": 0})
-    found.Reload()
-    for tag in found.Tags()["scalars"]:
-        for event in found.Scalars(tag):
+    events_of_run = events.EventAccumulator(str(here / "run/tensorboard"), size_guidance={"scalars": 0})
+    events_of_run.Reload()
+    for tag in events_of_run.Tags()["scalars"]:
+        for event in events_of_run.Scalars(tag):
             yield "run", event.step, tag, event.value
 
 
@@ -93,9 +93,9 @@ def swanlab_rows(here: Path):
     for path in sorted(here.glob("swanlog/run-*/*.swanlab")):
         reader = store.DataStoreReader()
         reader.open(path)
-        found = [proto.Record.FromString(data) for data in iter(reader.scan, None)]
-        (run,) = [record.start for record in found if record.HasField("start")]
-        for record in found:
+        records = [proto.Record.FromString(data) for data in iter(reader.scan, None)]
+        (run,) = [record.start for record in records if record.HasField("start")]
+        for record in records:
             if record.HasField("scalar") and not record.scalar.key.startswith("__"):
                 yield run.id, record.scalar.step, record.scalar.key, record.scalar.value.number
 
@@ -133,8 +133,8 @@ def test_a_run_that_is_killed_and_resumed_is_one_run_with_the_numbers_of_metrics
     assert len({run for run, *_ in rows}) == 1, "one run, whatever the process"
     places = [(step, name) for _, step, name, _ in rows]
     assert len(set(places)) == len(places), "no step twice"
-    found = {(step, name): value for _, step, name, value in rows}
+    values = {(step, name): value for _, step, name, value in rows}
     for (step, name), value in expected(kit, here / "run").items():
         if name in kit.TIMES and step == 5:
             continue  # told by the process that was killed
-        assert found[step, name] == (np.float32(value) if package == "tensorboard" else value) or math.isnan(value), (step, name)
+        assert values[step, name] == (np.float32(value) if package == "tensorboard" else value) or math.isnan(value), (step, name)

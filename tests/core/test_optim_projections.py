@@ -87,22 +87,22 @@ def test_galore_equals_its_algorithm(proj_type):
     rank, scale = 4, 0.25
 
     def projected(path, matrix, number):
-        adam, found, rows = Adam(), {}, _by_rows(*matrix.shape, proj_type)
+        adam, kept, rows = Adam(), {}, _by_rows(*matrix.shape, proj_type)
 
         def step(g, t):
             if t % GAP == 0:
                 u, _, vh = torch.linalg.svd(g)
                 directions = [u[:, i] if rows else vh[i] for i in range(rank)]
-                found["p"] = torch.stack([one * one[one.abs().argmax()].sign() for one in directions])
-            p = found["p"]
+                kept["p"] = torch.stack([one * one[one.abs().argmax()].sign() for one in directions])
+            p = kept["p"]
             return scale * (p.T @ adam.step(p @ g) if rows else adam.step(g @ p.T) @ p)
 
         return step
 
     params = _params()
     expected = _oracle(params, projected)
-    made = optim_projections.galore_adamw(rank=rank, scale=scale, update_proj_gap=GAP, proj_type=proj_type, **ADAM)
-    params, state = _ours(made, params)
+    optimizer = optim_projections.galore_adamw(rank=rank, scale=scale, update_proj_gap=GAP, proj_type=proj_type, **ADAM)
+    params, state = _ours(optimizer, params)
     _close(params, expected, 1e-6)  # learning rates are float32 in the state's bias correction
     assert int(state["projection"]["updates"]) == STEPS
 
@@ -135,8 +135,8 @@ def test_apollo_equals_its_algorithm(scale_type):
 
     params = _params()
     expected = _oracle(params, projected)
-    made = optim_projections.apollo_adamw(rank=rank, scale=scale, update_proj_gap=GAP, scale_type=scale_type, seed=seed, **ADAM)
-    params, _ = _ours(made, params)
+    optimizer = optim_projections.apollo_adamw(rank=rank, scale=scale, update_proj_gap=GAP, scale_type=scale_type, seed=seed, **ADAM)
+    params, _ = _ours(optimizer, params)
     _close(params, expected, 1e-6)
 
 
@@ -152,11 +152,11 @@ def test_apollo_mini_is_apollo_of_rank_1_by_tensor():
 @pytest.mark.parametrize("shape", [(9, 20), (20, 9)])
 def test_a_basis_is_orthonormal_and_holds_the_most_of_a_gradient(shape, rows):
     grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    made = Shape(5, rows)
-    p = optim_projections.basis(grad, made)
+    shape = Shape(5, rows)
+    p = optim_projections.basis(grad, shape)
     torch.testing.assert_close(p @ p.mT, torch.eye(5).expand(2, 5, 5), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        made.apply(grad, p).square().sum((-2, -1)), torch.linalg.svdvals(grad)[:, :5].square().sum(-1), rtol=1e-5, atol=1e-5
+        shape.apply(grad, p).square().sum((-2, -1)), torch.linalg.svdvals(grad)[:, :5].square().sum(-1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -186,12 +186,12 @@ def test_the_moments_of_8_bits_are_those_of_adamw_8bit_of_the_projected_gradient
     low = {"low": torch.zeros(rank, 160)}
     inner = optim_blocks.adamw_8bit()
     along = inner.init(low)
-    made = optim_projections.galore_adamw_8bit(rank=rank)
-    state = made.init(params)
+    optimizer = optim_projections.galore_adamw_8bit(rank=rank)
+    state = optimizer.init(params)
     for step in range(5):
         grads = _grads(params, step)
         inner.update({"low": p @ grads["layers"][0]["w"]}, along, low, torch.tensor(0.01))
-        params, state = made.update(grads, state, params, torch.tensor(0.01))
+        params, state = optimizer.update(grads, state, params, torch.tensor(0.01))
     for name in ("mu", "nu", "mu_absmax", "nu_absmax"):
         assert torch.equal(state[name]["layers"][0]["w"].view(-1), along[name]["low"].view(-1)), name
     assert state["mu"]["layers"][0]["w"].dtype == torch.uint8
@@ -200,12 +200,12 @@ def test_the_moments_of_8_bits_are_those_of_adamw_8bit_of_the_projected_gradient
 @pytest.mark.parametrize("name", MADE)
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(name, tmp_path):
     """Across a projection, which a checkpoint at step 5 of 7 has before it."""
-    made = MADE[name](rank=32, update_proj_gap=GAP, weight_decay=DECAY)
-    params, state = _ours(made, _params(torch.float32, LARGE), 5)
+    optimizer = MADE[name](rank=32, update_proj_gap=GAP, weight_decay=DECAY)
+    params, state = _ours(optimizer, _params(torch.float32, LARGE), 5)
     path = ckpt.save(tmp_path, TrainState(params, {}, state, {}, torch.tensor(5)), {})
     fresh = tree.map(torch.zeros_like, params)
-    loaded, _ = ckpt.load(path, TrainState(fresh, {}, made.init(fresh), {}, torch.tensor(0)))
-    ends = [_ours(made, *pair, start=5, state=own) for *pair, own in ((params, 5, state), (loaded.params, 5, loaded.opt))]
+    loaded, _ = ckpt.load(path, TrainState(fresh, {}, optimizer.init(fresh), {}, torch.tensor(0)))
+    ends = [_ours(optimizer, *pair, start=5, state=own) for *pair, own in ((params, 5, state), (loaded.params, 5, loaded.opt))]
     for one, two in zip(*(tree.leaves({"p": p, "s": s}) for p, s in ends), strict=True):
         assert one.dtype == two.dtype and torch.equal(one, two)
 
@@ -213,16 +213,16 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(name, tmp_path):
 @pytest.mark.parametrize("name", MADE)
 def test_a_first_step_that_is_skipped_leaves_the_projection_to_the_next(name):
     """As with float16, whose first steps overflow."""
-    made = loss_scale.scaled(MADE[name](rank=32, weight_decay=DECAY))
+    optimizer = loss_scale.scaled(MADE[name](rank=32, weight_decay=DECAY))
     ends = []
     for skipped in (True, False):
         params = _params(torch.float32, LARGE)
-        state = made.init(params)
+        state = optimizer.init(params)
         if skipped:
             bad = tree.map(lambda leaf: torch.full_like(leaf, math.nan), params)
-            params, state = made.update(bad, state, params, torch.tensor(0.01), torch.tensor(1.0))
+            params, state = optimizer.update(bad, state, params, torch.tensor(0.01), torch.tensor(1.0))
         for step in range(3):
-            params, state = made.update(_grads(params, step), state, params, torch.tensor(0.01), torch.tensor(0.0))
+            params, state = optimizer.update(_grads(params, step), state, params, torch.tensor(0.01), torch.tensor(0.0))
         ends.append(params)
     assert all(torch.equal(one, two) for one, two in zip(*map(tree.leaves, ends), strict=True))
     assert not torch.equal(ends[0]["layers"][0]["w"], _params(torch.float32, LARGE)["layers"][0]["w"])

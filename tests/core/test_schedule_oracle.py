@@ -123,8 +123,8 @@ def test_a_rate_depends_on_the_step_alone_and_waits_for_nothing(name, other, kwa
     """So a resumed run goes on with the rates of the whole, and a compiled step recompiles for none."""
     whole = ours(name, 40, 3, kwargs=kwargs)
     assert whole[17:] == ours(name, 40, 3, first=17, kwargs=kwargs)
-    made = tuple(f"{key}={value}" for key, value in kwargs.items())
-    schedule = cadence.schedule(cadence.Rate(PEAK, 40, name, lr_scheduler_kwargs=made, warmup_steps=3))
+    lr_scheduler_kwargs = tuple(f"{key}={value}" for key, value in kwargs.items())
+    schedule = cadence.schedule(cadence.Rate(PEAK, 40, name, lr_scheduler_kwargs=lr_scheduler_kwargs, warmup_steps=3))
     rate = schedule(torch.tensor(3, device="meta"))  # reading a meta tensor raises
     assert rate.device.type == "meta" and rate.dtype == torch.float64 and rate.ndim == 0
     assert all(0 <= one <= PEAK * (1 + 1e-12) for one in whole) and any(a != b for a, b in itertools.pairwise(whole))

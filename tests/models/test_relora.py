@@ -44,23 +44,23 @@ def test_a_restart_changes_no_output_and_starts_pairs_and_moments_anew(oracle, d
     again, metrics = relora.restarter(start, optimizer, restarts), {}
     assert again(state, metrics, 4) is state and not metrics
     assert start.lora is not None
-    before, used = copy.deepcopy(state), lora_use.in_use(start.lora, state.params["lora"])
-    expected = lora.merge(before.frozen["model"], used.tree, used.scale)
+    before, trained = copy.deepcopy(state), lora_use.in_use(start.lora, state.params["lora"])
+    expected = lora.merge(before.frozen["model"], trained.tree, trained.scale)
     shown = logits(start, state, ids)
     state = again(state, metrics, 5)
     for (path, leaf), want in zip(tree.items(state.frozen["model"]), tree.leaves(expected), strict=True):
         assert torch.equal(leaf, want), path
     assert torch.allclose(logits(start, state, ids), shown, atol=2e-5, rtol=0)
     assert metrics[relora.ROUNDING] < 1e-5
-    pairs, old = lora.pairs(state.params["lora"]), lora.pairs(before.params["lora"])
-    assert {path: a.shape for path, (a, _) in pairs.items()} == {path: a.shape for path, (a, _) in old.items()}
-    for path, (a, b) in pairs.items():
+    trained, old = lora.pairs(state.params["lora"]), lora.pairs(before.params["lora"])
+    assert {path: a.shape for path, (a, _) in trained.items()} == {path: a.shape for path, (a, _) in old.items()}
+    for path, (a, b) in trained.items():
         assert (b @ a).abs().max() < 1e-6 and a.norm() > 0 and not torch.equal(a, old[path][0]), path
     fresh = optimizer.init(state.params)
     for (path, leaf), want, kept in zip(tree.items(state.opt), tree.leaves(fresh), tree.leaves(before.opt), strict=True):
         assert torch.equal(leaf, want if ".lora." in path else kept), path
     other = relora.restarter(start, optimizer, restarts)(before, {}, 10)
-    assert all(not torch.equal(a, lora.pairs(other.params["lora"])[path][0]) for path, (a, _) in pairs.items()), "drawn for each restart"
+    assert all(not torch.equal(a, lora.pairs(other.params["lora"])[path][0]) for path, (a, _) in trained.items()), "drawn for each restart"
 
 
 def test_pruning_keeps_the_largest_first_moments_and_the_same_places_of_the_others(oracle):

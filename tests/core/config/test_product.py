@@ -13,11 +13,11 @@ def points(*argv):
 
 
 def test_several_values_are_a_run_each_and_several_options_all_combinations():
-    found = points("--max-steps", "5", "--learning-rate", "1e-4", "2e-4", "--sweep", "--lora-r", "8", "16", "--no-shuffle")
-    assert [values for values, _ in found] == [
+    product_points = points("--max-steps", "5", "--learning-rate", "1e-4", "2e-4", "--sweep", "--lora-r", "8", "16", "--no-shuffle")
+    assert [values for values, _ in product_points] == [
         {"learning_rate": rate, "lora_r": rank} for rate in ("1e-4", "2e-4") for rank in ("8", "16")
     ]  # fmt: skip
-    assert found[1][1] == ["--max-steps=5", "--no-shuffle", "--learning-rate=1e-4", "--lora-r=16"]
+    assert product_points[1][1] == ["--max-steps=5", "--no-shuffle", "--learning-rate=1e-4", "--lora-r=16"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_several_values_are_a_run_each_and_several_options_all_combinations():
     ],
 )
 def test_values_of_every_kind_of_option(argv, args):
-    assert [found for _, found in points("--sweep", *argv)] == args
+    assert [product_points for _, product_points in points("--sweep", *argv)] == args
 
 
 def test_an_option_that_takes_a_list_keeps_one_list():

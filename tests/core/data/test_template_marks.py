@@ -15,8 +15,8 @@ class Letters:
 
 def test_marks_that_fall_apart_are_foreign_and_text_is_none():
     template = "<|im_start|>{{ m.role }}\n### Response: [1] <b> {{ m.content }}<|im_end|><｜end▁of▁sentence｜>[INST]"
-    found = template_marks.foreign(Letters("<|im_end|>"), template)
-    assert found == {"<|im_start|>": 12, "<｜end▁of▁sentence｜>": 19, "[INST]": 6}
+    marks = template_marks.foreign(Letters("<|im_end|>"), template)
+    assert marks == {"<|im_start|>": 12, "<｜end▁of▁sentence｜>": 19, "[INST]": 6}
     assert template_marks.warning(Letters("<|im_end|>", "<|im_start|>"), "x", "<|im_start|><|im_end|>") == ""
 
 

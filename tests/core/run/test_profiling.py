@@ -45,8 +45,8 @@ def profiled(root, steps, last, *, first=1):
 
 
 def test_a_profile_is_of_its_steps_and_no_other(tmp_path):
-    found, said = profiled(tmp_path, Span(2, 4), 6)
-    assert found == {"step_2", "step_3", "step_4"}
+    steps_of_spans, said = profiled(tmp_path, Span(2, 4), 6)
+    assert steps_of_spans == {"step_2", "step_3", "step_4"}
     table = (tmp_path / profiling.TABLE).read_text()
     assert table.startswith("steps 2 to 4 on cpu: ") and "aten::ones" in table and "Self CPU" in table and "by memory" in table
     assert said == [f"profile of steps 2 to 4: {profiling.TRACE}, {profiling.TABLE} in {tmp_path}"]
@@ -54,8 +54,8 @@ def test_a_profile_is_of_its_steps_and_no_other(tmp_path):
 
 
 def test_a_run_that_ends_earlier_leaves_what_there_was(tmp_path):
-    found, said = profiled(tmp_path, Span(2, 40), 3)
-    assert found == {"step_2", "step_3"} and "steps 2 to 3" in said[0]
+    steps_of_spans, said = profiled(tmp_path, Span(2, 40), 3)
+    assert steps_of_spans == {"step_2", "step_3"} and "steps 2 to 3" in said[0]
 
 
 def test_steps_that_never_come_leave_nothing(tmp_path):

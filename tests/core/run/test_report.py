@@ -51,8 +51,8 @@ def text_of(root):
 
 def update_of(root):
     """What live.js hands to an open page."""
-    found = re.fullmatch(r"treetune\((.*)\)\n", (root / "live.js").read_text(), re.S)
-    return json.loads(found[1])
+    script = re.fullmatch(r"treetune\((.*)\)\n", (root / "live.js").read_text(), re.S)
+    return json.loads(script[1])
 
 
 def step_record(step, loss=1.0):

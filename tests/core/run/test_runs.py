@@ -75,14 +75,14 @@ def test_runs_are_found_below_a_folder_and_not_inside_each_other(tmp_path):
 def test_differences_are_those_of_the_configs_without_where_the_runs_are(tmp_path):
     one = write(tmp_path / "1", config="model: m\nlearning_rate: 1e-4\ndata: [a, b]\noutput_dir: x\n")
     two = write(tmp_path / "2", config="model: m\nlearning_rate: 2e-4\ndata: [a]\noutput_dir: y\nlora_r: 8\n")
-    found = runs.differences([runs.read(one), runs.read(two)])
-    assert found == {"learning_rate": [1e-4, 2e-4], "data": [["a", "b"], ["a"]], "lora_r": [None, 8]}
-    assert [runs.shown(value) for value in found["data"]] == ["a b", "a"] and runs.shown(None) == "-"
+    differences = runs.differences([runs.read(one), runs.read(two)])
+    assert differences == {"learning_rate": [1e-4, 2e-4], "data": [["a", "b"], ["a"]], "lora_r": [None, 8]}
+    assert [runs.shown(value) for value in differences["data"]] == ["a b", "a"] and runs.shown(None) == "-"
 
 
 def test_names_are_short_unless_two_are_the_same(tmp_path):
-    found = [runs.read(write(tmp_path / name)) for name in ("s/1", "t/1", "t/2")]
-    assert runs.names(found) == [str(tmp_path / "s/1"), str(tmp_path / "t/1"), "2"]
+    past_runs = [runs.read(write(tmp_path / name)) for name in ("s/1", "t/1", "t/2")]
+    assert runs.names(past_runs) == [str(tmp_path / "s/1"), str(tmp_path / "t/1"), "2"]
 
 
 def test_a_damaged_status_config_or_record_is_left_out(tmp_path):
@@ -122,8 +122,8 @@ def test_how_a_run_ended_is_in_its_status(tmp_path, stopped, saved, state, reaso
     one.end(stopped, [])
     if saved:
         one.summary({"saved": "x"}, [])
-    found = journal.read(tmp_path)
-    assert (found.state, found.reason, found.total_steps) == (state, reason, 10)
+    status = journal.read(tmp_path)
+    assert (status.state, status.reason, status.total_steps) == (state, reason, 10)
 
 
 def test_an_error_is_logged_with_the_place_where_it_arose(tmp_path):
@@ -147,5 +147,5 @@ def test_a_resumed_run_keeps_its_beginning_and_the_health_up_to_there(tmp_path):
     began = journal.read(tmp_path).started
     again = journal.Journal(tmp_path, method="sft", goal="loss")
     again.start(12, 2, {})
-    found = journal.read(tmp_path)
-    assert [event.rule for event in found.health] == ["rule1", "rule2"] and found.started == began and found.total_steps == 12
+    status = journal.read(tmp_path)
+    assert [event.rule for event in status.health] == ["rule1", "rule2"] and status.started == began and status.total_steps == 12

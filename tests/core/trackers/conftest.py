@@ -194,8 +194,8 @@ def stubs(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text(STUBS[name] if text is None else text)
 
     def calls(*names: str) -> list:
-        found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [one for one in found if not names or one[0] in names]
+        calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [one for one in calls if not names or one[0] in names]
 
     place.calls = calls
     return place

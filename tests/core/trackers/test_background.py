@@ -150,7 +150,7 @@ def test_a_tracker_that_can_rewind_is_told_again_from_the_step_where_the_run_goe
 
 def test_another_project_is_another_run(stubs, followed):
     def of(project: str) -> list[Service]:
-        return [one._replace(options={"project": project}, where=("project",)) for one in recorder(stubs)]
+        return [one._replace(options={"project": project}, destination=("project",)) for one in recorder(stubs)]
 
     for project in ("a", "a", "b"):
         followed.end(followed.open(of(project)))
@@ -193,7 +193,7 @@ def test_a_damaged_book_has_no_entries(tmp_path):
         "[]",
         '{"wandb": 3}',
         '{"wandb": {"id": "a"}}',
-        json.dumps({"wandb": {"id": 1, "where": "", "step": "x", "evaluation": 0}}),
+        json.dumps({"wandb": {"id": 1, "destination": "", "step": "x", "evaluation": 0}}),
     ):
         book.path.write_text(text)
         assert Book(tmp_path).read("wandb") == Told()

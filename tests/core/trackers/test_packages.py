@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 
-def follow(followed, found) -> None:
+def follow(followed, chosen) -> None:
     """Three steps with evaluations, then a process that goes on with a fourth."""
-    trackers = followed.open(found)
+    trackers = followed.open(chosen)
     followed.evaluation(trackers, 0)
     for step in (1, 2, 3):
         followed.step(trackers, step)
     followed.end(trackers)
-    trackers = followed.open(found, 3)
+    trackers = followed.open(chosen, 3)
     followed.step(trackers, 4)
     followed.end(trackers, "failed: no memory")
     assert followed.warnings == []
@@ -32,8 +32,8 @@ TOLD = [
 def test_wandb(stubs, followed, services):
     stubs("wandb")
     (followed.root / "adapter").mkdir()
-    found = services(wandb_project="sums", wandb_entity="me", wandb_name="one", wandb_mode="offline", wandb_log_model="end")
-    follow(followed, found)
+    chosen = services(wandb_project="sums", wandb_entity="me", wandb_name="one", wandb_mode="offline", wandb_log_model="end")
+    follow(followed, chosen)
     first, second = (named for _, _, named in stubs.calls("init"))
     assert first["id"] == second["id"] == followed.id and first["resume"] == second["resume"] == "allow"
     assert (first["project"], first["entity"], first["name"], first["mode"]) == ("sums", "me", "one", "offline")
@@ -41,7 +41,7 @@ def test_wandb(stubs, followed, services):
     assert numbers(stubs.calls("log")) == TOLD
     assert [args for _, args, _ in stubs.calls("finish")] == [[0], [1]]
     assert stubs.calls("summary.update")[0][1][0]["done"] == "all" and not stubs.calls("Artifact")
-    trackers = followed.open(found, 4)
+    trackers = followed.open(chosen, 4)
     trackers[0].saved(followed.root / "adapter", None)
     followed.end(trackers)
     assert [args for _, args, _ in stubs.calls("add_dir")] == [[str(followed.root / "adapter")]]
@@ -102,9 +102,9 @@ def test_swanlab(stubs, followed, services):
 
 def test_tensorboard(followed, services):
     pytest.importorskip("tensorboard")
-    found = services(use_tensorboard=True)
-    follow(followed, found)
-    trackers = followed.open(found, 2)  # steps 3 and 4 again, with other numbers
+    chosen = services(use_tensorboard=True)
+    follow(followed, chosen)
+    trackers = followed.open(chosen, 2)  # steps 3 and 4 again, with other numbers
     for step in (3, 4, 5):
         followed.step(trackers, step, grad_norm=0.1 * step)
     followed.end(trackers)
