@@ -93,8 +93,8 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     watch = Watch()
     watch.start()
-    step(model)
     facts = {
+        "adapter_bytes": step(model),
         "leaf_bytes": tree.bytes(model.params),
         "largest_leaf_bytes": max(leaf.nbytes for leaf in tree.leaves(model.params)),
         "largest_read_bytes": max(4 * math.prod(leaf.shape) for leaf in tree.leaves(model.params)),
@@ -103,9 +103,9 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     return loading_row | {f"step_{name}": value for name, value in watch.stop().items()} | facts
 
 
-def step(model) -> None:
-    """The gradient of an adapter on all linear layers over one document, and an update."""
-    from treetune.core import grad, lora, optim
+def step(model) -> int:
+    """The gradient of an adapter on all linear layers over one document, and an update; the bytes of adapter, gradient and moments."""
+    from treetune.core import grad, lora, optim, tree
     from treetune.core.lora import Lora
     from treetune.models import dense, families, hf
 
@@ -121,7 +121,9 @@ def step(model) -> None:
 
     optimizer = optim.adamw()
     _, gradient = grad.value_and_grad(loss)(params)
-    optimizer.update(gradient, optimizer.init(params), params, torch.tensor(1e-4))
+    state = optimizer.init(params)
+    optimizer.update(gradient, state, params, torch.tensor(1e-4))
+    return tree.bytes((params, gradient, state))
 
 
 def drive(kinds: list[str], repeats: int) -> None:

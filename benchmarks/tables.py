@@ -104,8 +104,10 @@ def loading(results: dict) -> str:
         _described(machine),
         "Random weights of the shape of Llama 3 8B, scaled down, from files in bfloat16; then a step of LoRA "
         f"r {options['rank']} on all linear layers over {options['tokens']} tokens, with full gradient checkpointing. MiB over what the "
-        f"process had before, {len(results['runs']['none'])} run(s) each: own memory at the peak, with pages of files in brackets.\n",
-        "| weights | leaves | loading | loaded | step | bfloat16 over it: leaves, loading, step |",
+        f"process had before, {len(results['runs']['none'])} run(s) each: own memory at the peak, with pages of files in brackets.",
+        f"A step has {first['adapter_bytes'] / 2**20:.0f} MiB of adapter, gradient and moments, whatever the weights; the last ratio is "
+        "without them.\n",
+        "| weights | leaves | loading | loaded | step | bfloat16 over it: leaves, loading, loaded with a step |",
         "|---|---|---|---|---|---|",
     ]
     for kind, side in sides.items():
@@ -122,8 +124,8 @@ def loading(results: dict) -> str:
 
 
 def _held(side: dict) -> int:
-    """What a process has at the peak of a step: the loaded model, and what the step takes."""
-    return side["load_left_bytes"] + side["step_peak_bytes"]
+    """What a process has at the peak of a step but for what trains: the loaded model, and what the step takes."""
+    return side["load_left_bytes"] + side["step_peak_bytes"] - side["adapter_bytes"]
 
 
 def step_dpo(results: dict) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+MAPPED_FROM = 4 * 2**20
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 CONTAINER = Path("/sys/fs/cgroup")
 PACKAGES = ("treetune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "triton", "peft", "vllm")
 
@@ -36,6 +38,16 @@ def trim() -> None:
     """Give memory that was freed back to the system: the allocator of glibc keeps what lies between smaller pieces that are in use."""
     if trim := getattr(_library(), "malloc_trim", None):
         trim(0)
+
+
+def map_large_buffers() -> None:
+    """Give each buffer above `MAPPED_FROM` back to the system when it is freed: glibc raises that bound to 32 MiB by itself.
+
+    Below the bound, dense copies of quantised weights, one after another, leave holes that stay with the process.
+    """
+    if mallopt := getattr(_library(), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+        mallopt(M_TRIM_THRESHOLD, 2 * MAPPED_FROM)  # as glibc keeps them; fixing one fixes the other, at 128 KiB
 
 
 @functools.cache

@@ -2,11 +2,12 @@
 
 W [O, I], A [r, I], B [O, r], s the scale. "default" is PEFT's: A uniform, B zero. PiSSA takes the r largest singular values of W,
 s B A = U S V^T, and OLoRA r rows of W = Q R; what trains is then W - s B0 A0 + s B A, see `lora_use`. LoftQ takes those of what
-quantising loses, s B A = SVD_r(W - Q), and is the only one that moves the model: towards the dense one. CorDA takes W by the covariance
+quantising loses, s B A = SVD_r(W - Q), and QERA those of what it loses as inputs see it, s B A = SVD_r((W - Q) R) R^-1 with R R = C;
+they alone move the model: towards the dense one. CorDA takes W by the covariance
 C of its inputs, W C = U S V^T and s B A = U_r S_r V_r^T C^-1: of the r least singular values (knowledge of these rows is kept), or by "ipm"
 of the r largest (these rows are learned).
-Source: Meng et al. (PiSSA), arXiv 2404.02948; Büyükakyüz (OLoRA), arXiv 2406.01775; Li et al. (LoftQ), arXiv 2310.08659, one round; Yang
-et al. (CorDA), arXiv 2406.05223.
+Source: Meng et al. (PiSSA), arXiv 2404.02948; Büyükakyüz (OLoRA), arXiv 2406.01775; Li et al. (LoftQ), arXiv 2310.08659, one round; Zhang
+et al. (QERA, the exact form), arXiv 2410.06040; Yang et al. (CorDA), arXiv 2406.05223.
 """
 
 import math
@@ -23,18 +24,20 @@ from treetune.core.quant import Quantised
 from treetune.models.quantised import See
 
 Init = Literal[
-    "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "corda", "corda_ipm"
+    "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "qera", "corda", "corda_ipm"
 ]  # fmt: skip
 Pair = tuple[Tensor, Tensor]
 Reread = Callable[[See], object]  # reads a model again, and tells of each leaf that is quantised
 Inputs = Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]  # the covariance [I, I] of the inputs of each linear layer
 MOVED = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "corda_ipm")  # starts that are taken off the weight again
+HEALING = ("loftq", "qera")  # starts that move a quantised model towards the dense one
 OVERSAMPLED = 8  # further directions of a randomised decomposition
+SMALLEST, AT_ONCE = 1e-6, 2**32  # of eigenvalues over their mean; bytes of covariances that wait for their weights
 DAMPING, INVERSE_ERROR = 0.01, 0.05  # PEFT's: of the mean variance; of C C^-1
 
 
 class Given(NamedTuple):
-    """What starts are computed from besides weights. reread: for LoftQ; inputs: for CorDA."""
+    """What starts are computed from besides weights. reread: for LoftQ and QERA; inputs: for CorDA and QERA."""
 
     reread: Reread | None = None
     inputs: Inputs | None = None
@@ -60,11 +63,14 @@ def check(init: str, paths: list[str], *, ranks: Mapping[str, int], dropout: flo
 def start(model: Params, low: Lora, *, init: str, seed: int, given: Given = WEIGHTS_ALONE) -> tuple[Params, Params]:
     """The pairs of a fresh adapter by `init`, and of them those that are taken off their weight again (empty where none are).
 
-    Errors: ValueError for a rank that a weight does not have, for LoftQ on a model that is not quantised, and for CorDA without rows.
+    Errors: ValueError for a rank that a weight does not have, for LoftQ or QERA on a model that is not quantised, and for CorDA or QERA
+    without rows.
     """
     pairs, scales = lora.pairs(low.tree), {path: low.scale * ratio for path, ratio in low.ratios}
     if init == "loftq":
         return _loftq(low, scales, given.reread), {}
+    if init == "qera":
+        return _qera(low, scales, given), {}
     if init.startswith("corda"):
         tree_ = _corda(model, low, scales, init, given.inputs)
         return tree_, tree_
@@ -134,18 +140,23 @@ def _qr(weight: Tensor, rank: int) -> Pair:
 
 
 def _corda(model: Params, low: Lora, scales: Mapping[str, float], init: str, inputs: Inputs | None) -> Params:
-    if inputs is None:
-        raise ValueError(f"lora_init {init} starts from rows of the training data, and there are none: choose pissa, which needs no rows")
     pairs, leaves, starts = lora.pairs(low.tree), dict(tree.items(model)), {}
     for path, (a, b) in pairs.items():
         _check_rank(init, path, a, b)
-    for path, covariance in inputs(list(pairs)):
+    for path, covariance in _measured(init, inputs)(list(pairs)):
         weight, rank = shard.gather(leaves[path], covariance.dtype), pairs[path][0].shape[0]
         fixed, inverse = _inverted(covariance)
         u, s, vh = torch.linalg.svd(weight @ fixed, full_matrices=False)
         chosen = slice(0, rank) if init == "corda_ipm" else slice(len(s) - rank, len(s))
         starts[path] = _split(u[:, chosen], s[chosen], (vh[chosen] @ inverse).T, scales.get(path, low.scale))
     return lora.of({path: (a.float(), b.float()) for path, (a, b) in starts.items()}, low.tree)
+
+
+def _measured(init: str, inputs: Inputs | None) -> Inputs:
+    if inputs is None:
+        other = "loftq" if init in HEALING else "pissa"
+        raise ValueError(f"lora_init {init} starts from rows of the training data, and there are none: choose {other}, which needs no rows")
+    return inputs
 
 
 def _inverted(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,15 +175,48 @@ def _loftq(low: Lora, scales: Mapping[str, float], reread: Reread | None) -> Par
 
     def see(path: str, leaf: Tensor, kept: Quantised) -> None:
         if path in pairs:
-            a, b = pairs[path]
-            _check_rank("loftq", path, a, b)
-            starts[path] = _largest(leaf.float() - quant.dense(kept, torch.float32), a.shape[0], scales.get(path, low.scale), "loftq", 0)
+            rank = _rank("loftq", path, pairs)
+            starts[path] = _largest(leaf.float() - quant.dense(kept, torch.float32), rank, scales.get(path, low.scale), "loftq", 0)
 
     if reread is not None:
         reread(see)
-    if odd := next((path for path in pairs if path not in starts), None):
+    return _healing("loftq", low, starts)
+
+
+def _qera(low: Lora, scales: Mapping[str, float], given: Given) -> Params:
+    """As many covariances at a time as `input_covariances` measures at once: the dense weights are read again for each lot."""
+    pairs, starts, waiting = lora.pairs(low.tree), {}, dict[str, Tensor]()
+
+    def see(path: str, leaf: Tensor, kept: Quantised) -> None:
+        if path in waiting:
+            root, inverse = _roots(waiting.pop(path))
+            loss, rank = leaf.to(root.dtype) - quant.dense(kept, torch.float32), _rank("qera", path, pairs)
+            u, s, vh = torch.linalg.svd(loss @ root, full_matrices=False)
+            starts[path] = _split(u[:, :rank], s[:rank], (vh[:rank] @ inverse).T, scales.get(path, low.scale))
+
+    for path, covariance in _measured("qera", given.inputs)(list(pairs)):
+        waiting[path] = covariance
+        if given.reread is not None and (len(waiting) + len(starts) == len(pairs) or sum(c.nbytes for c in waiting.values()) > AT_ONCE):
+            given.reread(see)
+    return _healing("qera", low, {path: (a.float(), b.float()) for path, (a, b) in starts.items()})
+
+
+def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """C^1/2 and C^-1/2 in float64; directions that hardly any input has count as much as 1e-6 of the mean one."""
+    values, basis = torch.linalg.eigh(covariance.double())
+    roots = values.clamp(min=SMALLEST * float(values.mean())).sqrt()
+    return (basis * roots) @ basis.T, (basis / roots) @ basis.T
+
+
+def _rank(init: str, path: str, pairs: Mapping[str, Pair]) -> int:
+    _check_rank(init, path, *pairs[path])
+    return pairs[path][0].shape[0]
+
+
+def _healing(init: str, low: Lora, starts: Mapping[str, Pair]) -> Params:
+    if odd := next((path for path in lora.pairs(low.tree) if path not in starts), None):
         raise ValueError(
-            f"lora_init loftq starts from what quantising loses, and {odd} was not quantised as it was read: give quant and a dense model"
+            f"lora_init {init} starts from what quantising loses, and {odd} was not quantised as it was read: give quant and a dense model"
         )
     return lora.of(starts, low.tree)
 

@@ -50,6 +50,8 @@ def load_model(
     Raises ValueError for weights that are not finite.
     """
     path = fetch.resolve(name, say=say, revision=revision)
+    if scheme and device.type == "cpu":
+        machine.map_large_buffers()
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
         model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see, home=home)

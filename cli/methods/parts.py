@@ -108,13 +108,14 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
         named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": home}
         other = reference.load_other(options.ref_model, policy, **named, say=setting.say)
     pace = reference.Pace(options.ref_model_sync_steps, options.ref_model_mixup_alpha)
+    # An adapter that starts from what quantising loses is no identity, either.
+    moved = config.adapter.lora_model_dir is not None or config.adapter.lora_init in ("loftq", "qera")
     return reference.build(
         policy,
         other=other,
         pace=pace if options.sync_ref_model else None,
         precompute=precompute,
-        # An adapter that starts from what quantising loses is no identity, either.
-        trained_adapter=policy.lora is not None and (config.adapter.lora_model_dir is not None or config.adapter.lora_init == "loftq"),
+        trained_adapter=policy.lora is not None and moved,
         temperature=temperature,
     )
 

@@ -14,7 +14,7 @@ SCALED = unused_unless_taken("optimizer", registry.OPTIMIZERS, "lr_scale")
 MERGED = marks.refused("decides when the adapter is merged into the weights that the checkpoint holds")
 RESTARTED = marks.unused_unless("relora_steps", reason="relora_steps is not given")
 BROUGHT = marks.unused_if("lora_model_dir", reason="lora_model_dir brings its own")
-ROWS = marks.unused_unless("lora_init", "corda", "corda_ipm", reason="lora_init is {lora_init}")
+ROWS = marks.unused_unless("lora_init", "qera", "corda", "corda_ipm", reason="lora_init is {lora_init}")
 MOST = 65536  # of a rank or an alpha
 
 
@@ -103,14 +103,16 @@ class AdapterOptions:
     lora_dora: Annotated[bool, marks.TRAINED, LORA, BROUGHT] = False
     """DoRA: train the length of each row of the adapted weights, too."""
     lora_init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "corda", "corda_ipm"],
+        Literal[
+            "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq", "qera", "corda", "corda_ipm"
+        ],
         START,
         LORA,
         BROUGHT,
     ] = "default"
-    """How A and B start; pissa (niter: fast), olora: the largest part; loftq: what quant loses; corda: what rows need least, ipm: most."""
+    """Start of A, B: the largest part (pissa, olora), what quant loses (loftq; qera: on rows), what rows use least (corda; ipm: most)."""
     lora_init_rows: Annotated[int, whole(1, ROWS_MAX), START, LORA, BROUGHT, ROWS] = 256
-    """Training rows, evenly spaced, that corda and corda_ipm measure the inputs of weights on."""
+    """Training rows, evenly spaced, that qera, corda and corda_ipm measure the inputs of weights on."""
     lora_rank_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.TRAINED, LORA, BROUGHT] = ()
     """TARGET=RANK pairs, first match wins: another rank for some of the targets."""
     lora_alpha_pattern: Annotated[tuple[str, ...], marks.REGEX_NUMBERS, marks.ADAPTER_SCALE, LORA, BROUGHT] = ()
@@ -166,8 +168,10 @@ def conflicts(adapter: AdapterOptions, model: ModelOptions) -> None:
                 raise ValueError(
                     f"{option} needs {'whole numbers from 1' if least == 1 else 'numbers above 0'}, at most {MOST}, got {text!r}"
                 )
-    if adapter.lora_init == "loftq" and model.quant in ("auto", "none"):
-        raise ValueError("lora_init loftq starts from what quantising loses, and the model is not quantised: give quant, such as nf4")
+    if adapter.lora_init in ("loftq", "qera") and model.quant in ("auto", "none"):
+        raise ValueError(
+            f"lora_init {adapter.lora_init} starts from what quantising loses, and the model is not quantised: give quant, such as nf4"
+        )
     if adapter.lora_init.startswith(("pissa", "olora", "corda")) and adapter.lora_dropout:
         raise ValueError(f"lora_init {adapter.lora_init} needs lora_dropout 0: dropout would drop parts of the weight itself")
 

@@ -9,6 +9,7 @@ from treetune.models import hf, quantised
 
 REFUSED = {
     "loftq, dense": (["--lora-init", "loftq"], "lora_init loftq", "the model is not quantised", "give quant"),
+    "qera, dense": (["--lora-init", "qera"], "lora_init qera", "the model is not quantised", "give quant"),
     "pissa, dropout": (["--lora-init", "pissa", "--lora-dropout", 0.1], "lora_init pissa", "needs lora_dropout 0"),
     "corda, dropout": (["--lora-init", "corda", "--lora-dropout", 0.1], "lora_init corda", "needs lora_dropout 0"),
     "rows, pissa": (

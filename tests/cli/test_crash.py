@@ -29,6 +29,7 @@ KINDS = {
     "pissa": [*RUN, "--lora-init", "pissa_niter_4", "--lora-dora", "--lora-alpha-pattern", "up_proj=3", "--dtype", "bfloat16"],
     "corda": [*RUN, "--lora-init", "corda_ipm", "--lora-init-rows", 4],
     "loftq": [*RUN, "--lora-init", "loftq", "--quant", "nf4", "--lora-r", 4],
+    "qera": [*RUN, "--lora-init", "qera", "--lora-init-rows", 4, "--quant", "nf4", "--lora-r", 4],
     "relora": [*RUN, "--relora-steps", 2, "--lora-dropout", 0.2, "--lora-dora", "--relora-prune-ratio", 0.9],
     "relora, bf16": [*RUN, "--relora-steps", 3, "--dtype", "bfloat16", "--optimizer", "adamw_8bit", "--lora-modules-to-save", "norm"],
     "bias": [*RUN, "--lora-bias", "all", "--model", "biased"],

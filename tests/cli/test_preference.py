@@ -121,6 +121,7 @@ KINDS = {
     "DoRA": ["--lora-dora"],
     "PiSSA": ["--lora-init", "pissa"], "CorDA": ["--lora-init", "corda", "--lora-init-rows", 3],
     "LoftQ": ["--lora-init", "loftq", "--quant", "nf4"],
+    "QERA": ["--lora-init", "qera", "--quant", "nf4", "--lora-init-rows", 3],
     "unfrozen": ["--adapter", "none", "--unfrozen-parameters", r"layers\.1", "^norm$"],
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 
 from treetune.core import lora, quant, tree
 from treetune.core.quant import Scheme
-from treetune.models import adapter, decode, dense, families, hf, merging, policy
+from treetune.models import adapter, adapter_starts, decode, dense, families, hf, merging, policy
 from treetune.models.adapter import Base
 from treetune.models.adapter_starts import Given
 from treetune.models.policy import AdapterSpec
@@ -190,6 +190,29 @@ def test_loftq_starts_nearer_to_the_dense_model_and_is_a_plain_adapter(oracle, d
     close(logits(low, adapter.load(tmp_path / "a", low)[0], ids), logits(model, applied, ids))
     with pytest.raises(ValueError, match="loftq starts from what quantising loses, and layers.0.q_proj was not quantised"):
         adapted(hf.load(folder), init="loftq")
+
+
+def test_qera_makes_the_least_error_of_outputs(oracle, monkeypatch):
+    """|(W - Q - s B A) R| with R R = C is the norm of the singular values of (W - Q) R beyond the rank: no pair of this rank is nearer."""
+    folder, generator = oracle("llama")[1], torch.Generator().manual_seed(0)
+    dense, low = hf.load(folder), hf.load(folder, scheme=Scheme("nf4"))
+    paths = [path for path in lora.linears(hf.abstract_of(low))]
+    x = {path: torch.randn(200, dict(tree.items(dense.params))[path].shape[1], generator=generator).exp() for path in paths}
+    seen = {path: rows.T @ rows / 200 for path, rows in x.items()}
+    again, base = partial(hf.load, folder, scheme=Scheme("nf4")), Base(str(folder), "")
+    monkeypatch.setattr(adapter_starts, "AT_ONCE", 2**14)  # several lots
+    spec = AdapterSpec(rank=4, init="qera")  # scale 32 / 4
+    given = Given(lambda see: again(see=see), lambda names: ((path, seen[path]) for path in names))
+    start = policy.adapt(low, spec, base=base, seed=0, given=given)
+    assert not start.frozen.get("start")
+    for path, (a, b) in lora.pairs(start.params["lora"]).items():
+        lost = dict(tree.items(dense.params))[path] - quant.dense(dict(tree.items(low.params))[path])
+        values, basis = torch.linalg.eigh(seen[path].double())
+        root = (basis * values.clamp(min=0).sqrt()) @ basis.T
+        best = (torch.linalg.svdvals(lost.double() @ root)[4:] ** 2).sum().sqrt()
+        torch.testing.assert_close(((lost - 8.0 * b @ a).double() @ root).norm(), best, atol=1e-7, rtol=1e-3)
+    with pytest.raises(ValueError, match="lora_init qera starts from rows of the training data, and there are none: choose loftq"):
+        policy.adapt(low, spec, base=base, seed=0, given=Given(lambda see: again(see=see)))
 
 
 @pytest.mark.parametrize("options", [dict(dora=True), dict(init="pissa"), dict(init="olora", dora=True)], ids=str)
