@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PASTED = ("continue with", "try it")  # rows of a summary that are commands
 PLAIN = lines.Metrics()
 STYLES = {"on": "black on green", "bad": "black on red", "half": "black on yellow", "off": "dim"}  # by label of a piece
+UNFOLDED = 1000  # columns of a file or a pipe: its lines are searched, so no cell of a table is folded
 PATIENCE_S = 10  # before a screen without a bar says what it waits for
 
 
@@ -39,6 +40,8 @@ class Screen(Observer):
     def __init__(self, *, quiet: bool = False, every: int = 1, metrics: lines.Metrics = PLAIN, level: str = "info"):
         self.metrics, self.level = metrics, level
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = UNFOLDED
         self.every = every
         self.bar: bar.Bar | None = None
         self.live: Live | None = None

@@ -23,6 +23,10 @@ def run(config: Doctor, given: frozenset[str]) -> int:
         screen.line(f"   seen    {one.seen}")
         for i, text in enumerate(one.fix):
             screen.line(f"   {'' if i else 'change':7} {text}")
+    if past.damage:
+        screen.line("\nof the folder cannot be read:")
+        for text in past.damage:
+            screen.line(f"   {text}")
     if warnings := doctor.warnings(past):
         screen.line("\nthe run also warned:")
         for text in warnings:

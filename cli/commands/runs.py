@@ -6,7 +6,7 @@ from pathlib import Path
 
 from treetune.cli.options.commands import Runs
 from treetune.cli.screen import Screen
-from treetune.core.run import compared, curves, runs, sparks
+from treetune.core.run import compared, curves, journal, runs, sparks
 from treetune.core.run.errors import checking_input
 from treetune.core.run.lines import clock
 from treetune.core.run.runs import PastRun
@@ -63,6 +63,8 @@ def _list(found: Sequence[PastRun], screen: Screen, metric: str | None) -> None:
     screen.grid(compared.COLUMNS, [compared.row(one, name, metric) for one, name in zip(found, names, strict=True)])
     for name, reason in compared.reasons(found, names).items():
         screen.line(f"  {name}: {reason}")
+    for text in (text for one in found for text in one.damage):
+        screen.warn(text)
 
 
 def _show(one: PastRun, screen: Screen, metric: str | None) -> None:
@@ -73,13 +75,14 @@ def _show(one: PastRun, screen: Screen, metric: str | None) -> None:
     rows["steps"] = f"{one.step}{'' if total is None else f' of {total}'} in {clock(one.seconds)}"
     rows |= {} if best is None else {"best": f"{best.metric} {best.value:.4g} at step {best.step}"}
     screen.table("", {name: text for name, text in rows.items() if text})
-    screen.grid(
-        ("metric", "curve", "first", "last", "lowest", "highest"), [_curve(one, name, screen) for name in curves.metrics(one.history)]
-    )
+    if metrics := curves.metrics(one.history):
+        screen.grid(("metric", "curve", "first", "last", "lowest", "highest"), [_curve(one, name, screen) for name in metrics])
+    else:
+        screen.line("no step is recorded yet" if one.state == journal.RUNNING else "no step is recorded")
     for event in one.status.health:
         screen.warn(f"step {event.step}: {event.seen}: {event.fix}")
-    if one.broken:
-        screen.warn(f"{one.broken} lines of {one.root / 'metrics.jsonl'} hold no record and are left out")
+    for text in one.damage:
+        screen.warn(text)
 
 
 def _room(screen: Screen, taken: int) -> int:
@@ -109,7 +112,10 @@ def _compare(found: Sequence[PastRun], screen: Screen) -> None:
     screen.line("\ncurves", "bold")
     metrics = dict.fromkeys(name for one in found for name in curves.metrics(one.history))
     rows = [row for metric in metrics for row in _curves(metric, found, names, screen)]
-    screen.grid(("metric", "run", "curve", "first", "last", "best"), rows)
+    if rows:
+        screen.grid(("metric", "run", "curve", "first", "last", "best"), rows)
+    else:
+        screen.line("no step is recorded")
 
 
 def _curves(metric: str, found: Sequence[PastRun], names: Sequence[str], screen: Screen) -> Iterator[list[str]]:

@@ -1,6 +1,8 @@
 """Encoding with worker processes: equal parts of the rows, documents and report equal to those of one process."""
 
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -30,7 +32,8 @@ def encode_rows(
     docs, reports = [], []
     try:
         # Spawned, not forked: a fork copies locks that threads of torch or tokenizers may hold, and the child can hang.
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawned, initializer=_end_with_parent) as pool:
             for part, (part_docs, report) in zip(parts, pool.map(encode, parts), strict=True):
                 docs += part_docs
                 reports.append(report)
@@ -42,6 +45,18 @@ def encode_rows(
     if not docs or not kinds.same_extras(docs):  # one process says what is wrong with all of the rows
         return kind.encode(rows, tokenizer, **options)
     return docs, kind.merged(reports)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: one that was killed could not tell it, and the queue that it waits at never closes."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode(rows: sources.Rows, *, tokenizer: Tokenizer, kind: str, date: str, **options) -> tuple[list, Any]:

@@ -15,6 +15,7 @@ from treetune.core.run import journal, marker
 
 DEEPEST = 4  # folders below the one that is searched
 CRASHED = "crashed"  # the process has ended and left no word
+UNKNOWN = "?"  # the value of an option in a run whose config cannot be read
 PLACES = ("output_dir", "resume", "overwrite")  # options that say where a run is, not what it is
 
 
@@ -29,7 +30,8 @@ class Best(NamedTuple):
 class PastRun(NamedTuple):
     """A run as its folder tells.
 
-    config: options by name. state: running, finished, stopped, failed or crashed; reason: of the last three. broken: lines of no record.
+    config: options by name; none where it cannot be read. state: running, finished, stopped, failed or crashed; reason: of the last
+    three. damage: what of the folder cannot be read.
     """
 
     root: Path
@@ -40,7 +42,7 @@ class PastRun(NamedTuple):
     state: str
     reason: str
     goal: str
-    broken: int = 0
+    damage: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[JsonRecord]:
@@ -118,18 +120,21 @@ def read(root: Path) -> PastRun:
     metrics = records.read(root / "metrics.jsonl", numbers=True)
     status, goal = journal.read(root), _goal(root)
     state, reason = _state(root, status)
+    unread = status is None and (root / journal.STATUS).exists()
     numbered = re.fullmatch(r"([a-z_]+)-\d{3,}", root.name)
     status = status or journal.Status(numbered[1] if numbered else "", goal or "loss")
-    broken = len(metrics.broken)
-    return PastRun(root, status.method, config(root), metrics.records, status, state, reason, goal or status.goal, broken)
+    options, damage = config(root)
+    damage += [f"{root / journal.STATUS} holds no status"] if unread else []
+    damage += [records.describe(root / "metrics.jsonl", metrics.broken)] if metrics.broken else []
+    return PastRun(root, status.method, options, metrics.records, status, state, reason, goal or status.goal, tuple(damage))
 
 
-def config(root: Path) -> dict[str, Any]:
-    """The options in the config.yaml of a run; none where it cannot be read."""
+def config(root: Path) -> tuple[dict[str, Any], list[str]]:
+    """The options in the config.yaml of a run, and what is wrong with it: then there are none."""
     try:
-        return {name: _plain(value) for name, value in yamltext.load(str(root / "config.yaml")).items()}
-    except (OSError, ValueError):
-        return {}
+        return {name: _plain(value) for name, value in yamltext.load(str(root / "config.yaml")).items()}, []
+    except (OSError, ValueError) as error:
+        return {}, [f"{error}: its options are not known"]
 
 
 def _plain(written: yamltext.Written) -> Any:
@@ -169,10 +174,17 @@ def _state(root: Path, status: journal.Status | None) -> tuple[str, str]:
 
 
 def differences(runs: Sequence[PastRun]) -> dict[str, list[Any]]:
-    """{option: its value in each run} of the options that are not the same in all runs."""
+    """{option: its value in each run} of the options that are not the same in all runs of which they are known; UNKNOWN in others."""
     names = dict.fromkeys(name for run in runs for name in run.config if name not in PLACES)
-    values = {"method": [run.method for run in runs]} | {name: [run.config.get(name) for run in runs] for name in names}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    values: dict[str, list[Any]] = {"method": [run.method or UNKNOWN for run in runs]}
+    values |= {name: [run.config.get(name) if run.config else UNKNOWN for run in runs] for name in names}
+    return {name: found for name, found in values.items() if len(_distinct(found)) > 1}
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """The known values, each once; lists among them have no hash."""
+    known = [value for value in values if value != UNKNOWN]
+    return [value for i, value in enumerate(known) if value not in known[:i]]
 
 
 def names(runs: Sequence[PastRun]) -> list[str]:

@@ -1,5 +1,8 @@
 """Worker processes give what one process gives: documents, order, report, errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -36,3 +39,24 @@ def test_processes_write_the_date_of_their_parent(tokenizer, monkeypatch, shared
     talks = [{"messages": [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "the answer"}]} for i in range(8)]
     docs, _ = workers.encode_rows(sources.from_list(talks), tokenizer, processes=2, format="chat")
     assert all(tokenizer.decode(doc.tokens).startswith("1999<|im_start|>user") for doc in docs)
+
+
+KILLED = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from treetune.core.data import workers
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), workers._end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    # The output that a worker inherits closes when it has ended: run returns then, and no earlier.
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=30)
+    assert done.returncode == -9 and int(done.stdout) > 0

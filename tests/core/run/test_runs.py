@@ -92,7 +92,18 @@ def test_a_damaged_status_config_or_record_is_left_out(tmp_path):
     with open(root / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "tra\n')
     one = runs.read(root)
-    assert (one.config, one.broken, one.state, len(one.history)) == ({}, 1, runs.CRASHED, 1)
+    assert (one.config, one.state, len(one.history)) == ({}, runs.CRASHED, 1)
+    assert [text.partition(f"{root}/")[2].split()[0] for text in one.damage] == ["config.yaml", "status.json", "metrics.jsonl:"]
+
+
+def test_options_that_nobody_knows_differ_from_none(tmp_path):
+    known, other = write(tmp_path / "a", state="finished"), write(tmp_path / "b", config="learning_rate: 0.2\n", state="finished")
+    lost = write(tmp_path / "c")
+    (lost / "config.yaml").unlink()
+    assert runs.differences([runs.read(known), runs.read(lost)]) == {}
+    assert "config.yaml does not exist" in runs.read(lost).damage[0]
+    three = runs.differences([runs.read(known), runs.read(lost), runs.read(other)])
+    assert three == {"model": ["a/b", runs.UNKNOWN, None], "learning_rate": [0.1, runs.UNKNOWN, 0.2]}
 
 
 def test_the_journal_keeps_lines_until_the_run_has_its_folder(tmp_path):
