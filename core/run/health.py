@@ -24,6 +24,8 @@ class Event(NamedTuple):
 
 # Rules run at every step, so none but those of an evaluation may look at all of a long history.
 WINDOW = 60  # records at the end of the history that a rule looks at
+RISEN = 0.01  # share of the lowest held-out loss by which it has risen
+SWAPPED = "check that chosen and rejected are not swapped; lower learning_rate where it has fallen, raise it where it has not moved"
 PLATEAU_STEPS = 400  # records from the start within which a plateau is looked for
 
 
@@ -76,24 +78,32 @@ def _overfit(history: list[Record]) -> str | None:
     falling = len(train_loss) > 1 and statistics.mean(train_loss[-len(train_loss) // 2 :]) < statistics.mean(
         train_loss[: len(train_loss) // 2]
     )
-    return f"eval/loss rose twice in a row to {eval_loss[-1]:.3f} while train/loss fell" if rising and falling else None
+    lowest = min(_series(history, "eval/loss"))
+    above = rising and eval_loss[-1] - lowest > RISEN * abs(lowest)  # the last numbers of a flat loss go up and down by chance
+    return f"eval/loss rose twice in a row to {eval_loss[-1]:.3f} while train/loss fell" if above and falling else None
 
 
-def _mean_of_last(history: list[Record], key: str, count: int = 20) -> float | None:
-    """The mean of the last `count` values, once a run has had time to learn something."""
-    values = _series(history[-WINDOW:], key)
-    return statistics.mean(values[-count:]) if len(values) >= 2 * count else None
+def _stays_below(history: list[Record], key: str, bound: float, count: int = 20) -> float | None:
+    """The mean of the last `count` values, if it is below a bound and not rising, both by more than its noise.
+
+    None before a run has had time to learn something. Without a reference, a model may begin on the wrong side and still learn.
+    """
+    values = [value for value in _series(history[-WINDOW:], key) if math.isfinite(value)]
+    if len(values) < 2 * count:
+        return None
+    mean, noise = statistics.mean(values[-count:]), 2 * statistics.stdev(values[-count:]) / math.sqrt(count)
+    return mean if mean + noise < bound and mean - statistics.mean(values[:count]) <= noise else None
 
 
 def _prefers_rejected(history: list[Record]) -> str | None:
-    margin = _mean_of_last(history, "rewards/margins")
-    return f"rewards/margins is {margin:.3f} on average over 20 steps" if margin is not None and margin < 0 else None
+    margin = _stays_below(history, "rewards/margins", 0.0)
+    return f"rewards/margins is {margin:.3g} on average over 20 steps" if margin is not None else None
 
 
 def _ranks_badly(history: list[Record]) -> str | None:
     for key in ("rewards/accuracies", "accuracy"):
-        share = _mean_of_last(history, key)
-        if share is not None and share < 0.5:
+        share = _stays_below(history, key, 0.5)
+        if share is not None:
             return f"{key} is {share:.2f} on average over 20 steps, below chance"
     return None
 
@@ -161,10 +171,10 @@ RULES: dict[str, tuple[Rule, str]] = {
     "loss_spike": (_loss_spike, "look for a malformed row in this step, or lower learning_rate"),
     "plateau": (_plateau, "raise learning_rate 2 to 5 times, and check what is supervised"),
     "vanished": (_vanished, "the rows are memorised or leak their answer: use fewer epochs or check the data"),
-    "prefers_rejected": (_prefers_rejected, "check that chosen and rejected are not swapped, and lower learning_rate"),
-    "ranks_badly": (_ranks_badly, "check that chosen and rejected are not swapped, and lower learning_rate"),
+    "prefers_rejected": (_prefers_rejected, SWAPPED),
+    "ranks_badly": (_ranks_badly, SWAPPED),
     "both_fall": (_both_fall, "lower learning_rate, raise rl_beta, or add rpo_alpha 1, which holds the chosen side up"),
-    "overfit": (_overfit, "stop earlier, use fewer epochs, a smaller lora_r, or some lora_dropout"),
+    "overfit": (_overfit, "stop earlier or use fewer epochs; of an adapter, also a smaller lora_r or some lora_dropout"),
     "no_reward": (_no_reward, "try the rewards with treetune rollout: the task may be too hard, or the reward may miss its column"),
     "no_signal": (
         _no_signal,

@@ -32,12 +32,15 @@ HEALTHY = (
         _steps(FALLING[:40], held=(2.0, 1.8, 1.7)),
         _steps(FALLING[:40], held=(1.6, 1.7)),
         _steps(FALLING[:40], held=(1.8, 1.6, 1.7)),
+        _steps(FALLING[:40], held=(1.6, 1.601, 1.6, 1.601, 1.602)),  # a flat loss, by chance up twice
         _steps(FALLING[:40], norm=99.9),
         _steps([2.0] * 11 + [3.9]),
         _steps([0.02] * 11 + [0.045]),  # a jump between losses that are small anyway
         _steps([0.009, 0.009, 0.011]),
         _with(**{"rewards/margins": 0.1, "rewards/accuracies": 0.6, "rewards/chosen": -1.0, "rewards/rejected": -4.0, "kl": -0.2}),
         _with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.4})[:39],  # early, a run may still prefer the wrong side
+        [record | {"rewards/margins": 0.1 * (-1) ** i - 0.01, "accuracy": 0.49 + 0.1 * (-1) ** i} for i, record in enumerate(_with())],
+        [record | {"rewards/margins": 0.01 * i - 0.6} for i, record in enumerate(_with())],  # it learns, from the wrong side
         _with(**{"rewards/chosen": -9.0, "rewards/rejected": -11.0}),  # no reference: rewards are plain log-probs
     ]
 )
@@ -48,7 +51,7 @@ SICK = {
     "plateau": (_steps([2.0 + 0.1 * math.sin(i) for i in range(59)] + [2.5]), "60 steps", "learning_rate"),
     "vanished": (_steps([0.5, 0.009, 0.008, 0.007]), "0.0070", "memorised"),
     "overfit": (_steps(FALLING[:40], held=(1.5, 1.6, 1.7)), "1.700", "fewer epochs"),
-    "prefers_rejected": (_with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.6}), "-0.100", "swapped"),
+    "prefers_rejected": (_with(**{"rewards/margins": -0.1, "rewards/accuracies": 0.6}), "-0.1", "swapped"),
     "ranks_badly": (_with(accuracy=0.4), "accuracy is 0.40", "swapped"),
     "both_fall": (_with(**{"rewards/chosen": -3.0, "rewards/rejected": -4.0, "kl": 0.5}), "-3.00", "rpo_alpha"),
     "no_reward": (_online(reward=0.0, reward_std=0.0), "no completion", "rollout"),
