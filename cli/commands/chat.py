@@ -27,6 +27,7 @@ def run(config: Chat, given: frozenset[str]) -> int:
         stop = target.stop_ids(chosen, tokenizer)
         prompt_ids.check_ids(ids, model.cfg.vocab_size)
     if config.gradio:
+        screen.line(f"{chosen.name} at http://{web_chat.HOST}:{config.gradio_server_port}; Ctrl-C ends it")
         return _browser(config, chosen, tokenizer, partial(decode.sample, model, lora=lora, stop=stop), model.cfg.shared_positions)
     screen.line(f"{chosen.name}; Ctrl-C stops an answer, /reset starts over, /quit leaves", "dim")
     messages, turn = list(start), 0

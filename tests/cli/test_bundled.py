@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import types
 
 import pytest
@@ -45,11 +46,11 @@ def test_a_chat_in_the_browser_needs_gradio_and_listens_here_alone(tune, tiny, m
 
 
 def test_the_browser_gets_what_the_model_samples(tune, tiny, monkeypatch):
-    seen = {}
+    seen, parts = {}, [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]  # as of gradio 6
 
     class ChatInterface:
         def __init__(self, answer, title):
-            seen["answers"] = list(answer("2 + 2", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]))
+            seen["answers"] = list(answer("2 + 2", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]))
 
         def launch(self, **options):
             seen["launch"] = options
@@ -60,7 +61,7 @@ def test_the_browser_gets_what_the_model_samples(tune, tiny, monkeypatch):
     monkeypatch.setattr(web_chat, "check", lambda: None)
     done = tune("chat", "--gradio", "--model", tiny.model, "--max-new-tokens", 4, "--temperature", 0)
     assert done.code == 0, done.err
-    assert seen["launch"] == {"server_name": "127.0.0.1", "server_port": 7860, "share": False}
+    assert seen["launch"] == {"server_name": "127.0.0.1", "server_port": 7860, "share": False, "quiet": True}
     assert all(later.startswith(earlier) for earlier, later in zip(seen["answers"], seen["answers"][1:], strict=False))
 
 
@@ -73,3 +74,28 @@ def test_an_error_of_the_model_reaches_the_browser():
     assert next(answer) == "a"
     with pytest.raises(ValueError, match="full"):
         next(answer)
+
+
+def test_sampling_ends_when_nobody_waits_for_the_answer():
+    told, ended = [], threading.Event()
+
+    def reply(messages, tell):
+        try:
+            for i in range(10**6):
+                heard.wait()
+                tell(str(i))
+                told.append(i)
+        finally:
+            ended.set()
+
+    heard = threading.Event()
+    answer = web_chat.streamed(reply, [])
+    heard.set()
+    assert next(answer) == "0"
+    answer.close()
+    assert ended.wait(30) and len(told) < 10**6
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="texts only"):
+        web_chat._text([{"type": "file", "file": {}}])
