@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -48,7 +48,7 @@ class _Unheard(Exception):
     """Nobody waits for the answer any more."""
 
 
-def streamed(reply: Reply, messages: Messages) -> Iterator[str]:
+def streamed(reply: Reply, messages: Messages) -> Generator[str, None, None]:
     """The answer as far as it has come, time after time; when it is closed, sampling ends. Errors: what the reply raises."""
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()
     closed = threading.Event()

@@ -1,7 +1,7 @@
 """Several runs side by side: rows of a table, the options that differ, and a page with their curves. Imports no torch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,32 @@ def differences(several: Sequence[PastRun]) -> dict[str, list[str]]:
     return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in runs.differences(several).items()}
 
 
-def write(path: Path, several: Sequence[PastRun], *, title: str, metric: str | None = None, charts: bool = True) -> None:
-    """Write a page about runs: their table, what differs, and with `charts` their curves, a colour for each run."""
+def write(
+    path: Path,
+    several: Sequence[PastRun],
+    *,
+    title: str,
+    metric: str | None = None,
+    charts: bool = True,
+    swept: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write a page about runs: their table, what differs, and with `charts` their curves, a colour for each run.
+
+    swept: {option: its value in each run} of a sweep, which are columns of the table.
+    """
     from treetune.core.run import page  # what shows tokens imports torch, and a list on the terminal needs none of it
 
     names = runs.names(several)
     best = sorted(range(len(several)), key=lambda i: -several[i].merit(metric))[:DRAWN] if charts else []
     shown = [i for i in range(len(several)) if i in best]
     colours = {i: curves.colour(place) for place, i in enumerate(shown)}
-    table = [(one.state, colours.get(i, ""), row(one, names[i], metric)) for i, one in enumerate(several)]
-    values: dict[str, Any] = {"columns": COLUMNS, "table": table, "names": names, "reasons": reasons(several, names)}
+    swept = swept or {}
+    table = []
+    for i, one in enumerate(several):
+        name, *cells = row(one, names[i], metric)
+        table.append((one.state, colours.get(i, ""), [name, *(column[i] for column in swept.values()), *cells]))
+    values: dict[str, Any] = {"columns": [COLUMNS[0], *swept, *COLUMNS[1:]], "state_at": 1 + len(swept), "table": table, "names": names}
+    values |= {"reasons": reasons(several, names), "damage": [text for one in several for text in one.damage]}
     values["differences"] = differences(several) if charts and len(several) > 1 else {}
     values["charts"] = curves.compared({names[i]: several[i].history for i in shown}) if charts else []
     values["left_out"] = len(several) - len(shown)

@@ -86,9 +86,14 @@ def metrics(history: History) -> list[str]:
 
 def compared(runs: Mapping[str, History]) -> list[Chart]:
     """A chart for each metric that a run has, with a line for each run that has it, in the run's colour."""
-    titles = {keys[0]: title for title, keys in CHARTS}
+    titles = {key: title + ", held out" * key.startswith("eval/") for title, keys in CHARTS for key in keys[:2] if _alone(key, keys)}
     names = dict.fromkeys(name for history in runs.values() for name in metrics(history))
     return [one for name in names if (one := _beside(name, titles.get(name, name), runs)) is not None]
+
+
+def _alone(key: str, keys: Sequence[str]) -> bool:
+    """Whether the title of a chart is that of one of its metrics alone: the first one, or the same of held-out rows."""
+    return key in (keys[0], f"eval/{keys[0]}")
 
 
 def colour(index: int) -> str:

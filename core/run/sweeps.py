@@ -119,6 +119,8 @@ def rows(sweep: Sweep) -> list[list[str]]:
 
 def write_page(sweep: Sweep) -> Path:
     """Write sweep.html: the table, the options that differ, and the curves of the best runs."""
-    several = sorted(past(sweep).values(), key=lambda run: -run.merit())
-    compared.write(sweep.root / PAGE, several, title=f"sweep {sweep.root.name.removeprefix('sweep').strip('-_')}".strip())
+    several = sorted(past(sweep).items(), key=lambda item: -item[1].merit())
+    swept = {option: [sweep.points[name].get(option, "-") for name, _ in several] for option in _options(sweep)}
+    title = f"sweep {sweep.root.name.removeprefix('sweep').strip('-_')}".strip()
+    compared.write(sweep.root / PAGE, [run for _, run in several], title=title, swept=swept)
     return sweep.root / PAGE

@@ -45,7 +45,10 @@ def test_each_combination_is_a_run_of_its_own_with_a_table_and_a_page(swept, her
     lines = done.out.splitlines()
     assert lines[-4].split()[:3] == ["002", "1e-2", "finished"] and lines[-3].split()[:3] == ["001", "1e-3", "finished"]
     text = (here / "s/sweep.html").read_text()
-    assert "<th>learning_rate</th><td>0.01</td><td>0.001</td>" in text and text.count("<figcaption>") > 4
+    assert "<th>learning_rate</th><td>0.01</td><td>0.001</td>" in text and re.search(
+        r"002</td><td>1e-2</td><td class=.state finished.>", text
+    )
+    assert text.count("<figcaption>") > 4
     again = swept("--learning-rate", "1e-3", "1e-2", "--output-dir", "s", "--val-set-size", 4)
     assert again.code == 0 and again.out.count("done already: finished") == 2
     assert [record["step"] for record in kit.metrics(here / "s/001")] == [0, 1, 2, 2]
