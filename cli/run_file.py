@@ -49,7 +49,17 @@ def is_file(text: str) -> bool:
 
 def load(path: str) -> dict[str, Written]:
     """The keys of a file. Errors: ValueError, one line, for what cannot be read."""
-    return yamltext.read(_fetch(path) if path.startswith(ADDRESS) else yamltext.text_of(path), path)
+    return _load(path)[0]
+
+
+def _load(path: str) -> tuple[dict[str, Written], list[str]]:
+    """The keys of a file, and lines about what axolotl's own reader lets pass in its files, which ours does not."""
+    faults: list[str] = []
+    written = yamltext.read(_fetch(path) if path.startswith(ADDRESS) else yamltext.text_of(path), path, faults)
+    if faults and not translate.is_foreign(written):
+        raise ValueError(faults[0])
+    twice = [text for text in faults if "is given twice" in text]
+    return written, [text.removeprefix(f"{path} ").replace("; keep one", "; the last one counts") for text in twice]
 
 
 def _fetch(address: str) -> str:
@@ -86,10 +96,11 @@ def _unnamed(path: str) -> str:
 
 def read(path: str, command: str, options: Mapping[str, Option], *, hint: str = "") -> RunFile:
     """What a file says to a command that has these options. Errors: ValueError, one line, naming the file and what is wrong in it."""
-    written = load(path)
+    written, faults = _load(path)
     own = not translate.is_foreign(written) and not set(written) - set(options)
     if command in METHODS or command not in TAKEN or own:
-        return _own(written, path, command, options, hint)
+        run = _own(written, path, command, options, hint)
+        return run._replace(lines=(*run.lines, *(f"  {text}" for text in faults)))
     if not translate.is_foreign(written) and METHOD not in written:
         raise ValueError(f"{path}: {suggestions.all_of([name for name in written if name not in options], options)}{hint}")
     method = method_of(written, path)
@@ -101,28 +112,17 @@ def _own(written: Mapping[str, Written], path: str, command: str, options: Mappi
     if translate.is_foreign(written):
         meant = translate.translate(written, command, options, path)
         lines = [*meant.notes]
+        lines += [f"in our names: {'; '.join(meant.read)}"] if meant.read else []
         lines += [f"needs nothing here: {', '.join(meant.needless)}"] if meant.needless else []
         lines += [f"not for treetune {command}: {', '.join(meant.left)}"] if meant.left else []
         head = f"{path}: axolotl's keys, read as treetune {command}"
-        return RunFile(_typed(meant, options, path), (head, *(f"  {line}" for line in lines)), True)
+        return RunFile(meant.values, (head, *(f"  {line}" for line in lines)), True)
     if METHOD in written and METHOD not in options:
         named = yamlvalues.plain(written[METHOD])
         if command in METHODS and named != command:
             raise ValueError(f"{path} is a file of treetune {named}: start it with treetune train, or take out its line method")
         written = {name: value for name, value in written.items() if name != METHOD}
     return RunFile(reading.from_written(written, options, path, hint=hint))
-
-
-def _typed(meant: translate.Translation, options: Mapping[str, Option], path: str) -> dict[str, Any]:
-    """The values of a translation; an error names the key of the file, too."""
-    out: dict[str, Any] = {}
-    for name, value in meant.values.items():
-        try:
-            out |= reading.from_written({name: value}, options, path)
-        except ValueError as error:
-            key = meant.keys.get(name, name)
-            raise ValueError(f"{error}" if key in str(error) else f"{error}; the file says so by {key}") from error
-    return out
 
 
 def _for_command(

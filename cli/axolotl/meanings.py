@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from treetune.cli.axolotl.values import File, Values, write
+from treetune.cli.axolotl import precision
+from treetune.cli.axolotl.file import File, Values, write
 
 PREFERENCES = ("simpo", "cpo")
 SAMPLED = ("grpo", "ebft")
@@ -26,10 +27,10 @@ def absent(file: File) -> Iterator[Meaning]:
 def _adapter(file: File) -> Iterator[Meaning]:
     if file.value("adapter") is None:
         yield Meaning("adapter", "none", "no adapter: all weights train")
-    elif file.value("lora_r") is None and file.value("lora_model_dir") is None:
+    elif "lora_r" in file.options and file.value("lora_r") is None and file.value("lora_model_dir") is None:
         r, alpha = file.options["lora_r"].default, file.options["lora_alpha"].default
         yield Meaning("lora_r", r, f"no lora_r: {r}, the default here, and lora_alpha {file.value('lora_alpha', alpha)}")
-    if file.value("quantize_moe_experts") is None and (file.value("load_in_4bit") or file.value("load_in_8bit")):
+    if file.value("quantize_moe_experts") is None and precision.frozen(file) is not None:
         yield Meaning("quantize_moe_experts", False, "no quantize_moe_experts: stacks of experts stay as they are")
 
 
@@ -50,6 +51,9 @@ def _sampled(file: File) -> Iterator[Meaning]:
         yield Meaning("lr_scheduler", "cosine", "no lr_scheduler: cosine")
     if file.value("log_completions") is None:
         yield Meaning("log_completions", False, "no log_completions: completions are not written down")
+    for key, own in (("ref_model_mixup_alpha", 0.9), ("ref_model_sync_steps", 64)):
+        if file.value("sync_ref_model") and file.value(key) is None:
+            yield Meaning(key, own, f"no {key}: {own}")
     if file.command == "grpo" and file.value("epsilon_high") is None:
         yield Meaning("epsilon_high", file.value("epsilon", 0.2), "no epsilon_high: as epsilon")
     if file.command == "ebft" and file.value("mode") is None and any("strided" in kind or "pretrain" in kind for kind in _types(file)):

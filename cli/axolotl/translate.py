@@ -1,12 +1,13 @@
 """A file of axolotl's as options of a command of ours. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from treetune.cli import methods
 from treetune.cli.axolotl import keys, meanings, rows
-from treetune.cli.axolotl.values import FUNCTIONS, File, Unsupported, Values
-from treetune.core.config import suggestions, table
+from treetune.cli.axolotl.file import File, Unsupported, Values, lenient, truth, write
+from treetune.cli.axolotl.values import FUNCTIONS
+from treetune.core.config import reading, suggestions, table
 from treetune.core.config.table import Option
 from treetune.core.data import yamlvalues
 from treetune.core.data.yamltext import Written
@@ -19,22 +20,22 @@ MANAGED = {"gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_l
 
 
 class Translation(NamedTuple):
-    """Options of the command as a file of ours would hold them.
+    """Options of the command, typed.
 
-    notes: what the file means where that differs from our defaults. needless: keys that need nothing here. left: sections for others.
-    keys: {option: the key of the file that it comes from}.
+    notes: what the file means where that differs from our defaults. read: keys that are options of other names, and these.
+    needless: keys that need nothing here. left: sections for others.
     """
 
-    values: Values
+    values: dict[str, Any]
     notes: tuple[str, ...]
+    read: tuple[str, ...]
     needless: tuple[str, ...]
     left: tuple[str, ...]
-    keys: Mapping[str, str]
 
 
 def is_foreign(written: Mapping[str, Written]) -> bool:
     """Whether a file has axolotl's keys: one of those that ours never have, and no `model`."""
-    return "model" not in written and bool(keys.MARKS & written.keys())
+    return "model" not in written and any(key in keys.MARKS or key.startswith(keys.KERNEL_STARTS) for key in written)
 
 
 def method_of(written: Mapping[str, Written], path: str) -> str:
@@ -61,31 +62,64 @@ def _types(written: Mapping[str, Written]) -> list[str]:
 def translate(written: Mapping[str, Written], command: str, options: Mapping[str, Option], path: str) -> Translation:
     """The options of a training command that a file of axolotl's means.
 
-    Errors: ValueError, one line, with every key that is not supported and the nearest thing that is.
+    Errors: ValueError, one line, with every key that is not supported and the nearest thing that is, and every value that is wrong.
     """
     flat, left = _flat(written, command, options, path)
-    file = File(command, options, flat)
-    values, needless, missing, origins = {}, [], {}, {}
-    for key, value in flat.items():
+    file = File(command, options, {key: _lenient(key, value, options) for key, value in flat.items()})
+    each, missing, wrong = _meant(file)
+    values = {name: value for meant in each.values() for name, value in meant.items()}
+    # What is wrong with a key may be wrong with what is made of it, so the rest is not asked.
+    absent, notes = meanings.values_of(iter(()) if missing or wrong else meanings.absent(file))
+    counted, counts = meanings.values_of(iter(()) if missing or wrong else meanings.counted(file))
+    chosen = {name: write(value) for name, value in LOSSES.get(str(file.value("rl")), {}).items() if name not in values}
+    origins = {name: key for key, meant in each.items() for name in meant}
+    typed = _typed(absent | values | chosen | counted, origins, options, path, wrong)
+    if missing or wrong:
+        raise ValueError(f"{path}: {_refusal(missing, wrong)}")
+    lines = tuple([*_chosen(file, written), *notes, *counts])
+    read = [text for key, meant in each.items() if (text := _read(key, meant))]
+    return Translation(typed, lines, tuple(read), tuple(key for key, meant in each.items() if not meant), tuple(left))
+
+
+def _meant(file: File) -> tuple[dict[str, Values], dict[str, str], list[str]]:
+    """{key: its options}, {key that is not supported: the nearest thing that is}, and what is wrong with the form of others."""
+    each: dict[str, Values] = {}
+    missing: dict[str, str] = {}
+    wrong: list[str] = []
+    for key, value in file.keys.items():
         if value.value is None or key in CHOOSE and key != "pretraining_dataset":
             continue
         try:
-            meant = _option(key, value, file)
+            each[key] = _option(key, value, file)
         except Unsupported as nearest:
             missing[key] = str(nearest)
-            continue
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {key} is of another form than axolotl's, got {yamlvalues.shown(value)}") from error
-        values |= meant
-        origins |= dict.fromkeys(meant, key)
-        needless += [] if meant else [key]
-    if missing:
-        raise ValueError(f"{path}: {_refusal(missing)}")
-    absent, notes = meanings.values_of(meanings.absent(file))
-    counted, counts = meanings.values_of(meanings.counted(file))
-    chosen = {name: Written(value, value, True) for name, value in LOSSES.get(str(file.value("rl")), {}).items() if name not in values}
-    lines = tuple([*_chosen(file, written), *notes, *counts])
-    return Translation(absent | values | chosen | counted, lines, tuple(needless), tuple(left), origins)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            wrong.append(f"{key} is of another form than axolotl's, got {yamlvalues.shown(value)}")
+    return each, missing, wrong
+
+
+def _read(key: str, meant: Values) -> str:
+    """What a key is here, where it is not the option of its name alone: "bf16 is dtype bfloat16"; empty where it is."""
+    named = [f"{name} {yamlvalues.shortened(str(yamlvalues.plain(value)))}" for name, value in meant.items()]
+    silent = not meant or set(meant) == {key} or key in ("base_model", "datasets", "pretraining_dataset")
+    return "" if silent else f"{key} is {', '.join(named)}"
+
+
+def _lenient(key: str, value: Written, options: Mapping[str, Option]) -> Written:
+    name = keys.RENAMED.get(key, key)
+    return lenient(value, options[name]) if name in options else truth(value)
+
+
+def _typed(values: Values, origins: Mapping[str, str], options: Mapping[str, Option], path: str, wrong: list[str]) -> dict[str, Any]:
+    """The values as the options have them; those that are wrong are told, each with the key of the file that it comes from."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            out |= reading.from_written({name: value}, options, path)
+        except ValueError as error:
+            key, text = origins.get(name, name), str(error).removeprefix(f"{path}: ")
+            wrong.append(text if key in text else f"{text}; the file says so by {key}")
+    return out
 
 
 def _chosen(file: File, written: Mapping[str, Written]) -> list[str]:
@@ -106,7 +140,7 @@ def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Op
     left: list[str] = []
     # A section of EBFT is of its strided mode where the other one, too, has a key.
     strided = "ebft" in written and isinstance(written["ebft"].value, dict) and _is_strided(written["ebft"].value)
-    for key, value in sorted(written.items(), key=lambda item: item[0] == ("ebft" if strided else "trl")):
+    for key, value in sorted(_batched(written).items(), key=lambda item: item[0] == ("ebft" if strided else "trl")):
         if key not in ("trl", "ebft", "vllm", "bnb_config_kwargs"):
             flat[key] = value
         elif value.value is None:
@@ -121,6 +155,17 @@ def _flat(written: Mapping[str, Written], command: str, options: Mapping[str, Op
         else:
             flat |= {name: item for name, item in value.value.items()}
     return flat, left
+
+
+def _batched(written: Mapping[str, Written]) -> dict[str, Written]:
+    """The keys with batch_size, the rows of a step on one device, as gradient_accumulation_steps."""
+    out, whole = dict(written), written.get("batch_size")
+    rows = yamlvalues.integer(written["micro_batch_size"]) if "micro_batch_size" in written else 1
+    size = None if whole is None else yamlvalues.integer(whole)
+    if size and rows and out.get("gradient_accumulation_steps", Written(None)).value is None:
+        out["gradient_accumulation_steps"] = write(max(1, size // rows))
+        del out["batch_size"]
+    return out
 
 
 def _is_strided(section: Mapping[str, Written]) -> bool:
@@ -139,14 +184,20 @@ def _option(key: str, value: Written, file: File) -> Values:
     """The options that a key means; none where it needs nothing. Errors: Unsupported, with what there is instead."""
     if key == "pretraining_dataset":
         return rows.corpus(value, file)
-    if key in ("dataset_shard_num", "dataset_shard_idx"):
+    if key in rows.FOR_ENTRIES and key not in file.options:
         return {}
     if key in FUNCTIONS:
         return FUNCTIONS[key](yamlvalues.plain(value), file)
     name = keys.RENAMED.get(key, key)
     if name in file.options:
         return {name: rows.entries(value, file) if file.options[name].of_mappings else value}
-    if key in keys.NOTHING or key in FOR_OTHERS.get(file.command, ()) or _says_nothing(value) and _is_known(key):
+    if (
+        key in keys.NOTHING
+        or key.startswith(keys.KERNEL_STARTS)
+        or key in FOR_OTHERS.get(file.command, ())
+        or _says_nothing(value)
+        and _is_known(key)
+    ):
         return {}
     if file.command == "pretrain" and (key == "adapter" or key.startswith("lora_")):
         raise Unsupported("datasets with type: completion, as pretrain trains all weights")
@@ -175,6 +226,8 @@ def _is_known(key: str) -> bool:
     return key in keys.MISSING or any(key in table.options(method.config) for method in methods.METHODS.values())
 
 
-def _refusal(missing: Mapping[str, str]) -> str:
+def _refusal(missing: Mapping[str, str], wrong: list[str]) -> str:
     listed = "; ".join(f"{key} (nearest: {nearest})" for key, nearest in missing.items())
-    return f"{len(missing)} key{'s' * (len(missing) > 1)} of axolotl's that {'are' if len(missing) > 1 else 'is'} not supported: {listed}"
+    several = len(missing) > 1
+    text = f"{len(missing)} key{'s' * several} of axolotl's that {'are' if several else 'is'} not supported: {listed}" if missing else ""
+    return "; and ".join([*([text] if text else []), *wrong])

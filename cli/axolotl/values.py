@@ -3,116 +3,12 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from treetune.cli.axolotl import keys
+from treetune.cli.axolotl import intervals, keys, placing, precision
+from treetune.cli.axolotl.file import File, Unsupported, Values, write
 from treetune.core import registry
-from treetune.core.config.table import Option
 from treetune.core.data import yamlvalues
-from treetune.core.data.yamltext import Written
-
-Values = dict[str, Written]
-
-
-class Unsupported(ValueError):
-    """What a key asks for is not there; the message says what is."""
-
-
-class File(NamedTuple):
-    """The keys of a file, sections laid flat, and the command that reads it with its options."""
-
-    command: str
-    options: Mapping[str, Option]
-    keys: Mapping[str, Written]
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """The value of a key as Python's own; the default where it is not given or null."""
-        written = self.keys.get(key)
-        return default if written is None or written.value is None else yamlvalues.plain(written)
-
-
-def write(value: Any) -> Written:
-    """A Python value as if the file held it."""
-    if isinstance(value, Written):
-        return value
-    if isinstance(value, dict):
-        return Written({name: write(item) for name, item in value.items()})
-    if isinstance(value, list | tuple):
-        return Written([write(item) for item in value])
-    return Written(value, "" if value is None else str(value), True)
-
-
-def several_processes() -> bool:
-    """Whether torchrun has started more than one process."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def dtype(file: File) -> str | None:
-    """The compute dtype that bf16, fp16, their old names and torch_dtype ask for together; None where none of them is given."""
-    asked = {"bfloat16" if key in ("bf16", "bfloat16") else "float16": file.value(key) for key in ("bfloat16", "float16", "bf16", "fp16")
-             if file.value(key) is not None}  # fmt: skip
-    named = str(file.value("torch_dtype", "")).removeprefix("torch.") or None
-    wanted = {kind for kind, value in asked.items() if value not in (False, "auto")}
-    if len(wanted | ({named} if named not in (None, "auto") else set())) > 1:
-        raise Unsupported(f"one dtype; the file asks for {' and '.join(sorted(wanted | {str(named)}))}")
-    if wanted:
-        return wanted.pop()
-    if "auto" in asked.values() and named is None:
-        return "auto"
-    return named or ("float32" if asked else None)
-
-
-def _dtype(value: Any, file: File) -> Values:
-    kind = dtype(file)
-    out: Values = {} if kind is None else {"dtype": write(kind)}
-    if file.value("bf16") == "full" and file.value("adapter") is None:
-        out["master_dtype"] = write("bfloat16")
-    return out
-
-
-def _check_frozen(file: File) -> None:
-    if file.value("adapter") is None and not file.value("unfrozen_parameters"):
-        raise Unsupported("an adapter beside it: weights that train are not quantised")
-
-
-def _four_bits(value: Any, file: File) -> Values:
-    if value and file.value("load_in_8bit"):
-        raise Unsupported("either load_in_4bit or load_in_8bit")
-    if value:
-        _check_frozen(file)
-    return {"quant": write(file.value("bnb_4bit_quant_type", "nf4"))} if value else {}
-
-
-def _eight_bits(value: Any, file: File) -> Values:
-    if value and file.value("adapter") == "qlora":
-        raise Unsupported("adapter: lora with load_in_8bit, as qlora is in 4 bits")
-    if value:
-        _check_frozen(file)
-    return {"quant": write("int8")} if value else {}
-
-
-QAT = {"int4": "int4", "int8": "int8", "fp8": "fp8", "float8_e4m3fn": "fp8", "torch.int4": "int4", "torch.int8": "int8"}
-
-
-def _rounded(value: Any, file: File) -> Values:
-    """The section `qat`: weights alone, in groups of 64 where they are in int4."""
-    if not isinstance(value, dict):
-        return {"qat": write(value)}
-    kind = QAT.get(str(value.get("weight_dtype", "int8")))
-    if kind is None:
-        raise Unsupported("weight_dtype int4, int8 or fp8, or qat: nf4")
-    if value.get("activation_dtype") or value.get("quantize_embedding"):
-        raise Unsupported(f"qat: {kind}, which rounds weights of linear layers alone")
-    if kind == "int4" and value.get("group_size", 64) != 64:
-        raise Unsupported("group_size: 64")
-    return {"qat": write(kind)}
-
-
-def _compute_dtype(value: Any, file: File) -> Values:
-    kind = str(value).removeprefix("torch.")
-    if kind != (dtype(file) or kind):
-        raise Unsupported(f"one dtype; bf16 or fp16 ask for {dtype(file)}")
-    return {"dtype": write(kind)}
 
 
 def _targets(value: Any, file: File) -> Values:
@@ -146,74 +42,23 @@ def _optimizer(value: Any, file: File) -> Values:
 def _optim_args(value: Any, file: File) -> Values:
     if isinstance(value, str):
         value = dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair)
-        value = {name: yamlvalues.numeral(text) if yamlvalues.numeral(text) is not None else text for name, text in value.items()}
-    return {"optim_args": write(value)}
+    return {"optim_args": write(_numbers(value))}
+
+
+def _numbers(value: Any) -> Any:
+    """A mapping whose texts that write numbers are numbers: YAML reads 1e-6 as a text."""
+    if not isinstance(value, dict):
+        return value
+    read = {name: yamlvalues.numeral(item) if isinstance(item, str) else None for name, item in value.items()}
+    return {name: item if read[name] is None else read[name] for name, item in value.items()}
+
+
+def _schedule_args(value: Any, file: File) -> Values:
+    return {"lr_scheduler_kwargs": write(_numbers(value))}
 
 
 def _schedule(value: Any, file: File) -> Values:
     return {"lr_scheduler": write({"constant_with_warmup": "constant"}.get(str(value), value))}
-
-
-def _checkpointing(value: Any, file: File) -> Values:
-    if value == "offload_disk":
-        return {"gradient_checkpointing": write("full"), "activation_offloading": write("disk")}
-    return {"gradient_checkpointing": write("full" if value == "unsloth" else value)}
-
-
-def _activations(value: Any, file: File) -> Values:
-    return {"activation_offloading": write("cpu" if value in ("legacy", "hidden_states") else value)}
-
-
-def sharded() -> Values:
-    """Sharding of everything, which one process has nothing to do with."""
-    return {"sharding": write("full")} if several_processes() else {}
-
-
-def _fsdp(value: Any, file: File) -> Values:
-    words = value if isinstance(value, list) else str(value).split()
-    if "offload" in words:
-        raise Unsupported("fsdp without offload")
-    if any("hybrid" in str(word) for word in words):
-        raise Unsupported("fsdp: full_shard")
-    return {} if not value or "no_shard" in words else sharded()
-
-
-def _fsdp_config(value: Any, file: File) -> Values:
-    if not isinstance(value, dict):
-        raise Unsupported("a mapping")
-    bare = {name.removeprefix("fsdp_"): item for name, item in value.items()}
-    if bare.get("offload_params"):
-        raise Unsupported("offload_params: false")
-    strategy = str(bare.get("sharding_strategy", "FULL_SHARD")).upper()
-    if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "1", "2", "3"):
-        raise Unsupported("sharding_strategy: FULL_SHARD")
-    out = {} if not value or strategy in ("NO_SHARD", "3") else sharded()
-    if bare.get("activation_checkpointing") and not file.value("gradient_checkpointing"):
-        out["gradient_checkpointing"] = write("full")
-    return out
-
-
-def _fsdp_version(value: Any, file: File) -> Values:
-    return sharded()
-
-
-def _deepspeed(value: Any, file: File) -> Values:
-    offloads = "offload_optimizer" in value or "offload_param" in value if isinstance(value, dict) else "offload" in str(value)
-    if offloads:
-        raise Unsupported("a DeepSpeed file without offload; optimizer: paged_adamw keeps moments in the memory of the host")
-    return sharded() if value else {}
-
-
-def _evaluation(value: Any, file: File) -> Values:
-    if value in (False, "no"):
-        return {"evals_per_epoch": write(0)}
-    return {"evals_per_epoch": write(1)} if value == "epoch" else {}
-
-
-def _saving(value: Any, file: File) -> Values:
-    if value in (False, "no"):
-        return {"saves_per_epoch": write(0)}
-    return {"saves_per_epoch": write(1)} if value == "epoch" else {}
 
 
 def _scale_rewards(value: Any, file: File) -> Values:
@@ -277,23 +122,21 @@ def _thirty_two(value: Any, file: File) -> Values:
     return {"embedding_multiple": write(32)} if value else {}
 
 
-def _media(value: Any, file: File) -> Values:
-    if not value:
-        raise Unsupported("freeze_mm_modules: true, as only the text model trains")
-    return {}
+def _restarts(value: Any, file: File) -> Values:
+    if value and precision.frozen(file) is not None:
+        raise Unsupported("weights that are not quantised, as updates of 4 and 8 bits are lost when they are merged")
+    return {"relora_steps": write(value)}
+
+
+def _reference(value: Any, file: File) -> Values:
+    """true asks for the base model as the reference, which the model without its adapter is here."""
+    return {} if isinstance(value, bool) else {"ref_model": write(value)}
 
 
 def _relora(value: Any, file: File) -> Values:
     if value and not (file.value("relora_steps") or file.value("jagged_restart_steps")):
         raise Unsupported("relora_steps")
     return {}
-
-
-def _peft(value: Any, file: File) -> Values:
-    bits = (value.get("loftq_config") or {}).get("loftq_bits") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or set(value) - {"loftq_config"}:
-        raise Unsupported("the lora_ options")
-    return {"lora_init": write("loftq")} if bits else {}
 
 
 def _plugins(value: Any, file: File) -> Values:
@@ -304,21 +147,127 @@ def _plugins(value: Any, file: File) -> Values:
     return {}
 
 
+def _initial(value: Any, file: File) -> Values:
+    if value is False:
+        raise Unsupported("true, or a name such as gaussian or pissa")
+    return {"lora_init": write("default" if value is True else value)}
+
+
+def _vocabulary(value: Any, file: File) -> Values:
+    """special_tokens and tokens together: more special tokens are tokens, and special tokens under `tokens` are special."""
+    special, tokens = file.value("special_tokens", {}), file.value("tokens", [])
+    if not isinstance(special, dict):
+        raise Unsupported("a mapping, such as {pad_token: <pad>}")
+    if isinstance(tokens, dict):
+        special, tokens = special | tokens, []
+    more = special.get("additional_special_tokens") or []
+    tokens = [*([tokens] if isinstance(tokens, str) else tokens), *more]
+    named = {name: text for name, text in special.items() if text is not None and name != "additional_special_tokens"}
+    return ({"special_tokens": write(named)} if named else {}) | ({"tokens": write(tokens)} if tokens else {})
+
+
+def _loss(name: str) -> Callable[[Any, File], Values]:
+    """A key that turns a token loss of ours on."""
+
+    def function(value: Any, file: File) -> Values:
+        if value and (file.command not in ("sft", "pretrain")):
+            raise Unsupported(f"treetune sft with loss: {name}")
+        return {"loss": write(name)} if value else {}
+
+    return function
+
+
+def _fixed(expected: Any, nearest: str) -> Callable[[Any, File], Values]:
+    """A key that is there with one value only."""
+
+    def function(value: Any, file: File) -> Values:
+        if value != expected:
+            raise Unsupported(nearest)
+        return {}
+
+    return function
+
+
+def _pair_losses(value: Any, file: File) -> Values:
+    named = [{"sigmoid": "dpo", "sigmoid_norm": "dpo_norm"}.get(name, name) for name in (value if isinstance(value, list) else [value])]
+    if "loss" not in file.options or file.command != "dpo":
+        raise Unsupported("rl: dpo")
+    return {"loss": write(named)}
+
+
+def _random(value: Any, file: File) -> Values:
+    if not value:
+        return {}
+    if "from_config" not in file.options:
+        raise Unsupported("pretraining_dataset, as treetune pretrain starts from random weights with from_config")
+    return {"from_config": write(file.value("base_model"))}
+
+
+def _curriculum(value: Any, file: File) -> Values:
+    """Rows in the order of the files; where axolotl has shuffled them when it merged them, an order at random does as well."""
+    return {"shuffle": write(False)} if value and file.value("shuffle_merged_datasets") is False and "shuffle" in file.options else {}
+
+
+# Fields of config.json that change nothing in a run of ours.
+IDLE_FIELDS = {"use_cache", "output_router_logits", "attn_implementation", "_attn_implementation", "torch_dtype", "low_cpu_mem_usage",
+               "device_map", "trust_remote_code"}  # fmt: skip
+
+
+def _config_fields(value: Any, file: File) -> Values:
+    """overrides_of_model_config: the weight of the loss that balances experts, and fields that change nothing."""
+    given = value if isinstance(value, dict) else {"": value}
+    balance, on = given.get("router_aux_loss_coef"), given.get("output_router_logits")
+    others = [name for name in given if name not in IDLE_FIELDS | {"router_aux_loss_coef"}]
+    if others:
+        raise Unsupported("the model's config.json, where such fields stand")
+    if on and balance is None:
+        raise Unsupported("output_router_logits: true with router_aux_loss_coef, which is 0.001 in most models of experts")
+    if on and "router_aux_loss_coef" not in file.options:
+        raise Unsupported("treetune sft, pretrain, dpo or grpo, which have router_aux_loss_coef")
+    return {"router_aux_loss_coef": write(balance)} if on else {}
+
+
+def _load_fields(value: Any, file: File) -> Values:
+    if not isinstance(value, dict) or set(value) - IDLE_FIELDS:
+        raise Unsupported("the model's config.json")
+    return {}
+
+
+def _watched(value: Any, file: File) -> Values:
+    if str(value).lower() not in ("false", "off", ""):
+        raise Unsupported("grad_norm, which is logged")
+    return {}
+
+
+def _best(value: Any, file: File) -> Values:
+    if str(value) not in ("loss", "eval_loss", "eval/loss"):
+        raise Unsupported("eval_loss, which best.json goes by")
+    return {}
+
+
+def _warmup(value: Any, file: File) -> Values:
+    """A number below 1 is a part of the run, as in transformers."""
+    part = isinstance(value, float) and 0 < value < 1
+    return {"warmup_ratio" if part else "warmup_steps": write(value)}
+
+
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
-    **dict.fromkeys(("bf16", "fp16", "bfloat16", "float16", "torch_dtype"), _dtype),
-    "load_in_4bit": _four_bits, "load_in_8bit": _eight_bits, "bnb_4bit_compute_dtype": _compute_dtype,
-    "bnb_4bit_use_double_quant": lambda value, file: {"quant_double": write(value)},
-    "bnb_4bit_quant_type": lambda value, file: {}, "bnb_4bit_quant_storage": lambda value, file: {},
-    "qat": _rounded,
+    **precision.FUNCTIONS, **placing.FUNCTIONS, **intervals.FUNCTIONS,
     **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
     **dict.fromkeys(("lr_rules", "lr_groups", "embedding_lr_scale"), _rates),
-    "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule,
-    "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
-    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
-    "eval_strategy": _evaluation, "save_strategy": _saving, "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation,
-    "generation_kwargs": _generation, "vllm_mode": _colocated,
-    "use_vllm": _server, "async_prefetch": _ahead, "num_labels": _labels, "resume_from_checkpoint": _resume,
-    "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong, 
-    "resize_token_embeddings_to_32x": _thirty_two, "peft": _peft, "plugins": _plugins,
-    "freeze_mm_modules": _media, "relora": _relora,
+    **dict.fromkeys(("special_tokens", "tokens"), _vocabulary),
+    **dict.fromkeys(("use_dft", "enable_dft_loss", "use_dynamic_finetuning"), _loss("dft")), "use_eaft": _loss("eaft"),
+    "eaft_alpha": _fixed(1, "eaft_alpha: 1, or loss: FILE.py:FUNCTION"), "eaft_k": _fixed(20, "eaft_k: 20, or loss: FILE.py:FUNCTION"),
+    **dict.fromkeys(("reinit_weights", "random_init_weights"), _random),
+    **dict.fromkeys(("overrides_of_model_config", "model_config"), _config_fields),
+    **dict.fromkeys(("overrides_of_model_kwargs", "model_kwargs"), _load_fields),
+    "optimizer": _optimizer, "optim_args": _optim_args, "lr_scheduler": _schedule, "lr_scheduler_kwargs": _schedule_args,
+    "warmup_steps": _warmup, "cosine_constant_lr_ratio": lambda value, file: {"cosine_constant_lr_ratio": write(value)} if value else {},
+    "scale_rewards": _scale_rewards, "multi_objective_aggregation": _aggregation, "dpo_loss_type": _pair_losses,
+    "generation_kwargs": _generation, "vllm_mode": _colocated, "use_vllm": _server, "async_prefetch": _ahead, "num_labels": _labels,
+    "resume_from_checkpoint": _resume, "auto_resume_from_checkpoints": _auto_resume, "excess_length_strategy": _overlong,
+    "resize_token_embeddings_to_32x": _thirty_two, "plugins": _plugins, "relora": _relora, "peft_init_lora_weights": _initial,
+    **dict.fromkeys(("relora_steps", "jagged_restart_steps"), _restarts), "rl_adapter_ref_model": _reference,
+    "curriculum_sampling": _curriculum, "wandb_watch": _watched, "metric_for_best_model": _best,
+    "greater_is_better": _fixed(False, "false, as the loss is to fall"),
 }  # fmt: skip

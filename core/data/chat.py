@@ -65,7 +65,7 @@ def reader(
     last turn of the conversation only. train_on_inputs: every token, headers too, except where a flag says otherwise.
     message_property_mappings: what a template wants -> what the message calls it; roles: role -> names that it has in the rows.
     message_field_training, message_field_training_detail: a message's flag, and its characters to train, both ends inclusive.
-    split_thinking: move the text between reasoning tags to reasoning_content.
+    split_thinking: move the text between reasoning tags to reasoning_content. drop_system_message: leave out that of the row.
     default_system_message: put before conversations without a system message; trained if roles_to_train says so.
     Errors: ValueError without a template, for options that contradict each other, and for malformed rows (named with their fields).
     """

@@ -47,6 +47,7 @@ class MessageFields(NamedTuple):
     training: str
     detail: str
     split_thinking: bool
+    drop_system: bool
 
 
 class ContentSpan(NamedTuple):
@@ -84,6 +85,7 @@ class FieldOptions(TypedDict, total=False):
     message_field_training: str
     message_field_training_detail: str
     split_thinking: bool
+    drop_system_message: bool
 
 
 def message_fields(*, extra_roles: Callable[[str], bool] = lambda role: False, **options: Unpack[FieldOptions]) -> MessageFields:
@@ -109,6 +111,7 @@ def message_fields(*, extra_roles: Callable[[str], bool] = lambda role: False, *
         training=options.get("message_field_training", "train"),
         detail=options.get("message_field_training_detail", "train_detail"),
         split_thinking=options.get("split_thinking", False),
+        drop_system=options.get("drop_system_message", False),
     )
 
 
@@ -153,7 +156,9 @@ def read_conversation(row: Row, location: str, fields: MessageFields = DEFAULT) 
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{location}: {field} is {sources.value_kind(messages)}, expected a list of messages with role and content")
     pairs = [_message(message, f"{location}: message {i}", fields) for i, message in enumerate(messages, 1)]
-    if fields.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], location)):
+    if fields.drop_system:
+        pairs = pairs[pairs[0][0]["role"] == SYSTEM :]
+    elif fields.messages != SYSTEM and (system := system_text(row.get(SYSTEM), [message for message, _ in pairs], location)):
         pairs = [({"role": SYSTEM, "content": system}, TrainFlags(None, {})), *pairs]
     defined = tool_calls.read_tools(row.get(fields.tools), f"{location}: field {fields.tools}") if fields.tools else None
     return Conversation([message for message, _ in pairs], [flags for _, flags in pairs], defined)

@@ -103,6 +103,7 @@ FORMATS = WORDED | {
     "roles_to_train": _or_null(TEXTS), "train_on_eos": _or_null(_choice(*EOS)), "field_messages": NAME, "field_tools": _or_null(NAME),
     "message_property_mappings": _or_null(COLUMNS), "message_field_role": _or_null(NAME), "message_field_content": _or_null(NAME),
     "roles": _or_null(ROLES), "message_field_training": NAME, "message_field_training_detail": NAME, "split_thinking": FLAG,
+    "drop_system_message": FLAG,
     "default_system_message": _or_null(TEXT), "step_separator": TEXT, "train_on_last_step_only": FLAG,
 }  # fmt: skip
 LIST = "must be a list of mappings with a path each, such as `- path: rows.jsonl`"

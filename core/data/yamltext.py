@@ -38,8 +38,12 @@ def load(path: str) -> dict[str, Written]:
     return read(text_of(path), path)
 
 
-def read(text: str, path: str) -> dict[str, Written]:
-    """The options that a text holds. path: what errors call it. Errors: as `load`."""
+def read(text: str, path: str, faults: list[str] | None = None) -> dict[str, Written]:
+    """The options that a text holds. path: what errors call it. Errors: as `load`.
+
+    faults: takes what other readers of YAML let pass, in place of errors: keys that are given twice, of which the last one counts, and
+    keys inside of values that are no texts.
+    """
     import yaml
 
     try:
@@ -53,7 +57,7 @@ def read(text: str, path: str) -> dict[str, Written]:
         raise ValueError(f"{path} is nested more than {DEPTH_MAX} deep") from error
     if node is None:
         return {}
-    written = _Reader(path, loader).read(node, 0)
+    written = _Reader(path, loader, faults).read(node, 0)
     if written.value is None:
         return {}
     if not isinstance(written.value, dict):
@@ -95,8 +99,13 @@ def _problem(error: Any) -> str:
 class _Reader:
     """From nodes to values, with a budget for what aliases expand to."""
 
-    def __init__(self, path: str, loader: Any):
-        self.path, self.loader, self.left = path, loader, VALUES_MAX
+    def __init__(self, path: str, loader: Any, faults: list[str] | None = None):
+        self.path, self.loader, self.left, self.faults = path, loader, VALUES_MAX, faults
+
+    def refuse(self, text: str) -> None:
+        if self.faults is None:
+            raise ValueError(text)
+        self.faults.append(text)
 
     def read(self, node: Any, depth: int) -> Written:
         import yaml
@@ -146,9 +155,7 @@ class _Reader:
                 continue
             name = self.name(key)
             if name in out:
-                raise ValueError(
-                    f"{self.path} line {_line(key)}: key {name!r} is given twice, the first time in line {lines[name]}; keep one"
-                )
+                self.refuse(f"{self.path} line {_line(key)}: key {name!r} is given twice, the first time in line {lines[name]}; keep one")
             lines[name] = _line(key)
             out[name] = self.read(value, depth + 1)
         return merged | out
@@ -170,7 +177,10 @@ class _Reader:
         if not isinstance(key, yaml.ScalarNode) or key.tag != f"{TAG}str":
             shown = key.value if isinstance(key, yaml.ScalarNode) else "a list" if isinstance(key, yaml.SequenceNode) else "a mapping"
             fix = "names are texts, in quotes where YAML reads them otherwise"
-            raise ValueError(f"{self.path} line {_line(key)}: the key {shown or 'null'} is no name; {fix}")
+            text = f"{self.path} line {_line(key)}: the key {shown or 'null'} is no name; {fix}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(text)
+            self.refuse(text)
         return key.value
 
 

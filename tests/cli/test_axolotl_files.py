@@ -23,7 +23,7 @@ FAST = ("colab", "gs", "kto", "orpo", "guide_grpo_0", "guide_ebft_0", "examples_
         "agents_pretraining_1")  # fmt: skip
 LISTS = (
     "guide_rlhf_additions_2", "guide_rlhf_additions_3", "guide_vllm_serving_0", "guide_vllm_serving_2", "guide_grpo_5", "guide_grpo_6",
-    "guide_grpo_13", "examples_model_configs_8", "examples_model_configs_10",
+    "guide_grpo_13",
 )  # fmt: skip
 # Functions that the files name, as users have them beside their file.
 REWARDS = """

@@ -68,6 +68,39 @@ CASES = [
     ("rl: grpo\ntrl: {use_vllm: true, vllm_mode: colocate}\nvllm: {gpu_memory_utilization: 0.4, max_model_len: 64}\n",
      {"vllm_mode": "managed", "vllm_gpu_memory_utilization": 0.4, "vllm_max_model_len": 64}),
     ("rl: ebft\nebft: {mode: strided, stride: 4}\nmicro_batch_size: 2\n", {"mode": "strided", "stride": 4, "micro_batch_size": 2}),
+    # names that axolotl has given up, and values as its reader takes them
+    ("evaluation_strategy: 'no'\nmodel_revision: r\nbatch_size: 8\nmicro_batch_size: 2\n",
+     {"evals_per_epoch": 0, "revision": "r", "gradient_accumulation_steps": 4}),
+    ("rl: dpo\ndpo_beta: 0.2\ndpo_loss_type: [sigmoid, bco_pair]\ndpo_loss_weights: [1, 0.5]\nrl_adapter_ref_model: true\n",
+     {"rl_beta": 0.2, "loss": ["dpo", "bco_pair"], "loss_weights": [1.0, 0.5]}),
+    ("learning_rate: '2e-4'\nmax_steps: '3'\nnum_epochs: 3.0\nsample_packing: 'true'\nload_in_8bit: 'false'\ntf32: 1\n",
+     {"learning_rate": 2e-4, "max_steps": 3, "num_epochs": 3, "sample_packing": True, "quant": None, "tf32": True}),
+    ("tokens: {pad_token: <pad>}\nspecial_tokens: {eos_token: null, additional_special_tokens: [<a>]}\n",
+     {"special_tokens": ["pad_token=<pad>"], "tokens": ["<a>"]}),
+    ("adapter: lora\npeft: {backend: bnb, weight_dtype: nf4}\n", {"quant": "nf4", "quantize_moe_experts": False}),
+    ("adapter: lora\nmodel_quantization_config: {backend: bnb, weight_dtype: int8}\n", {"quant": "int8"}),
+    ("adapter: lora\npeft: {loftq_config: {loftq_bits: 4}}\n", {"lora_init": "loftq", "quant": "nf4", "quant_double": False}),
+    ("adapter: lora\npeft_init_lora_weights: true\n", {"lora_init": "default"}),
+    ("adapter: qlora\nload_in_4bit: true\nfsdp_config: {fsdp_offload_params: true}\n", {"layer_offloading": "cpu"}),
+    ("adapter: lora\ndeepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json\n", {"layer_offloading": "cpu"}),
+    ("fsdp_config: {offload_params: 'false'}\ndp_shard_size: 4\ncontext_parallel_size: 1\n", {"sharding": None}),
+    ("max_steps: 200\nnum_epochs: 4\npretraining_dataset: [{path: a}]\nsaves_per_epoch: 1\nevals_per_epoch: 2\n",
+     {"save_steps": 50, "eval_steps": 25, "saves_per_epoch": None}),
+    ("save_steps: 0.25\neval_steps: 0.1\nmax_steps: 99\n", {"save_steps": 25, "eval_steps": 10}),
+    ("save_steps: 0.25\nnum_epochs: 2\n", {"saves_per_epoch": 2}), ("warmup_steps: 0.1\n", {"warmup_ratio": 0.1, "warmup_steps": None}),
+    ("cosine_constant_lr_ratio: 0\ncosine_min_lr_ratio: 1.0\n", {"cosine_constant_lr_ratio": None, "cosine_min_lr_ratio": 1.0}),
+    ("lr_scheduler: polynomial\nlr_scheduler_kwargs: {lr_end: 1e-7}\n", {"lr_scheduler_kwargs": ["lr_end=1e-07"]}),
+    ("use_dft: true\n", {"loss": "dft"}), ("use_eaft: true\neaft_alpha: 1.0\neaft_k: 20\n", {"loss": "eaft"}),
+    ("pretraining_dataset: [{path: a}]\nreinit_weights: true\n", {"from_config": "m"}),
+    ("overrides_of_model_config: {output_router_logits: true, router_aux_loss_coef: 0.02}\n", {"router_aux_loss_coef": 0.02}),
+    ("curriculum_sampling: true\nshuffle_merged_datasets: false\n", {"shuffle": False}),
+    ("chat_template_kwargs: {enable_thinking: false}\ndatasets: [{path: json, data_files: [a.jsonl], type: chat_template, "
+     "field_thinking: thinking, template_thinking_key: thought, train_on_eot: all, drop_system_message: true}]\n",
+     {"datasets": [{"data_files": ["a.jsonl"], "type": "chat_template", "train_on_eos": "all", "drop_system_message": True,
+                    "message_property_mappings": {"thought": "thinking"}, "ds_type": "json",
+                    "chat_template_kwargs": {"enable_thinking": False}}]}),
+    ("rl: grpo\ntrl: {sync_ref_model: true}\n", {"ref_model_mixup_alpha": 0.9, "ref_model_sync_steps": 64}),
+    ("adapter: lora\nmax_memory: {0: 20GiB}\nseed: 1\nseed: 2\nliger_anything: 1\neot_tokens: [x]\n", {"seed": 2}),
     ("rl: ebft\nmicro_batch_size: 4\n", {"temperature": 0.7, "micro_batch_size": 1, "gradient_accumulation_steps": 1}),
 ]  # fmt: skip
 
@@ -105,7 +138,21 @@ REFUSED = {
     "lr_groups: [1]\nlearning_rate: 1e-4\n": "lr_groups is of another form than axolotl's",
     "load_in_4bit: true\nload_in_8bit: true\n": "either load_in_4bit or load_in_8bit",
     "plugins: [axolotl.integrations.liger.LigerPlugin, x.Y]\n": "x.Y cannot be loaded",
-    "fsdp_config: {offload_params: true}\n": "offload_params: false",
+    "fsdp_config: {offload_params: true}\n": "fsdp_config (nearest: a run without offload",
+    "deepspeed: {zero_optimization: {offload_optimizer: {device: cpu}}}\n": "deepspeed (nearest: a run without offload",
+    "hub_model_id: a/b\noptimizer: lomo\nlora_r: x\nadapter: lora\n": "hub_model_id (nearest: nothing is uploaded",
+    "optimizer: lomo\nlr_scheduler: log_sweep\n": 'got "lomo" (text); and lr_scheduler must be one of',
+    "datasets: [{path: a, input_transform: b}]\n": "datasets (nearest: entries without input_transform",
+    "dp_shard_size: 4\ndp_replicate_size: 2\n": "dp_shard_size (nearest: dp_shard_size or dp_replicate_size, not both",
+    "context_parallel_size: 2\n": "context_parallel_size (nearest: 1, with sharding: full",
+    "qat: {weight_dtype: int4}\n": "qat (nearest: group_size: 64",
+    "save_strategy: best\n": "the best checkpoint is kept besides",
+    "adapter: qlora\nload_in_4bit: true\nrelora_steps: 10\n": "relora_steps (nearest: weights that are not quantised",
+    "overrides_of_model_config: {rope_scaling: {type: yarn}}\n": "overrides_of_model_config (nearest: the model's config.json",
+    "adapter: lora\npeft: {backend: torchao, weight_dtype: int4}\n": "peft (nearest: group_size: 64",
+    "wandb_watch: gradients\n": "wandb_watch (nearest: grad_norm",
+    "use_eaft: true\neaft_alpha: 2\n": "eaft_alpha (nearest: eaft_alpha: 1",
+    "save_steps: 0.3\n": "save_steps (nearest: saves_per_epoch",
     "bf16: true\nfp16: true\n": "one dtype",
     "rl: grpo\ntrl: [1]\n": "trl must be a mapping",
     "rl: grpo\ntrl: {vllm_enable_sleep_mode: true}\n": "vllm_enable_sleep_mode (nearest: vllm_mode: managed)",
@@ -141,6 +188,16 @@ def test_odd_values_are_read_or_refused_in_a_line(here, key):
 def test_values_that_ask_for_nothing_are_no_error(here):
     text = "wandb_project:\nhub_model_id: ''\nload_in_8bit: false\nfp8: false\ngptq: false\ndeepspeed:\nfsdp: []\nspecial_tokens:\n"
     assert read(here, BASE + text).values["model"] == "m"
+
+
+def test_a_key_given_twice_counts_as_last_written_and_is_told(here):
+    lines = read(here, BASE + "seed: 1\nseed: 2\n").lines
+    assert "  line 3: key 'seed' is given twice, the first time in line 2; the last one counts" in lines
+
+
+def test_keys_of_other_names_are_told(here):
+    lines = read(here, BASE + "adapter: lora\nbf16: true\nfsdp_config: {offload_params: true}\nseed: 3\n").lines
+    assert "  in our names: bf16 is dtype bfloat16; fsdp_config is layer_offloading cpu" in lines
 
 
 def test_keys_that_need_nothing_are_named_once(here):

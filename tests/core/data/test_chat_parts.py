@@ -167,6 +167,14 @@ def test_split_thinking(template, templates, tokenizer):
     assert encoded(row, tokenizer, split_thinking=True).cut == (template == "chatml")
 
 
+def test_the_system_message_is_dropped_where_asked():
+    system, talk = {"role": "system", "content": "Be brief."}, [user(), says("4.")]
+    fields = conversations.message_fields(drop_system_message=True)
+    for row in ({"messages": [system, *talk]}, {"messages": talk, "system": "Be brief."}):
+        assert [message["role"] for message in conversations.read_conversation(row, "row 1", fields).messages] == ["user", "assistant"]
+        assert conversations.read_conversation(row, "row 1").messages[0] == system
+
+
 def test_split_thinking_keeps_parts(templates, tokenizer):
     tokenizer.chat_template = templates["qwen3"]
     parts = [{"type": "text", "text": "<think>hello", "train": False}, {"type": "text", "text": " the user</think>It is 4.", "train": True}]
