@@ -1,11 +1,11 @@
 """How the pairs of a fresh adapter start: as nothing at all, or as the strongest part of their weight.
 
 W [O, I], A [r, I], B [O, r], s the scale. "default" is PEFT's: A uniform, B zero. PiSSA takes the r largest singular values of W,
-s B A = U S V^T, and OLoRA r rows of W = Q R; what trains is then W - s B0 A0 + s B A, see `lora_use`. LoftQ takes those of what
-quantising loses, s B A = SVD_r(W - Q), and QERA those of what it loses as inputs see it, s B A = SVD_r((W - Q) R) R^-1 with R R = C;
-they alone move the model: towards the dense one. CorDA takes W by the covariance
+s B A = U S V^T, and OLoRA r rows of W = Q R; what trains is then W - s B0 A0 + s B A, see `lora_use`. CorDA takes W by the covariance
 C of its inputs, W C = U S V^T and s B A = U_r S_r V_r^T C^-1: of the r least singular values (knowledge of these rows is kept), or by "ipm"
-of the r largest (these rows are learned).
+of the r largest (these rows are learned). LoftQ and QERA move the model, towards the dense one: by what quantising loses, L = W - Q,
+s B A = SVD_r(L), and by what it loses as inputs of covariance C = R R see it, s B A = SVD_r(L R) R^-1, which is U U^T L with U the r
+leading eigenvectors of L C L^T.
 Source: Meng et al. (PiSSA), arXiv 2404.02948; Büyükakyüz (OLoRA), arXiv 2406.01775; Li et al. (LoftQ), arXiv 2310.08659, one round; Zhang
 et al. (QERA, the exact form), arXiv 2410.06040; Yang et al. (CorDA), arXiv 2406.05223.
 """
@@ -32,7 +32,7 @@ Inputs = Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]  # the covarian
 MOVED = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "corda_ipm")  # starts that are taken off the weight again
 HEALING = ("loftq", "qera")  # starts that move a quantised model towards the dense one
 OVERSAMPLED = 8  # further directions of a randomised decomposition
-SMALLEST, AT_ONCE = 1e-6, 2**32  # of eigenvalues over their mean; bytes of covariances that wait for their weights
+ROUNDS, AT_ONCE = 20, 2**32  # of subspace iteration; bytes of covariances that wait for their weights
 DAMPING, INVERSE_ERROR = 0.01, 0.05  # PEFT's: of the mean variance; of C C^-1
 
 
@@ -189,10 +189,8 @@ def _qera(low: Lora, scales: Mapping[str, float], given: Given) -> Params:
 
     def see(path: str, leaf: Tensor, kept: Quantised) -> None:
         if path in waiting:
-            root, inverse = _roots(waiting.pop(path))
-            loss, rank = leaf.to(root.dtype) - quant.dense(kept, torch.float32), _rank("qera", path, pairs)
-            u, s, vh = torch.linalg.svd(loss @ root, full_matrices=False)
-            starts[path] = _split(u[:, :rank], s[:rank], (vh[:rank] @ inverse).T, scales.get(path, low.scale))
+            lost, rank = leaf.double() - quant.dense(kept, torch.float64), _rank("qera", path, pairs)
+            starts[path] = _projected(lost, waiting.pop(path).double(), rank, scales.get(path, low.scale), param.seed_of(0, path))
 
     for path, covariance in _measured("qera", given.inputs)(list(pairs)):
         waiting[path] = covariance
@@ -201,11 +199,18 @@ def _qera(low: Lora, scales: Mapping[str, float], given: Given) -> Params:
     return _healing("qera", low, {path: (a.float(), b.float()) for path, (a, b) in starts.items()})
 
 
-def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 in float64; directions that hardly any input has count as much as 1e-6 of the mean one."""
-    values, basis = torch.linalg.eigh(covariance.double())
-    roots = values.clamp(min=SMALLEST * float(values.mean())).sqrt()
-    return (basis * roots) @ basis.T, (basis / roots) @ basis.T
+def _projected(lost: Tensor, covariance: Tensor, rank: int, scale: float, seed: int) -> Pair:
+    """(A, B) with s B A = U U^T L, U by subspace iteration on L C L^T [O, O], which is never made; A and B of equal norms."""
+    width = min(rank + OVERSAMPLED, lost.shape[0])
+    start = torch.randn(lost.shape[0], width, generator=torch.Generator().manual_seed(seed), dtype=lost.dtype).to(lost.device)
+    basis = torch.linalg.qr(start)[0]
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(lost @ (covariance @ (lost.T @ basis)))[0]
+    seen = basis.T @ lost
+    u = basis @ torch.linalg.eigh(seen @ covariance @ seen.T)[1].flip(1)[:, :rank]
+    v = lost.T @ u
+    norms = v.norm(dim=0).clamp(min=torch.finfo(v.dtype).tiny)
+    return _split(u, norms, v / norms, scale)
 
 
 def _rank(init: str, path: str, pairs: Mapping[str, Pair]) -> int:
