@@ -15,7 +15,10 @@ DATA = Path(__file__).parents[2] / "examples" / "data"
 COMMON = ["--max-steps", "40", "--seed", "1", "--sample-prompt", "", "--gradient-accumulation-steps", "1"]
 CHATS, PAIRS, TEXT = (str(DATA / f"{name}_sample.jsonl") for name in ("gsm8k_train", "gsm8k_preference", "shakespeare"))
 RUNS = {
-    "sft": ["--data", CHATS, "--max-rows", "100", "--val-set-size", "20", "--micro-batch-size", "2", "--learning-rate", "5e-4"],
+    "sft": [
+        "--data", CHATS, "--val-set-size", "20", "--micro-batch-size", "2", "--learning-rate", "1e-3",
+        "--lora-r", "64", "--lora-alpha", "64",
+    ],
     "dpo": ["--data", PAIRS, "--val-set-size", "16", "--micro-batch-size", "1", "--learning-rate", "1e-4"],
     "ebft": [
         "--mode", "strided", "--data", TEXT, "--max-rows", "48", "--sequence-len", "128", "--val-set-size", "6", "--micro-batch-size", "2",
@@ -26,25 +29,26 @@ RUNS = {
         "--learning-rate", "5e-4",
     ],
 }  # fmt: skip
+# The weights of this model are numbers of 4 bits already (Q4_1), which nf4 rounds again: held-out loss 1.569 instead of 1.269. An adapter of
+# rank 16 that starts at nothing heals six sevenths of that in 40 steps (0.822 against 0.780), one of 64 by LoftQ nine tenths (0.810
+# against 0.788), and by QERA it starts at the loss of the base.
+STARTS = {"sft": ["--lora-init", "qera", "--lora-init-rows", "48"]}
 MEASURES = {"sft": "eval/loss", "dpo": "eval/loss", "ebft": "eval/ebft/ce_loss", "grpo": "reward"}
 
 
 def measured(folder: Path, method: str, quant: str) -> list[float]:
     """The held-out losses of a run, or its rewards by step."""
-    line = [sys.executable, "-m", "treetune.cli.main", method, *COMMON, *RUNS[method], "--quant", quant, "--output-dir", str(folder)]
+    start = STARTS.get(method, []) if quant != "none" else []
+    options = [*COMMON, *RUNS[method], *start, "--quant", quant, "--output-dir", str(folder)]
+    line = [sys.executable, "-m", "treetune.cli.main", method, *options]
     done = subprocess.run(line, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record[MEASURES[method]] for record in records if MEASURES[method] in record]
 
 
-# Measured: 0.822 against 0.780, of 1.569 and 1.269 before training. The weights of this model are numbers of 4 bits already (Q4_1), which
-# nf4 rounds again, and 40 steps heal six sevenths of what that costs.
-SHORT = pytest.mark.xfail(reason="5.5 % above the base as it is, where 3 % are asked for", strict=True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param(method, marks=SHORT if method == "sft" else ()) for method in RUNS])
+@pytest.mark.parametrize("method", RUNS)
 def test_four_bits_learn_as_the_base_does(tmp_path, method):
     small, plain = (measured(tmp_path / quant, method, quant) for quant in ("nf4", "none"))
     if method == "grpo":
