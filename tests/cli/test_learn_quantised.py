@@ -29,9 +29,9 @@ RUNS = {
         "--learning-rate", "5e-4",
     ],
 }  # fmt: skip
-# The weights of this model are numbers of 4 bits already (Q4_1), which nf4 rounds again: held-out loss 1.569 instead of 1.269. An adapter of
-# rank 16 that starts at nothing heals six sevenths of that in 40 steps (0.822 against 0.780), one of 64 by LoftQ nine tenths (0.810
-# against 0.788), and by QERA it starts at the loss of the base.
+# The weights of this model are numbers of 4 bits already (Q4_1), which nf4 rounds again: held-out loss 1.569 instead of 1.269. An adapter
+# of rank 16 that starts at nothing heals six sevenths of that in 40 steps (0.822 against 0.780), one of 64 by LoftQ nine tenths (0.810
+# against 0.788); by QERA it starts at the loss of the base.
 STARTS = {"sft": ["--lora-init", "qera", "--lora-init-rows", "48"]}
 MEASURES = {"sft": "eval/loss", "dpo": "eval/loss", "ebft": "eval/ebft/ce_loss", "grpo": "reward"}
 
