@@ -3,6 +3,7 @@
 Everything is written once per session and never changed; each test runs in an empty folder of its own.
 """
 
+import gc
 import json
 import os
 import re
@@ -250,6 +251,7 @@ def forked(here, monkeypatch):
     def run(prepare, *args) -> Done:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not live through a fork
         if (pid := os.fork()) == 0:
+            gc.freeze()  # what the tests before have left is not looked at, and so not copied
             code = 99
             try:
                 code = child(prepare, args)

@@ -1,8 +1,10 @@
 """What the command imports before it answers, what its help says, and that every example runs."""
 
 import contextlib
+import functools
 import glob
 import io
+import json
 import os
 import re
 import shlex
@@ -55,39 +57,58 @@ QUICK = {
     "scores below a file": (["score", "m", "--output", "c.yaml/scores.jsonl"], 2),
     "prepared below a file": (["sft", "--dataset-prepared-path", "c.yaml/kept"], 2),
 }
-LOADED = f"""import sys
+# A process that has imported nothing but the command, and a fork of it for each answer: each starts as a process of its own would.
+ANSWERS = f"""import json, os, sys, tyro
 from treetune.cli.main import main
-try:
-    code = main()
-except SystemExit as stop:
-    code = stop.code or 0
-print('LOADED', code, *[name for name in {HEAVY} if name in sys.modules])
+for number, args in enumerate(json.load(sys.stdin)):
+    if os.fork():
+        os.wait()
+        continue
+    for handle in (1, 2):
+        os.dup2(os.open(f"{{number}}.{{handle}}", os.O_WRONLY | os.O_CREAT), handle)
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = stop.code or 0
+    print('LOADED', code, *[name for name in {HEAVY} if name in sys.modules], flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_answers_before_anything_heavy_is_imported(case, here):
-    """What takes seconds to import is not among the modules when the answer is there; benchmarks measure the seconds."""
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """{case: what is printed, and the errors}, of QUICK."""
+    home = tmp_path_factory.mktemp("answers")
     files = {"c": "lora_rr: 3", "types": "lora_r: x", "sets": "datasets: [{path: a, limit: x}]", "files": "datasets: [{path: nope.csv}]"}
     for name, text in files.items():
-        (here / f"{name}.yaml").write_text(f"{text}\n")
-    args, code = QUICK[case]
-    done = subprocess.run([sys.executable, "-c", LOADED, *args], capture_output=True, text=True, cwd=here, check=False)
-    assert done.stdout.splitlines()[-1] == f"LOADED {code}", done.stdout + done.stderr
-    assert done.stderr.count("\n") == (code == 2 and bool(args)), done.stderr
+        (home / f"{name}.yaml").write_text(f"{text}\n")
+    told = json.dumps([args for args, _ in QUICK.values()])
+    done = subprocess.run([sys.executable, "-c", ANSWERS], input=told, capture_output=True, text=True, cwd=home, check=False)
+    assert done.returncode == 0, done.stderr
+    return {case: [(home / f"{number}.{handle}").read_text() for handle in (1, 2)] for number, case in enumerate(QUICK)}
 
 
+@pytest.mark.parametrize("case", QUICK)
+def test_answers_before_anything_heavy_is_imported(case, answers):
+    """What takes seconds to import is not among the modules when the answer is there; benchmarks measure the seconds."""
+    (args, code), (out, err) = QUICK[case], answers[case]
+    assert out.splitlines()[-1] == f"LOADED {code}", out + err
+    assert err.count("\n") == (code == 2 and bool(args)), err
+
+
+@functools.cache
 def shown(command) -> str:
+    """The help of a command, 90 columns wide."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", "90")
         main.main([command, "--help"])
     assert stop.value.code in (0, None)
     return out.getvalue()
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
-def test_help_shows_every_option_with_its_default(command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "90")
+def test_help_shows_every_option_with_its_default(command):
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
     for name, default in table.defaults(main.COMMANDS[command].config).items():
         flag = f" --{name.replace('_', '-')}"
@@ -128,8 +149,17 @@ def test_broken_pipe_is_quiet(here):
         assert process.wait() == 141 and process.stderr.read() == ""
 
 
+def test_an_answer_of_any_characters_is_printed_where_there_are_few(here, tiny, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    assert main.main(["generate", "h\u00e9", "two", "--model", str(tiny.model), "--max-new-tokens", "2"]) == 0
+    out, err = (stream.buffer.getvalue().decode("ascii") for stream in (sys.stdout, sys.stderr))
+    assert "# h?" in out and err == ""
+
+
+@pytest.mark.slow
 def test_terminal_without_unicode(here, tiny):
-    """An answer of any characters can be printed anywhere."""
+    """The same in a process of its own."""
     env = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     args = ["generate", "h\u00e9", "two", "--model", str(tiny.model), "--max-new-tokens", "2"]
     done = subprocess.run([TREETUNE, *args], env=env, capture_output=True, text=True, check=False)
@@ -163,7 +193,7 @@ def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     args = [command, "--config", path, *shlex.split(said[2] or ""), "--model", str(tiny.long)]
     if hasattr(parsed, "run"):
         answers = [] if command in ("reward", "prm") else ["--sample-tokens", "4"]
-        args += ["--max-steps", "2", "--max-rows", "24" if command == "ebft" else "40", *answers]
+        args += ["--max-steps", "2", "--max-rows", "20", "--gradient-accumulation-steps", "1", *answers]
     if command == "ebft":
         short = {"ebft_pretrain.transform": ["--val-set-size", "1"], "ebft_opencode.transform": ["--max-completion-length", "16"]}
         args += short.get(parsed.data.format, [])
