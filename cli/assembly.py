@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from treetune.cli import document_source, memory_rows, resume_options, rollout_source
+from treetune.cli.methods import parts as method_parts
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, layer_offload, loss_scale, option_pairs, quant, step, tree
+from treetune.core import ckpt, layer_offload, loss_scale, option_pairs, partition, quant, step, tree
 from treetune.core import optim as optimizers
 from treetune.core.config import table
 from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
@@ -240,8 +241,8 @@ def _reread(run: TrainRun, see: Callable[[str, torch.Tensor, quant.Quantised], N
 def _reading(run: TrainRun) -> dict[str, Any]:
     """How the model is read."""
     options = run.config.model
-    scheme, layers = quantised.of(options), layer_offload.home(run.config.optim.layer_offloading, run.device)
-    return {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": scheme, "home": layers}
+    scheme, home = quantised.of(options), method_parts.home(run.config, run.ranks, run.device)
+    return {"revision": options.revision, "dtype": options.dtype, "device": run.device, "scheme": scheme, "home": home}
 
 
 def _covariances(run: TrainRun, model: Model, data: Dataset, paths: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -266,9 +267,12 @@ def _base_model(run: TrainRun) -> Model:
     """The model that the options name, or one of random weights of the shape in a config.json."""
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
-        return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device)
+        split = partition.of(run.ranks.mesh, run.config.run.sharding)
+        return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device, home=split)
     model, path = loading.load_model(options.model, **_reading(run), say=run.say)
-    ranks.share(run.ranks, partial(certificate.ensure, path, model, say=run.say))
+    if certificate.needed(model):
+        digest = identity.digest(model)
+        ranks.share(run.ranks, partial(certificate.ensure, path, model, digest, say=run.say))
     if not getattr(getattr(run.config, "adapter", None), "fp8_products", False):
         return model
     if note := products.without_float8(run.device):

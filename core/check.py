@@ -37,8 +37,15 @@ def _bounds(stream: Batch) -> None:
 
 
 def not_finite(params: Params) -> list[str]:
-    """Paths of the leaves with a nan or an inf."""
-    return [path for path, leaf in tree.items(params) if not all(map(_is_finite, _parts(leaf))) or _nan_codes(leaf)]
+    """Paths of the leaves with a nan or an inf: a collective where leaves are sharded."""
+    bad, mesh = {}, None
+    for path, leaf in tree.items(params):  # a leaf at a time: layers may be made when they are asked for
+        mesh = mesh or shard.mesh_of(leaf)
+        bad[path] = not all(_is_finite(shard.local(part)) for part in _parts(leaf)) or _nan_codes(leaf)
+    flags = list(bad.values())
+    if mesh is not None:
+        flags = shard.all_reduce(torch.tensor(flags, dtype=torch.int32, device=mesh.device_type), "max", mesh).bool().tolist()
+    return [path for path, is_bad in zip(bad, flags, strict=True) if is_bad]
 
 
 def _is_finite(part: Tensor) -> bool:

@@ -12,8 +12,10 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from treetune.core import drafts, durable, fields, manifest, owned, quant, shard, tree
@@ -44,20 +46,40 @@ def digest(params: Params) -> str:
 
 
 def leaf_digest(params: Params) -> str:
-    """sha256 of the sha256 of every leaf's path, shape, dtype and bytes, hashed in several threads; leaves must be whole."""
-
-    def one(item: tuple[str, Tensor]) -> str:
-        path, leaf = item
-        if quant.quantised(leaf):
-            return f"{path} {quant.facts(leaf)}"
-        whole = leaf.detach().contiguous().cpu().reshape(-1)
-        sha = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
-        sha.update(whole.view(torch.uint8).numpy().data)
-        return sha.hexdigest()
-
+    """sha256 of the sha256 of every leaf's path, shape, dtype and bytes, hashed in several threads: a collective for sharded leaves."""
+    leaves = sorted(tree.items(params))
+    mesh = next((mesh for _, leaf in leaves if (mesh := shard.mesh_of(leaf)) is not None), None)
+    if mesh is not None:
+        return hashlib.sha256("".join(_in_turns(leaves, mesh.get_group("data"))).encode()).hexdigest()
     # hashlib lets go of the interpreter's lock for large buffers, so threads do hash leaves at the same time.
     with ThreadPoolExecutor(DIGEST_THREADS) as threads:
-        return hashlib.sha256("".join(threads.map(one, sorted(tree.items(params)))).encode()).hexdigest()
+        return hashlib.sha256("".join(threads.map(_one_digest, *zip(*leaves, strict=True))).encode()).hexdigest()
+
+
+def _one_digest(path: str, leaf: Any) -> str:
+    if quant.quantised(leaf):
+        return f"{path} {quant.facts(leaf)}"
+    whole = leaf.detach().contiguous().cpu().reshape(-1)
+    sha = hashlib.sha256(f"{path} {tuple(leaf.shape)} {leaf.dtype} ".encode())
+    sha.update(whole.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _in_turns(leaves: list[tuple[str, Any]], group: dist.ProcessGroup) -> list[str]:
+    """The digests of leaves that are gathered one after another and hashed by the ranks in turn, each while others gather the next."""
+    rank, world, own = group.rank(), group.size(), dict[int, Any]()
+    with ThreadPoolExecutor(1) as thread:
+        for number, (path, leaf) in enumerate(leaves):
+            whole = shard.full(leaf)
+            if number % world == rank:
+                for earlier in own.values():  # so that a rank has no more than two whole leaves
+                    earlier.result()
+                own[number] = thread.submit(_one_digest, path, whole)
+            del whole
+    every: list[Any] = [None] * world
+    dist.all_gather_object(every, {number: one.result() for number, one in own.items()}, group=group)
+    digests = {number: digest for part in every for number, digest in part.items()}
+    return [digests[number] for number in range(len(leaves))]
 
 
 def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:

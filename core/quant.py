@@ -178,8 +178,12 @@ def spread(leaf: Tensor | Quantised) -> Tensor:
     if isinstance(leaf, Quantised):
         return leaf.origin.numbers
     flat = leaf.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(SPREAD, flat.numel()), dtype=torch.float64).round().long()
-    return flat[index.to(flat.device)].cpu().to(torch.bfloat16)
+    return flat[places(flat.numel()).to(flat.device)].cpu().to(torch.bfloat16)
+
+
+def places(size: int) -> Tensor:
+    """int64 [<= 256]: the first and the last place of so many, and others evenly between."""
+    return torch.linspace(0, size - 1, min(SPREAD, size), dtype=torch.float64).round().long()
 
 
 def facts(leaf: Quantised) -> str:

@@ -59,15 +59,25 @@ def sharded(leaf: Tensor) -> bool:
     return distributed(leaf) and any(spec.is_shard() for spec in leaf.placements)
 
 
+def mesh_of(leaf: Any) -> DeviceMesh | None:
+    """The mesh whose ranks have parts of a leaf; None where each has it whole."""
+    return None if quant.quantised(leaf) or not sharded(leaf) else leaf.device_mesh
+
+
 def place(params: Params, device_mesh: DeviceMesh, specs: Params) -> Params:
     """Distribute every leaf by its placements; each rank must hold the same full values and keeps its own part."""
     return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, specs)
 
 
 def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
-    """A whole leaf, the same on every rank, as a DTensor with the given placements; a quantised one stays whole."""
+    """A whole leaf, the same on every rank, as a DTensor with the given placements; a quantised one stays whole.
+
+    One that is distributed already is as it is, or gets these placements.
+    """
     if quant.quantised(leaf):
         return cast(Any, leaf)
+    if distributed(leaf):
+        return leaf if tuple(leaf.placements) == tuple(spec) else leaf.redistribute(placements=spec)
     from torch.distributed.tensor import distribute_tensor
 
     # No source rank: a broadcast would send every weight once more, and all ranks have read the same files.

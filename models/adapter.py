@@ -233,7 +233,8 @@ def load_with_tensors(
         info = info._replace(bias=config.bias)
     # Of a model whose layers are read when they are asked for, one at a time.
     like = {name: leaf for name, leaf in tree.items(model.params) if name in {"embed_tokens", *whole}}
-    leaves = ((name, leaf.to(like.get(name, like["embed_tokens"]))) for name, leaf in whole.items())
+    kinds = {name: like.get(name, like["embed_tokens"]) for name in whole}
+    leaves = ((name, leaf.to(kinds[name].device, kinds[name].dtype)) for name, leaf in whole.items())
     scale = lora.scale(rank=config.rank, alpha=config.alpha, rslora=config.rslora)
     return Lora(low, scale), tree.from_items(leaves), extra, info
 

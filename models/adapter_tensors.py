@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from treetune.core import lora, tree
+from treetune.core import lora, shard, tree
 from treetune.core.param import Params
 from treetune.models import Model, adapter_bias, adapter_blocks, adapter_config, adapter_parameters, hf, hf_keys
 from treetune.models.adapter_config import AdapterConfig
@@ -157,7 +157,7 @@ def _tied(whole: Leaves, bases: Leaves, replaced: set[str], model: Model) -> Lea
 
     A plain tensor of an end that is not replaced goes into the tensor that both share; an end that is replaced has its own.
     """
-    old, rest = model.params[EMBEDDING], {path: leaf for path, leaf in whole.items() if path not in (EMBEDDING, HEAD)}
+    old, rest = shard.full(model.params[EMBEDDING]), {path: leaf for path, leaf in whole.items() if path not in (EMBEDDING, HEAD)}
     written = [whole[path] for path in (EMBEDDING, HEAD) if path in whole and path not in replaced]
     for path, leaf in bases.items():
         new = [whole[EMBEDDING]] if path == HEAD and EMBEDDING in replaced else []
@@ -179,5 +179,5 @@ def _check_base(path: str, leaf: Tensor, candidates: list[Tensor]) -> None:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     """Equal numbers, once both are in the dtype of either."""
-    left, right = left.cpu(), right.cpu()
+    left, right = shard.full(left).cpu(), shard.full(right).cpu()
     return left.shape == right.shape and (torch.equal(left.to(right.dtype), right) or torch.equal(left, right.to(left.dtype)))

@@ -73,14 +73,17 @@ def differences(certificate: Certificate) -> list[Row]:
     return [row for row in certificate.rows if row.verdict == DIFFERENCE]
 
 
-def ensure(path: Path, model: Model, *, say: Say = silent) -> None:
+def needed(model: Model) -> bool:
+    """Whether a model has a certificate: native families have tests of their own."""
+    return isinstance(model.cfg, bridge.Config)
+
+
+def ensure(path: Path, model: Model, digest: str, *, say: Say = silent) -> None:
     """Say in a line how a model of transformers' modules was certified, by the certificate that is kept, or else by one made here.
 
-    Native families have tests of their own. Raises ValueError where a measure is over its limit.
+    digest: its `identity.digest`. Raises ValueError where a measure is over its limit.
     """
-    if not isinstance(model.cfg, bridge.Config):
-        return
-    result = recall(identity.digest(model))
+    result = recall(digest)
     if result is None and not _fits(model, FORWARD_TREES):
         say(f"certificate: none, two float32 copies of {path} do not fit into memory; treetune check certifies it where they do")
         return

@@ -96,6 +96,8 @@ def _copy(params: Params, cfg: Config, device: str | None) -> Params:
     def one(leaf: Any) -> Any:
         if quant.quantised(leaf):
             return leaf.moved(lambda part: part.to(device or part.device, copy=True))
+        if device is not None:  # what computes there has whole leaves
+            leaf = shard.full(leaf)
         return leaf.detach().to(device or leaf.device, cfg.dtype, copy=True)
 
     return tree.map(one, params)

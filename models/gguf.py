@@ -16,7 +16,6 @@ from torch import Tensor
 
 from treetune.core import fields, tree
 from treetune.core.fields import Fields
-from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, decoder_config, quantised
@@ -108,12 +107,12 @@ def load(
     device: torch.device | str = "cpu",
     scheme: Scheme | None = None,
     see: quantised.See | None = None,
-    home: Put | None = None,
+    home: quantised.Home | None = None,
 ) -> Model:
     """The model in a .gguf file, dequantised to float32 and rounded once to `dtype`, which is also what it computes in.
 
     scheme: quantise its leaves again, each as it is read. see: is told of each of these. home: where layers go, if not to
-    the device.
+    the device, or how leaves are split among ranks.
 
     Raises ValueError for an architecture, a key or a rope scaling that is not known here, and for missing or unexpected tensors.
     """

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treetune.core import fields, manifest, param, tree
+from treetune.core import fields, manifest, param, partition, tree
 from treetune.core.fields import Fields
-from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, expert_files, folder, hf_keys, hf_weights, processor, quantised, tokenizer_config
 from treetune.models.dense import Config
-from treetune.models.quantised import Keep, See
+from treetune.models.quantised import Home, Keep, See
 
 INDEX, SINGLE = hf_weights.INDEX, hf_weights.SINGLE
 # What a folder on the hub may give us: weights, configs, tokenizer files; never code or pickles, nor second copies of the weights.
@@ -90,12 +89,12 @@ def load(
     trust_remote_code: bool = False,
     scheme: Scheme | None = None,
     see: See | None = None,
-    home: Put | None = None,
+    home: Home | None = None,
 ) -> Model:
     """A model from a local folder, a hub id or a .gguf file, its leaves and its compute in `dtype`; quantised by a scheme as it is read.
 
     Leaves that the files hold quantised stay so; `scheme` may be theirs. see: is told of each leaf that is quantised here. home: where
-    layers go as they are read, if not to the device.
+    layers go as they are read, if not to the device, or how leaves are split among ranks.
     Raises ValueError when the weights are pickled, the family is unknown, a key is missing or unexpected, or a shape is
     not the one that config.json implies.
     """
@@ -121,7 +120,7 @@ def _read_params(root: Path, family: str, cfg: Config, device: torch.device | st
     # Some tied models carry the head all the same: it counts only where it differs, as in transformers.
     optional = {"lm_head": leaves["embed_tokens"]} if cfg.tied else {}
     params = hf_weights.read_leaves(root, family, leaves, optional=optional, device=device, keep=keep)
-    if optional and "lm_head" in params and torch.equal(params["lm_head"], params["embed_tokens"]):
+    if optional and "lm_head" in params and partition.equal(params["lm_head"], params["embed_tokens"]):
         del params["lm_head"]
     return params
 
@@ -133,8 +132,18 @@ def abstract_of(model: Model, *, head: bool = False) -> Params:
     return MODELS[model.family].abstract(replace(model.cfg, tied=tied), dtype=dtype)
 
 
-def random(family: str, source: Config | str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Model:
-    """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone."""
+def random(
+    family: str,
+    source: Config | str | Path,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    keep: Callable[[Tensor], Tensor] = param.as_is,
+) -> Model:
+    """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone.
+
+    keep: what becomes of each leaf as soon as it is made.
+    """
     if isinstance(source, Config):
         cfg = replace(source, dtype=dtype)
     else:
@@ -143,7 +152,7 @@ def random(family: str, source: Config | str | Path, *, seed: int, dtype: torch.
             raise ValueError(f"{source} describes a {other} model, not {family}")
         cfg = replace(sizes, dtype=dtype)
     _check_memory(MODELS[family].abstract(cfg, dtype=dtype), source)
-    return Model(family, cfg, param.init(MODELS[family].abstract(cfg, dtype=dtype), seed=seed))
+    return Model(family, cfg, param.init(MODELS[family].abstract(cfg, dtype=dtype), seed=seed, keep=keep))
 
 
 def _check_memory(sizes: Params, source: object) -> None:

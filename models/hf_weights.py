@@ -3,8 +3,10 @@
 Every file is memory-mapped, every key and shape checked before the first tensor is read, and each leaf kept as it is asked for.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from treetune.models.quantised import Keep
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAPPED = 1 << 26  # bytes of a file that are read before it is mapped anew
 FLOATS = ("F32", "BF16", "F16", "F64")
+Rows = list[tuple[int, int]]  # of a tensor: from the first of each pair to before the second
+NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
 
 
 def read_leaves(
@@ -29,17 +33,42 @@ def read_leaves(
     device: torch.device | str = "cpu",
     keep: Keep = quantised.AS_READ,
 ) -> Params:
-    """The tree of leaves by path, and of those optional ones that the folder has; each is kept as `keep` says as soon as it is read."""
+    """The tree of leaves by path, and of those optional ones that the folder has; each is kept as `keep` says as soon as it is read.
+
+    Of leaves that are split among ranks, only the rows of this one are read.
+    """
     leaves = keep.wide(leaves)
     every = leaves | (optional or {})
     groups = hf_keys.groups(family, every)
+    own = {key: rows for key, paths in groups.items() if (rows := _own_rows(keep, {path: every[path] for path in paths})) is not None}
 
     def store(key: str, tensor: Any) -> dict[str, Any]:
-        return {path: keep(path, leaf) for path, leaf in hf_keys.blocks(family, groups[key], tensor, every).items()}
+        if key not in own:
+            return {path: keep(path, leaf) for path, leaf in hf_keys.blocks(family, groups[key], tensor, every).items()}
+        read = {path: _some_rows(every[path], *rows) for path, rows in zip(groups[key], own[key], strict=True)}
+        return {path: keep.joined(leaf, every[path]) for path, leaf in hf_keys.blocks(family, groups[key], tensor, read).items()}
 
     wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional or {}))
-    kept = read_tensors(root, wanted, optional=extra, unread=unread, parts=parts(family, leaves), device=device, keep=store)
+    rows = {key: _in_tensor(some, [every[path].shape[0] for path in groups[key]]) for key, some in own.items()}
+    kept = read_tensors(root, wanted, optional=extra, unread=unread, parts=parts(family, leaves), device=device, keep=store, rows=rows)
     return tree.from_items(item for leaf in kept.values() for item in leaf.items())
+
+
+def _own_rows(keep: Keep, leaves: Mapping[str, Param]) -> Rows | None:
+    """The rows that are read of each of the leaves in one tensor; None where one of them is read whole."""
+    rows = [keep.part(path, leaf) for path, leaf in leaves.items()]
+    known = [one for one in rows if one is not None]
+    return known if len(known) == len(rows) else None
+
+
+def _some_rows(leaf: Param, first: int, end: int) -> Param:
+    return leaf._replace(shape=(end - first, *leaf.shape[1:]))
+
+
+def _in_tensor(rows: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Rows:
+    """Rows of leaves of these sizes, as those of the tensor that holds one behind the other."""
+    before = itertools.accumulate(sizes, initial=0)
+    return [(first + a, first + b) for (a, b), first in zip(rows, before, strict=False)]
 
 
 def checked_keys(root: Path) -> set[str]:
@@ -66,9 +95,11 @@ def read_tensors(
     parts: expert_files.Parts | None = None,
     device: torch.device | str = "cpu",
     keep: Callable[[str, Any], Any] = quantised.AS_READ,
+    rows: Mapping[str, Rows] = NO_ROWS,
 ) -> dict[str, Any]:
     """{key: keep(key, tensor)} of a folder's safetensors: all that is wanted, whole or in `parts`, and what it has of the optional keys.
 
+    rows: of some tensors by key, the only rows that are read.
     Raises ValueError for a key that is missing, one that is in no argument (`unread` names those to leave be), or another shape.
     """
     optional = optional or {}
@@ -81,8 +112,8 @@ def read_tensors(
     needed |= {key: leaf for key, leaf in optional.items() if key in files}
     for key, leaf in needed.items():  # all of them before the first is read, so that nothing of a wrong size takes memory
         _check_tensor(root, files[key].get_slice(key), key, leaf)
-    tensors = {key: keep(key, _read(files[key], key, leaf, device)) for key, leaf in needed.items() if key not in pieces}
-    tensors |= {key: keep(key, _read_parts(files, names, wanted[key], device)) for key, names in split.items()}
+    tensors = {key: keep(key, _read(files[key], key, leaf, device, rows.get(key))) for key, leaf in needed.items() if key not in pieces}
+    tensors |= {key: keep(key, _read_parts(files, names, wanted[key], device, rows.get(key))) for key, names in split.items()}
     # In the order of the model, whatever the layout: sums over leaves follow it.
     return {key: tensors[key] for key in (*wanted, *optional) if key in tensors}
 
@@ -112,7 +143,16 @@ class _File:
         machine.trim()  # of what the leaves before were made from
         if self.read > MAPPED:
             self._map()
-        tensor = self.file.get_tensor(key)
+        return self._count(self.file.get_tensor(key))
+
+    def get_rows(self, key: str, first: int, end: int) -> torch.Tensor:
+        """Some rows of a tensor in the mapped file."""
+        machine.trim()
+        if self.read > MAPPED:
+            self._map()
+        return self._count(self.file.get_slice(key)[first:end])
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
         self.read += tensor.nbytes
         return tensor
 
@@ -181,7 +221,9 @@ def _check_tensor(root: Path, piece, key: str, leaf: Param) -> None:
         raise ValueError(f"{root}: {key} has dtype {piece.get_dtype()}; expected one of {', '.join(FLOATS)}: take the unquantised model")
 
 
-def _read(file, key: str, leaf: Param, device: torch.device | str) -> Any:
+def _read(file, key: str, leaf: Param, device: torch.device | str, rows: Rows | None = None) -> Any:
+    if rows is not None:
+        return _read_rows(file, key, leaf, device, rows)
     tensor = file.get_tensor(key)
     if quant.quantised(tensor):
         return tensor.moved(lambda part: part.to(device))._replace(dtype=leaf.dtype)
@@ -189,11 +231,27 @@ def _read(file, key: str, leaf: Param, device: torch.device | str) -> Any:
     return tensor.to(device=device, dtype=leaf.dtype, copy=True)
 
 
-def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str) -> Any:
-    """A stacked leaf, filled part by part, so that it is in memory once."""
+def _read_rows(file, key: str, leaf: Param, device: torch.device | str, rows: Rows) -> torch.Tensor:
+    """Some rows of a tensor, end to end."""
+    whole = torch.empty((sum(end - first for first, end in rows), *leaf.shape[1:]), dtype=leaf.dtype, device=device)
+    for place, (first, end) in zip(whole.split([end - first for first, end in rows]), rows, strict=True):
+        if end > first:
+            place.copy_(file.get_rows(key, first, end))
+    return whole
+
+
+def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str, rows: Rows | None = None) -> Any:
+    """A stacked leaf, or some rows of it, filled part by part, so that it is in memory once."""
+    if rows is not None:
+        (first, end), each = rows[0], len(names) // leaf.shape[0]
+        if each * leaf.shape[0] != len(names):  # a part has rows of many experts
+            return _read_parts(files, names, leaf, device)[first:end].clone()
+        names, leaf = names[first * each : end * each], _some_rows(leaf, first, end)
+        if not names:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
     if any(isinstance(files[name], bnb_files.Packed) for name in names):
         return quant_parts.joined([_read(files[name], name, leaf, device) for name in names], leaf.shape)
     whole = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-    for name, rows in expert_files.cut(whole, names).items():
-        rows.copy_(files[name].get_tensor(name))
+    for name, place in expert_files.cut(whole, names).items():
+        place.copy_(files[name].get_tensor(name))
     return whole

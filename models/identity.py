@@ -5,7 +5,7 @@ import hashlib
 
 import torch
 
-from treetune.core import quant, tree
+from treetune.core import partition, tree
 from treetune.models import Model
 from treetune.models.dense import Config
 
@@ -24,7 +24,7 @@ def digest(model: Model) -> str:
     """
     total = hashlib.sha256(settings(model.family, model.cfg).encode())
     # Few numbers of each leaf, so that a model whose layers are read one at a time is never whole in memory.
-    facts = {path: (tuple(leaf.shape), quant.spread(leaf)) for path, leaf in tree.items(model.params)}
+    facts = {path: (tuple(leaf.shape), partition.spread(leaf)) for path, leaf in tree.items(model.params)}
     for path, (shape, numbers) in sorted(facts.items()):
         if path != "lm_head":
             total.update(f"{path} {shape} ".encode())

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from treetune.core import check, fields, machine, tree
-from treetune.core.layer_offload import Put
+from treetune.core import check, fields, machine, param, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.partition import Partition
 from treetune.core.quant import Scheme
 from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
 from treetune.models.fetch import Say, silent
-from treetune.models.quantised import See
+from treetune.models.quantised import Home, See
 from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,12 +40,13 @@ def load_model(
     device: torch.device,
     scheme: Scheme | None = None,
     see: See | None = None,
-    home: Put | None = None,
+    home: Home | None = None,
     say: Say = silent,
 ) -> tuple[Model, Path]:
     """The model of a name, in its compute dtype on the device, and the path it came from; quantised by a scheme leaf by leaf.
 
-    see: is told of each leaf that is quantised. home: where layers go as they are read, if not to the device.
+    see: is told of each leaf that is quantised. home: where layers go as they are read, if not to the device, or how
+    leaves are split among ranks, all of which call this then.
 
     Raises ValueError for weights that are not finite.
     """
@@ -61,15 +62,15 @@ def load_model(
     return model, path
 
 
-def random_model(path: str | Path, *, seed: int, dtype: str = "auto", device: torch.device) -> Model:
-    """A model of random weights of the shape in a config.json, or in the one of a folder."""
+def random_model(path: str | Path, *, seed: int, dtype: str = "auto", device: torch.device, home: Home | None = None) -> Model:
+    """A model of random weights of the shape in a config.json, or in the one of a folder; home: how leaves are split among ranks."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"config file {file} does not exist")
     with fields.reading(file):
         family, _ = hf.read_config(file)
-        model = hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device))
-    return model._replace(params=tree.map(lambda leaf: leaf.to(device), model.params))
+        keep = home.split if isinstance(home, Partition) else param.as_is
+        return hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device), keep=lambda leaf: keep(leaf.to(device)))
 
 
 def check_configs(name: str | Path, *, revision: str | None = None, sizes: bool = True) -> None:

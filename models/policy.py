@@ -160,7 +160,10 @@ def adapt(
 
 def _master(leaf: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """A copy that an optimiser may change in place; of vectors, which are few, in float32."""
-    return shard.gather(leaf, dtype if leaf.ndim > 1 else torch.float32).detach().clone()
+    own = dtype if leaf.ndim > 1 else torch.float32
+    if shard.distributed(leaf):
+        return shard.like(lambda rows: rows.detach().to(own, copy=True), leaf)
+    return shard.gather(leaf, own).detach().clone()
 
 
 def _started(model: Model, path: str, head: bool) -> adapter_spec.Fresh:
@@ -197,7 +200,7 @@ def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
     frozen = {}
     for name, part in policy.frozen.items():
         if name == "model" and policy.lora is None:
-            frozen[name] = tree.map(lambda leaf: put(leaf, shapes(leaf)) if leaf.ndim > 1 else leaf, part)
+            frozen[name] = tree.map(lambda leaf: put(leaf, shapes(leaf)) if leaf.ndim > 1 else shard.full(leaf), part)
         else:
             frozen[name] = put(part, hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part))
     return policy._replace(params=params, frozen=frozen)

@@ -11,12 +11,14 @@ from treetune.core import fields, layer_offload, quant, shard, tree
 from treetune.core.fields import Fields
 from treetune.core.layer_offload import Put
 from treetune.core.param import Param, Params
+from treetune.core.partition import Partition
 from treetune.core.quant import FOUR_BITS, KINDS, Kind, Quantised, Scheme
 from treetune.models import MODELS, Model, quant_config
 
 AUTO = ("auto", "none")  # values of --quant that name no kind
 
 
+Home = Put | Partition  # of leaves: what moves tensors of layers, or how all leaves are split among ranks
 See = Callable[[str, Tensor, Quantised], None]  # (path, a leaf, what it is quantised to)
 
 
@@ -61,7 +63,8 @@ class Keep(NamedTuple):
     """What becomes of each leaf that is read: those of the paths `chosen` are quantised, from float32 whatever the model computes in.
 
     stored: the files hold them quantised. Others that are quantised there, such as routers, become dense. see: is told of each leaf that
-    is quantised here: path, leaf, what it is quantised to. home: where layers are, if that is not the device.
+    is quantised here: path, leaf, what it is quantised to. home: where leaves are, if not whole on the device: layers away from it, or
+    all of them in parts.
     """
 
     scheme: Scheme | None = None
@@ -69,12 +72,25 @@ class Keep(NamedTuple):
     dtype: torch.dtype = torch.float32
     stored: bool = False
     see: See | None = None
-    home: Put | None = None
+    home: Home | None = None
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf as the model has it."""
         kept = self._kept(path, leaf)
+        if isinstance(self.home, Partition):
+            return self.home.split(kept)
         return kept if self.home is None or not path.startswith("layers.") else layer_offload.moved(kept, self.home)
+
+    def part(self, path: str, leaf: Param) -> tuple[int, int] | None:
+        """The rows of a leaf that are read, from the first to before the second, where no more of it is needed; else None."""
+        if not isinstance(self.home, Partition) or self.stored or path in self.chosen or not leaf.shape:
+            return None
+        return self.home.rows(leaf.shape)
+
+    def joined(self, rows: Tensor, leaf: Param) -> Tensor:
+        """The leaf of which `part` was read."""
+        assert isinstance(self.home, Partition)
+        return self.home.joined(rows, leaf.shape)
 
     def _kept(self, path: str, leaf: Any) -> Any:
         if quant.quantised(leaf):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from treetune.core import lora_use, tree
-from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.quant import Scheme
@@ -20,6 +19,7 @@ from treetune.core.state import Batch, TrainState
 from treetune.models import Model, bare, loading, logprobs, tokenizer
 from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy, weights, without_tree
+from treetune.models.quantised import Home
 from treetune.ops.attention import Plan
 
 NAME = "ref_logp"  # of a batch, and of the values of a document
@@ -154,10 +154,10 @@ def load_other(
     dtype: str,
     device: torch.device,
     scheme: Scheme | None = None,
-    home: Put | None = None,
+    home: Home | None = None,
     say: Say = silent,
 ) -> Model:
-    """Another model as the reference, quantised by a scheme. home: where its layers are, if not on the device.
+    """Another model as the reference, quantised by a scheme. home: where its layers are, if not on the device, or how its leaves are split.
 
     Raises ValueError where it has another number of rows of vocabulary, or its tokenizer numbers tokens otherwise, so that its log-probs
     would be of other texts.

@@ -8,10 +8,12 @@ with a covariance scaled by 1e-9).
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from treetune.core import partition
 from treetune.core.param import Params
 from treetune.models import Model
 
@@ -42,13 +44,13 @@ def cut(model: Model, rows: int) -> Model:
     """The model with only the first `rows` of its vocabulary, as views: what an adapter of a smaller vocabulary was trained on."""
     if rows >= model.cfg.vocab_size:
         return model
-    leaves = {name: model.params[name][:rows] for name in LEAVES if name in model.params}
+    leaves = {name: partition.changed(lambda leaf: leaf[:rows], model.params[name]) for name in LEAVES if name in model.params}
     return model._replace(cfg=replace(model.cfg, vocab_size=rows), params=model.params | leaves)
 
 
 def grown(params: Params, rows: int) -> Params:
     """A tree whose embedding and head, where it has them, have `rows` rows."""
-    return params | {name: _grown(params[name], rows) for name in LEAVES if name in params}
+    return params | {name: partition.changed(partial(_grown, rows=rows), params[name]) for name in LEAVES if name in params}
 
 
 def _grown(leaf: Tensor, rows: int) -> Tensor:

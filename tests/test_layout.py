@@ -30,8 +30,8 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided", "fields",
-                "layer_offload", "machine", "manifest", "drafts", "durable", "check", "state", "module_names", "optim", "owned",
-                "protocols", "run.errors",
+                "layer_offload", "machine", "partition", "manifest", "drafts", "durable", "check", "state", "module_names", "optim",
+                "owned", "protocols", "run.errors",
             )
         ),
     },

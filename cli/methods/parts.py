@@ -5,17 +5,20 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options.token_loss import LossOptions
-from treetune.core import layer_offload, step
+from treetune.core import layer_offload, partition, step
 from treetune.core.data import pack, reference_logps
+from treetune.core.run.ranks import Ranks
 from treetune.core.state import Logprob, Objective, Scores
 from treetune.losses import preference_objective, routing_objective, sft_objective
 from treetune.models import Model, hf, logprobs_routed, quantised, reference, reward_model
 from treetune.models import policy as policies
 from treetune.models.policy import Policy
+from treetune.models.quantised import Home
 from treetune.models.reference import Reference
 
 EVERY = ("mean_logit", "entropy", "top1")  # statistics of pairs that evaluations report
@@ -97,6 +100,11 @@ def scored(config: Any, policy: Policy, setting: Setting, *, classes: int, read:
     return Parts(headed, objective(train), objective(evaluation), (partial(pack.collate_trees, read=read),))
 
 
+def home(config: Any, ranks: Ranks, device: torch.device) -> Home | None:
+    """Where the leaves of a run's models go as they are read, if not whole to the device."""
+    return partition.of(ranks.mesh, config.run.sharding) or layer_offload.home(config.optim.layer_offloading, device)
+
+
 def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature: float = 1.0, precompute: bool = False) -> Reference:
     """The reference that the options of `config` name.
 
@@ -104,8 +112,8 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
     """
     options, other = config.reference, None
     if options.ref_model is not None:
-        home = layer_offload.home(config.optim.layer_offloading, setting.device)
-        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": home}
+        where = home(config, setting.ranks, setting.device)
+        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": where}
         other = reference.load_other(options.ref_model, policy, **named, say=setting.say)
     pace = reference.Pace(options.ref_model_sync_steps, options.ref_model_mixup_alpha)
     # An adapter that starts from what quantising loses is no identity, either.

@@ -1,0 +1,98 @@
+"""One rank that reads its rows of models. argv: folder with one model folder a name. What it found goes to rankI.json."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from treetune.core import ckpt, partition, shard, tree
+from treetune.core.run.ranks import Ranks, join_ranks
+from treetune.models import hf_weights, identity, loading, policy, resize
+
+CPU = torch.device("cpu")
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, of those that operations have made."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if _plain(one)}
+        for one in tree_leaves(out):
+            if _plain(one) and (storage := one.untyped_storage())._cdata not in known:
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def _plain(one) -> bool:
+    return isinstance(one, torch.Tensor) and not shard.distributed(one) and one.device.type == "cpu"
+
+
+def measured(call) -> tuple[object, int]:
+    """What a call gives, and the most bytes that it had allocated at once."""
+    with Allocated() as allocated:
+        out = call()
+    return out, allocated.peak
+
+
+def rows_equal(part, whole) -> bool:
+    """Whether this rank's part of a leaf has its rows of the whole one, bit for bit."""
+    first, local = shard.first_places(part)[0], shard.local(part)
+    return tuple(part.shape) == tuple(whole.shape) and torch.equal(local, whole[first : first + len(local)])
+
+
+def same(parts, wholes) -> bool:
+    pairs = list(zip(tree.items(parts), tree.items(wholes), strict=True))
+    return all(path == other and rows_equal(part, whole) for (path, part), (other, whole) in pairs)
+
+
+def look(path: Path, ranks: Ranks) -> dict:
+    """A model read by rows, beside the whole one."""
+    home, bytes_read, read = partition.Partition(ranks.mesh), [0], hf_weights._File._count
+
+    def counted(file, tensor):
+        bytes_read[0] += tensor.nbytes
+        return read(file, tensor)
+
+    hf_weights._File._count = counted
+    (split, _), peak = measured(lambda: loading.load_model(path, dtype="float32", device=CPU, home=home))
+    hf_weights._File._count = read
+    digest, digest_peak = measured(lambda: ckpt.leaf_digest(split.params))
+    whole, _ = loading.load_model(path, dtype="float32", device=CPU)
+    masters, masters_peak = measured(lambda: policy.place(policy.full(split), ranks.mesh, "full"))
+    usual = policy.place(policy.full(whole), ranks.mesh, "full")
+    rows = whole.cfg.vocab_size
+    return {
+        "bytes": tree.bytes(tree.map(shard.local, split.params)), "whole": tree.bytes(whole.params), "read": bytes_read[0], "peak": peak,
+        "largest": max(leaf.nbytes for leaf in tree.leaves(whole.params)), "digest_peak": digest_peak, "masters_peak": masters_peak,
+        "same": same(split.params, whole.params) and split._replace(params={}) == whole._replace(params={}),
+        "spread": [torch.equal(partition.spread(one), partition.spread(other)) for one, other in zip(tree.leaves(split.params), tree.leaves(whole.params), strict=True)],
+        "digest": [digest, ckpt.leaf_digest(whole.params)], "identity": [identity.digest(split), identity.digest(whole)],
+        "placed": all(one.placements == other.placements and torch.equal(shard.local(one), shard.local(other))
+                      for one, other in zip(tree.leaves(masters.params), tree.leaves(usual.params), strict=True)),
+        "grown": same(resize.resize(split, rows + 4).params, resize.resize(whole, rows + 4).params),
+        "cut": same(resize.cut(split, rows - 4).params, resize.cut(whole, rows - 4).params),
+    }  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ranks, folder = join_ranks(CPU), Path(sys.argv[1])
+    found = {path.name: look(path, ranks) for path in sorted((folder / "models").iterdir())}
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+main()

@@ -1,0 +1,64 @@
+"""Ranks read their rows of a model: the numbers of the whole one bit for bit, and no more of them than their part and one leaf."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("loading_worker.py")
+# Numbers of rows that no number of ranks divides, and fewer heads than ranks.
+SIZES = dict(vocab_size=53, hidden_size=22, mlp_size=37, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=6, max_positions=64)
+
+
+def _save(root: Path) -> None:
+    from treetune.models import hf, llama, mixtral, moe, phi3
+
+    own = llama.Config(**SIZES, tied=False, init_std=0.3)
+    tied = llama.Config(**SIZES, tied=True, init_std=0.3)
+    experts = moe.Experts(5, 2, 7, (0, 1))
+    sparse = mixtral.Config(**SIZES | dict(mlp_size=7), tied=False, init_std=0.3, experts=experts)
+    turned = mixtral.Config(
+        **SIZES | dict(mlp_size=7), tied=False, init_std=0.3, qkv_bias=True, o_bias=True, attn_sinks=True, norm="olmo",
+        layer_windows=(8, None), experts=moe.Experts(5, 2, 7, (0, 1), biased=True, clamp=(1.702, 7.0)),
+    )  # fmt: skip
+    hf.save(root / "dense, tied", hf.random("llama", tied, seed=1))
+    hf.save(root / "experts", hf.random("mixtral", sparse, seed=2))
+    hf.save(root / "experts, stacked", hf.random("mixtral", sparse, seed=2), stacked=True)
+    hf.save(root / "fused", hf.random("phi3", phi3.Config(**SIZES, tied=False, init_std=0.3), seed=3))
+    hf.save(root / "turned", hf.random("gpt_oss", turned, seed=4))
+    hf.save(root / "bfloat16, in files", hf.random("llama", own, seed=5, dtype=torch.bfloat16), max_shard_bytes=4000)
+
+
+@pytest.fixture(scope="module")
+def found(launch, tmp_path_factory):
+    """found(world) -> what each rank says of each model."""
+    root, made = tmp_path_factory.mktemp("loading"), {}
+    (root / "models").mkdir()
+    _save(root / "models")
+
+    def get(world: int) -> list[dict]:
+        if world not in made:
+            launch(world, WORKER, root, cwd=root)
+            made[world] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
+        return made[world]
+
+    return get
+
+
+NAMES = ("dense, tied", "experts", "experts, stacked", "fused", "turned", "bfloat16, in files")
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_read_their_rows_and_no_more(found, name, world):
+    """Bit for bit those of the whole model, and the digests of it; in memory a part of each leaf, and at most one of another size."""
+    for rank in (every[name] for every in found(world)):
+        assert rank["same"] and rank["placed"] and rank["grown"] and rank["cut"] and all(rank["spread"])
+        assert rank["digest"][0] == rank["digest"][1] and rank["identity"][0] == rank["identity"][1]
+        assert rank["bytes"] < rank["whole"] * (1.2 / world if "expert" not in name else 0.6), "5 experts are 2 a rank on four"
+        assert rank["read"] <= rank["bytes"] + 1000, "bytes of rows of the files"
+        assert rank["peak"] <= rank["bytes"] + rank["largest"], "shards and one leaf"
+        assert rank["masters_peak"] <= rank["bytes"] + 1000, "float32 masters are made from shards"
+        assert rank["digest_peak"] <= 6 * rank["largest"], "two leaves, each with what gathering it takes"
+    assert sum(every[name]["bytes"] for every in found(world)) == found(world)[0][name]["whole"]
