@@ -8,6 +8,8 @@ from typing import Any
 from treetune.cli import run_file
 from treetune.cli.methods import METHODS
 from treetune.cli.methods.method import Method
+from treetune.cli.planning import command as planning
+from treetune.cli.planning.command import Asked
 from treetune.core.config import flags, table
 from treetune.core.config.table import Config
 from treetune.core.run.errors import checking_input
@@ -40,6 +42,32 @@ def resolve(command: str, argv: Sequence[str]) -> tuple[str, list[str], bool]:
     if path is None:
         raise ValueError("treetune train needs a config file, such as treetune train run.yaml; without one name the method: treetune sft")
     return run_file.method_of(run_file.load(path), path), rest, dry
+
+
+def resolve_plan(argv: Sequence[str]) -> tuple[str, list[str], Asked]:
+    """The method of a plan, its arguments, and what the plan is asked.
+
+    Errors: ValueError without a file or the name of a method.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(planning.USAGE)
+        sys.exit(0)
+    asked, rest = planning.take(argv)
+    if rest and rest[0] in METHODS:
+        return rest[0], rest[1:], asked
+    if not (rest and run_file.is_file(rest[0])) and flags.take_config(rest)[1] is None:
+        raise ValueError("treetune plan needs a config file or the name of a method, such as treetune plan run.yaml or treetune plan sft")
+    command, rest, _ = resolve("train", rest)
+    return command, rest, asked
+
+
+def plan(asked: Asked, config: Any, method: Method | None, given: frozenset[str], file: str | None) -> int:
+    """Check a config as a run would, and print what the run would take; the exit code."""
+    from treetune.cli import requirements
+
+    if method is None:
+        raise ValueError("treetune plan is of commands that train")
+    return planning.run(asked, requirements.plan(config, method, given, file)[0], method)
 
 
 def say(line: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from treetune.cli import file_commands, methods
 from treetune.cli.methods import CONFIGS, METHODS
 from treetune.cli.options import commands
+from treetune.cli.planning import command as planning
+from treetune.cli.planning.command import Asked
 from treetune.core import fields, masking
 from treetune.core import import_path as paths
 from treetune.core.run.errors import BadInput, RunFailed, checking_input
@@ -47,9 +49,8 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
 
 def usage() -> str:
     """The text of `treetune --help`."""
-    lines = [
-        f"  {name:13} {text}" for name, text in {"train": file_commands.HELP, **{name: one.help for name, one in COMMANDS.items()}}.items()
-    ]
+    of_files = {"train": file_commands.HELP, "plan": planning.HELP}
+    lines = [f"  {name:13} {text}" for name, text in (of_files | {name: one.help for name, one in COMMANDS.items()}).items()]
     return "\n".join(
         ["usage: treetune COMMAND [run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
          "treetune COMMAND --help lists the options of a command.",
@@ -82,7 +83,7 @@ def _main(argv: list[str]) -> int:
     return _run(argv[0], argv[1:])
 
 
-def _start(command: str, chosen: Command, argv: list[str], *, dry: bool) -> int:
+def _start(command: str, chosen: Command, argv: list[str], *, dry: bool, plan: Asked | None = None) -> int:
     """Run a command with its arguments, show what it would do, or run it for each value of a sweep; the exit code."""
     from treetune.cli import parse, requirements
     from treetune.core.config import product, table
@@ -100,9 +101,11 @@ def _start(command: str, chosen: Command, argv: list[str], *, dry: bool) -> int:
         from treetune.cli import sweep
 
         return sweep.run(command, argv, table.options(chosen.config), resolve)
-    with checking_input("the command line or its config file"):
+    with checking_input("the command line or its config file"), planning.shared(1 if plan is None else plan.ranks):
         file = parse.config_file(argv)
         parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored, say=file_commands.say)
+        if plan is not None:
+            return file_commands.plan(plan, parsed, method, given, file)
         if dry:
             return file_commands.dry_run(parsed, method, given, file)
         parsed = requirements.complete(parsed, method, given, file)
@@ -116,6 +119,9 @@ def _run(command: str, argv: list[str]) -> int:
     invocation.remember(command, argv)
     try:
         with checking_input("the config file"):
+            plan = None
+            if command == "plan":
+                command, argv, plan = file_commands.resolve_plan(argv)
             command, argv, dry = file_commands.resolve(command, argv)
         if command not in COMMANDS and paths.is_path(command):
             with checking_input(command):
@@ -124,7 +130,7 @@ def _run(command: str, argv: list[str]) -> int:
         if command not in COMMANDS:
             raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, COMMANDS)}; see treetune --help")
         chosen = COMMANDS[command]
-        return _start(command, chosen, argv, dry=dry)
+        return _start(command, chosen, argv, dry=dry, plan=plan)
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()

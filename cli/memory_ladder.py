@@ -54,7 +54,7 @@ def climb(config: TrainConfig, device: str, *, held: int | None = None) -> Ladde
 
     now = start = peak(values)
     rungs = []
-    for flags, cost, changed in _changes(values, device):
+    for flags, cost, changed in changes(values, device):
         if (then := peak(values | changed)) < WORTH * now:
             values, now = values | changed, then
             rungs.append(Rung(flags, cost, then))
@@ -77,7 +77,7 @@ def _setup(config: TrainConfig, values: Values, device: str) -> Setup:
         count,
         rank=values["lora_r"] if values.get("adapter") == "lora" else 0,
         scheme=quantised.of(dataclasses.replace(config.model, quant=values["quant"])),
-        state_bytes=_state_bytes(values["optimizer"]),
+        state_bytes=state_bytes(values["optimizer"]),
         remat=chosen.remat,
         device=device,
         rows=rows,
@@ -89,11 +89,12 @@ def _setup(config: TrainConfig, values: Values, device: str) -> Setup:
 
 
 @cache
-def _state_bytes(optimizer: str) -> float:
+def state_bytes(optimizer: str) -> float:
+    """Bytes of an optimiser's state, by its name, for each number that trains."""
     return memory.state_bytes(build(OptimOptions(optimizer=optimizer)))
 
 
-def _changes(values: Values, device: str) -> Iterator[tuple[str, str, Values]]:
+def changes(values: Values, device: str) -> Iterator[tuple[str, str, Values]]:
     """(flags, what it costs, changed values) of what may be tried, what costs least first; each is made of the run as it was."""
     size, steps = values["micro_batch_size"], values["gradient_accumulation_steps"]
     for smaller in [part for part in _halves(size) if size % part == 0]:

@@ -70,7 +70,8 @@ def _own(grads: Sequence[Tensor]) -> list[Tensor]:
     owned, addresses = [], set()
     for grad in grads:
         grad = grad.contiguous()
-        address = shard.local(grad).data_ptr()
+        own = shard.local(grad)
+        address = own.untyped_storage()._cdata, own.storage_offset()
         owned.append(grad.clone() if address in addresses else grad)
         addresses.add(address)
     return owned

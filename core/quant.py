@@ -255,9 +255,9 @@ def _scaled(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _dense_four_bits(leaf: Quantised, dtype: torch.dtype) -> Tensor:
-    if leaf.device.type == "cuda":
-        from treetune.ops import dequantise
+    from treetune.ops import dequantise
 
+    if dequantise.by_kernel(leaf.codes):
         return dequantise.four_bits(leaf.codes, absmax(leaf), quant_tables.four_bits(leaf.kind, leaf.device), leaf.shape, leaf.block, dtype)
     out, scale = torch.empty(leaf.numel(), dtype=dtype, device=leaf.device), absmax(leaf)
     # A byte is looked up at once: its two numbers are one complex one.

@@ -110,11 +110,11 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
 
 def _remembered(whole: Tensor, leaf: Tensor | quant.Quantised | layer_offload.Coming) -> Tensor:
     if _gathered:
-        _gathered[-1][whole.untyped_storage().data_ptr()] = (whole, leaf)
+        _gathered[-1][whole.untyped_storage()._cdata] = (whole, leaf)
     return whole
 
 
-# Of the innermost `gathering_again`: {address: (whole leaf, what it was made of)}. It holds the whole leaves, so that no address is used
+# Of the innermost `gathering_again`: {storage: (whole leaf, what it was made of)}. It holds the whole leaves, so that no number is used
 # twice.
 _gathered: list[dict[int, tuple[Tensor, Any]]] = []
 
@@ -153,7 +153,7 @@ class _Again(NamedTuple):
 
 def without_whole(saved: Tensor) -> Tensor | _Again:
     """A tensor that autograd saves, or what it is made of again where it is a whole leaf inside `gathering_again`."""
-    entry = None if distributed(saved) or not _gathered else _gathered[-1].get(saved.untyped_storage().data_ptr())
+    entry = None if distributed(saved) or not _gathered else _gathered[-1].get(saved.untyped_storage()._cdata)
     return saved if entry is None else _Again(entry[1], saved.dtype, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
 
 

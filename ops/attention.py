@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from treetune.ops import attention_mask, attention_torch
+from treetune.ops import attention_mask, attention_torch, backend, kept
 from treetune.ops.attention_torch import Weighting
 
 BACKENDS = ("sdpa", "varlen", "flex")
@@ -225,6 +225,30 @@ def _attention_flex(q, k, v, plan: Plan, weighting: Weighting) -> torch.Tensor:
     return (values * share[..., None]).to(values.dtype)[0].transpose(0, 1)
 
 
+def _counted(q, k, v, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    backend.tell("attention", q, k, v, out, lse, pairs)
+    return out, lse
+
+
+class _Counted(torch.autograd.Function):
+    """A kernel of attention that is told of and computes nothing, with the memory of FlashAttention's."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pairs):
+        ctx.pairs = pairs * q.shape[1]
+        out, lse = kept.result(functools.partial(_counted, q, k, v, ctx.pairs))
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        grads, sums = [torch.empty_like(x) for x in (q, k, v)], torch.empty_like(q, dtype=torch.float32)
+        backend.tell("attention_backward", q, k, v, out, lse, grad, *grads, sums, ctx.pairs)
+        return *grads, None
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -243,6 +267,8 @@ def attention(
     _check(q, k, v, plan, softcap, sinks)
     weighting = Weighting(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
     pattern = plan.patterns[0]
+    if backend.on_gpu(q) and not q.is_cuda:
+        return _Counted.apply(q, k, v, attention_torch.pairs(pattern.documents))
     if pattern.backend == "sdpa":
         return attention_torch.attention(q, k, v, pattern.documents, weighting)
     if pattern.backend == "flex":

@@ -45,6 +45,13 @@ def documents_of(batch: dict[str, torch.Tensor], offsets: list[int], window: int
         yield Document(trunk, groups, tuple(reach), trunk_mask, tuple(group_masks))
 
 
+def pairs(documents: Sequence[Document]) -> int:
+    """Pairs of a token and one that it sees."""
+    masked = [mask for doc in documents for mask in (doc.trunk_mask, *doc.group_masks) if mask is not None]
+    causal = sum(doc.trunk * (doc.trunk + 1) // 2 for doc in documents if doc.trunk_mask is None)
+    return causal + sum(int(mask.numpy().sum()) for mask in masked)
+
+
 def _groups(branches: list[int]) -> tuple[int, ...]:
     """Tokens of successive groups of whole branches: each group at least GROUP tokens, but for the last."""
     groups = [0] if branches else []

@@ -5,7 +5,10 @@ Kernels read `tl` only when they run, so every op imports without Triton; `use_t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +26,57 @@ def jit(kernel: Callable) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
+Tell = Callable[[str, tuple], None]  # is told of a launch: the name of a kernel, and its arguments
+
+
+class _Counting(threading.local):
+    tell: Tell | None = None
+    gpu: bool = False
+
+
+_counting = _Counting()
+
+
+@contextlib.contextmanager
+def counting(tell: Tell, *, gpu: bool) -> Iterator[None]:
+    """Inside, this thread runs ops on tensors without numbers: with `gpu` they take the way of a GPU, and kernels are only told of."""
+    before = _counting.tell, _counting.gpu
+    _counting.tell, _counting.gpu = tell, gpu
+    try:
+        yield
+    finally:
+        _counting.tell, _counting.gpu = before
+
+
+def counted() -> bool:
+    """Whether ops run on tensors without numbers, to be counted."""
+    return _counting.tell is not None
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether ops on x take the way of a GPU."""
+    return x.is_cuda or _counting.gpu
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What launches a kernel on a grid when it is called with the arguments; where ops are counted, what tells of it."""
+    return partial(tell, kernel.__name__) if counted() else kernel[grid]
+
+
+def tell(name: str, *args: Any, **constants: Any) -> None:
+    """Say that a kernel of this name would be launched with these arguments."""
+    if _counting.tell is not None:
+        _counting.tell(name, args)
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Whether ops on x run as Triton kernels: CUDA tensors, but for float64, which is for checks and runs the torch formulas.
 
     Errors: ValueError on CUDA without Triton.
     """
-    if not x.is_cuda or x.dtype == torch.float64:
+    if not on_gpu(x) or x.dtype == torch.float64:
         return False
-    if triton is None:
+    if triton is None and not counted():
         raise ValueError("this op got CUDA tensors and Triton is not installed: pip install triton, or move the tensors to the CPU")
     return True
 

@@ -68,7 +68,7 @@ def forward_triton(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype, device=x.device)
     if y.numel():
-        _forward_kernel[(-(-y.numel() // BLOCK),)](x, y, y.numel(), alpha, limit, BLOCK=BLOCK)
+        backend.launch(_forward_kernel, (-(-y.numel() // BLOCK),))(x, y, y.numel(), alpha, limit, BLOCK=BLOCK)
     return y
 
 
@@ -77,7 +77,7 @@ def backward_triton(dy: torch.Tensor, x: torch.Tensor, alpha: float, limit: floa
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if dy.numel():
-        _backward_kernel[(-(-dy.numel() // BLOCK),)](dy, x, dx, dy.numel(), alpha, limit, BLOCK=BLOCK)
+        backend.launch(_backward_kernel, (-(-dy.numel() // BLOCK),))(dy, x, dx, dy.numel(), alpha, limit, BLOCK=BLOCK)
     return dx
 
 

@@ -36,11 +36,20 @@ def four_bits_triton(codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.
     """The formula by one kernel."""
     out, n = torch.empty(shape, dtype=dtype, device=codes.device), shape.numel()
     programs = -(-codes.numel() // BYTES)
-    _four_bits_kernel[(programs,)](codes, absmax, table, out, n, BLOCK=block, BYTES=BYTES)
+    backend.launch(_four_bits_kernel, (programs,))(codes, absmax, table, out, n, BLOCK=block, BYTES=BYTES)
     return out
+
+
+def by_kernel(codes: Tensor) -> bool:
+    """Whether codes become numbers all at once: by a kernel, or where they are only counted."""
+    return codes.is_cuda or backend.counted()
 
 
 def four_bits(codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.Size, block: int, dtype: torch.dtype) -> Tensor:
     """codes uint8 [ceil(n / 2)], absmax float32 [ceil(n / block)], table float32 [16] -> numbers of a shape, rounded once to dtype."""
+    if backend.counted():
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+        backend.tell("four_bits", codes, absmax, out)
+        return out
     run = four_bits_triton if backend.use_triton(absmax) else four_bits_ref
     return run(codes, absmax, table, shape, block, dtype)

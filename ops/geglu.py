@@ -62,7 +62,7 @@ def forward_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y, count = torch.empty_like(gate), gate.numel()
     if count:
-        _forward_kernel[(-(-count // BLOCK),)](gate, up, y, count, BLOCK=BLOCK)
+        backend.launch(_forward_kernel, (-(-count // BLOCK),))(gate, up, y, count, BLOCK=BLOCK)
     return y
 
 
@@ -71,7 +71,7 @@ def backward_triton(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     if count:
-        _backward_kernel[(-(-count // BLOCK),)](dy, gate, up, dgate, dup, count, BLOCK=BLOCK)
+        backend.launch(_backward_kernel, (-(-count // BLOCK),))(dy, gate, up, dgate, dup, count, BLOCK=BLOCK)
     return dgate, dup
 
 

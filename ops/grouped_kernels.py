@@ -89,7 +89,7 @@ def rows_t_triton(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         group, first = tiles(ends, x.shape[0])
         grid = (group.shape[0], -(-w.shape[1] // COLS))
         sizes = (ends.shape[0], w.shape[1], w.shape[2], *w.stride())
-        _rows_kernel[grid](x, w, y, group, first, ends, *sizes, ROWS=ROWS, COLS=COLS, STEP=STEP)
+        backend.launch(_rows_kernel, grid)(x, w, y, group, first, ends, *sizes, ROWS=ROWS, COLS=COLS, STEP=STEP)
     return y
 
 
@@ -99,5 +99,5 @@ def outer_triton(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     out = x.new_empty(ends.shape[0], g.shape[1], x.shape[1])
     if out.numel():
         grid = (ends.shape[0], -(-g.shape[1] // ROWS), -(-x.shape[1] // COLS))
-        _outer_kernel[grid](g, x, out, ends, g.shape[1], x.shape[1], ROWS=ROWS, COLS=COLS, STEP=STEP)
+        backend.launch(_outer_kernel, grid)(g, x, out, ends, g.shape[1], x.shape[1], ROWS=ROWS, COLS=COLS, STEP=STEP)
     return out

@@ -21,21 +21,22 @@ from treetune.ops import backend, grouped_kernels, kept, product
 def grouped_linear_ref(x: Tensor, weight: Tensor, ends: Tensor, adapter: dict | None = None, *, scale: float = 1.0) -> Tensor:
     """The formula, one group at a time, through plain autograd: the twin that tests compare against."""
     out = []
-    for e, (lo, hi) in enumerate(_spans(ends)):
+    for e, (lo, hi) in enumerate(_spans(ends, x.shape[0])):
         y = x[lo:hi] @ weight[e].T
         out.append(y if adapter is None else y + scale * (x[lo:hi] @ adapter["A"][e].T) @ adapter["B"][e].T)
     return torch.cat(out)
 
 
-def _spans(ends: Tensor) -> list[tuple[int, int]]:
-    bounds = [0, *ends.tolist()]
+def _spans(ends: Tensor, rows: int) -> list[tuple[int, int]]:
+    groups = ends.shape[0]
+    bounds = [i * rows // groups for i in range(groups + 1)] if backend.counted() else [0, *ends.tolist()]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def rows_t_loop(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """x_n W_e^T, a product a group: [N, I], [E, O, I] -> [N, O]. In float32 on the CPU no row depends on the others."""
     out = x.new_empty(x.shape[0], w.shape[1])
-    for e, (lo, hi) in enumerate(_spans(ends)):
+    for e, (lo, hi) in enumerate(_spans(ends, x.shape[0])):
         if lo < hi:
             out[lo:hi] = product.even_rows_t(x[lo:hi], w[e])
     return out
@@ -44,7 +45,7 @@ def rows_t_loop(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 def outer_loop(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """g_e^T x_e, a product a group: [N, O], [N, I] -> [E, O, I], 0 for an empty group."""
     out = x.new_empty(ends.shape[0], g.shape[1], x.shape[1])
-    for e, (lo, hi) in enumerate(_spans(ends)):
+    for e, (lo, hi) in enumerate(_spans(ends, x.shape[0])):
         out[e] = product.outer(g[lo:hi], x[lo:hi]) if lo < hi else 0.0
     return out
 
@@ -61,7 +62,7 @@ def outer_grouped(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, inputs: int, outputs: int) -> bool:
     """Whether `torch._grouped_mm` takes rows of these sizes without a loop on the host that waits for the device."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and inputs % 8 == 0 and outputs % 8 == 0
+    return backend.on_gpu(x) and x.dtype == torch.bfloat16 and inputs % 8 == 0 and outputs % 8 == 0
 
 
 def rows_t(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:

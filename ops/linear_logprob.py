@@ -30,6 +30,15 @@ ROWS = {"cpu": 256, "cuda": 1024}  # rows of a chunk
 SLAB = {"cpu": 1 << 11, "cuda": 1 << 14}  # rows of the head whose gradient is added at a time: the CPU keeps the product in its cache
 
 
+def _by_kernel(x: Tensor) -> bool:
+    """Whether rows are read at once; a CPU reads a few at a time, which would be counted for long."""
+    return backend.use_triton(x) or backend.counted()
+
+
+def _kind(x: Tensor) -> str:
+    return "cuda" if backend.on_gpu(x) else x.device.type
+
+
 class TokenStats(NamedTuple):
     """Per-row results [N]; None where not wanted. Without targets logp is None too, which no objective asks for."""
 
@@ -84,7 +93,7 @@ def linear_logprob_ref(
 
 def _buffer(hidden: Tensor, weight: Tensor, options: Options) -> Tensor | None:
     """One buffer for the logits of every chunk, where torch makes them on the CPU: fresh pages cost as much as a pass over them."""
-    return None if hidden.is_cuda or product.fast(hidden) else hidden.new_empty(min(options.rows, hidden.shape[0]), weight.shape[0])
+    return None if backend.on_gpu(hidden) or product.fast(hidden) else hidden.new_empty(min(options.rows, hidden.shape[0]), weight.shape[0])
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
@@ -93,7 +102,7 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor | None) ->
         out = buffer[: h.shape[0]]
         return torch.mm(h, w.T, out=out) if bias is None else torch.addmm(bias, h, w.T, out=out)
     low = h.dtype in (torch.bfloat16, torch.float16)
-    z = torch.mm(h, w.T, out_dtype=torch.float32) if low and h.is_cuda else product.rows_t(h, w)
+    z = torch.mm(h, w.T, out_dtype=torch.float32) if low and backend.on_gpu(h) else product.rows_t(h, w)
     return z if bias is None else z.add_(bias)
 
 
@@ -142,7 +151,7 @@ def _empty_stats(hidden: Tensor, has_targets: bool, want: frozenset[str]) -> dic
 def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor], Tensor | None]:
     """All statistics [N] by name, and dlogp/dhidden [N, D] with `ahead`."""
     hidden, weight, bias, targets, tau = inputs
-    n, run = hidden.shape[0], stats_triton if backend.use_triton(hidden) else logprob_torch.stats
+    n, run = hidden.shape[0], stats_triton if _by_kernel(hidden) else logprob_torch.stats
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     stats = _empty_stats(hidden, targets is not None, options.want)
     jacobian = torch.empty_like(hidden) if options.ahead else None
@@ -164,7 +173,7 @@ def backward_chunks(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dweight and dbias (None where not needed); the logits of a chunk are made again."""
     hidden, weight, bias, targets, tau = inputs
-    run = grad_triton if backend.use_triton(hidden) else logprob_torch.grad
+    run = grad_triton if _by_kernel(hidden) else logprob_torch.grad
     dtype = backend.stat_dtype(hidden)  # float32 sums over chunks: in bfloat16 64 chunks would err by 1e-2
     w, b = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     dh = torch.empty_like(hidden) if needs[0] else None
@@ -197,15 +206,15 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
     if dw.dtype == h.dtype:
         dw.addmm_(dz.T, h)
         return
-    if not h.is_cuda and y is not None:
+    if not backend.on_gpu(h) and y is not None:
         # Products are rounded to h.dtype on the CPU. The targets' entries, the large ones, go around that: they are a sparse sum
         entries = dz.gather(1, y[:, None]).to(dw.dtype)
         dw.index_add_(0, y, entries * h)
         dz.scatter_(1, y[:, None], 0)
-    width = SLAB[h.device.type]
+    width = SLAB[_kind(h)]
     for i in range(0, dw.shape[0], width):
         slab = dz[:, i : i + width].T
-        dw[i : i + width].add_(torch.mm(slab, h, out_dtype=dw.dtype) if h.is_cuda else slab @ h)  # `+=` would copy it onto itself
+        dw[i : i + width].add_(torch.mm(slab, h, out_dtype=dw.dtype) if backend.on_gpu(h) else slab @ h)  # `+=` would copy it onto itself
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -259,7 +268,7 @@ def linear_logprob(
     _check(hidden, weight, targets, bias, softcap, temperature, want)
     constant_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
     ahead = torch.is_grad_enabled() and hidden.requires_grad and constant_head and targets is not None and "mean_logit" not in want
-    options = Options(softcap, frozenset(want), ROWS[hidden.device.type], ahead, hidden.dtype)
+    options = Options(softcap, frozenset(want), ROWS[_kind(hidden)], ahead, hidden.dtype)
     tau = temperature.to(hidden.device, backend.stat_dtype(hidden)) if isinstance(temperature, Tensor) else float(temperature)
     return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, targets, tau, options)[:-1])
 

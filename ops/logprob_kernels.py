@@ -158,7 +158,7 @@ def stats(
     tau, block, warps = _launch(z, tau)
     out = torch.empty(len(NAMES), rows, dtype=torch.float32, device=z.device)
     dz = None if ahead is None else _output(z, ahead)
-    _stats_kernel[(rows,)](
+    backend.launch(_stats_kernel, (rows,))(
         *(z, z if y is None else y, tau, softcap or 1.0, columns, rows, out, z if dz is None else dz),
         HAS_Y=y is not None,
         HAS_CAP=softcap is not None,
@@ -186,7 +186,7 @@ def grad(
     zero = torch.zeros(rows, dtype=torch.float32, device=z.device)
     g = torch.stack([zero if x is None else x.float() for x in upstream])  # [5, r]
     dz = _output(z, dtype)
-    _grad_kernel[(rows,)](
+    backend.launch(_grad_kernel, (rows,))(
         *(z, torch.full((rows,), -1, device=z.device) if y is None else y, tau, softcap or 1.0, columns, rows, lse, g, dz),
         HAS_CAP=softcap is not None,
         HAS_MEAN=upstream[3] is not None,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from treetune.ops import backend
+
 # oneDNN, and the layer between it and torch, each keep a compiled kernel for up to 1024 shapes, some 0.2 MB apiece, and almost
 # every stream has a length of its own: a run would grow by 6 MB a step. Read at their first use.
 CACHES, KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
@@ -24,7 +26,7 @@ for name in CACHES:
 
 def fast(x: Tensor) -> bool:
     """Whether products with the rows x [T, I] run in oneDNN."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] > 0 and _available()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] > 0 and _available() and not backend.on_gpu(x)
 
 
 def _available() -> bool:

@@ -98,7 +98,7 @@ def forward_triton(x: torch.Tensor, scale: torch.Tensor, eps: float, once: bool 
     block = backend.block_of(dim)
     if x.numel():
         grid, warps = (rstd.numel(),), backend.warps_of(block)
-        _forward_kernel[grid](x, scale.contiguous(), y, rstd, dim, eps, ONCE=once, BLOCK=block, num_warps=warps)
+        backend.launch(_forward_kernel, grid)(x, scale.contiguous(), y, rstd, dim, eps, ONCE=once, BLOCK=block, num_warps=warps)
     return y, rstd
 
 
@@ -112,7 +112,7 @@ def backward_triton(
     partial = torch.empty(programs if with_dscale else 0, dim, dtype=torch.float32, device=x.device)
     block = backend.block_of(dim)
     if x.numel():
-        _backward_kernel[(programs,)](
+        backend.launch(_backward_kernel, (programs,))(
             *(dy, x, scale.contiguous(), rstd, dx, partial, rows, dim, programs),
             WITH_DSCALE=with_dscale,
             BLOCK=block,

@@ -97,7 +97,8 @@ def rotate_triton(
     heads, half = (q.shape[1], k.shape[1]), q.shape[2] // 2
     tiles = [1 << (n - 1).bit_length() for n in (*heads, half)]
     if q.shape[0]:
-        _kernel[(q.shape[0],)](q, k, *rotated, cos, sin, *heads, half, *tiles, num_warps=4 if tiles[0] * tiles[2] <= 2048 else 8)
+        warps = 4 if tiles[0] * tiles[2] <= 2048 else 8
+        backend.launch(_kernel, (q.shape[0],))(q, k, *rotated, cos, sin, *heads, half, *tiles, num_warps=warps)
     return rotated
 
 

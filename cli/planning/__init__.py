@@ -1,0 +1,1 @@
+"""`treetune plan`: what a run would take, from its config alone."""

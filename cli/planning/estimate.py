@@ -1,0 +1,190 @@
+"""What a counted step means on devices: memory by term, and seconds by term.
+
+Seconds of an op are the longest of its FLOPs, its bytes and its launches, each over the rate that is reached of them; a GPU is never faster
+than Python launches. All are estimates.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from treetune.cli import memory_rows
+from treetune.cli.methods.method import Method
+from treetune.cli.planning import abstract_run
+from treetune.cli.planning.abstract_run import Costs, Counted, Shapes
+from treetune.core import tree
+from treetune.core.config import table
+from treetune.models import loading, memory, quantised
+from treetune.models.devices import Device
+from treetune.models.memory import Setup
+
+GRADIENT = 4  # bytes: sums are float32 whatever trains
+OPS = 30  # of a layer, when a sampler computes a token
+ELSEWHERE = {"activation_offloading": "none", "layer_offloading": "none"}
+
+
+class Place(NamedTuple):
+    """Where a run would be: a device, how many of it, and what each holds of the weights that train: "none" or "full" sharding."""
+
+    device: Device
+    ranks: int = 1
+    sharding: str = "none"
+
+
+class Estimate(NamedTuple):
+    """Bytes by term at the peak of one device, seconds of a step by term, and tokens of a step on all devices."""
+
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    tokens: int
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at once."""
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+
+class Run(NamedTuple):
+    """A run to estimate: its method, its config, and its model by compute dtype."""
+
+    method: Method
+    config: Any
+    family: str
+    cfg: Any
+
+    def shapes(self, device: Device) -> Shapes:
+        """The model as it is on a device."""
+        kind = torch.device("cuda" if device.gpu else "cpu")
+        return abstract_run.shapes(self.family, self.cfg, loading.compute_dtype(self.config.model.dtype, kind))
+
+
+def counted(run: Run, device: Device) -> Counted:
+    """The step of a run on a device; what is elsewhere is counted as if it were there."""
+    optim = dataclasses.replace(run.config.optim, **ELSEWHERE)
+    if optim.gradient_checkpointing == "offload":
+        optim = dataclasses.replace(optim, gradient_checkpointing="full")
+    return abstract_run.count(run.method, dataclasses.replace(run.config, optim=optim), run.shapes(device), gpu=device.gpu)
+
+
+def estimate(run: Run, seen: Counted, place: Place) -> Estimate:
+    """The memory and the time of a run whose step was counted."""
+    model = run.shapes(place.device)
+    steps = run.config.optim.gradient_accumulation_steps
+    return Estimate(_memory(run, seen, place, model), _seconds(run, seen, place, model), seen.tokens * steps * place.ranks)
+
+
+def setup(run: Run, place: Place, **changed: Any) -> Setup:
+    """What the formulas of `models.memory` take of a run."""
+    values, optim = table.flatten(run.config), dataclasses.replace(run.config.optim, **changed)
+    tokens, rows, slots = memory_rows.sizes(values)
+    return Setup(
+        tokens,
+        rank=values["lora_r"] if values.get("adapter") == "lora" else 0,
+        scheme=quantised.of(run.config.model),
+        remat=optim.remat,
+        device="cuda" if place.device.gpu else "cpu",
+        rows=rows,
+        slots=slots,
+        nucleus=(values.get("top_p") or 1.0) < 1,
+        master=loading.DTYPES[optim.master_dtype].itemsize,
+        layers=optim.layer_offloading,
+    )
+
+
+def _memory(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, int]:
+    names = {"weights": "weights", "adapter": "adapter", "other": "other models", "optimiser": "optimiser states"}
+    held = {title: seen.trees[name] for name, title in names.items()}
+    if run.config.optim.optimizer.startswith("paged_") and place.device.gpu:
+        held["optimiser states"] = 0
+    gradients = min(GRADIENT * seen.trained, max(0, seen.peak - sum(seen.trees.values())))
+    activations = max(0, seen.peak - sum(seen.trees.values()) - gradients)
+    with_, without = setup(run, place), setup(run, place, **ELSEWHERE)
+    if with_.remat != without.remat or with_.layers != without.layers:
+        before, after = (memory.table(model.abstract, model.cfg, one) for one in (without, with_))
+        activations = max(0, activations - (before.activations - after.activations) - max(0, before.layer - after.layer))
+        held["weights"] -= before.weights - after.weights
+    terms = held | {"gradients": gradients, "activations": activations}
+    terms = _shared(run, terms, place, model)
+    sampler = memory.cache(model.cfg, with_.rows, with_.slots) + memory.draws(model.cfg, with_.rows, with_.nucleus)
+    sampler += memory.dense_weights(model.abstract, model.cfg, with_)
+    if with_.rows and sampler > terms["gradients"] + terms["activations"]:
+        terms |= {"gradients": 0, "activations": 0, "sampler": sampler}
+    return {name: round(value) for name, value in terms.items() if value >= 1}
+
+
+def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> dict[str, float]:
+    """The terms of one of several devices."""
+    if place.ranks == 1:
+        return terms
+    if place.sharding != "full":
+        # Gradients are summed in one message, of which there is a copy while activations are gone.
+        return terms | {"activations": max(terms["activations"], terms["gradients"])}
+    whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
+    parts = {name: terms[name] / place.ranks for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
+    wide = model.cfg.dtype.itemsize + (0 if table.flatten(run.config).get("adapter") == "lora" else 4)
+    layer = max(numbers(layer) for layer in model.abstract["layers"])
+    outside = numbers(model.abstract["embed_tokens"])
+    return terms | parts | ({"weights": whole} if whole else {"gathered layers": max(layer, outside) * wide})
+
+
+def numbers(part: Any) -> int:
+    """Numbers of a part of an abstract tree."""
+    return sum(math.prod(leaf.shape) for leaf in tree.leaves({"": part}))
+
+
+def _seconds(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, float]:
+    steps, device = run.config.optim.gradient_accumulation_steps, place.device
+    low = model.cfg.dtype.itemsize < 4
+    micro, update = (_by_term(costs, device, low) for costs in (seen.micro, seen.update))
+    terms = {name: steps * value for name, value in micro.items()} | {"update": sum(update.values())}
+    terms["communication"] = _communication(run, seen, place, model)
+    terms["sampling"] = _sampling(run, seen, place, model)
+    return {name: value for name, value in terms.items() if value > 0}
+
+
+def _by_term(costs: Costs, device: Device, low: bool) -> dict[str, float]:
+    """Seconds of products, attention, passes over memory, and of Python where it cannot keep up."""
+    peak, terms, launches = device.low if low else device.wide, {"products": 0.0, "attention": 0.0, "passes": 0.0}, 0.0
+    for name, cost in costs.items():
+        kind = "attention" if "attention" in name else "products" if cost.flops > 0 else "passes"
+        rate = peak * (device.attention if kind == "attention" else device.products)
+        moved = cost.bytes / (device.bandwidth * device.passes)
+        terms[kind] += max(cost.flops / rate, moved, cost.launches * device.launch)
+        launches += cost.launches
+    return terms | {"launching": max(0.0, launches * device.host - sum(terms.values()))}
+
+
+def _communication(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
+    """Seconds of messages: messages x latency + bytes / link."""
+    if place.ranks == 1:
+        return 0.0
+    share, device, steps = (place.ranks - 1) / place.ranks, place.device, run.config.optim.gradient_accumulation_steps
+    gradients = GRADIENT * seen.trained
+    if place.sharding != "full":
+        return device.latency + 2 * gradients * share / device.link
+    weights = 0 if quantised.of(run.config.model) is not None else seen.trees["weights"]
+    leaves = len(tree.leaves(model.abstract))
+    messages = 3 * leaves * device.latency
+    return steps * (messages + (2 * (weights + seen.trees["adapter"]) + gradients) * share / device.link)
+
+
+def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
+    """Seconds in which the completions of a step are sampled: for each token of the longest all weights are read once."""
+    values = table.flatten(run.config)
+    n, longest = values.get("num_generations") or 0, values.get("max_completion_length") or 0
+    if not (n and longest):
+        return 0.0
+    parts = (values.get("steps_per_generation") or 1) * (values.get("num_iterations") or 1)
+    rows = values["micro_batch_size"] * values["gradient_accumulation_steps"] * (values.get("steps_per_generation") or 1) * n
+    device, cfg = place.device, model.cfg
+    flops = 2 * numbers(model.abstract) * rows / ((device.low if cfg.dtype.itemsize < 4 else device.wide) * device.products)
+    cache = memory.cache(cfg, rows, (values.get("max_prompt_len") or values.get("sequence_len") or 0) + longest // 2)
+    read = (seen.trees["weights"] + cache) / (device.bandwidth * device.passes)
+    return longest * max(flops, read, OPS * cfg.num_layers * max(device.host, device.launch)) / parts

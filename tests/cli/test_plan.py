@@ -1,0 +1,85 @@
+"""`treetune plan`: what a run would take, from its config alone."""
+
+import json
+
+import pytest
+
+from treetune.cli import main, parse, requirements
+from treetune.cli.methods import CONFIGS, of_config
+from treetune.cli.planning import advice, command, estimate
+from treetune.models import describe, devices
+
+SMALL = ("--micro-batch-size", "1", "--sequence-len", "64")
+
+
+def planned(tiny, name, *args):
+    kind = main.COMMANDS[name].config
+    parsed, given = parse.parse(name, kind, ["--model", str(tiny.long), *SMALL, *map(str, args)])
+    config = requirements.complete(parsed, CONFIGS[kind], given)
+    return estimate.Run(of_config(config), config, *describe.read_sizes(tiny.long))
+
+
+def test_a_plan_has_a_line_for_each_device_and_loads_nothing(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("treetune.models.loading.load_model", lambda *a, **k: pytest.fail("a plan loads no weights"))
+    assert main.main(["plan", "sft", "--model", str(tiny.long), *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sft of ") and "lora r 16" in lines[0]
+    assert [line.split()[0] for line in lines[2:9]] == ["H200", "H100", "A100", "A100", "RTX", "L4", "this"]
+    assert all("fits" in line for line in lines[2:9])
+
+
+def test_terms_add_up_and_a_file_says_the_run(tiny, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"method: sft\nmodel: {tiny.long}\nmicro_batch_size: 1\nsequence_len: 64\n")
+    assert main.main(["plan", str(tmp_path / "run.yaml"), "--on", "l4", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["peak"] == sum(plan["memory"].values()) and plan["step_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    assert {"weights", "adapter", "gradients", "optimiser states", "activations"} <= plan["memory"].keys()
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_comes_with_changes_that_do(tiny, capsys):
+    args = ["plan", "sft", "--model", str(tiny.long), "--micro-batch-size", "4", "--sequence-len", "128", "--on", "cpu", "--memory", "3MiB"]
+    assert main.main(args) == 0
+    out = capsys.readouterr().out
+    assert "does not fit on this CPU" in out and "to make it fit, the fastest first:" in out
+    flags = out.partition("first:\n")[2].splitlines()[0].split("  ")[1].split()
+    capsys.readouterr()
+    assert main.main([*args, *flags]) == 0
+    assert "fits on this CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "wrong"),
+    [
+        ([], "needs a config file or the name of a method"),
+        (["sft", "--on", "gtx"], "'gtx' is no device that is known"),
+        (["sft", "--memory", "much"], "expected a size such as 24GiB"),
+        (["sft", "--ranks", "0"], "expected a number of devices from 1"),
+        (["sft", "--model", "nowhere/at-all"], "name a folder that holds one"),
+    ],
+)
+def test_a_wrong_question_is_refused_in_a_line(args, wrong, capsys):
+    assert main.main(["plan", *args]) == 2
+    assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("24", 24 * 2**30), ("80GB", 80 * 10**9), ("512m", 2**29)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert command.size_of(text) == size
+
+
+def test_devices_that_share_what_trains_hold_less_and_talk(tiny):
+    run = planned(tiny, "sft", "--adapter", "none")
+    seen = estimate.counted(run, devices.GPUS["l4"])
+    alone, copies, shared = (
+        estimate.estimate(run, seen, estimate.Place(devices.GPUS["l4"], ranks, sharding))
+        for ranks, sharding in ((1, "none"), (4, "none"), (4, "full"))
+    )
+    assert shared.memory["optimiser states"] == pytest.approx(alone.memory["optimiser states"] / 4, rel=1e-3)
+    assert copies.memory["optimiser states"] == alone.memory["optimiser states"] and copies.tokens == 4 * alone.tokens
+    assert "communication" not in alone.seconds and 0 < copies.seconds["communication"] < shared.seconds["communication"]
+
+
+def test_changes_are_of_the_config(tiny):
+    run = advice.changed(planned(tiny, "dpo"), {"gradient_checkpointing": "full", "quant": "nf4"})
+    assert (run.config.optim.gradient_checkpointing, run.config.model.quant) == ("full", "nf4")
