@@ -51,6 +51,8 @@ def leaf_digest(params: Params) -> str:
     mesh = next((mesh for _, leaf in leaves if (mesh := shard.mesh_of(leaf)) is not None), None)
     if mesh is not None:
         return hashlib.sha256("".join(_in_turns(leaves, mesh.get_group("data"))).encode()).hexdigest()
+    if tree.bytes(params) < manifest.SMALL:
+        return hashlib.sha256("".join(_one_digest(*leaf) for leaf in leaves).encode()).hexdigest()
     # hashlib lets go of the interpreter's lock for large buffers, so threads do hash leaves at the same time.
     with ThreadPoolExecutor(DIGEST_THREADS) as threads:
         return hashlib.sha256("".join(threads.map(_one_digest, *zip(*leaves, strict=True))).encode()).hexdigest()

@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ LOADED = re.compile(
     r".*\.safetensors(\.index\.json)?|(adapter_|generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(json|jinja)|additional_chat_templates/.*|vocab\.(json|txt)|merges\.txt|treetune_base\.json"
 )
-THREADS = 4
+THREADS, SMALL = 4, 2**22  # bytes below which threads take longer to start than the files to hash
 SETTLED_NS = 2 * 10**9  # a file that was changed a moment ago may change again without another time of change
 
 
@@ -146,9 +147,21 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _digests(paths: Iterable[Path]) -> list[str | OSError]:
-    """sha256 of each file, or the error of reading it; several at a time, because hashing releases the interpreter's lock."""
+    """sha256 of each file, or the error of reading it; several large ones at a time, because hashing releases the interpreter's lock."""
+    paths = list(paths)
+    if _bytes(paths) < SMALL:
+        return [_digest(path) for path in paths]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_digest, paths))
+
+
+def _bytes(paths: list[Path]) -> int:
+    """The size of the files that can be read."""
+    total = 0
+    for path in paths:
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
 
 
 def _digest(path: Path) -> str | OSError:

@@ -1,6 +1,7 @@
 """The rules of the tree itself: who may import whom, which packages ship, how large things may be, what names are taken."""
 
 import ast
+import functools
 import re
 import statistics
 import sys
@@ -88,6 +89,7 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def _imports(path: Path) -> list[tuple[str, bool]]:
     """(module or module.name, whether at the top level) of each import of a file; `from a import b` gives a.b."""
     found, parsed = [], ast.parse(path.read_text())

@@ -19,8 +19,7 @@ import yaml
 FILES = sorted((Path(__file__).parent / "axolotl").glob("*.yaml"))
 PAGE = Path(__file__).parents[2] / "docs" / "axolotl.md"
 BEGIN, END = "<!-- files: begin -->", "<!-- files: end -->"
-FAST = ("colab", "gs", "kto", "orpo", "guide_grpo_0", "guide_ebft_0", "examples_ebft_configs_4", "examples_model_configs_9",
-        "agents_pretraining_1")  # fmt: skip
+FAST = ("colab", "gs", "kto", "orpo", "guide_ebft_0", "examples_model_configs_9", "agents_pretraining_1")
 LISTS = (
     "guide_rlhf_additions_2", "guide_rlhf_additions_3", "guide_vllm_serving_0", "guide_vllm_serving_2", "guide_grpo_5", "guide_grpo_6",
     "guide_grpo_13",

@@ -30,7 +30,7 @@ METHODS = {
     ],
     "reward": ["reward", "--data", "pairs.jsonl", "--sequence-len", 128, *LORA],
 }  # fmt: skip
-WORKING = [("glm4", "sft"), ("qwen3_5_text", "dpo")]
+WORKING = [("glm4", "sft"), pytest.param("qwen3_5_text", "dpo", marks=pytest.mark.slow)]
 KINDS = ("glm4", "deepseek_v3", "qwen3_5_text", "qwen3_5_moe_text", "nemotron_h")
 
 

@@ -89,13 +89,15 @@ PLACES = {
     "DoRA": ["--lora-dora", "--lora-rank-pattern", "q_proj=2"],
     "PiSSA": ["--lora-init", "pissa", "--lora-dora"],
 }
+FAST = [(place, True) for place in ("all but vectors", "head", "embedding", "whole head", "one layer", "DoRA")]
+FAST += [("head", False), ("whole embedding", False)]
 
 
 @pytest.mark.parametrize(
     ("place", "tied"),
-    [(place, True) for place in PLACES]
-    + [
-        (place, False) if "head" in place or "embedding" in place else pytest.param(place, False, marks=pytest.mark.slow)
+    [
+        (place, tied) if (place, tied) in FAST else pytest.param(place, tied, marks=pytest.mark.slow)
+        for tied in (True, False)
         for place in PLACES
     ],
 )

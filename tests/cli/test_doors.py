@@ -170,7 +170,7 @@ ONLINE = ["--reward-funcs", "digits", "--num-generations", 4, "--max-completion-
         ("cpo", ["--loss", "hinge"], ["--loss", "own.py:free"]),
         ("kto", [], ["--loss", "own.py:judged"]),
         ("dpo", ["--loss", "hinge", "ipo"], ["--loss", "own.py:pair", "ipo"]),
-        ("grpo", [*ONLINE, "--loss", "bnpo"], [*ONLINE, "--loss", "own.py:term"]),
+        pytest.param("grpo", [*ONLINE, "--loss", "bnpo"], [*ONLINE, "--loss", "own.py:term"], marks=pytest.mark.slow),
         ("grpo", ONLINE, [*ONLINE, "--advantage", "own.py:ranks"]),
         ("grpo", ONLINE, [*ONLINE, "--loss", "own.py:term?slope=3", "--epsilon", 0.5]),
     ],

@@ -134,7 +134,11 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# An example of ebft_strided_structured.transform is run by test_startup.py.
+LATER = ("ebft_strided_structured.transform",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in FORMATS])
 def test_columns_tell_the_transform(name, kit, here, train):
     done = train("--sequence-len", 160, "--sample-prompt", None, "--sample-tokens", 3, rows=FORMATS[name])
     assert done.code == 0, done.err
@@ -234,7 +238,11 @@ def plain_numbers():
     return {}
 
 
-@pytest.mark.parametrize("option", CHANGES)
+# What the method shares with others, whose tests change it, and what only scales a term.
+SHARED = ("diversity_coef", "rl_coef", "top_p", "chat_template", "sequence_len", "lora_dropout", "seed")
+
+
+@pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in SHARED else name for name in CHANGES])
 def test_option_changes_the_training(option, plain_numbers, kit, here, train):
     kit.write_rows(here / "asked.jsonl", asked())
     kit.write_rows(here / "chats.jsonl", chats())

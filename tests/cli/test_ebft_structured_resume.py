@@ -44,7 +44,8 @@ def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, learn, fork
     resume.assert_same(kit, resume.left(kit, here / "run"), resume.left(kit, here / "whole"))
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--streaming-partial-batch", "--steps-per-generation", 2], marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_grpo_resume.py has it of prompts with rewards
+@pytest.mark.parametrize("more", [[], ["--streaming-partial-batch", "--steps-per-generation", 2]])
 def test_sampling_ahead_loses_and_doubles_no_prompt(more, kit, tiny, here, tune, learn, forked):
     """20 prompts, two of which a step trains on: ten steps, however often killed, see each of them once."""
     assert learn("--max-steps", 1, "--output-dir", "rows").code == 0  # writes the rows

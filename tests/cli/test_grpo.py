@@ -268,7 +268,8 @@ LOSSES = {
 }
 
 
-ALIKE = ("bnpo", "luspo", "gdpo", "rloo", "reinforce", "sapo")  # put together from the same parts as others
+# Put together from the same parts as others; tests/losses/test_policy_gradient_steps.py cuts steps of them all.
+ALIKE = ("bnpo", "luspo", "gdpo", "rloo", "reinforce", "sapo", "dapo", "dr_grpo", "gspo", "gmpo")
 
 
 @pytest.mark.parametrize("loss", [pytest.param(loss, marks=pytest.mark.slow) if loss in ALIKE else loss for loss in LOSSES])
@@ -310,7 +311,10 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
+LATER = ("resumed LoRA, norms too", "full from merged", "DoRA")
+
+
+@pytest.mark.parametrize("start", [pytest.param(start, marks=pytest.mark.slow) if start in LATER else start for start in STARTS])
 def test_nothing_has_moved_at_step_0(start, steps, started):
     args = [started.get(arg, arg) for arg in STARTS[start]]
     records = steps(*args, "--beta", 0.1, "--no-skip-zero-advantage-batches")
@@ -324,7 +328,7 @@ def test_another_model_as_the_reference(tiny, steps):
     assert steps(*args, tiny.model, name="own")[0]["kl"] == 0
 
 
-@pytest.mark.parametrize("trains", ["lora", "none"])
+@pytest.mark.parametrize("trains", ["lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_reference_that_follows_is_the_policy_after_each_sync(trains, kit, here, steps):
     args = ["--adapter", trains, "--beta", 0.1, "--sync-ref-model", "--ref-model-sync-steps", 2, "--ref-model-mixup-alpha", 1]
     records = steps(*args, "--max-steps", 5, "--save-steps", 1, "--save-total-limit", 9, "--optimizer", "sgd", "--learning-rate", 0.1)

@@ -169,7 +169,9 @@ PLAIN = ("max_rows", "data", "num_generations", "max_completion_length", "temper
 # What these do is the subject of a test of its own, here or beside.
 TOLD = ("chat_template", "default_system_message", "rollout_func", "reward_weights", "entropy_target", "entropy_coef_delta",
         "entropy_coef_max", "router_aux_loss_coef", "async_prefetch", "prefetch_depth", "streaming_min_groups", "dynamic_sampling",
-        "replay_buffer_size", "reroll_max_groups", "skip_zero_advantage_batches", "sync_ref_model", "ref_model_sync_steps")  # fmt: skip
+        "replay_buffer_size", "reroll_max_groups", "reroll_start_fraction", "sapo_tau_neg", "ref_model_mixup_alpha",
+        "vllm_importance_sampling_min", "router_z_loss_coef", "learning_rate", "lr_scheduler", "micro_batch_size",
+        "skip_zero_advantage_batches", "sync_ref_model", "ref_model_sync_steps")  # fmt: skip
 
 
 @pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN + TOLD else name for name in CHANGES])

@@ -72,7 +72,7 @@ def assert_same(kit, one, other):
     assert one[2:] == other[2:]
 
 
-FAST = ("passes and steps", "everything")
+FAST = ("everything",)
 
 
 @pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])

@@ -97,6 +97,6 @@ def test_a_kill_before_any_change_leaves_a_folder_that_resumes_and_starts(kind, 
     assert killed_everywhere(kit, tiny, tune, forked, here, kind, 1) > 40
 
 
-@pytest.mark.parametrize("kind", ["new", "overwrite"])
+@pytest.mark.parametrize("kind", [pytest.param("new", marks=pytest.mark.slow), "overwrite"])
 def test_a_kill_before_some_changes_leaves_a_folder_that_resumes_and_starts(kind, kit, tiny, tune, forked, here):
     assert killed_everywhere(kit, tiny, tune, forked, here, kind, 23) > 23

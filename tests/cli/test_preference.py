@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-COMMANDS = ("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm")
+COMMANDS, AGAIN = ("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm"), ("dpo", "kto", "reward")
 
 
 def pair(i: int, **more) -> dict:
@@ -127,11 +127,13 @@ KINDS = {
 
 
 STARTS = ("fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS)
-SOME = ("resumed LoRA", "full")
-MOVING = [("kto", start) if start in SOME else pytest.param("kto", start, marks=pytest.mark.slow) for start in STARTS]
+SOME, LATER = ("resumed LoRA", "full"), ("full from merged", "resumed LoRA, norms too")
+MOVING = [pytest.param("dpo", start, marks=pytest.mark.slow) for start in LATER] + [
+    ("kto", start) if start in SOME else pytest.param("kto", start, marks=pytest.mark.slow) for start in STARTS
+]
 
 
-@pytest.mark.parametrize(("command", "start"), [("dpo", start) for start in STARTS] + MOVING)
+@pytest.mark.parametrize(("command", "start"), [("dpo", start) for start in STARTS if start not in LATER] + MOVING)
 def test_nothing_has_moved_at_step_0(command, start, kit, tiny, here, train, started):
     """Exactly 0 where both run in one packing; within 1e-6 where the reference was computed once, in another.
 
@@ -173,8 +175,10 @@ def test_another_model_as_the_reference(kit, tiny, here, train):
         assert one["eval/loss"] == pytest.approx(other["eval/loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("command", ["dpo", "kto"])
-@pytest.mark.parametrize("trains", ["lora", "none"])
+@pytest.mark.parametrize(
+    ("trains", "command"),
+    [("lora", "dpo"), ("none", "kto"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "kto"), ("none", "dpo")))],
+)
 def test_a_reference_that_follows_is_the_policy_after_each_sync(command, trains, kit, here, train):
     """Copied every second step: nothing separates them at steps 1, 3 and 5. It is in the checkpoints, and no alias of the policy."""
     args = ["--adapter", trains, "--sync-ref-model", "--ref-model-sync-steps", 2, "--ref-model-mixup-alpha", 1, "--max-steps", 5]
@@ -215,7 +219,7 @@ CRASHES = {
 }
 
 
-SOON = ("dpo", "dpo, synced", "bco", "reward")
+SOON = ("dpo, synced", "bco", "reward")
 
 
 @pytest.mark.parametrize("kind", [kind if kind in SOON else pytest.param(kind, marks=pytest.mark.slow) for kind in CRASHES])
@@ -257,7 +261,7 @@ def test_kept_log_probs_are_not_those_of_another_dtype(kit, here, train):
     assert train("dpo", *args).code == 0 and abs(first_step(kit, here / "run")["rewards/chosen"]) <= 1e-6
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name if name in AGAIN else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS])
 def test_a_run_again_from_its_own_config(command, kit, here, tune, train):
     assert train(command, "--optimizer", "sgd").code == 0
     assert tune(command, "--config", "run/config.yaml", "--output-dir", "again").code == 0

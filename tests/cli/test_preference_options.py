@@ -103,7 +103,16 @@ def plain_runs():
     return {}
 
 
-@pytest.mark.parametrize(("command", "option"), CHANGES)
+# What kto shares with dpo, and what dpo shares with sft.
+SHARED = {
+    ("kto", name) for name in ("ref_model", "precompute_ref_logps", "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
+}
+SHARED |= {("dpo", "router_z_loss_coef"), ("cpo", "dpo_label_smoothing")}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [pytest.param(*case, marks=pytest.mark.slow) if case in SHARED else case for case in CHANGES]
+)
 def test_option_changes_the_run(command, option, plain_runs, losses, calls):
     own, both = CHANGES[command, option]
     both = [*both, "--val-set-size", 0]

@@ -63,6 +63,7 @@ def test_weights_have_their_colours(kit):
     assert passages.label_tokens(doc, tokenizer) == [("a", "off"), ("b", "on"), ("c", "half")]
 
 
+@pytest.mark.slow  # tests/core/data/test_workers.py has the documents of two processes
 def test_worker_processes_change_nothing_but_the_time(tune, tiny):
     args = ["preprocess", "--model", tiny.model, "--data", tiny.chat, "--debug", 1]
     one, two = (tune(*args, "--dataset-processes", n) for n in (1, 2))

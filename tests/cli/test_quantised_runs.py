@@ -79,7 +79,7 @@ def test_a_model_that_was_trained_rounded_is_quantised_to_what_was_evaluated(kin
     assert loss("--quant", kind) == pytest.approx(last, abs=5e-5) != pytest.approx(loss(), abs=5e-5)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp4", "int4", "int8"))])
 def test_the_files_of_a_model_that_was_trained_rounded_hold_what_it_computed_with(kind, kit, tiny, here, tune):
     model = kit.write_model(here / "base", hidden_size=64, mlp_size=192, head_dim=16)
     options = ["--adapter", "none", "--qat", kind, "--max-steps", 2, "--learning-rate", 1e-2, "--sample-prompt="]

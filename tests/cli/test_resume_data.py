@@ -212,7 +212,7 @@ def test_another_function_in_the_file_of_a_reward_is_listed(tiny, here, kit, tun
     kit.refused(tune("grpo", *moved), "reward_funcs .* instead of elsewhere")
 
 
-@pytest.mark.parametrize("changes", [{"rope_theta": 777.0}, {"rms_norm_eps": 0.01}])
+@pytest.mark.parametrize("changes", [{"rope_theta": 777.0}, pytest.param({"rms_norm_eps": 0.01}, marks=pytest.mark.slow)])
 def test_a_model_that_computes_otherwise_with_the_same_weights_is_refused(changes, tiny, here, kit, tune, sft):
     for name in ("own", "ref"):
         shutil.copytree(tiny.model, here / name)

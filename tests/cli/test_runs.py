@@ -118,9 +118,15 @@ def test_config_of_a_run_reads_back_as_the_same_config_and_run(kit, here, tiny, 
     assert kit.same(kit.state(here / "a", 2), kit.state(here / "b", 2))
 
 
-AGAIN = [["--optimizer", "adafactor", "--optim-args", "scale_parameter=true"], ["--optimizer", "muon"],
-         ["--optimizer", "adamw_torch_4bit", "--learning-rate", 1e-3], ["--adapter", "none"], ["--loss", "eaft"]]  # fmt: skip
-LATER = [["--optimizer", "lion"], ["--optimizer", "sgd", "--momentum", 0.5], ["--val-set-size", 0], ["--lr-scheduler", "linear"]]
+AGAIN = [["--optimizer", "adafactor", "--optim-args", "scale_parameter=true"], ["--adapter", "none"], ["--loss", "eaft"]]
+LATER = [
+    ["--optimizer", "muon"],
+    ["--optimizer", "adamw_torch_4bit", "--learning-rate", 1e-3],
+    ["--optimizer", "lion"],
+    ["--optimizer", "sgd", "--momentum", 0.5],
+    ["--val-set-size", 0],
+    ["--lr-scheduler", "linear"],
+]
 
 
 @pytest.mark.parametrize("extra", AGAIN + [pytest.param(extra, marks=pytest.mark.slow) for extra in LATER])

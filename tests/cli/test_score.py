@@ -142,7 +142,13 @@ def adapted(tiny, here):
 
 
 @pytest.mark.parametrize(
-    "named", [("run",), ("run/adapter",), ("--adapter", "run"), ("BASE", "--adapter", "run/adapter"), ("REWARD", "--adapter", "run")]
+    "named",
+    [
+        ("run",),
+        ("BASE", "--adapter", "run/adapter"),
+        ("REWARD", "--adapter", "run"),
+        *(pytest.param(named, marks=pytest.mark.slow) for named in (("run/adapter",), ("--adapter", "run"))),
+    ],
 )
 def test_an_adapter_is_scored_like_its_merged_model(adapted, folders, kit, tiny, tune, here, named):
     model, head = adapted

@@ -46,7 +46,7 @@ def begin(scene: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=scene)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_it_serves_until_it_is_told_to_stop_and_answers_no_more(scene, how):
     port = servers.free_port()
     log = ("--log", str(scene / "logs" / "vllm.log")) if how is signal.SIGTERM else ()

@@ -59,7 +59,7 @@ def at_step(step, signum):
     return prepare
 
 
-FAST = [("packed, many epochs", signal.SIGKILL), ("one block", signal.SIGKILL), ("one block", signal.SIGTERM)]
+FAST = [("packed, many epochs", signal.SIGKILL), ("one block", signal.SIGTERM)]
 STOPPED = [(kind, signum) for kind in KINDS for signum in (signal.SIGKILL, signal.SIGTERM)]
 
 

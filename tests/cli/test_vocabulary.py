@@ -37,6 +37,12 @@ def base(request, tiny):
     return tiny.model if request.param == "tied" else tiny.untied
 
 
+def mostly(kind):
+    """The same whether tied or not: one kind in the working set."""
+    other = pytest.param("untied" if kind == "tied" else "tied", marks=pytest.mark.slow)
+    return pytest.mark.parametrize("base", [kind, other], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Where the runs of `run` are kept, and what they printed by their model."""
@@ -79,6 +85,7 @@ def test_peft_computes_the_same(base, run):
     torch.testing.assert_close(theirs(peft.PeftModel.from_pretrained(under, root / "adapter")), expected, atol=1e-4, rtol=0)
 
 
+@mostly("tied")
 def test_merged_model_config_and_tokenizer_agree(base, run, tune, tiny, here):
     root, _ = run
     done = tune("merge", root, "merged")
@@ -96,6 +103,7 @@ def test_merged_model_config_and_tokenizer_agree(base, run, tune, tiny, here):
     assert tune(*asked, "--adapter", root).out == tune(*asked, "--model", "merged").out
 
 
+@mostly("untied")
 def test_a_run_with_new_tokens_resumes_bit_for_bit(base, sft, here, kit):
     args = ("--model", base, *NEW, "--learning-rate", 0.01, "--lr-scheduler", "constant", "--warmup-steps", 0)
     assert sft(*args, "--max-steps", 4, "--output-dir", "whole").code == 0
@@ -105,6 +113,7 @@ def test_a_run_with_new_tokens_resumes_bit_for_bit(base, sft, here, kit):
     assert kit.same(one, other)
 
 
+@mostly("untied")
 def test_an_adapter_is_trained_further_with_more_tokens(base, run, sft, kit, here):
     root, _ = run
     more = ("--lora-model-dir", root, "--tokens", "<more>", "--learning-rate", 1e-9, "--output-dir", "more")
@@ -121,6 +130,7 @@ def test_an_adapter_is_trained_further_with_more_tokens(base, run, sft, kit, her
     assert again.code == 0 and len(AutoTokenizer.from_pretrained(here / "again/adapter")) == 262
 
 
+@mostly("tied")
 def test_rows_are_grown_to_a_multiple(base, sft, tune, kit, here):
     done = sft("--model", base, "--tokens", " please", "--embedding-multiple", 32)
     assert done.code == 0 and "260 rows grown to 288" in done.out
@@ -131,6 +141,7 @@ def test_rows_are_grown_to_a_multiple(base, sft, tune, kit, here):
     assert model.config.vocab_size == 288 and len(AutoTokenizer.from_pretrained("merged")) == 260
 
 
+@mostly("untied")
 def test_a_padded_vocabulary_keeps_its_rows(base, sft, tune, kit, here):
     padded = kit.write_model(here / "padded", vocab_size=320, tied="lm_head" not in hf.load(base).params)
     done = sft("--model", padded, *NEW, "--embedding-multiple", 64, "--learning-rate", 0.05)
@@ -156,6 +167,7 @@ def test_a_token_that_exists_changes_no_weight(tiny, sft, kit, here):
     assert kit.same(*files)
 
 
+@mostly("tied")
 def test_modules_that_the_user_names_are_not_named_again(base, sft, here, kit):
     args = ("--model", base, "--tokens", " please", "<tool>", "--lora-modules-to-save", "embed_tokens", "lm_head")
     done = sft(*args)

@@ -149,10 +149,17 @@ def test_saving_again_replaces(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_several_threads_give_the_digest_of_one(monkeypatch):
+    params = _state().params
+    alone = ckpt.leaf_digest(params)
+    monkeypatch.setattr(manifest, "SMALL", 0)
+    assert ckpt.leaf_digest(params) == alone != ckpt.leaf_digest(_state(2.0).params)
+
+
 OLD = {"step_000005": [1.0], "step_000010": [1.0]}
 
 
-@pytest.mark.parametrize("mode", ["new", "again"])
+@pytest.mark.parametrize("mode", ["again", pytest.param("new", marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path, mode):
     """Signal 9 before each thing that a save does to the disk; see crash.py for what a line holds."""
     script = Path(__file__).with_name("crash.py")

@@ -36,6 +36,15 @@ def test_a_manifest_holds_sizes_and_the_digests_of_sha256sum(folder):
     assert manifest.check(folder) is True
 
 
+def test_several_threads_find_the_same(folder, monkeypatch):
+    monkeypatch.setattr(manifest, "SMALL", 0)
+    told = (folder / manifest.NAME).read_bytes()
+    manifest.write(folder)
+    assert (folder / manifest.NAME).read_bytes() == told and manifest.check(folder)
+    (folder / "config.json").write_text('{"a": 2}')
+    refused(folder, "config.json is not as it was written")
+
+
 def test_a_folder_without_a_manifest_is_not_checked(tmp_path):
     assert manifest.check(tmp_path) is False and manifest.check(tmp_path / "nowhere") is False
 

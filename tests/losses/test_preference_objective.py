@@ -36,10 +36,12 @@ def made(name: str, base, used=None):
     return scene.parts(command, base, used, **options)
 
 
+ALIKE = ("ipo", "cpo", "alphapo")  # losses of the same margins as those of dpo and simpo
+FULL = [pytest.param(name, "full", marks=pytest.mark.slow) if name in ALIKE else (name, "full") for name in METHODS]
 ADAPTED = [(name, "lora") if name in ("dpo", "orpo", "simpo") else pytest.param(name, "lora", marks=pytest.mark.slow) for name in METHODS]
 
 
-@pytest.mark.parametrize(("name", "trains"), [(name, "full") for name in METHODS] + ADAPTED)
+@pytest.mark.parametrize(("name", "trains"), FULL + ADAPTED)
 def test_every_cut_of_a_step_gives_one_gradient(name, trains):
     base = scene.model()
     built = made(name, base, scene.adapted(base) if trains == "lora" else None)

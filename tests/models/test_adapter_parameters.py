@@ -48,8 +48,13 @@ def reloaded(model, path, ids):
         return wrapped(ids[None]).logits[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TARGETS)
+def each(names, kinds):
+    """(name, kind): every name and every kind in the working set, one with another in turn; the others are slow."""
+    cases = [(name, kind, i % len(kinds) == j) for i, name in enumerate(names) for j, kind in enumerate(kinds)]
+    return [(name, kind) if fast else pytest.param(name, kind, marks=pytest.mark.slow) for name, kind, fast in cases]
+
+
+@pytest.mark.parametrize(("name", "kind"), each(TARGETS, KINDS))
 def test_peft_computes_the_same_logits(oracle, documents, tmp_path, name, kind):
     model, folder = oracle(kind)
     ours, ids = hf.load(folder), torch.tensor(documents[1])
@@ -109,8 +114,7 @@ def made_by_peft(model, path, options):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PEFTS)
+@pytest.mark.parametrize(("name", "kind"), each(PEFTS, KINDS))
 def test_adapters_that_peft_makes_are_read(oracle, documents, tmp_path, name, kind):
     model, folder = oracle(kind)
     ids = torch.tensor(documents[1])

@@ -106,7 +106,7 @@ def test_values_and_gradients_are_those_of_the_folded_weights(folder, kind):
         assert want.any() and (leaf - want).norm() <= 1e-5 * want.norm() + 1e-7 * largest, path  # the head and routers give float32
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", [*EVERY[:1], *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS[1:], *MORE))])
 def test_the_sampler_uses_adapters_on_experts(folder, kind):
     """|log ratio| <= 5e-5 on any token."""
     model = hf.load(folder(kind))

@@ -68,14 +68,18 @@ def test_an_adapter_in_the_sampler_is_the_one_of_the_trainer_without_dropout(our
         torch.testing.assert_close(samples.logp[row, : samples.lens[row]], reference, atol=5e-5, rtol=0)
 
 
-def test_greedy_is_what_transformers_generates(oracle):
-    for kind in ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "granite", "gemma3"):
-        model, path = oracle(kind)
-        samples = decode.sample(hf.load(path), PROMPTS, max_new_tokens=20, temperature=0, seed=0)
-        for prompt, got in zip(PROMPTS, samples.tokens, strict=True):
-            expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt) :]
-            assert got.tolist() == expected.tolist()
-        assert torch.equal(samples.log_kept, samples.logp)
+SOME = ("mistral", "qwen3_moe", "gpt_oss", "gemma3")
+MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "qwen3", "mixtral", "granite")]
+
+
+@pytest.mark.parametrize("kind", [*SOME, *MORE])
+def test_greedy_is_what_transformers_generates(oracle, kind):
+    model, path = oracle(kind)
+    samples = decode.sample(hf.load(path), PROMPTS, max_new_tokens=20, temperature=0, seed=0)
+    for prompt, got in zip(PROMPTS, samples.tokens, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+        assert got.tolist() == expected.tolist()
+    assert torch.equal(samples.log_kept, samples.logp)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from treetune.core import tree
 from treetune.models import adapter, dense, hf
 
-FAST, SLOW = 220, 2500  # mutations of each file
+FAST, SLOW = 100, 2500  # mutations of each file
 IDS = torch.tensor([3, 17, 60, 2, 2, 95, 40])
 GONE = object()
 VALUES = [

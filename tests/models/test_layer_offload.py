@@ -53,8 +53,10 @@ def put_away(model):
     return model._replace(params=params), max(layer_offload.elsewhere(layer, CPU) for layer in params["layers"])
 
 
+FAST = [("qwen3_moe", "lora"), ("gpt_oss", "nf4"), ("glm4", "nf4"), ("qwen3_5_text", "lora")]
 KINDS = [("llama", kind) for kind in ("lora", "nf4", "dora")] + [
-    (family, kind) for family, kind in itertools.product(("qwen3_moe", "gpt_oss", "glm4", "qwen3_5_text"), ("lora", "nf4"))
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(("qwen3_moe", "gpt_oss", "glm4", "qwen3_5_text"), ("lora", "nf4"))
 ]
 
 
@@ -62,7 +64,7 @@ KINDS = [("llama", kind) for kind in ("lora", "nf4", "dora")] + [
 def test_gradients_are_the_same_to_the_bit_and_two_layers_are_there(family, kind, folder, copies, passes):
     model, batch = hf.load(folder(family), scheme=Scheme("nf4") if kind == "nf4" else None), passes.stream()
     far, largest = put_away(model)
-    for remat in POLICIES if family == "llama" else (None, "selective", "full+disk"):
+    for remat in POLICIES if (family, kind) == ("llama", "lora") else (None, "selective", "full+disk"):
         value, expected = passes.gradient(model, kind, remat, batch)
         copies.sent.clear()
         copies.most = 0

@@ -89,7 +89,7 @@ def written(chosen, path, scheme, *, by_layers):
     return merged.difference
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme("nf4")], ids=["float32", "nf4"])
+@pytest.mark.parametrize("scheme", [None, pytest.param(Scheme("nf4"), marks=pytest.mark.slow)], ids=["float32", "nf4"])
 def test_memory_is_that_of_a_few_layers(scheme, chosen, tmp_path):
     peaks = {}
     for name in ("whole", "layers"):
@@ -100,12 +100,16 @@ def test_memory_is_that_of_a_few_layers(scheme, chosen, tmp_path):
     assert peaks["whole"] > 24 * layer and peaks["layers"] < 6 * layer, (peaks, layer)
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("int4")], ids=["float32", "nf4", "int4"])
-@pytest.mark.parametrize("kind", ["cohere2", "zamba2"])
+KINDS = {"float32": None, "nf4": Scheme("nf4"), "int4": Scheme("int4")}
+FAST = [("cohere2", "nf4"), ("cohere2", "int4"), ("zamba2", "float32")]
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("cohere2", "float32"), ("zamba2", "nf4"), ("zamba2", "int4"))]
+
+
+@pytest.mark.parametrize(("kind", "scheme"), FAST + MORE)
 def test_models_of_transformers_are_merged_by_layers(kind, scheme, folder, tmp_path):
     """The layers of zamba2 share weights, which no layer of its own holds."""
     chosen = adapted(folder(kind), tmp_path)
-    one, other = (written(chosen, tmp_path / str(by_layers), scheme, by_layers=by_layers) for by_layers in (False, True))
+    one, other = (written(chosen, tmp_path / str(by_layers), KINDS[scheme], by_layers=by_layers) for by_layers in (False, True))
     assert one == other and one.largest > 0
     first, second = (
         {key: leaf for file in sorted((tmp_path / str(name)).glob("*.safetensors")) for key, leaf in load_file(file).items()}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -12,12 +13,15 @@ from treetune.models import adapter, dense, hf
 
 RANK, ALPHA = 4, 12
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-EVERY = [
-    pytest.param(("llama", True), id="llama tied"),
-    pytest.param(("qwen2", False), id="qwen2"),
-    pytest.param(("llama", False), id="llama", marks=pytest.mark.slow),
-    pytest.param(("qwen2", True), id="qwen2 tied", marks=pytest.mark.slow),
-]
+EVERY = {"llama tied": ("llama", True), "qwen2": ("qwen2", False), "llama": ("llama", False), "qwen2 tied": ("qwen2", True)}
+
+
+def each(names, *, both=False):
+    """(name, case): in the working set with one of the first two cases in turn, or with both; the others are slow."""
+    cases = [(name, case, j < 2 if both else i % 2 == j) for i, name in enumerate(names) for j, case in enumerate(EVERY)]
+    return [pytest.param(name, EVERY[case], id=f"{name}-{case}", marks=[pytest.mark.slow] * (not fast)) for name, case, fast in cases]
+
+
 # name -> (options of LoraConfig, what the refusal names on every model, or None where the adapter is read)
 PLAIN = {
     "defaults": (dict(), None),
@@ -147,14 +151,12 @@ def check(oracle, documents, path, case, options, refusal) -> None:
     assert_equal(ours(folder, path, ids), expected)
 
 
-@pytest.mark.parametrize("case", EVERY)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(("name", "case"), each(PLAIN))
 def test_an_adapter_computes_what_peft_reloads(oracle, documents, tmp_path, name, case):
     check(oracle, documents, tmp_path, case, *PLAIN[name])
 
 
-@pytest.mark.parametrize("case", EVERY)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("name", "case"), each(OTHERS, both=True))
 def test_what_depends_on_the_model(oracle, documents, tmp_path, name, case):
     options, biased, tied = OTHERS[name]
     check(oracle, documents, tmp_path, case, options, biased if case[0] == "qwen2" and biased else tied if case[1] else None)
@@ -178,15 +180,24 @@ def test_pissa_that_peft_turned_into_a_plain_adapter(oracle, documents, tmp_path
     assert_equal(ours(folder, tmp_path / "plain", ids), expected)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Adapters that PEFT made, by their model: each is made once and copied."""
+    return {None: tmp_path_factory.mktemp("plain")}
+
+
 @pytest.fixture
-def edited(oracle, tmp_path):
+def edited(oracle, plain, tmp_path):
     """edited(kind, tied, tensors, config) -> (the model, its folder, a plain adapter with these tensors and fields changed)."""
 
     def make_one(kind: str, tied: bool, tensors: dict | None = None, config: dict | None = None):
         from safetensors.torch import load_file, save_file
 
         model, folder = oracle(kind, tied)
-        make(model, tmp_path, dict(target_modules=["q_proj", "v_proj"]))
+        if (kind, tied) not in plain:
+            plain[kind, tied] = plain[None] / f"{kind}-{tied}"
+            make(model, plain[kind, tied], dict(target_modules=["q_proj", "v_proj"]))
+        shutil.copytree(plain[kind, tied], tmp_path, dirs_exist_ok=True)
         leaves = load_file(tmp_path / adapter.WEIGHTS) | (tensors or {})
         save_file({key: leaf for key, leaf in leaves.items() if leaf is not None}, tmp_path / adapter.WEIGHTS)
         fields = json.loads((tmp_path / adapter.CONFIG).read_text()) | (config or {})

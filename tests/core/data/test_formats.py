@@ -321,7 +321,7 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("examples", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_rows_give_streams_or_a_named_error(tokenizer, templates, examples):
     went = Counter()
 
