@@ -11,6 +11,7 @@ History = Sequence[dict]
 Points = list[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 52, 12, 12, 26
 MARKED = 24  # up to so many points of a line are drawn as dots, too
+EXACT = ("learning rate", "memory")  # beginnings of titles of what has no noise
 SMOOTHED = 60  # from so many points on a line is drawn thin, with its moving mean over it
 COLOURS = "abcdef"
 DRAWN = 600  # points of a line at most: of more, the lowest and highest of each stretch
@@ -135,7 +136,8 @@ def _sheet(title: str, series: Mapping[str, Points], colours: Mapping[str, str])
     ticks = _ticks(min([value for _, value in finite] + bounds), max([value for _, value in finite] + bounds))
     first, last = min(step for step, _ in finite), max(step for step, _ in finite)
     sheet = _Places(first, last, ticks[0], ticks[-1])
-    window = max((len(points) // 25 for points in series.values() if len(points) >= SMOOTHED), default=0)
+    lengths = [len(points) for points in series.values() if len(points) >= SMOOTHED and not title.startswith(EXACT)]
+    window = max(lengths, default=0) // 25
     lines = [_line(name, colours[name], points, sheet, window) for name, points in series.items()]
     return Chart(title, lines, [(sheet.y(tick), _short(tick)) for tick in ticks], _columns(sheet), window)
 

@@ -53,8 +53,11 @@ def _loss_spike(history: list[Record]) -> str | None:
     if history and sampled(history[-1]):
         return None
     loss = _series(history[-WINDOW:], "train/loss")
-    usual = statistics.median(loss[-21:-1]) if len(loss) > 10 else float("inf")
-    return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if len(loss) > 10 and loss[-1] > 2 * usual > 0.1 else None
+    if len(loss) <= 10:
+        return None
+    usual, highest = statistics.median(loss[-21:-1]), max(loss[-21:-1])
+    beyond = loss[-1] - usual > 1.5 * (highest - usual)  # losses of small batches vary, and more so where the median is low
+    return f"train/loss jumped to {loss[-1]:.3f} from about {usual:.3f}" if beyond and loss[-1] > 2 * usual > 0.1 else None
 
 
 def _plateau(history: list[Record]) -> str | None:

@@ -35,6 +35,7 @@ HEALTHY = (
         _steps(FALLING[:40], held=(1.6, 1.601, 1.6, 1.601, 1.602)),  # a flat loss, by chance up twice
         _steps(FALLING[:40], norm=99.9),
         _steps([2.0] * 11 + [3.9]),
+        _steps([1.0] * 12 + [2.1, *[1.0] * 4, 2.3]),  # no further than losses of small batches have been before
         _steps([0.02] * 11 + [0.045]),  # a jump between losses that are small anyway
         _steps([0.009, 0.009, 0.011]),
         _with(**{"rewards/margins": 0.1, "rewards/accuracies": 0.6, "rewards/chosen": -1.0, "rewards/rejected": -4.0, "kl": -0.2}),
