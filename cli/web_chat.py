@@ -31,8 +31,8 @@ def serve(reply: Reply, title: str, port: int) -> None:
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from error  # of others the browser is told nothing
 
-    # Its own lines speak of options that this command does not have.
-    gradio.ChatInterface(answer, title=title).launch(server_name=HOST, server_port=port, share=False, quiet=True)
+    # Its own lines speak of options that this command does not have, and what it counts goes to its makers.
+    gradio.ChatInterface(answer, title=title, analytics_enabled=False).launch(server_name=HOST, server_port=port, share=False, quiet=True)
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:

@@ -145,8 +145,9 @@ class Guarded(Observer):
             return
         try:
             method(*map(_copy, values), **named)
-        # A tracker talks to networks and disks of its own, whose errors nobody can list; hours of training must not end with them.
-        except Exception as error:
+        # A tracker talks to networks and disks of its own, whose errors nobody can list, and some packages leave with SystemExit; hours of
+        # training must not end with them.
+        except (Exception, SystemExit) as error:
             self.failed = True
             reason = " ".join(str(error).split())
             self.warn(f"observer {self.name} failed at {event} ({type(error).__name__}: {reason}); the run goes on without it")

@@ -48,6 +48,7 @@ class Background(Observer):
         self.lines: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
         self.process: subprocess.Popen | None = None
+        self.doing = ""  # the last call
         self.mark, self.told, self.left_out, self.lost = uuid.uuid4().hex, Told(), 0, False
         self.stopped: str | None = "failed"
         self.say: Callable[[str, bool], None] = lambda text, warning: None
@@ -97,8 +98,9 @@ class Background(Observer):
         self.thread.join(max(deadline - time.monotonic(), 0.0))
         if self.thread.is_alive():
             self.lost = True
+            still = "has not opened the run (are its service and its key right?)" if self.doing == "open" else "has not finished"
             waiting = self.events.qsize()
-            self._warn(f"has not finished in time, {waiting} events were waiting; the run is complete in {self.root}")
+            self._warn(f"{still} in time, {waiting} events were waiting; the run is complete in {self.root}")
             self._kill()
             self.thread.join(SHUTDOWN_S)
         if self.left_out:
@@ -215,7 +217,7 @@ class Background(Observer):
 
     def _call(self, channel: socket.socket, name: str, given: dict[str, Any], times: float = 1) -> dict[str, Any]:
         """The answer of the process to one call. Errors: Lost."""
-        limit_s = self.timeout_s * times
+        self.doing, limit_s = name, self.timeout_s * times
         channel.settimeout(limit_s)
         try:
             wire.send(channel, {name: given, "limit_s": limit_s})

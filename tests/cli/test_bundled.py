@@ -49,7 +49,8 @@ def test_the_browser_gets_what_the_model_samples(tune, tiny, monkeypatch):
     seen, parts = {}, [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]  # as of gradio 6
 
     class ChatInterface:
-        def __init__(self, answer, title):
+        def __init__(self, answer, title, analytics_enabled):
+            assert not analytics_enabled
             seen["answers"] = list(answer("2 + 2", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]))
 
         def launch(self, **options):

@@ -64,17 +64,18 @@ def test_a_function_a_class_and_an_object_can_observe():
     assert curve.points == [0.5] and curve.over
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_rest_goes_on():
+@pytest.mark.parametrize("error", [ConnectionError("no route to host"), SystemExit(3)])
+def test_a_tracker_that_fails_is_left_out_and_the_rest_goes_on(error):
     warnings, curve = [], Curve()
 
     def broken(event, record):
-        raise ConnectionError("no route to host")
+        raise error
 
     group = observers.Observers([observers.of(broken, "mine.py:track", warnings.append), curve])
     for step in (1, 2):
         group.step({"step": step, "train/loss": 0.5})
     assert curve.points == [0.5, 0.5]
-    assert warnings == ["observer mine.py:track failed at step (ConnectionError: no route to host); the run goes on without it"]
+    assert warnings == [f"observer mine.py:track failed at step ({type(error).__name__}: {error}); the run goes on without it"]
 
 
 def test_what_cannot_observe_is_refused():

@@ -101,7 +101,7 @@ def test_a_tracker_that_never_opens_is_left_at_the_end(stubs, followed):
     followed.step(trackers, 1)
     start = time.monotonic()
     followed.end(trackers)
-    assert time.monotonic() - start < 5 and "has not finished in time" in followed.warnings[0]
+    assert time.monotonic() - start < 5 and "has not opened the run (are its service and its key right?) in time" in followed.warnings[0]
 
 
 def test_events_that_wait_are_limited(stubs, followed, monkeypatch):
