@@ -15,7 +15,9 @@ def run(config: Generate, given: frozenset[str]) -> int:
     """Print the answers; the exit code."""
     screen = Screen()
     with checking_input():
-        config = replace(config, prompt=tuple(sys.stdin.read() if text == "-" else text for text in config.prompt))
+        if config.prompt.count("-") > 1:
+            raise ValueError("- is given twice, and standard input can be read once")
+        config = replace(config, prompt=tuple(_standard_input(config.raw) if text == "-" else text for text in config.prompt))
         chosen = target.choose(config.adapter.adapter, named="model" in given, **asdict(config.model))
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         ids = _prompt_ids(config, tokenizer)
@@ -30,6 +32,18 @@ def run(config: Generate, given: frozenset[str]) -> int:
             screen.line(f"# {config.prompt[row // config.num_samples]}", "bold")
         screen.line(text.strip() + "\n" * several)
     return 0
+
+
+def _standard_input(raw: bool) -> str:
+    """The prompt from standard input; of a chat without the line end that `echo` adds. Errors: ValueError for none, and for bytes."""
+    text = sys.stdin.read() if sys.stdin is not None else ""  # None: it is closed
+    if not text.strip():
+        raise ValueError("standard input holds no prompt: write one, as in echo 'What is 17 + 25?' | treetune generate -")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that are no UTF-8 are read as halves of surrogate pairs
+        raise ValueError(f"standard input is no UTF-8 text at character {error.start + 1}") from None
+    return text if raw else text.removesuffix("\n").removesuffix("\r")
 
 
 def _prompt_ids(config: Generate, tokenizer: Any) -> list[list[int]]:

@@ -35,8 +35,22 @@ def test_every_topic_leads_to_a_page():
 
 def test_a_prompt_comes_from_standard_input(tune, tiny, monkeypatch):
     options = ("--model", tiny.model, "--max-new-tokens", 3, "--temperature", 0)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1\n"))
     assert tune("generate", "-", *options).out == tune("generate", "1 + 1", *options).out
+
+
+@pytest.mark.parametrize(
+    ("stdin", "prompts", "words"),
+    [
+        (io.StringIO(" \n"), ["-"], "holds no prompt"),
+        (None, ["-"], "holds no prompt"),
+        (io.StringIO("a\udcff"), ["-"], "no UTF-8 text at character 2"),
+        (io.StringIO("a"), ["-", "-"], "given twice"),
+    ],
+)
+def test_a_standard_input_without_a_prompt_is_refused(tune, tiny, kit, monkeypatch, stdin, prompts, words):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    kit.refused(tune("generate", *prompts, "--model", tiny.model), words)
 
 
 def test_a_chat_in_the_browser_needs_gradio_and_listens_here_alone(tune, tiny, monkeypatch):
