@@ -88,8 +88,13 @@ def metrics(history: History) -> list[str]:
 def compared(runs: Mapping[str, History]) -> list[Chart]:
     """A chart for each metric that a run has, with a line for each run that has it, in the run's colour."""
     titles = {key: title + ", held out" * key.startswith("eval/") for title, keys in CHARTS for key in keys[:2] if _alone(key, keys)}
-    names = dict.fromkeys(name for history in runs.values() for name in metrics(history))
-    return [one for name in names if (one := _beside(name, titles.get(name, name), runs)) is not None]
+    shown = {name: metrics(history) for name, history in runs.items()}
+    metric_names = dict.fromkeys(metric for several in shown.values() for metric in several)
+    out = []
+    for metric in metric_names:
+        having = {name: history if metric in shown[name] else [] for name, history in runs.items()}
+        out.append(_beside(metric, titles.get(metric, metric), having))
+    return [chart for chart in out if chart is not None]
 
 
 def _alone(key: str, keys: Sequence[str]) -> bool:

@@ -174,8 +174,14 @@ def _state(root: Path, status: journal.Status | None) -> tuple[str, str]:
 
 
 def differences(runs: Sequence[PastRun]) -> dict[str, list[Any]]:
-    """{option: its value in each run} of the options that are not the same in all runs of which they are known; UNKNOWN in others."""
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in PLACES)
+    """{option: its value in each run} of the options that are not the same in all runs of which they are known; UNKNOWN in others.
+
+    Of runs of several methods, options that only some of the methods have are no differences.
+    """
+    known = [run.config for run in runs if run.config]
+    names = dict.fromkeys(name for config in known for name in config if name not in PLACES)
+    if len(_distinct([run.method or UNKNOWN for run in runs])) > 1:
+        names = [name for name in names if all(name in config for config in known)]
     values: dict[str, list[Any]] = {"method": [run.method or UNKNOWN for run in runs]}
     values |= {name: [run.config.get(name) if run.config else UNKNOWN for run in runs] for name in names}
     return {name: found for name, found in values.items() if len(_distinct(found)) > 1}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from treetune.core.run import curves
+from treetune.core.run import curves, page
 
 
 def titles(history, loss="nats per supervised token"):
@@ -78,3 +78,16 @@ def test_long_runs_have_a_moving_mean_and_keep_their_spikes():
 def test_a_single_step_is_a_point():
     one = chart([{"step": 7, "learning_rate": 2e-5}], "learning rate")
     assert len(one.lines[0].dots) == 1 and one.columns == [(pytest.approx(one.lines[0].dots[0][0]), "step 7", "middle")]
+
+
+def test_runs_beside_each_other_have_the_curves_that_each_shows_alone():
+    """The loss of sampled texts says nothing; beyond the colours, lines are dashed and their squares hollow."""
+    text = [{"step": 1, "train/loss": 1.0}, {"step": 1, "eval/mean_token_accuracy": 0.5}]
+    drawn = {
+        one.title: [line.name for line in one.lines]
+        for one in curves.compared({"a": text, "b": [{"step": 1, "train/loss": 0.0, "reward": 1.0}]})
+    }
+    assert drawn == {"train/loss": ["a"], "token accuracy, held out": ["a"], "reward: mean over completions": ["b"]}
+    many = curves.compared({str(i): text[:1] for i in range(7)})
+    html = page.part("{% for one in charts %}{{ chart(one) }}{% endfor %}", charts=many)
+    assert html.count("\u25a0") + html.count("&#9632;") == 6 and html.count("\u25a1") + html.count("&#9633;") == 1
