@@ -116,7 +116,7 @@ def square_norms(grads: Params, mesh: DeviceMesh | None = None) -> Tensor:
     sharded = [shard.sharded(leaf) for leaf in leaves]
     if mesh is None or not any(sharded):
         return squares
-    mask = torch.tensor(sharded, device=squares.device)
+    mask = torch.tensor(sharded).to(squares.device, non_blocking=True)
     return torch.where(mask, shard.all_sum([torch.where(mask, squares, 0.0)], mesh)[0], squares)
 
 

@@ -14,14 +14,16 @@ from treetune.ops.attention import Plan
 
 Collate = Callable[..., dict[str, Tensor]]  # (documents, budget=, pad=) -> batch, on the host
 Batcher = Callable[..., Any]  # (documents, seed=None) -> micro-batch: (Batch, Plan), or a tuple of those where there are several streams
+BLOCK = 128  # tokens, of which streams without a budget are multiples on CUDA
 
 
 def batcher(cfg: Config, device: torch.device, collates: Sequence[Collate], *, budget: int | None = None) -> Batcher:
     """A function (documents, seed=None) -> micro-batch: one (Batch, Plan) for each of the streams that `collates` make of the documents.
 
-    budget: tokens that a stream is padded to, on CUDA only, where fixed shapes save recompilation; on a CPU padding would only cost.
+    budget: tokens that a stream is padded to, on CUDA only, where fixed shapes save recompilation and fragments of memory; without one,
+    a stream is padded to whole blocks there. On a CPU padding would only cost.
     """
-    pad_to = budget if device.type == "cuda" else None
+    pad_to = None if device.type != "cuda" else budget or BLOCK
 
     def batches(documents: Sequence[Any], *, seed: Tensor | None = None) -> Any:
         streams = tuple(_stream(collate, documents, seed, cfg, device, pad_to) for collate in collates)
@@ -33,11 +35,20 @@ def batcher(cfg: Config, device: torch.device, collates: Sequence[Collate], *, b
 def _stream(
     collate: Collate, documents: Sequence[Any], seed: Tensor | None, cfg: Config, device: torch.device, pad_to: int | None
 ) -> tuple[dict[str, Tensor], Any]:
-    batch = collate(list(documents), budget=pad_to, pad=pad_to is not None)
+    batch = filled(collate, list(documents), pad_to)
     # The plan reads boundaries with .tolist(): on the host, before the batch moves, that waits for nothing.
     plan = decoder_attention.plan(batch, cfg, device=device)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return (batch if seed is None else batch | {"seed": seed.to(device)}), plan
+    return (batch if seed is None else batch | {"seed": seed.to(device, non_blocking=True)}), plan
+
+
+def filled(collate: Collate, documents: list[Any], pad_to: int | None) -> Batch:
+    """The stream of documents, padded to `pad_to` tokens, or where that is `BLOCK` to a multiple of it; None for no padding."""
+    if pad_to != BLOCK:
+        return collate(documents, budget=pad_to, pad=pad_to is not None)
+    bare = collate(documents, budget=None, pad=False)
+    tokens = bare["tokens"].shape[0]
+    return bare if tokens % BLOCK == 0 else collate(documents, budget=tokens + -tokens % BLOCK, pad=True)
 
 
 def seeded(collate: Batcher, seed: int, *purpose: int) -> Callable[..., Any]:

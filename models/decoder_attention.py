@@ -96,7 +96,8 @@ def plan(batch: dict, cfg: Sizes, *, device: torch.device | str | None = None) -
             f"a document with branches has {int(batch['positions'].max()) + 1} positions; answers that share a prompt have at most "
             f"{cfg.shared_positions} in this model, whose rotary positions change with the length"
         )
-    return attention.plan(batch, windows=cfg.windows, plain=cfg.plain_attention, device=device, dtype=cfg.dtype)
+    width = max((max(sides[1:]) for sides in cfg.caches), default=None)
+    return attention.plan(batch, windows=cfg.windows, plain=cfg.plain_attention, device=device, dtype=cfg.dtype, width=width)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, layer: int, rule: Rule, *, plan: attention.Plan | None, cache: Cache | None) -> Tensor:

@@ -22,6 +22,8 @@ from treetune.ops import attention_mask, attention_torch, backend, kept
 from treetune.ops.attention_torch import Weighting
 
 BACKENDS = ("sdpa", "varlen", "flex")
+GRAPHS = 64  # that FlexAttention may be compiled to: by dtype, widths, windows, soft-caps, short streams, and with gradients or without
+WIDEST, WIDTHS, CAPABILITY = 256, 8, (8, 0)  # of FlashAttention: the widest head, what divides a width, the oldest GPUs
 
 
 class Pattern(NamedTuple):
@@ -82,13 +84,15 @@ def plan(
     plain: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    width: int | None = None,
     backend: str | None = None,
 ) -> Plan:
     """The attention plan of a batch, made on the host once per micro-batch.
 
     Reads cu_docs [D + 1], tokens [T], and positions, branch and start [T] where present. `windows` are the sliding windows of the model's
     layers in tokens, None for full attention. `device` is where the attention will run (default: where the batch is), `dtype` in what
-    (default: bf16 on CUDA), and `plain` says that no layer has a soft-cap or sinks; they choose the backend unless it is named.
+    (default: bf16 on CUDA), `width` the widest head of keys or values (default: one that all backends serve), and `plain` says that no
+    layer has a soft-cap or sinks; they choose the backend unless it is named.
     Errors: ValueError for boundaries that do not cover the tokens in order, branches out of order, or a backend that cannot serve.
     """
     tokens = (batch["tokens"] if "tokens" in batch else batch["positions"]).shape[0]
@@ -98,9 +102,10 @@ def plan(
     longest = max((hi - lo for lo, hi in zip(offsets, offsets[1:], strict=False)), default=0)
     windows = tuple(dict.fromkeys(windows))
     reached = [_reaching(window, batch, tokens) for window in windows]
-    need = _Need(device, dtype, "branch" in batch, plain)
+    need = _Need(device, dtype, "branch" in batch, plain, width)
     patterns = {window: _pattern(batch, offsets, window, _choose(backend, need, window), device) for window in dict.fromkeys(reached)}
-    return Plan(tokens, batch["cu_docs"].to(device, torch.int32), longest, plain, windows, tuple(patterns[window] for window in reached))
+    bounds = batch["cu_docs"].to(device, torch.int32, non_blocking=device.type == "cuda")
+    return Plan(tokens, bounds, longest, plain, windows, tuple(patterns[window] for window in reached))
 
 
 def _reaching(window: int | None, batch: dict[str, torch.Tensor], tokens: int) -> int | None:
@@ -123,6 +128,7 @@ class _Need(NamedTuple):
     dtype: torch.dtype | None
     branches: bool
     plain: bool
+    width: int | None = None
 
 
 def _choose(backend: str | None, need: _Need, window: int | None) -> str:
@@ -150,6 +156,10 @@ def _varlen_lacks(need: _Need, window: int | None) -> str:
         return f"it runs on CUDA only, not on {need.device.type}"
     if need.dtype not in (None, torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {need.dtype}"
+    if need.width is not None and (need.width > WIDEST or need.width % WIDTHS):
+        return f"it takes heads of at most {WIDEST} features in multiples of {WIDTHS}, not {need.width}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(need.device) < CAPABILITY:
+        return "this GPU has a compute capability below 8.0"
     names = _varlen()[1]
     if not names:
         return "this torch has no torch.nn.attention.varlen"
@@ -193,10 +203,13 @@ def _attention_varlen(q, k, v, plan: Plan, weighting: Weighting) -> torch.Tensor
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Without compilation flex_attention holds the scores of all pairs, [heads, T, T]. Compiled once, for all layers.
-    return torch.compile(flex_attention)
+    # Without compilation flex_attention holds the scores of all pairs, [heads, T, T]. Compiled once, for all layers. Where there are more
+    # graphs than torch compiles (8 unless told otherwise) it runs without, silently, unless the whole of it has to be one graph.
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def _capped(softcap: float, q: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -136,9 +136,14 @@ def block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, 
     lists = []
     for side in blocks(host, tokens, window):
         index = side.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        lists += [x.to(device, torch.int32)[None, None] for x in (side.sum(-1), index)]
+        lists += [_moved(x, device)[None, None] for x in (side.sum(-1), index)]
     rule = _mask_mod(host, window, device)
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(tokens, tokens))
+
+
+def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x as int32 on a device, without waiting for CUDA."""
+    return x.to(device, torch.int32, non_blocking=device.type == "cuda")
 
 
 def _mask_mod(batch: dict[str, torch.Tensor], window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
@@ -151,7 +156,7 @@ def _mask_mod(batch: dict[str, torch.Tensor], window: int | None, device: torch.
     branch, start = (batch.get(key, torch.zeros_like(document)) for key in ("branch", "start"))
     limit = batch["cu_docs"].long()[document] + start  # trunk rows before it are seen
     behind = torch.full_like(positions, -1) if window is None else positions - window  # positions up to it are not
-    document, branch, limit, positions, behind = (x.to(device, torch.int32) for x in (document, branch, limit, positions, behind))
+    document, branch, limit, positions, behind = (_moved(x, device) for x in (document, branch, limit, positions, behind))
 
     def mask_mod(b, h, q, k):
         visible = (document[q] == document[k]) & (k <= q) & (positions[k] > behind[q])

@@ -23,7 +23,8 @@ def keys(*parts: Tensor | int) -> Tensor:
     device = next((t.device for t in tensors if t.ndim), tensors[0].device)
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in tensors:
-        key = _mix((key ^ part.to(device)) + _GOLD)
+        part = part.to(device, non_blocking=device.type == "cuda")  # a copy to the host must be whole before it is read
+        key = _mix((key ^ part) + _GOLD)
     return key
 
 

@@ -76,6 +76,42 @@ def test_what_varlen_lacks_goes_to_flex():
             attention._choose("varlen", need, None)
 
 
+@pytest.mark.parametrize(
+    ("width", "reason"), [(12, "multiples of 8, not 12"), (320, "at most 256 features"), (256, ""), (80, ""), (None, "")]
+)
+def test_heads_that_flash_attention_does_not_take_go_to_flex(monkeypatch, width, reason):
+    monkeypatch.setattr(attention, "_varlen", lambda: (_varlen_2_13, ("window_size",)))
+    assert (reason in attention._varlen_lacks(CUDA._replace(width=width), None)) and attention._choose(
+        None, CUDA._replace(width=width), None
+    ) == ("flex" if reason else "varlen")
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((7, 5), "flex"), ((8, 0), "varlen"), ((12, 0), "varlen")])
+def test_old_gpus_go_to_flex(monkeypatch, capability, backend):
+    monkeypatch.setattr(attention, "_varlen", lambda: (_varlen_2_13, ("window_size",)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._choose(None, CUDA, None) == backend
+
+
+@pytest.mark.slow
+def test_flex_never_goes_on_uncompiled(monkeypatch):
+    """Past its limit of graphs it raises; without the whole as one graph torch would hold all scores in memory and say nothing."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compile_(fn, backend="eager", **options))
+    attention._compiled_flex.cache_clear()
+    before = torch._dynamo.config.recompile_limit
+    try:
+        flex = attention._compiled_flex()
+        assert torch._dynamo.config.recompile_limit >= attention.GRAPHS
+        with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad(), pytest.raises(Exception, match="fullgraph=True"):
+            for width in (16, 24, 32, 40):
+                flex(*(torch.zeros(1, 2, 4, width) for _ in range(3)))
+    finally:
+        torch._dynamo.config.recompile_limit = before
+        attention._compiled_flex.cache_clear()
+
+
 def _random_batch(seed):
     rng = random.Random(seed)
     sizes = [rng.choice((1, 60, 128, 300)) for _ in range(rng.randint(1, 5))]
