@@ -16,7 +16,7 @@ from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, machine, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
-from treetune.core.run import cadence, folder, journal, loop, profiling, ranks, report, sample_answer, signals, summary
+from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, sample_answer, signals, summary
 from treetune.core.run import observers as run_observers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -140,6 +140,8 @@ def _advise(this: TrainRun, state: TrainState) -> str:
 def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], stack: contextlib.ExitStack) -> TrainRun:
     """The device, the ranks and the folder of a run."""
     device, method = loading.select_device(config.model.device), of_config(config)
+    if config.run.nproc * config.run.nnodes > 1 and not launch.inside():
+        raise ValueError("nproc and nnodes are for the command line, which starts processes: start those of a Python program with torchrun")
     world = ranks.join_ranks(device)
     request = table.record(folder.Request, config, name=method.name, read=partial(requirements.inputs, config))
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
@@ -159,8 +161,7 @@ def _result_name(start: Policy) -> str:
 
 def _create(this: TrainRun, start: Policy) -> None:
     """Begin the run in its folder."""
-    # How a run was started (--resume, --overwrite) is not what it is.
-    text = reading.to_yaml(this.config, without=("resume", "overwrite", *table.secrets(type(this.config))))
+    text = reading.to_yaml(this.config, without=(*run_options.STARTS, *table.secrets(type(this.config))))
     folder.create(this.folder, masking.mask_secrets(f"{run_file.METHOD}: {this.method.name}\n{text}"), makes=(_result_name(start),))
 
 

@@ -20,6 +20,11 @@ def remember(command: str, argv: Sequence[str]) -> None:
     _COMMAND_LINE.set((command, *argv))
 
 
+def words() -> tuple[str, ...]:
+    """The command line of this process: the command and its arguments."""
+    return _COMMAND_LINE.get(())
+
+
 def program() -> str:
     """The name that starts treetune from a shell: its path where the shell would not find it, or find another."""
     path, on_path = sys.argv[0], shutil.which("treetune")
@@ -53,7 +58,7 @@ def continuation(root: Path, *, overwrite: bool, secrets: frozenset[str] = froze
         i += 1
     words += [] if "output_dir" in options else ["--output-dir", str(root)]
     words += ["--no-overwrite"] if overwrite and "overwrite" not in options else []
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "nproc" not in options and "nnodes" not in options
     return ("under torchrun, as before: " if several else "") + command(*words, "--resume", "auto")
 
 

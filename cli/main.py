@@ -15,6 +15,7 @@ from treetune.cli.planning import command as planning
 from treetune.cli.planning.command import Asked
 from treetune.core import fields, masking
 from treetune.core import import_path as paths
+from treetune.core.run import launch
 from treetune.core.run.errors import BadInput, RunFailed, checking_input
 
 
@@ -134,16 +135,21 @@ def _run(command: str, argv: list[str]) -> int:
     except BadInput as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()
-        print(f"treetune: error: {masking.one_line(str(error))}", file=sys.stderr)
+        _say(f"treetune: error: {masking.one_line(str(error))}")
         return 2
     except RunFailed as error:
         if os.environ.get(fields.TRACEBACK):
             traceback.print_exc()
-        print(f"treetune: failed: {masking.one_line(str(error))}", file=sys.stderr)
+        _say(f"treetune: failed: {masking.one_line(str(error))}")
         return 1
     except KeyboardInterrupt:
         print("treetune: interrupted", file=sys.stderr)
         return 130
+
+
+def _say(line: str) -> None:
+    if launch.first_to_say(line):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

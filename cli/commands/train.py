@@ -1,14 +1,23 @@
 """The training commands: a screen around `fit.run`."""
 
-from treetune.cli import fit
+from dataclasses import replace
+from pathlib import Path
+
+from treetune.cli import fit, invocation
 from treetune.cli.methods import of_config
+from treetune.cli.options.run import RunOptions
 from treetune.cli.run import TrainConfig
 from treetune.cli.screen import Screen
+from treetune.core.run import launch
 from treetune.core.run.lines import Metrics
 
 
 def run(config: TrainConfig, options: frozenset[str]) -> int:
-    """Train and leave a run folder; the exit code. options: names of those that the user set."""
+    """Train and leave a run folder, in several processes where asked; the exit code. options: names of those that the user set."""
+    if config.run.nproc * config.run.nnodes > 1 and not launch.inside():
+        return _launch(config.run)
+    if config.run.restarts and launch.restarted():
+        config = replace(config, run=replace(config.run, **launch.continued(Path(config.run.output_dir or ""))))
     method, pipeline = of_config(config), getattr(config, "pipeline", None)
     completions = 0 if pipeline is None else pipeline.num_completions_to_print
     metrics = Metrics(method.shown, method.goal, method.perplexity, completions)
@@ -18,3 +27,10 @@ def run(config: TrainConfig, options: frozenset[str]) -> int:
     finally:
         console.stop()
     return 128 + result.signum if result.signum is not None and result.stopped == "interrupted" else 0
+
+
+def _launch(options: RunOptions) -> int:
+    """Start this command in several processes."""
+    words = invocation.words()
+    started = launch.Launch(options.nproc, options.nnodes, options.rendezvous, options.restarts)
+    return launch.run(["-m", "treetune.cli.main", *words], started)

@@ -11,14 +11,20 @@ from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIV
 
 
 def _one_process(values: Values) -> str:
-    alone = values["sharding"] != "none" and int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return "there is one process; start several with torchrun" if alone else ""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
+    return "" if several or values["sharding"] == "none" else "there is one process; start several with nproc"
+
+
+def _one_start(values: Values) -> str:
+    return "" if values["nproc"] > 1 or values["nnodes"] > 1 else "there is one process; start several with nproc"
 
 
 def _listed_steps(values: Values) -> str:
     return "profiler_steps names the steps themselves" if len(values["profiler_steps"]) > 1 else ""
 
 
+# How a run is started, which is not what it is.
+STARTS = ("resume", "overwrite", "nproc", "nnodes", "rendezvous", "restarts")
 OBSERVER = door((), "observer", "event", "record")
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
@@ -35,6 +41,14 @@ class RunOptions:
     """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
     sweep: Annotated[bool, STARTED] = False
     """Options that are given several values (--learning-rate 1e-4 2e-4 --sweep) are a run each, or a run for each of their combinations."""
+    nproc: Annotated[int, COUNT, STARTED] = 1
+    """Processes that train together on this machine, one for each of its devices."""
+    nnodes: Annotated[int, COUNT, STARTED] = 1
+    """Machines that train together: the same command is started on each."""
+    rendezvous: Annotated[str | None, STARTED, unused_if("nnodes", 1, reason="there is one machine")] = None
+    """HOST:PORT of one of the machines, where all of them meet."""
+    restarts: Annotated[int, COUNT_OR_NONE, STARTED, Unused(_one_start)] = 0
+    """Times that all processes start again from the newest checkpoint after one of them has failed."""
     eval_steps: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
     """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
     evals_per_epoch: Annotated[int | None, COUNT_OR_NONE, SHOWN, HELD_OUT] = None
@@ -58,7 +72,7 @@ class RunOptions:
     ] = 3
     """Steps above the threshold before the watchdog stops the run."""
     sharding: Annotated[Literal["none", "full"], MACHINE, Unused(_one_process)] = "none"
-    """Under torchrun: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    """Of several processes: none keeps whole weights on every rank, full shards weights, gradients and moments."""
     profiler_steps: Annotated[tuple[Annotated[int, COUNT], ...], SHOWN] = ()
     """Profile so many steps (one number), or from the lowest to the highest of these (several): profile_trace.json and profile_ops.txt
     in the run folder, on CUDA also profile_memory.pickle."""
@@ -110,6 +124,7 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
     """
     if run.sweep:
         raise ValueError("sweep is for the command line, which starts a run for each value: --learning-rate 1e-4 2e-4 --sweep")
+    _check_processes(run)
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")
     for steps, parts in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
@@ -117,3 +132,15 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
             raise ValueError(f"give {steps} or {parts}, not both: {getattr(run, steps)} steps, or {getattr(run, parts)} times an epoch")
     if streaming and (name := per_epoch(run)):
         raise ValueError(f"{name} {getattr(run, name)} needs the length of an epoch, which a stream tells at its end: {PER_EPOCH[name]}")
+
+
+def _check_processes(run: RunOptions) -> None:
+    """Raise ValueError for processes that cannot meet, that torchrun has started already, or that have no folder to start again in."""
+    host, _, port = (run.rendezvous or "").rpartition(":")
+    if run.nnodes > 1 and not (host and port.isdecimal()):
+        raise ValueError(f"nnodes {run.nnodes} needs rendezvous, HOST:PORT of one of the machines, got {run.rendezvous!r}")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", run.nproc))
+    if run.nproc not in (1, started):
+        raise ValueError(f"nproc is {run.nproc}, and torchrun has started {started} processes here already: leave out nproc")
+    if run.restarts and run.output_dir is None and not _one_start({"nproc": run.nproc, "nnodes": run.nnodes}):
+        raise ValueError("restarts continue the run in its folder: give output_dir")

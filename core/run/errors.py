@@ -54,11 +54,17 @@ def running(root: Path, advise: Callable[[], str] = lambda: GENERAL) -> Iterator
     except Exception as error:
         if out_of_memory(error):
             raise RunFailed(f"out of memory: {_advice(advise)} ({_first_line(error)})") from error
+        if isinstance(error, RuntimeError) and (words := LOST_RANK.search(str(error))):
+            raise RunFailed(f"another rank has ended or hangs ({words.group().lower()}): continue with --resume auto") from error
         if not isinstance(error, _file_errors()):
             raise
         if type(error).__name__ == "SaveError":  # of core.ckpt, which imports torch: it says all there is to say
             raise BadInput(str(error)) from error
         raise BadInput(f"could not write to {root}: {error}; its checkpoints are intact: free some space, then --resume auto") from error
+
+
+# What gloo and NCCL say when a rank is gone, or does not answer within the time-out.
+LOST_RANK = re.compile(r"connection (closed|reset) by peer|timed out waiting|NCCL (communicator was aborted|.*timeout)", re.IGNORECASE)
 
 
 def _advice(advise: Callable[[], str]) -> str:

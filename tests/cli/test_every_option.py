@@ -10,6 +10,7 @@ from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
 from treetune.core import layer_offload
 from treetune.core.config import table
+from treetune.core.run import launch
 from treetune.models import dense
 
 BASE = ["--lora-r", 4, "--max-steps", 2, "--micro-batch-size", 1, "--gradient-accumulation-steps", 2, "--learning-rate", 0.01,
@@ -134,6 +135,10 @@ CHANGES = {
         "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]
     ),
     "sharding": ("error", lambda t: ["--sharding", "full"], []),
+    "nproc": ("out", lambda t: ["--nproc", 2], []),
+    "nnodes": ("out", lambda t: ["--nnodes", 2, "--rendezvous", "a:1"], []),
+    "rendezvous": ("out", lambda t: ["--rendezvous", "b:1"], ["--nnodes", 2, "--rendezvous", "a:1"]),
+    "restarts": ("out", lambda t: ["--restarts", 1], ["--nproc", 2]),
     "profiler_steps": ("files", lambda t: ["--profiler-steps", 1], []),
     "profiler_steps_start": ("files", lambda t: ["--profiler-steps-start", 9], ["--profiler-steps", 1]),
     "log_level": ("out", lambda t: ["--log-level", "warning"], []),
@@ -177,6 +182,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
+    monkeypatch.setattr(launch, "run", lambda words, how: print(how) or 3)  # tests/dist starts processes
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))
 

@@ -30,7 +30,9 @@ def _module(name: str):
 COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "grpo", "ebft")
 # what becomes of another value -> options. Neither "refused" nor "listed": refused unless what they stand for is the same, then listed.
 TABLE = {
-    "start": ("output_dir", "resume", "overwrite", "sweep", "comet_api_key", "swanlab_api_key"),
+    "start": (
+        "output_dir", "resume", "overwrite", "sweep", "nproc", "nnodes", "rendezvous", "restarts", "comet_api_key", "swanlab_api_key",
+    ),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
     "documents": (
         "data", "datasets", "test_datasets", "format", "split", "max_rows", "sequence_len", "overlong", "chat_template",

@@ -1,10 +1,29 @@
-"""`torchrun -m treetune.cli.main sft` from rows to adapter: two ranks leave the adapter of one, sharded or not."""
+"""`treetune sft --nproc 2`, and under torchrun, from rows to adapter: two ranks leave the adapter of one, sharded or not."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+COMMAND = ("-m", "treetune.cli.main")
+
+
+def quiet_env() -> dict:
+    """One thread a rank, no hub."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def started(place, *args) -> subprocess.CompletedProcess:
+    """A command that starts its ranks itself."""
+    line = [sys.executable, *COMMAND, *map(str, args)]
+    return subprocess.run(line, cwd=place, env=quiet_env(), capture_output=True, text=True, timeout=300)
 
 
 def _tokenizer():
@@ -63,7 +82,7 @@ def pair(place, torchrun):
     def get(sharding):
         if sharding not in made:
             args = _args(place, place / sharding, 2, "--sharding", sharding)
-            made[sharding] = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
+            made[sharding] = torchrun(2, *COMMAND, *args, cwd=place) if sharding == "none" else started(place, *args, "--nproc", 2)
         assert made[sharding].returncode == 0, made[sharding].stderr
         return place / sharding
 
@@ -106,9 +125,39 @@ def test_one_rank_continues_what_two_sharded_ranks_began(place, alone, pair):
     assert main.main(_args(place, place / "other", 3, "--resume", resume)) == 2, "another number of micro-batches in a step"
 
 
-def test_bad_input_is_said_once_per_rank_and_ends_the_job(place, torchrun):
-    done = torchrun(2, "-m", "treetune.cli.main", *_args(place, place / "bad", 2, "--lora-target-modules", "q_porj"), cwd=place)
-    assert done.returncode != 0 and "'q_porj' matches no parameter" in done.stderr and not (place / "bad").exists()
+def test_bad_input_is_said_once_and_ends_all_ranks(place):
+    done = started(place, *_args(place, place / "bad", 2, "--lora-target-modules", "q_porj", "--nproc", 2))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'q_porj' matches no parameter" in done.stderr, done.stderr
+    assert not (place / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_all_start_again(place):
+    """Killed twice with one restart: the second time the run ends; continued, it leaves the bits of a run that nobody killed."""
+    more = ("--nproc", 2, "--sharding", "full", "--max-steps", 200, "--eval-steps", 1000, "--save-steps", 10)
+    args, run = [*_args(place, place / "killed", 2, *more), "--restarts", "1"], place / "killed"
+    with subprocess.Popen([sys.executable, *COMMAND, *args], cwd=place, env=quiet_env(), stderr=subprocess.PIPE, text=True) as job:
+        for number in (20, 60):
+            _wait(job, lambda number=number: (run / "metrics.jsonl").exists() and len(_losses(run)) > number)
+            ranks = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+            os.kill(ranks[-1], signal.SIGKILL)
+            killed = time.monotonic()
+            _wait(job, lambda ranks=ranks: not any(Path(f"/proc/{pid}/cwd").exists() for pid in ranks))
+            assert time.monotonic() - killed < 60
+        error = job.communicate(timeout=120)[1]
+    assert job.returncode == 1 and "rank " in error and "was killed by SIGKILL" in error, error
+    continued = started(place, *args, "--resume", "auto")
+    whole = started(place, *_args(place, place / "whole", 2, *more))
+    assert continued.returncode == whole.returncode == 0, continued.stderr + whole.stderr
+    one, other = (load_file(place / name / "adapter" / "adapter_model.safetensors") for name in ("killed", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
+
+
+def _wait(job: subprocess.Popen, until) -> None:
+    end = time.monotonic() + 300
+    while not until():
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
