@@ -49,11 +49,11 @@ def place(tmp_path_factory):
     return root
 
 
-def _args(place, output, accumulation, *more, adapter=True):
+def _args(place, output, accumulation, *more, adapter=True, steps=4, saves=2):
     options = {
         "model": place / "model", "data": place / "rows.jsonl", "output-dir": output, "gradient-accumulation-steps": accumulation,
-        "sequence-len": 64, "micro-batch-size": 1, "max-steps": 4, "learning-rate": 0.02 if adapter else 0.001,
-        "device": "cpu", "val-set-size": 4, "sample-prompt": "Row", "sample-tokens": 3, "save-steps": 2,
+        "sequence-len": 64, "micro-batch-size": 1, "max-steps": steps, "learning-rate": 0.02 if adapter else 0.001,
+        "device": "cpu", "val-set-size": 4, "sample-prompt": "Row", "sample-tokens": 3, "save-steps": saves,
         "save-total-limit": 9,
     } | ({"lora-r": 3, "lora-dropout": 0.1} if adapter else {})  # fmt: skip
     flags = (str(part) for name, value in options.items() for part in (f"--{name}", value))
@@ -134,8 +134,8 @@ def test_bad_input_is_said_once_and_ends_all_ranks(place):
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_all_start_again(place):
     """Killed twice with one restart: the second time the run ends; continued, it leaves the bits of a run that nobody killed."""
-    more = ("--nproc", 2, "--sharding", "full", "--max-steps", 200, "--eval-steps", 1000, "--save-steps", 10)
-    args, run = [*_args(place, place / "killed", 2, *more), "--restarts", "1"], place / "killed"
+    more, run = ("--nproc", 2, "--sharding", "full"), place / "killed"
+    args = [*_args(place, run, 2, *more, steps=200, saves=10), "--restarts", "1"]
     with subprocess.Popen([sys.executable, *COMMAND, *args], cwd=place, env=quiet_env(), stderr=subprocess.PIPE, text=True) as job:
         for number in (20, 60):
             _wait(job, lambda number=number: (run / "metrics.jsonl").exists() and len(_losses(run)) > number)
@@ -147,7 +147,7 @@ def test_a_killed_rank_is_named_and_all_start_again(place):
         error = job.communicate(timeout=120)[1]
     assert job.returncode == 1 and "rank " in error and "was killed by SIGKILL" in error, error
     continued = started(place, *args, "--resume", "auto")
-    whole = started(place, *_args(place, place / "whole", 2, *more))
+    whole = started(place, *_args(place, place / "whole", 2, *more, steps=200, saves=10))
     assert continued.returncode == whole.returncode == 0, continued.stderr + whole.stderr
     one, other = (load_file(place / name / "adapter" / "adapter_model.safetensors") for name in ("killed", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
@@ -156,7 +156,7 @@ def test_a_killed_rank_is_named_and_all_start_again(place):
 def _wait(job: subprocess.Popen, until) -> None:
     end = time.monotonic() + 300
     while not until():
-        assert time.monotonic() < end, "nothing came of it"
+        assert job.poll() is None and time.monotonic() < end, job.stderr and job.stderr.read()
         time.sleep(0.1)
 
 
