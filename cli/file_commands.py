@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from treetune.cli import run_file
+from treetune.cli.axolotl.flags import CHOOSE
 from treetune.cli.methods import METHODS
 from treetune.cli.methods.method import Method
 from treetune.cli.planning import command as planning
@@ -19,7 +20,8 @@ DRY = "--dry-run"
 USAGE = f"""usage: treetune train FILE [options]
 
 Train as a config file says: one that a run of ours left or `treetune convert` wrote, or one of axolotl's. FILE may be an address.
-The file names the method; the options are those of its command, and flags win over the file.
+The file names the method; the options are those of its command, and flags win over the file. Behind a file of axolotl's its keys are
+flags, too.
 
   {DRY}   read and check the file, say what the run would be, and write nothing"""
 
@@ -41,7 +43,9 @@ def resolve(command: str, argv: Sequence[str]) -> tuple[str, list[str], bool]:
     path = flags.take_config(rest)[1]
     if path is None:
         raise ValueError("treetune train needs a config file, such as treetune train run.yaml; without one name the method: treetune sft")
-    return run_file.method_of(run_file.load(path), path), rest, dry
+    _, over = run_file.foreign_flags(rest, path, {})
+    chosen = {key: value for key, value in over.items() if key in CHOOSE}
+    return run_file.method_of(run_file.load(path) | chosen, path), rest, dry
 
 
 def resolve_plan(argv: Sequence[str]) -> tuple[str, list[str], Asked]:

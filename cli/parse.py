@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from treetune.cli import run_file
+from treetune.cli.methods import METHODS
 from treetune.cli.run_file import RunFile
 from treetune.core.config import flags, reading, table
 
@@ -30,8 +31,9 @@ def parse(
     what the file of another tool means.
     """
     options = table.options(config)
+    argv, over = run_file.foreign_flags(argv, flags.take_config(argv)[1], options) if command in METHODS else (argv, {})
     argv, path, given = flags.read(command, argv, options)
-    file = RunFile({}) if path is None else run_file.read(path, command, options, hint=f"; see treetune {command} --help")
+    file = RunFile({}) if path is None else run_file.read(path, command, options, over=over, hint=f"; see treetune {command} --help")
     from_file = {key: value for key, value in file.values.items() if key not in given}
     parsed = _fill(command, config, from_file, argv)
     for line in file.lines:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treetune.cli.axolotl import translate
+from treetune.cli.axolotl import flags, translate
+from treetune.cli.axolotl.file import Values
 from treetune.cli.methods import METHODS
 from treetune.core.config import reading, suggestions, table
 from treetune.core.config.table import Option
@@ -94,9 +95,20 @@ def _unnamed(path: str) -> str:
     raise ValueError(f"{path} does not say how to train: write method: sft into it (or {', '.join(list(METHODS)[1:])})")
 
 
-def read(path: str, command: str, options: Mapping[str, Option], *, hint: str = "") -> RunFile:
-    """What a file says to a command that has these options. Errors: ValueError, one line, naming the file and what is wrong in it."""
+def foreign_flags(argv: list[str], path: str | None, options: Mapping[str, Option]) -> tuple[list[str], Values]:
+    """The arguments behind a file of axolotl's without those that are its keys and no options, and these keys with their values."""
+    if path is None or not translate.is_foreign(_load(path)[0]):
+        return argv, {}
+    return flags.taken(argv, options)
+
+
+def read(path: str, command: str, options: Mapping[str, Option], *, over: Values | None = None, hint: str = "") -> RunFile:
+    """What a file says to a command that has these options. over: keys that flags give it.
+
+    Errors: ValueError, one line, naming the file and what is wrong in it.
+    """
     written, faults = _load(path)
+    written = flags.over(written, over or {})
     own = not translate.is_foreign(written) and not set(written) - set(options)
     if command in METHODS or command not in TAKEN or own:
         run = _own(written, path, command, options, hint)

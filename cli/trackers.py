@@ -52,6 +52,7 @@ def _trackio(options: TrackerOptions) -> dict[str, Any]:
 def _swanlab(options: TrackerOptions) -> dict[str, Any]:
     given = {
         "project": options.swanlab_project, "workspace": options.swanlab_workspace, "name": options.swanlab_experiment_name,
+        "description": options.swanlab_description,
         "mode": "online" if options.swanlab_mode == "cloud" else options.swanlab_mode, "api_key": options.swanlab_api_key,
     }  # fmt: skip
     return {"options": given, "destination": ("project", "workspace")}

@@ -10,7 +10,7 @@ RENAMED: Mapping[str, str] = {
     "peft_layers_to_transform": "lora_layers", "peft_use_rslora": "lora_rslora", "peft_use_dora": "lora_dora",
     "peft_init_lora_weights": "lora_init", "jagged_restart_warmup_steps": "relora_warmup_steps",
     "jagged_restart_anneal_steps": "relora_anneal_steps", "shuffle_merged_datasets": "shuffle",
-    "activation_checkpointing": "gradient_checkpointing", "conversation": "chat_template", "chat_template_jinja": "chat_template",
+    "activation_checkpointing": "gradient_checkpointing", "conversation": "chat_template",
     "max_prompt_length": "max_prompt_len", "loraplus_lr_embedding": "embedding_lr", "model_revision": "revision",
     "dpo_beta": "rl_beta", "noisy_embedding_alpha": "neftune_noise_alpha", "exact_deduplication": "dataset_exact_deduplication",
     "dpo_loss_weights": "loss_weights", "precompute_ref_log_probs": "precompute_ref_logps",
@@ -117,9 +117,9 @@ MISSING: Mapping[str, str] = {
     **_each("lora_target_modules", "peft_layers_pattern peft_layer_replication"),
     **_each("lora_modules_to_save: embed_tokens", "peft_trainable_token_indices fix_untrained_tokens"),
     **_each(
-        "metrics of SwanLab alone",
+        "sample_prompt, log_completions and metrics.jsonl, which say what SwanLab gets",
         """
-        swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer swanlab_log_model
+        swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer swanlab_log_model
         swanlab_web_host swanlab_api_host swanlab_lark_webhook_url swanlab_lark_secret
         """,
     ),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from treetune.cli import methods
 from treetune.cli.axolotl import keys, meanings, rows
 from treetune.cli.axolotl.file import File, Unsupported, Values, lenient, truth, write
+from treetune.cli.axolotl.flags import CHOOSE
 from treetune.cli.axolotl.values import FUNCTIONS
 from treetune.core.config import reading, suggestions, table
 from treetune.core.config.table import Option
@@ -13,7 +14,6 @@ from treetune.core.data import yamlvalues
 from treetune.core.data.yamltext import Written
 
 METHODS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo", "gdpo": "grpo", "ebft": "ebft"}
-CHOOSE = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")  # keys that say which method it is
 LOSSES = {"ipo": {"loss": "ipo"}, "gdpo": {"advantage": "gdpo"}}
 # Options of vllm: with another name where a run starts the server itself.
 MANAGED = {"gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_len": "vllm_max_model_len", "port": "vllm_server_port"}
@@ -67,7 +67,8 @@ def translate(written: Mapping[str, Written], command: str, options: Mapping[str
     flat, left = _flat(written, command, options, path)
     file = File(command, options, {key: _lenient(key, value, options) for key, value in flat.items()})
     each, missing, wrong = _meant(file)
-    values = {name: value for meant in each.values() for name, value in meant.items()}
+    idle = {name: why for name, why in rows.idle(file).items() if name in options}
+    values = {name: value for meant in each.values() for name, value in meant.items() if name not in idle}
     # What is wrong with a key may be wrong with what is made of it, so the rest is not asked.
     absent, notes = meanings.values_of(iter(()) if missing or wrong else meanings.absent(file))
     counted, counts = meanings.values_of(iter(()) if missing or wrong else meanings.counted(file))
@@ -76,7 +77,7 @@ def translate(written: Mapping[str, Written], command: str, options: Mapping[str
     typed = _typed(absent | values | chosen | counted, origins, options, path, wrong)
     if missing or wrong:
         raise ValueError(f"{path}: {_refusal(missing, wrong)}")
-    lines = tuple([*_chosen(file, written), *notes, *counts])
+    lines = (*_chosen(file, written), *notes, *counts, *(f"left out, as nothing would look at it: {name} ({idle[name]})" for name in idle))
     read = [text for key, meant in each.items() if (text := _read(key, meant))]
     return Translation(typed, lines, tuple(read), tuple(key for key, meant in each.items() if not meant), tuple(left))
 
@@ -187,17 +188,17 @@ def _option(key: str, value: Written, file: File) -> Values:
     if key in rows.FOR_ENTRIES and key not in file.options:
         return {}
     if key in FUNCTIONS:
-        return FUNCTIONS[key](yamlvalues.plain(value), file)
+        meant = FUNCTIONS[key](yamlvalues.plain(value), file)
+        return meant if meant.keys() <= file.options.keys() else _without(key, value, file)
     name = keys.RENAMED.get(key, key)
     if name in file.options:
         return {name: rows.entries(value, file) if file.options[name].of_mappings else value}
-    if (
-        key in keys.NOTHING
-        or key.startswith(keys.KERNEL_STARTS)
-        or key in FOR_OTHERS.get(file.command, ())
-        or _says_nothing(value)
-        and _is_known(key)
-    ):
+    return _without(key, value, file)
+
+
+def _without(key: str, value: Written, file: File) -> Values:
+    """What a key is that is no option: nothing, where it needs nothing. Errors: Unsupported, with what there is instead."""
+    if keys.is_needless(key) or key in FOR_OTHERS.get(file.command, ()) or _says_nothing(value) and _is_known(key):
         return {}
     if file.command == "pretrain" and (key == "adapter" or key.startswith("lora_")):
         raise Unsupported("datasets with type: completion, as pretrain trains all weights")
@@ -209,10 +210,10 @@ def _option(key: str, value: Written, file: File) -> Values:
 
 # Options that a method of ours does without, because it always does so or has no such rows.
 FOR_OTHERS: Mapping[str, tuple[str, ...]] = {
-    "grpo": ("sample_packing", "sequence_len", "dataset_prepared_path", "shuffle", "train_on_inputs", "overlong"),
+    "grpo": ("sample_packing", "sequence_len", "dataset_prepared_path", "shuffle", "train_on_inputs", "excess_length_strategy"),
     "ebft": ("train_on_inputs",),
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm"), ("train_on_inputs",)),
-    "pretrain": ("train_on_inputs", "dataset_prepared_path", "chat_template", "sample_packing"),
+    "pretrain": ("train_on_inputs", "dataset_prepared_path", "chat_template", "sample_packing", "excess_length_strategy"),
 }
 
 
@@ -223,7 +224,7 @@ def _says_nothing(value: Written) -> bool:
 
 def _is_known(key: str) -> bool:
     """Whether a key is one of axolotl's that are not there, or an option of another method of ours."""
-    return key in keys.MISSING or any(key in table.options(method.config) for method in methods.METHODS.values())
+    return key in keys.MISSING or key in FUNCTIONS or any(key in table.options(method.config) for method in methods.METHODS.values())
 
 
 def _refusal(missing: Mapping[str, str], wrong: list[str]) -> str:

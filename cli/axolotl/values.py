@@ -3,12 +3,15 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from treetune.cli.axolotl import intervals, keys, placing, precision
 from treetune.cli.axolotl.file import File, Unsupported, Values, write
 from treetune.core import registry
-from treetune.core.data import yamlvalues
+from treetune.core.data import samples, yamlvalues
+
+JINJA = Path(samples.__file__).parent / "jinja"
 
 
 def _targets(value: Any, file: File) -> Values:
@@ -147,6 +150,31 @@ def _plugins(value: Any, file: File) -> Values:
     return {}
 
 
+OWN, FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
+TEMPLATES = {"mistral_v2v3": "mistral", "gemma3n": "gemma3"}  # of axolotl's, with the same text in it under another name here
+
+
+def _template(value: Any, file: File) -> Values:
+    """chat_template and chat_template_jinja together: the text, where the name is jinja or none."""
+    name, text = file.value("chat_template"), file.value("chat_template_jinja")
+    if name in (None, "jinja"):
+        if text is None:
+            raise Unsupported("chat_template_jinja beside it")
+        return {"chat_template": write(text)}
+    return {"chat_template": write(template(name))}
+
+
+def template(name: Any) -> Any:
+    """A template by our name. Errors: Unsupported for one that is not there."""
+    bare = str(name).removeprefix(FALLBACK)
+    known = TEMPLATES.get(bare, bare)
+    if "{" in bare or bare.endswith((".jinja", ".jinja2")) or bare == OWN or not isinstance(name, str):
+        return name
+    if known not in {path.stem for path in JINJA.glob("*.jinja")}:
+        raise Unsupported(f"{OWN}, the template that comes with the model's tokenizer")
+    return str(name)[: len(str(name)) - len(bare)] + known
+
+
 def _initial(value: Any, file: File) -> Values:
     if value is False:
         raise Unsupported("true, or a name such as gaussian or pissa")
@@ -255,7 +283,7 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     **precision.FUNCTIONS, **placing.FUNCTIONS, **intervals.FUNCTIONS,
     **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
     **dict.fromkeys(("lr_rules", "lr_groups", "embedding_lr_scale"), _rates),
-    **dict.fromkeys(("special_tokens", "tokens"), _vocabulary),
+    **dict.fromkeys(("special_tokens", "tokens"), _vocabulary), **dict.fromkeys(("chat_template", "chat_template_jinja"), _template),
     **dict.fromkeys(("use_dft", "enable_dft_loss", "use_dynamic_finetuning"), _loss("dft")), "use_eaft": _loss("eaft"),
     "eaft_alpha": _fixed(1, "eaft_alpha: 1, or loss: FILE.py:FUNCTION"), "eaft_k": _fixed(20, "eaft_k: 20, or loss: FILE.py:FUNCTION"),
     **dict.fromkeys(("reinit_weights", "random_init_weights"), _random),

@@ -113,6 +113,8 @@ class TrackerOptions:
     """Workspace of SwanLab; if not given, that of the account."""
     swanlab_experiment_name: Annotated[str | None, SHOWN, SWANLAB] = None
     """Name of the experiment in SwanLab; if not given, that of the run folder."""
+    swanlab_description: Annotated[str | None, SHOWN, SWANLAB] = None
+    """What the experiment is about, as SwanLab shows it beside its name."""
     swanlab_mode: Annotated[Literal["online", "cloud", "local", "offline", "disabled"] | None, SHOWN, SWANLAB] = None
     """local and offline keep the run in ./swanlog; disabled: no SwanLab; if not given, SWANLAB_MODE of the environment, else online."""
     swanlab_api_key: Annotated[str | None, STARTED, SWANLAB, SECRET] = None

@@ -12,7 +12,15 @@ class SwanLab:
     """An experiment of SwanLab. No git state and no output goes with it."""
 
     def __init__(
-        self, run: TrackedRun, *, project: str | None, workspace: str | None, name: str | None, mode: str | None, api_key: str | None
+        self,
+        run: TrackedRun,
+        *,
+        project: str | None,
+        workspace: str | None,
+        name: str | None,
+        mode: str | None,
+        api_key: str | None,
+        description: str | None = None,
     ):
         swanlab: Any = importlib.import_module("swanlab")
         if api_key is not None:
@@ -23,6 +31,7 @@ class SwanLab:
             project=project or "treetune",
             workspace=workspace,
             name=name or run.name,
+            description=description,
             id=run.id,
             resume="allow",
             mode=mode,

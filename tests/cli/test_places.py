@@ -41,7 +41,7 @@ TEXTS = {
     # names, ids and keys in trackers
     "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
     "comet_api_key", "comet_workspace", "comet_project_name", "comet_experiment_key", "trackio_project_name", "trackio_run_name",
-    "trackio_space_id", "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_api_key",
+    "trackio_space_id", "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_description", "swanlab_api_key",
     # the server
     "vllm_server_host", "vllm_guided_decoding_regex", "host", "vllm_args",
 }  # fmt: skip

@@ -94,7 +94,7 @@ TABLE = {
         "use_tensorboard", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "hf_mlflow_log_artifacts",
         "use_comet", "comet_workspace", "comet_project_name", "comet_experiment_key", "comet_mode", "comet_online",
         "comet_experiment_config", "use_trackio", "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_swanlab",
-        "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_mode", "tracker_timeout",
+        "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_description", "swanlab_mode", "tracker_timeout",
     ),
 }  # fmt: skip
 VERDICTS = {name: verdict for verdict, names in TABLE.items() for name in names}

@@ -27,7 +27,7 @@ GIVEN = {
     "comet_experiment_config": ("comet", ("log_code=true",)), "trackio_project_name": ("trackio", "p"),
     "trackio_run_name": ("trackio", "n"), "trackio_space_id": ("trackio", "me/s"), "swanlab_project": ("swanlab", "p"),
     "swanlab_workspace": ("swanlab", "w"), "swanlab_experiment_name": ("swanlab", "n"), "swanlab_mode": ("swanlab", "local"),
-    "swanlab_api_key": ("swanlab", "k"),
+    "swanlab_api_key": ("swanlab", "k"), "swanlab_description": ("swanlab", "d"),
 }  # fmt: skip
 OTHERS = {*ON, "use_tensorboard", "wandb_watch", "tracker_timeout"}
 
