@@ -47,6 +47,12 @@ def truth(written: Written) -> Written:
     return Written(WORDS[value.lower()]) if isinstance(value, str) and value.lower() in ("true", "false") else written
 
 
+def is_off(written: Written, option: Option) -> bool:
+    """Whether a number turns off what the option, which may be left out, is not given for: 0, false or -1 where it must be above 0."""
+    off = written.value in (0, -1) and isinstance(written.value, int | float)
+    return off and option.optional and option.range is not None and not option.range.holds(float(written.value))
+
+
 def lenient(written: Written, option: Option) -> Written:
     """A value for an option as axolotl takes it: numbers and words of truth may stand in quotes, 0 and 1 for words of truth."""
     value = written.value
@@ -56,6 +62,8 @@ def lenient(written: Written, option: Option) -> Written:
         return Written(numeral(value), value, True)
     if option.single in (int, float) and value is False:
         return Written(0, "0", True)
+    if option.switch is not None:
+        return truth(written)
     if option.single is bool and not isinstance(value, bool) and str(value).lower() in WORDS and value is not None:
         return Written(WORDS[str(value).lower()])
     return written

@@ -14,7 +14,7 @@ def _steps(name: str) -> Callable[[Any, File], Values]:
 
     def function(value: Any, file: File) -> Values:
         if not isinstance(value, float) or not 0 < value < 1:
-            return {name: write(value)}
+            return {name: write(value)} if value else {}
         if (steps := file.value("max_steps")) is not None:
             return {name: write(math.ceil(value * steps))}
         each = 1 / (value * file.value("num_epochs", 1))

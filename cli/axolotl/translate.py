@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from treetune.cli import methods
 from treetune.cli.axolotl import keys, meanings, rows
-from treetune.cli.axolotl.file import File, Unsupported, Values, lenient, truth, write
+from treetune.cli.axolotl.file import File, Unsupported, Values, is_off, lenient, truth, write
 from treetune.cli.axolotl.flags import CHOOSE
 from treetune.cli.axolotl.values import FUNCTIONS
 from treetune.core.config import reading, suggestions, table
@@ -41,7 +41,7 @@ def is_foreign(written: Mapping[str, Written]) -> bool:
 def method_of(written: Mapping[str, Written], path: str) -> str:
     """The training command that a file of axolotl's is for. Errors: ValueError for an `rl` that is none."""
     kind = written["rl"].value if "rl" in written else None
-    if kind is not None:
+    if kind not in (None, False, ""):
         if not isinstance(kind, str) or kind not in METHODS:
             raise ValueError(f"{path}: rl must be one of {', '.join(METHODS)}, got {yamlvalues.shown(written['rl'])}")
         return METHODS[kind]
@@ -108,6 +108,8 @@ def _read(key: str, meant: Values) -> str:
 
 def _lenient(key: str, value: Written, options: Mapping[str, Option]) -> Written:
     name = keys.RENAMED.get(key, key)
+    if value.value == "" and key != "sample_prompt" or key == "adapter" and value.value in (False, "none"):
+        return Written(None)
     return lenient(value, options[name]) if name in options else truth(value)
 
 
@@ -191,6 +193,8 @@ def _option(key: str, value: Written, file: File) -> Values:
         meant = FUNCTIONS[key](yamlvalues.plain(value), file)
         return meant if meant.keys() <= file.options.keys() else _without(key, value, file)
     name = keys.RENAMED.get(key, key)
+    if name in file.options and is_off(value, file.options[name]):
+        return {}
     if name in file.options:
         return {name: rows.entries(value, file) if file.options[name].of_mappings else value}
     return _without(key, value, file)

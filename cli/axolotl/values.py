@@ -297,5 +297,6 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "resize_token_embeddings_to_32x": _thirty_two, "plugins": _plugins, "relora": _relora, "peft_init_lora_weights": _initial,
     **dict.fromkeys(("relora_steps", "jagged_restart_steps"), _restarts), "rl_adapter_ref_model": _reference,
     "curriculum_sampling": _curriculum, "wandb_watch": _watched, "metric_for_best_model": _best,
+    "tf32": lambda value, file: {"tf32": write(True if value == "auto" else value)},
     "greater_is_better": _fixed(False, "false, as the loss is to fall"),
 }  # fmt: skip

@@ -96,6 +96,10 @@ CASES = [
      {"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "my.module"}]}),
     ("datasets: [{path: a, type: chat_template, roles_to_train: null, train_on_eos: null}]\n",
      {"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": None}]}),
+    ("tf32: auto\nadapter: ''\nmax_steps: -1\nearly_stopping_patience: 0\neval_steps: 0\nloss_watchdog_threshold: false\n"
+     "gradient_checkpointing: 'true'\nrl: false\nwandb_project: ''\n",
+     {"tf32": True, "adapter": "none", "max_steps": None, "early_stopping_patience": None, "eval_steps": None,
+      "gradient_checkpointing": "full", "wandb_project": None, "loss_watchdog_threshold": None}),
     ("use_dft: true\n", {"loss": "dft"}), ("use_eaft: true\neaft_alpha: 1.0\neaft_k: 20\n", {"loss": "eaft"}),
     ("pretraining_dataset: [{path: a}]\nreinit_weights: true\n", {"from_config": "m"}),
     ("overrides_of_model_config: {output_router_logits: true, router_aux_loss_coef: 0.02}\n", {"router_aux_loss_coef": 0.02}),
