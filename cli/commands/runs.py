@@ -4,8 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from treetune.cli.methods import METHODS
 from treetune.cli.options.commands import Runs
 from treetune.cli.screen import Screen
+from treetune.core.config import table
 from treetune.core.run import compared, curves, journal, runs, sparks
 from treetune.core.run.errors import checking_input
 from treetune.core.run.lines import clock
@@ -30,10 +32,11 @@ def run(config: Runs, given: frozenset[str]) -> int:
     else:
         _list(past_runs, screen, config.metric)
         if named:
-            _compare(past_runs, screen)
+            _compare(past_runs, screen, _shared(past_runs))
     if config.html and past_runs:
         title = past_runs[0].root.name if len(past_runs) == 1 else f"{len(past_runs)} runs"
-        compared.write(Path(config.html), past_runs, title=title, metric=config.metric, charts=named or len(past_runs) <= compared.DRAWN)
+        charts = named or len(past_runs) <= compared.DRAWN
+        compared.write(Path(config.html), past_runs, title=title, metric=config.metric, charts=charts, shared=_shared(past_runs))
         screen.line(f"wrote {config.html}")
     return 0
 
@@ -100,11 +103,17 @@ def _curve(one: PastRun, metric: str, screen: Screen) -> list[str]:
     return [metric, drawn, *(f"{value:.4g}" for value in (points[0][1], points[-1][1], min(finite), max(finite)))]
 
 
-def _compare(found: Sequence[PastRun], screen: Screen) -> None:
+def _shared(found: Sequence[PastRun]) -> set[str] | None:
+    """The options that all methods among these runs have; None where it is one method, or none that is known."""
+    several = {one.method for one in found} & METHODS.keys()
+    return set.intersection(*(set(table.options(METHODS[name].config)) for name in several)) if len(several) > 1 else None
+
+
+def _compare(found: Sequence[PastRun], screen: Screen, shared: set[str] | None) -> None:
     """The options that differ, and the curves of each metric one above the other, in one frame."""
     names = runs.names(found)
     screen.line("\noptions that differ", "bold")
-    differing = compared.differences(found)
+    differing = compared.differences(found, shared)
     if differing:
         screen.grid(("option", *names), [[option, *values] for option, values in differing.items()])
     else:
@@ -119,12 +128,12 @@ def _compare(found: Sequence[PastRun], screen: Screen) -> None:
 
 
 def _curves(metric: str, found: Sequence[PastRun], names: Sequence[str], screen: Screen) -> Iterator[list[str]]:
-    series = [one.series(metric) for one in found]
+    series = [one.series(metric) if metric in curves.metrics(one.history) else [] for one in found]
     inside, room = sparks.frame(*series), _room(screen, 66 + max(map(len, names)))
     label = metric
     for one, name, points in zip(found, names, series, strict=True):
         best = one.best(metric)
-        if best is not None:
+        if best is not None and points:
             drawn = sparks.draw(points, room, inside=inside, plain=not screen.blocks)
             ends = [f"{value:.4g}" for value in (points[0][1], points[-1][1])]
             yield [label, name, drawn, *ends, "" if metric in GIVEN else f"{best.value:.4g} at {best.step}"]

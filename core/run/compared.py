@@ -1,7 +1,7 @@
 """Several runs side by side: rows of a table, the options that differ, and a page with their curves. Imports no torch."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ def reasons(several: Sequence[PastRun], names: Sequence[str]) -> dict[str, str]:
     return {name: run.reason for name, run in zip(names, several, strict=True) if run.reason and run.state != "running"}
 
 
-def differences(several: Sequence[PastRun]) -> dict[str, list[str]]:
-    """{option: what each run has} of the options that are not the same in all, for people."""
-    return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in runs.differences(several).items()}
+def differences(several: Sequence[PastRun], shared: Container[str] | None = None) -> dict[str, list[str]]:
+    """{option: what each run has} of the options that are not the same in all, for people. shared: the options to compare."""
+    found = runs.differences(several, shared)
+    return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in found.items()}
 
 
 def write(
@@ -41,10 +42,11 @@ def write(
     metric: str | None = None,
     charts: bool = True,
     swept: Mapping[str, Sequence[str]] | None = None,
+    shared: Container[str] | None = None,
 ) -> None:
     """Write a page about runs: their table, what differs, and with `charts` their curves, a colour for each run.
 
-    swept: {option: its value in each run} of a sweep, which are columns of the table.
+    swept: {option: its value in each run} of a sweep, which are columns of the table. shared: the options to compare.
     """
     from treetune.core.run import page  # what shows tokens imports torch, and a list on the terminal needs none of it
 
@@ -59,7 +61,7 @@ def write(
         table.append((one.state, colours.get(i, ""), [name, *(column[i] for column in swept.values()), *cells]))
     values: dict[str, Any] = {"columns": [COLUMNS[0], *swept, *COLUMNS[1:]], "state_at": 1 + len(swept), "table": table, "names": names}
     values |= {"reasons": reasons(several, names), "damage": [text for one in several for text in one.damage]}
-    values["differences"] = differences(several) if charts and len(several) > 1 else {}
+    values["differences"] = differences(several, shared) if charts and len(several) > 1 else {}
     values["charts"] = curves.compared({names[i]: several[i].history for i in shown}) if charts else []
     values["left_out"] = len(several) - len(shown)
     path.parent.mkdir(parents=True, exist_ok=True)

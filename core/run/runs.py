@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,18 +173,16 @@ def _state(root: Path, status: journal.Status | None) -> tuple[str, str]:
     return status.state, status.reason
 
 
-def differences(runs: Sequence[PastRun]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[PastRun], shared: Container[str] | None = None) -> dict[str, list[Any]]:
     """{option: its value in each run} of the options that are not the same in all runs of which they are known; UNKNOWN in others.
 
-    Of runs of several methods, options that only some of the methods have are no differences.
+    shared: the options to compare, as of runs of several methods those that all have; a config leaves out what is not given.
     """
-    known = [run.config for run in runs if run.config]
-    names = dict.fromkeys(name for config in known for name in config if name not in PLACES)
-    if len(_distinct([run.method or UNKNOWN for run in runs])) > 1:
-        names = [name for name in names if all(name in config for config in known)]
+    found = dict.fromkeys(name for run in runs for name in run.config if name not in PLACES)
+    names = [name for name in found if shared is None or name in shared]
     values: dict[str, list[Any]] = {"method": [run.method or UNKNOWN for run in runs]}
     values |= {name: [run.config.get(name) if run.config else UNKNOWN for run in runs] for name in names}
-    return {name: found for name, found in values.items() if len(_distinct(found)) > 1}
+    return {name: several for name, several in values.items() if len(_distinct(several)) > 1}
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:

@@ -59,6 +59,15 @@ def test_two_runs_show_what_differs_and_their_curves_in_one_frame(two, tune):
     assert re.search(r"^eval/loss +a +█+ .* at \d *$\n +b +▁+ +0.5 +0.5 +0.5 at 0 *$", done.out, re.M)
 
 
+def test_runs_of_two_methods_are_compared_by_the_options_that_both_have(two, here, tune):
+    (here / "all/b/config.yaml").write_text("model: m\nmax_steps: 7\nbeta: 0.5\n")
+    status = here / "all/b/status.json"
+    status.write_text(status.read_text().replace('"sft"', '"grpo"'))
+    out = tune("runs", "all/a", "all/b").out
+    assert re.search(r"^method +sft +grpo *$", out, re.M) and re.search(r"^max_steps +\S+ +7 *$", out, re.M)
+    assert not re.search(r"^(beta|sample_packing) ", out, re.M)
+
+
 def test_a_terminal_without_unicode_has_curves_too(two, tune, monkeypatch):
     monkeypatch.setattr(command.Screen, "blocks", property(lambda self: False))
     out = tune("runs", "all/a", "all/b").out
