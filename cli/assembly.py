@@ -77,6 +77,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     source: in place of the config's data. Errors: ValueError, one line, for input that cannot be used.
     """
     stack.enter_context(products.tf32(run.device, on=run.config.optim.tf32, say=run.say))
+    stack.enter_context(products.deterministic(run.device, on=run.config.optim.deterministic, say=run.say))
     pieces = _load(run, source)
     parts, start = pieces.parts, pieces.parts.policy
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio

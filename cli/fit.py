@@ -142,6 +142,8 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
     device, method = loading.select_device(config.model.device), of_config(config)
     if config.run.nproc * config.run.nnodes > 1 and not launch.inside():
         raise ValueError("nproc and nnodes are for the command line, which starts processes: start those of a Python program with torchrun")
+    if device.type == "cuda":
+        machine.join_segments()
     world = ranks.join_ranks(device)
     request = table.record(folder.Request, config, name=method.name, read=partial(requirements.inputs, config))
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))

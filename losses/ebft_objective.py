@@ -29,7 +29,7 @@ def objective(logprob: LogprobBeside, *, rl_coef: float = 1.0, ce_coef: float = 
         raise ValueError("rl_coef=0 and ce_coef=0: nothing would train; give one of them a value")
 
     def counts(batch: Batch) -> Terms:
-        tokens = {"rl": batch["seq_lens"].sum(), "ce": batch["seq_lens"].new_tensor(batch["prompt_at"].shape[0])}
+        tokens = {"rl": batch["seq_lens"].sum(), "ce": batch["seq_lens"].new_full((), batch["prompt_at"].shape[0])}
         return {name: tokens[name] for name in coefs}
 
     def terms(params: Params, frozen: Params, batch: Batch, plan: Plan) -> tuple[Terms, Metrics]:
@@ -47,7 +47,7 @@ def _policy(logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropy(logp: Tensor) -> tuple[Tensor, Tensor]:
-    count = torch.tensor(logp.shape[0], device=logp.device)
+    count = torch.full((), logp.shape[0], device=logp.device)
     return ebft.cross_entropy_term(logp, torch.zeros_like(logp, dtype=torch.int64), count[None])
 
 

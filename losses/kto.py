@@ -85,7 +85,7 @@ class Running(NamedTuple):
 def update(running: Running, rewards: Tensor) -> Running:
     """The state after more rewards beta u, of any shape: mean of all seen so far, each counted once. Carries no gradient."""
     rewards = rewards.detach().to(running.mean.dtype)
-    return merge(running, rewards.sum() / max(rewards.numel(), 1), running.count.new_tensor(rewards.numel()))
+    return merge(running, rewards.sum() / max(rewards.numel(), 1), running.count.new_full((), rewards.numel()))
 
 
 def merge(running: Running, mean: Tensor, count: Tensor) -> Running:

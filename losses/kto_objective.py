@@ -103,7 +103,7 @@ def _log_ratios(logprob: Logprob, state: TrainState, batch: Batch, plan: Plan) -
 
 def step_baseline(ratios: Tensor, total: Sum) -> Tensor:
     """max(0, mean of the log-ratios of all micro-batches and ranks)."""
-    sums, count = total([ratios.double().sum(), ratios.new_tensor(len(ratios), dtype=torch.float64)])
+    sums, count = total([ratios.double().sum(), ratios.new_full((), len(ratios), dtype=torch.float64)])
     return kto.baseline((sums / count.clamp(min=1)).reshape(1), sums.new_zeros(1)).float()
 
 

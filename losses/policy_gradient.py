@@ -157,7 +157,7 @@ def objective(
             metrics |= report(**_named(tokens, names))
         numerators = {"policy": top}
         if entropy_coef or "entropy_coef" in batch:
-            coef = batch.get("entropy_coef", top.new_tensor(entropy_coef))
+            coef = batch.get("entropy_coef", top.new_full((), entropy_coef))
             numerators["entropy"] = -coef.to(top.dtype) * _kept_entropy(stats.entropy, batch)
             metrics["entropy_coef"] = Metric(coef, torch.ones_like(coef))
         return numerators, metrics
@@ -301,12 +301,12 @@ def _metric(top: Tensor, bottom: Tensor) -> Metric:
 
 
 def _token_mean(x: Tensor) -> Metric:
-    return _metric(x.sum(), torch.tensor(x.shape[0], device=x.device))
+    return _metric(x.sum(), torch.full((), x.shape[0], device=x.device))
 
 
 def _metrics(stats: TokenStats, batch: Batch, tokens: Tokens, correction: Correction | None) -> Metrics:
     """What every run reports, of the tokens that were read."""
-    count = torch.tensor(batch["seq"].shape[0], device=batch["seq"].device)
+    count = torch.full((), batch["seq"].shape[0], device=batch["seq"].device)
     metrics = {"num_tokens": Metric(reduce.real_tokens(batch), count, "sum"), "supervised_tokens": Metric(count, count, "sum")}
     one = torch.ones_like(count)
     metrics["skipped_zero_adv_batches"] = Metric((batch["seq_lens"].sum() > count).to(one.dtype), one)
@@ -387,4 +387,5 @@ def zero_signal_batch(batch: Batch) -> Batch:
     # Left out altogether it would change denominators and metrics, and a rank without it would miss a collective of the others.
     short = {"T": slice(1), "N": slice(0), "M": slice(0)}
     stand_in = {key: value[short[axis]] if (axis := AXES[key]) in short else value for key, value in batch.items()}
-    return stand_in | {"cu_docs": batch["cu_docs"].new_tensor([0, 1]), "doc_of_seq": torch.zeros_like(batch["doc_of_seq"])}
+    bounds = torch.arange(2, dtype=batch["cu_docs"].dtype, device=batch["cu_docs"].device)
+    return stand_in | {"cu_docs": bounds, "doc_of_seq": torch.zeros_like(batch["doc_of_seq"])}

@@ -69,4 +69,4 @@ def _no_logprob(*_: object, **__: object) -> NoReturn:
 
 
 def _tokens(batch: Batch) -> Tensor:
-    return torch.tensor(batch["prompt_at"].shape[0], device=batch["prompt_at"].device)
+    return torch.full((), batch["prompt_at"].shape[0], device=batch["prompt_at"].device)

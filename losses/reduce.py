@@ -41,13 +41,13 @@ def by_sequence(x: Tensor, seq: Tensor, seq_lens: Tensor, *, count_empty: bool =
     """Mean over sequences of each sequence's token mean; empty sequences are left out unless `count_empty`."""
     means = per_sequence(x, seq, seq_lens) / seq_lens.clamp(min=1)
     # From seq_lens and not from the rows: a micro-batch without signal reads none of them, and its completions still count.
-    count = seq_lens.new_tensor(seq_lens.shape[0]) if count_empty else (seq_lens > 0).sum()
+    count = seq_lens.new_full((), seq_lens.shape[0]) if count_empty else (seq_lens > 0).sum()
     return means.sum(), count
 
 
 def by_constant(x: Tensor, seq: Tensor, seq_lens: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
     """Sum over B * length, the fixed budget of Dr. GRPO. Source: Liu et al., arXiv 2503.20783, section 3.2."""
-    return upcast(x).sum(), seq_lens.new_tensor(seq_lens.shape[0] * length)
+    return upcast(x).sum(), seq_lens.new_full((), seq_lens.shape[0] * length)
 
 
 def by_sum(x: Tensor, seq: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from treetune.models import fetch
 from treetune.models.fetch import Say, silent
 from treetune.ops import fp8_linear, product
 
 TF32_PARTS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)  # each has its own switch
+MEMORY: Any = torch.utils.deterministic  # whether memory is filled before it is written
 KEY = "products"  # of a checkpoint's meta
 Share = Callable[[Callable[[], Any]], Any]  # runs a function on one rank and gives its result to all
 
@@ -62,6 +64,27 @@ def tf32(device: torch.device, *, on: bool, say: Say = silent) -> Iterator[None]
     finally:
         for part, value in zip(TF32_PARTS, before, strict=True):
             part.allow_tf32 = value
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device, *, on: bool, say: Say = silent) -> Iterator[None]:
+    """Inside, CUDA takes those of its algorithms that give the same bits each time, and warns where it has none; a line on a CPU."""
+    if not on or device.type != "cuda":
+        if on:
+            say(f"deterministic: the run is on {device.type}, which gives the same bits each time as it is")
+        yield
+        return
+    # Read when a thread first uses cuBLAS. The other value that makes it repeatable, :16:8, has less memory and is slower.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = MEMORY.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        MEMORY.fill_uninitialized_memory = False  # a pass over all that is allocated, for programs that read it unwritten
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        MEMORY.fill_uninitialized_memory = filled
 
 
 def _without_tf32(device: torch.device) -> str:

@@ -133,7 +133,8 @@ def _plain(theta: float, dim: int, device: torch.device) -> Tensor:
 
 
 def _divided(theta: float, dim: int, factors: tuple[float, ...], device: torch.device) -> Tensor:
-    return 1.0 / (torch.tensor(factors, dtype=torch.float32, device=device) * _powers(theta, dim, device))
+    wide = torch.tensor(factors, dtype=torch.float32).to(device, non_blocking=device.type == "cuda")
+    return 1.0 / (wide * _powers(theta, dim, device))
 
 
 def _llama3(freq: Tensor, scaling: Llama3Rope) -> Tensor:

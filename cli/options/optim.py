@@ -133,6 +133,8 @@ class OptimOptions:
     """Dtype in which matrices that train are kept; bfloat16 halves their memory, and rounds updates up or down at random, without bias."""
     tf32: Annotated[bool, listed("says how CUDA multiplies float32 numbers", lasting=True)] = False
     """Round float32 numbers to TF32 (10 bits) where CUDA multiplies them, which is several times faster; from Ampere on."""
+    deterministic: Annotated[bool, listed("says whether CUDA gives the same bits each time", lasting=True)] = False
+    """Take those algorithms of CUDA that give the same bits each time, some of them slower, with a warning where there are none."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE, STEP_SIZE] = 1.0
     """Clip the global gradient norm to this value; 0 disables clipping."""
     num_epochs: Annotated[int, COUNT, RUN_LENGTH] = 1

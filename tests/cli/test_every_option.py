@@ -107,6 +107,7 @@ CHANGES = {
     "optim_args": ("metrics", lambda t: ["--optim-args", "clip_threshold=0.01"], ["--optimizer", "adafactor", "--max-steps", 3]),
     "master_dtype": ("metrics", lambda t: ["--master-dtype", "bfloat16"], ["--adapter", "none", "--lora-r", None]),
     "tf32": ("out", lambda t: ["--tf32"], []),
+    "deterministic": ("out", lambda t: ["--deterministic"], []),
     "max_grad_norm": ("metrics", lambda t: ["--max-grad-norm", 0.01], SGD),
     "num_epochs": ("metrics", lambda t: ["--num-epochs", 2], ["--max-rows", 6, "--max-steps", None]),
     "max_steps": ("metrics", lambda t: ["--max-steps", 3], []),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_tf32_is_on_inside_of_a_run_only(monkeypatch):
             assert [part.allow_tf32 for part in parts] == [on, on]
             raise KeyError
         assert [part.allow_tf32 for part in parts] == before
+
+
+def test_deterministic_algorithms_are_on_inside_of_a_run_on_a_gpu_only(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for device, on in (("cuda", True), ("cuda", False), ("cpu", True)):
+        lines: list[str] = []
+        with contextlib.suppress(KeyError), products.deterministic(torch.device(device), on=on, say=lines.append):
+            assert torch.are_deterministic_algorithms_enabled() == (on and device == "cuda")
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == torch.are_deterministic_algorithms_enabled()
+            raise KeyError
+        assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+        assert len(lines) == (device == "cpu")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.parametrize(("device", "words"), [("cpu", "the run is on cpu"), ("cuda", "compute capability 8.0, and this GPU has 7.5")])

@@ -76,7 +76,8 @@ TABLE = {
         "lora_dropout", "relora_warmup_steps", "relora_anneal_steps", "relora_prune_ratio",
         "num_epochs", "max_steps", "ref_model_sync_steps", "ref_model_mixup_alpha",
         # where and how they are made
-        "device", "tf32", "sharding", "gradient_checkpointing", "activation_offloading", "layer_offloading", "feature_device",
+        "device", "tf32", "deterministic", "sharding", "gradient_checkpointing", "activation_offloading", "layer_offloading",
+        "feature_device",
         "precompute_ref_logps", "dataset_prepared_path",
         "max_completion_length", "adaptive_max_tokens", "gt_length_multiplier", "async_prefetch", "prefetch_depth", "vllm_sync_interval",
         "streaming_partial_batch", "streaming_min_groups", "dynamic_sampling", "replay_buffer_size", "reroll_start_fraction",

@@ -54,3 +54,12 @@ print(own() - before)
     lines = ([sys.executable, "-c", script, how] for how in ("map", "as it is"))
     mapped, as_it_is = (int(subprocess.run(line, capture_output=True, text=True, check=True).stdout) for line in lines)
     assert mapped < 8 < as_it_is, (mapped, as_it_is)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere CUDA's allocator has no such segments")
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": ""}])
+def test_segments_are_joined_unless_the_user_has_a_say(monkeypatch, given):
+    environment = dict(given)
+    monkeypatch.setattr(machine.os, "environ", environment)
+    machine.join_segments()
+    assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
