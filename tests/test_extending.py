@@ -107,11 +107,12 @@ def write(folder: Path, recipe: Recipe, model: Path) -> None:
 
 
 def run_command(words: list[str]) -> int:
-    """The exit code of `treetune ...` or of `python FILE ...`."""
+    """The exit code of `treetune ...`, with answers of a few tokens after its steps, or of `python FILE ...`."""
     if words[0] == "treetune":
         from treetune.cli import main
 
-        return main.main(words[1:])
+        short = ["--sample-tokens", "4"] if words[1] in ("sft", "dpo") or words[1].endswith(":METHOD") else []
+        return main.main([*words[1:], *short])
     sys.argv = words[1:]
     try:
         runpy.run_path(words[1], run_name="__main__")
