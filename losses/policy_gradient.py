@@ -387,5 +387,7 @@ def zero_signal_batch(batch: Batch) -> Batch:
     # Left out altogether it would change denominators and metrics, and a rank without it would miss a collective of the others.
     short = {"T": slice(1), "N": slice(0), "M": slice(0)}
     stand_in = {key: value[short[axis]] if (axis := AXES[key]) in short else value for key, value in batch.items()}
+    for key in ("branch", "start"):  # a first token is of the trunk; FlexAttention would be compiled anew for one token
+        stand_in.pop(key, None)
     bounds = torch.arange(2, dtype=batch["cu_docs"].dtype, device=batch["cu_docs"].device)
     return stand_in | {"cu_docs": bounds, "doc_of_seq": torch.zeros_like(batch["doc_of_seq"])}

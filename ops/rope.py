@@ -84,6 +84,11 @@ def _kernel(  # noqa: PLR0913
     _rotate_heads(k, k_out, cos, sin, row, k_heads, half, K_HEADS, HALF)
 
 
+def warps_of(heads: int, half: int) -> int:
+    """Warps of a program that turns so many heads of a token, as tiles."""
+    return 4 if heads * half <= 2048 else 8
+
+
 def rotate_triton(
     q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scale: float = 1.0, sign: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,8 +102,8 @@ def rotate_triton(
     heads, half = (q.shape[1], k.shape[1]), q.shape[2] // 2
     tiles = [1 << (n - 1).bit_length() for n in (*heads, half)]
     if q.shape[0]:
-        warps = 4 if tiles[0] * tiles[2] <= 2048 else 8
-        backend.launch(_kernel, (q.shape[0],))(q, k, *rotated, cos, sin, *heads, half, *tiles, num_warps=warps)
+        launch = backend.launch(_kernel, (q.shape[0],))
+        launch(q, k, *rotated, cos, sin, *heads, half, *tiles, num_warps=warps_of(tiles[0], tiles[2]))
     return rotated
 
 

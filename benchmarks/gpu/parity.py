@@ -27,7 +27,7 @@ def check(name: str, case, dtype: torch.dtype) -> None:
         return
     rounded = {"errors": found.errors, "plain": found.plain}
     rounded = {key: [float(f"{value:.2e}") for value in values] for key, values in rounded.items()}
-    device.report(label, ok=found.fits(case), repeated=found.repeated, **rounded)
+    device.report(label, ok=found.fits(case, dtype), repeated=found.repeated, **rounded)
 
 
 def main(table: str) -> None:

@@ -55,6 +55,17 @@ def liger(module: str, name: str) -> Callable[..., Tensor]:
     return call
 
 
+def ceilings() -> None:
+    """What the device reaches on a large product and on a copy: what all else is to be seen against."""
+    size, count = (64, 1 << 12) if device.DRY else (8192, 1 << 31)
+    a, b = (torch.randn(size, size, dtype=device.DTYPE, device=device.DEVICE) for _ in range(2))
+    product = device.milliseconds(lambda: a @ b)
+    source = torch.zeros(count, dtype=torch.uint8, device=device.DEVICE)
+    target = torch.empty_like(source)
+    copied = device.milliseconds(lambda: target.copy_(source))
+    device.report("ceilings", tflops=2 * size**3 / product / 1e9, copy_tb_per_s=2 * count / copied / 1e9, machine=harness.machine())
+
+
 def heads() -> None:
     fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     for width, vocabulary, frozen in ((896, 151936, False), (2048, 151936, False), (4096, 128256, False), (4096, 128256, True)):
@@ -117,7 +128,7 @@ def _adapted(fn: Callable) -> Callable[..., Tensor]:
 
 
 def main() -> None:
-    for group in (heads, rows, layers):
+    for group in (ceilings, heads, rows, layers):
         try:
             group()
         except Exception:

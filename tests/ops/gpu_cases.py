@@ -30,6 +30,7 @@ from treetune.ops import (
 )
 
 LOW, FULL = torch.bfloat16, torch.float32
+FLOOR = 1e-5  # of errors in float32
 
 
 class Draw(NamedTuple):
@@ -49,6 +50,8 @@ class Draw(NamedTuple):
 
 class Case(NamedTuple):
     """op and reference: leaves -> a tensor or several. Errors of the op are at most `slack` times those of the reference, plus `floor`.
+
+    floor: in 16 bits; in float32 it is `FLOOR` at most.
 
     repeats: whether two runs are equal to the bit, gradients included.
     """
@@ -70,9 +73,10 @@ class Measured(NamedTuple):
     repeated: bool
     small: list[bool]  # vectors of few numbers, whose roundings average less
 
-    def fits(self, case: Case) -> bool:
+    def fits(self, case: Case, dtype: torch.dtype) -> bool:
+        floor = case.floor if dtype == LOW else min(case.floor, FLOOR)
         pairs = zip(self.errors, self.plain, self.small, strict=True)
-        return (self.repeated or not case.repeats) and all(a <= (2 if few else case.slack) * b + case.floor for a, b, few in pairs)
+        return (self.repeated or not case.repeats) and all(a <= (2 if few else case.slack) * b + floor for a, b, few in pairs)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

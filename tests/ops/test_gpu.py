@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def _check(name, draw):
     found = cases.measure(EVERY[name], draw)
-    assert found.fits(EVERY[name]), found
+    assert found.fits(EVERY[name], draw.dtype), found
 
 
 @needs_gpu
@@ -40,7 +40,7 @@ def test_an_op_that_is_off_does_not_fit():
     case = cases.CASES["swiglu"]
     draw = cases.Draw(torch.device("cpu"), torch.float32, small=True)
     for off in (lambda x, y: case.reference(x, y) * 1.001, lambda x, y: case.reference(x, y.detach()) + 0 * y):
-        assert not cases.measure(case._replace(op=off), draw).fits(case)
+        assert not cases.measure(case._replace(op=off), draw).fits(case, draw.dtype)
 
 
 @needs_gpu

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from treetune.ops import clamped_swiglu, dequantise, geglu, grouped_kernels, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
+from treetune.ops import backend, clamped_swiglu, dequantise, geglu, grouped_kernels, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
 
 CASES = {
     "rms_norm": (rms_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", {"ONCE": False, "BLOCK": 4096}),
@@ -50,6 +50,10 @@ for flag in (False, True):
     )
 LATER = ("stats_False", "grad_False", "grouped_outer_fp32")  # less of the same code, or the tiles of grouped_rows_fp32
 
+# As they are launched; all others with Triton's 4.
+ROWS = (rms_norm._forward_kernel, rms_norm._backward_kernel, logprob_kernels._stats_kernel, logprob_kernels._grad_kernel)
+WARPS = dict.fromkeys(ROWS, backend.warps_of(4096)) | {rope._kernel: rope.warps_of(32, 64)}
+
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in CASES])
@@ -57,5 +61,6 @@ def test_compiles(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, types, constants = CASES[name]
     signature = dict(zip(kernel.arg_names, types.split() + ["constexpr"] * len(constants), strict=True))
-    compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS.get(kernel, 4)})
     assert compiled.asm["cubin"]
