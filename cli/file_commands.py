@@ -93,6 +93,8 @@ def dry_run(config: Any, method: Method | None, given: frozenset[str], file: str
     with checking_input(config.model.model):
         memory = _memory(config)
     screen.table(f"treetune {method.name}", _shown(config, given) | memory)
+    if (text := _room(config)) is not None:
+        screen.line(text, "yellow")
     for text in missing:
         screen.line(f"not here, and the run would stop: {text}", "yellow")
     screen.line("the config resolves; nothing was loaded or written")
@@ -111,6 +113,17 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) if isinstance(one, dict) else str(one) for one in value)
     return str(value)
+
+
+def _room(config: Any) -> str | None:
+    """A line where the run would not fit on this machine, if it is to run here."""
+    from treetune.cli import memory_check
+    from treetune.models import loading
+
+    try:
+        return memory_check.check(config, loading.select_device(config.model.device).type) or None
+    except ValueError as error:
+        return str(error)
 
 
 def _memory(config: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from treetune.cli import assembly, document_source, invocation, memory_ladder, requirements, run_file, trackers
+from treetune.cli import assembly, document_source, invocation, memory_check, memory_ladder, requirements, run_file, trackers
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import run as run_options
@@ -109,6 +109,8 @@ def run(
     with contextlib.ExitStack() as stack:
         with checking_input():
             this = begin(config, observers, options, stack)
+            if text := memory_check.check(config, this.device.type, this.ranks.world):
+                this.observers.warn(text)
             parts = assembly.assemble(this, source, stack)
             answer = _sample_answer(this, parts)
             extras = assembly.extras(this, parts.policy)  # better refused now than when all is trained

@@ -102,7 +102,7 @@ def _start(command: str, chosen: Command, argv: list[str], *, dry: bool, plan: A
         from treetune.cli import sweep
 
         return sweep.run(command, argv, table.options(chosen.config), resolve)
-    with checking_input("the command line or its config file"), planning.shared(1 if plan is None else plan.ranks):
+    with checking_input("the command line or its config file"):
         file = parse.config_file(argv)
         parsed, given = parse.parse(command, chosen.config, argv, ignored=ignored, say=file_commands.say)
         if plan is not None:

@@ -38,13 +38,7 @@ def climb(config: TrainConfig, device: str, *, held: int | None = None) -> Ladde
 
     Errors: ValueError for a model that is not there.
     """
-    options = config.model
-    shape = getattr(options, "from_config", None)
-    path = Path(shape) if shape is not None else fetch.resolve(options.model, revision=options.revision)
-    family, cfg = hf.read_config(path) if shape is not None else describe.read_sizes(path)
-    cfg = dataclasses.replace(cfg, dtype=_dtype(options.dtype, device))
-    abstract = MODELS[family].abstract(cfg)
-
+    abstract, cfg = _model(config, device)
     values = table.flatten(config)
     plain = memory.table(abstract, cfg, _setup(config, values, device))
     extra = 0 if held is None else max(0, held - plain.weights - plain.adapter)
@@ -59,6 +53,24 @@ def climb(config: TrainConfig, device: str, *, held: int | None = None) -> Ladde
             values, now = values | changed, then
             rungs.append(Rung(flags, cost, then))
     return Ladder(start, rungs)
+
+
+def table_of(config: TrainConfig, device: str) -> memory.Table:
+    """The memory of the run by term. Errors: ValueError for a model that is not there."""
+    abstract, cfg = _model(config, device)
+    return memory.table(abstract, cfg, _setup(config, table.flatten(config), device))
+
+
+def _model(config: TrainConfig, device: str) -> tuple[Any, Any]:
+    """The leaves and the sizes of the model of a run, in the dtype that it computes in."""
+    options = config.model
+    shape = getattr(options, "from_config", None)
+    if shape is not None:
+        family, cfg = hf.read_config(Path(shape) / "config.json" if Path(shape).is_dir() else Path(shape))
+    else:
+        family, cfg = describe.read_sizes(fetch.resolve(options.model, revision=options.revision))
+    cfg = dataclasses.replace(cfg, dtype=_dtype(options.dtype, device))
+    return MODELS[family].abstract(cfg), cfg
 
 
 def _dtype(name: str, device: str) -> Any:

@@ -24,7 +24,7 @@ def _listed_steps(values: Values) -> str:
 
 
 # How a run is started, which is not what it is.
-STARTS = ("resume", "overwrite", "nproc", "nnodes", "rendezvous", "restarts")
+STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts")
 OBSERVER = door((), "observer", "event", "record")
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
@@ -39,6 +39,8 @@ class RunOptions:
     """auto: the newest checkpoint of output_dir (or of the newest run); or a checkpoint folder."""
     overwrite: Annotated[bool, STARTED] = False
     """Start anew in an output_dir that holds a run and nothing else; the old run is deleted after the first step of the new one."""
+    ignore_memory: Annotated[bool, STARTED] = False
+    """Start although more memory seems to be needed than there is: without it a run that cannot fit is refused before it loads anything."""
     sweep: Annotated[bool, STARTED] = False
     """Options that are given several values (--learning-rate 1e-4 2e-4 --sweep) are a run each, or a run for each of their combinations."""
     nproc: Annotated[int, COUNT, STARTED] = 1

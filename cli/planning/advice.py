@@ -84,7 +84,7 @@ def _changes(run: Run, place: Place) -> Iterator[Change]:
         for ranks in (2, 4, 8):
             if ranks > place.ranks or place.sharding != "full":
                 more = place._replace(ranks=max(ranks, place.ranks), sharding="full")
-                yield Change(f"--sharding full on {more.ranks} devices", "each holds a part of what trains", {}, more)
+                yield Change(f"--nproc {more.ranks} --sharding full", "each holds a part of what trains", {}, more)
 
 
 def _both(one: Change, other: Change) -> Change | None:

@@ -1,10 +1,8 @@
 """`treetune plan`: what a run of a config would take on devices, before anything is loaded."""
 
-import contextlib
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +15,11 @@ Say from a config alone what its run would take: the peak of its memory and the 
 Nothing is loaded, fetched or written but a config.json. FILE is one of `treetune train`; flags win over it.
 
   --on DEVICE ...   h200, h100, a100-80, a100-40, 4090, l4 or cpu: terms on these devices; without it one line for each device
-  --ranks N         devices that share the run (--nproc is the same); with --sharding full each holds a part of what trains
+  --ranks N         devices that share the run, as --nproc; with --sharding full each holds a part of what trains
   --memory SIZE     memory of the device instead of its own, such as 24GiB
   --json            figures in bytes and seconds, as JSON"""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
-JOINED = "--on=", "--ranks=", "--nproc=", "--memory="
+JOINED = "--on=", "--ranks=", "--memory="
 UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -29,14 +27,13 @@ class Asked(NamedTuple):
     """What the command was asked. devices: names, none for all. memory: bytes of a device, None for its own."""
 
     devices: tuple[str, ...] = ()
-    ranks: int = 1
     memory: int | None = None
     as_json: bool = False
 
 
 def take(argv: Sequence[str]) -> tuple[Asked, list[str]]:
     """The arguments of the command itself, and the others. Errors: ValueError for a value that none of them takes."""
-    devices, ranks, memory, as_json, rest = [], 1, None, False, list[str]()
+    devices, memory, as_json, rest = [], None, False, list[str]()
     words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(JOINED) else [arg])]
     while words:
         word = words.pop(0)
@@ -45,21 +42,15 @@ def take(argv: Sequence[str]) -> tuple[Asked, list[str]]:
                 devices += [name for name in words.pop(0).split(",") if name]
             if not devices:
                 raise ValueError("--on needs the name of a device, such as h100")
-        elif word in ("--ranks", "--nproc"):
-            ranks = _count(word, words.pop(0) if words else "")
+        elif word == "--ranks":
+            rest += ["--nproc", words.pop(0) if words else ""]
         elif word == "--memory":
             memory = size_of(words.pop(0) if words else "")
         elif word == "--json":
             as_json = True
         else:
             rest.append(word)
-    return Asked(tuple(devices), ranks, memory, as_json), rest
-
-
-def _count(flag: str, text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65536:
-        raise ValueError(f"{flag} is {text!r}; expected a number of devices from 1")
-    return int(text)
+    return Asked(tuple(devices), memory, as_json), rest
 
 
 def size_of(text: str) -> int:
@@ -69,20 +60,6 @@ def size_of(text: str) -> int:
         raise ValueError(f"--memory is {text!r}; expected a size such as 24GiB")
     unit = (match[2] or "gib").lower()
     return int(float(match[1]) * (2 ** UNITS[unit[0]] if "i" in unit or len(unit) == 1 else 1000 ** (UNITS[unit[0]] // 10)))
-
-
-@contextlib.contextmanager
-def shared(ranks: int) -> Iterator[None]:
-    """Inside, options are those of a run of so many processes, which the launcher would tell by the environment."""
-    before = os.environ.get("WORLD_SIZE")
-    if ranks > 1:
-        os.environ["WORLD_SIZE"] = str(ranks)
-    try:
-        yield
-    finally:
-        if ranks > 1:
-            os.environ.pop("WORLD_SIZE")
-            os.environ.update({} if before is None else {"WORLD_SIZE": before})
 
 
 def run(asked: Asked, config: Any, method: Method) -> int:
@@ -99,7 +76,7 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         this = estimate.Run(method, config, family, cfg)
         chosen = [devices.named(name) for name in asked.devices or devices.NAMES]
         chosen = [one if asked.memory is None else one._replace(memory=asked.memory) for one in chosen]
-        places = [estimate.Place(one, asked.ranks, config.run.sharding) for one in chosen]
+        places = [estimate.Place(one, config.run.nproc * config.run.nnodes, config.run.sharding) for one in chosen]
         with screen.busy("counting a step"):
             counts = {kind: estimate.counted(this, one) for kind, one in {one.gpu: one for one in chosen}.items()}
         plans = [(place, estimate.estimate(this, counts[place.device.gpu], place)) for place in places]

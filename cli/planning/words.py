@@ -77,7 +77,7 @@ def line(one: Estimate, place: Place) -> str:
 def advice(found: Sequence[Advice]) -> list[str]:
     """Lines about what would make it fit."""
     if not found:
-        return ["no one or two options make it fit: take a larger device, a smaller model, or more devices (--ranks N --sharding full)"]
+        return ["no one or two options make it fit: take a larger device, a smaller model, or more devices (--nproc N --sharding full)"]
     width = max(len(one.change.flags) for one in found)
     taken = [f"{shown(one.estimate.peak)}, {seconds(one.estimate.step)} a step" for one in found]
     lines = [f"  {one.change.flags:{width}}  {text} ({one.change.cost})" for one, text in zip(found, taken, strict=True)]

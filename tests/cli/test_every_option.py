@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from treetune.cli import memory_ladder
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
@@ -120,6 +121,8 @@ CHANGES = {
     "data_seed": ("metrics", lambda t: ["--data-seed", 1], []),
     "output_dir": ("files", lambda t: ["--output-dir", "other"], []),
     "resume": ("metrics", lambda t: ["--resume", "start/checkpoints/step_000002"], ["--max-steps", 3]),
+    # The options allow more than there is, and the rows are short.
+    "ignore_memory": ("out", lambda t: ["--ignore-memory"], ["--sequence-len", 1 << 24]),
     "sweep": ("error", lambda t: ["--sweep"], []),
     "overwrite": ("error", lambda t: ["--overwrite"], ["--output-dir", "start", "--max-steps", 3]),
     "eval_steps": ("metrics", lambda t: ["--eval-steps", 1], []),
@@ -184,6 +187,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     kit.write_rows(here / "both.jsonl", rows)
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     monkeypatch.setattr(launch, "run", lambda words, how: print(how) or 3)  # tests/dist starts processes
+    monkeypatch.setattr(memory_ladder, "capacity", lambda device: 2**31)  # of a small machine
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))
 

@@ -1,10 +1,11 @@
 """`treetune plan`: what a run would take, from its config alone."""
 
+import dataclasses
 import json
 
 import pytest
 
-from treetune.cli import main, parse, requirements
+from treetune.cli import main, memory_check, memory_ladder, parse, requirements
 from treetune.cli.methods import CONFIGS, of_config
 from treetune.cli.planning import advice, command, estimate
 from treetune.models import describe, devices
@@ -54,7 +55,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(tiny, capsys):
         ([], "needs a config file or the name of a method"),
         (["sft", "--on", "gtx"], "'gtx' is no device that is known"),
         (["sft", "--memory", "much"], "expected a size such as 24GiB"),
-        (["sft", "--ranks", "0"], "expected a number of devices from 1"),
+        (["sft", "--ranks", "0"], "nproc must be"),
         (["sft", "--model", "nowhere/at-all"], "name a folder that holds one"),
     ],
 )
@@ -83,3 +84,27 @@ def test_devices_that_share_what_trains_hold_less_and_talk(tiny):
 def test_changes_are_of_the_config(tiny):
     run = advice.changed(planned(tiny, "dpo"), {"gradient_checkpointing": "full", "quant": "nf4"})
     assert (run.config.optim.gradient_checkpointing, run.config.model.quant) == ("full", "nf4")
+
+
+@pytest.mark.parametrize(("gpu", "refused"), [(False, False), (True, True)])
+def test_a_run_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(tiny, monkeypatch, gpu, refused):
+    config = planned(tiny, "sft").config
+    found = memory_check.need(config, "cpu")
+    room = (found.peak + found.held) // 2
+    monkeypatch.setattr(memory_ladder, "capacity", lambda device: room)
+    monkeypatch.setattr(memory_check, "need", lambda *args: found._replace(capacity=room, gpu=gpu))
+    if not refused:
+        assert memory_check.check(config, "cpu").startswith("this run may need about ")
+        found = found._replace(held=2 * found.peak)
+    with pytest.raises(ValueError, match=r"this run needs about .*: try --.* --ignore-memory starts it all the same"):
+        memory_check.check(config, "cpu")
+    assert memory_check.check(dataclasses.replace(config, run=dataclasses.replace(config.run, ignore_memory=True)), "cpu") == ""
+
+
+def test_a_run_that_cannot_fit_reads_no_weights_and_leaves_nothing(tiny, here, tune, kit, monkeypatch):
+    monkeypatch.setattr(memory_ladder, "capacity", lambda device: 1000)
+    monkeypatch.setattr("treetune.models.loading.load_model", lambda *a, **k: pytest.fail("weights were read"))
+    done = tune("sft", "--model", tiny.model, "--data", tiny.chat, *SMALL)
+    assert done.code == 2 and "this run needs about" in done.err and kit.listing(here) == set()
+    dry = tune("sft", "--model", tiny.model, "--data", tiny.chat, *SMALL, "--dry-run")
+    assert dry.code == 0 and "--ignore-memory" in dry.out

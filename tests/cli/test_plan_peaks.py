@@ -3,6 +3,7 @@
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.profiler import ProfilerActivity, profile
@@ -48,7 +49,8 @@ def measured(config):
     gc.collect()  # what earlier runs left would be freed in this one, and be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         fit.run(config)
-    events = sorted((event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda e: e.start_ns())
+    results: Any = seen.profiler
+    events = sorted((event for event in results.kineto_results.events() if event.name() == "[memory]"), key=lambda e: e.start_ns())
     held = top = 0
     for event in events:
         held += event.nbytes()
