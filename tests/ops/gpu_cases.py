@@ -298,6 +298,18 @@ def _noise(fn: Callable[..., Tensor], **options: Any) -> Case:
     )
 
 
+def _dropout() -> Case:
+    def formula(x, key):
+        kept = noise.uniform(key.cpu(), x.shape[1], stream=5).to(x.device) >= 0.3
+        return torch.where(kept, x / 0.7, 0.0)
+
+    def leaves(draw):
+        rows = draw.size(500, 11)
+        return [draw(rows, draw.size(1000, 300)), noise.keys(3, torch.arange(rows, device=draw.device), 7)]
+
+    return Case(lambda x, key: noise.dropout(x, key, rate=0.3, stream=5), formula, leaves)
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _rms_norm(False),
     "rms_norm once": _rms_norm(True),
@@ -316,6 +328,7 @@ CASES: dict[str, Case] = {
     "noise uniform": _noise(noise.uniform),
     "noise normal": _noise(noise.normal),
     "noise words": _noise(noise.words, first=3),
+    "dropout": _dropout(),
 }
 LOGPROB: dict[str, Case] = {
     f"linear_logprob {'frozen' if frozen else 'trained'} {'+'.join(fields)}{' capped' * bool(options)}": _logprob(options, frozen, fields)

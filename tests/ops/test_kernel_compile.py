@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from treetune.ops import backend, clamped_swiglu, dequantise, geglu, grouped_kernels, logprob_kernels, rms_norm, rope, swiglu  # noqa: E402
+from treetune.ops import backend, clamped_swiglu, dequantise, geglu, grouped_kernels, logprob_kernels, noise, rms_norm, rope, swiglu  # noqa: E402
 
 CASES = {
     "rms_norm": (rms_norm._forward_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", {"ONCE": False, "BLOCK": 4096}),
@@ -25,6 +25,7 @@ CASES = {
     "clamped_swiglu": (clamped_swiglu._forward_kernel, "*bf16 *bf16 i32 fp32 fp32", {"BLOCK": 1024}),
     "clamped_swiglu_backward": (clamped_swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32 fp32 fp32", {"BLOCK": 1024}),
     "four_bits": (dequantise._four_bits_kernel, "*u8 *fp32 *fp32 *bf16 i32", {"BLOCK": 64, "BYTES": 1024}),
+    "dropout": (noise._dropout_kernel, "*bf16 *i64 *i64 *bf16 i32 fp32 fp32", {"BLOCK": noise.BLOCK}),
     "geglu": (geglu._forward_kernel, "*bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "geglu_backward": (geglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "swiglu_backward": (swiglu._backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),

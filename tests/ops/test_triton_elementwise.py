@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from treetune.ops import clamped_swiglu, geglu, rms_norm, rope, swiglu
+from treetune.ops import clamped_swiglu, geglu, noise, rms_norm, rope, swiglu
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -107,6 +107,21 @@ def test_geglu_of_large_gates_is_finite():
     one = torch.ones(5)
     assert torch.equal(geglu.forward_triton(gate, one), torch.tensor([0.0, 0.0, 0.0, 1e4, 1e30]))
     assert torch.equal(geglu.backward_triton(one, gate, one)[0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 7), (1, 1), (5, 1024), (2, 2049), (0, 4)])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout(dtype, rows, columns, rate):
+    """The same entries stay, forward and backward, as by the formula."""
+    x = _randn(rows, columns, dtype=dtype)
+    key = noise.keys(-3, torch.arange(rows), 1 << 40)
+    plain = noise.dropout(x, key, rate=rate, stream=9)
+    torch.testing.assert_close(noise.dropout_triton(x, key, rate, 9), plain, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+    leaf = x.clone().requires_grad_()
+    out = noise._Dropout.apply(leaf, key, rate, 9)
+    (grad,) = torch.autograd.grad(out, leaf, x)
+    assert torch.equal(grad, out) and torch.equal(out == 0, plain == 0)
 
 
 def test_slices_of_a_larger_tensor():
