@@ -23,7 +23,7 @@ from treetune.core.run.observers import MetricsFile, Observer, Observers, Sample
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.state import TrainState
-from treetune.models import loading, memory
+from treetune.models import loading, memory, sampling
 from treetune.models import policy as policies
 from treetune.models.decode import Samples
 from treetune.models.policy import Policy
@@ -198,7 +198,7 @@ def _sample_answer(this: TrainRun, parts: Assembly) -> Callable[[TrainState], No
     tokens = min(options.sample_tokens, start.cfg.shared_positions - len(ids))
     if not ids or tokens < 1:
         return lambda state: None
-    sample = policies.sampler(start, temperature=0.0, stop=parts.stop_ids, seed=0)
+    sample = sampling.sampler(start, temperature=0.0, stop=parts.stop_ids, seed=0)
 
     def answer(state: TrainState) -> Samples:
         return sample(state, [ids], [0], n=1, max_tokens=tokens)
@@ -273,12 +273,12 @@ def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
 
 def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:
     """Write what trained into the run folder, in place of an earlier result. The folder written."""
-    trained = tree.map(shard.full, state.params)  # on every rank: gathering sharded leaves is a collective
-    needed = "model" if start.leaves_model else "start"
-    frozen = {name: tree.map(shard.full, part) for name, part in state.frozen.items() if name == needed}
     path = this.folder.root / _result_name(start)
+    save = partial(policies.save, policies.bare(start), params=state.params, frozen=state.frozen, **extras)
     if this.ranks.rank == 0:
-        folder.leave(path, lambda draft: policies.save(policies.bare(start), draft, params=trained, frozen=frozen, **extras))
+        folder.leave(path, save)
+    elif any(shard.distributed(leaf) for leaf in tree.leaves(state.params)):
+        save(None)  # gathering sharded leaves is a collective
     return path
 
 

@@ -20,7 +20,7 @@ from treetune.core.run import generations
 from treetune.core.run.rollouts import Layout
 from treetune.core.run.source import Supply
 from treetune.losses import policy_gradient as losses
-from treetune.models import batches
+from treetune.models import batches, sampling
 from treetune.models import tokenizer as tokenizers
 from treetune.models.batches import Batcher
 from treetune.models.policy import Policy
@@ -82,7 +82,8 @@ def _engine(run: Run, policy: Policy, extras: Extras) -> Engine:
     seeds = int(noise.keys(config.optim.seed, COMPLETIONS)), int(noise.keys(config.optim.seed, EVALUATION))
     params = samplers.sampling_params(config.rollout, stop)
     if not config.engine.use_vllm:
-        return core_sampler.LocalEngine(*(samplers.local(policy, params, seed=seed) for seed in seeds))
+        own = (samplers.local(policy, params, seed=seed) for seed in seeds)
+        return core_sampler.LocalEngine(*own, join=sampling.joiner(policy))
     where = {"folder": run.folder.root / "engine", "device": run.device, "say": run.say}
     return samplers.served(config, policy, params, seeds=seeds, extras=extras(), **where)
 

@@ -17,7 +17,7 @@ from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
 from treetune.core.state import Params, TrainState
 from treetune.models import policy as policies
-from treetune.models import serving
+from treetune.models import sampling, serving
 from treetune.models.batches import batcher
 from treetune.models.policy import Policy
 
@@ -48,7 +48,7 @@ def sampling_params(options: RolloutOptions, stop: Sequence[int]) -> vllm.Sampli
 def local(policy: Policy, params: vllm.SamplingParams, *, seed: int) -> core_sampler.TokenSampler:
     """The sampler of the trainer's own weights."""
     shape = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    sample = policies.sampler(policy, **shape, stop=params.stop_ids, seed=seed)
+    sample = sampling.sampler(policy, **shape, stop=params.stop_ids, seed=seed)
     return core_sampler.local(sample, stop_ids=params.stop_ids, tokenizer=policy.tokenizer)
 
 

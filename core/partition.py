@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import quant, shard
-from treetune.core.param import Param
+from treetune.core import quant, shard, tree
+from treetune.core.param import Param, Params
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,6 +57,16 @@ def changed(change: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     if not shard.distributed(leaf):
         return change(leaf)
     return shard.distribute(change(shard.full(leaf)), leaf.device_mesh, leaf.placements)
+
+
+def gathered(params: Params, *, keep: bool) -> Params:
+    """Whole leaves, one after another, a collective where they are sharded; None in place of each on ranks that do not keep them."""
+
+    def one(leaf: Tensor) -> Tensor | None:
+        whole = shard.full(leaf)
+        return whole if keep else None
+
+    return tree.map(one, params)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -1,20 +1,28 @@
 """What training leaves behind for treetune, transformers, PEFT and vLLM to load: a model or an adapter folder, with a head if any."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treetune.core import check
+import torch
+from torch import Tensor
+
+from treetune.core import check, quant, shard, tree
+from treetune.core import lora as lora_trees
+from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.run.errors import RunFailed
-from treetune.models import Model, adapter, families, heads, hf, quantised
+from treetune.models import Model, adapter, families, heads, hf, model_files
 from treetune.models.adapter import Carried, Info
+from treetune.models.model_files import Late
 
 
 def save_model(
-    path: str | Path,
+    path: str | Path | None,
     model: Model,
     *,
+    lora: Lora | None = None,
     head: Params | None = None,
     tokenizer: Any = None,
     generation: dict[str, Any] | None = None,
@@ -22,19 +30,48 @@ def save_model(
 ) -> None:
     """Write a model folder in the dtype that the model computes in, with the dense numbers of leaves that are quantised.
 
-    generation, beside: its generation_config.json and the files of its processor, if it has no head.
-    Raises RunFailed for weights that are not finite in that dtype.
+    Leaves are gathered, merged with those of an adapter and written one after another. Where ranks have parts of them all ranks call
+    this, and those without a path write nothing. generation, beside: its generation_config.json and the files of its processor, if it
+    has no head. Raises RunFailed for weights that are not finite in that dtype.
     """
-    dtype = model.cfg.dtype
-    # float32 reaches further than bfloat16 rounds to.
-    saved = quantised.dense(model._replace(params=families.whole(model)))
-    if not check.finite(saved.params):
-        bad, name = check.not_finite(saved.params)[0], str(dtype).removeprefix("torch.")
-        raise RunFailed(f"{bad} is not finite in {name}: {path} was not saved; lower learning_rate, or compute in float32")
-    if head is not None:
-        heads.save(path, saved, head, tokenizer=tokenizer)
+    late = _late(model, lora, path)
+    if path is None:
+        model_files.follow(late, tied=model_files.tied(late))
+    elif head is not None:
+        heads.save(path, late, head, tokenizer=tokenizer)
     else:
-        hf.save(path, saved, tokenizer=tokenizer, generation=generation, beside=beside)
+        hf.save(path, late, tokenizer=tokenizer, generation=generation, beside=beside)
+
+
+def _late(model: Model, lora: Lora | None, path: str | Path | None) -> Model:
+    """The model with leaves that are made as its files hold them."""
+    adapted = {} if lora is None else lora_trees.pairs(lora.tree)
+    leaves, wide = dict(tree.items(model.params)), families.wide(model)
+    if "lm_head" not in leaves and {"lm_head", "embed_tokens"} & adapted.keys():
+        leaves["lm_head"] = leaves["embed_tokens"]  # the two then differ
+
+    def one(name: str, leaf: Any) -> Late:
+        merged = lora is not None and name in adapted
+        dense = merged or not quant.quantised(leaf)
+        dtype = wide.get(name, model.cfg.dtype) if dense and leaf.is_floating_point() else leaf.dtype
+        make = partial(lora_trees.merged, name, leaf, lora.tree, lora.scale) if lora is not None and merged else lambda: leaf
+        return Late(tuple(leaf.shape), dtype, partial(_finite, name, make, (leaf.dtype, dtype), path))
+
+    return model._replace(params=tree.from_items((name, one(name, leaf)) for name, leaf in leaves.items()))
+
+
+@torch.no_grad()
+def _finite(name: str, make: Callable[[], Any], dtypes: tuple[torch.dtype, torch.dtype], path: str | Path | None) -> Tensor:
+    """A whole leaf, rounded to its own dtype and then to that of the files."""
+    whole = make()
+    if not quant.quantised(whole) and whole.dtype != dtypes[0]:
+        whole = whole.to(dtypes[0])
+    saved = shard.gather(whole, dtypes[1]).detach()
+    # float32 reaches further than bfloat16 rounds to. Every rank has the leaf, and fails where one does.
+    if not check.finite({name: saved}):
+        text = f"{name} is not finite in {str(dtypes[1]).removeprefix('torch.')}: {path or 'the model'} was not saved"
+        raise RunFailed(f"{text}; lower learning_rate, or compute in float32")
+    return saved
 
 
 def save_adapter(path: str | Path, params: Params, *, family: str, info: Info, tied: bool, carried: Carried | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decoder_attention, dense, families
+from treetune.models import MODELS, Model, decoder_attention, dense, families, together
 from treetune.ops import noise, product
 
 
@@ -79,10 +79,12 @@ def sample(
     min_p times the largest probability. `ids` name the prompts for the randomness (default: their order).
     tell(rows [r], tokens [r]) is called with what was drawn as soon as it is; rows that are done may be among them.
 
+    Where ranks have parts of the weights, all of them call this at the same time, or `join` in.
     Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
     """
     draw = Draw(**options)
     _check(model, prompts, n, max_new_tokens, draw)
+    go_on = together.agreed(model)
     weights = families.to_sample(model)
     quiet = None if lora is None else families.settled(lora, weights)
     live = _prefill(model, weights, prompts, n, quiet, max_new_tokens)
@@ -104,8 +106,22 @@ def sample(
         # The one wait for the device in a step: without it every call would go on to max_new_tokens.
         if step + 1 == max_new_tokens or bool(done.all()):
             break
+        go_on(True)
         live = _advance(model, weights, live, token, done, quiet)
+    while go_on(False):
+        together.idle(model, weights, quiet)
     return _trim(out)
+
+
+@torch.no_grad()
+def join(model: Model, lora: Lora | None) -> None:
+    """Take part in a call of `sample` by other ranks, where ranks have parts of the weights."""
+    weights, go_on = families.to_sample(model), together.agreed(model)
+    quiet = None if lora is None else families.settled(lora, weights)
+    together.idle(model, weights, quiet)
+    MODELS[model.family].head(weights, model.cfg, quiet)
+    while go_on(False):
+        together.idle(model, weights, quiet)
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, draw: Draw) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from treetune.core import strided
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decode, decoder_attention, dense, families
+from treetune.models import MODELS, Model, decode, decoder_attention, dense, families, together
 from treetune.models.decoder_attention import Rule
 from treetune.ops import attention_torch, noise
 from treetune.ops.attention_torch import Weighting
@@ -67,7 +67,7 @@ def branches(
     Reads tokens, positions [T] and cu_docs [D + 1] of bare documents, which stay on the host. temperature 0 takes the most probable
     token; otherwise the draw is from q = softmax(logits / temperature) cut as in `decode.sample`, and logp is of q before the cut. A
     token is a function of (seed, id of its document, anchor, rollout, position); `ids` [D] name the documents (default: their order).
-    Adapters' dropout is off. lens is G everywhere.
+    Adapters' dropout is off. lens is G everywhere. Where ranks have parts of the weights, all call this at the same time.
 
     Raises ValueError for options out of range, anchors outside their documents, or more positions than the model has.
     """
@@ -77,6 +77,7 @@ def branches(
     quiet = None if lora is None else families.settled(lora, weights)
     device, length = weights["embed_tokens"].device, anchors.length
     if count == 0:
+        _pass(model, weights, quiet, length)
         empty = torch.zeros(0, length, device=device)
         return decode.Samples(empty.long(), empty, empty.clone(), torch.zeros(0, dtype=torch.int64, device=device))
     trunk, hidden = _prefill(model, weights, batch, anchors, n, quiet)
@@ -92,6 +93,15 @@ def branches(
             hidden = _advance(model, weights, trunk, branch_cache, steps[-1][0], step, quiet)
     token, logp, log_kept = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return decode.Samples(token, logp, log_kept, torch.full((count,), length, device=device))
+
+
+def _pass(model: Model, weights: Params, lora: Lora | None, length: int) -> None:
+    """Take part in the branches of other ranks, where ranks have parts of the weights."""
+    if families.in_parts(model):
+        together.idle(model, weights, lora)
+        MODELS[model.family].head(weights, model.cfg, lora)
+        for _ in range(length - 1):
+            together.idle(model, weights, lora)
 
 
 def _check(model: Model, batch: dict, anchors: strided.Anchors, n: int, draw: decode.Draw) -> None:

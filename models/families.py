@@ -120,10 +120,10 @@ class Model(NamedTuple):
 def whole(model: Model) -> Params:
     """The weights gathered, each in the dtype that the model computes with it in."""
     # Quantised leaves are made dense by each layer.
-    wide = _wide(model)
+    dtypes = wide(model)
 
     def one(path: str, leaf: Any) -> Any:
-        return leaf if quant.quantised(leaf) else shard.gather(leaf, wide.get(path, model.cfg.dtype))
+        return leaf if quant.quantised(leaf) else shard.gather(leaf, dtypes.get(path, model.cfg.dtype))
 
     return tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(model.params))
 
@@ -131,16 +131,17 @@ def whole(model: Model) -> Params:
 def to_sample(model: Model) -> Params:
     """The weights as `whole`, with quantised leaves on a CPU dense, in order, as far as they take a quarter of the memory that is free.
 
-    Those of layers that are away stay so.
+    Those of layers that are away stay so, and so do leaves of which ranks have parts: layers gather them.
 
     A sampler reads every leaf once a token; made dense each time they would take longer than the products. Other devices make them fast.
     """
-    weights, wide, device = whole(model), _wide(model), model.params["embed_tokens"].device
+    dtypes, device = wide(model), model.params["embed_tokens"].device
+    weights = model.params if in_parts(model) else whole(model)
     left = machine.free_memory() // 4 if any(quant.quantised(leaf) for leaf in tree.leaves(weights)) else 0
 
     def one(path: str, leaf: Any) -> Any:
         nonlocal left
-        dtype = wide.get(path, model.cfg.dtype)
+        dtype = dtypes.get(path, model.cfg.dtype)
         if not quant.quantised(leaf) or leaf.multiplied or layer_offload.far(leaf, device) or device.type != "cpu":
             return leaf
         if (size := leaf.numel() * dtype.itemsize) > left:
@@ -151,7 +152,12 @@ def to_sample(model: Model) -> Params:
     return tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(weights))
 
 
-def _wide(model: Model) -> Mapping[str, torch.dtype]:
+def in_parts(model: Model) -> bool:
+    """Whether a model is computed from the parts that ranks have: not where the passes that a stream takes depend on its documents."""
+    return not model.cfg.keeps_ids and any(shard.mesh_of(leaf) is not None for leaf in tree.leaves(model.params))
+
+
+def wide(model: Model) -> Mapping[str, torch.dtype]:
     """The dtypes of leaves that are not computed with in that of the model: a family of transformers' modules may have such."""
     return getattr(MODELS[model.family], "wide", lambda cfg: {})(model.cfg)
 

@@ -5,6 +5,7 @@ Without a bias it scores sequences (a reward model, C = 1); with one it classifi
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,13 +104,16 @@ def save(
     kind_name = kind_of(head)
     classes = _check(head, model.cfg, "the head to save")
     tokenizer = None if tokenizer is None else padding(tokenizer, model.cfg.vocab_size)
-    leaves, config = hf.described(model, tokenizer)
+    files, config = hf.files_of(model, tokenizer)
     head_key = hf.hf_key(model.family, "lm_head")
-    leaves = {key: leaf for key, leaf in leaves.items() if key not in (head_key, f"{head_key.removesuffix('weight')}bias")}
-    leaves |= {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
+    left_out = (head_key, f"{head_key.removesuffix('weight')}bias")
+    own = {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
+    tensors = itertools.chain((item for item in files.tensors() if item[0] not in left_out), own.items())
+    sizes = {key: leaf for key, leaf in (files.sizes or {}).items() if key not in left_out}
+    sizes |= {name: Param(tuple(leaf.shape), leaf.dtype) for name, leaf in own.items()}
     architecture = config["architectures"][0].replace("ForCausalLM", HEAD_KINDS[kind_name][0])
     config |= {"architectures": [architecture], "tie_word_embeddings": model.cfg.tied} | _labelled(labels, kind_name, classes)
-    hf.write(path, leaves, config, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    hf.write(path, tensors, config, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, sizes=sizes)
 
 
 def load(

@@ -5,6 +5,7 @@ same orientation [out, in] (some as blocks of its rows, see `hf_keys`), so loadi
 never read.
 """
 
+import itertools
 import math
 import os
 import re
@@ -12,17 +13,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from treetune.core import fields, manifest, param, partition, tree
 from treetune.core.fields import Fields
-from treetune.core.param import Params
+from treetune.core.param import Param, Params
 from treetune.core.quant import Scheme
-from treetune.models import MODELS, Model, expert_files, folder, hf_keys, hf_weights, processor, quantised, tokenizer_config
+from treetune.models import MODELS, Model, folder, hf_keys, hf_weights, model_files, processor, quantised, tokenizer_config
 from treetune.models.dense import Config
+from treetune.models.model_files import Files
 from treetune.models.quantised import Home, Keep, See
 
 INDEX, SINGLE = hf_weights.INDEX, hf_weights.SINGLE
@@ -31,6 +33,7 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 UNWANTED = ("consolidated*", "original/*", "*/*")
 
+Leaf = TypeVar("Leaf", Tensor, Param)
 
 hf_key = hf_keys.hf_key
 
@@ -211,9 +214,10 @@ def save(
     The folder appears whole or not at all. A tied model that has grown a different `lm_head` is saved untied. `stacked`: experts in
     one tensor a projection, as transformers 5 holds them, instead of one for each, which older versions and servers read, too.
     """
-    leaves, config = described(model, tokenizer, stacked=stacked)
+    files, config = files_of(model, tokenizer, stacked=stacked)
     generation = special_ids(tokenizer) | (generation or {})
-    write(path, leaves, config, tokenizer=tokenizer, generation=generation, beside=beside, max_shard_bytes=max_shard_bytes)
+    own = {"sizes": files.sizes, "generation": generation, "beside": beside, "max_shard_bytes": max_shard_bytes}
+    write(path, files.tensors(), config, tokenizer=tokenizer, **own)
 
 
 def write(
@@ -225,10 +229,18 @@ def write(
     generation: dict | None = None,
     beside: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    sizes: Mapping[str, Param] | None = None,
 ) -> None:
-    """Write a model folder from tensors by their Hugging Face key and a config.json; it appears whole or not at all."""
+    """Write a model folder from tensors by their Hugging Face key and a config.json; it appears whole or not at all.
+
+    sizes: shapes and dtypes by key, in the order of the tensors: with them each is written as it comes, and dropped.
+    """
     with folder.writing(path) as part:
-        _write_shards(part, leaves.items() if isinstance(leaves, dict) else leaves, max_shard_bytes)
+        tensors = iter(leaves.items() if isinstance(leaves, dict) else leaves)
+        if sizes is None:
+            _write_shards(part, tensors, max_shard_bytes)
+        else:
+            _write_each(part, tensors, sizes, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         folder.write_json(part / "config.json", config)
@@ -237,23 +249,34 @@ def write(
         processor.write(beside or {}, part)
 
 
+def files_of(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[Files, dict]:
+    """The tensors and the config.json with which a model, and its tokenizer, is saved. Leaves may be `Late`."""
+    tied = model_files.tied(model)
+    files = model_files.of(model, hf_weights.parts(model.family, abstract_of(model)), tied=tied, stacked=stacked)
+    if files.sizes is None:
+        tensors = dict(files.tensors())
+        files = Files({key: Param(tuple(leaf.shape), leaf.dtype) for key, leaf in tensors.items()}, lambda: iter(tensors.items()))
+    assert files.sizes is not None
+    config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
+    dtype = str(next(iter(files.sizes.values())).dtype).removeprefix("torch.")
+    return files, config | {"dtype": dtype} | special_ids(tokenizer)
+
+
 def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors by Hugging Face key and the config.json with which a model, and its tokenizer, is saved."""
-    leaves, tied = _saved_leaves(model)
-    if not stacked and (convert := getattr(MODELS[model.family], "to_files", None)) is not None:
-        leaves = convert(model.cfg, leaves)
-    split = {} if stacked else hf_weights.parts(model.family, abstract_of(model))
-    pieces = [expert_files.cut(leaf, split[key]) if key in split else {key: leaf} for key, leaf in leaves.items()]
-    leaves = {name: rows for group in pieces for name, rows in group.items()}
-    config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
-    return leaves, config | {"dtype": str(next(iter(leaves.values())).dtype).removeprefix("torch.")} | special_ids(tokenizer)
+    files, config = files_of(model, tokenizer, stacked=stacked)
+    return dict(files.tensors()), config
 
 
-def _saved_leaves(model: Model) -> tuple[dict[str, Tensor], bool]:
-    params = model.params
-    tied = "lm_head" not in params or (model.cfg.tied and torch.equal(params["lm_head"], params["embed_tokens"]))
-    leaves = {path: leaf.detach() for path, leaf in tree.items(params) if not (tied and path == "lm_head")}
-    return {key: leaf.contiguous() for key, leaf in hf_keys.join(model.family, leaves).items()}, tied
+def _write_each(part: Path, tensors: Iterator[tuple[str, Tensor]], sizes: Mapping[str, Param], limit: int) -> None:
+    """Write tensors of known sizes as they come, into files of at most `limit` bytes or one larger tensor, with an index if several."""
+    groups = list(_shards(sizes.items(), limit))
+    names = _file_names(len(groups))
+    for name, group in zip(names, groups, strict=True):
+        model_files.write(part / name, group, itertools.islice(tensors, len(group)))
+    if len(groups) > 1:
+        places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        _write_index(part, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in sizes.values()), places)
 
 
 def _write_shards(part: Path, leaves: Iterable[tuple[str, Tensor]], limit: int) -> None:
@@ -266,21 +289,30 @@ def _write_shards(part: Path, leaves: Iterable[tuple[str, Tensor]], limit: int) 
         places |= dict.fromkeys(shard, number)
         total += tree.bytes(shard)
     count = len(set(places.values()))
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    names = _file_names(count)
     for number, name in enumerate(names):
         (part / f"{number}.safetensors").rename(part / name)
     if count > 1:
-        folder.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": {key: names[i] for key, i in places.items()}})
+        _write_index(part, total, {key: names[i] for key, i in places.items()})
 
 
-def _shards(leaves: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive leaves of at most `limit` bytes together, or one larger leaf."""
-    shard: dict[str, Tensor] = {}
+def _file_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def _write_index(part: Path, total: int, places: Mapping[str, str]) -> None:
+    folder.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(places)})
+
+
+def _shards(leaves: Iterable[tuple[str, Leaf]], limit: int) -> Iterator[dict[str, Leaf]]:
+    """Consecutive leaves, or their sizes, of at most `limit` bytes together, or one larger leaf."""
+    shard, held = dict[str, Leaf](), 0
     for key, leaf in leaves:
-        if shard and tree.bytes(shard) + leaf.nbytes > limit:
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if shard and held + size > limit:
             yield shard
-            shard = {}
-        shard[key] = leaf
+            shard, held = {}, 0
+        shard[key], held = leaf, held + size
     yield shard
 
 

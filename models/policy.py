@@ -3,15 +3,15 @@
 What lives as long as a run closes over sizes only: the weights are those of its state, and a copy of the loaded ones would never be freed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from treetune.core import layer_offload, lora, lora_use, param, shard, strided, tree
+from treetune.core import layer_offload, lora_use, param, partition, shard, tree
 from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
@@ -23,8 +23,6 @@ from treetune.models import (
     adapter_blocks,
     adapter_spec,
     artifacts,
-    decode,
-    decode_branches,
     heads,
     hf,
     loading,
@@ -37,15 +35,12 @@ from treetune.models import (
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.adapter_spec import AdapterSpec
 from treetune.models.adapter_starts import WEIGHTS_ALONE, Given
-from treetune.models.decode import Samples
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
 from treetune.models.tokenizer import adapter_folder, generation_config, has_template, has_tokenizer, resize_embeddings, set_up_tokenizer
-from treetune.ops import noise
 from treetune.ops.attention import Plan
 
 MODELS_KEPT = ("model", "ref", "features")  # of what is frozen: models, or parts of such
-ROLLOUTS, EVALUATION = 21, 22  # what the randomness of rollouts from anchors is for
 
 
 class Policy(NamedTuple):
@@ -279,66 +274,20 @@ def _lora(low: Lora | None, params: Params, frozen: Params, seed: Tensor | None 
 
 
 def current(policy: Policy, params: Params | None = None, frozen: Params | None = None) -> tuple[Model, Lora | None]:
-    """The model and the adapter with these weights, by default the policy's own, for sampling, saving and canaries.
-
-    Leaves are whole: a collective where they are sharded. There is no dropout.
-    """
-    trained = tree.map(shard.full, policy.params if params is None else params)
-    chosen = policy.frozen if frozen is None else frozen
-    base = {name: tree.map(shard.full, chosen[name]) for name in ("model", "start") if name in chosen}
-    return Model(policy.family, policy.cfg, weights(trained, base)), _lora(policy.lora, trained, base)
+    """The whole model and adapter with these weights, by default the policy's own: a collective where they are sharded. No dropout."""
+    model, low = in_parts(policy, policy.params if params is None else params, policy.frozen if frozen is None else frozen)
+    return model._replace(params=tree.map(shard.full, model.params)), low
 
 
-class LocalSample(Protocol):
-    """The policy's own sampling: n completions of each of P prompts, R = P n rows, prompt by prompt."""
-
-    def __call__(self, state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
-        """Completions of at most max_tokens tokens from the weights of the state; `numbers` name the randomness of each prompt."""
-        ...
-
-
-def sampler(
-    policy: Policy,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    stop: Sequence[int] = (),
-    seed: int,
-) -> LocalSample:
-    """The sampler of the weights of the state that it is given: the policy that trains, so that the importance ratio is 1."""
-    sizes, options = bare(policy), {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-
-    def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
-        model, low = current(sizes, state.params, state.frozen)
-        return decode.sample(model, ids, n=n, lora=low, max_new_tokens=max_tokens, stop=stop, seed=seed, ids=list(numbers), **options)
-
-    return sample
-
-
-def branch_sampler(
-    policy: Policy, n: int, *, temperature: float, top_p: float, seed: int
-) -> Callable[[TrainState, Batch, strided.Anchors], Tensor]:
-    """The sampler of n rollouts from each anchor of a stream: tokens [R, G] from the weights of a state, without dropout.
-
-    It depends on weights, rows, places and the seed of the batch alone, for which `seed` stands in evaluations.
-    """
-    sizes, evaluation_seed = bare(policy), noise.keys(seed, EVALUATION)
-
-    def sample(state: TrainState, batch: Batch, anchors: strided.Anchors) -> Tensor:
-        model = Model(sizes.family, sizes.cfg, weights(state.params, state.frozen))
-        low = _lora(sizes.lora, state.params, state.frozen)
-        rows, draw_seed = strided.document_rows(batch).tolist(), int(noise.keys(batch.get("seed", evaluation_seed), ROLLOUTS))
-        draw = {"temperature": temperature, "top_p": top_p, "seed": draw_seed}
-        return decode_branches.branches(model, batch, anchors, n, lora=low, ids=rows, **draw).tokens
-
-    return sample
+def in_parts(policy: Policy, params: Params, frozen: Params) -> tuple[Model, Lora | None]:
+    """The model with this rank's part of sharded leaves, and the adapter, which is whole and has no dropout."""
+    small = {name: tree.map(shard.full, part[name]) for part, name in ((params, "lora"), (frozen, "start")) if name in part}
+    return Model(policy.family, policy.cfg, weights(params, frozen)), _lora(policy.lora, small, small)
 
 
 def save(
     policy: Policy,
-    path: str | Path,
+    path: str | Path | None,
     *,
     params: Params | None = None,
     frozen: Params | None = None,
@@ -348,21 +297,24 @@ def save(
 ) -> None:
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one.
 
-    params, frozen: whole leaves, by default the policy's own. generation, beside: the generation_config.json and the processor's files of a
-    model. carried: what of the tokenizer an adapter holds, where the base's is another. Raises RunFailed for weights that are not finite.
+    params, frozen: by default the policy's own. Where leaves are sharded all ranks call this; those without a path write nothing.
+    generation, beside: the generation_config.json and the processor's files of a model. carried: what of the tokenizer an adapter holds,
+    where the base's is another. Raises RunFailed for weights that are not finite.
     """
-    trained = policy.params if params is None else params
+    trained, still = policy.params if params is None else params, policy.frozen if frozen is None else frozen
     if policy.leaves_model:
-        model, low = current(policy, trained, frozen)
-        model = model if low is None else model._replace(params=lora.merge(model.params, low.tree, low.scale))
-        artifacts.save_model(path, model, head=trained.get("head"), tokenizer=policy.tokenizer, generation=generation, beside=beside)
+        model, low = in_parts(policy, trained, still)
+        head = tree.map(shard.full, trained["head"]) if "head" in trained else None
+        artifacts.save_model(path, model, lora=low, head=head, tokenizer=policy.tokenizer, generation=generation, beside=beside)
     elif policy.lora is None or policy.adapter is None:
         raise ValueError("the policy says nothing of its adapter: expected `adapter`, as `load` and `adapt` give it")
     else:
-        start = (policy.frozen if frozen is None else frozen).get("start")
-        trained = trained | {"lora": lora_use.whole(trained["lora"], start)}
-        info = adapter_spec.file_info(policy.adapter, policy.lora.scale, twice=bool(start))._replace(dropout=policy.lora.dropout)
-        artifacts.save_adapter(path, trained, family=policy.family, info=info, tied=policy.cfg.tied, carried=carried)
+        trained = {name: partition.gathered(part, keep=path is not None) for name, part in trained.items()}
+        start = {name: partition.gathered(still[name], keep=path is not None) for name in ("start",) if name in still}
+        if path is not None:
+            trained |= {"lora": lora_use.whole(trained["lora"], start.get("start"))}
+            info = adapter_spec.file_info(policy.adapter, policy.lora.scale, twice=bool(start))._replace(dropout=policy.lora.dropout)
+            artifacts.save_adapter(path, trained, family=policy.family, info=info, tied=policy.cfg.tied, carried=carried)
 
 
 def file_rank(policy: Policy) -> int:

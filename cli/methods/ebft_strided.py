@@ -9,7 +9,7 @@ from treetune.core.data import kinds, strides
 from treetune.core.rollout import strided_rollouts
 from treetune.losses import ebft, ebft_objective, ebft_rewards
 from treetune.losses.ebft_rewards import Comparison
-from treetune.models import decoder_attention, feature_network
+from treetune.models import decoder_attention, feature_network, sampling
 from treetune.models import policy as policies
 from treetune.models.feature_network import FeatureNetwork
 from treetune.models.policy import Policy
@@ -37,7 +37,7 @@ def parts(config: Ebft, policy: Policy, network: FeatureNetwork, comparison: Com
         _places(options),
         n,
         options.rl_coef != 0,
-        policies.branch_sampler(policy, n, temperature=temperature, top_p=config.rollout.top_p, seed=config.optim.seed),
+        sampling.branch_sampler(policy, n, temperature=temperature, top_p=config.rollout.top_p, seed=config.optim.seed),
         partial(decoder_attention.plan, cfg=policy.cfg, device=setting.device),
         partial(feature_network.of_blocks, network.phi, n),
         partial(ebft_rewards.of_blocks, estimator=options.advantage_estimator, comparison=comparison),

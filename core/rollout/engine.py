@@ -162,6 +162,9 @@ class VllmEngine:
         completion = documents.completion(drawn.tokens, drawn.logp, set(self.params.stop_ids), self.tokenizer)
         return completion._replace(stopped=drawn.finish_reason == "stop")  # by a text, too
 
+    def join(self, policy: Any, /) -> None:
+        """Nothing: a server samples for each rank by itself."""
+
     def snapshot(self, state: TrainState) -> None:
         """Nothing: the server has weights of its own."""
 

@@ -44,6 +44,10 @@ class Engine(Protocol):
         """Completions to evaluate, from the weights of `policy` and with randomness of their own."""
         ...
 
+    def join(self, policy: Any, /) -> None:
+        """Take part in what other ranks still draw, where they sample together; this one has no more to draw."""
+        ...
+
     def snapshot(self, state: TrainState) -> Any:
         """What a thread may sample from while `state` trains on."""
         ...
@@ -65,11 +69,24 @@ class Engine(Protocol):
         ...
 
 
+class Join(Protocol):
+    """Takes part in what other ranks still draw."""
+
+    def __call__(self, policy: Any, /) -> None:
+        """Return when no rank draws any more."""
+        ...
+
+
+def _alone(policy: Any, /) -> None:
+    """Nothing: a rank with whole weights samples by itself."""
+
+
 class LocalEngine(NamedTuple):
     """The trainer's own weights, which are always the newest; with two samplers, since evaluation has a seed of its own."""
 
     draw: TokenSampler
     draw_evaluation: TokenSampler
+    join: Join = _alone
 
     def snapshot(self, state: TrainState) -> TrainState:
         """The state with a copy of the trained weights; the frozen ones are shared."""
@@ -102,7 +119,19 @@ class Sampler(NamedTuple):
 def build(engine: Engine, rollout: Rollout, *, n: int, evaluation_n: int, max_tokens: int) -> Sampler:
     """The sampler of a run: n completions of each prompt to train on, evaluation_n to evaluate, with replies of at most max_tokens."""
     train = rollout(engine.draw, n=n, max_tokens=max_tokens)
-    return Sampler(engine, train, rollout(engine.draw_evaluation, n=evaluation_n, max_tokens=max_tokens))
+    evaluation = rollout(engine.draw_evaluation, n=evaluation_n, max_tokens=max_tokens)
+    return Sampler(engine, _with_others(train, engine), _with_others(evaluation, engine))
+
+
+def _with_others(sample: PromptSampler, engine: Engine) -> PromptSampler:
+    """A sampler of prompts that returns when no rank draws any more: how often one draws depends on its own prompts."""
+
+    def play(policy: Any, prompts: Sequence[Prompt], numbers: Sequence[int], /) -> Sampled:
+        sampled = sample(policy, prompts, numbers)
+        engine.join(policy)
+        return sampled
+
+    return play
 
 
 def describe(*, ahead: bool) -> str:

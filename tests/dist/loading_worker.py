@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from treetune.core import ckpt, partition, shard, tree
 from treetune.core.run.ranks import Ranks, join_ranks
-from treetune.models import hf_weights, identity, loading, policy, resize
+from treetune.core.state import TrainState
+from treetune.models import hf_weights, identity, loading, policy, resize, reward_model, sampling
+from treetune.models.adapter import Base
+from treetune.models.policy import AdapterSpec, Policy
 
 CPU = torch.device("cpu")
 
@@ -57,6 +60,66 @@ def same(parts, wholes) -> bool:
     return all(path == other and rows_equal(part, whole) for (path, part), (other, whole) in pairs)
 
 
+SAMPLED = {"dense, tied": "adapter", "experts": "full", "fused": "full"}
+SPEC = AdapterSpec(rank=3, alpha=6.0, modules_to_save=("lm_head", "norm"))
+
+
+def policies(model) -> dict[str, Policy]:
+    """What may be left of a model: itself, an adapter with weights trained whole, itself with an adapter folded in, one with a head."""
+    adapted = policy.adapt(model, SPEC, base=Base("x", ""), seed=1)
+    moved = adapted._replace(params=adapted.params | {"lora": tree.map(lambda leaf: leaf + 0.1, adapted.params["lora"])})
+    alone = policy.adapt(model, SPEC._replace(modules_to_save=()), base=Base("x", ""), seed=1)
+    folded = alone._replace(params={"lora": tree.map(lambda leaf: leaf + 0.1, alone.params["lora"])}, folds=True)
+    full = policy.full(model)
+    return {"full": full, "adapter": moved, "folded": folded, "head": reward_model.with_head(full, classes=1, seed=2, device=CPU)}
+
+
+def exported(split, whole, folder: Path, ranks: Ranks) -> dict[str, list]:
+    """{what is saved: whether the files of all ranks are those of one, and the most bytes that saving allocated here}."""
+    found, plain = {}, policies(whole)
+    for name, one in policies(split).items():
+        placed, path = policy.place(one, ranks.mesh, "full"), folder / f"{name} split"
+        _, peak = measured(lambda placed=placed, path=path: policy.save(placed, path if ranks.rank == 0 else None))
+        same = True
+        if ranks.rank == 0:
+            policy.save(plain[name], folder / f"{name} whole")
+            same = contents(path) == contents(folder / f"{name} whole")
+        found[name] = [same, peak]
+    return found
+
+
+def sampled(split, whole, ranks: Ranks, name: str) -> tuple[bool, int]:
+    """Whether samples from parts are those from whole weights, and the most bytes of whole leaves at once. Ranks draw unlike often."""
+    pieces = [[[3, 4, 5], [6]], [[7, 8]], [[9]]][ranks.rank % 2 :: 2]
+    one, other = policies(split)[name], policies(whole)[name]
+    sample, join = sampling.sampler(one, seed=4, stop=(11, 12, 13)), sampling.joiner(one)
+
+    def draw(placed: Policy) -> list:
+        state = TrainState(placed.params, placed.frozen, {}, {}, torch.tensor(0))
+        drawn = [sample(state, ids, [5, 6][: len(ids)], n=2, max_tokens=2 + ranks.rank + i) for i, ids in enumerate(pieces)]
+        join(state)
+        return drawn
+
+    gathered, most, gather = [], [0], shard.gather
+
+    def watched(leaf, dtype=None):
+        out = gather(leaf, dtype)
+        if shard.distributed(leaf):
+            gathered.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
+            most[0] = max(most[0], sum(size for ref, size in gathered if not ref.expired()))
+        return out
+
+    shard.gather = watched
+    parts = draw(policy.place(one, ranks.mesh, "full"))
+    shard.gather = gather
+    same = all(torch.equal(*both) for pair in zip(parts, draw(other), strict=True) for both in zip(*pair, strict=True))
+    return same, most[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def look(path: Path, ranks: Ranks) -> dict:
     """A model read by rows, beside the whole one."""
     home, bytes_read, read = partition.Partition(ranks.mesh), [0], hf_weights._File._count
@@ -82,6 +145,8 @@ def look(path: Path, ranks: Ranks) -> dict:
         "placed": all(one.placements == other.placements and torch.equal(shard.local(one), shard.local(other))
                       for one, other in zip(tree.leaves(masters.params), tree.leaves(usual.params), strict=True)),
         "grown": same(resize.resize(split, rows + 4).params, resize.resize(whole, rows + 4).params),
+        "sampled": sampled(split, whole, ranks, SAMPLED[path.name]) if path.name in SAMPLED else None,
+        "exported": exported(split, whole, path.parents[1] / "out" / path.name, ranks),
         "cut": same(resize.cut(split, rows - 4).params, resize.cut(whole, rows - 4).params),
     }  # fmt: skip
 

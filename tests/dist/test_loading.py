@@ -8,7 +8,7 @@ import torch
 
 WORKER = Path(__file__).with_name("loading_worker.py")
 # Numbers of rows that no number of ranks divides, and fewer heads than ranks.
-SIZES = dict(vocab_size=53, hidden_size=22, mlp_size=37, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=6, max_positions=64)
+SIZES = dict(vocab_size=53, hidden_size=22, mlp_size=37, num_layers=3, num_heads=3, num_kv_heads=1, head_dim=6, max_positions=64)
 
 
 def _save(root: Path) -> None:
@@ -16,11 +16,11 @@ def _save(root: Path) -> None:
 
     own = llama.Config(**SIZES, tied=False, init_std=0.3)
     tied = llama.Config(**SIZES, tied=True, init_std=0.3)
-    experts = moe.Experts(5, 2, 7, (0, 1))
+    experts = moe.Experts(5, 2, 7, tuple(range(3)))
     sparse = mixtral.Config(**SIZES | dict(mlp_size=7), tied=False, init_std=0.3, experts=experts)
     turned = mixtral.Config(
         **SIZES | dict(mlp_size=7), tied=False, init_std=0.3, qkv_bias=True, o_bias=True, attn_sinks=True, norm="olmo",
-        layer_windows=(8, None), experts=moe.Experts(5, 2, 7, (0, 1), biased=True, clamp=(1.702, 7.0)),
+        layer_windows=(8, None, 8), experts=moe.Experts(5, 2, 7, tuple(range(3)), biased=True, clamp=(1.702, 7.0)),
     )  # fmt: skip
     hf.save(root / "dense, tied", hf.random("llama", tied, seed=1))
     hf.save(root / "experts", hf.random("mixtral", sparse, seed=2))
@@ -62,3 +62,22 @@ def test_ranks_read_their_rows_and_no_more(found, name, world):
         assert rank["masters_peak"] <= rank["bytes"] + 1000, "float32 masters are made from shards"
         assert rank["digest_peak"] <= 6 * rank["largest"], "two leaves, each with what gathering it takes"
     assert sum(every[name]["bytes"] for every in found(world)) == found(world)[0][name]["whole"]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_leave_the_files_of_one(found, name, world):
+    """To the byte: models, adapters, models with an adapter folded in, and those with a head. Nobody has more than a few leaves."""
+    for rank in (every[name] for every in found(world)):
+        for kind, (same, peak) in rank["exported"].items():
+            assert same, kind
+            # a leaf, or those of one tensor of the files: gathered, rounded and put together; adapters are whole
+            assert peak < (0.7 * rank["whole"] if kind in ("adapter", "folded") else 6 * rank["largest"]), (kind, peak, rank["largest"])
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dense, tied", "experts", "fused"])
+def test_ranks_sample_from_parts_what_whole_weights_sample(found, name, world):
+    """Bit for bit, though some have more prompts and longer answers; a layer is whole at a time, and the head."""
+    for same, most in (every[name]["sampled"] for every in found(world)):
+        assert same and 0 < most < 0.7 * found(world)[0][name]["whole"], most

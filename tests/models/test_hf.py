@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from treetune.core import lora, tree
-from treetune.models import MODELS, Model, dense, hf, hf_keys
+from treetune.models import MODELS, Model, dense, hf, hf_keys, model_files
 
 KINDS = [
     "llama",
@@ -171,15 +171,13 @@ def test_a_tied_model_that_carries_its_head(oracle, tmp_path):
 
 
 def test_a_save_replaces_nothing_and_a_failed_one_leaves_nothing(oracle, tmp_path, monkeypatch):
-    import safetensors.torch
-
     _, path = oracle("llama")
     ours = hf.load(path)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(model_files, "write", full)
     with pytest.raises(OSError, match="No space"):
         hf.save(tmp_path / "saved", ours)
     monkeypatch.undo()

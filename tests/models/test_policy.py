@@ -9,7 +9,7 @@ import torch
 from treetune.core import lora, tree
 from treetune.core.run.errors import RunFailed
 from treetune.core.state import TrainState
-from treetune.models import adapter, decode, heads, hf, loading, logprobs, policy, reference
+from treetune.models import adapter, decode, heads, hf, loading, logprobs, policy, reference, sampling
 
 SPEC = policy.AdapterSpec(rank=3, alpha=6.0, dropout=0.25, targets=("q_proj", "down_proj"), modules_to_save=("^norm$",))
 
@@ -85,7 +85,7 @@ def test_what_is_saved_computes_what_was_trained(folder, stream, documents, tmp_
 def test_the_sampler_has_the_weights_of_the_state(folder, stream, documents):
     one = policy.load(folder, adapter=SPEC, seed=1)
     params = moved(one.params)
-    sample = policy.sampler(one, temperature=0.8, stop=(5,), seed=9)
+    sample = sampling.sampler(one, temperature=0.8, stop=(5,), seed=9)
     drawn = sample(state(one, params), [documents[0], documents[2]], [4, 7], n=2, max_tokens=5)
     model, used = policy.current(one, params)
     assert used.dropout == 0.0
@@ -99,7 +99,7 @@ def test_functions_of_a_run_keep_no_weights(folder):
     one = policy.load(folder, adapter=SPEC)
     leaf = weakref.ref(one.params["lora"]["layers"][0]["q_proj"]["A"])
     base = weakref.ref(one.frozen["model"]["norm"])
-    kept = [policy.logprob(one), policy.scores(one), policy.sampler(one, seed=0), policy.bare(one), reference.build(one).logp]
+    kept = [policy.logprob(one), policy.scores(one), sampling.sampler(one, seed=0), policy.bare(one), reference.build(one).logp]
     del one
     gc.collect()
     assert kept and leaf() is None and base() is None
