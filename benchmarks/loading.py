@@ -59,21 +59,26 @@ class Watch(threading.Thread):
 
 
 def write_model(folder: Path, *, layers: int = LAYERS, vocabulary: int = 32768) -> Path:
+    """A model folder of random weights in bfloat16."""
+    sizes = dict(hidden_size=2048, mlp_size=7168, num_heads=16, num_kv_heads=4, head_dim=128, tied=False)
+    return write(folder, sizes | {"vocab_size": vocabulary, "num_layers": layers}, torch.bfloat16)
+
+
+def write(folder: Path, sizes: dict[str, Any], dtype: torch.dtype) -> Path:
     """A model folder of random weights, written leaf by leaf."""
     from treetune.core import tree
     from treetune.models import MODELS, hf, hf_keys, llama
 
-    cfg = llama.Config(
-        vocab_size=vocabulary, hidden_size=2048, mlp_size=7168, num_layers=layers, num_heads=16, num_kv_heads=4, head_dim=128, tied=False
-    )
-    generator = torch.Generator().manual_seed(0)
+    cfg = llama.Config(**sizes)
+    generator, abstract = torch.Generator().manual_seed(0), MODELS["llama"].abstract(cfg, dtype=dtype)
 
     def leaves() -> Iterator[tuple[str, Tensor]]:
-        for path, leaf in tree.items(MODELS["llama"].abstract(cfg, dtype=torch.bfloat16)):
+        for path, leaf in tree.items(abstract):
             numbers = torch.randn(leaf.shape, generator=generator) * 0.02 if len(leaf.shape) > 1 else torch.ones(leaf.shape)
-            yield hf_keys.hf_key("llama", path), numbers.bfloat16()
+            yield hf_keys.hf_key("llama", path), numbers.to(dtype)
 
-    hf.write(folder, leaves(), MODELS["llama"].to_hf(cfg) | {"dtype": "bfloat16"})
+    named = {hf_keys.hf_key("llama", path): leaf for path, leaf in tree.items(abstract)}
+    hf.write(folder, leaves(), MODELS["llama"].to_hf(cfg) | {"dtype": str(dtype).removeprefix("torch.")}, sizes=named)
     return folder
 
 

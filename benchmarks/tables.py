@@ -123,6 +123,28 @@ def loading(results: dict) -> str:
     return "\n".join([*lines, f"\nThe largest leaf takes {read:.0f} MiB in float32, from which leaves are quantised."]) + "\n"
 
 
+def ranks(results: dict) -> str:
+    """Resident memory of ranks with a model in parts."""
+    machine, options, worlds = results["machine"], results["options"], results["largest"]
+    one = worlds["1"]
+    lines = [
+        f"## {one['held_bytes'] / 4e9:.2f} B parameters in parts on several ranks ({machine['device']})\n",
+        _described(machine),
+        f"Random weights in float32, all of which train with AdamW, one document of {options['tokens']} tokens a rank; ranks talk by "
+        "gloo. MiB of the rank that took most, over what it had before, one run each: own memory at the peak, with pages of files and "
+        "libraries in brackets. "
+        f"A layer has {one['layer_bytes'] / 2**20:.0f} MiB.\n",
+        "| ranks | weights of a rank | loading | one step | saving | one rank over it: loading, step, saving |",
+        "|---|---|---|---|---|---|",
+    ]
+    phases = ("load", "step", "save")
+    for world, row in worlds.items():
+        peaks = [f"{row[f'{what}_peak_bytes'] / 2**20:.0f} ({row[f'{what}_resident_peak_bytes'] / 2**20:.0f})" for what in phases]
+        ratios = ", ".join(f"{one[f'{what}_peak_bytes'] / row[f'{what}_peak_bytes']:.2f}" for what in phases)
+        lines.append(f"| {world} | {row['held_bytes'] / 2**20:.0f} | {' | '.join(peaks)} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
 def _held(side: dict) -> int:
     """What a process has at the peak of a step but for what trains: the loaded model, and what the step takes."""
     return side["load_left_bytes"] + side["step_peak_bytes"] - side["adapter_bytes"]
@@ -243,6 +265,7 @@ TABLES = {
     "step_sft_bridged": step_sft_bridged,
     "memory": memory,
     "loading": loading,
+    "ranks": ranks,
     "step_dpo": step_dpo,
     "step_grpo": step_grpo,
     "step_ebft": step_ebft,

@@ -74,6 +74,7 @@ LAZY = {
     "models/vocabulary.py": {"tokenizers"},
     "models/plain_model.py": {"transformers"},
     "models/hf_weights.py": {"safetensors"},
+    "models/model_files.py": {"safetensors"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.
