@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "liger-kernel", "bitsandbytes", "triton", "numpy")
 
 
 def device_name() -> str:

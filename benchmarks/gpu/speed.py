@@ -123,12 +123,35 @@ def layers() -> None:
     compare("attention of a prompt with 8 branches", [q, k, v], treetune=lambda q, k, v: attention.attention(q, k, v, tree))
 
 
+def grouped_heads() -> None:
+    """Whether a varlen_attn without `enable_gqa`, for which `attention` repeats keys and values, takes fewer heads of them all the same."""
+    varlen, names = attention._varlen()
+    if device.DRY or varlen is None or "enable_gqa" in names:
+        reason = "a dry run" if device.DRY else "this torch has none" if varlen is None else "it has enable_gqa"
+        device.report("varlen_attn with grouped heads", skipped=reason)
+        return
+    leaves = [draw(TOKENS, 32, 128), draw(TOKENS, 8, 128), draw(TOKENS, 8, 128)]
+    bounds = torch.arange(0, TOKENS + 1, DOCUMENT, dtype=torch.int32, device=device.DEVICE)
+    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+
+    def plain(q, k, v):
+        return varlen(q, k, v, bounds, bounds, DOCUMENT, DOCUMENT, **causal)
+
+    def repeated(q, k, v):
+        return plain(q, *(x.repeat_interleave(4, 1) for x in (k, v)))
+
+    compare("varlen_attn with grouped heads", leaves, repeated=repeated, grouped=plain)
+    sides = [(out := fn(*leaves), *torch.autograd.grad(out, leaves, torch.ones_like(out))) for fn in (repeated, plain)]
+    largest = [float((a - b).abs().max()) for a, b in zip(*sides, strict=True)]
+    device.report("varlen_attn with grouped heads: largest differences of output and gradients", largest=largest)
+
+
 def _adapted(fn: Callable) -> Callable[..., Tensor]:
     return lambda x, w, a, b: fn(x, [w], [{"A": a, "B": b}], scale=2.0)[0]
 
 
 def main() -> None:
-    for group in (ceilings, heads, rows, layers):
+    for group in (ceilings, heads, rows, layers, grouped_heads):
         try:
             group()
         except Exception:
