@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from treetune.ops import attention_mask
 
@@ -46,10 +47,11 @@ def documents_of(batch: dict[str, torch.Tensor], offsets: list[int], window: int
 
 
 def pairs(documents: Sequence[Document]) -> int:
-    """Pairs of a token and one that it sees."""
+    """Pairs of a token and one that it sees. Masks have numbers also where the tensors that are counted have none."""
     masked = [mask for doc in documents for mask in (doc.trunk_mask, *doc.group_masks) if mask is not None]
     causal = sum(doc.trunk * (doc.trunk + 1) // 2 for doc in documents if doc.trunk_mask is None)
-    return causal + sum(int(mask.numpy().sum()) for mask in masked)
+    with _disable_current_modes():
+        return causal + sum(int(mask.sum()) for mask in masked)
 
 
 def _groups(branches: list[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from treetune.core.config import table
 from treetune.models import memory
 
 SHOWN = 3
-TRIED = 6  # changes that are counted, of those that formulas say would fit
+TRIED = 4  # changes that are counted, of those that formulas say would fit
 NEAR = 1.1  # of the room, by formulas: counting decides
 
 

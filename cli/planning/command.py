@@ -80,19 +80,20 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         with screen.busy("counting a step"):
             counts = {kind: estimate.counted(this, one) for kind, one in {one.gpu: one for one in chosen}.items()}
         plans = [(place, estimate.estimate(this, counts[place.device.gpu], place)) for place in places]
-        found = []
-        if asked.devices and words.verdict(plans[0][1], places[0]) == "does not fit":
-            with screen.busy("looking for what fits"):
-                found = advice.advise(this, places[0])
     tokens = next(iter(counts.values())).tokens
+    if not asked.as_json:
+        screen.line(words.title(method.name, config, Path(config.model.model).name or config.model.model, tokens))
+        screen.grid(*(words.terms(plans) if asked.devices else (words.HEADER, words.grid(plans))))
+        for place, one in plans if asked.devices else ():
+            screen.line(words.line(one, place), "green" if words.verdict(one, place) == "fits" else "yellow")
+    found = []
+    if lacking := bool(asked.devices) and words.verdict(plans[0][1], places[0]) == "does not fit":
+        with checking_input(), screen.busy("looking for what fits"):
+            found = advice.advise(this, places[0])
     if asked.as_json:
         print(json.dumps({"plan": [_figures(place, one) for place, one in plans], "advice": [_option(one) for one in found]}, indent=1))
         return 0
-    screen.line(words.title(method.name, config, Path(config.model.model).name or config.model.model, tokens))
-    screen.grid(*(words.terms(plans) if asked.devices else (words.HEADER, words.grid(plans))))
-    for place, one in plans if asked.devices else ():
-        screen.line(words.line(one, place), "green" if words.verdict(one, place) == "fits" else "yellow")
-    for text in words.advice(found) if found or (asked.devices and words.verdict(plans[0][1], places[0]) == "does not fit") else ():
+    for text in words.advice(found) if lacking else ():
         screen.line(text)
     screen.line("estimates: memory of tensors, time from rates of data sheets (docs/planning.md); nothing was loaded", "dim")
     return 0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treetune.models import census
-from treetune.ops import backend, rms_norm
+from treetune.ops import attention, attention_torch, backend, rms_norm
 
 
 def counted(run, *known, gpu=False):
@@ -72,3 +72,14 @@ def test_tensors_without_numbers_count_the_same():
         fake = counted(run)
     real = counted(run)
     assert (fake.total, fake.live.peak) == (real.total, real.live.peak)
+
+
+def test_pairs_of_branches_are_those_of_their_masks_also_without_numbers():
+    """A trunk of 3 tokens and two branches of 2: 6 pairs of the trunk, and 3 + 1 and 3 + 2 of each branch."""
+    batch = {
+        "cu_docs": torch.tensor([0, 7]), "positions": torch.tensor([0, 1, 2, 3, 4, 3, 4]), "branch": torch.tensor([0, 0, 0, 1, 1, 2, 2]),
+        "start": torch.tensor([0, 0, 0, 3, 3, 3, 3]), "tokens": torch.zeros(7, dtype=torch.int64),
+    }  # fmt: skip
+    documents = attention.plan(batch).patterns[0].documents
+    with FakeTensorMode(allow_non_fake_inputs=True), census.Census():
+        assert attention_torch.pairs(documents) == 6 + 2 * (4 + 5)
