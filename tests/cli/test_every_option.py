@@ -198,7 +198,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
                 write(here / name)
         if any(str(arg).startswith("start") for arg in args) and not (here / "start").exists():
             shutil.copytree(start, here / "start")
-        unasked = () if set(ASKED) <= set(map(str, args)) or "2 + 2" in args else ("--sample-tokens",)
+        unasked = left_out(args)
         done = tune("sft", *kit.basics(tiny, *args, without=("--lora-r", "--max-steps", *unasked)))
         home = next((here / str(args[i + 1]) for i in [*range(len(args) - 1)] if args[i] == "--output-dir"), here)
         records = kit.timeless(kit.metrics(home)) if done.code == 0 else None
@@ -217,6 +217,11 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
         return seen
 
     return run
+
+
+def left_out(args) -> tuple[str, ...]:
+    """Basic arguments that a run without a sample prompt does not have."""
+    return () if set(ASKED) <= set(map(str, args)) or "2 + 2" in args else ("--sample-tokens",)
 
 
 def numbers(records):

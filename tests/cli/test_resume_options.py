@@ -261,7 +261,8 @@ def _arguments(kit, tiny, command: str, args: list) -> list:
     if command == "ebft strided":
         return STRIDED.arguments(tiny, *args)
     if command == "sft":
-        return kit.basics(tiny, *SFT.joined(SFT.BASE, args), without=("--lora-r", "--max-steps"))
+        args = SFT.joined(SFT.BASE, args)
+        return kit.basics(tiny, *args, without=("--lora-r", "--max-steps", *SFT.left_out(args)))
     if command == "pretrain":
         known = ["--model", tiny.model, "--data", tiny.text, "--sequence-len", 64, "--sample-tokens", 4, "--output-dir", "run"]
         return SFT.joined(known, ["--max-steps", 2], args)
