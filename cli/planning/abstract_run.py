@@ -79,12 +79,23 @@ def count(method: Method, config: Any, model: Shapes, *, gpu: bool) -> Counted:
 
     Errors: ValueError as those of the run itself.
     """
+    _check(method, model.family)
     period = _period(model.cfg)
     few = [period * part for part in LAYERS]
     if period and model.cfg.num_layers > few[1] + period and not _by_layer(config):
         less, more = (_count(method, config, _cut(model, layers), gpu=gpu) for layers in few)
         return _extrapolated(less, more, few, model.cfg.num_layers)
     return _count(method, config, model, gpu=gpu)
+
+
+def _check(method: Method, family: str) -> None:
+    """Raise ValueError for a run whose step cannot be counted."""
+    if method.data == "strided":
+        raise ValueError("the strided mode of ebft samples within its step, which is not counted yet: plan it as --mode structured")
+    if not dict.__contains__(MODELS, family):
+        raise ValueError(
+            f"a {family} model is computed by modules of transformers, which are not counted: treetune info MODEL tells the memory of a run"
+        )
 
 
 def _count(method: Method, config: Any, model: Shapes, *, gpu: bool) -> Counted:

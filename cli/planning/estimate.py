@@ -70,7 +70,11 @@ def counted(run: Run, device: Device) -> Counted:
     optim = dataclasses.replace(run.config.optim, **ELSEWHERE)
     if optim.gradient_checkpointing == "offload":
         optim = dataclasses.replace(optim, gradient_checkpointing="full")
-    return abstract_run.count(run.method, dataclasses.replace(run.config, optim=optim), run.shapes(device), gpu=device.gpu)
+    config = dataclasses.replace(run.config, optim=optim)
+    if getattr(getattr(config, "reference", None), "ref_model", None) is not None:
+        # Another model would be read; the one that the run starts from stands for it.
+        config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, ref_model=None))
+    return abstract_run.count(run.method, config, run.shapes(device), gpu=device.gpu)
 
 
 def estimate(run: Run, seen: Counted, place: Place) -> Estimate:

@@ -54,13 +54,14 @@ def test_what_does_not_fit_comes_with_changes_that_do(tiny, capsys):
     [
         ([], "needs a config file or the name of a method"),
         (["sft", "--on", "gtx"], "'gtx' is no device that is known"),
+        (["ebft", "--mode", "strided", "--model", "HERE"], "strided mode of ebft samples within its step"),
         (["sft", "--memory", "much"], "expected a size such as 24GiB"),
         (["sft", "--ranks", "0"], "nproc must be"),
         (["sft", "--model", "nowhere/at-all"], "name a folder that holds one"),
     ],
 )
-def test_a_wrong_question_is_refused_in_a_line(args, wrong, capsys):
-    assert main.main(["plan", *args]) == 2
+def test_a_wrong_question_is_refused_in_a_line(args, wrong, capsys, tiny):
+    assert main.main(["plan", *(str(tiny.long) if arg == "HERE" else arg for arg in args)]) == 2
     assert wrong in capsys.readouterr().err
 
 
