@@ -13,7 +13,7 @@ from treetune.models import memory
 
 SHOWN = 3
 TRIED = 4  # changes that are counted, of those that formulas say would fit
-NEAR = 1.1  # of the room, by formulas: counting decides
+NEAR, TIGHT = 1.1, 0.92  # of the room: by formulas, as counting decides; above the second fragments may not fit
 
 
 class Change(NamedTuple):
@@ -50,7 +50,7 @@ def _fitting(run: Run, place: Place, changes: list[Change]) -> list[Advice]:
     for _, one in [pair for pair in guesses if pair[0] < NEAR * room][:TRIED]:
         other = changed(run, one.values)
         taken = estimate.estimate(other, estimate.counted(other, one.place.device), one.place)
-        if taken.peak <= memory_ladder.FITS * place.device.memory:
+        if taken.peak <= TIGHT * room:
             out.append(Advice(one, taken))
     return out
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from treetune.cli.planning.advice import Advice
+from treetune.cli.planning.advice import TIGHT, Advice
 from treetune.cli.planning.estimate import Estimate, Place
 from treetune.core.config import table
 from treetune.models.memory import shown
 
-TIGHT = 0.92  # of the room: above it what fragments may not fit
 HEADER = ("device", "memory", "peak", "of it held", "step", "tokens/s", "")
 
 

@@ -39,7 +39,7 @@ def test_terms_add_up_and_a_file_says_the_run(tiny, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_changes_that_do(tiny, capsys):
-    args = ["plan", "sft", "--model", str(tiny.long), "--micro-batch-size", "4", "--sequence-len", "128", "--on", "cpu", "--memory", "3MiB"]
+    args = ["plan", "sft", "--model", str(tiny.long), "--micro-batch-size", "4", "--sequence-len", "128", "--on", "cpu", "--memory", "2MiB"]
     assert main.main(args) == 0
     out = capsys.readouterr().out
     assert "does not fit on this CPU" in out and "to make it fit, the fastest first:" in out
