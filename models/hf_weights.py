@@ -242,6 +242,8 @@ def _read_rows(file, key: str, leaf: Param, device: torch.device | str, rows: Ro
 
 def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.device | str, rows: Rows | None = None) -> Any:
     """A stacked leaf, or some rows of it, filled part by part, so that it is in memory once."""
+    if rows is not None and len(names) == 1 and len(leaf.shape) == 2:
+        return _read_rows(files[names[0]], names[0], leaf, device, rows)
     if rows is not None:
         (first, end), each = rows[0], len(names) // leaf.shape[0]
         if each * leaf.shape[0] != len(names):  # a part has rows of many experts

@@ -78,6 +78,8 @@ def exported(split, whole, folder: Path, ranks: Ranks) -> dict[str, list]:
     """{what is saved: whether the files of all ranks are those of one, and the most bytes that saving allocated here}."""
     found, plain = {}, policies(whole)
     for name, one in policies(split).items():
+        if name in ("folded", "head") and folder.name not in SAMPLED:
+            continue
         placed, path = policy.place(one, ranks.mesh, "full"), folder / f"{name} split"
         _, peak = measured(lambda placed=placed, path=path: policy.save(placed, path if ranks.rank == 0 else None))
         same = True
