@@ -35,11 +35,11 @@ def boom(*_, **__):
 def test_the_old_run_is_put_back_when_the_new_one_does_not_begin(at, kit, tiny, tune, here, run, monkeypatch):
     from treetune.cli import assembly
     from treetune.core.run import loop
-    from treetune.models import policy
+    from treetune.models import sampling
 
     before = kit.snapshot(here)
     place = {"assemble": (assembly, "assemble"), "create": (ckpt.Path, "mkdir"), "sample": (loop, "run"), "step": (loop._Loop, "record")}
-    place |= {"record": (policy, "current")}
+    place |= {"record": (sampling, "in_parts")}
     if at == "create":
         mkdir = Path.mkdir
         monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: boom() if self.name == "checkpoints" else mkdir(self, *a, **k))

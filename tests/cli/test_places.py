@@ -40,6 +40,7 @@ TEXTS = {
     "field", "metric",
     # names, ids and keys in trackers
     "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
+    "rendezvous",
     "comet_api_key", "comet_workspace", "comet_project_name", "comet_experiment_key", "trackio_project_name", "trackio_run_name",
     "trackio_space_id", "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_description", "swanlab_api_key",
     # the server

@@ -346,7 +346,7 @@ def test_random_rows_give_streams_or_a_named_error(tokenizer, templates, example
             assert docs[0].tokens.tolist() == tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     check()
-    assert went["error"] > 200 and went["stream"] > 50
+    assert went["error"] > min(200, examples // 3) and went["stream"] > min(50, examples // 12)
 
 
 def test_rows_of_the_examples_are_valid_json():
