@@ -104,8 +104,8 @@ def conflicts(config: OnlineConfig) -> None:
 
 def _conflicts_of_engine(config: OnlineConfig) -> None:
     engine = config.engine
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("use_vllm works with one process: several ranks would sync to the server at once; leave out torchrun")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or config.run.nproc * config.run.nnodes > 1:
+        raise ValueError("use_vllm works with one process: several ranks would sync to the server at once; leave out nproc or torchrun")
     if config.pipeline.async_prefetch and config.adapter.adapter == "none":
         raise ValueError("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
     if engine.vllm_reload_in_place and engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
