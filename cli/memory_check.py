@@ -33,10 +33,10 @@ def need(config: TrainConfig, device: str, ranks: int = 1) -> Need | None:
     options: Any = config
     if getattr(getattr(options, "adapter", None), "unfrozen_parameters", ()) or not _native(options.model):
         return None
-    found = memory_ladder.table_of(config, device)
+    table = memory_ladder.table_of(config, device)
     shared = ranks if config.run.sharding == "full" and config.model.quant in ("auto", "none") else 1
-    held = found.held // shared
-    return Need(held + found.peak - found.held, held, memory_ladder.capacity(device), device == "cuda")
+    held = table.held // shared
+    return Need(held + table.peak - table.held, held, memory_ladder.capacity(device), device == "cuda")
 
 
 def _native(options: Any) -> bool:
@@ -52,13 +52,13 @@ def _native(options: Any) -> bool:
 
 def check(config: TrainConfig, device: str, ranks: int = 1) -> str:
     """A line where memory may be short; empty where it is not, or is to be ignored. Errors: ValueError for a run that cannot fit."""
-    if config.run.ignore_memory or (found := need(config, device, ranks)) is None or found.peak <= found.capacity:
+    if config.run.ignore_memory or (needed := need(config, device, ranks)) is None or needed.peak <= needed.capacity:
         return ""
-    room = f"{shown(found.capacity)} of memory"
-    if not found.beyond:
-        return f"this run may need about {shown(found.peak)} at its peak, and there are {room}: treetune plan says what would need less"
+    room = f"{shown(needed.capacity)} of memory"
+    if not needed.beyond:
+        return f"this run may need about {shown(needed.peak)} at its peak, and there are {room}: treetune plan says what would need less"
     first = memory_ladder.first(memory_ladder.climb(config, device)).partition(", or further down")[0]
     raise ValueError(
-        f"this run needs about {shown(found.peak)} at its peak, and there are {room}: {first}; treetune plan lists what fits, and "
+        f"this run needs about {shown(needed.peak)} at its peak, and there are {room}: {first}; treetune plan lists what fits, and "
         "--ignore-memory starts it all the same"
     )

@@ -147,7 +147,7 @@ def _elsewhere(fn: Callable, place: offload.Place, x: Tensor, *args: Any) -> Any
     """`fn` with what autograd saves of it in another place. Weights stay where they are, and those that are made of others are again."""
     if not torch.is_grad_enabled():
         return fn(x, *args)
-    still = {leaf.untyped_storage().data_ptr() for leaf in _tensors(args)}
+    still = {leaf.untyped_storage().data_ptr() for leaf in tensors(args) if not shard.distributed(leaf)}
 
     def put(saved: Tensor) -> Any:
         if shard.distributed(saved) or saved.untyped_storage().data_ptr() in still:
@@ -159,13 +159,12 @@ def _elsewhere(fn: Callable, place: offload.Place, x: Tensor, *args: Any) -> Any
         return fn(x, *args)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in arguments: what a layer is given besides its input."""
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results: in dicts, lists and tuples, named ones too."""
     if isinstance(value, Tensor):
-        if not shard.distributed(value):
-            yield value
+        yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors(list(value.values()))
     elif isinstance(value, tuple | list):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors(one)

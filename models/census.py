@@ -7,12 +7,14 @@ for attention, of which only the pairs that see each other count.
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from treetune.core.grad import tensors
 
 # Ops that give another view of a tensor, or memory that is not written yet: nothing is read, and nothing launched.
 FREE = frozenset({
@@ -97,8 +99,8 @@ class Census(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and count it."""
         kwargs, schema = kwargs or {}, func._schema
-        made = _nothing if schema.name.startswith("aten::_fused_ad") else SHAPES.get((schema.name, schema.overload_name))
-        out = func(*args, **kwargs) if made is None else made(args)
+        shape_of = _nothing if schema.name.startswith("aten::_fused_ad") else SHAPES.get((schema.name, schema.overload_name))
+        out = func(*args, **kwargs) if shape_of is None else shape_of(args)
         for tensor in tensors(out):
             self.live.watch(tensor)
         name = schema.name.partition("::")[2]
@@ -122,17 +124,6 @@ def total(costs: Iterable[Cost]) -> Cost:
     for cost in costs:
         out = out.plus(cost)
     return out
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in trees, arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from tensors(one)
 
 
 def size(tensor: Tensor) -> int:

@@ -32,7 +32,7 @@ class Files(NamedTuple):
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-def made(leaf: Any) -> Tensor:
+def tensor_of(leaf: Any) -> Tensor:
     """The tensor of a leaf, detached."""
     return (leaf.make() if isinstance(leaf, Late) else leaf).detach()
 
@@ -40,7 +40,7 @@ def made(leaf: Any) -> Tensor:
 def tied(model: Model) -> bool:
     """Whether the head is the embedding: also where a tied model has a head of its own with the same numbers."""
     ends = model.params.get("lm_head"), model.params["embed_tokens"]
-    return ends[0] is None or (model.cfg.tied and torch.equal(*map(made, ends)))
+    return ends[0] is None or (model.cfg.tied and torch.equal(*map(tensor_of, ends)))
 
 
 def of(model: Model, parts: expert_files.Parts, *, tied: bool, stacked: bool = False) -> Files:
@@ -67,13 +67,13 @@ def follow(model: Model, *, tied: bool) -> None:
     leaves = {path: leaf for path, leaf in tree.items(model.params) if not (tied and path == "lm_head")}
     for paths in hf_keys.groups(model.family, leaves).values():
         for path in paths:
-            made(leaves[path])
+            tensor_of(leaves[path])
 
 
 def _joined(family: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of each group of leaves that share one."""
     for paths in hf_keys.groups(family, leaves).values():
-        for key, leaf in hf_keys.join(family, {path: made(leaves[path]) for path in paths}).items():
+        for key, leaf in hf_keys.join(family, {path: tensor_of(leaves[path]) for path in paths}).items():
             yield key, leaf.contiguous()
 
 

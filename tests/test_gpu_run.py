@@ -39,7 +39,7 @@ def gone(pid):
 def test_a_part_that_fails_costs_its_part(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "LEAST", 0.1)
     parts = [part("hang", HANG, 1.0, True), part("crash", CRASH, together=True), part("wrong", WRONG), part("good", GOOD)]
-    records = driver.run_all(parts, 60, dict(os.environ), lambda found: driver.write(tmp_path, found, {"dry": True}))
+    records = driver.run_all(parts, 60, dict(os.environ), lambda records: driver.write(tmp_path, records, {"dry": True}))
     by_name = {record["part"]: record for record in records}
     assert list(by_name) == ["hang", "crash", "wrong", "good"]
     assert by_name["hang"]["status"] == "over its time" and by_name["hang"]["seconds"] < 10

@@ -78,6 +78,19 @@ def milliseconds(fn: Callable[[], Any], *, repeats: int = 20) -> float:
     return statistics.median(times if DRY else [start.elapsed_time(end) for start, end in times])
 
 
+def step_seconds(step: Callable[[int], Any], *, steps: int, warm: int) -> float:
+    """The time of a step, step(number), of so many in a row, of which the first do not count."""
+    free()
+    begun = time.perf_counter()
+    for number in range(steps):
+        if number == warm:
+            synchronize()
+            begun = time.perf_counter()
+        step(number)
+    synchronize()
+    return (time.perf_counter() - begun) / (steps - warm)
+
+
 def profiled(fn: Callable[[], Any]) -> tuple[str, dict[str, float]]:
     """The table of a call's kernels by their time on the device, and how many there were and how long they ran together."""
     from torch.profiler import ProfilerActivity, profile
@@ -90,5 +103,5 @@ def profiled(fn: Callable[[], Any]) -> tuple[str, dict[str, float]]:
     events = seen.key_averages()
     table = events.table(sort_by=f"self_{kind}_time_total", row_limit=30, max_name_column_width=70)
     key = f"self_{kind}_time_total"
-    found = [event for event in events if getattr(event, key) > 0 and (DRY or event.device_type == torch.autograd.DeviceType.CUDA)]
-    return table, {"kernels": sum(event.count for event in found), "kernel_ms": sum(getattr(event, key) for event in found) / 1e3}
+    kernels = [event for event in events if getattr(event, key) > 0 and (DRY or event.device_type == torch.autograd.DeviceType.CUDA)]
+    return table, {"kernels": sum(event.count for event in kernels), "kernel_ms": sum(getattr(event, key) for event in kernels) / 1e3}

@@ -21,13 +21,13 @@ def check(name: str, case, dtype: torch.dtype) -> None:
     """Report one case in a dtype; one that raises is wrong, and the next goes on."""
     label = f"{name} {str(dtype)[6:]}"
     try:
-        found = cases.measure(case, cases.Draw(device.DEVICE, dtype, small=device.DRY))
+        measured = cases.measure(case, cases.Draw(device.DEVICE, dtype, small=device.DRY))
     except Exception:
         device.report(label, ok=False, error=traceback.format_exc().strip().splitlines()[-8:])
         return
-    rounded = {"errors": found.errors, "plain": found.plain}
+    rounded = {"errors": measured.errors, "plain": measured.plain}
     rounded = {key: [float(f"{value:.2e}") for value in values] for key, values in rounded.items()}
-    device.report(label, ok=found.fits(case, dtype), repeated=found.repeated, **rounded)
+    device.report(label, ok=measured.fits(case, dtype), repeated=measured.repeated, **rounded)
 
 
 def main(table: str) -> None:

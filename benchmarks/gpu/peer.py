@@ -6,7 +6,6 @@ packing would be with variable-length attention, without needing flash-attn.
 
 import contextlib
 import sys
-import time
 from importlib import metadata
 
 import device
@@ -80,15 +79,7 @@ def main(name: str) -> None:
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    device.free()
-    begun = time.perf_counter()
-    for number in range(STEPS):
-        if number == WARM:
-            device.synchronize()
-            begun = time.perf_counter()
-        step(number)
-    device.synchronize()
-    seconds = (time.perf_counter() - begun) / (STEPS - WARM)
+    seconds = device.step_seconds(step, steps=STEPS, warm=WARM)
     device.report(
         f"{label}{' + PEFT' * lora}", step_ms=1e3 * seconds, tokens_per_s=shapes.TOKENS / seconds, peak_gib=harness.peak_gib(),
         first_loss=losses[0].item(), last_loss=losses[-1].item(), liger=kernels, transformers=metadata.version("transformers"),

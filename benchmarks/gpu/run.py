@@ -54,14 +54,14 @@ PARTS = [
 
 def results_of(text: str) -> list[dict]:
     """What a part has reported; a last line that was cut off does not count."""
-    found = []
+    results = []
     for line in text.splitlines():
         if line.startswith(MARK):
             try:
-                found.append(json.loads(line[len(MARK) :]))
+                results.append(json.loads(line[len(MARK) :]))
             except ValueError:
                 continue
-    return found
+    return results
 
 
 def run(part: Part, limit: float, environment: dict[str, str]) -> dict:

@@ -34,13 +34,13 @@ def timed(fn: Callable[..., Tensor], leaves: list[Tensor]) -> dict[str, float]:
 
 def compare(name: str, leaves: list[Tensor], **sides: Callable[..., Tensor]) -> None:
     """Report all sides on the same inputs; one that raises has its error in place of numbers."""
-    found = {}
+    times = {}
     for side, fn in sides.items():
         try:
-            found[side] = timed(fn, leaves)
+            times[side] = timed(fn, leaves)
         except Exception:
-            found[side] = traceback.format_exc().strip().splitlines()[-1][:300]
-    device.report(name, **found)
+            times[side] = traceback.format_exc().strip().splitlines()[-1][:300]
+    device.report(name, **times)
 
 
 def liger(module: str, name: str) -> Callable[..., Tensor]:

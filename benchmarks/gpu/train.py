@@ -18,18 +18,15 @@ def main(name: str) -> None:
     run = shapes.training(shapes.model(name), lora=lora)
     records, state, host = recorder.Recorder(), run.state, []
     run = run._replace(state=None)  # the step consumes the state: nothing else may hold its leaves
-    device.free()
-    begun = time.perf_counter()
-    for number in range(STEPS):
-        if number == WARM:
-            device.synchronize()
-            begun = time.perf_counter()
+
+    def step(number: int) -> None:
+        nonlocal state
         called = time.perf_counter()
         state, metrics = run.step(state, [run.batch(number)])
         host.append(time.perf_counter() - called)
         records.push(number, metrics)
-    device.synchronize()
-    seconds = (time.perf_counter() - begun) / (STEPS - WARM)
+
+    seconds = device.step_seconds(step, steps=STEPS, warm=WARM)
     records.flush()
     losses = [record["loss"] for record in records.history]
     device.report(

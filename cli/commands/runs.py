@@ -61,12 +61,12 @@ def _sorted(past_runs: list[PastRun], config: Runs) -> list[PastRun]:
     return past_runs
 
 
-def _list(found: Sequence[PastRun], screen: Screen, metric: str | None) -> None:
-    names = runs.names(found)
-    screen.grid(compared.COLUMNS, [compared.row(one, name, metric) for one, name in zip(found, names, strict=True)])
-    for name, reason in compared.reasons(found, names).items():
+def _list(past_runs: Sequence[PastRun], screen: Screen, metric: str | None) -> None:
+    names = runs.names(past_runs)
+    screen.grid(compared.COLUMNS, [compared.row(one, name, metric) for one, name in zip(past_runs, names, strict=True)])
+    for name, reason in compared.reasons(past_runs, names).items():
         screen.line(f"  {name}: {reason}")
-    for text in (text for one in found for text in one.damage):
+    for text in (text for one in past_runs for text in one.damage):
         screen.warn(text)
 
 
@@ -103,35 +103,35 @@ def _curve(one: PastRun, metric: str, screen: Screen) -> list[str]:
     return [metric, drawn, *(f"{value:.4g}" for value in (points[0][1], points[-1][1], min(finite), max(finite)))]
 
 
-def _shared(found: Sequence[PastRun]) -> set[str] | None:
+def _shared(past_runs: Sequence[PastRun]) -> set[str] | None:
     """The options that all methods among these runs have; None where it is one method, or none that is known."""
-    several = {one.method for one in found} & METHODS.keys()
+    several = {one.method for one in past_runs} & METHODS.keys()
     return set.intersection(*(set(table.options(METHODS[name].config)) for name in several)) if len(several) > 1 else None
 
 
-def _compare(found: Sequence[PastRun], screen: Screen, shared: set[str] | None) -> None:
+def _compare(past_runs: Sequence[PastRun], screen: Screen, shared: set[str] | None) -> None:
     """The options that differ, and the curves of each metric one above the other, in one frame."""
-    names = runs.names(found)
+    names = runs.names(past_runs)
     screen.line("\noptions that differ", "bold")
-    differing = compared.differences(found, shared)
+    differing = compared.differences(past_runs, shared)
     if differing:
         screen.grid(("option", *names), [[option, *values] for option, values in differing.items()])
     else:
         screen.line("none")
     screen.line("\ncurves", "bold")
-    metrics = dict.fromkeys(name for one in found for name in curves.metrics(one.history))
-    rows = [row for metric in metrics for row in _curves(metric, found, names, screen)]
+    metrics = dict.fromkeys(name for one in past_runs for name in curves.metrics(one.history))
+    rows = [row for metric in metrics for row in _curves(metric, past_runs, names, screen)]
     if rows:
         screen.grid(("metric", "run", "curve", "first", "last", "best"), rows)
     else:
         screen.line("no step is recorded")
 
 
-def _curves(metric: str, found: Sequence[PastRun], names: Sequence[str], screen: Screen) -> Iterator[list[str]]:
-    series = [one.series(metric) if metric in curves.metrics(one.history) else [] for one in found]
+def _curves(metric: str, past_runs: Sequence[PastRun], names: Sequence[str], screen: Screen) -> Iterator[list[str]]:
+    series = [one.series(metric) if metric in curves.metrics(one.history) else [] for one in past_runs]
     inside, room = sparks.frame(*series), _room(screen, 66 + max(map(len, names)))
     label = metric
-    for one, name, points in zip(found, names, series, strict=True):
+    for one, name, points in zip(past_runs, names, series, strict=True):
         best = one.best(metric)
         if best is not None and points:
             drawn = sparks.draw(points, room, inside=inside, plain=not screen.blocks)

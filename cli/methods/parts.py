@@ -112,8 +112,8 @@ def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature
     """
     options, other = config.reference, None
     if options.ref_model is not None:
-        where = home(config, setting.ranks, setting.device)
-        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": where}
+        layers = home(config, setting.ranks, setting.device)
+        named = {"dtype": config.model.dtype, "device": setting.device, "scheme": quantised.of(config.model), "home": layers}
         other = reference.load_other(options.ref_model, policy, **named, say=setting.say)
     pace = reference.Pace(options.ref_model_sync_steps, options.ref_model_mixup_alpha)
     # An adapter that starts from what quantising loses is no identity, either.

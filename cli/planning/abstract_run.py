@@ -12,12 +12,12 @@ from treetune.cli import assembly
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import optim
 from treetune.cli.planning import documents
-from treetune.core import quant, step, tree
+from treetune.core import grad, quant, step, tree
 from treetune.core.data.prompts import Prompt
 from treetune.core.param import Param, Params
 from treetune.core.run.ranks import ALONE
 from treetune.core.state import TrainState
-from treetune.models import MODELS, Model, batches, census, memory, policy, quantised
+from treetune.models import MODELS, Model, batches, memory, policy, quantised
 from treetune.models.adapter import Base
 from treetune.models.census import Census, Cost
 from treetune.models.dense import Config
@@ -103,7 +103,7 @@ def _count(method: Method, config: Any, model: Shapes, *, gpu: bool) -> Counted:
     _warm(quantised.of(config.model), config.optim.optimizer)
     with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode:
         parts, state, optimizer = _assemble(method, config, model)
-        seen, trees = Census(census.tensors(state)), _trees(state)
+        seen, trees = Census(grad.tensors(state)), _trees(state)
     micro = _micro_batch(method, config, parts, model.cfg)
     marks: list[Costs] = []
 
@@ -257,7 +257,7 @@ def _trees(state: TrainState) -> dict[str, float]:
     seen: set[int] = set()
 
     def bytes_of(part: Any) -> float:
-        new = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in census.tensors(part)}
+        new = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in grad.tensors(part)}
         own = sum(size for key, size in new.items() if key not in seen)
         seen.update(new)
         return own

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 from treetune.cli.methods.method import Method, resolve
 
 HELP = "say what a run would take, and on which device it fits: treetune plan run.yaml"
-USAGE = """usage: treetune plan FILE|METHOD [--on DEVICE ...] [--ranks N] [--memory SIZE] [options of the method]
+USAGE = """usage: treetune plan FILE|METHOD [--on DEVICE ...] [--nproc N] [--memory SIZE] [options of the method]
 
 Say from a config alone what its run would take: the peak of its memory and the time of a step, by term, on this machine and on others.
 Nothing is loaded, fetched or written but a config.json. FILE is one of `treetune train`; flags win over it.
 
   --on DEVICE ...   h200, h100, a100-80, a100-40, 4090, l4 or cpu: terms on these devices; without it one line for each device
-  --ranks N         devices that share the run, as --nproc; with --sharding full each holds a part of what trains
+  --nproc N         devices that share the run; with --sharding full each holds a part of what trains
   --memory SIZE     memory of the device instead of its own, such as 24GiB
   --json            figures in bytes and seconds, as JSON"""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
-JOINED = "--on=", "--ranks=", "--memory="
+JOINED = "--on=", "--memory="
 UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -42,8 +42,6 @@ def take(argv: Sequence[str]) -> tuple[Asked, list[str]]:
                 devices += [name for name in words.pop(0).split(",") if name]
             if not devices:
                 raise ValueError("--on needs the name of a device, such as h100")
-        elif word == "--ranks":
-            rest += ["--nproc", words.pop(0) if words else ""]
         elif word == "--memory":
             memory = size_of(words.pop(0) if words else "")
         elif word == "--json":
@@ -63,7 +61,7 @@ def size_of(text: str) -> int:
 
 
 def run(asked: Asked, config: Any, method: Method) -> int:
-    """Print the plan of a config; the exit code: 0 where it fits on one of the devices that were asked for, or nothing was asked."""
+    """Print the plan of a config; the exit code, 0 whether it fits or not."""
     from treetune.cli.planning import advice, estimate, words
     from treetune.cli.screen import Screen
     from treetune.core.run.errors import checking_input
@@ -86,14 +84,14 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         screen.grid(*(words.terms(plans) if asked.devices else (words.HEADER, words.grid(plans))))
         for place, one in plans if asked.devices else ():
             screen.line(words.line(one, place), "green" if words.verdict(one, place) == "fits" else "yellow")
-    found = []
+    changes = []
     if lacking := bool(asked.devices) and words.verdict(plans[0][1], places[0]) == "does not fit":
         with checking_input(), screen.busy("looking for what fits"):
-            found = advice.advise(this, places[0])
+            changes = advice.advise(this, places[0])
     if asked.as_json:
-        print(json.dumps({"plan": [_figures(place, one) for place, one in plans], "advice": [_option(one) for one in found]}, indent=1))
+        print(json.dumps({"plan": [_figures(place, one) for place, one in plans], "advice": [_option(one) for one in changes]}, indent=1))
         return 0
-    for text in words.advice(found) if lacking else ():
+    for text in words.advice(changes) if lacking else ():
         screen.line(text)
     screen.line("estimates: memory of tensors, time from rates of data sheets (docs/planning.md); nothing was loaded", "dim")
     return 0

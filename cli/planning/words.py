@@ -73,13 +73,13 @@ def line(one: Estimate, place: Place) -> str:
     return f"does not fit on {device}: {need} at the peak, and there are {room}"
 
 
-def advice(found: Sequence[Advice]) -> list[str]:
+def advice(changes: Sequence[Advice]) -> list[str]:
     """Lines about what would make it fit."""
-    if not found:
+    if not changes:
         return ["no one or two options make it fit: take a larger device, a smaller model, or more devices (--nproc N --sharding full)"]
-    width = max(len(one.change.flags) for one in found)
-    taken = [f"{shown(one.estimate.peak)}, {seconds(one.estimate.step)} a step" for one in found]
-    lines = [f"  {one.change.flags:{width}}  {text} ({one.change.cost})" for one, text in zip(found, taken, strict=True)]
+    width = max(len(one.change.flags) for one in changes)
+    taken = [f"{shown(one.estimate.peak)}, {seconds(one.estimate.step)} a step" for one in changes]
+    lines = [f"  {one.change.flags:{width}}  {text} ({one.change.cost})" for one, text in zip(changes, taken, strict=True)]
     return ["to make it fit, the fastest first:", *lines]
 
 

@@ -30,8 +30,8 @@ def reasons(several: Sequence[PastRun], names: Sequence[str]) -> dict[str, str]:
 
 def differences(several: Sequence[PastRun], shared: Container[str] | None = None) -> dict[str, list[str]]:
     """{option: what each run has} of the options that are not the same in all, for people. shared: the options to compare."""
-    found = runs.differences(several, shared)
-    return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in found.items()}
+    differing = runs.differences(several, shared)
+    return {name: [masking.mask_secrets(runs.shown(one)) for one in values] for name, values in differing.items()}
 
 
 def write(

@@ -31,6 +31,8 @@ def checking_input(what: str = "an option or an input") -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise RunFailed(f"out of memory: take a smaller model, or give the process more ({_first_line(error)})") from error
+        if lost := _lost_rank(error):
+            raise RunFailed(f"{lost}: start the run again") from error
         if isinstance(error, (ValueError, *_file_errors())):
             raise BadInput(str(error)) from error
         if isinstance(error, fields.UNFORESEEN):
@@ -54,8 +56,8 @@ def running(root: Path, advise: Callable[[], str] = lambda: GENERAL) -> Iterator
     except Exception as error:
         if out_of_memory(error):
             raise RunFailed(f"out of memory: {_advice(advise)} ({_first_line(error)})") from error
-        if isinstance(error, RuntimeError) and (words := LOST_RANK.search(str(error))):
-            raise RunFailed(f"another rank has ended or hangs ({words.group().lower()}): continue with --resume auto") from error
+        if lost := _lost_rank(error):
+            raise RunFailed(f"{lost}: continue with --resume auto") from error
         if not isinstance(error, _file_errors()):
             raise
         if type(error).__name__ == "SaveError":  # of core.ckpt, which imports torch: it says all there is to say
@@ -64,7 +66,16 @@ def running(root: Path, advise: Callable[[], str] = lambda: GENERAL) -> Iterator
 
 
 # What gloo and NCCL say when a rank is gone, or does not answer within the time-out.
-LOST_RANK = re.compile(r"connection (closed|reset) by peer|timed out waiting|NCCL (communicator was aborted|.*timeout)", re.IGNORECASE)
+LOST_RANK = re.compile(
+    r"connection (closed|reset) by peer|timed out (waiting|connecting)|connectFullMesh failed|NCCL (communicator was aborted|.*timeout)",
+    re.IGNORECASE,
+)
+
+
+def _lost_rank(error: Exception) -> str:
+    """What has become of another rank, where an error says that something has; empty for others."""
+    words = LOST_RANK.search(str(error)) if isinstance(error, RuntimeError) else None
+    return f"another rank has ended or hangs ({words.group().lower()})" if words else ""
 
 
 def _advice(advise: Callable[[], str]) -> str:

@@ -75,7 +75,7 @@ def _config(launch: Launch) -> Any:
         "rdzv_endpoint": "localhost:0" if alone else launch.rendezvous, "run_id": uuid.uuid4().hex if alone else "treetune",
         "max_restarts": launch.restarts, "start_method": "spawn", "shutdown_timeout": SAVING, "local_addr": "localhost" if alone else None,
     }  # fmt: skip
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # shutdown_timeout came with torch 2.11
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older ones have no shutdown_timeout
     return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
@@ -107,5 +107,7 @@ def first_to_say(text: str) -> bool:
 
 def continued(root: Path) -> dict[str, Any]:
     """Options under which processes that are started again go on in a run folder: from its newest checkpoint, or anew without one."""
-    begun = any((root / "checkpoints").glob("step_*"))
+    from treetune.core import ckpt
+
+    begun = bool(ckpt.numbered(root / "checkpoints"))
     return {"resume": "auto", "overwrite": False} if begun else {"resume": None, "overwrite": root.exists()}

@@ -178,8 +178,8 @@ def differences(runs: Sequence[PastRun], shared: Container[str] | None = None) -
 
     shared: the options to compare, as of runs of several methods those that all have; a config leaves out what is not given.
     """
-    found = dict.fromkeys(name for run in runs for name in run.config if name not in PLACES)
-    names = [name for name in found if shared is None or name in shared]
+    given = dict.fromkeys(name for run in runs for name in run.config if name not in PLACES)
+    names = [name for name in given if shared is None or name in shared]
     values: dict[str, list[Any]] = {"method": [run.method or UNKNOWN for run in runs]}
     values |= {name: [run.config.get(name) if run.config else UNKNOWN for run in runs] for name in names}
     return {name: several for name, several in values.items() if len(_distinct(several)) > 1}

@@ -114,3 +114,17 @@ def test_memory_that_is_full_while_training_is_no_fault_of_the_input():
 
     with pytest.raises(errors.RunFailed, match="out of memory"), errors.running(Path("run")):
         raise torch.OutOfMemoryError("no more")
+
+
+@pytest.mark.parametrize(
+    "words", ["[pair.cc:553] Connection closed by peer [127.0.0.1]:2283. GLHF!", "Gloo connectFullMesh failed with [...]"]
+)
+def test_a_rank_that_is_lost_is_no_bad_input(words, tmp_path):
+    for block in (errors.checking_input(), errors.running(tmp_path)):
+        with (
+            pytest.raises(
+                errors.RunFailed, match="^another rank has ended or hangs .*: (start the run again|continue with --resume auto)$"
+            ),
+            block,
+        ):
+            raise RuntimeError(words)

@@ -56,7 +56,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(tiny, capsys):
         (["sft", "--on", "gtx"], "'gtx' is no device that is known"),
         (["ebft", "--mode", "strided", "--model", "HERE"], "strided mode of ebft samples within its step"),
         (["sft", "--memory", "much"], "expected a size such as 24GiB"),
-        (["sft", "--ranks", "0"], "nproc must be"),
+        (["sft", "--nproc", "0"], "nproc must be"),
         (["sft", "--model", "nowhere/at-all"], "name a folder that holds one"),
     ],
 )
@@ -90,13 +90,13 @@ def test_changes_are_of_the_config(tiny):
 @pytest.mark.parametrize(("gpu", "refused"), [(False, False), (True, True)])
 def test_a_run_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(tiny, monkeypatch, gpu, refused):
     config = planned(tiny, "sft").config
-    found = memory_check.need(config, "cpu")
-    room = (found.peak + found.held) // 2
+    needed = memory_check.need(config, "cpu")
+    room = (needed.peak + needed.held) // 2
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: room)
-    monkeypatch.setattr(memory_check, "need", lambda *args: found._replace(capacity=room, gpu=gpu))
+    monkeypatch.setattr(memory_check, "need", lambda *args: needed._replace(capacity=room, gpu=gpu))
     if not refused:
         assert memory_check.check(config, "cpu").startswith("this run may need about ")
-        found = found._replace(held=2 * found.peak)
+        needed = needed._replace(held=2 * needed.peak)
     with pytest.raises(ValueError, match=r"this run needs about .*: try --.* --ignore-memory starts it all the same"):
         memory_check.check(config, "cpu")
     assert memory_check.check(dataclasses.replace(config, run=dataclasses.replace(config.run, ignore_memory=True)), "cpu") == ""

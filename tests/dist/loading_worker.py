@@ -76,7 +76,7 @@ def policies(model) -> dict[str, Policy]:
 
 def exported(split, whole, folder: Path, ranks: Ranks) -> dict[str, list]:
     """{what is saved: whether the files of all ranks are those of one, and the most bytes that saving allocated here}."""
-    found, plain = {}, policies(whole)
+    samples, plain = {}, policies(whole)
     for name, one in policies(split).items():
         if name != "full" and folder.name not in SAMPLED:
             continue
@@ -86,8 +86,8 @@ def exported(split, whole, folder: Path, ranks: Ranks) -> dict[str, list]:
         if ranks.rank == 0:
             policy.save(plain[name], folder / f"{name} whole")
             same = contents(path) == contents(folder / f"{name} whole")
-        found[name] = [same, peak]
-    return found
+        samples[name] = [same, peak]
+    return samples
 
 
 def sampled(split, whole, ranks: Ranks, name: str) -> tuple[bool, int]:
@@ -155,8 +155,8 @@ def look(path: Path, ranks: Ranks) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     ranks, folder = join_ranks(CPU), Path(sys.argv[1])
-    found = {name: look(folder / "models" / name, ranks) for name in sys.argv[2:]}
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    seen = {name: look(folder / "models" / name, ranks) for name in sys.argv[2:]}
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -31,17 +31,17 @@ def _save(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(launch, tmp_path_factory):
-    """found(world) -> what each rank says of each model."""
-    root, made = tmp_path_factory.mktemp("loading"), {}
+def looks(launch, tmp_path_factory):
+    """looks(world) -> what each rank says of each model."""
+    root, by_world = tmp_path_factory.mktemp("loading"), {}
     (root / "models").mkdir()
     _save(root / "models")
 
     def get(world: int) -> list[dict]:
-        if world not in made:
+        if world not in by_world:
             launch(world, WORKER, root, *(NAMES if world > 2 else FAST), cwd=root)
-            made[world] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
-        return made[world]
+            by_world[world] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
+        return by_world[world]
 
     return get
 
@@ -52,9 +52,9 @@ CASES = [(2, name) for name in FAST] + [pytest.param(4, name, marks=pytest.mark.
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
-def test_ranks_read_their_rows_and_no_more(found, name, world):
+def test_ranks_read_their_rows_and_no_more(looks, name, world):
     """Bit for bit those of the whole model, and the digests of it; in memory a part of each leaf, and at most one of another size."""
-    for rank in (every[name] for every in found(world)):
+    for rank in (every[name] for every in looks(world)):
         assert rank["same"] and rank["placed"] and rank["grown"] and rank["cut"]
         assert rank["digest"][0] == rank["digest"][1] and rank["identity"][0] == rank["identity"][1]
         assert rank["bytes"] < rank["whole"] * (1.2 / world if "expert" not in name and name != "turned" else 0.6), "5 experts are 2 a rank on four"
@@ -62,13 +62,13 @@ def test_ranks_read_their_rows_and_no_more(found, name, world):
         assert rank["peak"] <= rank["bytes"] + rank["largest"], "shards and one leaf"
         assert rank["masters_peak"] <= rank["bytes"] + 1000, "float32 masters are made from shards"
         assert rank["digest_peak"] <= 6 * rank["largest"], "two leaves, each with what gathering it takes"
-    assert sum(every[name]["bytes"] for every in found(world)) == found(world)[0][name]["whole"]
+    assert sum(every[name]["bytes"] for every in looks(world)) == looks(world)[0][name]["whole"]
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
-def test_ranks_leave_the_files_of_one(found, name, world):
+def test_ranks_leave_the_files_of_one(looks, name, world):
     """To the byte: models, adapters, models with an adapter folded in, and those with a head. Nobody has more than a few leaves."""
-    for rank in (every[name] for every in found(world)):
+    for rank in (every[name] for every in looks(world)):
         for kind, (same, peak) in rank["exported"].items():
             assert same, kind
             # a leaf, or those of one tensor of the files: gathered, rounded and put together; adapters are whole
@@ -77,7 +77,7 @@ def test_ranks_leave_the_files_of_one(found, name, world):
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["dense, tied", "experts"])
-def test_ranks_sample_from_parts_what_whole_weights_sample(found, name, world):
+def test_ranks_sample_from_parts_what_whole_weights_sample(looks, name, world):
     """Bit for bit, though some have more prompts and longer answers; a layer is whole at a time, and the head."""
-    for same, most in (every[name]["sampled"] for every in found(world)):
-        assert same and 0 < most < 0.7 * found(world)[0][name]["whole"], most
+    for same, most in (every[name]["sampled"] for every in looks(world)):
+        assert same and 0 < most < 0.7 * looks(world)[0][name]["whole"], most

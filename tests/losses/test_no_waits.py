@@ -12,13 +12,13 @@ ON_THE_HOST = {"advantage.py", "ebft.py"}  # rewards of groups, and what an erro
 
 def waits(source):
     """Lines with a call that reads a number of a tensor or copies one from the host to where a tensor is."""
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             copied = node.func.attr in ("tensor", "as_tensor") and any(keyword.arg == "device" for keyword in node.keywords)
             if node.func.attr in READING or copied:
-                found.append(node.lineno)
-    return found
+                lines.append(node.lineno)
+    return lines
 
 
 @pytest.mark.parametrize("path", sorted(set(LOSSES.glob("*.py")) - {LOSSES / name for name in ON_THE_HOST}), ids=lambda path: path.name)

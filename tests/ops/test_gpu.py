@@ -17,8 +17,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def _check(name, draw):
-    found = cases.measure(EVERY[name], draw)
-    assert found.fits(EVERY[name], draw.dtype), found
+    measured = cases.measure(EVERY[name], draw)
+    assert measured.fits(EVERY[name], draw.dtype), measured
 
 
 @needs_gpu
