@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from treetune.core import offload, shard, tree
+from treetune.core import gathers, offload, shard, tree
 
 
 def value_and_grad(fn: Callable) -> Callable:
@@ -26,12 +26,13 @@ def value_and_grad(fn: Callable) -> Callable:
 
     def wrapped(params, *args, into=None):
         tracked = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-        with torch.enable_grad():
-            value, aux = fn(tracked, *args)
         leaves = tree.leaves(tracked)
         wide = _begin(leaves, [None] * len(leaves) if into is None else tree.leaves(into))
-        if value.requires_grad:
-            torch.autograd.backward(value, inputs=leaves)
+        with gathers.collecting(leaves, partial(_add, leaves, wide)):
+            with torch.enable_grad():
+                value, aux = fn(tracked, *args)
+            if value.requires_grad:
+                torch.autograd.backward(value, inputs=leaves)
         flat = [wide.get(i, leaf.grad) for i, leaf in enumerate(leaves)]
         grads = iter(_own([_zeros(leaf) if grad is None else grad for leaf, grad in zip(leaves, flat, strict=True)]))
         return (value.detach(), aux), tree.map(lambda _: next(grads), params)
@@ -54,11 +55,23 @@ def _begin(leaves: list[Tensor], before: list[Tensor | None]) -> dict[int, Tenso
 def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
     """Add what has arrived for a leaf to its total, and free it."""
     assert leaf.grad is not None
-    grad, total, leaf.grad = leaf.grad.float(), wide[i], None
-    if total is None:
-        wide[i] = grad
+    grad, leaf.grad = leaf.grad.float(), None
+    wide[i] = _added(wide[i], grad)
+
+
+def _add(leaves: list[Tensor], wide: dict[int, Tensor | None], i: int, part: Tensor) -> None:
+    """Add this rank's part of a gradient that other ranks had a share in."""
+    if i in wide:
+        wide[i] = _added(wide[i], shard.rewrap(part, leaves[i]))
     else:
-        shard.local(total).add_(shard.local(grad))
+        leaves[i].grad = _added(leaves[i].grad, shard.rewrap(part.to(leaves[i].dtype), leaves[i]))
+
+
+def _added(total: Tensor | None, grad: Tensor) -> Tensor:
+    if total is None:
+        return grad
+    shard.local(total).add_(shard.local(grad))
+    return total
 
 
 def _zeros(leaf: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ import functools
 import mmap
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from treetune.core import offload, quant, tree
 from treetune.core.param import Params
+from treetune.core.window import Coming, Window
 
 SMALL = 1 << 12  # bytes of a tensor that stays on the device: a page of memory
 FILE = "treetune-layers-"  # how the names of files begin
@@ -181,23 +182,6 @@ def _parts(leaf: Any) -> list[Tensor]:
     return leaf.parts() if quant.quantised(leaf) else [leaf]
 
 
-class Coming(NamedTuple):
-    """A leaf that is away, as a layer is given it; `shard.gather` makes a tensor on the device of it."""
-
-    window: "Window"
-    layer: int
-    path: str
-
-    def here(self) -> Any:
-        """The leaf on the device."""
-        return self.window.take(self.layer)[self.path]
-
-
-def coming(leaf: Any) -> TypeGuard[Coming]:
-    """Whether a leaf is on its way."""
-    return isinstance(leaf, Coming)
-
-
 def arriving(layers: list[Params], device: torch.device) -> list[Params]:
     """The layers of a model for one pass over them and back, with a `Coming` in place of each leaf that is away from the device.
 
@@ -208,7 +192,8 @@ def arriving(layers: list[Params], device: torch.device) -> list[Params]:
     gone = [{path: leaf for path, leaf in tree.items(layer) if far(leaf, device)} for layer in layers]
     if not any(gone):
         return layers
-    window = Window(gone, way(device), device)
+    lane = way(device)
+    window = Window(len(gone), lambda index: _Present(gone[index], lane, device))
 
     def one(index: int, path: str, leaf: Any) -> Any:
         return Coming(window, index, path) if path in gone[index] else leaf
@@ -219,37 +204,6 @@ def arriving(layers: list[Params], device: torch.device) -> list[Params]:
 def way(device: torch.device) -> Lane:
     """How tensors come to a device."""
     return Cuda(device) if device.type == "cuda" else Pages()
-
-
-class Window:
-    """The layers of one pass that are on the device: the one that was asked for last, and the next in the direction of the pass.
-
-    Behind the last layer the pass turns round: those two stay for the backward pass.
-    """
-
-    def __init__(self, layers: list[dict[str, Any]], lane: Lane, device: torch.device):
-        self.layers, self.lane, self.device = layers, lane, device
-        self.present: dict[int, _Present] = {}
-        self.last = -1
-
-    def take(self, index: int) -> dict[str, Any]:
-        """The leaves of a layer on the device, by path; those of the next one begin to come."""
-        if index != self.last:
-            self._move(index, self._next(index))
-        return self.present[index].wait()
-
-    def _next(self, index: int) -> int:
-        end = len(self.layers) - 1
-        onwards = index > self.last or (index == 0 and self.last == end)  # of a model that reads one document after another
-        return index + 1 if onwards and index < end else index - 1
-
-    def _move(self, index: int, beside: int) -> None:
-        self.last = index
-        for gone in self.present.keys() - {index, beside}:
-            del self.present[gone]
-        for wanted in (index, beside):
-            if 0 <= wanted < len(self.layers) and wanted not in self.present:
-                self.present[wanted] = _Present(self.layers[wanted], self.lane, self.device)
 
 
 class _Present:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treetune.core import layer_offload, quant, tree
+from treetune.core import quant, tree, window
 from treetune.core.param import Param, Params
+from treetune.core.window import Coming
 
 if TYPE_CHECKING:  # torch.distributed.tensor takes half a second to import, and a run on one device never needs it
     from torch.distributed.device_mesh import DeviceMesh
@@ -89,14 +90,18 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
 
     A quantised leaf, which every rank has whole, becomes dense; one that is away comes to the device.
     """
-    if layer_offload.coming(leaf):
-        return _remembered(gather(leaf.here(), dtype), leaf)
+    if window.coming(leaf):
+        return remember(gather(leaf.here(), dtype), leaf)
     if quant.quantised(leaf):
-        return _remembered(quant.dense(leaf, dtype), leaf)
+        return remember(quant.dense(leaf, dtype), leaf)
     if not leaf.is_floating_point():
         dtype = None  # indices, which a cast could change
     if not distributed(leaf):
         return leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
+    from treetune.core import gathers  # which is made of this module
+
+    if gathers.travels(leaf):
+        return remember(gathers.gather(leaf, dtype), leaf.detach())
     from torch.distributed.tensor import Partial, Replicate
 
     axes = [Replicate()] * leaf.device_mesh.ndim
@@ -105,10 +110,11 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     # leaves in 16 bits are sent in float32, and rounded once.
     wide = torch.float32 if leaf.itemsize < 4 else None
     whole = leaf.redistribute(placements=axes, backward_dtype=wide).to_local(grad_placements=[Partial()] * len(axes))
-    return _remembered(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
+    return remember(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
 
 
-def _remembered(whole: Tensor, leaf: Tensor | quant.Quantised | layer_offload.Coming) -> Tensor:
+def remember(whole: Tensor, leaf: Tensor | quant.Quantised | Coming) -> Tensor:
+    """A whole tensor, and inside `gathering_again` what it was made of."""
     if _gathered:
         _gathered[-1][whole.untyped_storage()._cdata] = (whole, leaf)
     return whole
@@ -138,13 +144,13 @@ def gathering_again(params: Params) -> Iterator[None]:
 
 def _made(leaf: Any) -> bool:
     """Whether `gather` makes a tensor that is not the leaf."""
-    return quant.quantised(leaf) or layer_offload.coming(leaf) or sharded(leaf)
+    return quant.quantised(leaf) or window.coming(leaf) or sharded(leaf)
 
 
 class _Again(NamedTuple):
     """A view of a whole leaf, as what that is made of and the view's geometry."""
 
-    leaf: Tensor | quant.Quantised | layer_offload.Coming
+    leaf: Tensor | quant.Quantised | Coming
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import grad, layer_offload, quant, shard, tree
+from treetune.core import gathers, grad, layer_offload, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
@@ -115,25 +115,29 @@ def forward(
     **training: Unpack[Training],
 ) -> Out:
     """Hidden states of a packed stream. With a cache and no plan, each token attends to its cache row up to its own slot."""
+    adapters = lora.tree.get("layers", []) if lora else []
+    layers = layer_offload.arriving(weights["layers"], batch["tokens"].device)
+    own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]
+    passage = gathers.passage([((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True)])
     x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
     remat, neftune = training.get("remat"), training.get("noise")
     if neftune is not None:
         x = x + embedding_noise(x.shape[1], batch, neftune).to(x.dtype)
     x = x if cfg.embed_scale == 1 else x * cfg.embed_scale
-    adapters = lora.tree.get("layers", []) if lora else []
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora))
+    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora), passage)
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     again = grad.recomputes(remat)
-    for index, layer in enumerate(layer_offload.arriving(weights["layers"], x.device)):
+    for index, layer in enumerate(layers):
         if index in collect:
             features[index] = x
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if again else shard.gathering_again(layer):
-            own = adapters[index] if index < len(adapters) else {}
-            x, logits = layer_fn(x, layer, own, index, shared._replace(rotation=rotations[index]))
+            x, logits = layer_fn(x, layer, own[index], index, shared._replace(rotation=rotations[index]))
         if logits is not None and training.get("routing"):
             routing.append(logits)
+    if passage is not None:
+        passage.turn()
     if len(weights["layers"]) in collect:
         features[len(weights["layers"])] = x
     hidden = _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg)
@@ -183,6 +187,7 @@ class _Shared(NamedTuple):
     cache: Cache | None
     lora: Lora | None
     key: Tensor | None
+    passage: gathers.Passage | None = None
 
 
 def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None) -> Tensor:
@@ -204,6 +209,8 @@ def embedding_noise(dim: int, batch: dict, option: Neftune) -> Tensor:
 
 def _layer(x: Tensor, layer: Params, adapters: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
     """The residual stream after a layer, and the logits of its router where it has experts."""
+    if s.passage is not None:
+        layer, adapters = s.passage.whole(index, layer, adapters)
     w, ab = tree.map(partial(_computed_with, dtype=s.cfg.dtype), layer), shard.gather_all(adapters)
     x = _add(x, _attention(_normed(x, w.get("input_norm"), s.cfg), w, ab, index, s), w.get("attn_out_norm"), s.cfg)
     y, routing = _mlp(_normed(x, w.get("post_norm"), s.cfg), w, ab, index, s)

@@ -30,9 +30,9 @@ ALLOWED = {
         *(
             f"treetune.core.{name}"
             for name in (
-                "tree", "param", "grad", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided", "fields",
-                "layer_offload", "machine", "partition", "manifest", "drafts", "durable", "check", "state", "module_names", "optim",
-                "owned", "protocols", "run.errors",
+                "tree", "param", "grad", "gathers", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided",
+                "fields", "layer_offload", "machine", "partition", "manifest", "drafts", "durable", "check", "state", "module_names",
+                "optim", "owned", "protocols", "run.errors",
             )
         ),
     },

@@ -49,18 +49,17 @@ def train(folder: Path, ranks: Ranks) -> None:
 def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
     """How many whole leaves of layers a forward pass makes on sharded weights, and how many of them wait for the backward pass."""
     state, placed = scene.start(base, trains, ranks, "full")
-    gathered, gather = [], shard.gather
+    gathered, remember = [], shard.remember
 
-    def watched(leaf, dtype=None):
-        out = gather(leaf, dtype)
-        if shard.distributed(leaf) and scene.VOCAB not in leaf.shape:
-            gathered.append(StorageWeakRef(out.untyped_storage()))
-        return out
+    def watched(whole, source):
+        if scene.VOCAB not in whole.shape:
+            gathered.append(StorageWeakRef(whole.untyped_storage()))
+        return remember(whole, source)
 
-    shard.gather = watched
+    shard.remember = watched
     params = tree.map(lambda leaf: leaf.detach().requires_grad_(), state.params)
     terms, _ = scene.objective(base, placed).terms(params, state.frozen, *scene.micro_batches(0, ranks.rank, ranks.world)[0])
-    shard.gather = gather
+    shard.remember = remember
     alive = sum(not ref.expired() for ref in gathered)
     sum(terms.values()).backward()
     return len(gathered), alive

@@ -1,0 +1,256 @@
+"""Leaves of which ranks have parts, gathered a layer at a time while the layer before computes; their gradients are summed and scattered.
+
+A leaf is a DTensor that is split along the mesh axis `data`. Those of a layer travel as one message, each in the dtype that it is used in;
+the gradients of the trained ones come back as one message, summed in float32 (float64 for leaves of that), while the pass goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from treetune.core import messages, quant, shard, tree, window
+from treetune.core.param import Params
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+AXIS = "data"  # of the mesh: its ranks have parts of a leaf
+IN_FLIGHT = 1  # sums that travel while the next is made: each is as large as a layer in float32
+
+Leaves = dict[str, "DTensor"]
+
+
+def travels(leaf: Any) -> bool:
+    """Whether a leaf is split along `data`, by rows."""
+    if window.coming(leaf) or quant.quantised(leaf) or not shard.distributed(leaf):
+        return False
+    names = leaf.device_mesh.mesh_dim_names or ()
+    return AXIS in names and leaf.placements[names.index(AXIS)].is_shard(0)
+
+
+def _shape(leaf: DTensor) -> tuple[int, ...]:
+    """The shape of a leaf that is whole along `data`, and split along other axes as it is."""
+    mesh = leaf.device_mesh
+    others = [spec for name, spec in zip(mesh.mesh_dim_names or (), leaf.placements, strict=True) if name != AXIS]
+    if not any(spec.is_shard() for spec in others):
+        return tuple(leaf.shape)
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    whole = [Replicate() if name == AXIS else spec for name, spec in zip(mesh.mesh_dim_names or (), leaf.placements, strict=True)]
+    return tuple(compute_local_shape_and_global_offset(leaf.shape, mesh, whole)[0])
+
+
+def _by_mesh(leaves: Mapping[str, DTensor]) -> dict[DeviceMesh, list[str]]:
+    """The paths of the leaves that travel together."""
+    found: dict[DeviceMesh, list[str]] = {}
+    for path, leaf in leaves.items():
+        found.setdefault(leaf.device_mesh, []).append(path)
+    return found
+
+
+def _plan(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.Layout:
+    kinds = tuple((dtype, _shape(leaf)) for leaf, dtype in zip(leaves, dtypes, strict=True))
+    return messages.layout(kinds, leaves[0].device_mesh[AXIS].size())
+
+
+def _sent(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.Gather:
+    """The message of leaves of one mesh."""
+    with torch.no_grad():
+        parts = [shard.local(leaf) for leaf in leaves]
+    return messages.Gather(parts, _plan(leaves, dtypes), leaves[0].device_mesh.get_group(AXIS))
+
+
+def _sent_as(leaf: DTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a leaf travels in: its own for integers, which a cast could change."""
+    return dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
+
+
+class Passage:
+    """The layers of a model for one pass over them and back; `layers` are the leaves of each that travel, with their dtypes.
+
+    When a layer is taken, the next in the direction of the pass begins to travel.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Leaves, dict[str, torch.dtype]]]):
+        self.layers = layers
+        self.sums = _collecting.get()
+        self.window = window.Window(len(layers), self._bring)
+        self.window.start()
+
+    def _bring(self, index: int) -> _Travelling:
+        return _Travelling(*self.layers[index])
+
+    def whole(self, index: int, *trees: Params) -> tuple[Params, ...]:
+        """The trees of a layer, in the order in which the passage was given them, with whole tensors for the leaves that travel."""
+        leaves, _ = self.layers[index]
+        came = dict(self.window.take(index))
+        trained = [path for path, leaf in leaves.items() if leaf.requires_grad] if torch.is_grad_enabled() else []
+        if trained:
+            take = lambda: [self.window.take(index)[path] for path in trained]  # noqa: E731
+            came |= zip(trained, _Whole.apply(take, self.sums, *(leaves[path] for path in trained)), strict=True)
+        for path, leaf in came.items():
+            shard.remember(leaf, window.Coming(self.window, index, path))
+        return tuple(_replaced(part, f"{number}.", came) for number, part in enumerate(trees))
+
+    def turn(self) -> None:
+        """The pass has gone over all layers: none stays for the way back, on which they are gathered again."""
+        self.window.turn()
+
+
+def _replaced(part: Params, prefix: str, came: Mapping[str, Tensor]) -> Params:
+    found = iter([came.get(prefix + path, leaf) for path, leaf in tree.items(part)])
+    return tree.map(lambda _: next(found), part)
+
+
+def passage(layers: Sequence[Sequence[tuple[Params, torch.dtype | None]]]) -> Passage | None:
+    """The passage over layers, each some trees with the dtype that their leaves are computed in, None for each leaf's own.
+
+    None where no leaf travels.
+    """
+    every = []
+    for parts in layers:
+        leaves: Leaves = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for number, (part, dtype) in enumerate(parts):
+            for path, leaf in tree.items(part):
+                if travels(leaf):
+                    leaves[f"{number}.{path}"], dtypes[f"{number}.{path}"] = leaf, _sent_as(leaf, dtype)
+        every.append((leaves, dtypes))
+    return Passage(every) if any(leaves for leaves, _ in every) else None
+
+
+class _Travelling:
+    """A layer on its way: one message, or one for each mesh that its leaves are split over."""
+
+    def __init__(self, leaves: Leaves, dtypes: dict[str, torch.dtype]):
+        self.leaves: dict[str, Tensor] = {}
+        groups = _by_mesh(leaves).values()
+        self.sent = [(paths, _sent([leaves[path] for path in paths], [dtypes[path] for path in paths])) for paths in groups]
+
+    def wait(self) -> Mapping[str, Tensor]:
+        """The whole leaves by path."""
+        while self.sent:
+            paths, message = self.sent.pop(0)
+            self.leaves |= zip(paths, message.wait(), strict=True)
+        return self.leaves
+
+
+def gather(leaf: DTensor, dtype: torch.dtype | None) -> Tensor:
+    """A whole leaf in a dtype, by a message of its own; its gradient is summed in float32 and scattered."""
+    take = lambda: _sent([leaf], [_sent_as(leaf, dtype)]).wait()  # noqa: E731
+    if torch.is_grad_enabled() and leaf.requires_grad:
+        return _Whole.apply(take, _collecting.get(), leaf)[0]
+    return take()[0]
+
+
+class _Whole(torch.autograd.Function):
+    """take() -> the whole tensors of trained leaves; their gradients go to `sums`, or back to autograd where nobody collects them."""
+
+    @staticmethod
+    def forward(ctx: Any, take: Callable[[], list[Tensor]], sums: Sums | None, *leaves: DTensor) -> tuple[Tensor, ...]:
+        ctx.leaves, ctx.sums = leaves, sums
+        ctx.set_materialize_grads(False)
+        # Aliases: the tensors themselves are given again, to another pass through the layer.
+        return tuple(whole.view_as(whole) for whole in take())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        found: list[Tensor | None] = [None] * len(grads)
+        by_path = dict(zip(map(str, range(len(grads))), ctx.leaves, strict=True))
+        for paths in _by_mesh(by_path).values():
+            places = [int(path) for path in paths]
+            own = [ctx.leaves[place] for place in places]
+            sent = _Scattered(own, _summed([grads[place] for place in places], own))
+            if ctx.sums is not None and ctx.sums.takes(own):
+                ctx.sums.push(sent)
+            else:
+                for place, leaf, part in zip(places, own, sent.wait(), strict=True):
+                    found[place] = shard.rewrap(part.to(leaf.dtype), leaf)
+        return None, None, *found
+
+
+def _summed(grads: Sequence[Tensor | None], leaves: Sequence[DTensor]) -> messages.Sum:
+    dtype = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32
+    group, device = leaves[0].device_mesh.get_group(AXIS), leaves[0].device
+    return messages.Sum(grads, _plan(leaves, [dtype] * len(leaves)), group, device)
+
+
+class _Scattered(NamedTuple):
+    """Gradients on their way to the ranks that have the parts of their leaves."""
+
+    leaves: Sequence[DTensor]
+    message: messages.Sum
+
+    def wait(self) -> list[Tensor]:
+        """This rank's parts."""
+        parts = self.message.wait()
+        _sum_beyond(self.message.own, self.leaves[0].device_mesh)
+        return parts
+
+
+def _sum_beyond(part: Tensor, mesh: DeviceMesh) -> None:
+    """Add up, in place, what ranks have that hold the same part and saw other rows: those along the other axes of rows."""
+    for name in mesh.mesh_dim_names or ():
+        if name in ROWS and mesh[name].size() > 1:
+            dist.all_reduce(part, group=mesh.get_group(name))
+
+
+ROWS = ("replicate", "context")  # axes beside `data` whose ranks have different tokens
+
+
+class Sums:
+    """Gradients that come while a backward pass goes on; each is handed on by add(number of the leaf, part) when it has come."""
+
+    def __init__(self, leaves: Sequence[Tensor], add: Callable[[int, Tensor], None]):
+        self.numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
+        self.add = add
+        self.pending: deque[_Scattered] = deque()
+        self.open = True
+
+    def takes(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether all leaves are among those whose gradients are collected."""
+        return self.open and all(id(leaf) in self.numbers for leaf in leaves)
+
+    def push(self, sent: _Scattered) -> None:
+        """One more on its way; those before it, but for the last, are waited for."""
+        self.pending.append(sent)
+        while len(self.pending) > IN_FLIGHT:
+            self._hand_on()
+
+    def finish(self) -> None:
+        """Wait for all."""
+        while self.pending:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        sent = self.pending.popleft()
+        for leaf, part in zip(sent.leaves, sent.wait(), strict=True):
+            self.add(self.numbers[id(leaf)], part)
+
+
+_collecting: ContextVar[Sums | None] = ContextVar("sums", default=None)
+
+
+@contextlib.contextmanager
+def collecting(leaves: Sequence[Tensor], add: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Inside, gradients of leaves that travel are not given to autograd: `add` has had all of them, in order, at the end."""
+    sums = Sums(leaves, add)
+    token = _collecting.set(sums)
+    try:
+        yield
+        sums.finish()
+    finally:
+        # After an exception nothing is waited for: the ranks that it would come from may have stopped as well.
+        sums.open = False
+        sums.pending.clear()
+        _collecting.reset(token)
