@@ -1,5 +1,6 @@
 """One thread for all tests and what they start: their tensors are small, and two cores serve two processes better than four threads."""
 
+import collections
 import contextlib
 import gc
 import os
@@ -27,8 +28,19 @@ if torch.backends.mkldnn.is_available() and not os.environ.keys() & CACHES.keys(
         del os.environ[name]
 
 
+GOLDEN = 0.6180339887  # its multiples are even and have no period, as the values of a parameter have
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at its marker expression
 def pytest_collection_modifyitems(config, items):
-    """`slow` tests run only when a marker expression asks for them."""
+    """Of a `sampled(n)` test one case in n is of the working set; `slow` tests run only when a marker expression asks for them."""
+    seen = collections.Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("sampled")) is not None and "slow" not in item.keywords:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] * GOLDEN % 1 >= 1 / mark.args[0]:
+                item.add_marker("more")
+            seen[name] += 1
     if "slow" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="slow: run with make test-all")

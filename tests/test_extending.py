@@ -147,6 +147,7 @@ def loaded(tiny, tmp_path_factory):
     assert main.main(["sft", *fixtures.basics(tiny, "--output-dir", tmp_path_factory.mktemp("loaded") / "run")]) == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("title", RECIPES)
 def test_the_recipe_runs(title, tiny, tmp_path, monkeypatch):

@@ -226,6 +226,7 @@ def test_a_file_resolves_or_lists_what_is_missing(file, here):
     assert row(file, listed(err) if code else "runs") in PAGE.read_text(), "python tests/cli/test_axolotl_files.py --write"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("file", [pytest.param(one, marks=[] if one.stem in FAST else pytest.mark.slow, id=one.stem)
                                   for one in FILES if one.stem not in LISTS])  # fmt: skip
 def test_a_file_trains_and_its_keys_are_seen(file, here, model, experts):

@@ -188,6 +188,7 @@ def test_what_is_not_there_is_one_line(tune, here, text):
 ODD = ("[]", "{}", "''", "5", "-1.5", "x", "[1, {a: 2}]", "{a: {b: [null]}}", "true", "false", "2024-01-01", "[[]]")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("key", sorted({*values.FUNCTIONS, "datasets", "pretraining_dataset", "trl", "ebft", "vllm", "rl"}))
 def test_odd_values_are_read_or_refused_in_a_line(here, key):
     for rest in ("", "rl: grpo\n", "rl: ebft\n", "adapter: qlora\nlearning_rate: 1e-4\n"):

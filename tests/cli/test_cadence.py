@@ -276,6 +276,7 @@ def final(kit, root):
     return [record for record in kit.metrics(root) if "learning_rate" in record][-1]["learning_rate"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("args", [(), ("--warmup-steps", 3), ("--lr-scheduler", "constant"), ("--warmup-steps", 90)])
 def test_the_last_learning_rate_is_told_before_it_comes(kit, sft, here, args):
     done = sft("--max-steps", 5, "--output-dir", "run", *args)
@@ -283,6 +284,7 @@ def test_the_last_learning_rate_is_told_before_it_comes(kit, sft, here, args):
     assert math.isclose(said, final(kit, here / "run"), rel_tol=5e-3)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -319,6 +321,7 @@ def test_a_reference_that_never_moves_is_told(tune, tiny, kit, here):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("args", [(), ("--warmup-steps", 1), ("--eval-steps", 2), ("--early-stopping-patience", 1, "--eval-steps", 1)])
 def test_what_comes_about_is_not_told(sft, args):
     done = sft(*args)

@@ -55,6 +55,7 @@ def test_eval_agrees_with_transformers(kit, tiny, tune):
     assert number(done, "tokens") == count
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "extra", [["--no-sample-packing"], ["--micro-batch-size", 7], ["--sequence-len", 200], ["--no-sample-packing", "--micro-batch-size", 1]]
 )
@@ -93,6 +94,7 @@ FAST = [(place, True) for place in ("all but vectors", "head", "embedding", "who
 FAST += [("head", False), ("whole embedding", False)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("place", "tied"),
     [

@@ -167,6 +167,7 @@ def killed_and_resumed(kit, tiny, tune, forked, here, kind, death):
     return left(kit, here / "run")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "death"), FAST)
 def test_killed_run_resumes_bit_for_bit(kind, death, kit, tiny, tune, forked, here, whole):
     assert_same(kit, killed_and_resumed(kit, tiny, tune, forked, here, kind, death), whole(kind))
@@ -274,6 +275,7 @@ FULL_DISKS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "what"), FULL_DISKS)
 def test_full_disk_is_one_line_and_leaves_the_checkpoint_before(kind, what, kit, tiny, tune, forked, here, whole):
     prepare, step, words = DISKS[what]

@@ -78,6 +78,7 @@ def swap(path):
 LATER = ("header", "cursor", "no weights", "empty")  # found as weights, step, no json and no manifest are
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("damage", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in DAMAGES])
 def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skipped(damage, kit, run, again):
     spoil, words = DAMAGES[damage]
@@ -162,6 +163,7 @@ BEST = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", BEST)
 def test_a_damaged_best_json_blocks_no_resume(what, run, again):
     data, words = BEST[what]

@@ -118,6 +118,7 @@ def test_bad_function_is_one_line_before_anything_is_loaded(case, own, tune, kit
     assert not (own.parent / "runs").exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "args",
     [
@@ -163,6 +164,7 @@ PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 3}"}
 ONLINE = ["--reward-funcs", "digits", "--num-generations", 4, "--max-completion-length", 6, "--learning-rate", 0.1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "command, plain, changed",
     [

@@ -122,6 +122,7 @@ def plain_runs():
     return {}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("option", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES])
 def test_option_changes_the_run(option, told, calls, plain_runs):
     own, both = CHANGES[option]

@@ -58,6 +58,7 @@ def held(kit, root) -> list[dict]:
 # --- what runs say
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["raw text", "answers", "full, unpacked"])
 def test_a_run_records_the_documented_numbers(kind, kit, here, train):
     args = {"raw text": [], "answers": ["--ce-coef", 0.1], "full, unpacked": ["--adapter", "none", "--no-sample-packing"]}[kind]
@@ -138,6 +139,7 @@ FORMATS = {
 LATER = ("ebft_strided_structured.transform",)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in FORMATS])
 def test_columns_tell_the_transform(name, kit, here, train):
     done = train("--sequence-len", 160, "--sample-prompt", None, "--sample-tokens", 3, rows=FORMATS[name])
@@ -242,6 +244,7 @@ def plain_numbers():
 SHARED = ("diversity_coef", "rl_coef", "top_p", "chat_template", "sequence_len", "lora_dropout", "seed")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in SHARED else name for name in CHANGES])
 def test_option_changes_the_training(option, plain_numbers, kit, here, train):
     kit.write_rows(here / "asked.jsonl", asked())

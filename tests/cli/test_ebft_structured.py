@@ -154,6 +154,7 @@ CASES = {
 LATER = ("mean_pooling", "completion_mean", "per layer", "network in main memory", "ahead", "one by one")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in LATER else case for case in CASES])
 def test_rewards_and_advantages_are_those_of_transformers_and_the_definition(case, kit, features, groups, steps):
     """float32 features: 2e-5 on rewards. Advantages divide that by the deviation of a group, and are compared where it is not small."""

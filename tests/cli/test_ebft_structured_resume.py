@@ -31,6 +31,7 @@ KINDS = {
 FAST = ("conversations",)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, learn, forked):
     """Killed in step 3 and, once resumed, in step 6; each time the memory of true features starts empty."""

@@ -79,6 +79,7 @@ def transform(cfg, **kwargs):
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_are_read_by_their_columns_or_as_named(shape, here, groups, learn):
     (here / "own.py").write_text(OWN)

@@ -235,6 +235,7 @@ def plain_runs():
     return {}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CHANGES)
 def test_option_changes_the_run(name, plain_runs, tiny, observed):
     import torch
@@ -264,6 +265,7 @@ SAMPLING = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SAMPLING)
 def test_sampling_option_changes_the_answer(name, tiny, tune):
     base = ["--model", tiny.model, "--temperature", 1, "--top-p", 1.0, "--max-new-tokens", 20]
@@ -279,6 +281,7 @@ EVALUATION = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation_option_changes_the_numbers(name, tiny, tune):
     base = ["eval", "--model", tiny.model, "--data", tiny.chat, "--sequence-len", 70]

@@ -178,6 +178,7 @@ def check_written(kit, root: Path, model: Path, tune) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) and before[name].any() for name in before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "run"), CASES)
 def test_three_steps(family, run, kit, here, tune, train, folder):
     """Losses are finite and begin where they must; what is saved evaluates as the run ended."""

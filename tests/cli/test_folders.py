@@ -164,6 +164,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", FOREIGN)
 def test_overwrite_changes_nothing_foreign(what, kit, tiny, tune, here, run, runs, monkeypatch):
     prepare, words = FOREIGN[what]

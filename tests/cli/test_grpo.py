@@ -246,6 +246,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("what", SAMPLERS)
 def test_sampler_and_trainer_agree_on_every_token(what, steps):
     """In float32, in any batch composition, and also when the weights have moved."""
@@ -266,7 +267,6 @@ LOSSES = {
     loss: ["--loss", loss] + (["--epsilon-high", 5] if loss == "cispo" else [])
     for loss in ("dapo", "bnpo", "grpo", "dr_grpo", "gspo", "luspo", "gdpo", "rloo", "reinforce", "cispo", "sapo", "vespo", "gmpo")
 }
-
 
 # Put together from the same parts as others; tests/losses/test_policy_gradient_steps.py cuts steps of them all.
 ALIKE = ("bnpo", "luspo", "gdpo", "rloo", "reinforce", "sapo", "dapo", "dr_grpo", "gspo", "gmpo")
@@ -310,10 +310,10 @@ STARTS = {
     "unfrozen": ["--adapter", "none", "--unfrozen-parameters", "layers"],
 }
 
-
 LATER = ("resumed LoRA, norms too", "full from merged", "DoRA")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("start", [pytest.param(start, marks=pytest.mark.slow) if start in LATER else start for start in STARTS])
 def test_nothing_has_moved_at_step_0(start, steps, started):
     args = [started.get(arg, arg) for arg in STARTS[start]]

@@ -174,6 +174,7 @@ TOLD = ("chat_template", "default_system_message", "rollout_func", "reward_weigh
         "skip_zero_advantage_batches", "sync_ref_model", "ref_model_sync_steps")  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN + TOLD else name for name in CHANGES])
 def test_option_changes_the_run(option, told, plain_runs):
     own, both = CHANGES[option]

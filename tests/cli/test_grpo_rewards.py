@@ -112,6 +112,7 @@ SOME = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SOME)
 def test_a_reward_that_fails_costs_its_own_row(name, kit, here, steps, bad, capsys):
     """It is unknown, which is no 0: the advantages of the others are among themselves. The first failure is told."""
@@ -170,6 +171,7 @@ ALL = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ALL)
 def test_a_reward_of_which_every_call_fails_ends_the_run(name, here, learn, bad):
     done = learn("--reward-funcs", "bad.py:" + name, "--max-completion-length", 3, "--num-generations", 2, "--micro-batch-size", 1)
@@ -206,6 +208,7 @@ NONE = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", NONE)
 def test_rewards_that_cannot_be_are_one_line(what, kit, tiny, here, learn, bad):
     args, *words = NONE[what]
@@ -359,6 +362,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_where(what, here, le
     assert not list((here / "run/checkpoints").iterdir())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("trains", [[], ["--adapter", "none"], ["--async-prefetch", "--max-steps", 9]])
 def test_weights_that_are_not_finite_are_never_sampled_from(trains, here, learn):
     """What a step of this size leaves writes nothing but noise: the run ends, and the checkpoints are from before."""

@@ -150,6 +150,7 @@ WRONG = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", WRONG)
 def test_what_a_rollout_function_gets_wrong_ends_the_run_with_one_line(name, here, learn, rollouts):
     done = learn("--rollout-func", "turns.py:" + name)

@@ -128,6 +128,7 @@ def test_runs_that_start_together_get_folders_of_their_own(tiny, here, kit):
 DEAD = "0" * 8 + "-deadbeef-1-1-1-0"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [".config.yaml.4194305", ".step_000004.4194305", ".model.a1b2c3d4.part", ".report.html.4194305",
                                   f".metrics.jsonl.{DEAD}.draft", f".adapter.{DEAD}.draft", f".run.{DEAD}.gone"])  # fmt: skip
 def test_drafts_block_nothing_and_go(name, kit, tiny, tune, here):

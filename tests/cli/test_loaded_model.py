@@ -48,6 +48,7 @@ def alive(monkeypatch):
     return names
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", RUNS)
 def test_full_weights_train_without_the_loaded_ones(name, tiny, tune, here, alive):
     command, rows, more = RUNS[name]

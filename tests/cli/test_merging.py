@@ -71,6 +71,7 @@ ADAPTERS = {
 FAST = ("nf4 base", "experts", "whole norm", "dora", "added token")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in ADAPTERS])
 def test_merging_by_layers_gives_the_same_weights(kind, tiny, kit, sft, tune, here):
     base, options = ADAPTERS[kind]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ABSENT = ("resource", "fcntl", "termios", "pwd", "grp", "pty", "tty", "syslog")
 IMPORT_ALL = f"""
 import importlib, signal, sys
@@ -20,6 +22,7 @@ assert memory.peak_gib(torch.device("cpu")) != memory.peak_gib(torch.device("cpu
 """
 
 
+@pytest.mark.more
 def test_every_module_is_imported_without_what_windows_lacks():
     import treetune.cli
 

@@ -67,7 +67,6 @@ def evaluations(kit, root) -> list[dict]:
 
 # --- what runs say
 
-
 PER_PAIR = {
     f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected")
 } | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy"}  # fmt: skip
@@ -82,6 +81,7 @@ DOCUMENTED = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_records_the_documented_numbers_and_shows_its_own(command, kit, here, train):
     done = train(command, "--max-steps", 3, "--eval-steps", 1, "--no-sample-packing", "--micro-batch-size", 4)
@@ -125,7 +125,6 @@ KINDS = {
     "unfrozen": ["--adapter", "none", "--unfrozen-parameters", r"layers\.1", "^norm$"],
 }  # fmt: skip
 
-
 STARTS = ("fresh LoRA", "resumed LoRA", "merged", "full", "full from merged", "resumed LoRA, norms too", *KINDS)
 SOME, LATER = ("resumed LoRA", "full"), ("full from merged", "resumed LoRA, norms too")
 MOVING = [pytest.param("dpo", start, marks=pytest.mark.slow) for start in LATER] + [
@@ -133,6 +132,7 @@ MOVING = [pytest.param("dpo", start, marks=pytest.mark.slow) for start in LATER]
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("command", "start"), [("dpo", start) for start in STARTS if start not in LATER] + MOVING)
 def test_nothing_has_moved_at_step_0(command, start, kit, tiny, here, train, started):
     """Exactly 0 where both run in one packing; within 1e-6 where the reference was computed once, in another.
@@ -218,10 +218,10 @@ CRASHES = {
     "prm": ("prm", []),
 }
 
-
 SOON = ("dpo, synced", "bco", "reward")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [kind if kind in SOON else pytest.param(kind, marks=pytest.mark.slow) for kind in CRASHES])
 def test_killed_run_resumes_bit_for_bit(kind, kit, tiny, here, tune, train, forked):
     command, own = CRASHES[kind]
@@ -279,7 +279,6 @@ def test_a_hinge_that_every_pair_clears_is_no_failure(args, kit, here, train):
 
 # --- bad rows: dropped and counted, or one line
 
-
 GOOD = [pair(i) for i in range(20)]
 
 
@@ -300,6 +299,7 @@ DROPPED = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("command", "what"),
     [("dpo", what) for what in DROPPED]

@@ -110,6 +110,7 @@ SHARED = {
 SHARED |= {("dpo", "router_z_loss_coef"), ("cpo", "dpo_label_smoothing")}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("command", "option"), [pytest.param(*case, marks=pytest.mark.slow) if case in SHARED else case for case in CHANGES]
 )

@@ -119,6 +119,7 @@ def test_resume_of_another_run_is_refused(what, kit, here, sft, finished):
     assert (kit.listing(here), (run / "config.yaml").read_bytes()) == before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("args", [[], ["--adapter", "none"]])
 @pytest.mark.parametrize("model", ["other", "same"])
 def test_resume_on_another_model_is_refused(model, args, kit, tiny, sft, finished):

@@ -301,6 +301,7 @@ def kept():
     return {}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("command", "name"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case[1] not in ERRORS]
 )

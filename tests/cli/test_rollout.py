@@ -96,6 +96,7 @@ def plain_rows():
     return []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", OPTIONS)
 def test_options_change_what_is_written(what, plain_rows, here, roll):
     (here / "turns.py").write_text(
@@ -149,6 +150,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_is_one_line(what, kit, here, roll):
     (here / "turns.py").write_text("def fails(completions):\n    raise RuntimeError('no')\n")

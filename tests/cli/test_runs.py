@@ -130,6 +130,7 @@ LATER = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("extra", AGAIN + [pytest.param(extra, marks=pytest.mark.slow) for extra in LATER])
 def test_config_of_any_run_can_be_run_again(extra, kit, here, sft, tune):
     assert sft("--output-dir", "a", *extra).code == 0

@@ -141,6 +141,7 @@ def adapted(tiny, here):
     return model._replace(params=lora.merge(model.params, fresh, 2.0)), head
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "named",
     [

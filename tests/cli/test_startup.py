@@ -88,6 +88,7 @@ def answers(tmp_path_factory):
     return {case: [(home / f"{number}.{handle}").read_text() for handle in (1, 2)] for number, case in enumerate(QUICK)}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", QUICK)
 def test_answers_before_anything_heavy_is_imported(case, answers):
     """What takes seconds to import is not among the modules when the answer is there; benchmarks measure the seconds."""
@@ -107,6 +108,7 @@ def shown(command) -> str:
     return out.getvalue()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_help_shows_every_option_with_its_default(command):
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", shown(command)))
@@ -124,6 +126,7 @@ def test_help_shows_every_option_with_its_default(command):
         assert text[end:].replace(" ", "").startswith(f"{words})".replace(" ", "")), (name, default, text[end : end + 40])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_help_names_the_config_file(command):
     assert "--config FILE" in shown(command)
@@ -173,6 +176,7 @@ def test_there_are_examples():
     assert EXAMPLES
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: Path(path).name)
 def test_example_parses_and_runs_two_steps(path, tiny, tune, kit, here):
     """The first line says how to run it. Its data is read from where it is; the model and the length are those of the tests.

@@ -126,6 +126,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: str(text)[:40])
 def test_what_is_not_the_type_is_one_line(text, here, kit, tune):
     (here / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -254,6 +255,7 @@ def filled(config, draw):
     return config(**parts)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_a_config_that_was_written_reads_back_as_the_same(command, here):
     config = main.COMMANDS[command].config

@@ -34,6 +34,7 @@ def _assert_equal(got, want, tolerance):
         assert error <= tolerance, f"{path}: {error}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("trains", ["full", "lora"])

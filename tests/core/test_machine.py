@@ -29,6 +29,7 @@ def test_a_container_leaves_less(monkeypatch, tmp_path, limit, used, expected):
     assert free == expected if expected is not None else free > 2**20
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set of Linux")
 def test_large_buffers_do_not_stay_with_the_process():
     """Buffers of 16 MiB, each freed after a small one was taken behind it, as dense copies of quantised weights are."""

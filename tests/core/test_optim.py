@@ -102,6 +102,7 @@ def test_lion_equals_its_pseudo_code():
     _close(params, expected, 1e-12)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_memory_order_of_a_gradient_does_not_matter(name):
     plain, _ = _run(OPTIMISERS[name](weight_decay=0.1), _params())
@@ -123,6 +124,7 @@ def test_decay_by_rule_and_not_of_vectors(name):
         torch.testing.assert_close(leaf, old * (1 - 0.1 * rates.get(path, 0.2)) ** 3, rtol=1e-12, atol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_lr_by_rule_is_a_run_of_that_leaf_alone(name):
     """LoRA+ among them: B learns 16 times as fast as A."""

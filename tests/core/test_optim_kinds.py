@@ -189,6 +189,7 @@ def _documented():
     return {name.strip("` "): size for names, size, *_ in cells for name in names.split(",")}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", registry.OPTIMIZERS)
 def test_the_documented_bytes_of_a_weight_are_those_of_its_state(name):
     said, params = _documented()[name], {"layers": [{"w": torch.zeros(4096, 4096)}]}

@@ -82,6 +82,7 @@ def _by_rows(m, n, proj_type):
     return {"std": m < n, "reverse_std": m >= n, "left": True, "right": False}[proj_type]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 def test_galore_equals_its_algorithm(proj_type):
     rank, scale = 4, 0.25

@@ -115,6 +115,7 @@ def test_small_updates_are_lost_by_rounding_to_the_nearest_and_kept_on_average()
 
 
 # Of muon the matrices of layers only: bfloat16 products inside of it; of adafactor a clip by the size of a whole leaf.
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(registry.OPTIMIZERS))
 def test_weights_walk_about_those_of_float32(name):
     """Of 50 roundings each adds at most half a distance of neighbours of deviation; the mean over a leaf stays where it is."""

@@ -49,6 +49,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "other", "kwargs"), CASES)
 def test_rates_are_those_of_transformers(name, other, kwargs):
     for total, warmup in RUNS:

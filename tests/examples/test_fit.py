@@ -21,6 +21,7 @@ def rows(tiny, here, kit):
     return {"sft": tiny.chat, "dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "options"), [("sft", SFT), ("dpo", DPO), ("grpo", GRPO)])
 def test_a_call_has_the_numbers_of_the_command(method, options, tiny, here, kit, tune, rows, monkeypatch, capsys):
     monkeypatch.syspath_prepend(FILE.parent)

@@ -131,6 +131,7 @@ def test_whitening_removes_the_mean():
     _near(found, [(x - 3) / math.sqrt(14 / 3 + 1e-8) for x in (1, 2, 3, 6)])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", EVERY)
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(rewards=batches())
@@ -190,6 +191,7 @@ def test_the_baseline_of_the_batch_is_that_of_the_batch():
     assert torch.equal(advantage.reinforce(rewards), rewards)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [*EVERY, "gdpo"])
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(rewards=batches(), seed=st.integers(0, 99))

@@ -94,6 +94,7 @@ def test_the_length_trap_and_the_way_out():
     assert correction.sequence_truncate(*args, mean=True)[0].item() == pytest.approx(math.exp(0.0012), abs=1e-9)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("bounds", [(None, 3.0), (0.5, 2.0), (0.5, None)])
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -183,6 +184,7 @@ def test_per_example_gradients(name):
     assert torch.allclose(got, want, rtol=0, atol=1e-14) and (want == 0).any() and want.any()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [*WEIGHTS, "off_policy_mask"])
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(rows=streams(), seed=st.integers(0, 99))

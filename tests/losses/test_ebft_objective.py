@@ -117,6 +117,7 @@ def prepared(built, at, docs) -> dict:
     return rolled(built, at, docs)[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("trains", ["full", "lora"])
 def test_a_step_is_that_of_every_rollout_run_by_itself(trains, whiten):

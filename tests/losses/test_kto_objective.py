@@ -37,6 +37,7 @@ def their_ratios(base, policy, docs, which):
     return oracle.log_probs(network, rows)[0].sum(1) - oracle.log_probs(reference, rows)[0].sum(1).detach(), network
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("trains", ["full", "lora"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_cut_of_a_step_gives_one_gradient(name, trains):
@@ -54,6 +55,7 @@ def test_every_cut_of_a_step_gives_one_gradient(name, trains):
             torch.testing.assert_close(metrics[key], value, rtol=1e-6, atol=1e-6, check_dtype=False, msg=f"{how}: {key}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("good", ["mixed", "good", "bad"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_kto_is_the_padded_oracle_at_every_batch_size(size, good):

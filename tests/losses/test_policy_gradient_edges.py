@@ -75,6 +75,7 @@ def by_loops(found, advantage, leaf, term, options, full=True):
     return value, torch.autograd.grad(value, leaf)[0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_and_gradient_are_those_of_loops(name, full):

@@ -106,6 +106,7 @@ def cuts(docs):
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_cut_of_a_step_gives_one_gradient(name):
     term, options = METHODS[name]

@@ -41,6 +41,7 @@ FULL = [pytest.param(name, "full", marks=pytest.mark.slow) if name in ALIKE else
 ADAPTED = [(name, "lora") if name in ("dpo", "orpo", "simpo") else pytest.param(name, "lora", marks=pytest.mark.slow) for name in METHODS]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "trains"), FULL + ADAPTED)
 def test_every_cut_of_a_step_gives_one_gradient(name, trains):
     base = scene.model()
@@ -56,6 +57,7 @@ def test_every_cut_of_a_step_gives_one_gradient(name, trains):
             torch.testing.assert_close(metrics[key], value, rtol=1e-6, atol=1e-7, check_dtype=False, msg=f"{how}: {key}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "orpo, prompts too"])
 def test_a_copied_prompt_gives_the_gradient_of_a_shared_one(name):
     base, docs = scene.model(), scene.pairs()

@@ -41,6 +41,7 @@ def _ordered(score: dict) -> list:
     return [score[name] for name in ("weight", "bias") if name in score]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("trains", ["full", "lora"])
 @pytest.mark.parametrize("command", ["reward", "reward with margins", "prm"])
 def test_every_cut_of_a_step_gives_one_gradient(command, trains, wide_head):

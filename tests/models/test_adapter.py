@@ -58,6 +58,7 @@ def in_peft(model, path, ids):
         return wrapped(ids[None]).logits[0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_peft_computes_the_same_logits(oracle, documents, tmp_path, case, tied):
@@ -79,6 +80,7 @@ def test_peft_computes_the_same_logits(oracle, documents, tmp_path, case, tied):
     assert set(info.paths) == set(lora.pairs(tree_)) and loaded.dropout == 0.0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3", "phi3"])
 def test_every_family_has_peft_names(oracle, documents, tmp_path, kind):
     model, folder = oracle(kind)

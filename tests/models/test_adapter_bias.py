@@ -54,6 +54,7 @@ def targets(family):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ours_in_peft_again_here_and_further(of_family, tmp_path, family, kind):

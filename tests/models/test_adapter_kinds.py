@@ -67,6 +67,7 @@ def in_peft(model, path, ids):
 CASES = [(kind, family, i % 2 == j) for i, kind in enumerate(KINDS) for j, family in enumerate(("qwen2", "phi3"))]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "family"), [(kind, family) if fast else pytest.param(kind, family, marks=pytest.mark.slow) for kind, family, fast in CASES]
 )
@@ -106,6 +107,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
 def test_what_peft_writes_is_read(oracle, documents, tmp_path, options, tied):
@@ -220,6 +222,7 @@ def test_qera_makes_the_least_error_of_outputs(oracle, monkeypatch):
         policy.adapt(low, spec, base=base, seed=0, given=Given(lambda see: again(see=see)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [dict(dora=True), dict(init="pissa"), dict(init="olora", dora=True)], ids=str)
 def test_over_a_quantised_base(oracle, documents, tmp_path, options):
     folder, ids = oracle("llama")[1], torch.tensor(documents[1])

@@ -54,6 +54,7 @@ def each(names, kinds):
     return [(name, kind) if fast else pytest.param(name, kind, marks=pytest.mark.slow) for name, kind, fast in cases]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "kind"), each(TARGETS, KINDS))
 def test_peft_computes_the_same_logits(oracle, documents, tmp_path, name, kind):
     model, folder = oracle(kind)
@@ -75,6 +76,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", WHOLE)
 def test_router_and_experts_may_train_whole(oracle, documents, tmp_path, name, kind):
@@ -114,6 +116,7 @@ def made_by_peft(model, path, options):
     return wrapped.eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "kind"), each(PEFTS, KINDS))
 def test_adapters_that_peft_makes_are_read(oracle, documents, tmp_path, name, kind):
     model, folder = oracle(kind)
@@ -128,6 +131,7 @@ def test_adapters_that_peft_makes_are_read(oracle, documents, tmp_path, name, ki
     assert not whole and (expected - logits(ours, None, ids)).abs().max() > 0.01
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("targets", [["q_proj", "w1", "w2", "w3"], ["q_proj", "gate"], "all-linear"], ids=str)
 def test_names_of_older_models_are_read_as_peft_rewrites_them(oracle, documents, tmp_path, targets):
     """PEFT turns them into target_parameters while it makes the adapter, with twice the rank for gate and up."""
@@ -170,6 +174,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_peft_cannot_hold_is_refused_before_training(oracle, name):
     options, message = REFUSED[name]
@@ -187,6 +192,7 @@ def folded(params, low):
     return tree.from_items((base | {path: base[path] + low.scale * b @ a for path, (a, b) in lora.pairs(low.tree).items()}).items())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_folded_weights(oracle, documents, stream, kind):
     ours = hf.load(oracle(kind)[1], dtype=torch.float64)
@@ -205,6 +211,7 @@ def test_gradients_are_those_of_the_folded_weights(oracle, documents, stream, ki
         assert want.any() and (leaf - want).norm() <= 1e-6 * want.norm(), path  # the head gives float32
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_computes_what_the_adapted_one_does(oracle, documents, kind):
     ours, ids = hf.load(oracle(kind)[1]), torch.tensor(documents[1])
@@ -213,6 +220,7 @@ def test_a_merged_model_computes_what_the_adapted_one_does(oracle, documents, ki
     torch.testing.assert_close(logits(merged, None, ids), logits(ours, low, ids), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sampler_uses_adapters_on_experts(oracle, stream, kind):
     """|log ratio| <= 5e-5 on any token."""

@@ -30,6 +30,7 @@ def recorded():
     return table.recorded(table.PAGE.read_text())
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=pytest.mark.slow) if name in ("dbrx", "qwen3_5_moe_text") else name for name in SOME]
 )
@@ -61,6 +62,7 @@ def test_small_configs_keep_a_layer_of_every_kind(model_type):
         assert kinds is None or set(kinds) == set(getattr(small, name))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", [name for name in models.ABSENT if name != "gemma3n"])
 def test_what_is_not_built_here_is_refused_when_it_is_loaded(model_type, tmp_path):
     drafts = model_type == "gemma4_assistant"  # its default config is none that its class takes

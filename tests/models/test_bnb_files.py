@@ -74,6 +74,7 @@ def our_weights(model):
 CASES = [(name, config, name == "llama" or (i + j) % 3 == 0) for i, name in enumerate(MODELS) for j, config in enumerate(CONFIGS)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "config"), [(name, config) if fast else pytest.param(name, config, marks=pytest.mark.slow) for name, config, fast in CASES]
 )
@@ -115,6 +116,7 @@ def test_experts_in_parts_are_stacked(plain, tmp_path):
     assert not [key for key, weight in tensors.items() if not torch.equal(ours[key], weight)]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_leaf_is_known_by_its_parts(dtype, theirs):
     path, _ = theirs("llama", "nf4-double")
@@ -213,6 +215,7 @@ def refused(path):
     return message
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_folder_is_one_line(case, theirs, tmp_path):
     changed, expected = DAMAGED[case]
@@ -234,6 +237,7 @@ DAMAGED_ROWS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", DAMAGED_ROWS)
 def test_a_damaged_folder_of_int8_is_one_line(case, theirs, tmp_path):
     changed, expected = DAMAGED_ROWS[case]
@@ -292,6 +296,7 @@ def test_a_folder_whose_config_says_nothing_is_refused(theirs, tmp_path):
     assert "is a part of a quantised weight, and config.json has no quantization_config" in refused(path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "config"), [("llama", "nf4-double"), ("qwen2", "int8"), ("glm4", "nf4")])
 def test_a_certificate_compares_the_dense_models(name, config, theirs):
     """Gradients of both, too."""

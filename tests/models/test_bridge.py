@@ -29,6 +29,7 @@ def check(path, kind):
     assert certified.outcome == (certificate.ALONE if kind in ALONE else certificate.BRIDGED)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", WORKING)
 def test_it_equals_transformers_and_itself(folder, kind):
     check(folder(kind), kind)
@@ -70,6 +71,7 @@ def losses(model, batch, low, remat=None):
     return grad.value_and_grad(loss)({"model": model.params, "lora": low.tree}, batch)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["deepseek_v3", "gemma4_text", "qwen3_next"])
 def test_rematerialised_gradients_are_those_of_a_kept_pass_bit_for_bit(folder, kind):
     """gemma4_text hands keys and values from layer to layer: what a layer reads must be there again."""
@@ -95,6 +97,7 @@ def test_dropout_and_noise_do_not_depend_on_packing(folder, kind):
     assert (without - together).abs() > 0.01
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["starcoder2", "deepseek_v3", "phi", "qwen3_next"])
 def test_saved_folders_load_in_transformers(folder, tmp_path, kind):
     model = hf.load(folder(kind))
@@ -162,6 +165,7 @@ def test_a_reward_model_is_saved_and_read(folder, tmp_path, kind):
 WITHOUT = {"phi": "none", "deepseek_v3": "gate_proj", "zamba2": "q_proj", "nemotron_h": "out_proj"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", WITHOUT)
 def test_adapters_compute_the_same_in_peft(folder, tmp_path, kind):
     peft = pytest.importorskip("peft")

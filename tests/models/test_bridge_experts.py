@@ -67,6 +67,7 @@ def test_values_and_gradients_of_experts_and_of_their_weights_equal_a_loop(kind)
         assert want.any() and (got - want).norm() <= 1e-9 * want.norm()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY)
 def test_peft_computes_the_same_logits(folder, tmp_path, kind):
     peft = pytest.importorskip("peft")
@@ -88,6 +89,7 @@ def test_peft_computes_the_same_logits(folder, tmp_path, kind):
     assert set(read.paths) == set(paths) and not whole
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY)
 def test_values_and_gradients_are_those_of_the_folded_weights(folder, kind):
     model = hf.load(folder(kind), dtype=torch.float64)

@@ -42,6 +42,7 @@ def logits(model, low, ids=IDS):
     return families.document_logits(model, torch.tensor(ids), lora=low)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_on_the_modules_computes_the_same(folder, tmp_path, kind):
     import peft

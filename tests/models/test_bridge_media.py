@@ -67,6 +67,7 @@ def plain_logits(model):
         return plain_model.logits(model, DOCUMENTS[1])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", [kind if kind == "gemma3" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_they_are_certified_with_all_their_parts(folder, kind):
     certified = certificate.certify(folder(kind), DOCUMENTS)
@@ -74,6 +75,7 @@ def test_they_are_certified_with_all_their_parts(folder, kind):
     assert any(KINDS[kind] in path for path, _ in tree.items(hf.load(folder(kind)).params))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind", [kind if kind in ("gemma3", "mistral3", "qwen3_5") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
@@ -113,6 +115,7 @@ def test_adapters_sit_on_the_language_model(folder, tmp_path, kind):
     assert (ours(model, low) - ours(model)).abs().max() > 0.01
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_new_rows_are_those_of_the_text(folder, tmp_path, kind):
     model = resize.resize(hf.load(folder(kind)), architectures.VOCABULARY + 3)

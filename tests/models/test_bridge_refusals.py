@@ -22,6 +22,7 @@ def read(kind, **changes):
     return MODELS[kind].config(fields.mapping(values, "config.json"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind,changes,message",
     [
@@ -45,6 +46,7 @@ def test_what_is_not_computed_is_refused(kind, changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind,changes,reason",
     [

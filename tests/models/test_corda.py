@@ -87,6 +87,7 @@ def test_pairs_and_residual_weights_are_those_of_peft(of_family, documents, monk
         torch.testing.assert_close(b.double(), sign * their_b, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{}, dict(dora=True)], ids=str)
 @pytest.mark.parametrize("scheme", [None, Scheme("nf4")], ids=str)
 def test_it_starts_as_its_base_and_is_saved_as_a_plain_adapter(oracle, documents, tmp_path, options, scheme):

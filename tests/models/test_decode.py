@@ -42,6 +42,7 @@ OTHERS = ("phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "ge
 DRAWN = [("llama", draw) for draw in DRAWS] + [(kind, CUT) for kind in FAMILIES + OTHERS] + [(kind, {}) for kind in ("mixtral", "gpt_oss")]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "options"),
     DRAWN + [pytest.param(kind, draw, marks=pytest.mark.slow) for kind in FAMILIES for draw in DRAWS if (kind, draw) not in DRAWN],
@@ -73,6 +74,7 @@ SOME = ("mistral", "qwen3_moe", "gpt_oss", "gemma3")
 MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "qwen3", "mixtral", "granite")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [*SOME, *MORE])
 def test_greedy_is_what_transformers_generates(oracle, kind):
     model, path = oracle(kind)
@@ -83,6 +85,7 @@ def test_greedy_is_what_transformers_generates(oracle, kind):
     assert torch.equal(samples.log_kept, samples.logp)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -117,6 +120,7 @@ def test_frequencies_are_those_of_the_cut_distribution(ours, options):
     torch.testing.assert_close(samples.logp[:, 0].double(), full[samples.tokens[:, 0]].log(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.more
 def test_a_row_does_not_depend_on_the_others(ours):
     options = dict(max_new_tokens=16, stop=[11, 30, 31], seed=9)
     together = decode.sample(ours, PROMPTS, n=3, **options)

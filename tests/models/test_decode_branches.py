@@ -41,6 +41,7 @@ def prefix_logp(model, stream, before, samples, n, adapter=None, temperature=1.0
     return torch.stack([part[-samples.tokens.shape[1] :] for part in logp.split(batch["seq_lens"].tolist())])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_rollouts_are_ordinary_decoding_from_each_prefix(oracle, stream, documents, kind):
     """Token for token; the window of mistral (8) is shorter than most prefixes, and one document is too short for a block."""
@@ -58,6 +59,7 @@ DRAWN = [(kind, DRAWS[0]) for kind in KINDS] + [("llama", DRAWS[1]), ("gemma2", 
 MORE = [(kind, draw) for kind in KINDS for draw in DRAWS if (kind, draw) not in DRAWN]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "options"), DRAWN + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE])
 def test_logp_is_that_of_each_prefix(oracle, stream, documents, kind, options):
     """Within 5e-6 / temperature, since logits are divided by it, of the temperature-only distribution: sampled and as trained on."""
@@ -81,6 +83,7 @@ def test_an_adapter_samples_without_dropout(ours, stream, documents):
     torch.testing.assert_close(got.logp, expected, atol=5e-6, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_document_tokens_from_the_anchor_on_change_nothing_in_its_block(oracle, stream, documents, kind):
     """Bit for bit, while later blocks, which read the changed tokens, change: so neither document nor other blocks leak."""
@@ -101,6 +104,7 @@ def hidden(model, batch):
     return models.MODELS[model.family].forward(model.params, batch, decoder_attention.plan(batch, model.cfg), model.cfg).hidden
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_of_the_trained_tree_depends_on_its_prefix_and_itself_only(oracle, stream, documents, kind):
     """Bit for bit on the CPU plan: other blocks' tokens and document tokens at or after the anchor change nothing in a block."""

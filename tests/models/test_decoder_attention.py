@@ -44,16 +44,19 @@ def grown(stream, documents, n=2):
     return *strided.grow(batch, anchors, drawn, n), anchors
 
 
+@pytest.mark.sampled(2)
 def test_cached_steps_equal_the_full_forward(model, documents, stepwise):
     batch = dense.single(torch.tensor(documents[1]))
     torch.testing.assert_close(stepwise(model, batch["tokens"]), hidden(model, batch), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 def test_packed_documents_equal_each_alone(model, documents, stream):
     alone = torch.cat([hidden(model, stream([ids])) for ids in documents])
     torch.testing.assert_close(hidden(model, stream(documents)), alone, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 def test_branches_equal_documents_of_their_own(model, documents, stream):
     batch, layout, anchors = grown(stream, documents)
     states = hidden(model, batch)
@@ -63,6 +66,7 @@ def test_branches_equal_documents_of_their_own(model, documents, stream):
         torch.testing.assert_close(states[rows], hidden(model, stream([ids]))[start:], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("remat", [None, "full"])
 def test_gradients_equal_those_of_the_dense_mask(model, documents, stream, monkeypatch, remat):
     batch, _, _ = grown(stream, documents)
@@ -83,6 +87,7 @@ def test_gradients_equal_those_of_the_dense_mask(model, documents, stream, monke
         assert one.abs().max() > 0, path
 
 
+@pytest.mark.sampled(2)
 def test_samplers_draw_from_what_is_trained(model, documents, stream):
     prompts = [ids[:17] for ids in documents]
     drawn = decode.sample(model, prompts, n=2, max_new_tokens=12, seed=1)
@@ -92,6 +97,7 @@ def test_samplers_draw_from_what_is_trained(model, documents, stream):
     torch.testing.assert_close(torch.stack([part[-12:] for part in logp]).float(), drawn.logp.float(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.sampled(2)
 def test_strided_rollouts_are_drawn_from_what_is_trained(model, documents, stream):
     batch = stream(documents)
     anchors = strided.anchors(strided.lengths(batch), stride=5, context_length=4, generate_max_len=12)

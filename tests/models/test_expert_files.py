@@ -32,6 +32,7 @@ def test_both_layouts_are_read_as_the_same_leaves(oracle, tmp_path, kind):
     assert whole.params["layers"][1]["experts"]["gate_up_proj"].shape == (5, 48, 32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["each", "stacked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_both_layouts_that_are_written(oracle, documents, tmp_path, kind, layout):

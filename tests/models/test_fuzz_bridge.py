@@ -72,6 +72,7 @@ def test_config(tmp_path, kind, count):
     assert taken and told
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind,place", PLACES)
 def test_what_transformers_does_not_know_is_refused_unless_it_is_off(tmp_path, kind, place):
     from treetune.models import hf as folders

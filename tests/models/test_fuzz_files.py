@@ -91,6 +91,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3", "phi3", "gemma3", *OTHERS])
 def test_config(oracle, tmp_path, kind, count):
     source = oracle(kind)[1]

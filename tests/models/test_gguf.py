@@ -75,6 +75,7 @@ def write(path, model, quantised=Kind.F32, tokenizer=None, edit=None):
     return rounded
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_float_file_is_the_model(oracle, documents, tmp_path, kind, tied):

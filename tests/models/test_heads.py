@@ -86,6 +86,7 @@ def padder(words):
     return tokenizer
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "what"), EACH)
 def test_transformers_scores_a_saved_folder_alike(oracle, stream, texts, padder, tmp_path, kind, what):
     ours = hf.load(oracle(kind, kind == "qwen2")[1])
@@ -109,6 +110,7 @@ def test_transformers_scores_a_saved_folder_alike(oracle, stream, texts, padder,
     assert json.loads((tmp_path / "twice/config.json").read_text()) == json.loads((tmp_path / "saved/config.json").read_text())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "what"), EACH)
 def test_a_folder_of_transformers_is_scored_alike(oracle, stream, texts, tmp_path, kind, what):
     config = copy.deepcopy(oracle(kind)[0].config)
@@ -207,6 +209,7 @@ def edited(path, tmp_path, *, tensors=None, config=None):
     return tmp_path
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "tensors,config,message",
     [
@@ -327,6 +330,7 @@ def in_peft(path, what):
     return model.eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", SHAPES)
 @pytest.mark.parametrize("kind,tied,whole", [("llama", False, None), ("qwen2", True, "embed_tokens|norm$"), ("qwen3", False, "^norm$")])
 def test_peft_scores_a_saved_adapter_alike(oracle, stream, texts, tmp_path, kind, tied, whole, what):

@@ -45,6 +45,7 @@ SAVED = [("llama", False), *((kind, i % 2 == 0) for i, kind in enumerate(KINDS))
 SAVED += [pytest.param(kind, i % 2 == 1, marks=pytest.mark.slow) for i, kind in enumerate(KINDS) if i]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "tied"), SAVED)
 def test_saved_model_has_the_same_logits_in_transformers(oracle, documents, tmp_path, kind, tied):
     model, path = oracle(kind, tied)
@@ -232,6 +233,7 @@ def test_vocabulary_padded_past_the_tokenizer(oracle, documents, tmp_path, words
     assert hf.tokenizer(tmp_path / "merged")("a bc")["input_ids"] == words("a bc")["input_ids"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head"), ("q_proj", "lm_head")])
 def test_merging_into_a_tied_model(oracle, documents, tmp_path, targets):
     """Adapters on either side of a tie, merged, saved and reloaded, give the unmerged logits (pain 31)."""

@@ -110,6 +110,7 @@ ACCEPTED = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind,changes", ACCEPTED)
 def test_what_is_accepted_has_the_logits_of_transformers(edited, documents, kind, changes):
     path, ids = edited(kind, changes), torch.tensor(documents[1])

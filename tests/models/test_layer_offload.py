@@ -60,6 +60,7 @@ KINDS = [("llama", kind) for kind in ("lora", "nf4", "dora")] + [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_gradients_are_the_same_to_the_bit_and_two_layers_are_there(family, kind, folder, copies, passes):
     model, batch = hf.load(folder(family), scheme=Scheme("nf4") if kind == "nf4" else None), passes.stream()
@@ -85,6 +86,7 @@ def test_a_pass_and_its_way_back_send_each_layer_once_each_way(folder, copies, p
         assert order == [*range(last + 1), *reversed(range(last - 1))], remat
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "glm4"])
 def test_samples_and_features_are_those_of_a_model_that_is_there(family, kind, folder, copies, passes):
@@ -102,6 +104,7 @@ def test_samples_and_features_are_those_of_a_model_that_is_there(family, kind, f
     assert copies.sent and not copies.alive
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("int8"), Scheme("fp8")])
 @pytest.mark.parametrize("family", ["llama", "glm4", "deepseek_v3"])
 def test_layers_go_as_they_are_read(family, scheme, folder, passes):

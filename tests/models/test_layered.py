@@ -89,6 +89,7 @@ def written(chosen, path, scheme, *, by_layers):
     return merged.difference
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("scheme", [None, pytest.param(Scheme("nf4"), marks=pytest.mark.slow)], ids=["float32", "nf4"])
 def test_memory_is_that_of_a_few_layers(scheme, chosen, tmp_path):
     peaks = {}
@@ -105,6 +106,7 @@ FAST = [("cohere2", "nf4"), ("cohere2", "int4"), ("zamba2", "float32")]
 MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("cohere2", "float32"), ("zamba2", "nf4"), ("zamba2", "int4"))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "scheme"), FAST + MORE)
 def test_models_of_transformers_are_merged_by_layers(kind, scheme, folder, tmp_path):
     """The layers of zamba2 share weights, which no layer of its own holds."""

@@ -29,6 +29,7 @@ def logits(model, rule, ids):
     return scaled if rule.softcap is None else rule.softcap * torch.tanh(scaled / rule.softcap)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_mapped_logits(capped, stream, documents, temperature):
     model, rule = capped
@@ -40,6 +41,7 @@ def test_log_probs_are_those_of_the_mapped_logits(capped, stream, documents, tem
     assert (plain - got).abs().max() > 0.1
 
 
+@pytest.mark.sampled(2)
 def test_log_probs_of_prompts_are_too(capped, stream, documents):
     model, _ = capped
     batch = stream([documents[0]])
@@ -51,6 +53,7 @@ def test_log_probs_of_prompts_are_too(capped, stream, documents):
         torch.testing.assert_close(got.logp, want, atol=1e-6, rtol=0)
 
 
+@pytest.mark.sampled(2)
 def test_samplers_draw_from_them(capped, stream, documents):
     model, rule = capped
     prompt = documents[0]

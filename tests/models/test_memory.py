@@ -89,6 +89,7 @@ def check(dtype, rank, scheme, master=4):
     assert peaks["full+disk"] < peaks["full"] < peaks["selective"] < peaks[None]
 
 
+@pytest.mark.more
 def test_peaks_of_an_adapter_are_those_of_the_table():
     check(torch.float32, 8, None)
 
@@ -162,6 +163,7 @@ def test_peaks_fall_by_what_optimizers_save():
     falls(setups, HEAVY, makes)
 
 
+@pytest.mark.more
 def test_the_peak_of_a_sampler_is_that_of_the_table():
     """Keys, values and distributions, over the weights that are there."""
     cfg = dataclasses.replace(CFG, vocab_size=4096)
@@ -172,6 +174,7 @@ def test_the_peak_of_a_sampler_is_that_of_the_table():
         assert said.cache + said.draws == pytest.approx(seen, rel=0.07), (n, new, top_p)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scheme", [None, Scheme("nf4"), Scheme("fp4", double=False), Scheme("int4"), Scheme("int8"), Scheme("fp8")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_those_of_a_loaded_tree(scheme, dtype):
@@ -192,6 +195,7 @@ def test_states_of_an_optimizer_are_measured_on_a_matrix(name, size):
     assert memory.state_bytes(optimizer) == pytest.approx(size, abs=0.02)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
 def test_a_leaf_is_quantised_in_little_more_than_what_it_becomes(kind):
     """Some numbers at a time, so that what is computed on the way does not grow with the leaf."""

@@ -42,6 +42,7 @@ def adapted(ours, targets="all-linear", **match):
 # Roundings
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["gemma", "gemma3", "olmo2", "granite"])
 def test_bfloat16_rounds_where_transformers_does(oracle, documents, kind):
     """Embeddings and the first norm bit for bit: scale of the embeddings, 1 + w and the one rounding."""
@@ -67,6 +68,7 @@ def test_the_scale_of_gemmas_embeddings_is_rounded():
     assert dense.Config(**sizes).embed_factor == torch.tensor(3072**0.5).item()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", NEW)
 def test_float64(oracle, documents, kind):
     """Norms of gemma and attention scores stay float32 in transformers: equal to 1e-5 of the largest logit."""
@@ -81,6 +83,7 @@ def test_float64(oracle, documents, kind):
 # Gradients
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", NEW)
 def test_rematerialisation_changes_no_gradient(oracle, documents, stream, kind):
     ours, batch = hf.load(oracle(kind)[1]), stream(documents)
@@ -131,6 +134,7 @@ def test_gradients_of_an_adapter_are_those_of_peft(oracle, documents, stream, tm
 # Adapters on modules that hold several leaves
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"], ["gate_up_proj", "down_proj"]])
 def test_an_adapter_of_phi3_comes_back_from_its_file(oracle, documents, tmp_path, targets, rslora):
@@ -173,6 +177,7 @@ def test_a_part_of_a_module_takes_no_adapter(oracle, tmp_path, words, target, mi
         policy.load(str(tmp_path / "base"), adapter=policy.AdapterSpec(rank=RANK, targets=(target,)), seed=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [
     {"target_modules": ["qkv_proj"]}, {"target_modules": "all-linear", "use_rslora": True}, {"target_modules": ["gate_up_proj", "o_proj"]},
     {"target_modules": ["o_proj"], "modules_to_save": ["qkv_proj"]}, {"target_modules": ["qkv_proj"], "rank_pattern": {"qkv_proj": 3}},
@@ -198,6 +203,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_adapters_of_phi3(oracle, tmp_path, name):
     from safetensors.torch import save_file
@@ -213,6 +219,7 @@ def test_damaged_adapters_of_phi3(oracle, tmp_path, name):
         adapter.load(tmp_path, hf.load(path))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["gemma", "granite"])
 @pytest.mark.parametrize("options", [
     {"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
@@ -249,6 +256,7 @@ def test_merged_logits_are_those_with_the_adapter(oracle, documents, tmp_path, k
     torch.testing.assert_close(dense.probe(ours.params, ids, ours.cfg, lora=low), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["gemma", "granite", "olmo3"])
 def test_features_are_the_hidden_states_of_transformers(oracle, documents, kind):
     model, path = oracle(kind)
@@ -283,6 +291,7 @@ def test_long_documents_of_phi3_turn_by_the_long_factors(oracle, documents, stre
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", NEW)
 def test_a_saved_config_is_read_as_the_same_sizes(oracle, kind):
     ours = hf.load(oracle(kind, True)[1])

@@ -29,6 +29,7 @@ def logp(model, batch, **options):
     return models.logprobs(model.family, model.cfg, model.params, batch, **options).logp
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [

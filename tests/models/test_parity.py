@@ -14,6 +14,7 @@ ALL = [("llama", False), *((kind, i % 2 == 0) for i, kind in enumerate(KINDS))]
 ALL += [pytest.param(kind, i % 2 == 1, marks=pytest.mark.slow) for i, kind in enumerate(KINDS) if i]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind,tied", ALL)
 def test_logits_equal_transformers(oracle, documents, kind, tied):
     model, path = oracle(kind, tied)
@@ -27,6 +28,7 @@ def test_logits_equal_transformers(oracle, documents, kind, tied):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind,tied", ALL)
 def test_every_gradient_leaf_equals_transformers(oracle, documents, stream, kind, tied):
     model, path = oracle(kind, tied)
@@ -55,6 +57,7 @@ def test_every_gradient_leaf_equals_transformers(oracle, documents, stream, kind
         assert error < 1e-5, (leaf_path, error)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind,tied", ALL)
 def test_packed_equals_separate(oracle, documents, stream, kind, tied):
     _, path = oracle(kind, tied)
@@ -64,6 +67,7 @@ def test_packed_equals_separate(oracle, documents, stream, kind, tied):
     torch.testing.assert_close(packed, torch.cat(separate), atol=5e-6, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, stream, kind):
     _, path = oracle(kind)
@@ -81,6 +85,7 @@ def test_a_document_does_not_see_its_neighbours_bit_for_bit(oracle, documents, s
     assert not torch.equal(before[mine], after[mine])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind,tied", ALL)
 def test_cached_steps_equal_the_full_forward(oracle, documents, stepwise, kind, tied):
     _, path = oracle(kind, tied)

@@ -151,11 +151,13 @@ def check(oracle, documents, path, case, options, refusal) -> None:
     assert_equal(ours(folder, path, ids), expected)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "case"), each(PLAIN))
 def test_an_adapter_computes_what_peft_reloads(oracle, documents, tmp_path, name, case):
     check(oracle, documents, tmp_path, case, *PLAIN[name])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "case"), each(OTHERS, both=True))
 def test_what_depends_on_the_model(oracle, documents, tmp_path, name, case):
     options, biased, tied = OTHERS[name]
@@ -217,6 +219,7 @@ READ = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", READ)
 def test_whole_tensors_without_a_rule_go_into_the_base(edited, documents, name, tied):
@@ -243,6 +246,7 @@ PASSED_OVER = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PASSED_OVER)
 def test_what_peft_would_pass_over_is_refused(edited, documents, name):
     tensors, config, message = PASSED_OVER[name]
@@ -272,6 +276,7 @@ FIELDS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FIELDS)
 def test_values_without_a_known_effect_are_refused_by_name(edited, documents, name):
     for value in FIELDS[name]:

@@ -31,6 +31,7 @@ def state(one, params=None):
     return TrainState(one.params if params is None else params, one.frozen, {}, {}, torch.tensor(3))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", [None, SPEC], ids=["full", "adapter"])
 def test_it_starts_as_the_model(folder, stream, documents, spec):
     one, model, batch = policy.load(folder, adapter=spec, seed=1), hf.load(folder), stream(documents)
@@ -64,6 +65,7 @@ def test_a_seed_is_asked_for_where_there_is_dropout(folder, stream, documents):
         logprobs(one.family, one.cfg, one.frozen["model"], stream(documents), lora=used)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", [None, SPEC], ids=["full", "adapter"])
 def test_what_is_saved_computes_what_was_trained(folder, stream, documents, tmp_path, spec):
     one, batch = policy.load(folder, adapter=spec, seed=1), stream(documents)
@@ -133,6 +135,7 @@ BAD = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", BAD)
 def test_an_adapter_that_does_not_fit_is_refused(folder, case):
     fields, message = BAD[case]

@@ -50,6 +50,7 @@ def same(one, other):
 AGAIN = ("llama", "gpt_oss", "deepseek_v3")  # what computes its layers again in the working set
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("family", "remat"),
     [(family, None) for family in FAMILIES]
@@ -64,6 +65,7 @@ def test_loss_and_gradient_are_those_of_the_dense_weights_to_the_bit(family, rem
     assert torch.equal(value, expected) and same(gradient, twin)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.kind)
 def test_every_kind_computes(scheme, folder):
     model = hf.load(folder("llama"), scheme=scheme)
@@ -95,6 +97,7 @@ def test_numbers_do_not_depend_on_the_dtype_that_is_computed_in(folder):
             assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and b.dtype == torch.bfloat16
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ("llama", "qwen3_moe", "glm4"))
 def test_samples_are_those_of_the_dense_weights(family, folder):
     model = hf.load(folder(family), scheme=Scheme("nf4"))
@@ -106,6 +109,7 @@ DRAWN = [(scheme, family) for scheme in SCHEMES for family in ("llama", "qwen3_m
 DRAWN_FAST = [("nf4", "llama"), ("fp4", "glm4"), ("int4", "qwen3_moe"), ("int8", "llama"), ("fp8", "glm4")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("scheme", "family"),
     [
@@ -134,6 +138,7 @@ def test_a_sampler_with_memory_makes_each_leaf_dense_once_and_draws_the_same(fam
     assert counts[0] == 6 * len(sizes) > counts[1] > counts[2] == len(sizes)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ("phi3", "qwen3_moe", "deepseek_v3"))
 def test_embeddings_heads_and_routers_stay_dense(family, folder):
     model = hf.load(folder(family), scheme=Scheme("nf4", experts=False))

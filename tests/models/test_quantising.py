@@ -49,6 +49,7 @@ def some(kinds):
     return [(name, kind) if fast else pytest.param(name, kind, marks=pytest.mark.slow) for name, kind, fast in cases]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "kind"), some([*SCHEMES]))
 def test_a_folder_of_ours_is_that_of_transformers(name, kind, plain, tmp_path):
     """Every tensor but the spelling of the state; logits, too."""
@@ -95,6 +96,7 @@ def test_a_model_that_sees_is_quantised_under_the_names_of_its_files(kind, tmp_p
     torch.testing.assert_close(families.document_logits(small, IDS), logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "kind"), some([*SCHEMES, "int4", "fp8"]))
 def test_read_again_it_is_the_same_to_the_bit(name, kind, plain, tmp_path):
     if name == "qwen3_moe" and kind not in SCHEMES:

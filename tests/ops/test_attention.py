@@ -94,6 +94,7 @@ def _op(batch, window, softcap=None, *, ref=False):
     return lambda q, k, v, s=None: attention.attention(q, k, v, plan, softcap=softcap, sinks=s)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("batch", [LINEAR, TREES], ids=["linear", "trees"])

@@ -170,6 +170,7 @@ def test_flex_gradients_equal_those_of_the_rule(monkeypatch, window, names):
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("options", "width"), [({}, D), ({"softcap": 1.5}, D), (BOTH, 8)])
 @pytest.mark.parametrize("window", [None, 70])

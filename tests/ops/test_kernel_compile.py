@@ -56,6 +56,7 @@ ROWS = (rms_norm._forward_kernel, rms_norm._backward_kernel, logprob_kernels._st
 WARPS = dict.fromkeys(ROWS, backend.warps_of(4096)) | {rope._kernel: rope.warps_of(32, 64)}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in CASES])
 def test_compiles(name, monkeypatch, tmp_path):

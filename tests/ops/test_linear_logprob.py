@@ -69,6 +69,7 @@ def test_values_equal_dense(name, with_bias, want, poison):
             assert value is None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -92,6 +92,7 @@ print(libc.mallinfo2().uordblks - before)
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
 @pytest.mark.skipif(not product.fast(torch.ones(1, 1)), reason="torch has no oneDNN here")
 def test_stream_lengths_leave_nothing_behind():

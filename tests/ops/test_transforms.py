@@ -25,6 +25,7 @@ def _run(layer, inputs):
     return y, *torch.autograd.grad(y.square().sum(), inputs[:2])
 
 
+@pytest.mark.more
 def test_one_graph_when_compiled():
     compiled = torch.compile(_layer, fullgraph=True, backend="aot_eager")
     for a, b in zip(_run(compiled, _inputs()), _run(_layer, _inputs()), strict=True):

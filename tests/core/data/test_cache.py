@@ -180,6 +180,7 @@ for turn in range(25):
 """
 
 
+@pytest.mark.more
 def test_two_processes_race_for_the_same_entries(tmp_path):
     start = str(time.time() + 2.0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

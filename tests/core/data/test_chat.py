@@ -110,6 +110,7 @@ def compare(templates, twins, variants, make_tokenizer, build_tokenizer):
     return run
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("template", TEMPLATE_NAMES)
 def test_ids_and_masks_on_every_tokenizer(template, every, variants, compare):
@@ -147,6 +148,7 @@ def test_ids_and_masks_of_random_contents(variants, compare):
     check()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("template", ["llama2", "mistral", "vicuna", "chatml"])
 @pytest.mark.parametrize("name", ["byte_trim_across_words", "byte_plain_across_words", "byte_trim_prefix_space"])
 def test_trimmed_offsets_change_no_mask(template, name, templates, variants, make_tokenizer, build_tokenizer):

@@ -196,6 +196,7 @@ MESSAGES = (
 ROWS = st.fixed_dictionaries({"messages": st.lists(MESSAGES, max_size=3) | JUNK}, optional={"tools": JUNK, "functions": JUNK})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("template", ["chatml", "qwen3", "llama3"])
 def test_malformed_rows_are_read_or_named(template, tokenizer):
     @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -294,6 +294,7 @@ def stock_ids(messages, template, tokenizer, name, **options):
 TEXT_ONLY = [path for path in stock() if not path.stem.startswith(("idefics", "llava", "smolvlm"))]
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not TEXT_ONLY, reason="TRL is not installed")
 def test_stock_templates(tokenizer):
     assert len(TEXT_ONLY) >= 12

@@ -314,6 +314,7 @@ def test_digest_of_a_hub_dataset_is_that_of_its_rows(monkeypatch):
 WHOLE = [name for name in WRITERS if not name.endswith(".gz")] + ["a.csv", "a.txt", "a.jsonl.gz"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", WHOLE)
 def test_damaged_files_give_rows_or_one_line_that_names_them(name, tmp_path):
     """Random damage of a valid file: never an error of a library, never one without the file's name."""

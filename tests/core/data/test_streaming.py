@@ -80,6 +80,7 @@ def test_an_epoch_has_each_row_once(parts, options):
         assert rows_of(epochs[0]) == sorted(whole)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_resuming_from_any_state_continues_the_same_stream(parts, options):
     stream = list(streaming.micro_batches(parts, encode, epochs=2, **options))

@@ -15,6 +15,7 @@ scene = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scene)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -150,6 +150,7 @@ def test_prompts_and_numbers_are_those_of_the_synchronous_feed(depth, options):
     ahead.close()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])
 @pytest.mark.parametrize("options", [{}, {"steps": 2, "iterations": 2}, {"chunk": 3} | scene.ALL, {"steps": 2} | scene.ALL])
 def test_no_prompt_is_lost_or_doubled_by_a_kill(cut, options):

@@ -46,6 +46,7 @@ def test_functions_of_trl_and_built_in_ones_run_as_they_are(here):
     np.testing.assert_array_equal(made[0], [[1, 0, -1, 0], [0, 1, -1 / 4, 1 / 3]])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -84,6 +85,7 @@ BAD = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_loaded_is_refused_before_anything_starts(here, name):
     (here / "broken.py").write_text("def size(:\n")
@@ -144,6 +146,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_costs_its_row_only(here, fault):
     told = []
@@ -209,6 +212,7 @@ def test_several_functions_are_kept_apart_and_weights_are_not_applied(here):
     np.testing.assert_array_equal(made, [[[2, 0.5, np.nan], [3, 1, np.nan], [1, 0, np.nan]]])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("prompts", [1, 2, 3, 7])
 def test_two_workers_score_as_one(here, prompts):
     rows = [scene.group(*("x" * (3 * p + g) + "7" * g for g in range(3)), columns={"level": p}, row=p) for p in range(prompts)]

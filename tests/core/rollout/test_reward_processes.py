@@ -121,6 +121,7 @@ def parent(here):
         process.communicate()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_parent_that_is_stopped_leaves_no_idle_worker(parent, number):
     process, pids = parent(30, "idle")

@@ -128,6 +128,7 @@ time.sleep(300 if sys.stdin.read() == "" else 0)
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
 def test_the_server_ends_with_its_owner_however_that_ends(how, tmp_path, temporary):
     port, files = server_.free_port(), tmp_path / "pids"

@@ -66,6 +66,7 @@ def test_each_sync_is_a_new_name_and_sampling_uses_it(fake, client, adapters):
     assert sorted(path.name for path in adapters.root.iterdir()) == ["adapter-v000002", "adapter-v000003"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype, moves", [("float32", 0.3), ("float32", 0.0005), ("bfloat16", 0.02)])
 def test_a_sync_that_is_silently_lost_is_caught(fake, client, tmp_path, dtype, moves):
     adapters = sync.Adapters(client, tmp_path, sync.Canary(client, CANARY, dtype=dtype))
@@ -238,6 +239,7 @@ def save_model(number: float):
     return write
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("in_place", [False, True])
 def test_whole_weights_reach_a_managed_server(managed, tmp_path, in_place):
     server, client, command = managed

@@ -156,6 +156,7 @@ def spoiled(change):
     return lambda choices: [choice | change(choice) for choice in choices]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "spoil, message",
     [

@@ -68,6 +68,7 @@ def test_a_tracker_is_told_of_the_run_in_order(stubs, followed):
     assert end == ["finish", [None], {}] and followed.warnings == [] and followed.lines == ["noting: in a list"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("where", "stops", "words"),
     [
@@ -104,6 +105,7 @@ def test_a_tracker_that_never_opens_is_left_at_the_end(stubs, followed):
     assert time.monotonic() - start < 5 and "has not opened the run (are its service and its key right?) in time" in followed.warnings[0]
 
 
+@pytest.mark.more
 def test_events_that_wait_are_limited(stubs, followed, monkeypatch):
     from treetune.core.trackers import background
 
