@@ -166,7 +166,7 @@ def merged(path: str, leaf: Any, adapter: Params, scaling: float) -> Tensor:
     """W + scale B A of the leaf at `path`, in rows of its magnitude if it has one, in float32."""
     # Sum in float32 and round once: a bfloat16 product would lose updates that are small against their weight.
     a, b = pairs(adapter)[path]
-    return _of_length(shard.gather(leaf, torch.float32) + delta(path, a, b, scaling), path, adapter)
+    return _of_length(shard.whole(leaf, torch.float32) + delta(path, a, b, scaling), path, adapter)
 
 
 def _of_length(whole: Tensor, path: str, adapter: Params) -> Tensor:

@@ -49,14 +49,14 @@ def _start(path: str, param: Param, seed: int) -> Tensor:
     raise ValueError(f"{path}: unknown init {param.init!r}; expected zeros, ones, normal:STD or kaiming")
 
 
-def as_is(leaf: Tensor) -> Tensor:
+def as_is(path: str, leaf: Tensor) -> Tensor:
     """The leaf itself."""
     return leaf
 
 
-def init(abstract: Params, *, seed: int, keep: Callable[[Tensor], Tensor] = as_is) -> Params:
+def init(abstract: Params, *, seed: int, keep: Callable[[str, Tensor], Tensor] = as_is) -> Params:
     """Tensors for an abstract tree; each leaf depends on the seed and its own path only. keep: what becomes of it as soon as it is made."""
-    filled = iter([keep(_start(path, param, seed)) for path, param in tree.items(abstract)])
+    filled = iter([keep(path, _start(path, param, seed)) for path, param in tree.items(abstract)])
     return tree.map(lambda _: next(filled), abstract)
 
 

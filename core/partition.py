@@ -12,39 +12,56 @@ import torch
 from torch import Tensor
 
 from treetune.core import quant, shard, tree
-from treetune.core.param import Param, Params
+from treetune.core.param import Params
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def whole(path: str) -> None:
+    """The dimension along which a leaf is split among ranks of the axis `tensor`: none, of any leaf."""
+
+
 class Partition(NamedTuple):
-    """How leaves are split: over the ranks of a mesh. Quantised leaves, and numbers without a dimension, stay whole on every rank."""
+    """How leaves are split: along their first dimension over ranks of a mesh, and over those of its axis `tensor` along `dimension`(path).
+
+    Quantised leaves, and numbers without a dimension, stay whole on every rank.
+    """
 
     device_mesh: DeviceMesh
+    dimension: Callable[[str], int | None] = whole
 
-    def placements(self, shape: tuple[int, ...]) -> tuple:
+    def placements(self, path: str, shape: tuple[int, ...]) -> tuple:
         """Those of a leaf of this shape."""
-        leaf = {"": Param(tuple(shape), axes=("embed",) * len(shape))}
-        return shard.placements(leaf, self.device_mesh, shard.FULLY_SHARDED)[""]
+        from torch.distributed.tensor import Replicate, Shard
 
-    def rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The first row of a leaf that this rank holds, and the one behind its last."""
+        names = self.device_mesh.mesh_dim_names or ("",) * self.device_mesh.ndim
+        dims = [self.dimension(path) if name == shard.TENSOR else 0 for name in names]
+        return tuple(Replicate() if dim is None or not shape else Shard(dim) for dim in dims)
+
+    def box(self, path: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """What of a leaf this rank holds, along its first dimensions; None where it holds all."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        own, first = compute_local_shape_and_global_offset(torch.Size(shape), self.device_mesh, self.placements(shape))
-        return first[0], first[0] + own[0]
+        specs = self.placements(path, shape)
+        dims = [spec.dim for spec in specs if spec.is_shard()]
+        if not dims:
+            return None
+        own, first = compute_local_shape_and_global_offset(torch.Size(shape), self.device_mesh, specs)
+        return tuple(slice(begin, begin + size) for begin, size in list(zip(first, own, strict=True))[: max(dims) + 1])
 
-    def split(self, leaf: Any) -> Any:
+    def split(self, path: str, leaf: Any) -> Any:
         """This rank's part of a leaf that it has whole, as all ranks do."""
-        return shard.distribute(leaf, self.device_mesh, self.placements(leaf.shape))
+        specs = self.placements(path, tuple(leaf.shape))
+        # Autograd would keep each leaf that is whole along every axis as one that is distributed.
+        return shard.distribute(leaf, self.device_mesh, specs) if any(spec.is_shard() for spec in specs) else leaf
 
-    def joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The leaf of a shape of which this rank has these rows, those of `rows`."""
+    def joined(self, path: str, part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The leaf of a shape of which this rank has this part, that of `box`."""
         from torch.distributed.tensor import DTensor
 
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.device_mesh, self.placements(shape), shape=torch.Size(shape), stride=stride, run_check=False)
+        stride, specs = torch.empty(shape, device="meta").stride(), self.placements(path, shape)
+        return DTensor.from_local(part, self.device_mesh, specs, shape=torch.Size(shape), stride=stride, run_check=False)
 
 
 def of(device_mesh: DeviceMesh | None, sharding: str) -> Partition | None:

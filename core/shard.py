@@ -30,6 +30,9 @@ FULLY_SHARDED: Mapping[str, str] = {
 }  # fmt: skip
 
 
+TENSOR = "tensor"  # the axis along which layers are split: `gather` joins the parts of a leaf along all others
+
+
 def mesh(device_type: str, **sizes: int) -> DeviceMesh:
     """A named device mesh, `mesh("cuda", data=8)`; needs torch.distributed to be initialised (torchrun does)."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -88,7 +91,8 @@ def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
 def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back.
 
-    A quantised leaf, which every rank has whole, becomes dense; one that is away comes to the device.
+    Of one that is split along `tensor` it is the part of this rank's layers, the same on all ranks of the other axes. A quantised leaf,
+    which every rank has whole, becomes dense; one that is away comes to the device.
     """
     if window.coming(leaf):
         return remember(gather(leaf.here(), dtype), leaf)
@@ -104,13 +108,23 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
         return remember(gathers.gather(leaf, dtype), leaf.detach())
     from torch.distributed.tensor import Partial, Replicate
 
-    axes = [Replicate()] * leaf.device_mesh.ndim
+    names = leaf.device_mesh.mesh_dim_names or ("",) * leaf.device_mesh.ndim
+    axes = [spec if name == TENSOR else Replicate() for name, spec in zip(names, leaf.placements, strict=True)]
+    # Along `tensor` each rank has the gradient of its own part, or all that of the whole leaf, equal on all of them.
     # Partial: what arrives in the backward pass is this rank's share of the gradient, to be summed over ranks and scattered. The cast
     # comes after, so that the sum is made in the dtype of the leaf: float32 masters sum in float32 whatever the compute dtype. Those of
     # leaves in 16 bits are sent in float32, and rounded once.
     wide = torch.float32 if leaf.itemsize < 4 else None
-    whole = leaf.redistribute(placements=axes, backward_dtype=wide).to_local(grad_placements=[Partial()] * len(axes))
+    grads = [spec if name == TENSOR else Partial() for name, spec in zip(names, axes, strict=True)]
+    whole = leaf.redistribute(placements=axes, backward_dtype=wide).to_local(grad_placements=grads)
     return remember(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
+
+
+def whole(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """`gather` of all of a leaf, also where the layers of ranks have parts of it, which takes no gradient then."""
+    if not split_along(leaf, TENSOR):
+        return gather(leaf, dtype)
+    return full(leaf) if dtype is None else full(leaf).to(dtype)
 
 
 def remember(whole: Tensor, leaf: Tensor | quant.Quantised | Coming) -> Tensor:
@@ -174,6 +188,12 @@ def with_whole(saved: Any) -> Any:
 def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:
     """`gather` for every leaf of a (small) tree."""
     return tree.map(lambda leaf: gather(leaf, dtype), params)
+
+
+def split_along(leaf: Any, axis: str) -> bool:
+    """Whether the ranks along an axis of a mesh have different parts of a leaf."""
+    names = (leaf.device_mesh.mesh_dim_names or ()) if distributed(leaf) else ()
+    return axis in names and leaf.placements[names.index(axis)].is_shard()
 
 
 def local(leaf: Tensor) -> Tensor:

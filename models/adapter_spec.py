@@ -113,7 +113,7 @@ def _with_magnitudes(model: Model, low: Lora, start: Params) -> Params:
         raise ValueError(f"lora_dora: {error}") from error
     in_use = lora.pairs(lora_use.in_use(low, low.tree, start).tree)
     lengths = [
-        (f"{path}.{lora.MAGNITUDE}", magnitude.norms(shard.gather(leaves[path]), *_on(leaves[path].device, in_use[path]), low.scale))
+        (f"{path}.{lora.MAGNITUDE}", magnitude.norms(shard.whole(leaves[path]), *_on(leaves[path].device, in_use[path]), low.scale))
         for path in pairs
     ]
     return tree.merge(low.tree, tree.from_items(lengths))

@@ -80,7 +80,7 @@ def start(model: Params, low: Lora, *, init: str, seed: int, given: Given = WEIG
         if init in ("gaussian", "orthogonal"):
             starts[path] = _random(init, path, a, b, seed)
         else:
-            weight = shard.gather(leaves[path], torch.float32)
+            weight = shard.whole(leaves[path], torch.float32)
             _check_rank(init, path, a, b)
             starts[path] = (
                 _qr(weight, a.shape[0]) if init == "olora" else _largest(weight, a.shape[0], scale, init, param.seed_of(seed, path))
@@ -144,7 +144,7 @@ def _corda(model: Params, low: Lora, scales: Mapping[str, float], init: str, inp
     for path, (a, b) in pairs.items():
         _check_rank(init, path, a, b)
     for path, covariance in _measured(init, inputs)(list(pairs)):
-        weight, rank = shard.gather(leaves[path], covariance.dtype), pairs[path][0].shape[0]
+        weight, rank = shard.whole(leaves[path], covariance.dtype), pairs[path][0].shape[0]
         fixed, inverse = _inverted(covariance)
         u, s, vh = torch.linalg.svd(weight @ fixed, full_matrices=False)
         chosen = slice(0, rank) if init == "corda_ipm" else slice(len(s) - rank, len(s))

@@ -66,7 +66,7 @@ def _finite(name: str, make: Callable[[], Any], dtypes: tuple[torch.dtype, torch
     whole = make()
     if not quant.quantised(whole) and whole.dtype != dtypes[0]:
         whole = whole.to(dtypes[0])
-    saved = shard.gather(whole, dtypes[1]).detach()
+    saved = shard.whole(whole, dtypes[1]).detach()
     # float32 reaches further than bfloat16 rounds to. Every rank has the leaf, and fails where one does.
     if not check.finite({name: saved}):
         text = f"{name} is not finite in {str(dtypes[1]).removeprefix('torch.')}: {path or 'the model'} was not saved"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decoder_attention, dense, families, together
-from treetune.ops import noise, product
+from treetune.models import MODELS, Model, decoder_attention, dense, families, tensor_rules, together
+from treetune.ops import noise, product, tensor_parallel
 
 
 class Samples(NamedTuple):
@@ -96,7 +96,7 @@ def sample(
     out = _empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        logits = logits_of(family.widen(live.hidden, model.cfg, quiet), head, rule)
+        logits = all_logits(model, weights, logits_of(family.widen(live.hidden, model.cfg, quiet), head, rule))
         token, logp, log_kept = pick(logits, noise.keys(key[live.row], live.position), draw)
         check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, log_kept, done)
@@ -158,7 +158,8 @@ def _prefill(model: Model, weights: Params, prompts: Sequence, n: int, lora: Lor
     batch = {"tokens": tokens, "positions": positions, "cu_docs": cu.int()}
     plan = decoder_attention.plan(batch, cfg, device=device)
     batch = {name: value.to(device) for name, value in batch.items()}
-    k, v = decoder_attention.buffers(cfg, len(prompts) * n, int(lens.max()) + new, device)
+    own = tensor_rules.own_caches(cfg, tensor_rules.split_of(weights))
+    k, v = decoder_attention.buffers(own, len(prompts) * n, int(lens.max()) + new, device)
     first = torch.arange(len(prompts), device=device) * n
     cache = dense.Cache(k, v, first.repeat_interleave(lens.to(device)), batch["positions"], int(lens.max()))
     hidden = MODELS[model.family].forward(weights, batch, plan, cfg, lora=lora, cache=cache).hidden
@@ -191,6 +192,11 @@ def logits_of(hidden: Tensor, head: Tensor, rule: dense.LogitMap) -> Tensor:
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return dense.map_logits(torch.mm(hidden, head.T, out_dtype=torch.float32), rule)
     return dense.map_logits(product.rows_t(hidden, head).float(), rule)
+
+
+def all_logits(model: Model, weights: Params, logits: Tensor) -> Tensor:
+    """[r, V] of logits [r, v], of which this rank has those of its rows of the head: a collective where layers are split among ranks."""
+    return tensor_parallel.gathered(tensor_rules.split_of(weights), logits, model.cfg.vocab_size)
 
 
 def pick(logits: Tensor, key: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from treetune.core import strided
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import MODELS, Model, decode, decoder_attention, dense, families, together
+from treetune.models import MODELS, Model, decode, decoder_attention, dense, families, tensor_rules, together
 from treetune.models.decoder_attention import Rule
 from treetune.ops import attention_torch, noise
 from treetune.ops.attention_torch import Weighting
@@ -82,10 +82,14 @@ def branches(
         return decode.Samples(empty.long(), empty, empty.clone(), torch.zeros(0, dtype=torch.int64, device=device))
     trunk, hidden = _prefill(model, weights, batch, anchors, n, quiet)
     key = _keys(seed, anchors, n, ids).to(device)
-    branch_cache = decoder_attention.buffers(model.cfg, count, length, device)
+    own = tensor_rules.own_caches(model.cfg, tensor_rules.split_of(weights))
+    branch_cache = decoder_attention.buffers(own, count, length, device)
     family, steps = MODELS[model.family], []
     head, rule = family.head(weights, model.cfg, quiet), family.logit_map(model.cfg)
-    logits = partial(decode.logits_of, head=head, rule=rule)
+
+    def logits(rows: Tensor) -> Tensor:
+        return decode.all_logits(model, weights, decode.logits_of(rows, head, rule))
+
     for step in range(length):
         steps.append(_draw(family.widen(hidden, model.cfg, quiet), logits, noise.keys(key, trunk.start + step), draw))
         decode.check_finite(steps[-1][1], torch.arange(count, device=device), n)
@@ -127,7 +131,8 @@ def _prefill(model: Model, weights: Params, batch: dict, anchors: strided.Anchor
     plan = decoder_attention.plan(stream, cfg, device=device)
     stream = {name: value.to(device) for name, value in stream.items()}
     size = stream["tokens"].shape[0]
-    rows, (k, v) = torch.arange(size, device=device), decoder_attention.buffers(cfg, 1, size, device)
+    own = tensor_rules.own_caches(cfg, tensor_rules.split_of(weights))
+    rows, (k, v) = torch.arange(size, device=device), decoder_attention.buffers(own, 1, size, device)
     cache = dense.Cache(k, v, torch.zeros_like(rows), rows, size)
     hidden = MODELS[model.family].forward(weights, stream, plan, cfg, lora=lora, cache=cache).hidden
     last = strided.prefix_rows(batch["cu_docs"], anchors).to(device)

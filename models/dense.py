@@ -16,13 +16,14 @@ from torch import Tensor
 from treetune.core import gathers, grad, layer_offload, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
-from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
+from treetune.models import decoder_attention, decoder_config, moe, rope_scaling, tensor_rules
 from treetune.models.decoder_attention import Cache, Rule
 from treetune.models.decoder_config import Config
 from treetune.models.rope_scaling import Rotation
-from treetune.ops import attention, geglu, lora_linear, noise, rms_norm, rope, swiglu
+from treetune.ops import attention, geglu, lora_linear, magnitude, noise, rms_norm, rope, swiglu, tensor_parallel
 from treetune.ops.attention_torch import Weighting
 from treetune.ops.fp8_linear import Rows
+from treetune.ops.tensor_parallel import Split
 
 abstract = decoder_config.abstract
 
@@ -119,13 +120,14 @@ def forward(
     layers = layer_offload.arriving(weights["layers"], batch["tokens"].device)
     own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]
     passage = gathers.passage([((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True)])
-    x = _embed(weights, batch["tokens"], cfg, lora)  # [T, D]
+    split = tensor_rules.split_of(weights)
+    x = _embed(weights, batch["tokens"], cfg, lora, split)  # [T, D]
     remat, neftune = training.get("remat"), training.get("noise")
     if neftune is not None:
         x = x + embedding_noise(x.shape[1], batch, neftune).to(x.dtype)
     x = x if cfg.embed_scale == 1 else x * cfg.embed_scale
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora), passage)
+    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora), passage, split)
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     again = grad.recomputes(remat)
     for index, layer in enumerate(layers):
@@ -173,12 +175,16 @@ def read(hidden: Tensor, batch: dict, cfg: Config, lora: Lora | None = None) -> 
 
 
 _STREAMS = {"q_proj": 0, "o_proj": 1, "gate_proj": 2, "down_proj": 3}
+_ENDS = ("o_proj", "down_proj")  # what brings heads, or features of the mlp, together
 _HEAD_STREAM = (1 << 20) + 1
 _NEFTUNE_STREAM = 1 << 20
 
 
 class _Shared(NamedTuple):
-    """What every layer needs besides its own weights and adapters: of `lora` scale, dropout and seed. The rotation is the layer's own."""
+    """What every layer needs besides its own weights and adapters: of `lora` scale, dropout and seed. The rotation is the layer's own.
+
+    split: the ranks among which layers are split; each has some of the heads, of the features of the mlp, of the experts.
+    """
 
     cfg: Config
     positions: Tensor
@@ -188,14 +194,24 @@ class _Shared(NamedTuple):
     lora: Lora | None
     key: Tensor | None
     passage: gathers.Passage | None = None
+    split: Split | None = None
 
 
-def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None) -> Tensor:
-    x = F.embedding(tokens, shard.gather(weights["embed_tokens"], cfg.dtype))
+def _embed(weights: Params, tokens: Tensor, cfg: Config, lora: Lora | None, split: Split | None) -> Tensor:
+    table = shard.gather(weights["embed_tokens"], cfg.dtype)
+    x = F.embedding(tokens, table) if split is None else _own_rows(table, tokens, cfg.vocab_size, split)
     if lora is not None and "embed_tokens" in lora.tree:
         ab = shard.gather_all(lora.tree["embed_tokens"], cfg.dtype)
         x = x + lora.scale * F.embedding(tokens, ab["A"].T) @ ab["B"].T
     return x * cfg.embed_factor if cfg.embed_sqrt else x
+
+
+def _own_rows(table: Tensor, tokens: Tensor, vocabulary: int, split: Split) -> Tensor:
+    """Embeddings [T, D] of tokens from the rows [v, D] that each rank has."""
+    first, end = split.part(vocabulary)
+    elsewhere = (tokens < first) | (tokens >= end)
+    own = F.embedding(torch.where(elsewhere, 0, tokens - first), table).masked_fill(elsewhere[:, None], 0)
+    return tensor_parallel.leave(split, own)
 
 
 def embedding_noise(dim: int, batch: dict, option: Neftune) -> Tensor:
@@ -240,19 +256,44 @@ def _add(x: Tensor, y: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
 
 def _mlp(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> tuple[Tensor, Tensor | None]:
     if s.cfg.experts is not None and "router" in w:
-        return moe.mlp(h, w, ab, s.cfg.experts, s.lora)
+        return moe.mlp(h, w, ab, s.cfg.experts, s.lora, s.split)
     gate, up = _project(h, ("gate_proj", "up_proj"), w, ab, index, s)
     gated = swiglu.swiglu(gate, up) if s.cfg.activation == "silu" else geglu.geglu(gate, up)
     return _project(gated, ("down_proj",), w, ab, index, s)[0], None
 
 
 def _project(x: Tensor, names: tuple[str, ...], w: Params, ab: Params, index: int, s: _Shared) -> list[Tensor]:
-    """x through the named projections and their adapters; each name has its own dropout stream in each layer."""
-    u = None
+    """x through the named projections and their adapters; each name has its own dropout stream in each layer.
+
+    Where layers are split, x of those that begin a block is whole and each rank has some of their rows; those that end it have columns.
+    """
+    adapters, ends, u = [ab.get(name) for name in names], names[0] in _ENDS, None
+    if s.split is not None:
+        adapters = [_of_known_length(w[name], ab, s, ends=ends) for name, ab in zip(names, adapters, strict=True)]
+        x, adapters = _entered(x, adapters, s.split, ends=ends)
     if s.key is not None and s.lora is not None and any(name in ab for name in names):
-        u = noise.dropout(x, s.key, rate=s.lora.dropout, stream=len(_STREAMS) * index + _STREAMS[names[0]])
+        first = s.split.rank * x.shape[1] if s.split is not None and ends else 0
+        u = noise.dropout(x, s.key, rate=s.lora.dropout, stream=len(_STREAMS) * index + _STREAMS[names[0]], first=first)
     scale = s.lora.scale if s.lora else 1.0
-    return lora_linear.lora_linears(x, [w[name] for name in names], [ab.get(name) for name in names], scale=scale, u=u)
+    out = lora_linear.lora_linears(x, [w[name] for name in names], adapters, scale=scale, u=u)
+    return [tensor_parallel.leave(s.split, y) for y in out] if ends else out
+
+
+def _of_known_length(weight: Tensor, adapter: dict | None, s: _Shared, *, ends: bool) -> dict | None:
+    """The adapter; with the magnitude over the norms of rows where each rank has a part of every row."""
+    if not adapter or not ends or magnitude.TRAINED not in adapter or s.split is None or s.lora is None:
+        return adapter
+    norms = magnitude.split_norms(weight, adapter["A"], adapter["B"], s.lora.scale, s.split)
+    rest = {name: leaf for name, leaf in adapter.items() if name != magnitude.TRAINED}
+    return rest | {magnitude.SETTLED: tensor_parallel.enter(s.split, adapter[magnitude.TRAINED])[0] / norms}
+
+
+def _entered(x: Tensor, adapters: list[dict | None], split: Split, *, ends: bool) -> tuple[Tensor, list[dict | None]]:
+    """x and the sides of adapters that ranks have whole, of whose gradients each computes a share."""
+    side, inputs = "B" if ends else "A", [] if ends else [x]
+    entered = iter(tensor_parallel.enter(split, *inputs, *(adapter[side] for adapter in adapters if adapter)))
+    x = x if ends else next(entered)
+    return x, [adapter | {side: next(entered)} if adapter else None for adapter in adapters]
 
 
 def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tensor:
@@ -261,7 +302,8 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     if "q_bias" in w:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if "q_norm" in w:  # head by head, or all of them together: as many features as the weight has
-        q, k = (_normed(t.view(t.shape[0], -1, w[name].shape[0]), w[name], cfg) for t, name in ((q, "q_norm"), (k, "k_norm")))
+        norms = tensor_parallel.enter(s.split, w["q_norm"], w["k_norm"])
+        q, k = (_normed(t.view(t.shape[0], -1, norm.shape[0]), norm, cfg) for t, norm in zip((q, k), norms, strict=True))
     q, k, v = (t.view(t.shape[0], -1, cfg.head_dim) for t in (q, k, v))  # [T, H, d], [T, K, d]
     if s.rotation is not None:
         q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)

@@ -26,10 +26,12 @@ from treetune.models import (
     qwen3,
     qwen3_moe,
     smollm3,
+    tensor_rules,
 )
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
-from treetune.ops import attention, magnitude
+from treetune.ops import attention, magnitude, tensor_parallel
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
+from treetune.ops.split_logprob import split_logprob
 
 
 class Family(Protocol):
@@ -164,11 +166,12 @@ def wide(model: Model) -> Mapping[str, torch.dtype]:
 
 def settled(low: Lora, weights: Params) -> Lora:
     """An adapter to sample with: whole leaves, no dropout, and of magnitudes what they are over the norms of the rows."""
-    leaves, base = shard.gather_all(low.tree), dict(tree.items(weights))
+    leaves, base, split = shard.gather_all(low.tree), dict(tree.items(weights)), tensor_rules.split_of(weights)
     pairs, known = lora_trees.pairs(leaves), []
     for path, length in lora_trees.magnitudes(leaves).items():
         weight = shard.gather(layer_offload.brought(base[path], length.device))
-        norms = magnitude.norms(weight, *pairs[path], low.scale)
+        across = split if tensor_rules.dimension(path) == 1 else None
+        norms = magnitude.split_norms(weight, *pairs[path], low.scale, across)
         known.append((f"{path}.{lora_trees.SETTLED}", length / norms))
     if known:
         leaves = tree.from_items(
@@ -202,8 +205,23 @@ def logprobs(
     # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
-    rows, weight = model.read(hidden, batch, cfg, lora), model.head(weights, cfg, lora)
-    return linear_logprob(rows, weight, batch["targets"], **_logit_options(model.logit_map(cfg), temperature), want=want)
+    return _Head(model, cfg, weights, lora).stats(model.read(hidden, batch, cfg, lora), batch["targets"], temperature, want)
+
+
+class _Head:
+    """The output matrix of a model, or the rows of it that this rank has, gathered once for several reads."""
+
+    def __init__(self, model: Family, cfg: Config, weights: Params, lora: Lora | None):
+        self.rule, self.vocabulary, self.split = model.logit_map(cfg), cfg.vocab_size, tensor_rules.split_of(weights)
+        self.weight = model.head(weights, cfg, lora)
+
+    def stats(self, rows: Tensor, targets: Tensor, temperature: float, want: tuple[str, ...] = ()) -> TokenStats:
+        """Log-probs of targets [N] and the statistics in `want`, of hidden states [N, D]."""
+        options = _logit_options(self.rule, temperature)
+        if self.split is None:
+            return linear_logprob(rows, self.weight, targets, **options, want=want)
+        (rows,) = tensor_parallel.enter(self.split, rows)
+        return split_logprob(rows, self.weight, targets, split=self.split, vocabulary=self.vocabulary, **options, want=want)
 
 
 def _logit_options(rule: LogitMap, temperature: float) -> dict[str, Any]:
@@ -231,8 +249,7 @@ def logprobs_routed(
     model = MODELS[family]
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True})
-    rows, weight, rule = model.read(out.hidden, batch, cfg, lora), model.head(weights, cfg, lora), model.logit_map(cfg)
-    stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
+    stats = _Head(model, cfg, weights, lora).stats(model.read(out.hidden, batch, cfg, lora), batch["targets"], temperature, want)
     return stats, [logits[batch["at"]] for logits in out.routing]
 
 
@@ -253,11 +270,11 @@ def logprobs_beside(
     The statistics in `want` are those of `targets`.
     """
     model = MODELS[family]
-    hidden, weight = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden, model.head(weights, cfg, lora)
-    rule, rows = model.logit_map(cfg), model.read(hidden, batch, cfg, lora)
-    stats = linear_logprob(rows, weight, batch["targets"], **_logit_options(rule, temperature), want=want)
+    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
+    head = _Head(model, cfg, weights, lora)
+    stats = head.stats(model.read(hidden, batch, cfg, lora), batch["targets"], temperature, want)
     prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, cfg, lora)
-    return stats, linear_logprob(prompt_rows, weight, batch["prompt_targets"], **_logit_options(rule, 1.0))
+    return stats, head.stats(prompt_rows, batch["prompt_targets"], 1.0)
 
 
 def document_logits(model: Model, tokens: Tensor, *, lora: Lora | None = None) -> Tensor:
@@ -265,4 +282,5 @@ def document_logits(model: Model, tokens: Tensor, *, lora: Lora | None = None) -
     batch, family, cfg = dense.single(tokens), MODELS[model.family], model.cfg
     hidden = family.forward(model.params, batch, decoder_attention.plan(batch, cfg), cfg, lora=lora).hidden
     product = family.widen(hidden, cfg, lora) @ family.head(model.params, cfg, lora).T
+    product = tensor_parallel.gathered(tensor_rules.split_of(model.params), product, cfg.vocab_size)
     return dense.map_logits(product.float(), family.logit_map(cfg))

@@ -141,7 +141,7 @@ def random(
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    keep: Callable[[Tensor], Tensor] = param.as_is,
+    keep: Callable[[str, Tensor], Tensor] = param.as_is,
 ) -> Model:
     """An untrained model of the sizes in `source` (a Config, or the path of a config.json), a function of the seed alone.
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,15 @@ from treetune.models.quantised import Keep
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAPPED = 1 << 26  # bytes of a file that are read before it is mapped anew
 FLOATS = ("F32", "BF16", "F16", "F64")
-Rows = list[tuple[int, int]]  # of a tensor: from the first of each pair to before the second
+
+
+class Rows(NamedTuple):
+    """What is read of a tensor: from the first of each pair of rows to before the second, and of these some columns or all."""
+
+    spans: Sequence[tuple[int, int]]
+    columns: slice = slice(None)
+
+
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
 
 
@@ -35,18 +43,18 @@ def read_leaves(
 ) -> Params:
     """The tree of leaves by path, and of those optional ones that the folder has; each is kept as `keep` says as soon as it is read.
 
-    Of leaves that are split among ranks, only the rows of this one are read.
+    Of leaves that are split among ranks, only the rows and columns of this one are read.
     """
     leaves = keep.wide(leaves)
     every = leaves | (optional or {})
     groups = hf_keys.groups(family, every)
-    own = {key: rows for key, paths in groups.items() if (rows := _own_rows(keep, {path: every[path] for path in paths})) is not None}
+    own = {key: boxes for key, paths in groups.items() if (boxes := _own_boxes(keep, {path: every[path] for path in paths}))}
 
     def store(key: str, tensor: Any) -> dict[str, Any]:
         if key not in own:
             return {path: keep(path, leaf) for path, leaf in hf_keys.blocks(family, groups[key], tensor, every).items()}
-        read = {path: _some_rows(every[path], *rows) for path, rows in zip(groups[key], own[key], strict=True)}
-        return {path: keep.joined(leaf, every[path]) for path, leaf in hf_keys.blocks(family, groups[key], tensor, read).items()}
+        read = {path: _some(every[path], box) for path, box in zip(groups[key], own[key], strict=True)}
+        return {path: keep.joined(path, leaf, every[path]) for path, leaf in hf_keys.blocks(family, groups[key], tensor, read).items()}
 
     wanted, extra = (hf_keys.sizes(family, part) for part in (leaves, optional or {}))
     rows = {key: _in_tensor(some, [every[path].shape[0] for path in groups[key]]) for key, some in own.items()}
@@ -54,21 +62,22 @@ def read_leaves(
     return tree.from_items(item for leaf in kept.values() for item in leaf.items())
 
 
-def _own_rows(keep: Keep, leaves: Mapping[str, Param]) -> Rows | None:
-    """The rows that are read of each of the leaves in one tensor; None where one of them is read whole."""
-    rows = [keep.part(path, leaf) for path, leaf in leaves.items()]
-    known = [one for one in rows if one is not None]
-    return known if len(known) == len(rows) else None
+def _own_boxes(keep: Keep, leaves: Mapping[str, Param]) -> Sequence[tuple[slice, ...]]:
+    """What is read of each of the leaves in one tensor; nothing where one of them is read whole, or columns of several."""
+    boxes = [keep.part(path, leaf) for path, leaf in leaves.items()]
+    known = [box for box in boxes if box is not None and (len(box) == 1 or len(boxes) == 1)]
+    return known if len(known) == len(boxes) else ()
 
 
-def _some_rows(leaf: Param, first: int, end: int) -> Param:
-    return leaf._replace(shape=(end - first, *leaf.shape[1:]))
+def _some(leaf: Param, box: tuple[slice, ...]) -> Param:
+    return leaf._replace(shape=(*(side.stop - side.start for side in box), *leaf.shape[len(box) :]))
 
 
-def _in_tensor(rows: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Rows:
-    """Rows of leaves of these sizes, as those of the tensor that holds one behind the other."""
+def _in_tensor(boxes: Sequence[tuple[slice, ...]], sizes: Sequence[int]) -> Rows:
+    """Parts of leaves of so many rows, as those of the tensor that holds one behind the other."""
     before = itertools.accumulate(sizes, initial=0)
-    return [(first + a, first + b) for (a, b), first in zip(rows, before, strict=False)]
+    spans = [(first + box[0].start, first + box[0].stop) for box, first in zip(boxes, before, strict=False)]
+    return Rows(spans, *boxes[0][1:2])
 
 
 def checked_keys(root: Path) -> set[str]:
@@ -145,12 +154,13 @@ class _File:
             self._map()
         return self._count(self.file.get_tensor(key))
 
-    def get_rows(self, key: str, first: int, end: int) -> torch.Tensor:
-        """Some rows of a tensor in the mapped file."""
+    def get_rows(self, key: str, first: int, end: int, columns: slice = slice(None)) -> torch.Tensor:
+        """Some rows of a tensor in the mapped file, or some columns of them."""
         machine.trim()
         if self.read > MAPPED:
             self._map()
-        return self._count(self.file.get_slice(key)[first:end])
+        piece = self.file.get_slice(key)
+        return self._count(piece[first:end] if columns == slice(None) else piece[first:end, columns])
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
         self.read += tensor.nbytes
@@ -232,11 +242,13 @@ def _read(file, key: str, leaf: Param, device: torch.device | str, rows: Rows | 
 
 
 def _read_rows(file, key: str, leaf: Param, device: torch.device | str, rows: Rows) -> torch.Tensor:
-    """Some rows of a tensor, end to end."""
-    whole = torch.empty((sum(end - first for first, end in rows), *leaf.shape[1:]), dtype=leaf.dtype, device=device)
-    for place, (first, end) in zip(whole.split([end - first for first, end in rows]), rows, strict=True):
+    """Some rows of a tensor, or some columns of them, end to end."""
+    lens = [end - first for first, end in rows.spans]
+    rest = list(leaf.shape[1:]) if rows.columns == slice(None) else [rows.columns.stop - rows.columns.start]
+    whole = torch.empty((sum(lens), *rest), dtype=leaf.dtype, device=device)
+    for place, (first, end) in zip(whole.split(lens), rows.spans, strict=True):
         if end > first:
-            place.copy_(file.get_rows(key, first, end))
+            place.copy_(file.get_rows(key, first, end, rows.columns))
     return whole
 
 
@@ -245,10 +257,10 @@ def _read_parts(files: dict, names: tuple[str, ...], leaf: Param, device: torch.
     if rows is not None and len(names) == 1 and len(leaf.shape) == 2:
         return _read_rows(files[names[0]], names[0], leaf, device, rows)
     if rows is not None:
-        (first, end), each = rows[0], len(names) // leaf.shape[0]
+        (first, end), each = rows.spans[0], len(names) // leaf.shape[0]
         if each * leaf.shape[0] != len(names):  # a part has rows of many experts
             return _read_parts(files, names, leaf, device)[first:end].clone()
-        names, leaf = names[first * each : end * each], _some_rows(leaf, first, end)
+        names, leaf = names[first * each : end * each], _some(leaf, (slice(first, end),))
         if not names:
             return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
     if any(isinstance(files[name], bnb_files.Packed) for name in names):

@@ -70,7 +70,7 @@ def random_model(path: str | Path, *, seed: int, dtype: str = "auto", device: to
     with fields.reading(file):
         family, _ = hf.read_config(file)
         keep = home.split if isinstance(home, Partition) else param.as_is
-        return hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device), keep=lambda leaf: keep(leaf.to(device)))
+        return hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device), keep=lambda path, leaf: keep(path, leaf.to(device)))
 
 
 def check_configs(name: str | Path, *, revision: str | None = None, sizes: bool = True) -> None:

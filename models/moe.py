@@ -10,11 +10,13 @@ Source: Shazeer et al., arXiv 1701.06538; Jiang et al. (Mixtral), arXiv 2401.040
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from treetune.core.lora import Lora
 from treetune.core.param import Param, Params
-from treetune.ops import backend, clamped_swiglu, grouped_linear, lora_linear, routing, swiglu
+from treetune.ops import backend, clamped_swiglu, grouped_linear, lora_linear, routing, swiglu, tensor_parallel
+from treetune.ops.tensor_parallel import Split
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ def choose(logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
     return chosen, logits.to(wide).softmax(-1).gather(-1, chosen)
 
 
-def mlp(h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | None = None) -> tuple[Tensor, Tensor]:
+def mlp(
+    h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | None = None, split: Split | None = None
+) -> tuple[Tensor, Tensor]:
     """y [T, D] of h [T, D], and the router's logits [T, E]; `w` and `adapters` are those of a layer, `lora` says their scale.
 
+    With a split each rank has some of the experts, next to one another, and computes what they say of all tokens.
     Errors: ValueError for dropout in adapters on router or experts.
     """
     if lora and lora.dropout and ("router" in adapters or "experts" in adapters):
@@ -81,10 +86,23 @@ def mlp(h: Tensor, w: Params, adapters: Params, experts: Experts, lora: Lora | N
     (logits,) = lora_linear.lora_linears(h, [w["router"]], [adapters.get("router")], scale=scale)
     logits = logits + w["router_bias"] if experts.biased else logits
     chosen, weights = choose(logits, experts)
+    h, weights = tensor_parallel.enter(split, h, weights)
+    own = w["experts"]["gate_up_proj"].shape[0]
+    if split is not None:
+        chosen = (chosen - split.rank * own) % experts.count  # its own first
     way, ab = routing.route(chosen, experts.count), adapters.get("experts", {})
-    gate_up = _project(routing.dispatch(h, way, experts.top_k), "gate_up", w["experts"], ab, way.ends, scale)
-    answers = _project(_gated(gate_up, experts), "down", w["experts"], ab, way.ends, scale)
-    return routing.combine(answers, weights, way), logits
+    ends = way.ends[:own]
+    rows = _of_own(routing.dispatch(h, way, experts.top_k), ends, split)
+    gate_up = _project(rows, "gate_up", w["experts"], ab, ends, scale)
+    answers = _of_own(_project(_gated(gate_up, experts), "down", w["experts"], ab, ends, scale), ends, split)
+    return tensor_parallel.leave(split, routing.combine(answers, weights, way)), logits
+
+
+def _of_own(rows: Tensor, ends: Tensor, split: Split | None) -> Tensor:
+    """Rows [N, D] with zeros in those of experts of other ranks, which come last and which nothing has computed."""
+    if split is None:
+        return rows
+    return torch.where((torch.arange(rows.shape[0], device=rows.device) < ends[-1])[:, None], rows, 0)
 
 
 def _gated(gate_up: Tensor, experts: Experts) -> Tensor:

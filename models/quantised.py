@@ -78,19 +78,19 @@ class Keep(NamedTuple):
         """The leaf as the model has it."""
         kept = self._kept(path, leaf)
         if isinstance(self.home, Partition):
-            return self.home.split(kept)
+            return self.home.split(path, kept)
         return kept if self.home is None or not path.startswith("layers.") else layer_offload.moved(kept, self.home)
 
-    def part(self, path: str, leaf: Param) -> tuple[int, int] | None:
-        """The rows of a leaf that are read, from the first to before the second, where no more of it is needed; else None."""
+    def part(self, path: str, leaf: Param) -> tuple[slice, ...] | None:
+        """What of a leaf is read, along its first dimensions, where no more of it is needed; else None."""
         if not isinstance(self.home, Partition) or self.stored or path in self.chosen or not leaf.shape:
             return None
-        return self.home.rows(leaf.shape)
+        return self.home.box(path, leaf.shape)
 
-    def joined(self, rows: Tensor, leaf: Param) -> Tensor:
+    def joined(self, path: str, part: Tensor, leaf: Param) -> Tensor:
         """The leaf of which `part` was read."""
         assert isinstance(self.home, Partition)
-        return self.home.joined(rows, leaf.shape)
+        return self.home.joined(path, part, leaf.shape)
 
     def _kept(self, path: str, leaf: Any) -> Any:
         if quant.quantised(leaf):

@@ -84,13 +84,13 @@ def restarter(policy: Policy, optimizer: Optimizer, restarts: Restarts) -> Calla
 
 def _fold(low: Lora, state: TrainState) -> Tensor:
     """W <- W + s B A for each adapted weight; the norm of what rounding loses of all updates over that of the updates."""
-    trained, leaves = lora_use.in_use(low, shard.gather_all(state.params["lora"])), dict(tree.items(state.frozen["model"]))
+    trained, leaves = lora_use.in_use(low, tree.map(shard.whole, state.params["lora"])), dict(tree.items(state.frozen["model"]))
     lost, moved = [], []
     for path in lora.pairs(trained.tree):
-        before = shard.gather(leaves[path], torch.float32)
+        before = shard.whole(leaves[path], torch.float32)
         after = lora.merged(path, before, trained.tree, trained.scale)
         _put(leaves[path], after)
-        lost.append((shard.gather(leaves[path], torch.float32) - after).square().sum())
+        lost.append((shard.whole(leaves[path], torch.float32) - after).square().sum())
         moved.append((after - before).square().sum())
     return (torch.stack(lost).sum() / torch.stack(moved).sum().clamp(min=1e-38)).sqrt()
 
@@ -108,7 +108,7 @@ def _start_anew(low: Lora, state: TrainState, restarts: Restarts, number: int) -
             _put(leaf, fresh[path].to(leaf.device))
     for path, length in lora.magnitudes(old).items():
         a, b = (fresh[f"{path}.{name}"].to(length.device) for name in "AB")
-        _put(length, magnitude.norms(shard.gather(leaves[path]), a, b, low.scale))
+        _put(length, magnitude.norms(shard.whole(leaves[path]), a, b, low.scale))
 
 
 def forgotten(optimizer: Optimizer, state: TrainState, prune_ratio: float) -> OptState:

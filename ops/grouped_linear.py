@@ -1,6 +1,7 @@
 """Projections by groups of rows: y_n = x_n W_e^T + s (x_n A_e^T) B_e^T for each row n of group e, with an optional low-rank adapter.
 
-N rows sorted by group, E groups, I inputs, O outputs, r rank. `ends` [E] is where each group ends; groups may be empty, the last ends at N.
+N rows sorted by group, E groups, I inputs, O outputs, r rank. `ends` [E] is where each group ends; groups may be empty. The last ends at N,
+or before: results and gradients of the rows behind it may be anything, and no sum has them.
 Weights of experts are x [N, I], W [E, O, I], A [E, r, I], B [E, O, r]. 2 N I O flops, the weights of non-empty groups read once.
 Saved for backward: x, and the rank-r product. Every sum has one order, so results are repeatable.
 On the CPU a loop over groups; on CUDA `torch._grouped_mm` where it takes the operands, bfloat16 rows of a multiple of 16 bytes, and
@@ -134,7 +135,7 @@ class _GroupedBias(torch.autograd.Function):
     @staticmethod
     def forward(x, bias, ends):
         group = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype, device=x.device), right=True)
-        return x + bias[group]
+        return x + bias[group.clamp_(max=bias.shape[0] - 1)]  # rows behind the last group
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -15,7 +15,7 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ def _by_kernel(x: Tensor) -> bool:
     return backend.use_triton(x) or backend.counted()
 
 
-def _kind(x: Tensor) -> str:
+def kind(x: Tensor) -> str:
+    """Where rows are, as `ROWS` and `SLAB` say it."""
     return "cuda" if backend.on_gpu(x) else x.device.type
 
 
@@ -51,7 +52,7 @@ class TokenStats(NamedTuple):
     topk_entropy: Tensor | None = None
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """hidden [N, D], weight [V, D], bias [V], targets [N], temperature [N] or a number."""
 
     hidden: Tensor
@@ -59,6 +60,16 @@ class _Inputs(NamedTuple):
     bias: Tensor | None
     targets: Tensor | None
     tau: Tensor | float
+
+
+class Part(NamedTuple):
+    """Of a head of which other ranks have the other rows.
+
+    elsewhere [N]: rows whose target is none of these, for which it is 0; count [N]: of finite logits, where their mean is differentiated.
+    """
+
+    elsewhere: Tensor
+    count: Tensor | None
 
 
 def linear_logprob_ref(
@@ -148,8 +159,10 @@ def _empty_stats(hidden: Tensor, has_targets: bool, want: frozenset[str]) -> dic
     return {name: hidden.new_empty(hidden.shape[0], dtype=torch.bool if name == "top1" else dtype) for name in names}
 
 
-def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor], Tensor | None]:
-    """All statistics [N] by name, and dlogp/dhidden [N, D] with `ahead`."""
+def forward_chunks(
+    inputs: Inputs, options: Options, see: Callable[[Tensor, slice], None] | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """All statistics [N] by name, and dlogp/dhidden [N, D] with `ahead`. see: is given the raw logits [r, V] of each chunk."""
     hidden, weight, bias, targets, tau = inputs
     n, run = hidden.shape[0], stats_triton if _by_kernel(hidden) else logprob_torch.stats
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -158,6 +171,8 @@ def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor]
     buffer = _buffer(hidden, weight, options)
     for rows in _chunks(n, options.rows):
         z = _logits(hidden[rows], weight, bias, buffer)
+        if see is not None:
+            see(z, rows)
         chunk, dz, scales = run(z, rows_of(targets, rows), rows_of(tau, rows), options)
         for name, value in chunk.items():
             stats[name][rows] = value
@@ -169,7 +184,13 @@ def forward_chunks(inputs: _Inputs, options: Options) -> tuple[dict[str, Tensor]
 
 
 def backward_chunks(
-    inputs: _Inputs, lse: Tensor, entropy: Tensor | None, g: Grads, needs: Sequence[bool], options: Options
+    inputs: Inputs,
+    lse: Tensor,
+    entropy: Tensor | None,
+    g: Grads,
+    needs: Sequence[bool],
+    options: Options,
+    part: Part | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dweight and dbias (None where not needed); the logits of a chunk are made again."""
     hidden, weight, bias, targets, tau = inputs
@@ -182,15 +203,11 @@ def backward_chunks(
     buffer = _buffer(hidden, w, options)
     for rows in _chunks(hidden.shape[0], options.rows):
         h, chunk = hidden[rows], Grads(*(rows_of(x, rows) for x in g))
-        dz = run(
-            _logits(h, w, b, buffer),
-            rows_of(targets, rows),
-            rows_of(tau, rows),
-            lse[rows],
-            rows_of(entropy, rows),
-            chunk,
-            options,
-        )
+        z, known = _logits(h, w, b, buffer), (rows_of(tau, rows), lse[rows], rows_of(entropy, rows))
+        first = None if part is None else z[:, :1].clone()
+        dz = run(z, rows_of(targets, rows), *known, chunk, options)
+        if part is not None and first is not None:
+            _mend(dz, logprob_torch.grad(first, None, *known, _of_one(chunk, part, rows), options), part.elsewhere[rows])
         if dh is not None:
             _write(dh[rows], dz, w)
         if db is not None:
@@ -199,6 +216,16 @@ def backward_chunks(
             _accumulate(dw, dz, h, rows_of(targets, rows))
         del dz
     return dh, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
+
+
+def _of_one(g: Grads, part: Part, rows: slice) -> Grads:
+    """Gradients of statistics as a block of one column takes them."""
+    return g if g.mean_logit is None or part.count is None else g._replace(mean_logit=g.mean_logit / part.count[rows])
+
+
+def _mend(dz: Tensor, ordinary: Tensor, elsewhere: Tensor) -> None:
+    """The gradient [r, 1] of the first logit in rows whose target is elsewhere, which was taken for that of the target."""
+    dz[:, :1] = torch.where(elsewhere[:, None], ordinary.to(dz.dtype), dz[:, :1])
 
 
 def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
@@ -211,7 +238,7 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
         entries = dz.gather(1, y[:, None]).to(dw.dtype)
         dw.index_add_(0, y, entries * h)
         dz.scatter_(1, y[:, None], 0)
-    width = SLAB[_kind(h)]
+    width = SLAB[kind(h)]
     for i in range(0, dw.shape[0], width):
         slab = dz[:, i : i + width].T
         dw[i : i + width].add_(torch.mm(slab, h, out_dtype=dw.dtype) if backend.on_gpu(h) else slab @ h)  # `+=` would copy it onto itself
@@ -220,7 +247,7 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor, y: Tensor | None) -> None:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(hidden, weight, bias, targets, tau, options):
-        stats, jacobian = forward_chunks(_Inputs(hidden, weight, bias, targets, tau), options)
+        stats, jacobian = forward_chunks(Inputs(hidden, weight, bias, targets, tau), options)
         return *(stats.get(name) for name in TokenStats._fields), jacobian
 
     @staticmethod
@@ -243,7 +270,7 @@ class _LinearLogprob(torch.autograd.Function):
         if jacobian is not None and all(x is None for x in g[1:]):
             return (jacobian * logp[:, None]).to(hidden.dtype), *(None,) * 5
         tau = ctx.tau if tau is None else tau
-        grads = backward_chunks(_Inputs(hidden, weight, bias, targets, tau), saved_lse, saved_entropy, g, needs, ctx.options)
+        grads = backward_chunks(Inputs(hidden, weight, bias, targets, tau), saved_lse, saved_entropy, g, needs, ctx.options)
         return *grads, None, None, None
 
 
@@ -265,15 +292,15 @@ def linear_logprob(
     of another dtype is cast to it and its gradient comes back in its own, so that a float32 weight keeps the float32 sum.
     Errors: ValueError for shapes that do not fit, an unknown name in want, or a temperature or softcap that is not positive.
     """
-    _check(hidden, weight, targets, bias, softcap, temperature, want)
+    check(hidden, weight, targets, bias, softcap, temperature, want)
     constant_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
     ahead = torch.is_grad_enabled() and hidden.requires_grad and constant_head and targets is not None and "mean_logit" not in want
-    options = Options(softcap, frozenset(want), ROWS[_kind(hidden)], ahead, hidden.dtype)
+    options = Options(softcap, frozenset(want), ROWS[kind(hidden)], ahead, hidden.dtype)
     tau = temperature.to(hidden.device, backend.stat_dtype(hidden)) if isinstance(temperature, Tensor) else float(temperature)
     return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, targets, tau, options)[:-1])
 
 
-def _check(
+def check(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
@@ -282,6 +309,7 @@ def _check(
     temperature: float | Tensor,
     want: tuple[str, ...],
 ) -> None:
+    """Raise ValueError, as `linear_logprob` says, for what it does not take."""
     n = hidden.shape[0]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_logprob got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [N, D] and [V, D]")

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from treetune.ops import product
+from treetune.ops.tensor_parallel import Split, leave
 
 TRAINED, SETTLED = "M", "G"  # leaves of an adapter beside A and B: m, or m / n once it is known
+
+
+@torch.no_grad()
+def split_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, split: Split | None) -> Tensor:
+    """`norms` of rows whose columns are split among ranks, each with those of W [O, i] and A [r, i]."""
+    return leave(split, norms(weight, a, b, scale).square()).sqrt() if split is not None else norms(weight, a, b, scale)
 
 
 @torch.no_grad()

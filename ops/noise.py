@@ -38,15 +38,15 @@ def keys(*parts: Tensor | int) -> Tensor:
     return key
 
 
-def _columns(key: Tensor, columns: int, stream: int) -> Tensor:
+def _columns(key: Tensor, columns: int, stream: int, first: int = 0) -> Tensor:
     """int64 [C]: what tells the columns of a stream apart."""
     offset = torch.full((), stream + 1, device=key.device) * _GOLD  # wraps, as a Python integer would not
-    return _mix(torch.arange(columns, device=key.device) + offset)
+    return _mix(torch.arange(first, first + columns, device=key.device) + offset)
 
 
-def uniform(key: Tensor, columns: int, *, stream: int = 0) -> Tensor:
-    """float32 in [0, 1) with 24 random bits: key [T] -> [T, columns]."""
-    bits = _mix(key[:, None] ^ _columns(key, columns, stream)) >> 40  # [T, C], 24 bits, signed
+def uniform(key: Tensor, columns: int, *, stream: int = 0, first: int = 0) -> Tensor:
+    """float32 in [0, 1) with 24 random bits: key [T] -> [T, columns], those of the columns from `first` on."""
+    bits = _mix(key[:, None] ^ _columns(key, columns, stream, first)) >> 40  # [T, C], 24 bits, signed
     return ((bits & 0xFFFFFF).float()) * 2.0**-24
 
 
@@ -80,20 +80,20 @@ def _dropout_kernel(x, key, column, out, columns, rate, share, BLOCK: tl.constex
     tl.store(out + at, tl.where(uniform >= rate, value, 0.0), inside)
 
 
-def dropout_triton(x: Tensor, key: Tensor, rate: float, stream: int) -> Tensor:
+def dropout_triton(x: Tensor, key: Tensor, rate: float, stream: int, first: int = 0) -> Tensor:
     """What `dropout` gives, by one kernel."""
     x, (tokens, columns) = x.contiguous(), x.shape
     out = torch.empty_like(x)
     if x.numel():
         launch = backend.launch(_dropout_kernel, (tokens * -(-columns // BLOCK),))
-        launch(x, key.contiguous(), _columns(key, columns, stream), out, columns, rate, 1.0 - rate, BLOCK=BLOCK)
+        launch(x, key.contiguous(), _columns(key, columns, stream, first), out, columns, rate, 1.0 - rate, BLOCK=BLOCK)
     return out
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(x, key, rate, stream):
-        return dropout_triton(x, key, rate, stream)
+    def forward(x, key, rate, stream, first):
+        return dropout_triton(x, key, rate, stream, first)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,12 +103,15 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return dropout_triton(g, ctx.saved_tensors[0], *ctx.options), None, None, None
+        return dropout_triton(g, ctx.saved_tensors[0], *ctx.options), None, None, None, None
 
 
-def dropout(x: Tensor, key: Tensor, *, rate: float, stream: int = 0) -> Tensor:
-    """x [T, C] with each entry zeroed with probability `rate` and the rest scaled by 1 / (1 - rate)."""
+def dropout(x: Tensor, key: Tensor, *, rate: float, stream: int = 0, first: int = 0) -> Tensor:
+    """x [T, C] with each entry zeroed with probability `rate` and the rest scaled by 1 / (1 - rate).
+
+    first: the column of the stream that x begins with, where it is a part of more.
+    """
     if backend.use_triton(x):
-        return _Dropout.apply(x, key, rate, stream)
-    keep = uniform(key, x.shape[-1], stream=stream) >= rate
+        return _Dropout.apply(x, key, rate, stream, first)
+    keep = uniform(key, x.shape[-1], stream=stream, first=first) >= rate
     return torch.where(keep, x / (1.0 - rate), 0.0)

@@ -1,0 +1,59 @@
+"""Which dimension of each leaf is split along the mesh axis `tensor`, and which models can be split so.
+
+Rows of q, k, v, gate and up and columns of o and down, so that a rank has whole heads and whole features of the mlp; experts one by one;
+rows of the embedding and of the head, one for each token. Of an adapter the side that has the dimension of its weight. All else is whole.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from treetune.core import shard
+from treetune.models.decoder_config import Config
+from treetune.ops.tensor_parallel import Split
+
+# (pattern over the path of a leaf, its dimension); the first that matches counts.
+RULES: Sequence[tuple[str, int | None]] = (
+    (r"\.experts\.\w+(\.[AB])?$", 0),
+    (r"\.(q|k|v|gate|up)_proj(\.[BMG])?$", 0),
+    (r"\.(o|down)_proj(\.A)?$", 1),
+    (r"\.([qkv]_bias|sinks)$", 0),
+    (r"(^|\.)(embed_tokens|lm_head|lm_head_bias|lm_head\.B)$", 0),
+    (r"", None),
+)
+
+
+def dimension(path: str) -> int | None:
+    """The dimension along which a leaf is split; None where each rank has it whole."""
+    return next(dim for pattern, dim in RULES if re.search(pattern, path))
+
+
+def split_of(weights: Any) -> Split | None:
+    """The ranks among which the layers of these weights are split; None where each rank computes all of them."""
+    leaf = weights.get("embed_tokens")
+    if not shard.split_along(leaf, shard.TENSOR):
+        return None
+    mesh = leaf.device_mesh
+    return Split(mesh.get_group(shard.TENSOR), mesh.get_local_rank(shard.TENSOR), mesh[shard.TENSOR].size())
+
+
+def own_caches(cfg: Config, split: Split | None) -> Config:
+    """The config whose caches have the key/value heads of this rank."""
+    return cfg if split is None else replace(cfg, num_kv_heads=cfg.num_kv_heads // split.size)
+
+
+def refusal(cfg: Any, size: int) -> str:
+    """Why a model of these sizes cannot be split among so many ranks; empty where it can."""
+    if not isinstance(cfg, Config) or cfg.keeps_ids:
+        return "modules of transformers compute this model, and their layers are not split"
+    if cfg.qk_norm and cfg.qk_norm_whole:
+        return "this model has norms over all of its heads together, and each rank would have only some of them"
+    counts = {"key/value heads": cfg.num_kv_heads, "query heads": cfg.num_heads}
+    layers = range(cfg.num_layers) if cfg.experts is None else [index for index in range(cfg.num_layers) if index not in cfg.experts.layers]
+    counts |= {"columns of the mlp": cfg.mlp_size} if len(layers) else {}
+    counts |= {} if cfg.experts is None else {"experts of a layer": cfg.experts.count}
+    if odd := next((name for name, count in counts.items() if count % size), None):
+        return f"this model has {counts[odd]} {odd}, which do not divide by {size}"
+    each = -(-cfg.vocab_size // size)
+    return "" if each * (size - 1) < cfg.vocab_size else f"{cfg.vocab_size} tokens of a vocabulary leave one of {size} ranks without any"

@@ -1,0 +1,77 @@
+"""Layers, heads and experts split among ranks: what one process computes, forward and backward."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from treetune.models import llama, moe, tensor_rules
+from treetune.ops.tensor_parallel import Split
+
+WORKER = Path(__file__).parent / "tensor_worker.py"
+FAST = ("llama, adapter, again", "qwen3, full", "qwen3_moe, full, selective", "gpt_oss, adapter")
+SLOW = tuple(
+    f"{family}, {trains}"
+    for family in ("llama", "qwen2", "qwen3", "gemma2", "granite", "mixtral", "qwen3_moe", "gpt_oss")
+    for trains in ("full", "adapter")
+    if f"{family}, {trains}" not in FAST
+)
+
+
+@pytest.fixture(scope="module")
+def looks(launch, tmp_path_factory):
+    """looks(world, names) -> what each rank says of each case."""
+    by_world = {}
+
+    def get(world: int, names: tuple[str, ...]) -> list[dict]:
+        if (world, names) not in by_world:
+            root = tmp_path_factory.mktemp("tensor")
+            launch(world, WORKER, root, *names, cwd=root)
+            by_world[world, names] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
+        return by_world[world, names]
+
+    return get
+
+
+CASES = [(2, FAST, name) for name in FAST]
+CASES += [pytest.param(2, SLOW, name, marks=pytest.mark.slow) for name in SLOW]
+CASES += [pytest.param(4, (*FAST, *SLOW), name, marks=pytest.mark.slow) for name in (*FAST, *SLOW)]  # two, and each part in two
+
+
+@pytest.mark.parametrize(("world", "names", "name"), CASES)
+def test_split_layers_compute_what_whole_ones_do(looks, world, names, name):
+    """Log-probs and other statistics, and all gradients; what each rank has whole comes out the same to the bit on all of them."""
+    for rank in (every["models"][name] for every in looks(world, names)):
+        assert max(rank["statistics"].values()) < 2e-6, rank["statistics"]
+        assert max(rank["gradients"].values()) < 1e-5, rank["gradients"]
+        assert rank["same"]
+        assert rank["numbers"] < 1.05 / world + 0.02, "of the weights each rank has its part, and norms"
+
+
+@pytest.mark.parametrize("case", ["sure", "capped", "few", "none"])
+def test_a_split_head_gives_the_statistics_of_a_whole_one(looks, case):
+    for rank in looks(2, FAST):
+        assert rank["heads"][case] < 1e-12, "float64"
+
+
+def test_parts_of_a_split_cover_all_rows():
+    for size, ranks in ((53, 2), (53, 4), (8, 4), (9, 4)):
+        parts = [Split(None, rank, ranks).part(size) for rank in range(ranks)]
+        assert [parts[0][0], *(end for _, end in parts)] == [0, *(first for first, _ in parts[1:]), size]
+
+
+CFG = llama.Config(vocab_size=53, hidden_size=16, mlp_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6)
+REFUSED = {
+    "key/value heads": (CFG, 4), "norms over all": (dataclasses.replace(CFG, qk_norm=True, qk_norm_whole=True), 2),
+    "columns of the mlp": (dataclasses.replace(CFG, mlp_size=25), 2),
+    "experts of a layer": (dataclasses.replace(CFG, experts=moe.Experts(3, 2, 10, (0, 1))), 2),
+    "without any": (dataclasses.replace(CFG, vocab_size=5, num_kv_heads=4), 4), "modules of transformers": (object(), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_models_that_cannot_be_split_are_refused_with_the_reason(reason):
+    cfg, size = REFUSED[reason]
+    assert reason in tensor_rules.refusal(cfg, size)
+    assert tensor_rules.refusal(CFG, 2) == "" == tensor_rules.refusal(dataclasses.replace(CFG, num_kv_heads=4), 4)
