@@ -54,9 +54,9 @@ def _begin(leaves: list[Tensor], before: list[Tensor | None]) -> dict[int, Tenso
 
 def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
     """Add what has arrived for a leaf to its total, and free it."""
-    assert leaf.grad is not None
-    grad, leaf.grad = leaf.grad.float(), None
-    wide[i] = _added(wide[i], grad)
+    if leaf.grad is not None:  # what `gathers` collects does not arrive here
+        grad, leaf.grad = leaf.grad.float(), None
+        wide[i] = _added(wide[i], grad)
 
 
 def _add(leaves: list[Tensor], wide: dict[int, Tensor | None], i: int, part: Tensor) -> None:

@@ -27,13 +27,22 @@ def quiet_env(**changes) -> dict:
     return os.environ | own | {key: str(value) for key, value in changes.items()}
 
 
-@pytest.fixture(scope="session")
-def scene():
-    """The module that the ranks use too."""
-    spec = importlib.util.spec_from_file_location("dist_scene", HERE / "scene.py")
+def _module(name: str):
+    """A module that the ranks use too."""
+    spec = importlib.util.spec_from_file_location(f"dist_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def scene():
+    return _module("scene")
+
+
+@pytest.fixture(scope="session")
+def counting():
+    return _module("counting")
 
 
 @pytest.fixture(scope="session")

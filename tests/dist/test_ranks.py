@@ -123,6 +123,65 @@ def test_whole_layers_do_not_wait_for_the_backward_pass(runs, trains):
         assert made >= 18 and alive <= 1, (made, alive)
 
 
+# Without rematerialisation too, layers come again in the backward pass.
+PASSES = ("full, again", "full", "lora, again")
+
+
+def _sent(runs: Runs, passes: str) -> list[tuple[str, str, int]]:
+    """(kind, first leaf, bytes) of the messages and computations of a forward and backward pass, the same on all ranks."""
+    zero, one = (rank["sent"][passes] for rank in _ranks(runs))
+    assert zero == one
+    return [tuple(event) for event in zero]
+
+
+def _layers(events: list, kind: str) -> list[int]:
+    """The layers whose messages there are, in order."""
+    found = [what.split("layers.")[1] for name, what, _ in events if name == kind and "layers." in what]
+    return [int(rest.split(".")[0]) for rest in found]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_a_layer_is_two_gathers_and_one_sum(runs, passes):
+    events = _sent(runs, passes)
+    assert _layers(events, "gather") == [0, 1, 2, 2, 1, 0] and _layers(events, "sum") == [2, 1, 0]
+    others = [(kind, what.split(".")[-1]) for kind, what, _ in events if kind != "compute" and "layers." not in what]
+    outside = [("gather", "embed_tokens"), ("gather", "norm"), ("gather", "lm_head")]
+    summed = [] if "lora" in passes else [("sum", "lm_head"), ("sum", "norm"), ("sum", "embed_tokens")]
+    assert others == outside + summed, "nothing else travels"
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32(runs, counting, passes):
+    layer = sum(leaf.numel() for leaf in tree.leaves(counting.model().params["layers"][0]))
+    adapter = 4 * sum(32 + size for size in (32, 16, 16, 32)) + 4 * (2 * (32 + 64) + 64 + 32)  # rank 4 on four matrices, and on three
+    trained, gathered = (adapter, 2 * layer + 4 * adapter) if "lora" in passes else (layer, 2 * layer)
+    events = _sent(runs, passes)
+    assert {size for kind, what, size in events if kind == "gather" and "layers." in what} == {gathered}
+    assert {size for kind, what, size in events if kind == "sum" and "layers." in what} == {4 * trained}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_the_next_layer_is_on_its_way_before_this_one_computes(runs, passes):
+    events, forward = _sent(runs, passes), range(2)
+    places = [i for i, (kind, what, _) in enumerate(events) if kind == "gather" and "layers." in what]
+    computed = [i for i, (kind, *_) in enumerate(events) if kind == "compute"]
+    assert [events[i][1][-1] for i in computed] == list("012210"[: len(computed)])
+    assert all(places[layer + 1] < computed[layer] for layer in forward)
+    if "again" in passes:  # layer 2, with layer 1 on its way; layer 1, with layer 0
+        assert all(places[4 + i] < computed[3 + i] for i in forward)
+    sums = [i for i, (kind, what, _) in enumerate(events) if kind == "sum" and "layers." in what]
+    assert all(place < total for place, total in zip(places[4:], sums, strict=False)), "and before gradients leave"
+
+
+def test_gradients_have_the_same_bits_whatever_is_kept(runs):
+    for rank in _ranks(runs):
+        assert all(rank["same"].values()) and rank["wide"], (rank["same"], rank["wide"])
+
+
+def test_a_step_is_as_ever_after_an_error_in_the_one_before(runs):
+    assert [rank["after"] for rank in _ranks(runs)] == [[True, True]] * 2
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
     zero, one = (rank["bad"][mode] for rank in _ranks(runs))

@@ -5,12 +5,14 @@ kinds: three steps of an adapter of each kind, in every mode.
 die: the last rank is killed in the middle of its second save.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import counting
 import scene
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.core import ckpt, shard, tree
 from treetune.core.run import faults, health, recorder
+from treetune.core.state import TrainState
+from treetune.losses import sft_objective
+from treetune.models import dense, policy
 
 MODES = ("none", "full")
 
@@ -43,7 +48,10 @@ def train(folder: Path, ranks: Ranks) -> None:
     local = {mode: tree.bytes(tree.map(shard.local, scene.start(base, "full", ranks, mode)[0].params)) for mode in MODES}
     bad = {mode: poison(base, ranks, mode) for mode in MODES}
     alive = {trains: whole_alive(base, trains, ranks) for trains in scene.TRAINS}
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"bytes": local, "bad": bad, "alive": alive}))
+    sent = counting.counts(ranks, scene.stream([0, 2]))
+    same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
+    found = {"bytes": local, "bad": bad, "alive": alive, "sent": sent, "same": same, "wide": wide(base, ranks), "after": after(base, ranks)}
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
 def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
@@ -63,6 +71,54 @@ def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
     alive = sum(not ref.expired() for ref in gathered)
     sum(terms.values()).backward()
     return len(gathered), alive
+
+
+def gradients(placed: policy.Policy, ranks: Ranks, remat: str | None = None) -> dict:
+    """The whole gradients of a step of full sharding over several micro-batches."""
+    seen, own = {}, scene.optimizer()
+    params = tree.map(lambda leaf: shard.like(torch.clone, leaf), placed.params)  # which the step changes
+    state = TrainState(params, placed.frozen, own.init(params), {}, torch.tensor(0))
+    objective = sft_objective.named(policy.logprob(placed, remat=remat))
+    scene.stepper(None, placed, ranks, seen, objective=objective)(state, scene.micro_batches(0, ranks.rank, ranks.world))
+    return seen
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
+
+
+def equal_again(base, ranks: Ranks, remat: str) -> bool:
+    """Whether gradients have the same bits when layers are computed again, or kept elsewhere."""
+    placed = policy.place(scene.trees(base, "both"), ranks.mesh, "full")
+    return equal(gradients(placed, ranks, remat), gradients(placed, ranks))
+
+
+def wide(base, ranks: Ranks) -> bool:
+    """Whether gradients of weights in 16 bits are summed in float32: as those of the same weights in float32, to the bit."""
+    low = policy.full(base, dtype=torch.bfloat16)
+    same = low._replace(params=tree.map(lambda leaf: leaf.float(), low.params))
+    return equal(*(gradients(policy.place(one, ranks.mesh, "full"), ranks) for one in (low, same)))
+
+
+def after(base, ranks: Ranks) -> list[bool]:
+    """Whether a step is as ever after an error on all ranks in a forward pass, and in the middle of a backward pass."""
+    placed, attention = policy.place(scene.trees(base, "full"), ranks.mesh, "full"), dense._attention
+    first, out = gradients(placed, ranks, "full"), []
+    for last in (1, 4):
+        calls = []
+
+        def failing(*args, calls=calls, last=last):
+            calls.append(1)
+            if len(calls) == last:
+                raise ArithmeticError
+            return attention(*args)
+
+        dense._attention = failing
+        with contextlib.suppress(ArithmeticError):
+            gradients(placed, ranks, "full")
+        dense._attention = attention
+        out.append(len(calls) == last and equal(gradients(placed, ranks, "full"), first))
+    return out
 
 
 def poison(base, ranks: Ranks, sharding: str) -> dict:
