@@ -1,9 +1,9 @@
 """Checkpoints: a TrainState and its bookkeeping on disk, valid at every moment, without pickle.
 
-A checkpoint is a folder `step_000100/` with `state.safetensors` (params, opt and extra by path), `state.json` and a manifest
-of both, which is compared when they are read. It is written into a hidden sibling, flushed to the disk and renamed, so a
-folder of that name is always whole. The frozen base is not stored, only its digest. Whole leaves are written whatever the
-sharding, so any number of ranks can load them.
+A checkpoint is a folder `step_000100/` with `state.safetensors` (params, opt and extra by path), or the files of several ranks and an
+index (`ckpt_parts`), with `state.json` and a manifest of all, which is compared when they are read. It is written into a hidden sibling,
+flushed to the disk and renamed when all ranks have written, so a folder of that name is always whole. The frozen base is not stored, only
+its digest. Any number of ranks can load it, with any sharding.
 """
 
 import hashlib
@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from treetune.core import drafts, durable, fields, manifest, owned, quant, shard, tree
+from treetune.core import ckpt_parts, drafts, durable, exchange, fields, manifest, owned, quant, shard, tree
 from treetune.core.state import Params, TrainState
 
-FORMAT, UNVERIFIED = 2, 1  # checkpoints of format 1 had no manifest
+WHOLE, PARTS, UNVERIFIED = 2, 3, 1  # formats: whole leaves, parts of several ranks, and whole ones of before there was a manifest
 FIX = "resume from another checkpoint"
 DIGEST_THREADS = 8
 fsync = durable.fsync
@@ -84,40 +83,46 @@ def _in_turns(leaves: list[tuple[str, Any]], group: dist.ProcessGroup) -> list[s
     return [digests[number] for number in range(len(leaves))]
 
 
-def save(root: Path, state: TrainState, meta: dict, *, rank: int = 0) -> Path:
-    """Write `root/step_NNNNNN` and return it; `meta` is JSON. Every rank calls it, rank 0 writes.
+def save(root: Path, state: TrainState, meta: dict) -> Path:
+    """Write `root/step_NNNNNN` and return it; `meta` is JSON. Every rank calls it and writes what it holds; the meta is the first one's.
 
-    Raises SaveError when the disk refuses; earlier checkpoints stay valid.
+    Raises SaveError, on all ranks, when the disk of one refuses; earlier checkpoints stay valid.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    group = exchange.everyone()
+    return write(root, int(state.step), ckpt_parts.own(state, exchange.rank(group)), meta, group)
 
-    step = int(state.step)
-    tensors = _collect(state, keep=rank == 0)
-    path = Path(root) / name(step)
-    if rank == 0:
-        draft = drafts.name(path)
-        try:
-            draft.mkdir(parents=True)
-            save_file(tensors, draft / "state.safetensors")
-            (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
-            manifest.write(draft)
-            commit(draft, path)
-        except (OSError, SafetensorError) as error:
-            raise SaveError(f"could not save {path}: {error}; the checkpoints before it are intact, free some space") from error
-        finally:
+
+def write(root: Path, step: int, own: ckpt_parts.Own, meta: dict, group: exchange.Group) -> Path:
+    """`save` of this rank's parts of the state of a step; the ranks agree over a group."""
+    path, rank = Path(root) / name(step), exchange.rank(group)
+    draft = drafts.name(path)
+    try:
+        # All ranks write into the draft of the first one.
+        draft = Path(exchange.first(lambda: _made(draft), group))
+        file = ckpt_parts.file_name(own, rank, exchange.size(group))
+        written = exchange.each(lambda: ckpt_parts.write(draft, file, own), group)
+        files = [one for one in written if one is not None]
+        exchange.first(lambda: _finish(draft, path, own, files, {"step": step, **meta}), group)
+    except OSError as error:
+        raise SaveError(f"could not save {path}: {error}; the checkpoints before it are intact, free some space") from error
+    finally:
+        if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
     return path
 
 
-def _collect(state: TrainState, *, keep: bool) -> dict[str, Tensor]:
-    """Whole leaves on the CPU, gathered one at a time; only the writing rank keeps them."""
-    tensors = {}
-    for path, leaf in tree.items({"params": state.params, "opt": state.opt, "extra": state.extra}):
-        whole = shard.full(leaf)  # a collective: every rank takes part, also those that keep nothing
-        if keep:
-            tensors[path] = whole.cpu().contiguous()
-    return tensors
+def _made(draft: Path) -> str:
+    draft.mkdir(parents=True)
+    return str(draft)
+
+
+def _finish(draft: Path, path: Path, own: ckpt_parts.Own, files: list[dict], meta: dict) -> None:
+    """Turn a draft with the files of all ranks into a checkpoint."""
+    if own.split:
+        ckpt_parts.write_index(draft, own.shapes, files)
+    (draft / "state.json").write_text(json.dumps({"format": PARTS if own.split else WHOLE, **meta}, indent=1))
+    manifest.write(draft, {file["name"]: manifest.Entry(*file["entry"]) for file in files})
+    commit(draft, path)
 
 
 def commit(draft: Path, path: Path) -> None:
@@ -140,16 +145,17 @@ def recover(root: Path) -> None:
 def read_meta(path: Path) -> dict:
     """The JSON side of a checkpoint. Raises ValueError when `path` is not one, or its files are not as they were written."""
     path, file = Path(path), Path(path) / "state.json"
-    listed = manifest.check(path, fix=FIX)
+    # One process for all: it is the first that chooses a checkpoint.
+    listed = manifest.check(path, weights=exchange.rank(exchange.everyone()) == 0, fix=FIX)
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
     try:
         meta = fields.mapping(json.loads(file.read_text(encoding="utf-8")), file.name)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): {FIX}") from error
-    if (version := meta.values.get("format")) not in (FORMAT, UNVERIFIED):
-        raise ValueError(f"{path} has checkpoint format {version!r}; this version reads {UNVERIFIED} and {FORMAT}")
-    if version == FORMAT and not listed:
+    if (version := meta.values.get("format")) not in (UNVERIFIED, WHOLE, PARTS):
+        raise ValueError(f"{path} has checkpoint format {version!r}; this version reads {UNVERIFIED} to {PARTS}")
+    if version != UNVERIFIED and not listed:
         raise ValueError(f"{path} has lost its {manifest.NAME}, so its files cannot be checked: copy the whole folder, or {FIX}")
     _check_step(path, meta)
     return meta.values
@@ -182,19 +188,14 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tup
 
     Raises ValueError when it belongs to another model: different leaves, shapes, or digest of the frozen base.
     """
-    from safetensors import SafetensorError, safe_open
-
     meta = read_meta(path)
-    parts = {"params": like.params, "opt": like.opt, "extra": like.extra}
-    try:
-        with safe_open(Path(path) / "state.safetensors", framework="pt") as file:
-            # Shapes come from the header: a checkpoint of another model is refused before any tensor is read.
-            _same_leaves(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, parts)
-            if base_digest is not None and meta.get("base_digest") != base_digest:
-                raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
-            filled = iter([_as_leaf(file.get_tensor(key), leaf) for key, leaf in tree.items(parts)])
-    except SafetensorError as error:
-        raise ValueError(f"{path}/state.safetensors is damaged ({error}): {FIX}") from error
+    parts = ckpt_parts.trees(like)
+    with ckpt_parts.reading(Path(path), FIX) as saved:
+        # Shapes come from the index or the header: a checkpoint of another model is refused before any tensor is read.
+        _same_leaves(path, {key: leaf.shape for key, leaf in saved.leaves.items()}, parts)
+        if base_digest is not None and meta.get("base_digest") != base_digest:
+            raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
+        filled = iter([saved.read(key, leaf) for key, leaf in tree.items(parts)])
     loaded = tree.map(lambda _: next(filled), parts)
     return like._replace(**loaded, step=torch.tensor(meta["step"], device=like.step.device)), meta
 
@@ -207,13 +208,6 @@ def _same_leaves(path: Path, saved: dict[str, tuple], parts: Params) -> None:
     for key, shape in shapes.items():
         if saved[key] != shape:
             raise ValueError(f"{path} belongs to another model: {key} has shape {saved[key]} there and {shape} here")
-
-
-def _as_leaf(value: Tensor, like: Tensor) -> Tensor:
-    value = value.to(device=like.device, dtype=like.dtype)
-    if shard.distributed(like):
-        return shard.distribute(value, like.device_mesh, like.placements)
-    return value.pin_memory() if like.is_pinned() else value.clone()
 
 
 def name(step: int) -> str:

@@ -11,10 +11,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from treetune.core import fields
@@ -40,13 +41,25 @@ class Entry(NamedTuple):
 _compared: dict[str, tuple] = {}  # path -> identity and digest of a file that was compared in this process
 
 
-def write(folder: Path) -> None:
-    """Write the manifest of all files below `folder`. The caller flushes it with the others before the folder gets its name."""
-    names = _names(folder)
+def entry(path: Path) -> Entry:
+    """The entry of a file as it is now."""
+    digest = _digest(path)
+    if isinstance(digest, OSError):
+        raise digest
+    return Entry(path.stat().st_size, digest)
+
+
+def write(folder: Path, known: Mapping[str, Entry] = MappingProxyType({})) -> None:
+    """Write the manifest of all files below `folder`. The caller flushes it with the others before the folder gets its name.
+
+    known: entries of files that are not read again.
+    """
+    names = [name for name in _names(folder) if name not in known]
     digests = _digests([folder / name for name in names])
     if unread := [digest for digest in digests if isinstance(digest, OSError)]:
         raise unread[0]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests, strict=True)}
+    read = {name: Entry((folder / name).stat().st_size, str(digest)) for name, digest in zip(names, digests, strict=True)}
+    files = {name: each._asdict() for name, each in sorted((read | dict(known)).items())}
     (folder / NAME).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 

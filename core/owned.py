@@ -14,7 +14,7 @@ from treetune.core import drafts, manifest
 
 PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="treetune">'  # begins a page
 LOG = "# treetune: output of a vLLM server\n"  # begins a log of `treetune serve`
-CHECKPOINT = re.compile(r"state\.safetensors|state\.json|treetune_\w+\.json")
+CHECKPOINT = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors|state(\.index)?\.json|treetune_\w+\.json")
 EVENTS = re.compile(r"events\.out\.tfevents\.[^/]+")  # of TensorBoard
 MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
     r"(model|model-\d{5}-of-\d{5}|adapter_model)\.safetensors|model\.safetensors\.index\.json|(adapter_|generation_|tokenizer_)?config\.json"

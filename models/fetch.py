@@ -156,7 +156,7 @@ def model_in(folder: Path) -> Path:
         return folder
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
-    if (folder / "state.safetensors").is_file():
+    if any(folder.glob("state*.safetensors")):
         run = folder.parent.parent
         raise ValueError(f"{folder} is a checkpoint, not a model: name its run {run} once that has ended, or go on with --resume {folder}")
     for place in (folder, folder / "adapter"):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from treetune.core import fields, manifest, param, partition, tree
+from treetune.core import fields, manifest, param, partition, tensor_file, tree
 from treetune.core.fields import Fields
 from treetune.core.param import Param, Params
 from treetune.core.quant import Scheme
@@ -273,7 +273,7 @@ def _write_each(part: Path, tensors: Iterator[tuple[str, Tensor]], sizes: Mappin
     groups = list(_shards(sizes.items(), limit))
     names = _file_names(len(groups))
     for name, group in zip(names, groups, strict=True):
-        model_files.write(part / name, group, itertools.islice(tensors, len(group)))
+        tensor_file.write(part / name, group, itertools.islice(tensors, len(group)))
     if len(groups) > 1:
         places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         _write_index(part, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in sizes.values()), places)

@@ -31,8 +31,8 @@ ALLOWED = {
             f"treetune.core.{name}"
             for name in (
                 "tree", "param", "grad", "gathers", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided",
-                "fields", "layer_offload", "machine", "partition", "manifest", "drafts", "durable", "check", "state", "module_names",
-                "optim", "owned", "protocols", "run.errors",
+                "fields", "layer_offload", "machine", "partition", "tensor_file", "manifest", "drafts", "durable", "check", "state",
+                "module_names", "optim", "owned", "protocols", "run.errors",
             )
         ),
     },
@@ -49,7 +49,8 @@ ALLOWED = {
 }  # fmt: skip
 # What single files may import besides, inside the function that needs it only.
 LAZY = {
-    "core/ckpt.py": {"safetensors"},
+    "core/ckpt_parts.py": {"safetensors"},
+    "core/tensor_file.py": {"safetensors"},
     "core/lora.py": {"safetensors"},
     "core/quant.py": {"treetune.ops.dequantise"},
     "core/grad.py": {"treetune.ops.kept"},
@@ -74,7 +75,6 @@ LAZY = {
     "models/vocabulary.py": {"tokenizers"},
     "models/plain_model.py": {"transformers"},
     "models/hf_weights.py": {"safetensors"},
-    "models/model_files.py": {"safetensors"},
     "models/hf.py": {"huggingface_hub", "safetensors", "transformers"},
 }
 # Parts of a folder that its other files must not reach.

@@ -61,6 +61,8 @@ class RunOptions:
     """Save a checkpoint so many times in each epoch, besides at the end, instead of save_steps; 0: only where a signal ends the run."""
     save_total_limit: Annotated[int, COUNT, SHOWN, unused_if("saves_per_epoch", 0, reason="saves_per_epoch is 0")] = 2
     """Newest checkpoints to keep; the best one by eval loss is kept besides."""
+    async_save: Annotated[bool, SHOWN, unused_if("saves_per_epoch", 0, reason="saves_per_epoch is 0")] = False
+    """Write checkpoints while training goes on, from copies in host memory."""
     logging_steps: Annotated[int, COUNT, SHOWN] = 1
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
     early_stopping_patience: Annotated[

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.core import check, ckpt, durable, import_path, shard
-from treetune.core.run import best, faults, health, memory, pauses, progress, recorder
+from treetune.core import check, ckpt, import_path, shard
+from treetune.core.run import best, faults, health, memory, pauses, progress, recorder, saves
 from treetune.core.run import folder as run_folder
 from treetune.core.run.errors import RunFailed
 from treetune.core.run.observers import Observers
@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     """How often things happen (by default at up to 10 ends of epochs), how many checkpoints stay (by default all), what ends a run.
 
     evals_per_epoch, saves_per_epoch: in place of steps. With 0 nothing is evaluated, and saved only where a signal ends the run.
+    async_save: checkpoints are written while training goes on.
     """
 
     eval_steps: int | None = None
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     evals_per_epoch: int | None = None
     saves_per_epoch: int | None = None
     save_total_limit: int | None = None
+    async_save: bool = False
     early_stopping_patience: int | None = None
     loss_watchdog_threshold: float | None = None
     loss_watchdog_patience: int = 1
@@ -87,6 +89,7 @@ class _Loop:
         self.recorder = recorder.Recorder(self._derive)
         self.fired: set[str] = set()
         self.saved: int | None = None
+        self.saves: saves.Saves | None = None
         self.over, self.first, self.device = 0, 0, torch.device("cpu")
         self.previous: list[Any] = []
 
@@ -107,6 +110,9 @@ class _Loop:
         self.settings, self.hooks, self.device = settings, hooks, state.step.device
         self.evaluations = pauses.Every(settings.eval_steps, settings.evals_per_epoch)
         self.checkpoints = pauses.Every(settings.save_steps, settings.saves_per_epoch)
+        if self.run is not None:
+            how = {"keep": settings.save_total_limit, "goal": settings.goal, "asynchronous": settings.async_save}
+            self.saves = saves.Saves(self.run, self.observers, **how)
         if hooks.resumed is not None and self.run is not None:
             assert self.run.resume is not None
             self.progress = progress.read(hooks.resumed, self.run.resume)
@@ -185,6 +191,7 @@ class _Loop:
             return self.previous if self.hooks.prepare is None else list(self.hooks.prepare(state, self.previous))
 
     def _last_checkpoint(self) -> str:
+        self.finish_saves()
         checkpoints = [] if self.run is None else ckpt.steps(self.run.checkpoints)
         return f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
 
@@ -235,33 +242,21 @@ class _Loop:
         return better
 
     def save(self, state: TrainState, *, leaving: bool = False) -> None:
-        """Write a checkpoint, unless this step has one; drop those beyond the limit, never the best. leaving: the run is interrupted."""
+        """Save a checkpoint, unless this step has one, after the one before it. leaving: the run is interrupted."""
         step = int(state.step)
-        if self.run is None or self.saved == step or self.settings.saves_per_epoch == 0 and not leaving:
+        if self.saves is None:
+            return
+        self.saves.wait()
+        if self.saved == step or self.settings.saves_per_epoch == 0 and not leaving:
             return
         meta = self.hooks.meta | progress.stored(self.progress, self.source.state())  # on every rank: rollouts gather the states of all
-        if _rank() == 0:
-            self._flush_records()
-        path = ckpt.save(self.run.checkpoints, state, meta, rank=_rank())
+        self.saves.begin(state, meta, self.progress)
         self.saved = step
-        self.observers.saved(path, step)
-        if _rank() == 0:
-            self._prune()
 
-    def _flush_records(self) -> None:
-        """On the disk before the checkpoint that a resume continues them from."""
-        assert self.run is not None
-        for path in (self.run.metrics, self.run.samples):
-            if path.exists():
-                durable.fsync(path)
-        durable.fsync(self.run.root)
-
-    def _prune(self) -> None:
-        assert self.run is not None
-        checkpoint = best.checkpoint(self.run, self.progress)
-        ckpt.prune(self.run.checkpoints, self.settings.save_total_limit, best=checkpoint)
-        if checkpoint is not None:
-            best.write(self.run, checkpoint, self.settings.goal, self.progress.best)
+    def finish_saves(self) -> None:
+        """Return when no checkpoint is being written any more."""
+        if self.saves is not None:
+            self.saves.finish()
 
     def steps(self, state: TrainState) -> Outcome:
         """Run to the last step, or to a reason to stop."""
@@ -284,6 +279,8 @@ class _Loop:
             # The record is that of the step before, whose micro-batches `previous` still holds to explain it.
             self.record(record, state)
             self.previous = micro_batches
+            if self.saves is not None:
+                self.saves.settle()
             ended = self.source.epoch != epoch and pauses.at_end(index, self.progress.paused, total)
             self.progress = self.progress._replace(paused=index if ended else self.progress.paused)
             leaving = self._leaving(index)
@@ -291,6 +288,8 @@ class _Loop:
                 stopped, clock = self._pause(state, index, ended, leaving, last=index == total), time.perf_counter()
             if leaving or stopped:
                 break
+        if self.saves is not None:
+            self.saves.wait()
         signum = self.hooks.stop()
         if signum is not None and int(state.step) < total:
             stopped = "interrupted"
@@ -306,8 +305,11 @@ class _Loop:
         return f"the source ended after step {index}"
 
     def _leaving(self, step: int) -> bool:
-        """Whether any rank was asked to stop: all must leave the loop at the same step. Several ranks ask each other every 8 steps."""
-        asked = self.hooks.stop() is not None
+        """Whether any rank was asked to stop, or could not save: all must leave the loop at the same step.
+
+        Several ranks ask each other every 8 steps.
+        """
+        asked = self.hooks.stop() is not None or self.saves is not None and self.saves.failed
         if not torch.distributed.is_initialized():
             return asked
         # Not at every step: the flag is a collective, and reading it waits for the device.
@@ -375,6 +377,7 @@ def run(
         stopped = outcome.stopped
         return outcome
     except Exception as error:
+        loop.finish_saves()  # an error of the training costs no checkpoint of a step before it
         stopped = f"failed: {error}"
         if isinstance(error, import_path.Failed):  # of a source, such as an advantage
             raise RunFailed(str(error)) from error

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from treetune.cli import fit
-from treetune.core import ckpt
+from treetune.core import ckpt, tensor_file
 from treetune.core.run import folder, loop, recorder
 
 STEPS = 6
@@ -18,6 +18,7 @@ RUN = ["--output-dir", "run", "--max-steps", STEPS, "--save-steps", 2, "--eval-s
 KINDS = {
     "lora": [*RUN, "--lora-dropout", 0.2, "--neftune-noise-alpha", 5],
     "full": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--neftune-noise-alpha", 5],
+    "async": [*RUN, "--async-save"],
     "bf16": [*RUN, "--dtype", "bfloat16", "--gradient-checkpointing", "--lora-dropout", 0.2],
     "lion, rows": [*RUN, "--optimizer", "lion", "--no-sample-packing", "--loraplus-lr-ratio", 4, "--lora-modules-to-save", "norm"],
     "8 bits": [*RUN, "--adapter", "none", "--learning-rate", 1e-3, "--optimizer", "paged_adamw_8bit"],
@@ -153,7 +154,7 @@ DEATHS = {f"step {step}": at_step(step, die) for step in range(1, STEPS + 1)} | 
 FAST = [("lora", f"step {random.Random(1).randint(3, STEPS)}"), ("full", f"step {random.Random(2).randint(3, STEPS)}"),
         ("lora", "step 1"), ("lora", "while saving"), ("full", "before the first rename"), ("lora", "while leaving"),
         ("unfrozen", "step 3"), ("pissa", "step 5"), ("corda", "step 3"), ("loftq", "step 3"), ("relora", "step 5"),
-        ("bias", "step 3")]  # fmt: skip
+        ("bias", "step 3"), ("async", "before the rename"), ("async", "after the rename")]  # fmt: skip
 
 
 def killed_and_resumed(kit, tiny, tune, forked, here, kind, death):
@@ -209,6 +210,7 @@ def test_process_killed_from_outside_resumes_bit_for_bit(kit, tiny, tune, here, 
 SIGNALS = [
     ("lora", signal.SIGINT),
     ("full", signal.SIGTERM),
+    ("async", signal.SIGTERM),
     *(pytest.param(*some, marks=pytest.mark.slow) for some in (("lora", signal.SIGTERM), ("full", signal.SIGINT))),
 ]
 
@@ -271,6 +273,7 @@ FULL_DISKS = [
     ("lora", "checkpoint"),
     ("full", "metrics"),
     ("lora", "results"),
+    ("async", "checkpoint"),
     *(pytest.param(*some, marks=pytest.mark.slow) for some in (("full", "checkpoint"), ("lora", "metrics"), ("full", "results"))),
 ]
 
@@ -287,11 +290,9 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_before(kind, what, kit,
     assert_same(kit, left(kit, here / "run"), whole(kind))
 
 
-@pytest.mark.parametrize("name", ["save_file", "commit"])
+@pytest.mark.parametrize("name", ["write", "commit"])
 def test_error_while_saving_keeps_the_checkpoints_before(name, kit, tiny, tune, here, monkeypatch):
-    import safetensors.torch
-
-    owner = {"save_file": safetensors.torch, "commit": ckpt}[name]
+    owner = {"write": tensor_file, "commit": ckpt}[name]
     plain = getattr(owner, name)
 
     def full(*args, **kwargs):

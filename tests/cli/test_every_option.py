@@ -9,7 +9,7 @@ from treetune.cli import memory_ladder
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
-from treetune.core import layer_offload
+from treetune.core import ckpt_parts, layer_offload
 from treetune.core.config import table
 from treetune.core.run import launch
 from treetune.models import dense
@@ -130,6 +130,7 @@ CHANGES = {
     "save_steps": ("files", lambda t: ["--save-steps", 1], []),
     "saves_per_epoch": ("files", lambda t: ["--saves-per-epoch", 99], []),
     "save_total_limit": ("files", lambda t: ["--save-total-limit", 1], ["--save-steps", 1, "--val-set-size", 0]),
+    "async_save": ("copies", lambda t: ["--async-save"], []),
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
     "early_stopping_patience": (
         "metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]
@@ -188,11 +189,14 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     monkeypatch.setattr(launch, "run", lambda words, how: print(how) or 3)  # tests/dist starts processes
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: 2**31)  # of a small machine
+    copied, copy = [], ckpt_parts.on_host
+    monkeypatch.setattr(ckpt_parts, "on_host", lambda own: copied.append(1) or copy(own))
     calls, layer = [], dense._layer
     monkeypatch.setattr(dense, "_layer", lambda *args: calls.append(1) or layer(*args))
 
     def run(args):
         calls.clear()
+        copied.clear()
         for name, write in (("experts", kit.write_experts), ("biased", kit.write_biased), ("words", kit.write_tokenizer)):
             if name in args and not (here / name).exists():
                 write(here / name)
@@ -211,6 +215,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
             "samples": samples,
             "error": done.err,
             "layers run": len(calls),
+            "copies": len(copied),  # of a checkpoint
         }
         if home.name == "run" and home.exists():
             shutil.rmtree(home)

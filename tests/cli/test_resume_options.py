@@ -88,7 +88,8 @@ TABLE = {
         "vllm_reload_in_place", "vllm_canary_tolerance", "reward_num_workers", "reward_timeout",
         # what is shown and kept
         "evals_per_epoch", "saves_per_epoch",
-        "eval_steps", "save_steps", "save_total_limit", "logging_steps", "early_stopping_patience", "loss_watchdog_threshold",
+        "eval_steps", "save_steps", "save_total_limit", "async_save", "logging_steps", "early_stopping_patience",
+        "loss_watchdog_threshold",
         "profiler_steps", "profiler_steps_start", "log_level",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
         # who is told

@@ -12,10 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from treetune.core import ckpt
+from treetune.core import ckpt, ckpt_parts, tensor_file
 from treetune.core.state import TrainState
 
 torch.set_num_threads(1)
@@ -44,7 +43,8 @@ def killed_after(events: int, root: Path, again: bool) -> bool:
     if pid == 0:
         fuse = [events]
         ckpt.fsync, shutil.rmtree = armed(ckpt.fsync, fuse), armed(shutil.rmtree, fuse)
-        safetensors.torch.save_file = armed(safetensors.torch.save_file, fuse)
+        tensor_file.write = armed(tensor_file.write, fuse)
+        ckpt_parts.fsync = armed(ckpt_parts.fsync, fuse)
         os.rename = armed(os.rename, fuse)
         for name in ("mkdir", "write_text"):
             setattr(Path, name, armed(getattr(Path, name), fuse))

@@ -186,8 +186,3 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == [old.name]
     _same(ckpt.load(old, _state(3.0))[0], _state(1.0, at=1))
     assert isinstance(ckpt.SaveError(), OSError)
-
-
-def test_ranks_other_than_0_write_nothing(tmp_path):
-    assert ckpt.save(tmp_path, _state(), {}, rank=1) == tmp_path / "step_000007"
-    assert list(tmp_path.iterdir()) == []

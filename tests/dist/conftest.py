@@ -1,6 +1,7 @@
 """Starting ranks on this machine, over gloo on the loopback device."""
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 120
@@ -43,6 +46,24 @@ def scene():
 @pytest.fixture(scope="session")
 def counting():
     return _module("counting")
+
+
+@pytest.fixture(scope="session")
+def saved_leaves():
+    """saved_leaves(checkpoint) -> {path: whole leaf} of one process or of several, by what their index says."""
+
+    def read(checkpoint: Path) -> dict[str, torch.Tensor]:
+        if (checkpoint / "state.safetensors").exists():
+            return load_file(checkpoint / "state.safetensors")
+        index = json.loads((checkpoint / "state.index.json").read_text())
+        files, out = [load_file(checkpoint / name) for name in index["files"]], {}
+        for path, leaf in index["leaves"].items():
+            out[path] = torch.empty(leaf["shape"], dtype=files[leaf["parts"][0][0]][path].dtype)
+            for number, first, shape in leaf["parts"]:
+                out[path][tuple(slice(begin, begin + size) for begin, size in zip(first, shape, strict=True))] = files[number][path]
+        return out
+
+    return read
 
 
 @pytest.fixture(scope="session")

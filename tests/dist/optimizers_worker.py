@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     for name in ELEMENTWISE + ROUNDED:
         placed = partial(half, dim=int("columns" in name))
         state = train(name, params(odd=False), placed)
-        ckpt.save(folder / name, state, {}, rank=ranks.rank)
+        ckpt.save(folder / name, state, {})
         torch.distributed.barrier()  # rank 0 writes
         again = train(name, tree.map(torch.zeros_like, params(odd=False)), placed)
         loaded, _ = ckpt.load(folder / name / "step_000004", again)

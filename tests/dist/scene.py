@@ -175,3 +175,27 @@ def like(base: Model, trains: str, ranks: Ranks, sharding: str) -> TrainState:
     state, _ = start(base, trains, ranks, sharding)
     blank = tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), {"params": state.params, "opt": state.opt})
     return state._replace(**blank)
+
+
+# By number of ranks: sizes of meshes, and dimensions along which leaves are split on each of their axes (None: whole).
+LAYOUTS = {
+    2: [({"data": 2}, (0,)), ({"data": 2}, (1,)), ({"replicate": 2, "data": 1}, (None, 0)), ({"tensor": 2, "data": 1}, (2, 0))],
+    4: [({"data": 4}, (0,)), ({"tensor": 2, "data": 2}, (1, 0)), ({"tensor": 2, "data": 2}, (0, 0)), ({"tensor": 2, "data": 2}, (2, None)),
+        ({"replicate": 2, "data": 2}, (None, 0)), ({"replicate": 4, "data": 1}, (None, None))],
+}  # fmt: skip
+
+
+def shapes() -> dict[str, torch.Tensor]:
+    """Leaves whose sides no number of ranks divides, or that have fewer rows than there are ranks."""
+    gen = torch.Generator().manual_seed(3)
+    sides = {"wide": (7, 6, 5), "long": (13,), "few": (1, 9), "none": (0, 4), "scalar": ()}
+    return {name: torch.randn(shape, generator=gen) for name, shape in sides.items()} | {"half": torch.randn(9, 3, 2, generator=gen).bfloat16()}
+
+
+def scattered(sizes: dict[str, int], dims: tuple[int | None, ...]) -> TrainState:
+    """A state of `shapes` on a mesh; a leaf without such a dimension is whole on that axis."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = shard.mesh("cpu", **sizes)
+    specs = lambda leaf: tuple(Replicate() if dim is None or dim >= leaf.ndim else Shard(dim) for dim in dims)  # noqa: E731
+    return TrainState({name: shard.distribute(leaf, mesh, specs(leaf)) for name, leaf in shapes().items()}, {}, {}, {}, torch.tensor(1))

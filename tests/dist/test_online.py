@@ -84,7 +84,7 @@ def test_two_ranks_leave_what_one_leaves(kind, place, launch):
 
 
 @pytest.mark.slow
-def test_ranks_go_on_where_they_were(place, torchrun):
+def test_ranks_go_on_where_they_were(place, torchrun, saved_leaves):
     """A checkpoint has the feed of each rank; another number of ranks is told so."""
     from treetune.cli import main
 
@@ -94,7 +94,7 @@ def test_ranks_go_on_where_they_were(place, torchrun):
     args = arguments(place, place / "again", 2, *options, "--resume", place / "whole/checkpoints/step_000002")
     again = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
     assert again.returncode == 0, again.stderr
-    one, two = (load_file(place / name / "checkpoints/step_000004/state.safetensors") for name in ("whole", "again"))
+    one, two = (saved_leaves(place / name / "checkpoints/step_000004") for name in ("whole", "again"))
     assert one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
     args = arguments(place, place / "fewer", 4, *options, "--resume", place / "whole/checkpoints/step_000002")
     assert main.main(args) == 2 and not (place / "fewer").exists()

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from treetune.core.run.ranks import ALONE
-from treetune.core import ckpt, tree
+from treetune.core import ckpt, manifest, tree
+from treetune.core.state import TrainState
 
 MODES = ("none", "full")
 TRAINS = ("full", "lora", "both")
@@ -103,6 +104,37 @@ def test_a_checkpoint_of_one_rank_loads_on_two_bit_for_bit(runs, mode, trains):
     found = load_file(runs.folder / f"{mode}-{trains}.loaded.safetensors")
     assert found.keys() == {name for name in runs.one[trains] if name.startswith("state.")}
     assert all(torch.equal(leaf, runs.one[trains][name]) for name, leaf in found.items())
+
+
+def test_each_rank_writes_its_parts_alone(runs):
+    """The files of ranks have each number once; the leaves of an unsharded run are in one file."""
+    for trains in TRAINS:
+        whole, parts = (runs.folder / f"{mode}-{trains}" / "step_000003" for mode in MODES)
+        assert sorted(path.name for path in whole.iterdir()) == ["state.json", "state.safetensors", manifest.NAME]
+        files = [parts / f"state-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        names = {path.name for path in files}
+        assert {path.name for path in parts.iterdir()} == names | {"state.index.json", "state.json", manifest.NAME}
+        size = lambda path: sum(leaf.nbytes for leaf in load_file(path).values())  # noqa: E731
+        assert sum(map(size, files)) == size(whole / "state.safetensors")
+        assert trains == "lora" or max(map(size, files)) < 0.6 * sum(map(size, files))  # a row of rank 1 is on one of them
+
+
+def test_a_checkpoint_is_read_with_any_sharding_and_mesh(runs, scene):
+    """Parts as whole leaves and the other way round; splits along any dimension, on several axes, with equal parts written once."""
+    for rank in _ranks(runs):
+        assert len(rank["crossed"]) == 6 and not any(rank["crossed"].values())
+        assert rank["meshes"]["wrong"] == []
+    _read_alone(scene, _ranks(runs)[0]["meshes"]["paths"])
+
+
+def _read_alone(scene, paths: list[str]) -> None:
+    """Checkpoints of all meshes hold the same, each number once."""
+    start = scene.shapes()
+    state = TrainState({name: torch.zeros_like(leaf) for name, leaf in start.items()}, {}, {}, {}, torch.tensor(0))
+    for path in map(Path, paths):
+        assert all(torch.equal(leaf, start[name]) for name, leaf in ckpt.load(path, state)[0].params.items())
+        held = sum(leaf.nbytes for file in path.glob("*.safetensors") for leaf in load_file(file).values())
+        assert held == sum(leaf.nbytes for leaf in start.values()), path
 
 
 def _ranks(runs: Runs, world: int = 2) -> list[dict]:
@@ -203,6 +235,13 @@ def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
             back = load_file(tmp_path / f"{mode}-{trains}.loaded.safetensors")
             assert all(torch.equal(leaf, runs.one[trains][name]) for name, leaf in back.items())
             assert all(_error(four[name], leaf) <= 1e-6 for name, leaf in runs.one[trains].items() if ".params." in name)
+    for rank in _ranks(runs, 4):
+        assert not any(rank["crossed"].values()) and rank["meshes"]["wrong"] == []
+    _read_alone(scene, _ranks(runs, 4)[0]["meshes"]["paths"])
+    for world in (2, 3):
+        launch(world, WORKER, "again", tmp_path, cwd=tmp_path)
+        again = [json.loads((tmp_path / f"again{world}-{rank}.json").read_text()) for rank in range(world)]
+        assert all(len(found) == 12 and not any(found.values()) for found in again)
 
 
 def test_a_rank_that_dies_while_saving_ends_the_job_and_leaves_the_last_checkpoint(scene, torchrun, tmp_path):

@@ -90,7 +90,7 @@ def pair(place, torchrun):
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "full"])
-def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
+def test_two_ranks_leave_the_adapter_of_one(alone, pair, saved_leaves, sharding):
     run = pair(sharding)
     one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (alone, run))
     assert one.keys() == two.keys() and len(one) == 2 * 2 * 7
@@ -99,7 +99,7 @@ def test_two_ranks_leave_the_adapter_of_one(alone, pair, sharding):
     assert _losses(run) == pytest.approx(_losses(alone), rel=1e-5) and len(_losses(run)) > 4
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(path.name for path in (alone / "checkpoints").iterdir())
     assert len(list((run / "tensorboard").iterdir())) == 1, "the first rank alone tells trackers"
-    first, last = (load_file(path / "checkpoints" / "step_000004" / "state.safetensors") for path in (alone, run))
+    first, last = (saved_leaves(path / "checkpoints" / "step_000004") for path in (alone, run))
     assert first.keys() == last.keys() and all(torch.allclose(first[name], last[name], rtol=1e-4, atol=1e-5) for name in first)
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
 
@@ -161,7 +161,7 @@ def _wait(job: subprocess.Popen, until) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_round_weights_in_bfloat16_as_one_does(place, torchrun):
+def test_two_ranks_round_weights_in_bfloat16_as_one_does(place, torchrun, saved_leaves):
     """With the same random numbers: all but the few weights whose gradients, sums of bfloat16 numbers, are between two of them."""
     from treetune.cli import main
 
@@ -170,7 +170,7 @@ def test_two_ranks_round_weights_in_bfloat16_as_one_does(place, torchrun):
     args = _args(place, place / "half", 2, *own, "--sharding", "full", adapter=False)
     done = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
     assert done.returncode == 0, done.stderr
-    one, two = (load_file(place / name / "checkpoints" / "step_000004" / "state.safetensors") for name in ("half alone", "half"))
+    one, two = (saved_leaves(place / name / "checkpoints" / "step_000004") for name in ("half alone", "half"))
     names = [name for name, leaf in one.items() if name.startswith("params") and leaf.ndim == 2]
     assert len(names) == 1 + 2 * 7 and all(one[name].dtype == two[name].dtype == torch.bfloat16 for name in names)
     same = torch.cat([(one[name] == two[name]).flatten() for name in names]).float().mean()

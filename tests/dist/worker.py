@@ -2,6 +2,7 @@
 
 train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
 kinds: three steps of an adapter of each kind, in every mode.
+again: the checkpoints that four ranks saved, read with every sharding.
 die: the last rank is killed in the middle of its second save.
 """
 
@@ -15,11 +16,12 @@ from pathlib import Path
 import counting
 import scene
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.core.run.ranks import Ranks, join_ranks
-from treetune.core import ckpt, shard, tree
+from treetune.core import ckpt, shard, tensor_file, tree
+from treetune.core.state import TrainState
 from treetune.core.run import faults, health, recorder
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
@@ -33,25 +35,47 @@ def write(path: Path, tensors: dict) -> None:
 
 
 def train(folder: Path, ranks: Ranks) -> None:
-    base = scene.model()
+    base, crossed = scene.model(), {}
     for sharding in MODES:
         for trains in scene.TRAINS:
             out, state, _ = scene.run(trains, ranks, sharding)
             name = f"{sharding}-{trains}"
-            ckpt.save(folder / name, state, {"base_digest": ""}, rank=ranks.rank)
+            ckpt.save(folder / name, state, {"base_digest": ""})
             loaded, _ = ckpt.load(folder / "one" / trains / "step_000003", scene.like(base, trains, ranks, sharding))
             if ranks.rank == 0:
                 write(folder / f"{name}.safetensors", out)
             both = scene.whole(loaded)
             if ranks.rank == 0:
                 write(folder / f"{name}.loaded.safetensors", both)
+            crossed[name] = across(folder / name / "step_000003", scene.like(base, trains, ranks, MODES[1 - MODES.index(sharding)]), state)
     local = {mode: tree.bytes(tree.map(shard.local, scene.start(base, "full", ranks, mode)[0].params)) for mode in MODES}
     bad = {mode: poison(base, ranks, mode) for mode in MODES}
     alive = {trains: whole_alive(base, trains, ranks) for trains in scene.TRAINS}
     sent = counting.counts(ranks, scene.stream([0, 2]))
     same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
     found = {"bytes": local, "bad": bad, "alive": alive, "sent": sent, "same": same, "wide": wide(base, ranks), "after": after(base, ranks)}
+    found |= {"crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def across(path: Path, other: TrainState, state: TrainState) -> list[str]:
+    """The leaves of a checkpoint that are not those of the state, read with another sharding."""
+    loaded, wanted = scene.whole(ckpt.load(path, other)[0]), scene.whole(state)
+    return [name for name, leaf in wanted.items() if not torch.equal(leaf, loaded[name])]
+
+
+def meshes(folder: Path, ranks: Ranks) -> dict:
+    """Leaves saved with every placement of some meshes and read with every other: bytes on the disk, and what came back otherwise."""
+    start = scene.shapes()
+    states = [scene.scattered(sizes, specs) for sizes, specs in scene.LAYOUTS[ranks.world]]
+    paths = [ckpt.save(folder / str(number), state, {}) for number, state in enumerate(states)]
+    wrong = []
+    for path in paths:
+        for state in states:
+            empty = tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), state.params)
+            loaded, _ = ckpt.load(path, state._replace(params=empty))
+            wrong += [[str(path), name] for name, leaf in loaded.params.items() if not torch.equal(shard.full(leaf), start[name])]
+    return {"wrong": wrong, "paths": list(map(str, paths))}
 
 
 def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
@@ -140,27 +164,39 @@ def kinds(folder: Path, ranks: Ranks) -> None:
                 write(folder / f"{sharding}-{name}.safetensors", out)
 
 
+def again(folder: Path, ranks: Ranks) -> None:
+    found, base = {}, scene.model()
+    for saved in MODES:
+        for trains in scene.TRAINS:
+            wanted = load_file(folder / f"{saved}-{trains}.safetensors")
+            for mode in MODES:
+                loaded, _ = ckpt.load(folder / f"{saved}-{trains}" / "step_000003", scene.like(base, trains, ranks, mode))
+                wrong = [name for name, leaf in scene.whole(loaded).items() if not torch.equal(leaf, wanted[name])]
+                found[f"{saved} {trains} {mode}"] = wrong
+    (folder / f"again{ranks.world}-{ranks.rank}.json").write_text(json.dumps(found))
+
+
 def die(folder: Path, ranks: Ranks) -> None:
     base = scene.model()
     state, _ = scene.start(base, "full", ranks, "full")
-    ckpt.save(folder / "runs", state, {"base_digest": ""}, rank=ranks.rank)
+    ckpt.save(folder / "runs", state, {"base_digest": ""})
     if ranks.rank == ranks.world - 1:
-        calls, full = [0], shard.full
+        plain = tensor_file.write
 
-        def armed(leaf):
-            calls[0] += 1
-            if calls[0] == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return full(leaf)
+        def dying(tensors):
+            for number, tensor in enumerate(tensors):
+                if number == 9:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield tensor
 
-        shard.full = armed
-    ckpt.save(folder / "runs", state._replace(step=state.step + 1), {"base_digest": ""}, rank=ranks.rank)
+        tensor_file.write = lambda path, sizes, tensors: plain(path, sizes, dying(tensors))
+    ckpt.save(folder / "runs", state._replace(step=state.step + 1), {"base_digest": ""})
 
 
 def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks(torch.device("cpu"))
-    {"train": train, "kinds": kinds, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
+    {"train": train, "kinds": kinds, "again": again, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

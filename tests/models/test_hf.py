@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from treetune.core import lora, tree
-from treetune.models import MODELS, Model, dense, hf, hf_keys, model_files
+from treetune.core import lora, tensor_file, tree
+from treetune.models import MODELS, Model, dense, hf, hf_keys
 
 KINDS = [
     "llama",
@@ -178,7 +178,7 @@ def test_a_save_replaces_nothing_and_a_failed_one_leaves_nothing(oracle, tmp_pat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_files, "write", full)
+    monkeypatch.setattr(tensor_file, "write", full)
     with pytest.raises(OSError, match="No space"):
         hf.save(tmp_path / "saved", ours)
     monkeypatch.undo()
