@@ -11,10 +11,10 @@ import torch
 from treetune.cli import document_source, memory_rows, resume_options, rollout_source
 from treetune.cli.methods import parts as method_parts
 from treetune.cli.methods.method import Parts, Setting
-from treetune.cli.options import optim
+from treetune.cli.options import meshes, optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, layer_offload, loss_scale, option_pairs, partition, quant, step, tree
+from treetune.core import ckpt, layer_offload, loss_scale, optim_parts, option_pairs, partition, quant, shard, step, tree
 from treetune.core import optim as optimizers
 from treetune.core.config import table
 from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
@@ -82,6 +82,8 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
     parts, start = pieces.parts, pieces.parts.policy
     loraplus = None if run.adapter is None else run.adapter.loraplus_lr_ratio
     optimizer = optim.build(run.config.optim, rule_names.of(start), peak=run.peak, loraplus=loraplus)
+    if meshes.sharding(run.config.run) in ("moments", "gradients") and run.ranks.mesh is not None:
+        optimizer = optim_parts.parted(optimizer, shard.splitting(run.ranks.mesh))
     optimizer = loss_scale.scaled(optimizer) if start.cfg.dtype == torch.float16 else optimizer
     for note in optim.offloading_notes(run.config.optim, run.device.type):
         run.say(note)
@@ -99,6 +101,7 @@ def assemble(run: TrainRun, source: Source | None, stack: contextlib.ExitStack) 
         clip=run.config.optim.max_grad_norm or None,
         prepare=parts.prepare,
         mesh=run.ranks.mesh,
+        split_gradients=meshes.sharding(run.config.run) == "gradients",
     )
     if restarts is not None:
         again = relora.restarter(start, optimizer, restarts)
@@ -149,7 +152,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     config = run.config
     dtype = loading.compute_dtype(config.model.dtype, run.device)
     options = resume_options.describe(config, run.method, rate=run.rate, dtype=str(dtype)[6:])
-    origin = provenance.begin(run.folder, options, processes=run.ranks.world, say=run.say)
+    origin = provenance.begin(run.folder, options, processes=run.ranks.row_ranks, say=run.say)
     template_date.choose(ranks.share(run.ranks, lambda: provenance.date(origin)))
     _settle_products(run, dtype)
     words = _load_words(run)
@@ -164,7 +167,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     origin = provenance.with_words(origin, words.tokenizer, stop_ids if parts.rollouts else ())
     del model, start  # the weights that train are copies, beside which the loaded ones must not live
     home = layer_offload.home(config.optim.layer_offloading, run.device)
-    placed = policy.offload(policy.place(parts.policy, run.ranks.mesh, config.run.sharding), home)
+    placed = policy.offload(policy.place(parts.policy, run.ranks.mesh, meshes.sharding(config.run)), home)
     return Pieces(parts._replace(policy=placed), data, origin, stop_ids)
 
 
@@ -268,7 +271,7 @@ def _base_model(run: TrainRun) -> Model:
     """The model that the options name, or one of random weights of the shape in a config.json."""
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
-        split = partition.of(run.ranks.mesh, run.config.run.sharding)
+        split = partition.of(run.ranks.mesh, meshes.sharding(run.config.run))
         return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device, home=split)
     model, path = loading.load_model(options.model, **_reading(run), say=run.say)
     if certificate.needed(model):

@@ -11,6 +11,7 @@ import torch
 from treetune.cli import assembly, document_source, invocation, memory_check, memory_ladder, requirements, run_file, trackers
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
+from treetune.cli.options import meshes
 from treetune.cli.options import run as run_options
 from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, machine, masking, shard, tree
@@ -109,7 +110,7 @@ def run(
     with contextlib.ExitStack() as stack:
         with checking_input():
             this = begin(config, observers, options, stack)
-            if text := memory_check.check(config, this.device.type, this.ranks.world):
+            if text := memory_check.check(config, this.device.type, shard.size(this.ranks.mesh, "data")):
                 this.observers.warn(text)
             parts = assembly.assemble(this, source, stack)
             answer = _sample_answer(this, parts)
@@ -146,7 +147,7 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
         raise ValueError("nproc and nnodes are for the command line, which starts processes: start those of a Python program with torchrun")
     if device.type == "cuda":
         machine.join_segments()
-    world = ranks.join_ranks(device)
+    world = ranks.join_ranks(device, meshes.sizes(config.run))
     request = table.record(folder.Request, config, name=method.name, read=partial(requirements.inputs, config))
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()

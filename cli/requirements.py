@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import data, model, optim, run, trackers
+from treetune.cli.options import data, meshes, model, optim, run, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -57,8 +57,10 @@ def plan(config: Config, method: Method, options: frozenset[str], config_file: s
 
 
 def _spelled_out(config: Config) -> Config:
-    """The config with adapter qlora as what it means. Errors: ValueError where the model is not to be quantised."""
+    """The config with adapter qlora as what it means, and what is sharded. Errors: ValueError where the model is not to be quantised."""
     train = cast(Any, config)
+    if hasattr(getattr(config, "run", None), "sharding"):
+        train = config = dataclasses.replace(train, run=dataclasses.replace(train.run, sharding=meshes.sharding(train.run)))
     if getattr(getattr(config, "adapter", None), "lora_r", None) is None or train.adapter.adapter != "qlora":
         return config
     if train.model.quant == "none":

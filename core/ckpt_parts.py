@@ -74,6 +74,8 @@ def _writes(leaf: Tensor, rank: int, split: bool) -> bool:
     coordinate = leaf.device_mesh.get_coordinate()
     if coordinate is None or not shard.local(leaf).numel():
         return False
+    if int(leaf.device_mesh.mesh.min()) > 0:
+        return False  # one of several meshes with the same parts, of which the first has rank 0
     return all(place == 0 for place, spec in zip(coordinate, leaf.placements, strict=True) if not spec.is_shard())
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from treetune.core import gathers, offload, shard, tree
 
 
-def value_and_grad(fn: Callable) -> Callable:
+class Totals(Protocol):
+    """Gradients of leaves, to which those of a backward pass are added as they arrive."""
+
+    def add(self, i: int, part: Tensor) -> None:
+        """Add this rank's part of a gradient that other ranks had a share in."""
+        ...
+
+    def collected(self) -> list[Tensor]:
+        """The totals once the pass is over."""
+        ...
+
+
+# (paths and leaves, totals before) -> their totals; called before a forward pass.
+Collect = Callable[[Sequence[tuple[str, Tensor]], Sequence[Tensor | None]], Totals]
+
+
+def value_and_grad(fn: Callable, collect: Collect | None = None) -> Callable:
     """Turn `fn(params, *args) -> (value, aux)` into `(params, *args, into=None) -> ((value, aux), grads)`.
 
     Built on torch.autograd.backward over detached leaves, because torch.func.grad fails under activation checkpointing and
@@ -22,34 +38,51 @@ def value_and_grad(fn: Callable) -> Callable:
 
     into: gradients of the same tree to which the new ones are added in place. Each is added as it arrives, so two whole trees of
     gradients never exist at once. Gradients of leaves in 16 bits are float32, because sums in 16 bits would lose the small ones.
+    collect: what adds gradients to those before, as they arrive; by default each as it is.
     """
+    collect = _Plain if collect is None else collect
 
     def wrapped(params, *args, into=None):
         tracked = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-        leaves = tree.leaves(tracked)
-        wide = _begin(leaves, [None] * len(leaves) if into is None else tree.leaves(into))
-        with gathers.collecting(leaves, partial(_add, leaves, wide)):
+        items = list(tree.items(tracked))
+        leaves = [leaf for _, leaf in items]
+        totals = collect(items, [None] * len(leaves) if into is None else tree.leaves(into))
+        with gathers.collecting(leaves, totals.add):
             with torch.enable_grad():
                 value, aux = fn(tracked, *args)
             if value.requires_grad:
                 torch.autograd.backward(value, inputs=leaves)
-        flat = [wide.get(i, leaf.grad) for i, leaf in enumerate(leaves)]
-        grads = iter(_own([_zeros(leaf) if grad is None else grad for leaf, grad in zip(leaves, flat, strict=True)]))
+        grads = iter(_own(totals.collected()))
         return (value.detach(), aux), tree.map(lambda _: next(grads), params)
 
     return wrapped
 
 
-def _begin(leaves: list[Tensor], before: list[Tensor | None]) -> dict[int, Tensor | None]:
-    """Have the gradients of leaves added to those before; {index: total} of the leaves in 16 bits, filled as they arrive."""
-    wide: dict[int, Tensor | None] = {}
-    for i, (leaf, total) in enumerate(zip(leaves, before, strict=True)):
-        if leaf.dtype in (torch.float32, torch.float64):
-            leaf.grad = total  # autograd adds into the buffer that it finds there
+class _Plain:
+    """The totals of leaves as they are: autograd adds into buffers that it finds, but for leaves in 16 bits."""
+
+    def __init__(self, items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
+        self.leaves = [leaf for _, leaf in items]
+        self.wide: dict[int, Tensor | None] = {}  # totals of the leaves in 16 bits, filled as they arrive
+        for i, (leaf, total) in enumerate(zip(self.leaves, before, strict=True)):
+            if leaf.dtype in (torch.float32, torch.float64):
+                leaf.grad = total
+            else:
+                self.wide[i] = total
+                leaf.register_post_accumulate_grad_hook(partial(_widen, self.wide, i))
+
+    def add(self, i: int, part: Tensor) -> None:
+        """Add this rank's part of a gradient that other ranks had a share in."""
+        leaf = self.leaves[i]
+        if i in self.wide:
+            self.wide[i] = _added(self.wide[i], shard.rewrap(part, leaf))
         else:
-            wide[i] = total
-            leaf.register_post_accumulate_grad_hook(partial(_widen, wide, i))
-    return wide
+            leaf.grad = _added(leaf.grad, shard.rewrap(part.to(leaf.dtype), leaf))
+
+    def collected(self) -> list[Tensor]:
+        """The totals; those of leaves that nothing has used are 0."""
+        flat = [self.wide.get(i, leaf.grad) for i, leaf in enumerate(self.leaves)]
+        return [_zeros(leaf) if grad is None else grad for leaf, grad in zip(self.leaves, flat, strict=True)]
 
 
 def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
@@ -57,14 +90,6 @@ def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
     if leaf.grad is not None:  # what `gathers` collects does not arrive here
         grad, leaf.grad = leaf.grad.float(), None
         wide[i] = _added(wide[i], grad)
-
-
-def _add(leaves: list[Tensor], wide: dict[int, Tensor | None], i: int, part: Tensor) -> None:
-    """Add this rank's part of a gradient that other ranks had a share in."""
-    if i in wide:
-        wide[i] = _added(wide[i], shard.rewrap(part, leaves[i]))
-    else:
-        leaves[i].grad = _added(leaves[i].grad, shard.rewrap(part.to(leaves[i].dtype), leaves[i]))
 
 
 def _added(total: Tensor | None, grad: Tensor) -> Tensor:

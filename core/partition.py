@@ -66,7 +66,7 @@ class Partition(NamedTuple):
 
 def of(device_mesh: DeviceMesh | None, sharding: str) -> Partition | None:
     """The partition of a run; None where every rank has whole leaves."""
-    return None if device_mesh is None or sharding == "none" else Partition(device_mesh)
+    return None if device_mesh is None or sharding != "full" else Partition(shard.splitting(device_mesh))
 
 
 def changed(change: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:

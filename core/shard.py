@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -29,12 +29,17 @@ FULLY_SHARDED: Mapping[str, str] = {
     "expert": "data",
 }  # fmt: skip
 
+# Mesh axes along which ranks have different rows, from the outermost.
+ROWS = ("replicate", "data")
+# Those over which gradients are summed: ranks along `context` have different tokens of the same rows.
+SUMMED = ("replicate", "context", "data")
+
 
 TENSOR = "tensor"  # the axis along which layers are split: `gather` joins the parts of a leaf along all others
 
 
 def mesh(device_type: str, **sizes: int) -> DeviceMesh:
-    """A named device mesh, `mesh("cuda", data=8)`; needs torch.distributed to be initialised (torchrun does)."""
+    """A named device mesh, `mesh("cuda", replicate=2, data=8)`; needs torch.distributed to be initialised (torchrun does)."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -53,6 +58,11 @@ def placements(abstract: Params, device_mesh: DeviceMesh, rules: Mapping[str, st
     return tree.map(one, abstract)
 
 
+def splitting(device_mesh: DeviceMesh) -> DeviceMesh:
+    """The part of a mesh whose ranks split leaves among them: along `replicate` and `context` the same parts are held."""
+    return device_mesh["data"]
+
+
 def distributed(leaf: Tensor) -> TypeGuard[DTensor]:
     """Whether a leaf is a DTensor."""
     return hasattr(leaf, "placements")
@@ -66,6 +76,16 @@ def sharded(leaf: Tensor) -> bool:
 def mesh_of(leaf: Any) -> DeviceMesh | None:
     """The mesh whose ranks have parts of a leaf; None where each has it whole."""
     return None if quant.quantised(leaf) or not sharded(leaf) else leaf.device_mesh
+
+
+def axes(leaf: Tensor) -> tuple[str, ...]:
+    """The axes of the mesh that a leaf is placed on; none of a plain one."""
+    return tuple(leaf.device_mesh.mesh_dim_names or ()) if distributed(leaf) else ()
+
+
+def split_axes(leaf: Tensor) -> tuple[str, ...]:
+    """Those along which ranks have different parts of a leaf."""
+    return tuple(name for name, spec in zip(axes(leaf), leaf.placements, strict=True) if spec.is_shard()) if distributed(leaf) else ()
 
 
 def place(params: Params, device_mesh: DeviceMesh, specs: Params) -> Params:
@@ -252,41 +272,69 @@ def full(leaf: Tensor) -> Tensor:
     return (leaf.full_tensor() if distributed(leaf) else leaf).detach()
 
 
+def size(device_mesh: DeviceMesh | None, axis: str) -> int:
+    """Ranks along an axis; 1 where the mesh does not have it."""
+    return 1 if not _has(device_mesh, axis) else cast(Any, device_mesh)[axis].size()
+
+
+def _has(device_mesh: DeviceMesh | None, axis: str) -> bool:
+    return device_mesh is not None and axis in (device_mesh.mesh_dim_names or ())
+
+
 def world(device_mesh: DeviceMesh | None) -> int:
-    """Number of data-parallel ranks; 1 without a mesh."""
-    return 1 if device_mesh is None else device_mesh["data"].size()
+    """Number of ranks with different rows; 1 without a mesh."""
+    return math.prod(size(device_mesh, axis) for axis in ROWS)
 
 
-def all_sum(tensors: list[Tensor], device_mesh: DeviceMesh | None) -> list[Tensor]:
-    """Sum each tensor over the data axis, in one message per dtype; the identity without a mesh."""
-    if device_mesh is None or not tensors:
+def row_rank(device_mesh: DeviceMesh) -> int:
+    """The number of this rank among those with different rows: the one along `data` counts fastest."""
+    number = 0
+    for axis in ROWS:
+        number = number * size(device_mesh, axis) + (device_mesh.get_local_rank(axis) if _has(device_mesh, axis) else 0)
+    return number
+
+
+def all_sum(tensors: list[Tensor], device_mesh: DeviceMesh | None, axes: Sequence[str] = ROWS) -> list[Tensor]:
+    """Sum each tensor over ranks with different rows, or over axes of the mesh, in one message per dtype and axis.
+
+    Axes that the mesh does not have are left out: the identity without a mesh.
+    """
+    groups = [device_mesh.get_group(axis) for axis in reversed(axes) if _has(device_mesh, axis)] if device_mesh is not None else []
+    if not groups or not tensors:
         return tensors
-    group, out = device_mesh.get_group("data"), list(tensors)
+    out = list(tensors)
     # In order of first appearance, which all ranks share; the order of a set differs between processes, and collectives would mix up.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
-        dist.all_reduce(flat, group=group)
+        for group in groups:
+            dist.all_reduce(flat, group=group)
         for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen]), strict=True):
             out[i] = part.view_as(tensors[i])
     return out
 
 
 def all_reduce(value: Tensor, how: str, device_mesh: DeviceMesh | None) -> Tensor:
-    """Reduce one tensor over the data axis; `how` is "sum", "min" or "max"."""
+    """Reduce one tensor over ranks with different rows; `how` is "sum", "min" or "max"."""
     if device_mesh is None:
         return value
     value = value.clone()
-    dist.all_reduce(value, op=getattr(dist.ReduceOp, how.upper()), group=device_mesh.get_group("data"))
+    for axis in reversed(ROWS):
+        if _has(device_mesh, axis):
+            dist.all_reduce(value, op=getattr(dist.ReduceOp, how.upper()), group=device_mesh.get_group(axis))
     return value
 
 
 def all_rows(values: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
-    """The values [n] of every rank, end to end; ranks may have different n."""
-    if device_mesh is None:
-        return values
-    group = device_mesh.get_group("data")
-    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world(device_mesh))]
+    """The values [n] of all ranks with different rows, end to end; ranks may have different n."""
+    for axis in reversed(ROWS):
+        if device_mesh is not None and _has(device_mesh, axis):
+            values = _rows_along(values, device_mesh.get_group(axis))
+    return values
+
+
+def _rows_along(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(group.size())]
     dist.all_gather(counts, torch.tensor([len(values)], device=values.device), group=group)
     longest = int(torch.stack(counts).max())  # all_gather takes equal shapes only
     parts = [values.new_zeros(longest) for _ in counts]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import loss_scale, shard, tree
+from treetune.core import loss_scale, optim_parts, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
 from treetune.core.state import Metrics, MicroBatch, Objective, Params, Terms, TrainState, with_plan
@@ -98,14 +98,19 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _sum_plain(grads: Params, mesh: DeviceMesh | None) -> Params:
-    """Sum the gradients of whole leaves over ranks; those of sharded leaves were summed on the way."""
+def _sum_copies(grads: Params, mesh: DeviceMesh | None) -> Params:
+    """Sum gradients over ranks: those of sharded leaves over the axes along which the same parts are held, as the rest was on the way."""
     if mesh is None:
         return grads
-    paths = [(path, leaf) for path, leaf in tree.items(grads)]
-    plain = [i for i, (_, leaf) in enumerate(paths) if not shard.distributed(leaf)]
-    summed = dict(zip(plain, shard.all_sum([paths[i][1] for i in plain], mesh), strict=True))
-    flat = iter([summed.get(i, leaf) for i, (_, leaf) in enumerate(paths)])
+    leaves = tree.leaves(grads)
+    out = list(leaves)
+    known = [shard.axes(leaf) for leaf in leaves]
+    for axes in dict.fromkeys(known):
+        chosen = [i for i, own in enumerate(known) if own == axes]
+        left = [axis for axis in shard.SUMMED if axis not in axes]
+        for i, summed in zip(chosen, shard.all_sum([shard.local(leaves[i]) for i in chosen], mesh, left), strict=True):
+            out[i] = shard.rewrap(summed, leaves[i])
+    flat = iter(out)
     return tree.map(lambda _: next(flat), grads)
 
 
@@ -113,11 +118,11 @@ def square_norms(grads: Params, mesh: DeviceMesh | None = None) -> Tensor:
     """Sum of squares of every leaf [leaves], float32, over all shards; a replicated leaf counts once."""
     leaves = tree.leaves(grads)
     squares = torch.stack([n.float() for n in torch._foreach_norm([shard.local(leaf) for leaf in leaves])]).square()
-    sharded = [shard.sharded(leaf) for leaf in leaves]
-    if mesh is None or not any(sharded):
-        return squares
-    mask = torch.tensor(sharded).to(squares.device, non_blocking=True)
-    return torch.where(mask, shard.all_sum([torch.where(mask, squares, 0.0)], mesh)[0], squares)
+    split = [shard.split_axes(leaf) for leaf in leaves]
+    for axes in [one for one in dict.fromkeys(split) if one]:
+        mask = torch.tensor([own == axes for own in split]).to(squares.device, non_blocking=True)
+        squares = torch.where(mask, shard.all_sum([torch.where(mask, squares, 0.0)], mesh, axes)[0], squares)
+    return squares
 
 
 def _clip(grads: Params, norm: Tensor, limit: float | None) -> None:
@@ -159,17 +164,20 @@ def make_step(
     clip: float | None = 1.0,
     prepare: Prepare | None = None,
     mesh: DeviceMesh | None = None,
+    split_gradients: bool = False,
 ) -> Step:
     """A function `step(state, micro_batches) -> (state, metrics)`; metrics are 0-d tensors, nothing waits for the device.
 
     objective: denominators and numerators of the loss. optimizer, schedule: the update and its learning rate by step.
     clip: largest global gradient norm, None for no clipping. prepare: adds to the micro-batches, without gradients, what is global to
-    the step. mesh: sums over its ranks; None for one process.
+    the step. mesh: sums over its ranks; None for one process. split_gradients: of whole weights, each rank along `data` keeps the gradient
+    of its part (`optim_parts`).
     metrics: loss, grad_norm (before clipping), learning_rate, skipped (1 where a non-finite loss or gradient left all
     weights as they were), dead_leaves (trainable leaves whose gradient is exactly 0), loss_scale (with an optimiser of
     `loss_scale.scaled`), and the objective's own.
     """
-    gradient = value_and_grad(_loss(objective))
+    collect = optim_parts.collecting(shard.splitting(mesh)) if split_gradients and mesh is not None else None
+    gradient = value_and_grad(_loss(objective), collect)
 
     def step(state: TrainState, micro_batches: Sequence[Any]) -> tuple[TrainState, dict[str, Tensor]]:
         if prepare is not None:
@@ -184,7 +192,7 @@ def make_step(
             losses.append(value)
             collected.append(metrics)
         assert grads is not None
-        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_plain(grads, mesh)
+        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_copies(grads, mesh)
         if scale is not None:
             loss = loss / scale
             torch._foreach_div_([shard.local(leaf) for leaf in tree.leaves(grads)], scale)

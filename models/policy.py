@@ -179,9 +179,12 @@ def without_tree(low: Lora | None) -> Lora | None:
 
 
 def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
-    """The policy with all leaves sharded over the ranks of a mesh ("full"), or whole on every rank ("none")."""
+    """The policy with all leaves sharded along `data` of a mesh ("full"), or whole on every rank (any other sharding)."""
     if mesh is None or sharding == "none":
         return policy
+    if sharding != "full":  # ranks update rows of a leaf, which are one piece of memory
+        return policy._replace(params=tree.map(Tensor.contiguous, policy.params))
+    mesh = shard.splitting(mesh)
 
     def put(part: Params, like: Params) -> Params:
         return shard.place(part, mesh, shard.placements(like, mesh, shard.FULLY_SHARDED))

@@ -46,7 +46,7 @@ class RlReference:
     """Weight of the policy when the reference is updated; 1 copies the policy. An adapter can only be copied."""
 
 
-def conflicts(options: ReferenceOptions | RlReference, *, adapter: str, sharding: str) -> None:
+def conflicts(options: ReferenceOptions | RlReference, *, adapter: str, sharding: str | None) -> None:
     """Raise ValueError for a reference that cannot follow the policy."""
     if not options.sync_ref_model:
         return

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from treetune.cli.options import meshes
 from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
@@ -12,7 +13,11 @@ from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIV
 
 def _one_process(values: Values) -> str:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
-    return "" if several or values["sharding"] == "none" else "there is one process; start several with nproc"
+    return "" if several else "there is one process; start several with nproc"
+
+
+def _nothing_to_split(values: Values) -> str:
+    return "" if values["sharding"] == "none" else _one_process(values)
 
 
 def _one_start(values: Values) -> str:
@@ -75,8 +80,11 @@ class RunOptions:
         int, COUNT, SHOWN, unused_unless("loss_watchdog_threshold", reason="there is no loss_watchdog_threshold")
     ] = 3
     """Steps above the threshold before the watchdog stops the run."""
-    sharding: Annotated[Literal["none", "full"], MACHINE, Unused(_one_process)] = "none"
-    """Of several processes: none keeps whole weights on every rank, full shards weights, gradients and moments."""
+    sharding: Annotated[Literal["none", "moments", "gradients", "full"] | None, MACHINE, Unused(_nothing_to_split)] = None
+    """What each of several processes keeps a part of: none, moments of the optimiser, gradients and moments, or full (weights, too)."""
+    shard: Annotated[tuple[str, ...], MACHINE, meshes.SIZES, Unused(_one_process)] = ()
+    """Processes by axis, such as data=4,replicate=2: ranks along data split what sharding says (full, if not given), those along
+    replicate hold the same parts. One size that is missing follows from the number of processes."""
     profiler_steps: Annotated[tuple[Annotated[int, COUNT], ...], SHOWN] = ()
     """Profile so many steps (one number), or from the lowest to the highest of these (several): profile_trace.json and profile_ops.txt
     in the run folder, on CUDA also profile_memory.pickle."""
@@ -143,6 +151,7 @@ def _check_processes(run: RunOptions) -> None:
     host, _, port = (run.rendezvous or "").rpartition(":")
     if run.nnodes > 1 and not (host and port.isdecimal()):
         raise ValueError(f"nnodes {run.nnodes} needs rendezvous, HOST:PORT of one of the machines, got {run.rendezvous!r}")
+    meshes.conflicts(run)
     started = int(os.environ.get("LOCAL_WORLD_SIZE", run.nproc))
     if run.nproc not in (1, started):
         raise ValueError(f"nproc is {run.nproc}, and torchrun has started {started} processes here already: leave out nproc")

@@ -100,7 +100,7 @@ def _describe(data: Dataset, settings: Settings, ranks: Ranks, unit: str) -> dic
     batch = f"{settings.micro_batch_size} rows"
     if settings.sample_packing:
         batch = f"up to {settings.micro_batch_size * settings.sequence_len} tokens"
-    world = f"{ranks.world} rank{'s' * (ranks.world > 1)}"
+    world = f"{ranks.row_ranks} rank{'s' * (ranks.row_ranks > 1)}"
     return {
         "data": f"{read}, {len(data.val)} documents held out",
         "step": f"{settings.gradient_accumulation_steps} micro-batches of {batch} on {world}; "

@@ -33,8 +33,8 @@ def of_documents(
     if not documents:
         return None
     groups = loader.epoch_plan([len(document.tokens) for document in documents], shuffle=False, **batching)
-    accum = -(-len(groups) // ranks.world)
-    mine, _ = loader.next_step(groups, loader.PlanCursor(), accum=accum, world=ranks.world, rank=ranks.rank)
+    accum = -(-len(groups) // ranks.row_ranks)
+    mine, _ = loader.next_step(groups, loader.PlanCursor(), accum=accum, world=ranks.row_ranks, rank=ranks.row_rank)
     evaluate = step.make_eval(objective, prepare=prepare, mesh=ranks.mesh)
     return lambda state: evaluate(state, [collate([documents[i] for i in group]) for group in mine])
 
@@ -53,8 +53,8 @@ def of_prompts(
     """
     if not prompts:
         return None
-    ranks = ranks if len(prompts) >= ranks.world else ALONE
-    indices = range(ranks.rank, len(prompts), ranks.world)
+    ranks = ranks if len(prompts) >= ranks.row_ranks else ALONE
+    indices = range(ranks.row_rank, len(prompts), ranks.row_ranks)
 
     def evaluate(state: TrainState) -> dict[str, torch.Tensor]:
         with fatal_errors():

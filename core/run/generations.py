@@ -106,8 +106,8 @@ def feed_settings(settings: Settings, total_steps: int, ranks: Ranks) -> FeedSet
         iterations=settings.num_iterations,
         seed=settings.order_seed,
         epochs_shuffle=settings.shuffle,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=ranks.row_rank,
+        world=ranks.row_ranks,
         replay_size=settings.replay_buffer_size,
         reroll_from=None if fraction >= 1 else max(1, int(total_steps * fraction)),
         reroll_groups=settings.reroll_max_groups,
@@ -121,7 +121,7 @@ def supply(
     data: Dataset, settings: Settings, players: Players, calls: Calls, *, ranks: Ranks, device: torch.device, observers: Observers
 ) -> Supply:
     """Micro-batches and evaluation of what is sampled from prompts."""
-    (sampler, rewards), plan = players, sizes(settings, len(data.train), ranks.world)
+    (sampler, rewards), plan = players, sizes(settings, len(data.train), ranks.row_ranks)
     feed_calls = FeedCalls(
         sampler.train,
         rewards.score,
@@ -143,7 +143,7 @@ def supply(
         loader.plan_fingerprint([len(prompt.tokens) for prompt in data.train], step=plan.step_prompts, seed=settings.order_seed),
         sampler.engine.after_step,
         sampler.engine.start,
-        _describe(data, settings, ranks.world),
+        _describe(data, settings, ranks.row_ranks),
         rewards.files,
         rewards.models,
     )

@@ -1,8 +1,10 @@
 """The processes of one run: who takes part, waiting for one another, and what rank 0 does for all."""
 
+import math
 import os
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,26 +15,56 @@ T = TypeVar("T")
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; rank 0 of a world of 1, without a mesh, when it runs alone."""
+    """This process among those that torchrun started; rank 0 of a world of 1, without a mesh, when it runs alone.
+
+    Ranks along `replicate` and `data` have rows of their own, those along other axes the same: rows, prompts and seeds are dealt by
+    `row_rank` among `row_ranks`. Files are written by rank 0 of all.
+    """
 
     rank: int
     world: int
     mesh: DeviceMesh | None
 
+    @property
+    def row_rank(self) -> int:
+        """The number of this rank among those that have different rows."""
+        return self.rank if self.mesh is None else shard.row_rank(self.mesh)
+
+    @property
+    def row_ranks(self) -> int:
+        """How many ranks have different rows."""
+        return self.world if self.mesh is None else shard.world(self.mesh)
+
 
 ALONE = Ranks(0, 1, None)
 
 
-def join_ranks(device: torch.device) -> Ranks:
-    """Join the other processes of torchrun, if there are any, on a mesh with one axis `data`."""
+def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType({})) -> Ranks:
+    """Join the other processes of torchrun, if there are any, on a mesh of these axes, from the outermost; all on `data` without any.
+
+    Errors: ValueError where the sizes do not multiply to the number of processes.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if math.prod(sizes.values()) not in (1, world):
+        shown = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"a mesh of {shown} has {math.prod(sizes.values())} processes, and there are {world}")
     if world == 1:
         return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(torch.distributed.get_rank(), world, shard.mesh(device.type, data=world))
+    return Ranks(torch.distributed.get_rank(), world, shard.mesh(device.type, **(sizes or {"data": world})))
+
+
+def every(ranks: Ranks, value: T) -> list[T]:
+    """The values of the ranks that have different rows, in their order."""
+    if ranks.row_ranks == 1:
+        return [value]
+    found: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(found, (ranks.row_rank, value))
+    by_rank = dict(reversed(found))  # of ranks with the same rows the first one's
+    return [by_rank[number] for number in range(ranks.row_ranks)]
 
 
 def barrier(ranks: Ranks) -> None:

@@ -38,12 +38,12 @@ class Order(NamedTuple):
     @property
     def shares(self) -> dict[str, int]:
         """How a step is divided between ranks."""
-        return {"accum": self.accumulation, "world": self.ranks.world, "rank": self.ranks.rank}
+        return {"accum": self.accumulation, "world": self.ranks.row_ranks, "rank": self.ranks.row_rank}
 
     @property
     def step_size(self) -> int:
         """Micro-batches of a step on all ranks: any number of ranks may continue a run that takes as many."""
-        return self.accumulation * self.ranks.world
+        return self.accumulation * self.ranks.row_ranks
 
 
 class Reading(NamedTuple):
@@ -72,7 +72,7 @@ def in_memory(documents: Sequence[Any], order: Order, *, weights: Sequence[float
     """The reading of documents in memory; weights: how often each is read in an epoch, None for once."""
     plan = order.plan | {"weights": weights}
     lengths = [len(document.tokens) for document in documents]
-    steps = partial(loader.steps_per_epoch, lengths, accum=order.accumulation, world=order.ranks.world, **plan)
+    steps = partial(loader.steps_per_epoch, lengths, accum=order.accumulation, world=order.ranks.row_ranks, **plan)
     steps_of = functools.cache(lambda epoch: steps(epoch=epoch))
     total = sum(map(steps_of, range(order.epochs))) if order.max_steps is None else order.max_steps
     epochs = order.epochs if order.max_steps is None else None

@@ -15,7 +15,7 @@ from treetune.core.rollout.feed import Feed
 from treetune.core.rollout.group import Group
 from treetune.core.rollout.sampler import fatal_errors
 from treetune.core.run.observers import Observers
-from treetune.core.run.ranks import ALONE, Ranks
+from treetune.core.run.ranks import ALONE, Ranks, every
 from treetune.core.run.source import MicroBatches
 from treetune.core.state import TrainState
 
@@ -103,18 +103,15 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """The cursor, and what the feed of each rank needs to go on."""
-        states = [self.feed.state()]
-        if self.ranks.world > 1:
-            states = [None] * self.ranks.world
-            torch.distributed.all_gather_object(states, self.feed.state())
-        return {"cursor": list(self.cursor), "rollout": states}
+        return {"cursor": list(self.cursor), "rollout": every(self.ranks, self.feed.state())}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `state` gave. Errors: ValueError for the state of other prompts or options."""
-        if len(saved.get("rollout") or ()) <= self.ranks.rank:
-            raise ValueError(f"the checkpoint holds no rollouts of rank {self.ranks.rank}; it is of another kind of run")
+        mine = self.ranks.row_rank
+        if len(saved.get("rollout") or ()) <= mine:
+            raise ValueError(f"the checkpoint holds no rollouts of rank {mine}; it is of another kind of run")
         self.index = saved["cursor"][-1]
-        self.feed.load(saved["rollout"][self.ranks.rank])
+        self.feed.load(saved["rollout"][mine])
 
     def close(self) -> None:
         """End the threads of the feed."""
@@ -151,19 +148,15 @@ def _answer(group: Group, i: int, rewards: Sequence[str], step: int) -> dict[str
 
 def largest(ranks: Ranks, device: torch.device, value: int) -> int:
     """The largest of a number over ranks."""
-    return value if ranks.world == 1 else int(shard.all_reduce(torch.tensor(value, device=device), "max", ranks.mesh))
+    return int(shard.all_reduce(torch.tensor(value, device=device), "max", ranks.mesh))
 
 
 def over_ranks(ranks: Ranks, estimate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rewards [P, G, K] of this rank -> advantages [P, G], which `estimate` gives for the rewards of all ranks."""
 
     def compute(rewards: np.ndarray) -> np.ndarray:
-        parts, mine = [rewards], 0
-        if ranks.world > 1:
-            gathered: list[Any] = [None] * ranks.world
-            torch.distributed.all_gather_object(gathered, rewards)
-            parts, mine = gathered, ranks.rank
-        start = sum(len(part) for part in parts[:mine])
+        parts = every(ranks, rewards)
+        start = sum(len(part) for part in parts[: ranks.row_rank])
         return estimate(torch.from_numpy(np.concatenate(parts))).numpy()[start : start + len(rewards)]
 
     return compute
@@ -171,8 +164,6 @@ def over_ranks(ranks: Ranks, estimate: Callable[[torch.Tensor], torch.Tensor]) -
 
 def gather_groups(ranks: Ranks, groups: Sequence[Group]) -> list[Group]:
     """The groups of all ranks, without their prompts."""
-    if ranks.world == 1:
+    if ranks.row_ranks == 1:
         return list(groups)
-    parts: list[Any] = [None] * ranks.world
-    torch.distributed.all_gather_object(parts, [group._replace(prompt=None) for group in groups])
-    return [group for part in parts for group in part]
+    return [group for part in every(ranks, [group._replace(prompt=None) for group in groups]) for group in part]

@@ -140,6 +140,7 @@ CHANGES = {
         "error", lambda t: ["--loss-watchdog-patience", 1], ["--max-steps", 3, "--loss-watchdog-threshold", 0.1]
     ),
     "sharding": ("error", lambda t: ["--sharding", "full"], []),
+    "shard": ("error", lambda t: ["--shard", "data=2"], []),
     "nproc": ("out", lambda t: ["--nproc", 2], []),
     "nnodes": ("out", lambda t: ["--nnodes", 2, "--rendezvous", "a:1"], []),
     "rendezvous": ("out", lambda t: ["--rendezvous", "b:1"], ["--nnodes", 2, "--rendezvous", "a:1"]),

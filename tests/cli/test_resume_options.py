@@ -77,7 +77,7 @@ TABLE = {
         "lora_dropout", "relora_warmup_steps", "relora_anneal_steps", "relora_prune_ratio",
         "num_epochs", "max_steps", "ref_model_sync_steps", "ref_model_mixup_alpha",
         # where and how they are made
-        "device", "tf32", "deterministic", "sharding", "gradient_checkpointing", "activation_offloading", "layer_offloading",
+        "device", "tf32", "deterministic", "sharding", "shard", "gradient_checkpointing", "activation_offloading", "layer_offloading",
         "feature_device",
         "precompute_ref_logps", "dataset_prepared_path",
         "max_completion_length", "adaptive_max_tokens", "gt_length_multiplier", "async_prefetch", "prefetch_depth", "vllm_sync_interval",
@@ -228,7 +228,7 @@ CASES += [("pretrain", name) for name in PRETRAIN if VERDICTS[name] != "start"]
 CASES += [*PAIRS.CHANGES, *(("grpo", name) for name in GRPO.CHANGES), *(("ebft", name) for name in EBFT.CHANGES)]
 CASES += [("ebft strided", name) for name in BLOCKS if name != "mode"]
 FAST = [("sft", "lora_alpha"), ("sft", "learning_rate"), ("sft", "train_on_inputs"), ("dpo", "rl_beta"), ("grpo", "replay_buffer_size")]
-ERRORS = {"device", "revision", "split", "sharding"}  # what stops them here has nothing to do with resuming
+ERRORS = {"device", "revision", "split", "sharding", "shard"}  # what stops them here has nothing to do with resuming
 STOPS = {"loss_watchdog_threshold", "loss_watchdog_patience"}  # take effect by ending the run
 
 

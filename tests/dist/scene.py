@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from treetune.core.run.ranks import Ranks
-from treetune.core import lora, optim, param, quant, shard, step, tree
+from treetune.core.run.ranks import ALONE, Ranks
+from treetune.core import lora, optim, optim_parts, param, quant, shard, step, tree
 from treetune.core.quant import Scheme
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
@@ -117,16 +117,19 @@ def objective(base: Model, placed: Policy):
     return sft_objective.named(policy.logprob(placed))
 
 
-def optimizer() -> optim.Optimizer:
-    return optim.adamw(eps=1e-4, weight_decay=0.1)
+def optimizer(ranks: Ranks = ALONE, sharding: str = "none", inner: optim.Optimizer | None = None) -> optim.Optimizer:
+    inner = optim.adamw(eps=1e-4, weight_decay=0.1) if inner is None else inner
+    if ranks.mesh is None or sharding not in ("moments", "gradients"):
+        return inner
+    return optim_parts.parted(inner, shard.splitting(ranks.mesh))
 
 
 def start(base: Model, trains: str, ranks: Ranks, sharding: str) -> tuple[TrainState, Policy]:
     placed = policy.place(trees(base, trains), ranks.mesh, sharding)
-    return TrainState(placed.params, placed.frozen, optimizer().init(placed.params), {}, torch.tensor(0)), placed
+    return TrainState(placed.params, placed.frozen, optimizer(ranks, sharding).init(placed.params), {}, torch.tensor(0)), placed
 
 
-def stepper(base: Model, placed: Policy, ranks: Ranks, seen: dict | None = None, **changes):
+def stepper(base: Model, placed: Policy, ranks: Ranks, sharding: str, seen: dict | None = None, **changes):
     """The step of these tests; `seen` collects the whole gradients that the optimiser is given, after clipping."""
     inner = optimizer()
 
@@ -136,9 +139,9 @@ def stepper(base: Model, placed: Policy, ranks: Ranks, seen: dict | None = None,
         return inner.update(grads, state, params, lr, found_inf)
 
     one = changes.pop("objective", None) or objective(base, placed)
-    return step.make_step(
-        one, optim.Optimizer(inner.init, update), schedule=optim.constant(0.02), mesh=ranks.mesh, **({"clip": 0.5} | changes)
-    )
+    used = optimizer(ranks, sharding, optim.Optimizer(inner.init, update))
+    options = {"clip": 0.5, "split_gradients": sharding == "gradients"} | changes
+    return step.make_step(one, used, schedule=optim.constant(0.02), mesh=ranks.mesh, **options)
 
 
 def run(trains: str, ranks: Ranks, sharding: str) -> tuple[dict[str, torch.Tensor], TrainState, Policy]:
@@ -148,7 +151,7 @@ def run(trains: str, ranks: Ranks, sharding: str) -> tuple[dict[str, torch.Tenso
     out = {}
     for number in range(len(STEPS)):
         seen: dict = {}
-        state, metrics = stepper(base, placed, ranks, seen)(state, micro_batches(number, ranks.rank, ranks.world))
+        state, metrics = stepper(base, placed, ranks, sharding, seen)(state, micro_batches(number, ranks.row_rank, ranks.row_ranks))
         out |= {f"gradient.{number}.{path}": leaf for path, leaf in seen.items()}
         out |= {f"metric.{number}.{name}": value.double() for name, value in metrics.items()}
     return out | whole(state), state, placed

@@ -13,7 +13,7 @@ from treetune.core.run.ranks import ALONE
 from treetune.core import ckpt, manifest, tree
 from treetune.core.state import TrainState
 
-MODES = ("none", "full")
+MODES = ("none", "moments", "gradients", "full")
 TRAINS = ("full", "lora", "both")
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_one_rank_loads_on_two_bit_for_bit(runs, mode, trains):
 def test_each_rank_writes_its_parts_alone(runs):
     """The files of ranks have each number once; the leaves of an unsharded run are in one file."""
     for trains in TRAINS:
-        whole, parts = (runs.folder / f"{mode}-{trains}" / "step_000003" for mode in MODES)
+        whole, parts = (runs.folder / f"{mode}-{trains}" / "step_000003" for mode in ("none", "full"))
         assert sorted(path.name for path in whole.iterdir()) == ["state.json", "state.safetensors", manifest.NAME]
         files = [parts / f"state-0000{i}-of-00002.safetensors" for i in (1, 2)]
         names = {path.name for path in files}
@@ -122,7 +122,7 @@ def test_each_rank_writes_its_parts_alone(runs):
 def test_a_checkpoint_is_read_with_any_sharding_and_mesh(runs, scene):
     """Parts as whole leaves and the other way round; splits along any dimension, on several axes, with equal parts written once."""
     for rank in _ranks(runs):
-        assert len(rank["crossed"]) == 6 and not any(rank["crossed"].values())
+        assert len(rank["crossed"]) == 12 and not any(rank["crossed"].values())
         assert rank["meshes"]["wrong"] == []
     _read_alone(scene, _ranks(runs)[0]["meshes"]["paths"])
 
@@ -145,6 +145,15 @@ def test_full_sharding_keeps_a_part_of_each_leaf(runs):
     zero, one = (rank["bytes"] for rank in _ranks(runs))
     assert zero["none"] == one["none"] == zero["full"] + one["full"]
     assert abs(zero["full"] - one["full"]) < 0.05 * zero["none"]
+    assert zero["moments"] == zero["gradients"] == zero["none"]
+
+
+def test_each_rank_has_the_moments_of_its_part(runs):
+    zero, one = (rank["moments"] for rank in _ranks(runs))
+    counts = 4 * 20  # one number a leaf, on every rank
+    for mode in ("moments", "gradients", "full"):
+        assert zero[mode] + one[mode] == zero["none"] + counts == one["none"] + counts
+        assert abs(zero[mode] - one[mode]) < 0.05 * zero["none"]
 
 
 @pytest.mark.parametrize("trains", TRAINS)
@@ -223,10 +232,11 @@ def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
 
 
 @pytest.mark.slow
-def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
+@pytest.mark.parametrize("axes", ["data=4", "replicate=2,data=2"])
+def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path, axes):
     """Some ranks then hold no part of a rank-1 or rank-3 adapter."""
     runs = _prepare(scene, tmp_path)
-    launch(4, WORKER, "train", tmp_path, cwd=tmp_path)
+    launch(4, WORKER, "train", tmp_path, axes, cwd=tmp_path)
     for mode in MODES:
         for trains in TRAINS:
             _, four = _results(runs, mode, trains)
@@ -241,7 +251,7 @@ def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path):
     for world in (2, 3):
         launch(world, WORKER, "again", tmp_path, cwd=tmp_path)
         again = [json.loads((tmp_path / f"again{world}-{rank}.json").read_text()) for rank in range(world)]
-        assert all(len(found) == 12 and not any(found.values()) for found in again)
+        assert all(len(found) == 48 and not any(found.values()) for found in again)
 
 
 def test_a_rank_that_dies_while_saving_ends_the_job_and_leaves_the_last_checkpoint(scene, torchrun, tmp_path):

@@ -1,4 +1,4 @@
-"""One rank of the distributed tests. argv: job, folder. Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
+"""One rank of the distributed tests. argv: job, folder, axes of the mesh such as replicate=2,data=2. Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
 
 train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
 kinds: three steps of an adapter of each kind, in every mode.
@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.core.run.ranks import Ranks, join_ranks
+from treetune.cli.options import meshes as axes
 from treetune.core import ckpt, shard, tensor_file, tree
-from treetune.core.state import TrainState
 from treetune.core.run import faults, health, recorder
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
 from treetune.models import dense, policy
 
-MODES = ("none", "full")
+MODES, KIND_MODES = ("none", "moments", "gradients", "full"), ("none", "full")
 
 
 def write(path: Path, tensors: dict) -> None:
@@ -47,14 +47,16 @@ def train(folder: Path, ranks: Ranks) -> None:
             both = scene.whole(loaded)
             if ranks.rank == 0:
                 write(folder / f"{name}.loaded.safetensors", both)
-            crossed[name] = across(folder / name / "step_000003", scene.like(base, trains, ranks, MODES[1 - MODES.index(sharding)]), state)
-    local = {mode: tree.bytes(tree.map(shard.local, scene.start(base, "full", ranks, mode)[0].params)) for mode in MODES}
+            crossed[name] = across(folder / name / "step_000003", scene.like(base, trains, ranks, MODES[3 - MODES.index(sharding)]), state)
+    starts = {mode: scene.start(base, "full", ranks, mode)[0] for mode in MODES}
+    local = {mode: tree.bytes(tree.map(shard.local, state.params)) for mode, state in starts.items()}
+    moments = {mode: tree.bytes(tree.map(shard.local, state.opt)) for mode, state in starts.items()}
     bad = {mode: poison(base, ranks, mode) for mode in MODES}
     alive = {trains: whole_alive(base, trains, ranks) for trains in scene.TRAINS}
     sent = counting.counts(ranks, scene.stream([0, 2]))
     same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
-    found = {"bytes": local, "bad": bad, "alive": alive, "sent": sent, "same": same, "wide": wide(base, ranks), "after": after(base, ranks)}
-    found |= {"crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
+    found = {"bytes": local, "moments": moments, "bad": bad, "alive": alive, "sent": sent, "same": same}
+    found |= {"wide": wide(base, ranks), "after": after(base, ranks), "crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
@@ -90,7 +92,7 @@ def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
 
     shard.remember = watched
     params = tree.map(lambda leaf: leaf.detach().requires_grad_(), state.params)
-    terms, _ = scene.objective(base, placed).terms(params, state.frozen, *scene.micro_batches(0, ranks.rank, ranks.world)[0])
+    terms, _ = scene.objective(base, placed).terms(params, state.frozen, *scene.micro_batches(0, ranks.row_rank, ranks.row_ranks)[0])
     shard.remember = remember
     alive = sum(not ref.expired() for ref in gathered)
     sum(terms.values()).backward()
@@ -103,12 +105,12 @@ def gradients(placed: policy.Policy, ranks: Ranks, remat: str | None = None) -> 
     params = tree.map(lambda leaf: shard.like(torch.clone, leaf), placed.params)  # which the step changes
     state = TrainState(params, placed.frozen, own.init(params), {}, torch.tensor(0))
     objective = sft_objective.named(policy.logprob(placed, remat=remat))
-    scene.stepper(None, placed, ranks, seen, objective=objective)(state, scene.micro_batches(0, ranks.rank, ranks.world))
+    scene.stepper(None, placed, ranks, "full", seen, objective=objective)(state, scene.micro_batches(0, ranks.row_rank, ranks.row_ranks))
     return seen
 
 
 def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
+    return bool(one) and one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
 
 
 def equal_again(base, ranks: Ranks, remat: str) -> bool:
@@ -150,14 +152,14 @@ def poison(base, ranks: Ranks, sharding: str) -> dict:
     state, placed = scene.start(base, "full", ranks, sharding)
     before = scene.whole(state)
     objective = scene.poisoned(base, placed, row=4)
-    batches = scene.micro_batches(0, ranks.rank, ranks.world)
-    state, metrics = scene.stepper(base, placed, ranks, objective=objective)(state, batches)
+    batches = scene.micro_batches(0, ranks.row_rank, ranks.row_ranks)
+    state, metrics = scene.stepper(base, placed, ranks, sharding, objective=objective)(state, batches)
     same = all(torch.equal(leaf, before[name]) for name, leaf in scene.whole(state).items())
     return {"skipped": metrics["skipped"].item(), "same": same, "text": faults.find_not_finite(objective, state, batches)}
 
 
 def kinds(folder: Path, ranks: Ranks) -> None:
-    for sharding in MODES:
+    for sharding in KIND_MODES:
         for name in scene.KINDS:
             out = scene.kind(name, ranks, sharding)
             if ranks.rank == 0:
@@ -195,7 +197,7 @@ def die(folder: Path, ranks: Ranks) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ranks = join_ranks(torch.device("cpu"))
+    ranks = join_ranks(torch.device("cpu"), axes.read(tuple(sys.argv[3:])))
     {"train": train, "kinds": kinds, "again": again, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
