@@ -17,7 +17,7 @@ from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import import_path, machine, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
-from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, sample_answer, signals, summary
+from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, sample_answer, signals, stalls, summary
 from treetune.core.run import observers as run_observers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -118,7 +118,11 @@ def run(
             ranks.barrier(this.ranks)  # every rank has read what it resumes from
             ranks.share(this.ranks, partial(_create, this, parts.policy))
             this.observers.add(*_files(this, parts))
-        with running(this.folder.root, partial(_advise, this, parts.state)):
+        limit, root = config.run.rank_timeout, this.folder.root
+        with (
+            running(root, partial(_advise, this, parts.state)),
+            stalls.watched(this.ranks.rank, this.ranks.world, limit, root, device=this.device.type),
+        ):
             outcome = _train(this, parts, answer, interrupted)
             shown = parts.shown(outcome.state)
             saved = _save(this, parts.policy, shown, extras)
@@ -147,7 +151,7 @@ def begin(config: TrainConfig, told: Iterable[Any], options: frozenset[str], sta
         raise ValueError("nproc and nnodes are for the command line, which starts processes: start those of a Python program with torchrun")
     if device.type == "cuda":
         machine.join_segments()
-    world = ranks.join_ranks(device, meshes.sizes(config.run))
+    world = ranks.join_ranks(device, meshes.sizes(config.run), config.run.rank_timeout)
     request = table.record(folder.Request, config, name=method.name, read=partial(requirements.inputs, config))
     run_dir = stack.enter_context(folder.hold(request, share=partial(ranks.share, world)))
     group = Observers()

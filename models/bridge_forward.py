@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import grad, layer_offload, shard, tree
+from treetune.core import grad, heartbeat, layer_offload, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import bridge_modules, decoder_attention, dense
@@ -60,6 +60,7 @@ def prepare(
     **training: Unpack[dense.Training],
 ) -> Run:
     """A run over a batch."""
+    heartbeat.beat()
     if training.get("routing"):
         raise ValueError(f"the routers of {type(skeleton.model).__name__} are transformers' own: losses of routing are not computed for it")
     weights = weights | {LAYERS: layer_offload.arriving(weights[LAYERS], batch["tokens"].device)}

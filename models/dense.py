@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.core import gathers, grad, layer_offload, quant, shard, tree
+from treetune.core import gathers, grad, heartbeat, layer_offload, quant, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import decoder_attention, decoder_config, moe, rope_scaling, tensor_rules
@@ -116,6 +116,7 @@ def forward(
     **training: Unpack[Training],
 ) -> Out:
     """Hidden states of a packed stream. With a cache and no plan, each token attends to its cache row up to its own slot."""
+    heartbeat.beat()
     adapters = lora.tree.get("layers", []) if lora else []
     layers = layer_offload.arriving(weights["layers"], batch["tokens"].device)
     own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]

@@ -32,7 +32,7 @@ ALLOWED = {
             for name in (
                 "tree", "param", "grad", "gathers", "shard", "lora", "lora_use", "quant", "quant_parts", "quant_tables", "strided",
                 "fields", "layer_offload", "machine", "partition", "tensor_file", "manifest", "drafts", "durable", "check", "state",
-                "module_names", "optim", "owned", "protocols", "run.errors",
+                "module_names", "optim", "owned", "protocols", "heartbeat", "run.errors",
             )
         ),
     },

@@ -8,7 +8,7 @@ from treetune.cli.options import meshes
 from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
-from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SEED, SHARE, TEMPERATURE, TOKENS
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, TEMPERATURE, TOKENS
 
 
 def _one_process(values: Values) -> str:
@@ -20,6 +20,11 @@ def _nothing_to_split(values: Values) -> str:
     return "" if values["sharding"] == "none" else _one_process(values)
 
 
+def _alone(values: Values) -> str:
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
+    return "" if several else "there is one process, which waits for no other"
+
+
 def _one_start(values: Values) -> str:
     return "" if values["nproc"] > 1 or values["nnodes"] > 1 else "there is one process; start several with nproc"
 
@@ -29,7 +34,7 @@ def _listed_steps(values: Values) -> str:
 
 
 # How a run is started, which is not what it is.
-STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts")
+STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout")
 OBSERVER = door((), "observer", "event", "record")
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
@@ -56,6 +61,9 @@ class RunOptions:
     """HOST:PORT of one of the machines, where all of them meet."""
     restarts: Annotated[int, COUNT_OR_NONE, STARTED, Unused(_one_start)] = 0
     """Times that all processes start again from the newest checkpoint after one of them has failed."""
+    rank_timeout: Annotated[float, SECONDS, STARTED, Unused(_alone)] = 1800.0
+    """Seconds without a forward pass after which a run of several processes ends: a line names the rank that hangs, and all leave their
+    stacks in RUN/stacks."""
     eval_steps: Annotated[int | None, COUNT, SHOWN, HELD_OUT] = None
     """Evaluate every so many steps, besides before and after; if not given, at the ends of epochs, up to 10 of them."""
     evals_per_epoch: Annotated[int | None, COUNT_OR_NONE, SHOWN, HELD_OUT] = None

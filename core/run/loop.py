@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.core import check, ckpt, import_path, shard
+from treetune.core import check, ckpt, heartbeat, import_path, shard
 from treetune.core.run import best, faults, health, memory, pauses, progress, recorder, saves
 from treetune.core.run import folder as run_folder
 from treetune.core.run.errors import RunFailed
@@ -264,6 +264,7 @@ class _Loop:
         clock = time.perf_counter()
         for index in range(self.first + 1, total + 1):
             epoch = self.source.epoch
+            heartbeat.beat()
             try:
                 micro_batches, metrics = self.source.next(state, index)
             except StopIteration:

@@ -1,5 +1,6 @@
 """The processes of one run: who takes part, waiting for one another, and what rank 0 does for all."""
 
+import datetime
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from treetune.core import shard
+from treetune.core.config.ranges import SECONDS_MAX
 
 T = TypeVar("T")
 
@@ -39,10 +41,10 @@ class Ranks(NamedTuple):
 ALONE = Ranks(0, 1, None)
 
 
-def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType({})) -> Ranks:
+def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType({}), timeout: float = 1800.0) -> Ranks:
     """Join the other processes of torchrun, if there are any, on a mesh of these axes, from the outermost; all on `data` without any.
 
-    Errors: ValueError where the sizes do not multiply to the number of processes.
+    timeout: seconds that they wait for one another. Errors: ValueError where the sizes do not multiply to the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if math.prod(sizes.values()) not in (1, world):
@@ -53,7 +55,9 @@ def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Longer than `stalls` waits, which knows more of who hangs.
+        waits = datetime.timedelta(seconds=min(timeout + 120, SECONDS_MAX))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)
     return Ranks(torch.distributed.get_rank(), world, shard.mesh(device.type, **(sizes or {"data": world})))
 
 

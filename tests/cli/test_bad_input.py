@@ -284,7 +284,7 @@ IGNORED = [
     ("--val-data x.jsonl --val-set-size 0.2", "val-set-size", "val_data is given"),
     ("--loss-watchdog-patience 3", "loss-watchdog-patience", "no loss_watchdog_threshold"),
     ("--sample-prompt= --sample-tokens 3", "sample-tokens", "sample_prompt is empty"),
-    ("--sharding full", "sharding", "nproc"), ("--shard data=2", "shard", "nproc"),
+    ("--sharding full", "sharding", "nproc"), ("--shard data=2", "shard", "nproc"), ("--rank-timeout 9", "rank-timeout", "one process"),
     ("--restarts 1", "restarts", "nproc"), ("--rendezvous a:1", "rendezvous", "one machine"),
     *[(f"--adapter none {flag}", flag.split()[0][2:].removeprefix("no-"), "adapter is none") for flag in (
         "--lora-r 16", "--lora-alpha 1", "--lora-rslora", "--lora-dropout 0.1", "--lora-target-modules q", "--lora-layers 0",

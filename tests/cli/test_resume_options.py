@@ -31,8 +31,8 @@ COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "
 # what becomes of another value -> options. Neither "refused" nor "listed": refused unless what they stand for is the same, then listed.
 TABLE = {
     "start": (
-        "output_dir", "resume", "overwrite", "ignore_memory", "sweep", "nproc", "nnodes", "rendezvous", "restarts", "comet_api_key",
-        "swanlab_api_key",
+        "output_dir", "resume", "overwrite", "ignore_memory", "sweep", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout",
+        "comet_api_key", "swanlab_api_key",
     ),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
     "documents": (

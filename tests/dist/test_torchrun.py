@@ -176,3 +176,22 @@ def test_two_ranks_round_weights_in_bfloat16_as_one_does(place, torchrun, saved_
     same = torch.cat([(one[name] == two[name]).flatten() for name in names]).float().mean()
     assert same > 0.97, same
     assert _losses(place / "half") == pytest.approx(_losses(place / "half alone"), rel=1e-2)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("how", ["sleeps", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named_and_all_leave_their_stacks(place, how):
+    """In the user's own loss, or as a process that the system has stopped."""
+    halt = "time.sleep(600)" if how == "sleeps" else "os.kill(os.getpid(), signal.SIGSTOP)"
+    (place / f"{how}.py").write_text(
+        "import os, signal, time\n\ndef mean(logp):\n"
+        f"    if os.environ['RANK'] == '1' and logp.requires_grad:\n        {halt}\n    return -logp\n"
+    )
+    args = _args(place, place / how, 2, "--nproc", 2, "--rank-timeout", 4, "--loss", f"{how}.py:mean")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *COMMAND, *args], cwd=place, env=quiet_env(), capture_output=True, text=True, timeout=120)
+    said = "rank 1 hangs in sleeps.py line 5 (mean)" if how == "sleeps" else "rank 1 does not answer"
+    assert done.returncode == 1 and done.stderr.count("error:") == 1 and said in done.stderr, done.stderr
+    assert time.monotonic() - began < 90
+    assert "all_sum" in (place / how / "stacks" / "rank-0.txt").read_text()
+    assert json.loads((place / how / "status.json").read_text())["state"] == "failed"
