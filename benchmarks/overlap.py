@@ -219,11 +219,11 @@ def predicted(events: list[tuple[str, str, int]], gpus: int) -> dict[str, float]
             now = max(now, came[part]) + unit["layer"]
             continue
         if kind == "sum":  # behind the backward of its layer
-            now = max(now, last) + 2 * (unit["layer"] if part.isdigit() else unit["head"] if part == "lm_head" else 0)
+            now = max(now + 2 * (unit["layer"] if part.isdigit() else unit["head"] if part == "lm_head" else 0), last)
         size = (layer if part.isdigit() else numbers[part]) * (2 if kind == "gather" else 4)
         cost = latency + size * (gpus - 1) / gpus / rate
         link, sent = max(link, now) + cost, sent + cost
-        came[part] = last = link
+        came[part], last = link, link if kind == "sum" else last
         if kind == "gather" and not part.isdigit():
             now = link
             if part == "lm_head":

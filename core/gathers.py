@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 AXIS = "data"  # of the mesh: its ranks have parts of a leaf
-IN_FLIGHT = 1  # sums that travel while the next is made: each is as large as a layer in float32
 
 Leaves = dict[str, "DTensor"]
 
@@ -170,9 +169,12 @@ class _Whole(torch.autograd.Function):
         for paths in _by_mesh(by_path).values():
             places = [int(path) for path in paths]
             own = [ctx.leaves[place] for place in places]
+            sums: Sums | None = ctx.sums if ctx.sums is not None and ctx.sums.takes(own) else None
+            if sums is not None:
+                sums.finish()  # what travels is as large as a layer in float32, and so is what comes next
             sent = _Scattered(own, _summed([grads[place] for place in places], own))
-            if ctx.sums is not None and ctx.sums.takes(own):
-                ctx.sums.push(sent)
+            if sums is not None:
+                sums.push(sent)
             else:
                 for place, leaf, part in zip(places, own, sent.wait(), strict=True):
                     found[place] = shard.rewrap(part.to(leaf.dtype), leaf)
@@ -222,20 +224,15 @@ class Sums:
         return self.open and all(id(leaf) in self.numbers for leaf in leaves)
 
     def push(self, sent: _Scattered) -> None:
-        """One more on its way; those before it, but for the last, are waited for."""
+        """One more on its way."""
         self.pending.append(sent)
-        while len(self.pending) > IN_FLIGHT:
-            self._hand_on()
 
     def finish(self) -> None:
-        """Wait for all."""
+        """Wait for all that are on their way, and hand them on."""
         while self.pending:
-            self._hand_on()
-
-    def _hand_on(self) -> None:
-        sent = self.pending.popleft()
-        for leaf, part in zip(sent.leaves, sent.wait(), strict=True):
-            self.add(self.numbers[id(leaf)], part)
+            sent = self.pending.popleft()
+            for leaf, part in zip(sent.leaves, sent.wait(), strict=True):
+                self.add(self.numbers[id(leaf)], part)
 
 
 _collecting: ContextVar[Sums | None] = ContextVar("sums", default=None)

@@ -5,22 +5,21 @@ than Python launches. All are estimates.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from treetune.cli import memory_rows
 from treetune.cli.methods.method import Method
-from treetune.cli.planning import abstract_run
+from treetune.cli.planning import abstract_run, traffic
 from treetune.cli.planning.abstract_run import Costs, Counted, Shapes
-from treetune.core import tree
+from treetune.cli.planning.traffic import GRADIENT
+from treetune.core import grad
 from treetune.core.config import table
 from treetune.models import loading, memory, quantised
 from treetune.models.devices import Device
 from treetune.models.memory import Setup
 
-GRADIENT = 4  # bytes: sums are float32 whatever trains
 OPS = 30  # of a layer, when a sampler computes a token
 ELSEWHERE = {"activation_offloading": "none", "layer_offloading": "none"}
 
@@ -132,15 +131,8 @@ def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> d
         return terms | {"activations": max(terms["activations"], terms["gradients"])}
     whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
     parts = {name: terms[name] / place.ranks for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
-    wide = model.cfg.dtype.itemsize + (0 if table.flatten(run.config).get("adapter") == "lora" else 4)
-    layer = max(numbers(layer) for layer in model.abstract["layers"])
-    outside = numbers(model.abstract["embed_tokens"])
-    return terms | parts | ({"weights": whole} if whole else {"gathered layers": max(layer, outside) * wide})
-
-
-def numbers(part: Any) -> int:
-    """Numbers of a part of an abstract tree."""
-    return sum(math.prod(leaf.shape) for leaf in tree.leaves({"": part}))
+    trained = table.flatten(run.config).get("adapter") != "lora"
+    return terms | parts | ({"weights": whole} if whole else {"gathered layers": traffic.present(model, trained=trained)})
 
 
 def _seconds(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, float]:
@@ -148,7 +140,7 @@ def _seconds(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, 
     low = model.cfg.dtype.itemsize < 4
     micro, update = (_by_term(costs, device, low) for costs in (seen.micro, seen.update))
     terms = {name: steps * value for name, value in micro.items()} | {"update": sum(update.values())}
-    terms["communication"] = _communication(run, seen, place, model)
+    terms["communication"] = _communication(run, seen, place, model, sum(micro.values()))
     terms["sampling"] = _sampling(run, seen, place, model)
     return {name: value for name, value in terms.items() if value > 0}
 
@@ -165,18 +157,16 @@ def _by_term(costs: Costs, device: Device, low: bool) -> dict[str, float]:
     return terms | {"launching": max(0.0, launches * device.host - sum(terms.values()))}
 
 
-def _communication(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
-    """Seconds of messages: messages x latency + bytes / link."""
+def _communication(run: Run, seen: Counted, place: Place, model: Shapes, computing: float) -> float:
+    """Seconds in which a device waits for messages, `computing` those of a micro-batch."""
     if place.ranks == 1:
         return 0.0
-    share, device, steps = (place.ranks - 1) / place.ranks, place.device, run.config.optim.gradient_accumulation_steps
-    gradients = GRADIENT * seen.trained
+    device, optim = place.device, run.config.optim
     if place.sharding != "full":
-        return device.latency + 2 * gradients * share / device.link
-    weights = 0 if quantised.of(run.config.model) is not None else seen.trees["weights"]
-    leaves = len(tree.leaves(model.abstract))
-    messages = 3 * leaves * device.latency
-    return steps * (messages + (2 * (weights + seen.trees["adapter"]) + gradients) * share / device.link)
+        return device.latency + 2 * GRADIENT * seen.trained * (place.ranks - 1) / place.ranks / device.link
+    sent = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
+    again = grad.recomputes(optim.remat)
+    return optim.gradient_accumulation_steps * traffic.waited(sent, device, place.ranks, computing, again=again)
 
 
 def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
@@ -188,7 +178,7 @@ def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
     parts = (values.get("steps_per_generation") or 1) * (values.get("num_iterations") or 1)
     rows = values["micro_batch_size"] * values["gradient_accumulation_steps"] * (values.get("steps_per_generation") or 1) * n
     device, cfg = place.device, model.cfg
-    flops = 2 * numbers(model.abstract) * rows / ((device.low if cfg.dtype.itemsize < 4 else device.wide) * device.products)
+    flops = 2 * traffic.numbers(model.abstract) * rows / ((device.low if cfg.dtype.itemsize < 4 else device.wide) * device.products)
     cache = memory.cache(cfg, rows, (values.get("max_prompt_len") or values.get("sequence_len") or 0) + longest // 2)
     read = (seen.trees["weights"] + cache) / (device.bandwidth * device.passes)
     return longest * max(flops, read, OPS * cfg.num_layers * max(device.host, device.launch)) / parts

@@ -8,6 +8,7 @@ import pytest
 from treetune.cli import main, memory_check, memory_ladder, parse, requirements
 from treetune.cli.methods import CONFIGS, of_config
 from treetune.cli.planning import advice, command, estimate
+from treetune.core import param
 from treetune.models import describe, devices
 
 SMALL = ("--micro-batch-size", "1", "--sequence-len", "64")
@@ -80,6 +81,21 @@ def test_devices_that_share_what_trains_hold_less_and_talk(tiny):
     assert shared.memory["optimiser states"] == pytest.approx(alone.memory["optimiser states"] / 4, rel=1e-3)
     assert copies.memory["optimiser states"] == alone.memory["optimiser states"] and copies.tokens == 4 * alone.tokens
     assert "communication" not in alone.seconds and 0 < copies.seconds["communication"] < shared.seconds["communication"]
+
+
+def test_a_slow_link_is_waited_for(tiny):
+    """Of layers for two gathers in the compute dtype and a float32 sum, and at both ends for one more of each; outside layers for all."""
+    run, ranks = planned(tiny, "sft", "--adapter", "none", "--gradient-accumulation-steps", "3"), 4
+    device = devices.GPUS["l4"]._replace(link=1.0, latency=0.0)
+    model = run.shapes(device)
+    layers, outside = (param.count({"": part}) for part in (model.abstract["layers"], model.abstract | {"layers": []}))
+    outside += 0 if "lm_head" in model.abstract else param.count({"": model.abstract["embed_tokens"]})
+    sent = (2 * 2 + 4) * layers * (1 + 1 / model.cfg.num_layers) + (2 + 4) * outside
+    seen = estimate.counted(run, device)
+    waited = estimate.estimate(run, seen, estimate.Place(device, ranks, "full")).seconds["communication"]
+    assert waited == pytest.approx(3 * sent * (ranks - 1) / ranks, rel=1e-2)
+    fast = estimate.estimate(run, seen, estimate.Place(device._replace(link=1e15), ranks, "full"))
+    assert fast.seconds.get("communication", 0) < 1e-6, "messages travel beside the computation"
 
 
 def test_changes_are_of_the_config(tiny):

@@ -1,0 +1,68 @@
+"""What devices send each other in a step, by a model: a message takes a latency and its bytes over the link.
+
+With fully sharded weights a layer is gathered forward and backward, and its gradients are summed: three messages, beside what the layers
+before and behind it compute. Embedding, last norm and head are waited for.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from treetune.core import tree
+from treetune.models import quantised
+from treetune.models.devices import Device
+
+GRADIENT = 4  # bytes: sums are float32 whatever trains
+OUTSIDE = 3  # messages of a pass outside layers: embedding, norm, head
+
+
+class Traffic(NamedTuple):
+    """Bytes of whole leaves that travel for one micro-batch: of all layers once, and outside them once; and of gradients."""
+
+    layers: int
+    gathered: float
+    summed: float
+    outside: float
+    summed_outside: float
+
+
+def numbers(part: Any) -> int:
+    """Numbers of a part of an abstract tree."""
+    return sum(math.prod(leaf.shape) for leaf in tree.leaves({"": part}))
+
+
+def sharded(run: Any, model: Any, adapter: float, trained: float) -> Traffic:
+    """The traffic of fully sharded weights; of an adapter with so many bytes, numbers that train."""
+    layers, size = model.abstract["layers"], model.cfg.dtype.itemsize
+    # Quantised leaves are whole on each device.
+    kept = ("linear", "experts") if quantised.of(run.config.model) is not None else ()
+    travel = sum(math.prod(leaf.shape) for leaf in tree.leaves(layers) if leaf.op not in kept)
+    head = model.abstract["lm_head"] if "lm_head" in model.abstract else model.abstract["embed_tokens"]
+    outside = sum(map(numbers, (model.abstract["embed_tokens"], model.abstract["norm"], head)))
+    within = min(trained, numbers(layers))
+    # The embedding of a tied model is summed as such, and as the head.
+    return Traffic(len(layers), travel * size + adapter, GRADIENT * within, outside * size, GRADIENT * outside * (trained > within))
+
+
+def waited(traffic: Traffic, device: Device, ranks: int, computing: float, *, again: bool) -> float:
+    """Seconds of a micro-batch in which a device waits for messages, where it computes so long; `again`: layers are computed twice forward.
+
+    Of messages beside layers it waits for what takes longer than the computation, and at the ends: the first gather of each direction, the
+    sum behind the last layer.
+    """
+    count, forward = traffic.layers, computing / (4 if again else 3)
+
+    def message(size: float, messages: int) -> float:
+        return messages * device.latency + size * (ranks - 1) / ranks / device.link if size else 0.0
+
+    gathers, sums = message(traffic.gathered, count), message(traffic.summed, count)
+    beside = max(0.0, gathers - forward) + max(0.0, gathers + sums - (computing - forward))
+    ends = (2 * gathers + sums) / count
+    return beside + ends + message(traffic.outside, OUTSIDE) + message(traffic.summed_outside, OUTSIDE)
+
+
+def present(model: Any, *, trained: bool) -> int:
+    """Bytes of the leaves that are whole at once: of two layers, and of one gradients, in the compute dtype and as they are summed."""
+    size = model.cfg.dtype.itemsize
+    layer = max(map(numbers, model.abstract["layers"]))
+    more = size + GRADIENT if trained else 0
+    return max(layer * (2 * size + more), numbers(model.abstract["embed_tokens"]) * (size + more))
