@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli import memory_ladder
+from treetune.cli.options import meshes
 from treetune.cli.run import TrainConfig
 from treetune.models import MODELS, fetch, hf
 from treetune.models.memory import shown
@@ -34,8 +35,11 @@ def need(config: TrainConfig, device: str, ranks: int = 1) -> Need | None:
     if getattr(getattr(options, "adapter", None), "unfrozen_parameters", ()) or not _native(options.model):
         return None
     table = memory_ladder.table_of(config, device)
-    shared = ranks if config.run.sharding == "full" and config.model.quant in ("auto", "none") else 1
+    what = meshes.sharding(config.run)
+    shared = ranks if what == "full" and config.model.quant in ("auto", "none") else 1
     held = table.held // shared
+    if what in ("moments", "gradients"):
+        held -= (table.optimiser + (table.gradients if what == "gradients" else 0)) * (ranks - 1) // ranks
     return Need(held + table.peak - table.held, held, memory_ladder.capacity(device), device == "cuda")
 
 

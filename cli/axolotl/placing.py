@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from treetune.cli.axolotl.file import File, Unsupported, Values, write
+from treetune.cli.options import meshes
 
 ON_DEVICE = "a run without offload; optim_args: {paged: true} keeps moments in the memory of the host, activation_offloading activations"
 ALONE = "1, with sharding: full for models that one device does not hold"
@@ -27,11 +29,6 @@ def _activations(value: Any, file: File) -> Values:
     return {"activation_offloading": write("cpu" if value in ("legacy", "hidden_states") else value)}
 
 
-def sharded() -> Values:
-    """Sharding of everything, which one process has nothing to do with."""
-    return {"sharding": write("full")} if processes() > 1 else {}
-
-
 def _offloaded(file: File) -> Values:
     """Weights in the memory of the host: those that are frozen. Errors: Unsupported where all weights train."""
     if file.value("adapter") is None or "layer_offloading" not in file.options:
@@ -41,28 +38,28 @@ def _offloaded(file: File) -> Values:
 
 def _fsdp(value: Any, file: File) -> Values:
     words = value if isinstance(value, list) else str(value).split()
-    if any("hybrid" in str(word) for word in words):
-        raise Unsupported("fsdp: full_shard")
-    out = _offloaded(file) if "offload" in words else {}
-    return out if not value or "no_shard" in words else out | sharded()
+    return (_offloaded(file) if "offload" in words else {}) | placed(file)
 
 
 def _fsdp_config(value: Any, file: File) -> Values:
     if not isinstance(value, dict):
         raise Unsupported("a mapping")
-    bare = {name.removeprefix("fsdp_"): item for name, item in value.items() if str(item).lower() != "false"}
-    strategy = str(bare.get("sharding_strategy", "FULL_SHARD")).upper()
-    if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "1", "2", "3"):
+    bare = _bare(value)
+    if str(bare.get("sharding_strategy", "FULL_SHARD")).upper() not in STRATEGIES:
         raise Unsupported("sharding_strategy: FULL_SHARD")
-    out = _offloaded(file) if bare.get("offload_params") else {}
-    out |= {} if not value or strategy in ("NO_SHARD", "3") else sharded()
-    if bare.get("activation_checkpointing") and not file.value("gradient_checkpointing"):
+    out = (_offloaded(file) if _is_on(bare.get("offload_params")) else {}) | placed(file)
+    if _is_on(bare.get("activation_checkpointing")) and not file.value("gradient_checkpointing"):
         out["gradient_checkpointing"] = write("full")
     return out
 
 
-def _fsdp_version(value: Any, file: File) -> Values:
-    return sharded()
+def _bare(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of fsdp_config without the prefix that older files give them."""
+    return {name.removeprefix("fsdp_"): item for name, item in section.items()}
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value) and str(value).lower() != "false"
 
 
 def _deepspeed(value: Any, file: File) -> Values:
@@ -74,7 +71,7 @@ def _deepspeed(value: Any, file: File) -> Values:
     else:
         places = [section.get(name) or {} for name in ("offload_optimizer", "offload_param")]
         offloads = any(isinstance(place, dict) and place.get("device", "none") != "none" for place in places)
-    return (_offloaded(file) if offloads else {}) | sharded()
+    return (_offloaded(file) if offloads else {}) | placed(file)
 
 
 def _section(value: Any) -> Mapping[str, Any] | None:
@@ -88,32 +85,87 @@ def _section(value: Any) -> Mapping[str, Any] | None:
     return section if isinstance(section, dict) else {}
 
 
-def _alone(value: Any, file: File) -> Values:
+class Split(NamedTuple):
+    """What is split among ranks, as of --sharding; hybrid: among those of one machine."""
+
+    sharding: str
+    hybrid: bool = False
+
+
+# Strategies of FSDP by their names and numbers.
+STRATEGIES: Mapping[str, Split] = {
+    "FULL_SHARD": Split("full"), "1": Split("full"), "SHARD_GRAD_OP": Split("gradients"), "2": Split("gradients"),
+    "NO_SHARD": Split("none"), "3": Split("none"), "HYBRID_SHARD": Split("full", True), "4": Split("full", True),
+    "HYBRID_SHARD_ZERO2": Split("gradients", True), "_HYBRID_SHARD_ZERO2": Split("gradients", True), "5": Split("gradients", True),
+}  # fmt: skip
+STAGES = ("none", "moments", "gradients", "full")  # of ZeRO
+SIZES = {"data": "dp_shard_size", "replicate": "dp_replicate_size", "tensor": "tensor_parallel_size", "context": "context_parallel_size"}
+
+
+def placed(file: File) -> Values:
+    """What all keys of a file together say of several processes: what is split, and the sizes of their axes. Nothing in one process."""
+    if processes() == 1:
+        return {}
+    sizes = {axis: _number(file.value(key)) for axis, key in SIZES.items()}
+    sizes["context"] = max(sizes["context"], _number(file.value("sequence_parallel_degree")))
+    split = _split(file)
+    if split is None:
+        split = Split("full" if sizes["data"] > 1 else "none")
+    if split.hybrid and sizes["data"] == 1 and (own := int(os.environ.get("LOCAL_WORLD_SIZE", processes()))) > 1:
+        sizes["data"] = own
+    if split.sharding == "none":
+        sizes["replicate"] = 1  # data parallel without parts is what `data` is, too
+    several = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+    shard = {} if not several or several == [f"data={processes()}"] else {"shard": write(several)}
+    return {"sharding": write(split.sharding)} | shard
+
+
+def _number(value: Any) -> int:
+    """A size; 1 for what the key itself is refused for."""
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _split(file: File) -> Split | None:
+    """What the sections of FSDP and DeepSpeed say; None without any."""
+    if deepspeed := file.value("deepspeed"):
+        section, named = _section(deepspeed), re.search(r"zero[_-]?([0-3])", str(deepspeed).lower())
+        stage = (section or {}).get("stage", named[1] if named else 3 if section is None else 0)
+        return Split(STAGES[int(stage)] if str(stage) in "0123" else "full")
+    words, config = file.value("fsdp") or [], file.value("fsdp_config") or {}
+    words = words if isinstance(words, list) else str(words).split()
+    bare = _bare(config) if isinstance(config, dict) else {}
+    strategy = bare.get("sharding_strategy") or next((word for word in words if str(word).upper() in STRATEGIES), None)
+    if not words and not config and not file.value("fsdp_version"):
+        return None
+    split = STRATEGIES.get(str(strategy).upper(), Split("full"))
+    # Weights that stay whole from one pass to the other are what each rank needs the room for.
+    stays = str(bare.get("reshard_after_forward", True)).lower() == "false"
+    return split._replace(sharding="gradients") if stays and split.sharding == "full" else split
+
+
+def _fsdp_version(value: Any, file: File) -> Values:
+    return placed(file)
+
+
+def _size(axis: str) -> Callable[[Any, File], Values]:
+    def size(value: Any, file: File) -> Values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Unsupported("a whole number")
+        if value > 1 and axis in meshes.MISSING:
+            raise Unsupported(ALONE)
+        return placed(file) if value > 1 else {}
+
+    return size
+
+
+def _experts(value: Any, file: File) -> Values:
     if isinstance(value, bool) or value not in (0, 1):
-        raise Unsupported(ALONE)
-    return {}
-
-
-def _shards(value: Any, file: File) -> Values:
-    """dp_shard_size: as many processes as hold a part each, which are all that there are."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Unsupported("a whole number")
-    if value > 1 and file.value("dp_replicate_size", 1) > 1:
-        raise Unsupported("dp_shard_size or dp_replicate_size, not both")
-    if value > 1 and processes() not in (1, value):
-        raise Unsupported(f"dp_shard_size: {processes()}, as torchrun has started so many processes")
-    return sharded() if value > 1 else {}
-
-
-def _replicas(value: Any, file: File) -> Values:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Unsupported("a whole number")
+        raise Unsupported(ALONE if "tensor" in meshes.MISSING else "tensor_parallel_size, along which experts are split, too")
     return {}
 
 
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
-    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
-    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "expert_parallel_size"), _alone),
-    "dp_shard_size": _shards, "dp_replicate_size": _replicas,
+    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, "expert_parallel_size": _experts,
+    "sequence_parallel_degree": _size("context"), **{key: _size(axis) for axis, key in SIZES.items()},
 }  # fmt: skip

@@ -61,7 +61,7 @@ def _formula(run: Run, place: Place) -> float:
     optimizer = run.config.optim.optimizer
     setup = setup._replace(state_bytes=memory_ladder.state_bytes(optimizer), paged=optimizer.startswith("paged_"))
     of_run = memory.table(model.abstract, model.cfg, setup)
-    shared = of_run.held * (1 - 1 / place.ranks) if place.sharding == "full" else 0
+    shared = of_run.held * (1 - 1 / place.parts) if place.sharding == "full" else 0
     return max(1.0, of_run.peak - shared)
 
 
@@ -83,7 +83,7 @@ def _changes(run: Run, place: Place) -> Iterator[Change]:
     if place.device.gpu:
         for ranks in (2, 4, 8):
             if ranks > place.ranks or place.sharding != "full":
-                more = place._replace(ranks=max(ranks, place.ranks), sharding="full")
+                more = place._replace(ranks=max(ranks, place.ranks), sharding="full", copies=1)
                 yield Change(f"--nproc {more.ranks} --sharding full", "each holds a part of what trains", {}, more)
 
 

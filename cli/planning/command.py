@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli.methods.method import Method, resolve
+from treetune.cli.options import meshes
 
 HELP = "say what a run would take, and on which device it fits: treetune plan run.yaml"
 USAGE = """usage: treetune plan FILE|METHOD [--on DEVICE ...] [--nproc N] [--memory SIZE] [options of the method]
@@ -74,7 +75,9 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         this = estimate.Run(method, config, family, cfg)
         chosen = [devices.named(name) for name in asked.devices or devices.NAMES]
         chosen = [one if asked.memory is None else one._replace(memory=asked.memory) for one in chosen]
-        places = [estimate.Place(one, config.run.nproc * config.run.nnodes, config.run.sharding) for one in chosen]
+        copies = meshes.sizes(config.run).get("replicate", 1) if meshes.processes(config.run) > 1 else 1
+        ranks = config.run.nproc * config.run.nnodes
+        places = [estimate.Place(one, ranks, meshes.sharding(config.run), copies) for one in chosen]
         with screen.busy("counting a step"):
             counts = {kind: estimate.counted(this, one) for kind, one in {one.gpu: one for one in chosen}.items()}
         plans = [(place, estimate.estimate(this, counts[place.device.gpu], place)) for place in places]

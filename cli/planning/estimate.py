@@ -20,16 +20,26 @@ from treetune.models import loading, memory, quantised
 from treetune.models.devices import Device
 from treetune.models.memory import Setup
 
+PARTED = {"none": (), "moments": ("optimiser states",), "gradients": ("optimiser states", "gradients")}  # terms, of whole weights
 OPS = 30  # of a layer, when a sampler computes a token
 ELSEWHERE = {"activation_offloading": "none", "layer_offloading": "none"}
 
 
 class Place(NamedTuple):
-    """Where a run would be: a device, how many of it, and what each holds of the weights that train: "none" or "full" sharding."""
+    """Where a run would be: a device, how many of it, and what is split among them.
+
+    sharding: as of the option. copies: of what is split, which ranks along `replicate` hold.
+    """
 
     device: Device
     ranks: int = 1
     sharding: str = "none"
+    copies: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts is split what is split."""
+        return self.ranks // self.copies
 
 
 class Estimate(NamedTuple):
@@ -127,10 +137,12 @@ def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> d
     if place.ranks == 1:
         return terms
     if place.sharding != "full":
+        states = {name: terms[name] / place.parts for name in PARTED[place.sharding]}
         # Gradients are summed in one message, of which there is a copy while activations are gone.
-        return terms | {"activations": max(terms["activations"], terms["gradients"])}
+        copy = 0 if "gradients" in states else terms["gradients"]
+        return terms | states | {"activations": max(terms["activations"], copy)}
     whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
-    parts = {name: terms[name] / place.ranks for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
+    parts = {name: terms[name] / place.parts for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
     trained = table.flatten(run.config).get("adapter") != "lora"
     return terms | parts | ({"weights": whole} if whole else {"gathered layers": traffic.present(model, trained=trained)})
 
@@ -162,11 +174,16 @@ def _communication(run: Run, seen: Counted, place: Place, model: Shapes, computi
     if place.ranks == 1:
         return 0.0
     device, optim = place.device, run.config.optim
+    share, gradients, steps = (place.parts - 1) / place.parts, GRADIENT * seen.trained, optim.gradient_accumulation_steps
+    # What ranks with the same parts send one another, once a step: a sum is twice as many bytes as there are.
+    copies = 0.0 if place.copies == 1 else device.latency + 2 * gradients / place.parts * (place.copies - 1) / place.copies / device.link
     if place.sharding != "full":
-        return device.latency + 2 * GRADIENT * seen.trained * (place.ranks - 1) / place.ranks / device.link
+        weights = seen.trained * loading.DTYPES[optim.master_dtype].itemsize if place.sharding != "none" else 0
+        sums = (steps if place.sharding == "gradients" else 2) * gradients
+        return copies + device.latency + (sums + weights) * share / device.link
     sent = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
     again = grad.recomputes(optim.remat)
-    return optim.gradient_accumulation_steps * traffic.waited(sent, device, place.ranks, computing, again=again)
+    return copies + steps * traffic.waited(sent, device, place.parts, computing, again=again)
 
 
 def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:

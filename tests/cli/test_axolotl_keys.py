@@ -122,6 +122,32 @@ def test_keys_become_options(here, text, expected):
     assert file.values["model"] == "m"
 
 
+PLACED = {
+    "": (None, None), "fsdp: [full_shard, auto_wrap]\n": ("full", None), "fsdp_version: 2\n": ("full", None),
+    "fsdp: shard_grad_op auto_wrap\n": ("gradients", None), "fsdp: [no_shard]\n": ("none", None),
+    "fsdp: [hybrid_shard]\n": ("full", ["data=4"]), "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD}\n": ("full", ["data=4"]),
+    "fsdp_config: {sharding_strategy: 2}\n": ("gradients", None), "fsdp_config: {sharding_strategy: NO_SHARD}\n": ("none", None),
+    "fsdp_version: 2\nfsdp_config: {reshard_after_forward: false}\n": ("gradients", None),
+    "fsdp_version: 2\nfsdp_config: {reshard_after_forward: true}\ndp_shard_size: 4\ndp_replicate_size: 2\n":
+        ("full", ["data=4", "replicate=2"]),
+    "dp_shard_size: 8\n": ("full", None), "dp_shard_size: 2\n": ("full", ["data=2"]), "dp_replicate_size: 8\n": ("none", None),
+    "deepspeed: deepspeed_configs/zero1.json\n": ("moments", None), "deepspeed: configs/zero2_torch_compile.json\n": ("gradients", None),
+    "deepspeed: {zero_optimization: {stage: 3}}\n": ("full", None), "deepspeed: {zero_optimization: {stage: 1}}\n": ("moments", None),
+    "deepspeed: {zero_optimization: {stage: 0}}\n": ("none", None), "deepspeed: ours.json\ndp_shard_size: 4\n": ("gradients", ["data=4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PLACED)
+def test_sections_of_other_launchers_say_what_is_split_among_several_processes(here, monkeypatch, text):
+    """On two machines of four processes; alone they say nothing."""
+    (here / "ours.json").write_text('{"zero_optimization": {"stage": 2}}')
+    assert read(here, BASE + text).values.keys().isdisjoint({"sharding", "shard"})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    found = read(here, BASE + text).values
+    assert (found.get("sharding"), found.get("shard")) == PLACED[text]
+
+
 METHOD_OF = {"rl: kto": "kto", "rl: null": "sft", "reward_model: true": "reward", "process_reward_model: true": "prm",
              "pretraining_dataset: [{path: a}]": "pretrain", "trl: {beta: 1}": "grpo",
              "datasets: [{path: a, type: ebft_x.transform}]": "ebft",
@@ -155,7 +181,8 @@ REFUSED = {
     "datasets: [{path: a, type: alpaca_w_system.load_open_orca_chatml}]\n": "as there is no alpaca_w_system.load_open_orca_chatml",
     "datasets: [{path: a, type: bananas}]\n": "as there is no bananas",
     "datasets: [{path: a, input_transform: b}]\n": "datasets (nearest: entries without input_transform",
-    "dp_shard_size: 4\ndp_replicate_size: 2\n": "dp_shard_size (nearest: dp_shard_size or dp_replicate_size, not both",
+    "dp_shard_size: four\n": "dp_shard_size (nearest: a whole number",
+    "fsdp_config: {sharding_strategy: BY_HALVES}\n": "fsdp_config (nearest: sharding_strategy: FULL_SHARD",
     "context_parallel_size: 2\n": "context_parallel_size (nearest: 1, with sharding: full",
     "qat: {weight_dtype: int4}\n": "qat (nearest: group_size: 64",
     "save_strategy: best\n": "the best checkpoint is kept besides",

@@ -80,6 +80,11 @@ def test_devices_that_share_what_trains_hold_less_and_talk(tiny):
     )
     assert shared.memory["optimiser states"] == pytest.approx(alone.memory["optimiser states"] / 4, rel=1e-3)
     assert copies.memory["optimiser states"] == alone.memory["optimiser states"] and copies.tokens == 4 * alone.tokens
+    split = {what: estimate.estimate(run, seen, estimate.Place(devices.GPUS["l4"], 4, what)) for what in ("moments", "gradients")}
+    assert all(one.memory["optimiser states"] == shared.memory["optimiser states"] for one in split.values())
+    assert split["moments"].memory["gradients"] == alone.memory["gradients"] > split["gradients"].memory["gradients"]
+    twice = estimate.estimate(run, seen, estimate.Place(devices.GPUS["l4"], 4, "full", copies=2))
+    assert twice.memory["optimiser states"] == pytest.approx(alone.memory["optimiser states"] / 2, rel=1e-3)
     assert "communication" not in alone.seconds and 0 < copies.seconds["communication"] < shared.seconds["communication"]
 
 
@@ -107,6 +112,9 @@ def test_changes_are_of_the_config(tiny):
 def test_a_run_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(tiny, monkeypatch, gpu, refused):
     config = planned(tiny, "sft").config
     needed = memory_check.need(config, "cpu")
+    several = [dataclasses.replace(config, run=dataclasses.replace(config.run, sharding=what)) for what in ("moments", "gradients", "full")]
+    held = [needed.held, *(memory_check.need(one, "cpu", 4).held for one in several)]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 4
     room = (needed.peak + needed.held) // 2
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: room)
     monkeypatch.setattr(memory_check, "need", lambda *args: needed._replace(capacity=room, gpu=gpu))
