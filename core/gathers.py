@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,11 +111,13 @@ def _replaced(part: Params, prefix: str, came: Mapping[str, Tensor]) -> Params:
     return tree.map(lambda _: next(found), part)
 
 
-def passage(layers: Sequence[Sequence[tuple[Params, torch.dtype | None]]]) -> Passage | None:
+def passage(layers: Iterable[Sequence[tuple[Params, torch.dtype | None]]]) -> Passage | None:
     """The passage over layers, each some trees with the dtype that their leaves are computed in, None for each leaf's own.
 
     None where no leaf travels.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None  # without a look at layers, which may be made when they are asked for
     every = []
     for parts in layers:
         leaves: Leaves = {}

@@ -120,7 +120,7 @@ def forward(
     adapters = lora.tree.get("layers", []) if lora else []
     layers = layer_offload.arriving(weights["layers"], batch["tokens"].device)
     own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]
-    passage = gathers.passage([((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True)])
+    passage = gathers.passage(((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True))
     split = tensor_rules.split_of(weights)
     x = _embed(weights, batch["tokens"], cfg, lora, split)  # [T, D]
     remat, neftune = training.get("remat"), training.get("noise")
