@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from treetune.core import ckpt, ckpt_parts, exchange
 from treetune.core.state import TrainState
@@ -16,7 +17,6 @@ class Saver:
 
     def __init__(self, *, asynchronous: bool = False):
         self.asynchronous = asynchronous
-        self._group: exchange.Group = None
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
         self._error: BaseException | None = None
@@ -27,17 +27,16 @@ class Saver:
         if not self.asynchronous:
             self._path = ckpt.save(root, state, meta)
             return
-        if self._group is None:
-            self._group = exchange.beside()
-        copies, ready = ckpt_parts.on_host(ckpt_parts.own(state, exchange.rank(self._group)))
+        copies, ready = ckpt_parts.on_host(ckpt_parts.own(state, exchange.rank()))
         # A daemon: a second Ctrl-C leaves at once, and the next start deletes the draft.
-        self._thread = threading.Thread(target=self._write, args=(root, int(state.step), copies, meta, ready), daemon=True)
+        what = (root, int(state.step), copies, meta, exchange.group())
+        self._thread = threading.Thread(target=self._write, args=what, kwargs={"ready": ready}, daemon=True)
         self._thread.start()
 
-    def _write(self, root: Path, step: int, copies: ckpt_parts.Own, meta: dict, ready: Callable[[], None]) -> None:
+    def _write(self, *what: Any, ready: Callable[[], None]) -> None:
         try:
             ready()
-            self._path = ckpt.write(root, step, copies, meta, self._group)
+            self._path = ckpt.write(*what)
         except BaseException as error:  # of whatever kind: `wait` raises it where the run can end by it
             self._error = error
 

@@ -88,18 +88,17 @@ def save(root: Path, state: TrainState, meta: dict) -> Path:
 
     Raises SaveError, on all ranks, when the disk of one refuses; earlier checkpoints stay valid.
     """
-    group = exchange.everyone()
-    return write(root, int(state.step), ckpt_parts.own(state, exchange.rank(group)), meta, group)
+    return write(root, int(state.step), ckpt_parts.own(state, exchange.rank()), meta, exchange.group())
 
 
 def write(root: Path, step: int, own: ckpt_parts.Own, meta: dict, group: exchange.Group) -> Path:
     """`save` of this rank's parts of the state of a step; the ranks agree over a group."""
-    path, rank = Path(root) / name(step), exchange.rank(group)
+    path, rank = Path(root) / name(step), exchange.rank()
     draft = drafts.name(path)
     try:
         # All ranks write into the draft of the first one.
         draft = Path(exchange.first(lambda: _made(draft), group))
-        file = ckpt_parts.file_name(own, rank, exchange.size(group))
+        file = ckpt_parts.file_name(own, rank, exchange.size())
         written = exchange.each(lambda: ckpt_parts.write(draft, file, own), group)
         files = [one for one in written if one is not None]
         exchange.first(lambda: _finish(draft, path, own, files, {"step": step, **meta}), group)
@@ -146,7 +145,7 @@ def read_meta(path: Path) -> dict:
     """The JSON side of a checkpoint. Raises ValueError when `path` is not one, or its files are not as they were written."""
     path, file = Path(path), Path(path) / "state.json"
     # One process for all: it is the first that chooses a checkpoint.
-    listed = manifest.check(path, weights=exchange.rank(exchange.everyone()) == 0, fix=FIX)
+    listed = manifest.check(path, weights=exchange.rank() == 0, fix=FIX)
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no state.json")
     try:

@@ -1,8 +1,6 @@
 """The checkpoints of a run as they are made: what is on the disk before each, who is told of it, which of them stay."""
 
-import torch
-
-from treetune.core import async_save, ckpt, durable
+from treetune.core import async_save, ckpt, durable, exchange
 from treetune.core.run import best, folder
 from treetune.core.run.observers import Observers
 from treetune.core.run.progress import Progress
@@ -24,7 +22,7 @@ class Saves:
     def begin(self, state: TrainState, meta: dict, progress: Progress) -> None:
         """Save a state; progress: of the run at its step. Errors: as of `wait`."""
         self.wait()
-        if _first():
+        if exchange.rank() == 0:
             self._flush_records()
         # As of now: a better evaluation, whose checkpoint is not there yet, must not cost the one that was best so far.
         self._of = progress, int(state.step)
@@ -53,7 +51,7 @@ class Saves:
             return
         progress, step = self._of
         self.observers.saved(path, step)
-        if _first():
+        if exchange.rank() == 0:
             checkpoint = best.checkpoint(self.run, progress)
             ckpt.prune(self.run.checkpoints, self.keep, best=checkpoint)
             if checkpoint is not None:
@@ -65,7 +63,3 @@ class Saves:
             if path.exists():
                 durable.fsync(path)
         durable.fsync(self.run.root)
-
-
-def _first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,6 +1,9 @@
 """Two ranks give what one rank gives: gradients, weights, metrics, checkpoints. The ranks have unequal, sometimes no, tokens."""
 
 import json
+import os
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +127,41 @@ def test_a_checkpoint_is_read_with_any_sharding_and_mesh(runs, scene):
     for rank in _ranks(runs):
         assert len(rank["crossed"]) == 12 and not any(rank["crossed"].values())
         assert rank["meshes"]["wrong"] == []
+        full = rank["meshes"]["full"]
+        assert full["left"] == ["step_000001"] and len(set(full["said"])) == 1 < len(full["said"])
+        assert re.search(r"could not save .*step_000002: .*No space left on device; the checkpoints before it are intact", full["said"][0])
     _read_alone(scene, _ranks(runs)[0]["meshes"]["paths"])
+
+
+DAMAGES = {
+    "a part is missing": lambda path: (path / "state-00002-of-00002.safetensors").unlink(),
+    "a part is cut": lambda path: os.truncate(path / "state-00002-of-00002.safetensors", 500),
+    "no index": lambda path: (path / "state.index.json").unlink(),
+    "an edited index": lambda path: (path / "state.index.json").write_text((path / "state.index.json").read_text().replace("[0,[0", "[1,[0")),
+    "a further part": lambda path: (path / "state-00003-of-00003.safetensors").write_bytes(b""),
+    "no manifest": lambda path: (path / manifest.NAME).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_named_and_the_checkpoint_before_is_found(runs, tmp_path, damage):
+    saved = runs.folder / "full-full" / "step_000003"
+    sound, damaged = tmp_path / "step_000003", tmp_path / "step_000004"
+    for path in (sound, damaged):
+        shutil.copytree(saved, path)
+    DAMAGES[damage](damaged)
+    found, faults = ckpt.newest_sound(tmp_path)
+    assert found == sound and len(faults) == 1 and "step_000004" in faults[0]
+
+
+def test_parts_are_the_files_of_a_checkpoint(runs, tmp_path):
+    """They go with it, and what else lies there stays."""
+    path = tmp_path / "step_000003"
+    shutil.copytree(runs.folder / "full-full" / "step_000003", path)
+    (path / "notes.md").write_text("mine")
+    (path / manifest.NAME).unlink()  # by their names alone
+    ckpt.remove(path)
+    assert [left.name for left in path.iterdir()] == ["notes.md"]
 
 
 def _read_alone(scene, paths: list[str]) -> None:

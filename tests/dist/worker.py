@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.cli.options import meshes as axes
-from treetune.core import ckpt, shard, tensor_file, tree
+from treetune.core import async_save, ckpt, ckpt_parts, shard, tensor_file, tree
 from treetune.core.run import faults, health, recorder
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
@@ -70,14 +70,40 @@ def meshes(folder: Path, ranks: Ranks) -> dict:
     """Leaves saved with every placement of some meshes and read with every other: bytes on the disk, and what came back otherwise."""
     start = scene.shapes()
     states = [scene.scattered(sizes, specs) for sizes, specs in scene.LAYOUTS[ranks.world]]
-    paths = [ckpt.save(folder / str(number), state, {}) for number, state in enumerate(states)]
-    wrong = []
+    paths, saver, wrong = [folder / str(number) / ckpt.name(1) for number in range(len(states))], async_save.Saver(asynchronous=True), []
+    for path, state in zip(paths, states, strict=True):
+        saver.begin(path.parent, state, {})
+        tree.map(lambda leaf: shard.local(leaf).zero_(), state.params)  # as the next step changes it
+        torch.distributed.barrier()  # while the ranks write
+    saver.wait()
     for path in paths:
         for state in states:
             empty = tree.map(lambda leaf: shard.like(torch.zeros_like, leaf), state.params)
             loaded, _ = ckpt.load(path, state._replace(params=empty))
             wrong += [[str(path), name] for name, leaf in loaded.params.items() if not torch.equal(shard.full(leaf), start[name])]
-    return {"wrong": wrong, "paths": list(map(str, paths))}
+    return {"wrong": wrong, "paths": list(map(str, paths)), "full": full_disk(paths[0].parent, states[0], ranks)}
+
+
+def full_disk(root: Path, state: TrainState, ranks: Ranks) -> dict:
+    """What is said on each rank where the last one's disk is full, with and without a thread, and what is left."""
+    plain, said = ckpt_parts.write, []
+
+    def write(*args):
+        if ranks.rank == ranks.world - 1:
+            raise OSError(28, "No space left on device")
+        return plain(*args)
+
+    ckpt_parts.write = write
+    for asynchronous in (False, True):
+        saver = async_save.Saver(asynchronous=asynchronous)
+        try:
+            saver.begin(root, state._replace(step=state.step + 1), {})
+            saver.wait()
+        except ckpt.SaveError as error:
+            said.append(str(error))
+    ckpt_parts.write = plain
+    torch.distributed.barrier()
+    return {"said": said, "left": sorted(path.name for path in root.iterdir())}
 
 
 def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
