@@ -1,5 +1,7 @@
 """Resident memory of each of 1, 2 and 4 ranks with a model in parts: while it is loaded, in one step of full training, and saved.
 
+Saved are checkpoints, from the state and from copies of it, as `--async-save` makes them, and the model; a checkpoint is also read again.
+
 Random weights of about 1 GB in float32, all of which train in float32 with AdamW on one document of 32 tokens a rank; ranks are processes
 that talk by gloo. All is over what a rank had after a load, a step and a save of a small model: RssAnon, the memory that is the process's
 own, and VmHWM, the largest resident set, pages of mapped files included.
@@ -80,12 +82,34 @@ def whole_run(path: Path, ranks, base: tuple[int, int]) -> dict[str, Any]:
     state = TrainState(placed.params, placed.frozen, optimizer.init(placed.params), {}, torch.tensor(0))
     placed = policy.bare(placed)
     state, more = watched("step", base, lambda: one(state, [(batch(ranks.rank), None)])[0])
+    more |= checkpoints(path.parent / f"{path.name} checkpoints", state, base, ranks.rank)
     out = path.parent / f"{path.name} saved"
     save = lambda: policy.save(placed, out if ranks.rank == 0 else None, params=state.params, frozen=state.frozen)  # noqa: E731
     _, last = watched("save", base, save)
     if ranks.rank == 0:
         shutil.rmtree(out)
     return rows | more | last | facts
+
+
+def checkpoints(folder: Path, state: Any, base: tuple[int, int], rank: int) -> dict[str, Any]:
+    """Save a checkpoint, from the state and from copies beside it, and read it back beside the state: what each took."""
+    from treetune.core import async_save, ckpt, exchange
+
+    def behind() -> None:
+        saver = async_save.Saver(asynchronous=True)
+        saver.begin(folder / "copied", state, {})
+        saver.wait()
+
+    exchange.group()
+    _, rows = watched("checkpoint", base, lambda: ckpt.save(folder, state, {}))
+    _, more = watched("copied", base, behind)
+    loaded, last = watched("resume", base, lambda: ckpt.load(folder / ckpt.name(int(state.step)), state))
+    size = sum(file.stat().st_size for file in folder.glob("step_*/*"))
+    del loaded
+    torch.distributed.barrier() if torch.distributed.is_initialized() else None
+    if rank == 0:
+        shutil.rmtree(folder)
+    return rows | more | last | {"checkpoint_bytes": size}
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:

@@ -133,11 +133,12 @@ def ranks(results: dict) -> str:
         f"Random weights in float32, all of which train with AdamW, one document of {options['tokens']} tokens a rank; ranks talk by "
         "gloo. MiB of the rank that took most, over what it had before, one run each: own memory at the peak, with pages of files and "
         "libraries in brackets. "
-        f"A layer has {one['layer_bytes'] / 2**20:.0f} MiB.\n",
-        "| ranks | weights of a rank | loading | one step | saving | one rank over it: loading, step, saving |",
-        "|---|---|---|---|---|---|",
+        f"A layer has {one['layer_bytes'] / 2**20:.0f} MiB, the largest leaf {one['largest_leaf_bytes'] / 2**20:.0f}. A checkpoint is "
+        "written from the weights and moments themselves, with --async-save from copies, and read beside them.\n",
+        "| ranks | weights of a rank | loading | one step | checkpoint | copied | read | saving | one rank over it, in this order |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    phases = ("load", "step", "save")
+    phases = ("load", "step", "checkpoint", "copied", "resume", "save")
     for world, row in worlds.items():
         peaks = [f"{row[f'{what}_peak_bytes'] / 2**20:.0f} ({row[f'{what}_resident_peak_bytes'] / 2**20:.0f})" for what in phases]
         ratios = ", ".join(f"{one[f'{what}_peak_bytes'] / row[f'{what}_peak_bytes']:.2f}" for what in phases)

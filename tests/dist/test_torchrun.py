@@ -153,6 +153,55 @@ def test_a_killed_rank_is_named_and_all_start_again(place):
     assert one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
 
 
+# A schedule, which all ranks import, that kills a rank in the middle of its part: rank 1 at step 10, and rank 0 at step 20 of the next start.
+DEADLY = """
+import os, signal
+from treetune.core import optim, tensor_file
+
+plain, start = tensor_file.write, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+rank, step = ((1, "step_000010"), (0, "step_000020"), (None, ""))[min(start, 2)]
+
+def dying(tensors):
+    for number, tensor in enumerate(tensors):
+        if number == 9:
+            with open(os.environ["KILLS"], "a") as file:
+                file.write(f"{rank}: {step}, ")
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield tensor
+
+def write(path, sizes, tensors):
+    dies = "KILLS" in os.environ and int(os.environ["RANK"]) == rank and step in path.parent.name
+    return plain(path, sizes, dying(tensors) if dies else tensors)
+
+tensor_file.write = write
+
+def steady(peak, steps):
+    return optim.constant(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--async-save",)])
+def test_ranks_that_are_killed_while_they_save_start_again_to_the_same_bits(place, more):
+    """From the checkpoint before the one that was being written, whose draft goes."""
+    (place / "steady.py").write_text(DEADLY)
+    args = ["--nproc", 2, "--sharding", "full", "--lr-scheduler", f"{place / 'steady.py'}:steady", "--restarts", 2, *more]
+    name = f"killed{len(more)}"
+    line = [sys.executable, *COMMAND, *map(str, _args(place, place / name, 2, *args, steps=30, saves=5))]
+    began = time.monotonic()
+    done = subprocess.run(line, cwd=place, env=quiet_env() | {"KILLS": str(place / f"{name} killed")}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    whole = started(place, *_args(place, place / f"not {name}", 2, *args, steps=30, saves=5))
+    assert whole.returncode == 0, whole.stderr
+    one, other = (load_file(place / run / "adapter" / "adapter_model.safetensors") for run in (name, f"not {name}"))
+    assert one.keys() == other.keys() and all(torch.equal(leaf, other[key]) for key, leaf in one.items())
+    left, wanted = (sorted(path.name for path in (place / run / "checkpoints").iterdir()) for run in (name, f"not {name}"))
+    assert left == wanted, "no draft is left"
+    assert (place / f"{name} killed").read_text() == "1: step_000010, 0: step_000020, "
+    assert _losses(place / name) == _losses(place / f"not {name}")
+    assert time.monotonic() - began < 400
+
+
 def _wait(job: subprocess.Popen, until) -> None:
     end = time.monotonic() + 300
     while not until():
