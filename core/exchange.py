@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup | None  # None: this process is alone
-PATIENCE = timedelta(hours=1)  # one rank may write to a slow disk for longer than NCCL lets the others wait
+PATIENCE = timedelta(days=1)  # one may write to a slow disk for longer than NCCL lets others wait; `run.stalls` ends those that hang
 
 
 def rank() -> int:
