@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 AXIS = "data"  # of the mesh: its ranks have parts of a leaf
 
 Leaves = dict[str, "DTensor"]
+# The dtype that leaves are computed in, by path where they differ; None is each leaf's own.
+Computed = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 def travels(leaf: Any) -> bool:
@@ -111,11 +113,8 @@ def _replaced(part: Params, prefix: str, came: Mapping[str, Tensor]) -> Params:
     return tree.map(lambda _: next(found), part)
 
 
-def passage(layers: Iterable[Sequence[tuple[Params, torch.dtype | None]]]) -> Passage | None:
-    """The passage over layers, each some trees with the dtype that their leaves are computed in, None for each leaf's own.
-
-    None where no leaf travels.
-    """
+def passage(layers: Iterable[Sequence[tuple[Params, Computed]]]) -> Passage | None:
+    """The passage over layers, each some trees with the dtype that their leaves are computed in; None where no leaf travels."""
     if not (dist.is_available() and dist.is_initialized()):
         return None  # without a look at layers, which may be made when they are asked for
     every = []
@@ -125,7 +124,8 @@ def passage(layers: Iterable[Sequence[tuple[Params, torch.dtype | None]]]) -> Pa
         for number, (part, dtype) in enumerate(parts):
             for path, leaf in tree.items(part):
                 if travels(leaf):
-                    leaves[f"{number}.{path}"], dtypes[f"{number}.{path}"] = leaf, _sent_as(leaf, dtype)
+                    own = dtype.get(path) if isinstance(dtype, Mapping) else dtype
+                    leaves[f"{number}.{path}"], dtypes[f"{number}.{path}"] = leaf, _sent_as(leaf, own)
         every.append((leaves, dtypes))
     return Passage(every) if any(leaves for leaves, _ in every) else None
 
@@ -203,13 +203,10 @@ class _Scattered(NamedTuple):
 
 
 def _sum_beyond(part: Tensor, mesh: DeviceMesh) -> None:
-    """Add up, in place, what ranks have that hold the same part and saw other rows: those along the other axes of rows."""
+    """Add up, in place, what ranks have that hold the same part and saw other tokens: along the other axes of the leaf's mesh."""
     for name in mesh.mesh_dim_names or ():
-        if name in ROWS and mesh[name].size() > 1:
+        if name != AXIS and name in shard.SUMMED and mesh[name].size() > 1:
             dist.all_reduce(part, group=mesh.get_group(name))
-
-
-ROWS = ("replicate", "context")  # axes beside `data` whose ranks have different tokens
 
 
 class Sums:

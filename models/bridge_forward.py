@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import grad, heartbeat, layer_offload, shard, tree
+from treetune.core import gathers, grad, heartbeat, layer_offload, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import bridge_modules, decoder_attention, dense
@@ -45,6 +45,7 @@ class Run(NamedTuple):
     collect: Sequence[int]
     features: dict[int, Tensor]
     remat: str | None
+    passage: gathers.Passage | None = None
 
 
 def prepare(
@@ -137,13 +138,27 @@ def _documents(batch: dict) -> Iterator[tuple[Tensor, int]]:
 
 def _through(run: Run, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """Tokens [T] through the base model: [T, D]. Without positions they are one document."""
+    run = run._replace(passage=gathers.passage(_travelling(run, index) for index in range(len(run.weights[LAYERS]))))
     skeleton, seen = run.skeleton, bridge_modules.Reader()
     copies: dict[int, Any] = {id(layer): _lazy(layer, index, run) for index, layer in enumerate(skeleton.layers)}
     binding = Binding(skeleton, run.outer, run.adapters, None, run.noise)
     base = bridge_modules.bound(skeleton.base, binding, copies | {id(skeleton.head): seen})
     options = {} if positions is None else {"position_ids": positions[None]}
     states = base(input_ids=tokens[None], use_cache=False, **options)[0][0]
+    if run.passage is not None:
+        run.passage.turn()
     return states if seen.states is None else seen.states[0]
+
+
+def _travelling(run: Run, index: int) -> list[tuple[Params, gathers.Computed]]:
+    """What a layer gathers at its top, with the dtypes that it is computed in: its leaves and adapters, by their paths in the model."""
+    own = {f"{LAYERS}.{index}.{path}": leaf for path, leaf in tree.items(run.weights[LAYERS][index])}
+    return [(own, {path: run.skeleton.wide.get(path, run.dtype) for path in own}), (_pairs(run, index), None)]
+
+
+def _pairs(run: Run, index: int) -> dict[str, dict[str, Tensor]]:
+    pairs = run.adapters.pairs
+    return {path: pairs[path] for path in run.skeleton.needs[index] if path in pairs}
 
 
 def _lazy(layer: Any, index: int, run: Run) -> Any:
@@ -164,11 +179,15 @@ def _layer(layer: Any, index: int, run: Run, *args: Any, **options: Any) -> Any:
     needs = _needs(run, index, own)
 
     def compute(x: Tensor, needs: Mapping[str, Tensor], *_: Any) -> Any:
+        adapters = run.adapters
+        if run.passage is not None:
+            needs, pairs = run.passage.whole(index, dict(needs), _pairs(run, index))
+            adapters = adapters._replace(pairs={**adapters.pairs, **pairs})
         tensors = {path: _whole(leaf, path, run.skeleton, run.dtype) for path, leaf in needs.items()}
         calls = itertools.count(run.kept.first[index]) if run.kept.first else None
         attend = None if calls is None else partial(_attend, calls=calls, run=run)
         first, more = ((x, *args[1:]), options) if args else ((), options | {"hidden_states": x})
-        out = bridge_modules.bound(layer, Binding(run.skeleton, tensors, run.adapters, attend))(*first, **more)
+        out = bridge_modules.bound(layer, Binding(run.skeleton, tensors, adapters, attend))(*first, **more)
         if calls is not None and (number := next(calls)) != run.kept.first[index + 1]:
             raise ValueError(f"layer {index} of {type(layer).__name__} has called attention {number - run.kept.first[index]} times")
         return out

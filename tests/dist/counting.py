@@ -45,8 +45,8 @@ class Log(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def first(self, leaves) -> None:
-        """The message that comes next begins with the first of these leaves."""
-        self.next = self.names[shard.local(leaves[0]).data_ptr()]
+        """The message that comes next begins with the first of these leaves of which this rank has a part."""
+        self.next = next(self.names[shard.local(leaf).data_ptr()] for leaf in leaves if shard.local(leaf).numel())
 
 
 @contextlib.contextmanager

@@ -102,18 +102,16 @@ def sampled(split, whole, ranks: Ranks, name: str) -> tuple[bool, int]:
         join(state)
         return drawn
 
-    gathered, most, gather = [], [0], shard.gather
+    gathered, most, remember = [], [0], shard.remember
 
-    def watched(leaf, dtype=None):
-        out = gather(leaf, dtype)
-        if shard.distributed(leaf):
-            gathered.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
-            most[0] = max(most[0], sum(size for ref, size in gathered if not ref.expired()))
-        return out
+    def watched(out, source):
+        gathered.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
+        most[0] = max(most[0], sum(size for ref, size in gathered if not ref.expired()))
+        return remember(out, source)
 
-    shard.gather = watched
+    shard.remember = watched
     parts = draw(policy.place(one, ranks.mesh, "full"))
-    shard.gather = gather
+    shard.remember = remember
     same = all(torch.equal(*both) for pair in zip(parts, draw(other), strict=True) for both in zip(*pair, strict=True))
     return same, most[0]
 
