@@ -84,8 +84,7 @@ def _engine(run: Run, policy: Policy, extras: Extras) -> Engine:
     if not config.engine.use_vllm:
         own = (samplers.local(policy, params, seed=seed) for seed in seeds)
         return core_sampler.LocalEngine(*own, join=sampling.joiner(policy))
-    where = {"folder": run.folder.root / "engine", "device": run.device, "say": run.say}
-    return samplers.served(config, policy, params, seeds=seeds, extras=extras(), **where)
+    return samplers.served(run, policy, params, seeds=seeds, extras=extras())
 
 
 def _layout(run: Run, policy: Policy, rollouts: RolloutParts, collate: Batcher) -> Layout:

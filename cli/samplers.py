@@ -9,12 +9,14 @@ import torch
 from treetune.cli.options import online
 from treetune.cli.options.online import OnlineConfig
 from treetune.cli.options.rollout import RolloutOptions
+from treetune.cli.run import Run
 from treetune.core import lora, option_pairs, quant, tree
 from treetune.core.config import table
 from treetune.core.data import pack
 from treetune.core.rollout import custom, documents, server, vllm
 from treetune.core.rollout import engine as engines
 from treetune.core.rollout import sampler as core_sampler
+from treetune.core.run import ranks as processes
 from treetune.core.state import Params, TrainState
 from treetune.models import policy as policies
 from treetune.models import sampling, serving
@@ -52,18 +54,9 @@ def local(policy: Policy, params: vllm.SamplingParams, *, seed: int) -> core_sam
     return core_sampler.local(sample, stop_ids=params.stop_ids, tokenizer=policy.tokenizer)
 
 
-def served(
-    config: OnlineConfig,
-    policy: Policy,
-    params: vllm.SamplingParams,
-    *,
-    folder: Path,
-    seeds: tuple[int, int],
-    extras: dict[str, Any],
-    device: torch.device,
-    say: Say,
-) -> engines.VllmEngine:
-    """The engine of a server, which is started if it is the run's own. folder: for weights; extras: what is saved beside them."""
+def served(run: Run, policy: Policy, params: vllm.SamplingParams, *, seeds: tuple[int, int], extras: dict[str, Any]) -> engines.VllmEngine:
+    """The engine of a server, which the first rank starts if it is the run's own. extras: what is saved beside weights."""
+    config, device, say = run.config, run.device, run.say
     options, pipeline = config.engine, config.pipeline
     if any(quant.quantised(leaf) for leaf in tree.leaves(policy.frozen)):
         raise ValueError("use_vllm: the server has the weights of the model as they are, and those that train are quantised: leave one out")
@@ -75,15 +68,21 @@ def served(
     ahead = pipeline.prefetch_depth if pipeline.async_prefetch else 0
     steps, interval = pipeline.steps_per_generation * pipeline.num_iterations, pipeline.vllm_sync_interval
     versions = engines.adapter_versions(steps_per_generation=steps, sync_interval=interval, prefetch_depth=ahead)
-    managed = _managed(config, policy, model, device, say) if options.vllm_mode == "managed" else None
-    url = managed.server.url if managed else server.url(options.vllm_server_host, options.vllm_server_port)
+    managed = None
+
+    def begin() -> str:
+        nonlocal managed
+        managed = _managed(config, policy, model, device, say) if options.vllm_mode == "managed" else None
+        return managed.server.url if managed else server.url(options.vllm_server_host, options.vllm_server_port)
+
+    url = processes.share(run.ranks, begin)
     settings = engines.EngineSettings(
-        url, model.name, model.paths, policy.cfg.vocab_size, online.longest(config), folder, seeds, model.dtype,
+        url, model.name, model.paths, policy.cfg.vocab_size, online.longest(config), run.folder.root / "engine", seeds, model.dtype,
         options.vllm_server_timeout, options.vllm_canary_tolerance, interval, versions if policy.lora is not None else None,
         options.vllm_reload_in_place, config.adapter.lora_model_dir is not None,
     )  # fmt: skip
     calls = _calls(policy, extras, device)
-    return engines.VllmEngine(settings, params, policy.tokenizer, **calls, managed=managed)
+    return engines.VllmEngine(settings, params, policy.tokenizer, **calls, managed=managed, ranks=run.ranks)
 
 
 def _managed(config: OnlineConfig, policy: Policy, model: serving.ServedModel, device: torch.device, say: Say) -> engines.ManagedServer:

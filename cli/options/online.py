@@ -1,9 +1,8 @@
 """Options of a command that samples completions, taken together: contradictions, lengths. Importing this imports no torch."""
 
-import os
 from typing import Any, Protocol
 
-from treetune.cli.options import policy_loss, reference
+from treetune.cli.options import meshes, policy_loss, reference
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import OptimOptions
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
@@ -104,8 +103,8 @@ def conflicts(config: OnlineConfig) -> None:
 
 def _conflicts_of_engine(config: OnlineConfig) -> None:
     engine = config.engine
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or config.run.nproc * config.run.nnodes > 1:
-        raise ValueError("use_vllm works with one process: several ranks would sync to the server at once; leave out nproc or torchrun")
+    if names := [name for name, size in meshes.sizes(config.run).items() if name in ("tensor", "context") and size > 1]:
+        raise ValueError(f"use_vllm: each rank asks the server for completions, and those along {names[0]} share rows: leave out one")
     if config.pipeline.async_prefetch and config.adapter.adapter == "none":
         raise ValueError("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
     if engine.vllm_reload_in_place and engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):

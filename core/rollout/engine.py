@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from treetune.core import shard, tree
+from treetune.core import partition
 from treetune.core.rollout import documents, server, sync, vllm
 from treetune.core.rollout.group import Completion, Sampled
+from treetune.core.run import ranks as processes
 from treetune.core.run.errors import RunFailed
+from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import Params, TrainState
 
 CANARY = 32  # tokens
@@ -71,10 +73,24 @@ def managed(
     return ManagedServer(server.start(line, options, log=log, in_place=in_place), command)
 
 
+class Followed(NamedTuple):
+    """What ranks beside the first one know of the weights on a server, which the first one gives it: the name to sample them by."""
+
+    model: str
+
+    def recover(self) -> None:
+        """Errors: RunFailed; the first rank alone can give the server its weights again."""
+        raise RunFailed("the server was started again and lacks the adapter of this run: --resume auto goes on from the last checkpoint")
+
+    def intact(self) -> None:
+        """Nothing: the first rank owns the files."""
+
+
 class VllmEngine:
     """The weights of a run on a server. It owns connections, weight folders and a managed server: call `close`.
 
     base_logprobs(tokens): as `prompt_logprobs`, of the model that the server begins with; called once.
+    ranks: those of the run. Each draws by itself; the first one, whose server a managed one is, gives it the weights while others wait.
     Raises ValueError where no server answers, and for one of another model or with too short a window.
     """
 
@@ -88,7 +104,9 @@ class VllmEngine:
         prompt_logprobs: PromptLogprobs,
         base_logprobs: Callable[[Sequence[int]], np.ndarray],
         managed: ManagedServer | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks, self.first = ranks, ranks.rank == 0
         self.settings, self.params, self.tokenizer = settings, params, tokenizer
         self.save, self.prompt_logprobs = save, prompt_logprobs
         self.server = None if managed is None else managed.server
@@ -101,8 +119,8 @@ class VllmEngine:
                 resources.callback(self.server.stop)
             self.client = self._connected(resources)
             canary = self._canary()
-            self.sync = self._adapters(canary) if settings.adapter_versions is not None else self._weights(canary, managed)
-            self.base_logp = base_logprobs(canary.tokens)
+            self.sync = self._of_first(canary, managed) if self.first else Followed(settings.model)
+            self.tokens, self.base_logp = canary.tokens, base_logprobs(canary.tokens)
             self.resources = resources.pop_all()
 
     def _connected(self, resources: contextlib.ExitStack) -> vllm.Client:
@@ -130,8 +148,10 @@ class VllmEngine:
         foreign = self.server is None  # which may compute in another dtype than the trainer
         return sync.Canary(self.client, tokens, dtype=settings.dtype, tolerance=settings.canary_tolerance, widen=foreign)
 
-    def _adapters(self, canary: sync.Canary) -> sync.Adapters:
-        return sync.Adapters(self.client, self.settings.folder, canary, keep=self.settings.adapter_versions or 2)
+    def _of_first(self, canary: sync.Canary, managed: ManagedServer | None) -> sync.Adapters | sync.Weights:
+        if self.settings.adapter_versions is None:
+            return self._weights(canary, managed)
+        return sync.Adapters(self.client, self.settings.folder, canary, keep=self.settings.adapter_versions)
 
     def _weights(self, canary: sync.Canary, managed: ManagedServer | None) -> sync.Weights:
         if managed is None:
@@ -146,9 +166,7 @@ class VllmEngine:
     def draw_evaluation(
         self, policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int
     ) -> Sampled:
-        """Completions from the weights of the state: what is evaluated is what is saved."""
-        if self.version != int(policy.step):
-            self.push(policy)
+        """Completions from the weights of the state, which `refresh` has given the server."""
         return self._draw(ids, [vllm.request_seed(self.settings.seeds[1], number) for number in numbers], n=n, max_tokens=max_tokens)
 
     def _draw(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], *, n: int, max_tokens: int) -> Sampled:
@@ -165,29 +183,42 @@ class VllmEngine:
     def join(self, policy: Any, /) -> None:
         """Nothing: a server samples for each rank by itself."""
 
+    def refresh(self, policy: TrainState, /) -> None:
+        """Give the server the weights of the state if it has others: what is evaluated is what is saved."""
+        if self.version != int(policy.step):
+            self.push(policy)
+
     def snapshot(self, state: TrainState) -> None:
         """Nothing: the server has weights of its own."""
 
     def start(self, state: TrainState) -> None:
         """Check that the server has the base model, and give it the weights where the run has others already."""
         # The base model is asked first, as version -1: a canary that fails here is of another model or dtype, not a lost sync.
-        self.verdict = self._steady(lambda _: self.sync.start(-1, self.base_logp))
+        self._agree(lambda sync: sync.start(-1, self.base_logp))
         if int(state.step) > 0 or self.settings.sync_at_start:
             self.push(state)
 
     def push(self, state: TrainState) -> None:
-        """Give the server the weights of the state, and check that it has them."""
-        trained = tree.map(shard.full, state.params)
-        version, expected = int(state.step), self.prompt_logprobs(state, self.sync.canary.tokens)
+        """Give the server the weights of the state, and check that it has them: all ranks do so at one time."""
+        trained = partition.gathered(state.params, keep=self.first)
+        begun = {name: partition.gathered(state.frozen[name], keep=self.first) for name in ("start",) if name in state.frozen}
+        state = state._replace(frozen=state.frozen | begun)
+        version, expected = int(state.step), self.prompt_logprobs(state, self.tokens)
         with self.alone:
             save = partial(self.save, state, trained)
-            self.verdict = self._steady(lambda _: self.sync.sync(version, save, trained, expected))
+            self._agree(lambda sync: sync.sync(version, save, trained, expected))
             self.version = version
 
-    def _steady(self, call: Callable[[str], sync.CanaryVerdict]) -> sync.CanaryVerdict:
-        """A sync, once more where the server had to be restarted; what it cannot go on from ends the run."""
+    def _agree(self, call: Callable[[Any], sync.CanaryVerdict]) -> None:
+        """A sync by the first rank, once more where the server had to be restarted; what it cannot go on from ends the run."""
+        processes.barrier(self.ranks)  # none draws while the canary is read
+        self.verdict, model = processes.share(self.ranks, partial(self._steady, call))
+        if not self.first:
+            self.sync = Followed(model)
+
+    def _steady(self, call: Callable[[Any], sync.CanaryVerdict]) -> tuple[sync.CanaryVerdict, str]:
         try:
-            return sync.steady(call, self.sync, self.server)
+            return sync.steady(lambda _: call(self.sync), self.sync, self.server), self.sync.model
         except (RuntimeError, ValueError) as error:  # a lost sync, no answer, a server that does not come up, an adapter that it refuses
             raise RunFailed(str(error)) from error
 

@@ -48,6 +48,10 @@ class Engine(Protocol):
         """Take part in what other ranks still draw, where they sample together; this one has no more to draw."""
         ...
 
+    def refresh(self, policy: TrainState, /) -> None:
+        """Have the weights of the state for what is evaluated next."""
+        ...
+
     def snapshot(self, state: TrainState) -> Any:
         """What a thread may sample from while `state` trains on."""
         ...
@@ -88,6 +92,9 @@ class LocalEngine(NamedTuple):
     draw_evaluation: TokenSampler
     join: Join = _alone
 
+    def refresh(self, policy: TrainState, /) -> None:
+        """Nothing to do: the state is the argument of every draw."""
+
     def snapshot(self, state: TrainState) -> TrainState:
         """The state with a copy of the trained weights; the frozen ones are shared."""
         # The optimiser updates weights in place, so a thread that samples from the live ones would mix two policies.
@@ -120,7 +127,12 @@ def build(engine: Engine, rollout: Rollout, *, n: int, evaluation_n: int, max_to
     """The sampler of a run: n completions of each prompt to train on, evaluation_n to evaluate, with replies of at most max_tokens."""
     train = rollout(engine.draw, n=n, max_tokens=max_tokens)
     evaluation = rollout(engine.draw_evaluation, n=evaluation_n, max_tokens=max_tokens)
-    return Sampler(engine, _with_others(train, engine), _with_others(evaluation, engine))
+
+    def evaluate(policy: Any, prompts: Sequence[Prompt], numbers: Sequence[int], /) -> Sampled:
+        engine.refresh(policy)
+        return evaluation(policy, prompts, numbers)
+
+    return Sampler(engine, _with_others(train, engine), _with_others(evaluate, engine))
 
 
 def _with_others(sample: PromptSampler, engine: Engine) -> PromptSampler:

@@ -95,7 +95,11 @@ def check(options: ServerOptions) -> None:
 
 def on_device(options: ServerOptions, *, cuda: bool) -> ServerOptions:
     """The options as a device takes them: without CUDA there is no share of its memory, and no CUDA graphs."""
-    return options if cuda else options._replace(gpu_memory_utilization=None, enforce_eager=True)
+    if cuda:
+        return options
+    # vLLM 0.32 rewinds the seeded generator of a request whose prompt it computes in chunks, which one of the CPU cannot: the server dies.
+    chunked = () if any("chunked-prefill" in text for text in options.extra) else ("--no-enable-chunked-prefill",)
+    return options._replace(gpu_memory_utilization=None, enforce_eager=True, extra=(*chunked, *options.extra))
 
 
 def command(python: str | Path, model: str | Path, options: ServerOptions) -> list[str]:

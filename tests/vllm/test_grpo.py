@@ -41,6 +41,16 @@ def test_an_adapter_trains_on_what_the_server_writes(tmp_path):
     assert any(record["grad_norm"] > 0 for record in found)
 
 
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_two_ranks_share_one_server(tmp_path, sharding):
+    """Each samples by itself, what all of them train together; the first one gives the server the weights."""
+    found = trained(tmp_path, "--max-steps", "3", "--nproc", "2", "--sharding", sharding)
+    assert [record["sync/version"] for record in found] == [0, 1, 2]
+    assert all(record["sync/logp_difference_mean"] < 1e-3 for record in found)
+    assert all(record["sampling/sampling_logp_difference/max"] < 1e-3 for record in found)
+    assert any(record["grad_norm"] > 0 for record in found)
+
+
 def test_the_correction_repairs_a_server_one_sync_behind(tmp_path):
     """With a sync every second step the other steps are off-policy: ratios leave 1, and the metrics say so."""
     found = trained(tmp_path, "--max-steps", "4", "--vllm-sync-interval", "2")

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from treetune.core.rollout import engine, sampler, vllm
 from treetune.core.run.errors import RunFailed
+from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import TrainState
 
 spec = importlib.util.spec_from_file_location("fake_vllm", Path(__file__).with_name("fake_vllm.py"))
@@ -43,11 +46,13 @@ def start(client, tmp_path):
     """start(...) -> an engine on the stand-in, with these settings."""
     made = []
 
-    def begin(**settings):
+    def begin(ranks=ALONE, **settings):
         plain = {"folder": tmp_path / "engine", "seeds": (5, 6), "dtype": "float32", "timeout_s": 5.0, "longest": 64}
         plain |= {"url": client.url, "model": "tiny", "model_paths": ("models/tiny",), "vocab_size": fake_vllm.VOCAB}
         calls = {"prompt_logprobs": lambda at, tokens: fake_vllm.logps(tokens, number(at)), "base_logprobs": fake_vllm.logps, "save": save}
-        made.append(engine.VllmEngine(engine.EngineSettings(**plain | settings), vllm.SamplingParams(stop_ids=[2]), Words(), **calls))
+        made.append(
+            engine.VllmEngine(engine.EngineSettings(**plain | settings), vllm.SamplingParams(stop_ids=[2]), Words(), **calls, ranks=ranks)
+        )
         return made[-1]
 
     yield begin
@@ -78,6 +83,7 @@ def test_training_samples_from_the_last_sync_and_evaluation_from_the_weights_it_
     sampled = made.draw(None, IDS, NUMBERS, n=2, max_tokens=6)
     assert sampled.version == 2
     check(sampled, state(2))
+    made.refresh(state(3))
     sampled = made.draw_evaluation(state(3), IDS, NUMBERS, n=1, max_tokens=6)
     assert sampled.version == 3
     check(sampled, state(3))
@@ -161,3 +167,44 @@ def test_the_trainers_own_weights_are_copied_for_a_thread_and_never_synced():
 class Samples:
     def __init__(self, tokens, logp, count):
         self.tokens, self.logp, self.lens = tokens, logp, torch.full((count,), 2)
+
+
+class Shared:
+    """The processes of ranks that are threads here."""
+
+    def __init__(self):
+        self.meet, self.said = threading.Barrier(2, timeout=20), None
+
+    def barrier(self, ranks):
+        self.meet.wait()
+
+    def share(self, ranks, function):
+        if ranks.rank == 0:
+            self.said = function()
+        self.meet.wait()
+        said = self.said
+        self.meet.wait()
+        return said
+
+
+def test_each_rank_draws_from_what_the_first_one_gave_the_server(start, fake, monkeypatch):
+    monkeypatch.setattr(engine, "processes", Shared())
+    pair = [start(ranks=Ranks(rank, 2, None), sync_interval=2) for rank in range(2)]
+
+    def play(made):
+        made.start(state(0))
+        for step in (1, 2):
+            made.after_step(state(step), {}, step)
+        drawn = made.draw(None, IDS, NUMBERS, n=2, max_tokens=6)
+        made.refresh(state(3))
+        return drawn, made.draw_evaluation(state(3), IDS, NUMBERS, n=1, max_tokens=6), made.metrics()
+
+    with ThreadPoolExecutor(2) as pool:
+        (drawn, evaluated, told), other = pool.map(play, pair)
+    assert drawn.version == other[0].version == 2 and evaluated.version == other[1].version == 3 and told == other[2]
+    for one, again, at in ((drawn, other[0], 2), (evaluated, other[1], 3)):
+        check(one, state(at))
+        check(again, state(at))
+    assert sum(path == "/v1/load_lora_adapter" for path, _ in fake.asked) == 2, "one for each version, by the first rank"
+    with pytest.raises(RunFailed, match="lacks the adapter of this run"):
+        pair[1].sync.recover()

@@ -80,7 +80,10 @@ def test_a_trial_tells_the_best_completions_and_what_to_change():
 def test_a_server_without_cuda_has_no_graphs_and_no_share_of_device_memory():
     options = server.ServerOptions("m", 80, gpu_memory_utilization=0.5)
     assert server.on_device(options, cuda=True) == options
-    assert server.on_device(options, cuda=False) == options._replace(gpu_memory_utilization=None, enforce_eager=True)
+    plain, whole = options._replace(gpu_memory_utilization=None, enforce_eager=True), "--no-enable-chunked-prefill"
+    assert server.on_device(options, cuda=False) == plain._replace(extra=(whole,))
+    asked = ("--enable-chunked-prefill",)
+    assert server.on_device(options._replace(extra=asked), cuda=False) == plain._replace(extra=asked)
     with pytest.raises(ValueError, match="max_model_len must be at least 1, got 0"):
         server.check(options._replace(max_model_len=0))
     assert server.url("::1", 81) == "http://[::1]:81" and server.url("h", 81) == "http://h:81"
