@@ -75,7 +75,7 @@ NOTHING: Mapping[str, str] = {
     **_each(
         PLACING,
         """
-        local_rank world_size device device_map ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters
+        local_rank world_size device device_map ddp ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters
         max_memory gpu_memory_limit heads_k_stride ring_attn_func
         fsdp_transformer_layer_cls_to_wrap fsdp_auto_wrap_policy fsdp_state_dict_type
         fsdp_final_state_dict_type

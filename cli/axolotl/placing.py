@@ -164,8 +164,13 @@ def _experts(value: Any, file: File) -> Values:
     return {}
 
 
+def _timeout(value: Any, file: File) -> Values:
+    return {"rank_timeout": write(value)} if processes() > 1 else {}
+
+
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
-    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed, "expert_parallel_size": _experts,
+    "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
+    "ddp_timeout": _timeout, "expert_parallel_size": _experts,
     "sequence_parallel_degree": _size("context"), **{key: _size(axis) for axis, key in SIZES.items()},
 }  # fmt: skip

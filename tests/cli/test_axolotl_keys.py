@@ -137,6 +137,12 @@ PLACED = {
 }  # fmt: skip
 
 
+def test_ranks_wait_as_long_as_a_file_says(here, monkeypatch):
+    assert "rank_timeout" not in read(here, BASE + "ddp_timeout: 900\n").values
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read(here, BASE + "ddp_timeout: 900\n").values["rank_timeout"] == 900
+
+
 @pytest.mark.parametrize("text", PLACED)
 def test_sections_of_other_launchers_say_what_is_split_among_several_processes(here, monkeypatch, text):
     """On two machines of four processes; alone they say nothing."""

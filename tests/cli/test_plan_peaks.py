@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from treetune.cli import fit, parse, requirements
 from treetune.cli.methods import CONFIGS, METHODS, of_config
+from treetune.cli.options import meshes
 from treetune.cli.planning import estimate
 from treetune.models import describe, devices
 
@@ -19,8 +20,11 @@ SIZES = dict(hidden_size=128, mlp_size=320, num_layers=4, num_heads=4, num_kv_he
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, kit):
+    return fill(tmp_path_factory.mktemp("peaks"), kit)
+
+
+def fill(root, kit):
     """A model, and rows of each kind that fill a document."""
-    root = tmp_path_factory.mktemp("peaks")
     kit.write_model(root / "model", **SIZES)
     text, third = "x" * 2 * LENGTH, "x" * (LENGTH // 3 - 1)
     rows = {
@@ -58,10 +62,10 @@ def measured(config):
     return top
 
 
-def planned(config):
+def planned(config, ranks=1):
     run = estimate.Run(of_config(config), config, *describe.read_sizes(Path(config.model.model)))
     device = devices.GPUS["l4"]._replace(gpu=False, runtime=0)  # a CPU whose rates nobody waits for
-    return estimate.estimate(run, estimate.counted(run, device), estimate.Place(device)).peak
+    return estimate.estimate(run, estimate.counted(run, device), estimate.Place(device, ranks, meshes.sharding(config.run))).peak
 
 
 FULL, REMAT, SELECTIVE = ("--adapter", "none"), ("--gradient-checkpointing", "full"), ("--gradient-checkpointing", "selective")

@@ -73,12 +73,12 @@ def launch():
     The launcher itself takes as long to start as a rank.
     """
 
-    def start(world: int, *command, cwd: Path) -> None:
+    def start(world: int, *command, cwd: Path, timeout: float = TIMEOUT_S) -> None:
         port, args = free_port(), [sys.executable, *map(str, command)]
         sets = [quiet_env(RANK=i, LOCAL_RANK=i, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(world)]
         ranks = [subprocess.Popen(args, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for env in sets]
         try:
-            errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
+            errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
