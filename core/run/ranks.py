@@ -54,7 +54,9 @@ def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType
         return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # another run of these processes: all have checked their options before one takes the folder
+    else:
         # Longer than `stalls` waits, which knows more of who hangs.
         waits = datetime.timedelta(seconds=min(timeout + 120, SECONDS_MAX))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)

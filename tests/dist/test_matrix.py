@@ -1,0 +1,100 @@
+"""Every method on every mesh: several ranks log what one process logs and leave what it leaves, with unequal and with empty ranks."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+CLOCK = ("second", "memory", "tokens_per_second")
+
+
+def _module(name: str):
+    spec = importlib.util.spec_from_file_location(f"dist_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+matrix = _module("matrix")
+# Each kind of weights and each sharding once; the rest is slow.
+SOME = ["kto full gradients", "reward qlora moments", "ebft lora full"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("matrix")
+    matrix.prepare(root, _module("test_torchrun")._tokenizer())
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """alone(method, what trains, ranks) -> the folder of a run of one process with as many micro-batches a step as those ranks have."""
+    made = {}
+
+    def of(method: str, trains: str, ranks: int) -> Path:
+        results = place / f"alone{ranks}"
+        if (method, trains, ranks) not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(place)
+                matrix.run(f"{method} {trains}", results, "", ranks)
+        return made.setdefault((method, trains, ranks), results / f"{method}_{trains}")
+
+    return of
+
+
+def weights(run: Path) -> dict:
+    (file,) = [path for name in ("model", "adapter") for path in sorted((run / name).glob("*.safetensors"))]
+    return load_file(file)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def differences(one: Path, several: Path) -> list[str]:
+    """What is not the same to 1e-5: numbers of steps and evaluations, weights."""
+    out = []
+    for mine, theirs in zip(records(one), records(several), strict=True):
+        for key in mine.keys() | theirs.keys():
+            # What a rank samples is of its own prompts; a mean of entropies may differ by what rounding leaves.
+            if any(word in key for word in CLOCK) or key.startswith(("rollout/", "sampling/", "epoch")):
+                continue
+            if key not in mine or key not in theirs:
+                out.append(f"{key} is in one alone")
+            elif mine[key] != theirs[key] and mine[key] != pytest.approx(theirs[key], rel=1e-5, abs=1e-5):
+                out.append(f"{key}: {mine[key]} and {theirs[key]}")
+    mine, theirs = weights(one), weights(several)
+    assert mine.keys() == theirs.keys()
+    return out + [name for name, leaf in mine.items() if (leaf - theirs[name]).abs().max() > 1e-5]
+
+
+def check(place, alone, launch, axes: str, ranks: int, cases: list[str]) -> None:
+    results = place / axes.replace(",", "_")
+    launch(ranks, matrix.__file__, place, results, axes, *cases, cwd=place, timeout=30 * 60)
+    found = {case: differences(alone(*case.split()[:2], ranks), results / case.replace(" ", "_")) for case in cases}
+    assert not {case: wrong for case, wrong in found.items() if wrong}
+
+
+def test_some_of_each_on_two_ranks(place, alone, launch):
+    check(place, alone, launch, "data=2", 2, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "ranks"), [("data=2", 2), ("data=2,replicate=2", 4), ("data=4", 4)])
+def test_every_method_on_every_mesh(place, alone, launch, axes, ranks):
+    cases = matrix.CASES if ranks == 2 else [case for case in matrix.CASES if case.endswith(("gradients", "full"))]
+    check(place, alone, launch, axes, ranks, [case for case in cases if axes != "data=2" or case not in SOME])
+
+
+@pytest.mark.slow
+def test_a_run_has_the_same_bits_each_time(place, launch):
+    cases = ["dpo full gradients", "grpo lora full", "sft full moments"]
+    for again in ("first", "second"):
+        launch(2, matrix.__file__, place, place / again, "data=2", *cases, cwd=place)
+    for case in cases:
+        one, two = (weights(place / again / case.replace(" ", "_")) for again in ("first", "second"))
+        assert all((leaf == two[name]).all() for name, leaf in one.items())
