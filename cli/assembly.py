@@ -14,7 +14,7 @@ from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options import meshes, optim
 from treetune.cli.options.model import AdapterOptions
 from treetune.cli.run import TrainRun
-from treetune.core import ckpt, layer_offload, loss_scale, optim_parts, option_pairs, partition, quant, shard, step, tree
+from treetune.core import ckpt, layer_offload, loss_scale, optim_parts, option_pairs, quant, shard, step, tree
 from treetune.core import optim as optimizers
 from treetune.core.config import table
 from treetune.core.data import chat_templates, fingerprint, template_date, template_marks
@@ -38,6 +38,7 @@ from treetune.models import (
     relora,
     resize,
     rule_names,
+    tensor_rules,
 )  # fmt: skip
 from treetune.models import tokenizer as tokenizers
 from treetune.models.adapter_starts import Given
@@ -271,7 +272,7 @@ def _base_model(run: TrainRun) -> Model:
     """The model that the options name, or one of random weights of the shape in a config.json."""
     options = run.config.model
     if (shape := getattr(options, "from_config", None)) is not None:
-        split = partition.of(run.ranks.mesh, meshes.sharding(run.config.run))
+        split = tensor_rules.home(run.ranks.mesh, meshes.sharding(run.config.run))
         return loading.random_model(shape, seed=run.config.optim.seed, dtype=options.dtype, device=run.device, home=split)
     model, path = loading.load_model(options.model, **_reading(run), say=run.say)
     if certificate.needed(model):

@@ -37,7 +37,8 @@ def need(config: TrainConfig, device: str, ranks: int = 1) -> Need | None:
     table = memory_ladder.table_of(config, device)
     what = meshes.sharding(config.run)
     shared = ranks if what == "full" and config.model.quant in ("auto", "none") else 1
-    held = table.held // shared
+    tensor = meshes.sizes(config.run).get("tensor", 1) if meshes.processes(config.run) > 1 else 1
+    held = table.held // (shared * tensor)
     if what in ("moments", "gradients"):
         held -= (table.optimiser + (table.gradients if what == "gradients" else 0)) * (ranks - 1) // ranks
     return Need(held + table.peak - table.held, held, memory_ladder.capacity(device), device == "cuda")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import data, meshes, model, optim, run, trackers
+from treetune.cli.options import data, meshes, model, optim, run, tensor, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -99,6 +99,7 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
             model.conflicts(train.adapter, train.model)
             _check_restarts(train, method.name)
         method.conflicts(config)
+        tensor.conflicts(train)
     checks.refuse_unused(options, ignored(config, method))
 
 

@@ -44,7 +44,11 @@ def not_finite(params: Params) -> list[str]:
         bad[path] = not all(_is_finite(shard.local(part)) for part in _parts(leaf)) or _nan_codes(leaf)
     flags = list(bad.values())
     if mesh is not None:
-        flags = shard.all_reduce(torch.tensor(flags, dtype=torch.int32, device=mesh.device_type), "max", mesh).bool().tolist()
+        flags = (
+            shard.all_reduce(torch.tensor(flags, dtype=torch.int32, device=mesh.device_type), "max", mesh, mesh.mesh_dim_names or ())
+            .bool()
+            .tolist()
+        )
     return [path for path, is_bad in zip(bad, flags, strict=True) if is_bad]
 
 

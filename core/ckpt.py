@@ -49,7 +49,7 @@ def leaf_digest(params: Params) -> str:
     leaves = sorted(tree.items(params))
     mesh = next((mesh for _, leaf in leaves if (mesh := shard.mesh_of(leaf)) is not None), None)
     if mesh is not None:
-        return hashlib.sha256("".join(_in_turns(leaves, mesh.get_group("data"))).encode()).hexdigest()
+        return hashlib.sha256("".join(_in_turns(leaves, mesh.get_group((mesh.mesh_dim_names or (None,))[-1]))).encode()).hexdigest()
     if tree.bytes(params) < manifest.SMALL:
         return hashlib.sha256("".join(_one_digest(*leaf) for leaf in leaves).encode()).hexdigest()
     # hashlib lets go of the interpreter's lock for large buffers, so threads do hash leaves at the same time.

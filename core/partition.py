@@ -64,9 +64,10 @@ class Partition(NamedTuple):
         return DTensor.from_local(part, self.device_mesh, specs, shape=torch.Size(shape), stride=stride, run_check=False)
 
 
-def of(device_mesh: DeviceMesh | None, sharding: str) -> Partition | None:
+def of(device_mesh: DeviceMesh | None, sharding: str, dimension: Callable[[str], int | None] = whole) -> Partition | None:
     """The partition of a run; None where every rank has whole leaves."""
-    return None if device_mesh is None or sharding != "full" else Partition(shard.splitting(device_mesh))
+    mesh = shard.holding(device_mesh, sharding)
+    return None if mesh is None else Partition(mesh, dimension)
 
 
 def changed(change: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
@@ -98,10 +99,13 @@ def spread(leaf: Any) -> Tensor:
     """`quant.spread` of a leaf: a collective where it is sharded, of these few numbers."""
     if quant.quantised(leaf) or not shard.sharded(leaf):
         return quant.spread(leaf)
-    index, own = quant.places(leaf.numel()), shard.local(leaf).detach().reshape(-1)
-    first = shard.first_places(leaf)[0] * (leaf.numel() // max(leaf.shape[0], 1))
-    here = (index >= first) & (index < first + own.numel())
-    bits = torch.zeros(len(index), dtype=torch.int32)
+    own = shard.local(leaf).detach()
+    places = torch.stack(torch.unravel_index(quant.places(leaf.numel()), tuple(leaf.shape)))  # [dimensions, n]
+    places -= torch.tensor(shard.first_places(leaf))[:, None]
+    here = ((places >= 0) & (places < torch.tensor(own.shape)[:, None])).all(0)
+    bits = torch.zeros(places.shape[1], dtype=torch.int32)
     # As bits, of which all ranks but one have none: a sum of numbers would lose the sign of a zero.
-    bits[here] = own[(index[here] - first).to(own.device)].cpu().to(torch.bfloat16).view(torch.int16).int()
-    return shard.all_reduce(bits.to(leaf.device), "sum", leaf.device_mesh).cpu().to(torch.int16).view(torch.bfloat16)
+    bits[here] = own[tuple(places[:, here].to(own.device))].cpu().to(torch.bfloat16).view(torch.int16).int()
+    return (
+        shard.all_reduce(bits.to(leaf.device), "sum", leaf.device_mesh, shard.split_axes(leaf)).cpu().to(torch.int16).view(torch.bfloat16)
+    )

@@ -63,6 +63,15 @@ def splitting(device_mesh: DeviceMesh) -> DeviceMesh:
     return device_mesh["data"]
 
 
+def holding(device_mesh: DeviceMesh | None, sharding: str) -> DeviceMesh | None:
+    """The part of a mesh whose ranks have different parts of the weights: along `tensor`, and along `data` where they are fully sharded.
+
+    None where each rank has all of them.
+    """
+    axes = [axis for axis in (TENSOR, "data") if _has(device_mesh, axis) and (axis == TENSOR or sharding == "full")]
+    return cast(Any, device_mesh)[tuple(axes) if len(axes) > 1 else axes[0]] if axes else None
+
+
 def distributed(leaf: Tensor) -> TypeGuard[DTensor]:
     """Whether a leaf is a DTensor."""
     return hasattr(leaf, "placements")
@@ -212,8 +221,12 @@ def gather_all(params: Params, dtype: torch.dtype | None = None) -> Params:
 
 def split_along(leaf: Any, axis: str) -> bool:
     """Whether the ranks along an axis of a mesh have different parts of a leaf."""
-    names = (leaf.device_mesh.mesh_dim_names or ()) if distributed(leaf) else ()
-    return axis in names and leaf.placements[names.index(axis)].is_shard()
+    return axis in split_axes(leaf)
+
+
+def own(leaf: Any) -> Tensor:
+    """What the layers of this rank compute with, detached: `gather` without its gradient."""
+    return gather(leaf).detach()
 
 
 def local(leaf: Tensor) -> Tensor:
@@ -314,12 +327,12 @@ def all_sum(tensors: list[Tensor], device_mesh: DeviceMesh | None, axes: Sequenc
     return out
 
 
-def all_reduce(value: Tensor, how: str, device_mesh: DeviceMesh | None) -> Tensor:
-    """Reduce one tensor over ranks with different rows; `how` is "sum", "min" or "max"."""
+def all_reduce(value: Tensor, how: str, device_mesh: DeviceMesh | None, axes: Sequence[str] = ROWS) -> Tensor:
+    """Reduce one tensor over ranks with different rows, or over axes of the mesh; `how` is "sum", "min" or "max"."""
     if device_mesh is None:
         return value
     value = value.clone()
-    for axis in reversed(ROWS):
+    for axis in reversed(axes):
         if _has(device_mesh, axis):
             dist.all_reduce(value, op=getattr(dist.ReduceOp, how.upper()), group=device_mesh.get_group(axis))
     return value

@@ -10,7 +10,7 @@ from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.core.partition import Partition
 from treetune.core.quant import Scheme
-from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize
+from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize, tensor_rules
 from treetune.models.fetch import Say, silent
 from treetune.models.quantised import Home, See
 from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
@@ -53,9 +53,12 @@ def load_model(
     path = fetch.resolve(name, say=say, revision=revision)
     if scheme and device.type == "cpu":
         machine.map_large_buffers()
+    if isinstance(home, Partition) and (file := path / "config.json").is_file():
+        tensor_rules.check(hf.read_config(file)[1], home, path)
     load = gguf.load if str(path).endswith(".gguf") else hf.load
     with fields.reading(f"the model {path}"):
         model = load(path, dtype=compute_dtype(dtype, device), device=device, scheme=scheme, see=see, home=home)
+    tensor_rules.check(model.cfg, home, path)
     machine.trim()
     if bad := check.not_finite(model.params):
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:3])}; download or save the model again")
@@ -68,7 +71,8 @@ def random_model(path: str | Path, *, seed: int, dtype: str = "auto", device: to
     if not file.is_file():
         raise ValueError(f"config file {file} does not exist")
     with fields.reading(file):
-        family, _ = hf.read_config(file)
+        family, cfg = hf.read_config(file)
+        tensor_rules.check(cfg, home, path)
         keep = home.split if isinstance(home, Partition) else param.as_is
         return hf.random(family, file, seed=seed, dtype=compute_dtype(dtype, device), keep=lambda path, leaf: keep(path, leaf.to(device)))
 

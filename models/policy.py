@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from treetune.core import layer_offload, lora_use, param, partition, shard, tree
+from treetune.core import layer_offload, lora_use, partition, shard, tree
 from treetune.core.layer_offload import Put
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.partition import Partition
 from treetune.core.quant import Scheme
 from treetune.core.state import Batch, Logprob, LogprobBeside, Scores, TokenStats, TrainState
 from treetune.models import (
@@ -31,6 +32,7 @@ from treetune.models import (
     processor,
     quantised,
     resize,
+    tensor_rules,
 )  # fmt: skip
 from treetune.models.adapter import Base, Carried, Info
 from treetune.models.adapter_spec import AdapterSpec
@@ -179,29 +181,24 @@ def without_tree(low: Lora | None) -> Lora | None:
 
 
 def place(policy: Policy, mesh: Any, sharding: str) -> Policy:
-    """The policy with all leaves sharded along `data` of a mesh ("full"), or whole on every rank (any other sharding)."""
-    if mesh is None or sharding == "none":
-        return policy
-    if sharding != "full":  # ranks update rows of a leaf, which are one piece of memory
-        return policy._replace(params=tree.map(Tensor.contiguous, policy.params))
-    mesh = shard.splitting(mesh)
+    """The policy with all leaves sharded along `data` of a mesh ("full"), or not (any other sharding), and layers split along `tensor`."""
+    home = tensor_rules.home(mesh, sharding)
+    if home is None:
+        # Ranks update rows of a leaf, which are one piece of memory.
+        return policy if mesh is None or sharding == "none" else policy._replace(params=tree.map(Tensor.contiguous, policy.params))
 
-    def put(part: Params, like: Params) -> Params:
-        return shard.place(part, mesh, shard.placements(like, mesh, shard.FULLY_SHARDED))
+    def put(part: Params, *, vectors: bool = True) -> Params:
+        return tree.from_items((path, _put(home, path, leaf, vectors=vectors)) for path, leaf in tree.items(part))
 
-    def shapes(part: Params) -> Params:
-        return tree.map(lambda leaf: param.Param(tuple(leaf.shape), axes=("embed",) * leaf.ndim), part)
-
-    params = {name: put(part, shapes(part)) for name, part in policy.params.items()}
-    # Only a frozen model has named axes; a part of a tree is sharded along its first dimension. What is frozen beside a model that trains
-    # may be a few vectors, which every rank keeps.
-    frozen = {}
-    for name, part in policy.frozen.items():
-        if name == "model" and policy.lora is None:
-            frozen[name] = tree.map(lambda leaf: put(leaf, shapes(leaf)) if leaf.ndim > 1 else shard.full(leaf), part)
-        else:
-            frozen[name] = put(part, hf.abstract_of(Model(policy.family, policy.cfg, part)) if name == "model" else shapes(part))
+    params = {name: put(part) for name, part in policy.params.items()}
+    # What is frozen beside a model that trains may be a few vectors, which every rank keeps.
+    frozen = {name: put(part, vectors=name != "model" or policy.lora is not None) for name, part in policy.frozen.items()}
     return policy._replace(params=params, frozen=frozen)
+
+
+def _put(home: Partition, path: str, leaf: Any, *, vectors: bool) -> Any:
+    """This rank's part of a leaf, or all of a vector."""
+    return home.split(path, leaf) if vectors or leaf.ndim > 1 or home.dimension(path) is not None else shard.full(leaf)
 
 
 def offload(policy: Policy, home: Put | None) -> Policy:
@@ -282,9 +279,9 @@ def current(policy: Policy, params: Params | None = None, frozen: Params | None 
     return model._replace(params=tree.map(shard.full, model.params)), low
 
 
-def in_parts(policy: Policy, params: Params, frozen: Params) -> tuple[Model, Lora | None]:
-    """The model with this rank's part of sharded leaves, and the adapter, which is whole and has no dropout."""
-    small = {name: tree.map(shard.full, part[name]) for part, name in ((params, "lora"), (frozen, "start")) if name in part}
+def in_parts(policy: Policy, params: Params, frozen: Params, adapter: Callable[[Tensor], Tensor] = shard.full) -> tuple[Model, Lora | None]:
+    """The model with this rank's part of sharded leaves, and the adapter without dropout: whole, or what `adapter` makes of its leaves."""
+    small = {name: tree.map(adapter, part[name]) for part, name in ((params, "lora"), (frozen, "start")) if name in part}
     return Model(policy.family, policy.cfg, weights(params, frozen)), _lora(policy.lora, small, small)
 
 

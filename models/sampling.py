@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from treetune.core import strided
+from treetune.core import shard, strided
 from treetune.core.state import Batch, TrainState
 from treetune.models import Model, decode, decode_branches, together
 from treetune.models.decode import Samples
@@ -22,7 +22,7 @@ def joiner(policy: Policy) -> Callable[[TrainState], None]:
     def join(state: TrainState) -> None:
         go_on = together.agreed(_base(sizes, state))
         while go_on(False):
-            decode.join(*in_parts(sizes, state.params, state.frozen))
+            decode.join(*in_parts(sizes, state.params, state.frozen, shard.own))
 
     return join
 
@@ -54,7 +54,7 @@ def sampler(
 
     def sample(state: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Samples:
         together.agreed(_base(sizes, state))(True)
-        model, low = in_parts(sizes, state.params, state.frozen)
+        model, low = in_parts(sizes, state.params, state.frozen, shard.own)
         return decode.sample(model, ids, n=n, lora=low, max_new_tokens=max_tokens, stop=stop, seed=seed, ids=list(numbers), **options)
 
     return sample
@@ -70,7 +70,7 @@ def branch_sampler(
     sizes, evaluation_seed = bare(policy), noise.keys(seed, EVALUATION)
 
     def sample(state: TrainState, batch: Batch, anchors: strided.Anchors) -> Tensor:
-        model, low = in_parts(sizes, state.params, state.frozen)
+        model, low = in_parts(sizes, state.params, state.frozen, shard.own)
         rows, draw_seed = strided.document_rows(batch).tolist(), int(noise.keys(batch.get("seed", evaluation_seed), ROLLOUTS))
         draw = {"temperature": temperature, "top_p": top_p, "seed": draw_seed}
         return decode_branches.branches(model, batch, anchors, n, lora=low, ids=rows, **draw).tokens

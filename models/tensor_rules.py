@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from treetune.core import shard
+from treetune.core import partition, shard
+from treetune.core.partition import Partition
 from treetune.models.decoder_config import Config
 from treetune.ops.tensor_parallel import Split
 
@@ -27,6 +28,19 @@ RULES: Sequence[tuple[str, int | None]] = (
 def dimension(path: str) -> int | None:
     """The dimension along which a leaf is split; None where each rank has it whole."""
     return next(dim for pattern, dim in RULES if re.search(pattern, path))
+
+
+def home(device_mesh: Any, sharding: str) -> Partition | None:
+    """How the leaves of a run's models are split among the ranks of a mesh; None where each has whole ones."""
+    return partition.of(device_mesh, sharding, dimension)
+
+
+def check(cfg: Any, where: Any, name: object) -> None:
+    """Raise ValueError for a model that cannot be split as a home says that it is."""
+    mesh = where.device_mesh if isinstance(where, Partition) else None
+    size = shard.size(mesh, shard.TENSOR)
+    if size > 1 and (reason := refusal(cfg, size)):
+        raise ValueError(f"shard tensor={size} does not fit {name}: {reason}; give another size, or data instead")
 
 
 def split_of(weights: Any) -> Split | None:

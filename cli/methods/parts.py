@@ -10,12 +10,12 @@ from torch import Tensor
 
 from treetune.cli.methods.method import Parts, Setting
 from treetune.cli.options.token_loss import LossOptions
-from treetune.core import layer_offload, partition, step
+from treetune.core import layer_offload, step
 from treetune.core.data import pack, reference_logps
 from treetune.core.run.ranks import Ranks
 from treetune.core.state import Logprob, Objective, Scores
 from treetune.losses import preference_objective, routing_objective, sft_objective
-from treetune.models import Model, hf, logprobs_routed, quantised, reference, reward_model
+from treetune.models import Model, hf, logprobs_routed, quantised, reference, reward_model, tensor_rules
 from treetune.models import policy as policies
 from treetune.models.policy import Policy
 from treetune.models.quantised import Home
@@ -102,7 +102,7 @@ def scored(config: Any, policy: Policy, setting: Setting, *, classes: int, read:
 
 def home(config: Any, ranks: Ranks, device: torch.device) -> Home | None:
     """Where the leaves of a run's models go as they are read, if not whole to the device."""
-    return partition.of(ranks.mesh, config.run.sharding) or layer_offload.home(config.optim.layer_offloading, device)
+    return tensor_rules.home(ranks.mesh, config.run.sharding) or layer_offload.home(config.optim.layer_offloading, device)
 
 
 def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature: float = 1.0, precompute: bool = False) -> Reference:

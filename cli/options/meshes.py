@@ -10,7 +10,6 @@ from treetune.core.config.marks import EqualsTexts
 AXES = ("tensor", "replicate", "context", "data")
 # Axes that ranks cannot share work along yet.
 MISSING: Mapping[str, str] = {
-    "tensor": "the heads and columns of a layer are on one device each",
     "context": "the tokens of a micro-batch are on one device each",
 }
 HINTS: Mapping[str, str] = {"expert": "; experts are split along tensor"}

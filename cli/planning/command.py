@@ -75,6 +75,8 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         this = estimate.Run(method, config, family, cfg)
         chosen = [devices.named(name) for name in asked.devices or devices.NAMES]
         chosen = [one if asked.memory is None else one._replace(memory=asked.memory) for one in chosen]
+        if meshes.processes(config.run) > 1 and "tensor" in meshes.sizes(config.run):
+            raise ValueError("plan does not count layers that are split along tensor: leave tensor out of shard to plan without it")
         copies = meshes.sizes(config.run).get("replicate", 1) if meshes.processes(config.run) > 1 else 1
         ranks = config.run.nproc * config.run.nnodes
         places = [estimate.Place(one, ranks, meshes.sharding(config.run), copies) for one in chosen]

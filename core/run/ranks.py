@@ -73,6 +73,33 @@ def every(ranks: Ranks, value: T) -> list[T]:
     return [by_rank[number] for number in range(ranks.row_ranks)]
 
 
+def of_same_rows(ranks: Ranks, function: Callable[..., T]) -> Callable[..., T]:
+    """`function` called on the first of the ranks that have the same rows, and what it gives on all of them.
+
+    For what may differ from call to call, or costs something each time. Errors: a ValueError or OSError there is a ValueError on all.
+    """
+    if ranks.mesh is None or ranks.row_ranks == ranks.world:
+        return function
+    mesh = ranks.mesh
+    axes = [axis for axis in mesh.mesh_dim_names or () if axis not in shard.ROWS]
+
+    def call(*args: Any) -> T:
+        message: list[Any] = [None, None]  # result, error
+        if not any(mesh.get_local_rank(axis) for axis in axes):
+            try:
+                message = [function(*args), None]
+            except (ValueError, OSError) as error:
+                message = [None, str(error)]
+        for axis in axes:
+            group = mesh.get_group(axis)
+            torch.distributed.broadcast_object_list(message, group=group, group_src=0)
+        if message[1] is not None:
+            raise ValueError(message[1])
+        return message[0]
+
+    return call
+
+
 def barrier(ranks: Ranks) -> None:
     """Return when every rank has come this far."""
     if ranks.world > 1:
