@@ -75,7 +75,7 @@ NOTHING: Mapping[str, str] = {
     **_each(
         PLACING,
         """
-        local_rank world_size device device_map ddp ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters
+        ray_run_name local_rank world_size device device_map ddp ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters
         max_memory gpu_memory_limit heads_k_stride ring_attn_func
         fsdp_transformer_layer_cls_to_wrap fsdp_auto_wrap_policy fsdp_state_dict_type
         fsdp_final_state_dict_type
@@ -89,7 +89,7 @@ CLOUD = "start the command on that machine"
 MISSING: Mapping[str, str] = {
     **_each(HUB, "hub_model_id hub_strategy hub_revision push_dataset_to_hub push_to_hub"),
     **_each(CLOUD, "cloud provider docker_tag volumes mount secrets gpu gpu_count branch env memory"),
-    **_each("torchrun starts the processes", "use_ray ray_num_workers ray_run_name resources_per_worker"),
+    **_each("nproc and nnodes, as many devices as there are workers", "resources_per_worker"),
     **_each(
         "reward_funcs and rollout_func take functions of your own, which may ask a server",
         """

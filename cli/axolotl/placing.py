@@ -168,9 +168,15 @@ def _timeout(value: Any, file: File) -> Values:
     return {"rank_timeout": write(value)} if processes() > 1 else {}
 
 
+def _workers(value: Any, file: File) -> Values:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Unsupported("a whole number")
+    return {"nproc": write(value)}
+
+
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
     "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
-    "ddp_timeout": _timeout, "expert_parallel_size": _experts,
+    "ddp_timeout": _timeout, "ray_num_workers": _workers, "expert_parallel_size": _experts,
     "sequence_parallel_degree": _size("context"), **{key: _size(axis) for axis, key in SIZES.items()},
 }  # fmt: skip

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from treetune.cli import fit, invocation
 from treetune.cli.methods import of_config
-from treetune.cli.options.run import RunOptions
 from treetune.cli.run import TrainConfig
 from treetune.cli.screen import Screen
 from treetune.core.run import launch
@@ -14,8 +13,8 @@ from treetune.core.run.lines import Metrics
 
 def run(config: TrainConfig, options: frozenset[str]) -> int:
     """Train and leave a run folder, in several processes where asked; the exit code. options: names of those that the user set."""
-    if config.run.nproc * config.run.nnodes > 1 and not launch.inside():
-        return _launch(config.run)
+    if (config.run.nproc * config.run.nnodes > 1 or config.run.use_ray) and not launch.inside():
+        return _launch(config)
     if config.run.restarts and launch.restarted():
         config = replace(config, run=replace(config.run, **launch.continued(Path(config.run.output_dir or ""))))
     method, pipeline = of_config(config), getattr(config, "pipeline", None)
@@ -29,8 +28,12 @@ def run(config: TrainConfig, options: frozenset[str]) -> int:
     return 128 + result.signum if result.signum is not None and result.stopped == "interrupted" else 0
 
 
-def _launch(options: RunOptions) -> int:
+def _launch(config: TrainConfig) -> int:
     """Start this command in several processes."""
-    words = invocation.words()
+    words, options = invocation.words(), config.run
+    if options.use_ray:
+        from treetune.cli import ray_launch
+
+        return ray_launch.run(words, options.nproc * options.nnodes, device=config.model.device, restarts=options.restarts)
     started = launch.Launch(options.nproc, options.nnodes, options.rendezvous, options.restarts)
     return launch.run(["-m", "treetune.cli.main", *words], started)

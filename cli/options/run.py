@@ -34,7 +34,7 @@ def _listed_steps(values: Values) -> str:
 
 
 # How a run is started, which is not what it is.
-STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout")
+STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout", "use_ray")
 OBSERVER = door((), "observer", "event", "record")
 GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest token is taken")
 
@@ -57,10 +57,17 @@ class RunOptions:
     """Processes that train together on this machine, one for each of its devices."""
     nnodes: Annotated[int, COUNT, STARTED] = 1
     """Machines that train together: the same command is started on each."""
-    rendezvous: Annotated[str | None, STARTED, unused_if("nnodes", 1, reason="there is one machine")] = None
+    rendezvous: Annotated[
+        str | None,
+        STARTED,
+        unused_if("nnodes", 1, reason="there is one machine"),
+        unused_if("use_ray", True, reason="Ray brings the workers together"),
+    ] = None
     """HOST:PORT of one of the machines, where all of them meet."""
     restarts: Annotated[int, COUNT_OR_NONE, STARTED, Unused(_one_start)] = 0
     """Times that all processes start again from the newest checkpoint after one of them has failed."""
+    use_ray: Annotated[bool, STARTED] = False
+    """Start the processes, nproc on each of nnodes machines, as workers of Ray Train: on the cluster that RAY_ADDRESS names, or here."""
     rank_timeout: Annotated[float, SECONDS, STARTED, Unused(_alone)] = 1800.0
     """Seconds without a forward pass after which a run of several processes ends: a line names the rank that hangs, and all leave their
     stacks in RUN/stacks."""
@@ -157,11 +164,11 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
 def _check_processes(run: RunOptions) -> None:
     """Raise ValueError for processes that cannot meet, that torchrun has started already, or that have no folder to start again in."""
     host, _, port = (run.rendezvous or "").rpartition(":")
-    if run.nnodes > 1 and not (host and port.isdecimal()):
+    if run.nnodes > 1 and not run.use_ray and not (host and port.isdecimal()):
         raise ValueError(f"nnodes {run.nnodes} needs rendezvous, HOST:PORT of one of the machines, got {run.rendezvous!r}")
     meshes.conflicts(run)
     started = int(os.environ.get("LOCAL_WORLD_SIZE", run.nproc))
-    if run.nproc not in (1, started):
+    if run.nproc not in (1, started) and not run.use_ray:
         raise ValueError(f"nproc is {run.nproc}, and torchrun has started {started} processes here already: leave out nproc")
     if run.restarts and run.output_dir is None and not _one_start({"nproc": run.nproc, "nnodes": run.nnodes}):
         raise ValueError("restarts continue the run in its folder: give output_dir")

@@ -2,12 +2,16 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
 def caught(notify: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
-    """Inside, signals are collected: yields stop() -> number of the first one, or None. Works in the main thread only."""
+    """Inside, signals are collected: yields stop() -> number of the first one, or None. Only the main thread can see them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     received: list[int] = []
 
     def handler(signum: int, frame: object) -> None:

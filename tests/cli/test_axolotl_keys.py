@@ -143,6 +143,11 @@ def test_ranks_wait_as_long_as_a_file_says(here, monkeypatch):
     assert read(here, BASE + "ddp_timeout: 900\n").values["rank_timeout"] == 900
 
 
+def test_workers_of_ray_are_processes(here):
+    values = read(here, BASE + "use_ray: true\nray_num_workers: 4\n").values
+    assert (values["use_ray"], values["nproc"]) == (True, 4)
+
+
 @pytest.mark.parametrize("text", PLACED)
 def test_sections_of_other_launchers_say_what_is_split_among_several_processes(here, monkeypatch, text):
     """On two machines of four processes; alone they say nothing."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from treetune.cli import memory_ladder
+from treetune.cli import memory_ladder, ray_launch
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
@@ -145,6 +145,7 @@ CHANGES = {
     "nnodes": ("out", lambda t: ["--nnodes", 2, "--rendezvous", "a:1"], []),
     "rendezvous": ("out", lambda t: ["--rendezvous", "b:1"], ["--nnodes", 2, "--rendezvous", "a:1"]),
     "restarts": ("out", lambda t: ["--restarts", 1], ["--nproc", 2]),
+    "use_ray": ("out", lambda t: ["--use-ray"], ["--nproc", 2]),
     "rank_timeout": ("out", lambda t: ["--rank-timeout", 9], ["--nproc", 2]),
     "profiler_steps": ("files", lambda t: ["--profiler-steps", 1], []),
     "profiler_steps_start": ("files", lambda t: ["--profiler-steps-start", 9], ["--profiler-steps", 1]),
@@ -189,6 +190,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
+    monkeypatch.setattr(ray_launch, "run", lambda words, *how, **more: print(how, more) or 3)
     monkeypatch.setattr(launch, "run", lambda words, how: print(how, "--rank-timeout" in words) or 3)  # tests/dist starts processes
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: 2**31)  # of a small machine
     copied, copy = [], ckpt_parts.on_host

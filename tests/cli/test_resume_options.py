@@ -32,7 +32,7 @@ COMMANDS = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "cpo", "reward", "
 TABLE = {
     "start": (
         "output_dir", "resume", "overwrite", "ignore_memory", "sweep", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout",
-        "comet_api_key", "swanlab_api_key",
+        "use_ray", "comet_api_key", "swanlab_api_key",
     ),
     "weights": ("model", "revision", "from_config", "lora_model_dir", "ref_model"),
     "documents": (
