@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treetune.core import ckpt, manifest, optim, step, tree
+from treetune.core import ckpt, ckpt_parts, manifest, optim, step, tree
 from treetune.core.state import TrainState
 
 
@@ -186,3 +186,30 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == [old.name]
     _same(ckpt.load(old, _state(3.0))[0], _state(1.0, at=1))
     assert isinstance(ckpt.SaveError(), OSError)
+
+
+def test_parts_are_read_by_slices_and_a_part_that_is_not_there_is_said(tmp_path):
+    """A box of a leaf in parts: rows 1 to 3 and columns 2 to 4 of two files; then without the second."""
+    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    shapes = {"params.w": (4, 6)}
+    boxes = {"params.w": [(0, 0), (4, 3)]}, {"params.w": [(0, 3), (4, 3)]}
+    written = []
+    for number, leaf in enumerate((whole[:, :3], whole[:, 3:])):
+        own = ckpt_parts.Own({"params.w": ckpt_parts.Part(leaf, (0, 3 * number))}, shapes, True)
+        written.append(ckpt_parts.write(tmp_path, ckpt_parts.file_name(own, number, 2), own))
+        assert written[-1]["boxes"] == boxes[number]
+    ckpt_parts.write_index(tmp_path, shapes, written)
+    with ckpt_parts.reading(tmp_path, "fix") as saved:
+        assert torch.equal(saved.read("params.w", torch.empty(4, 6, dtype=torch.float64)), whole.double())
+        box = saved.leaves["params.w"].boxes[1]
+        theirs, ours = ckpt_parts.overlap(box, (1, 2), (2, 2))
+        assert torch.equal(whole[:, 3:][theirs], whole[1:3, 2:4][ours]) and whole[:, 3:][theirs].shape == (2, 1)
+    ckpt_parts.write_index(tmp_path, shapes, written[:1])
+    with (
+        pytest.raises(ValueError, match=r"state.index.json is damaged \(params.w is not whole\)"),
+        ckpt_parts.reading(tmp_path, "") as saved,
+    ):
+        saved.read("params.w", whole)
+    (tmp_path / "state-00001-of-00002.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="state.index.json is damaged .*: fix"), ckpt_parts.reading(tmp_path, "fix") as saved:
+        saved.read("params.w", torch.empty(4, 3))

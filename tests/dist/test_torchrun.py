@@ -104,6 +104,17 @@ def test_two_ranks_leave_the_adapter_of_one(alone, pair, saved_leaves, sharding)
     assert (run / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
 
 
+def test_commands_know_checkpoints_in_parts(pair, capsys):
+    from treetune.cli import main
+
+    run = pair("full")
+    checkpoint = run / "checkpoints" / "step_000004"
+    assert (checkpoint / "state-00002-of-00002.safetensors").exists()
+    assert main.main(["runs", str(run)]) == main.main(["doctor", str(run)]) == 0
+    assert main.main(["generate", "Row", "--model", str(checkpoint)]) == 2
+    assert f"{checkpoint} is a checkpoint, not a model: name its run {run}" in capsys.readouterr().err
+
+
 def test_two_sharded_ranks_train_on_a_quantised_base_as_one_does(place, launch):
     from treetune.cli import main
 
