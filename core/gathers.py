@@ -85,11 +85,9 @@ class Passage:
     def __init__(self, layers: Sequence[tuple[Leaves, dict[str, torch.dtype]]]):
         self.layers = layers
         self.sums = _collecting.get()
-        self.window = window.Window(len(layers), self._bring)
+        # Not a method: a cycle would keep whole layers, and gradients, until Python looks for cycles.
+        self.window = window.Window(len(layers), lambda index: _Travelling(*layers[index]))
         self.window.start()
-
-    def _bring(self, index: int) -> _Travelling:
-        return _Travelling(*self.layers[index])
 
     def whole(self, index: int, *trees: Params) -> tuple[Params, ...]:
         """The trees of a layer, in the order in which the passage was given them, with whole tensors for the leaves that travel."""

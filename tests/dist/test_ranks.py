@@ -218,6 +218,12 @@ def _layers(events: list, kind: str) -> list[int]:
     return [int(rest.split(".")[0]) for rest in found]
 
 
+def test_no_whole_leaf_outlives_its_step(runs):
+    for rank in _ranks(runs):
+        made, left = rank["left"]
+        assert made >= 18 and left == 0, (made, left)
+
+
 @pytest.mark.parametrize("passes", PASSES)
 def test_a_layer_is_two_gathers_and_one_sum(runs, passes):
     events = _sent(runs, passes)

@@ -7,6 +7,7 @@ die: the last rank is killed in the middle of its second save.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -56,7 +57,7 @@ def train(folder: Path, ranks: Ranks) -> None:
     sent = counting.counts(ranks, scene.stream([0, 2]))
     same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
     found = {"bytes": local, "moments": moments, "bad": bad, "alive": alive, "sent": sent, "same": same}
-    found |= {"wide": wide(base, ranks), "after": after(base, ranks), "crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
+    found |= {"wide": wide(base, ranks), "after": after(base, ranks), "left": left_after_a_step(base, ranks), "crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
@@ -123,6 +124,25 @@ def whole_alive(base, trains: str, ranks: Ranks) -> tuple[int, int]:
     alive = sum(not ref.expired() for ref in gathered)
     sum(terms.values()).backward()
     return len(gathered), alive
+
+
+def left_after_a_step(base, ranks: Ranks) -> tuple[int, int]:
+    """How many whole leaves a step makes, and how many of them outlive it without a search for cycles."""
+    state, placed = scene.start(base, "full", ranks, "full")
+    step, gathered, remember = scene.stepper(base, placed, ranks, "full"), [], shard.remember
+
+    def watched(whole, source):
+        gathered.append(StorageWeakRef(whole.untyped_storage()))
+        return remember(whole, source)
+
+    shard.remember = watched
+    gc.collect()
+    gc.disable()
+    step(state, scene.micro_batches(0, ranks.rank, ranks.world))
+    left = sum(not ref.expired() for ref in gathered)
+    gc.enable()
+    shard.remember = remember
+    return len(gathered), left
 
 
 def gradients(placed: policy.Policy, ranks: Ranks, remat: str | None = None) -> dict:
