@@ -40,7 +40,7 @@ def value_and_grad(fn: Callable, collect: Collect | None = None) -> Callable:
     gradients never exist at once. Gradients of leaves in 16 bits are float32, because sums in 16 bits would lose the small ones.
     collect: what adds gradients to those before, as they arrive; by default each as it is.
     """
-    collect = _Plain if collect is None else collect
+    collect = Plain if collect is None else collect
 
     def wrapped(params, *args, into=None):
         tracked = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
@@ -58,7 +58,7 @@ def value_and_grad(fn: Callable, collect: Collect | None = None) -> Callable:
     return wrapped
 
 
-class _Plain:
+class Plain:
     """The totals of leaves as they are: autograd adds into buffers that it finds, but for leaves in 16 bits."""
 
     def __init__(self, items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
@@ -74,15 +74,23 @@ class _Plain:
     def add(self, i: int, part: Tensor) -> None:
         """Add this rank's part of a gradient that other ranks had a share in."""
         leaf = self.leaves[i]
+        self.put(i, _added(self.wide[i] if i in self.wide else leaf.grad, shard.rewrap(part.to(_sum_dtype(leaf)), leaf)))
+
+    def total(self, i: int) -> Tensor:
+        """The total of a leaf, 0 where nothing has used it."""
+        found = self.wide[i] if i in self.wide else self.leaves[i].grad
+        return _zeros(self.leaves[i]) if found is None else found
+
+    def put(self, i: int, total: Tensor) -> None:
+        """Another total in place of a leaf's."""
         if i in self.wide:
-            self.wide[i] = _added(self.wide[i], shard.rewrap(part, leaf))
+            self.wide[i] = total
         else:
-            leaf.grad = _added(leaf.grad, shard.rewrap(part.to(leaf.dtype), leaf))
+            self.leaves[i].grad = total
 
     def collected(self) -> list[Tensor]:
-        """The totals; those of leaves that nothing has used are 0."""
-        flat = [self.wide.get(i, leaf.grad) for i, leaf in enumerate(self.leaves)]
-        return [_zeros(leaf) if grad is None else grad for leaf, grad in zip(self.leaves, flat, strict=True)]
+        """The totals."""
+        return [self.total(i) for i in range(len(self.leaves))]
 
 
 def _widen(wide: dict[int, Tensor | None], i: int, leaf: Tensor) -> None:
@@ -99,8 +107,12 @@ def _added(total: Tensor | None, grad: Tensor) -> Tensor:
     return total
 
 
+def _sum_dtype(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
+
+
 def _zeros(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32), requires_grad=False)
+    return torch.zeros_like(leaf, dtype=_sum_dtype(leaf), requires_grad=False)
 
 
 def _own(grads: Sequence[Tensor]) -> list[Tensor]:

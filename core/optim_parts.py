@@ -7,7 +7,6 @@ Source: Rajbhandari et al., arXiv 1910.02054, sections 5.1 and 5.2.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from treetune.core import grad, messages, shard, tree
+from treetune.core import copies, grad, messages, shard, tree
 from treetune.core.optimizer import Optimizer
 from treetune.core.state import OptState, Params
 
@@ -86,16 +85,14 @@ class _Arriving:
 
     def __init__(self, mesh: DeviceMesh, leaves: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
         self._leaves, self._totals, self._mesh = [leaf for _, leaf in leaves], list(before), mesh
-        groups = dict[str, list[int]]()
-        for i, (path, leaf) in enumerate(leaves):
-            if not leaf.ndim:
+        split = [i for i, (_, leaf) in enumerate(leaves) if leaf.ndim]
+        for i, (_, leaf) in enumerate(leaves):
+            if leaf.ndim:
+                leaf.register_post_accumulate_grad_hook(partial(self._arrived, i))
+            else:
                 leaf.grad = before[i]  # whole, to be summed at the end
-                continue
-            layer = re.match(r"(.*?\blayers\.\d+)\.", path)
-            groups.setdefault(layer[1] if layer else path, []).append(i)
-            leaf.register_post_accumulate_grad_hook(partial(self._arrived, i))
-        self._groups, self._sent = list(reversed(groups.values())), list[tuple[list[int], messages.Sum]]()
-        self._missing = {i for group in groups.values() for i in group}
+        self._groups, self._missing = copies.groups(leaves, split), set(split)
+        self._sent = list[tuple[list[int], messages.Sum]]()
 
     def add(self, i: int, part: Tensor) -> None:
         """Of leaves that travel, which whole ones do not."""

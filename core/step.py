@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import loss_scale, optim_parts, shard, tree
+from treetune.core import copies, loss_scale, optim_parts, shard, tree
 from treetune.core.grad import value_and_grad
 from treetune.core.optim import Optimizer, Schedule
 from treetune.core.state import Metrics, MicroBatch, Objective, Params, Terms, TrainState, with_plan
@@ -98,14 +98,17 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _sum_copies(grads: Params, mesh: DeviceMesh | None) -> Params:
-    """Sum gradients over ranks: those of sharded leaves over the axes along which the same parts are held, as the rest was on the way."""
+def _sum_copies(grads: Params, mesh: DeviceMesh | None, *, whole: bool) -> Params:
+    """Sum gradients over ranks where that did not happen on the way: along axes on which the same parts of leaves are held.
+
+    whole: those of whole leaves, too.
+    """
     if mesh is None:
         return grads
     leaves = tree.leaves(grads)
     out = list(leaves)
     known = [shard.axes(leaf) for leaf in leaves]
-    for axes in dict.fromkeys(known):
+    for axes in [axes for axes in dict.fromkeys(known) if axes or whole]:
         chosen = [i for i, own in enumerate(known) if own == axes]
         left = [axis for axis in shard.SUMMED if axis not in axes]
         for i, summed in zip(chosen, shard.all_sum([shard.local(leaves[i]) for i in chosen], mesh, left), strict=True):
@@ -176,8 +179,12 @@ def make_step(
     weights as they were), dead_leaves (trainable leaves whose gradient is exactly 0), loss_scale (with an optimiser of
     `loss_scale.scaled`), and the objective's own.
     """
-    collect = optim_parts.collecting(shard.splitting(mesh)) if split_gradients and mesh is not None else None
-    gradient = value_and_grad(_loss(objective), collect)
+    loss_of = _loss(objective)
+    gradient = last = value_and_grad(loss_of)
+    if mesh is not None and split_gradients:
+        gradient = last = value_and_grad(loss_of, optim_parts.collecting(shard.splitting(mesh)))
+    elif mesh is not None:
+        last = value_and_grad(loss_of, copies.summing(mesh))
 
     def step(state: TrainState, micro_batches: Sequence[Any]) -> tuple[TrainState, dict[str, Tensor]]:
         if prepare is not None:
@@ -187,12 +194,13 @@ def make_step(
         if scale is not None:
             denominators = {name: value / scale for name, value in denominators.items()}
         losses, grads, collected = [], None, []
-        for micro in micro_batches:
-            (value, metrics), grads = gradient(state.params, state.frozen, *with_plan(micro), denominators, into=grads)
+        for number, micro in enumerate(micro_batches, 1):
+            one = last if number == len(micro_batches) else gradient
+            (value, metrics), grads = one(state.params, state.frozen, *with_plan(micro), denominators, into=grads)
             losses.append(value)
             collected.append(metrics)
         assert grads is not None
-        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_copies(grads, mesh)
+        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_copies(grads, mesh, whole=split_gradients)
         if scale is not None:
             loss = loss / scale
             torch._foreach_div_([shard.local(leaf) for leaf in tree.leaves(grads)], scale)

@@ -138,8 +138,8 @@ def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> d
         return terms
     if place.sharding != "full":
         states = {name: terms[name] / place.parts for name in PARTED[place.sharding]}
-        # Gradients are summed in one message, of which there is a copy while activations are gone.
-        copy = 0 if "gradients" in states else terms["gradients"]
+        # Gradients are summed a layer at a time, of which there is a copy.
+        copy = 0 if "gradients" in states else min(terms["gradients"], GRADIENT * traffic.largest(model, terms["gradients"] / GRADIENT))
         return terms | states | {"activations": max(terms["activations"], copy)}
     whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
     parts = {name: terms[name] / place.parts for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
@@ -173,16 +173,18 @@ def _communication(run: Run, seen: Counted, place: Place, model: Shapes, computi
     """Seconds in which a device waits for messages, `computing` those of a micro-batch."""
     if place.ranks == 1:
         return 0.0
-    device, optim = place.device, run.config.optim
+    device, optim, again = place.device, run.config.optim, grad.recomputes(run.config.optim.remat)
     share, gradients, steps = (place.parts - 1) / place.parts, GRADIENT * seen.trained, optim.gradient_accumulation_steps
     # What ranks with the same parts send one another, once a step: a sum is twice as many bytes as there are.
     copies = 0.0 if place.copies == 1 else device.latency + 2 * gradients / place.parts * (place.copies - 1) / place.copies / device.link
     if place.sharding != "full":
         weights = seen.trained * loading.DTYPES[optim.master_dtype].itemsize if place.sharding != "none" else 0
-        sums = (steps if place.sharding == "gradients" else 2) * gradients
-        return copies + device.latency + (sums + weights) * share / device.link
+        # Parts of sums are half as many bytes as sums, and are taken of every micro-batch.
+        times, size = (steps, gradients) if place.sharding == "gradients" else (1, 2 * gradients)
+        layers = len(model.abstract["layers"])
+        waited = times * traffic.beside(size * share / device.link + layers * device.latency, computing, layers, again=again)
+        return copies + waited + weights * share / device.link
     sent = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
-    again = grad.recomputes(optim.remat)
     return copies + steps * traffic.waited(sent, device, place.parts, computing, again=again)
 
 

@@ -60,6 +60,17 @@ def waited(traffic: Traffic, device: Device, ranks: int, computing: float, *, ag
     return beside + ends + message(traffic.outside, OUTSIDE) + message(traffic.summed_outside, OUTSIDE)
 
 
+def beside(seconds: float, computing: float, layers: int, *, again: bool) -> float:
+    """Seconds of messages, one a layer, that a device waits for where a backward pass goes on beside all but the last."""
+    backward = computing * (3 / 4 if again else 2 / 3)
+    return max(seconds / (layers + 1), seconds - backward)
+
+
+def largest(model: Any, trained: float) -> float:
+    """Numbers of the largest message of gradients: a layer, or the embedding."""
+    return min(trained, max(map(numbers, [*model.abstract["layers"], model.abstract["embed_tokens"]])))
+
+
 def present(model: Any, *, trained: bool) -> int:
     """Bytes of the leaves that are whole at once: of two layers, and of one gradients, in the compute dtype and as they are summed."""
     size = model.cfg.dtype.itemsize

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from treetune.core import gathers, lora, param, shard, step, tree
+from treetune.core import copies, gathers, grad, lora, param, shard, step, tree
 from treetune.core.run.ranks import Ranks
 from treetune.losses import sft_objective
 from treetune.models import Model, dense, hf, llama, policy
@@ -39,8 +39,8 @@ class Log(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
             name = func.__name__.partition(".")[0]
             kind = {"_allgather_base_": "gather", "_reduce_scatter_base_": "sum"}.get(name, name)
-            whole = args[0] if kind == "gather" else args[1] if kind == "sum" else torch.empty(0)
-            self.events.append(Event(kind, self.next, whole.nbytes))
+            whole = args[0][0] if name == "allreduce_" else args[1] if kind == "sum" else args[0]
+            self.events.append(Event(kind, self.next, whole.nbytes if isinstance(whole, torch.Tensor) else 0))
             self.next = ""
         return func(*args, **(kwargs or {}))
 
@@ -84,10 +84,10 @@ def model(layers: int = LAYERS) -> Model:
     return Model("llama", cfg, param.init(llama.abstract(cfg), seed=5))
 
 
-def passes(placed: policy.Policy, batch: dict, remat: str | None) -> list[Event]:
+def passes(placed: policy.Policy, batch: dict, remat: str | None, collect: grad.Collect | None = None) -> list[Event]:
     """The messages of one forward and backward pass."""
     one = sft_objective.named(policy.logprob(placed, remat=remat))
-    gradient = step.value_and_grad(lambda params: (sum(one.terms(params, placed.frozen, batch, None)[0].values()), None))
+    gradient = step.value_and_grad(lambda params: (sum(one.terms(params, placed.frozen, batch, None)[0].values()), None), collect)
     with log({"params": placed.params, "frozen": placed.frozen}) as events:
         gradient(placed.params)
     return events
@@ -99,4 +99,7 @@ def counts(ranks: Ranks, batch: dict) -> dict[str, list[Event]]:
     low = lora.Lora(lora.init(base.params, lora.match(hf.abstract_of(base), "all-linear"), rank=4, seed=1), 0.7)
     full = policy.place(policy.full(base), ranks.mesh, "full")
     adapted = policy.place(policy.Policy(base.family, base.cfg, {"lora": low.tree}, {"model": base.params}, low), ranks.mesh, "full")
-    return {"full, again": passes(full, batch, "full"), "full": passes(full, batch, None), "lora, again": passes(adapted, batch, "full")}
+    return {
+        "full, again": passes(full, batch, "full"), "full": passes(full, batch, None), "lora, again": passes(adapted, batch, "full"),
+        "copies": passes(policy.full(base), batch, "full", copies.summing(ranks.mesh)),
+    }  # fmt: skip

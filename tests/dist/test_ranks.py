@@ -257,6 +257,16 @@ def test_the_next_layer_is_on_its_way_before_this_one_computes(runs, passes):
     assert all(place < total for place, total in zip(places[4:], sums, strict=False)), "and before gradients leave"
 
 
+def test_gradients_of_whole_weights_leave_a_layer_at_a_time(runs, counting):
+    """Those of a layer while the one before it is computed again, in float32; embedding, norm and head by themselves."""
+    events = [(kind, int(what[-1]) if kind == "compute" else size) for kind, what, size in _sent(runs, "copies")]
+    sizes = {name: 4 * sum(leaf.numel() for leaf in tree.leaves({"": part})) for name, part in counting.model().params.items()}
+    layer = ("allreduce_", sizes["layers"] // 3)
+    ends = [("allreduce_", sizes[name]) for name in ("lm_head", "norm")]
+    backward = [("compute", 2), layer, ("compute", 1), layer, ("compute", 0), layer]
+    assert events == [("compute", i) for i in range(3)] + ends + backward + [("allreduce_", sizes["embed_tokens"])]
+
+
 def test_gradients_have_the_same_bits_whatever_is_kept(runs):
     for rank in _ranks(runs):
         assert all(rank["same"].values()) and rank["wide"], (rank["same"], rank["wide"])
