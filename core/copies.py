@@ -7,7 +7,8 @@ micro-batches only the last one's pass sends: what it adds to is the gradient of
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ def groups(leaves: Sequence[tuple[str, Tensor]], numbers: Sequence[int]) -> list
     return list(reversed(found.values()))
 
 
+def on_arrival(leaf: Tensor, method: Callable[[int], None], i: int) -> None:
+    """Have a backward pass call a bound method with a number once the gradient of a leaf is there."""
+    weak = weakref.WeakMethod(method)  # what it is of holds the leaf: a cycle would keep gradients until Python looks for cycles
+
+    def arrived(_: Tensor) -> None:
+        if (alive := weak()) is not None:
+            alive(i)
+
+    leaf.register_post_accumulate_grad_hook(arrived)
+
+
 def summing(mesh: DeviceMesh) -> grad.Collect:
     """What has `grad.value_and_grad` give gradients of whole leaves summed over all ranks of a mesh with tokens of their own."""
     return partial(_Summed, [mesh.get_group(axis) for axis in reversed(shard.SUMMED) if shard.size(mesh, axis) > 1])
@@ -49,9 +61,9 @@ class _Summed(grad.Plain):
         self._early = not any(gathers.travels(leaf) for leaf in self.leaves)
         self._sent: list[tuple[list[int], Tensor, Any]] = []
         for i in whole:
-            self.leaves[i].register_post_accumulate_grad_hook(partial(self._arrived, i))
+            on_arrival(self.leaves[i], self._arrived, i)
 
-    def _arrived(self, i: int, leaf: Tensor) -> None:
+    def _arrived(self, i: int) -> None:
         self._missing.discard(i)
         while self._early and self._groups and not self._missing.intersection(self._groups[0]):
             self._send(self._groups.pop(0))

@@ -88,7 +88,7 @@ class _Arriving:
         split = [i for i, (_, leaf) in enumerate(leaves) if leaf.ndim]
         for i, (_, leaf) in enumerate(leaves):
             if leaf.ndim:
-                leaf.register_post_accumulate_grad_hook(partial(self._arrived, i))
+                copies.on_arrival(leaf, self._arrived, i)
             else:
                 leaf.grad = before[i]  # whole, to be summed at the end
         self._groups, self._missing = copies.groups(leaves, split), set(split)
@@ -98,7 +98,7 @@ class _Arriving:
         """Of leaves that travel, which whole ones do not."""
         raise AssertionError("a whole leaf has no parts that travel")
 
-    def _arrived(self, i: int, leaf: Tensor) -> None:
+    def _arrived(self, i: int) -> None:
         self._missing.discard(i)
         while self._groups and not self._missing.intersection(self._groups[0]):
             self._send(self._groups.pop(0))
