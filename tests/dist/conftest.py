@@ -68,12 +68,12 @@ def saved_leaves():
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(world, *command, cwd=...): run a program on so many ranks, as torchrun would set them up, and wait for all of them.
+    """launch(world, *command, cwd=...) -> errors: run a program on so many ranks, as torchrun would set them up, and wait for all of them.
 
-    The launcher itself takes as long to start as a rank.
+    Each ends with `code`. The launcher itself takes as long to start as a rank.
     """
 
-    def start(world: int, *command, cwd: Path, timeout: float = TIMEOUT_S) -> None:
+    def start(world: int, *command, cwd: Path, timeout: float = TIMEOUT_S, code: int = 0) -> list[str]:
         port, args = free_port(), [sys.executable, *map(str, command)]
         sets = [quiet_env(RANK=i, LOCAL_RANK=i, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(world)]
         ranks = [subprocess.Popen(args, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for env in sets]
@@ -82,7 +82,8 @@ def launch():
         finally:
             for rank in ranks:
                 rank.kill()
-        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+        assert [rank.returncode for rank in ranks] == [code] * world, "\n".join(errors)
+        return errors
 
     return start
 

@@ -285,6 +285,13 @@ def test_a_bad_row_on_one_rank_stops_all_and_is_named(runs, mode):
 
 
 @pytest.mark.slow
+def test_an_error_on_one_rank_ends_all(launch, tmp_path):
+    """With nobody to end them: messages that are on their way hold no rank."""
+    zero, one = launch(2, WORKER, "fail", tmp_path, cwd=tmp_path, timeout=60, code=1)
+    assert "ArithmeticError: a bad row of one rank" in one and "Connection closed by peer" in zero
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["data=4", "replicate=2,data=2"])
 def test_four_ranks_save_and_load_bit_for_bit(scene, launch, tmp_path, axes):
     """Some ranks then hold no part of a rank-1 or rank-3 adapter."""

@@ -3,6 +3,7 @@
 train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
 kinds: three steps of an adapter of each kind, in every mode.
 again: the checkpoints that four ranks saved, read with every sharding.
+fail: the last rank raises an error in the middle of a step.
 die: the last rank is killed in the middle of its second save.
 """
 
@@ -241,10 +242,24 @@ def die(folder: Path, ranks: Ranks) -> None:
     ckpt.save(folder / "runs", state._replace(step=state.step + 1), {"base_digest": ""})
 
 
+def fail(folder: Path, ranks: Ranks) -> None:
+    """The last rank alone raises in the middle of a backward pass, with messages on their way."""
+    attention, calls = dense._attention, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4 and ranks.rank == ranks.world - 1:
+            raise ArithmeticError("a bad row of one rank")
+        return attention(*args)
+
+    dense._attention = failing
+    gradients(policy.place(scene.trees(scene.model(), "full"), ranks.mesh, "full"), ranks, "full")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks(torch.device("cpu"), axes.read(tuple(sys.argv[3:])))
-    {"train": train, "kinds": kinds, "again": again, "die": die}[sys.argv[1]](Path(sys.argv[2]), ranks)
+    {"train": train, "kinds": kinds, "again": again, "die": die, "fail": fail}[sys.argv[1]](Path(sys.argv[2]), ranks)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
