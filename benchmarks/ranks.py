@@ -95,21 +95,24 @@ def checkpoints(folder: Path, state: Any, base: tuple[int, int], rank: int) -> d
     """Save a checkpoint, from the state and from copies beside it, and read it back beside the state: what each took."""
     from treetune.core import async_save, ckpt, exchange
 
-    def behind() -> None:
-        saver = async_save.Saver(asynchronous=True)
+    def behind() -> float:
+        """Seconds until training may go on."""
+        saver, start = async_save.Saver(asynchronous=True), time.perf_counter()
         saver.begin(folder / "copied", state, {})
+        seconds = time.perf_counter() - start
         saver.wait()
+        return seconds
 
     exchange.group()
     _, rows = watched("checkpoint", base, lambda: ckpt.save(folder, state, {}))
-    _, more = watched("copied", base, behind)
+    copy_s, more = watched("copied", base, behind)
     loaded, last = watched("resume", base, lambda: ckpt.load(folder / ckpt.name(int(state.step)), state))
     size = sum(file.stat().st_size for file in folder.glob("step_*/*"))
     del loaded
     torch.distributed.barrier() if torch.distributed.is_initialized() else None
     if rank == 0:
         shutil.rmtree(folder)
-    return rows | more | last | {"checkpoint_bytes": size}
+    return rows | more | last | {"checkpoint_bytes": size, "copied_begin_s": copy_s}
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
