@@ -144,7 +144,8 @@ def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> d
     whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
     parts = {name: terms[name] / place.parts for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
     trained = table.flatten(run.config).get("adapter") != "lora"
-    return terms | parts | ({"weights": whole} if whole else {"gathered layers": traffic.present(model, trained=trained)})
+    here = traffic.present(model, place.parts, adapter=terms["adapter"], trained=trained, copied=not place.device.gpu)
+    return terms | parts | ({"weights": whole} if whole else {"gathered layers": here})
 
 
 def _seconds(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, float]:

@@ -71,9 +71,15 @@ def largest(model: Any, trained: float) -> float:
     return min(trained, max(map(numbers, [*model.abstract["layers"], model.abstract["embed_tokens"]])))
 
 
-def present(model: Any, *, trained: bool) -> int:
-    """Bytes of the leaves that are whole at once: of two layers, and of one gradients, in the compute dtype and as they are summed."""
-    size = model.cfg.dtype.itemsize
-    layer = max(map(numbers, model.abstract["layers"]))
-    more = size + GRADIENT if trained else 0
-    return max(layer * (2 * size + more), numbers(model.abstract["embed_tokens"]) * (size + more))
+def present(model: Any, ranks: int, *, adapter: float, trained: bool, copied: bool) -> int:
+    """Bytes of messages and of what is whole at once, of layers that so many ranks have parts of.
+
+    Of one layer the leaves in the compute dtype, of the next the message that brings them, this rank's part of it, and its like for the
+    gradients of a layer, which are summed in float32. adapter: bytes in all layers. trained: the layers train, not the adapter alone.
+    copied: gloo has copies of its own of what it sends.
+    """
+    size, layers = model.cfg.dtype.itemsize, model.abstract["layers"]
+    layer, pairs, message = max(map(numbers, layers)), adapter / len(layers), 1 + 1 / ranks + copied
+    gathered = (layer * size + pairs) * (1 + message)
+    summed = layer * (size + GRADIENT * message) if trained else pairs * (1 + message)
+    return round(max(gathered + summed, numbers(model.abstract["embed_tokens"]) * (size + GRADIENT * trained) * message))
