@@ -42,6 +42,10 @@ class Layout(NamedTuple):
     ranks: int
     size: int
 
+    def even(self, slot: Slot) -> bool:
+        """Whether all ranks have as many rows of a tensor."""
+        return slot.shape[0] == slot.rows * self.ranks
+
 
 @functools.lru_cache(maxsize=4096)
 def layout(kinds: tuple[tuple[torch.dtype, tuple[int, ...]], ...], ranks: int) -> Layout:
@@ -97,7 +101,9 @@ class Sum:
     def __init__(self, tensors: Sequence[Tensor | None], plan: Layout, group: Any, device: torch.device):
         self.plan, self.rank = plan, dist.get_rank(group)
         dtype = plan.slots[0].dtype
-        flat = torch.zeros(plan.ranks, plan.size // dtype.itemsize, dtype=dtype, device=device)
+        covered = sum(slot.bytes for slot, tensor in zip(plan.slots, tensors, strict=True) if tensor is not None and plan.even(slot))
+        empty = torch.empty if covered == plan.size else torch.zeros
+        flat = empty(plan.ranks, plan.size // dtype.itemsize, dtype=dtype, device=device)
         for slot, tensor in zip(plan.slots, tensors, strict=True):
             if tensor is not None:
                 first = slot.first // dtype.itemsize

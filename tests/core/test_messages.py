@@ -78,6 +78,18 @@ def test_each_rank_has_its_rows_of_a_sum(ranks, dtype):
             assert part.dtype == dtype and torch.equal(part, want.to(dtype))
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_sums_of_parts_that_fill_a_message_hold_nothing_else(missing, monkeypatch):
+    """Memory that is not filled may hold anything."""
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kw: torch.full(shape, torch.nan, **kw))
+    plan = messages.layout(((torch.float32, (4, 4)), (torch.float32, (2, 4))), 2)
+    board, given = Board(2), [torch.ones(4, 4), None if missing else torch.ones(2, 4)]
+    sent = [messages.Sum(given, plan, board, torch.device("cpu")) for board.rank in range(2)]
+    for message in sent:
+        first, second = message.wait()
+        assert torch.equal(first, torch.full((2, 4), 2.0)) and torch.equal(second, torch.full((1, 4), 0.0 if missing else 2.0))
+
+
 def test_each_tensor_begins_on_sixteen_bytes():
     plan = messages.layout(((torch.bfloat16, (3, 3)), (torch.uint8, (5,)), (torch.float32, (2, 4))), 2)
     assert [slot.first for slot in plan.slots] == [0, 16, 32] and plan.size == 48
