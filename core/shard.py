@@ -145,7 +145,8 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     # leaves in 16 bits are sent in float32, and rounded once.
     wide = torch.float32 if leaf.itemsize < 4 else None
     grads = [spec if name == TENSOR else Partial() for name, spec in zip(names, axes, strict=True)]
-    whole = leaf.redistribute(placements=axes, backward_dtype=wide).to_local(grad_placements=grads)
+    placed = leaf if list(leaf.placements) == axes else leaf.redistribute(placements=axes, backward_dtype=wide)
+    whole = placed.to_local(grad_placements=grads)
     return remember(whole if dtype is None or whole.dtype == dtype else whole.to(dtype), leaf.detach())
 
 
@@ -225,8 +226,8 @@ def split_along(leaf: Any, axis: str) -> bool:
 
 
 def own(leaf: Any) -> Tensor:
-    """What the layers of this rank compute with, detached: `gather` without its gradient."""
-    return gather(leaf).detach()
+    """What the layers of this rank compute with, detached: the whole leaf, or this rank's part of one that is split along `tensor`."""
+    return gather(leaf).detach() if split_along(leaf, TENSOR) else full(leaf)
 
 
 def local(leaf: Tensor) -> Tensor:

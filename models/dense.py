@@ -304,7 +304,7 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if "q_norm" in w:  # head by head, or all of them together: as many features as the weight has
         norms = tensor_parallel.enter(s.split, w["q_norm"], w["k_norm"])
-        q, k = (_normed(t.view(t.shape[0], -1, norm.shape[0]), norm, cfg) for t, norm in zip((q, k), norms, strict=True))
+        q, k = (_normed_heads(t, norm, cfg, s.split) for t, norm in zip((q, k), norms, strict=True))
     q, k, v = (t.view(t.shape[0], -1, cfg.head_dim) for t in (q, k, v))  # [T, H, d], [T, K, d]
     if s.rotation is not None:
         q, k = rope.rope(q, k, s.positions, s.rotation.inv_freq, scale=s.rotation.scale)
@@ -312,6 +312,14 @@ def _attention(h: Tensor, w: Params, ab: Params, index: int, s: _Shared) -> Tens
     mixed = decoder_attention.mix(q, k, v, index, rule, plan=s.plan, cache=s.cache)
     out = _project(mixed.reshape(h.shape[0], -1), ("o_proj",), w, ab, index, s)[0]
     return out + w["o_bias"] if "o_bias" in w else out
+
+
+def _normed_heads(t: Tensor, norm: Tensor, cfg: Config, split: Split | None) -> Tensor:
+    """Queries or keys [T, H d] under a norm of each head, or of the heads of all ranks together: features by rows of the norm."""
+    if split is None or not cfg.qk_norm_whole:
+        return _normed(t.view(t.shape[0], -1, norm.shape[0]), norm, cfg)
+    first, end = split.part(norm.shape[0])
+    return _normed(tensor_parallel.join(split, t, norm.shape[0]), norm, cfg)[:, first:end].contiguous()
 
 
 def probe(weights: Params, tokens: Tensor, cfg: Config, *, lora: Lora | None = None, rule: LogitMap | None = None) -> Tensor:

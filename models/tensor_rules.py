@@ -61,8 +61,6 @@ def refusal(cfg: Any, size: int) -> str:
     """Why a model of these sizes cannot be split among so many ranks; empty where it can."""
     if not isinstance(cfg, Config) or cfg.keeps_ids:
         return "modules of transformers compute this model, and their layers are not split"
-    if cfg.qk_norm and cfg.qk_norm_whole:
-        return "this model has norms over all of its heads together, and each rank would have only some of them"
     counts = {"key/value heads": cfg.num_kv_heads, "query heads": cfg.num_heads}
     layers = range(cfg.num_layers) if cfg.experts is None else [index for index in range(cfg.num_layers) if index not in cfg.experts.layers]
     counts |= {"columns of the mlp": cfg.mlp_size} if len(layers) else {}

@@ -2,7 +2,7 @@
 
 y = f(x W^T) V^T with rows of W and columns of V on this rank: x enters (identity; its gradient is summed over ranks), y leaves (summed; its
 gradient is as it is). What every rank has whole and applies to its own features (a norm of each head) enters, too: each rank computes a
-share of its gradient. One message of [T, D] for each x and y, forward or backward.
+share of its gradient. One message of [T, D] for each x and y, forward or backward. A norm over the features of all ranks joins them first.
 Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3.
 """
 
@@ -73,6 +73,27 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         return None, g
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(split, x, size):
+        return gathered(split, x, size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.split, _, ctx.size = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        first, end = ctx.split.part(ctx.size)
+        return None, _summed([g], ctx.split)[0][..., first:end].contiguous(), None
+
+
+def join(split: Split, x: Tensor, size: int) -> Tensor:
+    """`gathered` where each rank goes on with a part of the result: the gradient of x is that of own columns, summed over ranks."""
+    return _Join.apply(split, x, size)
 
 
 def enter(split: Split | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -69,3 +69,5 @@ def test_one_mesh_is_refused_on_the_command_line_with_one_line(kit, here, tune):
     kit.refused(tune("sft", "--shard", "data=2"), "--shard would be ignored: there is one process")
     (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {data: 2, context: 2}\n")
     kit.refused(tune("train", "run.yaml"), "shard context=2 does not work yet")
+    (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {tensor: 2}\n")
+    kit.refused(tune("plan", "run.yaml"), "plan does not count layers that are split along tensor")

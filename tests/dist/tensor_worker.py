@@ -1,10 +1,12 @@
 """One rank of a mesh whose ranks split layers. argv: folder, cases. What it found goes to rankI.json: differences from one process, as numbers."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import loading_worker
 import scene
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ MODELS_SPLIT = {
     "qwen2": dict(qkv_bias=True),
     "qwen3": dict(qk_norm=True, tied=True),
     "gemma2": dict(norm="gemma", out_norms=True, activation="gelu", embed_sqrt=True, attn_softcap=5.0, logit_softcap=3.0, tied=True),
+    "olmo2": dict(norm="olmo", out_norms=True, pre_norms=False, qk_norm=True, qk_norm_whole=True),
     "granite": dict(logit_scale=0.3, residual_scale=0.5, embed_scale=3.0),
     "mixtral": dict(experts=EXPERTS),
     "qwen3_moe": dict(experts=replace(EXPERTS, normalised=False, layers=(1,)), qk_norm=True),
@@ -133,12 +136,12 @@ def heads(split: tensor_parallel.Split) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    ranks: Ranks = join_ranks(torch.device("cpu"))
-    mesh = shard.mesh("cpu", tensor=2) if ranks.world == 2 else shard.mesh("cpu", tensor=2, data=2)
-    home = partition.Partition(mesh, tensor_rules.dimension)
+    ranks: Ranks = join_ranks(torch.device("cpu"), {"tensor": 2} if os.environ["WORLD_SIZE"] == "2" else {"tensor": 2, "data": 2})
+    mesh, home = ranks.mesh, tensor_rules.home(ranks.mesh, "full")
+    files = {path.name: loading_worker.look(path, ranks) for path in sorted((folder / "models").iterdir())}
     found = {case: compared(case.split(",")[0], home, adapted="adapter" in case, remat=REMAT.get(case)) for case in sys.argv[2:]}
     head = heads(tensor_parallel.Split(mesh.get_group("tensor"), mesh.get_local_rank("tensor"), 2))
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"models": found, "heads": head}))
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"models": found, "heads": head, "files": files}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from treetune.models import llama, moe, tensor_rules
+from treetune.models import hf, llama, moe, tensor_rules
 from treetune.ops.tensor_parallel import Split
 
 WORKER = Path(__file__).parent / "tensor_worker.py"
@@ -19,6 +19,24 @@ SLOW = tuple(
 )
 
 
+FILES, SLOW_FILES = ("dense, tied",), ("dense, tied", "experts", "fused", "turned")
+
+
+def _save(root: Path, names: tuple[str, ...]) -> None:
+    """Model folders by these names."""
+    sizes = dict(vocab_size=53, hidden_size=22, mlp_size=36, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=64, init_std=0.3)
+    sparse = sizes | dict(mlp_size=7, experts=moe.Experts(4, 2, 7, (0, 1, 2)))
+    biased = sparse | dict(qkv_bias=True, o_bias=True, attn_sinks=True, norm="olmo", layer_windows=(8, None, 8))
+    biased["experts"] = moe.Experts(4, 2, 7, (0, 1, 2), biased=True, clamp=(1.702, 7.0))
+    models = {
+        "dense, tied": ("llama", sizes | dict(tied=True)), "experts": ("mixtral", sparse), "fused": ("phi3", sizes), "turned": ("gpt_oss", biased),
+    }  # fmt: skip
+    root.mkdir()
+    for name in names:
+        family, own = models[name]
+        hf.save(root / name, hf.random(family, llama.Config(**own), seed=1))
+
+
 @pytest.fixture(scope="module")
 def looks(launch, tmp_path_factory):
     """looks(world, names) -> what each rank says of each case."""
@@ -27,6 +45,7 @@ def looks(launch, tmp_path_factory):
     def get(world: int, names: tuple[str, ...]) -> list[dict]:
         if (world, names) not in by_world:
             root = tmp_path_factory.mktemp("tensor")
+            _save(root / "models", FILES if names == FAST else SLOW_FILES)
             launch(world, WORKER, root, *names, cwd=root)
             by_world[world, names] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
         return by_world[world, names]
@@ -55,6 +74,23 @@ def test_a_split_head_gives_the_statistics_of_a_whole_one(looks, case):
         assert rank["heads"][case] < 1e-12, "float64"
 
 
+FILE_CASES = [(2, FAST, name) for name in FILES] + [pytest.param(2, SLOW, name, marks=pytest.mark.slow) for name in SLOW_FILES]
+FILE_CASES += [pytest.param(4, (*FAST, *SLOW), name, marks=pytest.mark.slow) for name in SLOW_FILES]
+
+
+@pytest.mark.parametrize(("world", "names", "name"), FILE_CASES)
+def test_ranks_read_save_and_sample_from_rows_and_columns(looks, world, names, name):
+    """What they read are the bits of the whole model, what they save has the bytes of one process's files, what they sample its tokens."""
+    for rank in (every["files"][name] for every in looks(world, names)):
+        assert rank["same"] and rank["placed"] and rank["grown"] and rank["cut"]
+        assert rank["digest"][0] == rank["digest"][1] and rank["identity"][0] == rank["identity"][1]
+        assert rank["bytes"] < 1.15 * rank["whole"] / world
+        assert rank["read"] <= rank["bytes"] or name == "turned", "bytes of the files; turned leaves are read in rows"
+        assert rank["peak"] <= rank["bytes"] + rank["largest"] and rank["masters_peak"] <= rank["bytes"] + 3000
+        assert all(same for same, _ in rank["exported"].values()), rank["exported"]
+        assert rank["sampled"] is None or rank["sampled"][0]
+
+
 def test_parts_of_a_split_cover_all_rows():
     for size, ranks in ((53, 2), (53, 4), (8, 4), (9, 4)):
         parts = [Split(None, rank, ranks).part(size) for rank in range(ranks)]
@@ -63,7 +99,7 @@ def test_parts_of_a_split_cover_all_rows():
 
 CFG = llama.Config(vocab_size=53, hidden_size=16, mlp_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6)
 REFUSED = {
-    "key/value heads": (CFG, 4), "norms over all": (dataclasses.replace(CFG, qk_norm=True, qk_norm_whole=True), 2),
+    "key/value heads": (CFG, 4),
     "columns of the mlp": (dataclasses.replace(CFG, mlp_size=25), 2),
     "experts of a layer": (dataclasses.replace(CFG, experts=moe.Experts(3, 2, 10, (0, 1))), 2),
     "without any": (dataclasses.replace(CFG, vocab_size=5, num_kv_heads=4), 4), "modules of transformers": (object(), 2),

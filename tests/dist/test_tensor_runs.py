@@ -56,7 +56,7 @@ def place(tmp_path_factory):
     rows = {
         "texts": [{"text": f"Row {i}: {word * (1 + i % 4)}"} for i, word in enumerate(words)],
         "prompts": [{"prompt": f"Row {i}: {word}"} for i, word in enumerate(words)],
-        "answers": [{"instruction": f"Row {i}:", "output": f" {word}"} for i, word in enumerate(words)],
+        "answers": [{"prompt": f"Row {i}:", "ground_truth": f" {word}"} for i, word in enumerate(words)],
         "pairs": [{"prompt": f"Row {i}:", "chosen": f" {word}", "rejected": " no" * (1 + i % 3)} for i, word in enumerate(words)],
         "judged": [{"prompt": f"Row {i}:", "completion": f" {word}", "label": i % 3 > 0} for i, word in enumerate(words)],
     }
@@ -92,7 +92,8 @@ def _make(place, launch, world: int, names: tuple[str, ...]) -> tuple[Path, Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name in names:
-            assert main.main(arguments(name, f"alone/{name}", 4)) == 0, name
+            if not (place / "alone" / name).exists():
+                assert main.main(arguments(name, f"alone/{name}", 4)) == 0, name
         alone = place.joinpath("calls.txt").read_text() if place.joinpath("calls.txt").exists() else ""
     wanted = []
     for name in names:
@@ -130,7 +131,8 @@ def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, world, name
     for mine, theirs in zip(_records(alone), _records(split), strict=True):
         for key in (key for key in mine if not any(word in key for word in CLOCK) and not key.startswith(OWN)):
             assert mine[key] is theirs[key] is None or mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-5), key
-    assert (alone / "samples.jsonl").read_text() == (split / "samples.jsonl").read_text() or "grpo" in name or "ebft" in name
+    if RUNS[name][0] == "sft":
+        assert (alone / "samples.jsonl").read_text() == (split / "samples.jsonl").read_text()
 
 
 def test_a_run_goes_on_on_another_mesh(runs, place, monkeypatch):
