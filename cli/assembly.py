@@ -1,6 +1,7 @@
 """The assembly of a run from its config: tokenizer, data, model, method, source and step. Reads everything, writes nothing."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,10 @@ from treetune.models import (
 )  # fmt: skip
 from treetune.models import tokenizer as tokenizers
 from treetune.models.adapter_starts import Given
+from treetune.models.decoder_config import Config
 from treetune.models.policy import AdapterSpec, Policy
 from treetune.models.tokenizer import TokenizerSetup
+from treetune.ops.tensor_parallel import Split
 
 
 class Assembly(NamedTuple):
@@ -159,6 +162,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     words = _load_words(run)
     data = _read(run, words.tokenizer, source)
     model, start = _load_model(run, words, data if source is None else None)
+    start = _sharing_streams(run, start)
     if source is None and run.method.data not in rollout_source.READERS:
         document_source.check_fits(run, model.cfg, data.train + data.val)
     stop_ids = tokenizers.stop_ids(config.model.model, words.tokenizer, revision=config.model.revision)
@@ -170,6 +174,17 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     home = layer_offload.home(config.optim.layer_offloading, run.device)
     placed = policy.offload(policy.place(parts.policy, run.ranks.mesh, meshes.sharding(config.run)), home)
     return Pieces(parts._replace(policy=placed), data, origin, stop_ids)
+
+
+def _sharing_streams(run: TrainRun, start: Policy) -> Policy:
+    """The policy with the ranks along `context` that share each of its streams. Errors: ValueError for modules that read whole ones."""
+    mesh = run.ranks.mesh
+    if mesh is None or shard.size(mesh, "context") == 1:
+        return start
+    if not isinstance(start.cfg, Config):
+        raise ValueError(f"shard context splits streams of native families, and {start.family} is computed by transformers' modules")
+    split = Split(mesh.get_group("context"), mesh.get_local_rank("context"), shard.size(mesh, "context"))
+    return start._replace(cfg=dataclasses.replace(start.cfg, context=split))
 
 
 def _settle_products(run: TrainRun, dtype: torch.dtype) -> None:

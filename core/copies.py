@@ -45,20 +45,22 @@ def on_arrival(leaf: Tensor, method: Callable[[int], None], i: int) -> None:
 
 def summing(mesh: DeviceMesh) -> grad.Collect:
     """What has `grad.value_and_grad` give gradients of whole leaves summed over all ranks of a mesh with tokens of their own."""
-    return partial(_Summed, [mesh.get_group(axis) for axis in reversed(shard.SUMMED) if shard.size(mesh, axis) > 1])
+    over = [mesh.get_group(axis) for axis in reversed(shard.SUMMED) if shard.size(mesh, axis) > 1]
+    return partial(_Summed, over, shard.size(mesh, "context") == 1)
 
 
 class _Summed(grad.Plain):
     """Totals of which those of whole leaves are summed over groups of ranks as they arrive."""
 
-    def __init__(self, over: Sequence[Any], items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
+    def __init__(self, over: Sequence[Any], early: bool, items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
         super().__init__(items, before)
         self._over = over
         whole = [i for i, leaf in enumerate(self.leaves) if not shard.distributed(leaf)]
         self._groups = groups(items, whole)
         self._missing = set(whole)
         # Beside leaves that travel everything would have to arrive in one order on all ranks, also what some ranks have no gradient of.
-        self._early = not any(gathers.travels(leaf) for leaf in self.leaves)
+        # So it would beside keys and values, which travel among ranks that share a stream.
+        self._early = early and not any(gathers.travels(leaf) for leaf in self.leaves)
         self._sent: list[tuple[list[int], Tensor, Any]] = []
         for i in whole:
             on_arrival(self.leaves[i], self._arrived, i)

@@ -191,6 +191,9 @@ def make_step(
             with torch.no_grad():
                 micro_batches = prepare(state, list(micro_batches))
         denominators, scale = totals(objective, micro_batches, mesh), loss_scale.of(state.opt)
+        # Ranks along `context` have the same rows, and the gradients of all of them are summed: each has its share of the loss.
+        if (sharing := shard.size(mesh, "context")) > 1:
+            denominators = {name: value * sharing for name, value in denominators.items()}
         if scale is not None:
             denominators = {name: value / scale for name, value in denominators.items()}
         losses, grads, collected = [], None, []
@@ -201,6 +204,7 @@ def make_step(
             collected.append(metrics)
         assert grads is not None
         loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_copies(grads, mesh, whole=split_gradients)
+        loss = loss * sharing if sharing > 1 else loss
         if scale is not None:
             loss = loss / scale
             torch._foreach_div_([shard.local(leaf) for leaf in tree.leaves(grads)], scale)

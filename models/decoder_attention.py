@@ -4,13 +4,13 @@ T tokens, H heads, K key/value heads, d key width, e value width, R cache rows, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treetune.ops import attention, attention_torch
+from treetune.ops import attention, attention_torch, context_parallel
 from treetune.ops.attention_torch import Weighting
 
 
@@ -97,14 +97,21 @@ def plan(batch: dict, cfg: Sizes, *, device: torch.device | str | None = None) -
             f"{cfg.shared_positions} in this model, whose rotary positions change with the length"
         )
     width = max((max(sides[1:]) for sides in cfg.caches), default=None)
-    return attention.plan(batch, windows=cfg.windows, plain=cfg.plain_attention, device=device, dtype=cfg.dtype, width=width)
+    shared: Any = {"split": getattr(cfg, "context", None)}
+    return attention.plan(batch, windows=cfg.windows, plain=cfg.plain_attention, device=device, dtype=cfg.dtype, width=width, **shared)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, layer: int, rule: Rule, *, plan: attention.Plan | None, cache: Cache | None) -> Tensor:
-    """q [T, H, d], k [T, K, d], v [T, K, e] of a layer -> [T, H, e]; with a cache k and v are written to it, without a plan it is read."""
+    """q [T, H, d], k [T, K, d], v [T, K, e] of a layer -> [T, H, e]; with a cache k and v are written to it, without a plan it is read.
+
+    Where ranks share the stream these are of the tokens of this one.
+    """
     if cache is not None:
         cache.k[layer][cache.rows, cache.slots] = k
         cache.v[layer][cache.rows, cache.slots] = v
+    if plan is not None and plan.part is not None and cache is None:
+        k, v = context_parallel.joined(plan.part, k, v)
+        return attention.attention_of_part(q, k, v, plan.of(rule.window), **rule.weighting._asdict())
     if plan is not None:
         return attention.attention(q, k, v, plan.of(rule.window), **rule.weighting._asdict())
     assert cache is not None, "a stream without a plan is read from a cache"

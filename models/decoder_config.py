@@ -4,7 +4,7 @@ D hidden, H heads, K key/value heads, d head dim, F mlp width, L layers, V vocab
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -15,6 +15,7 @@ from treetune.core.param import Param, Params
 from treetune.models import moe, rope_scaling
 from treetune.models.moe import Experts
 from treetune.models.rope_scaling import Rope, Scaling
+from treetune.ops.tensor_parallel import Split
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Config:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     experts: Experts | None = None  # of the layers that have some
+    context: Split | None = field(default=None, compare=False, repr=False)  # the ranks that share each stream of a run, if several do
 
     @property
     def rope(self) -> Rope:

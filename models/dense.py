@@ -20,7 +20,7 @@ from treetune.models import decoder_attention, decoder_config, moe, rope_scaling
 from treetune.models.decoder_attention import Cache, Rule
 from treetune.models.decoder_config import Config
 from treetune.models.rope_scaling import Rotation
-from treetune.ops import attention, geglu, lora_linear, magnitude, noise, rms_norm, rope, swiglu, tensor_parallel
+from treetune.ops import attention, context_parallel, geglu, lora_linear, magnitude, noise, rms_norm, rope, swiglu, tensor_parallel
 from treetune.ops.attention_torch import Weighting
 from treetune.ops.fp8_linear import Rows
 from treetune.ops.tensor_parallel import Split
@@ -122,28 +122,31 @@ def forward(
     own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]
     passage = gathers.passage(((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True))
     split = tensor_rules.split_of(weights)
-    x = _embed(weights, batch["tokens"], cfg, lora, split)  # [T, D]
+    part = plan.part if plan is not None and cache is None else None  # the tokens of this rank, where ranks share the stream
+    x = _embed(weights, context_parallel.own(part, batch["tokens"]), cfg, lora, split)  # [T, D]
     remat, neftune = training.get("remat"), training.get("noise")
     if neftune is not None:
-        x = x + embedding_noise(x.shape[1], batch, neftune).to(x.dtype)
+        x = x + context_parallel.own(part, embedding_noise(x.shape[1], batch, neftune)).to(x.dtype)
     x = x if cfg.embed_scale == 1 else x * cfg.embed_scale
     bare = lora and lora._replace(tree={})  # rematerialisation walks all that a layer is given
-    shared = _Shared(cfg, batch["positions"], None, plan, cache, bare, dropout_keys(batch, lora), passage, split)
+    keys, positions = dropout_keys(batch, lora), context_parallel.own(part, batch["positions"])
+    keys = None if keys is None else context_parallel.own(part, keys)
+    shared = _Shared(cfg, positions, None, plan, cache, bare, keys, passage, split)
     layer_fn, features, rotations, routing = grad.remat(_layer, remat), {}, _rotations(cfg, batch), []
     again = grad.recomputes(remat)
     for index, layer in enumerate(layers):
         if index in collect:
-            features[index] = x
+            (features[index],) = context_parallel.joined(part, x)
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if again else shard.gathering_again(layer):
             x, logits = layer_fn(x, layer, own[index], index, shared._replace(rotation=rotations[index]))
         if logits is not None and training.get("routing"):
-            routing.append(logits)
+            routing.append(context_parallel.joined(part, logits)[0])
     if passage is not None:
         passage.turn()
     if len(weights["layers"]) in collect:
-        features[len(weights["layers"])] = x
-    hidden = _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg)
+        (features[len(weights["layers"])],) = context_parallel.joined(part, x)
+    (hidden,) = context_parallel.joined(part, _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg))
     return Out(hidden, features, cache, routing)
 
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from treetune.ops import attention_mask, attention_torch, backend, kept
 from treetune.ops.attention_torch import Weighting
+from treetune.ops.context_parallel import Part
+from treetune.ops.tensor_parallel import Split
 
 BACKENDS = ("sdpa", "varlen", "flex")
 GRAPHS = 64  # that FlexAttention may be compiled to: by dtype, widths, windows, soft-caps, short streams, and with gradients or without
@@ -33,6 +35,7 @@ class Pattern(NamedTuple):
     backend: str
     documents: tuple[attention_torch.Document, ...] = ()  # "sdpa" only
     block_mask: object = None  # "flex" only: torch.nn.attention.flex_attention.BlockMask
+    pieces: tuple[attention_torch.Piece, ...] = ()  # "sdpa" only, of the queries of a part
 
 
 class Plan(NamedTuple):
@@ -44,6 +47,7 @@ class Plan(NamedTuple):
     plain: bool  # no layer has a soft-cap or sinks
     windows: tuple[int | None, ...]  # of the layers, in tokens
     patterns: tuple[Pattern, ...]  # one for each of the windows
+    part: Part | None = None  # the tokens of this rank, where several share the stream
 
     def of(self, window: int | None) -> Plan:
         """The plan of the layers with this window; ValueError where the plan was made for others."""
@@ -86,13 +90,14 @@ def plan(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     backend: str | None = None,
+    split: Split | None = None,
 ) -> Plan:
     """The attention plan of a batch, made on the host once per micro-batch.
 
     Reads cu_docs [D + 1], tokens [T], and positions, branch and start [T] where present. `windows` are the sliding windows of the model's
     layers in tokens, None for full attention. `device` is where the attention will run (default: where the batch is), `dtype` in what
     (default: bf16 on CUDA), `width` the widest head of keys or values (default: one that all backends serve), and `plain` says that no
-    layer has a soft-cap or sinks; they choose the backend unless it is named.
+    layer has a soft-cap or sinks; they choose the backend unless it is named. `split` are the ranks that share the stream.
     Errors: ValueError for boundaries that do not cover the tokens in order, branches out of order, or a backend that cannot serve.
     """
     tokens = (batch["tokens"] if "tokens" in batch else batch["positions"]).shape[0]
@@ -104,8 +109,11 @@ def plan(
     reached = [_reaching(window, batch, tokens) for window in windows]
     need = _Need(device, dtype, "branch" in batch, plain, width)
     patterns = {window: _pattern(batch, offsets, window, _choose(backend, need, window), device) for window in dict.fromkeys(reached)}
+    part = None if split is None or not tokens else Part(split, tokens)
+    if part is not None:
+        patterns = {window: _in_part(pattern, batch, offsets, part) for window, pattern in patterns.items()}
     bounds = batch["cu_docs"].to(device, torch.int32, non_blocking=device.type == "cuda")
-    return Plan(tokens, bounds, longest, plain, windows, tuple(patterns[window] for window in reached))
+    return Plan(tokens, bounds, longest, plain, windows, tuple(patterns[window] for window in reached), part)
 
 
 def _reaching(window: int | None, batch: dict[str, torch.Tensor], tokens: int) -> int | None:
@@ -119,6 +127,12 @@ def _pattern(batch: dict[str, torch.Tensor], offsets: list[int], window: int | N
     if backend == "sdpa":
         return Pattern(window, backend, tuple(attention_torch.documents_of(batch, offsets, window)))
     return Pattern(window, backend, (), attention_mask.block_mask(batch, offsets[-1], window, device) if backend == "flex" else None)
+
+
+def _in_part(pattern: Pattern, batch: dict[str, torch.Tensor], offsets: list[int], part: Part) -> Pattern:
+    if pattern.backend != "sdpa":
+        return pattern
+    return pattern._replace(pieces=tuple(attention_torch.pieces_of(batch, offsets, pattern.window, part)))
 
 
 class _Need(NamedTuple):
@@ -289,6 +303,31 @@ def attention(
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"the plan is for bfloat16 or float16 (varlen attention) and q is {q.dtype}: call plan(batch, dtype=q.dtype)")
     return _attention_varlen(q, k, v, plan, weighting)
+
+
+def attention_of_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` of this rank's queries [t, H, d] over the keys and values [T, K, d] of the whole stream -> [t, H, e].
+
+    On CUDA the attention of all queries is computed, of which those of other ranks are 0.
+    """
+    part = plan.part
+    assert part is not None, "the plan is of a stream that ranks share"
+    if plan.patterns[0].backend == "sdpa":
+        weighting = Weighting(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
+        return attention_torch.attention_of(q, k, v, plan.patterns[0].pieces, weighting)
+    behind = part.tokens - part.first - part.count
+    every = F.pad(q[: part.count], (0, 0, 0, 0, part.first, behind))
+    out = attention(every, k, v, plan, scale=scale, softcap=softcap, sinks=sinks)[part.first : part.first + part.count]
+    return F.pad(out, (0, 0, 0, 0, 0, part.rows - part.count))
 
 
 def _check(q, k, v, plan: Plan, softcap: float | None, sinks: torch.Tensor | None) -> None:

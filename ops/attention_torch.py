@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from treetune.ops import attention_mask
+from treetune.ops.context_parallel import Part
 
 GROUP = 64  # tokens of branches that share a masked call: a wider mask costs more than a call
 
@@ -44,6 +45,39 @@ def documents_of(batch: dict[str, torch.Tensor], offsets: list[int], window: int
             group_masks.append(attention_mask.allowed(document, queries[:, None], torch.cat([rows[: reach[-1]], queries])[None], window))
             end += group
         yield Document(trunk, groups, tuple(reach), trunk_mask, tuple(group_masks))
+
+
+class Piece(NamedTuple):
+    """Queries that stand together, the keys [first, end) of the stream that some of them see, and their mask [n, m]; causal without one."""
+
+    queries: int
+    first: int
+    end: int
+    mask: torch.Tensor | None
+
+
+def pieces_of(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None, part: Part) -> Iterator[Piece]:
+    """The tokens of a part of a stream, document by document; behind them those that repeat the last token of the stream."""
+    begin, end = part.first, part.first + part.count
+    for lo, hi in zip(offsets, offsets[1:], strict=False):
+        first, last = max(lo, begin), min(hi, end)
+        if first >= last:
+            continue
+        rows, keys = torch.arange(first, last), torch.arange(lo, last)
+        causal = first == lo and window is None and "branch" not in batch
+        yield Piece(last - first, lo, last, None if causal else attention_mask.allowed(batch, rows[:, None], keys[None], window))
+    if missing := part.rows - part.count:
+        keys = torch.arange(part.tokens)
+        yield Piece(missing, 0, part.tokens, attention_mask.allowed(batch, keys[-1:].expand(missing)[:, None], keys[None], window))
+
+
+def attention_of(q, k, v, pieces: Sequence[Piece], weighting: Weighting) -> torch.Tensor:
+    """Attention of the queries [t, H, d] of these pieces over the keys and values [T, K, d] of a whole stream -> [t, H, e]."""
+    call = _sdpa if weighting.softcap is None and weighting.sinks is None else _written_out
+    if weighting.sinks is not None:
+        weighting = weighting._replace(sinks=weighting.sinks.to(torch.promote_types(q.dtype, torch.float32)))
+    parts = zip(q.split([piece.queries for piece in pieces]), pieces, strict=True)
+    return torch.cat([call(own, k[piece.first : piece.end], v[piece.first : piece.end], piece.mask, weighting) for own, piece in parts])
 
 
 def pairs(documents: Sequence[Document]) -> int:

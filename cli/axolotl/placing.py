@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli.axolotl.file import File, Unsupported, Values, write
-from treetune.cli.options import meshes
 
 ON_DEVICE = "a run without offload; optim_args: {paged: true} keeps moments in the memory of the host, activation_offloading activations"
-ALONE = "1, with sharding: full for models that one device does not hold"
 
 
 def processes() -> int:
@@ -147,20 +145,15 @@ def _fsdp_version(value: Any, file: File) -> Values:
     return placed(file)
 
 
-def _size(axis: str) -> Callable[[Any, File], Values]:
-    def size(value: Any, file: File) -> Values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise Unsupported("a whole number")
-        if value > 1 and axis in meshes.MISSING:
-            raise Unsupported(ALONE)
-        return placed(file) if value > 1 else {}
-
-    return size
+def _size(value: Any, file: File) -> Values:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Unsupported("a whole number")
+    return placed(file) if value > 1 else {}
 
 
 def _experts(value: Any, file: File) -> Values:
     if isinstance(value, bool) or value not in (0, 1):
-        raise Unsupported(ALONE if "tensor" in meshes.MISSING else "tensor_parallel_size, along which experts are split, too")
+        raise Unsupported("tensor_parallel_size, along which experts are split, too")
     return {}
 
 
@@ -178,5 +171,5 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "gradient_checkpointing": _checkpointing, "activation_checkpointing": _checkpointing, "activation_offloading": _activations,
     "fsdp": _fsdp, "fsdp_config": _fsdp_config, "fsdp_version": _fsdp_version, "deepspeed": _deepspeed,
     "ddp_timeout": _timeout, "ray_num_workers": _workers, "expert_parallel_size": _experts,
-    "sequence_parallel_degree": _size("context"), **{key: _size(axis) for axis, key in SIZES.items()},
+    **dict.fromkeys(("sequence_parallel_degree", *SIZES.values()), _size),
 }  # fmt: skip

@@ -8,10 +8,6 @@ from treetune.core.config.marks import EqualsTexts
 
 # From the outermost, whose ranks are farthest apart; ranks along the last one are neighbours.
 AXES = ("tensor", "replicate", "context", "data")
-# Axes that ranks cannot share work along yet.
-MISSING: Mapping[str, str] = {
-    "context": "the tokens of a micro-batch are on one device each",
-}
 HINTS: Mapping[str, str] = {"expert": "; experts are split along tensor"}
 
 
@@ -86,13 +82,17 @@ def sharding(options: Placing) -> str:
     return "full" if {"data", "replicate"} & read(options.shard).keys() else "none"
 
 
+def refuse_context(options: Placing, reason: str) -> None:
+    """Raise ValueError, with the reason, where ranks are to share streams."""
+    if processes(options) > 1 and "context" in (found := sizes(options)):
+        raise ValueError(f"shard context={found['context']} does not go with this method: {reason}; give data")
+
+
 def conflicts(options: Placing) -> None:
     """Raise ValueError, one line, for sizes that do not fit the processes, and for axes that would change nothing or cannot be."""
     if processes(options) == 1:
         return  # refused as options that one process would ignore
     found, what = sizes(options), sharding(options)
-    for axis in found.keys() & MISSING.keys():
-        raise ValueError(f"shard {axis}={found[axis]} does not work yet: {MISSING[axis]}; give data and replicate")
     if what != "none" and "data" not in found:
         raise ValueError(f"sharding {what} splits along data, which has one rank: give it more, or sharding none")
     if what == "none" and "replicate" in found:

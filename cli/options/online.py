@@ -94,6 +94,7 @@ def conflicts(config: OnlineConfig) -> None:
         raise ValueError(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
         raise ValueError("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
+    meshes.refuse_context(config.run, "completions are sampled and scored for each rank")
     if config.run.sharding == "full" and (pipe.async_prefetch or rollout.rollout_func):
         name = "async_prefetch" if pipe.async_prefetch else "rollout_func"
         raise ValueError(f"{name} does not go with --sharding full: ranks would gather weights at different times")

@@ -75,10 +75,10 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         this = estimate.Run(method, config, family, cfg)
         chosen = [devices.named(name) for name in asked.devices or devices.NAMES]
         chosen = [one if asked.memory is None else one._replace(memory=asked.memory) for one in chosen]
-        if meshes.processes(config.run) > 1 and "tensor" in meshes.sizes(config.run):
+        axes = meshes.sizes(config.run) if meshes.processes(config.run) > 1 else {}
+        if "tensor" in axes:
             raise ValueError("plan does not count layers that are split along tensor: leave tensor out of shard to plan without it")
-        copies = meshes.sizes(config.run).get("replicate", 1) if meshes.processes(config.run) > 1 else 1
-        ranks = config.run.nproc * config.run.nnodes
+        copies, ranks = axes.get("replicate", 1), config.run.nproc * config.run.nnodes // axes.get("context", 1)
         places = [estimate.Place(one, ranks, meshes.sharding(config.run), copies) for one in chosen]
         with screen.busy("counting a step"):
             counts = {kind: estimate.counted(this, one) for kind, one in {one.gpu: one for one in chosen}.items()}

@@ -130,6 +130,8 @@ PLACED = {
     "fsdp_version: 2\nfsdp_config: {reshard_after_forward: false}\n": ("gradients", None),
     "fsdp_version: 2\nfsdp_config: {reshard_after_forward: true}\ndp_shard_size: 4\ndp_replicate_size: 2\n":
         ("full", ["data=4", "replicate=2"]),
+    "context_parallel_size: 2\n": ("none", ["context=2"]), "tensor_parallel_size: 4\n": ("none", ["tensor=4"]),
+    "dp_shard_size: 4\nsequence_parallel_degree: 2\n": ("full", ["data=4", "context=2"]),
     "dp_shard_size: 8\n": ("full", None), "dp_shard_size: 2\n": ("full", ["data=2"]), "dp_replicate_size: 8\n": ("none", None),
     "deepspeed: deepspeed_configs/zero1.json\n": ("moments", None), "deepspeed: configs/zero2_torch_compile.json\n": ("gradients", None),
     "deepspeed: {zero_optimization: {stage: 3}}\n": ("full", None), "deepspeed: {zero_optimization: {stage: 1}}\n": ("moments", None),
@@ -194,7 +196,7 @@ REFUSED = {
     "datasets: [{path: a, input_transform: b}]\n": "datasets (nearest: entries without input_transform",
     "dp_shard_size: four\n": "dp_shard_size (nearest: a whole number",
     "fsdp_config: {sharding_strategy: BY_HALVES}\n": "fsdp_config (nearest: sharding_strategy: FULL_SHARD",
-    "context_parallel_size: 2\n": "context_parallel_size (nearest: 1, with sharding: full",
+    "expert_parallel_size: 2\n": "expert_parallel_size (nearest: tensor_parallel_size",
     "qat: {weight_dtype: int4}\n": "qat (nearest: group_size: 64",
     "save_strategy: best\n": "the best checkpoint is kept besides",
     "adapter: qlora\nload_in_4bit: true\nrelora_steps: 10\n": "relora_steps (nearest: weights that are not quantised",

@@ -38,7 +38,6 @@ def test_sizes_that_are_missing_follow_and_name_what_is_split(shard, processes, 
     ("data=0", None, "whole numbers of at least 1"), ("data", None, "got 'data'"), ("data=x", None, "got 'data=x'"),
     ("row=2", None, "an axis of tensor, replicate, context, data, got 'row=2'"), ("expert=2", None, "experts are split along tensor"),
     ("data=2,data=2", None, "data twice"), ("", None, "got ''"),
-    ("context=2", None, "shard context=2 does not work yet"),
     ("replicate=4", None, "sharding full splits along data, which has one rank"),
     ("replicate=4", "moments", "sharding moments splits along data, which has one rank"),
     ("replicate=2", "none", "sharding none splits nothing"),
@@ -67,7 +66,7 @@ def test_a_checked_config_says_what_is_split():
 def test_one_mesh_is_refused_on_the_command_line_with_one_line(kit, here, tune):
     kit.refused(tune("sft", "--nproc", 4, "--shard", "data=3"), "shard data=3 is for 3 processes")
     kit.refused(tune("sft", "--shard", "data=2"), "--shard would be ignored: there is one process")
-    (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {data: 2, context: 2}\n")
-    kit.refused(tune("train", "run.yaml"), "shard context=2 does not work yet")
+    (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {data: 3, tensor: 2}\n")
+    kit.refused(tune("train", "run.yaml"), "shard data=3,tensor=2 is for 6 processes")
     (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {tensor: 2}\n")
     kit.refused(tune("plan", "run.yaml"), "plan does not count layers that are split along tensor")

@@ -1,6 +1,6 @@
 """Short runs of every method through the command itself, one after another in the same processes.
 
-argv: folder, folder of the results, axes of the mesh (data=2), names of cases such as "dpo lora full" (method, what trains, sharding).
+argv: folder, folder of the results, cases such as "dpo lora full data=2" (method, what trains, sharding, axes of the mesh).
 Rows have unequal lengths, and the last step of a pass has fewer micro-batches than there are ranks.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
 TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"]}
 SHARDINGS = ("none", "moments", "gradients", "full")
-CASES = [f"{method} {trains} {sharding}" for method in METHODS for trains in TRAINS for sharding in SHARDINGS]
+CONTEXT = METHODS[:4]  # methods whose streams ranks may share: those that sample nothing
 # What each method reads, and how it is asked for three steps (sampled completions: two).
 ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--max-steps", 2, "--val-set-size", 0]
 OWN = {
@@ -26,19 +26,23 @@ OWN = {
 
 
 def prepare(root: Path, tokenizer) -> None:
-    """A folder with a tiny model and rows for every method: five to train on, one held out."""
+    """A folder with a tiny model and rows for every method: five to train on, one held out.
+
+    Of prompts there are enough for two steps: where a pass over them ends within one, a process of its own has no prompt twice in it.
+    """
     from treetune.models import hf, llama
 
     sizes = dict(vocab_size=257, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=128)
     hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=tokenizer)
     (root / "rewards.py").write_text("def spread(completions):\n    return [sum(map(ord, one)) % 5 / 4 for one in completions]\n")
-    long = ["red blue green "[: 1 + 5 * i % 14] * (1 + i % 3) for i in range(6)]
-    pairs = [{"prompt": f"Row {i}: ", "chosen": one, "rejected": one[::-1] + "?" * (i % 2)} for i, one in enumerate(long)]
+    long = ["red blue green "[: 1 + 5 * i % 14] * (1 + i % 3) for i in range(10)]
+    every = [{"prompt": f"Row {i}: ", "chosen": one, "rejected": one[::-1] + "?" * (i % 2)} for i, one in enumerate(long)]
+    pairs = every[:6]
     judged = [{"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)} for i, row in enumerate(pairs)]
     sets = {
-        "text": [{"text": f"Row {i}: {one}, which is more"} for i, one in enumerate(long)], "pairs": pairs, "judged": judged,
-        "prompts": [{"prompt": row["prompt"] + row["chosen"][:9]} for row in pairs],
-        "answers": [{"input": row["prompt"] + row["chosen"][:5], "output": row["chosen"]} for row in pairs],
+        "text": [{"text": f"Row {i}: {one}, which is more"} for i, one in enumerate(long[:6])], "pairs": pairs, "judged": judged,
+        "prompts": [{"prompt": row["prompt"] + row["chosen"][:9]} for row in every],
+        "answers": [{"input": row["prompt"] + row["chosen"][:5], "output": row["chosen"]} for row in every],
     }  # fmt: skip
     for name, rows in sets.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,26 +63,31 @@ def arguments(method: str, trains: str, output: Path, accumulation: int) -> list
     return [method.removesuffix("-strided"), *map(str, [*flat, *own])]
 
 
-def run(case: str, results: Path, axes: str, accumulation: int) -> None:
+def run(case: str, results: Path, accumulation: int) -> None:
     """A run of a case, in the folder of the rows."""
     from treetune.cli import main
 
-    method, trains, *sharding = case.split()
-    placed = ["--sharding", *sharding, "--shard", axes] if sharding else []
-    code = main.main([*arguments(method, trains, results / case.replace(" ", "_"), accumulation), *placed])
-    assert code == 0, f"{case} on {axes}: exit code {code}"
+    method, trains, *placed = case.split()
+    flags = [] if not placed else ["--sharding", placed[0], "--shard", placed[1]]
+    code = main.main([*arguments(method, trains, folder(results, case), accumulation), *flags])
+    assert code == 0, f"{case}: exit code {code}"
 
 
-def rank(root: Path, results: Path, axes: str, cases: list[str]) -> None:
+def folder(results: Path, case: str) -> Path:
+    """The run folder of a case."""
+    return results / case.replace(" ", "_").replace(",", "_")
+
+
+def rank(root: Path, results: Path, cases: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
     os.chdir(root)
     for case in cases:
-        run(case, results, axes, 1)
+        run(case, results, 1)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    rank(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

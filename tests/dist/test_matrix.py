@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,15 @@ def _module(name: str):
 
 
 matrix = _module("matrix")
-# Each kind of weights and each sharding once; the rest is slow.
-SOME = ["kto full gradients", "reward qlora moments", "ebft lora full"]
+# Each kind of weights, each sharding and a stream that ranks share, once; the rest is slow.
+SOME = ["kto full gradients data=2", "reward qlora moments data=2", "ebft lora full data=2", "dpo lora none context=2"]
+MESHES = {
+    "data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS],
+    "context=2": [(method, "none") for method in matrix.CONTEXT],
+    "data=4": [(method, what) for method in matrix.METHODS for what in ("gradients", "full")],
+    "replicate=2,data=2": [(method, what) for method in matrix.METHODS for what in ("moments", "gradients", "full")],
+    "context=2,data=2": [(method, what) for method in matrix.CONTEXT for what in matrix.SHARDINGS],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def alone(place):
         if (method, trains, ranks) not in made:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(place)
-                matrix.run(f"{method} {trains}", results, "", ranks)
+                matrix.run(f"{method} {trains}", results, ranks)
         return made.setdefault((method, trains, ranks), results / f"{method}_{trains}")
 
     return of
@@ -72,29 +80,38 @@ def differences(one: Path, several: Path) -> list[str]:
     return out + [name for name, leaf in mine.items() if (leaf - theirs[name]).abs().max() > 1e-5]
 
 
-def check(place, alone, launch, axes: str, ranks: int, cases: list[str]) -> None:
-    results = place / axes.replace(",", "_")
-    launch(ranks, matrix.__file__, place, results, axes, *cases, cwd=place, timeout=30 * 60)
-    found = {case: differences(alone(*case.split()[:2], ranks), results / case.replace(" ", "_")) for case in cases}
+def sizes(axes: str) -> dict[str, int]:
+    return {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
+
+
+def check(place, alone, launch, results: str, cases: list[str]) -> None:
+    """Run cases of one number of ranks and compare each with as many micro-batches a step in one process."""
+    meshes = [sizes(case.split()[-1]) for case in cases]
+    (ranks,) = {math.prod(mesh.values()) for mesh in meshes}
+    launch(ranks, matrix.__file__, place, place / results, *cases, cwd=place, timeout=30 * 60)
+    found = {}
+    for case, mesh in zip(cases, meshes, strict=True):
+        rows = math.prod(size for axis, size in mesh.items() if axis in ("data", "replicate"))
+        found[case] = differences(alone(*case.split()[:2], rows), matrix.folder(place / results, case))
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 
 def test_some_of_each_on_two_ranks(place, alone, launch):
-    check(place, alone, launch, "data=2", 2, SOME)
+    check(place, alone, launch, "some", SOME)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("axes", "ranks"), [("data=2", 2), ("data=2,replicate=2", 4), ("data=4", 4)])
-def test_every_method_on_every_mesh(place, alone, launch, axes, ranks):
-    cases = matrix.CASES if ranks == 2 else [case for case in matrix.CASES if case.endswith(("gradients", "full"))]
-    check(place, alone, launch, axes, ranks, [case for case in cases if axes != "data=2" or case not in SOME])
+@pytest.mark.parametrize("axes", MESHES)
+def test_every_method_on_every_mesh(place, alone, launch, axes):
+    cases = [f"{method} {trains} {what} {axes}" for method, what in MESHES[axes] for trains in matrix.TRAINS]
+    check(place, alone, launch, axes.replace(",", "_"), cases)
 
 
 @pytest.mark.slow
 def test_a_run_has_the_same_bits_each_time(place, launch):
-    cases = ["dpo full gradients", "grpo lora full", "sft full moments"]
+    cases = ["dpo full gradients data=2", "grpo lora full data=2", "sft full moments data=2", "kto lora none context=2"]
     for again in ("first", "second"):
-        launch(2, matrix.__file__, place, place / again, "data=2", *cases, cwd=place)
+        launch(2, matrix.__file__, place, place / again, *cases, cwd=place)
     for case in cases:
-        one, two = (weights(place / again / case.replace(" ", "_")) for again in ("first", "second"))
+        one, two = (weights(matrix.folder(place / again, case)) for again in ("first", "second"))
         assert all((leaf == two[name]).all() for name, leaf in one.items())
