@@ -103,11 +103,11 @@ def sampled(split, whole, ranks: Ranks, name: str) -> tuple[bool, int]:
         join(state)
         return drawn
 
-    gathered, most, remember = [], [0], shard.remember
+    gathered, most, remember = {}, [0], shard.remember
 
     def watched(out, source):
-        gathered.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
-        most[0] = max(most[0], sum(size for ref, size in gathered if not ref.expired()))
+        gathered[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage()), out.nbytes  # a leaf is given several times
+        most[0] = max(most[0], sum(size for ref, size in gathered.values() if not ref.expired()))
         return remember(out, source)
 
     shard.remember = watched

@@ -16,6 +16,7 @@ def two(launch, tmp_path_factory):
     return folder
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_weights_moments_and_a_base_that_moves_are_those_of_one_process(two, scene):
     for name in scene.KINDS:

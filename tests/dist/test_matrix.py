@@ -96,6 +96,7 @@ def check(place, alone, launch, results: str, cases: list[str]) -> None:
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 
+@pytest.mark.more
 def test_some_of_each_on_two_ranks(place, alone, launch):
     check(place, alone, launch, "some", SOME)
 

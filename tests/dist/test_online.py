@@ -62,6 +62,7 @@ CLOCK = ("second", "memory", "tokens_per_second")
 OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts; float noise
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SHARDINGS if kind != "across")])
 def test_two_ranks_leave_what_one_leaves(kind, place, launch):
     from treetune.cli import main
@@ -83,6 +84,7 @@ def test_two_ranks_leave_what_one_leaves(kind, place, launch):
     assert any("eval/reward" in record for record in records(alone))
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_ranks_go_on_where_they_were(place, torchrun, saved_leaves):
     """A checkpoint has the feed of each rank; another number of ranks is told so."""
@@ -100,6 +102,7 @@ def test_ranks_go_on_where_they_were(place, torchrun, saved_leaves):
     assert main.main(args) == 2 and not (place / "fewer").exists()
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_a_reward_that_fails_ends_both_ranks(place, torchrun):
     (place / "bad.py").write_text("def fails(completions):\n    raise RuntimeError('no such service')\n")

@@ -25,6 +25,7 @@ def halves(launch, tmp_path_factory):
     return folder
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", worker.ELEMENTWISE + worker.ROUNDED)
 def test_halves_of_leaves_are_updated_as_whole_ones(halves, name):
     one = worker.train(name, worker.params(odd=False), lambda leaf: leaf)
@@ -45,6 +46,7 @@ def _same(name, leaf, other, path):
         assert torch.equal(leaf, other), path
 
 
+@pytest.mark.more
 def test_what_cannot_be_split_is_refused_by_name_on_both_ranks(halves):
     first, second = (json.loads((halves / f"refused{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and set(first) == set(worker.REFUSED)

@@ -22,6 +22,7 @@ def found(launch, tmp_path_factory):
     return worker.cases(ALONE), load_file(folder / "two.safetensors")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("deal", ["ragged", "a rank without documents"])
 @pytest.mark.parametrize("name", worker.CASES)
 def test_two_ranks_give_the_step_of_one(found, name, deal):

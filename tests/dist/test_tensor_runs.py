@@ -120,6 +120,7 @@ CASES = [(2, FAST, name) for name in FAST] + [pytest.param(2, SLOW, name, marks=
 CASES += [pytest.param(4, tuple(RUNS), name, marks=pytest.mark.slow) for name in RUNS]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("world", "names", "name"), CASES)
 def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, world, names, name):
     alone, split = (folder / name for folder in runs(world, names))
@@ -135,6 +136,7 @@ def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, world, name
         assert (alone / "samples.jsonl").read_text() == (split / "samples.jsonl").read_text()
 
 
+@pytest.mark.more
 def test_a_run_goes_on_on_another_mesh(runs, place, monkeypatch):
     """From one process to ranks that split layers, and back."""
     monkeypatch.chdir(place)
