@@ -283,7 +283,18 @@ def parts(leaf: Tensor) -> int:
 
 def full(leaf: Tensor) -> Tensor:
     """The whole leaf, detached, on every rank (a collective for a sharded leaf); a quantised one stays so."""
-    return (leaf.full_tensor() if distributed(leaf) else leaf).detach()
+    leaf = leaf.detach()
+    if not distributed(leaf):
+        return leaf
+    if len(split_axes(leaf)) > 1:
+        from torch.distributed.tensor import Replicate
+
+        # One axis after another, from the innermost: torch warns of several messages at once.
+        specs = list(leaf.placements)
+        for number in reversed(range(len(specs))):
+            specs[number] = Replicate()
+            leaf = leaf.redistribute(placements=specs)
+    return leaf.full_tensor()
 
 
 def size(device_mesh: DeviceMesh | None, axis: str) -> int:
