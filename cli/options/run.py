@@ -99,8 +99,8 @@ class RunOptions:
     """What each of several processes keeps a part of: none, moments of the optimiser, gradients and moments, or full (weights, too)."""
     shard: Annotated[tuple[str, ...], MACHINE, meshes.SIZES, Unused(_one_process)] = ()
     """Processes by axis, such as data=4,replicate=2: ranks along data split what sharding says (full, if not given), those along
-    replicate hold the same parts, those along context share the tokens of each row. One size that is missing follows from the number of
-    processes."""
+    replicate hold the same parts, those along context share the tokens of each row, those along tensor the heads, columns and experts of
+    each layer. One size that is missing follows from the number of processes."""
     profiler_steps: Annotated[tuple[Annotated[int, COUNT], ...], SHOWN] = ()
     """Profile so many steps (one number), or from the lowest to the highest of these (several): profile_trace.json and profile_ops.txt
     in the run folder, on CUDA also profile_memory.pickle."""

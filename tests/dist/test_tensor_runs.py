@@ -77,36 +77,37 @@ def arguments(name: str, output: str, accumulation: int, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(place, launch):
-    """runs(world, names) -> (folder of the runs of one process, of so many ranks), made once for each set of names."""
+    """runs(axes, names) -> (folder of the runs of one process, of ranks on a mesh of two or four), made once for each set of names."""
     made = {}
 
-    def get(world: int, names: tuple[str, ...]) -> tuple[Path, Path]:
-        if (world, names) not in made:
-            made[world, names] = _make(place, launch, world, names)
-        return made[world, names]
+    def get(axes: str, names: tuple[str, ...]) -> tuple[Path, Path]:
+        if (axes, names) not in made:
+            made[axes, names] = _make(place, launch, axes, names)
+        return made[axes, names]
 
     return get
 
 
-def _make(place, launch, world: int, names: tuple[str, ...]) -> tuple[Path, Path]:
+def _make(place, launch, axes: str, names: tuple[str, ...]) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name in names:
             if not (place / "alone" / name).exists():
                 assert main.main(arguments(name, f"alone/{name}", 4)) == 0, name
         alone = place.joinpath("calls.txt").read_text() if place.joinpath("calls.txt").exists() else ""
+    accumulation, folder = (2 if "data" in axes else 4), f"on {axes}"
     wanted = []
     for name in names:
-        sharding = RUNS[name][3] if world > 2 else "none"
-        wanted.append(arguments(name, f"split{world}/{name}", 8 // world if world > 2 else 4, "--shard", f"tensor=2,data={world // 2}", "--sharding", sharding))
-    resumed = arguments(names[0], f"split{world}/resumed", 8 // world if world > 2 else 4, "--resume", f"alone/{names[0]}/checkpoints/step_000002")
+        mesh = ("--shard", axes, "--sharding", RUNS[name][3] if "data" in axes else "none")
+        wanted.append(arguments(name, f"{folder}/{name}", accumulation, *mesh))
+    resumed = arguments(names[0], f"{folder}/resumed", accumulation, "--resume", f"alone/{names[0]}/checkpoints/step_000002")
     wanted.append([*resumed, *wanted[0][wanted[0].index("--shard") :]])
     (place / "wanted.json").write_text(json.dumps(wanted))
     place.joinpath("calls.txt").unlink(missing_ok=True)
-    launch(world, HERE / "runs_worker.py", place / "wanted.json", cwd=place)
-    if world == 2 and "grpo" in names:
+    launch(4 if "," in axes else 2, HERE / "runs_worker.py", place / "wanted.json", cwd=place)
+    if axes == "tensor=2" and "grpo" in names:
         assert place.joinpath("calls.txt").read_text() == alone, "one rank of two with the same rows asks what rewards cost"
-    return place / "alone", place / f"split{world}"
+    return place / "alone", place / folder
 
 
 def _records(run: Path) -> list[dict]:
@@ -116,14 +117,16 @@ def _records(run: Path) -> list[dict]:
 CLOCK = ("second", "memory", "tokens_per_second")
 OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts
 SLOW = tuple(name for name in RUNS if name not in FAST)
-CASES = [(2, FAST, name) for name in FAST] + [pytest.param(2, SLOW, name, marks=pytest.mark.slow) for name in SLOW]
-CASES += [pytest.param(4, tuple(RUNS), name, marks=pytest.mark.slow) for name in RUNS]
+CONTEXT = ("sft", "experts", "dora", "dpo, all")
+CASES = [("tensor=2", FAST, name) for name in FAST] + [pytest.param("tensor=2", SLOW, name, marks=pytest.mark.slow) for name in SLOW]
+CASES += [pytest.param("tensor=2,data=2", tuple(RUNS), name, marks=pytest.mark.slow) for name in RUNS]
+CASES += [pytest.param("tensor=2,context=2", CONTEXT, name, marks=pytest.mark.slow) for name in CONTEXT]
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(("world", "names", "name"), CASES)
-def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, world, names, name):
-    alone, split = (folder / name for folder in runs(world, names))
+@pytest.mark.parametrize(("axes", "names", "name"), CASES)
+def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, axes, names, name):
+    alone, split = (folder / name for folder in runs(axes, names))
     file = "model/model.safetensors" if "all" in name or name in ("experts", "ebft, strided") else "adapter/adapter_model.safetensors"
     one, other = load_file(alone / file), load_file(split / file)
     assert one.keys() == other.keys() and max(leaf.abs().max() for leaf in one.values()) > 1e-2
@@ -140,7 +143,7 @@ def test_ranks_that_split_layers_leave_what_one_process_leaves(runs, world, name
 def test_a_run_goes_on_on_another_mesh(runs, place, monkeypatch):
     """From one process to ranks that split layers, and back."""
     monkeypatch.chdir(place)
-    alone, split = runs(2, FAST)
+    alone, split = runs("tensor=2", FAST)
     again = arguments("sft", "joined", 4, "--resume", str(split / "sft/checkpoints/step_000002"))
     assert main.main(again) == 0
     one = load_file(alone / "sft/adapter/adapter_model.safetensors")
