@@ -32,7 +32,7 @@ def gradients(collect, start):
 
 def test_gradients_are_those_of_leaves_as_they_are():
     start = params()
-    one, other = gradients(None, start), gradients(partial(copies._Summed, []), start)
+    one, other = gradients(None, start), gradients(partial(copies._Summed, [], True), start)
     for (path, a), (_, b) in zip(tree.items(one), tree.items(other), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype == torch.float32, path
     assert not other["unused"].any() and other["layers"][0]["w"].any()
@@ -45,7 +45,7 @@ def test_layers_go_as_one_and_the_last_first():
     assert names == [["unused"], ["norm"], *layers, ["embed_tokens"]]
 
 
-@pytest.mark.parametrize("collect", [None, partial(copies._Summed, [])])
+@pytest.mark.parametrize("collect", [None, partial(copies._Summed, [], True)])
 def test_gradients_go_when_nobody_holds_them(collect):
     gc.collect()
     gc.disable()

@@ -52,7 +52,7 @@ def test_bfloat16_rounds_where_transformers_does(oracle, documents, kind):
     low.model.layers[0].register_forward_pre_hook(lambda module, args, kwargs: seen.update(x=args[0]), with_kwargs=True)
     with torch.no_grad():
         low(ids[None])
-        x = dense._embed(ours.params, ids, ours.cfg, None) * ours.cfg.embed_scale
+        x = dense._embed(ours.params, ids, ours.cfg, None, None) * ours.cfg.embed_scale
         assert torch.equal(x, seen["x"][0])
         w = ours.params["norm"]
         assert (dense._normed(x, w, ours.cfg) == low.model.norm(seen["x"])[0]).float().mean() > 0.999

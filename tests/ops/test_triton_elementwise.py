@@ -118,8 +118,11 @@ def test_dropout(dtype, rows, columns, rate):
     key = noise.keys(-3, torch.arange(rows), 1 << 40)
     plain = noise.dropout(x, key, rate=rate, stream=9)
     torch.testing.assert_close(noise.dropout_triton(x, key, rate, 9), plain, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+    if columns > 1:
+        part = noise.dropout_triton(x[:, 1:].contiguous(), key, rate, 9, 1)
+        torch.testing.assert_close(part, plain[:, 1:], rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
     leaf = x.clone().requires_grad_()
-    out = noise._Dropout.apply(leaf, key, rate, 9)
+    out = noise._Dropout.apply(leaf, key, rate, 9, 0)
     (grad,) = torch.autograd.grad(out, leaf, x)
     assert torch.equal(grad, out) and torch.equal(out == 0, plain == 0)
 
