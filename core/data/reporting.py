@@ -67,7 +67,7 @@ def format_report(report: Report, unusual: Mapping[str, int]) -> str:
     """Summary line of a report: rows in, documents out, share trained, rows dropped; then the unusual counts that are not 0."""
     share = 100 * report.supervised / max(1, report.tokens)
     parts = [f"{report.format}: {report.rows} rows -> {report.docs} documents, {report.tokens} tokens, {share:.0f} % trained"]
-    parts += [f"dropped {count} rows ({reason})" for reason, count in report.dropped.items()]
+    parts += [f"dropped {count} row{'s' * (count != 1)} ({reason})" for reason, count in report.dropped.items()]
     parts += [f"{count} {what}" for what, count in unusual.items() if count]
     return "; ".join(parts + ([f"not read: {abbreviate(report.unread)}"] if report.unread else []))
 

@@ -87,7 +87,7 @@ def test_pairs_are_counted_with_their_prompt_once(show):
     assert done.code == 0, done.err
     prompts, replies = sum(len(row["prompt"]) for row in PAIRS), sum(len(row["chosen"] + row["rejected"]) + 2 for row in PAIRS)
     assert "passthrough: 8 rows -> 6 documents" in done.out
-    assert "dropped 1 rows (identical completions)" in done.out and "dropped 1 rows (an empty completion)" in done.out
+    assert "dropped 1 row (identical completions)" in done.out and "dropped 1 row (an empty completion)" in done.out
     assert f"{prompts + replies}, of which {replies} supervised" in done.out
     assert f"{prompts + replies} tokens instead of {2 * prompts + replies}" in done.out
 

@@ -201,7 +201,7 @@ def test_overlong_rows_are_dropped_and_counted_by_default(tokenizer):
     docs, report = encode([CHAT, LONG, CHAT], tokenizer, sequence_len=40)
     assert [doc.row for doc in docs] == [1, 3]
     assert report.dropped == {"longer than sequence_len": 1} and report.dropped_eos == 0 and report.longest > 40
-    assert "dropped 1 rows (longer than sequence_len)" in formats.describe_texts(report)
+    assert "dropped 1 row (longer than sequence_len)" in formats.describe_texts(report)
 
 
 def test_overlong_error_names_the_row(tokenizer):
@@ -226,7 +226,7 @@ def test_report_counts(tokenizer):
     assert report.tokens == sum(len(doc.tokens) for doc in docs)
     assert report.supervised == sum(int((doc.weight > 0).sum()) for doc in docs)
     line = formats.describe_texts(report)
-    assert "chat: 3 rows -> 2 documents" in line and "dropped 1 rows (nothing to train on)" in line and "\n" not in line
+    assert "chat: 3 rows -> 2 documents" in line and "dropped 1 row (nothing to train on)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_what_is_dropped_is_counted(tokenizer):
     docs, report = encode(rows, tokenizer, sequence_len=30)
     assert report.rows == 6 and report.docs == len(docs) == 2 and [doc.row for doc in docs] == [1, 5]
     assert report.dropped == {trees.EMPTY: 1, trees.SAME: 1, trees.TOO_LONG: 1, trees.NO_PROMPT: 1}
-    assert "dropped 1 rows (identical completions)" in trees.describe_trees(report)
+    assert "dropped 1 row (identical completions)" in trees.describe_trees(report)
     cut = len(encode([alike], tokenizer)[0][0].tokens[encode([alike], tokenizer)[0][0].branch == 0]) + 3
     _, report = encode([{"prompt": "a\n", "chosen": "b", "rejected": "c"}, alike], tokenizer, sequence_len=cut, overlong="truncate")
     assert report.dropped == {trees.SAME_CUT: 1}
