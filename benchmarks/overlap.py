@@ -210,26 +210,26 @@ def predicted(events: list[tuple[str, str, int]], gpus: int) -> dict[str, float]
     # A layer is computed twice forward and once backward, which takes twice as long; the head once each.
     work = layer * LLAMA["num_layers"] * 4 + numbers["lm_head"] * 3
     unit = {"layer": COMPUTE_S * layer / work, "head": COMPUTE_S * numbers["lm_head"] / work}
-    now = link = sent = 0.0
-    came: dict[str, float] = {}
+    now = link = travelled = 0.0
+    arrival: dict[str, float] = {}
     last = 0.0  # when the sum before comes
     for kind, what, _ in events:
         part = what.split("layers.")[1].split(".")[0] if "layers." in what else what.split(".")[-1]
         if kind == "compute":
-            now = max(now, came[part]) + unit["layer"]
+            now = max(now, arrival[part]) + unit["layer"]
             continue
         if kind == "sum":  # behind the backward of its layer
             now = max(now + 2 * (unit["layer"] if part.isdigit() else unit["head"] if part == "lm_head" else 0), last)
         size = (layer if part.isdigit() else numbers[part]) * (2 if kind == "gather" else 4)
         cost = latency + size * (gpus - 1) / gpus / rate
-        link, sent = max(link, now) + cost, sent + cost
-        came[part], last = link, link if kind == "sum" else last
+        link, travelled = max(link, now) + cost, travelled + cost
+        arrival[part], last = link, link if kind == "sum" else last
         if kind == "gather" and not part.isdigit():
             now = link
             if part == "lm_head":
                 now += unit["head"]
     end = max(now, link)
-    return {"step_s": end, "messages_s": sent, "efficiency": COMPUTE_S / end, "one_after_another": COMPUTE_S / (COMPUTE_S + sent)}
+    return {"step_s": end, "messages_s": travelled, "efficiency": COMPUTE_S / end, "one_after_another": COMPUTE_S / (COMPUTE_S + travelled)}
 
 
 def run() -> list[dict[str, Any]]:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def groups(leaves: Sequence[tuple[str, Tensor]], numbers: Sequence[int]) -> list[list[int]]:
     """The numbers of leaves that travel together, a layer or a leaf alone, in the order in which a backward pass has their gradients."""
-    found: dict[str, list[int]] = {}
+    by_layer: dict[str, list[int]] = {}
     for i in numbers:
         path = leaves[i][0]
         layer = re.match(r"(.*?\blayers\.\d+)\.", path)
-        found.setdefault(layer[1] if layer else path, []).append(i)
-    return list(reversed(found.values()))
+        by_layer.setdefault(layer[1] if layer else path, []).append(i)
+    return list(reversed(by_layer.values()))
 
 
 def on_arrival(leaf: Tensor, method: Callable[[int], None], i: int) -> None:

@@ -53,10 +53,10 @@ def _shape(leaf: DTensor) -> tuple[int, ...]:
 
 def _by_mesh(leaves: Mapping[str, DTensor]) -> dict[DeviceMesh, list[str]]:
     """The paths of the leaves that travel together."""
-    found: dict[DeviceMesh, list[str]] = {}
+    by_mesh: dict[DeviceMesh, list[str]] = {}
     for path, leaf in leaves.items():
-        found.setdefault(leaf.device_mesh, []).append(path)
-    return found
+        by_mesh.setdefault(leaf.device_mesh, []).append(path)
+    return by_mesh
 
 
 def _plan(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.Layout:
@@ -92,23 +92,23 @@ class Passage:
     def whole(self, index: int, *trees: Params) -> tuple[Params, ...]:
         """The trees of a layer, in the order in which the passage was given them, with whole tensors for the leaves that travel."""
         leaves, _ = self.layers[index]
-        came = dict(self.window.take(index))
+        gathered = dict(self.window.take(index))
         trained = [path for path, leaf in leaves.items() if leaf.requires_grad] if torch.is_grad_enabled() else []
         if trained:
             take = lambda: [self.window.take(index)[path] for path in trained]  # noqa: E731
-            came |= zip(trained, _Whole.apply(take, self.sums, *(leaves[path] for path in trained)), strict=True)
-        for path, leaf in came.items():
+            gathered |= zip(trained, _Whole.apply(take, self.sums, *(leaves[path] for path in trained)), strict=True)
+        for path, leaf in gathered.items():
             shard.remember(leaf, window.Coming(self.window, index, path))
-        return tuple(_replaced(part, f"{number}.", came) for number, part in enumerate(trees))
+        return tuple(_replaced(part, f"{number}.", gathered) for number, part in enumerate(trees))
 
     def turn(self) -> None:
         """The pass has gone over all layers: none stays for the way back, on which they are gathered again."""
         self.window.turn()
 
 
-def _replaced(part: Params, prefix: str, came: Mapping[str, Tensor]) -> Params:
-    found = iter([came.get(prefix + path, leaf) for path, leaf in tree.items(part)])
-    return tree.map(lambda _: next(found), part)
+def _replaced(part: Params, prefix: str, gathered: Mapping[str, Tensor]) -> Params:
+    leaves = iter([gathered.get(prefix + path, leaf) for path, leaf in tree.items(part)])
+    return tree.map(lambda _: next(leaves), part)
 
 
 def passage(layers: Iterable[Sequence[tuple[Params, Computed]]]) -> Passage | None:
@@ -134,12 +134,12 @@ class _Travelling:
     def __init__(self, leaves: Leaves, dtypes: dict[str, torch.dtype]):
         self.leaves: dict[str, Tensor] = {}
         groups = _by_mesh(leaves).values()
-        self.sent = [(paths, _sent([leaves[path] for path in paths], [dtypes[path] for path in paths])) for paths in groups]
+        self.pending_messages = [(paths, _sent([leaves[path] for path in paths], [dtypes[path] for path in paths])) for paths in groups]
 
     def wait(self) -> Mapping[str, Tensor]:
         """The whole leaves by path."""
-        while self.sent:
-            paths, message = self.sent.pop(0)
+        while self.pending_messages:
+            paths, message = self.pending_messages.pop(0)
             self.leaves |= zip(paths, message.wait(), strict=True)
         return self.leaves
 
@@ -164,7 +164,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        found: list[Tensor | None] = [None] * len(grads)
+        parts: list[Tensor | None] = [None] * len(grads)
         by_path = dict(zip(map(str, range(len(grads))), ctx.leaves, strict=True))
         for paths in _by_mesh(by_path).values():
             places = [int(path) for path in paths]
@@ -172,13 +172,13 @@ class _Whole(torch.autograd.Function):
             sums: Sums | None = ctx.sums if ctx.sums is not None and ctx.sums.takes(own) else None
             if sums is not None:
                 sums.finish()  # what travels is as large as a layer in float32, and so is what comes next
-            sent = _Scattered(own, _summed([grads[place] for place in places], own))
+            message = _Scattered(own, _summed([grads[place] for place in places], own))
             if sums is not None:
-                sums.push(sent)
+                sums.push(message)
             else:
-                for place, leaf, part in zip(places, own, sent.wait(), strict=True):
-                    found[place] = shard.rewrap(part.to(leaf.dtype), leaf)
-        return None, None, *found
+                for place, leaf, part in zip(places, own, message.wait(), strict=True):
+                    parts[place] = shard.rewrap(part.to(leaf.dtype), leaf)
+        return None, None, *parts
 
 
 def _summed(grads: Sequence[Tensor | None], leaves: Sequence[DTensor]) -> messages.Sum:
@@ -227,8 +227,8 @@ class Sums:
     def finish(self) -> None:
         """Wait for all that are on their way, and hand them on."""
         while self.pending:
-            sent = self.pending.popleft()
-            for leaf, part in zip(sent.leaves, sent.wait(), strict=True):
+            scattered = self.pending.popleft()
+            for leaf, part in zip(scattered.leaves, scattered.wait(), strict=True):
                 self.add(self.numbers[id(leaf)], part)
 
 

@@ -78,8 +78,8 @@ class Plain:
 
     def total(self, i: int) -> Tensor:
         """The total of a leaf, 0 where nothing has used it."""
-        found = self.wide[i] if i in self.wide else self.leaves[i].grad
-        return _zeros(self.leaves[i]) if found is None else found
+        total = self.wide[i] if i in self.wide else self.leaves[i].grad
+        return _zeros(self.leaves[i]) if total is None else total
 
     def put(self, i: int, total: Tensor) -> None:
         """Another total in place of a leaf's."""

@@ -73,8 +73,8 @@ class Gather:
     def wait(self) -> list[Tensor]:
         """The tensors, each in memory of its own; to be called once."""
         self.work.wait()
-        sent = self.flat.view(self.plan.ranks, self.plan.size)
-        whole = [_whole(sent, slot) for slot in self.plan.slots]
+        by_rank = self.flat.view(self.plan.ranks, self.plan.size)
+        whole = [_whole(by_rank, slot) for slot in self.plan.slots]
         del self.flat, self.work
         return whole
 
@@ -83,14 +83,14 @@ def _numbers(part: Tensor, slot: Slot) -> Tensor:
     return part[slot.first : slot.first + slot.bytes].view(slot.dtype)
 
 
-def _whole(sent: Tensor, slot: Slot) -> Tensor:
+def _whole(by_rank: Tensor, slot: Slot) -> Tensor:
     """The tensor of a slot of bytes [n, size]."""
-    ranks = sent.shape[0]
-    padded = torch.empty(ranks * slot.rows, *slot.shape[1:], dtype=slot.dtype, device=sent.device)
+    ranks = by_rank.shape[0]
+    padded = torch.empty(ranks * slot.rows, *slot.shape[1:], dtype=slot.dtype, device=by_rank.device)
     # Bytes as they are, eight at a time where that goes: such copies are the whole cost.
-    unit = torch.int64 if slot.bytes % 8 == 0 and sent.shape[1] % 8 == 0 else torch.uint8
+    unit = torch.int64 if slot.bytes % 8 == 0 and by_rank.shape[1] % 8 == 0 else torch.uint8
     lines = padded.view(-1).view(torch.uint8).view(ranks, slot.bytes).view(unit)
-    lines.copy_(sent[:, slot.first : slot.first + slot.bytes].view(unit))
+    lines.copy_(by_rank[:, slot.first : slot.first + slot.bytes].view(unit))
     return padded[: slot.shape[0]]
 
 

@@ -68,8 +68,8 @@ def share(leaves: Sequence[Tensor], mesh: DeviceMesh) -> None:
     """Write into whole leaves the rows of the other ranks, as those have them: one message for many leaves."""
     for chosen in _messages(leaves):
         own = [shard.local(part(leaf, mesh)) for leaf in chosen]
-        sent = messages.Gather(own, _layout(chosen, mesh), mesh.get_group())
-        torch._foreach_copy_([leaf.detach() for leaf in chosen], sent.wait())
+        message = messages.Gather(own, _layout(chosen, mesh), mesh.get_group())
+        torch._foreach_copy_([leaf.detach() for leaf in chosen], message.wait())
 
 
 def collecting(mesh: DeviceMesh) -> grad.Collect:
@@ -108,15 +108,15 @@ class _Arriving:
         leaves = [self._leaves[i] for i in group]
         dtype = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32
         plan = messages.layout(tuple((dtype, tuple(leaf.shape)) for leaf in leaves), self._mesh.size())
-        sent = messages.Sum([leaf.grad for leaf in leaves], plan, self._mesh.get_group(), leaves[0].device)
+        message = messages.Sum([leaf.grad for leaf in leaves], plan, self._mesh.get_group(), leaves[0].device)
         for leaf in leaves:
             leaf.grad = None
         self._take_in()
-        self._sent.append((group, sent))
+        self._sent.append((group, message))
 
     def _take_in(self) -> None:
-        for group, sent in self._sent:
-            for i, own in zip(group, sent.wait(), strict=True):
+        for group, message in self._sent:
+            for i, own in zip(group, message.wait(), strict=True):
                 if (total := self._totals[i]) is None:
                     self._totals[i] = shard.rewrap(own, part(self._leaves[i].detach(), self._mesh))
                 else:

@@ -111,7 +111,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, layer: int, rule: Rule, *, plan: attent
         cache.v[layer][cache.rows, cache.slots] = v
     if plan is not None and plan.part is not None and cache is None:
         k, v = context_parallel.joined(plan.part, k, v)
-        return attention.attention_of_part(q, k, v, plan.of(rule.window), **rule.weighting._asdict())
+        return attention.attention_of_part(q, k, v, plan.of(rule.window), rule.weighting)
     if plan is not None:
         return attention.attention(q, k, v, plan.of(rule.window), **rule.weighting._asdict())
     assert cache is not None, "a stream without a plan is read from a cache"

@@ -305,16 +305,7 @@ def attention(
     return _attention_varlen(q, k, v, plan, weighting)
 
 
-def attention_of_part(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: Plan,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_of_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, weighting: Weighting) -> torch.Tensor:
     """`attention` of this rank's queries [t, H, d] over the keys and values [T, K, d] of the whole stream -> [t, H, e].
 
     On CUDA the attention of all queries is computed, of which those of other ranks are 0.
@@ -322,11 +313,10 @@ def attention_of_part(
     part = plan.part
     assert part is not None, "the plan is of a stream that ranks share"
     if plan.patterns[0].backend == "sdpa":
-        weighting = Weighting(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
         return attention_torch.attention_of(q, k, v, plan.patterns[0].pieces, weighting)
     behind = part.tokens - part.first - part.count
     every = F.pad(q[: part.count], (0, 0, 0, 0, part.first, behind))
-    out = attention(every, k, v, plan, scale=scale, softcap=softcap, sinks=sinks)[part.first : part.first + part.count]
+    out = attention(every, k, v, plan, **weighting._asdict())[part.first : part.first + part.count]
     return F.pad(out, (0, 0, 0, 0, 0, part.rows - part.count))
 
 

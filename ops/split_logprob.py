@@ -29,7 +29,7 @@ from treetune.ops.tensor_parallel import Split
 EXACT = 40.0  # beyond which log(1 + e^x) is x in float64, too
 
 
-class _Seen(NamedTuple):
+class _Extras(NamedTuple):
     """Of own logits of each row: the largest [N], the TOP largest [N, TOP], and how many are finite [N]; None where not wanted."""
 
     best: Tensor | None
@@ -37,23 +37,23 @@ class _Seen(NamedTuple):
     count: Tensor | None
 
 
-def _nothing_seen(hidden: Tensor, want: frozenset[str]) -> _Seen:
+def _no_extras(hidden: Tensor, want: frozenset[str]) -> _Extras:
     rows, dtype = hidden.shape[0], backend.stat_dtype(hidden)
     best = hidden.new_empty(rows, dtype=dtype) if "top1" in want else None
     top = hidden.new_full((rows, TOP), -torch.inf, dtype=dtype) if "topk_entropy" in want else None
-    return _Seen(best, top, hidden.new_empty(rows, dtype=dtype) if "mean_logit" in want else None)
+    return _Extras(best, top, hidden.new_empty(rows, dtype=dtype) if "mean_logit" in want else None)
 
 
-def _look(seen: _Seen, tau: Tensor | float, softcap: float | None, z: Tensor, rows: slice) -> None:
+def _look(extras: _Extras, tau: Tensor | float, softcap: float | None, z: Tensor, rows: slice) -> None:
     """Fill the rows of a chunk of raw logits z [r, v], which stays as it is. Soft-cap and temperature keep the order."""
     one = logprob_torch.rows_of(tau, rows)
-    if seen.best is not None:
-        seen.best[rows] = logprob_torch.final_logits(z.amax(-1, keepdim=True), softcap, one)[:, 0]
-    if seen.top is not None:
+    if extras.best is not None:
+        extras.best[rows] = logprob_torch.final_logits(z.amax(-1, keepdim=True), softcap, one)[:, 0]
+    if extras.top is not None:
         largest = z.topk(min(TOP, z.shape[1]), -1).values
-        seen.top[rows, : largest.shape[1]] = logprob_torch.final_logits(largest, softcap, one)
-    if seen.count is not None:
-        seen.count[rows] = float(z.shape[1]) if softcap is not None else (z > -torch.inf).sum(-1).to(seen.count.dtype)
+        extras.top[rows, : largest.shape[1]] = logprob_torch.final_logits(largest, softcap, one)
+    if extras.count is not None:
+        extras.count[rows] = float(z.shape[1]) if softcap is not None else (z > -torch.inf).sum(-1).to(extras.count.dtype)
 
 
 def _everywhere(rows: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
@@ -101,18 +101,18 @@ def _first_maximum(best: Tensor, has_target: Tensor) -> Tensor:
 class _SplitLogprob(torch.autograd.Function):
     @staticmethod
     def forward(hidden, weight, targets, elsewhere, tau, options, split):
-        seen = _nothing_seen(hidden, options.want)
+        extras = _no_extras(hidden, options.want)
 
         def see(z: Tensor, rows: slice) -> None:
-            _look(seen, tau, options.softcap, z, rows)
+            _look(extras, tau, options.softcap, z, rows)
 
         own = options._replace(want=options.want - {"topk_entropy"})
         stats, _ = linear_logprob.forward_chunks(Inputs(hidden, weight, None, targets, tau), own, see)
-        rows = stats | {name: value for name, value in seen._asdict().items() if value is not None} | {"own": ~elsewhere}
+        rows = stats | {name: value for name, value in extras._asdict().items() if value is not None} | {"own": ~elsewhere}
         every = _everywhere({name: value.to(stats["lse"].dtype) for name, value in rows.items()}, split)
         combined = _combined(every, every["own"] > 0)
-        share = None if seen.count is None else seen.count / every["count"].sum(0)
-        return *(combined.get(name) for name in TokenStats._fields), seen.count, share
+        share = None if extras.count is None else extras.count / every["count"].sum(0)
+        return *(combined.get(name) for name in TokenStats._fields), extras.count, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -71,8 +71,8 @@ def sizes(options: Placing) -> dict[str, int]:
     if count % product or (open_axis is None and product != count):
         shown = ",".join(f"{axis}={size}" for axis, size in given.items())
         raise ValueError(f"shard {shown} is for {product} processes{' or a multiple' * (open_axis is not None)}, and there are {count}")
-    found = given | ({} if open_axis is None else {open_axis: count // product})
-    return {axis: found[axis] for axis in AXES if found.get(axis, 1) > 1}
+    complete = given | ({} if open_axis is None else {open_axis: count // product})
+    return {axis: complete[axis] for axis in AXES if complete.get(axis, 1) > 1}
 
 
 def sharding(options: Placing) -> str:

@@ -11,9 +11,12 @@ from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, 
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, TEMPERATURE, TOKENS
 
 
+def _several(values: Values) -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
+
+
 def _one_process(values: Values) -> str:
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
-    return "" if several else "there is one process; start several with nproc"
+    return "" if _several(values) else "there is one process; start several with nproc"
 
 
 def _nothing_to_split(values: Values) -> str:
@@ -21,8 +24,7 @@ def _nothing_to_split(values: Values) -> str:
 
 
 def _alone(values: Values) -> str:
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or values["nproc"] > 1 or values["nnodes"] > 1
-    return "" if several else "there is one process, which waits for no other"
+    return "" if _several(values) else "there is one process, which waits for no other"
 
 
 def _one_start(values: Values) -> str:

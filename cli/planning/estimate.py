@@ -185,8 +185,8 @@ def _communication(run: Run, seen: Counted, place: Place, model: Shapes, computi
         layers = len(model.abstract["layers"])
         waited = times * traffic.beside(size * share / device.link + layers * device.latency, computing, layers, again=again)
         return copies + waited + weights * share / device.link
-    sent = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
-    return copies + steps * traffic.waited(sent, device, place.parts, computing, again=again)
+    volumes = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
+    return copies + steps * traffic.waited(volumes, device, place.parts, computing, again=again)
 
 
 def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:

@@ -54,22 +54,24 @@ def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType
         return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    waits = datetime.timedelta(seconds=min(timeout + 120, SECONDS_MAX))  # longer than `stalls` does, which knows more of who hangs
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # another run of these processes: all have checked their options before one takes the folder
     else:
-        # Longer than `stalls` waits, which knows more of who hangs.
-        waits = datetime.timedelta(seconds=min(timeout + 120, SECONDS_MAX))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)
-    return Ranks(torch.distributed.get_rank(), world, shard.mesh(device.type, **(sizes or {"data": world})))
+    mesh = shard.mesh(device.type, **(sizes or {"data": world}))
+    for axis in mesh.mesh_dim_names or ():  # the groups of several axes are made with a time-out of torch's own
+        torch.distributed.distributed_c10d._set_pg_timeout(waits, mesh.get_group(axis))
+    return Ranks(torch.distributed.get_rank(), world, mesh)
 
 
 def every(ranks: Ranks, value: T) -> list[T]:
     """The values of the ranks that have different rows, in their order."""
     if ranks.row_ranks == 1:
         return [value]
-    found: list[Any] = [None] * ranks.world
-    torch.distributed.all_gather_object(found, (ranks.row_rank, value))
-    by_rank = dict(reversed(found))  # of ranks with the same rows the first one's
+    answers: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(answers, (ranks.row_rank, value))
+    by_rank = dict(reversed(answers))  # of ranks with the same rows the first one's
     return [by_rank[number] for number in range(ranks.row_ranks)]
 
 

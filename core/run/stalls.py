@@ -29,10 +29,11 @@ DISTRIBUTED = "torch.distributed"
 
 
 class Place(NamedTuple):
-    """Where the main thread of a rank is. waits: for other ranks, as far as its stack shows."""
+    """Where the main thread of a rank is. waits: for other ranks, as far as its stack shows. own: in code of the user."""
 
     text: str
     waits: bool
+    own: bool = False
 
 
 def place_of(frame: FrameType | None, *, device: str = "cpu") -> Place:
@@ -46,7 +47,9 @@ def place_of(frame: FrameType | None, *, device: str = "cpu") -> Place:
     own = next((one for one in frames if not _ours(one) and not one.f_code.co_filename.startswith(INSTALLED)), None)
     waits = any(_module(one).startswith(DISTRIBUTED) for one in frames) or (device != "cpu" and own is None)
     shown = frames[0] if own is None or waits else own
-    return Place(f"{Path(shown.f_code.co_filename).name} line {shown.f_lineno} ({shown.f_code.co_name})", waits)
+    return Place(
+        f"{Path(shown.f_code.co_filename).name} line {shown.f_lineno} ({shown.f_code.co_name})", waits, own is not None and not waits
+    )
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
@@ -67,7 +70,10 @@ def _ours(frame: FrameType) -> bool:
 def told(places: Mapping[int, Place], world: int, silence: float, stacks: Path) -> str:
     """What has come to a halt, from the places of the ranks that have told theirs."""
     mute = [rank for rank in range(world) if rank not in places]
-    hang = [rank for rank, place in sorted(places.items()) if not place.waits]
+    # A message that is under way is waited for in code of torch that has no Python frame: code of the user's is what hangs beside it.
+    hang = [rank for rank, place in sorted(places.items()) if place.own] or [
+        rank for rank, place in sorted(places.items()) if not place.waits
+    ]
     if mute:
         words = f"{_named(mute)} {'does' if len(mute) == 1 else 'do'} not answer"
     elif hang and len(hang) < world:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from treetune.ops import attention, context_parallel
+from treetune.ops.attention_torch import Weighting
 from treetune.ops.context_parallel import Part
 from treetune.ops.tensor_parallel import Split
 
@@ -43,19 +44,19 @@ def test_a_part_attends_as_its_tokens_do_in_the_whole_stream(ranks, window, bran
     options = {"softcap": softcap, "sinks": sinks}
     whole = attention.attention_ref(q, k, v, batch, window=window, **options)
     wanted = torch.autograd.grad(whole.square().sum(), (q, k, v))
-    found, total = [], torch.zeros(())
+    parts, total = [], torch.zeros(())
     for rank in range(ranks):
         plan = attention.plan(batch, windows=(window,), plain=softcap is None, split=Split(None, rank, ranks))
         assert plan.part is not None
         rows = torch.arange(plan.part.first, plan.part.first + plan.part.rows).clamp(max=18)
-        own = attention.attention_of_part(q[rows], k, v, plan, **options)
+        own = attention.attention_of_part(q[rows], k, v, plan, Weighting(8**-0.5, softcap, sinks))
         assert own.shape[0] == plan.part.rows and own.isfinite().all()
-        found.append(own[: plan.part.count])
-        total = total + found[-1].square().sum()
+        parts.append(own[: plan.part.count])
+        total = total + parts[-1].square().sum()
         assert torch.equal(
             attention.attention(q, k, v, plan, **options),
             attention.attention(q, k, v, attention.plan(batch, windows=(window,), plain=softcap is None), **options),
         ), "a plan with a part still has the whole stream"
-    torch.testing.assert_close(torch.cat(found), whole)
+    torch.testing.assert_close(torch.cat(parts), whole)
     for mine, theirs in zip(torch.autograd.grad(total, (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs)

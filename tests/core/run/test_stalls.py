@@ -10,13 +10,16 @@ from treetune.core import heartbeat, tree
 from treetune.core.run import stalls
 from treetune.core.run.stalls import Place
 
-WAITS, READS = Place("step.py line 2 (all_sum)", True), Place("mine.py line 7 (grade)", False)
+WAITS, READS = Place("step.py line 2 (all_sum)", True), Place("mine.py line 7 (grade)", False, True)
+ASYNC = Place("copies.py line 87 (_take_in)", False)
 
 
 @pytest.mark.parametrize(
     ("places", "says"),
     [
         ({0: WAITS, 1: READS}, "rank 1 hangs in mine.py line 7 (grade)"),
+        ({0: ASYNC, 1: READS}, "rank 1 hangs in mine.py line 7 (grade)"),
+        ({0: WAITS, 1: ASYNC}, "rank 1 hangs in copies.py line 87 (_take_in)"),
         ({0: WAITS}, "rank 1 does not answer"),
         ({1: WAITS}, "rank 0 does not answer"),
         ({0: WAITS, 1: WAITS}, "all ranks wait for one another"),
@@ -32,7 +35,7 @@ def test_a_place_is_that_of_the_users_code(monkeypatch):
     """Also where that code waits in a library; where none of it runs, it is that of the library."""
     name = "test_a_place_is_that_of_the_users_code"
     own = stalls.place_of(sys._getframe())
-    assert own == Place(f"test_stalls.py line {sys._getframe().f_lineno - 1} ({name})", False)
+    assert own == Place(f"test_stalls.py line {sys._getframe().f_lineno - 1} ({name})", False, True)
     inside = tree.map(lambda leaf: stalls.place_of(sys._getframe(1)), {"a": torch.ones(1)})["a"]
     assert name in inside.text and not inside.waits
     assert stalls.place_of(None) == Place("no Python code", False)
