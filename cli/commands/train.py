@@ -1,5 +1,6 @@
 """The training commands: a screen around `fit.run`."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,4 +37,4 @@ def _launch(config: TrainConfig) -> int:
 
         return ray_launch.run(words, options.nproc * options.nnodes, device=config.model.device, restarts=options.restarts)
     started = launch.Launch(options.nproc, options.nnodes, options.rendezvous, options.restarts)
-    return launch.run(["-m", "treetune.cli.main", *words], started)
+    return launch.run(["-m", "treetune.cli.main", *words], started, lambda text: print(f"treetune: {text}", file=sys.stderr))

@@ -3,6 +3,7 @@
 A process that fails ends the others (they have 30 s to end by themselves), and with restarts all of them start again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ def restarted() -> bool:
     return int(os.environ.get(RESTART_COUNT, 0)) > 0
 
 
-def run(arguments: Sequence[str], launch: Launch) -> int:
+def run(arguments: Sequence[str], launch: Launch, tell: Callable[[str], None]) -> int:
     """Start `python ARGUMENTS` in each process and wait; the exit code: of the process that failed first, 128 + N after signal N.
 
+    tell(text): before all start again, of the process of this machine that has failed.
     Errors: RunFailed, with the rank, where a process ended without a word: killed, or with another code than 1 and 2.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -53,12 +55,14 @@ def run(arguments: Sequence[str], launch: Launch) -> int:
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     # As many threads as there are cores for each would starve all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each wait for a rank that has gone leaves a stack of torch's own
     if launch.machines == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks for the name of the machine, which not all resolve
     if launch.restarts:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a shared store still has the addresses of the processes before
     try:
-        elastic_launch(_config(launch), sys.executable)(*arguments)
+        with _telling(tell):
+            elastic_launch(_config(launch), sys.executable)(*arguments)
     except ChildFailedError as error:
         return _failed(error)
     except SignalException as error:
@@ -79,15 +83,48 @@ def _config(launch: Launch) -> Any:
     return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
-def _failed(error: Any) -> int:
-    killed = [(rank, one) for rank, one in error.failures.items() if one.exitcode < 0 and one.exitcode != -signal.SIGTERM]
-    rank, first = killed[0] if killed else error.get_first_failure()  # the others fail for want of it
-    code = first.exitcode
-    if code in SAID:
-        return code
+@contextlib.contextmanager
+def _telling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, the agent of this process says why all start again."""
+    from torch.distributed.launcher import api
+
+    plain = api.LocalElasticAgent
+
+    class Agent(plain):
+        """torchrun's own, which is silent about it."""
+
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            found = super()._monitor_workers(worker_group)
+            if found.failures and (left := self._remaining_restarts) > 0:
+                number = worker_group.spec.max_restarts - left + 1
+                tell(f"{_ended(*_first(found.failures))}; all ranks start again (restart {number} of {worker_group.spec.max_restarts})")
+            return found
+
+    api.LocalElasticAgent = Agent
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = plain
+
+
+def _first(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The rank, and its failure, for want of which the others fail: one that was killed, or the first."""
+    killed = [(rank, one) for rank, one in failures.items() if one.exitcode < 0 and one.exitcode != -signal.SIGTERM]
+    return killed[0] if killed else min(failures.items(), key=lambda item: item[1].timestamp)
+
+
+def _ended(rank: int, failure: Any) -> str:
+    code = failure.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-    raise RunFailed(f"rank {rank} (process {first.pid}) {how}{hint}; the other ranks were stopped")
+    return f"rank {rank} (process {failure.pid}) {how}{hint}"
+
+
+def _failed(error: Any) -> int:
+    rank, failure = _first(error.failures)
+    if failure.exitcode in SAID:
+        return failure.exitcode
+    raise RunFailed(f"{_ended(rank, failure)}; the other ranks were stopped")
 
 
 def first_to_say(text: str) -> bool:
