@@ -93,7 +93,7 @@ def sample(
     names = torch.tensor(list(range(len(prompts))) if ids is None else list(ids), device=device).repeat_interleave(n)
     key = noise.keys(seed, names, torch.arange(n, device=device).repeat(len(prompts)))
     stops = torch.tensor(list(draw.stop), dtype=torch.int64, device=device)
-    out = _empty(len(prompts) * n, max_new_tokens, device)
+    out = empty(len(prompts) * n, max_new_tokens, device)
     done = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         logits = all_logits(model, weights, logits_of(family.widen(live.hidden, model.cfg, quiet), head, rule))
@@ -110,7 +110,7 @@ def sample(
         live = _advance(model, weights, live, token, done, quiet)
     while go_on(False):
         together.idle(model, weights, quiet)
-    return _trim(out)
+    return trim(out)
 
 
 @torch.no_grad()
@@ -234,7 +234,8 @@ def _support(logq: Tensor, draw: Draw) -> Tensor | None:
     return support
 
 
-def _empty(rows: int, length: int, device: torch.device) -> Samples:
+def empty(rows: int, length: int, device: torch.device) -> Samples:
+    """Completions of so many rows of which none has a token yet."""
     zeros = torch.zeros(rows, length, device=device)
     return Samples(zeros.long(), zeros, zeros.clone(), torch.zeros(rows, dtype=torch.int64, device=device))
 
@@ -254,6 +255,7 @@ def check_finite(logp: Tensor, row: Tensor, n: int) -> None:
         raise ValueError(f"the model gives logits that are not numbers for prompt {int(row[bad[0, 0]]) // n}: its weights are not finite")
 
 
-def _trim(out: Samples) -> Samples:
+def trim(out: Samples) -> Samples:
+    """Without the columns behind the longest completion."""
     longest = int(out.lens.max())
     return Samples(out.tokens[:, :longest], out.logp[:, :longest], out.log_kept[:, :longest], out.lens)

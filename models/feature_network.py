@@ -4,6 +4,7 @@ N rows of B sequences in a stream, H hidden size, D features.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,7 +67,8 @@ def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False) -> FeatureNet
     family, cfg = policy.family, policy.cfg
     if on_cpu:
         copy = _copy(_base(policy), cfg, "cpu")
-        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, copy, *stream), policy)
+        alone = replace(cfg, context=None) if getattr(cfg, "context", None) else cfg  # ranks exchange what is on their devices
+        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, alone, copy, *stream), policy)
     if policy.lora is not None:
         return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen["model"], *stream), policy)
     frozen_policy = policy._replace(frozen=policy.frozen | {COPY: _copy(_base(policy), cfg, None)})

@@ -82,6 +82,15 @@ class _Joined(torch.autograd.Function):
         return None, *(piece.reshape(part.rows, *g.shape[1:]) for piece, g in zip(pieces, grads, strict=True))
 
 
+def dealt(split: Split, own: Tensor, count: int) -> Tensor:
+    """Rows [count, ...] of which each rank has made every n-th, [r, ...] from that of its number on: all of them, on all ranks."""
+    padded = own.new_zeros(-(-count // split.size), *own.shape[1:])
+    padded[: own.shape[0]] = own
+    whole = padded.new_empty(split.size * padded.shape[0], *padded.shape[1:])
+    _all_gather(whole, padded, split.group)
+    return whole.unflatten(0, (split.size, -1)).transpose(0, 1).flatten(0, 1)[:count]
+
+
 def joined(part: Part | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """[t, ...] of each rank, of one dtype, as [T, ...] on all, in one message; gradients are summed over ranks, each keeping its rows."""
     return tensors if part is None else _Joined.apply(part, *tensors)

@@ -5,7 +5,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from treetune.cli.methods.method import Method, Parts, Setting
-from treetune.cli.options import meshes, online
+from treetune.cli.options import online
 from treetune.cli.options.ebft import RATES, Ebft, norm, one_rollout, only_in
 from treetune.core.config import table
 
@@ -44,7 +44,6 @@ def conflicts(config: Ebft) -> None:
         raise ValueError("rl_coef and ce_coef are both 0, so nothing would train: give one of them a value")
     if options.use_whitening and one_rollout(table.flatten(config)):
         raise ValueError("use_whitening compares rollouts with each other, and there is one: sample more, or leave out use_whitening")
-    meshes.refuse_context(config.run, "rollouts are sampled and scored for each rank")
     if strided:
         return
     if config.run.sharding == "full" and config.pipeline.streaming_partial_batch:

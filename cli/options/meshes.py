@@ -82,10 +82,9 @@ def sharding(options: Placing) -> str:
     return "full" if {"data", "replicate"} & read(options.shard).keys() else "none"
 
 
-def refuse_context(options: Placing, reason: str) -> None:
-    """Raise ValueError, with the reason, where ranks are to share streams."""
-    if processes(options) > 1 and "context" in (found := sizes(options)):
-        raise ValueError(f"shard context={found['context']} does not go with this method: {reason}; give data")
+def sharing(options: Placing) -> int:
+    """Ranks that share the tokens of each stream."""
+    return sizes(options).get("context", 1) if processes(options) > 1 else 1
 
 
 def conflicts(options: Placing) -> None:

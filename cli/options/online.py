@@ -94,12 +94,26 @@ def conflicts(config: OnlineConfig) -> None:
         raise ValueError(f"vllm_importance_sampling_min must be below vllm_importance_sampling_cap {high:g}, got {low:g}")
     if loss.loss == "vespo" and config.correction.vllm_importance_sampling_mode.startswith("sequence"):
         raise ValueError("vespo multiplies the tokens' ratios itself: give vllm_importance_sampling_mode token_truncate or token_mask")
-    meshes.refuse_context(config.run, "completions are sampled and scored for each rank")
+    _conflicts_of_shared_streams(config)
     if config.run.sharding == "full" and (pipe.async_prefetch or rollout.rollout_func):
         name = "async_prefetch" if pipe.async_prefetch else "rollout_func"
         raise ValueError(f"{name} does not go with --sharding full: ranks would gather weights at different times")
     if config.engine.use_vllm:
         _conflicts_of_engine(config)
+
+
+def _conflicts_of_shared_streams(config: OnlineConfig) -> None:
+    if (size := meshes.sharing(config.run)) == 1:
+        return
+    pipe, when = config.pipeline, "at different times than they compute"
+    refused = {
+        "async_prefetch": (pipe.async_prefetch, f"ranks would exchange completions {when}"),
+        "streaming_partial_batch": (pipe.streaming_partial_batch, f"ranks would exchange rewards {when}"),
+        "rollout_func": (config.rollout.rollout_func, "ranks would have different completions of the same prompts"),
+    }
+    for name, (given, reason) in refused.items():
+        if given:
+            raise ValueError(f"{name} does not go with shard context={size}: {reason}")
 
 
 def _conflicts_of_engine(config: OnlineConfig) -> None:

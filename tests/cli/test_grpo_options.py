@@ -282,6 +282,7 @@ IGNORED = {
     "evaluations of nothing": (["--eval-steps", 3], "nothing is held out"),
     "adapter of full": (["--adapter", "none", "--lora-alpha", 4], "adapter is none"),
 }  # fmt: skip
+SHARED = ["--nproc", 2, "--shard", "context=2"]
 CONTRADICTING = {
     "cispo without a cap": (["--loss", "cispo"], "cispo needs epsilon_high"),
     "cispo with a clip": (["--loss", "cispo", "--epsilon-high", 0.2], "at least 1"),
@@ -293,6 +294,13 @@ CONTRADICTING = {
     "greedy": (["--temperature", 0], "temperature 0"),
     "temperature below 0": (["--temperature", -1], "temperature must be"),
     "ahead of whole weights": (["--async-prefetch", "--adapter", "none"], "async_prefetch", "use an adapter"),
+    **{
+        f"{flag} on shared streams": (
+            [*SHARED, flag, *value],
+            f"{flag[2:].replace('-', '_')} does not go with shard context=2: ranks would",
+        )
+        for flag, *value in (["--async-prefetch"], ["--streaming-partial-batch"], ["--rollout-func", "rewards.py:play"])
+    },
     "mean of adapters": (["--beta", 0.1, "--sync-ref-model"], "ref_model_mixup_alpha 1"),
     "vespo with weights of sequences": ([*AHEAD, "--loss", "vespo", "--vllm-importance-sampling-mode", "sequence_mask"], "vespo"),
     "whole weights to a running server": (["--use-vllm", "--adapter", "none"], "vllm_mode managed"),

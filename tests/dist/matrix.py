@@ -12,7 +12,6 @@ from pathlib import Path
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
 TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"]}
 SHARDINGS = ("none", "moments", "gradients", "full")
-CONTEXT = METHODS[:4]  # methods whose streams ranks may share: those that sample nothing
 # What each method reads, and how it is asked for three steps (sampled completions: two).
 ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--max-steps", 2, "--val-set-size", 0]
 OWN = {
@@ -25,6 +24,14 @@ OWN = {
 }  # fmt: skip
 
 
+REWARDS = """
+def spread(completions):
+    with open("calls.txt", "a") as file:
+        file.write(f"{len(completions)}\\n")
+    return [sum(map(ord, one)) % 5 / 4 for one in completions]
+"""
+
+
 def prepare(root: Path, tokenizer) -> None:
     """A folder with a tiny model and rows for every method: five to train on, one held out.
 
@@ -34,7 +41,7 @@ def prepare(root: Path, tokenizer) -> None:
 
     sizes = dict(vocab_size=257, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=128)
     hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=tokenizer)
-    (root / "rewards.py").write_text("def spread(completions):\n    return [sum(map(ord, one)) % 5 / 4 for one in completions]\n")
+    (root / "rewards.py").write_text(REWARDS)
     long = ["red blue green "[: 1 + 5 * i % 14] * (1 + i % 3) for i in range(10)]
     every = [{"prompt": f"Row {i}: ", "chosen": one, "rejected": one[::-1] + "?" * (i % 2)} for i, one in enumerate(long)]
     pairs = every[:6]

@@ -21,14 +21,14 @@ def _module(name: str):
 
 matrix = _module("matrix")
 # Each kind of weights, each sharding and a stream that ranks share, once; the rest is slow.
-SOME = ["kto full gradients data=2", "reward qlora moments data=2", "ebft lora full data=2", "dpo lora none context=2"]
+SOME = ["kto full gradients data=2", "reward qlora moments data=2", "ebft lora full data=2", "dpo lora none context=2", "grpo full none context=2"]
 MESHES = {
     "data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS],
-    "context=2": [(method, "none") for method in matrix.CONTEXT],
+    "context=2": [(method, "none") for method in matrix.METHODS],
     "data=4": [(method, what) for method in matrix.METHODS for what in ("gradients", "full")],
     "replicate=2,data=2": [(method, what) for method in matrix.METHODS for what in ("moments", "gradients", "full")],
-    "tensor=2,context=2": [(method, "none") for method in matrix.CONTEXT],
-    "context=2,data=2": [(method, what) for method in matrix.CONTEXT for what in matrix.SHARDINGS],
+    "tensor=2,context=2": [(method, "none") for method in matrix.METHODS],
+    "context=2,data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS],
 }  # fmt: skip
 
 
@@ -46,13 +46,24 @@ def alone(place):
 
     def of(method: str, trains: str, ranks: int) -> Path:
         results = place / f"alone{ranks}"
+        run = results / f"{method}_{trains}"
         if (method, trains, ranks) not in made:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(place)
                 matrix.run(f"{method} {trains}", results, ranks)
-        return made.setdefault((method, trains, ranks), results / f"{method}_{trains}")
+            made[method, trains, ranks] = run
+            (run / "calls.txt").write_text(calls(place))
+        return run
 
     return of
+
+
+def calls(place: Path) -> str:
+    """How many completions were scored at a time since this was asked last."""
+    file = place / "calls.txt"
+    text = file.read_text() if file.exists() else ""
+    file.unlink(missing_ok=True)
+    return text
 
 
 def weights(run: Path) -> dict:
@@ -90,10 +101,12 @@ def check(place, alone, launch, results: str, cases: list[str]) -> None:
     meshes = [sizes(case.split()[-1]) for case in cases]
     (ranks,) = {math.prod(mesh.values()) for mesh in meshes}
     launch(ranks, matrix.__file__, place, place / results, *cases, cwd=place, timeout=30 * 60)
-    found = {}
+    found, scored, wanted = {}, calls(place), ""
     for case, mesh in zip(cases, meshes, strict=True):
         rows = math.prod(size for axis, size in mesh.items() if axis in ("data", "replicate"))
-        found[case] = differences(alone(*case.split()[:2], rows), matrix.folder(place / results, case))
+        one = alone(*case.split()[:2], rows)
+        found[case], wanted = differences(one, matrix.folder(place / results, case)), wanted + (one / "calls.txt").read_text()
+    assert sum(map(int, scored.split())) == sum(map(int, wanted.split())), "of ranks with the same rows one scores completions"
     assert not {case: wrong for case, wrong in found.items() if wrong}
 
 

@@ -117,7 +117,7 @@ def _records(run: Path) -> list[dict]:
 CLOCK = ("second", "memory", "tokens_per_second")
 OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts
 SLOW = tuple(name for name in RUNS if name not in FAST)
-CONTEXT = ("sft", "experts", "dora", "dpo, all")
+CONTEXT = ("sft", "experts", "dora", "dpo, all", "grpo", "ebft, strided")
 CASES = [("tensor=2", FAST, name) for name in FAST] + [pytest.param("tensor=2", SLOW, name, marks=pytest.mark.slow) for name in SLOW]
 CASES += [pytest.param("tensor=2,data=2", tuple(RUNS), name, marks=pytest.mark.slow) for name in RUNS]
 CASES += [pytest.param("tensor=2,context=2", CONTEXT, name, marks=pytest.mark.slow) for name in CONTEXT]

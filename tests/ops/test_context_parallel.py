@@ -19,6 +19,19 @@ def test_parts_cover_the_stream_once_and_are_equally_long(tokens, ranks):
     assert torch.equal(torch.cat(own)[:tokens], x)
 
 
+@pytest.mark.parametrize(("count", "ranks"), [(5, 2), (4, 2), (1, 3), (0, 2)])
+def test_rows_that_ranks_made_in_turn_are_all_there_in_order(monkeypatch, count, ranks):
+    wanted, sent = torch.arange(count * 2).view(count, 2) + 1, []
+
+    def gathered(whole, own, group):
+        sent.append(own)
+        whole.copy_(torch.cat([own * 0 if len(sent) <= rank else sent[rank] for rank in range(ranks)]))
+
+    monkeypatch.setattr(context_parallel, "_all_gather", gathered)
+    results = [context_parallel.dealt(Split(None, rank, ranks), wanted[rank::ranks], count) for rank in range(ranks)]
+    assert torch.equal(results[-1], wanted) and {one.shape for one in sent} == {(-(-count // ranks), 2)}
+
+
 def stream(branches: bool) -> dict[str, torch.Tensor]:
     """Documents of 11, 1 and 7 tokens; with branches the first has two behind a trunk of 5, of which they see 5 and 3."""
     batch = {"cu_docs": torch.tensor([0, 11, 12, 19], dtype=torch.int32), "tokens": torch.zeros(19, dtype=torch.int64)}
