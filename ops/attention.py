@@ -4,7 +4,7 @@ A trunk token sees the trunk tokens of its document up to itself; a branch token
 own branch up to itself; a window further asks positions[q] - positions[k] < window; nothing crosses documents.
 The mask work is done once per micro-batch by `plan`, for each window of the model's layers; a layer then calls `attention` with the plan of
 its window. Backends: "sdpa" (CPU, document by document: see attention_torch), "varlen" (CUDA; no branches, soft-cap or sinks), "flex"
-(CUDA, FlexAttention).
+(CUDA, FlexAttention). Where ranks share a stream a plan is of this rank's queries, which see the keys of all: `attention_of_part`.
 Shapes: T tokens, H heads, K kv heads (H a multiple of K), d key width, e value width; q [T, H, d], k [T, K, d], v [T, K, e].
 """
 
@@ -28,6 +28,20 @@ GRAPHS = 64  # that FlexAttention may be compiled to: by dtype, widths, windows,
 WIDEST, WIDTHS, CAPABILITY = 256, 8, (8, 0)  # of FlashAttention: the widest head, what divides a width, the oldest GPUs
 
 
+class Call(NamedTuple):
+    """A call of varlen attention: rows of q and of k and v, from the first to before the second, and where documents begin in these.
+
+    A query sees the keys of its document up to its own, counted from the ends of both.
+    """
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    cu_q: torch.Tensor  # int32 [D + 1], on the device of the attention
+    cu_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
 class Pattern(NamedTuple):
     """The attention of layers with one window: None where it reaches every document's start."""
 
@@ -35,7 +49,8 @@ class Pattern(NamedTuple):
     backend: str
     documents: tuple[attention_torch.Document, ...] = ()  # "sdpa" only
     block_mask: object = None  # "flex" only: torch.nn.attention.flex_attention.BlockMask
-    pieces: tuple[attention_torch.Piece, ...] = ()  # "sdpa" only, of the queries of a part
+    pieces: tuple[attention_torch.Piece, ...] = ()  # "sdpa" only, of the queries of a part, as are
+    calls: tuple[Call, ...] = ()  # "varlen" only: one for each of its chunks
 
 
 class Plan(NamedTuple):
@@ -108,10 +123,9 @@ def plan(
     windows = tuple(dict.fromkeys(windows))
     reached = [_reaching(window, batch, tokens) for window in windows]
     need = _Need(device, dtype, "branch" in batch, plain, width)
-    patterns = {window: _pattern(batch, offsets, window, _choose(backend, need, window), device) for window in dict.fromkeys(reached)}
     part = None if split is None or not tokens else Part(split, tokens)
-    if part is not None:
-        patterns = {window: _in_part(pattern, batch, offsets, part) for window, pattern in patterns.items()}
+    made = functools.partial(_pattern, batch, offsets) if part is None else functools.partial(_pattern_of_part, part, batch, offsets)
+    patterns = {window: made(device, window, _choose(backend, need, window)) for window in dict.fromkeys(reached)}
     bounds = batch["cu_docs"].to(device, torch.int32, non_blocking=device.type == "cuda")
     return Plan(tokens, bounds, longest, plain, windows, tuple(patterns[window] for window in reached), part)
 
@@ -123,16 +137,32 @@ def _reaching(window: int | None, batch: dict[str, torch.Tensor], tokens: int) -
     return None if window is not None and tokens and int(attention_mask.positions_of(batch).max()) < window else window
 
 
-def _pattern(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None, backend: str, device: torch.device) -> Pattern:
+def _pattern(batch: dict[str, torch.Tensor], offsets: list[int], device: torch.device, window: int | None, backend: str) -> Pattern:
     if backend == "sdpa":
         return Pattern(window, backend, tuple(attention_torch.documents_of(batch, offsets, window)))
     return Pattern(window, backend, (), attention_mask.block_mask(batch, offsets[-1], window, device) if backend == "flex" else None)
 
 
-def _in_part(pattern: Pattern, batch: dict[str, torch.Tensor], offsets: list[int], part: Part) -> Pattern:
-    if pattern.backend != "sdpa":
-        return pattern
-    return pattern._replace(pieces=tuple(attention_torch.pieces_of(batch, offsets, pattern.window, part)))
+def _pattern_of_part(
+    part: Part, batch: dict[str, torch.Tensor], offsets: list[int], device: torch.device, window: int | None, backend: str
+) -> Pattern:
+    if backend == "sdpa":
+        return Pattern(window, backend, pieces=tuple(attention_torch.pieces_of(batch, offsets, window, part)))
+    if backend == "flex":
+        return Pattern(window, backend, block_mask=attention_mask.block_mask(batch, part.tokens, window, device, part))
+    return Pattern(window, backend, calls=tuple(_call(offsets, part, number, device) for number in range(len(part.spans))))
+
+
+def _call(offsets: list[int], part: Part, number: int, device: torch.device) -> Call:
+    """The queries of a chunk over the keys of their documents up to the chunk's end; of an empty chunk its first row, the last token."""
+    begin = min(part.spans[number][0], part.tokens - 1)
+    end = max(part.spans[number][1], begin + 1)
+    inside = [(max(lo, begin), lo, min(hi, end)) for lo, hi in zip(offsets, offsets[1:], strict=False) if max(lo, begin) < min(hi, end)]
+    first = inside[0][1]
+    cu_q, cu_k = ([0, *(last - start for _, _, last in inside)] for start in (begin, first))
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32).to(device, non_blocking=device.type == "cuda") for cu in (cu_q, cu_k))
+    longest_q, longest_k = max(last - own for own, _, last in inside), max(last - lo for _, lo, last in inside)
+    return Call((number * part.chunk, number * part.chunk + end - begin), (first, end), cu_q, cu_k, longest_q, longest_k)
 
 
 class _Need(NamedTuple):
@@ -191,9 +221,14 @@ def _varlen() -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
 
 
 def _attention_varlen(q, k, v, plan: Plan, weighting: Weighting) -> torch.Tensor:
+    whole = Call((0, plan.tokens), (0, plan.tokens), plan.cu_docs, plan.cu_docs, plan.longest, plan.longest)
+    return _call_varlen(q, k, v, whole, plan.patterns[0].window, weighting)
+
+
+def _call_varlen(q, k, v, call: Call, window: int | None, weighting: Weighting) -> torch.Tensor:
     varlen_attn, names = _varlen()
     assert varlen_attn is not None
-    window, width, scale = plan.patterns[0].window, v.shape[-1], weighting.scale
+    width, scale = v.shape[-1], weighting.scale
     if q.shape[-1] != width:
         # FlashAttention has one width for all: zeros behind the shorter change no score, and are cut off the values.
         q, k, v = (F.pad(x, (0, max(q.shape[-1], width) - x.shape[-1])) for x in (q, k, v))
@@ -212,7 +247,7 @@ def _attention_varlen(q, k, v, plan: Plan, weighting: Weighting) -> torch.Tensor
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, plan.cu_docs, plan.cu_docs, plan.longest, plan.longest, **options)[..., :width]
+    return varlen_attn(q, k, v, call.cu_q, call.cu_k, call.longest_q, call.longest_k, **options)[..., :width]
 
 
 @functools.cache
@@ -291,8 +326,8 @@ def attention(
     scale defaults to d^-0.5; cap(x) is c tanh(x / c) for a soft-cap c; sinks [H] are logits that join the denominator and carry no value.
     Errors: ValueError when the shapes do not fit, or the plan was made for several windows, another device or dtype, or plain attention.
     """
-    _check(q, k, v, plan, softcap, sinks)
     weighting = Weighting(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
+    _check(q, k, v, plan, weighting)
     pattern = plan.patterns[0]
     if backend.on_gpu(q) and not q.is_cuda:
         return _Counted.apply(q, k, v, attention_torch.pairs(pattern.documents))
@@ -300,35 +335,55 @@ def attention(
         return attention_torch.attention(q, k, v, pattern.documents, weighting)
     if pattern.backend == "flex":
         return _attention_flex(q, k, v, plan, weighting)
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"the plan is for bfloat16 or float16 (varlen attention) and q is {q.dtype}: call plan(batch, dtype=q.dtype)")
+    _check_half(q)
     return _attention_varlen(q, k, v, plan, weighting)
 
 
 def attention_of_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, weighting: Weighting) -> torch.Tensor:
     """`attention` of this rank's queries [t, H, d] over the keys and values [T, K, d] of the whole stream -> [t, H, e].
 
-    On CUDA the attention of all queries is computed, of which those of other ranks are 0.
+    What rows have that repeat the last token of the stream may be anything. Errors: those of `attention`.
     """
-    part = plan.part
-    assert part is not None, "the plan is of a stream that ranks share"
-    if plan.patterns[0].backend == "sdpa":
-        return attention_torch.attention_of(q, k, v, plan.patterns[0].pieces, weighting)
-    behind = part.tokens - part.first - part.count
-    every = F.pad(q[: part.count], (0, 0, 0, 0, part.first, behind))
-    out = attention(every, k, v, plan, **weighting._asdict())[part.first : part.first + part.count]
-    return F.pad(out, (0, 0, 0, 0, 0, part.rows - part.count))
+    pattern = plan.patterns[0]
+    _check_plan(q, plan, weighting)
+    if plan.part is None or q.shape[0] != plan.part.rows or k.shape[0] != plan.tokens:
+        raise ValueError(f"attention of a part got q {tuple(q.shape)} and k {tuple(k.shape)}, and the plan's part is {plan.part}")
+    if backend.on_gpu(q) and not q.is_cuda:
+        return _Counted.apply(q, k, v, attention_torch.pairs_of(pattern.pieces))
+    if pattern.backend == "sdpa":
+        return attention_torch.attention_of(q, k, v, pattern.pieces, weighting)
+    if pattern.backend == "flex":
+        return _attention_flex(q, k, v, plan, weighting)
+    _check_half(q)
+    chunks = []
+    for call in pattern.calls:
+        (begin, end), (first, last) = call.queries, call.keys
+        out = _call_varlen(q[begin:end], k[first:last], v[first:last], call, pattern.window, weighting)
+        chunks.append(F.pad(out, (0, 0, 0, 0, 0, plan.part.chunk - out.shape[0])))
+    return torch.cat(chunks)
 
 
-def _check(q, k, v, plan: Plan, softcap: float | None, sinks: torch.Tensor | None) -> None:
+def _check(q, k, v, plan: Plan, weighting: Weighting) -> None:
     if q.shape[1] % k.shape[1] or k.shape[:2] != v.shape[:2] or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         raise ValueError(
             f"attention got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [T, H, d], [T, K, d], [T, K, e], K | H"
         )
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks got shape {tuple(sinks.shape)}: expected [{q.shape[1]}], one per head")
     if plan.tokens != q.shape[0]:
         raise ValueError(f"the plan was made for {plan.tokens} tokens and q has {q.shape[0]}: make one plan per micro-batch")
+    if plan.part is not None:
+        raise ValueError("the plan is of the queries of one of several ranks: call attention_of_part, or plan without split")
+    _check_plan(q, plan, weighting)
+
+
+def _check_half(q: torch.Tensor) -> None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"the plan is for bfloat16 or float16 (varlen attention) and q is {q.dtype}: call plan(batch, dtype=q.dtype)")
+
+
+def _check_plan(q, plan: Plan, weighting: Weighting) -> None:
+    softcap, sinks = weighting.softcap, weighting.sinks
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks got shape {tuple(sinks.shape)}: expected [{q.shape[1]}], one per head")
     if plan.cu_docs.device != q.device:
         raise ValueError(f"the plan was made for {plan.cu_docs.device} and q is on {q.device}: call plan(batch, device=q.device)")
     if len(plan.patterns) != 1:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from treetune.ops.context_parallel import Part
+
 BLOCK = 128  # tokens of a side of a FlexAttention block
 
 
@@ -81,6 +83,7 @@ def check_branches(batch: dict[str, torch.Tensor], tokens: int) -> None:
 class _Span(NamedTuple):
     """The smallest, or the largest, values among the tokens of each block of the stream; all [blocks]."""
 
+    row: torch.Tensor
     document: torch.Tensor
     branch: torch.Tensor
     position: torch.Tensor
@@ -88,57 +91,66 @@ class _Span(NamedTuple):
     trunk_index: torch.Tensor  # over trunk tokens; branch tokens count as past the end
 
 
-def _spans(batch: dict[str, torch.Tensor], tokens: int) -> tuple[_Span, _Span]:
-    """Smallest and largest values of each block."""
+def _spans(batch: dict[str, torch.Tensor], tokens: int, rows: torch.Tensor) -> tuple[_Span, _Span]:
+    """Smallest and largest values of each block of these rows."""
     document = document_of(batch["cu_docs"])
     end = torch.full_like(document, torch.iinfo(torch.int64).max)
     branch = batch["branch"].long() if "branch" in batch else torch.zeros_like(document)
     limit = torch.where(branch > 0, batch["start"].long(), end) if "branch" in batch else end
     trunk_index = torch.where(branch > 0, end, torch.arange(tokens) - batch["cu_docs"].long()[document])
-    pad = -tokens % BLOCK
+    # The short last block is filled up with its own last token, which moves neither of its extents.
+    rows = torch.cat([rows, rows[-1:].expand(-len(rows) % BLOCK)])
 
     def extent(x):
-        # The short last block is filled up with its own last token, which moves neither of its extents.
-        blocks = torch.cat([x, x[-1:].expand(pad)]).view(-1, BLOCK)
+        blocks = x[rows].view(-1, BLOCK)
         return blocks.amin(1), blocks.amax(1)
 
-    low, high = zip(*(extent(x) for x in (document, branch, positions_of(batch).long(), limit, trunk_index)), strict=True)
+    every = (torch.arange(tokens), document, branch, positions_of(batch).long(), limit, trunk_index)
+    low, high = zip(*(extent(x) for x in every), strict=True)
     return _Span(*low), _Span(*high)
 
 
-def blocks(batch: dict[str, torch.Tensor], tokens: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks [q, k] of the mask that may hold a visible pair, and those where every pair is visible: from extents, without [T, T]."""
-    low, high = (_Span(*(x[None] for x in side)) for side in _spans(batch, tokens))
-    q_low, q_high = (_Span(*(x.T for x in side)) for side in (low, high))  # [q, 1]; low and high serve the keys, [1, k]
-    order = torch.arange(low.document.shape[1])
-    before, single = order[:, None] > order, (q_low.document == q_high.document) & (low.document == high.document)
+def blocks(
+    batch: dict[str, torch.Tensor], tokens: int, window: int | None, queries: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks [q, k] of the mask that may hold a visible pair, and those where every pair is visible: from extents, without [T, T].
+
+    queries [t]: the tokens that ask, in any order; all of them without.
+    """
+    rows = torch.arange(tokens)
+    low, high = (_Span(*(x[None] for x in side)) for side in _spans(batch, tokens, rows))  # of keys, [1, k]
+    asking = (low, high) if queries is None else _spans(batch, tokens, queries)
+    q_low, q_high = (_Span(*(x.reshape(-1, 1) for x in side)) for side in asking)  # [q, 1]
+    before, single = q_low.row > high.row, (q_low.document == q_high.document) & (low.document == high.document)
     same = single & (low.document == q_low.document)
     trunk = low.trunk_index < q_high.limit
     branch = (high.branch >= q_low.branch) & (low.branch <= q_high.branch)
-    visible = (order[:, None] >= order) & (high.document >= q_low.document) & (~same | trunk | branch)
+    visible = (q_high.row >= low.row) & (high.document >= q_low.document) & (~same | trunk | branch)
     alike = (low.branch == high.branch) & (q_low.branch == q_high.branch) & (low.branch == q_low.branch)
     every = before & same & ((high.trunk_index < q_low.limit) | alike)
     if window is not None:
         visible &= ~same | (q_low.position - high.position < window)
         every &= q_high.position - low.position < window
+    # A short last block that counts as whole would let its padding be read.
     if tokens % BLOCK:
-        # The last block is short: a whole block would let its padding be read.
+        every[:, -1] = False
+    if (tokens if queries is None else len(queries)) % BLOCK:
         every[-1] = False
     return visible & ~every, every
 
 
-def block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, device: torch.device) -> object:
-    """The rule as a FlexAttention BlockMask on a device."""
+def block_mask(batch: dict[str, torch.Tensor], tokens: int, window: int | None, device: torch.device, part: Part | None = None) -> object:
+    """The rule as a FlexAttention BlockMask on a device: of all tokens, or of those of a part as queries and all as keys."""
     from torch.nn.attention.flex_attention import BlockMask
 
     # Block by block from extents: create_block_mask would fill [T, T] on the host, 460 MB and 2 s at 8192 tokens.
     host = {key: batch[key].cpu() for key in ("cu_docs", "positions", "branch", "start") if key in batch}
-    lists = []
-    for side in blocks(host, tokens, window):
+    lists, own = [], None if part is None else part.places()
+    for side in blocks(host, tokens, window, own):
         index = side.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         lists += [_moved(x, device)[None, None] for x in (side.sum(-1), index)]
-    rule = _mask_mod(host, window, device)
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(tokens, tokens))
+    rule = _mask_mod(host, window, device, own)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(tokens if own is None else len(own), tokens))
 
 
 def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -146,7 +158,9 @@ def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, torch.int32, non_blocking=device.type == "cuda")
 
 
-def _mask_mod(batch: dict[str, torch.Tensor], window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
+def _mask_mod(
+    batch: dict[str, torch.Tensor], window: int | None, device: torch.device, queries: torch.Tensor | None
+) -> Callable[..., torch.Tensor]:
     """The rule of `allowed` over tensors that are made once: the compiled kernel calls it for every pair of a partial block.
 
     One function over five tensors [T] for all streams and windows, and the window in a tensor: what differs is compiled again, a number
@@ -156,10 +170,23 @@ def _mask_mod(batch: dict[str, torch.Tensor], window: int | None, device: torch.
     branch, start = (batch.get(key, torch.zeros_like(document)) for key in ("branch", "start"))
     limit = batch["cu_docs"].long()[document] + start  # trunk rows before it are seen
     behind = torch.full_like(positions, -1) if window is None else positions - window  # positions up to it are not
+    if queries is not None:
+        own = (_moved(x[queries], device) for x in (torch.arange(len(document)), document, branch, limit, behind))
+        return _mask_mod_of(*own, *(_moved(x, device) for x in (document, branch, positions)))
     document, branch, limit, positions, behind = (_moved(x, device) for x in (document, branch, limit, positions, behind))
 
     def mask_mod(b, h, q, k):
         visible = (document[q] == document[k]) & (k <= q) & (positions[k] > behind[q])
         return visible & ((branch[k] == branch[q]) | ((branch[k] == 0) & (k < limit[q])))
+
+    return mask_mod
+
+
+def _mask_mod_of(rows, own_document, own_branch, limit, behind, document, branch, positions) -> Callable[..., torch.Tensor]:
+    """The same rule where a query is a number of these rows [t] of the stream: five tensors [t] and three [T]."""
+
+    def mask_mod(b, h, q, k):
+        visible = (own_document[q] == document[k]) & (k <= rows[q]) & (positions[k] > behind[q])
+        return visible & ((branch[k] == own_branch[q]) | ((branch[k] == 0) & (k < limit[q])))
 
     return mask_mod

@@ -57,18 +57,18 @@ class Piece(NamedTuple):
 
 
 def pieces_of(batch: dict[str, torch.Tensor], offsets: list[int], window: int | None, part: Part) -> Iterator[Piece]:
-    """The tokens of a part of a stream, document by document; behind them those that repeat the last token of the stream."""
-    begin, end = part.first, part.first + part.count
-    for lo, hi in zip(offsets, offsets[1:], strict=False):
-        first, last = max(lo, begin), min(hi, end)
-        if first >= last:
-            continue
-        rows, keys = torch.arange(first, last), torch.arange(lo, last)
-        causal = first == lo and window is None and "branch" not in batch
-        yield Piece(last - first, lo, last, None if causal else attention_mask.allowed(batch, rows[:, None], keys[None], window))
-    if missing := part.rows - part.count:
-        keys = torch.arange(part.tokens)
-        yield Piece(missing, 0, part.tokens, attention_mask.allowed(batch, keys[-1:].expand(missing)[:, None], keys[None], window))
+    """The tokens of each chunk of a part of a stream, document by document; behind them those that repeat the last token of the stream."""
+    for begin, end in part.spans:
+        for lo, hi in zip(offsets, offsets[1:], strict=False):
+            first, last = max(lo, begin), min(hi, end)
+            if first >= last:
+                continue
+            rows, keys = torch.arange(first, last), torch.arange(lo, last)
+            causal = first == lo and window is None and "branch" not in batch
+            yield Piece(last - first, lo, last, None if causal else attention_mask.allowed(batch, rows[:, None], keys[None], window))
+        if missing := part.chunk - (end - begin):
+            keys = torch.arange(part.tokens)
+            yield Piece(missing, 0, part.tokens, attention_mask.allowed(batch, keys[-1:].expand(missing)[:, None], keys[None], window))
 
 
 def attention_of(q, k, v, pieces: Sequence[Piece], weighting: Weighting) -> torch.Tensor:
@@ -78,6 +78,13 @@ def attention_of(q, k, v, pieces: Sequence[Piece], weighting: Weighting) -> torc
         weighting = weighting._replace(sinks=weighting.sinks.to(torch.promote_types(q.dtype, torch.float32)))
     parts = zip(q.split([piece.queries for piece in pieces]), pieces, strict=True)
     return torch.cat([call(own, k[piece.first : piece.end], v[piece.first : piece.end], piece.mask, weighting) for own, piece in parts])
+
+
+def pairs_of(pieces: Sequence[Piece]) -> int:
+    """Pairs of a query of these pieces and a token that it sees."""
+    causal = sum(piece.queries * (piece.queries + 1) // 2 for piece in pieces if piece.mask is None)
+    with _disable_current_modes():
+        return causal + sum(int(piece.mask.sum()) for piece in pieces if piece.mask is not None)
 
 
 def pairs(documents: Sequence[Document]) -> int:

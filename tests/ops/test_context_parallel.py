@@ -9,14 +9,44 @@ from treetune.ops.context_parallel import Part
 from treetune.ops.tensor_parallel import Split
 
 
-@pytest.mark.parametrize(("tokens", "ranks"), [(8, 2), (9, 2), (1, 3), (5, 4), (7, 1)])
+@pytest.mark.parametrize(("tokens", "ranks"), [(8, 2), (9, 2), (1, 3), (5, 4), (7, 1), (64, 4)])
 def test_parts_cover_the_stream_once_and_are_equally_long(tokens, ranks):
     parts = [Part(Split(None, rank, ranks), tokens) for rank in range(ranks)]
     x = torch.arange(tokens)
     own = [context_parallel.own(part, x) for part in parts]
-    assert {len(one) for one in own} == {-(-tokens // ranks)}
-    assert torch.equal(torch.cat([one[: part.count] for one, part in zip(own, parts, strict=True)]), x)
-    assert torch.equal(torch.cat(own)[:tokens], x)
+    assert {len(one) for one in own} == {2 * -(-tokens // (2 * ranks))}
+    counted = torch.cat([one[counts(part)] for one, part in zip(own, parts, strict=True)])
+    assert torch.equal(counted.sort().values, x)
+    assert all((one[~counts(part)] == tokens - 1).all() for one, part in zip(own, parts, strict=True))
+    pairs = [int((one[counts(part)] + 1).sum()) for one, part in zip(own, parts, strict=True)]  # of a query and a key
+    assert max(pairs) == min(pairs) or tokens % (2 * ranks), "chunks of the start and of the end see as much together on each rank"
+
+
+def counts(part: Part) -> torch.Tensor:
+    """Which rows of a part no other rank has."""
+    return torch.cat([torch.arange(part.chunk) < end - first for first, end in part.spans])
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(8, 2), (9, 2), (1, 3), (5, 4)])
+def test_parts_are_joined_in_order_and_gradients_go_back_to_their_rows(monkeypatch, tokens, ranks):
+    parts, x = [Part(Split(None, rank, ranks), tokens) for rank in range(ranks)], torch.randn(tokens, 3)
+    sent = []
+
+    def gathered(whole, own, group):
+        whole.copy_(torch.cat([context_parallel.own(part, x) for part in parts]))
+
+    def scattered(rows, whole, group):
+        sent.append(whole)
+        rows.copy_(whole.view(ranks, *rows.shape)[len(sent) - 1])
+
+    monkeypatch.setattr(context_parallel, "_all_gather", gathered)
+    monkeypatch.setattr(context_parallel, "_reduce_scatter", scattered)
+    for part in parts:
+        own = context_parallel.own(part, x).requires_grad_()
+        (whole,) = context_parallel.joined(part, own)
+        assert torch.equal(whole, x)
+        (grad,) = torch.autograd.grad((whole * torch.arange(1.0, tokens + 1)[:, None]).sum(), own)
+        assert torch.equal(grad[counts(part)][:, 0], part.places()[counts(part)] + 1.0) and not grad[~counts(part)].any()
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(5, 2), (4, 2), (1, 3), (0, 2)])
@@ -61,15 +91,16 @@ def test_a_part_attends_as_its_tokens_do_in_the_whole_stream(ranks, window, bran
     for rank in range(ranks):
         plan = attention.plan(batch, windows=(window,), plain=softcap is None, split=Split(None, rank, ranks))
         assert plan.part is not None
-        rows = torch.arange(plan.part.first, plan.part.first + plan.part.rows).clamp(max=18)
+        rows = plan.part.places()
         own = attention.attention_of_part(q[rows], k, v, plan, Weighting(8**-0.5, softcap, sinks))
         assert own.shape[0] == plan.part.rows and own.isfinite().all()
-        parts.append(own[: plan.part.count])
+        parts.append(own[counts(plan.part)])
+        torch.testing.assert_close(parts[-1], whole[rows[counts(plan.part)]])
         total = total + parts[-1].square().sum()
-        assert torch.equal(
-            attention.attention(q, k, v, plan, **options),
-            attention.attention(q, k, v, attention.plan(batch, windows=(window,), plain=softcap is None), **options),
-        ), "a plan with a part still has the whole stream"
-    torch.testing.assert_close(torch.cat(parts), whole)
+        with pytest.raises(ValueError, match="of one of several ranks: call attention_of_part"):
+            attention.attention(q, k, v, plan, **options)
+        with pytest.raises(ValueError, match="attention of a part got q"):
+            attention.attention_of_part(q[rows], k[1:], v[1:], plan, Weighting(8**-0.5, softcap, sinks))
+    assert sum(len(part) for part in parts) == 19
     for mine, theirs in zip(torch.autograd.grad(total, (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
