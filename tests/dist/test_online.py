@@ -25,7 +25,9 @@ KINDS = {
     "across": ["--advantage", "gdpo", "--top-entropy-quantile", 0.5, "--num-iterations", 2],
 }  # fmt: skip
 ALSO = ["--steps-per-generation", 2, "--dynamic-sampling", "--replay-buffer-size", 4]  # ranks deal their own prompts to steps
-SHARDINGS = {"lora": "full", "full": "full", "across": "none"}
+KINDS["shared streams"] = KINDS["across"] + ALSO
+PLACED = {"lora": ["--sharding", "full"], "full": ["--sharding", "full"], "across": ["--sharding", "none"]}
+PLACED["shared streams"] = ["--shard", "context=2"]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,14 @@ OWN = ("rollout/", "sampling/", "epoch")  # of a rank's own prompts; float noise
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SHARDINGS if kind != "across")])
+@pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PLACED if kind != "across")])
 def test_two_ranks_leave_what_one_leaves(kind, place, launch):
     from treetune.cli import main
 
     name, options = kind.replace(" ", "_"), KINDS[kind]
     assert main.main(arguments(place, place / f"{name}_alone", 4, *options)) == 0
-    launch(2, "-m", "treetune.cli.main", *arguments(place, place / name, 2, *options, "--sharding", SHARDINGS[kind]), cwd=place)
+    accumulation = 4 if kind == "shared streams" else 2
+    launch(2, "-m", "treetune.cli.main", *arguments(place, place / name, accumulation, *options, *PLACED[kind]), cwd=place)
     alone, pair = place / f"{name}_alone", place / name
     file = "model/model.safetensors" if kind == "full" else "adapter/adapter_model.safetensors"
     one, two = load_file(alone / file), load_file(pair / file)
@@ -82,6 +85,21 @@ def test_two_ranks_leave_what_one_leaves(kind, place, launch):
             near = theirs[key] is None or pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
             assert mine[key] is None if near is True else mine[key] == near, key
     assert any("eval/reward" in record for record in records(alone))
+
+
+@pytest.mark.more
+@pytest.mark.slow
+def test_ranks_that_share_streams_go_on_where_one_was(place, torchrun, saved_leaves):
+    """They have the same prompts, so that their feed is that of one process, and so is what was drawn again and kept."""
+    from treetune.cli import main
+
+    options, end = KINDS["shared streams"], "checkpoints/step_000004"
+    assert main.main(arguments(place, place / "one", 4, *options)) == 0
+    args = arguments(place, place / "shared", 4, *options, *PLACED["shared streams"], "--resume", place / "one/checkpoints/step_000002")
+    again = torchrun(2, "-m", "treetune.cli.main", *args, cwd=place)
+    assert again.returncode == 0, again.stderr
+    one, two = saved_leaves(place / "one" / end), saved_leaves(place / "shared" / end)
+    assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() <= 2e-5 for key in one if one[key].is_floating_point())
 
 
 @pytest.mark.more

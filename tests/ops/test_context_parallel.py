@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treetune.ops import attention, context_parallel
+from treetune.ops import attention, attention_mask, attention_torch, context_parallel
 from treetune.ops.attention_torch import Weighting
 from treetune.ops.context_parallel import Part
 from treetune.ops.tensor_parallel import Split
@@ -97,6 +97,8 @@ def test_a_part_attends_as_its_tokens_do_in_the_whole_stream(ranks, window, bran
         parts.append(own[counts(plan.part)])
         torch.testing.assert_close(parts[-1], whole[rows[counts(plan.part)]])
         total = total + parts[-1].square().sum()
+        seen = attention_mask.allowed(batch, rows[:, None], torch.arange(19)[None], plan.patterns[0].window)
+        assert attention_torch.pairs_of(plan.patterns[0].pieces) == seen.sum()
         with pytest.raises(ValueError, match="of one of several ranks: call attention_of_part"):
             attention.attention(q, k, v, plan, **options)
         with pytest.raises(ValueError, match="attention of a part got q"):
