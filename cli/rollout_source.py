@@ -16,7 +16,7 @@ from treetune.core.data.dataset import Dataset
 from treetune.core.rollout import documents
 from treetune.core.rollout import sampler as core_sampler
 from treetune.core.rollout.sampler import Engine
-from treetune.core.run import generations, ranks
+from treetune.core.run import generations
 from treetune.core.run.rollouts import Layout
 from treetune.core.run.source import Supply
 from treetune.losses import policy_gradient as losses
@@ -66,8 +66,6 @@ def _start(
 ) -> generations.Players:
     """Start what scores and who samples; they stop with the stack, also where the second fails."""
     rewards = rollouts.rewards(policy)
-    if rewards.files or rewards.models:  # a network of features is computed by all ranks together
-        rewards = rewards._replace(score=ranks.of_same_rows(run.ranks, rewards.score))
     stack.callback(rewards.close)
     rewards.check(data.train + data.val)
     engine, options = _engine(run, policy, extras), run.config.rollout

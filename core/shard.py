@@ -250,6 +250,15 @@ def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     return rewrap(fn(local(leaf)), leaf)
 
 
+def placed_on(device_mesh: DeviceMesh, fn: Callable[[Tensor], Tensor], leaf: DTensor) -> Tensor:
+    """`fn` of this rank's part of a leaf, split on the same axes of another mesh of the same ranks."""
+    from torch.distributed.tensor import DTensor
+
+    names: Any = axes(leaf)
+    where = device_mesh[names if len(names) > 1 else names[0]]
+    return DTensor.from_local(fn(local(leaf)), where, leaf.placements, shape=leaf.shape, stride=leaf.stride(), run_check=False)
+
+
 def flat(values: Tensor, like: Tensor) -> Tensor:
     """Values [n] about this rank's part of a leaf, split among ranks as the leaf is along its first dimension, in equal parts."""
     if not distributed(like):

@@ -3,9 +3,11 @@
 N rows of B sequences in a stream, H hidden size, D features.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +15,13 @@ from torch import Tensor
 from treetune.core import quant, shard, strided, tree
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
-from treetune.models import decoder_attention, features
+from treetune.models import Model, decoder_attention, families, features, together
 from treetune.models.dense import Config
 from treetune.models.policy import Policy, weights
 from treetune.ops.attention import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 COPY = "features"  # the frozen tree that is the network where the model itself trains
 
@@ -39,10 +44,14 @@ class Pooled(Protocol):
 
 
 class FeatureNetwork(NamedTuple):
-    """phi(frozen, batch, plan, rows) -> features [B, D], and the policy with the frozen tree that it needs."""
+    """phi(frozen, batch, plan, rows) -> features [B, D], and the policy with the frozen tree that it needs.
+
+    computed(frozen): the model that a pass computes, as it is placed, up to its deepest layer.
+    """
 
     phi: Pooled
     policy: Policy
+    computed: Callable[[Params], Model]
 
 
 class Recipe(NamedTuple):
@@ -59,26 +68,48 @@ def sequence_rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -
     return SequenceRows(at, seq, lens, torch.zeros_like(lens) if prompt_lens is None else prompt_lens)
 
 
-def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False) -> FeatureNetwork:
+def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False, hosts: DeviceMesh | None = None) -> FeatureNetwork:
     """The network that a run starts from, without its adapter: the frozen base itself under LoRA, else a frozen copy.
 
-    on_cpu: a copy in the memory of the host, which computes there, too.
+    on_cpu: a copy in the memory of the host, which computes there, too. hosts: the ranks of the run as a mesh of CPUs; of leaves in
+    parts each host has its rank's.
     """
-    family, cfg = policy.family, policy.cfg
+    family, cfg, depth = policy.family, policy.cfg, max(recipe.layers, default=0)
     if on_cpu:
-        copy = _copy(_base(policy), cfg, "cpu")
         alone = replace(cfg, context=None) if getattr(cfg, "context", None) else cfg  # ranks exchange what is on their devices
-        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, alone, copy, *stream), policy)
-    if policy.lora is not None:
-        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen["model"], *stream), policy)
-    frozen_policy = policy._replace(frozen=policy.frozen | {COPY: _copy(_base(policy), cfg, None)})
-    return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen[COPY], *stream), frozen_policy)
+        copy = _host_copy(_base(policy), cfg, hosts)
+        model = Model(family, alone, copy | {"layers": copy["layers"][:depth]})
+        return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, alone, copy, *stream), policy, lambda frozen: model)
+    name = COPY if policy.lora is None else "model"
+    if policy.lora is None:
+        policy = policy._replace(frozen=policy.frozen | {COPY: _copy(_base(policy), cfg)})
+
+    def computed(frozen: Params) -> Model:
+        return Model(family, cfg, frozen[name] | {"layers": frozen[name]["layers"][:depth]})
+
+    return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen[name], *stream), policy, computed)
 
 
-def gather(phi: Pooled, frozen: Params) -> Callable[[Batch, Plan, Tensor, Tensor, Tensor], Tensor]:
-    """The network with whole weights, as (batch, plan, lens, at, prompt_lens) -> features: a collective where they are sharded."""
-    whole = {name: tree.map(shard.full, frozen[name]) for name in ("model", COPY) if name in frozen}
-    return lambda batch, plan, lens, at, prompt_lens: phi(whole, batch, plan, sequence_rows(lens, at, prompt_lens))
+def gather(network: FeatureNetwork, frozen: Params) -> Callable[[Batch, Plan, Tensor, Tensor, Tensor], Tensor]:
+    """The network of a frozen tree, as (batch, plan, lens, at, prompt_lens) -> features.
+
+    From parts, where layers gather them; else with whole weights, a collective where they are sharded.
+    """
+    held = frozen
+    if not families.in_parts(network.computed(frozen)):
+        held = {name: tree.map(shard.full, frozen[name]) for name in ("model", COPY) if name in frozen}
+    return lambda batch, plan, lens, at, prompt_lens: network.phi(held, batch, plan, sequence_rows(lens, at, prompt_lens))
+
+
+def most(network: FeatureNetwork, frozen: Params, passes: int) -> int:
+    """Passes of the rank that makes most of them, of those that compute the network together: a collective."""
+    return together.most(network.computed(frozen), passes)
+
+
+def idle(network: FeatureNetwork, frozen: Params) -> None:
+    """A pass of which nothing is used."""
+    model = network.computed(frozen)
+    together.idle(model, model.params, None)
 
 
 def of_blocks(phi: Pooled, n: int, state: TrainState, grown: Batch, plan: Plan, layout: strided.Layout, /) -> tuple[Tensor, Tensor]:
@@ -94,13 +125,22 @@ def _base(policy: Policy) -> Params:
     return weights(policy.params, policy.frozen) if policy.lora is None else policy.frozen["model"]
 
 
-def _copy(params: Params, cfg: Config, device: str | None) -> Params:
+def _copy(params: Params, cfg: Config) -> Params:
+    def one(leaf: Any) -> Any:
+        return leaf.moved(torch.clone) if quant.quantised(leaf) else leaf.detach().to(cfg.dtype, copy=True)
+
+    return tree.map(one, params)
+
+
+def _host_copy(params: Params, cfg: Config, hosts: DeviceMesh | None) -> Params:
+    """A copy in the memory of the host: of each leaf in parts that of its rank, or all of it where passes depend on documents."""
+
     def one(leaf: Any) -> Any:
         if quant.quantised(leaf):
-            return leaf.moved(lambda part: part.to(device or part.device, copy=True))
-        if device is not None:  # what computes there has whole leaves
-            leaf = shard.full(leaf)
-        return leaf.detach().to(device or leaf.device, cfg.dtype, copy=True)
+            return leaf.moved(lambda part: part.to("cpu", copy=True))
+        if hosts is None or cfg.keeps_ids or not shard.distributed(leaf):
+            return shard.full(leaf).to("cpu", cfg.dtype, copy=True)
+        return shard.placed_on(hosts, lambda part: part.detach().to("cpu", cfg.dtype, copy=True), leaf)
 
     return tree.map(one, params)
 

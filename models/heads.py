@@ -22,6 +22,7 @@ from treetune.core.param import Param, Params
 from treetune.core.quant import Scheme
 from treetune.models import MODELS, Model, adapter, decoder_attention, folder, hf, hf_weights, quantised
 from treetune.models.dense import Config, Training
+from treetune.models.quantised import Home
 from treetune.ops import attention
 
 # kind -> (what replaces "ForCausalLM" in transformers' class names, PEFT's task_type)
@@ -123,8 +124,11 @@ def load(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     scheme: Scheme | None = None,
+    home: Home | None = None,
 ) -> tuple[Model, Params]:
     """The model (without `lm_head`, leaves in `dtype`) and the head (float32) of a folder or hub id of transformers' classifiers.
+
+    home: where the leaves of the model go as they are read, or how they are split among ranks; the head stays whole.
 
     Raises ValueError when config.json names no such class, and as `hf.load` does for wrong, missing or unexpected tensors.
     """
@@ -140,7 +144,7 @@ def load(
     sizes = dict(tree.items(MODELS[family].abstract(replace(cfg, tied=True), dtype=dtype)))
     sizes.pop("lm_head_bias", None)
     score = dict(tree.items(abstract(cfg, _classes(fields.mapping(config, str(root / "config.json"))), bias=kind_name == "token")))
-    keep = quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype)
+    keep = quantised.folder_keeping(root, MODELS[family].abstract(cfg), scheme, dtype)._replace(home=home)
     if (read := getattr(MODELS[family], "read_files", None)) is not None:
         params, tensors = (
             read(root, cfg, dtype, device, beside=list(score), keep=keep),

@@ -11,8 +11,10 @@ import torch
 from treetune.core import check, fields, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
+from treetune.core.partition import Partition
+from treetune.core.quant import Scheme
 from treetune.core.state import Batch
-from treetune.models import Model, adapter, decoder_attention, fetch, heads, identity, loading
+from treetune.models import Model, adapter, decoder_attention, fetch, heads, hf, identity, loading, quant_config, tensor_rules
 from treetune.models.fetch import Say, silent
 from treetune.models.policy import Policy
 from treetune.models.target import Target
@@ -58,34 +60,48 @@ def locate(name: str | None, adapter_path: str | None) -> tuple[str, str | None]
     return base, adapter_path
 
 
-def load(chosen: Target, *, say: Say = silent) -> RewardModel:
-    """A model with its own head, or with the adapter and the head in a folder.
+def load(chosen: Target, *, home: Partition | None = None, say: Say = silent) -> RewardModel:
+    """A model with its own head, or with the adapter and the head in a folder. home: how leaves but the head's are split among ranks.
 
     Raises ValueError where there is no head, one of other classes than it should have, or weights that are not finite.
     """
     name, revision, dtype, adapter_path = chosen.model, chosen.revision, chosen.dtype, chosen.adapter
     path, low, device = fetch.resolve(name, say=say, revision=revision), None, loading.select_device(chosen.device)
+    home = None if home is None else _fitting(home, path, chosen.scheme)
     if heads.kind(path) is not None:
         with fields.reading(f"the model {path}"):
-            model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device, scheme=chosen.scheme)
+            model, head = heads.load(path, dtype=loading.compute_dtype(dtype, device), device=device, scheme=chosen.scheme, home=home)
     elif adapter_path is None:
         raise ValueError(f"{name} has no head that scores: expected a reward model, or the adapter folder of one")
     else:
-        options = {"revision": revision, "dtype": dtype, "device": device, "scheme": chosen.scheme}
+        options = {"revision": revision, "dtype": dtype, "device": device, "scheme": chosen.scheme, "home": home}
         model, head = loading.load_model(name, **options, say=say)[0], {}
     if adapter_path is not None:
         loading.check_base(adapter_path, loading.identify_base(name, model), say=say)
         model = loading.match_rows(model, adapter_path, name, revision=revision)
         with fields.reading(f"the adapter {adapter_path}"):
             low, whole, head, _ = heads.load_adapter(adapter_folder(adapter_path), model)
-        model = model._replace(params=tree.merge(model.params, whole))
+        model = model._replace(params=tree.merge(model.params, _split(home, whole)))
+        low = low._replace(tree=_split(home, low.tree))
     loaded = RewardModel(model, low, head, heads.kind_of(head))
     _check(loaded, chosen.name)
     return loaded
 
 
-def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent) -> tuple[RewardModel, Any]:
-    """The reward model of a name, which may be the folder of an adapter or of a run, too, and its tokenizer.
+def _fitting(home: Partition, path: Path, scheme: Scheme | None) -> Partition | None:
+    """How the leaves of the model in a folder or file are split, of a run whose models are split as `home` says."""
+    if not path.is_dir():
+        return tensor_rules.along_data(home)  # a .gguf file, whose weights may be quantised
+    dense = scheme is None and quant_config.of_folder(path) is None
+    return tensor_rules.beside(home, hf.read_config(path / "config.json")[1], dense=dense)
+
+
+def _split(home: Partition | None, params: Params) -> Params:
+    return params if home is None else tree.from_items((path, home.split(path, leaf)) for path, leaf in tree.items(params))
+
+
+def load_judge(name: str, *, dtype: str, device: torch.device, home: Partition | None = None, say: Say = silent) -> tuple[RewardModel, Any]:
+    """The reward model of a name, which may be the folder of an adapter or of a run, too, and its tokenizer. home: as of `load`.
 
     Raises ValueError for what is no reward model.
     """
@@ -94,7 +110,7 @@ def load_judge(name: str, *, dtype: str, device: torch.device, say: Say = silent
     if path is None and heads.kind(fetch.resolve(base)) is None:
         raise ValueError(f"reward {name} is a model without a head that scores: expected a reward model, or module.function")
     scheme = None if path is None else adapter.base(adapter_folder(path)).scheme
-    return load(Target(base, dtype=dtype, device=device.type, adapter=path, scheme=scheme)), tokenizer
+    return load(Target(base, dtype=dtype, device=device.type, adapter=path, scheme=scheme), home=home), tokenizer
 
 
 def _check(loaded: RewardModel, name: str) -> None:

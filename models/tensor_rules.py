@@ -35,6 +35,24 @@ def home(device_mesh: Any, sharding: str) -> Partition | None:
     return partition.of(device_mesh, sharding, dimension)
 
 
+def beside(where: Partition, cfg: Any, *, dense: bool) -> Partition | None:
+    """How the leaves of a model that scores beside the policy are split: along `tensor` only where its layers can be, and are dense.
+
+    None where each rank has whole leaves: where the passes that a stream takes depend on its documents.
+    """
+    if cfg.keeps_ids:
+        return None
+    size = shard.size(where.device_mesh, shard.TENSOR)
+    if size == 1 or (dense and not refusal(cfg, size)):
+        return where
+    return along_data(where)
+
+
+def along_data(where: Partition) -> Partition | None:
+    """The partition along `data` alone; None where that axis has one rank."""
+    return Partition(shard.splitting(where.device_mesh)) if shard.size(where.device_mesh, "data") > 1 else None
+
+
 def check(cfg: Any, where: Any, name: object) -> None:
     """Raise ValueError for a model that cannot be split as a home says that it is."""
     mesh = where.device_mesh if isinstance(where, Partition) else None

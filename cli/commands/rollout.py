@@ -28,7 +28,7 @@ def run(config: Rollout, given: frozenset[str]) -> int:
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         data = prompt_rows.load(row_settings.prompts(config.data), tokenizer, seed=config.seed)
         device = loading.select_device(config.model.device)
-        rewards = rewarding.start(config.rewards, config.model, device=device, say=screen.line, warn=screen.warn)
+        rewards = rewarding.start(config.rewards, config.model, rewarding.Place(device), say=screen.line, warn=screen.warn)
     try:
         with checking_input():
             prompts = data.train[: config.num_prompts]

@@ -88,6 +88,7 @@ def complete(config: Ebft) -> Ebft:
 def parts(config: Ebft, policy: "Policy", setting: Setting) -> Parts:
     """Features of sampled texts compared with those of true ones."""
     from treetune.cli.methods import ebft_strided, ebft_structured
+    from treetune.core.run import ranks
     from treetune.losses import ebft, ebft_rewards
     from treetune.models import feature_network
 
@@ -95,7 +96,9 @@ def parts(config: Ebft, policy: "Policy", setting: Setting) -> Parts:
     pool = functools.partial(ebft_rewards.pool, method=options.embed_method)
     layers = ebft.layers(options.feature_layers, policy.cfg.num_layers)
     recipe = feature_network.Recipe(layers, ebft_rewards.NORMS[norm(vars(options))], pool)
-    network = feature_network.build(policy, recipe, on_cpu=options.feature_device == "cpu")
+    on_cpu = options.feature_device == "cpu"
+    hosts = ranks.on_hosts(setting.ranks) if on_cpu else None
+    network = feature_network.build(policy, recipe, on_cpu=on_cpu, hosts=hosts)
     # Structured mode compares vectors of length 1 unless they are whitened.
     whitening = options.whitening_space if options.use_whitening else None
     comparison = table.record(ebft_rewards.Comparison, options, whitening=whitening, unit_length=structured)

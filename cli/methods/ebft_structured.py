@@ -63,14 +63,16 @@ def _check_fits(config: Ebft, prompts: list[Prompt], cfg: Config) -> None:
 
 def _rewards(config: Ebft, network: FeatureNetwork, comparison: Comparison, setting: Setting, policy: Policy) -> Rewards:
     """What scores completions by the frozen network."""
-    options = config.ebft
+    options, network = config.ebft, network._replace(policy=policies.bare(network.policy))
     scorer = feature_rewards.FeatureScorer(
-        partial(feature_network.gather, network.phi, policy.frozen),
+        partial(feature_network.gather, network, policy.frozen),
         batcher(policy.cfg, setting.device, (pack.collate_trees,)),
         lambda phi, y: ebft_rewards.stacked(ebft_rewards.compare(phi, y, comparison)),
         {*setting.stop_ids, *config.rollout.stop_token_ids},
         config.optim.micro_batch_size,
         setting.device,
+        partial(feature_network.most, network, policy.frozen),
+        partial(feature_network.idle, network, policy.frozen),
     )
     layers = ", ".join(f"{depth:g}" for depth in options.feature_layers)
     whitened = f", whitened over {options.whitening_space}" if options.use_whitening else ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treetune.cli.methods.method import Method, Parts, RolloutParts, Setting
-from treetune.cli.options import online
+from treetune.cli.options import meshes, online
 from treetune.cli.options.data import PromptData
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RL_RATES, RlOptim
@@ -53,6 +53,7 @@ def parts(config: Grpo, policy: "Policy", setting: Setting) -> Parts:
     """Rewards that functions and reward models give to sampled completions."""
     from treetune.cli.methods import policy_gradient, rewarding
     from treetune.core.data import prompt_rows
+    from treetune.models import tensor_rules
 
     prompt_rows.check_fits(
         setting.data.train + setting.data.val,
@@ -63,8 +64,10 @@ def parts(config: Grpo, policy: "Policy", setting: Setting) -> Parts:
     )
 
     def rollouts(logprob: "Logprob") -> RolloutParts:
-        where = {"device": setting.device, "say": setting.say, "warn": setting.warn}
-        return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, **where))
+        # With streaming a thread scores while the next completions are sampled, and ranks would gather weights at different times.
+        split = None if config.pipeline.streaming_partial_batch else tensor_rules.home(setting.ranks.mesh, meshes.sharding(config.run))
+        place, tell = rewarding.Place(setting.device, setting.ranks, split), {"say": setting.say, "warn": setting.warn}
+        return RolloutParts(logprob, lambda placed: rewarding.start(config.rewards, config.model, place, **tell))
 
     return policy_gradient.build(config, policy, setting, rollouts)
 

@@ -23,8 +23,11 @@ NAMES = ("alignment", "diversity", "cfm")  # the third weighs nothing: it is the
 KEPT = 4096  # prompts whose true features are remembered
 
 
+Truth = tuple[bytes, bytes]  # ids of a prompt and of its true reply
+
+
 class Features(Protocol):
-    """Features of the sequences of a stream, by whole weights."""
+    """Features of the sequences of a stream."""
 
     def __call__(self, batch: Batch, plan: Plan, lens: Tensor, at: Tensor, prompt_lens: Tensor, /) -> Tensor:
         """[B, D] of sequences of lens [B] rows, at [N] in turn, of which the first prompt_lens [B] are a prompt."""
@@ -34,8 +37,9 @@ class Features(Protocol):
 class FeatureScorer(NamedTuple):
     """How completions are scored.
 
-    gather(): the network with whole weights, a collective where they are sharded. compare(phi [P, n, D], y [P, D]): the rewards NAMES
-    [P, n, 3]. ends: ids that end a text. micro_batch_size: prompts that are read at a time.
+    gather(): the network to score with, a collective where its weights are gathered for that. compare(phi [P, n, D], y [P, D]): the
+    rewards NAMES [P, n, 3]. ends: ids that end a text. micro_batch_size: prompts that are read at a time. most: passes of the rank that
+    makes most of them, of those that compute the network together (a collective); idle makes one that nothing is used of.
     """
 
     gather: Callable[[], Features]
@@ -44,6 +48,8 @@ class FeatureScorer(NamedTuple):
     ends: set[int]
     micro_batch_size: int
     device: torch.device
+    most: Callable[[int], int] = int
+    idle: Callable[[], None] = lambda: None
 
 
 class _Sequences(NamedTuple):
@@ -74,17 +80,24 @@ def scorer(settings: FeatureScorer) -> Callable[[Sequence[Group]], np.ndarray]:
 
     Features of the truth are made one prompt at a time, so that what is remembered of them changes no bit of a result.
     """
-    known: dict[tuple[bytes, bytes], Tensor] = {}
+    known: dict[Truth, Tensor] = {}
     micro, ends = settings.micro_batch_size, settings.ends
 
     @torch.no_grad()
     def score(groups: Sequence[Group]) -> np.ndarray:
-        # Shards are gathered here, once: how often the network runs depends on the rank's own prompts.
         pooled = partial(_pooled, settings, settings.gather())
         first = _first_equal(groups, ends)
         parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
+        truths = {_truth(group.prompt): group.prompt for group in groups}
+        fresh = {key: prompt for key, prompt in truths.items() if key not in known}
+        own = len(parts) + len(fresh)
+        most = settings.most(own)  # before the first pass, in which all ranks take part
         phi = torch.cat([_completions(pooled, groups[part], first[part], ends) for part in parts])
-        y = torch.stack([_remembered(known, pooled, group.prompt) for group in groups]).to(settings.device)
+        read = {key: _of_truth(pooled, prompt) for key, prompt in fresh.items()}
+        for _ in range(most - own):
+            settings.idle()
+        y = torch.stack([(known | read)[_truth(group.prompt)] for group in groups]).to(settings.device)
+        _remember(known, read)
         columns = settings.compare(with_truth(phi, y, groups, ends), y)
         return columns.cpu().numpy()[np.arange(len(groups))[:, None], first]
 
@@ -133,17 +146,22 @@ def _lay(sequences: _Sequences, start: int, prompt: int, sizes: list[int]) -> in
     return place
 
 
-def _remembered(known: dict, pooled: Callable, prompt: Prompt) -> Tensor:
-    """Features of the prompt's truth [D] in main memory, made now unless they are known."""
-    key = (prompt.tokens.tobytes(), prompt.columns["truth"].tobytes())
-    if key not in known:
-        doc = trees.grow(np.concatenate([prompt.tokens, prompt.columns["truth"]]), [], row=prompt.row)
-        size = len(doc.tokens)
-        features = pooled([doc], _Sequences(list(range(size)), [size], [len(prompt.tokens)]))[0]
-        while len(known) >= KEPT:
-            known.pop(next(iter(known)))
-        known[key] = features.cpu()
-    return known[key]
+def _truth(prompt: Prompt) -> Truth:
+    return prompt.tokens.tobytes(), prompt.columns["truth"].tobytes()
+
+
+def _of_truth(pooled: Callable, prompt: Prompt) -> Tensor:
+    """Features of the prompt's truth [D], in main memory."""
+    doc = trees.grow(np.concatenate([prompt.tokens, prompt.columns["truth"]]), [], row=prompt.row)
+    size = len(doc.tokens)
+    return pooled([doc], _Sequences(list(range(size)), [size], [len(prompt.tokens)]))[0].cpu()
+
+
+def _remember(known: dict[Truth, Tensor], read: dict[Truth, Tensor]) -> None:
+    """Add what was read, in place of the oldest where there is too much."""
+    known |= read
+    for key in list(known)[: max(len(known) - KEPT, 0)]:
+        del known[key]
 
 
 def _pooled(settings: FeatureScorer, features: Features, docs: list[trees.TreeDoc], sequences: _Sequences) -> Tensor:

@@ -20,13 +20,16 @@ BUDGET = 4096  # tokens in one forward pass
 class RewardModel(NamedTuple):
     """A reward model, its tokenizer, and the fingerprint of its weights.
 
-    scores: of some documents, for each the scores of its sequences, or of its steps where the model scores steps.
+    scores: of some documents, for each the scores of its sequences, or of its steps where the model scores steps. most: passes of the
+    rank that makes most of them, of those that compute the model together (a collective); idle makes one that nothing is used of.
     """
 
     scores: Callable[[list[trees.TreeDoc]], list[list[float]]]
     tokenizer: Any
     steps: bool
     digest: str
+    most: Callable[[int], int] = int
+    idle: Callable[[], None] = lambda: None
 
 
 def of_head(forward: scored_rows.Forward, tokenizer: Any, *, read: str, weights: Params, settings: Sequence[Any]) -> RewardModel:
@@ -40,14 +43,18 @@ def score(model: RewardModel, groups: Sequence[Group]) -> np.ndarray:
     size = len(groups[0].completions)
     rows = [_row(model, group, one.text) for group in groups for one in group.completions]
     values = np.full(len(rows), np.nan)
-    usable = [i for i, row in enumerate(rows) if row is not None]
+    usable, docs, parts = [i for i, row in enumerate(rows) if row is not None], [], []
     if usable:
         numbered = sources.from_list([row or {} for row in rows], "completions")
         docs = _documents(model, sources.take(numbered, usable))
         sizes = [len(doc.tokens) for doc in docs]
-        for part in pack.pack(sizes, max(BUDGET, *sizes), seed=None):
-            for i, scores in zip(part, model.scores([docs[i] for i in part]), strict=True):
-                values[docs[i].row - 1] = min(scores)
+        parts = pack.pack(sizes, max(BUDGET, *sizes), seed=None)
+    most = model.most(len(parts))  # before the first pass, in which all ranks take part
+    for part in parts:
+        for i, scores in zip(part, model.scores([docs[i] for i in part]), strict=True):
+            values[docs[i].row - 1] = min(scores)
+    for _ in range(most - len(parts)):
+        model.idle()
     return np.where(np.isfinite(values), values, np.nan).reshape(len(groups), size)
 
 

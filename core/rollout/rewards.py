@@ -52,8 +52,12 @@ def start(
     load_model: Callable[[str], RewardModel],
     pool: PoolSettings,
     say: Callable[[str], None],
+    on_one: Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]] = lambda call: call,
 ) -> Rewards:
-    """Load the models among the rewards, and start the workers of the functions. Errors: ValueError for what cannot be loaded."""
+    """Load the models among the rewards, and start the workers of the functions. Errors: ValueError for what cannot be loaded.
+
+    on_one: what calls a function on one of the ranks that have the same rows, for all of them.
+    """
     factors = weights(wanted, reward_weights)
     check_names(wanted)
     models = {name: load_model(name) for name in wanted if is_model(name)}
@@ -61,11 +65,15 @@ def start(
     workers = Pool(functions, workers=pool.workers, timeout_s=pool.timeout_s, say=say) if functions else None
 
     def score(groups: Sequence[Group], /) -> np.ndarray:
-        columns = {name: reward_models.score(model, groups) for name, model in models.items()}
-        if workers is not None:
-            values = workers.score(groups)
-            columns |= {name: values[:, :, k] for k, name in enumerate(functions)}
-        return np.stack([columns[name] for name in wanted], axis=-1)
+        # All ranks compute a model, of which each may have a part.
+        scores = {name: reward_models.score(model, groups) for name, model in models.items()}
+
+        def stack() -> np.ndarray:
+            values = None if workers is None else workers.score(groups)
+            columns = scores if values is None else scores | {name: values[:, :, k] for k, name in enumerate(functions)}
+            return np.stack([columns[name] for name in wanted], axis=-1)
+
+        return on_one(stack)()
 
     short = names(wanted)
     measure = partial(stats.metrics, names=short, weights=factors)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from treetune.core import shard
+from treetune.core import exchange, shard
 from treetune.core.config.ranges import SECONDS_MAX
 
 T = TypeVar("T")
@@ -63,6 +63,18 @@ def join_ranks(device: torch.device, sizes: Mapping[str, int] = MappingProxyType
     for axis in mesh.mesh_dim_names or ():  # the groups of several axes are made with a time-out of torch's own
         torch.distributed.distributed_c10d._set_pg_timeout(waits, mesh.get_group(axis))
     return Ranks(torch.distributed.get_rank(), world, mesh)
+
+
+def on_hosts(ranks: Ranks) -> DeviceMesh | None:
+    """The same ranks as a mesh of CPUs, which exchange over gloo: a collective. None without several ranks."""
+    mesh = ranks.mesh
+    if mesh is None or mesh.device_type == "cpu":
+        return mesh
+    names = mesh.mesh_dim_names or ()
+    hosts = shard.mesh("cpu", **{name: mesh[name].size() for name in names})
+    for name in names:
+        torch.distributed.distributed_c10d._set_pg_timeout(exchange.PATIENCE, hosts.get_group(name))
+    return hosts
 
 
 def every(ranks: Ranks, value: T) -> list[T]:

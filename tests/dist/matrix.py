@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
+NETS = ("grpo-judge", "ebft-host")  # with a reward model of a folder; with the features of a copy in the memory of the host
 TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"]}
 SHARDINGS = ("none", "moments", "gradients", "full")
 # What each method reads, and how it is asked for three steps (sampled completions: two).
@@ -18,7 +19,9 @@ OWN = {
     "sft": ["--data", "text.jsonl", "--sequence-len", 64, "--no-sample-packing"], "dpo": ["--data", "pairs.jsonl", "--sequence-len", 64],
     "kto": ["--data", "judged.jsonl", "--sequence-len", 64], "reward": ["--data", "pairs.jsonl", "--sequence-len", 64],
     "grpo": ["--data", "prompts.jsonl", "--reward-funcs", "rewards.py:spread", "--reward-num-workers", 1, "--beta", 0.1, *ONLINE],
+    "grpo-judge": ["--data", "prompts.jsonl", "--reward-funcs", "judge", "rewards.py:spread", "--reward-weights", 1, 0.25, *ONLINE],
     "ebft": ["--data", "answers.jsonl", "--chat-template", "chatml", *ONLINE],
+    "ebft-host": ["--data", "answers.jsonl", "--chat-template", "chatml", "--feature-device", "cpu", *ONLINE],
     "ebft-strided": ["--mode", "strided", "--data", "text.jsonl", "--sequence-len", 64, "--stride", 4, "--context-length", 4,
                      "--generate-max-len", 3, "--n-samples-per-prompt", 3],
 }  # fmt: skip
@@ -37,10 +40,12 @@ def prepare(root: Path, tokenizer) -> None:
 
     Of prompts there are enough for two steps: where a pass over them ends within one, a process of its own has no prompt twice in it.
     """
-    from treetune.models import hf, llama
+    from treetune.models import heads, hf, llama
 
     sizes = dict(vocab_size=257, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=128)
     hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=tokenizer)
+    judge = hf.random("llama", llama.Config(**sizes | {"hidden_size": 24, "num_layers": 3}, tied=True, init_std=0.2), seed=4)
+    heads.save(root / "judge", judge, heads.init(judge.cfg, 1, bias=False, seed=5), tokenizer=tokenizer)
     (root / "rewards.py").write_text(REWARDS)
     long = ["red blue green "[: 1 + 5 * i % 14] * (1 + i % 3) for i in range(10)]
     every = [{"prompt": f"Row {i}: ", "chosen": one, "rejected": one[::-1] + "?" * (i % 2)} for i, one in enumerate(long)]
@@ -67,7 +72,7 @@ def arguments(method: str, trains: str, output: Path, accumulation: int) -> list
     if method == "reward":
         base.pop("--sample-prompt")
     flat = [f"{flag}=" if value == "" else part for flag, value in base.items() for part in ([flag] if value == "" else [flag, value])]
-    return [method.removesuffix("-strided"), *map(str, [*flat, *own])]
+    return [method.split("-")[0], *map(str, [*flat, *own])]
 
 
 def run(case: str, results: Path, accumulation: int) -> None:

@@ -36,7 +36,7 @@ class Network:
         return torch.stack([torch.tensor([float(text.sum()), float(len(text))]) for text in texts]) + 1e-3 * len(self.texts)
 
 
-def scorer(network, *, micro_batch_size=2):
+def scorer(network, *, micro_batch_size=2, **together):
     def compare(phi, y):
         return torch.stack([phi[:, :, 0] - y[:, None, 0], phi[:, :, 1], (phi == y[:, None]).all(-1).float()], -1)
 
@@ -44,7 +44,7 @@ def scorer(network, *, micro_batch_size=2):
         return pack.collate_trees(docs), None
 
     cpu = torch.device("cpu")
-    return feature_rewards.scorer(feature_rewards.FeatureScorer(network.gather, collate, compare, {END}, micro_batch_size, cpu))
+    return feature_rewards.scorer(feature_rewards.FeatureScorer(network.gather, collate, compare, {END}, micro_batch_size, cpu, **together))
 
 
 def test_completions_are_read_once_and_without_their_end():
@@ -65,6 +65,16 @@ def test_features_of_a_truth_are_made_once_however_prompts_are_batched():
         results.append([score(groups) for _ in range(2)])
         assert network.texts.count([4, 5]) == 1 and network.texts.count([1]) == 4
     np.testing.assert_allclose(results[0], results[1], atol=0.05)
+
+
+def test_a_rank_with_fewer_texts_makes_as_many_passes_as_the_others():
+    network, said, idle = Network(), [], []
+    score = scorer(network, most=lambda passes: said.append(passes) or 5, idle=lambda: idle.append(len(network.texts)))
+    groups = [group(row, [4, 5], completion(1), completion(2)) for row in range(3)]
+    score(groups)
+    assert said == [3] and idle == [7, 7], "two of prompts, one of a truth that all share; the others behind them"
+    score(groups)
+    assert said == [3, 2] and len(idle) == 5
 
 
 def test_the_oldest_truth_is_forgotten(monkeypatch):

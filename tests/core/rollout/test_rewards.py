@@ -67,6 +67,15 @@ def test_functions_and_models_score_into_one_array(by_text):
     assert measured["reward"] == pytest.approx(np.mean([4.5, 5.0])) and measured["rewards/judge/mean"] == 2
 
 
+def test_a_reward_model_in_parts_makes_as_many_passes_as_any_rank(by_text):
+    said, idle = [], []
+    judge = model(lambda doc: [1.0])._replace(most=lambda passes: said.append(passes) or 3, idle=lambda: idle.append(len(said)))
+    reward_models.score(judge, [group("a", "b"), group("c", " ")])
+    assert (said, idle) == ([3], []), "each text fills a pass"
+    scores = reward_models.score(judge, [group(" ", "")])
+    assert (said, idle) == ([3, 0], [2, 2, 2]) and np.isnan(scores).all()
+
+
 def test_a_process_reward_is_that_of_the_worst_line(by_text):
     judge = model(lambda doc: [len(line) / 10 for line in doc.content["completions"]], steps=True)
     scored = reward_models.score(judge, [group("aaa\nb\n\ncc", " \n "), group("dd", "eeee\nfff")])
