@@ -349,7 +349,7 @@ def _restore(run: TrainRun, pieces: Pieces, state: TrainState, supply: Supply) -
     """The state and the source where the run begins or goes on, compared with the checkpoint that it goes on from."""
     parts, sampled = pieces.parts, pieces.parts.rollouts is not None
     origin = provenance.with_functions(pieces.origin, supply.functions, supply.reward_models) if sampled else pieces.origin
-    meta, changed = provenance.check(origin, documents=supply.documents, stream=supply.digest, sampled=sampled)
+    meta, changed = provenance.check(origin, documents=supply.documents, stream=supply.digest)
     state, resumed = loop.restore(run.folder, state, supply.source)
     if run.folder.resume is not None:
         rules = table.rules(type(run.config))

@@ -47,14 +47,14 @@ def supply(run: Run, parts: Parts, data: Dataset, stack: contextlib.ExitStack, e
     settings, collate = table.record(generations.Settings, config), batches.batcher(parts.policy.cfg, run.device, parts.collates)
     players = _start(run, parts.policy, rollouts, data, stack, extras)
     calls = generations.Calls(
-        _layout(run, parts.policy, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights, run.ranks)
+        _layout(run, parts.policy, rollouts, collate), policy_gradient.advantages(config.loss, players.rewards.weights)
     )
     if pipeline.moved(table.flatten(config)):
         old = documents.old_logprobs(rollouts.logprob, collate, groups_per_batch=settings.micro_batch_size)
         calls = calls._replace(old_logprobs=old)
     if data.val:
         calls = calls._replace(evaluated=rollouts.extra_eval(parts.policy))
-    supplied = generations.supply(data, settings, players, calls, ranks=run.ranks, device=run.device, observers=run.observers)
+    supplied = generations.supply(data, settings, players, calls, ranks=run.ranks, observers=run.observers)
     described = {"loss": policy_gradient.describe(config.loss), "rewards": ", ".join(players.rewards.described)}
     described = {**supplied.described, **described, "sampler": samplers.describe(config)}
     functions = (*supplied.functions, config.rollout.rollout_func)

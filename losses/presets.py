@@ -38,16 +38,15 @@ class PolicyPreset(NamedTuple):
 
 
 class AdvantageEntry(NamedTuple):
-    """per_reward: takes the rewards of each function apart. across_prompts: depends on other prompts of the generation."""
+    """per_reward: takes the rewards of each function apart."""
 
     function: str | Callable[..., Any]
     per_reward: bool = False
-    across_prompts: bool = False
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "AdvantageEntry":
         """The row of a function: it takes the rewards of each apart where it has the parameter `weights`, and may look at all prompts."""
-        return cls(function, "weights" in inspect.signature(function).parameters, across_prompts=True)
+        return cls(function, "weights" in inspect.signature(function).parameters)
 
 
 class KtoEntry(NamedTuple):
@@ -100,8 +99,8 @@ AGGREGATES = {
 ADVANTAGES = {
     "group_scaled": AdvantageEntry("treetune.losses.advantage.group_scaled"),
     "centered": AdvantageEntry("treetune.losses.advantage.centered"),
-    "batch_scaled": AdvantageEntry("treetune.losses.advantage.batch_scaled", across_prompts=True),
-    "gdpo": AdvantageEntry("treetune.losses.advantage.gdpo", per_reward=True, across_prompts=True),
+    "batch_scaled": AdvantageEntry("treetune.losses.advantage.batch_scaled"),
+    "gdpo": AdvantageEntry("treetune.losses.advantage.gdpo", per_reward=True),
     "rloo": AdvantageEntry("treetune.losses.advantage.rloo"),
     "reinforce": AdvantageEntry("treetune.losses.advantage.reinforce"),
 }

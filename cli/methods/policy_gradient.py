@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from treetune.cli.methods import parts
 from treetune.cli.methods.method import Parts, RolloutParts, Setting
@@ -17,8 +18,6 @@ from treetune.cli.options.policy_loss import PolicyLoss, RoutedPolicyLoss, clip_
 from treetune.core import registry, shard, step
 from treetune.core.config import table
 from treetune.core.data import pack
-from treetune.core.run import rollouts
-from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import Logprob, LogprobBeside, Objective
 from treetune.losses import advantage, entropy, policy_gradient, policy_gradient_with_sft, presets
 from treetune.losses.presets import PolicyPreset
@@ -48,10 +47,10 @@ def describe(options: PolicyLoss) -> str:
     return f"{options.loss}: {choice.term} on {choice.ratio} ratios{clip}, {MEANS[choice.aggregate]}, advantage {choice.advantage}{kl}"
 
 
-def advantages(options: PolicyLoss, weights: list[float], ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
-    """Rewards [P, G, K] of this rank -> advantages [P, G]; an estimator over the whole generation sees the rewards of all ranks."""
-    entry = registry.choose(presets.ADVANTAGES, row(options).advantage)
-    return rollouts.over_ranks(ranks if entry.across_prompts else ALONE, advantage.estimator(entry, weights))
+def advantages(options: PolicyLoss, weights: list[float]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rewards [P, G, K] of a generation -> advantages [P, G]."""
+    estimate = advantage.estimator(registry.choose(presets.ADVANTAGES, row(options).advantage), weights)
+    return lambda rewards: estimate(torch.from_numpy(rewards)).numpy()
 
 
 def _objective_options(loss: PolicyLoss, options: CorrectionOptions, *, off_policy: bool) -> dict[str, Any]:

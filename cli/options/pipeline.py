@@ -48,7 +48,7 @@ class CorrectionOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Pipeline. A generation is micro_batch_size * gradient_accumulation_steps * steps_per_generation prompts."""
+    """Pipeline. A generation is micro_batch_size * gradient_accumulation_steps * steps_per_generation prompts on each rank."""
 
     steps_per_generation: Annotated[int, COUNT, STORED] = 1
     """Optimiser steps made of one generation, each of its own prompts; above 1, ratios leave 1 and bounds begin to act."""
@@ -65,7 +65,7 @@ class PipelineOptions:
     streaming_min_groups: Annotated[
         int, COUNT, GENERATIONS, unused_unless("streaming_partial_batch", reason="streaming_partial_batch is off")
     ] = 1
-    """Prompts that are sampled and scored at a time with streaming_partial_batch."""
+    """Prompts that a rank samples and scores at a time with streaming_partial_batch."""
     dynamic_sampling: Annotated[bool, GENERATIONS] = False
     """Leave out prompts whose completions all have the same reward and sample others instead, up to 3 times a generation."""
     replay_buffer_size: Annotated[int, COUNT_OR_NONE, GENERATIONS] = 0

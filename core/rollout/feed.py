@@ -1,11 +1,12 @@
 """From prompts to scored groups, one optimiser step at a time: draw, sample, score, replace what has no signal, deal to steps.
 
-P prompts of a generation on this rank, G completions of each, K reward functions.
+P prompts of a generation, G completions of each, K reward functions.
 
 A generation is drawn (`prompt_order`), sampled, scored; groups without signal are dropped and refilled (dynamic sampling) or replaced by
 stored ones (`replay`); old log-probs are computed with the policy of the moment; then it is dealt to `steps` optimiser steps,
-`iterations` times over. All that decides what comes next is one immutable `FeedState`, exchanged for the next one only when a generation
-is complete: an error on the way leaves the feed as it was, and `state` and `load` continue it exactly.
+`iterations` times over. Several ranks hold the same feed: each samples and scores its share of what is drawn for all. All that decides
+what comes next is one immutable `FeedState`, exchanged for the next one only when a generation is complete: an error on the way leaves
+the feed as it was, and `state` and `load` continue it exactly.
 """
 
 import hashlib
@@ -14,32 +15,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from treetune.core.data import order
 from treetune.core.data.prompts import Prompt
-from treetune.core.rollout import feed_state, prefetch, prompt_order, replay, stats
+from treetune.core.rollout import feed_state, prefetch, prompt_order, rank_feeds, replay, stats
 from treetune.core.rollout.feed_state import FeedState, IndexedGroup, Request
 from treetune.core.rollout.group import Group, GroupScorer, PromptSampler, rewards_of
 
-PARTS = 12  # purpose of the shuffle that deals a generation to its steps, beside those of `core.data.order`
 FAILED = 1e-6  # a prompt failed if every reward function gave this or less, in size, to every completion
 
 
 class FeedSettings(NamedTuple):
-    """What is sampled and how it is used. Numbers of prompts are those of one rank."""
+    """What is sampled and how it is used. Numbers of prompts and groups are those of all ranks together, but for `chunk`."""
 
     prompts: int  # of one generation
     steps: int = 1  # optimiser steps made of one generation, each of its own prompts
     iterations: int = 1  # passes over a generation
     seed: int = 0
     epochs_shuffle: bool = True
-    rank: int = 0
+    rank: int = 0  # which of `world` shares of the prompts is sampled here
     world: int = 1
     replay_size: int = 0  # groups that the replay buffer holds; 0: none
     reroll_from: int | None = None  # optimiser step from which failed prompts are sampled anew
     reroll_groups: int = 1  # of those in one generation, at most
     dynamic: bool = False  # drop groups without signal and sample others
     max_refills: int = 3  # rounds of that in one generation, at most
-    chunk: int = 0  # prompts sampled at a time, scored in a thread while the next are sampled; 0: all at once
+    chunk: int = 0  # prompts sampled at a time here, scored in a thread while the next are sampled; 0: all at once
     prefetch_depth: int = 0  # generations sampled ahead in a thread; 0: sample when needed, with the live policy
 
 
@@ -60,8 +59,8 @@ class FeedCalls(NamedTuple):
     that the statistics of a batch are never those of a part; and, with dynamic, on what each round sampled.
     old_logprobs: groups with `old_logp` of the policy given; called on each generation, so stored groups are recomputed with the rest.
     measure: metrics of the groups as they were sampled, before any is dropped or replaced (`stats.metrics`).
-    max_over_ranks: of a number. Needed with several ranks where sampling, scoring or advantage is a collective and dynamic is on, since
-    ranks must then sample equally often.
+    gather: a value of this rank -> those of all ranks in their order, a collective. All other calls but sample, score and old_logprobs
+    are given the groups of all ranks, and must give the same on each.
     """
 
     sample: PromptSampler
@@ -70,7 +69,7 @@ class FeedCalls(NamedTuple):
     old_logprobs: Callable[[Any, list[Group]], list[Group]] | None = None
     measure: Callable[[Sequence[Group]], dict[str, float]] | None = None
     snapshot: Callable[[Any], Any] | None = None
-    max_over_ranks: Callable[[int], int] = int
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
     warn: Callable[[str], None] = print
 
 
@@ -83,7 +82,7 @@ class Feed:
     def __init__(self, prompts: Sequence[Prompt], calls: FeedCalls, settings: FeedSettings):
         _check(prompts, settings)
         self._prompts, self._calls, self._settings = prompts, calls, settings
-        self._order = prompt_order.PromptOrder(len(prompts), settings.seed, settings.epochs_shuffle, settings.rank, settings.world)
+        self._order = prompt_order.PromptOrder(len(prompts), settings.seed, settings.epochs_shuffle)
         self._prefetched = prefetch.Prefetch(calls.sample) if settings.prefetch_depth else None
         self._scores = prefetch.Prefetch(calls.score) if settings.chunk else None
         self._state, self._warned = FeedState(), False
@@ -101,7 +100,7 @@ class Feed:
         return prompt_order.progress(self._state.stream, self._order)
 
     def next(self, policy: Any, step: int) -> tuple[list[Group], dict[str, float]]:
-        """(groups of this optimiser step, metrics of their generation); samples a generation when none is left.
+        """(groups of this optimiser step, metrics of their generation), of all ranks; samples a generation when none is left.
 
         step: optimiser steps behind `policy`. After an error, whatever raised it, the feed is as before, and `next` tries again.
         """
@@ -112,7 +111,7 @@ class Feed:
         self._state = state._replace(part=0, batch=(), metrics=()) if is_last else state._replace(part=state.part + 1)
         if self._prefetched:
             # Only now: after an error the next attempt asks the thread for the same results.
-            self._prefetched.keep(self._state.flight)
+            self._prefetched.keep([part for request in self._state.flight for part in self._parts(request)])
         staleness = [step - group.version for group in groups]
         ages = {"rollout/staleness_mean": float(np.mean(staleness)), "rollout/staleness_max": float(max(staleness))}
         return groups, dict(state.metrics) | ages
@@ -121,13 +120,15 @@ class Feed:
         """What `load` continues from, as JSON values; nothing waits for a thread."""
         return {"of": self._identity()} | feed_state.to_json(self._state)
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict | list[dict]) -> None:
         """Continues from what `state` gave: prompts that were in flight are sampled again, first and under the same numbers.
 
-        Errors: ValueError for the state of other prompts or settings.
+        A list holds what earlier versions kept for each rank. Errors: ValueError for the state of other prompts or settings.
         """
-        if state["of"] != (identity := self._identity()):
-            differ = sorted(name for name in identity if state["of"].get(name) != identity[name])
+        if isinstance(state, list):
+            state = rank_feeds.merged(state, self._order)
+        identity = self._identity()
+        if differ := sorted(name for name in identity if state["of"].get(name) != identity[name]):
             raise ValueError(f"the rollout state was written with other values of {differ}: resume with those it had, or start anew")
         self._state = feed_state.from_json(state, self._prompts, replay_size=self._settings.replay_size)
         if self._prefetched:
@@ -174,8 +175,7 @@ class Feed:
         settings, state, rounds = self._settings, self._state, 0
         sampled, live, flat = [], list(state.overflow), []
         most = settings.max_refills if settings.dynamic else 0
-        # All ranks go as many rounds as the one that lacks most: a collective inside would wait for ever for one that stopped earlier.
-        while (lack := self._calls.max_over_ranks(self._lack(live))) > 0 and rounds <= most:
+        while (lack := self._lack(live)) > 0 and rounds <= most:
             groups, state = self._round(policy, step, state, lack, first=rounds == 0, drawn=[group.index for group in live + flat])
             for group, is_live in zip(groups, self._live(groups), strict=True):
                 (live if is_live else flat).append(group)
@@ -197,13 +197,16 @@ class Feed:
         taken = int(np.searchsorted(ends, n)) + 1
         requests, state = state.flight[:taken], state._replace(flight=state.flight[taken:])
         try:
-            waiting = [(request, self._scored(request, self._sampled(policy, request))) for request in requests]
-            scored = [(request, groups()) for request, groups in waiting]
+            waiting = [self._scored(part, self._sampled(policy, part)) for request in requests for part in self._parts(request)]
+            own = [group._replace(prompt=None) for groups in waiting for group in groups()]
         finally:
             # The next attempt samples other groups under the same request, which must not get the rewards of this one.
             if self._scores:
                 self._scores.keep(())
-        return [IndexedGroup(draw.index, group) for request, groups in scored for draw, group in zip(request, groups, strict=True)], state
+        # Of a group that several ranks have sampled, the one of the first counts.
+        found = {group.number: group for groups in reversed(self._calls.gather(own)) for group in groups}
+        asked = [draw for request in requests for draw in request]
+        return [IndexedGroup(one.index, found[one.number]._replace(prompt=self._prompts[one.index])) for one in asked], state
 
     def _launched(self, policy: Any, state: FeedState, n: int, again: int, drawn: list[int]) -> FeedState:
         """The state with n prompts in flight, or with a generation and those ahead of it, handed to the thread."""
@@ -213,17 +216,25 @@ class Feed:
             avoid = drawn + [draw.index for request in state.flight for draw in request]
             size = settings.prompts if self._prefetched else n - flying
             draws, stream = prompt_order.draw(state.stream, self._order, size, again=again, avoid=avoid if settings.dynamic else ())
-            state = state._replace(stream=stream, flight=state.flight + self._split(draws))
-        if self._prefetched and (new := [request for request in state.flight if request not in self._prefetched]):
+            state = state._replace(stream=stream, flight=(*state.flight, draws))
+        parts = [part for request in state.flight for part in self._parts(request)] if self._prefetched else []
+        if self._prefetched and (new := [part for part in parts if part not in self._prefetched]):
             # A copy, one for all requests: the optimiser changes the live weights while the thread samples.
             copy = self._calls.snapshot(policy) if self._calls.snapshot else None
-            for request in new:
-                self._prefetched.put(request, copy, *self._asked(request))
+            for part in new:
+                self._prefetched.put(part, copy, *self._asked(part))
         return state
 
-    def _split(self, draws: Request) -> tuple[Request, ...]:
-        size = self._settings.chunk or len(draws)
-        return tuple(draws[i : i + size] for i in range(0, len(draws), size))
+    def _parts(self, request: Request) -> list[Request]:
+        """What this rank samples of a request, a chunk at a time.
+
+        All ranks sample equally often, because that may be a collective: one without a prompt samples the first of the request, too.
+        """
+        rank, world = self._settings.rank, self._settings.world
+        own = request[rank::world]
+        own += request[:1] * (-(-len(request) // world) - len(own))
+        size = self._settings.chunk or len(own)
+        return [own[i : i + size] for i in range(0, len(own), size)]
 
     def _asked(self, request: Request) -> tuple[list[Prompt], list[int]]:
         return [self._prompts[draw.index] for draw in request], [draw.number for draw in request]
@@ -270,7 +281,7 @@ class Feed:
     def _replayed(self, batch: list[IndexedGroup], state: FeedState) -> tuple[list[IndexedGroup], int]:
         """The batch with stored groups in place of those without signal, and their number."""
         empty = [i for i, indexed in enumerate(batch) if not _signal(indexed)]
-        replacements, out = replay.draw(state.stored, len(empty), self._settings.seed, self._settings.rank, state.generation), list(batch)
+        replacements, out = replay.draw(state.stored, len(empty), self._settings.seed, feed_state.KEY, state.generation), list(batch)
         for i, indexed in zip(empty, replacements, strict=False):
             out[i] = IndexedGroup(indexed.index, indexed.group)
         return out, len(replacements)
@@ -278,14 +289,18 @@ class Feed:
     def _relogged(self, policy: Any, batch: list[IndexedGroup]) -> list[IndexedGroup]:
         if self._calls.old_logprobs is None:
             return batch
-        groups = self._calls.old_logprobs(policy, [indexed.group for indexed in batch])
-        return [IndexedGroup(indexed.index, new) for indexed, new in zip(batch, groups, strict=True)]
+        rank, world = self._settings.rank, self._settings.world
+        own = self._calls.old_logprobs(policy, [indexed.group for indexed in batch[rank::world]])
+        parts = self._calls.gather([group.old_logp for group in own])
+        return [
+            IndexedGroup(indexed.index, indexed.group._replace(old_logp=parts[i % world][i // world])) for i, indexed in enumerate(batch)
+        ]
 
     def _identity(self) -> dict:
         settings, text = self._settings, hashlib.sha256()
         for prompt in self._prompts:
             text.update(np.int64(len(prompt.tokens)).tobytes() + prompt.tokens.astype(np.int32).tobytes())
-        names = ("prompts", "steps", "iterations", "seed", "epochs_shuffle", "rank", "world")
+        names = ("prompts", "steps", "iterations", "seed", "epochs_shuffle")
         return {name: getattr(settings, name) for name in names} | {"data": text.hexdigest()[:16]}
 
 
@@ -293,7 +308,7 @@ def _dealt(state: FeedState, settings: FeedSettings) -> list[int]:
     """Which groups of the generation this step trains on: each pass deals all of them, in an order of its own."""
     passed, piece = divmod(state.part, settings.steps)
     # A function of numbers of the state alone: a run resumed in the middle of a generation deals what is left of it.
-    mixed = order.permutation(len(state.batch), settings.seed, settings.rank, state.generation, passed, PARTS)
+    mixed = feed_state.mixed(len(state.batch), settings.seed, state.generation, passed)
     size = settings.prompts // settings.steps
     return mixed[piece * size : (piece + 1) * size]
 
@@ -347,3 +362,5 @@ def _check(prompts: Sequence[Prompt], settings: FeedSettings) -> None:
         raise ValueError(f"a generation of {settings.prompts} prompts in {settings.steps} steps: expected a multiple of the steps")
     if settings.rank >= settings.world:
         raise ValueError(f"rank is {settings.rank} of {settings.world}: expected less than the number of ranks")
+    if settings.prompts % settings.world:
+        raise ValueError(f"a generation of {settings.prompts} prompts on {settings.world} ranks: expected a multiple of the ranks")

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from treetune.core.data import order
 from treetune.core.data.prompts import Prompt
 from treetune.core.rollout import group, prompt_order, replay
 from treetune.core.rollout.group import Group
+
+PARTS = 12  # purpose of the shuffle that deals a generation to its steps, beside those of `core.data.order`
+KEY = 0  # stands in keys of draws where earlier versions had the number of a rank
 
 
 class IndexedGroup(NamedTuple):
@@ -29,6 +33,11 @@ class FeedState(NamedTuple):
     part: int = 0  # of the generation: steps given
     batch: tuple[IndexedGroup, ...] = ()  # the generation, as long as steps of it are to come
     metrics: tuple[tuple[str, float], ...] = ()
+
+
+def mixed(n: int, seed: int, generation: int, passed: int, rank: int = KEY) -> list[int]:
+    """The order in which the n groups of a generation are dealt to steps, in one of its passes."""
+    return order.permutation(n, seed, rank, generation, passed, PARTS)
 
 
 def to_json(state: FeedState) -> dict:

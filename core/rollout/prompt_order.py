@@ -1,7 +1,7 @@
-"""Which prompts are sampled next: pure functions of a `PromptCursor`, where a rank stands in the order of the prompts.
+"""Which prompts are sampled next: pure functions of a `PromptCursor`, where a run stands in the order of the prompts.
 
-All epochs form one sequence, each a shuffle of all prompts; rank r of W takes its positions r, r + W, r + 2 W, ... A position is taken
-once, and a prompt that cannot be used where it stands is drawn first next time, so every epoch trains on every prompt.
+All epochs form one sequence, each a shuffle of all prompts. A position is taken once, and a prompt that cannot be used where it stands
+is drawn first next time, so every epoch trains on every prompt. Ranks draw the same prompts for all of them.
 """
 
 import functools
@@ -21,20 +21,18 @@ class PromptDraw(NamedTuple):
 
 
 class PromptOrder(NamedTuple):
-    """What the order of prompts depends on: how many there are, the seed, and which of `world` ranks draws."""
+    """What the order of prompts depends on: how many there are, and the seed."""
 
     prompts: int
     seed: int = 0
     shuffle: bool = True
-    rank: int = 0
-    world: int = 1
 
 
 class PromptCursor(NamedTuple):
-    """How far a rank has come in the order of prompts."""
+    """How far a run has come in the order of prompts."""
 
-    drawn: int = 0  # prompts that this rank has drawn, those drawn anew included
-    taken: int = 0  # positions of the sequence that this rank has taken
+    drawn: int = 0  # prompts that were drawn, those drawn anew included
+    taken: int = 0  # positions of the sequence that were taken
     deferred: tuple[int, ...] = ()  # prompts taken from the sequence and not drawn yet
     failed: tuple[int, ...] = ()  # prompts of which every completion failed, in the order in which they did
 
@@ -44,8 +42,7 @@ def draw(
 ) -> tuple[tuple[PromptDraw, ...], PromptCursor]:
     """n prompts, and the cursor after them. The last min(again, queue) are failed prompts drawn anew, the others come from the sequence.
 
-    No prompt comes twice unless there are fewer than n, nor one of `avoid` as long as there are others. Numbers are unique over ranks
-    and over the run: the draws of this rank so far, times the number of ranks, plus the rank.
+    No prompt comes twice unless there are fewer than n, nor one of `avoid` as long as there are others. Numbers count the draws of the run.
     """
     repeated = [index for index in cursor.failed if index not in avoid][: min(again, n)]
     drawn, waiting, deferred, taken = set(repeated), list(cursor.deferred), [], cursor.taken
@@ -54,13 +51,13 @@ def draw(
         if waiting:
             index = waiting.pop(0)
         else:
-            index, taken = _at(order, taken * order.world + order.rank), taken + 1
+            index, taken = at(order, taken), taken + 1
         if _blocked(index, drawn, order.prompts) or _blocked(index, drawn | set(avoid), order.prompts):
             deferred.append(index)  # not skipped: every epoch trains on every prompt
             continue
         drawn.add(index)
         indices.append(index)
-    draws = tuple(PromptDraw(index, (cursor.drawn + i) * order.world + order.rank) for i, index in enumerate(indices + repeated))
+    draws = tuple(PromptDraw(index, cursor.drawn + i) for i, index in enumerate(indices + repeated))
     failed = tuple(index for index in cursor.failed if index not in repeated)
     return draws, PromptCursor(cursor.drawn + n, taken, (*deferred, *waiting), failed)
 
@@ -71,17 +68,18 @@ def with_failed(cursor: PromptCursor, indices: Collection[int]) -> PromptCursor:
 
 
 def progress(cursor: PromptCursor, order: PromptOrder) -> float:
-    """Epochs taken so far, as a fraction: all ranks count as having come as far as this one."""
-    return cursor.taken * order.world / order.prompts
+    """Epochs taken so far, as a fraction."""
+    return cursor.taken / order.prompts
+
+
+def at(order: PromptOrder, position: int) -> int:
+    """The prompt at a position of the sequence."""
+    epoch, place = divmod(position, order.prompts)
+    return _epoch(order.prompts, order.seed, epoch)[place] if order.shuffle else place
 
 
 def _blocked(index: int, drawn: set[int], total: int) -> bool:
     return index in drawn and len(drawn) < total
-
-
-def _at(order: PromptOrder, position: int) -> int:
-    epoch, place = divmod(position, order.prompts)
-    return _epoch(order.prompts, order.seed, epoch)[place] if order.shuffle else place
 
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins

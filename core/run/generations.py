@@ -18,8 +18,8 @@ from treetune.core.rollout.rewards import Rewards
 from treetune.core.rollout.sampler import Sampler
 from treetune.core.run import evaluation
 from treetune.core.run.observers import Observers
-from treetune.core.run.ranks import Ranks
-from treetune.core.run.rollouts import Layout, Rollouts, Sizes, gather_groups, largest
+from treetune.core.run.ranks import Ranks, every, share
+from treetune.core.run.rollouts import Layout, Rollouts, Sizes
 from treetune.core.run.source import Supply
 from treetune.core.state import TrainState
 
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 
     @property
     def prompts(self) -> int:
-        """Prompts of a step on one rank."""
+        """Prompts of a step that one rank trains on."""
         return self.micro_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -71,7 +71,7 @@ class Settings(NamedTuple):
 class Calls(NamedTuple):
     """What a run does with groups of completions.
 
-    advantage: rewards [P, G, K] of this rank -> [P, G]. old_logprobs: as of `feed.FeedCalls`. evaluated(state) -> further metrics of an
+    advantage: rewards [P, G, K] -> [P, G]. old_logprobs: as of `feed.FeedCalls`. evaluated(state) -> further metrics of an
     evaluation; None: no more than those of the rewards.
     """
 
@@ -101,7 +101,7 @@ def feed_settings(settings: Settings, total_steps: int, ranks: Ranks) -> FeedSet
     """How the feed of a rank draws and deals, in a run of so many steps."""
     fraction = settings.reroll_start_fraction
     return FeedSettings(
-        prompts=settings.prompts * settings.steps_per_generation,
+        prompts=settings.prompts * settings.steps_per_generation * ranks.row_ranks,
         steps=settings.steps_per_generation,
         iterations=settings.num_iterations,
         seed=settings.order_seed,
@@ -117,19 +117,17 @@ def feed_settings(settings: Settings, total_steps: int, ranks: Ranks) -> FeedSet
     )
 
 
-def supply(
-    data: Dataset, settings: Settings, players: Players, calls: Calls, *, ranks: Ranks, device: torch.device, observers: Observers
-) -> Supply:
+def supply(data: Dataset, settings: Settings, players: Players, calls: Calls, *, ranks: Ranks, observers: Observers) -> Supply:
     """Micro-batches and evaluation of what is sampled from prompts."""
     (sampler, rewards), plan = players, sizes(settings, len(data.train), ranks.row_ranks)
     feed_calls = FeedCalls(
         sampler.train,
         rewards.score,
-        calls.advantage,
+        lambda rewards: share(ranks, partial(calls.advantage, rewards)),  # decides what comes next, and may be the user's
         calls.old_logprobs,
-        lambda groups: rewards.measure(gather_groups(ranks, groups)),
+        rewards.measure,
         sampler.engine.snapshot,
-        partial(largest, ranks, device),
+        partial(every, ranks),
         observers.warn,
     )
     feed = Feed(data.train, feed_calls, feed_settings(settings, plan.total_steps, ranks))

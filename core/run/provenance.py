@@ -196,18 +196,18 @@ def _changes(earlier: Earlier, origin: Origin) -> list[resume_rules.Change]:
     )
 
 
-def check(origin: Origin, *, documents: dict[str, str], stream: str, sampled: bool = False) -> tuple[dict, list[str]]:
+def check(origin: Origin, *, documents: dict[str, str], stream: str) -> tuple[dict, list[str]]:
     """The record as a checkpoint's meta, and what changed since the one that the run goes on from, a line each.
 
-    documents: their fingerprints. stream: the one of earlier versions, over their lengths. sampled: whether the run learns from what it
-    samples, each process with a stream of its own. Errors: ValueError, one line, for what the checkpoint cannot be continued with.
+    documents: their fingerprints. stream: the one of earlier versions, over their lengths.
+    Errors: ValueError, one line, for what the checkpoint cannot be continued with.
     """
     now = origin.now._replace(documents=documents)
     meta = {KEY: now._asdict()}
-    return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), stream, sampled)
+    return meta, [] if origin.before is None else _compared(origin.before, origin._replace(now=now), stream)
 
 
-def _compared(earlier: Earlier, origin: Origin, stream: str, sampled: bool) -> list[str]:
+def _compared(earlier: Earlier, origin: Origin, stream: str) -> list[str]:
     now, rules = origin.now, origin.options.rules
     same = _old_same(earlier.meta, stream, origin) if earlier.old else _same(earlier.provenance, now)
     verdict = resume_rules.judge(changed := _changes(earlier, origin), now.options, rules, same=same)
@@ -218,7 +218,7 @@ def _compared(earlier: Earlier, origin: Origin, stream: str, sampled: bool) -> l
         problems += [text for what, text in WORDS.items() if earlier.provenance.words.get(what) != now.words.get(what)]
         lines += _quietly_changed(earlier.provenance, now)
     if earlier.provenance.processes != now.processes:
-        (problems if sampled else lines).append(f"{now.processes} processes instead of {earlier.provenance.processes}")
+        lines.append(f"{now.processes} processes instead of {earlier.provenance.processes}")
     _raise(earlier.path, problems)
     return lines
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from treetune.core import shard
 from treetune.core.data import loader
 from treetune.core.data.trees import TreeDoc
 from treetune.core.rollout.feed import Feed
@@ -44,7 +43,7 @@ class Layout(NamedTuple):
 
 
 class Rollouts:
-    """Groups of a feed as micro-batches. Owns the feed's threads: call close() when done.
+    """Groups of a feed as micro-batches, dealt to ranks. Owns the feed's threads: call close() when done.
 
     metrics() are those of the sampler since the last step; rewards are the names of the reward functions, in order.
     """
@@ -94,24 +93,23 @@ class Rollouts:
         silence, size = self.layout.silence, self.sizes.micro_batch_size
         ordered = groups if silence is None else sorted(groups, key=lambda group: not _has_signal(group))
         batches = []
-        for i in range(0, len(ordered), size):
-            part = ordered[i : i + size]
+        parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        for part in parts[self.ranks.row_rank :: self.ranks.row_ranks]:
             batch, plan = self.layout.collate([self.layout.document(group) for group in part], step)
             signal = silence is None or any(_has_signal(group) for group in part)
             batches.append((batch, plan) if signal or silence is None else silence(batch, plan))
         return batches
 
     def state(self) -> dict[str, Any]:
-        """The cursor, and what the feed of each rank needs to go on."""
-        return {"cursor": list(self.cursor), "rollout": every(self.ranks, self.feed.state())}
+        """The cursor, and what the feed needs to go on, the same on all ranks."""
+        return {"cursor": list(self.cursor), "rollout": self.feed.state()}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `state` gave. Errors: ValueError for the state of other prompts or options."""
-        mine = self.ranks.row_rank
-        if len(saved.get("rollout") or ()) <= mine:
-            raise ValueError(f"the checkpoint holds no rollouts of rank {mine}; it is of another kind of run")
+        if not (rollouts := saved.get("rollout")):
+            raise ValueError("the checkpoint holds no rollouts; it is of another kind of run")
+        self.feed.load(rollouts)
         self.index = saved["cursor"][-1]
-        self.feed.load(saved["rollout"][mine])
 
     def close(self) -> None:
         """End the threads of the feed."""
@@ -144,22 +142,6 @@ def _answer(group: Group, i: int, rewards: Sequence[str], step: int) -> dict[str
         "stopped": completion.stopped,
         "version": group.version,
     }
-
-
-def largest(ranks: Ranks, device: torch.device, value: int) -> int:
-    """The largest of a number over ranks."""
-    return int(shard.all_reduce(torch.tensor(value, device=device), "max", ranks.mesh))
-
-
-def over_ranks(ranks: Ranks, estimate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """Rewards [P, G, K] of this rank -> advantages [P, G], which `estimate` gives for the rewards of all ranks."""
-
-    def compute(rewards: np.ndarray) -> np.ndarray:
-        parts = every(ranks, rewards)
-        start = sum(len(part) for part in parts[: ranks.row_rank])
-        return estimate(torch.from_numpy(np.concatenate(parts))).numpy()[start : start + len(rewards)]
-
-    return compute
 
 
 def gather_groups(ranks: Ranks, groups: Sequence[Group]) -> list[Group]:

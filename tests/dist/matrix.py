@@ -13,8 +13,8 @@ METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
 NETS = ("grpo-judge", "ebft-host")  # with a reward model of a folder; with the features of a copy in the memory of the host
 TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"]}
 SHARDINGS = ("none", "moments", "gradients", "full")
-# What each method reads, and how it is asked for three steps (sampled completions: two).
-ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--max-steps", 2, "--val-set-size", 0]
+# What each method reads, and how it is asked for three steps.
+ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--val-set-size", 0]
 OWN = {
     "sft": ["--data", "text.jsonl", "--sequence-len", 64, "--no-sample-packing"], "dpo": ["--data", "pairs.jsonl", "--sequence-len", 64],
     "kto": ["--data", "judged.jsonl", "--sequence-len", 64], "reward": ["--data", "pairs.jsonl", "--sequence-len", 64],
@@ -38,7 +38,7 @@ def spread(completions):
 def prepare(root: Path, tokenizer) -> None:
     """A folder with a tiny model and rows for every method: five to train on, one held out.
 
-    Of prompts there are enough for two steps: where a pass over them ends within one, a process of its own has no prompt twice in it.
+    A pass over the prompts ends within a step; four ranks have fewer of them than two steps take.
     """
     from treetune.models import heads, hf, llama
 
@@ -53,8 +53,8 @@ def prepare(root: Path, tokenizer) -> None:
     judged = [{"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)} for i, row in enumerate(pairs)]
     sets = {
         "text": [{"text": f"Row {i}: {one}, which is more"} for i, one in enumerate(long[:6])], "pairs": pairs, "judged": judged,
-        "prompts": [{"prompt": row["prompt"] + row["chosen"][:9]} for row in every],
-        "answers": [{"input": row["prompt"] + row["chosen"][:5], "output": row["chosen"]} for row in every],
+        "prompts": [{"prompt": row["prompt"] + row["chosen"][:9]} for row in every[:5]],
+        "answers": [{"input": row["prompt"] + row["chosen"][:5], "output": row["chosen"]} for row in every[:5]],
     }  # fmt: skip
     for name, rows in sets.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 import time
 
 import numpy as np
@@ -65,6 +66,32 @@ def relogp(policy, groups) -> list[group.Group]:
 def make(n: int, *, sampler=sample, scorer=score, advantages=advantage, relogged=relogp, say=lambda text: None, more=None, **options):
     calls = feed.FeedCalls(sampler, scorer, advantages, relogged, warn=say)._replace(**more or {})
     return feed.Feed(prompts(n), calls, feed.FeedSettings(**options))
+
+
+def on_ranks(world: int, run) -> list:
+    """run(rank, gather) of each rank in a thread of its own; gather(value) -> the values of all."""
+    barrier, values, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
+
+    def work(rank: int) -> None:
+        def gather(value):
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
+            return found
+
+        try:
+            results[rank] = run(rank, gather)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    return results
 
 
 def line(result) -> str:

@@ -21,7 +21,7 @@ spec.loader.exec_module(scene)
     [
         {"prompts": 4},
         {"prompts": 4, "steps": 2, "iterations": 2} | scene.ALL,
-        {"prompts": 6, "steps": 3, "chunk": 2, "rank": 1, "world": 2} | scene.ALL,
+        {"prompts": 6, "steps": 3, "chunk": 2} | scene.ALL,
         {"prompts": 6, "iterations": 2, "replay_size": 4, "reroll_from": 1, "epochs_shuffle": False},
         {"prompts": 12, "steps": 2, "seed": 7} | scene.ALL,
     ],
@@ -39,27 +39,24 @@ def test_a_stream_goes_on_exactly_from_every_position(options):
     whole.close()
 
 
-def test_seed_and_rank_change_the_stream():
-    options = {"prompts": 4, "world": 2}
-    first = [scene.line(scene.make(10, **options | more).next(0, 0)) for more in ({}, {"seed": 1}, {"rank": 1})]
-    assert len(set(first)) == 3
+def test_the_seed_changes_the_stream():
+    first = [scene.line(scene.make(10, prompts=4, **more).next(0, 0)) for more in ({}, {"seed": 1})]
+    assert len(set(first)) == 2
 
 
-@pytest.mark.parametrize("n, size, world", [(7, 3, 1), (10, 4, 1), (5, 5, 1), (9, 4, 2), (2, 1, 4), (3, 5, 1)])
-def test_every_epoch_has_every_prompt_on_all_ranks_together(n, size, world):
-    numbers = []
+@pytest.mark.parametrize("n, size", [(7, 3), (10, 4), (5, 5), (2, 1), (3, 5)])
+def test_every_epoch_has_every_prompt(n, size):
     sequence = [index for epoch in range(40) for index in order.permutation(n, 3, epoch, prompt_order.PROMPTS)]
-    for rank in range(world):
-        deck, stream, drawn = prompt_order.PromptOrder(n, seed=3, rank=rank, world=world), prompt_order.PromptCursor(), Counter()
-        for _ in range(12):
-            draws, stream = prompt_order.draw(stream, deck, size)
-            drawn.update(one.index for one in draws)
-            numbers += [one.number for one in draws]
-            assert len({one.index for one in draws}) == min(size, n)
-        # What was drawn or waits to be is this rank's part of all epochs, each of which has every prompt once.
-        assert drawn + Counter(stream.deferred) == Counter(sequence[rank::world][: stream.taken])
-        assert stream.taken >= 12 * size and len(stream.deferred) < n
-    assert len(set(numbers)) == len(numbers) == 12 * size * world
+    deck, stream, drawn, numbers = prompt_order.PromptOrder(n, seed=3), prompt_order.PromptCursor(), Counter(), []
+    for _ in range(12):
+        draws, stream = prompt_order.draw(stream, deck, size)
+        drawn.update(one.index for one in draws)
+        numbers += [one.number for one in draws]
+        assert len({one.index for one in draws}) == min(size, n)
+    # What was drawn or waits to be is what was taken of all epochs, each of which has every prompt once.
+    assert drawn + Counter(stream.deferred) == Counter(sequence[: stream.taken])
+    assert stream.taken >= 12 * size and len(stream.deferred) < n
+    assert numbers == list(range(12 * size))
 
 
 def test_an_order_that_is_not_shuffled_is_that_of_the_data():
@@ -200,7 +197,7 @@ def test_metrics_are_those_of_the_groups_as_sampled():
 
 def test_a_state_of_another_run_is_refused():
     state = scene.make(10, prompts=4).state()
-    for n, options, name in ((11, {"prompts": 4}, "data"), (10, {"prompts": 2}, "prompts"), (10, {"prompts": 4, "world": 2}, "world")):
+    for n, options, name in ((11, {"prompts": 4}, "data"), (10, {"prompts": 2}, "prompts"), (10, {"prompts": 4, "seed": 2}, "seed")):
         with pytest.raises(ValueError, match=f"other values of .*{name}"):
             scene.make(n, **options).load(state)
 
@@ -212,6 +209,7 @@ def test_a_state_of_another_run_is_refused():
         ({"prompts": 4, "steps": 3}, "4 prompts in 3 steps"),
         ({"prompts": 4, "iterations": 0}, "iterations is 0"),
         ({"prompts": 4, "rank": 2, "world": 2}, "rank is 2 of 2"),
+        ({"prompts": 4, "world": 3}, "4 prompts on 3 ranks: expected a multiple"),
         ({"prompts": 4, "prefetch_depth": -1}, "prefetch_depth is -1"),
     ],
 )

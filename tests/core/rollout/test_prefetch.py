@@ -140,7 +140,7 @@ def test_without_a_snapshot_the_sampler_gets_no_policy():
     assert set(seen) == {None}
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 2}, {"chunk": 3, "steps": 2, "iterations": 2}, {"rank": 1, "world": 2}])
+@pytest.mark.parametrize("options", [{}, {"chunk": 2}, {"chunk": 3, "steps": 2, "iterations": 2}])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_prompts_and_numbers_are_those_of_the_synchronous_feed(depth, options):
     plain, ahead = scene.make(10, prompts=4, **options), scene.make(10, prompts=4, prefetch_depth=depth, **options)

@@ -50,7 +50,7 @@ def test_steps_are_those_of_whole_generations_or_as_many_as_are_asked_for():
 
 def test_the_feed_is_told_what_the_options_say():
     told = generations.feed_settings(PLAIN._replace(steps_per_generation=5, seed=9, shuffle=False), 100, Ranks(1, 2, None))
-    assert (told.prompts, told.steps, told.seed, told.epochs_shuffle, told.rank, told.world) == (30, 5, 9, False, 1, 2)
+    assert (told.prompts, told.steps, told.seed, told.epochs_shuffle, told.rank, told.world) == (60, 5, 9, False, 1, 2)
     assert told.reroll_from is None and told.prefetch_depth == told.chunk == told.replay_size == 0
     ahead = PLAIN._replace(async_prefetch=True, prefetch_depth=2, streaming_partial_batch=True, streaming_min_groups=3)
     told = generations.feed_settings(ahead._replace(reroll_start_fraction=0.5, replay_buffer_size=8), 100, Ranks(0, 1, None))
