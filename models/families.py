@@ -29,7 +29,8 @@ from treetune.models import (
     tensor_rules,
 )
 from treetune.models.dense import Cache, Config, LogitMap, Out, Training
-from treetune.ops import attention, magnitude, tensor_parallel
+from treetune.ops import attention, context_parallel, magnitude, tensor_parallel
+from treetune.ops.context_parallel import Part
 from treetune.ops.linear_logprob import TokenStats, linear_logprob
 from treetune.ops.split_logprob import split_logprob
 
@@ -205,23 +206,44 @@ def logprobs(
     # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
-    return _Head(model, cfg, weights, lora).stats(model.read(hidden, batch, cfg, lora), batch["targets"], temperature, want)
+    return _Head(model, cfg, weights, lora, plan).read(hidden, batch, temperature, want)
 
 
 class _Head:
-    """The output matrix of a model, or the rows of it that this rank has, gathered once for several reads."""
+    """The output matrix of a model, or the rows of it that this rank has, gathered once for several reads.
 
-    def __init__(self, model: Family, cfg: Config, weights: Params, lora: Lora | None):
+    Ranks that share a stream share what is read of it, too.
+    """
+
+    def __init__(self, model: Family, cfg: Config, weights: Params, lora: Lora | None, plan: attention.Plan):
+        self.model, self.cfg, self.lora, self.sharing = model, cfg, lora, plan.part and plan.part.split
         self.rule, self.vocabulary, self.split = model.logit_map(cfg), cfg.vocab_size, tensor_rules.split_of(weights)
         self.weight = model.head(weights, cfg, lora)
 
-    def stats(self, rows: Tensor, targets: Tensor, temperature: float, want: tuple[str, ...] = ()) -> TokenStats:
-        """Log-probs of targets [N] and the statistics in `want`, of hidden states [N, D]."""
+    def read(self, hidden: Tensor, batch: dict, temperature: float, want: tuple[str, ...] = ()) -> TokenStats:
+        """Log-probs of `targets` [N] and the statistics in `want`, of rows `at` [N] of the hidden states [T, D]."""
+        at, targets = batch["at"], batch["targets"]
+        part = Part(self.sharing, len(at)) if self.sharing and len(at) else None
+        rows = self.model.read(hidden, batch | {"at": context_parallel.own(part, at)}, self.cfg, self.lora)
+        own = self._stats(rows, context_parallel.own(part, targets), temperature, want)
+        return own if part is None else _joined(part, own)
+
+    def _stats(self, rows: Tensor, targets: Tensor, temperature: float, want: tuple[str, ...]) -> TokenStats:
         options = _logit_options(self.rule, temperature)
         if self.split is None:
             return linear_logprob(rows, self.weight, targets, **options, want=want)
         (rows,) = tensor_parallel.enter(self.split, rows)
         return split_logprob(rows, self.weight, targets, split=self.split, vocabulary=self.vocabulary, **options, want=want)
+
+
+def _joined(part: Part, own: TokenStats) -> TokenStats:
+    """Statistics [N] of all rows, of which each rank has made those of its own [n]."""
+    names = [name for name, value in own._asdict().items() if value is not None]
+    made = [getattr(own, name) for name in names]
+    wide = next(value.dtype for value in made if value.is_floating_point())
+    every = zip(context_parallel.joined(part, *(value.to(wide) for value in made)), made, strict=True)
+    whole = [value if mine.requires_grad else value.detach().to(mine.dtype) for value, mine in every]
+    return TokenStats(**dict(zip(names, whole, strict=True)))
 
 
 def _logit_options(rule: LogitMap, temperature: float) -> dict[str, Any]:
@@ -249,7 +271,7 @@ def logprobs_routed(
     model = MODELS[family]
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
     out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True})
-    stats = _Head(model, cfg, weights, lora).stats(model.read(out.hidden, batch, cfg, lora), batch["targets"], temperature, want)
+    stats = _Head(model, cfg, weights, lora, plan).read(out.hidden, batch, temperature, want)
     return stats, [logits[batch["at"]] for logits in out.routing]
 
 
@@ -271,10 +293,9 @@ def logprobs_beside(
     """
     model = MODELS[family]
     hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training).hidden
-    head = _Head(model, cfg, weights, lora)
-    stats = head.stats(model.read(hidden, batch, cfg, lora), batch["targets"], temperature, want)
-    prompt_rows = model.read(hidden, batch | {"at": batch["prompt_at"]}, cfg, lora)
-    return stats, head.stats(prompt_rows, batch["prompt_targets"], 1.0)
+    head = _Head(model, cfg, weights, lora, plan)
+    prompts = batch | {"at": batch["prompt_at"], "targets": batch["prompt_targets"]}
+    return head.read(hidden, batch, temperature, want), head.read(hidden, prompts, 1.0)
 
 
 def document_logits(model: Model, tokens: Tensor, *, lora: Lora | None = None) -> Tensor:
