@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from treetune.cli import document_source, memory_rows, resume_options, rollout_source
 from treetune.cli.methods import parts as method_parts
@@ -162,7 +163,7 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     words = _load_words(run)
     data = _read(run, words.tokenizer, source)
     model, start = _load_model(run, words, data if source is None else None)
-    start = _sharing_streams(run, start)
+    start = sharing_streams(run.ranks.mesh, start)
     if source is None and run.method.data not in rollout_source.READERS:
         document_source.check_fits(run, model.cfg, data.train + data.val)
     stop_ids = tokenizers.stop_ids(config.model.model, words.tokenizer, revision=config.model.revision)
@@ -176,9 +177,8 @@ def _load(run: TrainRun, source: Source | None) -> Pieces:
     return Pieces(parts._replace(policy=placed), data, origin, stop_ids)
 
 
-def _sharing_streams(run: TrainRun, start: Policy) -> Policy:
+def sharing_streams(mesh: DeviceMesh | None, start: Policy) -> Policy:
     """The policy with the ranks along `context` that share each of its streams. Errors: ValueError for modules that read whole ones."""
-    mesh = run.ranks.mesh
     if mesh is None or shard.size(mesh, "context") == 1:
         return start
     if not isinstance(start.cfg, Config):

@@ -45,10 +45,9 @@ def _shape(leaf: DTensor) -> tuple[int, ...]:
     if not any(spec.is_shard() for spec in others):
         return tuple(leaf.shape)
     from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     whole = [Replicate() if name == AXIS else spec for name, spec in zip(mesh.mesh_dim_names or (), leaf.placements, strict=True)]
-    return tuple(compute_local_shape_and_global_offset(leaf.shape, mesh, whole)[0])
+    return shard.part_of(tuple(leaf.shape), mesh, whole)[0]
 
 
 def _by_mesh(leaves: Mapping[str, DTensor]) -> dict[DeviceMesh, list[str]]:

@@ -41,13 +41,11 @@ class Partition(NamedTuple):
 
     def box(self, path: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """What of a leaf this rank holds, along its first dimensions; None where it holds all."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         specs = self.placements(path, shape)
         dims = [spec.dim for spec in specs if spec.is_shard()]
         if not dims:
             return None
-        own, first = compute_local_shape_and_global_offset(torch.Size(shape), self.device_mesh, specs)
+        own, first = shard.part_of(shape, self.device_mesh, specs)
         return tuple(slice(begin, begin + size) for begin, size in list(zip(first, own, strict=True))[: max(dims) + 1])
 
     def split(self, path: str, leaf: Any) -> Any:

@@ -278,9 +278,22 @@ def first_places(leaf: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a leaf begins along each dimension."""
     if not distributed(leaf):
         return (0,) * leaf.ndim
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    return part_of(tuple(leaf.shape), leaf.device_mesh, leaf.placements)[1]
 
-    return tuple(compute_local_shape_and_global_offset(leaf.shape, leaf.device_mesh, leaf.placements)[1])
+
+def part_of(shape: tuple[int, ...], device_mesh: DeviceMesh, specs: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this rank's part of a leaf, and where it begins along each dimension, as `torch.chunk` deals rows of each axis in turn.
+
+    torch's own `compute_local_shape_and_global_offset` reads numbers of a tensor, which a planned run has not.
+    """
+    own, first = list(shape), [0] * len(shape)
+    for axis, spec in enumerate(specs):
+        if spec.is_shard():
+            size = own[spec.dim]
+            most = -(-size // device_mesh.size(axis))
+            begin = min(size, most * device_mesh.get_local_rank(axis))
+            own[spec.dim], first[spec.dim] = min(most, size - begin), first[spec.dim] + begin
+    return tuple(own), tuple(first)
 
 
 def parts(leaf: Tensor) -> int:

@@ -23,6 +23,7 @@ FREE = frozenset({
     "_reshape_alias", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "_unsafe_view",
     "unsqueeze", "view", "view_as_complex", "view_as_real",
 })  # fmt: skip
+MESSAGE = "message along "  # what ranks send one another, by axis
 LOOKED_UP = frozenset({"embedding", "index", "index_select", "gather"})  # of the source only what comes out is read
 WRITTEN = frozenset({"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "zero_", "fill_", "arange"})
 ATTENTION = frozenset({"aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_fused_attention_overrideable"})
@@ -98,6 +99,8 @@ class Census(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and count it."""
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # what it does to the part of this rank comes here
         kwargs, schema = kwargs or {}, func._schema
         shape_of = _nothing if schema.name.startswith("aten::_fused_ad") else SHAPES.get((schema.name, schema.overload_name))
         out = func(*args, **kwargs) if shape_of is None else shape_of(args)
@@ -112,6 +115,10 @@ class Census(TorchDispatchMode):
         """Count a kernel that is not launched: each of its tensors is read or written once. `ops.backend.counting` calls this."""
         moved = {id(tensor): size(tensor) for tensor in tensors(args)}
         self.add(name, Cost(KERNELS[name](args) if name in KERNELS else 0.0, sum(moved.values()), 1))
+
+    def sent(self, axis: str, size: float) -> None:
+        """Count a message along an axis of a mesh, with the bytes that pass the link."""
+        self.add(MESSAGE + axis, Cost(bytes=size, launches=1))
 
     def add(self, name: str, cost: Cost) -> None:
         """Count a cost by name."""

@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
 def sequence_rows(lens: Tensor, at: Tensor, prompt_lens: Tensor | None = None) -> SequenceRows:
     """Sequences of these lengths [B], whose rows are at [N]; without prompt_lens nothing of them is a prompt."""
-    seq = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(lens)
+    seq = torch.arange(lens.shape[0], device=lens.device).repeat_interleave(lens, output_size=at.shape[0])
     return SequenceRows(at, seq, lens, torch.zeros_like(lens) if prompt_lens is None else prompt_lens)
 
 

@@ -123,7 +123,7 @@ def rows_of(x: Any, rows: slice) -> Any:
 
 
 def _store(block: Tensor, value: Tensor) -> None:
-    if value.data_ptr() != block.data_ptr():
+    if value.untyped_storage()._cdata != block.untyped_storage()._cdata:
         block.copy_(value)
 
 

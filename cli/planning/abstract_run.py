@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from treetune.cli import assembly
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import optim
-from treetune.cli.planning import documents
-from treetune.core import grad, quant, step, tree
+from treetune.cli.planning import absent_ranks, documents, strided_step
+from treetune.core import ckpt_parts, grad, optim_parts, quant, shard, step, tree
 from treetune.core.data.prompts import Prompt
 from treetune.core.param import Param, Params
-from treetune.core.run.ranks import ALONE
+from treetune.core.partition import Partition
+from treetune.core.run.ranks import Ranks
 from treetune.core.state import TrainState
-from treetune.models import MODELS, Model, batches, memory, policy, quantised
+from treetune.models import MODELS, Model, batches, memory, policy, quantised, tensor_rules
 from treetune.models.adapter import Base
 from treetune.models.census import Census, Cost
 from treetune.models.dense import Config
@@ -37,11 +38,30 @@ class Shapes(NamedTuple):
     abstract: Params
 
 
+class Axes(NamedTuple):
+    """The ranks of a run, from the outermost axis of their mesh: how many, and what is split along `data` (as of --sharding)."""
+
+    tensor: int = 1
+    replicate: int = 1
+    context: int = 1
+    data: int = 1
+    sharding: str = "none"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those with several ranks."""
+        return {name: size for name, size in zip(self._fields[:-1], self[:-1], strict=True) if size > 1}
+
+
+ONE = Axes()
+
+
 class Counted(NamedTuple):
-    """What a step takes. micro: the cost of a micro-batch by op; update: what there is once a step.
+    """What a step takes of one rank, the one that has most. micro: the cost of a micro-batch by op; update: what there is once a step.
 
     peaks: the most memory in each part of the step. trees: bytes of the state by part. trained: numbers that
-    train. tokens: of a micro-batch, branches included.
+    train, on all ranks together; own: those of this rank. saved: bytes that it writes into a checkpoint.
+    tokens: of a micro-batch, branches included. rollouts: T, R, G of `strided_step`.
     """
 
     micro: Costs
@@ -49,7 +69,10 @@ class Counted(NamedTuple):
     peaks: dict[str, float]
     trees: dict[str, float]
     trained: float
+    own: float
+    saved: float
     tokens: int
+    rollouts: tuple[int, int, int]
 
     @property
     def peak(self) -> int:
@@ -74,61 +97,72 @@ def shapes(family: str, cfg: Config, dtype: torch.dtype) -> Shapes:
     return Shapes(family, cfg, MODELS[family].abstract(cfg, dtype=dtype))
 
 
-def count(method: Method, config: Any, model: Shapes, *, gpu: bool) -> Counted:
-    """A step of two micro-batches, or of the one that it has, as a GPU or this CPU would compute it.
+def count(method: Method, config: Any, model: Shapes, *, gpu: bool, axes: Axes = ONE) -> Counted:
+    """A step of two micro-batches, or of the one that it has, as a GPU or this CPU would compute it, one of so many.
 
     Errors: ValueError as those of the run itself.
     """
-    _check(method, model.family)
+    _check(model.family)
     period = _period(model.cfg)
     few = [period * part for part in LAYERS]
     if period and model.cfg.num_layers > few[1] + period and not _by_layer(config):
-        less, more = (_count(method, config, _cut(model, layers), gpu=gpu) for layers in few)
+        less, more = (_count(method, config, _cut(model, layers), gpu, axes) for layers in few)
         return _extrapolated(less, more, few, model.cfg.num_layers)
-    return _count(method, config, model, gpu=gpu)
+    return _count(method, config, model, gpu, axes)
 
 
-def _check(method: Method, family: str) -> None:
+def _check(family: str) -> None:
     """Raise ValueError for a run whose step cannot be counted."""
-    if method.data == "strided":
-        raise ValueError("the strided mode of ebft samples within its step, which is not counted yet: plan it as --mode structured")
     if not dict.__contains__(MODELS, family):
         raise ValueError(
             f"a {family} model is computed by modules of transformers, which are not counted: treetune info MODEL tells the memory of a run"
         )
 
 
-def _count(method: Method, config: Any, model: Shapes, *, gpu: bool) -> Counted:
+def _count(method: Method, config: Any, model: Shapes, gpu: bool, axes: Axes) -> Counted:
     number = min(2, config.optim.gradient_accumulation_steps)
     _warm(quantised.of(config.model), config.optim.optimizer)
-    with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode:
-        parts, state, optimizer = _assemble(method, config, model)
-        seen, trees = Census(grad.tensors(state)), _trees(state)
-    micro = _micro_batch(method, config, parts, model.cfg)
-    marks: list[Costs] = []
+    with absent_ranks.joined(axes.sizes, copies=not gpu) as ranks:
+        with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode:
+            parts, state, optimizer = _assemble(method, config, model, ranks, axes.sharding)
+            seen, trees = Census(_local(state)), _trees(state)
+        saved = sum(part.values.nbytes for part in ckpt_parts.own(state, 0).parts.values())
+        micro, rollouts = _micro_batch(method, config, parts, parts.policy.cfg), (0, 0, 0)
+        if method.data == "strided":
+            prepare, rollouts = strided_step.prepared(cast(Any, parts.prepare).args[0], micro)
+            parts = parts._replace(prepare=prepare)
+        marks: list[Costs] = []
 
-    def terms(*inputs: Any) -> Any:
-        marks.append(dict(seen.by))
-        seen.live.enter("forward")
-        out = parts.objective.terms(*inputs)
-        seen.live.enter("backward")
-        return out
+        def terms(*inputs: Any) -> Any:
+            marks.append(dict(seen.by))
+            seen.live.enter("forward")
+            out = parts.objective.terms(*inputs)
+            seen.live.enter("backward")
+            return out
 
-    def update(*inputs: Any) -> Any:
-        marks.append(dict(seen.by))
-        seen.live.enter("update")
-        return optimizer.update(*inputs)
+        def update(*inputs: Any) -> Any:
+            marks.append(dict(seen.by))
+            seen.live.enter("update")
+            return optimizer.update(*inputs)
 
-    objective, updating = parts.objective._replace(terms=terms), optimizer._replace(update=update)
-    run = step.make_step(objective, updating, schedule=_rate, clip=config.optim.max_grad_norm or None, prepare=parts.prepare)
-    with mode, seen, backend.counting(seen.told, gpu=gpu):
-        run(state, [micro] * number)
+        splits = {"mesh": ranks.mesh, "split_gradients": axes.sharding == "gradients" and ranks.mesh is not None}
+        clip = config.optim.max_grad_norm or None
+        objective, updating = parts.objective._replace(terms=terms), optimizer._replace(update=update)
+        run = step.make_step(objective, updating, schedule=_rate, clip=clip, prepare=parts.prepare, **splits)
+        with absent_ranks.telling(ranks, seen.sent), mode, seen, backend.counting(seen.told, gpu=gpu):
+            run(state, [micro] * number)
     before, first = marks[0], _less(marks[1], marks[0])
     each = _sum(first, before, 1 / number)
     rest = _sum(seen.by, each, -number)
-    trained = sum(leaf.numel() for leaf in tree.leaves(state.params))
+    leaves = tree.leaves(state.params)
+    trained, own = sum(leaf.numel() for leaf in leaves), sum(shard.local(leaf).numel() for leaf in leaves)
     seen.live.enter("after")
-    return Counted(each, rest, dict(seen.live.peaks), trees, trained, _tokens(micro))
+    return Counted(each, rest, dict(seen.live.peaks), trees, trained, own, saved, _tokens(micro) + rollouts[1] * rollouts[2], rollouts)
+
+
+def _local(part: Any) -> list[torch.Tensor]:
+    """What of some trees is on this rank."""
+    return [shard.local(tensor) for tensor in grad.tensors(part)]
 
 
 def _period(cfg: Any) -> int:
@@ -169,8 +203,8 @@ def _extrapolated(less: Counted, more: Counted, few: list[int], layers: int) -> 
             return {name: along(before.get(name, Cost() if isinstance(value, Cost) else 0), value) for name, value in after.items()}
         return Cost(*map(along, before, after)) if isinstance(after, Cost) else after + times * (after - before)
 
-    micro, update, peaks, trees, trained = (along(*pair) for pair in zip(less[:-1], more[:-1], strict=True))
-    return Counted(micro, update, peaks, trees, trained, more.tokens)
+    micro, update, peaks, trees, trained, own, saved = (along(*pair) for pair in zip(less[:-2], more[:-2], strict=True))
+    return Counted(micro, update, peaks, trees, trained, own, saved, more.tokens, more.rollouts)
 
 
 def _warm(scheme: quant.Scheme | None, optimizer: str) -> None:
@@ -199,11 +233,16 @@ def _rate(number: torch.Tensor) -> torch.Tensor:
     return torch.tensor(1e-3)
 
 
-def _assemble(method: Method, config: Any, model: Shapes) -> tuple[Parts, TrainState, Any]:
-    start = _policy(method, config, model)
-    setting = Setting(CPU, ALONE, ROWS, [], _nothing, _nothing)
-    parts = method.parts(config, start, setting)
+def _assemble(method: Method, config: Any, model: Shapes, ranks: Ranks, sharding: str) -> tuple[Parts, TrainState, Any]:
+    """The method, the state and the optimiser of a rank, as `cli.assembly` makes them."""
+    home = tensor_rules.home(ranks.mesh, sharding)
+    tensor_rules.check(model.cfg, home, "this model")
+    start = assembly.sharing_streams(ranks.mesh, _policy(method, config, model, home))
+    parts = method.parts(config, start, Setting(CPU, ranks, ROWS, [], _nothing, _nothing))
+    parts = parts._replace(policy=policy.place(parts.policy, ranks.mesh, sharding))
     optimizer = optim.build(config.optim)
+    if sharding in ("moments", "gradients") and ranks.mesh is not None:
+        optimizer = optim_parts.parted(optimizer, shard.splitting(ranks.mesh))
     params = parts.policy.params
     return parts, TrainState(params, parts.policy.frozen, optimizer.init(params), parts.extra, torch.tensor(0)), optimizer
 
@@ -212,10 +251,14 @@ def _nothing(text: str) -> None:
     pass
 
 
-def _policy(method: Method, config: Any, model: Shapes) -> Policy:
+def _policy(method: Method, config: Any, model: Shapes, home: Partition | None) -> Policy:
     scheme = quantised.of(config.model)
-    chosen, items = set() if scheme is None else quantised.paths(model.abstract, scheme), tree.items(model.abstract)
-    leaves = [(path, _empty(leaf) if scheme is None or path not in chosen else _quantised(leaf, scheme)) for path, leaf in items]
+    chosen = set() if scheme is None else quantised.paths(model.abstract, scheme)
+
+    def made(path: str, leaf: Param) -> Any:
+        return _quantised(leaf, scheme) if scheme is not None and path in chosen else _empty(path, leaf, home)
+
+    leaves = [(path, made(path, leaf)) for path, leaf in tree.items(model.abstract)]
     base = Model(model.family, model.cfg, tree.from_items(leaves))
     options = getattr(config, "adapter", None)
     if options is None or options.adapter == "none":
@@ -226,8 +269,14 @@ def _policy(method: Method, config: Any, model: Shapes) -> Policy:
     return policy.adapt(base, spec, base=Base("", ""), seed=0, head=method.head)
 
 
-def _empty(leaf: Param) -> torch.Tensor:
-    return torch.empty(leaf.shape, dtype=leaf.dtype)
+def _empty(path: str, leaf: Param, home: Partition | None) -> torch.Tensor:
+    """A leaf, or this rank's part of it."""
+    box = None if home is None else home.box(path, leaf.shape)
+    if home is None or box is None:
+        return torch.empty(leaf.shape, dtype=leaf.dtype)
+    shape = [range(*one.indices(size)) for one, size in zip(box, leaf.shape, strict=False)]
+    part = torch.empty([*map(len, shape), *leaf.shape[len(box) :]], dtype=leaf.dtype)
+    return home.joined(path, part, leaf.shape)
 
 
 def _quantised(leaf: Param, scheme: quant.Scheme) -> quant.Quantised:
@@ -257,7 +306,7 @@ def _trees(state: TrainState) -> dict[str, float]:
     seen: set[int] = set()
 
     def bytes_of(part: Any) -> float:
-        new = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in grad.tensors(part)}
+        new = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _local(part)}
         own = sum(size for key, size in new.items() if key not in seen)
         seen.update(new)
         return own

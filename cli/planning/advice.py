@@ -1,18 +1,20 @@
 """What would make a run fit: changes of its options, alone or two at a time, the fastest first."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from treetune.cli import memory_ladder
+from treetune.cli import memory_ladder, requirements
 from treetune.cli.planning import estimate
 from treetune.cli.planning.estimate import Estimate, Place, Run
 from treetune.core.config import table
-from treetune.models import memory
+from treetune.models import memory, tensor_rules
 
 SHOWN = 3
-TRIED = 4  # changes that are counted, of those that formulas say would fit
+RANKS, SPLITS = (2, 4, 8), (2, 4)  # devices, and of these so many for each layer
+TRIED = 8  # changes that are counted, of those that formulas say would fit
 NEAR, TIGHT = 1.1, 0.92  # of the room: by formulas, as counting decides; above the second fragments may not fit
 
 
@@ -44,12 +46,12 @@ def advise(run: Run, place: Place) -> list[Advice]:
 def _fitting(run: Run, place: Place, changes: list[Change]) -> list[Advice]:
     """Those that fit by a count, of those that formulas say are near."""
     base, room = _formula(run, place), place.device.room
-    real = estimate.estimate(run, estimate.counted(run, place.device), place).peak
+    real = estimate.estimate(run, estimate.counted(run, place), place).peak
     out = []
     guesses = [(real * _formula(changed(run, one.values), one.place) / base, one) for one in changes]
     for _, one in [pair for pair in guesses if pair[0] < NEAR * room][:TRIED]:
         other = changed(run, one.values)
-        taken = estimate.estimate(other, estimate.counted(other, one.place.device), one.place)
+        taken = estimate.estimate(other, estimate.counted(other, one.place), one.place)
         if taken.peak <= TIGHT * room:
             out.append(Advice(one, taken))
     return out
@@ -61,8 +63,9 @@ def _formula(run: Run, place: Place) -> float:
     optimizer = run.config.optim.optimizer
     setup = setup._replace(state_bytes=memory_ladder.state_bytes(optimizer), paged=optimizer.startswith("paged_"))
     of_run = memory.table(model.abstract, model.cfg, setup)
-    shared = of_run.held * (1 - 1 / place.parts) if place.sharding == "full" else 0
-    return max(1.0, of_run.peak - shared)
+    rest = of_run.peak - of_run.held
+    # Each rank computes its part of a layer, or of the tokens.
+    return max(1.0, of_run.held / place.shares + rest / place.tensor / place.context)
 
 
 def changed(run: Run, values: dict[str, Any]) -> Run:
@@ -78,13 +81,36 @@ def changed(run: Run, values: dict[str, Any]) -> Run:
 
 def _changes(run: Run, place: Place) -> Iterator[Change]:
     values, device = table.flatten(run.config), "cuda" if place.device.gpu else "cpu"
+    if place.ranks > 1:
+        yield from _meshes(run, place)  # of the devices that are there
     for flags, cost, new in memory_ladder.changes(values, device):
         yield Change(flags, cost, new, place)
-    if place.device.gpu:
-        for ranks in (2, 4, 8):
-            if ranks > place.ranks or place.sharding != "full":
-                more = place._replace(ranks=max(ranks, place.ranks), sharding="full", copies=1)
-                yield Change(f"--nproc {more.ranks} --sharding full", "each holds a part of what trains", {}, more)
+    if place.ranks == 1 and place.device.gpu:
+        yield from _meshes(run, place)
+
+
+def _meshes(run: Run, place: Place) -> Iterator[Change]:
+    """Other meshes: weights split along `data`, layers along `tensor`, or both; of as many devices, and of more."""
+    for ranks in dict.fromkeys(max(ranks, place.ranks) for ranks in RANKS):
+        whole = Place(place.device, ranks, "full")
+        yield from _mesh(run, place, whole, "--sharding full", "each holds a part of what trains")
+        for tensor in (size for size in SPLITS if ranks % size == 0):
+            split = Place(place.device, ranks, "full" if tensor < ranks else "none", tensor=tensor)
+            shard = f"--shard tensor={tensor}" + f",data={split.parts}" * (split.parts > 1)
+            yield from _mesh(run, place, split, shard, f"each computes 1/{tensor} of a layer of the same rows")
+
+
+def _mesh(run: Run, place: Place, other: Place, flags: str, cost: str) -> Iterator[Change]:
+    """A change to another mesh, where the run and its model go with it."""
+    nodes = run.config.run.nnodes
+    start = {"nproc": other.ranks // nodes, "sharding": other.sharding, "shard": (flags.removeprefix("--shard "),)}
+    if other.tensor == 1:
+        start |= {"shard": ()}
+    if other.ranks % nodes or other.shares <= place.shares or (other.tensor > 1 and tensor_rules.refusal(run.cfg, other.tensor)):
+        return
+    with contextlib.suppress(ValueError):
+        requirements.check(changed(run, start).config, run.method, frozenset())
+        yield Change(f"--nproc {other.ranks // nodes} {flags}", cost, {}, other)
 
 
 def _both(one: Change, other: Change) -> Change | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli.methods.method import Method, resolve
-from treetune.cli.options import meshes
 
 HELP = "say what a run would take, and on which device it fits: treetune plan run.yaml"
 USAGE = """usage: treetune plan FILE|METHOD [--on DEVICE ...] [--nproc N] [--memory SIZE] [options of the method]
@@ -75,13 +74,9 @@ def run(asked: Asked, config: Any, method: Method) -> int:
         this = estimate.Run(method, config, family, cfg)
         chosen = [devices.named(name) for name in asked.devices or devices.NAMES]
         chosen = [one if asked.memory is None else one._replace(memory=asked.memory) for one in chosen]
-        axes = meshes.sizes(config.run) if meshes.processes(config.run) > 1 else {}
-        if "tensor" in axes:
-            raise ValueError("plan does not count layers that are split along tensor: leave tensor out of shard to plan without it")
-        copies, ranks = axes.get("replicate", 1), config.run.nproc * config.run.nnodes // axes.get("context", 1)
-        places = [estimate.Place(one, ranks, meshes.sharding(config.run), copies) for one in chosen]
+        places = [estimate.place(one, config.run) for one in chosen]
         with screen.busy("counting a step"):
-            counts = {kind: estimate.counted(this, one) for kind, one in {one.gpu: one for one in chosen}.items()}
+            counts = {kind: estimate.counted(this, one) for kind, one in {one.device.gpu: one for one in places}.items()}
         plans = [(place, estimate.estimate(this, counts[place.device.gpu], place)) for place in places]
     tokens = next(iter(counts.values())).tokens
     if not asked.as_json:

@@ -11,16 +11,18 @@ import torch
 
 from treetune.cli import memory_rows
 from treetune.cli.methods.method import Method
-from treetune.cli.planning import abstract_run, traffic
-from treetune.cli.planning.abstract_run import Costs, Counted, Shapes
+from treetune.cli.options import meshes
+from treetune.cli.options.meshes import Placing
+from treetune.cli.planning import abstract_run, strided_step, traffic
+from treetune.cli.planning.abstract_run import Axes, Costs, Counted, Shapes
 from treetune.cli.planning.traffic import GRADIENT
 from treetune.core import grad
 from treetune.core.config import table
 from treetune.models import loading, memory, quantised
+from treetune.models.census import MESSAGE, Cost
 from treetune.models.devices import Device
 from treetune.models.memory import Setup
 
-PARTED = {"none": (), "moments": ("optimiser states",), "gradients": ("optimiser states", "gradients")}  # terms, of whole weights
 OPS = 30  # of a layer, when a sampler computes a token
 ELSEWHERE = {"activation_offloading": "none", "layer_offloading": "none"}
 
@@ -28,18 +30,39 @@ ELSEWHERE = {"activation_offloading": "none", "layer_offloading": "none"}
 class Place(NamedTuple):
     """Where a run would be: a device, how many of it, and what is split among them.
 
-    sharding: as of the option. copies: of what is split, which ranks along `replicate` hold.
+    sharding: as of the option. copies: of what is split, which ranks along `replicate` hold. tensor, context: ranks that split layers, and
+    that share streams.
     """
 
     device: Device
     ranks: int = 1
     sharding: str = "none"
     copies: int = 1
+    tensor: int = 1
+    context: int = 1
 
     @property
     def parts(self) -> int:
-        """Into how many parts is split what is split."""
-        return self.ranks // self.copies
+        """Into how many parts is split what is split along `data`."""
+        return self.ranks // (self.copies * self.tensor * self.context)
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the weights are split."""
+        return self.tensor * (self.parts if self.sharding == "full" else 1)
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh, for a count."""
+        return Axes(self.tensor, self.copies, self.context, self.parts, self.sharding)
+
+
+def place(device: Device, run: Placing) -> Place:
+    """A device as often as the options of a run say."""
+    count, axes = meshes.processes(run), {}
+    if count > 1:
+        axes = meshes.sizes(run)
+    return Place(device, count, meshes.sharding(run), axes.get("replicate", 1), axes.get("tensor", 1), axes.get("context", 1))
 
 
 class Estimate(NamedTuple):
@@ -74,8 +97,8 @@ class Run(NamedTuple):
         return abstract_run.shapes(self.family, self.cfg, loading.compute_dtype(self.config.model.dtype, kind))
 
 
-def counted(run: Run, device: Device) -> Counted:
-    """The step of a run on a device; what is elsewhere is counted as if it were there."""
+def counted(run: Run, place: Place) -> Counted:
+    """The step of a run on one of its devices; what is elsewhere is counted as if it were there."""
     optim = dataclasses.replace(run.config.optim, **ELSEWHERE)
     if optim.gradient_checkpointing == "offload":
         optim = dataclasses.replace(optim, gradient_checkpointing="full")
@@ -83,14 +106,14 @@ def counted(run: Run, device: Device) -> Counted:
     if getattr(getattr(config, "reference", None), "ref_model", None) is not None:
         # Another model would be read; the one that the run starts from stands for it.
         config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, ref_model=None))
-    return abstract_run.count(run.method, config, run.shapes(device), gpu=device.gpu)
+    return abstract_run.count(run.method, config, run.shapes(place.device), gpu=place.device.gpu, axes=place.axes)
 
 
 def estimate(run: Run, seen: Counted, place: Place) -> Estimate:
     """The memory and the time of a run whose step was counted."""
     model = run.shapes(place.device)
     steps = run.config.optim.gradient_accumulation_steps
-    return Estimate(_memory(run, seen, place, model), _seconds(run, seen, place, model), seen.tokens * steps * place.ranks)
+    return Estimate(_memory(run, seen, place, model), _seconds(run, seen, place, model), seen.tokens * steps * place.parts * place.copies)
 
 
 def setup(run: Run, place: Place, **changed: Any) -> Setup:
@@ -116,36 +139,34 @@ def _memory(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, i
     held = {title: seen.trees[name] for name, title in names.items()}
     if run.config.optim.optimizer.startswith("paged_") and place.device.gpu:
         held["optimiser states"] = 0
-    gradients = min(GRADIENT * seen.trained, max(0, seen.peak - sum(seen.trees.values())))
+    if run.config.run.async_save and run.config.run.saves_per_epoch != 0 and not place.device.gpu:
+        held["copies to save"] = seen.saved  # in host memory, while the next step is computed
+    split = place.parts if place.sharding == "gradients" else 1
+    gradients = min(GRADIENT * seen.own / split, max(0, seen.peak - sum(seen.trees.values())))
     activations = max(0, seen.peak - sum(seen.trees.values()) - gradients)
     with_, without = setup(run, place), setup(run, place, **ELSEWHERE)
     if with_.remat != without.remat or with_.layers != without.layers:
         before, after = (memory.table(model.abstract, model.cfg, one) for one in (without, with_))
         activations = max(0, activations - (before.activations - after.activations) - max(0, before.layer - after.layer))
-        held["weights"] -= before.weights - after.weights
-    terms = held | {"gradients": gradients, "activations": activations}
-    terms = _shared(run, terms, place, model)
-    sampler = memory.cache(model.cfg, with_.rows, with_.slots) + memory.draws(model.cfg, with_.rows, with_.nucleus)
+        held["weights"] -= (before.weights - after.weights) / place.shares
+    terms = held | {"gradients": gradients} | _working(run, seen, place, model, activations)
+    sampler = memory.cache(model.cfg, with_.rows, with_.slots) / place.tensor + memory.draws(model.cfg, with_.rows, with_.nucleus)
     sampler += memory.dense_weights(model.abstract, model.cfg, with_)
-    if with_.rows and sampler > terms["gradients"] + terms["activations"]:
+    if seen.rollouts[1]:
+        sampler = strided_step.sampler(model.cfg, seen.rollouts, nucleus=with_.nucleus) / place.tensor
+    if (with_.rows or seen.rollouts[1]) and sampler > gradients + activations:
         terms |= {"gradients": 0, "activations": 0, "sampler": sampler}
     return {name: round(value) for name, value in terms.items() if value >= 1}
 
 
-def _shared(run: Run, terms: dict[str, float], place: Place, model: Shapes) -> dict[str, float]:
-    """The terms of one of several devices."""
-    if place.ranks == 1:
-        return terms
-    if place.sharding != "full":
-        states = {name: terms[name] / place.parts for name in PARTED[place.sharding]}
-        # Gradients are summed a layer at a time, of which there is a copy.
-        copy = 0 if "gradients" in states else min(terms["gradients"], GRADIENT * traffic.largest(model, terms["gradients"] / GRADIENT))
-        return terms | states | {"activations": max(terms["activations"], copy)}
-    whole = terms["weights"] if quantised.of(run.config.model) is not None else 0
-    parts = {name: terms[name] / place.parts for name in ("weights", "adapter", "other models", "optimiser states", "gradients")}
+def _working(run: Run, seen: Counted, place: Place, model: Shapes, activations: float) -> dict[str, float]:
+    """What there is of a micro-batch beside gradients, of which layers that are whole for a moment are a term of their own."""
+    if place.sharding != "full" or place.parts == 1:
+        return {"activations": activations}
     trained = table.flatten(run.config).get("adapter") != "lora"
-    here = traffic.present(model, place.parts, adapter=terms["adapter"], trained=trained, copied=not place.device.gpu)
-    return terms | parts | ({"weights": whole} if whole else {"gathered layers": here})
+    here = traffic.present(model, place.parts, adapter=seen.trees["adapter"] * place.parts, trained=trained, copied=not place.device.gpu)
+    here = min(activations, here / place.tensor)
+    return {"activations": activations - here, "gathered layers": here}
 
 
 def _seconds(run: Run, seen: Counted, place: Place, model: Shapes) -> dict[str, float]:
@@ -162,6 +183,8 @@ def _by_term(costs: Costs, device: Device, low: bool) -> dict[str, float]:
     """Seconds of products, attention, passes over memory, and of Python where it cannot keep up."""
     peak, terms, launches = device.low if low else device.wide, {"products": 0.0, "attention": 0.0, "passes": 0.0}, 0.0
     for name, cost in costs.items():
+        if name.startswith(MESSAGE):
+            continue
         kind = "attention" if "attention" in name else "products" if cost.flops > 0 else "passes"
         rate = peak * (device.attention if kind == "attention" else device.products)
         moved = cost.bytes / (device.bandwidth * device.passes)
@@ -175,18 +198,35 @@ def _communication(run: Run, seen: Counted, place: Place, model: Shapes, computi
     if place.ranks == 1:
         return 0.0
     device, optim, again = place.device, run.config.optim, grad.recomputes(run.config.optim.remat)
-    share, gradients, steps = (place.parts - 1) / place.parts, GRADIENT * seen.trained, optim.gradient_accumulation_steps
+    within, trained = _within_layers(run, seen, device), seen.trained / place.tensor
+    if place.parts * place.copies == 1:
+        return within
+    share, gradients, steps = (place.parts - 1) / place.parts, GRADIENT * trained, optim.gradient_accumulation_steps
     # What ranks with the same parts send one another, once a step: a sum is twice as many bytes as there are.
-    copies = 0.0 if place.copies == 1 else device.latency + 2 * gradients / place.parts * (place.copies - 1) / place.copies / device.link
+    same = place.copies
+    copies = within if same == 1 else within + device.latency + 2 * gradients / place.parts * (same - 1) / same / device.link
     if place.sharding != "full":
-        weights = seen.trained * loading.DTYPES[optim.master_dtype].itemsize if place.sharding != "none" else 0
+        weights = trained * loading.DTYPES[optim.master_dtype].itemsize if place.sharding != "none" else 0
         # Parts of sums are half as many bytes as sums, and are taken of every micro-batch.
         times, size = (steps, gradients) if place.sharding == "gradients" else (1, 2 * gradients)
         layers = len(model.abstract["layers"])
         waited = times * traffic.beside(size * share / device.link + layers * device.latency, computing, layers, again=again)
         return copies + waited + weights * share / device.link
-    volumes = traffic.sharded(run, model, seen.trees["adapter"], seen.trained)
+    if place.parts == 1:
+        return copies
+    volumes = traffic.sharded(run, model, seen.trees["adapter"] * place.parts, trained)
+    volumes = volumes._replace(gathered=volumes.gathered / place.tensor, outside=volumes.outside / place.tensor)
     return copies + steps * traffic.waited(volumes, device, place.parts, computing, again=again)
+
+
+def _within_layers(run: Run, seen: Counted, device: Device) -> float:
+    """Seconds of a step of the messages that layers wait for, as they were counted: of ranks that split them, or share their tokens."""
+    seconds = 0.0
+    for axis in ("tensor", "context"):
+        for costs, times in ((seen.micro, run.config.optim.gradient_accumulation_steps), (seen.update, 1)):
+            cost = costs.get(MESSAGE + axis, Cost())
+            seconds += times * (cost.launches * device.latency + cost.bytes / device.link)
+    return max(0.0, seconds)
 
 
 def _sampling(run: Run, seen: Counted, place: Place, model: Shapes) -> float:
