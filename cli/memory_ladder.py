@@ -127,7 +127,7 @@ def changes(values: Values, device: str) -> Iterator[tuple[str, str, Values]]:
         yield "--adapter lora", "trains matrices of low rank beside the model", {"adapter": "lora"}
     if values["quant"] in ("auto", "none") and not values.get("from_config"):
         yield "--quant nf4", "frozen weights in 4 bits", {"quant": "nf4"}
-    if values["layer_offloading"] == "none" and values.get("adapter") != "none" and values.get("sharding") != "full":
+    if values["layer_offloading"] == "none" and values.get("adapter") != "none":
         yield f"--layer-offloading {place}", "frozen layers are read twice a pass", {"layer_offloading": place}
     yield from _shorter(values)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treetune.core import messages, quant, shard, tree, window
+from treetune.core import layer_offload, messages, quant, shard, tree, window
 from treetune.core.param import Params
 
 if TYPE_CHECKING:
@@ -64,10 +64,24 @@ def _plan(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.
 
 
 def _sent(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.Gather:
-    """The message of leaves of one mesh."""
+    """The message of leaves of one mesh. Parts that are away are copied to the device for it, and go into it from there."""
     with torch.no_grad():
         parts = [shard.local(leaf) for leaf in leaves]
-    return messages.Gather(parts, _plan(leaves, dtypes), leaves[0].device_mesh.get_group(AXIS))
+    mesh, plan = leaves[0].device_mesh, _plan(leaves, dtypes)
+    device, group = _device_of(mesh), mesh.get_group(AXIS)
+    away = layer_offload.those_away(parts, device)
+    if not away:
+        return messages.Gather(parts, plan, group)
+    lane = layer_offload.way(device)
+    message = messages.Gather(parts, plan, group, device, lane.beside)
+    lane.drop(away)
+    return message
+
+
+def _device_of(device_mesh: DeviceMesh) -> torch.device:
+    """The device of this rank on a mesh."""
+    kind = device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _sent_as(leaf: DTensor, dtype: torch.dtype | None) -> torch.dtype:

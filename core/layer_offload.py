@@ -5,17 +5,19 @@ from a file. To a CPU nothing is copied: the system is told which pages are read
 What travels are the bytes of the leaf: a quantised one is made dense on the device.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from treetune.core import offload, quant, tree
+from treetune.core import offload, quant, shard, tree
 from treetune.core.param import Params
 from treetune.core.window import Coming, Window
 
@@ -34,6 +36,10 @@ class Lane(Protocol):
 
     def wait(self, mark: Any) -> None:
         """Have what the device does from now on begin after a mark."""
+        ...
+
+    def beside(self, *filled: Tensor) -> AbstractContextManager[Any]:
+        """Inside, tensors of the device are filled, and sent to other ranks, beside what the device computes."""
         ...
 
     def drop(self, parts: list[Tensor]) -> None:
@@ -62,6 +68,13 @@ class Cuda:
         """The computing stream waits, the host does not."""
         torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def beside(self, *filled: Tensor) -> AbstractContextManager[Any]:
+        """The side stream, whose end the memory waits for, also where nobody waits for what is sent."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        for tensor in filled:
+            tensor.record_stream(self.stream)
+        return torch.cuda.stream(self.stream)
+
     def drop(self, parts: list[Tensor]) -> None:
         """Nothing: the copies go, and the tensors stay where they are."""
 
@@ -82,6 +95,10 @@ class Pages:
 
     def wait(self, mark: Any) -> None:
         """Nothing: reading a page waits for it."""
+
+    def beside(self, *filled: Tensor) -> AbstractContextManager[Any]:
+        """Nothing: the host reads, and sends."""
+        return contextlib.nullcontext()
 
     def drop(self, parts: list[Tensor]) -> None:
         """Their pages go; another read fetches them again."""
@@ -126,6 +143,8 @@ def home(place: str, device: torch.device) -> Put | None:
     put = _pinned if place == "cpu" else _in_file
 
     def one(part: Tensor) -> Tensor:
+        if shard.distributed(part):
+            return shard.like(one, part)
         if part.nbytes < SMALL or _mapped(part) or (place == "cpu" and part.device.type == "cpu" and part.is_pinned()):
             return part
         _Used.ever = True
@@ -160,8 +179,8 @@ def moved(leaf: Any, put: Put) -> Any:
 
 
 def brought(leaf: Any, device: torch.device) -> Any:
-    """A whole leaf on a device, for what is computed of it once."""
-    return moved(leaf, lambda part: part.to(device))
+    """A leaf on a device, for what is computed of it once."""
+    return moved(leaf, lambda part: shard.like(lambda own: own.to(device), part) if shard.distributed(part) else part.to(device))
 
 
 def elsewhere(params: Params, device: torch.device) -> int:
@@ -174,22 +193,29 @@ def far(leaf: Any, device: torch.device) -> bool:
     return any(_is_away(part, device) for part in _parts(leaf))
 
 
+def those_away(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors that are away from a device."""
+    return [part for part in parts if _is_away(part, device)] if _Used.ever else []
+
+
 def _is_away(part: Tensor, device: torch.device) -> bool:
     return part.device.type != device.type or _mapped(part)
 
 
 def _parts(leaf: Any) -> list[Tensor]:
-    return leaf.parts() if quant.quantised(leaf) else [leaf]
+    """The tensors of a leaf that this process has."""
+    return [shard.local(part) for part in leaf.parts()] if quant.quantised(leaf) else [shard.local(leaf)]
 
 
 def arriving(layers: list[Params], device: torch.device) -> list[Params]:
     """The layers of a model for one pass over them and back, with a `Coming` in place of each leaf that is away from the device.
 
-    The layers are those of a window of this pass. Where nothing is away they are returned as they are.
+    The layers are those of a window of this pass. Where nothing is away they are returned as they are. Leaves in parts come by messages
+    of the ranks (`gathers`).
     """
     if not _Used.ever:
         return layers
-    gone = [{path: leaf for path, leaf in tree.items(layer) if far(leaf, device)} for layer in layers]
+    gone = [{path: leaf for path, leaf in tree.items(layer) if shard.mesh_of(leaf) is None and far(leaf, device)} for layer in layers]
     if not any(gone):
         return layers
     lane = way(device)

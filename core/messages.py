@@ -4,9 +4,11 @@ n ranks. Of a tensor with R rows each rank has ceil(R / n), the last ones fewer 
 as many, and each tensor begins on 16 bytes. Messages are asynchronous: on a GPU the device waits for one, over gloo the host does.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 ALIGNED = 16  # bytes
+
+Beside = Callable[..., AbstractContextManager[Any]]  # of the tensors that are filled
 
 
 class Slot(NamedTuple):
@@ -58,16 +62,20 @@ def layout(kinds: tuple[tuple[torch.dtype, tuple[int, ...]], ...], ranks: int) -
 
 
 class Gather:
-    """Whole tensors of the parts that ranks have: begun when it is made. A part is cast to the dtype of its slot before it is sent."""
+    """Whole tensors of the parts that ranks have: begun when it is made. A part is cast to the dtype of its slot before it is sent.
+
+    device: where the tensors will be, if not where the parts are. beside: inside its context parts that are away are copied, and sent.
+    """
 
     @torch.no_grad()
-    def __init__(self, parts: Sequence[Tensor], plan: Layout, group: Any):
+    def __init__(self, parts: Sequence[Tensor], plan: Layout, group: Any, device: torch.device | None = None, beside: Beside | None = None):
         self.plan = plan
-        own = torch.empty(plan.size, dtype=torch.uint8, device=parts[0].device)
-        to = [_numbers(own, slot)[: part.numel()] for slot, part in zip(plan.slots, parts, strict=True)]
-        torch._foreach_copy_(to, [part.reshape(-1) for part in parts])
+        own = torch.empty(plan.size, dtype=torch.uint8, device=parts[0].device if device is None else device)
         self.flat = own.new_empty(plan.ranks * plan.size)
-        self.work = _all_gather(self.flat, own, group)
+        to = [_numbers(own, slot)[: part.numel()] for slot, part in zip(plan.slots, parts, strict=True)]
+        with contextlib.nullcontext() if beside is None else beside(own, self.flat):
+            torch._foreach_copy_(to, [part.reshape(-1) for part in parts], non_blocking=beside is not None)
+            self.work = _all_gather(self.flat, own, group)
 
     @torch.no_grad()
     def wait(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Optimiser states in the memory of the host: pinned, and on the device for one leaf at a time.
+"""Optimiser states in the memory of the host: pinned, and on the device for one leaf at a time; of leaves in parts each rank's part.
 
 On a CPU, whose memory is that of the host, nothing is copied: the numbers are those of the same optimiser without pages.
 """
@@ -14,11 +14,12 @@ from treetune.core.state import OptState, Params
 
 
 def home(state: OptState) -> OptState:
-    """The state in pinned memory of the host; counts (0-d) stay. Errors: ValueError for one that is split among GPUs."""
-    for path, leaf in tree.items(state):
-        if leaf.device.type != "cpu" and shard.distributed(leaf):
-            raise ValueError(f"{path} is split among ranks, and paged states are of whole leaves: leave paged out with sharding")
-    return tree.map(lambda leaf: leaf if leaf.ndim == 0 or leaf.device.type == "cpu" else leaf.cpu().pin_memory(), state)
+    """The state in pinned memory of the host, of a leaf in parts this rank's; counts (0-d) stay."""
+    return tree.map(lambda leaf: leaf if leaf.ndim == 0 or leaf.device.type == "cpu" else shard.like(_pinned, leaf), state)
+
+
+def _pinned(state: Tensor) -> Tensor:
+    return state.cpu().pin_memory()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treetune.core import quant, shard, tree
+from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ def whole(path: str) -> None:
 class Partition(NamedTuple):
     """How leaves are split: along their first dimension over ranks of a mesh, and over those of its axis `tensor` along `dimension`(path).
 
-    Quantised leaves, and numbers without a dimension, stay whole on every rank.
+    Quantised leaves, and numbers without a dimension, stay whole on every rank. put: where parts of layers go as they are read, if not
+    to the device.
     """
 
     device_mesh: DeviceMesh
     dimension: Callable[[str], int | None] = whole
+    put: Put | None = None
 
     def placements(self, path: str, shape: tuple[int, ...]) -> tuple:
         """Those of a leaf of this shape."""
@@ -73,6 +76,15 @@ def changed(change: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     if not shard.distributed(leaf):
         return change(leaf)
     return shard.distribute(change(shard.full(leaf)), leaf.device_mesh, leaf.placements)
+
+
+def placed_on(device_mesh: DeviceMesh, fn: Callable[[Tensor], Tensor], leaf: Any) -> Tensor:
+    """`fn` of this rank's part of a leaf, split on the same axes of another mesh of the same ranks."""
+    from torch.distributed.tensor import DTensor
+
+    names: Any = shard.axes(leaf)
+    where = device_mesh[names if len(names) > 1 else names[0]]
+    return DTensor.from_local(fn(shard.local(leaf)), where, leaf.placements, shape=leaf.shape, stride=leaf.stride(), run_check=False)
 
 
 def gathered(params: Params, *, keep: bool) -> Params:

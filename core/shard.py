@@ -137,6 +137,7 @@ def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
         return remember(gathers.gather(leaf, dtype), leaf.detach())
     from torch.distributed.tensor import Partial, Replicate
 
+    leaf = here(leaf)
     names = leaf.device_mesh.mesh_dim_names or ("",) * leaf.device_mesh.ndim
     axes = [spec if name == TENSOR else Replicate() for name, spec in zip(names, leaf.placements, strict=True)]
     # Along `tensor` each rank has the gradient of its own part, or all that of the whole leaf, equal on all of them.
@@ -236,27 +237,35 @@ def local(leaf: Tensor) -> Tensor:
 
 
 def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
-    """A local tensor with the sharding of `like`."""
+    """A local tensor with the sharding of `like`, where it is: also in the memory of the host beside a mesh of GPUs."""
     if not distributed(like):
         return cast(Any, leaf)
     from torch.distributed.tensor import DTensor
 
+    if away(leaf, like.device_mesh):  # which from_local would bring to the device
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(like.shape, like.stride(), leaf.dtype)
+        return DTensor(leaf, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False)
     # run_check would be a collective for every leaf.
     return DTensor.from_local(leaf, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False)
+
+
+def away(part: Tensor, device_mesh: DeviceMesh) -> bool:
+    """Whether a tensor is in the memory of the host beside a mesh of GPUs."""
+    return part.device.type == "cpu" and device_mesh.device_type != "cpu"
+
+
+def here(leaf: Tensor) -> Tensor:
+    """A leaf whose part is on the device of its mesh."""
+    if not distributed(leaf) or not away(local(leaf), leaf.device_mesh):
+        return leaf
+    return rewrap(local(leaf).to(leaf.device_mesh.device_type), leaf)
 
 
 def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     """Apply `fn` to the local part of a leaf and keep the leaf's sharding."""
     return rewrap(fn(local(leaf)), leaf)
-
-
-def placed_on(device_mesh: DeviceMesh, fn: Callable[[Tensor], Tensor], leaf: DTensor) -> Tensor:
-    """`fn` of this rank's part of a leaf, split on the same axes of another mesh of the same ranks."""
-    from torch.distributed.tensor import DTensor
-
-    names: Any = axes(leaf)
-    where = device_mesh[names if len(names) > 1 else names[0]]
-    return DTensor.from_local(fn(local(leaf)), where, leaf.placements, shape=leaf.shape, stride=leaf.stride(), run_check=False)
 
 
 def flat(values: Tensor, like: Tensor) -> Tensor:
@@ -305,7 +314,7 @@ def parts(leaf: Tensor) -> int:
 
 def full(leaf: Tensor) -> Tensor:
     """The whole leaf, detached, on every rank (a collective for a sharded leaf); a quantised one stays so."""
-    leaf = leaf.detach()
+    leaf = here(leaf.detach())
     if not distributed(leaf):
         return leaf
     if len(split_axes(leaf)) > 1:

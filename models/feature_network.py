@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from treetune.core import quant, shard, strided, tree
+from treetune.core import partition, quant, shard, strided, tree
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
 from treetune.models import Model, decoder_attention, families, features, together
@@ -140,7 +140,7 @@ def _host_copy(params: Params, cfg: Config, hosts: DeviceMesh | None) -> Params:
             return leaf.moved(lambda part: part.to("cpu", copy=True))
         if hosts is None or cfg.keeps_ids or not shard.distributed(leaf):
             return shard.full(leaf).to("cpu", cfg.dtype, copy=True)
-        return shard.placed_on(hosts, lambda part: part.detach().to("cpu", cfg.dtype, copy=True), leaf)
+        return partition.placed_on(hosts, lambda part: part.detach().to("cpu", cfg.dtype, copy=True), leaf)
 
     return tree.map(one, params)
 

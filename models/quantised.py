@@ -77,9 +77,12 @@ class Keep(NamedTuple):
     def __call__(self, path: str, leaf: Any) -> Any:
         """The leaf as the model has it."""
         kept = self._kept(path, leaf)
-        if isinstance(self.home, Partition):
-            return self.home.split(path, kept)
-        return kept if self.home is None or not path.startswith("layers.") else layer_offload.moved(kept, self.home)
+        return self._put(path, self.home.split(path, kept) if isinstance(self.home, Partition) else kept)
+
+    def _put(self, path: str, leaf: Any) -> Any:
+        """A leaf where it is to be, if it is one of a layer."""
+        put = self.home.put if isinstance(self.home, Partition) else self.home
+        return leaf if put is None or not path.startswith("layers.") else layer_offload.moved(leaf, put)
 
     def part(self, path: str, leaf: Param) -> tuple[slice, ...] | None:
         """What of a leaf is read, along its first dimensions, where no more of it is needed; else None."""
@@ -90,7 +93,7 @@ class Keep(NamedTuple):
     def joined(self, path: str, part: Tensor, leaf: Param) -> Tensor:
         """The leaf of which `part` was read."""
         assert isinstance(self.home, Partition)
-        return self.home.joined(path, part, leaf.shape)
+        return self._put(path, self.home.joined(path, part, leaf.shape))
 
     def _kept(self, path: str, leaf: Any) -> Any:
         if quant.quantised(leaf):

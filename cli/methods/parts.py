@@ -102,7 +102,8 @@ def scored(config: Any, policy: Policy, setting: Setting, *, classes: int, read:
 
 def home(config: Any, ranks: Ranks, device: torch.device) -> Home | None:
     """Where the leaves of a run's models go as they are read, if not whole to the device."""
-    return tensor_rules.home(ranks.mesh, config.run.sharding) or layer_offload.home(config.optim.layer_offloading, device)
+    put, split = layer_offload.home(config.optim.layer_offloading, device), tensor_rules.home(ranks.mesh, config.run.sharding)
+    return put if split is None else split._replace(put=put)
 
 
 def load_reference(config: Any, policy: Policy, setting: Setting, *, temperature: float = 1.0, precompute: bool = False) -> Reference:

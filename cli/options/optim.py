@@ -69,8 +69,6 @@ def peak(rates: tuple[float, float]) -> Any:
 def _all_here(values: Values) -> str:
     if values["layer_offloading"] == "none":
         return ""
-    if values.get("sharding") == "full":
-        return "sharding is full, and each rank has a part of every layer"
     if values.get("relora_steps"):
         return "relora_steps merges the adapter into the layers, which are on the device for it"
     if values.get("fp8_products"):

@@ -29,7 +29,7 @@ def _reasons(config: Any) -> list[tuple[str, str]]:
     named = [
         (_quantised(config), "quantised weights are whole on every rank; give --shard data=N, or leave quant out"),
         (_value(run, "sharding", "moments", "gradients"), "give sharding none, or full"),
-        (_value(config.optim, "layer_offloading", "cpu", "disk"), "layers are in parts on ranks"),
+        (_value(config.optim, "layer_offloading", "cpu", "disk"), "layers are split among ranks; give --shard data=N"),
         (_value(config.optim, "optimizer", *WHOLE), "it needs whole matrices, or blocks of numbers that ranks do not divide; give adamw"),
         (_value(adapter, "lora_init", *MEASURED), "it looks at whole layers; give default or pissa"),
         (_given(adapter, "relora_steps"), "the adapter would be merged into parts of weights"),
