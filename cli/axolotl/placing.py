@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from treetune.cli.axolotl import keys
 from treetune.cli.axolotl.file import File, Unsupported, Values, write
+from treetune.core import registry
+from treetune.core.data import yamlvalues
 
 ON_DEVICE = "a run without offload; optim_args: {paged: true} keeps moments in the memory of the host, activation_offloading activations"
 
@@ -27,11 +30,43 @@ def _activations(value: Any, file: File) -> Values:
     return {"activation_offloading": write("cpu" if value in ("legacy", "hidden_states") else value)}
 
 
-def _offloaded(file: File) -> Values:
+def _offloaded(file: File, place: str = "cpu") -> Values:
     """Weights in the memory of the host: those that are frozen. Errors: Unsupported where all weights train."""
     if file.value("adapter") is None or "layer_offloading" not in file.options:
         raise Unsupported(ON_DEVICE)
-    return {"layer_offloading": write("cpu")}
+    return {"layer_offloading": write(place)}
+
+
+def _paged(file: File) -> Values:
+    """Moments in the memory of the host, by the optimiser. Errors: Unsupported of one that keeps none there."""
+    name = str(file.value("optimizer", "adamw"))
+    entry = registry.OPTIMIZERS.get(keys.OPTIMIZERS.get(name, registry.OPTIMIZER_ALIASES.get(name, name)))
+    if entry is not None and entry.bound.get("paged"):
+        return {}
+    if entry is None or "paged" not in entry.takes or "optim_args" not in file.options:
+        raise Unsupported(ON_DEVICE)
+    return {"optim_args": write(with_pages(optim_args(file.value("optim_args", {})), file))}
+
+
+def with_pages(args: dict[str, Any], file: File) -> dict[str, Any]:
+    """Arguments of the optimiser, and that moments are in the memory of the host where DeepSpeed's section says so."""
+    section = file.value("deepspeed")
+    return args | {"paged": True} if section and _offloads(section)[0] == "cpu" else args
+
+
+def optim_args(value: Any) -> dict[str, Any]:
+    """Arguments of an optimiser: a mapping, or NAME=VALUE texts between commas. Numbers may be texts: YAML reads 1e-6 as one."""
+    if isinstance(value, str):
+        value = dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair)
+    return numbers(value)
+
+
+def numbers(value: Any) -> Any:
+    """A mapping whose texts that write numbers are numbers."""
+    if not isinstance(value, dict):
+        return value
+    read = {name: yamlvalues.numeral(item) if isinstance(item, str) else None for name, item in value.items()}
+    return {name: item if read[name] is None else read[name] for name, item in value.items()}
 
 
 def _fsdp(value: Any, file: File) -> Values:
@@ -63,13 +98,21 @@ def _is_on(value: Any) -> bool:
 def _deepspeed(value: Any, file: File) -> Values:
     if not value:
         return {}
+    moments, weights = _offloads(value)
+    if moments not in ("none", "cpu") or weights not in PLACES:
+        raise Unsupported("offload_optimizer with device cpu, offload_param with device cpu or nvme")
+    return (_paged(file) if moments == "cpu" else {}) | (_offloaded(file, PLACES[weights]) if weights != "none" else {}) | placed(file)
+
+
+def _offloads(value: Any) -> tuple[str, str]:
+    """The devices that DeepSpeed's own file, or its name, says of moments and of weights."""
     section = _section(value)
-    if section is None:
-        offloads = "offload" in str(value)  # files of axolotl's are named after what is in them
-    else:
-        places = [section.get(name) or {} for name in ("offload_optimizer", "offload_param")]
-        offloads = any(isinstance(place, dict) and place.get("device", "none") != "none" for place in places)
-    return (_offloaded(file) if offloads else {}) | placed(file)
+    if section is None:  # files of axolotl's are named after what is in them
+        named = re.search(r"offload_?(\w*)", str(value))
+        return ("none" if named is None or named[1].startswith("param") else "cpu", "none" if named is None else "cpu")
+    places = [section.get(name) for name in ("offload_optimizer", "offload_param")]
+    moments, weights = (str(place.get("device", "none")) if isinstance(place, dict) else "none" for place in places)
+    return moments, weights
 
 
 def _section(value: Any) -> Mapping[str, Any] | None:
@@ -97,6 +140,7 @@ STRATEGIES: Mapping[str, Split] = {
     "HYBRID_SHARD_ZERO2": Split("gradients", True), "_HYBRID_SHARD_ZERO2": Split("gradients", True), "5": Split("gradients", True),
 }  # fmt: skip
 STAGES = ("none", "moments", "gradients", "full")  # of ZeRO
+PLACES = {"none": "none", "cpu": "cpu", "nvme": "disk"}
 SIZES = {"data": "dp_shard_size", "replicate": "dp_replicate_size", "tensor": "tensor_parallel_size", "context": "context_parallel_size"}
 
 

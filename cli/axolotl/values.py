@@ -9,7 +9,7 @@ from typing import Any
 from treetune.cli.axolotl import intervals, keys, placing, precision
 from treetune.cli.axolotl.file import File, Unsupported, Values, write
 from treetune.core import registry
-from treetune.core.data import samples, yamlvalues
+from treetune.core.data import samples
 
 JINJA = Path(samples.__file__).parent / "jinja"
 
@@ -43,21 +43,11 @@ def _optimizer(value: Any, file: File) -> Values:
 
 
 def _optim_args(value: Any, file: File) -> Values:
-    if isinstance(value, str):
-        value = dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair)
-    return {"optim_args": write(_numbers(value))}
-
-
-def _numbers(value: Any) -> Any:
-    """A mapping whose texts that write numbers are numbers: YAML reads 1e-6 as a text."""
-    if not isinstance(value, dict):
-        return value
-    read = {name: yamlvalues.numeral(item) if isinstance(item, str) else None for name, item in value.items()}
-    return {name: item if read[name] is None else read[name] for name, item in value.items()}
+    return {"optim_args": write(placing.with_pages(placing.optim_args(value), file))}  # one key of a file lays over another
 
 
 def _schedule_args(value: Any, file: File) -> Values:
-    return {"lr_scheduler_kwargs": write(_numbers(value))}
+    return {"lr_scheduler_kwargs": write(placing.numbers(value))}
 
 
 def _schedule(value: Any, file: File) -> Values:
