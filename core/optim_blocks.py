@@ -8,7 +8,7 @@ Source: Dettmers et al., arXiv 2110.02861 (8 bits); Li et al., arXiv 2309.01507 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -141,15 +141,30 @@ def _start_blocks(path: str, leaf: Tensor, signs: Signs, fmt: Format) -> Moments
         codes, absmax = fmt.encode(own.new_zeros(own.numel(), dtype=torch.float32), signed)
         absmax.zero_()
         # Codes keep the shape of the leaf where each number has its own, so that they are split among ranks as it is.
-        moments[name] = shard.rewrap(codes.view(own.shape), leaf) if fmt.per_byte == 1 else shard.flat(codes, leaf)
-        moments[name + SCALE] = shard.flat(absmax, leaf)
+        moments[name] = shard.rewrap(codes.view(own.shape), leaf) if fmt.per_byte == 1 else _flat(codes, leaf)
+        moments[name + SCALE] = _flat(absmax, leaf)
     return moments
+
+
+def _flat(values: Tensor, like: Tensor) -> Tensor:
+    """Values [n] about this rank's part of a leaf, split among ranks as the leaf is along its first dimension, in equal parts."""
+    if not shard.distributed(like):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size([values.numel() * shard.parts(like)])
+    return DTensor.from_local(values, like.device_mesh, like.placements, shape=shape, stride=(1,), run_check=False)
+
+
+def _split_dims(leaf: Tensor) -> list[int]:
+    """The dimensions along which a leaf is split among ranks."""
+    return [cast(Any, spec).dim for spec in leaf.placements if spec.is_shard()] if shard.distributed(leaf) else []
 
 
 def _check_split(path: str, leaf: Tensor, fmt: Format) -> None:
     parts = shard.parts(leaf)
     # The same on all ranks, so that all of them stop.
-    if shard.split_dims(leaf) != [0] or leaf.shape[0] % parts or leaf.numel() // parts % fmt.block:
+    if _split_dims(leaf) != [0] or leaf.shape[0] % parts or leaf.numel() // parts % fmt.block:
         raise ValueError(
             f"{fmt.label} keeps blocks of {fmt.block} numbers, and ranks hold parts of {path} {tuple(leaf.shape)} that end inside of one: "
             "use optimizer adamw, or sharding none"

@@ -268,21 +268,6 @@ def like(fn: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     return rewrap(fn(local(leaf)), leaf)
 
 
-def flat(values: Tensor, like: Tensor) -> Tensor:
-    """Values [n] about this rank's part of a leaf, split among ranks as the leaf is along its first dimension, in equal parts."""
-    if not distributed(like):
-        return values
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size([values.numel() * parts(like)])
-    return DTensor.from_local(values, like.device_mesh, like.placements, shape=shape, stride=(1,), run_check=False)
-
-
-def split_dims(leaf: Tensor) -> list[int]:
-    """The dimensions along which a leaf is split among ranks."""
-    return [cast(Any, spec).dim for spec in leaf.placements if spec.is_shard()] if distributed(leaf) else []
-
-
 def first_places(leaf: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a leaf begins along each dimension."""
     if not distributed(leaf):
