@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treetune.cli.memory_rows import sizes
+from treetune.cli.options import meshes
 from treetune.cli.options.optim import OptimOptions, build
 from treetune.cli.run import TrainConfig
 from treetune.core.config import table
@@ -127,7 +128,7 @@ def changes(values: Values, device: str) -> Iterator[tuple[str, str, Values]]:
         yield "--adapter lora", "trains matrices of low rank beside the model", {"adapter": "lora"}
     if values["quant"] in ("auto", "none") and not values.get("from_config"):
         yield "--quant nf4", "frozen weights in 4 bits", {"quant": "nf4"}
-    if values["layer_offloading"] == "none" and values.get("adapter") != "none":
+    if values["layer_offloading"] == "none" and values.get("adapter") != "none" and "tensor" not in meshes.read(values.get("shard") or ()):
         yield f"--layer-offloading {place}", "frozen layers are read twice a pass", {"layer_offloading": place}
     yield from _shorter(values)
 

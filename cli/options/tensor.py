@@ -8,7 +8,7 @@ from treetune.models import fetch
 
 MEASURED = ("loftq", "qera", "corda", "corda_ipm")  # starts of an adapter that are made of what is quantised, or of inputs of whole layers
 # Optimisers of which one number of a leaf depends on no other.
-EACH = ("adamw", "adopt", "schedule_free_adamw", "lion", "adagrad", "sgd")
+EACH = ("adamw", "paged_adamw", "adopt", "schedule_free_adamw", "lion", "paged_lion", "adagrad", "sgd")
 WHOLE = tuple(name for name in registry.OPTIMIZERS if name not in EACH)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from treetune.cli import main, memory_ladder, parse, requirements
 from treetune.cli.methods import CONFIGS
+from treetune.core.config import table
 
 GIB = memory_ladder.GIB
 
@@ -40,6 +41,13 @@ def test_every_rung_has_the_peak_of_the_run_that_it_makes(kit, tiny, command, ar
         assert memory_ladder.climb(config(kit, tiny, command, *now), "cpu").peak == rung.peak, rung
         peaks.append(rung.peak)
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks) > 3
+
+
+@pytest.mark.parametrize(("mesh", "offered"), [(("--sharding", "full"), True), (("--shard", "tensor=2"), False)])
+def test_layers_of_ranks_go_to_files_unless_they_are_split(kit, tiny, monkeypatch, mesh, offered):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tried = [flags for flags, _, _ in memory_ladder.changes(table.flatten(config(kit, tiny, "sft", *mesh)), "cpu")]
+    assert ("--layer-offloading disk" in tried) == offered
 
 
 def test_what_the_run_holds_besides_is_on_every_rung(kit, tiny):

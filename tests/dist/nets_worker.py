@@ -1,6 +1,6 @@
 """One rank with its part of networks that score. argv: folder, meshes such as tensor=2,data=2. What it found goes to rankI.json.
 
-Reward models: a folder, an adapter on another, and one that scores steps. Feature networks: the base under an adapter, a copy, one on
+Reward models: a folder, an adapter on another, one that scores steps, and an adapter on a quantised base. Feature networks: the base under an adapter, a copy, one on
 the host. Ranks score unlike many groups, and some nothing at all.
 """
 
@@ -29,7 +29,7 @@ from treetune.models.adapter import Base
 from treetune.models.policy import AdapterSpec
 
 CPU = torch.device("cpu")
-JUDGES = ("whole", "adapter", "steps")
+JUDGES = ("whole", "adapter", "steps", "nf4")
 NETWORKS = ("base", "copy", "host")
 # Completions of the groups that each of two ranks scores, one call after another: unlike many, and one has nothing to score.
 CALLS = (((("red", "blue\n" * 70), (" ", "gr\neen"), ("a", "b")), (("x", "yes"),)), ((("", " "),), (("no " * 30, "1"), ("3", "red"))))
