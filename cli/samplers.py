@@ -30,7 +30,9 @@ def describe(config: OnlineConfig) -> str:
     """Who samples, and how."""
     engine, pipeline = config.engine, config.pipeline
     if engine.use_vllm:
-        return engines.describe(f"{engine.vllm_server_host}:{engine.vllm_server_port}", pipeline.vllm_sync_interval)
+        ports = [engine.vllm_server_port + i for i in range(engine.vllm_num_servers)]
+        addresses = list(engine.vllm_server_urls) or [f"{engine.vllm_server_host}:{port}" for port in ports]
+        return engines.describe(" and ".join(addresses), pipeline.vllm_sync_interval)
     return core_sampler.describe(ahead=pipeline.async_prefetch)
 
 
@@ -55,7 +57,7 @@ def local(policy: Policy, params: vllm.SamplingParams, *, seed: int) -> core_sam
 
 
 def served(run: Run, policy: Policy, params: vllm.SamplingParams, *, seeds: tuple[int, int], extras: dict[str, Any]) -> engines.VllmEngine:
-    """The engine of a server, which the first rank starts if it is the run's own. extras: what is saved beside weights."""
+    """The engine of a server, which the first rank that asks it starts if it is the run's own. extras: what is saved beside weights."""
     config, device, say = run.config, run.device, run.say
     options, pipeline = config.engine, config.pipeline
     if any(quant.quantised(leaf) for leaf in tree.leaves(policy.frozen)):
@@ -68,37 +70,55 @@ def served(run: Run, policy: Policy, params: vllm.SamplingParams, *, seeds: tupl
     ahead = pipeline.prefetch_depth if pipeline.async_prefetch else 0
     steps, interval = pipeline.steps_per_generation * pipeline.num_iterations, pipeline.vllm_sync_interval
     versions = engines.adapter_versions(steps_per_generation=steps, sync_interval=interval, prefetch_depth=ahead)
-    managed = None
-
-    def begin() -> str:
-        nonlocal managed
-        managed = _managed(config, policy, model, device, say) if options.vllm_mode == "managed" else None
-        return managed.server.url if managed else server.url(options.vllm_server_host, options.vllm_server_port)
-
-    url = processes.share(run.ranks, begin)
+    count = online.servers(config)
+    number, managed = run.ranks.row_rank % count, None
+    url = options.vllm_server_urls[number] if options.vllm_server_urls else server.url(options.vllm_server_host, options.vllm_server_port)
+    if options.vllm_mode == "managed":
+        url, managed = _started(run, lambda: _managed(config, policy, model, device, say, number))
     settings = engines.EngineSettings(
         url, model.name, model.paths, policy.cfg.vocab_size, online.longest(config), run.folder.root / "engine", seeds, model.dtype,
         options.vllm_server_timeout, options.vllm_canary_tolerance, interval, versions if policy.lora is not None else None,
-        options.vllm_reload_in_place, config.adapter.lora_model_dir is not None,
+        options.vllm_reload_in_place, config.adapter.lora_model_dir is not None, count, number,
     )  # fmt: skip
     calls = _calls(policy, extras, device)
     return engines.VllmEngine(settings, params, policy.tokenizer, **calls, managed=managed, ranks=run.ranks)
 
 
-def _managed(config: OnlineConfig, policy: Policy, model: serving.ServedModel, device: torch.device, say: Say) -> engines.ManagedServer:
-    """The server that a run starts for itself."""
-    options = config.engine
+def _started(run: Run, start: Callable[[], engines.ManagedServer]) -> tuple[str, engines.ManagedServer | None]:
+    """The address of this rank's server, and the server where the rank is the first to ask it and has started it: all ranks at a time."""
+    count, managed = online.servers(run.config), None
+
+    def begin() -> tuple[int, str] | None:
+        nonlocal managed
+        managed = start() if engines.owns(run.ranks, count) else None
+        return None if managed is None else (run.ranks.row_rank, managed.server.url)
+
+    try:
+        urls = dict(filter(None, processes.each(run.ranks, begin)))
+    except BaseException:
+        if managed is not None:  # the server of another rank did not come up
+            managed.server.stop()
+        raise
+    return urls[run.ranks.row_rank % count], managed
+
+
+def _managed(
+    config: OnlineConfig, policy: Policy, model: serving.ServedModel, device: torch.device, say: Say, number: int
+) -> engines.ManagedServer:
+    """The server of this number that a run starts for itself."""
+    options, port = config.engine, config.engine.vllm_server_port + number
     settings = server.ServerOptions(
         model.name,
-        options.vllm_server_port,
+        port,
         options.vllm_server_host,
         model.dtype,
         max_model_len=options.vllm_max_model_len or online.longest(config),
         gpu_memory_utilization=options.vllm_gpu_memory_utilization,
         max_lora_rank=None if policy.lora is None else policies.file_rank(policy),
         logprobs_mode=server.logprobs_mode(config.rollout.temperature),
+        device=device.index if options.vllm_num_servers > 1 and device.type == "cuda" else None,
     )
-    settings, log = server.on_device(settings, cuda=device.type == "cuda"), serving.log_file(options.vllm_server_port)
+    settings, log = server.on_device(settings, cuda=device.type == "cuda"), serving.log_file(port)
     python = server.find_python(options.vllm_python)
     return engines.managed(settings, model.folder, python=python, log=log, in_place=options.vllm_reload_in_place, say=say)
 

@@ -10,6 +10,7 @@ from treetune.cli.options.policy_loss import PolicyLoss
 from treetune.cli.options.reference import RlReference
 from treetune.cli.options.rollout import RolloutOptions
 from treetune.cli.options.run import RunOptions
+from treetune.core.config.ranges import PORT
 from treetune.core.config.table import Config
 
 
@@ -118,8 +119,7 @@ def _conflicts_of_shared_streams(config: OnlineConfig) -> None:
 
 def _conflicts_of_engine(config: OnlineConfig) -> None:
     engine = config.engine
-    if names := [name for name, size in meshes.sizes(config.run).items() if name in ("tensor", "context") and size > 1]:
-        raise ValueError(f"use_vllm: each rank asks the server for completions, and those along {names[0]} share rows: leave out one")
+    _conflicts_of_servers(config)
     if config.pipeline.async_prefetch and config.adapter.adapter == "none":
         raise ValueError("async_prefetch with whole weights on vLLM: the server restarts at each sync, so nothing can be sampled meanwhile")
     if engine.vllm_reload_in_place and engine.vllm_server_host not in ("127.0.0.1", "localhost", "::1"):
@@ -136,6 +136,26 @@ def _conflicts_of_engine(config: OnlineConfig) -> None:
             "vLLM computes no DoRA, and one scale for all of an adapter: leave out lora_dora, lora_rank_pattern and lora_alpha_pattern, "
             "or sample without use_vllm"
         )
+
+
+def _conflicts_of_servers(config: OnlineConfig) -> None:
+    urls = config.engine.vllm_server_urls
+    if wrong := [url for url in urls if not url.startswith(("http://", "https://")) or urls.count(url) > 1]:
+        raise ValueError(f"vllm_server_urls takes addresses such as http://node-1:8000, each once, got {wrong[0]}")
+    found = meshes.sizes(config.run) if meshes.processes(config.run) > 1 else {}
+    count, asking = servers(config), found.get("data", 1) * found.get("replicate", 1)
+    if count > asking:
+        name = "vllm_server_urls" if urls else "vllm_num_servers"
+        raise ValueError(
+            f"{name} is for {count} servers, and {asking} rank{'s have' if asking > 1 else ' has'} prompts of their own to ask with"
+        )
+    if config.engine.vllm_server_port + count - 1 > PORT.high:
+        raise ValueError(f"vllm_num_servers {count}: ports from {config.engine.vllm_server_port} on end at {PORT.high}; give a lower port")
+
+
+def servers(config: Any) -> int:
+    """How many servers sample for a run."""
+    return len(config.engine.vllm_server_urls) or config.engine.vllm_num_servers
 
 
 def longest(config: Any) -> int:

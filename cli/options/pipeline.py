@@ -25,6 +25,7 @@ def moved(values: Mapping[str, Any]) -> bool:
 OFF_POLICY = Unused(lambda values: "" if off_policy(values) else ON_POLICY)
 MOVED = Unused(lambda values: "" if moved(values) else ON_POLICY)
 CORRECTED = unused_unless("vllm_importance_sampling_correction", reason="vllm_importance_sampling_correction is off")
+ADDRESSED = unused_if("vllm_server_urls", reason="vllm_server_urls says where the servers are")
 MANAGED = unused_if("vllm_mode", "server", reason="the server runs already; these are options of treetune serve")
 
 
@@ -90,10 +91,14 @@ class EngineOptions:
     """Sample with a vLLM server."""
     vllm_mode: Annotated[Literal["server", "managed"], SAMPLER, VLLM] = "server"
     """server: one that runs already (treetune serve); managed: start one and stop it with the run."""
-    vllm_server_host: Annotated[str, SAMPLER, VLLM] = "127.0.0.1"
+    vllm_server_host: Annotated[str, SAMPLER, VLLM, ADDRESSED] = "127.0.0.1"
     """Host of the server."""
-    vllm_server_port: Annotated[int, PORT, SAMPLER, VLLM] = 8000
+    vllm_server_port: Annotated[int, PORT, SAMPLER, VLLM, ADDRESSED] = 8000
     """Port of the server."""
+    vllm_server_urls: Annotated[tuple[str, ...], SAMPLER, VLLM, unused_if("vllm_mode", "managed", reason="the run starts its servers")] = ()
+    """Addresses of several servers (http://node-1:8000 http://node-2:8000), which the ranks with prompts of their own ask in turn."""
+    vllm_num_servers: Annotated[int, PROCESSES, SAMPLER, VLLM, MANAGED] = 1
+    """Servers to start (managed): each by the first rank that asks it, on that rank's device, at the ports from vllm_server_port on."""
     vllm_server_timeout: Annotated[float, SECONDS, SAMPLER, VLLM] = 240.0
     """Seconds to wait for an answer; a request that fails is tried again for 90 s."""
     vllm_python: Annotated[str | None, PROGRAM, SAMPLER, VLLM, MANAGED] = None

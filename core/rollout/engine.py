@@ -5,11 +5,11 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from treetune.core import partition
+from treetune.core import owned, partition
 from treetune.core.rollout import documents, server, sync, vllm
 from treetune.core.rollout.group import Completion, Sampled
 from treetune.core.run import ranks as processes
@@ -17,14 +17,16 @@ from treetune.core.run.errors import RunFailed
 from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import Params, TrainState
 
+T = TypeVar("T")
 CANARY = 32  # tokens
+SENT = "sent"  # folder of weights that several servers get
 START_RETRY_S = 5.0  # that a server is waited for when a run starts; later a busy one gets more
 
 
 class EngineSettings(NamedTuple):
     """How a run reaches its server, and when and how weights go there."""
 
-    url: str
+    url: str  # of the server that this rank asks
     model: str  # its name in requests
     model_paths: tuple[str, ...]  # other names, paths and ids that the server may have loaded it from
     vocab_size: int
@@ -38,6 +40,8 @@ class EngineSettings(NamedTuple):
     adapter_versions: int | None = 2  # adapters that stay loaded; None: whole weights are synced, not adapters
     in_place: bool = False  # whole weights reach the server without a restart
     sync_at_start: bool = False  # the run starts with other weights than the server's
+    servers: int = 1  # that serve the run
+    server: int = 0  # the number of this rank's among them
 
 
 class Save(Protocol):
@@ -74,23 +78,24 @@ def managed(
 
 
 class Followed(NamedTuple):
-    """What ranks beside the first one know of the weights on a server, which the first one gives it: the name to sample them by."""
+    """What ranks beside its first one know of the weights on a server, which the first one gives it: the name to sample them by."""
 
     model: str
 
     def recover(self) -> None:
-        """Errors: RunFailed; the first rank alone can give the server its weights again."""
+        """Errors: RunFailed; its first rank alone can give the server its weights again."""
         raise RunFailed("the server was started again and lacks the adapter of this run: --resume auto goes on from the last checkpoint")
 
     def intact(self) -> None:
-        """Nothing: the first rank owns the files."""
+        """Nothing: its first rank owns the files."""
 
 
 class VllmEngine:
     """The weights of a run on a server. It owns connections, weight folders and a managed server: call `close`.
 
     base_logprobs(tokens): as `prompt_logprobs`, of the model that the server begins with; called once.
-    ranks: those of the run. Each draws by itself; the first one, whose server a managed one is, gives it the weights while others wait.
+    ranks: those of the run. Each draws by itself (of those with the same rows the first one, for all of them) from one of the servers.
+    A server gets the weights from the first rank that asks it, which has started it where it is managed, while all others wait.
     Raises ValueError where no server answers, and for one of another model or with too short a window.
     """
 
@@ -107,6 +112,8 @@ class VllmEngine:
         ranks: Ranks = ALONE,
     ):
         self.ranks, self.first = ranks, ranks.rank == 0
+        self.owner = owns(ranks, settings.servers)
+        self.ask = processes.of_same_rows(ranks, self._asked, (sync.SyncError, vllm.Lost, vllm.Unreachable, RunFailed))
         self.settings, self.params, self.tokenizer = settings, params, tokenizer
         self.save, self.prompt_logprobs = save, prompt_logprobs
         self.server = None if managed is None else managed.server
@@ -117,14 +124,14 @@ class VllmEngine:
         with contextlib.ExitStack() as resources:  # ended here if the server is refused
             if self.server is not None:
                 resources.callback(self.server.stop)
-            self.client = self._connected(resources)
+            self.client = self._client(resources)
+            processes.each(ranks, self._check)
             canary = self._canary()
-            self.sync = self._of_first(canary, managed) if self.first else Followed(settings.model)
+            self.sync = self._of_first(canary, managed) if self.owner else Followed(settings.model)
             self.tokens, self.base_logp = canary.tokens, base_logprobs(canary.tokens)
             self.resources = resources.pop_all()
 
-    def _connected(self, resources: contextlib.ExitStack) -> vllm.Client:
-        """A client that has checked what the server serves; nobody waits long for one that is not there."""
+    def _client(self, resources: contextlib.ExitStack) -> vllm.Client:
         settings = self.settings
         client = vllm.Client(
             settings.url,
@@ -134,13 +141,17 @@ class VllmEngine:
             alive=self.server.alive if self.server else lambda: True,
         )
         resources.callback(client.close)
+        return client
+
+    def _check(self) -> None:
+        """Check what the server serves; nobody waits long for one that is not there."""
+        settings = self.settings
         try:
-            client.check(accepted=[settings.model, *settings.model_paths], needed_len=settings.longest, retry_s=START_RETRY_S)
+            self.client.check(accepted=[settings.model, *settings.model_paths], needed_len=settings.longest, retry_s=START_RETRY_S)
         except vllm.Lost as error:
             raise ValueError(str(error)) from error
         except vllm.Unreachable as error:
             raise ValueError(f"{error}: start one with treetune serve, or give --vllm-mode managed") from error
-        return client
 
     def _canary(self) -> sync.Canary:
         settings = self.settings
@@ -151,29 +162,37 @@ class VllmEngine:
     def _of_first(self, canary: sync.Canary, managed: ManagedServer | None) -> sync.Adapters | sync.Weights:
         if self.settings.adapter_versions is None:
             return self._weights(canary, managed)
-        return sync.Adapters(self.client, self.settings.folder, canary, keep=self.settings.adapter_versions)
+        return sync.Adapters(self.client, self._folder(), canary, keep=self.settings.adapter_versions)
+
+    def _folder(self) -> Path:
+        """Where the weights for this rank's server are written."""
+        root = self.settings.folder
+        return root if self.settings.servers == 1 else root / f"server-{self.settings.server}"
 
     def _weights(self, canary: sync.Canary, managed: ManagedServer | None) -> sync.Weights:
         if managed is None:
             raise ValueError("whole weights reach only a server that the run has started: give --vllm-mode managed, or train an adapter")
         how = {"server": managed.server, "command": managed.command, "in_place": self.settings.in_place}
-        return sync.Weights(self.client, self.settings.folder, canary, **how)
+        return sync.Weights(self.client, self._folder(), canary, **how)
 
     def draw(self, policy: Any, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int) -> Sampled:
         """Completions from the weights that the server has."""
-        return self._draw(ids, [vllm.request_seed(self.settings.seeds[0], number) for number in numbers], n=n, max_tokens=max_tokens)
+        return self._draw(ids, [vllm.request_seed(self.settings.seeds[0], number) for number in numbers], n, max_tokens)
 
     def draw_evaluation(
         self, policy: TrainState, ids: Sequence[Sequence[int]], numbers: Sequence[int], /, *, n: int, max_tokens: int
     ) -> Sampled:
         """Completions from the weights of the state, which `refresh` has given the server."""
-        return self._draw(ids, [vllm.request_seed(self.settings.seeds[1], number) for number in numbers], n=n, max_tokens=max_tokens)
+        return self._draw(ids, [vllm.request_seed(self.settings.seeds[1], number) for number in numbers], n, max_tokens)
 
-    def _draw(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], *, n: int, max_tokens: int) -> Sampled:
+    def _asked(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], n: int, max_tokens: int) -> tuple[int, list[list[vllm.Drawn]]]:
         ask = partial(self.client.sample, ids, seeds, self.params, n=n, max_tokens=max_tokens)
+        # The version is read inside: after a restart, the call is made again with the adapter that is loaded then.
+        return sync.steady(lambda name: (self.version, ask(model=name)), self.sync, self.server)
+
+    def _draw(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], n: int, max_tokens: int) -> Sampled:
         with self.alone:
-            # The version is read inside: after a restart, the call is made again with the adapter that is loaded then.
-            version, groups = sync.steady(lambda name: (self.version, ask(model=name)), self.sync, self.server)
+            version, groups = self.ask(ids, seeds, n, max_tokens)
         return Sampled([[self._completion(one) for one in group] for group in groups], version)
 
     def _completion(self, drawn: vllm.Drawn) -> Completion:
@@ -199,28 +218,45 @@ class VllmEngine:
             self.push(state)
 
     def push(self, state: TrainState) -> None:
-        """Give the server the weights of the state, and check that it has them: all ranks do so at one time."""
+        """Give the servers the weights of the state, and check that they have them: all ranks do so at one time."""
         trained = partition.gathered(state.params, keep=self.first)
         begun = {name: partition.gathered(state.frozen[name], keep=self.first) for name in ("start",) if name in state.frozen}
         state = state._replace(frozen=state.frozen | begun)
         version, expected = int(state.step), self.prompt_logprobs(state, self.tokens)
         with self.alone:
-            save = partial(self.save, state, trained)
-            self._agree(lambda sync: sync.sync(version, save, trained, expected))
+            save, params = partial(self.save, state, trained), trained if self.first else {}
+            if self.settings.servers > 1:
+                save = self._sent(version, save, params)
+            self._agree(lambda sync: sync.sync(version, save, params, expected))
             self.version = version
+        if self.first and self.settings.servers > 1:
+            owned.remove(self.settings.folder / SENT, owned.MODEL)
+
+    def _sent(self, version: int, save: sync.Save, params: Params) -> sync.Save:
+        """Write the weights once, by the first rank, and link the files into the folder of each server."""
+        folder = self.settings.folder / SENT
+        processes.each(self.ranks, lambda: self._final(lambda: sync.send(folder, version, save, params)) if self.first else None)
+        return partial(sync.linked, folder)
 
     def _agree(self, call: Callable[[Any], sync.CanaryVerdict]) -> None:
-        """A sync by the first rank, once more where the server had to be restarted; what it cannot go on from ends the run."""
+        """A sync of each server by its first rank, once more where one had to be restarted; what it cannot go on from ends the run."""
         processes.barrier(self.ranks)  # none draws while the canary is read
-        self.verdict, model = processes.share(self.ranks, partial(self._steady, call))
-        if not self.first:
-            self.sync = Followed(model)
+        answers = processes.each(self.ranks, lambda: self._final(lambda: self._steady(call)) if self.owner else None)
+        told = {server: (verdict, model) for server, verdict, model in filter(None, answers)}
+        self.verdict = sync.worst([verdict for verdict, _ in told.values()])
+        if not self.owner:
+            self.sync = Followed(told[self.settings.server][1])
 
-    def _steady(self, call: Callable[[Any], sync.CanaryVerdict]) -> tuple[sync.CanaryVerdict, str]:
+    def _steady(self, call: Callable[[Any], sync.CanaryVerdict]) -> tuple[int, sync.CanaryVerdict, str]:
+        return self.settings.server, sync.steady(lambda _: call(self.sync), self.sync, self.server), self.sync.model
+
+    def _final(self, call: Callable[[], T]) -> T:
+        """What the call gives. Raises RunFailed, which names the server, for a lost sync, no answer, an adapter that it refuses."""
         try:
-            return sync.steady(lambda _: call(self.sync), self.sync, self.server), self.sync.model
-        except (RuntimeError, ValueError) as error:  # a lost sync, no answer, a server that does not come up, an adapter that it refuses
-            raise RunFailed(str(error)) from error
+            return call()
+        except (RuntimeError, ValueError) as error:
+            several = self.settings.servers > 1 and self.settings.url not in str(error)
+            raise RunFailed(f"{self.settings.url}: {error}" if several else str(error)) from error
 
     def after_step(self, state: TrainState, metrics: dict[str, Any], step: int) -> TrainState:
         """Sync every sync_interval steps."""
@@ -229,7 +265,7 @@ class VllmEngine:
         return state
 
     def metrics(self) -> dict[str, float]:
-        """How far the server was from the trainer at the last sync."""
+        """How far the servers were from the trainer at the last sync, at most."""
         if self.verdict is None:
             return {}
         gaps = {"mean": self.verdict.mean_diff, "max": self.verdict.max_diff}
@@ -238,6 +274,11 @@ class VllmEngine:
     def close(self) -> None:
         """Leave the server, or end it if it is ours."""
         self.resources.close()
+
+
+def owns(ranks: Ranks, servers: int) -> bool:
+    """Whether this rank is the first that asks its server, when rank r of those with different rows asks server r mod `servers`."""
+    return ranks.leads and ranks.row_rank < servers
 
 
 def describe(address: str, sync_interval: int) -> str:

@@ -77,6 +77,7 @@ class ServerOptions(NamedTuple):
     logprobs_mode: str = "processed_logprobs"
     seed: int = 0
     extra: Sequence[str] = ()  # arguments of its command line
+    device: int | None = None  # that CUDA device of this process alone
 
 
 def check(options: ServerOptions) -> None:
@@ -291,6 +292,9 @@ def start(command: Sequence[str], options: ServerOptions, *, log: Path, in_place
     Raises RunFailed when it does not come up, ValueError when the port is taken or the program is missing.
     """
     environment = {"VLLM_SERVER_DEV_MODE": "1"} if in_place else {}
+    if options.device is not None:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = shown.split(",")[options.device] if shown else str(options.device)
     try:
         return Server(command, host=options.host, port=options.port, log=log, environment=environment, deadline_s=deadline_s)
     except RuntimeError as error:

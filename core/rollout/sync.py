@@ -7,6 +7,8 @@ must be the trainer's. Two things are asked of them:
   so bits that stay while the trainer moves are a sync that was lost, however small the move. A move below RESOLUTION tells nothing.
 """
 
+import os
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -113,6 +115,12 @@ def coarser(dtype: str, gap: float) -> str:
     """The finest dtype, from `dtype` on, that explains this mean difference with room to spare; bfloat16 where none does."""
     order = list(TOLERANCE)[list(TOLERANCE).index(dtype) :]
     return next((name for name in order if 3 * gap <= TOLERANCE[name]), order[-1])
+
+
+def worst(verdicts: Sequence[CanaryVerdict]) -> CanaryVerdict:
+    """The largest differences of several servers; conclusive where all are."""
+    mean, largest, moved = (max(one[i] for one in verdicts) for i in range(3))
+    return CanaryVerdict(mean, largest, moved, all(one.conclusive for one in verdicts))
 
 
 class Adapters:
@@ -251,6 +259,24 @@ def write(folder: Path, save: Save) -> None:
         owned.replace(part, folder, owned.MODEL)
     finally:
         drafts.delete(part)
+
+
+def send(folder: Path, version: int, save: Save, params: Params) -> None:
+    """Write a version for several servers, whose own folders `linked` makes of it. Raises SyncError, naming the leaf, for nan or inf."""
+    _finite(params, version)
+    write(folder, save)
+
+
+def linked(sent: Path, folder: Path) -> None:
+    """A folder of the same files, which are copied only where the file system has no links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    shutil.copytree(sent, folder, copy_function=link)
 
 
 def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) -> T:

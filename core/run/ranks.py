@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from treetune.core import exchange, shard
 from treetune.core.config.ranges import SECONDS_MAX
+from treetune.core.run.errors import RunFailed
 
 T = TypeVar("T")
 
@@ -36,6 +37,12 @@ class Ranks(NamedTuple):
     def row_ranks(self) -> int:
         """How many ranks have different rows."""
         return self.world if self.mesh is None else shard.world(self.mesh)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks that have its rows."""
+        mesh = self.mesh
+        return mesh is None or not any(mesh.get_local_rank(axis) for axis in mesh.mesh_dim_names or () if axis not in shard.ROWS)
 
 
 ALONE = Ranks(0, 1, None)
@@ -87,10 +94,31 @@ def every(ranks: Ranks, value: T) -> list[T]:
     return [by_rank[number] for number in range(ranks.row_ranks)]
 
 
-def of_same_rows(ranks: Ranks, function: Callable[..., T]) -> Callable[..., T]:
+def each(ranks: Ranks, function: Callable[[], T]) -> list[T]:
+    """What `function` gives on each rank, by rank, on all.
+
+    Errors: a RunFailed of one is a RunFailed on all, a ValueError or OSError a ValueError.
+    """
+    if ranks.world == 1:
+        return [function()]
+    # One that raised alone would leave the others waiting for its next message.
+    try:
+        message = (function(), None, "")
+    except (ValueError, OSError, RunFailed) as error:
+        message = (None, RunFailed if isinstance(error, RunFailed) else ValueError, str(error))
+    answers: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(answers, message)
+    for _, kind, text in answers:
+        if kind is not None:
+            raise kind(text)
+    return [value for value, _, _ in answers]
+
+
+def of_same_rows(ranks: Ranks, function: Callable[..., T], also: tuple[type[Exception], ...] = ()) -> Callable[..., T]:
     """`function` called on the first of the ranks that have the same rows, and what it gives on all of them.
 
-    For what may differ from call to call, or costs something each time. Errors: a ValueError or OSError there is a ValueError on all.
+    For what may differ from call to call, or costs something each time. Errors: a ValueError, OSError or one of `also` there is a
+    ValueError on all.
     """
     if ranks.mesh is None or ranks.row_ranks == ranks.world:
         return function
@@ -99,10 +127,10 @@ def of_same_rows(ranks: Ranks, function: Callable[..., T]) -> Callable[..., T]:
 
     def call(*args: Any) -> T:
         message: list[Any] = [None, None]  # result, error
-        if not any(mesh.get_local_rank(axis) for axis in axes):
+        if ranks.leads:
             try:
                 message = [function(*args), None]
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, *also) as error:
                 message = [None, str(error)]
         for axis in axes:
             group = mesh.get_group(axis)

@@ -44,7 +44,7 @@ TEXTS = {
     "comet_api_key", "comet_workspace", "comet_project_name", "comet_experiment_key", "trackio_project_name", "trackio_run_name",
     "trackio_space_id", "swanlab_project", "swanlab_workspace", "swanlab_experiment_name", "swanlab_description", "swanlab_api_key",
     # the server
-    "vllm_server_host", "vllm_guided_decoding_regex", "host", "vllm_args",
+    "vllm_server_host", "vllm_server_urls", "vllm_guided_decoding_regex", "host", "vllm_args",
 }  # fmt: skip
 OPTIONS = [(command, option) for command, one in main.COMMANDS.items() for option in table.options(one.config).values()]
 

@@ -84,7 +84,8 @@ TABLE = {
         "streaming_partial_batch", "streaming_min_groups", "dynamic_sampling", "replay_buffer_size", "reroll_start_fraction",
         "reroll_max_groups", "skip_zero_advantage_batches", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
         "vllm_importance_sampling_cap", "vllm_importance_sampling_min", "off_policy_mask_threshold", "use_vllm", "vllm_mode",
-        "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization",
+        "vllm_server_host", "vllm_server_port", "vllm_server_urls", "vllm_num_servers", "vllm_server_timeout", "vllm_python",
+        "vllm_max_model_len", "vllm_gpu_memory_utilization",
         "vllm_reload_in_place", "vllm_canary_tolerance", "reward_num_workers", "reward_timeout",
         # what is shown and kept
         "evals_per_epoch", "saves_per_epoch",

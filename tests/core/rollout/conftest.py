@@ -15,8 +15,8 @@ spec.loader.exec_module(fake_vllm)
 
 
 @pytest.fixture
-def start():
-    """start(mode=..., retry_s=...) -> (the fake, a client that has checked it)."""
+def start_server():
+    """start_server(mode=..., retry_s=...) -> (the fake, a client that has checked it)."""
     running = []
 
     def begin(*, mode: str = "processed_logprobs", retry_s: float = 10.0):
@@ -39,9 +39,15 @@ def start():
 
 
 @pytest.fixture
-def pair(start):
+def start(start_server):
+    """`start_server`, where a module has no other `start`."""
+    return start_server
+
+
+@pytest.fixture
+def pair(start_server):
     """A fake and its client."""
-    return start()
+    return start_server()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,10 @@ class Words:
 
 def state(step: int) -> TrainState:
     return TrainState({"lora": {"A": torch.full((1,), STEP * step)}}, {}, {}, {}, torch.tensor(step))
+
+
+def asked(fake, path: str) -> list[dict]:
+    return [ask for place, ask in fake.asked if place == path]
 
 
 def number(at: TrainState) -> float:
@@ -172,26 +177,40 @@ class Samples:
 class Shared:
     """The processes of ranks that are threads here."""
 
-    def __init__(self):
-        self.meet, self.said = threading.Barrier(2, timeout=20), None
+    def __init__(self, world: int = 2):
+        self.meet, self.said = threading.Barrier(world, timeout=20), [None] * world
 
     def barrier(self, ranks):
         self.meet.wait()
 
-    def share(self, ranks, function):
-        if ranks.rank == 0:
-            self.said = function()
+    def each(self, ranks, function):
+        try:
+            self.said[ranks.rank] = function()
+        except Exception as error:
+            self.said[ranks.rank] = error
         self.meet.wait()
-        said = self.said
+        said = list(self.said)
         self.meet.wait()
+        for error in said:
+            if isinstance(error, Exception):
+                raise error
         return said
+
+    def of_same_rows(self, ranks, function, also=()):
+        return function
+
+
+def on_ranks(world: int, call) -> list:
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(call, range(world)))
 
 
 def test_each_rank_draws_from_what_the_first_one_gave_the_server(start, fake, monkeypatch):
     monkeypatch.setattr(engine, "processes", Shared())
-    pair = [start(ranks=Ranks(rank, 2, None), sync_interval=2) for rank in range(2)]
+    pair = on_ranks(2, lambda rank: start(ranks=Ranks(rank, 2, None), sync_interval=2))
 
-    def play(made):
+    def play(rank):
+        made = pair[rank]
         made.start(state(0))
         for step in (1, 2):
             made.after_step(state(step), {}, step)
@@ -199,8 +218,8 @@ def test_each_rank_draws_from_what_the_first_one_gave_the_server(start, fake, mo
         made.refresh(state(3))
         return drawn, made.draw_evaluation(state(3), IDS, NUMBERS, n=1, max_tokens=6), made.metrics()
 
-    with ThreadPoolExecutor(2) as pool:
-        (drawn, evaluated, told), other = pool.map(play, pair)
+    pair.sort(key=lambda made: made.ranks.rank)
+    (drawn, evaluated, told), other = on_ranks(2, play)
     assert drawn.version == other[0].version == 2 and evaluated.version == other[1].version == 3 and told == other[2]
     for one, again, at in ((drawn, other[0], 2), (evaluated, other[1], 3)):
         check(one, state(at))
@@ -208,3 +227,82 @@ def test_each_rank_draws_from_what_the_first_one_gave_the_server(start, fake, mo
     assert sum(path == "/v1/load_lora_adapter" for path, _ in fake.asked) == 2, "one for each version, by the first rank"
     with pytest.raises(RunFailed, match="lacks the adapter of this run"):
         pair[1].sync.recover()
+
+
+@pytest.fixture
+def several(start_server, start, monkeypatch):
+    """several(ranks) -> (two servers, the engine of each rank)."""
+
+    def begin(world: int):
+        servers = [start_server() for _ in range(2)]
+        monkeypatch.setattr(engine, "processes", Shared(world))
+
+        def engine_of(rank: int):
+            url = servers[rank % 2][1].url
+            return start(ranks=Ranks(rank, world, None), url=url, servers=2, server=rank % 2)
+
+        return [fake for fake, _ in servers], on_ranks(world, engine_of)
+
+    return begin
+
+
+def test_ranks_ask_servers_in_turn_which_all_get_the_weights(several, tmp_path):
+    fakes, engines = several(3)
+
+    def play(rank):
+        made = engines[rank]
+        made.start(state(0))
+        for step in (1, 2):
+            made.after_step(state(step), {}, step)
+        return made.draw(None, IDS, [2 * rank, 2 * rank + 1], n=2, max_tokens=6), made.metrics()
+
+    drawn, told = zip(*on_ranks(3, play), strict=True)
+    for sampled in drawn:
+        assert sampled.version == 2
+        check(sampled, state(2))
+    assert told[0] == told[1] == told[2] and told[0]["sync/version"] == 2
+    seeds = [{ask["seed"] for ask in asked(fake, "/v1/completions") if ask.get("return_token_ids")} for fake in fakes]
+    assert seeds == [{vllm.request_seed(5, one) for one in numbers} for numbers in ((0, 1, 4, 5), (2, 3))]
+    assert [len(asked(fake, "/v1/load_lora_adapter")) for fake in fakes] == [2, 2], "by the first rank of each"
+    files = [path for path in (tmp_path / "engine").rglob("adapter_config.json") if "v000002" in str(path)]
+    assert len(files) == 2 and len({os.stat(path).st_ino for path in files}) == 1, "weights are written once"
+    assert not (tmp_path / "engine" / "sent").exists()
+
+
+def test_a_server_among_several_that_lost_the_weights_is_named_on_all_ranks(several):
+    fakes, engines = several(2)
+    on_ranks(2, lambda rank: engines[rank].start(state(0)))
+    fakes[1].forgets = True
+
+    def fail(rank):
+        with pytest.raises(RunFailed) as caught:
+            engines[rank].after_step(state(5), {}, 5)
+        return str(caught.value)
+
+    one, other = on_ranks(2, fail)
+    assert one == other and one.startswith(f"{engines[1].settings.url}: the ")
+
+
+def test_weights_that_are_not_finite_go_to_no_server(several, tmp_path):
+    fakes, engines = several(2)
+    on_ranks(2, lambda rank: engines[rank].start(state(0)))
+    wrong = state(1)._replace(params={"lora": {"A": torch.full((1,), float("nan"))}})
+
+    def fail(rank):
+        with pytest.raises(RunFailed, match="lora.A not finite"):
+            engines[rank].push(wrong)
+
+    on_ranks(2, fail)
+    assert not any(asked(fake, "/v1/load_lora_adapter") for fake in fakes) and not (tmp_path / "engine" / "sent").exists()
+
+
+def test_an_error_of_one_server_among_several_ends_all_ranks(start_server, start, monkeypatch):
+    monkeypatch.setattr(engine, "processes", Shared(2))
+    monkeypatch.setattr(engine, "START_RETRY_S", 0.1)
+    urls = [start_server()[1].url, "http://127.0.0.1:9"]
+
+    def fail(rank):
+        with pytest.raises(ValueError, match="at http://127.0.0.1:9.*start one with treetune serve"):
+            start(ranks=Ranks(rank, 2, None), url=urls[rank], servers=2, server=rank)
+
+    on_ranks(2, fail)
