@@ -250,13 +250,8 @@ def test_a_correction_repairs_what_is_ahead_of_the_weights(steps):
 
 
 VLLM = {f"--{name.replace('_', '-')}": value for name, value in vars(Grpo().engine).items() if name != "use_vllm"}
-VALUES = {
-    "--vllm-mode": "managed",
-    "--vllm-server-host": "h",
-    "--vllm-server-urls": "http://h:1",
-    "--vllm-python": "p",
-    "--vllm-gpu-memory-utilization": 0.5,
-}
+VALUES = {"--vllm-mode": "managed", "--vllm-server-host": "h", "--vllm-server-urls": "http://h:1", "--vllm-python": "p",
+          "--vllm-gpu-memory-utilization": 0.5}  # fmt: skip
 IGNORED = {
     **{f"{flag} without vLLM": ([flag] if value is False else [flag, VALUES.get(flag, 3)], "use_vllm is off")
        for flag, value in VLLM.items()},
@@ -309,15 +304,6 @@ CONTRADICTING = {
     },
     "mean of adapters": (["--beta", 0.1, "--sync-ref-model"], "ref_model_mixup_alpha 1"),
     "vespo with weights of sequences": ([*AHEAD, "--loss", "vespo", "--vllm-importance-sampling-mode", "sequence_mask"], "vespo"),
-    "a server that nobody asks": (["--use-vllm", "--vllm-mode", "managed", "--vllm-num-servers", 2], "2 servers, and 1 rank has prompts"),
-    "addresses that nobody asks": (["--use-vllm", "--vllm-server-urls", "http://a:1", "http://b:2"], "vllm_server_urls is for 2 servers"),
-    "an address that is none": (["--use-vllm", "--vllm-server-urls", "a:1"], "addresses such as http://node-1:8000, each once, got a:1"),
-    "an address twice": (["--use-vllm", "--vllm-server-urls", "http://a:1", "http://a:1"], "each once, got http://a:1"),
-    "ports beyond the last": (
-        ["--nproc", 4, "--use-vllm", "--vllm-mode", "managed", "--vllm-num-servers", 3, "--vllm-server-port", 65534],
-        "ports from 65534 on end at 65535",
-    ),
-    "a port of addresses": (["--use-vllm", "--vllm-server-urls", "http://a:1", "--vllm-server-port", 9], "says where the servers are"),
     "whole weights to a running server": (["--use-vllm", "--adapter", "none"], "vllm_mode managed"),
     "norms to a server": (["--use-vllm", "--lora-modules-to-save", "norm"], "low rank only"),
     "bounds the wrong way round": (["--async-prefetch", "--vllm-importance-sampling-min", 4], "vllm_importance_sampling_min"),
