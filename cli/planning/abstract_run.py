@@ -1,12 +1,19 @@
 """A run without its numbers: the very step that would run, on tensors that have shapes only, counted op by op."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 
 from treetune.cli import assembly
 from treetune.cli.methods.method import Method, Parts, Setting
@@ -102,21 +109,27 @@ def count(method: Method, config: Any, model: Shapes, *, gpu: bool, axes: Axes =
 
     Errors: ValueError as those of the run itself.
     """
-    _check(model.family)
-    period = _period(model.cfg)
+    period = _period(model.cfg) if dict.__contains__(MODELS, model.family) else 0  # layers of modules may be of any kind
     few = [period * part for part in LAYERS]
-    if period and model.cfg.num_layers > few[1] + period and not _by_layer(config):
-        less, more = (_count(method, config, _cut(model, layers), gpu, axes) for layers in few)
-        return _extrapolated(less, more, few, model.cfg.num_layers)
-    return _count(method, config, model, gpu, axes)
+    with _of_modules(model.family):
+        if period and model.cfg.num_layers > few[1] + period and not _by_layer(config):
+            less, more = (_count(method, config, _cut(model, layers), gpu, axes) for layers in few)
+            return _extrapolated(less, more, few, model.cfg.num_layers)
+        return _count(method, config, model, gpu, axes)
 
 
-def _check(family: str) -> None:
-    """Raise ValueError for a run whose step cannot be counted."""
-    if not dict.__contains__(MODELS, family):
+@contextlib.contextmanager
+def _of_modules(family: str) -> Iterator[None]:
+    """Raise ValueError where modules of transformers decide by numbers what they compute."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+        if dict.__contains__(MODELS, family):
+            raise
         raise ValueError(
-            f"a {family} model is computed by modules of transformers, which are not counted: treetune info MODEL tells the memory of a run"
-        )
+            f"a {family} model is computed by modules of transformers, which look at numbers that a plan does not have "
+            f"({str(error).splitlines()[0]}): treetune info MODEL tells the memory of a run"
+        ) from None
 
 
 def _count(method: Method, config: Any, model: Shapes, gpu: bool, axes: Axes) -> Counted:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,9 +43,9 @@ def fill(root, kit):
     return root
 
 
-def config(place, name, data, *args):
+def config(place, name, data, *args, model="model"):
     size = {"grpo": (), "pretrain": ("--sequence-len", LENGTH)}.get(name, ("--sequence-len", LENGTH, "--overlong", "truncate"))
-    fixed = ("--model", place / "model", "--data", place / f"{data}.jsonl", "--val-set-size", 0, "--max-steps", 2, "--device", "cpu")
+    fixed = ("--model", place / model, "--data", place / f"{data}.jsonl", "--val-set-size", 0, "--max-steps", 2, "--device", "cpu")
     args = (*args, f"{place}/rewards.py:spread") if name == "grpo" else args
     fixed = (*fixed, *size, "--output-dir", place / "run", "--overwrite", "--sample-prompt", "") if name != "reward" else fixed
     parsed, given = parse.parse(name, METHODS[name].config, [str(arg) for arg in (*fixed, *args)])
@@ -139,3 +140,18 @@ def test_copies_of_a_checkpoint_that_is_written_meanwhile_are_in_the_plan(place,
 
     monkeypatch.setattr(async_save.ckpt, "write", slowly)
     compare(" ".join(map(str, ("one process:", "sft", *args, "--async-save"))), planned(one), measured(one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name", "data", "args"), [("gpt2", "sft", "text", FULL), ("gpt_neox", "dpo", "pairs", REMAT)])
+def test_models_of_other_modules_are_counted(place, kit, here, kind, name, data, args):
+    """Those that transformers computes."""
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=1024)
+    sizes |= {"intermediate_size": 512} if kind == "gpt_neox" else {}
+    chosen = transformers.AutoConfig.for_model(kind, vocab_size=kit.SIZES["vocab_size"], bos_token_id=None, eos_token_id=None, **sizes)
+    if not (place / kind).exists():
+        transformers.AutoModelForCausalLM.from_config(chosen).save_pretrained(place / kind)
+        kit.tokenizer(kit.CHATML).save_pretrained(place / kind)
+    one = config(place, name, data, *args, model=kind)
+    fit.run(one)  # the first run of such a model also checks its modules
+    compare(" ".join(("one process:", kind, name, *args)), planned(one), measured(one))
