@@ -100,8 +100,8 @@ def measure() -> dict[str, Any]:
 
     ranks = join_ranks(torch.device("cpu"))
     times = {name: by_link(ranks, *computation) for name, computation in COMPUTATIONS.items()}
-    base = counting.model(LLAMA["num_layers"])
-    events = counting.passes(policy.place(policy.full(base), ranks.mesh, "full"), batch(ranks.rank), "full")
+    base = policy.full(counting.model(LLAMA["num_layers"]))
+    events = counting.passes(policy.place(base, ranks.mesh, "full"), batch(ranks.rank), "full")
     return {"times": times, "events": events}
 
 
@@ -197,10 +197,11 @@ def timed(one: Callable[[], Any], link: Link | None = None, alone: bool = False)
 def predicted(events: list[tuple[str, str, int]], gpus: int) -> dict[str, float]:
     """Seconds of the large model's step on so many GPUs, of its messages, and what the computation is of all.
 
-    The link takes messages in turn. A gather is waited for where its layer is computed, those outside layers at once; a sum when the one
-    behind it is begun, and the last at the end.
+    The link takes messages in turn. A gather is waited for where its leaves are computed with: the embedding's before the first layer, the
+    norm's and the head's behind the last one. A sum is waited for when the one behind it is begun, unless that is small, and
+    the last at the end.
     """
-    from treetune.core import param
+    from treetune.core import gathers, param
     from treetune.models import llama
 
     whole = llama.abstract(llama.Config(**LLAMA))
@@ -210,24 +211,27 @@ def predicted(events: list[tuple[str, str, int]], gpus: int) -> dict[str, float]
     # A layer is computed twice forward and once backward, which takes twice as long; the head once each.
     work = layer * LLAMA["num_layers"] * 4 + numbers["lm_head"] * 3
     unit = {"layer": COMPUTE_S * layer / work, "head": COMPUTE_S * numbers["lm_head"] / work}
-    now = link = travelled = 0.0
+    now = link = travelled = last = 0.0  # last: when the sum before comes
     arrival: dict[str, float] = {}
-    last = 0.0  # when the sum before comes
+    computed = pending = 0  # pending: numbers of the sums under way
     for kind, what, _ in events:
         part = what.split("layers.")[1].split(".")[0] if "layers." in what else what.split(".")[-1]
         if kind == "compute":
-            now = max(now, arrival[part]) + unit["layer"]
+            now = max(now, arrival[part], arrival["embed_tokens"]) + unit["layer"]
+            computed += 1
+            if computed == LLAMA["num_layers"]:
+                now = max(now, arrival["norm"], arrival["lm_head"]) + unit["head"]
             continue
+        count = layer if part.isdigit() else numbers[part]
         if kind == "sum":  # behind the backward of its layer
-            now = max(now + 2 * (unit["layer"] if part.isdigit() else unit["head"] if part == "lm_head" else 0), last)
-        size = (layer if part.isdigit() else numbers[part]) * (2 if kind == "gather" else 4)
+            now += 2 * (unit["layer"] if part.isdigit() else unit["head"] if part == "lm_head" else 0)
+            if count * gathers.SMALL >= pending:
+                now, pending = max(now, last), 0
+            pending += count
+        size = count * (2 if kind == "gather" else 4)
         cost = latency + size * (gpus - 1) / gpus / rate
         link, travelled = max(link, now) + cost, travelled + cost
         arrival[part], last = link, link if kind == "sum" else last
-        if kind == "gather" and not part.isdigit():
-            now = link
-            if part == "lm_head":
-                now += unit["head"]
     end = max(now, link)
     return {"step_s": end, "messages_s": travelled, "efficiency": COMPUTE_S / end, "one_after_another": COMPUTE_S / (COMPUTE_S + travelled)}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 AXIS = "data"  # of the mesh: its ranks have parts of a leaf
+SMALL = 8  # a message of less than one in so many of the numbers under way does not wait for them
 
 Leaves = dict[str, "DTensor"]
 # The dtype that leaves are computed in, by path where they differ; None is each leaf's own.
@@ -114,9 +115,9 @@ class Passage:
             shard.remember(leaf, window.Coming(self.window, index, path))
         return tuple(_replaced(part, f"{number}.", gathered) for number, part in enumerate(trees))
 
-    def turn(self) -> None:
-        """The pass has gone over all layers: none stays for the way back, on which they are gathered again."""
-        self.window.turn()
+    def turn(self, *, back: bool = False) -> None:
+        """The pass has gone over all layers. back: the last one stays for the way back, on which the others are gathered again."""
+        self.window.turn(back=back)
 
 
 def _replaced(part: Params, prefix: str, gathered: Mapping[str, Tensor]) -> Params:
@@ -157,9 +158,36 @@ class _Travelling:
         return self.leaves
 
 
+class _Begun(NamedTuple):
+    """A leaf of no layer on its way. version: of its part, which an update would have changed since."""
+
+    message: messages.Gather
+    dtype: torch.dtype
+    version: int
+
+
+_BEGUN = "_begun"  # an attribute of the leaf, with which what is never asked for goes
+
+
+def begin(leaf: Any, dtype: torch.dtype | None) -> None:
+    """Begin to gather a leaf that `gather` will be asked for, if it travels."""
+    if travels(leaf):
+        sent_as = _sent_as(leaf, dtype)
+        setattr(leaf, _BEGUN, _Begun(_sent([leaf], [sent_as]), sent_as, shard.local(leaf)._version))
+
+
+def _begun(leaf: DTensor, dtype: torch.dtype) -> messages.Gather:
+    """The message of a leaf in a dtype, begun before or now."""
+    begun: _Begun | None = getattr(leaf, _BEGUN, None)
+    if begun is not None:
+        delattr(leaf, _BEGUN)
+    fits = begun is not None and begun.dtype == dtype and begun.version == shard.local(leaf)._version
+    return begun.message if begun is not None and fits else _sent([leaf], [dtype])
+
+
 def gather(leaf: DTensor, dtype: torch.dtype | None) -> Tensor:
     """A whole leaf in a dtype, by a message of its own; its gradient is summed in float32 and scattered."""
-    take = lambda: _sent([leaf], [_sent_as(leaf, dtype)]).wait()  # noqa: E731
+    take = lambda: _begun(leaf, _sent_as(leaf, dtype)).wait()  # noqa: E731
     if torch.is_grad_enabled() and leaf.requires_grad:
         return _Whole.apply(take, _collecting.get(), leaf)[0]
     return take()[0]
@@ -184,7 +212,7 @@ class _Whole(torch.autograd.Function):
             own = [ctx.leaves[place] for place in places]
             sums: Sums | None = ctx.sums if ctx.sums is not None and ctx.sums.takes(own) else None
             if sums is not None:
-                sums.finish()  # what travels is as large as a layer in float32, and so is what comes next
+                sums.make_room(sum(leaf.numel() for leaf in own))
             message = _Scattered(own, _summed([grads[place] for place in places], own))
             if sums is not None:
                 sums.push(message)
@@ -232,6 +260,14 @@ class Sums:
     def takes(self, leaves: Sequence[Tensor]) -> bool:
         """Whether all leaves are among those whose gradients are collected."""
         return self.open and all(id(leaf) in self.numbers for leaf in leaves)
+
+    def make_room(self, numbers: int) -> None:
+        """Wait for those on their way where a message of so many numbers follows: what travels is as large as a layer in float32.
+
+        Not for a small one, such as a norm behind the head.
+        """
+        if numbers * SMALL >= sum(leaf.numel() for sent in self.pending for leaf in sent.leaves):
+            self.finish()
 
     def push(self, sent: _Scattered) -> None:
         """One more on its way."""

@@ -38,9 +38,10 @@ class Window:
             self._move(index, self._next(index))
         return self.present[index].wait()
 
-    def turn(self) -> None:
-        """The pass has gone over all layers, and none stays for the way back."""
-        self.present.clear()
+    def turn(self, *, back: bool = False) -> None:
+        """The pass has gone over all layers. back: the last one stays for the way back; else none does."""
+        end = self.count - 1
+        self.present = {end: self.present[end]} if back and end in self.present else {}
         self.last = self.count
 
     def _next(self, index: int) -> int:

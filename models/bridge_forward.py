@@ -66,6 +66,8 @@ def prepare(
         raise ValueError(f"the routers of {type(skeleton.model).__name__} are transformers' own: losses of routing are not computed for it")
     weights = weights | {LAYERS: layer_offload.arriving(weights[LAYERS], batch["tokens"].device)}
     others = {name: part for name, part in weights.items() if name not in (LAYERS, HEAD)}
+    for path, leaf in tree.items(others):
+        gathers.begin(leaf, skeleton.wide.get(path, dtype))
     outer = {path: _whole(leaf, path, skeleton, dtype) for path, leaf in tree.items(others)}
     neftune = training.get("noise")
     noise = None if neftune is None else dense.embedding_noise(outer[EMBEDDING].shape[1], batch, neftune).to(dtype)

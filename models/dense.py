@@ -42,11 +42,13 @@ class Training(TypedDict, total=False):
     """What only training asks of a forward pass.
 
     noise: on the embeddings. remat: what of a layer is kept for the backward, see `grad.remat`. routing: the logits of routers, see `Out`.
+    head: the output matrix is read next.
     """
 
     noise: Neftune | None
     remat: str | None
     routing: bool
+    head: bool
 
 
 class Out(NamedTuple):
@@ -120,6 +122,7 @@ def forward(
     adapters = lora.tree.get("layers", []) if lora else []
     layers = layer_offload.arriving(weights["layers"], batch["tokens"].device)
     own = [adapters[index] if index < len(adapters) else {} for index in range(len(layers))]
+    gathers.begin(weights["embed_tokens"], cfg.dtype)
     passage = gathers.passage(((layer, cfg.dtype), (pairs, None)) for layer, pairs in zip(layers, own, strict=True))
     split = tensor_rules.split_of(weights)
     part = plan.part if plan is not None and cache is None else None  # the tokens of this rank, where ranks share the stream
@@ -137,13 +140,15 @@ def forward(
     for index, layer in enumerate(layers):
         if index in collect:
             (features[index],) = context_parallel.joined(part, x)
+        if index + 1 == len(layers):
+            _begin_ends(weights, cfg, head=training.get("head", False))
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if again else shard.gathering_again(layer):
             x, logits = layer_fn(x, layer, own[index], index, shared._replace(rotation=rotations[index]))
         if logits is not None and training.get("routing"):
             routing.append(context_parallel.joined(part, logits)[0])
     if passage is not None:
-        passage.turn()
+        passage.turn(back=torch.is_grad_enabled())
     if len(weights["layers"]) in collect:
         (features[len(weights["layers"])],) = context_parallel.joined(part, x)
     (hidden,) = context_parallel.joined(part, _normed(x, shard.gather(weights["norm"], cfg.dtype), cfg))
@@ -156,10 +161,20 @@ def head(weights: Params, cfg: Config, lora: Lora | None = None) -> Tensor:
     A bias is a further column, and so is the B [V, r] of an adapter, which meet those of `widen`: the low-rank part is never rounded
     into the weight, so bfloat16 loses nothing of it.
     """
-    weight = shard.gather(weights["lm_head"] if "lm_head" in weights else weights["embed_tokens"], cfg.dtype)
+    weight = shard.gather(_output(weights), cfg.dtype)
     columns = [shard.gather(weights["lm_head_bias"], cfg.dtype)[:, None]] if cfg.head_bias else []
     columns += [shard.gather(lora.tree["lm_head"]["B"], cfg.dtype)] if lora is not None and "lm_head" in lora.tree else []
     return torch.cat([weight, *columns], dim=1) if columns else weight
+
+
+def _output(weights: Params) -> Any:
+    return weights["lm_head"] if "lm_head" in weights else weights["embed_tokens"]
+
+
+def _begin_ends(weights: Params, cfg: Config, *, head: bool) -> None:
+    """Have what is behind the layers travel while the last of them computes."""
+    for leaf in [weights["norm"], *([_output(weights)] if head else [])]:
+        gathers.begin(leaf, cfg.dtype)
 
 
 def widen(hidden: Tensor, cfg: Config, lora: Lora | None = None, key: Tensor | None = None) -> Tensor:

@@ -101,5 +101,6 @@ def counts(ranks: Ranks, batch: dict) -> dict[str, list[Event]]:
     adapted = policy.place(policy.Policy(base.family, base.cfg, {"lora": low.tree}, {"model": base.params}, low), ranks.mesh, "full")
     return {
         "full, again": passes(full, batch, "full"), "full": passes(full, batch, None), "lora, again": passes(adapted, batch, "full"),
+        "many": passes(policy.place(policy.full(model(32)), ranks.mesh, "full"), batch, "full"),
         "copies": passes(policy.full(base), batch, "full", copies.summing(ranks.mesh)),
     }  # fmt: skip
