@@ -1,4 +1,4 @@
-"""Weights that are whole on every rank: gradients are summed a layer at a time while the backward pass goes on.
+"""Weights that several ranks hold, whole or the same parts: gradients are summed a layer at a time while the backward pass goes on.
 
 The leaves of a layer are one message, which goes when the gradients of all of them are there, in the same order on all ranks. Of several
 micro-batches only the last one's pass sends: what it adds to is the gradient of all before.
@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,26 +44,43 @@ def on_arrival(leaf: Tensor, method: Callable[[int], None], i: int) -> None:
 
 
 def summing(mesh: DeviceMesh) -> grad.Collect:
-    """What has `grad.value_and_grad` give gradients of whole leaves summed over all ranks of a mesh with tokens of their own."""
-    over = [mesh.get_group(axis) for axis in reversed(shard.SUMMED) if shard.size(mesh, axis) > 1]
-    return partial(_Summed, over, shard.size(mesh, "context") == 1)
+    """What has `grad.value_and_grad` give gradients summed over all ranks of a mesh with tokens of their own."""
+    return partial(_Summed, mesh)
+
+
+class _Message(NamedTuple):
+    """Gradients of some leaves, flat, on their way along the first of `over`; the sums along the others follow."""
+
+    leaves: list[int]
+    flat: Tensor
+    over: list[Any]
+    work: Any
 
 
 class _Summed(grad.Plain):
-    """Totals of which those of whole leaves are summed over groups of ranks as they arrive."""
+    """Totals that are summed as they arrive: of whole leaves over all ranks, of parts over those that hold the same."""
 
-    def __init__(self, over: Sequence[Any], early: bool, items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
+    def __init__(self, mesh: DeviceMesh, items: Sequence[tuple[str, Tensor]], before: Sequence[Tensor | None]):
         super().__init__(items, before)
-        self._over = over
-        whole = [i for i, leaf in enumerate(self.leaves) if not shard.distributed(leaf)]
-        self._groups = groups(items, whole)
-        self._missing = set(whole)
-        # Beside leaves that travel everything would have to arrive in one order on all ranks, also what some ranks have no gradient of.
-        # So it would beside keys and values, which travel among ranks that share a stream.
-        self._early = early and not any(gathers.travels(leaf) for leaf in self.leaves)
-        self._sent: list[tuple[list[int], Tensor, Any]] = []
-        for i in whole:
+        self._over = {i: over for i, leaf in enumerate(self.leaves) if (over := _beyond(leaf, mesh))}
+        travelling = any(gathers.travels(leaf) for leaf in self.leaves)
+        # Beside leaves that travel all would have to arrive in one order on all ranks, also what some ranks have no gradient of: of whole
+        # leaves, which go last. So it would beside keys and values, which travel among ranks that share a stream.
+        late = [i for i in self._over if travelling and not gathers.travels(self.leaves[i])]
+        self._groups, self._late = groups(items, [i for i in self._over if i not in late]), groups(items, late)
+        self._early = shard.size(mesh, "context") == 1
+        self._missing = set(self._over)
+        self._sent: list[_Message] = []
+        for i in self._over:
             on_arrival(self.leaves[i], self._arrived, i)
+
+    def add(self, i: int, part: Tensor, /, *, last: bool) -> None:
+        """Add this rank's part of a gradient; the last one completes it."""
+        super().add(i, part, last=last)
+        if i in self._over:
+            assert i in self._missing, "a gradient that came after its sum had been sent"
+            if last:
+                self._arrived(i)
 
     def _arrived(self, i: int) -> None:
         self._missing.discard(i)
@@ -74,28 +91,35 @@ class _Summed(grad.Plain):
     def _send(self, group: list[int]) -> None:
         """Send the gradients of a group, and take in the sums of the one before, which has travelled meanwhile."""
         self._take_in()
-        totals = [self.total(i) for i in group]
-        for dtype in dict.fromkeys(total.dtype for total in totals):
-            chosen = [i for i, total in zip(group, totals, strict=True) if total.dtype == dtype]
-            flat = torch.cat([self.total(i).reshape(-1) for i in chosen])
-            self._sent.append((chosen, flat, dist.all_reduce(flat, group=self._over[0], async_op=True) if self._over else None))
+        kinds: dict[Any, list[int]] = {}
+        for i in group:
+            kinds.setdefault((self.total(i).dtype, *self._over[i]), []).append(i)
+        for (_, *over), chosen in kinds.items():
+            flat = torch.cat([shard.local(self.total(i)).reshape(-1) for i in chosen])
+            if flat.numel():  # none of the ranks that hold the same has any
+                self._sent.append(_Message(chosen, flat, over, dist.all_reduce(flat, group=over[0], async_op=True)))
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        for chosen, flat, work in self._sent:
-            if work is not None:
-                work.wait()
-            for over in self._over[1:]:
-                dist.all_reduce(flat, group=over)
-            leaves = [self.leaves[i] for i in chosen]
+        for chosen, flat, over, work in self._sent:
+            work.wait()
+            for group in over[1:]:
+                dist.all_reduce(flat, group=group)
+            own = [shard.local(self.leaves[i]) for i in chosen]
             # Not in place: autograd may have given two leaves one memory.
-            for i, leaf, part in zip(chosen, leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
-                self.put(i, part.view(leaf.shape))
+            for i, like, part in zip(chosen, own, flat.split([one.numel() for one in own]), strict=True):
+                self.put(i, shard.rewrap(part.view(like.shape), self.leaves[i].detach()))
         self._sent.clear()
 
     def collected(self) -> list[Tensor]:
         """The totals, once the backward pass is over."""
-        while self._groups:
-            self._send(self._groups.pop(0))
+        for group in [*self._groups, *self._late]:
+            self._send(group)
+        self._groups.clear()
         self._take_in()
         return super().collected()
+
+
+def _beyond(leaf: Tensor, mesh: DeviceMesh) -> list[Any]:
+    """The groups of ranks that hold the same part of a leaf and have tokens of their own."""
+    return [mesh.get_group(axis) for axis in reversed(shard.SUMMED) if axis not in shard.axes(leaf) and shard.size(mesh, axis) > 1]

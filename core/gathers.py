@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -199,6 +199,8 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, take: Callable[[], list[Tensor]], sums: Sums | None, *leaves: DTensor) -> tuple[Tensor, ...]:
         ctx.leaves, ctx.sums = leaves, sums
+        if sums is not None:
+            sums.expect(leaves)
         ctx.set_materialize_grads(False)
         # Aliases: the tensors themselves are given again, to another pass through the layer.
         return tuple(whole.view_as(whole) for whole in take())
@@ -248,14 +250,29 @@ def _sum_beyond(part: Tensor, mesh: DeviceMesh) -> None:
             dist.all_reduce(part, group=mesh.get_group(name))
 
 
-class Sums:
-    """Gradients that come while a backward pass goes on; each is handed on by add(number of the leaf, part) when it has come."""
+class Add(Protocol):
+    """What gradients go to."""
 
-    def __init__(self, leaves: Sequence[Tensor], add: Callable[[int, Tensor], None]):
+    def __call__(self, i: int, part: Tensor, /, *, last: bool) -> None:
+        """Take a part of the gradient of a leaf by its number. last: no further part of it comes in this pass."""
+        ...
+
+
+class Sums:
+    """Gradients that come while a backward pass goes on; each is handed to `add` when it has come."""
+
+    def __init__(self, leaves: Sequence[Tensor], add: Add):
         self.numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
         self.add = add
         self.pending: deque[_Scattered] = deque()
-        self.open = True
+        self.uses: dict[int, int] = {}  # of leaves, by number, from which gradients are still to come
+        self.open = self.forward = True
+
+    def expect(self, leaves: Sequence[Tensor]) -> None:
+        """Leaves are used; what a backward pass computes again is no further use."""
+        if self.forward and self.takes(leaves):
+            for number in [self.numbers[id(leaf)] for leaf in leaves]:
+                self.uses[number] = self.uses.get(number, 0) + 1
 
     def takes(self, leaves: Sequence[Tensor]) -> bool:
         """Whether all leaves are among those whose gradients are collected."""
@@ -278,19 +295,24 @@ class Sums:
         while self.pending:
             scattered = self.pending.popleft()
             for leaf, part in zip(scattered.leaves, scattered.wait(), strict=True):
-                self.add(self.numbers[id(leaf)], part)
+                number = self.numbers[id(leaf)]
+                left = self.uses[number] = self.uses.get(number, 0) - 1
+                self.add(number, part, last=left == 0)
 
 
 _collecting: ContextVar[Sums | None] = ContextVar("sums", default=None)
 
 
 @contextlib.contextmanager
-def collecting(leaves: Sequence[Tensor], add: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside, gradients of leaves that travel are not given to autograd: `add` has had all of them, in order, at the end."""
+def collecting(leaves: Sequence[Tensor], add: Add) -> Iterator[Sums]:
+    """Inside, gradients of leaves that travel are not given to autograd: `add` has had all of them, in order, at the end.
+
+    `forward` of what it gives becomes False when the forward pass is over.
+    """
     sums = Sums(leaves, add)
     token = _collecting.set(sums)
     try:
-        yield
+        yield sums
         sums.finish()
     finally:
         # After an exception nothing is waited for: the ranks that it would come from may have stopped as well.

@@ -16,8 +16,8 @@ from treetune.core import gathers, offload, shard, tree
 class Totals(Protocol):
     """Gradients of leaves, to which those of a backward pass are added as they arrive."""
 
-    def add(self, i: int, part: Tensor) -> None:
-        """Add this rank's part of a gradient that other ranks had a share in."""
+    def add(self, i: int, part: Tensor, /, *, last: bool) -> None:
+        """Add this rank's part of a gradient that other ranks had a share in. last: no further part of it comes in this pass."""
         ...
 
     def collected(self) -> list[Tensor]:
@@ -47,9 +47,10 @@ def value_and_grad(fn: Callable, collect: Collect | None = None) -> Callable:
         items = list(tree.items(tracked))
         leaves = [leaf for _, leaf in items]
         totals = collect(items, [None] * len(leaves) if into is None else tree.leaves(into))
-        with gathers.collecting(leaves, totals.add):
+        with gathers.collecting(leaves, totals.add) as sums:
             with torch.enable_grad():
                 value, aux = fn(tracked, *args)
+            sums.forward = False
             if value.requires_grad:
                 torch.autograd.backward(value, inputs=leaves)
         grads = iter(_own(totals.collected()))
@@ -71,7 +72,7 @@ class Plain:
                 self.wide[i] = total
                 leaf.register_post_accumulate_grad_hook(partial(_widen, self.wide, i))
 
-    def add(self, i: int, part: Tensor) -> None:
+    def add(self, i: int, part: Tensor, /, *, last: bool) -> None:
         """Add this rank's part of a gradient that other ranks had a share in."""
         leaf = self.leaves[i]
         self.put(i, _added(self.wide[i] if i in self.wide else leaf.grad, shard.rewrap(part.to(_sum_dtype(leaf)), leaf)))

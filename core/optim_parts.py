@@ -94,7 +94,7 @@ class _Arriving:
         self._groups, self._missing = copies.groups(leaves, split), set(split)
         self._sent = list[tuple[list[int], messages.Sum]]()
 
-    def add(self, i: int, part: Tensor) -> None:
+    def add(self, i: int, part: Tensor, /, *, last: bool) -> None:
         """Of leaves that travel, which whole ones do not."""
         raise AssertionError("a whole leaf has no parts that travel")
 

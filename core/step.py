@@ -98,17 +98,12 @@ def _loss(objective: Objective) -> Callable:
     return loss
 
 
-def _sum_copies(grads: Params, mesh: DeviceMesh | None, *, whole: bool) -> Params:
-    """Sum gradients over ranks where that did not happen on the way: along axes on which the same parts of leaves are held.
-
-    whole: those of whole leaves, too.
-    """
-    if mesh is None:
-        return grads
+def _sum_copies(grads: Params, mesh: DeviceMesh) -> Params:
+    """Sum gradients over ranks along axes on which the same parts of leaves are held."""
     leaves = tree.leaves(grads)
     out = list(leaves)
     known = [shard.axes(leaf) for leaf in leaves]
-    for axes in [axes for axes in dict.fromkeys(known) if axes or whole]:
+    for axes in dict.fromkeys(known):
         chosen = [i for i, own in enumerate(known) if own == axes]
         left = [axis for axis in shard.SUMMED if axis not in axes]
         for i, summed in zip(chosen, shard.all_sum([shard.local(leaves[i]) for i in chosen], mesh, left), strict=True):
@@ -203,7 +198,8 @@ def make_step(
             losses.append(value)
             collected.append(metrics)
         assert grads is not None
-        loss, grads = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0], _sum_copies(grads, mesh, whole=split_gradients)
+        grads = _sum_copies(grads, mesh) if mesh is not None and split_gradients else grads
+        loss = shard.all_sum([sum(losses[1:], losses[0])], mesh)[0]
         loss = loss * sharing if sharing > 1 else loss
         if scale is not None:
             loss = loss / scale

@@ -98,9 +98,12 @@ def counts(ranks: Ranks, batch: dict) -> dict[str, list[Event]]:
     base = model()
     low = lora.Lora(lora.init(base.params, lora.match(hf.abstract_of(base), "all-linear"), rank=4, seed=1), 0.7)
     full = policy.place(policy.full(base), ranks.mesh, "full")
+    hybrid = shard.mesh("cpu", replicate=ranks.world, data=1)
+    twice = policy.place(policy.full(base), hybrid, "full")
     adapted = policy.place(policy.Policy(base.family, base.cfg, {"lora": low.tree}, {"model": base.params}, low), ranks.mesh, "full")
     return {
         "full, again": passes(full, batch, "full"), "full": passes(full, batch, None), "lora, again": passes(adapted, batch, "full"),
         "many": passes(policy.place(policy.full(model(32)), ranks.mesh, "full"), batch, "full"),
+        "hybrid": passes(twice, batch, "full", copies.summing(hybrid)),
         "copies": passes(policy.full(base), batch, "full", copies.summing(ranks.mesh)),
     }  # fmt: skip

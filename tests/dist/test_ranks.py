@@ -297,6 +297,27 @@ def test_gradients_of_whole_weights_leave_a_layer_at_a_time(runs, counting):
     assert events == [("compute", i) for i in range(3)] + ends + backward + [("allreduce_", sizes["embed_tokens"])]
 
 
+def test_gradients_of_parts_that_ranks_share_leave_a_layer_at_a_time(runs, counting):
+    """Along `replicate`, when the sums along `data` have come, while the backward pass goes on."""
+    events = _sent(runs, "hybrid")
+    layers = 4 * sum(leaf.numel() for leaf in tree.leaves({"": counting.model().params["layers"]}))
+    kinds = [(kind, what.split("layers.")[-1][0] if "layers." in what else "") for kind, what, _ in events]
+    sums = [kinds.index(("sum", str(layer))) for layer in (2, 1, 0)]
+    beyond = [i for i, (kind, _, size) in enumerate(events) if kind == "allreduce_" and size == layers // 3]
+    again = [i for i, (kind, _) in enumerate(kinds) if kind == "compute"][3:]
+    assert len(beyond) == 3 and all(own < other for own, other in zip(sums, beyond, strict=True))
+    assert again[1] < beyond[0] < sums[1] and again[2] < beyond[1] < sums[2]
+    assert sum(kind == "allreduce_" for kind, _ in kinds) == 3 + 3, "embedding, norm and head, and nothing else"
+
+
+def test_gradients_of_a_hybrid_mesh_equal_those_of_one_rank(runs):
+    """Of a tied model, whose embedding has two gradients."""
+    two = load_file(runs.folder / "hybrid.safetensors")
+    assert len(two) == 20
+    for name, leaf in two.items():
+        assert _error(leaf, runs.one["full"][f"gradient.0.{name}"]) <= 1e-6, name
+
+
 def test_gradients_have_the_same_bits_whatever_is_kept(runs):
     for rank in _ranks(runs):
         assert all(rank["same"].values()) and rank["wide"], (rank["same"], rank["wide"])

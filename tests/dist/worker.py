@@ -56,6 +56,10 @@ def train(folder: Path, ranks: Ranks) -> None:
     bad = {mode: poison(base, ranks, mode) for mode in MODES}
     alive = {trains: whole_alive(base, trains, ranks) for trains in scene.TRAINS}
     sent = counting.counts(ranks, scene.stream([0, 2]))
+    twice = ranks._replace(mesh=shard.mesh("cpu", replicate=ranks.world, data=1))
+    seen = gradients(policy.place(scene.trees(base, "full"), twice.mesh, "full"), twice)
+    if ranks.rank == 0:
+        write(folder / "hybrid.safetensors", seen)
     same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
     found = {"bytes": local, "moments": moments, "bad": bad, "alive": alive, "sent": sent, "same": same}
     found |= {"wide": wide(base, ranks), "after": after(base, ranks), "left": left_after_a_step(base, ranks), "crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
