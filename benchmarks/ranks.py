@@ -92,7 +92,7 @@ def whole_run(path: Path, ranks, base: tuple[int, int]) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path, state: Any, base: tuple[int, int], rank: int) -> dict[str, Any]:
-    """Save a checkpoint, from the state and from copies beside it, and read it back beside the state: what each took."""
+    """Save a checkpoint, from the state and from copies beside it, and read it back into the state: what each took."""
     from treetune.core import async_save, ckpt, exchange
 
     def behind() -> float:
@@ -106,7 +106,7 @@ def checkpoints(folder: Path, state: Any, base: tuple[int, int], rank: int) -> d
     exchange.group()
     _, rows = watched("checkpoint", base, lambda: ckpt.save(folder, state, {}))
     copy_s, more = watched("copied", base, behind)
-    loaded, last = watched("resume", base, lambda: ckpt.load(folder / ckpt.name(int(state.step)), state))
+    loaded, last = watched("resume", base, lambda: ckpt.load(folder / ckpt.name(int(state.step)), state, in_place=True))
     size = sum(file.stat().st_size for file in folder.glob("step_*/*"))
     del loaded
     torch.distributed.barrier() if torch.distributed.is_initialized() else None

@@ -182,9 +182,10 @@ def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tuple[TrainState, dict]:
+def load(path: Path, like: TrainState, *, base_digest: str | None = None, in_place: bool = False) -> tuple[TrainState, dict]:
     """The state saved at `path`, in the structure, dtypes, devices and sharding of `like`, and its meta.
 
+    in_place: into the memory of `like`, so that there are never two states; after an error some of its leaves have been overwritten.
     Raises ValueError when it belongs to another model: different leaves, shapes, or digest of the frozen base.
     """
     meta = read_meta(path)
@@ -194,7 +195,7 @@ def load(path: Path, like: TrainState, *, base_digest: str | None = None) -> tup
         _same_leaves(path, {key: leaf.shape for key, leaf in saved.leaves.items()}, parts)
         if base_digest is not None and meta.get("base_digest") != base_digest:
             raise ValueError(f"{path} was trained on another base model: its digest differs from that of the model given")
-        filled = iter([saved.read(key, leaf) for key, leaf in tree.items(parts)])
+        filled = iter([saved.read(key, leaf, in_place=in_place) for key, leaf in tree.items(parts)])
     loaded = tree.map(lambda _: next(filled), parts)
     return like._replace(**loaded, step=torch.tensor(meta["step"], device=like.step.device)), meta
 

@@ -168,10 +168,14 @@ class Reader:
             self._open[name] = self.files.enter_context(safe_open(self.folder / name, framework="pt"))
         return self._open[name]
 
-    def read(self, path: str, like: Tensor) -> Tensor:
-        """The leaf as `like` is placed: its dtype, device and sharding, in memory of its own. Only this rank's part is read."""
+    @torch.no_grad()
+    def read(self, path: str, like: Tensor, *, in_place: bool = False) -> Tensor:
+        """The leaf as `like` is placed: its dtype, device and sharding, in memory of its own, or in that of `like`.
+
+        Only this rank's part is read.
+        """
         here = shard.local(like)
-        out = torch.empty(here.shape, dtype=like.dtype, device=here.device, pin_memory=here.is_pinned())
+        out = here if in_place else torch.empty(here.shape, dtype=like.dtype, device=here.device, pin_memory=here.is_pinned())
         first, boxes = shard.first_places(like), self.leaves[path].boxes
         if sum(math.prod(box.shape) for box in boxes) != like.numel():
             raise ValueError(f"{self.folder / INDEX} is damaged ({path} is not whole)")
@@ -181,7 +185,7 @@ class Reader:
                 file = self._file(box.file)
                 whole = all((side.start, side.stop) == (0, size) for side, size in zip(theirs, box.shape, strict=True))
                 out[ours] = file.get_tensor(path) if whole else file.get_slice(path)[theirs]
-        return shard.rewrap(out, like)
+        return like if in_place else shard.rewrap(out, like)
 
 
 def overlap(box: Box, first: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

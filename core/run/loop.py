@@ -388,10 +388,10 @@ def run(
 
 
 def restore(run: run_folder.RunDir, state: TrainState, source: Source) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state and meta of the checkpoint to resume from, and the source where it stood; unchanged for a new run."""
+    """The state, in the memory of this one, and meta of the checkpoint to resume from, and the source where it stood; else all as it is."""
     if run.resume is None:
         return state, None
-    state, meta = ckpt.load(run.resume, state)
+    state, meta = ckpt.load(run.resume, state, in_place=True)
     progress.read(meta, run.resume)  # for its checks alone: damage is told before the run begins
     if not check.finite({"params": state.params, "opt": state.opt}):
         raise ValueError(f"{run.resume} holds weights or moments that are not finite: {ckpt.FIX}")

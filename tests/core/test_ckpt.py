@@ -51,6 +51,14 @@ def test_round_trip_is_bit_exact(tmp_path):
     assert len(set(places)) == len(places)
 
 
+def test_a_state_is_read_into_place(tmp_path):
+    state, start = _state(), _state(2.0, at=0)
+    places = {name: leaf.data_ptr() for name, leaf in _bits(start).items() if name != "step"}
+    loaded, _ = ckpt.load(ckpt.save(tmp_path, state, {}), start, in_place=True)
+    _same(loaded, state)
+    assert places == {name: leaf.data_ptr() for name, leaf in _bits(loaded).items() if name != "step"}
+
+
 def test_only_safetensors_and_json_are_written(tmp_path):
     path = ckpt.save(tmp_path, _state(), {})
     assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors", manifest.NAME]
