@@ -165,8 +165,9 @@ def overlap(results: dict) -> str:
             lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in seconds)} | {row['step_s'] / longer:.2f} |")
     networks, predicted = results["networks"], results["predicted"]
     lines += [
-        f"\nMessages of a layer: {messages['gather']:.0f} gathers and {messages['sum']:.0f} sum; {messages['outside layers']} outside "
-        "layers. Predicted from the order in which they are begun, for Llama-3.1-8B, full training in bfloat16 with rematerialisation, "
+        f"\nMessages of a layer: {messages['gather']:.0f} gathers (the last layer stays for the way back) and {messages['sum']:.0f} sum; "
+        f"{messages['outside layers']} outside layers. Predicted from the order in which they are begun, for Llama-3.1-8B, "
+        "full training in bfloat16 with rematerialisation, "
         f"8192 tokens a GPU in {options['compute_s']} s:\n",
         "| GPUs | latency (us), rate (GB/s) | all messages (s) | step (s) | efficiency | without overlap |",
         "|---|---|---|---|---|---|",
