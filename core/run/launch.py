@@ -88,7 +88,7 @@ def _telling(tell: Callable[[str], None]) -> Iterator[None]:
     """Inside, the agent of this process says why all start again."""
     from torch.distributed.launcher import api
 
-    plain = api.LocalElasticAgent
+    plain: Any = api.LocalElasticAgent
 
     class Agent(plain):
         """torchrun's own, which is silent about it."""

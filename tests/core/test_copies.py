@@ -30,9 +30,24 @@ def gradients(collect, start):
     return total
 
 
-def test_gradients_are_those_of_leaves_as_they_are():
+class Arrived:
+    """A message between no ranks."""
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def summed(monkeypatch):
+    """Totals that are sent as to other ranks, and come back as they are."""
+    monkeypatch.setattr(copies, "_beyond", lambda leaf, mesh: ["ranks"])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat, group, async_op=False: Arrived())
+    return partial(copies._Summed, None)
+
+
+def test_gradients_are_those_of_leaves_as_they_are(summed):
     start = params()
-    one, other = gradients(None, start), gradients(partial(copies._Summed, [], True), start)
+    one, other = gradients(None, start), gradients(summed, start)
     for (path, a), (_, b) in zip(tree.items(one), tree.items(other), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype == torch.float32, path
     assert not other["unused"].any() and other["layers"][0]["w"].any()
@@ -45,8 +60,9 @@ def test_layers_go_as_one_and_the_last_first():
     assert names == [["unused"], ["norm"], *layers, ["embed_tokens"]]
 
 
-@pytest.mark.parametrize("collect", [None, partial(copies._Summed, [], True)])
-def test_gradients_go_when_nobody_holds_them(collect):
+@pytest.mark.parametrize("sent", [False, True])
+def test_gradients_go_when_nobody_holds_them(sent, summed):
+    collect = summed if sent else None
     gc.collect()
     gc.disable()
     try:
