@@ -105,10 +105,11 @@ class _Summed(grad.Plain):
             work.wait()
             for group in over[1:]:
                 dist.all_reduce(flat, group=group)
-            own = [shard.local(self.leaves[i]) for i in chosen]
+            totals = [self.total(i) for i in chosen]
+            own = [shard.local(total) for total in totals]
             # Not in place: autograd may have given two leaves one memory.
-            for i, like, part in zip(chosen, own, flat.split([one.numel() for one in own]), strict=True):
-                self.put(i, shard.rewrap(part.view(like.shape), self.leaves[i].detach()))
+            for i, total, like, part in zip(chosen, totals, own, flat.split([one.numel() for one in own]), strict=True):
+                self.put(i, shard.rewrap(part.view(like.shape), total))
         self._sent.clear()
 
     def collected(self) -> list[Tensor]:
