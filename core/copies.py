@@ -72,7 +72,8 @@ class _Summed(grad.Plain):
         self._missing = set(self._over)
         self._sent: list[_Message] = []
         for i in self._over:
-            on_arrival(self.leaves[i], self._arrived, i)
+            if not gathers.travels(self.leaves[i]):  # those are added; autograd calls hooks of theirs with nothing
+                on_arrival(self.leaves[i], self._arrived, i)
 
     def add(self, i: int, part: Tensor, /, *, last: bool) -> None:
         """Add this rank's part of a gradient; the last one completes it."""
