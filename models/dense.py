@@ -42,13 +42,13 @@ class Training(TypedDict, total=False):
     """What only training asks of a forward pass.
 
     noise: on the embeddings. remat: what of a layer is kept for the backward, see `grad.remat`. routing: the logits of routers, see `Out`.
-    head: the output matrix is read next.
+    output: the output matrix is read next.
     """
 
     noise: Neftune | None
     remat: str | None
     routing: bool
-    head: bool
+    output: bool
 
 
 class Out(NamedTuple):
@@ -141,7 +141,7 @@ def forward(
         if index in collect:
             (features[index],) = context_parallel.joined(part, x)
         if index + 1 == len(layers):
-            _begin_ends(weights, cfg, head=training.get("head", False))
+            _begin_ends(weights, cfg, head=training.get("output", False))
         # A rematerialised layer gathers its sharded leaves again by itself.
         with contextlib.nullcontext() if again else shard.gathering_again(layer):
             x, logits = layer_fn(x, layer, own[index], index, shared._replace(rotation=rotations[index]))

@@ -205,7 +205,7 @@ def logprobs(
     model = MODELS[family]
     # A plan is made from a batch on the host; with one on the device this waits for it, so a training loop brings its own.
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
-    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"head": True}).hidden
+    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"output": True}).hidden
     return _Head(model, cfg, weights, lora, plan).read(hidden, batch, temperature, want)
 
 
@@ -270,7 +270,7 @@ def logprobs_routed(
     """`logprobs`, and the logits [N, E] of the router of each layer with experts at the read rows: one forward pass."""
     model = MODELS[family]
     plan = decoder_attention.plan(batch, cfg) if plan is None else plan
-    out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True, "head": True})
+    out = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"routing": True, "output": True})
     stats = _Head(model, cfg, weights, lora, plan).read(out.hidden, batch, temperature, want)
     return stats, [logits[batch["at"]] for logits in out.routing]
 
@@ -292,7 +292,7 @@ def logprobs_beside(
     The statistics in `want` are those of `targets`.
     """
     model = MODELS[family]
-    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"head": True}).hidden
+    hidden = model.forward(weights, batch, plan, cfg, lora=lora, **training | {"output": True}).hidden
     head = _Head(model, cfg, weights, lora, plan)
     prompts = batch | {"at": batch["prompt_at"], "targets": batch["prompt_targets"]}
     return head.read(hidden, batch, temperature, want), head.read(hidden, prompts, 1.0)
