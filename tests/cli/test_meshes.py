@@ -69,4 +69,4 @@ def test_one_mesh_is_refused_on_the_command_line_with_one_line(kit, here, tune):
     (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {data: 3, tensor: 2}\n")
     kit.refused(tune("train", "run.yaml"), "shard data=3,tensor=2 is for 6 processes")
     (here / "run.yaml").write_text("method: sft\nnproc: 4\nshard: {tensor: 2}\n")
-    kit.refused(tune("plan", "run.yaml"), "plan does not count layers that are split along tensor")
+    kit.refused(tune("plan", "run.yaml"), "shard tensor=2 does not fit this model: this model has 3 key.value heads")
