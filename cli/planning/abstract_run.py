@@ -269,7 +269,10 @@ def _policy(method: Method, config: Any, model: Shapes, home: Partition | None) 
     chosen = set() if scheme is None else quantised.paths(model.abstract, scheme)
 
     def made(path: str, leaf: Param) -> Any:
-        return _quantised(leaf, scheme) if scheme is not None and path in chosen else _empty(path, leaf, home)
+        if scheme is None or path not in chosen:
+            return _empty(path, leaf, home)
+        whole = _quantised(leaf, scheme)
+        return whole if home is None else home.split(path, whole)
 
     leaves = [(path, made(path, leaf)) for path, leaf in tree.items(model.abstract)]
     base = Model(model.family, model.cfg, tree.from_items(leaves))

@@ -125,6 +125,18 @@ def test_a_slow_link_is_waited_for(tiny):
     assert fast.seconds.get("communication", 0) < 1e-6, "messages travel beside the computation"
 
 
+def test_devices_that_are_there_are_first_offered_as_another_mesh(tiny):
+    run = planned(tiny, "sft")
+    kv = run.cfg.num_kv_heads
+    flags = [one.flags for one in advice._changes(run, estimate.Place(devices.GPUS["l4"], 4))]
+    assert flags[:2] == ["--nproc 4 --sharding full", "--nproc 4 --shard tensor=2,data=2"]
+    assert ("--nproc 4 --shard tensor=4" in flags) == (kv % 4 == 0) and "--nproc 8 --sharding full" in flags
+    split = [one.flags for one in advice._changes(run, estimate.Place(devices.GPUS["l4"], 4, "full"))]
+    assert "--nproc 4 --sharding full" not in split, "what is done already"
+    odd = planned(tiny, "sft", "--relora-steps", "10")
+    assert not [one for one in advice._changes(odd, estimate.Place(devices.GPUS["l4"], 4)) if "tensor" in one.flags], "it is refused"
+
+
 def test_changes_are_of_the_config(tiny):
     run = advice.changed(planned(tiny, "dpo"), {"gradient_checkpointing": "full", "quant": "nf4"})
     assert (run.config.optim.gradient_checkpointing, run.config.model.quant) == ("full", "nf4")
