@@ -26,15 +26,15 @@ def measured() -> list[dict]:
         return read(table)
 
 
-def read(table: Path) -> list[dict]:
-    """The rows of a file, of those of one run the last."""
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
+def read(*tables: Path) -> list[dict]:
+    """The rows of files, of those of one run the last."""
+    rows = [json.loads(line) for table in tables for line in table.read_text().splitlines()]
     return list({row["run"]: row for row in rows}.values())
 
 
 def main() -> None:
     """Measure, or read, and write the result."""
-    rows = [row for name in sys.argv[1:] for row in read(Path(name))] or measured()
+    rows = read(*map(Path, sys.argv[1:])) or measured()
     ratios = [row["ratio"] for row in rows]
     result = {"machine": harness.machine(), "rows": rows, "lowest": min(ratios), "highest": max(ratios)}
     print("saved", harness.save("plan_peaks", result))

@@ -24,6 +24,7 @@ def module(path: str):
 PEAKS = module("cli/test_plan_peaks.py")
 FULL, REMAT, SHARDED = ("--adapter", "none"), ("--gradient-checkpointing", "full"), ("--sharding", "full")
 SAMPLED = ("--num-generations", 6, "--max-completion-length", 12, "--max-prompt-len", PEAKS.LENGTH // 3, "--reward-funcs")
+COUNTS = "--num-generations", "--n-samples-per-prompt"
 ON_RANKS = [
     ("sft", "text", FULL),
     ("sft", "text", (*FULL, "--sharding", "moments")),
@@ -52,7 +53,7 @@ KINDS = [(2, *run) for run in ON_RANKS] + [(4, *run) for run in (*ON_RANKS[:11],
 
 
 def title(world, name, data, args):
-    args = args[: args.index(SAMPLED[0])] if SAMPLED[0] in args else args
+    args = args[: next((i for i, arg in enumerate(args) if arg in COUNTS), len(args))]  # pytest gives a long name up
     return " ".join(map(str, (WORLDS[world], "ranks:", name, *args)))
 
 
