@@ -31,14 +31,18 @@ class Split(NamedTuple):
 
 
 def _summed(tensors: Sequence[Tensor], split: Split) -> list[Tensor]:
-    """Each tensor summed over ranks, in one message a dtype."""
+    """Each tensor summed over ranks, in one message a dtype, of which the largest alone stays a view.
+
+    Small ones are gradients that may be kept for the whole step, and would keep the message, the gradient of all tokens, with them.
+    """
     out: list[Tensor] = list(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
         dist.all_reduce(flat, group=split.group)
+        largest = max(chosen, key=lambda i: tensors[i].numel())
         for i, piece in zip(chosen, flat.split([tensors[i].numel() for i in chosen]), strict=True):
-            out[i] = piece.view_as(tensors[i])
+            out[i] = (piece if i == largest else piece.clone()).view_as(tensors[i])
     return out
 
 
