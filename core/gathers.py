@@ -142,6 +142,14 @@ def passage(layers: Iterable[Sequence[tuple[Params, Computed]]]) -> Passage | No
     return Passage(every) if any(leaves for leaves, _ in every) else None
 
 
+def most(leaves: Iterable[Any], passes: int) -> int:
+    """Passes of the rank that makes most of them, of those that have parts of the leaves: a collective; `passes` where none is in parts."""
+    mesh = next((mesh for leaf in leaves if (mesh := shard.mesh_of(leaf)) is not None), None)
+    if mesh is None:
+        return passes
+    return int(shard.all_reduce(torch.tensor(passes, device=mesh.device_type), "max", mesh, mesh.mesh_dim_names or ()))
+
+
 class _Travelling:
     """A layer on its way: one message, or one for each mesh that its leaves are split over."""
 

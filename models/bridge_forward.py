@@ -97,17 +97,23 @@ def packed(run: Run, batch: dict) -> Tensor:
 
 
 def one_by_one(run: Run, batch: dict) -> Tensor:
-    """Hidden states [T, D] of each document by itself; a branch goes through with a copy of what it sees of its trunk."""
+    """Hidden states [T, D] of each document by itself; a branch goes through with a copy of what it sees of its trunk.
+
+    Ranks that have parts of the weights go through as often as the one with most documents.
+    """
     if (cache := run.kept.cache) is not None:
         cache.k[0][cache.rows, cache.slots] = batch["tokens"]
         if run.plan is None:
             return _again(run, cache)
-    parts, states = [], {layer: [] for layer in run.collect}
-    for rows, own in _documents(batch):
+    parts, states, pieces = [], {layer: [] for layer in run.collect}, list(_documents(batch))
+    idle = gathers.most(tree.leaves([run.weights[LAYERS], run.adapters.pairs]), len(pieces)) - len(pieces)
+    first = torch.zeros(1, dtype=torch.int64, device=batch["tokens"].device)
+    for rows, own in [*pieces, *[(first, 0)] * idle]:
         piece = run._replace(adapters=_rows_of(run.adapters, rows), noise=None if run.noise is None else run.noise[rows], features={})
-        parts.append(_through(piece, batch["tokens"][rows])[-own:])
+        skip = len(rows) - own
+        parts.append(_through(piece, batch["tokens"][rows])[skip:])  # of an idle pass nothing, through which a backward pass goes, too
         for layer, hidden in piece.features.items():
-            states[layer].append(hidden[-own:])
+            states[layer].append(hidden[skip:])
     run.features.update({layer: torch.cat(hidden) for layer, hidden in states.items() if hidden})
     return torch.cat(parts)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from treetune.core import partition, quant, shard, strided, tree
 from treetune.core.param import Params
 from treetune.core.state import Batch, TrainState
-from treetune.models import Model, decoder_attention, families, features, together
+from treetune.models import Model, decoder_attention, features, together
 from treetune.models.dense import Config
 from treetune.models.policy import Policy, weights
 from treetune.ops.attention import Plan
@@ -90,15 +90,9 @@ def build(policy: Policy, recipe: Recipe, *, on_cpu: bool = False, hosts: Device
     return FeatureNetwork(lambda frozen, *stream: _pool(recipe, family, cfg, frozen[name], *stream), policy, computed)
 
 
-def gather(network: FeatureNetwork, frozen: Params) -> Callable[[Batch, Plan, Tensor, Tensor, Tensor], Tensor]:
-    """The network of a frozen tree, as (batch, plan, lens, at, prompt_lens) -> features.
-
-    From parts, where layers gather them; else with whole weights, a collective where they are sharded.
-    """
-    held = frozen
-    if not families.in_parts(network.computed(frozen)):
-        held = {name: tree.map(shard.full, frozen[name]) for name in ("model", COPY) if name in frozen}
-    return lambda batch, plan, lens, at, prompt_lens: network.phi(held, batch, plan, sequence_rows(lens, at, prompt_lens))
+def of_prompts(network: FeatureNetwork, frozen: Params) -> Callable[[Batch, Plan, Tensor, Tensor, Tensor], Tensor]:
+    """The network of a frozen tree, as (batch, plan, lens, at, prompt_lens) -> features: a collective where ranks have parts of it."""
+    return lambda batch, plan, lens, at, prompt_lens: network.phi(frozen, batch, plan, sequence_rows(lens, at, prompt_lens))
 
 
 def most(network: FeatureNetwork, frozen: Params, passes: int) -> int:
@@ -133,12 +127,12 @@ def _copy(params: Params, cfg: Config) -> Params:
 
 
 def _host_copy(params: Params, cfg: Config, hosts: DeviceMesh | None) -> Params:
-    """A copy in the memory of the host: of each leaf in parts that of its rank, or all of it where passes depend on documents."""
+    """A copy in the memory of the host: of each leaf in parts that of its rank."""
 
     def one(leaf: Any) -> Any:
         if quant.quantised(leaf):
             return leaf.moved(lambda part: part.to("cpu", copy=True))
-        if hosts is None or cfg.keeps_ids or not shard.distributed(leaf):
+        if hosts is None or not shard.distributed(leaf):
             return shard.full(leaf).to("cpu", cfg.dtype, copy=True)
         return partition.placed_on(hosts, lambda part: part.detach().to("cpu", cfg.dtype, copy=True), leaf)
 

@@ -38,10 +38,8 @@ def home(device_mesh: Any, sharding: str) -> Partition | None:
 def beside(where: Partition, cfg: Any, *, dense: bool) -> Partition | None:
     """How the leaves of a model that scores beside the policy are split: along `tensor` only where its layers can be, and are dense.
 
-    None where each rank has whole leaves: where the passes that a stream takes depend on its documents.
+    None where each rank has whole leaves.
     """
-    if cfg.keeps_ids:
-        return None
     size = shard.size(where.device_mesh, shard.TENSOR)
     if size == 1 or (dense and not refusal(cfg, size)):
         return where

@@ -7,18 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from treetune.core import shard, tree
+from treetune.core import gathers, shard, tree
 from treetune.core.lora import Lora
 from treetune.core.param import Params
 from treetune.models import MODELS, Model, decoder_attention, dense, families
 
 
 def most(model: Model, passes: int) -> int:
-    """Passes of the rank that makes most of them, of those that compute the model together: a collective; `passes` of one that is alone."""
-    mesh = next((mesh for leaf in tree.leaves(model.params) if (mesh := shard.mesh_of(leaf)) is not None), None)
-    if mesh is None or not families.in_parts(model):
-        return passes
-    return int(shard.all_reduce(torch.tensor(passes, device=mesh.device_type), "max", mesh, mesh.mesh_dim_names or ()))
+    """Passes over streams of the rank that makes most of them, of those that compute the model together: a collective."""
+    return gathers.most(tree.leaves(model.params), passes)
 
 
 def agreed(model: Model) -> Callable[[bool], bool]:

@@ -48,7 +48,7 @@ def conflicts(config: Ebft) -> None:
         return
     if config.run.sharding == "full" and config.pipeline.streaming_partial_batch:
         raise ValueError(
-            "streaming_partial_batch does not go with --sharding full: ranks would gather the feature network at different times"
+            "streaming_partial_batch does not go with --sharding full: ranks would compute the feature network at different times"
         )
     online.conflicts(config)
 

@@ -65,7 +65,7 @@ def _rewards(config: Ebft, network: FeatureNetwork, comparison: Comparison, sett
     """What scores completions by the frozen network."""
     options, network = config.ebft, network._replace(policy=policies.bare(network.policy))
     scorer = feature_rewards.FeatureScorer(
-        partial(feature_network.gather, network, policy.frozen),
+        feature_network.of_prompts(network, policy.frozen),
         batcher(policy.cfg, setting.device, (pack.collate_trees,)),
         lambda phi, y: ebft_rewards.stacked(ebft_rewards.compare(phi, y, comparison)),
         {*setting.stop_ids, *config.rollout.stop_token_ids},

@@ -37,12 +37,12 @@ class Features(Protocol):
 class FeatureScorer(NamedTuple):
     """How completions are scored.
 
-    gather(): the network to score with, a collective where its weights are gathered for that. compare(phi [P, n, D], y [P, D]): the
-    rewards NAMES [P, n, 3]. ends: ids that end a text. micro_batch_size: prompts that are read at a time. most: passes of the rank that
-    makes most of them, of those that compute the network together (a collective); idle makes one that nothing is used of.
+    features: the network. compare(phi [P, n, D], y [P, D]): the rewards NAMES [P, n, 3]. ends: ids that end a text. micro_batch_size:
+    prompts that are read at a time. most: passes of the rank that makes most of them, of those that compute the network together (a
+    collective); idle makes one that nothing is used of.
     """
 
-    gather: Callable[[], Features]
+    features: Features
     collate: Collate
     compare: Callable[[Tensor, Tensor], Tensor]
     ends: set[int]
@@ -85,7 +85,7 @@ def scorer(settings: FeatureScorer) -> Callable[[Sequence[Group]], np.ndarray]:
 
     @torch.no_grad()
     def score(groups: Sequence[Group]) -> np.ndarray:
-        pooled = partial(_pooled, settings, settings.gather())
+        pooled = partial(_pooled, settings)
         first = _first_equal(groups, ends)
         parts = [slice(i, i + micro) for i in range(0, len(groups), micro)]
         truths = {_truth(group.prompt): group.prompt for group in groups}
@@ -164,8 +164,8 @@ def _remember(known: dict[Truth, Tensor], read: dict[Truth, Tensor]) -> None:
         del known[key]
 
 
-def _pooled(settings: FeatureScorer, features: Features, docs: list[trees.TreeDoc], sequences: _Sequences) -> Tensor:
+def _pooled(settings: FeatureScorer, docs: list[trees.TreeDoc], sequences: _Sequences) -> Tensor:
     """Features [B, D] of sequences in the stream of the documents."""
     batch, plan = settings.collate(docs)
     at, lens, prompt_lens = (torch.tensor(values, device=settings.device) for values in sequences)
-    return features(batch, plan, lens, at, prompt_lens)
+    return settings.features(batch, plan, lens, at, prompt_lens)

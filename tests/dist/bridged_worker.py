@@ -1,6 +1,6 @@
 """One rank that computes bridged models from parts. argv: folder with one model folder a kind, the kinds. What it found goes to rankI.json.
 
-All ranks read the same documents, so that gradients summed over n of them are n times those of one.
+All ranks read the same documents, so that gradients summed over n of them are n times those of one; then each reads some of its own.
 """
 
 import json
@@ -18,9 +18,9 @@ from treetune.models import certificate_checks, hf, logprobs, policy
 DOCUMENTS = ([5, 9, 70, 33, 7, 64, 8], [11, 3, 19, 42, 17, 17, 90, 31], [50, 44, 13])
 
 
-def gradients(model, low: Lora, params: dict, remat: str | None) -> dict:
+def gradients(model, low: Lora, params: dict, remat: str | None, documents=DOCUMENTS) -> dict:
     """The gradients of weights and adapter."""
-    batch = certificate_checks.pack(DOCUMENTS) | {"row": torch.arange(len(DOCUMENTS))}
+    batch = certificate_checks.pack(documents) | {"row": torch.arange(len(documents))}
 
     def loss(params):
         own = low._replace(tree=params["lora"])
@@ -42,10 +42,19 @@ def look(path: Path, ranks: Ranks) -> dict:
         one = gradients(model, low, whole, remat)
         with counting.log({"": placed}) as events:
             several = gradients(model, low, placed, remat)
-        error = max((shard.full(leaf) / ranks.world - one[path]).norm() / one[path].norm().clamp(min=1e-6) for path, leaf in several.items())
+        error = distance({path: shard.full(leaf) / ranks.world for path, leaf in several.items()}, one)
         layers = [[kind, what.split("layers.")[1].split(".")[0]] for kind, what, _ in events if "layers." in what]
-        out[str(remat)] = {"error": float(error), "messages": layers}
+        each = [gradients(model, low, whole, remat, DOCUMENTS[rank:]) for rank in range(ranks.world)]
+        mine = gradients(model, low, placed, remat, DOCUMENTS[ranks.rank :])
+        summed = {path: sum(grads[path] for grads in each) for path in mine}
+        uneven = distance({path: shard.full(leaf) for path, leaf in mine.items()}, summed)
+        out[str(remat)] = {"error": error, "messages": layers, "uneven": uneven}
     return out
+
+
+def distance(several: dict, one: dict) -> float:
+    """The largest difference of a leaf over its size."""
+    return max(float((leaf - one[path]).norm() / one[path].norm().clamp(min=1e-6)) for path, leaf in several.items())
 
 
 def main() -> None:

@@ -74,10 +74,11 @@ def features(name: str, folder: Path, ranks: Ranks, home, rank: int) -> tuple[li
     recipe = feature_network.Recipe((0, 2), lambda states: torch.cat(states, 1), pooled)
     network = feature_network.build(start, recipe, on_cpu=name == "host", hosts=processes.on_hosts(ranks))
     placed = policy.place(network.policy, ranks.mesh, "none" if home is None else "full").frozen
-    calls = [partial(call, network, placed) for call in (feature_network.gather, feature_network.most, feature_network.idle)]
+    calls = [partial(call, network, placed) for call in (feature_network.most, feature_network.idle)]
+    phi = feature_network.of_prompts(network, placed)
     compared = lambda phi, y: torch.stack([phi.sum(-1), phi.abs().amax(-1), (phi * y[:, None]).sum(-1)], -1)  # noqa: E731
     collate = batches.batcher(base.cfg, CPU, (pack.collate_trees,))
-    score = feature_rewards.scorer(feature_rewards.FeatureScorer(calls[0], collate, compared, set(), 1, CPU, *calls[1:]))
+    score = feature_rewards.scorer(feature_rewards.FeatureScorer(phi, collate, compared, set(), 1, CPU, *calls))
     return [score(groups(call, rank)).tolist() for call in (0, 1, 0)], local_bytes(network.computed(placed).params)
 
 

@@ -24,11 +24,7 @@ class Network:
     """Features that are sums: of the tokens after the prompt, and of their number; each pass is told apart by a little noise."""
 
     def __init__(self):
-        self.gathered, self.texts = 0, []
-
-    def gather(self):
-        self.gathered += 1
-        return self.features
+        self.texts = []
 
     def features(self, batch, plan, lens, at, prompt_lens):
         texts = [rows[int(skip) :] for rows, skip in zip(batch["tokens"][at].split(lens.tolist()), prompt_lens, strict=True)]
@@ -44,14 +40,16 @@ def scorer(network, *, micro_batch_size=2, **together):
         return pack.collate_trees(docs), None
 
     cpu = torch.device("cpu")
-    return feature_rewards.scorer(feature_rewards.FeatureScorer(network.gather, collate, compare, {END}, micro_batch_size, cpu, **together))
+    return feature_rewards.scorer(
+        feature_rewards.FeatureScorer(network.features, collate, compare, {END}, micro_batch_size, cpu, **together)
+    )
 
 
 def test_completions_are_read_once_and_without_their_end():
     network = Network()
     groups = [group(0, [4, 5], completion(4, 6, END), completion(4, 6), completion(7)), group(1, [8], completion(8), *[completion(2)] * 2)]
     scores = scorer(network)(groups)
-    assert sorted(network.texts) == sorted([[4, 6], [7], [8], [2], [4, 5], [8]]) and network.gathered == 1
+    assert sorted(network.texts) == sorted([[4, 6], [7], [8], [2], [4, 5], [8]])
     assert scores.shape == (2, 3, 3) and np.array_equal(scores[0, 0], scores[0, 1]) and np.array_equal(scores[1, 1], scores[1, 2])
     assert scores[1, 0, 2] == 1 and scores[0, :, 2].tolist() == [0, 0, 0]
 
