@@ -43,6 +43,7 @@ def several(world: int, n: int, options: dict, *, state=None, steps=range(STEPS)
     return scene.on_ranks(world, run)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("n, options", CASES)
 def test_ranks_have_what_one_process_has(n, options, world):
@@ -51,6 +52,7 @@ def test_ranks_have_what_one_process_has(n, options, world):
     assert several(world, n, options) == [expected] * world
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n, options", CASES)
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 4), (4, 2)])
 def test_a_run_goes_on_exactly_on_another_number_of_ranks(n, options, before, after):
