@@ -49,7 +49,7 @@ def summing(mesh: DeviceMesh) -> grad.Collect:
 
 
 class _Message(NamedTuple):
-    """Gradients of some leaves, flat, on their way along the first of `over`; the sums along the others follow."""
+    """Gradients of some leaves, flat, on their way among the first of `over`, groups of ranks; the others follow, one after another."""
 
     leaves: list[int]
     flat: Tensor
@@ -90,7 +90,7 @@ class _Summed(grad.Plain):
 
     @torch.no_grad()
     def _send(self, group: list[int]) -> None:
-        """Send the gradients of a group, and take in the sums of the one before, which has travelled meanwhile."""
+        """Send the gradients of a group, and take in or send on those before, which have travelled meanwhile."""
         self._take_in()
         kinds: dict[Any, list[int]] = {}
         for i in group:
@@ -98,28 +98,34 @@ class _Summed(grad.Plain):
         for (_, *over), chosen in kinds.items():
             flat = torch.cat([shard.local(self.total(i)).reshape(-1) for i in chosen])
             if flat.numel():  # none of the ranks that hold the same has any
-                self._sent.append(_Message(chosen, flat, over, dist.all_reduce(flat, group=over[0], async_op=True)))
+                self._sent.append(_begun(chosen, flat, over))
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        for chosen, flat, over, work in self._sent:
+        sent, self._sent = self._sent, []
+        for chosen, flat, over, work in sent:
             work.wait()
-            for group in over[1:]:
-                dist.all_reduce(flat, group=group)
+            if len(over) > 1:
+                self._sent.append(_begun(chosen, flat, over[1:]))
+                continue
             totals = [self.total(i) for i in chosen]
             own = [shard.local(total) for total in totals]
             # Not in place: autograd may have given two leaves one memory.
             for i, total, like, part in zip(chosen, totals, own, flat.split([one.numel() for one in own]), strict=True):
                 self.put(i, shard.rewrap(part.view(like.shape), total))
-        self._sent.clear()
 
     def collected(self) -> list[Tensor]:
         """The totals, once the backward pass is over."""
         for group in [*self._groups, *self._late]:
             self._send(group)
         self._groups.clear()
-        self._take_in()
+        while self._sent:
+            self._take_in()
         return super().collected()
+
+
+def _begun(leaves: list[int], flat: Tensor, over: list[Any]) -> _Message:
+    return _Message(leaves, flat, over, dist.all_reduce(flat, group=over[0], async_op=True))
 
 
 def _beyond(leaf: Tensor, mesh: DeviceMesh) -> list[Any]:

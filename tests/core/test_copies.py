@@ -40,7 +40,7 @@ class Arrived:
 @pytest.fixture
 def summed(monkeypatch):
     """Totals that are sent as to other ranks, and come back as they are."""
-    monkeypatch.setattr(copies, "_beyond", lambda leaf, mesh: ["ranks"])
+    monkeypatch.setattr(copies, "_beyond", lambda leaf, mesh: ["data", "replicate"])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat, group, async_op=False: Arrived())
     return partial(copies._Summed, None)
 
