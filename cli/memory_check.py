@@ -36,7 +36,7 @@ def need(config: TrainConfig, device: str, ranks: int = 1) -> Need | None:
         return None
     table = memory_ladder.table_of(config, device)
     what = meshes.sharding(config.run)
-    shared = ranks if what == "full" and config.model.quant in ("auto", "none") else 1
+    shared = ranks if what == "full" else 1
     tensor = meshes.sizes(config.run).get("tensor", 1) if meshes.processes(config.run) > 1 else 1
     held = table.held // (shared * tensor)
     if what in ("moments", "gradients"):

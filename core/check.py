@@ -59,7 +59,7 @@ def _is_finite(part: Tensor) -> bool:
 
 def _nan_codes(leaf: Any) -> bool:
     """Whether a leaf in fp8 has codes that are no number: no e4m3 is an infinity, and one byte of each sign is a nan."""
-    return quant.quantised(leaf) and leaf.kind == "fp8" and bool((leaf.codes.view(torch.uint8) & 127 == 127).any())
+    return quant.quantised(leaf) and leaf.kind == "fp8" and bool((shard.local(leaf.codes).view(torch.uint8) & 127 == 127).any())
 
 
 def _parts(leaf: Any) -> list[Tensor]:

@@ -71,7 +71,7 @@ def _in_turns(leaves: list[tuple[str, Any]], group: dist.ProcessGroup) -> list[s
     rank, world, own = group.rank(), group.size(), dict[int, Any]()
     with ThreadPoolExecutor(1) as thread:
         for number, (path, leaf) in enumerate(leaves):
-            whole = shard.full(leaf)
+            whole = leaf if quant.quantised(leaf) else shard.full(leaf)  # of which its facts are hashed
             if number % world == rank:
                 for earlier in own.values():  # so that a rank has no more than two whole leaves
                     earlier.result()

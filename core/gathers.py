@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treetune.core import layer_offload, messages, quant, shard, tree, window
+from treetune.core import layer_offload, messages, quant, quant_split, shard, tree, window
 from treetune.core.param import Params
 
 if TYPE_CHECKING:
@@ -26,29 +26,18 @@ if TYPE_CHECKING:
 AXIS = "data"  # of the mesh: its ranks have parts of a leaf
 SMALL = 8  # a message of less than one in so many of the numbers under way does not wait for them
 
-Leaves = dict[str, "DTensor"]
+Leaves = dict[str, Any]  # DTensors, and quantised leaves of such
 # The dtype that leaves are computed in, by path where they differ; None is each leaf's own.
 Computed = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 def travels(leaf: Any) -> bool:
-    """Whether a leaf is split along `data`, by rows."""
-    if window.coming(leaf) or quant.quantised(leaf) or not shard.distributed(leaf):
+    """Whether a leaf is split along `data`, by rows; of a quantised one its codes."""
+    leaf = leaf.codes if quant.quantised(leaf) else leaf
+    if window.coming(leaf) or not shard.distributed(leaf):
         return False
     names = leaf.device_mesh.mesh_dim_names or ()
     return AXIS in names and leaf.placements[names.index(AXIS)].is_shard(0)
-
-
-def _shape(leaf: DTensor) -> tuple[int, ...]:
-    """The shape of a leaf that is whole along `data`, and split along other axes as it is."""
-    mesh = leaf.device_mesh
-    others = [spec for name, spec in zip(mesh.mesh_dim_names or (), leaf.placements, strict=True) if name != AXIS]
-    if not any(spec.is_shard() for spec in others):
-        return tuple(leaf.shape)
-    from torch.distributed.tensor import Replicate
-
-    whole = [Replicate() if name == AXIS else spec for name, spec in zip(mesh.mesh_dim_names or (), leaf.placements, strict=True)]
-    return shard.part_of(tuple(leaf.shape), mesh, whole)[0]
 
 
 def _by_mesh(leaves: Mapping[str, DTensor]) -> dict[DeviceMesh, list[str]]:
@@ -60,7 +49,7 @@ def _by_mesh(leaves: Mapping[str, DTensor]) -> dict[DeviceMesh, list[str]]:
 
 
 def _plan(leaves: Sequence[DTensor], dtypes: Sequence[torch.dtype]) -> messages.Layout:
-    kinds = tuple((dtype, _shape(leaf)) for leaf, dtype in zip(leaves, dtypes, strict=True))
+    kinds = tuple((dtype, quant_split.own_box(leaf)[0]) for leaf, dtype in zip(leaves, dtypes, strict=True))
     return messages.layout(kinds, leaves[0].device_mesh[AXIS].size())
 
 
@@ -106,18 +95,29 @@ class Passage:
     def whole(self, index: int, *trees: Params) -> tuple[Params, ...]:
         """The trees of a layer, in the order in which the passage was given them, with whole tensors for the leaves that travel."""
         leaves, _ = self.layers[index]
-        gathered = dict(self.window.take(index))
-        trained = [path for path, leaf in leaves.items() if leaf.requires_grad] if torch.is_grad_enabled() else []
+        gathered = {path: leaf for path, leaf in self.window.take(index).items() if path in leaves}
+        grad = torch.is_grad_enabled()
+        trained = [path for path, leaf in leaves.items() if grad and not quant.quantised(leaf) and leaf.requires_grad]
         if trained:
             take = lambda: [self.window.take(index)[path] for path in trained]  # noqa: E731
             gathered |= zip(trained, _Whole.apply(take, self.sums, *(leaves[path] for path in trained)), strict=True)
         for path, leaf in gathered.items():
-            shard.remember(leaf, window.Coming(self.window, index, path))
+            gathered[path] = _remembered(leaf, window.Coming(self.window, index, path))
         return tuple(_replaced(part, f"{number}.", gathered) for number, part in enumerate(trees))
 
     def turn(self, *, back: bool = False) -> None:
         """The pass has gone over all layers. back: the last one stays for the way back, on which the others are gathered again."""
         self.window.turn(back=back)
+
+
+def _remembered(leaf: Any, coming: window.Coming) -> Any:
+    """A whole leaf, known as one that comes again; instead of a quantised one what says so, of which `shard.gather` makes it dense."""
+    if not quant.quantised(leaf):
+        return shard.remember(leaf, coming)
+    if not leaf.multiplied:
+        return coming
+    shard.remember(leaf.codes, coming._replace(path=_piece(coming.path, "codes")))
+    return leaf
 
 
 def _replaced(part: Params, prefix: str, gathered: Mapping[str, Tensor]) -> Params:
@@ -151,19 +151,39 @@ def most(leaves: Iterable[Any], passes: int) -> int:
 
 
 class _Travelling:
-    """A layer on its way: one message, or one for each mesh that its leaves are split over."""
+    """A layer on its way: one message, or one for each mesh that its leaves are split over. Of quantised leaves the codes travel."""
 
     def __init__(self, leaves: Leaves, dtypes: dict[str, torch.dtype]):
-        self.leaves: dict[str, Tensor] = {}
-        groups = _by_mesh(leaves).values()
-        self.pending_messages = [(paths, _sent([leaves[path] for path in paths], [dtypes[path] for path in paths])) for paths in groups]
+        self.leaves: dict[str, Any] = {}
+        self.quantised = {path: leaf for path, leaf in leaves.items() if quant.quantised(leaf)}
+        sent = {path: leaf for path, leaf in leaves.items() if path not in self.quantised}
+        sent |= {_piece(path, name): part for path, leaf in self.quantised.items() for name, part in quant_split.pieces(leaf).items()}
+        kinds = {path: dtypes[path] if path in dtypes else leaf.dtype for path, leaf in sent.items()}
+        groups = _by_mesh(sent).values()
+        self.pending_messages = [(paths, _sent([sent[path] for path in paths], [kinds[path] for path in paths])) for paths in groups]
 
-    def wait(self) -> Mapping[str, Tensor]:
-        """The whole leaves by path."""
+    def wait(self) -> Mapping[str, Any]:
+        """The whole leaves by path, and the tensors of those that are quantised."""
+        if not self.pending_messages:
+            return self.leaves
         while self.pending_messages:
             paths, message = self.pending_messages.pop(0)
             self.leaves |= zip(paths, message.wait(), strict=True)
+        for path, leaf in self.quantised.items():
+            parts = {name: self.leaves[_piece(path, name)] for name in quant_split.pieces(leaf)}
+            self.leaves[path] = whole = quant_split.joined(leaf, parts)
+            self.leaves[_piece(path, "codes")] = whole.codes
         return self.leaves
+
+
+def _piece(path: str, name: str) -> str:
+    """The name of a tensor of a quantised leaf among those that travel."""
+    return f"{path} {name}"
+
+
+def together(leaves: Sequence[DTensor]) -> list[Tensor]:
+    """Leaves of one mesh that take no gradient, whole along `data`, by a message of their own where they are split there."""
+    return _sent(leaves, [leaf.dtype for leaf in leaves]).wait() if travels(leaves[0]) else [shard.local(leaf) for leaf in leaves]
 
 
 class _Begun(NamedTuple):

@@ -26,8 +26,7 @@ def whole(path: str) -> None:
 class Partition(NamedTuple):
     """How leaves are split: along their first dimension over ranks of a mesh, and over those of its axis `tensor` along `dimension`(path).
 
-    Quantised leaves, and numbers without a dimension, stay whole on every rank. put: where parts of layers go as they are read, if not
-    to the device.
+    Numbers without a dimension stay whole on every rank. put: where parts of layers go as they are read, if not to the device.
     """
 
     device_mesh: DeviceMesh

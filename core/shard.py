@@ -84,31 +84,35 @@ def sharded(leaf: Tensor) -> bool:
 
 def mesh_of(leaf: Any) -> DeviceMesh | None:
     """The mesh whose ranks have parts of a leaf; None where each has it whole."""
-    return None if quant.quantised(leaf) or not sharded(leaf) else leaf.device_mesh
+    return leaf.device_mesh if sharded(leaf := _placed(leaf)) else None
 
 
-def axes(leaf: Tensor) -> tuple[str, ...]:
+def _placed(leaf: Any) -> Any:
+    """The tensor that is placed as a leaf is: of a quantised one its codes."""
+    return leaf.codes if quant.quantised(leaf) else leaf
+
+
+def axes(leaf: Any) -> tuple[str, ...]:
     """The axes of the mesh that a leaf is placed on; none of a plain one."""
+    leaf = _placed(leaf)
     return tuple(leaf.device_mesh.mesh_dim_names or ()) if distributed(leaf) else ()
 
 
-def split_axes(leaf: Tensor) -> tuple[str, ...]:
+def split_axes(leaf: Any) -> tuple[str, ...]:
     """Those along which ranks have different parts of a leaf."""
+    leaf = _placed(leaf)
     return tuple(name for name, spec in zip(axes(leaf), leaf.placements, strict=True) if spec.is_shard()) if distributed(leaf) else ()
 
 
-def place(params: Params, device_mesh: DeviceMesh, specs: Params) -> Params:
-    """Distribute every leaf by its placements; each rank must hold the same full values and keeps its own part."""
-    return tree.map(lambda leaf, spec: distribute(leaf, device_mesh, spec), params, specs)
-
-
 def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
-    """A whole leaf, the same on every rank, as a DTensor with the given placements; a quantised one stays whole.
+    """A whole leaf, the same on every rank, as a DTensor with the given placements; a quantised one has such tensors.
 
     One that is distributed already is as it is, or gets these placements.
     """
     if quant.quantised(leaf):
-        return cast(Any, leaf)
+        from treetune.core import quant_split  # which is made of this module
+
+        return cast(Any, quant_split.distribute(leaf, device_mesh, spec))
     if distributed(leaf):
         return leaf if tuple(leaf.placements) == tuple(spec) else leaf.redistribute(placements=spec)
     from torch.distributed.tensor import distribute_tensor
@@ -120,13 +124,15 @@ def distribute(leaf: Any, device_mesh: DeviceMesh, spec: tuple) -> Tensor:
 def gather(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The whole leaf as a plain tensor, cast to `dtype`; its gradient is summed over ranks and scattered back.
 
-    Of one that is split along `tensor` it is the part of this rank's layers, the same on all ranks of the other axes. A quantised leaf,
-    which every rank has whole, becomes dense; one that is away comes to the device.
+    Of one that is split along `tensor` it is the part of this rank's layers, the same on all ranks of the other axes. A quantised leaf
+    becomes dense; one that is away comes to the device.
     """
     if window.coming(leaf):
         return remember(gather(leaf.here(), dtype), leaf)
     if quant.quantised(leaf):
-        return remember(quant.dense(leaf, dtype), leaf)
+        from treetune.core import gathers, quant_split
+
+        return remember(quant.dense(quant_split.own(leaf, gathers.together), dtype), leaf)
     if not leaf.is_floating_point():
         dtype = None  # indices, which a cast could change
     if not distributed(leaf):
@@ -155,7 +161,8 @@ def whole(leaf: Any, dtype: torch.dtype | None = None) -> Tensor:
     """`gather` of all of a leaf, also where the layers of ranks have parts of it, which takes no gradient then."""
     if not split_along(leaf, TENSOR):
         return gather(leaf, dtype)
-    return full(leaf) if dtype is None else full(leaf).to(dtype)
+    every: Any = full(leaf)
+    return quant.dense(every, dtype) if quant.quantised(every) else every if dtype is None else every.to(dtype)
 
 
 def remember(whole: Tensor, leaf: Tensor | quant.Quantised | Coming) -> Tensor:
@@ -165,8 +172,7 @@ def remember(whole: Tensor, leaf: Tensor | quant.Quantised | Coming) -> Tensor:
     return whole
 
 
-# Of the innermost `gathering_again`: {storage: (whole leaf, what it was made of)}. It holds the whole leaves, so that no number is used
-# twice.
+# Of the innermost `gathering_again`: {storage: (whole leaf, what it was made of)}. It holds the leaves, so that no number is used twice.
 _gathered: list[dict[int, tuple[Tensor, Any]]] = []
 
 
@@ -232,8 +238,8 @@ def own(leaf: Any) -> Tensor:
 
 
 def local(leaf: Tensor) -> Tensor:
-    """The part of a leaf that lives on this rank; shares storage with it."""
-    return leaf.to_local() if distributed(leaf) else leaf
+    """The part of a leaf that lives on this rank; shares storage with it. Of a quantised one its tensors."""
+    return cast(Any, leaf.moved(local)) if quant.quantised(leaf) else leaf.to_local() if distributed(leaf) else leaf
 
 
 def rewrap(leaf: Tensor, like: Tensor) -> Tensor:
@@ -299,6 +305,10 @@ def parts(leaf: Tensor) -> int:
 
 def full(leaf: Tensor) -> Tensor:
     """The whole leaf, detached, on every rank (a collective for a sharded leaf); a quantised one stays so."""
+    if quant.quantised(leaf):
+        from treetune.core import quant_split
+
+        return cast(Any, quant_split.whole(leaf))
     leaf = here(leaf.detach())
     if not distributed(leaf):
         return leaf

@@ -145,7 +145,9 @@ def to_sample(model: Model) -> Params:
     def one(path: str, leaf: Any) -> Any:
         nonlocal left
         dtype = dtypes.get(path, model.cfg.dtype)
-        if not quant.quantised(leaf) or leaf.multiplied or layer_offload.far(leaf, device) or device.type != "cpu":
+        if not quant.quantised(leaf) or leaf.multiplied or device.type != "cpu":
+            return leaf
+        if shard.mesh_of(leaf) is not None or layer_offload.far(leaf, device):
             return leaf
         if (size := leaf.numel() * dtype.itemsize) > left:
             return leaf

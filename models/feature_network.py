@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -130,13 +131,19 @@ def _host_copy(params: Params, cfg: Config, hosts: DeviceMesh | None) -> Params:
     """A copy in the memory of the host: of each leaf in parts that of its rank."""
 
     def one(leaf: Any) -> Any:
-        if quant.quantised(leaf):
-            return leaf.moved(lambda part: part.to("cpu", copy=True))
-        if hosts is None or not shard.distributed(leaf):
-            return shard.full(leaf).to("cpu", cfg.dtype, copy=True)
-        return partition.placed_on(hosts, lambda part: part.detach().to("cpu", cfg.dtype, copy=True), leaf)
+        leaf = shard.full(leaf) if hosts is None else leaf
+        return leaf.moved(partial(_on_host, hosts, None)) if quant.quantised(leaf) else _on_host(hosts, cfg.dtype, leaf)
 
     return tree.map(one, params)
+
+
+def _on_host(hosts: DeviceMesh | None, dtype: torch.dtype | None, part: Tensor) -> Tensor:
+    """A copy of a tensor there, in a dtype or its own: of one that is split this rank's part."""
+
+    def put(own: Tensor) -> Tensor:
+        return own.detach().to("cpu", dtype, copy=True)
+
+    return put(part) if hosts is None or not shard.distributed(part) else partition.placed_on(hosts, put, part)
 
 
 def _pool(recipe: Recipe, family: str, cfg: Config, weights: Params, batch: Batch, plan: Plan, rows: SequenceRows) -> Tensor:

@@ -164,7 +164,8 @@ def _working(run: Run, seen: Counted, place: Place, model: Shapes, activations: 
     if place.sharding != "full" or place.parts == 1:
         return {"activations": activations}
     trained = table.flatten(run.config).get("adapter") != "lora"
-    here = traffic.present(model, place.parts, adapter=seen.trees["adapter"] * place.parts, trained=trained, copied=not place.device.gpu)
+    form: Any = {"trained": trained, "copied": not place.device.gpu, "scheme": quantised.of(run.config.model)}
+    here = traffic.present(model, place.parts, adapter=seen.trees["adapter"] * place.parts, **form)
     here = min(activations, here / place.tensor)
     return {"activations": activations - here, "gathered layers": here}
 

@@ -8,7 +8,8 @@ import math
 from typing import Any, NamedTuple
 
 from treetune.core import tree
-from treetune.models import quantised
+from treetune.core.quant import Scheme
+from treetune.models import memory, quantised
 from treetune.models.devices import Device
 
 GRADIENT = 4  # bytes: sums are float32 whatever trains
@@ -30,17 +31,20 @@ def numbers(part: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in tree.leaves({"": part}))
 
 
+def sent(layer: Any, model: Any, scheme: Scheme | None) -> int:
+    """Bytes of a layer in a message, by a scheme that it is quantised by, if any."""
+    return memory.weights(layer, scheme, model.cfg.dtype)
+
+
 def sharded(run: Any, model: Any, adapter: float, trained: float) -> Traffic:
     """The traffic of fully sharded weights; of an adapter with so many bytes, numbers that train."""
     layers, size = model.abstract["layers"], model.cfg.dtype.itemsize
-    # Quantised leaves are whole on each device.
-    kept = ("linear", "experts") if quantised.of(run.config.model) is not None else ()
-    travel = sum(math.prod(leaf.shape) for leaf in tree.leaves(layers) if leaf.op not in kept)
+    travel = sum(sent(layer, model, quantised.of(run.config.model)) for layer in layers)
     head = model.abstract["lm_head"] if "lm_head" in model.abstract else model.abstract["embed_tokens"]
     outside = sum(map(numbers, (model.abstract["embed_tokens"], model.abstract["norm"], head)))
     within = min(trained, numbers(layers))
     # The embedding of a tied model is summed as such, and as the head.
-    return Traffic(len(layers), travel * size + adapter, GRADIENT * within, outside * size, GRADIENT * outside * (trained > within))
+    return Traffic(len(layers), travel + adapter, GRADIENT * within, outside * size, GRADIENT * outside * (trained > within))
 
 
 def waited(traffic: Traffic, device: Device, ranks: int, computing: float, *, again: bool) -> float:
@@ -71,15 +75,15 @@ def largest(model: Any, trained: float) -> float:
     return min(trained, max(map(numbers, [*model.abstract["layers"], model.abstract["embed_tokens"]])))
 
 
-def present(model: Any, ranks: int, *, adapter: float, trained: bool, copied: bool) -> int:
+def present(model: Any, ranks: int, *, adapter: float, trained: bool, copied: bool, scheme: Scheme | None = None) -> int:
     """Bytes of messages and of what is whole at once, of layers that so many ranks have parts of.
 
     Of one layer the leaves in the compute dtype, of the next the message that brings them, this rank's part of it, and its like for the
     gradients of a layer, which are summed in float32. adapter: bytes in all layers. trained: the layers train, not the adapter alone.
-    copied: gloo has copies of its own of what it sends.
+    copied: gloo has copies of its own of what it sends. scheme: of leaves that are quantised, of which the codes are sent.
     """
     size, layers = model.cfg.dtype.itemsize, model.abstract["layers"]
     layer, pairs, message = max(map(numbers, layers)), adapter / len(layers), 1 + 1 / ranks + copied
-    gathered = (layer * size + pairs) * (1 + message)
+    gathered = (max(sent(layer, model, scheme) for layer in layers) + pairs) * (1 + message)
     summed = layer * (size + GRADIENT * message) if trained else pairs * (1 + message)
     return round(max(gathered + summed, numbers(model.abstract["embed_tokens"]) * (size + GRADIENT * trained) * message))

@@ -91,10 +91,9 @@ def exported(split, whole, folder: Path, ranks: Ranks) -> dict[str, list]:
     return samples
 
 
-def sampled(split, whole, ranks: Ranks, name: str) -> tuple[bool, int]:
+def drawn(one: Policy, other: Policy, ranks: Ranks) -> tuple[bool, int]:
     """Whether samples from parts are those from whole weights, and the most bytes of whole leaves at once. Ranks draw unlike often."""
     pieces = [[[3, 4, 5], [6]], [[7, 8]], [[9]]][ranks.row_rank % 2 :: 2]
-    one, other = policies(split)[name], policies(whole)[name]
     sample, join = sampling.sampler(one, seed=4, stop=(11, 12, 13)), sampling.joiner(one)
 
     def draw(placed: Policy) -> list:
@@ -148,7 +147,7 @@ def look(path: Path, ranks: Ranks) -> dict:
         "placed": all(getattr(one, "placements", ()) == getattr(other, "placements", ()) and torch.equal(shard.local(one), shard.local(other))
                       for one, other in zip(tree.leaves(masters.params), tree.leaves(usual.params), strict=True)),
         "grown": same(resize.resize(split, rows + 4).params, resize.resize(whole, rows + 4).params),
-        "sampled": sampled(split, whole, ranks, SAMPLED[path.name]) if path.name in SAMPLED else None,
+        "sampled": drawn(*(policies(one)[SAMPLED[path.name]] for one in (split, whole)), ranks) if path.name in SAMPLED else None,
         "exported": exported(split, whole, path.parents[1] / f"out{ranks.world}" / path.name, ranks),
         "cut": same(resize.cut(split, rows - 4).params, resize.cut(whole, rows - 4).params),
     }  # fmt: skip
@@ -157,7 +156,12 @@ def look(path: Path, ranks: Ranks) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     ranks, folder = join_ranks(CPU), Path(sys.argv[1])
-    seen = {name: look(folder / "models" / name, ranks) for name in sys.argv[2:]}
+    seen = {name: look(folder / "models" / name, ranks) for name in sys.argv[2:] if "/" not in name}
+    for case in (name for name in sys.argv[2:] if "/" in name):  # MODEL/HOW IT IS QUANTISED
+        import quant_look
+
+        name, scheme = case.split("/")
+        seen[case] = quant_look.look(folder / "models" / name, scheme, ranks, folder / f"quantised{ranks.world}" / case)
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
