@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treetune.core import quant, shard, tree
+from treetune.core import quant, quant_split, shard, tree
 from treetune.core.layer_offload import Put
 from treetune.core.param import Params
 
@@ -51,10 +51,15 @@ class Partition(NamedTuple):
         return tuple(slice(begin, begin + size) for begin, size in list(zip(first, own, strict=True))[: max(dims) + 1])
 
     def split(self, path: str, leaf: Any) -> Any:
-        """This rank's part of a leaf that it has whole, as all ranks do."""
+        """This rank's part of a leaf that it has whole, as all ranks do. Errors: ValueError for a quantised one that does not divide."""
         specs = self.placements(path, tuple(leaf.shape))
         # Autograd would keep each leaf that is whole along every axis as one that is distributed.
-        return shard.distribute(leaf, self.device_mesh, specs) if any(spec.is_shard() for spec in specs) else leaf
+        if not any(spec.is_shard() for spec in specs):
+            return leaf
+        dim, size = self.dimension(path), shard.size(self.device_mesh, shard.TENSOR)
+        if quant.quantised(leaf) and dim is not None and size > 1 and (reason := quant_split.refusal(leaf, dim, size)):
+            raise ValueError(f"shard tensor={size} does not fit {path}: {reason}; give quant int8, or data instead of tensor")
+        return shard.distribute(leaf, self.device_mesh, specs)
 
     def joined(self, path: str, part: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The leaf of a shape of which this rank has this part, that of `box`."""

@@ -32,10 +32,19 @@ def pieces(leaf: Quantised) -> dict[str, Any]:
     return {name: part for name in PIECES if (part := getattr(leaf, name)) is not None}
 
 
+def refusal(leaf: Quantised, dim: int, size: int) -> str:
+    """Why a leaf is not split into so many parts along a dimension that layers compute with; empty where no block would be in two."""
+    width, columns = leaf.shape[-1], dim == leaf.ndim - 1
+    if leaf.kind in ("int8", "fp8") or (leaf.kind == "int4" and not columns) or width % (leaf.block * (size if columns else 1)) == 0:
+        return ""
+    each = f", and {width // size} of them are" if columns and width % leaf.block == 0 else " are"
+    return f"its rows of {width} numbers{each} no whole blocks of {leaf.block}, as {leaf.kind} has"
+
+
 def distribute(leaf: Quantised, device_mesh: DeviceMesh, specs: tuple) -> Quantised:
     """This rank's part of a whole leaf, placed as a dense one of its shape would be; one that is split is as it is.
 
-    Errors: ValueError where ranks along `tensor` would have parts of a block.
+    Along `tensor` that is to be what `refusal` has nothing against.
     """
     if split(leaf) or not any(spec.is_shard() for spec in specs):
         return leaf

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from treetune.core import layer_offload, machine, quant, shard, tree
+from treetune.core import gathers, layer_offload, machine, quant, shard, tree
 from treetune.core import lora as lora_trees
 from treetune.core.fields import Fields
 from treetune.core.lora import Lora
@@ -147,12 +147,12 @@ def to_sample(model: Model) -> Params:
         dtype = dtypes.get(path, model.cfg.dtype)
         if not quant.quantised(leaf) or leaf.multiplied or device.type != "cpu":
             return leaf
-        if shard.mesh_of(leaf) is not None or layer_offload.far(leaf, device):
+        if gathers.travels(leaf) or layer_offload.far(leaf, device):
             return leaf
         if (size := leaf.numel() * dtype.itemsize) > left:
             return leaf
         left -= size
-        return quant.dense(leaf, dtype)
+        return shard.gather(leaf, dtype)
 
     return tree.from_items((path, one(path, leaf)) for path, leaf in tree.items(weights))
 

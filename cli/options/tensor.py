@@ -4,7 +4,6 @@ from typing import Any
 
 from treetune.cli.options import meshes
 from treetune.core import registry
-from treetune.models import fetch
 
 MEASURED = ("loftq", "qera", "corda", "corda_ipm")  # starts of an adapter that are made of what is quantised, or of inputs of whole layers
 # Optimisers of which one number of a leaf depends on no other.
@@ -27,7 +26,7 @@ def _reasons(config: Any) -> list[tuple[str, str]]:
     run, adapter = config.run, getattr(config, "adapter", None)
     pipeline, rollout, loss = (getattr(config, name, None) for name in ("pipeline", "rollout", "loss"))
     named = [
-        (_quantised(config), "quantised weights are whole on every rank; give --shard data=N, or leave quant out"),
+        (_given(adapter, "fp8_products"), "products in float8 round rows of whole inputs, of which ranks have columns"),
         (_value(run, "sharding", "moments", "gradients"), "give sharding none, or full"),
         (_value(config.optim, "layer_offloading", "cpu", "disk"), "layers are split among ranks; give --shard data=N"),
         (_value(config.optim, "optimizer", *WHOLE), "it needs whole matrices, or blocks of numbers that ranks do not divide; give adamw"),
@@ -40,13 +39,6 @@ def _reasons(config: Any) -> list[tuple[str, str]]:
         (_given(rollout, "rollout_func"), "ranks would sum the parts of a layer at different times"),
     ]
     return [(text, reason) for text, reason in named if text]
-
-
-def _quantised(config: Any) -> str:
-    """How the model is quantised; empty where it is not."""
-    if config.model.quant not in ("auto", "none"):
-        return f"quant {config.model.quant}"
-    return f"{config.model.model}, which holds quantised weights," * fetch.quantised(config.model.model)
 
 
 def _value(options: Any, name: str, *values: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
 NETS = ("grpo-judge", "ebft-host")  # with a reward model of a folder; with the features of a copy in the memory of the host
-TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"]}
+TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"],
+          "qlora-wide": ["--lora-r", 3, "--quant", "nf4", "--model", "wide"]}  # fmt: skip
 SHARDINGS = ("none", "moments", "gradients", "full")
 # What each method reads, and how it is asked for three steps.
 ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--val-set-size", 0]
@@ -44,6 +45,9 @@ def prepare(root: Path, tokenizer) -> None:
 
     sizes = dict(vocab_size=257, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=128)
     hf.save(root / "model", hf.random("llama", llama.Config(**sizes, tied=True, init_std=0.2), seed=3), tokenizer=tokenizer)
+    # Rows, and halves of rows, of whole blocks of codes, as layers that are split need them.
+    wide = llama.Config(**sizes | {"hidden_size": 64, "mlp_size": 128, "head_dim": 32}, tied=True, init_std=0.2)
+    hf.save(root / "wide", hf.random("llama", wide, seed=3), tokenizer=tokenizer)
     judge = hf.random("llama", llama.Config(**sizes | {"hidden_size": 24, "num_layers": 3}, tied=True, init_std=0.2), seed=4)
     heads.save(root / "judge", judge, heads.init(judge.cfg, 1, bias=False, seed=5), tokenizer=tokenizer)
     (root / "rewards.py").write_text(REWARDS)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import loading_worker
+import quant_look
 import scene
 import torch
 import torch.distributed as dist
@@ -139,9 +140,13 @@ def main() -> None:
     ranks: Ranks = join_ranks(torch.device("cpu"), {"tensor": 2} if os.environ["WORLD_SIZE"] == "2" else {"tensor": 2, "data": 2})
     mesh, home = ranks.mesh, tensor_rules.home(ranks.mesh, "full")
     files = {path.name: loading_worker.look(path, ranks) for path in sorted((folder / "models").iterdir())}
+    coded = {
+        name: quant_look.look(folder / "wide", name, ranks, folder / "quantised" / name)
+        for name in json.loads((folder / "schemes.json").read_text())
+    }
     found = {case: compared(case.split(",")[0], home, adapted="adapter" in case, remat=REMAT.get(case)) for case in sys.argv[2:]}
     head = heads(tensor_parallel.Split(mesh.get_group("tensor"), mesh.get_local_rank("tensor"), 2))
-    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"models": found, "heads": head, "files": files}))
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps({"models": found, "heads": head, "files": files, "coded": coded}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

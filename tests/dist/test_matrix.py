@@ -30,6 +30,8 @@ MESHES = {
     "context=2": [(method, "none") for method in matrix.METHODS],
     "data=4": [(method, what) for method in matrix.METHODS for what in ("gradients", "full")] + [(method, "full") for method in matrix.NETS],
     "replicate=2,data=2": [(method, what) for method in matrix.METHODS for what in ("moments", "gradients", "full")],
+    "tensor=2": [(method, "none") for method in matrix.METHODS],
+    "tensor=2,data=2": [(method, what) for method in matrix.METHODS for what in ("none", "full")],
     "tensor=2,context=2": [(method, "none") for method in matrix.METHODS],
     "context=2,data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS] + [(method, "full") for method in matrix.NETS],
 }  # fmt: skip
@@ -127,7 +129,8 @@ def test_some_of_each_on_two_ranks(place, alone, launch):
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
 def test_every_method_on_every_mesh(place, alone, launch, axes):
-    trains = [name for name in matrix.TRAINS if name != "qlora" or "tensor" not in axes]  # quantised weights are not split along tensor
+    # Other weights on these two are cases of test_tensor_runs.py.
+    trains = ["qlora-wide"] if axes in ("tensor=2", "tensor=2,data=2") else ["lora", "full", "qlora-wide" if "tensor" in axes else "qlora"]
     cases = [f"{method} {one} {what} {axes}" for method, what in MESHES[axes] for one in trains]
     check(place, alone, launch, axes.replace(",", "_"), cases)
 

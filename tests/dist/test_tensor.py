@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from treetune.core import partition, quant, quant_split
 from treetune.models import hf, llama, moe, tensor_rules
 from treetune.ops.tensor_parallel import Split
 
@@ -37,6 +39,16 @@ def _save(root: Path, names: tuple[str, ...]) -> None:
         hf.save(root / name, hf.random(family, llama.Config(**own), seed=1))
 
 
+FAST_SCHEMES, SCHEMES = ("nf4",), ("nf4", "nf4, once", "fp4", "int4", "int8", "fp8")
+
+
+def _save_wide(root: Path, schemes: tuple[str, ...]) -> None:
+    """A model folder whose rows, and halves of rows, are whole blocks of codes, and how it is quantised."""
+    sizes = dict(vocab_size=53, hidden_size=64, mlp_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, init_std=0.3)
+    hf.save(root / "wide", hf.random("llama", llama.Config(**sizes), seed=2))
+    (root / "schemes.json").write_text(json.dumps(schemes))
+
+
 @pytest.fixture(scope="module")
 def looks(launch, tmp_path_factory):
     """looks(world, names) -> what each rank says of each case."""
@@ -46,6 +58,7 @@ def looks(launch, tmp_path_factory):
         if (world, names) not in by_world:
             root = tmp_path_factory.mktemp("tensor")
             _save(root / "models", FILES if names == FAST else SLOW_FILES)
+            _save_wide(root, FAST_SCHEMES if names == FAST else SCHEMES)
             launch(world, WORKER, root, *names, cwd=root)
             by_world[world, names] = [json.loads((root / f"rank{i}.json").read_text()) for i in range(world)]
         return by_world[world, names]
@@ -89,6 +102,47 @@ def test_ranks_read_save_and_sample_from_rows_and_columns(looks, world, names, n
         assert rank["peak"] <= rank["bytes"] + rank["largest"] and rank["masters_peak"] <= rank["bytes"] + 3000
         assert all(same for same, _ in rank["exported"].values()), rank["exported"]
         assert rank["sampled"] is None or rank["sampled"][0]
+
+
+CODED_CASES = [(2, FAST, name) for name in FAST_SCHEMES] + [pytest.param(2, SLOW, name, marks=pytest.mark.slow) for name in SCHEMES]
+CODED_CASES += [pytest.param(4, (*FAST, *SLOW), name, marks=pytest.mark.slow) for name in SCHEMES]
+
+
+@pytest.mark.parametrize(("world", "names", "name"), CODED_CASES)
+def test_quantised_layers_are_split_by_whole_blocks(looks, world, names, name):
+    """Codes and statistics, joined and as a rank makes its part dense, have the bits of one process; files and samples are those of it."""
+    for rank in (every["coded"][name] for every in looks(world, names)):
+        assert rank["count"] == 14 and rank["same"] and rank["digest"] and rank["identity"] and rank["saved"] == [True, True] and rank["sampled"]
+        # Of rows in 8 bits of which ranks have columns each has the scales; the maxima of maxima are whole along the axis, too.
+        assert rank["held"] < 1.1 * rank["whole"] / world + 64 * rank["count"]
+
+
+class _Mesh:
+    """A mesh of which sizes are asked."""
+
+    mesh_dim_names = ("tensor",)
+    ndim = 1
+
+    def __getitem__(self, name):
+        return self
+
+    def size(self, axis=None):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "kind", "reason"),
+    [
+        ("layers.0.q_proj", 96, "nf4", "its rows of 96 numbers are no whole blocks of 64, as nf4 has"),
+        ("layers.0.down_proj", 64, "int4", "its rows of 64 numbers, and 32 of them are no whole blocks of 64, as int4 has"),
+        ("layers.0.o_proj", 96, "fp4", "its rows of 96 numbers are no whole blocks of 64, as fp4 has"),
+    ],
+)
+def test_blocks_that_ranks_would_have_parts_of_are_refused(path, width, kind, reason):
+    home, leaf = partition.Partition(_Mesh(), tensor_rules.dimension), quant.quantise(torch.ones(4, width), quant.Scheme(kind))
+    with pytest.raises(ValueError, match=f"shard tensor=2 does not fit {path}: {reason}; give quant int8"):
+        home.split(path, leaf)
+    assert quant_split.refusal(quant.quantise(torch.ones(4, width), quant.Scheme("int8")), 1, 2) == ""
 
 
 def test_parts_of_a_split_cover_all_rows():

@@ -153,7 +153,7 @@ def test_a_run_goes_on_on_another_mesh(runs, place, monkeypatch):
 
 
 REFUSED = {
-    "quant nf4": ("--quant", "nf4"), "sharding moments": ("--sharding", "moments"), "optimizer muon": ("--optimizer", "muon"),
+    "fp8_products": ("--quant", "fp8", "--fp8-products"), "sharding moments": ("--sharding", "moments"), "optimizer muon": ("--optimizer", "muon"),
     "optimizer adamw_8bit": ("--optimizer", "adamw_8bit"), "layer_offloading cpu": ("--layer-offloading", "cpu"),
     "lora_init corda": ("--lora-init", "corda"), "relora_steps": ("--relora-steps", 2), "qat int8": ("--adapter", "none", "--qat", "int8"),
 }  # fmt: skip
