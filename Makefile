@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format bench clean
+.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format reference bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -69,6 +69,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/reference, of the config classes.
+reference: $(READY)
+	$(BIN)/python -m treetune.cli.reference docs/reference
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
