@@ -12,7 +12,7 @@ PAGES = {
     "cpo": "preferences", "reward": "preferences", "prm": "preferences", "preference_tuning": "preferences",
     "reward_modelling": "preferences", "grpo": "online", "rl": "online", "vllm": "online", "datasets": "data", "config": "runs",
     "qlora": "memory", "quantization": "memory", "fsdp": "distributed", "new_model_support": "models",
-    "model_architectures": "models", "trackers": "tracking",
+    "model_architectures": "models", "trackers": "tracking", "installation": "install", "quickstart": "start", "getting_started": "start",
 }  # fmt: skip
 
 
