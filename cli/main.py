@@ -34,6 +34,7 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "serve": Command("commands.serve", commands.Serve, "start a vLLM server for a model"),
     "preprocess": Command("commands.preprocess", commands.Preprocess, "show what a run would read, token by token"),
     "eval": Command("commands.evaluate", commands.Eval, "loss, perplexity and accuracy on a data set"),
+    "lm-eval": Command("commands.lm_eval", commands.LmEval, "benchmarks of lm-eval's harness"),
     "score": Command("commands.score", commands.Score, "score answers or steps with a reward model"),
     "generate": Command("commands.generate", commands.Generate, "answer prompts"),
     "chat": Command("commands.chat", commands.Chat, "talk to a model"),

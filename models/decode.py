@@ -69,7 +69,7 @@ def sample(
     max_new_tokens: int,
     seed: int,
     ids: Sequence[int] | None = None,
-    tell: Callable[[Tensor, Tensor], None] | None = None,
+    tell: Callable[[Tensor, Tensor], Tensor | None] | None = None,
     **options: Unpack[DrawOptions],
 ) -> Samples:
     """n completions of each prompt (lists of token ids), each up to a token of `stop` or `max_new_tokens`.
@@ -77,7 +77,8 @@ def sample(
     temperature 0 takes the most probable token; its logp is that of the untempered distribution, and so is its log_kept,
     since the set is that one token. Otherwise the kept set is cut by top_k (0: off), then top_p over what is left, then
     min_p times the largest probability. `ids` name the prompts for the randomness (default: their order).
-    tell(rows [r], tokens [r]) is called with what was drawn as soon as it is; rows that are done may be among them.
+    tell(rows [r], tokens [r]) is called with what was drawn as soon as it is; rows that are done may be among them. Where it returns
+    bool [r] these rows end there, too.
 
     Where ranks have parts of the weights, all of them call this at the same time, or `join` in.
     Raises ValueError for an empty prompt, options out of range, or more positions than the model has.
@@ -100,9 +101,8 @@ def sample(
         token, logp, log_kept = pick(logits, noise.keys(key[live.row], live.position), draw)
         check_finite(logp, live.row, n)
         _record(out, live.row, step, token, logp, log_kept, done)
-        if tell is not None:
-            tell(live.row, token)
-        done[live.row] |= torch.isin(token, stops)
+        ended = None if tell is None else tell(live.row, token)
+        done[live.row] |= torch.isin(token, stops) if ended is None else torch.isin(token, stops) | ended
         # The one wait for the device in a step: without it every call would go on to max_new_tokens.
         if step + 1 == max_new_tokens or bool(done.all()):
             break

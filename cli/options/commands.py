@@ -66,6 +66,36 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class LmEval:
+    """Benchmarks of lm-eval's harness, of a model with or without an adapter on it: nothing is merged, and bases may be quantised."""
+
+    model: ModelOptions = group(ModelOptions)
+    adapter: AdapterPath = group(AdapterPath)
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of lm-eval by name, with * and ?; those that it brings fetch their rows from the Hugging Face hub."""
+    include_path: Annotated[str | None, ANY_PATH] = None
+    """Folder of further tasks: YAML files, which may name rows in files, and functions in Python files beside them."""
+    num_fewshot: Annotated[int | None, COUNT_OR_NONE] = None
+    """Examples before each question; if not given, as the task says."""
+    limit: Annotated[int | None, COUNT] = None
+    """Ask only the first questions of each task: to try it."""
+    apply_chat_template: bool = False
+    """Ask as a chat, through the tokenizer's template."""
+    system_instruction: Annotated[str | None, unused_unless("apply_chat_template", reason="apply_chat_template is not set")] = None
+    """System message of these chats."""
+    batch_size: Annotated[int, SMALL] = 8
+    """Requests in one forward pass: as many tokens as that many of the longest. Requests that begin alike share what is alike."""
+    max_length: Annotated[int | None, TOKENS] = None
+    """Longest text, in tokens, of which the last ones count; if not given, the positions of the model."""
+    seed: Annotated[int, SEED] = 1234
+    """Seed of the examples before questions, and of tasks that sample."""
+    log_samples: Annotated[bool, unused_unless("output_path", reason="output_path is not given")] = False
+    """Write each question with its answers, too."""
+    output_path: Annotated[str | None, NEW_FILE] = None
+    """Write the results to this JSON file; must not exist."""
+
+
+@dataclass(frozen=True)
 class Score:
     """Score answers with a reward model (pairs too, with its accuracy), or steps with a process reward model."""
 

@@ -14,7 +14,7 @@ ALWAYS = "it is always so here; leave it out"
 COMMANDS_OF = {
     "finetune": "sft", "fine-tune": "sft", "fine_tune": "sft", "instruct": "sft", "lora": "sft", "qlora": "sft",
     "full": "sft --adapter none",
-    "evaluate": "eval", "evaluation": "eval", "test": "eval", "lm-eval": "eval", "lm_eval": "eval", "benchmark": "eval",
+    "evaluate": "eval", "evaluation": "eval", "test": "eval", "lm_eval": "lm-eval", "benchmark": "lm-eval", "harness": "lm-eval",
     "inference": "generate", "infer": "generate", "predict": "generate", "run": "generate, or sft to train", "sample": "generate",
     "complete": "generate", "export": "merge", "merge-lora": "merge", "merge_lora": "merge", "merge_and_unload": "merge",
     "merge-sharded-fsdp-weights": "merge", "download": "fetch", "pull": "fetch", "get": "fetch", "ppo": "grpo", "rl": "grpo",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from treetune.core.data import order, trees
+from treetune.core.data.shared_prefixes import SharedDoc
 
 WINDOW = 8192  # documents
 READS = ("tokens", "last", "classes")
@@ -36,6 +37,20 @@ class BareDoc(Tokens, Protocol):
     @property
     def row(self) -> int:
         """Number of the data set row."""
+        ...
+
+
+class Branched(Tokens, Protocol):
+    """A document with branches."""
+
+    @property
+    def branch(self) -> np.ndarray:
+        """Number of the branch of each token, int32 [n]."""
+        ...
+
+    @property
+    def start(self) -> np.ndarray:
+        """Trunk tokens that it sees, int32 [n]."""
         ...
 
 
@@ -123,13 +138,29 @@ def collate_trees(
         raise ValueError(f"read is {read!r}: expected one of {', '.join(READS)}")
     lengths, filler = _filled(docs, budget, pad)
     stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id)
-    if any(doc.branch[-1] for doc in docs):
-        none = [np.zeros(filler, np.int32)]
-        stream["positions"] = _int64(np.concatenate([_places(doc) for doc in docs] + [np.arange(filler)]))
-        stream |= {name: torch.from_numpy(np.concatenate([getattr(doc, name) for doc in docs] + none)) for name in ("branch", "start")}
+    stream |= _branches(docs, filler)
     batch = stream | _tree_reads(docs, lengths, read) | _extras(docs) | (_prompts(docs, lengths) if prompts else {})
     check_trees(batch, read)
     return batch
+
+
+def collate_shared(docs: Sequence[SharedDoc], *, budget: int | None = None, pad: bool = False, pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """The packed stream of documents that share beginnings: their sequences in order, each read where it is said.
+
+    A last target is not among the tokens, and several sequences may be read at one row. Errors: as of `collate_trees`.
+    """
+    lengths, filler = _filled(docs, budget, pad)
+    stream = _stream(docs, lengths + [filler] * (filler > 0), pad_id) | _branches(docs, filler)
+    starts, targets = np.cumsum([0, *lengths])[: len(docs)], [part for doc in docs for part in doc.targets]
+    counts = np.array([len(part) for part in targets], dtype=np.int64)
+    return stream | {
+        "at": _int64(_joined([start + rows for start, doc in zip(starts, docs, strict=True) for rows in doc.reads], np.int64)),  # [N]
+        "targets": _int64(_joined(targets, np.int64)),  # [N]
+        "seq": _int64(np.repeat(np.arange(len(counts)), counts)),  # [N]
+        "seq_lens": _int64(counts),  # [B]
+        "doc_of_seq": _int64(np.repeat(np.arange(len(docs)), [len(doc.reads) for doc in docs])),  # [B]
+        "row": _int64(np.array([i for doc in docs for i in doc.sequences], dtype=np.int64)),  # [B]
+    }
 
 
 def collate_branch(docs: Sequence[trees.TreeDoc], *, branch: int, **options: Any) -> dict[str, torch.Tensor]:
@@ -149,7 +180,16 @@ def _filled(docs: Sequence[Tokens], budget: int | None, pad: bool) -> tuple[list
     return lengths, budget - token_count if pad and budget is not None else int(not docs)
 
 
-def _places(doc: trees.TreeDoc) -> np.ndarray:
+def _branches(docs: Sequence[Branched], filler: int) -> dict[str, torch.Tensor]:
+    """Positions and further keys of axis T, where a document has branches."""
+    if not any(doc.branch[-1] for doc in docs):
+        return {}
+    none, positions = [np.zeros(filler, np.int32)], [_places(doc) for doc in docs] + [np.arange(filler)]
+    keys = {name: torch.from_numpy(np.concatenate([getattr(doc, name) for doc in docs] + none)) for name in ("branch", "start")}
+    return keys | {"positions": _int64(np.concatenate(positions))}
+
+
+def _places(doc: Branched) -> np.ndarray:
     """Position of each token in its document, branches continued from where they leave the trunk."""
     return np.arange(len(doc.tokens)) - np.searchsorted(doc.branch, doc.branch, "left") + doc.start
 

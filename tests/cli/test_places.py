@@ -21,11 +21,11 @@ PLACES = {
         "format", "prompt_transform", "reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage", "observer",
     },
     "program": {"vllm_python", "python"},
-    "anything": {"file", "path", "paths", "topic"},
+    "anything": {"file", "include_path", "path", "paths", "topic"},
     "run folder": {"output_dir"},
     "prepared rows": {"dataset_prepared_path"},
     "new folder": {"dest", "output"},
-    "new file": {"output"},
+    "new file": {"output", "output_path"},
     "page": {"html"},
     "log": {"log"},
 }  # fmt: skip
@@ -38,6 +38,8 @@ TEXTS = {
     "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", "tokens",
     # metrics.jsonl
     "field", "metric",
+    # names of lm-eval's tasks, and what its chats begin with
+    "tasks", "system_instruction",
     # names, ids and keys in trackers
     "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
     "rendezvous",
