@@ -161,7 +161,7 @@ def test_chats_examples_and_quantised_bases_without_merging(judged, tiny, tasks,
 
 
 @installed
-@pytest.mark.more
+@pytest.mark.slow  # reads lm-eval's index of all tasks
 def test_unknown_tasks_are_named(tune, tiny, tasks):
     done = tune("lm-eval", "--model", tiny.model, "--include-path", tasks, "--tasks", "choises")
     assert done.code == 2 and "lm-eval knows no task 'choises' (did you mean choices?)" in done.err
