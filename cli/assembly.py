@@ -367,7 +367,5 @@ def extras(run: TrainRun, start: Policy) -> dict[str, Any]:
     Errors: ValueError for a generation_config.json of the base model that cannot be used.
     """
     model, words = run.config.model, run.config.vocabulary
-    own_template = getattr(run.config.data, "chat_template", None) is not None
     own_words = bool(words.special_tokens or words.tokens or words.tokenizer_config)
-    own = {"own_words": own_words, "own_template": own_template}
-    return policy.companions(start, model.model, revision=model.revision, start=run.start, **own)
+    return policy.companions(start, model.model, revision=model.revision, start=run.start, own_words=own_words)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from treetune.cli import assembly, document_source, invocation, memory_check, memory_ladder, requirements, run_file, trackers
+from treetune.cli import assembly, document_source, hub, invocation, memory_check, memory_ladder, requirements, run_file, trackers
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import meshes
 from treetune.cli.options import run as run_options
 from treetune.cli.run import Run, TrainConfig, TrainRun
-from treetune.core import import_path, machine, masking, shard, tree
+from treetune.core import hub_repos, import_path, machine, masking, shard, tree
 from treetune.core.config import reading, table
 from treetune.core.data import prompt_ids, sample_prompt
 from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, sample_answer, signals, stalls, summary
@@ -23,6 +23,7 @@ from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
 from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
+from treetune.core.run.uploads import Uploads
 from treetune.core.state import TrainState
 from treetune.models import loading, memory, sampling
 from treetune.models import policy as policies
@@ -36,7 +37,8 @@ class Result(NamedTuple):
     """What a run leaves.
 
     policy: as trained, to sample from, to save, or to train on. history: the records of steps and evaluations. folder: the run folder.
-    stopped: the reason where the run ended before its last step; signum: the signal that asked for it.
+    stopped: the reason where the run ended before its last step; signum: the signal that asked for it. unsent: why it is not on the hub,
+    where it should be, and what uploads it.
     """
 
     policy: Policy
@@ -45,6 +47,7 @@ class Result(NamedTuple):
     folder: Path
     stopped: str | None = None
     signum: int | None = None
+    unsent: str = ""
 
 
 def configure(method: str, **options: Any) -> Any:
@@ -110,6 +113,7 @@ def run(
     with contextlib.ExitStack() as stack:
         with checking_input():
             this = begin(config, observers, options, stack)
+            repo = hub.repo_of(config, this.ranks)
             if text := memory_check.check(config, this.device.type, shard.size(this.ranks.mesh, "data")):
                 this.observers.warn(text)
             parts = assembly.assemble(this, source, stack)
@@ -118,18 +122,25 @@ def run(
             ranks.barrier(this.ranks)  # every rank has read what it resumes from
             ranks.share(this.ranks, partial(_create, this, parts.policy))
             this.observers.add(*_files(this, parts))
+            described = hub.facts(this, parts)
+            sent = hub.uploads_of(this, repo)
+            if sent is not None:
+                this.observers.append(sent)
+                stack.callback(sent.abandon)
         limit, root = config.run.rank_timeout, this.folder.root
         with (
             running(root, partial(_advise, this, parts.state)),
             stalls.watched(this.ranks.rank, this.ranks.world, limit, root, device=this.device.type),
         ):
-            outcome = _train(this, parts, answer, interrupted)
+            outcome = _train(this, parts, answer, interrupted, hub.exporter(this, parts, extras, sent))
             shown = parts.shown(outcome.state)
-            saved = _save(this, parts.policy, shown, extras)
+            described |= hub.metrics(outcome.history, this.method, int(outcome.state.step))
+            saved = _save(this, parts.policy, shown, extras, described)
             this.observers.saved(saved, None)
             _finish(this, parts, answer, outcome, saved)
+            unsent = "" if sent is None else _upload(this, sent, saved)
         trained = parts.policy._replace(params=shown.params, frozen=shown.frozen)
-        return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum)
+        return Result(trained, outcome.state, outcome.history, this.folder.root, outcome.stopped, outcome.signum, unsent)
 
 
 def _advise(this: TrainRun, state: TrainState) -> str:
@@ -212,7 +223,11 @@ def _sample_answer(this: TrainRun, parts: Assembly) -> Callable[[TrainState], No
 
 
 def _train(
-    this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], interrupted: Callable[[str], None] | None
+    this: TrainRun,
+    parts: Assembly,
+    answer: Callable[[TrainState], None],
+    interrupted: Callable[[str], None] | None,
+    export: Callable[[TrainState], None],
 ) -> loop.Outcome:
     """All steps of the run, or those up to a reason to stop."""
 
@@ -235,7 +250,7 @@ def _train(
             observers=this.observers,
             folder=this.folder,
             settings=table.record(loop.Settings, this.config, goal=this.method.goal, perplexity=this.method.perplexity),
-            hooks=parts.hooks._replace(before=before, stop=stop),
+            hooks=parts.hooks._replace(before=before, stop=stop, export=export),
         )
 
 
@@ -276,15 +291,28 @@ def _warnings(this: TrainRun, parts: Assembly) -> list[str]:
     return warnings
 
 
-def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any]) -> Path:
-    """Write what trained into the run folder, in place of an earlier result. The folder written."""
+def _save(this: TrainRun, start: Policy, state: TrainState, extras: dict[str, Any], described: dict[str, Any]) -> Path:
+    """Write what trained, with its card, into the run folder, in place of an earlier result. The folder written."""
     path = this.folder.root / _result_name(start)
     save = partial(policies.save, policies.bare(start), params=state.params, frozen=state.frozen, **extras)
     if this.ranks.rank == 0:
-        folder.leave(path, save)
+        hub.leave(path, save, described)
     elif any(shard.distributed(leaf) for leaf in tree.leaves(state.params)):
         save(None)  # gathering sharded leaves is a collective
     return path
+
+
+def _upload(this: TrainRun, sent: Uploads, saved: Path) -> str:
+    """Upload what the run has left; why it did not arrive, and what uploads it by hand, empty where it did."""
+    place = hub_repos.address(sent.repo)
+    with this.observers.busy(f"uploading to {place}"):
+        reason = sent.finish(saved)
+    if not reason:
+        this.say(f"uploaded {saved} to {place}")
+        return ""
+    text = f"what trained is safe in {saved}, and not on the hub: {reason}; {hub.by_hand(saved, sent.repo)} uploads it"
+    this.observers.warn(text)
+    return text
 
 
 def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], outcome: loop.Outcome, saved: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import data, meshes, model, optim, run, tensor, trackers
+from treetune.cli.options import data, hub, meshes, model, optim, run, tensor, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -95,6 +95,8 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
         run.conflicts(train.run, streaming=getattr(train.data, "streaming", False))
         if hasattr(train, "tracking"):
             trackers.conflicts(train.tracking)
+        if hasattr(train, "hub"):
+            hub.conflicts(train.hub)
         if hasattr(train, "adapter"):
             model.conflicts(train.adapter, train.model)
             _check_restarts(train, method.name)

@@ -126,6 +126,8 @@ def _managed(
 def _calls(policy: Policy, extras: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What an engine needs of the policy. It outlives the weights that are loaded: only base_logprobs, which is called once, holds them."""
     sizes, collate = policies.bare(policy), batcher(policy.cfg, device, (pack.collate,))
+    if (carried := extras.get("carried")) is not None and not carried.own:  # the server has that tokenizer, and gets tokens as numbers
+        extras = {name: value for name, value in extras.items() if name != "carried"}
 
     def save(state: TrainState, trained: Params, folder: Path, /) -> None:
         policies.save(sizes, folder, params=trained, frozen=state.frozen, **extras)

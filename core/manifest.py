@@ -22,6 +22,7 @@ from treetune.core import fields
 
 NAME, FORMAT = "treetune_manifest.json", 1
 WEIGHTS = ".safetensors"
+CARD = "README.md"  # for people, who may edit it: listed, and never compared
 # What loaders take from a folder when it is there: such a file counts even if the manifest does not list it.
 LOADED = re.compile(
     r".*\.safetensors(\.index\.json)?|(adapter_|generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
@@ -71,7 +72,7 @@ def check(folder: str | Path, *, weights: bool = True, fix: str | None = None) -
     folder = Path(folder)
     if not os.path.lexists(folder / NAME):
         return False
-    entries = read(folder)
+    entries = {name: entry for name, entry in read(folder).items() if name != CARD}
     wrong = [text for name, entry in entries.items() if (text := _size_error(folder / name, entry))]
     wrong += [f"{folder / name} was added after the folder was written" for name in _added(folder, entries)]
     compared = {folder / name: entry for name, entry in entries.items() if weights or not name.endswith(WEIGHTS)}

@@ -26,8 +26,8 @@ MODEL = re.compile(  # a model, an adapter or a reward model, with a tokenizer
 def foreign(folder: Path, names: re.Pattern) -> list[Path]:
     """Paths below a folder that treetune did not write; the folder itself where it is a link.
 
-    names: names relative to the folder that treetune writes; files in its manifest count, too. Of a `MODEL` with a manifest only the
-    manifest counts: a tokenizer beside an adapter may be the user's.
+    names: names relative to the folder that treetune writes; files in its manifest count, too, a README.md unless it was edited. Of a
+    `MODEL` with a manifest only the manifest counts: a tokenizer beside an adapter may be the user's.
     """
     if folder.is_symlink() or not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
@@ -40,9 +40,15 @@ def foreign(folder: Path, names: re.Pattern) -> list[Path]:
 def _listed(folder: Path) -> set[str]:
     """Names in a folder's manifest, and the manifest's own; none where there is no manifest."""
     try:
-        return {manifest.NAME, *json.loads((folder / manifest.NAME).read_bytes())["files"]}
+        files = json.loads((folder / manifest.NAME).read_bytes())["files"]
+        edited = manifest.CARD in files and not _as_written(folder / manifest.CARD, files[manifest.CARD])
+        return {manifest.NAME, *files} - ({manifest.CARD} if edited else set())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
+
+
+def _as_written(path: Path, entry: dict) -> bool:
+    return _plain(path) and manifest.entry(path)._asdict() == entry
 
 
 def _below(folder: Path) -> Iterator[Path]:

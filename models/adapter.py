@@ -33,8 +33,9 @@ from treetune.models import (
 from treetune.models.adapter_tensors import BASE, PREFIX, module
 
 CONFIG, WEIGHTS = adapter_config.NAME, "adapter_model.safetensors"
-TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # there when the adapter has a tokenizer or a template of its own
+TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # earlier versions wrote those that are not the base model's alone
 BASE_FILE = "treetune_base.json"  # what adapter_config.json has no field for
+WORDS = ("tokenizer.json", TOKENIZER)  # what has the words of a tokenizer, the first that is there
 CLASSIFIERS = ("classifier", "score")  # PEFT names both in the config of every classifier, whichever of them the model has
 
 
@@ -66,10 +67,10 @@ class Info(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What of a tokenizer goes into an adapter's folder: all of it, where it is not the base model's, or only its chat template."""
+    """The tokenizer that goes into an adapter's folder, and whether it has words that the base model's has not."""
 
     tokenizer: Any = None
-    template: str | None = None
+    own: bool = True
 
 
 class Head(NamedTuple):
@@ -153,10 +154,12 @@ def save(
     with folder.writing(path) as part:
         save_file({name: leaf.detach().contiguous() for name, leaf in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         folder.write_json(part / CONFIG, config)
+        if carried is not None and carried.tokenizer is not None:
+            carried.tokenizer.save_pretrained(part)
         if info.digest:
             scheme = {} if info.scheme is None else {"quantised": quantised.options(info.scheme)}
-            folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest} | scheme)
-        _write_carried(carried or Carried(), part)
+            words = {"tokenizer": _words(part)} if carried is not None and not carried.own else {}
+            folder.write_json(part / BASE_FILE, {"format": 1, "base": info.base, "digest": info.digest} | scheme | words)
 
 
 def _check_magnitudes(adapter: Params) -> bool:
@@ -194,13 +197,6 @@ def _saved_modules(family: str, leaves: dict[str, Tensor], tied: bool, adapted: 
         modules |= set() if "lm_head" in adapted else {name}
         tensors[f"{PREFIX}{name}{BASE if 'lm_head' in adapted else '.weight'}"] = leaves["embed_tokens"].clone()
     return tensors, modules
-
-
-def _write_carried(carried: Carried, part: Path) -> None:
-    if carried.tokenizer is not None:
-        carried.tokenizer.save_pretrained(part)
-    elif carried.template is not None:
-        (part / TEMPLATE).write_text(carried.template, encoding="utf-8")
 
 
 def load(path: str | Path, model: Model, *, dtype: torch.dtype = torch.float32) -> tuple[Lora, Params, Info]:
@@ -252,9 +248,27 @@ def revision_of(path: str | Path) -> str | None:
 def base(path: str | Path) -> Base:
     """The base model that an adapter folder was trained on, with its digest where we wrote the folder, and how it was quantised."""
     root = Path(path).expanduser()
-    recorded = fields.mapping(folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}, str(root / BASE_FILE))
+    recorded = _recorded(root)
     scheme = fields.inner(recorded, "quantised", default=None, null=True)
     return Base(base_of(root), fields.text(recorded, "digest", default=""), None if scheme is None else quantised.read(scheme))
+
+
+def own_words(path: str | Path) -> bool:
+    """Whether the tokenizer in an adapter folder may have other words than the base model's: it is not the one that we wrote as such."""
+    root = Path(path).expanduser()
+    recorded = fields.text(_recorded(root), "tokenizer", default="")
+    return not recorded or recorded != _words(root)
+
+
+def _words(root: Path) -> str:
+    """The sha256 of the file that has the words of the tokenizer in a folder; empty where there is none."""
+    file = next((root / name for name in WORDS if (root / name).is_file()), None)
+    return "" if file is None else manifest.entry(file).sha256
+
+
+def _recorded(root: Path) -> fields.Fields:
+    """What the folder says of its base model."""
+    return fields.mapping(folder.read_json(root / BASE_FILE) if (root / BASE_FILE).is_file() else {}, str(root / BASE_FILE))
 
 
 def task_of(path: str | Path) -> str | None:

@@ -13,7 +13,7 @@ from treetune.core.quant import Scheme
 from treetune.models import Model, adapter, fetch, gguf, heads, hf, identity, resize, tensor_rules
 from treetune.models.fetch import Say, silent
 from treetune.models.quantised import Home, See
-from treetune.models.tokenizer import adapter_folder, check_rows, has_tokenizer, load_tokenizer
+from treetune.models.tokenizer import adapter_folder, check_rows, has_own_words, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -168,7 +168,7 @@ def load_adapted(
 def match_rows(model: Model, path: str, name: str, *, revision: str | None = None) -> Model:
     """The model of a name with the vocabulary rows that an adapter was trained with, more or fewer than its own."""
     rows = adapter.rows(adapter_folder(path), model.family)
-    if rows is None and not has_tokenizer(path):
+    if rows is None and not has_own_words(path):
         return model
     # An adapter may have fewer rows than a padded model, but never fewer than its tokenizer has tokens.
     if rows is None or rows < model.cfg.vocab_size:

@@ -39,7 +39,7 @@ from treetune.models.adapter_spec import AdapterSpec
 from treetune.models.adapter_starts import WEIGHTS_ALONE, Given
 from treetune.models.dense import Config, Neftune
 from treetune.models.fetch import Say, silent
-from treetune.models.tokenizer import adapter_folder, generation_config, has_template, has_tokenizer, resize_embeddings, set_up_tokenizer
+from treetune.models.tokenizer import adapter_folder, generation_config, has_own_words, resize_embeddings, set_up_tokenizer
 from treetune.ops.attention import Plan
 
 MODELS_KEPT = ("model", "ref", "features")  # of what is frozen: models, or parts of such
@@ -298,8 +298,8 @@ def save(
     """Write what trained into a folder: the adapter, or the whole model in the dtype that it computes in, with a head if there is one.
 
     params, frozen: by default the policy's own. Where leaves are sharded all ranks call this; those without a path write nothing.
-    generation, beside: the generation_config.json and the processor's files of a model. carried: what of the tokenizer an adapter holds,
-    where the base's is another. Raises RunFailed for weights that are not finite.
+    generation, beside: the generation_config.json and the processor's files of a model. carried: the tokenizer that an adapter's
+    folder holds. Raises RunFailed for weights that are not finite.
     """
     trained, still = policy.params if params is None else params, policy.frozen if frozen is None else frozen
     if policy.leaves_model:
@@ -323,19 +323,16 @@ def file_rank(policy: Policy) -> int:
 
 
 def companions(
-    policy: Policy, name: str, *, revision: str | None = None, start: str | None = None, own_words: bool = False, own_template: bool = False
+    policy: Policy, name: str, *, revision: str | None = None, start: str | None = None, own_words: bool = False
 ) -> dict[str, Any]:
-    """What a saved folder holds besides weights, as arguments of `save`: generation_config.json, or what an adapter carries.
+    """What a saved folder holds besides weights, as arguments of `save`: generation_config.json, or the tokenizer of an adapter.
 
-    name, revision: the model that it was made from; start: the adapter. own_words, own_template: whether the tokenizer has tokens, or a
-    chat template, that the model's has not. Raises ValueError for a generation_config.json that cannot be used.
+    name, revision: the model that it was made from; start: the adapter. own_words: whether the tokenizer may have tokens that the model's
+    has not. Raises ValueError for a generation_config.json that cannot be used.
     """
     if policy.leaves_model:
         if "head" in policy.params:
             return {}
         generation = generation_config(name, policy.tokenizer, revision=revision)
         return {"generation": generation, "beside": processor.read(name, revision=revision)}
-    if own_words or (start is not None and has_tokenizer(start)):
-        return {"carried": Carried(tokenizer=policy.tokenizer)}
-    template = own_template or (start is not None and has_template(start))
-    return {"carried": Carried(template=policy.tokenizer.chat_template if template else None)}
+    return {"carried": Carried(policy.tokenizer, own=own_words or (start is not None and has_own_words(start)))}

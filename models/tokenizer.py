@@ -32,6 +32,11 @@ def has_tokenizer(adapter_path: str | Path) -> bool:
     return (root / adapter.TOKENIZER).is_file()
 
 
+def has_own_words(adapter_path: str | Path) -> bool:
+    """Whether an adapter carries a tokenizer that may have other words than its base model's."""
+    return has_tokenizer(adapter_path) and adapter.own_words(adapter_folder(adapter_path))
+
+
 def has_template(adapter_path: str | Path) -> bool:
     """Whether an adapter carries a chat template of its own."""
     return (adapter_folder(adapter_path) / adapter.TEMPLATE).is_file()
@@ -80,7 +85,7 @@ def set_up_tokenizer(
         plain = _read(fetch.resolve_tokenizer(other, say=say))
     tokenizer, added = vocabulary.add_tokens(plain, special_tokens=special_tokens, tokens=tokens)
     # The rows that a plain tokenizer lacks or has too many are the model's own business: padded vocabularies are common.
-    covers_all = special_tokens or tokens or other is not None or (start is not None and has_tokenizer(start))
+    covers_all = special_tokens or tokens or other is not None or (start is not None and has_own_words(start))
     return TokenizerSetup(tokenizer, added, len(plain), len(tokenizer) if covers_all else 0)
 
 

@@ -8,11 +8,14 @@ import torch
 
 from treetune.cli.options.commands import Merge
 from treetune.cli.screen import Screen
+from treetune.core import manifest
 from treetune.core.quant import KINDS, Kind, Scheme
+from treetune.core.run import cards
 from treetune.core.run.errors import checking_input
-from treetune.models import layered, loading, merging, quantising, target
+from treetune.models import adapter, layered, loading, merging, quantising, target
 from treetune.models.merging import Merged
 from treetune.models.target import Target
+from treetune.models.tokenizer import adapter_folder
 
 
 class Plan(NamedTuple):
@@ -36,8 +39,20 @@ def run(config: Merge, given: frozenset[str]) -> int:
         if (other := plan.unquantised()) is not None:
             screen.line(f"against the adapter on the unquantised base: {merging.describe(other)}")
         plan.save()
+        cards.add(Path(config.output), _facts(config, chosen, plan.merged, other), place=Path(config.output).name)
     screen.line(f"saved {Path(config.output)}")
     return 0
+
+
+def _facts(config: Merge, chosen: Target, merged: Merged, other: Merged | None) -> dict[str, Any]:
+    """What the card of the merged model says: all that of the adapter, and how far its outputs are from those before."""
+    folder = adapter_folder(chosen.adapter or config.adapter)
+    measured = {"save_dtype": config.save_dtype, "probe_tokens": merged.probe_tokens, **merged.difference._asdict()}
+    if other is not None:
+        measured["unquantised"] = other.difference._asdict()
+    measured["adapter"] = manifest.entry(folder / adapter.WEIGHTS).sha256
+    unknown = {"format": 1, "base": loading.base_name(chosen.model), "base_on_hub": not Path(chosen.model).expanduser().exists()}
+    return unknown | cards.read(folder) | {"kind": "merged", "scores": merged.head is not None, "merge": measured}
 
 
 def _form(config: Merge) -> tuple[torch.dtype, Scheme | None]:

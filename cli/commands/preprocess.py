@@ -4,6 +4,7 @@ Encodes every row as `--method` does and reports what became of them; `--debug` 
 """
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,11 +15,12 @@ from treetune.cli import row_settings
 from treetune.cli.options.commands import Preprocess
 from treetune.cli.options.data import SAMPLES
 from treetune.cli.screen import Screen
-from treetune.core import option_pairs, owned
+from treetune.core import hub_repos, option_pairs, owned
 from treetune.core.config import checks
-from treetune.core.data import corpus, dataset, kinds, overview, passages
+from treetune.core.data import corpus, dataset, document_rows, kinds, overview, passages
+from treetune.core.hub_repos import Repo, Unsent
 from treetune.core.run import guard, page
-from treetune.core.run.errors import checking_input
+from treetune.core.run.errors import RunFailed, checking_input
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
 
@@ -34,6 +36,8 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         if "data" not in given:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
         tokenizer = _tokenizer(config, screen)
+        asked = Repo(config.push_dataset_to_hub or "", private=config.hub_private_repo, kind="dataset")
+        repo = hub_repos.prepare(asked, "push_dataset_to_hub") if config.push_dataset_to_hub is not None else None
         encoded = _encode(config, given, kind, tokenizer, screen)
         rows, histogram = _describe(config, encoded, kind), "\n".join(overview.histogram(dataset.lengths(encoded.docs)))
         if config.html:
@@ -47,7 +51,21 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     _show([(doc.row, passages.split(doc, tokenizer, kind.read)) for doc in encoded.docs[: config.debug]], screen)
     if config.html:
         screen.line(f"wrote {config.html}")
+    if repo is not None:
+        screen.line(f"uploaded {len(encoded.docs)} documents to {_push(repo, config, encoded, rows)}")
     return 0
+
+
+def _push(repo: Repo, config: Preprocess, encoded: corpus.EncodedRows, rows: dict[str, str]) -> str:
+    """Upload documents as rows of tokens and labels; the address. Errors: RunFailed where they do not arrive."""
+    with tempfile.TemporaryDirectory(prefix="treetune-push-") as made:
+        document_rows.write(Path(made) / "train.jsonl", encoded.docs)
+        about = {"method": config.method, "tokenizer of": loading.base_name(str(config.model.model))} | rows
+        (Path(made) / "README.md").write_text(document_rows.card(repo.id, about), encoding="utf-8")
+        try:
+            return hub_repos.upload(repo, Path(made), f"Upload {len(encoded.docs)} documents")
+        except Unsent as error:
+            raise RunFailed(f"the documents are not on the hub: {error}; the same command uploads them") from error
 
 
 def unused_options(config: Preprocess) -> dict[str, str]:

@@ -26,7 +26,9 @@ def run(config: TrainConfig, options: frozenset[str]) -> int:
         result = fit.run(config, observers=[console], options=options, interrupted=console.interrupt)
     finally:
         console.stop()
-    return 128 + result.signum if result.signum is not None and result.stopped == "interrupted" else 0
+    if result.signum is not None and result.stopped == "interrupted":
+        return 128 + result.signum
+    return 1 if result.unsent else 0  # the screen has said why, and what uploads it
 
 
 def _launch(config: TrainConfig) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.run import RunOptions
@@ -54,6 +55,7 @@ class Cpo:
     optim: PreferenceOptim = group(PreferenceOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def parts(config: Cpo, policy: "Policy", setting: Setting) -> Parts:

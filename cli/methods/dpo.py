@@ -8,6 +8,7 @@ from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options import reference
 from treetune.cli.options.data import PairData
 from treetune.cli.options.doors import door
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import PREFERENCE_RATES, PreferenceOptim
 from treetune.cli.options.reference import ReferenceOptions
@@ -115,6 +116,7 @@ class Dpo:
     optim: PreferenceOptim = group(PreferenceOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def conflicts(config: Dpo) -> None:

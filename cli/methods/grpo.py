@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from treetune.cli.methods.method import Method, Parts, RolloutParts, Setting
 from treetune.cli.options import meshes, online
 from treetune.cli.options.data import PromptData
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RL_RATES, RlOptim
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
@@ -39,6 +40,7 @@ class Grpo:
     optim: RlOptim = group(RlOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def conflicts(config: Grpo) -> None:

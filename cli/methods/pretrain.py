@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import ENDLESS, FRACTION_OF_STREAM, HELD_OUT, Listed, Stream
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
@@ -77,6 +78,7 @@ class Pretrain:
     optim: OptimOptions = group(OptimOptions)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def parts(config: Pretrain, policy: "Policy", setting: Setting) -> Parts:

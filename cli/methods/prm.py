@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from treetune.cli.methods.method import Method, Parts, Setting, unanswering
 from treetune.cli.options.data import SAMPLES, PairData
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
@@ -26,6 +27,7 @@ class Prm:
     optim: RewardOptim = group(RewardOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def parts(config: Prm, policy: "Policy", setting: Setting) -> Parts:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from treetune.cli.methods.method import Method, Parts, Setting, unanswering
 from treetune.cli.options.data import PairData
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import REWARD_RATES, RewardOptim
 from treetune.cli.options.run import RunOptions
@@ -38,6 +39,7 @@ class Reward:
     optim: RewardOptim = group(RewardOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def parts(config: Reward, policy: "Policy", setting: Setting) -> Parts:

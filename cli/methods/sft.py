@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from treetune.cli.methods.method import Method, Parts, Setting
 from treetune.cli.options.data import DataOptions
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import RATES, OptimOptions
 from treetune.cli.options.run import RunOptions
@@ -28,6 +29,7 @@ class Sft:
     optim: OptimOptions = group(OptimOptions)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)
 
 
 def parts(config: Sft, policy: "Policy", setting: Setting) -> Parts:

@@ -186,6 +186,22 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Upload what a run has left to the Hugging Face hub, with its card. The token is that of HF_TOKEN or `hf auth login`."""
+
+    path: Annotated[Positional[str], ANY_PATH, arg(metavar="RUN")]
+    """Run folder; or the folder of an adapter, a model or a merged model."""
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    """Repository, NAME or OWNER/NAME; made where it is not there."""
+    merged: Annotated[str | None, ANY_PATH] = None
+    """Folder of treetune merge to upload in place of the run's adapter; its card has the measured merge error."""
+    private: bool = True
+    """Make the repository private; one that is there stays as it is."""
+    revision: str | None = None
+    """Branch to upload to, made where it is not there; if not given, main."""
+
+
+@dataclass(frozen=True)
 class Quantize:
     """Write a model folder with its linear layers in 4 or 8 bits, which transformers and vLLM load, and print how far its logits move.
 
@@ -228,6 +244,10 @@ class Preprocess:
     """Documents on that page."""
     dataset_processes: Annotated[int, PROCESSES] = 1
     """Worker processes; for large data sets, since each takes seconds to start."""
+    push_dataset_to_hub: str | None = None
+    """Repository of the Hugging Face hub, NAME or OWNER/NAME, to upload the documents to: tokens, and labels of those that train."""
+    hub_private_repo: Annotated[bool, unused_unless("push_dataset_to_hub", reason="there is no push_dataset_to_hub")] = True
+    """Make the repository private; one that is there stays as it is."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from treetune.cli.options.data import SAMPLES, AnyRows, HeldOut
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.model import AdapterOptions, ModelOptions, VocabularyOptions
 from treetune.cli.options.optim import SCHEDULE, OptimOptions, peak
 from treetune.cli.options.pipeline import CorrectionOptions, EngineOptions, PipelineOptions
@@ -170,3 +171,4 @@ class Ebft:
     optim: EbftOptim = group(EbftOptim)
     run: RunOptions = group(RunOptions)
     tracking: TrackerOptions = group(TrackerOptions)
+    hub: HubOptions = group(HubOptions)

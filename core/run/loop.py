@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from treetune.core import check, ckpt, heartbeat, import_path, shard
+from treetune.core import check, ckpt, exchange, heartbeat, import_path, shard
 from treetune.core.run import best, faults, health, memory, pauses, progress, recorder, saves
 from treetune.core.run import folder as run_folder
 from treetune.core.run.errors import RunFailed
@@ -51,9 +51,9 @@ class Hooks(NamedTuple):
     """What a method adds to the loop.
 
     objective and prepare: of the step, which is replayed to name what is not finite. after_step(state, metrics, step) -> state.
-    before(state) runs once, before the first evaluation. stop() -> number of the signal that asks the run to end after this step, or
-    None. meta: goes into every checkpoint. resumed: meta of the checkpoint that the state came from, None for a new run. sampled: whether
-    the step learns from completions. about: what the run is, in words, for observers.
+    before(state) runs once, before the first evaluation; export(state) after each checkpoint, on every rank. stop() -> number of the
+    signal that asks the run to end after this step, or None. meta: goes into every checkpoint. resumed: meta of the checkpoint that the
+    state came from, None for a new run. sampled: whether the step learns from completions. about: what the run is, in words.
     """
 
     objective: Objective | None = None
@@ -61,6 +61,7 @@ class Hooks(NamedTuple):
     after_step: AfterStep | None = None
     stop: Callable[[], int | None] = never
     before: Callable[[TrainState], None] = lambda state: None
+    export: Callable[[TrainState], None] = lambda state: None
     meta: dict[str, Any] = {}
     resumed: dict[str, Any] | None = None
     sampled: bool = False
@@ -117,7 +118,7 @@ class _Loop:
             assert self.run.resume is not None
             self.progress = progress.read(hooks.resumed, self.run.resume)
             self.saved = int(state.step)
-            if _rank() == 0:
+            if exchange.rank() == 0:
                 self._rewind(state)
 
     def _rewind(self, state: TrainState) -> None:
@@ -150,7 +151,7 @@ class _Loop:
         self._watchdog(record)
 
     def _settle(self) -> None:
-        if self.run is not None and _rank() == 0:
+        if self.run is not None and exchange.rank() == 0:
             run_folder.settle(self.run)
 
     def require_finite(self, state: TrainState) -> None:
@@ -252,6 +253,7 @@ class _Loop:
         meta = self.hooks.meta | progress.stored(self.progress, self.source.state())  # on every rank: rollouts gather the states of all
         self.saves.begin(state, meta, self.progress)
         self.saved = step
+        self.hooks.export(state)
 
     def finish_saves(self) -> None:
         """Return when no checkpoint is being written any more."""
@@ -343,10 +345,6 @@ def _failing(place: str) -> Iterator[None]:
         yield
     except (ValueError, import_path.Failed) as error:
         raise RunFailed(f"{place}: {error}") from error
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def run(

@@ -44,7 +44,7 @@ def test_flags_win_over_the_section_that_has_the_key(here):
 def test_other_flags_and_files_of_ours_are_as_ever(tune, here):
     (here / "a.yaml").write_text(FILE)
     assert "unknown option --bananas" in tune("train", "a.yaml", "--dry-run", "--bananas", 1).err
-    assert "hub_model_id (nearest" in tune("train", "a.yaml", "--dry-run", "--hub-model-id", "a/b").err
+    assert "spectrum_model_name (nearest" in tune("train", "a.yaml", "--dry-run", "--spectrum-model-name", "a/b").err
     (here / "b.yaml").write_text("method: sft\nmodel: m\n")
     assert "unknown option --base-model" in tune("train", "b.yaml", "--dry-run", "--base-model", "x").err
     assert "unknown option --base-model" in tune("sft", "--base-model", "x").err

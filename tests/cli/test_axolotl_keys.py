@@ -182,7 +182,7 @@ def test_the_file_names_the_method(here, text):
 
 REFUSED = {
     "rl: ppo\n": "rl must be one of dpo, ipo",
-    "hub_model_id: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: hub_model_id",
+    "push_to_hub: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: push_to_hub",
     "qat: {weight_dtype: int4, activation_dtype: int8}\n": "qat (nearest: qat: int4, which rounds weights of linear layers alone",
     "qat: {weight_dtype: int4, group_size: 32}\n": "qat (nearest: group_size: 64",
     "qat: {weight_dtype: nvfp4}\n": "qat (nearest: weight_dtype int4, int8 or fp8",
@@ -197,7 +197,7 @@ REFUSED = {
     "fsdp_config: {offload_params: true}\n": "fsdp_config (nearest: a run without offload",
     "deepspeed: {zero_optimization: {offload_param: {device: cpu}}}\n": "deepspeed (nearest: a run without offload",
     "deepspeed: {zero_optimization: {offload_optimizer: {device: nvme}}}\n": "deepspeed (nearest: offload_optimizer with device cpu",
-    "hub_model_id: a/b\noptimizer: lomo\nlora_r: x\nadapter: lora\n": "hub_model_id (nearest: nothing is uploaded",
+    "push_to_hub: true\noptimizer: lomo\nlora_r: x\nadapter: lora\n": "push_to_hub (nearest: hub_model_id, which names the repository",
     "optimizer: lomo\nlr_scheduler: log_sweep\n": 'got "lomo" (text); and lr_scheduler must be one of',
     "datasets: [{path: a, type: alpaca_w_system.load_open_orca_chatml}]\n": "as there is no alpaca_w_system.load_open_orca_chatml",
     "datasets: [{path: a, type: bananas}]\n": "as there is no bananas",
@@ -355,3 +355,10 @@ def test_tables_hold_no_option_of_ours_and_no_key_twice():
     assert set(keys.RENAMED.values()) <= ours
     assert not keys.MISSING.keys() & (ours | values.FUNCTIONS.keys() | keys.NOTHING.keys())
     assert set(translate.METHODS.values()) <= set(METHODS) and main.COMMANDS["convert"]
+
+
+def test_keys_of_the_hub_are_options_of_the_same_name(here):
+    keys = {"hub_model_id": "me/sums", "hub_strategy": "all_checkpoints", "hub_revision": "dev"}
+    values = read(here, BASE + "".join(f"{name}: {value}\n" for name, value in keys.items())).values
+    assert {name: values[name] for name in keys} == keys
+    assert not read(here, BASE + "hub_model_id: ''\nhub_strategy:\n").values.keys() & keys.keys()

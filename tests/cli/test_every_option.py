@@ -7,6 +7,7 @@ import pytest
 
 from treetune.cli import memory_ladder, ray_launch
 from treetune.cli.methods.sft import Sft
+from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
 from treetune.core import ckpt_parts, layer_offload
@@ -263,9 +264,9 @@ def test_option_changes_the_run(name, plain_runs, tiny, observed):
 
 
 def test_there_is_a_row_for_every_option():
-    # Lists of mappings are tested in test_datasets.py, what trackers are given in test_trackers.py.
-    trackers = set(vars(TrackerOptions())) - {"use_tensorboard"}
-    assert set(CHANGES) == {name for name, option in table.options(Sft).items() if not option.of_mappings} - trackers
+    # Lists of mappings are tested in test_datasets.py, what trackers are given in test_trackers.py, uploads in test_hub.py.
+    elsewhere = set(vars(TrackerOptions())) - {"use_tensorboard"} | set(vars(HubOptions()))
+    assert set(CHANGES) == {name for name, option in table.options(Sft).items() if not option.of_mappings} - elsewhere
 
 
 SAMPLING = {

@@ -300,7 +300,7 @@ def test_a_chat_template_of_the_old_run_is_read(kit, tiny, tune, here, runs):
     kit.refused(tune("sft", *kit.basics(tiny, *args)), "--chat-template")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "treetune_mine.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "treetune_mine.json"])
 def test_what_a_manifest_does_not_list_is_foreign_by_any_name(name, kit, tiny, tune, here, run):
     text(run / "adapter" / name)
     kit.refused(tune("sft", *kit.basics(tiny, "--output-dir", "r", "--overwrite")), f"no run made r/adapter/{name}")

@@ -21,7 +21,7 @@ PLACES = {
         "format", "prompt_transform", "reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage", "observer",
     },
     "program": {"vllm_python", "python"},
-    "anything": {"file", "include_path", "path", "paths", "topic"},
+    "anything": {"file", "include_path", "merged", "path", "paths", "topic"},
     "run folder": {"output_dir"},
     "prepared rows": {"dataset_prepared_path"},
     "new folder": {"dest", "output"},
@@ -31,7 +31,7 @@ PLACES = {
 }  # fmt: skip
 TEXTS = {
     # hub: branches, splits, ids
-    "revision", "split", "name",
+    "revision", "split", "name", "hub_model_id", "hub_revision", "repo", "push_dataset_to_hub",
     # rows: columns, roles, texts
     "text_column", "field_prompt", "roles_to_train", "default_system_message", "step_separator", "prompt", "system", "sample_prompt",
     # weights: regular expressions over paths of leaves; tokens

@@ -94,6 +94,7 @@ TABLE = {
         "profiler_steps", "profiler_steps_start", "log_level",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
         # who is told
+        "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
         "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model",
         "use_tensorboard", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "hf_mlflow_log_artifacts",
         "use_comet", "comet_workspace", "comet_project_name", "comet_experiment_key", "comet_mode", "comet_online",

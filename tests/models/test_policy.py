@@ -1,15 +1,16 @@
 """A policy in Python: what trains starts as the model, is sampled and saved as what it computes, and nothing keeps the loaded weights."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
 
-from treetune.core import lora, tree
+from treetune.core import lora, manifest, tree
 from treetune.core.run.errors import RunFailed
 from treetune.core.state import TrainState
-from treetune.models import adapter, decode, heads, hf, loading, logprobs, policy, reference, sampling
+from treetune.models import adapter, decode, heads, hf, loading, logprobs, policy, reference, sampling, tokenizer
 
 SPEC = policy.AdapterSpec(rank=3, alpha=6.0, dropout=0.25, targets=("q_proj", "down_proj"), modules_to_save=("^norm$",))
 
@@ -153,9 +154,24 @@ def test_an_adapter_is_trained_on_on_its_own_base_only(folder, oracle, words, tm
 
 def test_carried_files_of_an_adapter(folder, words, tmp_path):
     one = policy.load(folder, adapter=SPEC)
-    for name, carried in (("none", None), ("template", adapter.Carried(template="{{ x }}")), ("all", adapter.Carried(tokenizer=words))):
+    for name, carried in (("none", None), ("base", adapter.Carried(words, own=False)), ("own", adapter.Carried(words))):
         policy.save(one, tmp_path / name, carried=carried)
-    files = {name: {path.name for path in (tmp_path / name).iterdir()} for name in ("none", "template", "all")}
-    assert adapter.TEMPLATE not in files["none"] and adapter.TOKENIZER not in files["none"]
-    assert adapter.TEMPLATE in files["template"] and adapter.TOKENIZER not in files["template"]
-    assert adapter.TOKENIZER in files["all"]
+    assert not (tmp_path / "none" / adapter.TOKENIZER).exists()
+    for name in ("base", "own"):
+        assert tokenizer.load_tokenizer(folder, adapter_path=tmp_path / name).get_vocab() == words.get_vocab()
+        assert tokenizer.has_own_words(tmp_path / name) == (name == "own")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_tokenizer_of_the_base_asks_for_no_rows(folder, words, tmp_path, own):
+    """Of a base model with fewer rows than its tokenizer has tokens, which is its own business."""
+    longer = copy.deepcopy(words)
+    longer.add_tokens([f"<more {index}>" for index in range(20 + hf.load(folder).cfg.vocab_size)])
+    longer.save_pretrained(folder)
+    (folder / manifest.NAME).unlink()
+    one, path = policy.load(str(folder), adapter=SPEC), tmp_path / "out"
+    policy.save(one, path, carried=adapter.Carried(one.tokenizer, own=own))
+    model, _ = loading.load_adapted(str(folder), str(path), device=torch.device("cpu"))
+    again = policy.load(str(folder), adapter=policy.AdapterSpec(start=str(path)))
+    rows = len(longer) if own else one.cfg.vocab_size
+    assert model.cfg.vocab_size == again.cfg.vocab_size == rows
