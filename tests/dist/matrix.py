@@ -11,8 +11,9 @@ from pathlib import Path
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo", "ebft", "ebft-strided")
 NETS = ("grpo-judge", "ebft-host")  # with a reward model of a folder; with the features of a copy in the memory of the host
+# A model twice as wide moves twice as far at a learning rate, and what rounding leaves of its first step grows with that: half of it.
 TRAINS = {"lora": ["--lora-r", 3], "full": ["--adapter", "none"], "qlora": ["--lora-r", 3, "--quant", "nf4"],
-          "qlora-wide": ["--lora-r", 3, "--quant", "nf4", "--model", "wide"]}  # fmt: skip
+          "qlora-wide": ["--lora-r", 3, "--quant", "nf4", "--model", "wide", "--learning-rate", 0.005]}  # fmt: skip
 SHARDINGS = ("none", "moments", "gradients", "full")
 # What each method reads, and how it is asked for three steps.
 ONLINE = ["--max-completion-length", 6, "--num-generations", 4, "--val-set-size", 0]
