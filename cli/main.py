@@ -41,6 +41,7 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "merge": Command("commands.merge", commands.Merge, "fold an adapter into its model"),
     "push": Command("commands.push", commands.Push, "upload what a run has left to the Hugging Face hub"),
     "quantize": Command("commands.quantize", commands.Quantize, "write a model in 4 or 8 bits"),
+    "export": Command("commands.export", commands.Export, "write a GGUF file for llama.cpp and Ollama"),
     "check": Command("commands.check", commands.Check, "compare a model with transformers, and packed with alone"),
     "fetch": Command("commands.fetch", commands.Fetch, "get a model onto this machine, or the examples and docs"),
     "runs": Command("commands.runs", commands.Runs, "list runs, show one, or compare several"),

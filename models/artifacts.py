@@ -34,7 +34,7 @@ def save_model(
     this, and those without a path write nothing. generation, beside: its generation_config.json and the files of its processor, if it
     has no head. Raises RunFailed for weights that are not finite in that dtype.
     """
-    late = _late(model, lora, path)
+    late = merged_late(model, lora, path)
     if path is None:
         model_files.follow(late, tied=model_files.tied(late))
     elif head is not None:
@@ -43,8 +43,8 @@ def save_model(
         hf.save(path, late, tokenizer=tokenizer, generation=generation, beside=beside)
 
 
-def _late(model: Model, lora: Lora | None, path: str | Path | None) -> Model:
-    """The model with leaves that are made as its files hold them."""
+def merged_late(model: Model, lora: Lora | None, path: str | Path | None) -> Model:
+    """The model with leaves that are made, merged with an adapter, as files hold them; errors of one that is not finite name `path`."""
     adapted = {} if lora is None else lora_trees.pairs(lora.tree)
     leaves, wide = dict(tree.items(model.params)), families.wide(model)
     if "lm_head" not in leaves and {"lm_head", "embed_tokens"} & adapted.keys():

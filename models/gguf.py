@@ -209,11 +209,16 @@ def _window(keys: Fields, family: str) -> int | None:
 def _rope_scaling(cfg: Config, tensor) -> Llama3Rope:
     """The Llama 3.1 scaling whose frequencies are the plain ones divided by the stored factors [d/2]."""
     factors = _dequantise(tensor)
-    scaling = Llama3Rope(round(float(factors.max()), 4), 1.0, 4.0, 8192)
+    scaling = llama31(round(float(factors.max()), 4))
     plain = decoder_config.inv_freq(cfg, torch.device("cpu"))
     if not torch.allclose(plain / factors, decoder_config.inv_freq(replace(cfg, rope_scaling=scaling), plain.device), rtol=1e-4):
         raise ValueError(f"{FACTORS} holds frequency factors that are not those of Llama 3.1; this rope scaling is not known")
     return scaling
+
+
+def llama31(factor: float) -> Llama3Rope:
+    """The scaling of Llama 3.1 and 3.2, of which files hold the factors alone."""
+    return Llama3Rope(factor, 1.0, 4.0, 8192)
 
 
 def _dequantise(tensor) -> Tensor:

@@ -73,6 +73,7 @@ LAZY = {
     "models/bridge_skeleton.py": {"transformers"},
     "models/fetch.py": {"huggingface_hub", "safetensors"},
     "models/gguf.py": {"gguf", "numpy", "tokenizers", "transformers"},
+    "models/gguf_writer.py": {"gguf", "numpy"},
     "models/vocabulary.py": {"tokenizers"},
     "models/plain_model.py": {"transformers"},
     "models/hf_weights.py": {"safetensors"},

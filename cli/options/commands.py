@@ -223,6 +223,27 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a GGUF file for llama.cpp and Ollama, with its tokenizer and chat template, and a Modelfile beside it.
+
+    The file is read back, and not kept where its logits are off by more than max_kl or its tokenizer is another. llama, qwen2, qwen3.
+    """
+
+    path: Annotated[Positional[str], ANY_PATH, arg(metavar="PATH")]
+    """Model folder, .gguf file, known name or Hugging Face id; or a run folder, or an adapter, which is merged into its base."""
+    output: Annotated[Positional[str], NEW_FOLDER, arg(metavar="OUTPUT")]
+    """Folder to write; must not exist."""
+    model: Annotated[str | None, MODEL] = None
+    """Base model of an adapter; if not given, the one the adapter names."""
+    revision: Annotated[str | None, LOCAL] = None
+    """Branch, tag or commit of a Hugging Face id."""
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
+    """Type of the matrices: 32, 16, 16 or 8.5 bits; vectors are float32, and of q8_0 rows of no whole blocks of 32 numbers f16."""
+    max_kl: Annotated[float | None, POSITIVE] = None
+    """Largest mean KL in nats of the probes' next tokens; if not given, 1e-6 (f32), 1e-4 (f16), 0.01 (bf16), 0.02 (q8_0)."""
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """Show what a training run would read: counts, lengths, and which tokens are supervised."""
 

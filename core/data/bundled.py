@@ -13,6 +13,7 @@ PAGES = {
     "reward_modelling": "preferences", "grpo": "online", "rl": "online", "vllm": "online", "datasets": "data", "config": "runs",
     "qlora": "memory", "quantization": "memory", "fsdp": "distributed", "new_model_support": "models",
     "model_architectures": "models", "trackers": "tracking", "installation": "install", "quickstart": "start", "getting_started": "start",
+    "export": "deployment", "gguf": "deployment", "ollama": "deployment", "merge": "deployment",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ NESTED = st.recursive(
 )
 VALUES = st.one_of(st.sampled_from(SCALARS), NESTED, st.integers(1, 200).map(lambda depth: "[" * depth + "x" + "]" * depth))
 OPTIONS = [(command, name) for command in main.COMMANDS for name in table.defaults(main.COMMANDS[command].config)]
-REQUIRED = {"merge": ["a/b", "b/c"], "check": ["a/b"], "quantize": ["a/b", "b/c"]}
+REQUIRED = {"merge": ["a/b", "b/c"], "check": ["a/b"], "quantize": ["a/b", "b/c"], "export": ["a/b", "b/c"]}
 KEPT = {"max_examples": 120, "deadline": None, "derandomize": True}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 KINDS = {"sft": "chat.jsonl", "dpo": "pairs.jsonl", "kto": "judged.jsonl", "reward": "pairs.jsonl", "prm": "steps.jsonl"}
