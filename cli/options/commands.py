@@ -189,7 +189,7 @@ class Merge:
 class Push:
     """Upload what a run has left to the Hugging Face hub, with its card. The token is that of HF_TOKEN or `hf auth login`."""
 
-    path: Annotated[Positional[str], ANY_PATH, arg(metavar="RUN")]
+    path: Annotated[Positional[str], ANY_PATH, arg(metavar="PATH")]
     """Run folder; or the folder of an adapter, a model or a merged model."""
     repo: Annotated[Positional[str], arg(metavar="REPO")]
     """Repository, NAME or OWNER/NAME; made where it is not there."""
