@@ -133,8 +133,15 @@ def _datasets(options: Any) -> list[dict[str, Any]]:
     found = []
     for use, names in uses.items():
         entries = next((value for name in names if (value := getattr(options, name, ()))), ())
-        found += [_described(one["path"] if isinstance(one, dict) else str(one), use) for one in entries]
+        found += [_described(name, use) for one in entries for name in _names(one)]
     return found
+
+
+def _names(entry: Any) -> list[str]:
+    """What a data set is called by: its path, or the files that it names instead, one, several or by split."""
+    if isinstance(entry, dict):
+        return _names(next((entry[key] for key in ("path", "data_files") if key in entry), list(entry.values())))
+    return [name for one in entry for name in _names(one)] if isinstance(entry, list | tuple) else [str(entry)]
 
 
 def _described(path: str, use: str) -> dict[str, Any]:

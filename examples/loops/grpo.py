@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from treetune.core import optim, step
-from treetune.core.data import kinds, order, pack, prompts, sources
-from treetune.core.rollout import builtin, documents, feed, prompt_order
+from treetune.core.data import kinds, pack, prompts, sources
+from treetune.core.rollout import builtin, documents, feed_state, prompt_order
 from treetune.core.rollout.group import Group
 from treetune.core.state import TrainState
 from treetune.losses import advantage, policy_gradient
@@ -70,7 +70,7 @@ def train(
     for number in range(1, steps + 1):
         draws, cursor = prompt_order.draw(cursor, prompt_stream, 4)
         groups = rollout(state, [asked[one.index] for one in draws], [one.number for one in draws], n=generations, key=training_key)
-        groups = [groups[i] for i in order.permutation(len(groups), SEED, 0, number, 0, feed.PARTS)]
+        groups = [groups[i] for i in feed_state.mixed(len(groups), SEED, number, 0)]
         docs = [documents.document(group) for group in groups]  # the prompt is the trunk, completions are its branches
         state, metrics = take_step(state, [pack.collate_trees(docs[:2]), pack.collate_trees(docs[2:])])
         mean = float(np.mean([group.rewards for group in groups]))

@@ -64,7 +64,8 @@ def test_lora_run_leaves_everything_and_only_that(kit, here, sft):
     assert done.code == 0 and done.err == ""
     assert {path.name for path in root.iterdir()} == FILES | {"adapter"}
     saved = {"adapter_config.json", "adapter_model.safetensors", adapter.BASE_FILE, manifest.NAME}
-    assert {path.name for path in (root / "adapter").iterdir()} == saved
+    words = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in (root / "adapter").iterdir()} == saved | words | {"README.md", "treetune_card.json"}
     records = kit.metrics(root)
     assert steps_of(records) == [1, 2, 3, 4] and list(evals_of(records)) == [0, 2, 4]
     assert evals_of(records)[4] < evals_of(records)[0]
