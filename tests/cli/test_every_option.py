@@ -192,7 +192,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     kit.write_rows(here / "both.jsonl", rows)
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     monkeypatch.setattr(ray_launch, "run", lambda words, *how, **more: print(how, more) or 3)
-    monkeypatch.setattr(launch, "run", lambda words, how: print(how, "--rank-timeout" in words) or 3)  # tests/dist starts processes
+    monkeypatch.setattr(launch, "run", lambda words, how, tell: print(how, "--rank-timeout" in words) or 3)  # tests/dist starts processes
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: 2**31)  # of a small machine
     copied, copy = [], ckpt_parts.on_host
     monkeypatch.setattr(ckpt_parts, "on_host", lambda own: copied.append(1) or copy(own))
