@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format reference bench clean
+.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format reference site bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,6 +73,11 @@ format: $(READY)
 # docs/reference, of the config classes.
 reference: $(READY)
 	$(BIN)/python -m treetune.cli.reference docs/reference
+
+# docs/ as pages in build/site.
+site: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

@@ -1,0 +1,65 @@
+"""What mkdocs calls while it builds the site: the start page of README.md, the whole navigation, and links to files outside docs/."""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+# Code, which stays as it is written, or a link to a file: its text, path and anchor.
+LINK = re.compile(r"```.*?```|\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)|`[^`\n]*`", re.S)
+# In the code of a row of a table a pipe is escaped, which GitHub takes away and mkdocs needs not.
+ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`\n]*`")
+ENTRY = re.compile(r"\]\(([\w-]+\.md)\)")
+
+
+def on_config(config: Any) -> Any:
+    """Add to the navigation the pages of commands, and those that it does not name."""
+    index = DOCS / "reference/index.md"
+    commands = ENTRY.findall(index.read_text(encoding="utf-8"))
+    named = set(_pages(config.nav))
+    more = sorted(path.name for path in DOCS.glob("*.md") if path.name not in named)
+    config.nav += [{"More": more}] if more else []
+    config.nav += [{"Commands": ["reference/index.md", *({Path(name).stem: f"reference/{name}"} for name in commands)]}]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the start page, which is README.md unless docs/ has one."""
+    if files.get_file_from_path("index.md") is None:
+        files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """The text of a page, with links that lead within the site, into the repository if it has an address, or nowhere."""
+    source = page.file.src_uri
+    above = "" if page.file.generated_by else posixpath.dirname(f"docs/{source}")
+
+    def replaced(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if target is None:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(above, target))
+        inside = path.removeprefix("docs/")
+        if path.startswith("docs/") and (DOCS / inside).is_file():
+            return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(source) or '.')}{anchor})"
+        return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})" if config.repo_url else _named(text, path)
+
+    return LINK.sub(replaced, ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown))
+
+
+def _named(text: str, path: str) -> str:
+    """The words of a link without one, and the path that it names if they do not say it."""
+    words = text.strip("`").rstrip("/")
+    return text if words == path else f"{text} (`{path}`)"
+
+
+def _pages(entries: Any) -> list[str]:
+    if isinstance(entries, str):
+        return [entries]
+    parts = entries.values() if isinstance(entries, dict) else entries
+    return [page for part in parts for page in _pages(part)]
