@@ -35,8 +35,8 @@ def repo_of(config: TrainConfig, world: Ranks) -> Repo | None:
     options = options_of(config)
     if options.hub_model_id is None:
         return None
-    asked = Repo(options.hub_model_id, options.hub_revision, options.hub_private_repo)
-    return ranks.share(world, lambda: hub_repos.prepare(asked, "hub_model_id"))
+    repo = Repo(options.hub_model_id, options.hub_revision, options.hub_private_repo)
+    return ranks.share(world, lambda: hub_repos.prepare(repo, "hub_model_id"))
 
 
 def uploads_of(this: TrainRun, repo: Repo | None) -> Uploads | None:
@@ -117,24 +117,24 @@ def _file(name: str) -> bool:
 def metrics(history: Sequence[Record], method: Method, step: int) -> dict[str, Any]:
     """The facts of the last evaluation and of the best one."""
     goal = f"eval/{method.goal}"
-    found = [record for record in history if goal in record and record[goal] == record[goal]]
+    evaluations = [record for record in history if goal in record and record[goal] == record[goal]]
     sign = 1 if method.goal.endswith("loss") else -1
-    chosen = {"last": found[-1], "best": min(found, key=lambda record: sign * record[goal])} if found else {}
-    shown = {
+    rows = {"last": evaluations[-1], "best": min(evaluations, key=lambda record: sign * record[goal])} if evaluations else {}
+    values = {
         name: {key: value for key, value in record.items() if key == "step" or key.startswith("eval/") and key not in UNSHOWN}
-        for name, record in chosen.items()
+        for name, record in rows.items()
     }
-    return {"metrics": shown, "steps": step}
+    return {"metrics": values, "steps": step}
 
 
 def _datasets(options: Any) -> list[dict[str, Any]]:
     """Data sets by name, with the sha256 of files; the names of files without their folders, which are nobody's business."""
     uses = {"training": ("datasets", "data"), "evaluation": ("test_datasets", "val_data")}
-    found = []
+    datasets = []
     for use, names in uses.items():
         entries = next((value for name in names if (value := getattr(options, name, ()))), ())
-        found += [_described(name, use) for one in entries for name in _names(one)]
-    return found
+        datasets += [_described(name, use) for entry in entries for name in _names(entry)]
+    return datasets
 
 
 def _names(entry: Any) -> list[str]:

@@ -1,6 +1,7 @@
-"""Durable writes: flushed to the disk, in lines of which a crash can only cut the last one short."""
+"""Durable writes: flushed to the disk, in lines of which a crash can only cut the last one short; and second names of files."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -13,6 +14,14 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link(source: str | Path, target: str | Path, *, soft: bool = False) -> None:
+    """Give a file a second name, which is a copy where the file system has no links. soft: a name that goes where the file goes."""
+    try:
+        (os.symlink if soft else os.link)(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def append_line(path: Path, line: bytes) -> None:

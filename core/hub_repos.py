@@ -6,7 +6,6 @@ hub is asked, and retries single requests by itself.
 
 import os
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -59,14 +58,21 @@ def prepare(repo: Repo, flag: str) -> Repo:
 
 def upload(repo: Repo, folder: Path, message: str) -> str:
     """Commit the files of a folder, those that are there already excepted. The address of the repository. Errors: Unsent."""
-    for wait in (*WAITS, None):
-        try:
-            return _upload(repo, folder, message)
-        except Exception as error:  # as in `prepare`
-            if wait is None or _status(error) in range(400, 500) or isinstance(error, FileNotFoundError | ValueError):
-                raise Unsent(_reason(error)) from error
-            time.sleep(wait)
-    raise AssertionError
+    import tenacity
+
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_passing), stop=tenacity.stop_after_attempt(len(WAITS) + 1),
+        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, WAITS)), reraise=True,
+    )  # fmt: skip
+    try:
+        return tries(_upload, repo, folder, message)
+    except Exception as error:  # as in `prepare`
+        raise Unsent(_reason(error)) from error
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether an upload that failed so may arrive when it is tried again."""
+    return not (isinstance(error, FileNotFoundError | ValueError) or _status(error) in range(400, 500))
 
 
 def _upload(repo: Repo, folder: Path, message: str) -> str:

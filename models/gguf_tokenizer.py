@@ -86,22 +86,22 @@ def split_of(core: Mapping[str, Any], name: str) -> str:
     Errors: ValueError for another kind of tokenizer.
     """
     model, parts = core["model"], _parts(core.get("pre_tokenizer"))
-    kinds, found = [part["type"] for part in parts], None
+    kinds, split_name = [part["type"] for part in parts], None
     if model["type"] == "BPE" and not model.get("byte_fallback") and kinds[-1:] == ["ByteLevel"] and not parts[-1].get("add_prefix_space"):
         words = parts[-1].get("use_regex", True)
         if kinds == ["ByteLevel"] and words:
-            found = "gpt-2"
+            split_name = "gpt-2"
         elif kinds == ["Digits", "ByteLevel"] and words and parts[0]["individual_digits"]:
-            found = "smollm"
+            split_name = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not words and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
             pattern = parts[0]["pattern"].get("Regex")
-            found = next((pre for pre, split in gguf.SPLITS.items() if split is not None and split == pattern), None)
-    if found is None or bool(model.get("ignore_merges")) != (found == "llama-bpe"):
-        known = ", ".join(gguf.SPLITS)
+            split_name = next((pre for pre, split in gguf.SPLITS.items() if split is not None and split == pattern), None)
+    if split_name is None or bool(model.get("ignore_merges")) != (split_name == "llama-bpe"):
+        names = ", ".join(gguf.SPLITS)
         raise ValueError(
-            f"{name} has a {model['type']} tokenizer that is not byte-level BPE split as {known}: no GGUF file is written of it"
+            f"{name} has a {model['type']} tokenizer that is not byte-level BPE split as {names}: no GGUF file is written of it"
         )
-    return found
+    return split_name
 
 
 def _parts(node: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -124,8 +124,8 @@ def plan(
     reached = [_reaching(window, batch, tokens) for window in windows]
     need = _Need(device, dtype, "branch" in batch, plain, width)
     part = None if split is None or not tokens else Part(split, tokens)
-    made = functools.partial(_pattern, batch, offsets) if part is None else functools.partial(_pattern_of_part, part, batch, offsets)
-    patterns = {window: made(device, window, _choose(backend, need, window)) for window in dict.fromkeys(reached)}
+    pattern_of = functools.partial(_pattern, batch, offsets) if part is None else functools.partial(_pattern_of_part, part, batch, offsets)
+    patterns = {window: pattern_of(device, window, _choose(backend, need, window)) for window in dict.fromkeys(reached)}
     bounds = batch["cu_docs"].to(device, torch.int32, non_blocking=device.type == "cuda")
     return Plan(tokens, bounds, longest, plain, windows, tuple(patterns[window] for window in reached), part)
 

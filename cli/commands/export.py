@@ -67,10 +67,10 @@ def _template(tokenizer: Any) -> Template:
         return Template(None, "the tokenizer has no chat template", "")
     source = chat_templates.template_source(tokenizer)
     bos = tokenizer.bos_token if gguf_tokenizer.adds_bos(tokenizer) else ""
-    made = ollama.template(chat_templates.renderer(tokenizer, None, None, {}), bos=bos)
+    template = ollama.template(chat_templates.renderer(tokenizer, None, None, {}), bos=bos)
     if chat_templates.writes_date(source):
-        return made._replace(text=None, reason="the chat template writes the date")
-    return made
+        return template._replace(text=None, reason="the chat template writes the date")
+    return template
 
 
 def _conversations(tokenizer: Any) -> list[str]:

@@ -36,8 +36,9 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         if "data" not in given:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
         tokenizer = _tokenizer(config, screen)
-        asked = Repo(config.push_dataset_to_hub or "", private=config.hub_private_repo, kind="dataset")
-        repo = hub_repos.prepare(asked, "push_dataset_to_hub") if config.push_dataset_to_hub is not None else None
+        repo = None
+        if (name := config.push_dataset_to_hub) is not None:
+            repo = hub_repos.prepare(Repo(name, private=config.hub_private_repo, kind="dataset"), "push_dataset_to_hub")
         encoded = _encode(config, given, kind, tokenizer, screen)
         rows, histogram = _describe(config, encoded, kind), "\n".join(overview.histogram(dataset.lengths(encoded.docs)))
         if config.html:

@@ -26,8 +26,9 @@ def run(config: Serve, given: frozenset[str]) -> int:
         signal.signal(number, _interrupt)
     with checking_input():
         server = _start(config, screen)
-    screen.line(f"serving {serving.served_name(config.model.model)} at {server.url}; Ctrl-C ends it")
     try:
+        # Whoever reads this line may end it at once.
+        screen.line(f"serving {serving.served_name(config.model.model)} at {server.url}; Ctrl-C ends it")
         server.wait()
     except KeyboardInterrupt:
         screen.line("stopping the server")

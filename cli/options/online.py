@@ -142,8 +142,8 @@ def _conflicts_of_servers(config: OnlineConfig) -> None:
     urls = config.engine.vllm_server_urls
     if wrong := [url for url in urls if not url.startswith(("http://", "https://")) or urls.count(url) > 1]:
         raise ValueError(f"vllm_server_urls takes addresses such as http://node-1:8000, each once, got {wrong[0]}")
-    found = meshes.sizes(config.run) if meshes.processes(config.run) > 1 else {}
-    count, asking = servers(config), found.get("data", 1) * found.get("replicate", 1)
+    axes = meshes.sizes(config.run) if meshes.processes(config.run) > 1 else {}
+    count, asking = servers(config), axes.get("data", 1) * axes.get("replicate", 1)
     if count > asking:
         name = "vllm_server_urls" if urls else "vllm_num_servers"
         raise ValueError(

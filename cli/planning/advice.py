@@ -51,9 +51,9 @@ def _fitting(run: Run, place: Place, changes: list[Change]) -> list[Advice]:
     guesses = [(real * _formula(changed(run, one.values), one.place) / base, one) for one in changes]
     for _, one in [pair for pair in guesses if pair[0] < NEAR * room][:TRIED]:
         other = changed(run, one.values)
-        taken = estimate.estimate(other, estimate.counted(other, one.place), one.place)
-        if taken.peak <= TIGHT * room:
-            out.append(Advice(one, taken))
+        planned = estimate.estimate(other, estimate.counted(other, one.place), one.place)
+        if planned.peak <= TIGHT * room:
+            out.append(Advice(one, planned))
     return out
 
 

@@ -204,9 +204,9 @@ class Feed:
             if self._scores:
                 self._scores.keep(())
         # Of a group that several ranks have sampled, the one of the first counts.
-        found = {group.number: group for groups in reversed(self._calls.gather(own)) for group in groups}
-        asked = [draw for request in requests for draw in request]
-        return [IndexedGroup(one.index, found[one.number]._replace(prompt=self._prompts[one.index])) for one in asked], state
+        by_number = {group.number: group for groups in reversed(self._calls.gather(own)) for group in groups}
+        draws = [draw for request in requests for draw in request]
+        return [IndexedGroup(draw.index, by_number[draw.number]._replace(prompt=self._prompts[draw.index])) for draw in draws], state
 
     def _launched(self, policy: Any, state: FeedState, n: int, again: int, drawn: list[int]) -> FeedState:
         """The state with n prompts in flight, or with a generation and those ahead of it, handed to the thread."""

@@ -7,7 +7,6 @@ must be the trainer's. Two things are asked of them:
   so bits that stay while the trainer moves are a sync that was lost, however small the move. A move below RESOLUTION tells nothing.
 """
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from treetune.core import check, drafts, manifest, owned
+from treetune.core import check, drafts, durable, manifest, owned
 from treetune.core.rollout.server import Server
 from treetune.core.rollout.vllm import Client, Lost, Unreachable
 from treetune.core.state import Params
@@ -269,14 +268,7 @@ def send(folder: Path, version: int, save: Save, params: Params) -> None:
 
 def linked(sent: Path, folder: Path) -> None:
     """A folder of the same files, which are copied only where the file system has no links."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-    shutil.copytree(sent, folder, copy_function=link)
+    shutil.copytree(sent, folder, copy_function=durable.link)
 
 
 def steady(call: Callable[[str], T], sync: Any, server: Server | None = None) -> T:

@@ -23,12 +23,12 @@ UNKNOWN = "- nothing is known of its training: its adapter was made without a ca
 
 def add(folder: Path, facts: Mapping[str, Any], *, place: str) -> None:
     """Write the card of a folder, and list it in its manifest; place: as of `text`."""
-    known = manifest.read(folder) if (folder / manifest.NAME).is_file() else None
+    entries = manifest.read(folder) if (folder / manifest.NAME).is_file() else None
     public = json.loads(_without_home(json.dumps(facts, ensure_ascii=False)))
     (folder / FACTS).write_text(json.dumps(public, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD).write_text(text(public, place=place), encoding="utf-8")
-    if known is not None:
-        manifest.write(folder, {name: one for name, one in known.items() if name not in (CARD, FACTS)})
+    if entries is not None:
+        manifest.write(folder, {name: entry for name, entry in entries.items() if name not in (CARD, FACTS)})
 
 
 def read(folder: Path) -> dict[str, Any]:

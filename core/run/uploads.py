@@ -4,7 +4,6 @@ What is uploaded is staged in a draft inside the run folder: weights as of a che
 its deletion. The draft goes when the run ends, or when the next process takes the folder.
 """
 
-import os
 import queue
 import shutil
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from treetune.core import drafts, hub_repos, manifest
+from treetune.core import drafts, durable, hub_repos, manifest
 from treetune.core.hub_repos import Repo, Unsent
 from treetune.core.records import JsonRecord as Record
 from treetune.core.run import cards
@@ -82,9 +81,9 @@ class Uploads(Observer):
         with self._changed:
             if self.strategy != ALL:
                 kind = item.folder.name.partition("_")[0]
-                for one in [one for one in self._waiting if one.folder.name.partition("_")[0] == kind]:
-                    self._waiting.remove(one)
-                    shutil.rmtree(one.folder, ignore_errors=True)
+                for older in [waiting for waiting in self._waiting if waiting.folder.name.partition("_")[0] == kind]:
+                    self._waiting.remove(older)
+                    shutil.rmtree(older.folder, ignore_errors=True)
             self._waiting.append(item)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="treetune hub", daemon=True)
@@ -111,8 +110,8 @@ class Uploads(Observer):
     def finish(self, folder: Path) -> str:
         """Upload what a run has left, behind all that still waits but earlier weights; why it is not on the hub, empty where it is."""
         with self._changed:
-            for one in [one for one in self._waiting if one.folder.name.startswith("step_") and self.strategy != ALL]:
-                self._waiting.remove(one)
+            if self.strategy != ALL:
+                self._waiting = [item for item in self._waiting if not item.folder.name.startswith("step_")]
         self.close()
         stage = self.draft / "result"
         try:
@@ -143,18 +142,19 @@ class Uploads(Observer):
             shutil.rmtree(self.draft, ignore_errors=True)
 
 
+def _files(folder: Path) -> list[str]:
+    """The files of a folder and of those in it, by their paths there."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def link(source: Path, target: Path, names: Sequence[str] | None = None, *, soft: bool = False) -> None:
     """Make a second folder of the same files, linked where the file system can, else copied. names: only those, of all.
 
     soft: by links that go where the files go, for a folder that nobody deletes from meanwhile.
     """
-    found = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()] if names is None else names
-    for name in found:
+    for name in _files(source) if names is None else names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (os.symlink if soft else os.link)((source / name).resolve(), target / name)
-        except OSError:
-            shutil.copyfile(source / name, target / name)
+        durable.link((source / name).resolve(), target / name, soft=soft)
 
 
 def stage_result(folder: Path, stage: Path, place: str, *, soft: bool = False) -> None:
@@ -164,10 +164,8 @@ def stage_result(folder: Path, stage: Path, place: str, *, soft: bool = False) -
     """
     listed = list(manifest.read(folder)) + [manifest.NAME] if manifest.check(folder) else None
     theirs = cards.edited(folder)
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()] if listed is None else listed
     facts = cards.read(folder)
-    kept = [name for name in names if name != cards.CARD]
-    link(folder, stage, kept, soft=soft)
+    link(folder, stage, [name for name in listed or _files(folder) if name != cards.CARD], soft=soft)
     if theirs or not facts:
         if (folder / cards.CARD).is_file():
             shutil.copyfile(folder / cards.CARD, stage / cards.CARD)

@@ -37,7 +37,17 @@ def run(folder: Path, urls: list[str], axes: str) -> None:
     ranks = processes.join_ranks(torch.device("cpu"), meshes.read((axes,)))
     server = ranks.row_rank % len(urls)
     settings = engine.EngineSettings(
-        urls[server], "tiny", ("models/tiny",), fake_vllm.VOCAB, 64, folder / "engine", (5, 6), "float32", 5.0, servers=len(urls), server=server
+        urls[server],
+        "tiny",
+        ("models/tiny",),
+        fake_vllm.VOCAB,
+        64,
+        folder / "engine",
+        (5, 6),
+        "float32",
+        5.0,
+        servers=len(urls),
+        server=server,
     )
     expected = lambda at, tokens: fake_vllm.logps(tokens, float(at.params["lora"]["A"]))  # noqa: E731
     calls = {"save": save, "prompt_logprobs": expected, "base_logprobs": fake_vllm.logps}

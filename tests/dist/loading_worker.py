@@ -144,7 +144,9 @@ def look(path: Path, ranks: Ranks) -> dict:
         "largest": max(leaf.nbytes for leaf in tree.leaves(whole.params)), "digest_peak": digest_peak, "masters_peak": masters_peak,
         "same": same(split.params, whole.params) and split._replace(params={}) == whole._replace(params={}),
         "digest": [digest, ckpt.leaf_digest(whole.params)], "identity": [identity.digest(split), identity.digest(whole)],
-        "placed": all(getattr(one, "placements", ()) == getattr(other, "placements", ()) and torch.equal(shard.local(one), shard.local(other))
+        "placed": all(
+            getattr(one, "placements", ()) == getattr(other, "placements", ())
+            and torch.equal(shard.local(one), shard.local(other))
                       for one, other in zip(tree.leaves(masters.params), tree.leaves(usual.params), strict=True)),
         "grown": same(resize.resize(split, rows + 4).params, resize.resize(whole, rows + 4).params),
         "sampled": drawn(*(policies(one)[SAMPLED[path.name]] for one in (split, whole)), ranks) if path.name in SAMPLED else None,

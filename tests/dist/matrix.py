@@ -55,7 +55,9 @@ def prepare(root: Path, tokenizer) -> None:
     long = ["red blue green "[: 1 + 5 * i % 14] * (1 + i % 3) for i in range(10)]
     every = [{"prompt": f"Row {i}: ", "chosen": one, "rejected": one[::-1] + "?" * (i % 2)} for i, one in enumerate(long)]
     pairs = every[:6]
-    judged = [{"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)} for i, row in enumerate(pairs)]
+    judged = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)} for i, row in enumerate(pairs)
+    ]
     sets = {
         "text": [{"text": f"Row {i}: {one}, which is more"} for i, one in enumerate(long[:6])], "pairs": pairs, "judged": judged,
         "prompts": [{"prompt": row["prompt"] + row["chosen"][:9]} for row in every[:5]],

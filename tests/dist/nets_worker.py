@@ -1,6 +1,7 @@
 """One rank with its part of networks that score. argv: folder, meshes such as tensor=2,data=2. What it found goes to rankI.json.
 
-Reward models: a folder, an adapter on another, one that scores steps, and an adapter on a quantised base. Feature networks: the base under an adapter, a copy, one on
+Reward models: a folder, an adapter on another, one that scores steps, and an adapter on a quantised base.
+Feature networks: the base under an adapter, a copy, one on
 the host. Ranks score unlike many groups, and some nothing at all.
 """
 
@@ -12,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from treetune.core import shard, tree
-from treetune.core.data import pack
-from treetune.core.data.prompts import Prompt
-from treetune.core.param import Params
-from treetune.core.rollout import feature_rewards, reward_models
-from treetune.core.rollout.group import Completion, Group
-from treetune.core.run import ranks as processes
-from treetune.core.run.ranks import ALONE, Ranks, join_ranks
 from treetune.cli.methods import rewarding
 from treetune.cli.options import meshes
 from treetune.cli.options.model import ModelOptions
 from treetune.cli.options.rollout import RewardFunctions
+from treetune.core import shard, tree
+from treetune.core.data import pack
+from treetune.core.data.prompts import Prompt
+from treetune.core.param import Params
+from treetune.core.rollout import feature_rewards
+from treetune.core.rollout.group import Completion, Group
+from treetune.core.run import ranks as processes
+from treetune.core.run.ranks import ALONE, Ranks, join_ranks
 from treetune.models import batches, feature_network, loading, policy, tensor_rules
 from treetune.models.adapter import Base
 from treetune.models.policy import AdapterSpec
@@ -40,7 +41,9 @@ def groups(call: int, rank: int) -> list[Group]:
     out = []
     for number, texts in enumerate(CALLS[call][rank % 2]):
         ids = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-        written = tuple(Completion(one, np.zeros(len(one)), np.ones(len(one), bool), True, text) for one, text in zip(ids, texts, strict=True))
+        written = tuple(
+            Completion(one, np.zeros(len(one)), np.ones(len(one), bool), True, text) for one, text in zip(ids, texts, strict=True)
+        )
         truth = np.arange(3 + number + 2 * rank, dtype=np.int32)
         out.append(Group(Prompt(np.array([9, 8, rank + 1], np.int32), f"Row {rank}", None, {"truth": truth}, number), number, written, 0))
     return out

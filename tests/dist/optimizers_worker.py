@@ -38,7 +38,9 @@ def train(label: str, start: dict, placed) -> TrainState:
         gen = torch.Generator().manual_seed(step + 1)
         grads = tree.map(lambda leaf, gen=gen: placed(torch.randn(leaf.shape, generator=gen)), start)
         weights, state = optimizer.update(grads, state, weights, torch.tensor(0.01), torch.tensor(float(step == 2)))
-    return TrainState(weights, {}, state, {"shown": optimizer.shown(TrainState(weights, {}, state, {}, torch.tensor(0))).params}, torch.tensor(STEPS))
+    return TrainState(
+        weights, {}, state, {"shown": optimizer.shown(TrainState(weights, {}, state, {}, torch.tensor(0))).params}, torch.tensor(STEPS)
+    )
 
 
 def main(folder: Path) -> None:

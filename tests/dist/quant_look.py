@@ -76,10 +76,16 @@ def look(path, name: str, ranks: Ranks, folder) -> dict:
     torch.distributed.barrier()
     sampled, _ = loading_worker.drawn(adapted(split), adapted(whole), ranks)
     return {
-        "same": all(same(*pair) for pair in pairs), "held": sum(held(mine) for mine, _ in coded), "whole": sum(leaf.nbytes for _, leaf in coded),
-        "count": len(coded), "beside": peak - sum(held(mine) for mine, _ in pairs), "beside_whole": whole_peak - sum(leaf.nbytes for _, leaf in pairs),
+        "same": all(same(*pair) for pair in pairs), "held": sum(held(mine) for mine, _ in coded),
+        "whole": sum(leaf.nbytes for _, leaf in coded),
+        "count": len(coded), "beside": peak - sum(held(mine) for mine, _ in pairs),
+        "beside_whole": whole_peak - sum(leaf.nbytes for _, leaf in pairs),
         "largest": max(leaf.nbytes for _, leaf in pairs),
-        "digest": ckpt.leaf_digest(split.params) == ckpt.leaf_digest(whole.params) and ckpt.digest(split.params) == ckpt.digest(whole.params),
+        "digest": ckpt.leaf_digest(split.params) == ckpt.leaf_digest(whole.params)
+        and ckpt.digest(split.params) == ckpt.digest(whole.params),
         "identity": identity.digest(split) == identity.digest(whole), "sampled": sampled,
-        "saved": [loading_worker.contents(folder / f"{kind}split") == loading_worker.contents(folder / f"{kind}whole") for kind in ("", "folded ")],
+        "saved": [
+            loading_worker.contents(folder / f"{kind}split") == loading_worker.contents(folder / f"{kind}whole")
+            for kind in ("", "folded ")
+        ],
     }  # fmt: skip

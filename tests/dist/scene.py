@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core import lora, optim, optim_parts, param, quant, shard, step, tree
 from treetune.core.quant import Scheme
+from treetune.core.run.ranks import ALONE, Ranks
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
 from treetune.models import Model, hf, llama, policy, qwen2, relora
@@ -192,7 +192,9 @@ def shapes() -> dict[str, torch.Tensor]:
     """Leaves whose sides no number of ranks divides, or that have fewer rows than there are ranks."""
     gen = torch.Generator().manual_seed(3)
     sides = {"wide": (7, 6, 5), "long": (13,), "few": (1, 9), "none": (0, 4), "scalar": ()}
-    return {name: torch.randn(shape, generator=gen) for name, shape in sides.items()} | {"half": torch.randn(9, 3, 2, generator=gen).bfloat16()}
+    return {name: torch.randn(shape, generator=gen) for name, shape in sides.items()} | {
+        "half": torch.randn(9, 3, 2, generator=gen).bfloat16()
+    }
 
 
 def scattered(sizes: dict[str, int], dims: tuple[int | None, ...]) -> TrainState:

@@ -1,4 +1,6 @@
-"""One rank of a mesh whose ranks split layers. argv: folder, cases. What it found goes to rankI.json: differences from one process, as numbers."""
+"""One rank of a mesh whose ranks split layers. argv: folder, cases.
+
+Differences from one process go to rankI.json, as numbers."""
 
 import json
 import os
@@ -48,14 +50,20 @@ def adapter(model: Model) -> lora.Lora:
     paths = lora.adaptable(hf.abstract_of(model))
     gen = torch.Generator().manual_seed(2)
     pairs = tree.map(lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=gen), lora.init(model.params, paths, rank=3, seed=1))
-    lengths = {f"{path}.M": 1 + torch.rand(dict(tree.items(model.params))[path].shape[0], generator=gen) for path in paths if path.endswith(("q_proj", "up_proj", "o_proj", "down_proj")) and ".experts." not in path}
+    lengths = {
+        f"{path}.M": 1 + torch.rand(dict(tree.items(model.params))[path].shape[0], generator=gen)
+        for path in paths
+        if path.endswith(("q_proj", "up_proj", "o_proj", "down_proj")) and ".experts." not in path
+    }
     grown = tree.from_items([*tree.items(pairs), *lengths.items()])
     return lora.Lora(grown, 0.7, dropout=0.0 if sparse else 0.2, seed=torch.tensor(9))
 
 
 def loss_of(model: Model, low: lora.Lora | None, batch: dict, remat: str | None = None) -> tuple[torch.Tensor, dict]:
     """A sum of all statistics with a gradient, each row with a weight of its own, and all statistics."""
-    stats, routed = families.logprobs_routed(model.family, model.cfg, model.params, batch, lora=low, want=WANT, temperature=0.8, remat=remat)
+    stats, routed = families.logprobs_routed(
+        model.family, model.cfg, model.params, batch, lora=low, want=WANT, temperature=0.8, remat=remat
+    )
     rows = torch.linspace(-1, 1, len(batch["at"]))
     parts = (stats.logp, stats.entropy, stats.lse, stats.mean_logit)
     loss = sum((weight * rows.roll(i) * part).sum() for i, (weight, part) in enumerate(zip((1.0, 0.7, 0.4, 0.3), parts, strict=True)))
@@ -81,7 +89,7 @@ def furthest(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def compared(family: str, home: partition.Partition, *, adapted: bool, remat: str | None = None) -> dict:
-    """Of a model on this mesh and on one process: how far statistics and gradients are apart, and whether whole leaves' are the same bits."""
+    """Of a model on this mesh and on one process: how far statistics and gradients are apart, and whether whole leaves have equal ones."""
     whole = build(family)
     low = adapter(whole) if adapted else None
     batch = scene.stream([0, 2, 4, 5])
@@ -115,7 +123,12 @@ def equal_everywhere(tensors: list[torch.Tensor]) -> bool:
 def heads(split: tensor_parallel.Split) -> dict[str, float]:
     """split_logprob beside linear_logprob in float64: ties of the largest logit, sure targets, few tokens, no row."""
     gen, apart = torch.Generator().manual_seed(1), {}
-    for name, (rows, vocabulary, softcap) in {"sure": (9, 41, None), "capped": (9, 40, 2.0), "few": (5, 3, None), "none": (0, 41, None)}.items():
+    for name, (rows, vocabulary, softcap) in {
+        "sure": (9, 41, None),
+        "capped": (9, 40, 2.0),
+        "few": (5, 3, None),
+        "none": (0, 41, None),
+    }.items():
         hidden = torch.randn(rows, 6, generator=gen, dtype=torch.float64) * 4
         weight = torch.randn(vocabulary, 6, generator=gen, dtype=torch.float64)
         weight[-1] = weight[0]  # the first of two largest
@@ -125,7 +138,9 @@ def heads(split: tensor_parallel.Split) -> dict[str, float]:
         for own in (False, True):
             h, w = hidden.clone().requires_grad_(), (weight[first:end] if own else weight).clone().requires_grad_()
             if own:
-                stats = split_logprob.split_logprob(tensor_parallel.enter(split, h)[0], w, targets, split=split, vocabulary=vocabulary, softcap=softcap, want=WANT)
+                stats = split_logprob.split_logprob(
+                    tensor_parallel.enter(split, h)[0], w, targets, split=split, vocabulary=vocabulary, softcap=softcap, want=WANT
+                )
             else:
                 stats = linear_logprob.linear_logprob(h, w, targets, softcap=softcap, want=WANT)
             (stats.logp.sum() + (stats.entropy * stats.lse).sum() + 2 * stats.mean_logit.sum()).backward()

@@ -36,7 +36,9 @@ def test_ranks_with_the_same_rows_have_what_the_first_of_them_asked_for(fakes, a
         one, other = (rank for rank in ranks if rank["row_rank"] == row)
         assert one["tokens"] == other["tokens"] and one["error"] == other["error"] and "lacks the adapter" in one["error"]
         fake = fakes[row][0]
-        completions = [ask for path, ask in fake.asked if path == "/v1/completions" and ask.get("return_token_ids") and ask["model"] != "gone"]
+        completions = [
+            ask for path, ask in fake.asked if path == "/v1/completions" and ask.get("return_token_ids") and ask["model"] != "gone"
+        ]
         assert len(completions) == 2, "the other rank asks for nothing"
         assert sum(path == "/v1/load_lora_adapter" for path, _ in fake.asked) == 1
     assert all(rank["told"] == ranks[0]["told"] for rank in ranks) and ranks[0]["told"]["sync/version"] == 1

@@ -68,7 +68,9 @@ def test_ranks_read_their_rows_and_no_more(looks, name, world):
     for rank in (every[name] for every in looks(world)):
         assert rank["same"] and rank["placed"] and rank["grown"] and rank["cut"]
         assert rank["digest"][0] == rank["digest"][1] and rank["identity"][0] == rank["identity"][1]
-        assert rank["bytes"] < rank["whole"] * (1.2 / world if "expert" not in name and name != "turned" else 0.6), "5 experts are 2 a rank on four"
+        assert rank["bytes"] < rank["whole"] * (1.2 / world if "expert" not in name and name != "turned" else 0.6), (
+            "5 experts are 2 a rank on four"
+        )
         assert rank["read"] <= rank["bytes"], "bytes of rows of the files"
         assert rank["peak"] <= rank["bytes"] + rank["largest"], "shards and one leaf"
         assert rank["masters_peak"] <= rank["bytes"] + 1000, "float32 masters are made from shards"

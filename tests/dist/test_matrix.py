@@ -22,18 +22,20 @@ def _module(name: str):
 matrix = _module("matrix")
 # Each kind of weights, each sharding and a stream that ranks share, once; the rest is slow.
 SOME = [
-    "kto full gradients data=2", "reward qlora moments data=2", "ebft lora full data=2", "dpo lora none context=2", "grpo full none context=2",
+    "kto full gradients data=2", "reward qlora moments data=2", "ebft lora full data=2", "dpo lora none context=2",
+    "grpo full none context=2",
     "grpo-judge lora full data=2",
 ]  # fmt: skip
+OF_NETS = [(method, "full") for method in matrix.NETS]
 MESHES = {
-    "data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS] + [(method, "full") for method in matrix.NETS],
+    "data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS] + OF_NETS,
     "context=2": [(method, "none") for method in matrix.METHODS],
-    "data=4": [(method, what) for method in matrix.METHODS for what in ("gradients", "full")] + [(method, "full") for method in matrix.NETS],
+    "data=4": [(method, what) for method in matrix.METHODS for what in ("gradients", "full")] + OF_NETS,
     "replicate=2,data=2": [(method, what) for method in matrix.METHODS for what in ("moments", "gradients", "full")],
     "tensor=2": [(method, "none") for method in matrix.METHODS],
     "tensor=2,data=2": [(method, what) for method in matrix.METHODS for what in ("none", "full")],
     "tensor=2,context=2": [(method, "none") for method in matrix.METHODS],
-    "context=2,data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS] + [(method, "full") for method in matrix.NETS],
+    "context=2,data=2": [(method, what) for method in matrix.METHODS for what in matrix.SHARDINGS] + OF_NETS,
 }  # fmt: skip
 
 

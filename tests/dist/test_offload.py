@@ -1,4 +1,4 @@
-"""Parts of frozen layers in files, and moments in the memory of the host, beside `--sharding full`: where they are, and the same numbers."""
+"""Parts of frozen layers in files, and moments in host memory, beside `--sharding full`: where they are, and the same numbers."""
 
 import importlib.util
 import json
@@ -44,7 +44,9 @@ def test_parts_of_layers_are_in_files_and_come_with_their_message(place):
         assert rank["none"][0] == 0 and rank["disk"][0] == rank["disk"][1] > 0, "all that is not small"
         assert rank["same"] and rank["whole"] and rank["stays"]
         send = ["copy", "sent", "drop"]
-        assert rank["order"] == [*send, "layer 0", *send, "layer 1", *send, "layer 2"], "each when the layer before it is asked for, which then computes"
+        assert rank["order"] == [*send, "layer 0", *send, "layer 1", *send, "layer 2"], (
+            "each when the layer before it is asked for, which then computes"
+        )
 
 
 @pytest.mark.more

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from treetune.core.run.ranks import ALONE
 from treetune.core import ckpt, manifest, tree
+from treetune.core.run.ranks import ALONE
 from treetune.core.state import TrainState
 
 MODES = ("none", "moments", "gradients", "full")
@@ -138,7 +137,9 @@ DAMAGES = {
     "a part is missing": lambda path: (path / "state-00002-of-00002.safetensors").unlink(),
     "a part is cut": lambda path: os.truncate(path / "state-00002-of-00002.safetensors", 500),
     "no index": lambda path: (path / "state.index.json").unlink(),
-    "an edited index": lambda path: (path / "state.index.json").write_text((path / "state.index.json").read_text().replace("[0,[0", "[1,[0")),
+    "an edited index": lambda path: (path / "state.index.json").write_text(
+        (path / "state.index.json").read_text().replace("[0,[0", "[1,[0")
+    ),
     "a further part": lambda path: (path / "state-00003-of-00003.safetensors").write_bytes(b""),
     "no manifest": lambda path: (path / manifest.NAME).unlink(),
 }

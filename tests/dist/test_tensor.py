@@ -26,12 +26,15 @@ FILES, SLOW_FILES = ("dense, tied",), ("dense, tied", "experts", "fused", "turne
 
 def _save(root: Path, names: tuple[str, ...]) -> None:
     """Model folders by these names."""
-    sizes = dict(vocab_size=53, hidden_size=22, mlp_size=36, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=64, init_std=0.3)
+    sizes = dict(
+        vocab_size=53, hidden_size=22, mlp_size=36, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=64, init_std=0.3
+    )
     sparse = sizes | dict(mlp_size=7, experts=moe.Experts(4, 2, 7, (0, 1, 2)))
     biased = sparse | dict(qkv_bias=True, o_bias=True, attn_sinks=True, norm="olmo", layer_windows=(8, None, 8))
     biased["experts"] = moe.Experts(4, 2, 7, (0, 1, 2), biased=True, clamp=(1.702, 7.0))
     models = {
-        "dense, tied": ("llama", sizes | dict(tied=True)), "experts": ("mixtral", sparse), "fused": ("phi3", sizes), "turned": ("gpt_oss", biased),
+        "dense, tied": ("llama", sizes | dict(tied=True)), "experts": ("mixtral", sparse), "fused": ("phi3", sizes),
+        "turned": ("gpt_oss", biased),
     }  # fmt: skip
     root.mkdir()
     for name in names:
@@ -112,7 +115,14 @@ CODED_CASES += [pytest.param(4, (*FAST, *SLOW), name, marks=pytest.mark.slow) fo
 def test_quantised_layers_are_split_by_whole_blocks(looks, world, names, name):
     """Codes and statistics, joined and as a rank makes its part dense, have the bits of one process; files and samples are those of it."""
     for rank in (every["coded"][name] for every in looks(world, names)):
-        assert rank["count"] == 14 and rank["same"] and rank["digest"] and rank["identity"] and rank["saved"] == [True, True] and rank["sampled"]
+        assert (
+            rank["count"] == 14
+            and rank["same"]
+            and rank["digest"]
+            and rank["identity"]
+            and rank["saved"] == [True, True]
+            and rank["sampled"]
+        )
         # Of rows in 8 bits of which ranks have columns each has the scales; the maxima of maxima are whole along the axis, too.
         assert rank["held"] < 1.1 * rank["whole"] / world + 64 * rank["count"]
 

@@ -21,9 +21,11 @@ SAMPLED = ("--num-generations", 4, "--max-completion-length", 6)
 RUNS = {
     "sft": ("sft", "llama", (*LORA, "--lora-dropout", 0.1, "--data", "texts.jsonl"), "none"),
     "grpo": ("grpo", "llama", (*LORA, "--data", "prompts.jsonl", "--beta", 0.1, *SAMPLED, "--reward-funcs", "rewards.py:length"), "full"),
-    "experts": ("sft", "qwen3_moe", (*FULL, "--data", "texts.jsonl", "--router-aux-loss-coef", 0.01, "--gradient-checkpointing", "selective"), "full"),
+    "experts": ("sft", "qwen3_moe", (*FULL, "--data", "texts.jsonl", "--router-aux-loss-coef", 0.01,
+                                     "--gradient-checkpointing", "selective"), "full"),
     "sft, all": ("sft", "llama", (*FULL, "--data", "texts.jsonl", "--z-loss-coef", 1e-3, "--label-smoothing", 0.1), "full"),
-    "dora": ("sft", "llama", (*LORA, "--lora-dora", "--lora-dropout", 0.1, "--lora-modules-to-save", "lm_head", "--data", "texts.jsonl"), "full"),
+    "dora": ("sft", "llama", (*LORA, "--lora-dora", "--lora-dropout", 0.1, "--lora-modules-to-save", "lm_head",
+                               "--data", "texts.jsonl"), "full"),
     "pissa": ("sft", "llama", (*LORA, "--lora-init", "pissa", "--data", "texts.jsonl"), "none"),
     "dpo": ("dpo", "llama", (*LORA, "--data", "pairs.jsonl"), "full"),
     "dpo, all": ("dpo", "llama", (*FULL, "--data", "pairs.jsonl"), "none"),
@@ -31,7 +33,8 @@ RUNS = {
     "reward": ("reward", "llama", (*LORA, "--data", "pairs.jsonl"), "full"),
     "grpo, all": ("grpo", "llama", (*FULL, "--data", "prompts.jsonl", *SAMPLED, "--reward-funcs", "rewards.py:length"), "none"),
     "ebft": ("ebft", "llama", (*LORA, "--data", "answers.jsonl", *SAMPLED), "full"),
-    "ebft, strided": ("ebft", "llama", (*FULL, "--mode", "strided", "--data", "texts.jsonl", "--stride", 4, "--context-length", 4, "--generate-max-len", 3, "--n-samples-per-prompt", 3), "none"),
+    "ebft, strided": ("ebft", "llama", (*FULL, "--mode", "strided", "--data", "texts.jsonl", "--stride", 4, "--context-length", 4,
+                                        "--generate-max-len", 3, "--n-samples-per-prompt", 3), "none"),
 }  # fmt: skip
 FAST = ("sft", "grpo", "experts")
 REWARDS = """
@@ -153,7 +156,8 @@ def test_a_run_goes_on_on_another_mesh(runs, place, monkeypatch):
 
 
 REFUSED = {
-    "fp8_products": ("--quant", "fp8", "--fp8-products"), "sharding moments": ("--sharding", "moments"), "optimizer muon": ("--optimizer", "muon"),
+    "fp8_products": ("--quant", "fp8", "--fp8-products"), "sharding moments": ("--sharding", "moments"),
+    "optimizer muon": ("--optimizer", "muon"),
     "optimizer adamw_8bit": ("--optimizer", "adamw_8bit"), "layer_offloading cpu": ("--layer-offloading", "cpu"),
     "lora_init corda": ("--lora-init", "corda"), "relora_steps": ("--relora-steps", 2), "qat int8": ("--adapter", "none", "--qat", "int8"),
 }  # fmt: skip

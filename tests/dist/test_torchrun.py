@@ -166,7 +166,7 @@ def test_a_killed_rank_is_named_and_all_start_again(place):
     assert one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
 
 
-# A schedule, which all ranks import, that kills a rank in the middle of its part: rank 1 at step 10, and rank 0 at step 20 of the next start.
+# A schedule, which all ranks import, that kills a rank in the middle of its part: rank 1 at step 10, rank 0 at step 20 of the next start.
 DEADLY = """
 import os, signal
 from treetune.core import optim, tensor_file
@@ -202,7 +202,9 @@ def test_ranks_that_are_killed_while_they_save_start_again_to_the_same_bits(plac
     name = f"killed{len(more)}"
     line = [sys.executable, *COMMAND, *map(str, _args(place, place / name, 2, *args, steps=30, saves=5))]
     began = time.monotonic()
-    done = subprocess.run(line, cwd=place, env=quiet_env() | {"KILLS": str(place / f"{name} killed")}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        line, cwd=place, env=quiet_env() | {"KILLS": str(place / f"{name} killed")}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     whole = started(place, *_args(place, place / f"not {name}", 2, *args, steps=30, saves=5))
     assert whole.returncode == 0, whole.stderr

@@ -1,4 +1,6 @@
-"""One rank of the distributed tests. argv: job, folder, axes of the mesh such as replicate=2,data=2. Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
+"""One rank of the distributed tests. argv: job, folder, axes of the mesh such as replicate=2,data=2.
+
+Results go to the folder as safetensors and JSON, from rank 0 unless they differ.
 
 train: three steps in every mode, checkpoints saved from and loaded into every placement, a poisoned row on the last rank.
 kinds: three steps of an adapter of each kind, in every mode.
@@ -21,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.cli.options import meshes as axes
 from treetune.core import async_save, ckpt, ckpt_parts, shard, tensor_file, tree
-from treetune.core.run import faults, health, recorder
+from treetune.core.run import faults
+from treetune.core.run.ranks import Ranks, join_ranks
 from treetune.core.state import TrainState
 from treetune.losses import sft_objective
 from treetune.models import dense, policy
@@ -62,7 +64,13 @@ def train(folder: Path, ranks: Ranks) -> None:
         write(folder / "hybrid.safetensors", seen)
     same = {remat: equal_again(base, ranks, remat) for remat in ("full", "selective", "none+disk", "selective+disk")}
     found = {"bytes": local, "moments": moments, "bad": bad, "alive": alive, "sent": sent, "same": same}
-    found |= {"wide": wide(base, ranks), "after": after(base, ranks), "left": left_after_a_step(base, ranks), "crossed": crossed, "meshes": meshes(folder / "meshes", ranks)}
+    found |= {
+        "wide": wide(base, ranks),
+        "after": after(base, ranks),
+        "left": left_after_a_step(base, ranks),
+        "crossed": crossed,
+        "meshes": meshes(folder / "meshes", ranks),
+    }
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 

@@ -278,22 +278,27 @@ def _check_flex_parts(window, options):
         torch.testing.assert_close(out[counted].double(), exact[rows[counted]], rtol=0, atol=2e-6)
 
 
-@pytest.mark.slow
-def test_flex_of_parts_is_compiled_once(monkeypatch):
-    """The compiled kernel reads the blocks of the mask, which the written-out one does not; one graph serves all ranks and windows."""
-    flex, count = attention._compiled_flex(), 0
+def _counted_graphs(monkeypatch) -> list[int]:
+    """How many graphs each call of the compiled kernel makes, from now on."""
+    flex, graphs = attention._compiled_flex(), []
 
     def counted(*args, **kwargs):
-        nonlocal count
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         out = flex(*args, **kwargs)
-        count += torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
         return out
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: counted)
+    return graphs
+
+
+@pytest.mark.slow
+def test_flex_of_parts_is_compiled_once(monkeypatch):
+    """The compiled kernel reads the blocks of the mask, which the written-out one does not; one graph serves all ranks and windows."""
+    graphs = _counted_graphs(monkeypatch)
     for window in (None, 70, 40):
         _check_flex_parts(window, {})
-    assert count == 1
+    assert sum(graphs) == 1
 
 
 @pytest.mark.sampled(3)
@@ -308,20 +313,11 @@ def test_flex_forward_equals_the_rule(monkeypatch, window, options, width):
 @pytest.mark.slow
 def test_windows_and_soft_caps_are_compiled_once(monkeypatch):
     """Compiled anew for each value, the ninth would fall back to all scores in memory. (Sinks need what the CPU cannot compile.)"""
-    flex, count = attention._compiled_flex(), 0
-
-    def counted(*args, **kwargs):
-        nonlocal count
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        out = flex(*args, **kwargs)
-        count += torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-        return out
-
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: counted)
+    graphs = _counted_graphs(monkeypatch)
     for window in (None, 70, 40):
         for options in ({}, {"softcap": 1.5}, {"softcap": 50.0}):
             _check_flex(window, options, D)
-    assert count == 2, "one with a soft-cap and one without"
+    assert sum(graphs) == 2, "one with a soft-cap and one without"
 
 
 def _check_flex(window, options, width):
