@@ -171,7 +171,7 @@ class PolicyLM(TemplateLM):
 
     def _drawing(self, asked: dict[str, Any]) -> "Drawing":
         """Errors: ValueError for what the sampler does not do."""
-        options = model_utils.normalize_gen_kwargs(asked, GENERATED)
+        options: dict[str, Any] = {**model_utils.normalize_gen_kwargs(asked, GENERATED)}
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = model_utils.handle_stop_sequences(options.pop("until", None), eos=end)
         length, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
