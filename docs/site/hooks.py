@@ -23,7 +23,7 @@ def on_config(config: Any) -> Any:
     named = set(_pages(config.nav))
     more = sorted(path.name for path in DOCS.glob("*.md") if path.name not in named)
     config.nav += [{"More": more}] if more else []
-    config.nav += [{"Commands": ["reference/index.md", *({Path(name).stem: f"reference/{name}"} for name in commands)]}]
+    config.nav += [{"Reference": ["reference/index.md", *({Path(name).stem: f"reference/{name}"} for name in commands)]}]
     return config
 
 
