@@ -1,10 +1,10 @@
 """The pages of docs/reference, made of the config classes: `python -m treetune.cli.reference docs/reference`. Imports no torch.
 
-One page a command, one table a group of options as `--help` groups them, and a list of the commands.
+One page a command, one table a group of options as `--help` groups them, and a list of the commands. `python_reference` makes
+the page of functions.
 """
 
 import dataclasses
-import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from treetune.cli import file_commands
+from treetune.cli import file_commands, python_reference
 from treetune.cli.main import COMMANDS, Command
 from treetune.cli.planning import command as planning
 from treetune.core.config import table, wording
@@ -24,7 +24,7 @@ INDEX = "index"
 POSITIONAL = typing.get_args(Positional[int])[1]
 HEADER = "| option | default | values | what it does |\n|---|---|---|---|\n"
 NOTICE = "<!-- Made by `make reference` from the config classes under `cli/`; a test compares. Change the text below a field there. -->\n"
-MARKS = r"([\\*<\[]|(?<!\w)_|_(?!\w))"
+MODULES = "<!-- Made by `make reference` from the docstrings; a test compares. -->\n"
 TYPES = {bool: "on or off", str: "text"}
 
 
@@ -34,7 +34,8 @@ def pages() -> dict[str, str]:
     out = {name: _page(name, module.HELP, f"```text\n{module.USAGE}\n```\n") for name, module in files.items()}
     out |= {name: _page(name, _doc(command.config), _of_command(name, command)) for name, command in COMMANDS.items()}
     lines = [f"- [`treetune {name}`]({name}.md): {help_}" for name, help_ in _helps(files)]
-    return {INDEX: "\n".join([NOTICE, "# Reference of commands", "", *lines, ""])} | out
+    index = [NOTICE, "# Reference", "", "From Python: [functions and classes](python.md). Commands:", "", *lines, ""]
+    return {INDEX: "\n".join(index), "python": f"{MODULES}\n{python_reference.page()}"} | out
 
 
 def write(folder: Path) -> None:
@@ -89,7 +90,7 @@ def _is_group(kind: Any) -> bool:
 
 def _row(option: Option, said: dict[str, str], positional: bool) -> str:
     name = option.name.upper() if positional else f"--{option.name.replace('_', '-')}"
-    cells = [f"`{name}`", _default(option), _values(option), _prose(said.get(option.name, ""))]
+    cells = [f"`{name}`", _default(option), _values(option), python_reference.prose(said.get(option.name, ""))]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
@@ -116,18 +117,12 @@ def _values(option: Option) -> str:
     if option.choices:
         words = ", ".join(f"`{one}`" for one in option.choices) + (", or `FILE.py:FUNCTION`" if option.door else "")
     else:
-        words = TYPES.get(option.single) or _prose(option.expected())
+        words = TYPES.get(option.single) or python_reference.prose(option.expected())
     return f"{words}; several" if option.many else words
 
 
-def _prose(text: str) -> str:
-    """The text, with what Markdown would take for marks as it is written, but for code between backquotes."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(MARKS, r"\\\1", part) for part in parts)
-
-
 def _doc(config: type) -> str:
-    return _prose(" ".join((config.__doc__ or "").split()))
+    return python_reference.prose(" ".join((config.__doc__ or "").split()))
 
 
 def _capital(text: str) -> str:

@@ -1,12 +1,19 @@
 """The pages of docs/reference are those that the config classes make, and say of every option what `--help` says."""
 
+import importlib
+import inspect
+import re
 from pathlib import Path
 
-from treetune.cli import reference
+import pytest
+
+from treetune.cli import python_reference, reference
 from treetune.cli.main import COMMANDS
 from treetune.core.config import table
 
-FOLDER = Path(__file__).parents[2] / "docs/reference"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/reference"
+MODULES = [name for names in python_reference.GROUPS.values() for name in names]
 
 
 def test_the_committed_pages_are_those_of_the_code():
@@ -35,3 +42,22 @@ def test_pages_of_gone_commands_are_taken_away(tmp_path):
     (tmp_path / "gone.md").write_text("old")
     reference.write(tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == set(reference.pages())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_of_python_are_those_of_the_module_with_their_parameters(name):
+    module = importlib.import_module(f"treetune.{name}")
+    functions = [one for one in vars(module).values() if inspect.isfunction(one) and one.__module__ == module.__name__]
+    public = {one.__name__: list(inspect.signature(one).parameters) for one in functions if not one.__name__.startswith("_")}
+    section = (FOLDER / "python.md").read_text().partition(f"### `treetune.{name}`\n")[2].partition("\n##")[0]
+    said = {line.partition("(")[0]: line for line in re.findall(r"^- `([^`]+)`", section, re.M)}
+    assert public.keys() <= said.keys() and all(re.search(rf"\b{one}\b", said[key]) for key, names in public.items() for one in names)
+
+
+def test_modules_that_pages_and_loops_import_are_there():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/python.md", "docs/models.md", "docs/runs.md")]
+    texts += [path.read_text() for path in (ROOT / "examples/loops").glob("*.py")]
+    lines = [found for text in texts for found in re.findall(r"^from treetune\.([\w.]+) import ([\w, ]+)", text, re.M)]
+    named = {f"{place}.{word}" for place, words in lines for word in re.findall(r"(\w+)(?= as|,|$)", words)} | {place for place, _ in lines}
+    modules = {name for name in named if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+    assert len(modules) > 15 and modules - set(MODULES) == set()
