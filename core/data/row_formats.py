@@ -21,6 +21,7 @@ from treetune.core.data import (
     instruction,
     preference,
     pretokenised,
+    prompt_completion,
     prompts,
     pygmalion,
     reward,
@@ -156,6 +157,7 @@ FORMATS: list[RowFormat] = [
     text("user_defined", ((),), instruction.user_defined, fix="fill the column that field_output names"),
     text("input_output", (("segments",),), segments.reader, rank=2, fix="label some segments true"),
     text("pretokenised", (("input_ids", "labels"),), pretokenised.reader, rank=3, fix="give some tokens a label other than -100"),
+    text("prompt_completion", (prompt_completion.NAMES,), prompt_completion.reader, rank=5, fix="fill the completion column"),
     text("completion", (("text",),), completion.reader, rank=4, overlong="split", fix="fill the text column"),
 
     sides("bradley_terry.chat_template", ("ranked",), RANKED_COLUMNS, preference.without_options(reward.ranked), rank=0, messages=True),

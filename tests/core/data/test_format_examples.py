@@ -15,6 +15,7 @@ from treetune.core.data import (
     pack,
     preference,
     pretokenised,
+    prompt_completion,
     prompts,
     pygmalion,
     reward,
@@ -141,7 +142,9 @@ STRUCTURED = {
     "ebft_reasoning.transform_answer_only": [([QUESTION], "5")],
     "ebft_reasoning.transform_split_thinking": [([QUESTION | {"reasoning_content": ""}], "<think>\nAdd them.\n</think>\n\n5")],
 }
-OTHERS = ("user_defined", "input_output", "pygmalion", "pretokenised", "completion", "stepwise_supervised", "grpo", "custom")
+OTHERS = (
+    "user_defined", "input_output", "pygmalion", "pretokenised", "prompt_completion", "completion", "stepwise_supervised", "grpo", "custom",
+)  # fmt: skip
 
 
 def example(name):
@@ -229,6 +232,41 @@ def test_messages_of_a_bot_that_are_none_are_named(what, tokenizer):
     row, words = PYGMALION_ERRORS[what]
     with pytest.raises(ValueError, match=f"rows row 1.*{words}"):
         pygmalion.reader(tokenizer)(sources.from_list([row]))
+
+
+STEAM_ASKED = "<|im_end|>\n<|im_start|>user\nAnd steam?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_completions_behind_their_prompts(tokenizer):
+    rows = example("prompt_completion")
+    read, talks = prompt_completion.reader(tokenizer, chat_template="chatml"), sources.take(rows, [1, 2])
+    parts = encoded(read, talks, tokenizer)
+    assert [halves(part.tokens, part.weight, tokenizer) for part in parts] == [
+        (CHATML, "Frozen water.<|im_end|>"),
+        (f"{without_system(CHATML)}Frozen water.{STEAM_ASKED}", "Hot water in the air.<|im_end|>"),
+    ], "a turn of the assistant in the prompt is not trained"
+    text = encoded(prompt_completion.reader(tokenizer), sources.take(rows, [0]), tokenizer)[0]
+    assert halves(text.tokens, text.weight, tokenizer) == ("What is ice?\n", "Frozen water.</s>")
+    whole = encoded(prompt_completion.reader(tokenizer, chat_template="chatml", train_on_inputs=True), talks, tokenizer)
+    assert all(part.weight[1:].all() for part in whole)
+    assert (
+        formats.detect(["prompt", "completion"]) == "prompt_completion" and formats.detect(["prompt", "completion", "text"]) == "completion"
+    )
+
+
+PROMPT_ERRORS = {
+    "a text and a list": ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, {}, "expected two texts, or two lists"),
+    "a template": ({"prompt": "a", "completion": "b"}, {"chat_template": "chatml"}, "chat_template is for messages"),
+    "no completion": ({"prompt": "a"}, {}, "completion"),
+    "no message": ({"prompt": ["a"], "completion": [{"role": "assistant", "content": "b"}]}, {}, "message 1 is"),
+}
+
+
+@pytest.mark.parametrize("what", PROMPT_ERRORS)
+def test_prompts_and_completions_that_are_none_are_named(what, tokenizer):
+    row, options, words = PROMPT_ERRORS[what]
+    with pytest.raises(ValueError, match=f"rows row 1.*{words}"):
+        prompt_completion.reader(tokenizer, **options)(sources.from_list([row]))
 
 
 def test_sharegpt_rows_are_chats(tokenizer):
