@@ -8,7 +8,18 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from treetune.cli import assembly, document_source, hub, invocation, memory_check, memory_ladder, requirements, run_file, trackers
+from treetune.cli import (
+    answering,
+    assembly,
+    document_source,
+    hub,
+    invocation,
+    memory_check,
+    memory_ladder,
+    requirements,
+    run_file,
+    trackers,
+)
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods import CONFIGS, METHODS, of_config
 from treetune.cli.options import meshes
@@ -16,8 +27,7 @@ from treetune.cli.options import run as run_options
 from treetune.cli.run import Run, TrainConfig, TrainRun
 from treetune.core import hub_repos, import_path, machine, masking, shard, tree
 from treetune.core.config import reading, table
-from treetune.core.data import prompt_ids, sample_prompt
-from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, sample_answer, signals, stalls, summary
+from treetune.core.run import cadence, folder, journal, launch, loop, profiling, ranks, report, signals, stalls, summary
 from treetune.core.run import observers as run_observers
 from treetune.core.run.errors import checking_input, running
 from treetune.core.run.observers import MetricsFile, Observer, Observers, SamplesFile
@@ -25,9 +35,8 @@ from treetune.core.run.recorder import Record
 from treetune.core.run.source import Source
 from treetune.core.run.uploads import Uploads
 from treetune.core.state import TrainState
-from treetune.models import loading, memory, sampling
+from treetune.models import loading, memory
 from treetune.models import policy as policies
-from treetune.models.decode import Samples
 from treetune.models.policy import Policy
 
 SHOWN = 8  # documents in the report
@@ -117,7 +126,8 @@ def run(
             if text := memory_check.check(config, this.device.type, shard.size(this.ranks.mesh, "data")):
                 this.observers.warn(text)
             parts = assembly.assemble(this, source, stack)
-            answer = _sample_answer(this, parts)
+            answer, evaluate = answering.of_sample_prompt(this, parts), answering.evaluation(this, parts)
+            parts = parts._replace(supply=parts.supply._replace(evaluate=evaluate))
             extras = assembly.extras(this, parts.policy)  # better refused now than when all is trained
             ranks.barrier(this.ranks)  # every rank has read what it resumes from
             ranks.share(this.ranks, partial(_create, this, parts.policy))
@@ -200,32 +210,10 @@ def _files(this: TrainRun, parts: Assembly) -> tuple[Observer, ...]:
     return MetricsFile(this.folder.metrics), SamplesFile(this.folder.samples, completions=completions), page
 
 
-def _sample_answer(this: TrainRun, parts: Assembly) -> Callable[[TrainState], None]:
-    """A function that answers the sample prompt with the weights of a state; nothing for reward models.
-
-    Errors: ValueError for a prompt that the model cannot read.
-    """
-    start, options = parts.policy, this.config.run
-    if "head" in start.params:
-        return lambda state: None
-    column = getattr(this.config.data, "text_column", "text")
-    text, ids = sample_prompt.choose(parts.data, start.tokenizer, asked=options.sample_prompt, text_column=column)
-    prompt_ids.check_ids(ids, start.cfg.vocab_size, "the sample prompt")
-    tokens = min(options.sample_tokens, start.cfg.shared_positions - len(ids))
-    if not ids or tokens < 1:
-        return lambda state: None
-    sample = sampling.sampler(start, temperature=0.0, stop=parts.stop_ids, seed=0)
-
-    def answer(state: TrainState) -> Samples:
-        return sample(state, [ids], [0], n=1, max_tokens=tokens)
-
-    return sample_answer.answerer(text, answer, start.tokenizer, this.observers)
-
-
 def _train(
     this: TrainRun,
     parts: Assembly,
-    answer: Callable[[TrainState], None],
+    answer: Callable[[TrainState], object],
     interrupted: Callable[[str], None] | None,
     export: Callable[[TrainState], None],
 ) -> loop.Outcome:
@@ -315,7 +303,7 @@ def _upload(this: TrainRun, sent: Uploads, saved: Path) -> str:
     return text
 
 
-def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], None], outcome: loop.Outcome, saved: Path) -> None:
+def _finish(this: TrainRun, parts: Assembly, answer: Callable[[TrainState], object], outcome: loop.Outcome, saved: Path) -> None:
     """Answer the sample prompt once more and report; a failure here loses nothing, since what trained is saved."""
     try:
         answer(parts.shown(outcome.state))

@@ -213,9 +213,12 @@ class Screen(Observer):
             self.line(lines.evaluation(record, self.metrics), "bold")
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Print the answer to the sample prompt, or the best completions of a step's first prompt with their rewards."""
+        """Print the answer to the sample prompt or to the first held-out one, or the best completions of a step's first prompt."""
         step = int(answers[0]["step"])
         if not self.talks:
+            return
+        if "row" in answers[0]:
+            self.line(lines.answer(answers[0], len(answers)), "dim")
             return
         if "rewards" not in answers[0]:
             self.line(f"sample answer {'before' if step == 0 else 'after'} training", "bold")

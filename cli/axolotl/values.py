@@ -269,6 +269,16 @@ def _warmup(value: Any, file: File) -> Values:
     return {"warmup_ratio" if part else "warmup_steps": write(value)}
 
 
+def _table(name: str) -> Callable[[Any, File], Values]:
+    """Answers to held-out prompts; nothing where axolotl writes no table: without a size, without held-out rows, or of scores."""
+
+    def function(value: Any, file: File) -> Values:
+        asked = file.value("eval_table_size") and (file.value("val_set_size") or file.value("test_datasets"))
+        return {name: write(value)} if asked and file.command not in ("reward", "prm") else {}
+
+    return function
+
+
 FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     **precision.FUNCTIONS, **placing.FUNCTIONS, **intervals.FUNCTIONS,
     **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_target_parameters"), _targets),
@@ -287,6 +297,8 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "resize_token_embeddings_to_32x": _thirty_two, "plugins": _plugins, "relora": _relora, "peft_init_lora_weights": _initial,
     **dict.fromkeys(("relora_steps", "jagged_restart_steps"), _restarts), "rl_adapter_ref_model": _reference,
     "curriculum_sampling": _curriculum, "wandb_watch": _watched, "metric_for_best_model": _best,
+    "eval_table_size": _table("eval_table_size"),
+    **dict.fromkeys(("eval_max_new_tokens", "eval_table_max_new_tokens"), _table("eval_max_new_tokens")),
     "tf32": lambda value, file: {"tf32": write(True if value == "auto" else value)},
     "greater_is_better": _fixed(False, "false, as the loss is to fall"),
 }  # fmt: skip

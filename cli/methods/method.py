@@ -110,4 +110,4 @@ def resolve(method: Method, config: Any) -> Method:
 
 def unanswering(config: Any) -> dict[str, str]:
     """`unused` of a method whose head of scores takes the place of the answers."""
-    return dict.fromkeys(("sample_prompt", "sample_tokens"), "a reward model writes no answers")
+    return dict.fromkeys(("sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens"), "a reward model writes no answers")

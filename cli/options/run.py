@@ -87,6 +87,10 @@ class RunOptions:
     """Write checkpoints while training goes on, from copies in host memory."""
     logging_steps: Annotated[int, COUNT, SHOWN] = 1
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
+    eval_table_size: Annotated[int, COUNT_OR_NONE, ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")] = 0
+    """Held-out prompts that are answered at each evaluation, beside the answer of their row; 0 for none."""
+    eval_max_new_tokens: Annotated[int, TOKENS, ANSWER, unused_unless("eval_table_size", reason="eval_table_size is 0")] = 128
+    """Longest answer to a held-out prompt, in tokens."""
     early_stopping_patience: Annotated[
         int | None, COUNT, SHOWN, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
     ] = None

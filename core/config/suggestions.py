@@ -84,7 +84,7 @@ OPTIONS = {
     "eval_strategy": "eval_steps, or evals_per_epoch: 0 for no", "evaluation_strategy": "eval_steps, or evals_per_epoch: 0 for no",
     "save_every": "save_steps", "save_strategy": "save_steps, or saves_per_epoch: 0 for no",
     "log_every": "logging_steps", "patience": "early_stopping_patience",
-    "max_checkpoints": "save_total_limit", "keep_checkpoints": "save_total_limit", "eval_max_new_tokens": "sample_tokens",
+    "max_checkpoints": "save_total_limit", "keep_checkpoints": "save_total_limit", "eval_table_max_new_tokens": "eval_max_new_tokens",
     "fsdp": "sharding: full", "fsdp_config": "sharding: full", "deepspeed": "sharding: full", "zero": "sharding: full",
     "tensor_parallel_size": "shard: tensor=N", "tp": "shard: tensor=N",
     "context_parallel_size": "shard: context=N", "sequence_parallel_degree": "shard: context=N", "dp_shard_size": "shard: data=N",

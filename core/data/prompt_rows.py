@@ -66,10 +66,10 @@ def _read(parts: Sequence[sources.Rows], settings: RowSettings, tokenizer: Any, 
 
 
 def example(data: Dataset) -> Dataset:
-    """What a sample answer and a report show of prompts: the first one."""
+    """What sample answers, evaluations and a report show of prompts: the first one, and those that are held out."""
     prompt = data.train[0]
     row = {"messages": prompt.messages} if prompt.messages is not None else None
-    return Dataset([], [], row, "chat", data.lines)
+    return Dataset([], data.val, row, "chat", data.lines)
 
 
 def describe_dropped(dropped: Mapping[str, int]) -> str:

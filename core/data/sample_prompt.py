@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
-from treetune.core.data import chat, instruction, prompt_ids, strides
+from treetune.core.data import chat, instruction, prompt_ids, questions, strides
 from treetune.core.data.dataset import Dataset
-
-OPENING = 16  # words or tokens of a text without a prompt, to go on from
+from treetune.core.data.questions import OPENING
 
 
 def choose(data: Dataset, tokenizer: Any, *, asked: str | None, text_column: str = "text") -> tuple[str, list[int]]:
@@ -33,7 +30,7 @@ def _of_option(asked: str, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
-    """What the first held-out row asks; of other rows, what their document has before its first trained token."""
+    """What the first held-out row asks; of other rows, what their document asks."""
     row = data.first_row
     if data.format == "alpaca":
         return row["instruction"], prompt_ids.encode_text(tokenizer, instruction.alpaca_prompt(row))
@@ -42,11 +39,8 @@ def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
         return text, prompt_ids.encode_text(tokenizer, text)
     if data.format == "chat" and tokenizer.chat_template and (text := _question(row)):
         return text, prompt_ids.encode_chat(tokenizer, text)
-    if not (data.val or data.train):
-        return "", []
-    doc = (data.val or data.train)[0]
-    before = int(np.flatnonzero(doc.weight)[0]) if doc.weight.any() else 0
-    ids = doc.tokens[: before if before > 1 else OPENING].tolist()  # where all of it is trained, its beginning
+    document = next((one for one in data.val or data.train if hasattr(one, "weight")), None)
+    ids = [] if document is None else questions.split(document)[0]
     return tokenizer.decode(ids, skip_special_tokens=True), ids
 
 

@@ -293,8 +293,8 @@ def leave(path: Path, save: Callable[[Path], None]) -> None:
 def rewind(run: RunDir, step: int) -> tuple[list[dict], list[str]]:
     """Forget what the run did after `step`: records, sample answers, checkpoints. Returns the records up to there, and what was broken."""
     broken = []
-    if run.samples.exists():  # an answer at `step` was the ending, which comes again
-        samples = records.truncate(run.samples, step, keep=lambda record: "rewards" in record)
+    if run.samples.exists():  # a sample answer at `step` was the ending, which comes again; the evaluation there does not
+        samples = records.truncate(run.samples, step, keep=lambda record: "rewards" in record or "row" in record)
         broken += [records.describe(run.samples, samples.broken)] if samples.broken else []
     for later in ckpt.numbered(run.checkpoints):
         if int(later.name.removeprefix("step_")) > step:

@@ -54,3 +54,8 @@ def completion(answer: Mapping[str, Any]) -> str:
     """A sampled completion with its rewards."""
     rewards = ", ".join(f"{name} {value:g}" for name, value in answer["rewards"].items() if value is not None)
     return f"  {answer['answer'].strip()!r:.200}  ({rewards}; advantage {answer['advantage']:.2f})"
+
+
+def answer(answer: Mapping[str, Any], count: int) -> str:
+    """An answer to a held-out prompt, the first of so many."""
+    return f"  held-out row {answer['row']} (of {count} answered): {answer['answer'].strip()!r:.200}"

@@ -258,6 +258,7 @@ OUT_OF_RANGE = {
     "lora_r": (0, -3), "lora_alpha": (0, "nan"), "lora_dropout": (1, -0.1), "loraplus_lr_ratio": (0,), "eval_steps": (0,),
     "save_steps": (0,), "save_total_limit": (0, -1), "logging_steps": (0,), "early_stopping_patience": (0,), "loss_watchdog_patience": (0,),
     "loss_watchdog_threshold": (0,), "sample_tokens": (0,),
+    "eval_table_size": (-1,), "eval_max_new_tokens": (0,),
 }  # fmt: skip
 VALUES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
 
@@ -283,6 +284,9 @@ IGNORED = [
     ("--val-set-size 0 --early-stopping-patience 3", "early-stopping-patience", "nothing is held out"),
     ("--val-data x.jsonl --val-set-size 0.2", "val-set-size", "val_data is given"),
     ("--loss-watchdog-patience 3", "loss-watchdog-patience", "no loss_watchdog_threshold"),
+    ("--val-set-size 0 --eval-table-size 3", "eval-table-size", "nothing is held out"),
+    ("--evals-per-epoch 0 --eval-table-size 3", "eval-table-size", "evals_per_epoch is 0"),
+    ("--eval-max-new-tokens 3", "eval-max-new-tokens", "eval_table_size is 0"),
     ("--sample-prompt= --sample-tokens 3", "sample-tokens", "sample_prompt is empty"),
     ("--sharding full", "sharding", "nproc"), ("--shard data=2", "shard", "nproc"), ("--rank-timeout 9", "rank-timeout", "one process"),
     ("--restarts 1", "restarts", "nproc"), ("--rendezvous a:1", "rendezvous", "one machine"),

@@ -133,6 +133,8 @@ CHANGES = {
     "save_total_limit": ("files", lambda t: ["--save-total-limit", 1], ["--save-steps", 1, "--val-set-size", 0]),
     "async_save": ("copies", lambda t: ["--async-save"], []),
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
+    "eval_table_size": ("samples", lambda t: ["--eval-table-size", 2], []),
+    "eval_max_new_tokens": ("samples", lambda t: ["--eval-max-new-tokens", 3], ["--eval-table-size", 1]),
     "early_stopping_patience": (
         "metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]
     ),
