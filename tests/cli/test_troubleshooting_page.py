@@ -12,7 +12,9 @@ def _write(path: str, *messages: tuple[str, str]) -> str:
     return path
 
 
-def test_each_line_is_raised(tiny, tune):
+def test_each_line_is_raised(tiny, tune, monkeypatch):
+    monkeypatch.delenv("TREETUNE_VLLM_PYTHON", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     start = PAGE.split("## It does not start")[1].split("## It runs")[0]
     lines = re.findall(r"^\| `([^`]+)` \|", start, re.M)
     asked, bot = _write("asked.jsonl", ("user", "a")), _write("bot.jsonl", ("user", "a"), ("bot", "b"))
@@ -29,6 +31,8 @@ def test_each_line_is_raised(tiny, tune):
         ("preprocess", "--model", tiny.model, "--data", asked, *short),
         ("sft", "--model", tiny.model, "--data", tiny.chat, "--sequence-len", 999),
         ("preprocess", "--model", tiny.bare, "--data", tiny.chat, *short),
+        ("sft", "--model", tiny.model, "--data", tiny.chat, *short, "--device", "cuda"),
+        ("serve", "--model", tiny.model),
         ("sft", "--model", tiny.model, "--data", tiny.chat, *short, "--output-dir", "taken"),
     ]
     assert len(lines) == len(calls)
