@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("*.yaml", "*.py", "*.md", "*.jsonl", "LICENSE*")
+COPIED = ("*.yaml", "*.py", "*.md", "*.jsonl", "*.svg", "*.png", "LICENSE*")
 # What a topic is called elsewhere: the page that has it.
 PAGES = {
     "sft": "training", "full": "training", "lora": "training", "pretrain": "training", "pretraining": "training",
@@ -14,6 +14,7 @@ PAGES = {
     "qlora": "memory", "quantization": "memory", "fsdp": "distributed", "new_model_support": "models",
     "model_architectures": "models", "trackers": "tracking", "installation": "install", "quickstart": "start", "getting_started": "start",
     "export": "deployment", "gguf": "deployment", "ollama": "deployment", "merge": "deployment",
+    "trl": "from_others", "unsloth": "from_others", "llama_factory": "from_others", "profiler": "profiling", "hyperparameters": "methods",
 }  # fmt: skip
 
 
