@@ -1,6 +1,7 @@
 """The pages tell of what is there: paths, links, modules with their functions, and options."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,9 @@ def test_functions_of_modules_exist(page):
     known = [(module, name) for module, name in dotted if module in MODULES and module not in OF_USERS and name not in FILES]
     missing = [f"{module}.{name}" for module, name in known if not re.search(rf"\b{name}\b", MODULES[module])]
     assert missing == []
+
+
+def test_every_extra_is_named_where_one_installs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = (ROOT / "docs/install.md").read_text().partition("## Extras")[2].partition("## ")[0]
+    assert sorted(name for name in extras if f"`{name}`" not in table) == []

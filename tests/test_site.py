@@ -41,3 +41,8 @@ def test_links_to_files_outside_are_words(site):
 
 def test_code_in_tables_has_pipes_as_they_are_typed(site):
     assert "<code>'layers.(0|1).self_attn.(q|k)_proj'</code>" in (site / "training.html").read_text()
+
+
+def test_names_of_options_stay_on_one_line(site):
+    page = (site / "reference/sft.html").read_text()
+    assert '<td><code class="short">--sequence-len</code></td>' in page and "<pre><code class" not in page

@@ -13,6 +13,8 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"```.*?```|\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)|`[^`\n]*`", re.S)
 # In the code of a row of a table a pipe is escaped, which GitHub takes away and mkdocs needs not.
 ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`\n]*`")
+# Code that stays on one line: names of options and keys would be torn at their hyphens.
+SHORT = re.compile(r"(?<!<pre>)<code>(?=[^<]{1,32}</code>)")
 ENTRY = re.compile(r"\]\(([\w-]+\.md)\)")
 
 
@@ -50,6 +52,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})" if config.repo_url else _named(text, path)
 
     return LINK.sub(replaced, ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """The page with a mark at code that is short."""
+    return SHORT.sub('<code class="short">', html)
 
 
 def _named(text: str, path: str) -> str:
