@@ -14,7 +14,7 @@ LINK = re.compile(r"```.*?```|\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)|`[
 # In the code of a row of a table a pipe is escaped, which GitHub takes away and mkdocs needs not.
 ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`\n]*`")
 # Code that stays on one line: names of options and keys would be torn at their hyphens.
-SHORT = re.compile(r"(?<!<pre>)<code>(?=[^<]{1,32}</code>)")
+SHORT = re.compile(r"(?<!<pre>)<code>(?=(?:[^<\s]{1,32}|[^<]{1,24})</code>)")
 ENTRY = re.compile(r"\]\(([\w-]+\.md)\)")
 
 
