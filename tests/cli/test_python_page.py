@@ -11,8 +11,12 @@ def test_the_code_runs(tiny, here):
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S))
     names = {}
     exec(code.replace("MODEL", str(tiny.long)), names)
-    assert int(names["state"].step) == 2 and names["metrics"]["grad_norm"] > 0 and names["result"].folder.name == "run"
-    assert all((here / name / "adapter_model.safetensors").is_file() for name in ("untrained", "trained", "run/adapter"))
+    assert int(names["state"].step) == 3 and names["metrics"]["grad_norm"] > 0 and names["result"].folder.name == "sums"
+    assert all(
+        (here / name / "adapter_model.safetensors").is_file()
+        for name in ("untrained", "trained", "run/adapter", "watched/adapter", "sums/adapter")
+    )
+    assert [record["step"] for record in names["result"].history if "train/loss" in record] == [1, 2] and len(names["samples"].lens) == 2
 
 
 def test_the_templates_are_those_of_the_package():
