@@ -105,11 +105,13 @@ class Objective(NamedTuple):
     """One method's training signal: sum_k terms[k] / counts[k], where counts are summed over the whole optimiser step.
 
     counts(batch) gives the denominators from the batch alone; terms(params, frozen, batch, plan) gives the numerators,
-    with their coefficients applied, and metrics.
+    with their coefficients applied, and metrics. reaching, where the terms are the same whatever some leaf is, as differences of scores
+    are whatever is added to all: terms with a gradient in that leaf, too, which tell leaves that nothing reads from it.
     """
 
     counts: Callable[[Batch], Terms]
     terms: Callable[[Params, Params, Batch, Plan], tuple[Terms, Metrics]]
+    reaching: Callable[[Params, Params, Batch, Plan], tuple[Terms, Metrics]] | None = None
 
 
 class TrainState(NamedTuple):

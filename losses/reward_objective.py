@@ -24,7 +24,8 @@ def ranked(scores: Scores, *, centre: float = 0.0) -> Objective:
             value = value + centre * reward.centring(chosen, rejected)
         return {"pairs": value.sum()}, _ranking(batch, chosen.detach(), rejected.detach())
 
-    return Objective(counts, terms)
+    # What is added to every score, as the bias of the last norm does, leaves differences as they are, and sums not.
+    return Objective(counts, terms, None if centre else ranked(scores, centre=1.0).terms)
 
 
 def _ranking(batch: Batch, chosen: Tensor, rejected: Tensor) -> Metrics:

@@ -29,7 +29,7 @@ def read(
     """
     # What a quantised leaf is made from; transformers reads all of them in one dtype.
     model, seen = _loaded(root, skeleton, torch.float32 if keep.chosen else dtype)
-    heads = [skeleton.keys[path] for path in (HEAD, HEAD_BIAS) if beside and path in skeleton.keys]
+    heads = _heads(skeleton) if beside else set()
     for name, problem in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has besides those of its model"),
@@ -43,10 +43,17 @@ def read(
     if odd := [key for key, value in skeleton.constants.items() if not torch.allclose(tensors[key].to(value), value)]:
         raise ValueError(f"{root}: {odd[0]} is not the table that config.json implies")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    left_out = {*heads} | ({skeleton.keys[HEAD]} if tied else set())
+    left_out = heads | ({skeleton.keys[HEAD]} if tied else set())
     del model
     kept = ((path, tensors.pop(key).detach().to(device)) for path, key in skeleton.keys.items() if key not in left_out)
     return {path: keep(path, leaf if path in keep.chosen else leaf.to(skeleton.wide.get(path, dtype))) for path, leaf in kept}
+
+
+def _heads(skeleton: Skeleton) -> set[str]:
+    """The keys of the language head: its bias may be called by several."""
+    names = skeleton.model.named_parameters(remove_duplicate=False)
+    biases = {key for key, leaf in names if leaf is skeleton.head.bias}
+    return biases | {skeleton.keys[path] for path in (HEAD, HEAD_BIAS) if path in skeleton.keys}
 
 
 def one_by_one(root: Path, skeleton: Skeleton) -> bool:

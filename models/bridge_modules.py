@@ -17,7 +17,7 @@ from treetune.core import shard
 from treetune.models import bridge_experts, bridge_skeleton
 from treetune.models.bridge_attention import CALL, Attend
 from treetune.models.bridge_experts import ADAPTED, Adapted
-from treetune.models.bridge_skeleton import EMBEDDING, Skeleton
+from treetune.models.bridge_skeleton import EMBEDDING, HEAD_BIAS, Skeleton
 from treetune.ops import lora_linear, noise
 
 Fill = Callable[[nn.Module, nn.Module], None]  # (module, its copy)
@@ -75,7 +75,10 @@ def bound(module: nn.Module, binding: Binding, copies: dict[int, Any] | None = N
 def _fill(binding: Binding, module: nn.Module, copy: nn.Module) -> None:
     paths, tensors = binding.skeleton.paths, binding.tensors
     inside = copy.__dict__
-    inside["_parameters"] = {name: leaf if leaf is None else tensors[paths[id(leaf)]] for name, leaf in module._parameters.items()}
+    # A model that scores has no bias of the output matrix, which some models hold beside that matrix as well.
+    absent = {id(binding.skeleton.head.bias)} if HEAD_BIAS not in tensors else set()
+    held = {name: None if id(leaf) in absent else leaf for name, leaf in module._parameters.items()}
+    inside["_parameters"] = {name: leaf if leaf is None else tensors[paths[id(leaf)]] for name, leaf in held.items()}
     # What a file holds of the buffers takes part in choices only, as the bias of a router does: no gradient reaches it.
     inside["_buffers"] = {name: tensors[paths[id(leaf)]].detach() if id(leaf) in paths else leaf for name, leaf in module._buffers.items()}
     if "longrope" in str(getattr(module, "rope_type", "")):  # which writes its frequencies in place: other threads read these

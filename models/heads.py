@@ -106,8 +106,7 @@ def save(
     classes = _check(head, model.cfg, "the head to save")
     tokenizer = None if tokenizer is None else padding(tokenizer, model.cfg.vocab_size)
     files, config = hf.files_of(model, tokenizer)
-    head_key = hf.hf_key(model.family, "lm_head")
-    left_out = (head_key, f"{head_key.removesuffix('weight')}bias")
+    left_out = {key for path, key in MODELS[model.family].HF_KEYS.items() if path in ("lm_head", "lm_head_bias")}
     own = {name: leaf.detach().contiguous() for name, leaf in tree.items(head)}
     tensors = itertools.chain((item for item in files.tensors() if item[0] not in left_out), own.items())
     sizes = {key: leaf for key, leaf in (files.sizes or {}).items() if key not in left_out}

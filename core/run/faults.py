@@ -54,8 +54,8 @@ def _replay(objective: Objective, state: TrainState, batch: Batch, plan: Plan) -
 
 def dead_leaves(objective: Objective, state: TrainState, micro_batches: Sequence[MicroBatch]) -> list[str]:
     """Paths of the trainable leaves that get no gradient from these micro-batches."""
-    alive: set[str] = set()
+    alive, terms = set(), objective.reaching or objective.terms
     for batch, plan in map(with_plan, micro_batches):
-        _, grads = value_and_grad(lambda p, b=batch, s=plan: (_sum(objective.terms(p, state.frozen, b, s)[0]), None))(state.params)
+        _, grads = value_and_grad(lambda p, b=batch, s=plan: (_sum(terms(p, state.frozen, b, s)[0]), None))(state.params)
         alive |= {path for path, leaf in tree.items(grads) if bool((leaf != 0).any())}
     return [path for path, _ in tree.items(state.params) if path not in alive]

@@ -9,7 +9,10 @@ import torch
 
 from treetune.core import lora, tree
 from treetune.core.quant import Scheme
-from treetune.models import adapter, decode, dense, families, hf, plain_model, policy
+from treetune.core.run import faults
+from treetune.core.state import TrainState
+from treetune.losses import reward_objective
+from treetune.models import Model, adapter, decode, dense, families, heads, hf, plain_model, policy, reward_model
 from treetune.models.policy import AdapterSpec
 
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
@@ -79,3 +82,24 @@ def test_remade_layers_and_quantised_bases_have_the_same_gradients(folder):
         policy.logprob(start, remat=remat)(params, start.frozen, batch, None).logp.sum().backward()
         grads.append([leaf.grad for leaf in tree.leaves(params)])
     assert all(map(torch.equal, *grads)) and all(grad.abs().max() > 0 for grad in grads[0])
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("kind", ["roberta-prelayernorm", "gpt_neox", "phi"])
+def test_what_scores_needs_no_bias_of_the_language_head(kind, tmp_path):
+    """Models that hold this bias beside the matrix, that have none but end in a norm with a bias, and that hold it in the matrix."""
+    with plain_model.without_bars():
+        architectures.build(kind).save_pretrained(tmp_path / "base")
+    base = policy.full(hf.load(tmp_path / "base"))
+    headed = reward_model.with_head(base, classes=1, device=torch.device("cpu"))
+    batch = dense.single(torch.tensor(IDS * 2)) | {"cu_docs": torch.tensor([0, len(IDS), 2 * len(IDS)]), "at": torch.tensor([7, 24])}
+    batch |= {"positions": torch.arange(len(IDS)).repeat(2), "row": torch.tensor([0, 0]), "seq_lens": torch.tensor([1, 1])}
+    objective = reward_objective.ranked(policy.scores(headed))
+    state = TrainState(headed.params, headed.frozen, {}, {}, torch.tensor(0))
+    assert "lm_head_bias" not in headed.params["model"]
+    assert faults.dead_leaves(objective, state, [(batch, None)]) == []
+    model = Model(headed.family, headed.cfg, headed.params["model"])
+    heads.save(tmp_path / "scored", model, headed.params["head"])
+    again, head = heads.load(tmp_path / "scored")
+    assert set(dict(tree.items(again.params))) == set(dict(tree.items(model.params)))
+    assert torch.equal(heads.scores(again.family, again.cfg, again.params, head, batch), policy.scores(headed)(*state[:2], batch, None))
