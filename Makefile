@@ -70,7 +70,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# docs/reference, of the config classes.
+# docs/reference, of the config classes and the docstrings of public modules.
 reference: $(READY)
 	$(BIN)/python -m treetune.cli.reference docs/reference
 
