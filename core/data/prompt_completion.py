@@ -24,7 +24,8 @@ def reader(
     """Reader of `prompt` and `completion`. Texts: one after the other as they are, and a trained EOS.
 
     Messages: one conversation through the chat template, of which the assistant's turns in the completion are trained.
-    Errors: ValueError for a row with a text and a list, options of a chat template beside texts, and as of `chat.reader`.
+    Errors: ValueError for a row with a text and a list, one that is judged good or bad, options of a chat template beside texts, and as of
+    `chat.reader`.
     """
     options = {
         "chat_template": chat_template,
@@ -39,6 +40,8 @@ def reader(
 
     def _text(rows: sources.Rows, i: int) -> spans.Text:
         row, location = rows.rows[i], sources.locate_row(rows, i)
+        if isinstance(dict.get(row, "label"), bool):  # not as a read, which would leave other labels out of what is reported as unread
+            raise ValueError(f"{location}: label is true or false, so completions are judged: train with kto, or leave out the column")
         if _is_talk(row, location):
             return conversations()(sources.take(rows, [i])._replace(rows=[_talk(row, train_on_inputs)]))[0]
         if given := [name for name, value in options.items() if value]:

@@ -258,6 +258,7 @@ PROMPT_ERRORS = {
     "a text and a list": ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, {}, "expected two texts, or two lists"),
     "a template": ({"prompt": "a", "completion": "b"}, {"chat_template": "chatml"}, "chat_template is for messages"),
     "no completion": ({"prompt": "a"}, {}, "completion"),
+    "a judgement": ({"prompt": "a", "completion": "b", "label": False}, {}, "label is true or false, so completions are judged"),
     "no message": ({"prompt": ["a"], "completion": [{"role": "assistant", "content": "b"}]}, {}, "message 1 is"),
 }
 
