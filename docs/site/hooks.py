@@ -15,7 +15,7 @@ LINK = re.compile(r"```.*?```|\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)|`[
 ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`\n]*`")
 # Code that stays on one line: names of options and keys would be torn at their hyphens.
 SHORT = re.compile(r"(?<!<pre>)<code>(?=(?:[^<\s]{1,32}|[^<]{1,24})</code>)")
-ENTRY = re.compile(r"\]\(([\w-]+\.md)\)")
+ENTRY = re.compile(r"\[`?(?:treetune )?([^`\]]+)`?\]\(([\w-]+\.md)\)")
 
 
 def on_config(config: Any) -> Any:
@@ -25,7 +25,7 @@ def on_config(config: Any) -> Any:
     named = set(_pages(config.nav))
     more = sorted(path.name for path in DOCS.glob("*.md") if path.name not in named)
     config.nav += [{"More": more}] if more else []
-    config.nav += [{"Reference": ["reference/index.md", *({Path(name).stem: f"reference/{name}"} for name in commands)]}]
+    config.nav += [{"Reference": ["reference/index.md", *({label: f"reference/{name}"} for label, name in commands)]}]
     return config
 
 
