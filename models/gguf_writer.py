@@ -43,6 +43,8 @@ def check(family: str, cfg: Config, name: str) -> None:
     scaling = cfg.rope_scaling
     if scaling is not None and not (isinstance(scaling, Llama3Rope) and gguf.llama31(scaling.factor) == scaling):
         raise ValueError(f"{name} has the rope scaling {scaling}; GGUF files are written without one, or with that of Llama 3.1")
+    if scaling is not None and family != "llama":
+        raise ValueError(f"{name} is a {family} model with the rope scaling of Llama 3.1, whose factors llama.cpp reads of llama alone")
 
 
 def write(path: Path, model: Model, kind: str, keys: Mapping[str, Any], *, name: str) -> None:

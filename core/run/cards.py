@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from treetune.core import fields, hub_repos, manifest
+from treetune.core.run import published
 
 CARD, FACTS = manifest.CARD, "treetune_card.json"
-HOME = re.compile(r"(?<![\w.])(/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=/|$)", re.MULTILINE)  # folders that name a person
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 LABELS = {
     "adapter": "a LoRA adapter", "model": "a whole model", "merged": "a model with its adapter folded in",
@@ -24,7 +24,7 @@ UNKNOWN = "- nothing is known of its training: its adapter was made without a ca
 def add(folder: Path, facts: Mapping[str, Any], *, place: str) -> None:
     """Write the card of a folder, and list it in its manifest; place: as of `text`."""
     entries = manifest.read(folder) if (folder / manifest.NAME).is_file() else None
-    public = json.loads(_without_home(json.dumps(facts, ensure_ascii=False)))
+    public = published.cleared(dict(facts))
     (folder / FACTS).write_text(json.dumps(public, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD).write_text(text(public, place=place), encoding="utf-8")
     if entries is not None:
@@ -149,7 +149,3 @@ def _number(value: Any) -> str:
 
 def _code(value: str | None) -> str:
     return f"`{value}`" if value else ""
-
-
-def _without_home(value: str) -> str:
-    return HOME.sub("~", value)

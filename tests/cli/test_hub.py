@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from treetune.core import hub_repos, manifest
-from treetune.core.run import cards
+from treetune.core.run import cards, published
 from treetune.models import adapter as adapters
 from treetune.models import hf, loading
 
@@ -63,7 +63,10 @@ def test_a_run_is_uploaded_with_its_card_and_its_tokenizer(hub, sft, here, tiny,
     best = min(evaluations, key=lambda one: one["eval/loss"])
     assert f"best (step {best['step']})" in card and f"{best['eval/loss']:.5g}" in card and manifest.entry(tiny.chat).sha256 in card
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert shown == yaml.safe_load((here / "run/config.yaml").read_text())
+    config = yaml.safe_load((here / "run/config.yaml").read_text())
+    assert shown == published.cleared(config) and shown["model"] == tiny.model.name and str(tiny.model.parent) in config["model"]
+    public = card + files[cards.FACTS].decode()
+    assert str(tiny.model.parent) not in public and str(here) not in public
     assert 'from_pretrained("me/sums")' in card and "vllm serve" in card and "treetune chat --adapter sums" in card
     assert "hf_good" not in (here / "run/config.yaml").read_text() + card
 

@@ -145,6 +145,11 @@ def test_what_files_do_not_hold_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             gguf_writer.check("llama", replace(model.cfg, **changed), "m")
+    scaled = replace(model.cfg, rope_scaling=gguf.llama31(8.0))
+    gguf_writer.check("llama", scaled, "m")
+    for family in ("qwen2", "qwen3"):
+        with pytest.raises(ValueError, match=f"m is a {family} model with the rope scaling of Llama 3.1"):
+            gguf_writer.check(family, scaled, "m")
     with pytest.raises(ValueError, match="m is a gemma2 model; GGUF files are written of llama, qwen2, qwen3"):
         gguf_writer.check("gemma2", model.cfg, "m")
     model.params["layers"][0]["up_proj"][3, 5] = 1e5
