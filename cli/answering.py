@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from treetune.cli.assembly import Assembly
+from treetune.cli.options.run import RunOptions
 from treetune.cli.run import TrainRun
 from treetune.core.data import prompt_ids, questions, sample_prompt
 from treetune.core.data.questions import Question
-from treetune.core.run import answers, loop
+from treetune.core.run import answer_metrics, answers, loop
 from treetune.core.run.answers import Answerer
 from treetune.core.state import TrainState
 from treetune.models import sampling
@@ -30,27 +31,46 @@ def of_sample_prompt(this: TrainRun, parts: Assembly) -> Callable[[TrainState], 
 
 
 def evaluation(this: TrainRun, parts: Assembly) -> loop.Evaluate | None:
-    """The evaluation of the run, in which it answers as many held-out prompts as eval_table_size says.
+    """The evaluation of the run, in which it answers held-out prompts: as many as eval_table_size says, and as metrics are asked of.
 
     Errors: ValueError where there is none to answer.
     """
-    evaluate, size, length = parts.supply.evaluate, this.config.run.eval_table_size, this.config.run.eval_max_new_tokens
-    if not size:
+    evaluate, options = parts.supply.evaluate, this.config.run
+    metrics = [name for name in options.eval_causal_lm_metrics if name != answer_metrics.PERPLEXITY]
+    measured = (len(parts.data.val) if options.eval_answers is None else options.eval_answers) if metrics else 0
+    if not options.eval_table_size and not measured:
         return evaluate
-    asked = _held_out(this, parts, size, length)
-    if evaluate is None or not asked:
-        raise ValueError(f"eval_table_size is {size}, and no held-out row has a prompt and an answer: hold such rows out, or leave it at 0")
+    asked = _held_out(this, parts, max(options.eval_table_size, measured))
+    _check_answers(asked, options, metrics)
+    if evaluate is None:
+        return None
     for question in asked:
         _check_ids(parts, question.ids, f"the prompt of held-out row {question.row}")
-    answer = answers.shared(asked, partial(_answerer, parts, length), sampling.joiner(parts.policy), this.ranks)
-    told = answers.told(answer, this.observers, "answering held-out prompts")
-    return answers.evaluating(evaluate, lambda state: told(parts.shown(state)))
+    make = partial(_answerer, parts, options.eval_max_new_tokens)
+    answer = answers.shared(asked, make, sampling.joiner(parts.policy), this.ranks)
+    told = answers.told(answer, this.observers, "answering held-out prompts", options.eval_table_size)
+
+    def measure(found: list[answers.Answer]) -> dict[str, float]:
+        return answer_metrics.measure(metrics, [(one.completion, one.reference) for one in found[:measured]])
+
+    return answers.evaluating(evaluate, lambda state: told(parts.shown(state)), measure)
 
 
-def _held_out(this: TrainRun, parts: Assembly, size: int, length: int) -> list[Question]:
+def _check_answers(asked: Sequence[Question], options: RunOptions, metrics: Sequence[str]) -> None:
+    """Raise ValueError where nothing can be asked, or where no answer has another to be compared with."""
+    option = "eval_causal_lm_metrics" if metrics else "eval_table_size"
+    if not asked:
+        value = ", ".join(metrics) or options.eval_table_size
+        raise ValueError(f"{option} is {value}, and no held-out row has a prompt and an answer: hold such rows out, or leave {option} out")
+    if metrics and all(question.reference is None for question in asked[: options.eval_answers]):
+        columns = ", ".join(questions.REFERENCES)
+        raise ValueError(f"{option} is {', '.join(metrics)}, and no held-out row has an answer in one of the columns {columns}: add one")
+
+
+def _held_out(this: TrainRun, parts: Assembly, size: int) -> list[Question]:
     """The first questions of the held-out rows that leave room for an answer."""
     positions = parts.policy.cfg.shared_positions
-    asked = questions.held_out(parts.data.val, size, parts.policy.tokenizer, parts.stop_ids, length)
+    asked = questions.held_out(parts.data.val, size, parts.policy.tokenizer, parts.stop_ids, this.config.run.eval_max_new_tokens)
     return [question for question in asked if len(question.ids) < positions]
 
 

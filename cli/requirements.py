@@ -101,6 +101,7 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
             model.conflicts(train.adapter, train.model)
             _check_restarts(train, method.name)
         method.conflicts(config)
+        _check_perplexity(train, method)
         tensor.conflicts(train)
     checks.refuse_unused(options, ignored(config, method))
 
@@ -112,6 +113,11 @@ def _check_restarts(train: Any, name: str) -> None:
             f"relora_steps merges the adapter into the model that {name} compares the policy with: leave it out, or merge the adapter "
             "yourself between runs (treetune merge)"
         )
+
+
+def _check_perplexity(train: Any, method: Method) -> None:
+    if "perplexity" in train.run.eval_causal_lm_metrics and not method.perplexity:
+        raise ValueError(f"eval_causal_lm_metrics has perplexity, and the loss of {method.name} is no mean of -log p: leave perplexity out")
 
 
 def ignored(config: Config, method: Method | None) -> dict[str, str]:

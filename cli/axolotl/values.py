@@ -269,11 +269,30 @@ def _warmup(value: Any, file: File) -> Values:
     return {"warmup_ratio" if part else "warmup_steps": write(value)}
 
 
+# What axolotl computes of answers where a file names nothing, but comet, which it skips where that is not installed.
+ANSWER_METRICS = ["sacrebleu", "ter", "chrf"]
+
+
+def _measured(file: File) -> bool:
+    """Whether axolotl answers all held-out rows."""
+    held_out = file.value("val_set_size") or file.value("test_datasets")
+    return bool(file.value("do_causal_lm_eval") and held_out and file.command not in ("reward", "prm"))
+
+
+def _answer_metrics(value: Any, file: File) -> Values:
+    """do_causal_lm_eval and eval_causal_lm_metrics together: without the first nothing is computed."""
+    named = file.value("eval_causal_lm_metrics") or ANSWER_METRICS
+    if "comet" in named:
+        raise Unsupported("sacrebleu, chrf, ter, exact_match and perplexity")
+    return {"eval_causal_lm_metrics": write(list(named))} if _measured(file) else {}
+
+
 def _table(name: str) -> Callable[[Any, File], Values]:
     """Answers to held-out prompts; nothing where axolotl writes no table: without a size, without held-out rows, or of scores."""
 
     def function(value: Any, file: File) -> Values:
-        asked = file.value("eval_table_size") and (file.value("val_set_size") or file.value("test_datasets"))
+        length = name == "eval_max_new_tokens" and _measured(file) and file.value("eval_causal_lm_metrics") != ["perplexity"]
+        asked = length or file.value("eval_table_size") and (file.value("val_set_size") or file.value("test_datasets"))
         return {name: write(value)} if asked and file.command not in ("reward", "prm") else {}
 
     return function
@@ -297,7 +316,7 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "resize_token_embeddings_to_32x": _thirty_two, "plugins": _plugins, "relora": _relora, "peft_init_lora_weights": _initial,
     **dict.fromkeys(("relora_steps", "jagged_restart_steps"), _restarts), "rl_adapter_ref_model": _reference,
     "curriculum_sampling": _curriculum, "wandb_watch": _watched, "metric_for_best_model": _best,
-    "eval_table_size": _table("eval_table_size"),
+    "eval_table_size": _table("eval_table_size"), **dict.fromkeys(("do_causal_lm_eval", "eval_causal_lm_metrics"), _answer_metrics),
     **dict.fromkeys(("eval_max_new_tokens", "eval_table_max_new_tokens"), _table("eval_max_new_tokens")),
     "tf32": lambda value, file: {"tf32": write(True if value == "auto" else value)},
     "greater_is_better": _fixed(False, "false, as the loss is to fall"),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from treetune.models.policy import Policy
 
 
+ANSWERS = ("sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "eval_answers")
+
+
 class Setting(NamedTuple):
     """Where a method is put together: the device, the ranks, the data of the run, and who is told of choices."""
 
@@ -110,4 +113,4 @@ def resolve(method: Method, config: Any) -> Method:
 
 def unanswering(config: Any) -> dict[str, str]:
     """`unused` of a method whose head of scores takes the place of the answers."""
-    return dict.fromkeys(("sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens"), "a reward model writes no answers")
+    return dict.fromkeys(ANSWERS, "a reward model writes no answers")

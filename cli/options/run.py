@@ -9,6 +9,7 @@ from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, TEMPERATURE, TOKENS
+from treetune.core.run import answer_metrics
 
 
 def _several(values: Values) -> bool:
@@ -33,6 +34,16 @@ def _one_start(values: Values) -> str:
 
 def _listed_steps(values: Values) -> str:
     return "profiler_steps names the steps themselves" if len(values["profiler_steps"]) > 1 else ""
+
+
+def _unmeasured(values: Values) -> str:
+    if set(values["eval_causal_lm_metrics"]) - {answer_metrics.PERPLEXITY}:
+        return ""
+    return "no eval_causal_lm_metrics are computed of answers"
+
+
+def _unanswered(values: Values) -> str:
+    return _unmeasured(values) and ("" if values["eval_table_size"] else f"eval_table_size is 0, and {_unmeasured(values)}")
 
 
 # How a run is started, which is not what it is.
@@ -89,8 +100,15 @@ class RunOptions:
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
     eval_table_size: Annotated[int, COUNT_OR_NONE, ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")] = 0
     """Held-out prompts that are answered at each evaluation, beside the answer of their row; 0 for none."""
-    eval_max_new_tokens: Annotated[int, TOKENS, ANSWER, unused_unless("eval_table_size", reason="eval_table_size is 0")] = 128
+    eval_max_new_tokens: Annotated[int, TOKENS, ANSWER, Unused(_unanswered)] = 128
     """Longest answer to a held-out prompt, in tokens."""
+    eval_causal_lm_metrics: Annotated[
+        tuple[str, ...], ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
+    ] = ()
+    """Metrics of answers to held-out prompts, compared with those of their rows: sacrebleu, chrf, ter, exact_match; perplexity is of the
+    rows themselves."""
+    eval_answers: Annotated[int | None, COUNT, ANSWER, Unused(_unmeasured)] = None
+    """Held-out prompts whose answers are measured, the first of them; all if not given."""
     early_stopping_patience: Annotated[
         int | None, COUNT, SHOWN, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
     ] = None
@@ -159,6 +177,7 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
     if run.sweep:
         raise ValueError("sweep is for the command line, which starts a run for each value: --learning-rate 1e-4 2e-4 --sweep")
     _check_processes(run)
+    answer_metrics.check(run.eval_causal_lm_metrics, "eval_causal_lm_metrics")
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")
     for steps, parts in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):

@@ -108,13 +108,14 @@ def shared(
     return together
 
 
-def told(answer: Answerer, observers: Observers, activity: str) -> Answerer:
-    """An answerer whose answers the observers are told, as records of samples.jsonl."""
+def told(answer: Answerer, observers: Observers, activity: str, most: int | None = None) -> Answerer:
+    """An answerer whose answers, or the first `most` of them, the observers are told, as records of samples.jsonl."""
 
     def tell(state: TrainState) -> list[Answer]:
         with observers.busy(activity):
             found = answer(state)
-        observers.samples([one.record() for one in found])
+        if shown := found[:most]:
+            observers.samples([one.record() for one in shown])
         return found
 
     return tell
@@ -126,7 +127,9 @@ def evaluating(
     """An evaluation in which the policy also answers; measure(answers) -> metrics beside those of `evaluate`."""
 
     def both(state: TrainState) -> dict[str, torch.Tensor]:
-        metrics = evaluate(state)
-        return metrics | {name: torch.tensor(value, dtype=torch.float64) for name, value in measure(answer(state)).items()}
+        metrics, measured = evaluate(state), measure(answer(state))
+        if clash := metrics.keys() & measured.keys():
+            raise ValueError(f"an evaluation has {min(clash)} already: give the metric of answers another name")
+        return metrics | {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.items()}
 
     return both

@@ -43,6 +43,8 @@ CHARTS = (
     ("kl: distance from the reference, as the method measures it", ("kl", "eval/kl")),
     ("share of tokens outside the clip range", ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")),
     ("token accuracy", ("mean_token_accuracy", "eval/mean_token_accuracy")),
+    ("answers beside good ones: BLEU and chrF of 100, TER, the lower the better", ("eval/sacrebleu", "eval/chrf", "eval/ter")),
+    ("share of answers that are the good one", ("eval/exact_match",)),
     ("gradient norm before clipping", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
     ("supervised tokens per second", ("supervised_tokens_per_second",)),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from treetune.core.records import JsonRecord as Record
-from treetune.core.run import health
+from treetune.core.run import answer_metrics, health
 
 
 class Metrics(NamedTuple):
@@ -41,7 +41,12 @@ def evaluation(record: Record, metrics: Metrics) -> str:
         rest += [f"accuracy {record['eval/mean_token_accuracy']:.3f}"] if "eval/mean_token_accuracy" in record else []
     else:
         rest = _chosen(record, metrics, "eval/", without=f"eval/{metrics.goal}")
-    return "  ".join([f"held out, step {int(record['step'])}: {metrics.goal} {value:.4f}", *rest])
+    return "  ".join([f"held out, step {int(record['step'])}: {metrics.goal} {value:.4f}", *rest, *_of_answers(record)])
+
+
+def _of_answers(record: Record) -> list[str]:
+    """The metrics of answers to held-out prompts."""
+    return [f"{name} {record[key]:.3f}" for name in answer_metrics.METRICS if (key := f"eval/{name}") in record]
 
 
 def _chosen(record: Record, metrics: Metrics, prefix: str = "", without: str = "") -> list[str]:

@@ -58,6 +58,12 @@ CASES = [
     ("eval_table_size: 5\neval_table_max_new_tokens: 9\ntest_datasets: [{path: x.jsonl, type: alpaca}]\n", {"eval_max_new_tokens": 9}),
     ("eval_table_size: 5\neval_max_new_tokens: 64\n", {"eval_table_size": None, "eval_max_new_tokens": None}),
     ("eval_table_size:\neval_max_new_tokens: 64\nval_set_size: 0.1\n", {"eval_max_new_tokens": None}),
+    ("do_causal_lm_eval: true\nval_set_size: 0.1\neval_max_new_tokens: 64\n",
+     {"eval_causal_lm_metrics": ["sacrebleu", "ter", "chrf"], "eval_max_new_tokens": 64, "eval_table_size": None}),
+    ("do_causal_lm_eval: true\nval_set_size: 0.1\neval_causal_lm_metrics: [chrf, perplexity]\n",
+     {"eval_causal_lm_metrics": ["chrf", "perplexity"]}),
+    ("do_causal_lm_eval: true\neval_causal_lm_metrics: [chrf]\n", {"eval_causal_lm_metrics": None}),
+    ("val_set_size: 0.1\neval_causal_lm_metrics: [chrf]\n", {"eval_causal_lm_metrics": None}),
     ("special_tokens: {pad_token: <pad>}\ntokens: [a]\n", {"special_tokens": ["pad_token=<pad>"], "tokens": ["a"]}),
     ("rl: ipo\n", {"loss": ["ipo"]}), ("rl: gdpo\n", {"advantage": "gdpo"}),
     ("rl: simpo\n", {"rl_beta": 0.1, "cpo_alpha": 1.0}), ("rl: simpo\nrl_beta: 2\ncpo_alpha: 0\n", {"rl_beta": 2.0, "cpo_alpha": 0.0}),
@@ -185,6 +191,7 @@ def test_the_file_names_the_method(here, text):
 
 
 REFUSED = {
+    "do_causal_lm_eval: true\nval_set_size: 1\neval_causal_lm_metrics: [chrf, comet]": "sacrebleu, chrf, ter, exact_match and perplexity",
     "rl: ppo\n": "rl must be one of dpo, ipo",
     "push_to_hub: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: push_to_hub",
     "qat: {weight_dtype: int4, activation_dtype: int8}\n": "qat (nearest: qat: int4, which rounds weights of linear layers alone",

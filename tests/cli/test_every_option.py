@@ -134,6 +134,11 @@ CHANGES = {
     "async_save": ("copies", lambda t: ["--async-save"], []),
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
     "eval_table_size": ("samples", lambda t: ["--eval-table-size", 2], []),
+    "eval_causal_lm_metrics": ("metrics", lambda t: ["--eval-causal-lm-metrics", "chrf", "--eval-max-new-tokens", 8], []),
+    "eval_answers": (
+        "metrics", lambda t: ["--eval-answers", 1],
+        ["--eval-causal-lm-metrics", "chrf", "ter", "--eval-max-new-tokens", 30, "--val-set-size", 8],
+    ),
     "eval_max_new_tokens": ("samples", lambda t: ["--eval-max-new-tokens", 3], ["--eval-table-size", 1]),
     "early_stopping_patience": (
         "metrics", lambda t: ["--early-stopping-patience", 1], ["--learning-rate", 2, "--eval-steps", 1, "--max-steps", 6]
