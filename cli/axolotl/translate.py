@@ -17,6 +17,8 @@ METHODS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "s
 LOSSES = {"ipo": {"loss": "ipo"}, "gdpo": {"advantage": "gdpo"}}
 # Options of vllm: with another name where a run starts the server itself.
 MANAGED = {"gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_len": "vllm_max_model_len", "port": "vllm_server_port"}
+# Keys of files of LLaMA-Factory, and arguments of transformers' trainers.
+OTHERS = frozenset({"model_name_or_path", "finetuning_type", "per_device_train_batch_size", "num_train_epochs"})
 
 
 class Translation(NamedTuple):
@@ -233,6 +235,9 @@ def _is_known(key: str) -> bool:
 
 def _refusal(missing: Mapping[str, str], wrong: list[str]) -> str:
     listed = "; ".join(f"{key} (nearest: {nearest})" for key, nearest in missing.items())
-    several = len(missing) > 1
-    text = f"{len(missing)} key{'s' * several} of axolotl's that {'are' if several else 'is'} not supported: {listed}" if missing else ""
+    several, other = len(missing) > 1, not OTHERS.isdisjoint(missing)
+    whose, where = ("another tool's", "; treetune agent-docs from_others has its names and ours") if other else ("axolotl's", "")
+    text = (
+        f"{len(missing)} key{'s' * several} of {whose} that {'are' if several else 'is'} not supported: {listed}{where}" if missing else ""
+    )
     return "; and ".join([*([text] if text else []), *wrong])

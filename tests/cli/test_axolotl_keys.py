@@ -194,6 +194,7 @@ REFUSED = {
     "do_causal_lm_eval: true\nval_set_size: 1\neval_causal_lm_metrics: [chrf, comet]": "sacrebleu, chrf, ter, exact_match and perplexity",
     "rl: ppo\n": "rl must be one of dpo, ipo",
     "push_to_hub: a/b\nrope_scaling: {a: 1}\nbananas: 3\n": "3 keys of axolotl's that are not supported: push_to_hub",
+    "model_name_or_path: m\nstage: sft\nlora_rank: 8\n": "3 keys of another tool's that are not supported: model_name_or_path",
     "qat: {weight_dtype: int4, activation_dtype: int8}\n": "qat (nearest: qat: int4, which rounds weights of linear layers alone",
     "qat: {weight_dtype: int4, group_size: 32}\n": "qat (nearest: group_size: 64",
     "qat: {weight_dtype: nvfp4}\n": "qat (nearest: weight_dtype int4, int8 or fp8",
