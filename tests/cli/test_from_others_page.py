@@ -19,7 +19,7 @@ BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PA
 # Of datasets, transformers and TRL that are no fields of a config.
 FUNCTIONS = {
     "train_dataset", "eval_dataset", "reward_funcs", "ref_model", "peft_config", "interleave_datasets", "merge_and_unload", "generate",
-    "create_loraplus_optimizer", "requires_grad_", "attn_implementation", "model", "warmup_ratio", "sft", "revision",
+    "create_loraplus_optimizer", "compute_metrics", "requires_grad_", "attn_implementation", "model", "warmup_ratio", "sft", "revision",
 }  # fmt: skip
 
 
