@@ -10,9 +10,9 @@ from treetune.core.config import table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 ROWS = {cells[0].strip(" `"): cells for line in PAGE.splitlines() if len(cells := line.strip("|").split("|")) == 5 and "`" in cells[0]}
-RATED = ("sft", "dpo", "kto", "orpo", "simpo", "reward", "grpo", "ebft")
+RATED = tuple(METHODS)
 VALUES = (("dpo", "rl_beta", 0.1), ("kto", "rl_beta", 0.1), ("orpo", "orpo_alpha", 0.1), ("simpo", "simpo_gamma", 0.5),
-          ("simpo", "rl_beta", 2), ("grpo", "num_generations", 8), ("ebft", "num_generations", 4))  # fmt: skip
+          ("simpo", "rl_beta", 2), ("cpo", "rl_beta", 0.1), ("grpo", "num_generations", 8), ("ebft", "num_generations", 4))  # fmt: skip
 
 
 @pytest.mark.parametrize("method", RATED)
