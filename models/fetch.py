@@ -82,7 +82,7 @@ def resolve(name: str | Path, *, say: Say = silent, revision: str | None = None)
 
     say(f"looking for {name} on the hub")
     # With a short timeout of our own: a download waits much longer before it gives up.
-    if not _cached(str(name)) and not reachable(str(name)):
+    if not cached(str(name)) and not reachable(str(name)):
         raise ValueError(f"no folder {name} here, and the hub cannot be reached or has no such model")
     return hf.fetch(name, revision=revision)
 
@@ -173,7 +173,7 @@ def _looks_like_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def _cached(hub_id: str) -> bool:
+def cached(hub_id: str) -> bool:
     """Whether the hub's own cache has a config.json of this model already."""
     import huggingface_hub
 

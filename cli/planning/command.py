@@ -119,7 +119,7 @@ def _model(config: Any, screen: Any) -> Path:
     known = fetch.known_name(name)
     hub_id = fetch.MODELS[known].hub_id if known else name
     fetch.check(hub_id)
-    if not fetch.reachable(hub_id):
+    if not fetch.cached(hub_id) and not fetch.reachable(hub_id):
         raise ValueError(f"{name} is not on this machine, and the hub cannot be reached for its config.json: name a folder that holds one")
     screen.line(f"reading the config.json of {hub_id} from the hub")
     return hf.fetch(hub_id, revision=config.model.revision, weights=False)
