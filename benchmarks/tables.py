@@ -327,10 +327,15 @@ TABLES = {
 }
 
 
-def main() -> None:
-    """Read every result and write the page."""
+def page() -> str:
+    """The page, of every result."""
     parts = [TABLES[path.stem](json.loads(path.read_text())) for path in sorted(harness.RESULTS.glob("*/*.json")) if path.stem in TABLES]
-    (Path(__file__).parent / "RESULTS.md").write_text("\n".join([HEAD, *parts]))
+    return "\n".join([HEAD, *parts])
+
+
+def main() -> None:
+    """Write the page."""
+    (Path(__file__).parent / "RESULTS.md").write_text(page())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from treetune.cli import main
+from treetune.cli.methods import METHODS
 from treetune.core.config import table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from_others.md").read_text()
@@ -64,3 +65,15 @@ def test_entries_read_rows_of_llama_factory(name, tiny, tune, here):
     Path("run.yaml").write_text(yaml.safe_dump({"datasets": [entry], "model": str(tiny.model)}))
     done = tune("preprocess", "--method", method, "--config", "run.yaml", "--debug", "1")
     assert done.code == 0 and len(re.findall(r"\[\[.|\{\{.", done.out.partition("row 1")[2])) == trained, done.out + done.err
+
+
+def test_the_defaults_are_those_of_the_program_and_of_trl():
+    said = " ".join(PAGE.partition("- **Defaults.**")[2].partition("- **What is trained.**")[0].split())
+    ours = table.defaults(main.COMMANDS["sft"].config)
+    named = {"lora_r": 16, "sequence_len": 512, "num_epochs": 1, "val_set_size": 0.1, "overlong": "drop", "adapter": "lora"}
+    assert {name: ours[name] for name in named} == named and METHODS["sft"].rates[0] == 2e-4
+    assert "an adapter of rank 16 on all linear layers at 2e-4, rows up to 512 tokens, longer ones dropped" in said
+    trl = pytest.importorskip("trl")
+    theirs = trl.SFTConfig(output_dir="x", bf16=False)
+    assert (theirs.learning_rate, theirs.max_length, theirs.num_train_epochs) == (2e-5, 1024, 3)
+    assert "at 2e-5, with rows up to 1024 tokens, which are cut, for 3 epochs" in said

@@ -39,3 +39,8 @@ def test_each_line_is_raised(tiny, tune, monkeypatch):
     for line, call in zip(lines, calls, strict=True):
         done = tune(*call)
         assert done.code == 2 and line in done.err, (line, done.err)
+
+
+def test_a_merge_that_rounds_too_much_says_the_line(run, tune):
+    done = tune("merge", "r", "merged", "--save-dtype", "bfloat16", "--max-logit-diff", 1e-9)
+    assert done.code != 0 and "the merged logits differ by up to" in PAGE and "the merged logits differ by up to" in done.err

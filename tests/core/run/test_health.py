@@ -1,6 +1,8 @@
 """The health rules."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +120,19 @@ def test_rules_still_fire_late_in_a_long_run():
     assert health.events(long) == [], "a flat tail late in a run is no plateau"
     assert [event.rule for event in health.events([*long, {"step": 3001, "train/loss": 1.0, "grad_norm": 500.0}])] == ["grad_spike"]
     assert [event.rule for event in health.events([*long, {"step": 3001, "train/loss": 2.1, "grad_norm": 1.0}])] == ["loss_spike"]
+
+
+def test_the_page_about_troubles_has_what_each_rule_sees_and_advises():
+    page = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = page.partition("## It runs")[2].partition("## It stopped")[0]
+    seen = {name: next(one for one in health.events(history) if one.rule == name) for name, (history, *_) in SICK.items()}
+    told = set()
+    for row in (line for line in section.splitlines() if line.startswith("| `")):
+        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            pattern = ".*".join(re.escape(piece.strip()) for piece in re.split(r"\.\.+", text))
+            rules = [name for name, event in seen.items() if re.search(pattern, event.seen)]
+            assert rules, text
+            told |= set(rules)
+            for name in re.findall(r"[a-z]+(?:_[a-z]+)+", " ".join(seen[rule].fix for rule in rules)):
+                assert f"--{name.replace('_', '-')}" in row, (text, name)
+    assert told == health.RULES.keys()
