@@ -12,9 +12,18 @@ RUN apt-get update \
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple "torch>=2.10,<2.14"
 
+# What else is needed, extras ("eval,wandb") included: this layer is made again when pyproject.toml changes, not when the sources do.
 ARG EXTRAS=eval
 WORKDIR /opt/treetune
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
+RUN python -c 'import sys, tomllib; \
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+extras = [name for name in sys.argv[1].split(",") if name]; \
+print(*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name]), sep="\n")' "${EXTRAS}" \
+        > requirements.txt \
+    && pip install --no-cache-dir --requirement requirements.txt
+
+COPY README.md LICENSE ./
 COPY core core
 COPY ops ops
 COPY models models
@@ -22,12 +31,12 @@ COPY losses losses
 COPY cli cli
 COPY examples examples
 COPY docs docs
-# hadolint ignore=DL3013
-RUN pip install --no-cache-dir ".[${EXTRAS}]"
+RUN pip install --no-cache-dir --no-deps .
 
-# Models, data sets and compiled kernels lie in one folder, to be kept outside of the container.
-ENV HF_HOME=/cache/huggingface TREETUNE_HOME=/cache/treetune TRITON_CACHE_DIR=/cache/triton
-RUN useradd --create-home --uid 1000 treetune && install --directory --owner treetune /cache /work
+# Models, data sets and compiled kernels lie in one folder, to be kept outside of the container. Whoever runs it (--user) may write there;
+# USER is for libraries that ask for a name and find no such user.
+ENV HOME=/cache USER=treetune HF_HOME=/cache/huggingface TREETUNE_HOME=/cache/treetune TRITON_CACHE_DIR=/cache/triton
+RUN useradd --no-create-home --home-dir /cache --uid 1000 treetune && mkdir --mode 1777 /cache /work
 USER 1000
 VOLUME /cache
 WORKDIR /work

@@ -46,3 +46,9 @@ def test_code_in_tables_has_pipes_as_they_are_typed(site):
 def test_names_of_options_stay_on_one_line(site):
     page = (site / "reference/sft.html").read_text()
     assert '<td><code class="short">--sequence-len</code></td>' in page and "<pre><code class" not in page
+
+
+def test_notebooks_are_pages_with_what_they_printed(site):
+    page, other = ((site / f"notebooks/{name}.html").read_text() for name in ("replace_a_function", "fine_tune"))
+    assert 'href="../extending.html"' in page and "step 8:" in page and 'href="replace_a_function.html"' in other
+    assert 'href="notebooks/fine_tune.html"' in (site / "python.html").read_text()

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("*.yaml", "*.py", "*.md", "*.jsonl", "*.svg", "*.png", "LICENSE*")
+COPIED = ("*.yaml", "*.py", "*.ipynb", "*.md", "*.jsonl", "*.svg", "*.png", "LICENSE*")
 # What a topic is called elsewhere: the page that has it.
 PAGES = {
     "sft": "training", "full": "training", "lora": "training", "pretrain": "training", "pretraining": "training",

@@ -1,5 +1,6 @@
 """What mkdocs calls while it builds the site: the start page of README.md, the whole navigation, and links to files outside docs/."""
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+BOOKS = "examples/notebooks"
 # Code, which stays as it is written, or a link to a file: its text, path and anchor.
 LINK = re.compile(r"```.*?```|\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)|`[^`\n]*`", re.S)
 # In the code of a row of a table a pipe is escaped, which GitHub takes away and mkdocs needs not.
@@ -33,21 +35,23 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the start page, which is README.md unless docs/ has one."""
     if files.get_file_from_path("index.md") is None:
         files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    for path in sorted((ROOT / BOOKS).glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=_notebook(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """The text of a page, with links that lead within the site, into the repository if it has an address, or nowhere."""
     source = page.file.src_uri
-    above = "" if page.file.generated_by else posixpath.dirname(f"docs/{source}")
+    above = posixpath.dirname(f"docs/{source}") if not page.file.generated_by else BOOKS if source.startswith("notebooks/") else ""
 
     def replaced(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
         if target is None:
             return match[0]
         path = posixpath.normpath(posixpath.join(above, target))
-        inside = path.removeprefix("docs/")
-        if path.startswith("docs/") and (DOCS / inside).is_file():
+        inside = _page(path)
+        if inside is not None:
             return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(source) or '.')}{anchor})"
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})" if config.repo_url else _named(text, path)
 
@@ -57,6 +61,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """The page with a mark at code that is short."""
     return SHORT.sub('<code class="short">', html)
+
+
+def _page(path: str) -> str | None:
+    """The page of the site that a file of the repository is; None where it is none."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/") if (ROOT / path).is_file() else None
+    return f"notebooks/{posixpath.basename(path)[:-6]}.md" if path.startswith(BOOKS) and path.endswith(".ipynb") else None
+
+
+def _notebook(path: Path) -> str:
+    """The cells of a notebook as a page: texts, code, and what it printed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        said = "".join("".join(out.get("text") or out.get("data", {}).get("text/plain", "")) for out in cell.get("outputs", ()))
+        parts += [f"```text\n{said.rstrip()}\n```"] if said.strip() else []
+    return "\n\n".join(parts)
 
 
 def _named(text: str, path: str) -> str:

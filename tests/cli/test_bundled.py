@@ -14,6 +14,7 @@ from treetune.core.data import bundled
 def test_examples_and_docs_are_copied_into_a_new_folder(tune, here):
     assert tune("fetch", "examples").code == 0
     assert (here / "examples/sft_lora.yaml").is_file() and (here / "examples/loops/sft.py").is_file()
+    assert (here / "examples/notebooks/fine_tune.ipynb").is_file()
     assert (here / "examples/data/gsm8k_train_sample.jsonl").is_file()
     assert tune("fetch", "docs", "--dest", "pages").code == 0 and (here / "pages/training.md").is_file()
     again = tune("fetch", "examples")
