@@ -1,17 +1,22 @@
 """What a run answers: the sample prompt before and after training, and held-out prompts at each evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from treetune.cli.assembly import Assembly
-from treetune.cli.options.run import RunOptions
+from treetune.cli.methods import rewarding
+from treetune.cli.options import meshes
+from treetune.cli.options.rollout import RewardFunctions
 from treetune.cli.run import TrainRun
 from treetune.core.data import prompt_ids, questions, sample_prompt
 from treetune.core.data.questions import Question
-from treetune.core.run import answer_metrics, answers, loop
-from treetune.core.run.answers import Answerer
+from treetune.core.run import answer_metrics, answer_rewards, answers, loop
+from treetune.core.run.answers import Answer, Answerer
 from treetune.core.state import TrainState
-from treetune.models import sampling
+from treetune.models import sampling, tensor_rules
+
+MEASURES = ("eval_causal_lm_metrics", "eval_reward_funcs")
 
 
 def of_sample_prompt(this: TrainRun, parts: Assembly) -> Callable[[TrainState], object]:
@@ -30,18 +35,18 @@ def of_sample_prompt(this: TrainRun, parts: Assembly) -> Callable[[TrainState], 
     return answers.told(_answerer(parts, options.sample_tokens, [Question(text, ids)]), this.observers, "answering the sample prompt")
 
 
-def evaluation(this: TrainRun, parts: Assembly) -> loop.Evaluate | None:
-    """The evaluation of the run, in which it answers held-out prompts: as many as eval_table_size says, and as metrics are asked of.
+def evaluation(this: TrainRun, parts: Assembly, stack: ExitStack) -> loop.Evaluate | None:
+    """The evaluation of the run, in which it answers held-out prompts: as many as eval_table_size says, and as are measured.
 
-    Errors: ValueError where there is none to answer.
+    What scores answers ends with the stack. Errors: ValueError where there is none to answer, or what is to score cannot be loaded.
     """
     evaluate, options = parts.supply.evaluate, this.config.run
-    metrics = [name for name in options.eval_causal_lm_metrics if name != answer_metrics.PERPLEXITY]
-    measured = (len(parts.data.val) if options.eval_answers is None else options.eval_answers) if metrics else 0
-    if not options.eval_table_size and not measured:
+    measures = {name: ", ".join(getattr(options, name)) for name in MEASURES if set(getattr(options, name)) - {answer_metrics.PERPLEXITY}}
+    measured = (len(parts.data.val) if options.eval_answers is None else options.eval_answers) if measures else 0
+    if not options.eval_table_size and not measures:
         return evaluate
     asked = _held_out(this, parts, max(options.eval_table_size, measured))
-    _check_answers(asked, options, metrics)
+    _check_answers(asked, measures or {"eval_table_size": options.eval_table_size})
     if evaluate is None:
         return None
     for question in asked:
@@ -49,22 +54,43 @@ def evaluation(this: TrainRun, parts: Assembly) -> loop.Evaluate | None:
     make = partial(_answerer, parts, options.eval_max_new_tokens)
     answer = answers.shared(asked, make, sampling.joiner(parts.policy), this.ranks)
     told = answers.told(answer, this.observers, "answering held-out prompts", options.eval_table_size)
-
-    def measure(found: list[answers.Answer]) -> dict[str, float]:
-        return answer_metrics.measure(metrics, [(one.completion, one.reference) for one in found[:measured]])
-
-    return answers.evaluating(evaluate, lambda state: told(parts.shown(state)), measure)
+    return answers.evaluating(evaluate, lambda state: told(parts.shown(state)), _measure(this, parts, asked[:measured], stack))
 
 
-def _check_answers(asked: Sequence[Question], options: RunOptions, metrics: Sequence[str]) -> None:
-    """Raise ValueError where nothing can be asked, or where no answer has another to be compared with."""
-    option = "eval_causal_lm_metrics" if metrics else "eval_table_size"
+def _check_answers(asked: Sequence[Question], wanted: Mapping[str, object]) -> None:
+    """Raise ValueError where nothing can be asked, or where no answer has another to be compared with. wanted: options that ask."""
+    option, value = next(iter(wanted.items()))
     if not asked:
-        value = ", ".join(metrics) or options.eval_table_size
         raise ValueError(f"{option} is {value}, and no held-out row has a prompt and an answer: hold such rows out, or leave {option} out")
-    if metrics and all(question.reference is None for question in asked[: options.eval_answers]):
+    if (names := wanted.get(MEASURES[0])) and all(question.reference is None for question in asked):
         columns = ", ".join(questions.REFERENCES)
-        raise ValueError(f"{option} is {', '.join(metrics)}, and no held-out row has an answer in one of the columns {columns}: add one")
+        raise ValueError(f"{MEASURES[0]} is {names}, and no held-out row has an answer in one of the columns {columns}: add one")
+
+
+def _measure(this: TrainRun, parts: Assembly, asked: Sequence[Question], stack: ExitStack) -> answers.Measure:
+    """The metrics and rewards of the first answers, which are those to `asked`."""
+    options = this.config.run
+    metrics = [name for name in options.eval_causal_lm_metrics if name != answer_metrics.PERPLEXITY]
+    score = _scorer(this, parts, asked, stack) if options.eval_reward_funcs else None
+
+    def measure(found: list[Answer]) -> dict[str, float]:
+        first = found[: len(asked)]
+        values = answer_metrics.measure(metrics, [(one.completion, one.reference) for one in first])
+        return values if score is None else values | score(first)
+
+    return measure
+
+
+def _scorer(this: TrainRun, parts: Assembly, asked: Sequence[Question], stack: ExitStack) -> answer_rewards.Scorer:
+    """What scores answers, loaded as the rewards of online training are, and warned of prompts that it cannot score."""
+    options, split = this.config.run, tensor_rules.home(this.ranks.mesh, meshes.sharding(this.config.run))
+    functions = RewardFunctions(options.eval_reward_funcs, reward_timeout=options.eval_reward_timeout)
+    place = rewarding.Place(this.device, this.ranks, split)
+    rewards = rewarding.start(functions, this.config.model, place, say=this.say, warn=this.observers.warn)
+    stack.callback(rewards.close)
+    prompts = answer_rewards.prompts(asked, parts.policy.tokenizer)
+    rewards.check(prompts)
+    return answer_rewards.Scorer(rewards, prompts, this.observers.warn, this.ranks)
 
 
 def _held_out(this: TrainRun, parts: Assembly, size: int) -> list[Question]:

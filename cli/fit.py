@@ -126,7 +126,7 @@ def run(
             if text := memory_check.check(config, this.device.type, shard.size(this.ranks.mesh, "data")):
                 this.observers.warn(text)
             parts = assembly.assemble(this, source, stack)
-            answer, evaluate = answering.of_sample_prompt(this, parts), answering.evaluation(this, parts)
+            answer, evaluate = answering.of_sample_prompt(this, parts), answering.evaluation(this, parts, stack)
             parts = parts._replace(supply=parts.supply._replace(evaluate=evaluate))
             extras = assembly.extras(this, parts.policy)  # better refused now than when all is trained
             ranks.barrier(this.ranks)  # every rank has read what it resumes from

@@ -63,6 +63,7 @@ LAZY = {
     "core/data/arrow.py": {"pyarrow"},
     "core/config/reading.py": {"yaml"},
     "core/run/provenance.py": {"yaml"},
+    "core/rollout/judge.py": {"httpx", "tenacity"},
     "core/hub_repos.py": {"huggingface_hub", "tenacity"},
     "core/data/yamltext.py": {"yaml"},
     "models/adapter.py": {"safetensors"},

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from treetune.models.policy import Policy
 
 
-ANSWERS = ("sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "eval_answers")
+ANSWERS = (
+    "sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "eval_answers",
+    "eval_reward_funcs", "eval_reward_timeout",
+)  # fmt: skip
 
 
 class Setting(NamedTuple):

@@ -66,9 +66,10 @@ class RewardFunctions:
     """Rewards."""
 
     reward_funcs: Annotated[tuple[str, ...], FUNCTION_PATH, function(REWARD.reason, "reward_funcs")] = ("gsm8k",)
-    """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits), an import path (rewards.accuracy),
-    file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark: length?max=512,cache=128. A function
-    takes completions and the columns that its parameters name, and gives a number for each completion, or None to abstain."""
+    """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits, judge), an import path
+    (rewards.accuracy), file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark:
+    length?max=512,cache=128. A function takes completions and the columns that its parameters name, and gives a number for each
+    completion, or None to abstain."""
     reward_weights: Annotated[tuple[float, ...], ANY._replace(words="finite numbers, at most 3e+38"), REWARD] = ()
     """A weight for each reward; 1 each if not given. A completion gets the weighted sum of the rewards that have an opinion."""
     reward_num_workers: Annotated[int, PROCESSES, listed("says how rewards are run, not what they are")] = 1

@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 from treetune.cli.options import meshes
 from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
-from treetune.core.config.marks import ANSWER, CHECKPOINT, MACHINE, RUN_FOLDER, SHOWN, STARTED, Unused, Values, unused_if, unused_unless
+from treetune.core.config.marks import (
+    ANSWER,
+    CHECKPOINT,
+    FUNCTION_PATH,
+    MACHINE,
+    RUN_FOLDER,
+    SHOWN,
+    STARTED,
+    Unused,
+    Values,
+    unused_if,
+    unused_unless,
+)
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, TEMPERATURE, TOKENS
 from treetune.core.run import answer_metrics
 
@@ -37,9 +49,9 @@ def _listed_steps(values: Values) -> str:
 
 
 def _unmeasured(values: Values) -> str:
-    if set(values["eval_causal_lm_metrics"]) - {answer_metrics.PERPLEXITY}:
+    if values["eval_reward_funcs"] or set(values["eval_causal_lm_metrics"]) - {answer_metrics.PERPLEXITY}:
         return ""
-    return "no eval_causal_lm_metrics are computed of answers"
+    return "neither eval_causal_lm_metrics nor eval_reward_funcs need answers"
 
 
 def _unanswered(values: Values) -> str:
@@ -107,6 +119,15 @@ class RunOptions:
     ] = ()
     """Metrics of answers to held-out prompts, compared with those of their rows: sacrebleu, chrf, ter, exact_match; perplexity is of the
     rows themselves."""
+    eval_reward_funcs: Annotated[
+        tuple[str, ...], FUNCTION_PATH, ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
+    ] = ()
+    """Rewards of answers to held-out prompts: functions, reward models and judges, named as in reward_funcs of treetune grpo; the answer
+    of a row is in the columns answer, ground_truth, solution and reference."""
+    eval_reward_timeout: Annotated[float, SECONDS, ANSWER, unused_unless("eval_reward_funcs", reason="there are no eval_reward_funcs")] = (
+        60.0
+    )
+    """Seconds for a call of a function in eval_reward_funcs, on up to 64 answers; after that they are tried one by one."""
     eval_answers: Annotated[int | None, COUNT, ANSWER, Unused(_unmeasured)] = None
     """Held-out prompts whose answers are measured, the first of them; all if not given."""
     early_stopping_patience: Annotated[
@@ -177,6 +198,8 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
     if run.sweep:
         raise ValueError("sweep is for the command line, which starts a run for each value: --learning-rate 1e-4 2e-4 --sweep")
     _check_processes(run)
+    if len(set(run.eval_reward_funcs)) != len(run.eval_reward_funcs):
+        raise ValueError(f"eval_reward_funcs is {', '.join(run.eval_reward_funcs)}: expected none twice")
     answer_metrics.check(run.eval_causal_lm_metrics, "eval_causal_lm_metrics")
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")

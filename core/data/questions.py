@@ -19,13 +19,14 @@ REFERENCES = ("ground_truth", "answer", "solution", "reference")  # columns of p
 class Question(NamedTuple):
     """What is asked. prompt: as people read it. ids: up to where the answer begins. reference: a good answer, where one is known.
 
-    row: its number in the data; None for a prompt of one's own.
+    row: its number in the data; None for a prompt of one's own. prompt_row: what rewards may look at, where the row is a prompt.
     """
 
     prompt: str
     ids: list[int]
     reference: str | None = None
     row: int | None = None
+    prompt_row: Prompt | None = None
 
 
 def held_out(rows: Sequence[Any], count: int, tokenizer: Tokenizer, stop_ids: Sequence[int], length: int) -> list[Question]:
@@ -44,7 +45,7 @@ def held_out(rows: Sequence[Any], count: int, tokenizer: Tokenizer, stop_ids: Se
 def _of_prompt(prompt: Prompt) -> list[Question]:
     values = (prompt.columns.get(name) for name in REFERENCES)
     reference = next((value for value in values if isinstance(value, str)), None)
-    return [Question(prompt.text, prompt.tokens.tolist(), reference, prompt.row)]
+    return [Question(prompt.text, prompt.tokens.tolist(), reference, prompt.row, prompt)]
 
 
 def _of_document(doc: Any, tokenizer: Tokenizer, stop_ids: Sequence[int], length: int) -> list[Question]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
+from treetune.core.rollout import judge
+
 Completion = str | list[dict]  # plain text, or [{"role": "assistant", "content": text}]
 
 # A minus belongs to a number unless something stands before it that it could be taken from: 16-3 ends in 3.
@@ -106,7 +108,9 @@ def repetition(completions: Sequence[Completion], completion_ids: Sequence[Seque
     return [len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0 for ngrams in grams]
 
 
-BUILTIN: dict[str, Callable] = {one.__name__: one for one in (gsm8k, math_equal, math_verify, format_tags, length, digits, repetition)}
+BUILTIN: dict[str, Callable] = {
+    one.__name__: one for one in (gsm8k, math_equal, math_verify, format_tags, length, digits, repetition, judge.judge)
+}
 
 
 def _as_text(answer: object) -> str:

@@ -59,6 +59,11 @@ def measure(names: Sequence[str], pairs: Sequence[tuple[str, str | None]]) -> di
     return {name: METRICS[name](answers, references) for name in names}
 
 
+def is_reward(name: str) -> bool:
+    """Whether a metric of a run is the mean reward of answers; reward_std is that of completions."""
+    return name.startswith("eval/reward_") and name != "eval/reward_std"
+
+
 def check(names: Sequence[str], option: str) -> None:
     """Raise ValueError for a metric that is not known, one that comes twice, and one whose package is not there."""
     for name in names:

@@ -23,7 +23,7 @@ TOGETHER = 64  # answers that are sampled together: their keys and values are in
 class Answer(NamedTuple):
     """An answer. reference: a good one, where the row has one. row: its number in the data; None for a prompt of one's own.
 
-    tokens: how many it has, with the one that ends it. stopped: whether it was ended, and not cut off.
+    tokens: how many it has, with the one that ends it. stopped: whether it was ended, and not cut off. ids: the tokens themselves.
     """
 
     step: int
@@ -33,11 +33,12 @@ class Answer(NamedTuple):
     reference: str | None
     tokens: int
     stopped: bool
+    ids: tuple[int, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """As in samples.jsonl, where a completion is an answer; what is None is left out, the row of a prompt of one's own for one."""
+        """As in samples.jsonl, where a completion is an answer; without ids and what is None, such as the row of a prompt of one's own."""
         names = {"completion": "answer"}
-        return {names.get(name, name): value for name, value in self._asdict().items() if value is not None}
+        return {names.get(name, name): value for name, value in self._asdict().items() if value is not None and name != "ids"}
 
 
 Answerer = Callable[[TrainState], list[Answer]]  # the answers to questions that do not change, by the weights of a state
@@ -86,7 +87,7 @@ def _calls(asked: Sequence[Question], limits: Limits) -> list[tuple[int, list[in
 
 def _answer(step: int, question: Question, ids: list[int], tokenizer: Tokenizer, limits: Limits) -> Answer:
     text, stopped = questions.decode(ids, tokenizer, limits.stop_ids), bool(ids) and ids[-1] in limits.stop_ids
-    return Answer(step, question.row, question.prompt, text, question.reference, len(ids), stopped)
+    return Answer(step, question.row, question.prompt, text, question.reference, len(ids), stopped, tuple(ids))
 
 
 def shared(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from treetune.core.run import health
+from treetune.core.run import answer_metrics, health
 
 History = Sequence[dict]
 Points = list[tuple[float, float]]
@@ -15,6 +15,7 @@ EXACT = ("learning rate", "memory")  # beginnings of titles of what has no noise
 SMOOTHED = 60  # from so many points on a line is drawn thin, with its moving mean over it
 COLOURS = "abcdef"
 DRAWN = 600  # points of a line at most: of more, the lowest and highest of each stretch
+ANSWER_REWARDS = "eval/reward_"
 
 # title, keys of the records; charts without a value are left out
 CHARTS = (
@@ -44,6 +45,7 @@ CHARTS = (
     ("share of tokens outside the clip range", ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")),
     ("token accuracy", ("mean_token_accuracy", "eval/mean_token_accuracy")),
     ("answers beside good ones: BLEU and chrF of 100, TER, the lower the better", ("eval/sacrebleu", "eval/chrf", "eval/ter")),
+    ("rewards of answers to held-out prompts, means", (f"{ANSWER_REWARDS}*",)),
     ("share of answers that are the good one", ("eval/exact_match",)),
     ("gradient norm before clipping", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
@@ -116,12 +118,14 @@ def _beside(metric: str, title: str, runs: Mapping[str, History]) -> Chart | Non
 
 
 def _expand(keys: Sequence[str], history: History) -> list[str]:
-    """The keys, or those that a pattern matches, if there are several: a line alone would repeat the chart of the sum."""
+    """The keys, or those that a pattern matches; of rewards if there are several: a line alone would repeat the chart of the sum."""
     if "*" not in keys[0]:
         return list(keys)
     before, after = keys[0].split("*")
     pattern = re.compile(rf"{re.escape(before)}.+{re.escape(after)}")
     matches = list(dict.fromkeys(key for record in history for key in record if pattern.fullmatch(key)))
+    if before == ANSWER_REWARDS:
+        return [key for key in matches if answer_metrics.is_reward(key)]
     return matches if len(matches) > 1 else []
 
 

@@ -45,8 +45,9 @@ def evaluation(record: Record, metrics: Metrics) -> str:
 
 
 def _of_answers(record: Record) -> list[str]:
-    """The metrics of answers to held-out prompts."""
-    return [f"{name} {record[key]:.3f}" for name in answer_metrics.METRICS if (key := f"eval/{name}") in record]
+    """The metrics and rewards of answers to held-out prompts."""
+    names = [name for name in record if name.removeprefix("eval/") in answer_metrics.METRICS or answer_metrics.is_reward(name)]
+    return [f"{name.removeprefix('eval/').removeprefix('reward_')} {record[name]:.3f}" for name in names]
 
 
 def _chosen(record: Record, metrics: Metrics, prefix: str = "", without: str = "") -> list[str]:

@@ -1,5 +1,7 @@
 """Metrics of answers to held-out rows at each evaluation: their numbers, where they are told, and nothing else is changed."""
 
+import pytest
+
 from treetune.core.run import answer_metrics
 
 SHORT = ("--sample-prompt=", "--learning-rate", 0.01, "--val-set-size", 5, "--eval-max-new-tokens", 6)
@@ -42,4 +44,33 @@ def test_what_cannot_be_measured_is_refused(kit, tiny, tune, here):
     kit.refused(tune(*grpo, *METRICS[:2]), "no held-out row has an answer in one of the columns ground_truth")
     kit.refused(tune(*grpo, "--eval-causal-lm-metrics", "perplexity"), "the loss of grpo is no mean of -log p")
     kit.refused(tune("reward", *METRICS[:2]), "eval-causal-lm-metrics would be ignored: a reward model writes no answers")
+    assert not (here / "run").exists()
+
+
+def test_rewards_of_answers_by_functions_and_a_judge(kit, sft, here):
+    """Functions see text, ids and the answer of the row; numbers are means of those of the answers that the table shows."""
+    (here / "rewards.py").write_text(
+        "def chars(completions, answer, prompts):\n"
+        "    assert all(prompts) and all(isinstance(one, str) for one in answer)\n"
+        "    return [len(one) + 100 * len(right) for one, right in zip(completions, answer)]\n"
+        "def ids(completions, completion_ids):\n    return [len(one) for one in completion_ids]\n"
+    )
+    rewards = ("--eval-reward-funcs", "rewards.py:chars", "rewards.py:ids")
+    assert sft(*SHORT[:-2], "--output-dir", "plain").code == 0
+    done = sft(*SHORT, *rewards, "--eval-table-size", 3, "--eval-answers", 3, "--output-dir", "run")
+    assert done.code == 0, done.err
+    plain, scored = kit.left(here / "plain", 2), kit.left(here / "run", 2)
+    assert kit.same(plain[0], scored[0]) and kit.same(plain[1], scored[1]), "bit for bit"
+    rows = [record for record in kit.samples(here / "run") if record["step"] == 2 and "row" in record]
+    last = scored[2][-1]
+    assert last["eval/reward_chars"] == pytest.approx(sum(len(row["answer"]) + 100 * len(row["reference"]) for row in rows) / 3, rel=1e-12)
+    assert last["eval/reward_ids"] == pytest.approx(sum(row["tokens"] for row in rows) / 3, rel=1e-12)
+    assert f"chars {last['eval/reward_chars']:.3f}  ids" in done.out
+    assert "rewards of answers to held-out prompts" in (here / "run" / "report.html").read_text()
+
+
+def test_rewards_that_cannot_score_are_refused(kit, sft, here):
+    (here / "rewards.py").write_text("def of(completions, colour):\n    return [0] * len(completions)\n")
+    for name, why in (("rewards.py:of", "colour"), ("nothing", "is not built in"), ("judge?model=m", "expected judge")):
+        kit.refused(sft(*SHORT, "--eval-reward-funcs", name, "--output-dir", "run"), why)
     assert not (here / "run").exists()

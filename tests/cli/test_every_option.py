@@ -135,6 +135,10 @@ CHANGES = {
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
     "eval_table_size": ("samples", lambda t: ["--eval-table-size", 2], []),
     "eval_causal_lm_metrics": ("metrics", lambda t: ["--eval-causal-lm-metrics", "chrf", "--eval-max-new-tokens", 8], []),
+    "eval_reward_funcs": ("metrics", lambda t: ["--eval-reward-funcs", "length?max=9,cache=9", "--eval-max-new-tokens", 8], []),
+    "eval_reward_timeout": (
+        "error", lambda t: ["--eval-reward-timeout", 0.2], ["--eval-reward-funcs", "slow.py:slow", "--eval-max-new-tokens", 8],
+    ),
     "eval_answers": (
         "metrics", lambda t: ["--eval-answers", 1],
         ["--eval-causal-lm-metrics", "chrf", "ter", "--eval-max-new-tokens", 30, "--val-set-size", 8],
@@ -197,6 +201,7 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
 
     rows = [row | {"text": f"text of row {i}"} for i, row in enumerate(kit.chats(24))]
     kit.write_rows(here / "both.jsonl", rows)
+    (here / "slow.py").write_text("import time\ndef slow(completions):\n    time.sleep(0.4)\n    return [1.0] * len(completions)\n")
     (here / "watch.py").write_text("def watch(event, record):\n    open(f'{event}.seen', 'w').close()\n")
     monkeypatch.setattr(ray_launch, "run", lambda words, *how, **more: print(how, more) or 3)
     monkeypatch.setattr(launch, "run", lambda words, how, tell: print(how, "--rank-timeout" in words) or 3)  # tests/dist starts processes

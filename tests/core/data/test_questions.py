@@ -34,13 +34,13 @@ def test_a_conversation_asks_for_its_last_trained_turn():
     talk = doc([0, 1, 2, 3, 9, 4, 5, 6, 9, 8], [0, 0, 0, 1, 1, 0, 0, 1, 1, 0])
     assert questions.split(talk) == ([0, 1, 2, 3, 9, 4, 5], [6, 9])
     (one,) = questions.held_out([talk], 3, Digits(), [END], 4)
-    assert one == ("123945", [0, 1, 2, 3, 9, 4, 5], "6", 0), "the reference ends before the token that ends a turn"
+    assert one[:4] == ("123945", [0, 1, 2, 3, 9, 4, 5], "6", 0), "the reference ends before the token that ends a turn"
 
 
 @pytest.mark.parametrize(("extras", "asked"), [({}, True), ({"desirable": (True, True)}, True), ({"desirable": (False, False)}, False)])
 def test_of_a_pair_the_better_one_is_the_reference_and_a_bad_answer_is_none(extras, asked):
     found = questions.held_out([pair([1, 2, END], [3, 4, END], extras)], 1, Digits(), [END], 4)
-    assert found == ([("77", [7, 7], "12", 5)] if asked else [])
+    assert [one[:4] for one in found] == ([("77", [7, 7], "12", 5)] if asked else [])
 
 
 def test_a_text_without_a_prompt_goes_on_from_its_beginning():
