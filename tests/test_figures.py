@@ -16,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE = [page for page in PAGES if page.read_text(encoding="utf-8").startswith("<!-- Made by `")]  # tests of theirs compare these whole
+PAGES = [page for page in PAGES if page not in MADE]
 MARK = re.compile(r"<!-- figures: (\S+?)(?:, columns? ([\d ]+))? -->\n\s*\Z")
 UNIT = re.compile(r"(?<![\w.-])\d[\d.,]*(?:e-?\d+)? ?(?:x\b|%|[KMGT]i?B|tokens/s|nats|seconds|minutes|hours|s|ms|us)(?!\w)")
 HEAD = re.compile(r"\b(?:[KMGT]i?B|nats|bits|bytes|seconds|tokens/s|ratio|accuracy|loss|KL)\b")
@@ -87,6 +89,11 @@ def test_every_table_of_figures_says_where_they_are_from():
     assert bare == []
     heads = [table.head for table in TABLES if has_figures(table)]
     assert [head for head in known if not any(one.startswith(head) for one in heads)] == []
+
+
+def test_pages_that_a_program_makes_have_a_test_of_their_own():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [page.name for page in MADE if not any(page.stem in text for text in texts)] == []
 
 
 @pytest.mark.parametrize(("table", "mark"), MARKED, ids=[table.place for table, _ in MARKED])

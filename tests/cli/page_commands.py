@@ -14,10 +14,11 @@ SHELLS = ("bash", "sh", "console", "shell", "")
 
 
 class Line(NamedTuple):
-    """One command: as it stands there, without its comment, and as words."""
+    """One command: as it stands there, without its comment, as words, and its comment."""
 
     text: str
     words: list[str]
+    comment: str
 
     @property
     def ours(self) -> bool:
@@ -37,7 +38,7 @@ def lines(page: Path) -> list[Line]:
             if not line or line.startswith("#") or (kind in ("", "indented") and not re.match(r"(treetune|pip|python) ", line)):
                 continue
             words = shlex.split(line, comments=True)
-            out.append(Line(shlex.join(words), words))
+            out.append(Line(shlex.join(words), words, line.rpartition(" # ")[2] if " # " in line else ""))
     return out
 
 
@@ -52,6 +53,12 @@ def files(page: Path) -> dict[str, str]:
         if name := (first or before):
             out[name[1]] = one[2]
     return out
+
+
+def run_folder() -> list[str]:
+    """The names in the run folder that the README shows."""
+    (text,) = re.findall(r"^```\nruns/sft-001/\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.S | re.M)
+    return [line.split()[0] for line in text.splitlines()]
 
 
 def rows() -> dict[str, list[dict]]:

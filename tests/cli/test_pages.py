@@ -6,6 +6,7 @@ Ids of the hub are found in a cache that holds a tiny model under each name; run
 import dataclasses
 import importlib.util
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,9 @@ def test_the_commands_of_a_page_run(stem, scene, tune, monkeypatch):
     for line in LINES[stem]:
         if line.text not in NOT_RUN and line.text not in RANKS:
             _follow(line, tune, folder, monkeypatch)
+            _named(["", *re.findall(r"[\w-]+/[\w./-]+", line.comment)], folder)
+    if stem == "README":
+        assert [name for name in pages.run_folder() if not (folder / "runs" / "sft-001" / name).exists()] == []
 
 
 @pytest.mark.slow
