@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 WAITS = (2.0, 8.0)  # seconds before a whole upload is tried again
+BUSY = (408, 409, 412, 425, 429)  # somebody else commits just now, or too much is asked of the hub: what passes
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 TOKEN = "make one that may write at https://huggingface.co/settings/tokens, then export HF_TOKEN=..., or hf auth login"
 
@@ -72,7 +73,8 @@ def upload(repo: Repo, folder: Path, message: str) -> str:
 
 def _passing(error: BaseException) -> bool:
     """Whether an upload that failed so may arrive when it is tried again."""
-    return not (isinstance(error, FileNotFoundError | ValueError) or _status(error) in range(400, 500))
+    status = _status(error)
+    return status in BUSY or not (isinstance(error, FileNotFoundError | ValueError) or status in range(400, 500))
 
 
 def _upload(repo: Repo, folder: Path, message: str) -> str:

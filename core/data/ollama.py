@@ -15,7 +15,7 @@ from treetune.core.data.templates import Render
 
 MARKER = "Qx7vZkW{}e"
 MARKS = re.compile(r"Qx7vZkW\d+e")
-QUOTES = '"""'
+QUOTE, QUOTES = '"', '"""'
 PROBE = {
     "system": ("Answer briefly.", 'You are {{ kind }}, "always".\nBe exact.'),
     "user": ("What is 17 + 25?", "Zwei\n\nAbsätze {% raw %} <b>東京</b>?", "And 3 * 4?"),
@@ -118,7 +118,10 @@ def _text(turns: Turns, bos: str) -> str:
         f'{{{{ {word} eq .Role "{role}" }}}}{_literal(head)}{{{{ .Content }}}}{_literal(tail)}'
         for word, (role, (head, tail)) in zip(words, around.items(), strict=True)
     )
-    return f"{begin}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{_literal(turns.prompt)}"
+    text = f"{begin}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{_literal(turns.prompt)}"
+    if text.startswith(QUOTE) or text.endswith(QUOTE):  # which would stand beside the quotes around it
+        raise ValueError("the chat template writes text that a Modelfile cannot hold")
+    return text
 
 
 def _literal(text: str) -> str:

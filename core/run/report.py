@@ -15,7 +15,8 @@ from treetune.core import drafts, masking, records
 from treetune.core.data.spans import Doc
 from treetune.core.data.trees import TreeDoc
 from treetune.core.records import JsonRecord as Record
-from treetune.core.run import curves, page
+from treetune.core.run import answer_table, curves, page
+from treetune.core.run.answer_table import Table
 from treetune.core.run.health import Event
 from treetune.core.run.lines import clock
 from treetune.core.run.observers import Observer
@@ -45,6 +46,8 @@ def _answers(path: Path, steps: set[int]) -> tuple[list, list[dict]]:
     samples: dict[str, list] = {}
     scored: dict[int, dict[str, list]] = {}
     for record in _records(path):
+        if answer_table.is_answer(record):
+            continue
         if "rewards" not in record:
             samples.setdefault(record["prompt"], []).append((record["step"], record["answer"]))
         elif record["step"] in steps:
@@ -104,6 +107,7 @@ class Report(Observer):
         self.history: list[Record] = []
         self.events: list[tuple[int, str, str]] = []
         self.latest: list[dict[str, Any]] = []
+        self.asked: Table | None = None
         self.trained, self.total, self.due = "", 0, 0.0
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
@@ -124,7 +128,10 @@ class Report(Observer):
 
     def samples(self, answers: Sequence[dict[str, Any]]) -> None:
         """Keep the answers, of which a page that is live shows the last."""
-        self.latest = list(answers)
+        if answers and answer_table.is_answer(answers[0]):
+            self.asked = answer_table.build(answers, [answers[0]["step"]])
+        else:
+            self.latest = list(answers)
 
     def health(self, event: Event) -> None:
         """Keep what a health rule saw."""
@@ -145,7 +152,7 @@ class Report(Observer):
         start = time.monotonic()
         if start < self.due:
             return
-        parts = self._parts({"state": self._state()} | self.rows, *_shown(self.latest))
+        parts = self._parts({"state": self._state()} | self.rows, *_shown(self.latest), self.asked)
         update = f"treetune({json.dumps({'stamp': time.time(), 'parts': parts})})\n"
         with contextlib.suppress(OSError):  # on a full disk the run goes on as long as its records and checkpoints do
             write(self.run_dir / "report.html", parts=parts, trained=self.trained, live=True)
@@ -163,16 +170,19 @@ class Report(Observer):
         """The page as it stays: with the answers of its beginning, its middle and its end."""
         steps = [record["step"] for record in self.history if "train/loss" in record]
         chosen = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
-        samples, groups = _answers(self.run_dir / "samples.jsonl", chosen)
-        write(self.run_dir / "report.html", parts=self._parts(self.rows | dict(rows), samples, groups), trained=self.trained)
+        path = self.run_dir / "samples.jsonl"
+        asked = answer_table.build(_records(path), [int(record["step"]) for record in self.history if "eval/seconds" in record])
+        parts = self._parts(self.rows | dict(rows), *_answers(path, chosen), asked)
+        write(self.run_dir / "report.html", parts=parts, trained=self.trained)
         (self.run_dir / LIVE).unlink(missing_ok=True)
 
-    def _parts(self, rows: Mapping[str, str], samples: list, groups: list[dict]) -> dict[str, str]:
+    def _parts(self, rows: Mapping[str, str], samples: list, groups: list[dict], asked: Table | None) -> dict[str, str]:
         """HTML by the id of its place."""
         facts = {name: masking.mask_secrets(value) for name, value in rows.items()}
         charts = curves.charts(self.history, loss=LOSS.get(self.unit, f"mean over {self.unit.rstrip(',')}"))
         now = page.part("{{ standing(rows, notes, charts) }}", rows=facts, notes=self.events, charts=charts)
-        return {"now": now, "answers": page.part("{{ replies(groups, samples) }}", groups=groups, samples=samples)}
+        answers = page.part("{{ asked_table(asked) }}{{ replies(groups, samples) }}", groups=groups, samples=samples, asked=asked)
+        return {"now": now, "answers": answers}
 
 
 def _shown(latest: Sequence[dict[str, Any]]) -> tuple[list, list[dict]]:

@@ -14,12 +14,12 @@ class Hub:
     """The fake: what it was asked for, and what it has.
 
     repos: {id: {"private", "kind", "branches": {name: {path: bytes}}}}. commits: (id, branch, summary, paths). fail: the status with which
-    it answers uploads from now on.
+    it answers uploads from now on, or once.
     """
 
     def __init__(self):
         self.repos, self.commits, self.blobs, self.fail, self.lock = {}, [], {}, None, threading.RLock()
-        self.gone = False
+        self.gone = self.once = False
         self.held = threading.Event()  # uploads wait while it is not set
         self.held.set()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -90,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200)
         hub.held.wait(30)
         if hub.fail is not None:
-            return self.answer(hub.fail, {"error": "out of order"})
+            status, hub.fail = hub.fail, None if hub.once else hub.fail
+            return self.answer(status, {"error": "out of order"})
         if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/preupload/([^/?]+).*", path):
             files = [
                 {"path": one["path"], "uploadMode": "lfs" if LFS.fullmatch(one["path"]) else "regular", "shouldIgnore": False, "oid": None}

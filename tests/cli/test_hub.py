@@ -132,6 +132,20 @@ def test_a_hub_that_fails_costs_nothing_but_the_upload(hub, sft, tune, here, kit
     assert hub.files("me/sums")["adapter_model.safetensors"] == (here / "run/adapter/adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("status,sent", [(409, True), (412, True), (403, False)])
+def test_an_upload_that_meets_another_is_made_again(hub, here, status, sent):
+    (here / "model").mkdir()
+    (here / "model/a.txt").write_text("a")
+    repo = hub_repos.prepare(hub_repos.Repo("sums"), "hub_model_id")
+    hub.fail, hub.once = status, True
+    if sent:
+        hub_repos.upload(repo, here / "model", "all")
+    else:
+        with pytest.raises(hub_repos.Unsent, match="may not write there"):
+            hub_repos.upload(repo, here / "model", "all")
+    assert hub.fail is None and bool(hub.commits) == sent
+
+
 def test_a_hub_that_goes_away(hub, sft, here):
     """After the run has begun: the connection is refused."""
     real = hub_repos.prepare

@@ -85,6 +85,7 @@ def test_a_template_is_made_where_it_renders_the_same(name):
         ("{% for m in messages %}{% if m.role != 'system' %}[{{ m.content }}]{% endif %}{% endfor %}", "the contents of system, user"),
         ("{% for m in messages %}[{{ m.content }}{% if m.content | length > 20 %}!{% endif %}]{% endfor %}", "depend on their contents"),
         ("{% for m in messages %}{{ '{{' }}{{ m.content }}{% endfor %}", "cannot hold"),
+        ('{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{% if add_generation_prompt %}["{% endif %}', "cannot hold"),
     ],
 )
 def test_an_irregular_template_is_not_made(template, reason):
