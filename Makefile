@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format reference site bench clean
+.PHONY: quickstart test test-more test-all test-interpret test-vllm vllm-env test-trackers lint format reference memory-table site bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,6 +73,10 @@ format: $(READY)
 # docs/reference, of the config classes and the docstrings of public modules.
 reference: $(READY)
 	$(BIN)/python -m treetune.cli.reference docs/reference
+
+# docs/memory_table.md, of the counts of `treetune plan`: minutes of one core.
+memory-table: $(READY)
+	$(BIN)/python -m treetune.cli.planning.memory_table docs/memory_table.md
 
 # docs/ as pages in build/site.
 site: $(READY)

@@ -20,7 +20,7 @@ import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = "--sample-prompt '' --evals-per-epoch 1"
-FEW = f"{QUIET} --val-set-size 12"
+FEW = f"{QUIET} --val-set-size 8"
 COMPUTES = ("core", "ops", "models", "losses", "cli/methods", "cli/options", "examples")  # code whose changes the JSON tells of
 MEAN = 2  # training steps that are averaged where nothing is held out
 
@@ -40,26 +40,26 @@ class Recipe(NamedTuple):
 LOSS = {"eval/loss": False}
 PAIRS = {"eval/loss": False, "eval/rewards/accuracies": True, "eval/rewards/margins": True}
 REWARDED = {"reward": True}
-STRIDED = {"eval/reward": True}
+STRIDED = {"eval/ebft/cfm_loss": False, "eval/ebft/mean_reward": True}
 RECIPES = {
     "sft_lora": Recipe("sft", LOSS, f"{FEW} --max-steps 6"),
-    "sft_full": Recipe("sft", LOSS, f"{FEW} --max-steps 6"),
+    "sft_full": Recipe("sft", LOSS, f"{FEW} --max-steps 4"),
     "sft_alpaca": Recipe("sft", LOSS, QUIET),
     "pretrain_text": Recipe("pretrain", LOSS, QUIET),
-    "dpo_lora": Recipe("dpo", PAIRS, f"{FEW} --max-steps 10"),
-    "dpo_mixture": Recipe("dpo", PAIRS, f"{FEW} --max-steps 5"),
+    "dpo_lora": Recipe("dpo", PAIRS, f"{FEW} --max-steps 6"),
+    "dpo_mixture": Recipe("dpo", PAIRS, f"{FEW} --max-steps 3"),
     "kto_lora": Recipe("kto", PAIRS, f"{FEW} --max-steps 6"),
-    "orpo_lora": Recipe("orpo", PAIRS, f"{FEW} --max-steps 6"),
-    "simpo_lora": Recipe("simpo", PAIRS, f"{FEW} --max-steps 6"),
-    "reward_lora": Recipe("reward", {"eval/loss": False, "eval/accuracy": True}, f"{FEW} --max-steps 8"),
-    "prm_lora": Recipe("prm", {"eval/loss": False, "eval/accuracy": True}, f"{FEW} --max-steps 8"),
-    "grpo": Recipe("grpo", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 4"),
-    "dapo": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 4"),
-    "guess": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 6"),
-    "ebft_strided": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 4"),
+    "orpo_lora": Recipe("orpo", PAIRS, f"{FEW} --max-steps 4"),
+    "simpo_lora": Recipe("simpo", PAIRS, f"{FEW} --max-steps 4"),
+    "reward_lora": Recipe("reward", {"eval/loss": False, "eval/accuracy": True}, "--evals-per-epoch 1 --val-set-size 8 --max-steps 5"),
+    "prm_lora": Recipe("prm", {"eval/loss": False, "eval/accuracy": True}, "--evals-per-epoch 1 --val-set-size 12 --max-steps 8"),
+    "grpo": Recipe("grpo", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 2"),
+    "dapo": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 2"),
+    "guess": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 5"),
+    "ebft_strided": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 3"),
     "ebft_strided_full": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 2"),
-    "ebft_strided_structured": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 4"),
-    "ebft_structured": Recipe("ebft", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 4"),
+    "ebft_strided_structured": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 3"),
+    "ebft_structured": Recipe("ebft", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 2"),
     "grpo_vllm": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 4", "serve"),
     "ebft_structured_vllm": Recipe("ebft", REWARDED, f"{QUIET} --max-steps 3", "serve"),
     "ebft_structured_async": Recipe("ebft", REWARDED, f"{QUIET} --max-steps 3", "serve"),
@@ -100,6 +100,8 @@ def measure(name: str, recipe: Recipe) -> dict[str, Any]:
         "peak_gib": used.ru_maxrss / 2**20,
         "step_s": statistics.median(record["step_seconds"] for record in trained),
         "judged": {metric: ends | {"more_is_better": recipe.judged[metric]} for metric, ends in measured.items() if ends},
+        "held_out": [record for record in records if "eval/loss" in record or "eval/ebft/cfm_loss" in record],
+        "losses": [record["train/loss"] for record in trained],
         "load_average": {"before": load, "after": os.getloadavg()},
         "machine": harness.machine(),
     }
