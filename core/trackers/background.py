@@ -66,6 +66,11 @@ class Background(Observer):
         """The numbers of an evaluation."""
         self._put({"numbers": dict(record), "kind": "evaluation"})
 
+    def samples(self, answers: Sequence[dict[str, Any]]) -> None:
+        """The answers to held-out prompts at an evaluation; of other samples nothing."""
+        if answers and "row" in answers[0]:
+            self._put(_table(answers))
+
     def health(self, event: Event) -> None:
         """A health rule fired."""
         self._put({"facts": {f"health/{event.rule}": f"{event.seen}: {event.fix}"}})
@@ -169,7 +174,7 @@ class Background(Observer):
             told = Told()  # another run of the tracker
         if service.rewinds:
             last = min(told.step, step)
-            told = told._replace(step=last, evaluation=min(told.evaluation, last))
+            told = told._replace(step=last, evaluation=min(told.evaluation, last), answers=min(told.answers, last))
         run = {
             "id": service.id or told.id or (known if service.made_here else None),
             "key": known,
@@ -188,25 +193,37 @@ class Background(Observer):
 
     def _missed(self, step: int) -> Iterator[dict[str, Any]]:
         """The records up to the step where this process began which the tracker has not been told."""
-        for record in records.read(self.root / "metrics.jsonl", numbers=True).records:
-            if record["step"] <= step:
-                yield {"numbers": record, "kind": "evaluation" if "eval/seconds" in record else "step"}
+        numbers = (record for record in records.read(self.root / "metrics.jsonl", numbers=True).records if record["step"] <= step)
+        events = [{"numbers": record, "kind": "evaluation" if "eval/seconds" in record else "step"} for record in numbers]
+        answers: dict[int, list[dict[str, Any]]] = {}
+        for record in records.read(self.root / "samples.jsonl").records if self.told.answers < step else ():
+            if "row" in record and record["step"] <= step:
+                answers.setdefault(record["step"], []).append(record)
+        # Sorted, and the answers last: packages take no step after a later one.
+        yield from sorted([*events, *map(_table, answers.values())], key=_step)
 
     def _tell(self, channel: socket.socket, event: dict[str, Any]) -> None:
         if "numbers" in event:
             self._tell_numbers(channel, event["numbers"], event["kind"])
+        elif "answers" in event:
+            self._tell_once(channel, "answers", event["step"], "answers", {"table": event["answers"]})
         elif "facts" in event:
             self._call(channel, "facts", {"values": event["facts"]})
         elif os.path.isdir(event["copy"]):  # else a newer checkpoint has taken its place meanwhile
             self._call(channel, "copy", {"path": event["copy"], "name": Path(event["copy"]).name}, LONG)
 
     def _tell_numbers(self, channel: socket.socket, record: Record, kind: str) -> None:
-        step, before = int(record["step"]), self.told
+        values = {name: value for name, value in record.items() if name != "step"}
+        self._tell_once(channel, kind, int(record["step"]), "numbers", {"values": values})
+
+    def _tell_once(self, channel: socket.socket, kind: str, step: int, call: str, given: dict[str, Any]) -> None:
+        """Make a call about a step, unless the tracker has been told of this kind at it, or at a later one."""
+        before = self.told
         if step <= getattr(before, kind):
             return
         self._note(before._replace(**{kind: step}))  # first: a step that is told twice is worse than one that a crash leaves out
         try:
-            self._call(channel, "numbers", {"step": step, "values": {name: value for name, value in record.items() if name != "step"}})
+            self._call(channel, call, {"step": step} | given)
         except Lost:
             self._note(before)
             raise
@@ -243,6 +260,18 @@ class Background(Observer):
         except (ProcessLookupError, PermissionError):
             pass
         process.wait()
+
+
+COLUMNS = ("row", "prompt", "reference", "answer", "tokens")
+
+
+def _table(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The event of the answers of an evaluation."""
+    return {"answers": [COLUMNS, [[one.get(name) for name in COLUMNS] for one in answers]], "step": int(answers[0]["step"])}
+
+
+def _step(event: dict[str, Any]) -> int:
+    return int(event["step"] if "answers" in event else event["numbers"]["step"])
 
 
 def _best(root: Path) -> dict[str, Any]:

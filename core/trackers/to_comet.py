@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treetune.core.trackers import tracked_run
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 # What Comet would send besides: code, the changes of the working folder, the command line and the output of the tracker's own process.
 QUIET = {
@@ -46,6 +46,10 @@ class Comet:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of the step."""
         self.experiment.log_metrics(dict(values), step=step)
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A CSV file among the assets, one for each evaluation."""
+        self.experiment.log_table(f"answers_step_{step:06}.csv", table.rows, headers=table.columns)
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """Entries under Other."""

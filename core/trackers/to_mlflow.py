@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treetune.core.trackers import tracked_run
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 BATCH = 100  # options and tags of one request; numbers may be 1000
 TAG = "treetune.run"
@@ -59,6 +59,11 @@ class Mlflow:
         """One request."""
         now = int(1000 * time.time())
         self.client.log_batch(self.id, [self.entities.Metric(_name(name), float(value), now, step) for name, value in values.items()])
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A table of the artifacts, one for each evaluation, which MLflow shows side by side."""
+        columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+        self.client.log_table(self.id, columns, f"answers/step_{step:06}.json")
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """Tags."""

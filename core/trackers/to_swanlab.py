@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treetune.core.trackers import tracked_run
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 
 class SwanLab:
@@ -25,6 +25,7 @@ class SwanLab:
         swanlab: Any = importlib.import_module("swanlab")
         if api_key is not None:
             swanlab.login(api_key=api_key, save=False)
+        self.swanlab = swanlab
         Settings = swanlab.Settings
         settings = Settings(interactive=False, probe=Settings.Probe(git=False), terminal=Settings.Terminal(proxy_type="none"))
         self.run = swanlab.init(
@@ -50,6 +51,10 @@ class SwanLab:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars of the step."""
         self.run.log(dict(values), step=step)
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A text, as Markdown."""
+        self.run.log({"eval/answers": self.swanlab.Text(table.markdown())}, step=step)
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """Entries of the config."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treetune.core.trackers import tracked_run
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 FOLDER = "tensorboard"
 
@@ -34,6 +34,12 @@ class TensorBoard:
         self.last = step
         entries = [self.summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step, summary=self.summaries.Summary(value=entries))
+        self.writer.flush()
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A text of the step, as Markdown."""
+        self.last = step
+        self._write(step, summary=self._text("eval/answers", table.markdown()))
         self.writer.flush()
 
     def facts(self, values: Mapping[str, str | float]) -> None:

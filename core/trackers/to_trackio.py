@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 
 class Trackio:
@@ -12,6 +12,7 @@ class Trackio:
 
     def __init__(self, run: TrackedRun, *, project: str | None, name: str | None, space: str | None):
         trackio: Any = importlib.import_module("trackio")
+        self.trackio = trackio
         project = project or "treetune"
         # An id is made for a run folder alone, and two of them may be called sft-001.
         self.id = name or (str(run.id) if run.continued else f"{run.name}-{str(run.id)[:6]}")
@@ -28,6 +29,10 @@ class Trackio:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """A row."""
         self.run.log(dict(values), step=step)
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A table in a row of the step."""
+        self.run.log({"eval/answers": self.trackio.Table(columns=table.columns, data=table.rows)}, step=step)
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """Nothing: trackio keeps rows of numbers, and has no place for these."""

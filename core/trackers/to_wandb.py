@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treetune.core.trackers import tracked_run
-from treetune.core.trackers.tracked_run import TrackedRun
+from treetune.core.trackers.tracked_run import Answers, TrackedRun
 
 
 class Wandb:
@@ -33,6 +33,10 @@ class Wandb:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """A row of the history; the evaluation at a step goes into the row of the step."""
         self.run.log(dict(values), step=step)
+
+    def answers(self, step: int, table: Answers) -> None:
+        """A table in the row of the step."""
+        self.run.log({"eval/answers": self.wandb.Table(columns=table.columns, data=table.rows)}, step=step)
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """Entries of the summary."""

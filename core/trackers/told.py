@@ -15,13 +15,14 @@ KINDS = ("step", "evaluation")
 class Told(NamedTuple):
     """What a tracker knows of a run.
 
-    id: its name there. destination: the account and project. step, evaluation: the last ones; -1 for none.
+    id: its name there. destination: the account and project. step, evaluation, answers: the last ones; -1 for none.
     """
 
     id: str | None = None
     destination: str = ""
     step: int = -1
     evaluation: int = -1
+    answers: int = -1
 
 
 class Book:
@@ -56,4 +57,5 @@ def _read(path: Path) -> dict[str, Told]:
 
 def _entry(values: dict[str, Any]) -> Told:
     tracker_id = None if values["id"] is None else str(values["id"])
-    return Told(tracker_id, str(values["destination"]), int(values["step"]), int(values["evaluation"]))
+    numbers = int(values["step"]), int(values["evaluation"]), int(values.get("answers", -1))
+    return Told(tracker_id, str(values["destination"]), *numbers)

@@ -24,6 +24,23 @@ class TrackedRun(NamedTuple):
     about: dict[str, str]
 
 
+class Answers(NamedTuple):
+    """Answers to held-out prompts as a table. columns: their names. rows: numbers and texts, None where nothing is known."""
+
+    columns: list[str]
+    rows: list[list[str | int | None]]
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        head = f"| {' | '.join(self.columns)} |\n|{'---|' * len(self.columns)}"
+        return "\n".join([head, *(f"| {' | '.join(map(_cell, row))} |" for row in self.rows)])
+
+
+def _cell(value: str | int | None) -> str:
+    text = "" if value is None else str(value)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\r", "").replace("\n", "<br>")
+
+
 class Tracker(Protocol):
     """A run that is open in a tracker. id: its name there. place: where it can be seen, or how it gets there, for people."""
 
@@ -32,6 +49,9 @@ class Tracker(Protocol):
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """The numbers of a step, or of the evaluation at it, under the names of metrics.jsonl."""
+
+    def answers(self, step: int, table: Answers) -> None:
+        """The answers of the evaluation at a step, beside what they are compared with."""
 
     def facts(self, values: Mapping[str, str | float]) -> None:
         """What is known of the whole run, such as its best evaluation."""

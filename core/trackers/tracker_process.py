@@ -1,8 +1,9 @@
 """The process of one tracker: its package is imported and called here, where it can hang, print, crash or start what it likes.
 
 Started as `python -m treetune.core.trackers.tracker_process` with a socket as standard input (`core.rollout.wire`). Each message has
-"limit_s" and one of "open", "numbers", "facts", "copy", "finish" with the arguments of that call; the answer is {}, {"error"}, or of "open"
-{"id", "place"}. A channel that closes means that the trainer is gone. The standard library only, besides what the tracker imports.
+"limit_s" and one of "open", "numbers", "answers", "facts", "copy", "finish" with the arguments of that call; the answer is {}, {"error"},
+or of "open" {"id", "place"}. A channel that closes means that the trainer is gone. The standard library only, besides what the tracker
+imports.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import sys
 from typing import Any, TextIO
 
 from treetune.core.rollout import descendants, wire, worker
-from treetune.core.trackers.tracked_run import TrackedRun, Tracker
+from treetune.core.trackers.tracked_run import Answers, TrackedRun, Tracker
 
 GRACE_S = 5.0  # beyond the limit that the trainer keeps
 LEFT_S = 60.0  # to write what is left where the trainer is gone
@@ -56,8 +57,10 @@ def _call(tracker: Tracker | None, name: str, given: dict[str, Any]) -> tuple[Tr
         if name == "open":
             tracker = _open(**given)
             return tracker, {"id": tracker.id, "place": tracker.place}
-        if name == "numbers":
+        if "step" in given:
             given["step"] = int(given["step"])
+        if name == "answers":
+            given["table"] = Answers(*given["table"])
         getattr(tracker, name)(**given)
     except BaseException as error:  # what a foreign package raises, SystemExit included, costs the tracker and nothing else
         return tracker, {"error": worker.described(error)}

@@ -24,6 +24,9 @@ class Summary:
     def update(self, values):
         call("summary.update", values)
 
+def Table(columns, data):
+    return {"columns": columns, "data": data}
+
 class Artifact:
     def __init__(self, name, **named):
         call("Artifact", name, **named)
@@ -67,6 +70,7 @@ class Experiment:
 def _noted(name):
     return lambda self, values, **named: call(name, values, **named)
 
+Experiment.log_table = lambda self, name, rows, headers: call("log_table", name, rows, headers=headers)
 for name in ("log_parameters", "log_metrics", "log_others"):
     setattr(Experiment, name, _noted(name))
 
@@ -79,6 +83,9 @@ def start(**named):
 """,
     "trackio": """
 from stub_calls import call
+
+def Table(columns, data):
+    return {"columns": columns, "data": data}
 
 class Run:
     def log(self, values, step):
@@ -117,6 +124,9 @@ class Run:
 
     def finish(self, state):
         call("finish", state)
+
+def Text(content):
+    return content
 
 def login(**named):
     call("login", **named)
@@ -171,6 +181,9 @@ class MlflowClient:
 
     def log_artifacts(self, id, path, artifact_path):
         call("log_artifacts", id, path, artifact_path)
+
+    def log_table(self, id, data, artifact_file):
+        call("log_table", id, data, artifact_file)
 
     def set_terminated(self, id, status):
         call("set_terminated", id, status)

@@ -1,6 +1,7 @@
 """What each tracker calls of its package, by stubs of the packages; TensorBoard itself, since it is small."""
 
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -116,3 +117,50 @@ def test_tensorboard(followed, services):
     assert [(one.step, one.value) for one in events.Scalars("eval/loss")] == [(0, 2.0)]
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in ("options", "done")}
     assert "| lora_r | 4 |" in texts["options"] and texts["done"] == "all"
+
+
+ANSWERED = [{"step": 2, "row": row, "prompt": f"p{row}", "answer": "<a|\nb>", "tokens": 3, "stopped": True} for row in (4, 9)]
+COLUMNS, ROWS = ["row", "prompt", "reference", "answer", "tokens"], [[row, f"p{row}", None, "<a|\nb>", 3] for row in (4, 9)]
+MARKDOWN = (
+    "| row | prompt | reference | answer | tokens |\n|---|---|---|---|---|\n"
+    "| 4 | p4 |  | &lt;a&#124;<br>b> | 3 |\n| 9 | p9 |  | &lt;a&#124;<br>b> | 3 |"
+)
+TABLE = {"columns": COLUMNS, "data": ROWS}
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "call", "expected"),
+    [
+        ("wandb", {"use_wandb": "on"}, "log", [[{"eval/answers": TABLE}], {"step": 2}]),
+        ("trackio", {"use_trackio": "on"}, "log", [[{"eval/answers": TABLE}], {"step": 2}]),
+        ("swanlab", {"use_swanlab": "on"}, "log", [[{"eval/answers": MARKDOWN}], {"step": 2}]),
+        ("comet_ml", {"use_comet": "on"}, "log_table", [["answers_step_000002.csv", ROWS], {"headers": COLUMNS}]),
+        (
+            "mlflow", {"use_mlflow": "on"}, "log_table",
+            [["given-by-mlflow", {name: [row[i] for row in ROWS] for i, name in enumerate(COLUMNS)}, "answers/step_000002.json"], {}],
+        ),
+    ],
+)  # fmt: skip
+def test_answers_to_held_out_prompts_are_a_table_that_is_told_once(package, options, call, expected, stubs, followed, services):
+    stubs(package)
+    trackers = followed.open(services(**options))
+    trackers[0].samples([{"step": 0, "prompt": "p", "answer": "a sample answer"}])
+    trackers[0].samples(ANSWERED)
+    followed.end(trackers)
+    (followed.root / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ANSWERED))
+    trackers = followed.open(services(**options), 2)  # a process that goes on
+    followed.end(trackers)
+    assert [list(one[1:]) for one in stubs.calls(call)] == [expected] and followed.warnings == []
+
+
+def test_answers_that_a_tracker_missed_are_told_with_the_numbers_of_their_step(stubs, followed, services):
+    stubs("wandb")
+    (followed.root / "samples.jsonl").write_text("".join(json.dumps(one | {"step": 0}) + "\n" for one in ANSWERED))
+    trackers = followed.open(services(use_wandb="off"))
+    followed.evaluation(trackers, 0)
+    followed.step(trackers, 1)
+    followed.end(trackers)
+    followed.end(followed.open(services(use_wandb="on"), 1))
+    assert [(named["step"], [*args[0]][0]) for _, args, named in stubs.calls("log")] == [
+        (0, "eval/loss"), (0, "eval/answers"), (1, "train/loss")
+    ]  # fmt: skip
