@@ -184,6 +184,12 @@ class Bridge:
         """The dtypes of leaves that are not computed with in that of the model, by path."""
         return skeleton(_own(cfg)).wide
 
+    def counts_from_padding(self, cfg: dense.Config) -> bool:
+        """Whether positions begin behind the id of padding, as RoBERTa's do: config.json then says what is computed by it."""
+        parts = skeleton(_own(cfg))
+        tables = [part for part in parts.base.modules() if isinstance(part, nn.Embedding) and part is not parts.embedding]
+        return any(table.padding_idx is not None for table in tables)
+
     def read_files(
         self,
         root: Path,

@@ -259,7 +259,7 @@ def files_of(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> t
     assert files.sizes is not None
     config = MODELS[model.family].to_hf(replace(model.cfg, tied=tied))
     dtype = str(next(iter(files.sizes.values())).dtype).removeprefix("torch.")
-    return files, config | {"dtype": dtype} | special_ids(tokenizer)
+    return files, config | {"dtype": dtype} | config_ids(model, tokenizer)
 
 
 def described(model: Model, tokenizer: Any = None, *, stacked: bool = False) -> tuple[dict[str, Tensor], dict]:
@@ -320,6 +320,13 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
     """The special ids of a tokenizer, {} without one, as config.json names them."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {} if tokenizer is None else {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
+
+
+def config_ids(model: Model, tokenizer: Any) -> dict[str, int]:
+    """Those of a model's config.json; that of padding stays as it is where the model counts its positions from it."""
+    counts = getattr(MODELS[model.family], "counts_from_padding", None)
+    kept = counts is not None and counts(model.cfg)
+    return {name: value for name, value in special_ids(tokenizer).items() if not (kept and name == "pad_token_id")}
 
 
 def tokenizer(path_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

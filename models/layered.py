@@ -127,7 +127,7 @@ def save(merged: Merged, path: Path, chosen: Target, tokenizer: Any, *, dtype: t
     params = model.params
     tied = "lm_head" not in params or (model.cfg.tied and torch.equal(params["lm_head"], params["embed_tokens"]))
     sizes = family.abstract(replace(model.cfg, tied=tied), dtype=params["embed_tokens"].dtype)
-    config = family.to_hf(replace(model.cfg, tied=tied)) | {"dtype": str(dtype).removeprefix("torch.")} | hf.special_ids(tokenizer)
+    config = family.to_hf(replace(model.cfg, tied=tied)) | {"dtype": str(dtype).removeprefix("torch.")} | hf.config_ids(model, tokenizer)
     tensors = _tensors(model, tied)
     if scheme is not None:
         keys = quantising.keys(model, scheme)

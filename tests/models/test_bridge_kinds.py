@@ -1,13 +1,14 @@
 """DoRA, PiSSA and ranks of their own on bridged models: what PEFT computes on transformers' own modules, remade and sampled alike."""
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from treetune.core import lora, tree
+from treetune.core import lora, manifest, tree
 from treetune.core.quant import Scheme
 from treetune.core.run import faults
 from treetune.core.state import TrainState
@@ -103,3 +104,23 @@ def test_what_scores_needs_no_bias_of_the_language_head(kind, tmp_path):
     again, head = heads.load(tmp_path / "scored")
     assert set(dict(tree.items(again.params))) == set(dict(tree.items(model.params)))
     assert torch.equal(heads.scores(again.family, again.cfg, again.params, head, batch), policy.scores(headed)(*state[:2], batch, None))
+
+
+class Ids:
+    """The special ids of a tokenizer."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 9
+
+
+@pytest.mark.parametrize("kind,pad", [("roberta", 0), ("gpt_neox", 9)])
+def test_a_tokenizer_with_another_padding_moves_no_positions(kind, pad, tmp_path):
+    """RoBERTa's positions begin behind the id of padding in config.json."""
+    with plain_model.without_bars():
+        architectures.build(kind).save_pretrained(tmp_path / "model")
+    model = hf.load(tmp_path / "model")
+    config = hf.files_of(model, Ids())[1]
+    assert (config["pad_token_id"], config["eos_token_id"]) == (pad, 2)
+    hf.save(tmp_path / "saved", model)
+    (tmp_path / "saved" / manifest.NAME).unlink()
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(hf.load(tmp_path / "saved"), None), logits(model, None))
