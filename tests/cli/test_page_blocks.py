@@ -10,8 +10,9 @@ import yaml
 ROOT = Path(__file__).parents[2]
 # Who runs the Python blocks of a page.
 PYTHON = {
-    "README": "tests/cli/test_readme.py", "data": "tests/cli/test_page_blocks.py", "extending": "tests/test_extending.py",
-    "models": "tests/cli/test_page_blocks.py", "online": "tests/cli/test_online_docs.py", "python": "tests/cli/test_python_page.py",
+    "README": "tests/cli/test_readme.py", "data": "tests/cli/test_page_blocks.py", "evaluation": "tests/cli/test_pages.py",
+    "extending": "tests/test_extending.py", "models": "tests/cli/test_page_blocks.py", "online": "tests/cli/test_online_docs.py",
+    "python": "tests/cli/test_python_page.py",
     "runs": "tests/test_extending.py", "start": "tests/cli/test_start_page.py",
 }  # fmt: skip
 # Who reads the YAML blocks of a page; `page_commands.files` gives those with a name to tests/cli/test_pages.py.
