@@ -116,11 +116,11 @@ def outcome(one: dict[str, Any]) -> str:
     """What a run is judged by, before and after, and whether that is better."""
     parts = []
     for name, ends in one["judged"].items():
-        gained = ends["after"] - ends["before"]
+        # Before the first step no pair is won, as margins are 0: half of them are won by chance.
+        gained = ends["after"] - (0.5 if name == "eval/rewards/accuracies" else ends["before"])
         if not ends["more_is_better"]:
             gained = -gained
         values = f"{name} {ends['before']:.3f} -> {ends['after']:.3f}"
-        # Before the first step the margin of a pair is 0 by definition and no pair is won.
         if name.startswith("eval/"):
             parts.append(values if gained > 0 else f"{values} (no better)")
         else:
