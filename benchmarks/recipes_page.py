@@ -29,7 +29,7 @@ Each was run by `benchmarks/recipes.py` on one thread of {cpu}, beside other wor
 than those of the CPU (load averages are in the JSON). **The steps are few**, by flags that the runs had besides the file: the figures
 show that a recipe runs, what it costs and which way it begins to move, not where it ends. Held-out rows are few as well. A loss is that
 of held-out rows, a token or a pair; a reward is that of sampled completions, at the first steps and at the last. Before its first
-step a policy is its own reference: margins are 0 then, and no pair is won.
+step a policy is its own reference, where there is one: margins are 0 then, and no pair is won.
 
 | command | steps | tokens | CPU (s) | clock (s) | a step (s) | peak memory (GiB) | before -> after |
 |---|---|---|---|---|---|---|---|
@@ -116,8 +116,9 @@ def outcome(one: dict[str, Any]) -> str:
     """What a run is judged by, before and after, and whether that is better."""
     parts = []
     for name, ends in one["judged"].items():
-        # Before the first step no pair is won, as margins are 0: half of them are won by chance.
-        gained = ends["after"] - (0.5 if name == "eval/rewards/accuracies" else ends["before"])
+        # A policy that is its own reference wins no pair, as margins are 0: half of them are won by chance.
+        chance = name == "eval/rewards/accuracies" and ends["before"] == 0
+        gained = ends["after"] - (0.5 if chance else ends["before"])
         if not ends["more_is_better"]:
             gained = -gained
         values = f"{name} {ends['before']:.3f} -> {ends['after']:.3f}"
