@@ -66,7 +66,7 @@ class RewardFunctions:
     """Rewards."""
 
     reward_funcs: Annotated[tuple[str, ...], FUNCTION_PATH, function(REWARD.reason, "reward_funcs")] = ("gsm8k",)
-    """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits, judge), an import path
+    """Rewards: built in (gsm8k, math_equal, math_verify, format_tags, length, repetition, digits, llm_judge), an import path
     (rewards.accuracy), file.py:function, or a reward model's folder or Hugging Face id. Options follow a question mark:
     length?max=512,cache=128. A function takes completions and the columns that its parameters name, and gives a number for each
     completion, or None to abstain."""

@@ -109,7 +109,7 @@ def repetition(completions: Sequence[Completion], completion_ids: Sequence[Seque
 
 
 BUILTIN: dict[str, Callable] = {
-    one.__name__: one for one in (gsm8k, math_equal, math_verify, format_tags, length, digits, repetition, judge.judge)
+    one.__name__: one for one in (gsm8k, math_equal, math_verify, format_tags, length, digits, repetition, judge.llm_judge)
 }
 
 

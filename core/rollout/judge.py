@@ -1,6 +1,7 @@
 """A language model as a reward: a chat endpoint is asked for a number about each completion.
 
-`judge?url=http://127.0.0.1:8000/v1,model=NAME` names it among rewards. Standard library only at the top, since worker processes import it.
+`llm_judge?url=http://127.0.0.1:8000/v1,model=NAME` names it among rewards. Standard library only at the top:
+worker processes import it.
 """
 
 import os
@@ -37,7 +38,7 @@ LIMIT_S = 120.0  # of one answer; reward_timeout is the limit of a call for all 
 KEY = "OPENAI_API_KEY"  # environment variable with the key of the endpoint
 
 
-def judge(
+def llm_judge(
     completions: Sequence[Any],
     prompts: Sequence[Any],
     *,
@@ -79,16 +80,16 @@ def number(reply: str) -> float | None:
 def _checked(url: str, model: str, file: str, columns: Mapping[str, Any]) -> str:
     """The template of the options."""
     if unknown := [name for name, value in columns.items() if not isinstance(value, list)]:
-        raise ValueError(f"judge has no option {unknown[0]}; its options are url, model, template, max_tokens, key")
+        raise ValueError(f"llm_judge has no option {unknown[0]}; its options are url, model, template, max_tokens, key")
     if not re.match(r"https?://[^/]", str(url)) or model == "":
-        raise ValueError(f"judge has url={url}, model={model}: expected judge?url=http://HOST:PORT/v1,model=NAME")
+        raise ValueError(f"llm_judge has url={url}, model={model}: expected llm_judge?url=http://HOST:PORT/v1,model=NAME")
     if not file:
         return TEMPLATE
     if not Path(file).is_file():
-        raise ValueError(f"judge has template={file}: there is no such file")
+        raise ValueError(f"llm_judge has template={file}: there is no such file")
     text = Path(file).read_text(encoding="utf-8")
     if "{completion}" not in text:
-        raise ValueError(f"judge has template={file}, which has no {{completion}} to fill in: the judge would see no answer")
+        raise ValueError(f"llm_judge has template={file}, which has no {{completion}} to fill in: the judge would see no answer")
     return text
 
 

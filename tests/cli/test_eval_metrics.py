@@ -71,6 +71,6 @@ def test_rewards_of_answers_by_functions_and_a_judge(kit, sft, here):
 
 def test_rewards_that_cannot_score_are_refused(kit, sft, here):
     (here / "rewards.py").write_text("def of(completions, colour):\n    return [0] * len(completions)\n")
-    for name, why in (("rewards.py:of", "colour"), ("nothing", "is not built in"), ("judge?model=m", "expected judge")):
+    for name, why in (("rewards.py:of", "colour"), ("nothing", "is not built in"), ("llm_judge?model=m", "expected llm_judge")):
         kit.refused(sft(*SHORT, "--eval-reward-funcs", name, "--output-dir", "run"), why)
     assert not (here / "run").exists()

@@ -58,7 +58,7 @@ def test_a_judge_is_asked_of_each_completion_with_prompt_and_reference(endpoint,
     replies[:] = [lambda body: (200, "10" if "4!" in body["messages"][0]["content"] else "2")]
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     chats = [[{"role": "user", "content": "2 + 2"}], [{"role": "system", "content": "short"}, {"role": "user", "content": "{completion}"}]]
-    found = judge.judge(["4!", [{"role": "assistant", "content": "5"}]], chats, url=url, model="m", answer=["four", None])
+    found = judge.llm_judge(["4!", [{"role": "assistant", "content": "5"}]], chats, url=url, model="m", answer=["four", None])
     assert found == [10, 2]
     texts = sorted((body["messages"][0]["content"] for _, body, _ in seen), key=lambda text: "4!" not in text)
     assert "<prompt>\n2 + 2\n</prompt>" in texts[0] and "<good_answer>\nfour\n" in texts[0]
@@ -72,7 +72,7 @@ def test_a_template_names_columns(endpoint, tmp_path):
     url, seen, _ = endpoint
     file = tmp_path / "ask.txt"
     file.write_text('{kind}: {completion} {"score": NUMBER} {unknown}')
-    assert judge.judge(["x"], ["p"], url=url, model="m", template=str(file), kind=["poem"]) == [7]
+    assert judge.llm_judge(["x"], ["p"], url=url, model="m", template=str(file), kind=["poem"]) == [7]
     assert seen[0][1]["messages"][0]["content"] == 'poem: x {"score": NUMBER} {unknown}'
 
 
@@ -80,20 +80,20 @@ def test_what_passes_is_tried_again(endpoint, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     url, seen, replies = endpoint
     replies[:] = [lambda body: (503, "busy"), lambda body: (429, "slow down"), lambda body: (200, "3")]
-    assert judge.judge(["x"], ["p"], url=url, model="m") == [3] and len(seen) == 3
+    assert judge.llm_judge(["x"], ["p"], url=url, model="m") == [3] and len(seen) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, r"expected judge\?url=http://HOST:PORT/v1,model=NAME"), ({"url": "localhost:8000", "model": "m"}, "expected judge"),
-        ({"url": "http://127.0.0.1:9", "model": "m", "temperatur": 1}, "judge has no option temperatur"),
+        ({}, r"expected llm_judge\?url=http://HOST:PORT/v1,model=NAME"), ({"url": "localhost:8000", "model": "m"}, "expected llm_judge"),
+        ({"url": "http://127.0.0.1:9", "model": "m", "temperatur": 1}, "llm_judge has no option temperatur"),
         ({"url": "http://127.0.0.1:9", "model": "m", "template": "none.txt"}, "there is no such file"),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_anything_is_asked(options, match):
     with pytest.raises(ValueError, match=match):
-        judge.judge([], [], **options)
+        judge.llm_judge([], [], **options)
 
 
 def test_failures_are_one_line(endpoint, monkeypatch, tmp_path):
@@ -101,13 +101,13 @@ def test_failures_are_one_line(endpoint, monkeypatch, tmp_path):
     url, seen, replies = endpoint
     (tmp_path / "t.txt").write_text("score this")
     with pytest.raises(ValueError, match=r"has no \{completion\}"):
-        judge.judge([], [], url=url, model="m", template=str(tmp_path / "t.txt"))
+        judge.llm_judge([], [], url=url, model="m", template=str(tmp_path / "t.txt"))
     replies[:] = [lambda body: (401, "bad\nkey")]
     with pytest.raises(ValueError, match="refuses, status 401") as refused:
-        judge.judge(["x"], ["p"], url=url, model="m")
+        judge.llm_judge(["x"], ["p"], url=url, model="m")
     assert "\n" not in str(refused.value) and len(seen) == 1, "a refusal is final"
     with pytest.raises(ValueError, match="no answer from the judge at http://127.0.0.1:1/v1/chat/completions, asked 4 times"):
-        judge.judge(["x"], ["p"], url="http://127.0.0.1:1/v1", model="m")
+        judge.llm_judge(["x"], ["p"], url="http://127.0.0.1:1/v1", model="m")
 
 
 def test_a_judge_is_a_reward_like_others(endpoint):
@@ -116,6 +116,6 @@ def test_a_judge_is_a_reward_like_others(endpoint):
     replies[:] = [lambda body: (200, "1" if "\nno\n" in body["messages"][0]["content"] else "9")]
     ids = np.zeros(1, np.int32)
     two = tuple(Completion(ids, np.zeros(1, np.float32), np.ones(1, bool), True, text) for text in ("yes", "no"))
-    with Pool([f"judge?url={url},model=m"]) as pool:
+    with Pool([f"llm_judge?url={url},model=m"]) as pool:
         scores = pool.score([Group(Prompt(ids, "is it?", None, {"answer": "yes"}, 1), 0, two, 0)])
     assert scores.tolist() == [[[9], [1]]] and "<good_answer>\nyes\n" in seen[0][1]["messages"][0]["content"]
