@@ -96,7 +96,7 @@ MISSING: Mapping[str, str] = {
         nemo_gym_verify_timeout nemo_gym_run_timeout
         """,
     ),
-    **_each("treetune lm-eval, behind the run", "lm_eval_tasks lm_eval_batch_size lm_eval_model lm_eval_post_train"),
+    **_each("treetune lm-eval --model", "lm_eval_model"),
     **_each(
         "observer: FILE.py:FUNCTION, or use_tensorboard", "use_otel_metrics otel_metrics_host otel_metrics_port"
     ),

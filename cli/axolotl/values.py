@@ -287,6 +287,16 @@ def _answer_metrics(value: Any, file: File) -> Values:
     return {"eval_causal_lm_metrics": write(list(named))} if _measured(file) else {}
 
 
+def _after(name: str) -> Callable[[Any, File], Values]:
+    """Benchmarks behind the run, unless lm_eval_post_train leaves them to a command of its own."""
+
+    def function(value: Any, file: File) -> Values:
+        asked = file.value("lm_eval_tasks") and file.value("lm_eval_post_train", True)
+        return {name: write(value)} if asked and name in file.options else {}
+
+    return function
+
+
 def _table(name: str) -> Callable[[Any, File], Values]:
     """Answers to held-out prompts; nothing where axolotl writes no table: without a size, without held-out rows, or of scores."""
 
@@ -316,7 +326,9 @@ FUNCTIONS: Mapping[str, Callable[[Any, File], Values]] = {
     "resize_token_embeddings_to_32x": _thirty_two, "plugins": _plugins, "relora": _relora, "peft_init_lora_weights": _initial,
     **dict.fromkeys(("relora_steps", "jagged_restart_steps"), _restarts), "rl_adapter_ref_model": _reference,
     "curriculum_sampling": _curriculum, "wandb_watch": _watched, "metric_for_best_model": _best,
-    "eval_table_size": _table("eval_table_size"), **dict.fromkeys(("do_causal_lm_eval", "eval_causal_lm_metrics"), _answer_metrics),
+    "lm_eval_tasks": _after("lm_eval_tasks"), "lm_eval_batch_size": _after("lm_eval_batch_size"),
+    "lm_eval_post_train": lambda value, file: {}, "eval_table_size": _table("eval_table_size"),
+    **dict.fromkeys(("do_causal_lm_eval", "eval_causal_lm_metrics"), _answer_metrics),
     **dict.fromkeys(("eval_max_new_tokens", "eval_table_max_new_tokens"), _table("eval_max_new_tokens")),
     "tf32": lambda value, file: {"tf32": write(True if value == "auto" else value)},
     "greater_is_better": _fixed(False, "false, as the loss is to fall"),

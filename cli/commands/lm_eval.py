@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from treetune.cli.options.commands import LmEval
+from treetune.cli.options.model import AdapterPath, ModelOptions
 from treetune.cli.screen import Screen
 from treetune.core.config import suggestions
 from treetune.core.run import folder, memory
@@ -51,6 +52,22 @@ def run(config: LmEval, given: frozenset[str]) -> int:
             rows["saved"] = str(folder.write_new(Path(config.output_path), _text(results, config, chosen)))
     screen.table("", rows)
     return 0
+
+
+def check(tasks: Sequence[str]) -> None:
+    """Raise ValueError for the first task that lm-eval does not know, and where it is not installed."""
+    _harness()
+    _tasks(LmEval(tasks=tuple(tasks)))
+
+
+def after_training(saved: Path, tasks: Sequence[str], batch_size: int, model: ModelOptions) -> int:
+    """Ask the adapter or model that a run has saved; the exit code. Results replace lm_eval.json of the run folder."""
+    output = saved.parent / "lm_eval.json"
+    output.unlink(missing_ok=True)
+    adapter = str(saved) if saved.name == "adapter" else None
+    chosen = ModelOptions(device=model.device) if adapter else ModelOptions(model=str(saved), device=model.device)
+    asked = LmEval(chosen, AdapterPath(adapter), tasks=tuple(tasks), batch_size=batch_size, output_path=str(output))
+    return run(asked, frozenset() if adapter else frozenset({"model"}))
 
 
 def _harness() -> Callable[..., Any]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ANSWERS = (
     "sample_prompt", "sample_tokens", "eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "eval_answers",
-    "eval_reward_funcs", "eval_reward_timeout",
+    "eval_reward_funcs", "eval_reward_timeout", "lm_eval_tasks", "lm_eval_batch_size",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Options of a run (its folder, evaluations, checkpoints, stopping) and of sampling an answer. Importing this imports no torch."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,7 +21,7 @@ from treetune.core.config.marks import (
     unused_if,
     unused_unless,
 )
-from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, TEMPERATURE, TOKENS
+from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, SMALL, TEMPERATURE, TOKENS
 from treetune.core.run import answer_metrics
 
 
@@ -38,6 +39,10 @@ def _nothing_to_split(values: Values) -> str:
 
 def _alone(values: Values) -> str:
     return "" if _several(values) else "there is one process, which waits for no other"
+
+
+def _together(values: Values) -> str:
+    return "several processes train; ask treetune lm-eval --adapter RUN when they are done" if _several(values) else ""
 
 
 def _one_start(values: Values) -> str:
@@ -124,12 +129,14 @@ class RunOptions:
     ] = ()
     """Rewards of answers to held-out prompts: functions, reward models and judges, named as in reward_funcs of treetune grpo; the answer
     of a row is in the columns answer, ground_truth, solution and reference."""
-    eval_reward_timeout: Annotated[float, SECONDS, ANSWER, unused_unless("eval_reward_funcs", reason="there are no eval_reward_funcs")] = (
-        60.0
-    )
+    eval_reward_timeout: Annotated[float, SECONDS, ANSWER, unused_unless("eval_reward_funcs", reason="eval_reward_funcs names none")] = 60.0
     """Seconds for a call of a function in eval_reward_funcs, on up to 64 answers; after that they are tried one by one."""
     eval_answers: Annotated[int | None, COUNT, ANSWER, Unused(_unmeasured)] = None
     """Held-out prompts whose answers are measured, the first of them; all if not given."""
+    lm_eval_tasks: Annotated[tuple[str, ...], SHOWN, Unused(_together)] = ()
+    """Benchmarks of treetune lm-eval to ask after training, by name; the results are in lm_eval.json of the run folder."""
+    lm_eval_batch_size: Annotated[int, SMALL, SHOWN, unused_unless("lm_eval_tasks", reason="lm_eval_tasks names none")] = 8
+    """As batch_size of treetune lm-eval, for lm_eval_tasks."""
     early_stopping_patience: Annotated[
         int | None, COUNT, SHOWN, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
     ] = None
@@ -200,6 +207,8 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
     _check_processes(run)
     if len(set(run.eval_reward_funcs)) != len(run.eval_reward_funcs):
         raise ValueError(f"eval_reward_funcs is {', '.join(run.eval_reward_funcs)}: expected none twice")
+    if run.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval_tasks needs the package lm_eval, which is not installed: pip install 'treetune[eval]'")
     answer_metrics.check(run.eval_causal_lm_metrics, "eval_causal_lm_metrics")
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")

@@ -64,6 +64,8 @@ CASES = [
      {"eval_causal_lm_metrics": ["chrf", "perplexity"]}),
     ("do_causal_lm_eval: true\neval_causal_lm_metrics: [chrf]\n", {"eval_causal_lm_metrics": None}),
     ("val_set_size: 0.1\neval_causal_lm_metrics: [chrf]\n", {"eval_causal_lm_metrics": None}),
+    ("lm_eval_tasks: [piqa]\nlm_eval_batch_size: 4\n", {"lm_eval_tasks": ["piqa"], "lm_eval_batch_size": 4}),
+    ("lm_eval_tasks: [piqa]\nlm_eval_batch_size: 4\nlm_eval_post_train: false\n", {"lm_eval_tasks": None, "lm_eval_batch_size": None}),
     ("special_tokens: {pad_token: <pad>}\ntokens: [a]\n", {"special_tokens": ["pad_token=<pad>"], "tokens": ["a"]}),
     ("rl: ipo\n", {"loss": ["ipo"]}), ("rl: gdpo\n", {"advantage": "gdpo"}),
     ("rl: simpo\n", {"rl_beta": 0.1, "cpo_alpha": 1.0}), ("rl: simpo\nrl_beta: 2\ncpo_alpha: 0\n", {"rl_beta": 2.0, "cpo_alpha": 0.0}),

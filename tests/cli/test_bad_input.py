@@ -258,7 +258,7 @@ OUT_OF_RANGE = {
     "lora_r": (0, -3), "lora_alpha": (0, "nan"), "lora_dropout": (1, -0.1), "loraplus_lr_ratio": (0,), "eval_steps": (0,),
     "save_steps": (0,), "save_total_limit": (0, -1), "logging_steps": (0,), "early_stopping_patience": (0,), "loss_watchdog_patience": (0,),
     "loss_watchdog_threshold": (0,), "sample_tokens": (0,),
-    "eval_table_size": (-1,), "eval_max_new_tokens": (0,), "eval_answers": (0,), "eval_reward_timeout": (0,),
+    "eval_table_size": (-1,), "eval_max_new_tokens": (0,), "eval_answers": (0,), "eval_reward_timeout": (0,), "lm_eval_batch_size": (0,),
 }  # fmt: skip
 VALUES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
 
@@ -291,6 +291,8 @@ IGNORED = [
     ("--eval-answers 3", "eval-answers", "neither eval_causal_lm_metrics nor eval_reward_funcs"),
     ("--eval-answers 3 --eval-causal-lm-metrics perplexity", "eval-answers", "neither eval_causal_lm_metrics nor eval_reward_funcs"),
     ("--evals-per-epoch 0 --eval-reward-funcs digits", "eval-reward-funcs", "evals_per_epoch is 0"),
+    ("--lm-eval-batch-size 3", "lm-eval-batch-size", "lm_eval_tasks names none"),
+    ("--lm-eval-tasks piqa --nproc 2", "lm-eval-tasks", "several processes train"),
     ("--eval-reward-timeout 3", "eval-reward-timeout", "eval_reward_funcs names none"),
     ("--sample-prompt= --sample-tokens 3", "sample-tokens", "sample_prompt is empty"),
     ("--sharding full", "sharding", "nproc"), ("--shard data=2", "shard", "nproc"), ("--rank-timeout 9", "rank-timeout", "one process"),

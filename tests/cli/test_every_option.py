@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from treetune.cli import memory_ladder, ray_launch
+from treetune.cli.commands import lm_eval
 from treetune.cli.methods.sft import Sft
 from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.run import SampleOptions
@@ -135,6 +137,8 @@ CHANGES = {
     "logging_steps": ("out", lambda t: ["--logging-steps", 2], []),
     "eval_table_size": ("samples", lambda t: ["--eval-table-size", 2], []),
     "eval_causal_lm_metrics": ("metrics", lambda t: ["--eval-causal-lm-metrics", "chrf", "--eval-max-new-tokens", 8], []),
+    "lm_eval_tasks": ("files", lambda t: ["--lm-eval-tasks", "answers"], []),
+    "lm_eval_batch_size": ("out", lambda t: ["--lm-eval-batch-size", 2], ["--lm-eval-tasks", "answers"]),
     "eval_reward_funcs": ("metrics", lambda t: ["--eval-reward-funcs", "length?max=9,cache=9", "--eval-max-new-tokens", 8], []),
     "eval_reward_timeout": (
         "error", lambda t: ["--eval-reward-timeout", 0.2], ["--eval-reward-funcs", "slow.py:slow", "--eval-max-new-tokens", 8],
@@ -206,6 +210,8 @@ def observed(kit, tiny, here, tune, start, monkeypatch):
     monkeypatch.setattr(ray_launch, "run", lambda words, *how, **more: print(how, more) or 3)
     monkeypatch.setattr(launch, "run", lambda words, how, tell: print(how, "--rank-timeout" in words) or 3)  # tests/dist starts processes
     monkeypatch.setattr(memory_ladder, "capacity", lambda device: 2**31)  # of a small machine
+    monkeypatch.setattr(lm_eval, "check", lambda tasks: None)  # test_lm_eval.py asks
+    monkeypatch.setattr(lm_eval, "run", lambda config, given: print(config.batch_size) or Path(config.output_path).touch())
     copied, copy = [], ckpt_parts.on_host
     monkeypatch.setattr(ckpt_parts, "on_host", lambda own: copied.append(1) or copy(own))
     calls, layer = [], dense._layer

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -198,3 +199,17 @@ def test_without_the_package_one_line_names_the_extra(tune, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = tune("lm-eval", "--tasks", "a")
     assert done.code == 2 and "pip install 'treetune[eval]'" in done.err
+
+
+def test_benchmarks_after_training_are_those_of_the_command_on_the_run(kit, sft, tune, here, monkeypatch):
+    """Found before training where a task is not there; asked of what was saved, into the run folder."""
+    kit.refused(sft("--lm-eval-tasks", "nothing", "--output-dir", "run"), "lm-eval knows no task 'nothing'")
+    assert not (here / "run").exists()
+    asked = []
+    monkeypatch.setattr(command, "check", lambda tasks: asked.append(tasks))
+    monkeypatch.setattr(command, "run", lambda config, given: asked.append((config, given)) or 0)
+    assert sft("--lm-eval-tasks", "piqa", "--lm-eval-batch-size", 3, "--output-dir", "run").code == 0
+    assert asked[0] == ("piqa",)
+    config, given = asked[1]
+    assert (config.adapter.adapter, config.tasks, config.batch_size) == (str(Path("run") / "adapter"), ("piqa",), 3)
+    assert config.output_path == str(Path("run") / "lm_eval.json") and not given

@@ -94,7 +94,7 @@ TABLE = {
         "profiler_steps", "profiler_steps_start", "log_level",
         "loss_watchdog_patience", "observer", "sample_prompt", "sample_tokens", "log_completions", "num_completions_to_print",
         "eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "eval_answers",
-        "eval_reward_funcs", "eval_reward_timeout",
+        "eval_reward_funcs", "eval_reward_timeout", "lm_eval_tasks", "lm_eval_batch_size",
         # who is told
         "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
         "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model",
