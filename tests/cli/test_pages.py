@@ -41,7 +41,7 @@ NOT_RUN = {
     "treetune sft --model MODEL --data chats.jsonl --wandb-project sums": "the service of W&B; make test-trackers runs it offline",
     "treetune lm-eval --adapter runs/mine --tasks hellaswag gsm8k --limit 200 --output-path results.json":
         "rows of the hub; the next command of the page runs a task of files",
-    "treetune sft --data rows.jsonl --eval-reward-funcs 'judge?url=http://127.0.0.1:8000/v1,model=NAME' --eval-answers 100":
+    "treetune sft --data rows.jsonl --eval-reward-funcs 'llm_judge?url=http://127.0.0.1:8000/v1,model=NAME' --eval-answers 100":
         "an endpoint of a judge; tests/core/rollout/test_judge.py has one",
 }  # fmt: skip
 # Programs of others, and words before ours that need a cluster: their lines are read, and what they name must be there.
