@@ -57,9 +57,9 @@ def llm_judge(
     text = _checked(url, model, str(template), columns)
     if not completions:
         return []
-    ask = _asker(url, str(model), max_tokens, os.environ.get(key, ""))
     asked = [_filled(text, _fields(i, completions, prompts, columns)) for i in range(len(completions))]
-    with ThreadPoolExecutor(TOGETHER) as threads:
+    with _client(url, os.environ.get(key, "")) as client, ThreadPoolExecutor(TOGETHER) as threads:
+        ask = _asker(client, f"{url.rstrip('/')}/chat/completions", str(model), max_tokens)
         return [number(reply) for reply in threads.map(ask, asked)]
 
 
@@ -115,19 +115,23 @@ def _filled(template: str, fields: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
-def _asker(url: str, model: str, max_tokens: int, key: str) -> Callable[[str], str]:
+def _client(url: str, key: str) -> Any:
+    """Connections to the endpoint; proxies of the environment are for other machines alone."""
+    import httpx
+
+    place = httpx.URL(url)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(timeout=LIMIT_S, trust_env=place.host not in LOOPBACK, verify=place.scheme == "https", headers=headers)
+
+
+def _asker(client: Any, address: str, model: str, max_tokens: int) -> Callable[[str], str]:
     """The function that asks the endpoint once, and again while that makes sense."""
     import httpx
     import tenacity
 
-    local = httpx.URL(url).host in LOOPBACK
-    client = httpx.Client(timeout=LIMIT_S, trust_env=not local, verify=httpx.URL(url).scheme == "https")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    address = f"{url.rstrip('/')}/chat/completions"
-
     def ask(text: str) -> str:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": max_tokens}
-        reply = client.post(address, json=body, headers=headers)
+        reply = client.post(address, json=body)
         if reply.status_code == 429 or reply.status_code >= 500:
             raise httpx.TransportError(f"status {reply.status_code}")
         return _content(reply, address)
