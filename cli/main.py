@@ -50,11 +50,12 @@ COMMANDS = {name: Command("commands.train", method.config, method.help) for name
     "info": Command("commands.info", commands.Info, "describe this machine, a model, an adapter or a run"),
 }
 
+OF_FILES = {"train": file_commands.HELP, "plan": planning.HELP}  # commands of any method, which a file names
+
 
 def usage() -> str:
     """The text of `treetune --help`."""
-    of_files = {"train": file_commands.HELP, "plan": planning.HELP}
-    lines = [f"  {name:13} {text}" for name, text in (of_files | {name: one.help for name, one in COMMANDS.items()}).items()]
+    lines = [f"  {name:13} {text}" for name, text in (OF_FILES | {name: one.help for name, one in COMMANDS.items()}).items()]
     return "\n".join(
         ["usage: treetune COMMAND [run.yaml] [options]", "", "Post-training for language models.", "", "commands:", *lines, "",
          "treetune COMMAND --help lists the options of a command.",
@@ -132,7 +133,7 @@ def _run(command: str, argv: list[str]) -> int:
                 method = methods.load(command)
             COMMANDS[command] = Command("commands.train", method.config, method.help)
         if command not in COMMANDS:
-            raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, COMMANDS)}; see treetune --help")
+            raise BadInput(f"unknown command {command!r}{suggestions.of_command(command, [*OF_FILES, *COMMANDS])}; see treetune --help")
         chosen = COMMANDS[command]
         return _start(command, chosen, argv, dry=dry, plan=plan)
     except BadInput as error:

@@ -76,6 +76,8 @@ def _run_tyro(command: str, config: type, from_file: dict[str, Any], args: list[
         if words.startswith("Required options"):
             needed = [name.upper() for name, option in table.options(config).items() if option.default is table.REQUIRED]
             words = f"treetune {command} needs {' and '.join(needed)}"
+        if (alone := re.fullmatch(r"Unrecognized options: ([^-\s]\S*)", words)) and "data" in table.options(config):
+            words = f"{alone[1]} has no option before it: rows come behind --data, a run file behind --config"
         raise ValueError(f"{words}; see treetune {command} --help") from None
 
 

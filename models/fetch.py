@@ -134,6 +134,8 @@ def quantised(name: str) -> bool:
 
 def check_adapter(name: str) -> None:
     """Errors: ValueError for what is neither an adapter's folder nor that of a run with one."""
+    if not Path(name).exists():
+        raise ValueError(f"{name} does not exist: expected an adapter's folder in PEFT format, or a run folder with one")
     inside = Path(name) / "adapter"
     file = (inside if inside.is_dir() else Path(name)) / "adapter_config.json"
     if not file.is_file():

@@ -76,7 +76,9 @@ def fetch(path_or_id: str | Path, *, revision: str | None = None, weights: bool 
             ignore_patterns=[*UNWANTED, *([] if weights else ["*.safetensors"])],
         )
     except LocalEntryNotFoundError as error:
-        raise ValueError(f"no folder {path_or_id} here, and the hub cannot be reached to look for it") from error
+        raise ValueError(
+            f"no folder {path_or_id} here, and the hub cannot be reached to look for it: check the name, the network, and HF_HUB_OFFLINE"
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise ValueError(f"the hub does not give {path_or_id} (status {status}): check the name, and your access if it is gated") from error

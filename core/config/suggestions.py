@@ -136,8 +136,9 @@ CUTOFF = 0.8
 
 
 def nearest(word: str, candidates: Collection[str]) -> str:
-    """ " (did you mean X?)" for a known word that differs in a letter or two, or nothing when none does."""
-    match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=CUTOFF)
+    """ " (did you mean X?)" for a known word that differs in a letter or two, or in their order, or nothing when none does."""
+    swapped = [known for known in candidates if sorted(known) == sorted(word)]
+    match = swapped or difflib.get_close_matches(word, list(candidates), n=1, cutoff=CUTOFF)
     return f" (did you mean {match[0]}?)" if match else ""
 
 

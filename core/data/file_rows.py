@@ -15,6 +15,7 @@ from treetune.core.data.rows import Row
 BOM, BLANKS = b"\xef\xbb\xbf", b" \t\r\n"
 LONGEST_LINE = 1 << 30  # bytes
 MOST_BLANK = 10_000_000  # blank lines one after another, such as a file has that is nothing else
+OTHER_MARKS = (";", "\t")  # what separates columns in files of some other programs
 LONGEST_FIELD = min(1 << 30, sys.maxsize, (1 << 31) - 1)  # characters of a CSV field; csv keeps its limit in a C long
 
 
@@ -136,6 +137,8 @@ def _csv_lines(text: io.TextIOBase, name: str) -> Iterator[str]:
 
 
 def _check_header(names: Sequence[str], name: str) -> None:
+    if len(names) == 1 and (mark := next((mark for mark in OTHER_MARKS if mark in names[0]), None)) is not None:
+        raise ValueError(f"{name} line 1: one column, {names[0]!r}: expected columns separated by commas, not by {mark!r}")
     if twice := jsontext.first_duplicate(names):
         raise ValueError(f"{name} line 1: the header has the column {twice!r} twice: rename one of them, or remove it")
 

@@ -9,6 +9,8 @@ import torch
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 CASES = {
     "unknown command": lambda t, d: (["sfft"], "unknown command 'sfft'", "did you mean sft"),
+    "letters swapped": lambda t, d: (["trian", "run.yaml"], "unknown command 'trian'", "did you mean train"),
+    "rows without an option": lambda t, d: (["sft", "--max-steps", "2", "chats.jsonl"], "chats.jsonl has no option before it", "--data"),
     "missing file": lambda t, d: (sft(t, "--data", "nope.jsonl"), "nope.jsonl: no such file"),
     "broken json": lambda t, d: (
         sft(t, "--data", text(d, "bad.jsonl", '{"text": "a"}\n\n{"text": oops}\n')), "bad.jsonl line 3", "broken JSON"
@@ -139,7 +141,7 @@ CASES = {
     "info of nothing": lambda t, d: (["info", "nope"], "nope is not a folder"),
     "fetch of nothing": lambda t, d: (["fetch", "nope"], "nope is not a folder"),
     "hub out of reach": lambda t, d: (sft(t, "--model", "owner/name"), "owner/name", "hub cannot be reached"),
-    "adapter missing": lambda t, d: (["generate", "hi", "--adapter", "nope"], "nope/adapter_config.json does not exist"),
+    "adapter missing": lambda t, d: (["generate", "hi", "--adapter", "nope"], "nope does not exist: expected an adapter's folder"),
     "adapter without rank": lambda t, d: (
         ["info", text(d, "a/adapter_config.json", '{"peft_type": "LORA"}').parent], "r must be a whole number"
     ),

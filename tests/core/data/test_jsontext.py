@@ -56,6 +56,7 @@ def test_a_repeated_column_of_a_file_is_refused(tmp_path):
     for name, text, place in (
         ("a.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2: the field 'text'"),
         ("a.json", '[{"text": "a", "text": "b"}]', "row 1: the field 'text'"),
+        ("a.csv", "q;a\n1;2\n", r"line 1: one column, 'q;a': expected columns separated by commas, not by ';'"),
         ("a.csv", "text,id,text\na,1,b\n", "line 1: the header has the column 'text' twice"),
     ):
         (tmp_path / name).write_text(text)
