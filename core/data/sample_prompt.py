@@ -30,7 +30,7 @@ def _of_option(asked: str, data: Any, tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
-    """What the first held-out row asks; of other rows, what their document asks."""
+    """What the first held-out row asks; of other rows, what their document asks, or its beginning."""
     row = data.first_row
     if data.format == "alpaca":
         return row["instruction"], prompt_ids.encode_text(tokenizer, instruction.alpaca_prompt(row))
@@ -40,7 +40,7 @@ def _of_row(data: Any, tokenizer: Any, column: str) -> tuple[str, list[int]]:
     if data.format == "chat" and tokenizer.chat_template and (text := _question(row)):
         return text, prompt_ids.encode_chat(tokenizer, text)
     document = next((one for one in data.val or data.train if hasattr(one, "weight")), None)
-    ids = [] if document is None else questions.split(document)[0]
+    ids = [] if document is None else questions.split(document)[0] or document.tokens[:OPENING].tolist()
     return tokenizer.decode(ids, skip_special_tokens=True), ids
 
 

@@ -65,7 +65,10 @@ def test_what_is_left_out_is_what_formats_do_not_take(kind, option):
 
 def test_the_formats_of_texts_are_those_of_the_table():
     ours = {"chat": "chat_template"}
-    names = {ours.get(name, name) for name in row_formats.of_kind("text")} - {"pretokenised"}
+    names = {ours.get(name, name) for name in row_formats.of_kind("text")} - {
+        "pretokenised",
+        "prompt_completion",
+    }  # the names that are ours alone
     assert names | {"sharegpt"} == rows.TEXTS and set(rows.SAME.values()) <= rows.TEXTS
 
 

@@ -18,7 +18,8 @@ PLACES = {
     "checkpoint": {"resume"},
     "template": {"chat_template"},
     "function": {
-        "format", "prompt_transform", "reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage", "observer",
+        "format", "prompt_transform", "reward_funcs", "eval_reward_funcs", "rollout_func", "optimizer", "lr_scheduler", "loss", "advantage",
+        "observer",
     },
     "program": {"vllm_python", "python"},
     "anything": {"file", "include_path", "merged", "path", "paths", "topic"},
@@ -38,8 +39,8 @@ TEXTS = {
     "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", "tokens",
     # metrics.jsonl
     "field", "metric",
-    # names of lm-eval's tasks, and what its chats begin with
-    "tasks", "system_instruction",
+    # names of lm-eval's tasks, and what its chats begin with; names of metrics
+    "tasks", "system_instruction", "lm_eval_tasks", "eval_causal_lm_metrics",
     # names, ids and keys in trackers
     "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
     "rendezvous",

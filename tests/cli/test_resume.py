@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from treetune.core import ckpt
-from treetune.core.data import prompt_ids
+from treetune.core.data import questions
 from treetune.core.run import evaluation, recorder
 
 
@@ -155,7 +155,7 @@ def test_refused_overwrite_deletes_nothing(kit, here, sft):
 
 def test_answers_of_any_characters_survive_a_resume_and_the_report(kit, here, sft, monkeypatch):
     """Line separators inside a JSON string are not line ends, and files are UTF-8 whatever the locale says."""
-    monkeypatch.setattr(prompt_ids, "decode_samples", lambda *_: ["a\u2028b\x85c é \U0001f600 <i>"])
+    monkeypatch.setattr(questions, "decode", lambda *_: "a\u2028b\x85c é \U0001f600 <i>")
     assert sft("--output-dir", "a", "--max-steps", 2, "--save-steps", 1, "--save-total-limit", 9).code == 0
     before = (here / "a/samples.jsonl").read_bytes()
     assert sft("--max-steps", 2, "--resume", "a/checkpoints/step_000001").code == 0
