@@ -314,4 +314,4 @@ def shown(size: int) -> str:
 def line(table: Table) -> str:
     """All terms in a line."""
     terms = ", ".join(f"{name} {shown(value)}" for name, value in zip(TERMS, table, strict=True) if value >= table.peak / 200)
-    return f"about {shown(table.peak)} at the peak: {terms}"
+    return f"about {shown(table.peak)} of tensors at the peak: {terms}"

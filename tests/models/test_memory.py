@@ -238,7 +238,7 @@ def test_rows_leave_out_what_there_is_not():
         "memory": "3.50 GiB at the peak of a run: cpu, adamw", "  weights": "3.00 GiB", "  adapter": "512.00 MiB",
         "  elsewhere: states": "1.00 MiB",
     }  # fmt: skip
-    assert memory.line(Table(3 * memory.GIB)) == "about 3.00 GiB at the peak: weights 3.00 GiB"
+    assert memory.line(Table(3 * memory.GIB)) == "about 3.00 GiB of tensors at the peak: weights 3.00 GiB"
 
 
 def test_paged_states_are_in_the_memory_of_the_host():
