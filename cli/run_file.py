@@ -32,6 +32,7 @@ TAKEN = {
     "generate": MODEL, "chat": MODEL, "merge": MODEL, "serve": MODEL, "check": MODEL,
     "score": (*MODEL, *ROWS),
 }  # fmt: skip
+APART = {"preprocess": ("push_dataset_to_hub",)}  # keys of axolotl's runs that only the command has, not the training of the file
 ROWS_OF = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "cpo": "dpo", "kto": "kto", "reward": "reward", "prm": "prm"}
 
 
@@ -116,7 +117,10 @@ def read(path: str, command: str, options: Mapping[str, Option], *, over: Values
     if not translate.is_foreign(written) and METHOD not in written:
         raise ValueError(f"{path}: {suggestions.all_of([name for name in written if name not in options], options)}{hint}")
     method = method_of(written, path)
-    run = _own(written, path, method, table.options(METHODS[method].config), hint)
+    apart = {name: value for name, value in written.items() if name in APART.get(command, ()) and value.value is not None}
+    rest = {name: value for name, value in written.items() if name not in apart}
+    run = _own(rest, path, method, table.options(METHODS[method].config), hint)
+    run = run._replace(values=run.values | reading.from_written(apart, options, path))
     return _for_command(run, command, method, options, written, path)
 
 
@@ -141,7 +145,7 @@ def _for_command(
     run: RunFile, command: str, method: str, options: Mapping[str, Option], written: Mapping[str, Written], path: str
 ) -> RunFile:
     """What a command that does not train takes of a run's file."""
-    kept = {name: value for name, value in run.values.items() if name in options and name in TAKEN[command]}
+    kept = {name: value for name, value in run.values.items() if name in options and name in (*TAKEN[command], *APART.get(command, ()))}
     if command == "serve" and "vllm" in written:
         section = written["vllm"].value or {}
         kept |= reading.from_written({name: value for name, value in section.items() if name in options}, options, f"{path}: vllm")

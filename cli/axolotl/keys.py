@@ -85,7 +85,7 @@ NOTHING: Mapping[str, str] = {
 CLOUD = "start the command on that machine"
 # Keys that are not there yet, and the nearest thing that is; false, null and empty values ask for nothing.
 MISSING: Mapping[str, str] = {
-    "push_dataset_to_hub": "treetune preprocess --push-dataset-to-hub, which uploads what a run would read",
+    "push_dataset_to_hub": "treetune preprocess FILE, which uploads what a run would read, and takes the key",
     "push_to_hub": "hub_model_id, which names the repository",
     **_each(CLOUD, "cloud provider docker_tag volumes mount secrets gpu gpu_count branch env memory"),
     **_each("nproc and nnodes, as many devices as there are workers", "resources_per_worker"),

@@ -224,3 +224,17 @@ def test_documents_of_preprocess_are_uploaded_and_read_again(hub, tune, here, ti
     ]
     assert [word for word in told[0].split() if word.isdigit()] == [word for word in told[1].split() if word.isdigit()]
     kit.refused(tune("preprocess", *args, "--no-hub-private-repo"), "there is no push_dataset_to_hub")
+
+
+def test_a_file_of_axolotl_names_where_preprocess_uploads_to(hub, tune, here, tiny, kit):
+    rows = kit.write_rows(here / "rows.jsonl", kit.chats(5))
+    file = here / "run.yaml"
+    file.write_text(
+        f"base_model: {tiny.model}\ndatasets:\n  - path: {rows}\n    type: chat_template\npush_dataset_to_hub: me/rows\n"
+        "adapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_linear: true\nmicro_batch_size: 1\nmax_steps: 1\n"
+        "learning_rate: 1e-4\noutput_dir: out\n"
+    )
+    kit.refused(tune("train", file), "nearest: treetune preprocess FILE, which uploads")
+    done = tune("preprocess", file)
+    assert done.code == 0 and "uploaded 5 documents" in done.out, done
+    assert len(hub.files("me/rows")["train.jsonl"].splitlines()) == 5 and not (here / "out").exists()
