@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treetune.cli.methods.method import Method
-from treetune.cli.options import data, hub, meshes, model, optim, run, tensor, trackers
+from treetune.cli.options import answers, data, hub, meshes, model, optim, run, tensor, trackers
 from treetune.core import lock
 from treetune.core.config import checks, marks, places, table
 from treetune.core.config.ranges import TOKENS_MAX
@@ -88,6 +88,8 @@ def check(config: Config, method: Method | None, options: frozenset[str]) -> Non
     _check_pass(table.flatten(config))
     checks.check_texts(config)
     _check_dense(config)
+    if hasattr(config, "answers"):
+        answers.conflicts(cast(Any, config).answers)
     if method is not None:
         train = cast(Any, config)
         optim.conflicts(train.optim)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from treetune.cli.options.data import PromptRows, RowOptions
+from treetune.cli.options.evaluate import Eval as Eval
 from treetune.cli.options.model import FOUR_BITS, LOCAL, LORA, QUANT, AdapterPath, ModelName, ModelOptions, TokenOptions
 from treetune.cli.options.optim import FEW, OPTIMIZER
 from treetune.cli.options.rollout import RewardFunctions, RolloutOptions
@@ -30,7 +31,6 @@ from treetune.core.config.marks import (
 )
 from treetune.core.config.ranges import COUNT, COUNT_OR_NONE, PORT, POSITIVE, PROCESSES, SEED, SMALL, TOKENS
 from treetune.core.config.table import group
-from treetune.core.data import samples
 
 FROZEN = unused_if("adapter", "none", reason="adapter is none, and weights that train are not quantised")
 
@@ -52,17 +52,6 @@ class Rollout:
     """Random seed: the same seed gives the same completions."""
     output: Annotated[str | None, NEW_FILE] = None
     """Write prompts, completions and rewards to this JSONL file; must not exist."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Loss, perplexity and accuracy of a model, with or without an adapter, on a data set."""
-
-    model: ModelOptions = group(ModelOptions)
-    adapter: AdapterPath = group(AdapterPath)
-    data: RowOptions = group(RowOptions, data=(samples.path("gsm8k_test_sample.jsonl"),))
-    micro_batch_size: Annotated[int, SMALL] = 2
-    """Documents (or, packed, sequence_len's worth of tokens) in one forward pass."""
 
 
 @dataclass(frozen=True)

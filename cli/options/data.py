@@ -28,6 +28,8 @@ from treetune.core.data import samples
 
 
 def _nothing_held_out(values: Values) -> str:
+    if "val_set_size" not in values:
+        return ""  # all rows of the command are evaluated
     size = 0 if values.get("streaming") and values["val_set_size"] < 1 else values["val_set_size"]
     return "" if values["val_data"] or values.get("test_datasets") or size else "nothing is held out"
 

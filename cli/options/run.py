@@ -5,13 +5,13 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from treetune.cli.options import meshes
+from treetune.cli.options import answers, meshes
+from treetune.cli.options.answers import AnswerOptions
 from treetune.cli.options.data import HELD_OUT
 from treetune.cli.options.doors import door
 from treetune.core.config.marks import (
     ANSWER,
     CHECKPOINT,
-    FUNCTION_PATH,
     MACHINE,
     RUN_FOLDER,
     SHOWN,
@@ -22,7 +22,6 @@ from treetune.core.config.marks import (
     unused_unless,
 )
 from treetune.core.config.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, SECONDS, SEED, SHARE, SMALL, TEMPERATURE, TOKENS
-from treetune.core.run import answer_metrics
 
 
 def _several(values: Values) -> bool:
@@ -53,16 +52,6 @@ def _listed_steps(values: Values) -> str:
     return "profiler_steps names the steps themselves" if len(values["profiler_steps"]) > 1 else ""
 
 
-def _unmeasured(values: Values) -> str:
-    if values["eval_reward_funcs"] or set(values["eval_causal_lm_metrics"]) - {answer_metrics.PERPLEXITY}:
-        return ""
-    return "neither eval_causal_lm_metrics nor eval_reward_funcs need answers"
-
-
-def _unanswered(values: Values) -> str:
-    return _unmeasured(values) and ("" if values["eval_table_size"] else f"eval_table_size is 0, and {_unmeasured(values)}")
-
-
 # How a run is started, which is not what it is.
 STARTS = ("resume", "overwrite", "ignore_memory", "nproc", "nnodes", "rendezvous", "restarts", "rank_timeout", "use_ray")
 OBSERVER = door((), "observer", "event", "record")
@@ -70,8 +59,8 @@ GREEDY = unused_if("temperature", 0, reason="at temperature 0 the likeliest toke
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Run."""
+class StartOptions:
+    """Start, folder, evaluations and checkpoints of a run."""
 
     output_dir: Annotated[str | None, RUN_FOLDER, STARTED] = None
     """Run folder; if not given, the first free runs/COMMAND-NNN."""
@@ -115,24 +104,12 @@ class RunOptions:
     """Write checkpoints while training goes on, from copies in host memory."""
     logging_steps: Annotated[int, COUNT, SHOWN] = 1
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
-    eval_table_size: Annotated[int, COUNT_OR_NONE, ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")] = 0
-    """Held-out prompts that are answered at each evaluation, beside the answer of their row; 0 for none."""
-    eval_max_new_tokens: Annotated[int, TOKENS, ANSWER, Unused(_unanswered)] = 128
-    """Longest answer to a held-out prompt, in tokens."""
-    eval_causal_lm_metrics: Annotated[
-        tuple[str, ...], ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
-    ] = ()
-    """Metrics of answers to held-out prompts, compared with those of their rows: sacrebleu, chrf, ter, exact_match; perplexity is of the
-    rows themselves."""
-    eval_reward_funcs: Annotated[
-        tuple[str, ...], FUNCTION_PATH, ANSWER, HELD_OUT, unused_if("evals_per_epoch", 0, reason="evals_per_epoch is 0")
-    ] = ()
-    """Rewards of answers to held-out prompts: functions, reward models and judges, named as in reward_funcs of treetune grpo; the answer
-    of a row is in the columns answer, ground_truth, solution and reference."""
-    eval_reward_timeout: Annotated[float, SECONDS, ANSWER, unused_unless("eval_reward_funcs", reason="eval_reward_funcs names none")] = 60.0
-    """Seconds for a call of a function in eval_reward_funcs, on up to 64 answers; after that they are tried one by one."""
-    eval_answers: Annotated[int | None, COUNT, ANSWER, Unused(_unmeasured)] = None
-    """Held-out prompts whose answers are measured, the first of them; all if not given."""
+
+
+@dataclass(frozen=True)
+class RunOptions(AnswerOptions, StartOptions):
+    """Run."""
+
     lm_eval_tasks: Annotated[tuple[str, ...], SHOWN, Unused(_together)] = ()
     """Benchmarks of treetune lm-eval to ask after training, by name; the results are in lm_eval.json of the run folder."""
     lm_eval_batch_size: Annotated[int, SMALL, SHOWN, unused_unless("lm_eval_tasks", reason="lm_eval_tasks names none")] = 8
@@ -205,11 +182,9 @@ def conflicts(run: RunOptions, *, streaming: bool = False) -> None:
     if run.sweep:
         raise ValueError("sweep is for the command line, which starts a run for each value: --learning-rate 1e-4 2e-4 --sweep")
     _check_processes(run)
-    if len(set(run.eval_reward_funcs)) != len(run.eval_reward_funcs):
-        raise ValueError(f"eval_reward_funcs is {', '.join(run.eval_reward_funcs)}: expected none twice")
     if run.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm_eval_tasks needs the package lm_eval, which is not installed: pip install 'treetune[eval]'")
-    answer_metrics.check(run.eval_causal_lm_metrics, "eval_causal_lm_metrics")
+    answers.conflicts(run)
     if run.resume is not None and run.overwrite:
         raise ValueError("give resume or overwrite, not both: one continues a run, the other deletes it")
     for steps, parts in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):

@@ -9,6 +9,7 @@ import pytest
 from treetune.cli import memory_ladder, ray_launch
 from treetune.cli.commands import lm_eval
 from treetune.cli.methods.sft import Sft
+from treetune.cli.options.answers import AnswerOptions
 from treetune.cli.options.hub import HubOptions
 from treetune.cli.options.run import SampleOptions
 from treetune.cli.options.trackers import TrackerOptions
@@ -316,6 +317,29 @@ def test_evaluation_option_changes_the_numbers(name, tiny, tune):
     plain, changed = tune(*base), tune(*base, *EVALUATION[name])
     assert plain.code == changed.code == 0
     assert CLOCK.sub("", plain.out) != CLOCK.sub("", changed.out)
+
+
+# option -> (the arguments that set it, arguments on both sides)
+ASKING = {
+    "eval_table_size": (["--eval-table-size", 1], ["--eval-causal-lm-metrics", "chrf"]),
+    "eval_max_new_tokens": (["--eval-max-new-tokens", 2], ["--eval-table-size", 1]),
+    "eval_causal_lm_metrics": (["--eval-causal-lm-metrics", "chrf"], []),
+    "eval_reward_funcs": (["--eval-reward-funcs", "length?max=9,cache=9"], []),
+    "eval_reward_timeout": (["--eval-reward-timeout", 0.2], ["--eval-reward-funcs", "slow.py:slow"]),
+    "eval_answers": (["--eval-answers", 1], ["--eval-causal-lm-metrics", "chrf", "ter"]),
+}  # fmt: skip
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", ASKING)
+def test_answer_option_of_evaluation_changes_what_is_told(name, tiny, tune, here):
+    (here / "slow.py").write_text("import time\ndef slow(completions):\n    time.sleep(0.4)\n    return [1.0] * len(completions)\n")
+    change, both = ASKING[name]
+    base = joined(["--model", tiny.model, "--data", tiny.chat, "--max-rows", 4, "--sequence-len", 128], both)
+    plain, changed = tune("eval", *base), tune("eval", *base, *change)
+    assert plain.code == 0 and changed.code == (2 if name == "eval_reward_timeout" else 0)
+    assert CLOCK.sub("", plain.out + plain.err) != CLOCK.sub("", changed.out + changed.err)
+    assert set(ASKING) == set(vars(AnswerOptions()))
 
 
 def test_adam_beta2_of_lion_is_its_own(observed):
