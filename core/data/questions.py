@@ -20,6 +20,7 @@ class Question(NamedTuple):
     """What is asked. prompt: as people read it. ids: up to where the answer begins. reference: a good answer, where one is known.
 
     row: its number in the data; None for a prompt of one's own. prompt_row: what rewards may look at, where the row is a prompt.
+    end: the text of the token that ends the answer of the row, if one does.
     """
 
     prompt: str
@@ -27,6 +28,7 @@ class Question(NamedTuple):
     reference: str | None = None
     row: int | None = None
     prompt_row: Prompt | None = None
+    end: str = ""
 
 
 def held_out(rows: Sequence[Any], count: int, tokenizer: Tokenizer, stop_ids: Sequence[int], length: int) -> list[Question]:
@@ -51,7 +53,10 @@ def _of_prompt(prompt: Prompt) -> list[Question]:
 def _of_document(doc: Any, tokenizer: Tokenizer, stop_ids: Sequence[int], length: int) -> list[Question]:
     ids, answer = split(doc, length)
     reference = decode(answer, tokenizer, stop_ids)
-    return [Question(tokenizer.decode(ids, skip_special_tokens=True), ids, reference, doc.row)] if ids and reference.strip() else []
+    if not ids or not reference.strip():
+        return []
+    end = tokenizer.decode([token for token in answer if token in stop_ids][:1])
+    return [Question(tokenizer.decode(ids, skip_special_tokens=True), ids, reference, doc.row, end=end)]
 
 
 def split(doc: Any, length: int | None = None) -> tuple[list[int], list[int]]:

@@ -29,7 +29,10 @@ class Sampled(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A prompt with its completions. `number` counts the prompts drawn in a run and names the randomness of this draw."""
+    """A prompt with its completions. `number` counts the prompts drawn in a run and names the randomness of this draw.
+
+    end: the text that ends a completion of a prompt that a chat template has made a text; reward models read it, unless it is empty.
+    """
 
     prompt: Prompt
     number: int
@@ -38,6 +41,7 @@ class Group(NamedTuple):
     rewards: np.ndarray | None = None  # float64 [G, K], nan: no opinion
     advantage: np.ndarray | None = None  # float64 [G]
     old_logp: tuple[np.ndarray, ...] | None = None  # the trainer's log-probs at sampling time, float32 [n] each
+    end: str = ""
 
 
 class PromptSampler(Protocol):
@@ -80,4 +84,4 @@ def from_json(data: dict) -> Group:
     )
     arrays = {name: None if data[name] is None else np.array(data[name], np.float64) for name in ("rewards", "advantage")}
     old = None if data["old_logp"] is None else tuple(np.array(one, np.float32) for one in data["old_logp"])
-    return Group(prompt, data["number"], completions, data["version"], **arrays, old_logp=old)
+    return Group(prompt, data["number"], completions, data["version"], arrays["rewards"], arrays["advantage"], old)

@@ -11,6 +11,7 @@ import numpy as np
 
 from treetune.core import ckpt
 from treetune.core.data import fingerprint, kinds, pack, row_formats, scored_rows, sources, trees
+from treetune.core.data.rows import Row
 from treetune.core.rollout.group import Group
 from treetune.core.state import Params
 
@@ -65,7 +66,13 @@ def _row(model: RewardModel, group: Group, text: str) -> dict | None:
         return None
     if model.steps:
         return {"prompt": prompt, "completions": [line for line in text.split("\n") if line.strip()]}
-    return {"prompt": prompt, "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]}
+    if not isinstance(prompt, str):
+        return {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]}
+    return {"prompt": prompt, "completion": text, "end": group.end if _is_token(group.end, model.tokenizer) else ""}
+
+
+def _is_token(text: str, tokenizer: Any) -> bool:
+    return bool(text) and tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
 
 
 def _documents(model: RewardModel, rows: sources.Rows) -> list[trees.TreeDoc]:
@@ -74,5 +81,10 @@ def _documents(model: RewardModel, rows: sources.Rows) -> list[trees.TreeDoc]:
         judged = rows._replace(rows=[row | {"labels": [True] * len(row["completions"])} for row in rows.rows])
         options = {"format": "stepwise_supervised", "format_options": {}, "sequence_len": None, "overlong": "drop"}
         return kinds.KINDS["steps"].encode(judged, model.tokenizer, **options)[0]
-    read = row_formats.of_kind("answers")["prompt_completion"].reader()
+    answer = row_formats.of_kind("answers")["prompt_completion"].reader()
+
+    def read(row: Row, location: str) -> trees.PromptReplies:
+        # A model that was trained on conversations reads its score where a turn ends, which need not be an EOS.
+        return answer(row, location)._replace(end=row.get("end") or "")
+
     return trees.encode_rows(rows, read, model.tokenizer, name="prompt_completion", distinct=False)[0]

@@ -71,4 +71,4 @@ class Scorer:
 def _group(prompt: Prompt, answer: Answer) -> Group:
     ids = np.array(answer.ids, np.int32)
     completion = Completion(ids, np.full(len(ids), np.nan, np.float32), np.ones(len(ids), bool), answer.stopped, answer.completion)
-    return Group(prompt, 0, (completion,), answer.step)
+    return Group(prompt, 0, (completion,), answer.step, end=answer.end)

@@ -24,6 +24,7 @@ class Answer(NamedTuple):
     """An answer. reference: a good one, where the row has one. row: its number in the data; None for a prompt of one's own.
 
     tokens: how many it has, with the one that ends it. stopped: whether it was ended, and not cut off. ids: the tokens themselves.
+    end: the text that ends a whole one, if it is known.
     """
 
     step: int
@@ -34,11 +35,12 @@ class Answer(NamedTuple):
     tokens: int
     stopped: bool
     ids: tuple[int, ...] = ()
+    end: str = ""
 
     def record(self) -> dict[str, Any]:
-        """As in samples.jsonl, where a completion is an answer; without ids and what is None, such as the row of a prompt of one's own."""
-        names = {"completion": "answer"}
-        return {names.get(name, name): value for name, value in self._asdict().items() if value is not None and name != "ids"}
+        """As in samples.jsonl, where a completion is an answer; without ids, end and what is None, as the row of a prompt of one's own."""
+        names, left_out = {"completion": "answer"}, ("ids", "end")
+        return {names.get(name, name): value for name, value in self._asdict().items() if value is not None and name not in left_out}
 
 
 Answerer = Callable[[TrainState], list[Answer]]  # the answers to questions that do not change, by the weights of a state
@@ -87,7 +89,7 @@ def _calls(asked: Sequence[Question], limits: Limits) -> list[tuple[int, list[in
 
 def _answer(step: int, question: Question, ids: list[int], tokenizer: Tokenizer, limits: Limits) -> Answer:
     text, stopped = questions.decode(ids, tokenizer, limits.stop_ids), bool(ids) and ids[-1] in limits.stop_ids
-    return Answer(step, question.row, question.prompt, text, question.reference, len(ids), stopped, tuple(ids))
+    return Answer(step, question.row, question.prompt, text, question.reference, len(ids), stopped, tuple(ids), question.end)
 
 
 def shared(

@@ -35,6 +35,7 @@ def test_a_conversation_asks_for_its_last_trained_turn():
     assert questions.split(talk) == ([0, 1, 2, 3, 9, 4, 5], [6, 9])
     (one,) = questions.held_out([talk], 3, Digits(), [END], 4)
     assert one[:4] == ("123945", [0, 1, 2, 3, 9, 4, 5], "6", 0), "the reference ends before the token that ends a turn"
+    assert one.end == "9" and questions.held_out([talk], 3, Digits(), [8], 4)[0].end == ""
 
 
 @pytest.mark.parametrize(("extras", "asked"), [({}, True), ({"desirable": (True, True)}, True), ({"desirable": (False, False)}, False)])
