@@ -4,7 +4,7 @@ lm-eval is imported here at once, so this module is imported where the harness i
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from lm_eval import utils as lm_eval_utils  # pyright: ignore[reportMissingImpor
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.models import utils as model_utils  # pyright: ignore[reportMissingImports]
 
+from treetune.cli.counter import Count
 from treetune.core.data import pack, shared_prefixes
 from treetune.core.data.shared_prefixes import Scored, SharedDoc
 from treetune.core.lora import Lora
@@ -48,9 +49,9 @@ class PolicyLM(TemplateLM):
         lora: Lora | None = None,
         stop: Sequence[int] = (),
         settings: Settings = DEFAULTS,
-        progress: Callable[[int], None] = lambda more: None,
+        progress: Count = lambda more, expected=0: None,
     ):
-        """stop: ids that end an answer, besides the tokenizer's end of text. progress(n): so many requests more are done."""
+        """stop: ids that end an answer, besides the tokenizer's end of text. progress: told of requests that come, and are done."""
         super().__init__()
         self.model, self.lora, self.tokenizer, self.settings, self.progress = model, lora, tokenizer, settings, progress
         self.stop = [*stop]
@@ -98,6 +99,7 @@ class PolicyLM(TemplateLM):
         if not requests:
             return []
         sequences = [self._sequence(context, continuation) for _, context, continuation in requests]
+        self.progress(0, len(sequences))
         answers: dict[int, tuple[float, bool]] = {}
         logprob, state = self._reader()
         collate = batches.batcher(self.model.cfg, self._device, (pack.collate_shared,))
@@ -154,6 +156,7 @@ class PolicyLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each text up to a stop text, drawn as its task says."""
+        self.progress(0, len(requests))
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)

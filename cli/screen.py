@@ -4,16 +4,15 @@ import _thread
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from treetune.cli import bar
+from treetune.cli import bar, counter
 from treetune.core import masking
 from treetune.core.records import JsonRecord as Record
 from treetune.core.run import health, lines
@@ -105,16 +104,11 @@ class Screen(Observer):
         """Whether the terminal can show characters beyond ASCII."""
         return not self.console.options.ascii_only
 
-    @contextlib.contextmanager
-    def counting(self, unit: str) -> Iterator[Callable[[int], None]]:
-        """A counter on a terminal; yields the function to call with how many more are done."""
-        if not self.console.is_terminal:
-            yield lambda more: None
-            return
-        columns = [SpinnerColumn(), TextColumn("{task.completed:.0f}"), TextColumn(unit), TimeElapsedColumn()]
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task("", total=None)
-            yield lambda more: progress.advance(task, more)
+    def counting(self, unit: str) -> contextlib.AbstractContextManager[counter.Count]:
+        """A counter while it lasts; yields the function to call with how many more are done."""
+        if self.console.is_terminal:
+            return counter.on_terminal(self.console, unit)
+        return contextlib.nullcontext(counter.by_lines(self.line, unit))
 
     def start(self, total_steps: int, step: int, about: Mapping[str, str]) -> None:
         """Show the bar of a run of `total_steps` steps, of which `step` are done."""

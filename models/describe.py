@@ -1,6 +1,7 @@
 """A model or an adapter in a few lines: sizes, parameters, targets."""
 
 from pathlib import Path
+from typing import Any
 
 from treetune.core import lora, module_names, param, tree
 from treetune.models import MODELS, adapter_config, adapter_parameters, bridge, gguf, hf, quant_config
@@ -25,9 +26,18 @@ def describe_model(path: Path) -> dict[str, str]:
         "parameters": f"{count / 1e6:.1f} M: {count * 4 / 2**30:.2f} GiB in float32, {count * 2 / 2**30:.2f} GiB in bfloat16",
         **({} if stored is None else {"weights": f"quantised in the files: {quant_config.named(stored)}"}),
         "lora r 16": f"{low_rank / 1e6:.2f} M on all linear layers ({100 * low_rank / count:.2f} %)",
-        "lora targets": ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in lora.adaptable(sizes))),
+        "lora targets": _targets(family, sizes, linears),
         "full training": f"{count * 16 / 2**30:.1f} GiB for float32 weights, gradients and two moments, before activations",
     }
+
+
+def _targets(family: str, sizes: Any, linears: list[str]) -> str:
+    """Modules that an adapter sits on by default, and those that it may sit on besides."""
+    default, others = (
+        ", ".join(module_names.shorten(adapter_parameters.target(family, path) for path in paths))
+        for paths in (linears, [path for path in lora.adaptable(sizes) if path not in linears])
+    )
+    return f"{default}{f'; if named also {others}' * bool(others)}"
 
 
 def read_sizes(path: Path) -> tuple[str, Config]:

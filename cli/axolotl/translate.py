@@ -211,7 +211,10 @@ def _without(key: str, value: Written, file: File) -> Values:
     if key in keys.MISSING:
         raise Unsupported(keys.MISSING[key])
     meant = suggestions.of_option(key, file.options)
-    raise Unsupported(meant.strip().removeprefix("(").removesuffix(")") or f"no option of treetune {file.command} is near")
+    raise Unsupported(
+        meant.strip().removeprefix("(did you mean ").removeprefix("(").removesuffix(")").removesuffix("?")
+        or f"no option of treetune {file.command} is near"
+    )
 
 
 # Options that a method of ours does without, because it always does so or has no such rows.

@@ -1,12 +1,15 @@
 """`treetune lm-eval`: benchmarks of lm-eval's harness over our own forward pass and sampler."""
 
+import contextlib
 import json
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from treetune.cli.counter import Count
 from treetune.cli.options.commands import LmEval
 from treetune.cli.options.model import AdapterPath, ModelOptions
 from treetune.cli.screen import Screen
@@ -73,10 +76,18 @@ def after_training(saved: Path, tasks: Sequence[str], batch_size: int, model: Mo
 def _harness() -> Callable[..., Any]:
     """Errors: ValueError where lm-eval is not installed."""
     try:
-        from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"{MISSING} ({error})") from error
-    return simple_evaluate
+    evaluator.get_git_commit_hash = _commit  # lm-eval's lets git complain on the screen where the folder is no repository
+    return evaluator.simple_evaluate
+
+
+def _commit() -> str | None:
+    """The commit of the working folder, as results hold it; None outside of a repository."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(["git", "describe", "--always"], stderr=subprocess.DEVNULL, text=True).strip()
+    return None
 
 
 def _tasks(config: LmEval) -> tuple[list[str], Any]:
@@ -100,7 +111,7 @@ def _tasks(config: LmEval) -> tuple[list[str], Any]:
     return manager.match_tasks(asked), manager
 
 
-def _lm(config: LmEval, chosen: Target, tokenizer: Any, model: Model, lora: Any, progress: Callable[[int], None]) -> Any:
+def _lm(config: LmEval, chosen: Target, tokenizer: Any, model: Model, lora: Any, progress: Count) -> Any:
     from treetune.cli import lm_eval_model
     from treetune.core.config import table
 

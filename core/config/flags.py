@@ -82,8 +82,9 @@ def _choice(option: Option, text: str) -> str:
 
 
 def _flags(command: str, argv: list[str], known: Options) -> set[str]:
-    """Names of the options given as flags; an unknown or repeated one is an error."""
+    """Names of the options given as flags; unknown ones are an error, and one that is repeated."""
     given: set[str] = set()
+    unknown: dict[str, str] = {}
     for arg in argv:
         if not arg.startswith("--") or arg in ("--help", "--"):
             continue
@@ -91,12 +92,16 @@ def _flags(command: str, argv: list[str], known: Options) -> set[str]:
         name = flag[2:].replace("-", "_")
         name = name.removeprefix("no_") if name not in known else name
         if name not in known:
-            raise ValueError(f"unknown option {flag}{suggestions.of_option(name, known, flags=True)}; see treetune {command} --help")
+            unknown[flag] = suggestions.of_option(name, known, flags=True)
+            continue
         if known[name].of_mappings:
             raise ValueError(f"{name} is a list of mappings: write it in a file and give --config, or use --data")
         if name in given:
             raise ValueError(f"option {flag} is given twice")
         given.add(name)
+    if unknown:
+        listed = ", ".join(flag + near for flag, near in unknown.items())
+        raise ValueError(f"unknown option{'s' * (len(unknown) > 1)} {listed}; see treetune {command} --help")
     return given
 
 
@@ -156,7 +161,8 @@ def _numbers(argv: list[str], options: Options) -> list[str]:
             continue
         value = typed.value_of(text, option.single)
         if value is None:
-            raise ValueError(f"{flag} must be {option.expected()}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}")
+            near = suggestions.of_part(option.name, text, flags=True)
+            raise ValueError(f"{flag} must be {option.expected()}, got {text if len(text) <= 40 else text[:36] + ' ...'!r}{near}")
         out[i if equals else i + 1] = f"{flag}={value}" if equals else str(value)
     return out
 

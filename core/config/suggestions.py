@@ -5,12 +5,16 @@ Suggestions come from the table first. Distance alone suggests only what differs
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 
 ROWS = "quant: int8 holds weights only, all of them in 8 bits; leave it out"
 QUANTISED = "weights that other tools have quantised so are not read; take the unquantised model, and quant: nf4"
-TRACKED = "use_wandb, use_tensorboard, use_mlflow, use_comet, use_trackio and use_swanlab say who is told"
+TRACKED = "each tracker has its own: use_wandb, use_tensorboard, use_mlflow, use_comet, use_trackio, use_swanlab; without them none is told"
 ALWAYS = "it is always so here; leave it out"
+LORA = "adapter: lora (the default) or none"
+ANSWERS = "answers alone are trained, with any template; leave it out, or train all with train_on_inputs"
+SHARES = "a file has the weight of each entry of datasets"
 COMMANDS_OF = {
     "finetune": "sft", "fine-tune": "sft", "fine_tune": "sft", "instruct": "sft", "lora": "sft", "qlora": "sft",
     "full": "sft --adapter none",
@@ -56,12 +60,12 @@ OPTIONS = {
     "lora_target_linear": "lora_target_modules: all-linear, which is the default", "use_rslora": "lora_rslora",
     "peft_use_rslora": "lora_rslora", "modules_to_save": "lora_modules_to_save", "additional_target": "lora_modules_to_save",
     "peft_layers_to_transform": "lora_layers", "layers_to_transform": "lora_layers", "adapter_name_or_path": "lora_model_dir",
-    "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": "adapter: lora or none",
-    "use_peft": "adapter: lora or none", "use_lora": "adapter: lora or none", "peft": "adapter: lora or none",
+    "lora_path": "lora_model_dir", "adapter_path": "lora_model_dir", "finetuning_type": LORA,
+    "use_peft": LORA, "use_lora": LORA, "peft": LORA,
     "fp8": "quant: fp8, with fp8_products: true for products in float8",
     "load_in_4bit": "quant: nf4", "load_in_8bit": "quant: int8", "qlora": "adapter: qlora", "quantization": "quant",
     "quantization_bit": "quant", "bnb_4bit_quant_type": "quant", "bnb_config_kwargs": "quant: nf4, with quant_double",
-    "quantize": "quant", "bits": "quant",
+    "quantize": "quant", "bits": "quant", "load_in_fp8": "quant: fp8",
     "bnb_4bit_use_double_quant": "quant_double", "bnb_4bit_compute_dtype": "dtype", "bnb_4bit_quant_storage": "quant",
     "use_dora": "lora_dora", "peft_use_dora": "lora_dora", "peft_init_lora_weights": "lora_init", "init_lora_weights": "lora_init",
     "rank_pattern": "lora_rank_pattern", "alpha_pattern": "lora_alpha_pattern", "pissa_init": "lora_init: pissa",
@@ -101,6 +105,18 @@ OPTIONS = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization", "max_model_len": "vllm_max_model_len", "max_tokens": "max_new_tokens",
     "max_length_new": "max_new_tokens", "n": "num_samples", "num_return_sequences": "num_samples",
     "num_beams": "num_samples, as beams are not searched",
+    "add_new_tokens": "tokens", "eos_token": "special_tokens: {eos_token: ...}", "buffer_size": "streaming_multipack_buffer_size",
+    "truncation_mode": "overlong", "tokenized_path": "dataset_prepared_path", "neat_packing": "sample_packing", "dataset_dir": "data",
+    "dataset_train_split": "split", "early_stopping_steps": "early_stopping_patience", "logging_strategy": "logging_steps",
+    "predict_with_generate": "eval_table_size, or eval_causal_lm_metrics for scores",
+    "compute_metrics": "eval_causal_lm_metrics, or eval_reward_funcs for functions", "use_dft_loss": "loss: dft",
+    "use_muon": "optimizer: muon", "use_apollo": "optimizer: apollo_adamw", "use_galore": "optimizer: galore_adamw",
+    "peft_config": LORA, "full_finetuning": "adapter: none", "loftq_config": "lora_init: loftq",
+    "qat_scheme": "qat", "use_unsloth_gc": "gradient_checkpointing: offload",
+    "disable_gradient_checkpointing": "gradient_checkpointing: none", "model_init_kwargs": "dtype", "ddp_timeout": "rank_timeout",
+    "fast_inference": "use_vllm",
+    "pref_ftx": "rpo_alpha", "kto_chosen_weight": "kto_desirable_weight", "kto_rejected_weight": "kto_undesirable_weight",
+    "push_to_hub": "hub_model_id", "export_hub_model_id": "hub_model_id",
     "do_sample": "temperature, 0 of which takes the likeliest token",
 }  # fmt: skip
 ADVICE = {
@@ -111,8 +127,14 @@ ADVICE = {
     "lora_on_cpu": "treetune merge computes on the CPU; leave it out",
     "report_to": TRACKED,
     "run_name": "output_dir names a run; wandb_name, mlflow_run_name and others name it in trackers",
-    "push_to_hub": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
-    "hub_model_id": "nothing is uploaded: use the hub's own command on the folder that a run leaves",
+    "push_to_hub_merged": "treetune merge RUN FOLDER, then treetune push RUN REPO --merged FOLDER",
+    "save_pretrained_merged": "treetune merge RUN FOLDER", "merge_and_unload": "treetune merge RUN FOLDER",
+    "save_pretrained_gguf": "treetune export RUN FOLDER --gguf q8_0",
+    "assistant_only_loss": ANSWERS, "completion_only_loss": ANSWERS, "train_on_responses_only": ANSWERS,
+    "mix_strategy": SHARES, "interleave_probs": SHARES, "interleave_datasets": SHARES,
+    "padding_free": ALWAYS, "enable_liger_kernel": ALWAYS, "use_cache": ALWAYS, "lora_task_type": ALWAYS,
+    "plot_loss": "report.html has the curves; leave it out", "dataloader_num_workers": "leave it out",
+    "preprocessing_num_workers": "leave it out; treetune preprocess has dataset_processes",
     "trust_remote_code": "code of a model is never run; leave it out", "device_map": "torchrun places processes; leave it out",
     "flash_attention": ALWAYS, "flash_attn": ALWAYS, "sdp_attention": ALWAYS, "xformers_attention": ALWAYS, "flex_attention": ALWAYS,
     "attn_implementation": ALWAYS, "group_by_length": "documents are packed; leave it out", "remove_unused_columns": ALWAYS,
@@ -132,6 +154,9 @@ CHOICES = {
     "log_sweep": "it is not supported yet: use a function of your own",
     "reduce_lr_on_plateau": "it is not supported yet: use early_stopping_patience",
 }  # fmt: skip
+# Steps that may be parts of a run elsewhere.
+PARTS = {"warmup_steps": "warmup_ratio", "eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch"}
+LLAMA_CPP = "export f16, then llama.cpp's llama-quantize MODEL-f16.gguf MODEL.gguf "
 CUTOFF = 0.8
 
 
@@ -153,6 +178,8 @@ def of_choice(word: str, choices: Collection[str]) -> str:
     if word.lower() in CHOICES:
         meant = CHOICES[word.lower()]
         return f" (did you mean {meant}?)" if meant in choices else f" ({meant})" if " " in meant else ""
+    if "q8_0" in choices and re.fullmatch(r"i?q[1-8]_\w+|tq[12]_0", word.lower()):
+        return f" ({LLAMA_CPP}{word.upper()})"
     return nearest(word, choices)
 
 
@@ -162,19 +189,30 @@ def of_option(word: str, names: Collection[str], flags: bool = False) -> str:
     meant = OPTIONS.get(bare, "")
     head = meant.partition(":")[0].partition(",")[0]
     if meant and head.partition(" ")[0] in names:
-        return f" (did you mean {_flagged(meant, head) if flags else meant}?)"
+        return f" (did you mean {_flagged(meant, names) if flags else meant}?)"
     if bare in ADVICE:
-        return f" ({ADVICE[bare]})"
+        return f" ({_flagged(ADVICE[bare], names) if flags else ADVICE[bare]})"
     if bare in names:
-        return f" (did you mean {_flagged(bare, bare) if flags else bare}?)"
+        return f" (did you mean {_flagged(bare, (bare,)) if flags else bare}?)"
     match = difflib.get_close_matches(bare, list(names), n=1, cutoff=CUTOFF)
-    return "" if not match else f" (did you mean {_flagged(match[0], match[0]) if flags else match[0]}?)"
+    return "" if not match else f" (did you mean {_flagged(match[0], match) if flags else match[0]}?)"
 
 
-def _flagged(meant: str, head: str) -> str:
-    rest = meant[len(head) :]
-    rest = f" {rest[2:]}" if rest.startswith(": ") else rest
-    return f"--{head.replace('_', '-')}{rest}"
+def _flagged(meant: str, names: Collection[str]) -> str:
+    """What is meant as flags: the name that it begins with, and names behind it that can be nothing else."""
+
+    def flag(found: re.Match) -> str:
+        name, colon = found.groups()
+        known = name in names and ("_" in name or colon or found.start() == 0)
+        return f"--{name.replace('_', '-')}{colon[1:]}" if known else found.group()
+
+    return re.sub(r"\b([a-z]\w*)(: |)", flag, meant)
+
+
+def of_part(name: str, text: str, flags: bool = False) -> str:
+    """The suggestion for a number of steps below 1, which is a part of the run in TRL."""
+    meant = PARTS.get(name) if re.fullmatch(r"0?\.\d+", text) and float(text) > 0 else None
+    return f" (did you mean {_flagged(meant, (meant,)) if flags else meant}?)" if meant else ""
 
 
 def all_of(words: Iterable[str], names: Collection[str]) -> str:

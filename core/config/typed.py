@@ -48,6 +48,7 @@ def _one(written: Written, option: Option, subject: str) -> Any:
     out = read(written)
     if out is None or isinstance(out, str) and not option.holds(out):
         near = suggestions.of_choice(written.value, option.choices) if option.choices and isinstance(written.value, str) else ""
+        near = near or suggestions.of_part(option.name, written.text)
         raise yamlvalues.wrong(written, subject, option.expected(), near)
     if option.range is not None and not isinstance(out, str) and not option.range.holds(out):
         raise ValueError(f"{subject} must be {option.expected()}, got {written.text or out}")

@@ -203,7 +203,7 @@ REFUSED = {
     "quantization: {weight_dtype: int4}\n": "quantization (nearest: treetune quantize MODEL OUTPUT --quant int4",
     "pretraining_dataset: [{path: a}]\nadapter: lora\n": "adapter (nearest: datasets with type: completion",
     "load_in_4bit: true\n": "load_in_4bit (nearest: an adapter beside it",
-    "train_on_inptus: false\n": "train_on_inptus (nearest: did you mean train_on_inputs?)",
+    "train_on_inptus: false\n": "train_on_inptus (nearest: train_on_inputs)",
     "rl: grpo\nmicro_batch_size: two\n": "micro_batch_size must be a whole number",
     "lr_groups: [1]\nlearning_rate: 1e-4\n": "lr_groups is of another form than axolotl's",
     "load_in_4bit: true\nload_in_8bit: true\n": "either load_in_4bit or load_in_8bit",
@@ -235,7 +235,7 @@ REFUSED = {
     "lr_groups: [{modules: [a], lr: 1e-5}]\n": "learning_rate beside lr_groups",
     "num_labels: 3\nreward_model: true\n": "num_labels: 1",
     "learning_rate: fast\n": "learning_rate must be a number",
-    "lora_rr: 8\nadapter: lora\n": "lora_rr (nearest: did you mean lora_r?)",
+    "lora_rr: 8\nadapter: lora\n": "lora_rr (nearest: lora_r)",
 }
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from treetune.cli import main
 from treetune.cli.methods import METHODS
-from treetune.core.config import table
+from treetune.core.config import suggestions, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from_others.md").read_text()
 ROWS = [
@@ -22,6 +22,19 @@ FUNCTIONS = {
     "train_dataset", "eval_dataset", "reward_funcs", "ref_model", "peft_config", "interleave_datasets", "merge_and_unload", "generate",
     "create_loraplus_optimizer", "compute_metrics", "requires_grad_", "attn_implementation", "model", "warmup_ratio", "sft", "revision",
 }  # fmt: skip
+VALUES = {
+    "cut",
+    "dpo",
+    "kto",
+    "rm",
+    "pt",
+    "sft",
+    "requires_grad_",
+    "create_loraplus_optimizer",
+    "from_pretrained",
+    "for_inference",
+    "generate",
+}
 
 
 def names(column: int) -> set[str]:
@@ -38,6 +51,17 @@ def test_every_name_of_trl_and_peft_is_a_field_of_theirs():
     configs = [trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.RewardConfig, trl.GRPOConfig, peft.LoraConfig]
     theirs = {field.name for config in configs for field in dataclasses.fields(config)}
     assert len(names(1)) > 60 and names(1) - theirs - FUNCTIONS == set()
+
+
+def test_every_name_of_theirs_leads_to_something_of_ours():
+    """As a key and as a flag of some command; what is a call, a value, or named alike is left out."""
+    options = {name: table.options(command.config) for name, command in main.COMMANDS.items()}
+    alike = {name for known in options.values() for name in known} | VALUES
+    theirs = {
+        name for column in (1, 2, 3) for name in re.findall(r"`([a-z][a-z_0-9]+)(?::[^`]*|=[^`]*)?`", " ".join(row[column] for row in ROWS))
+    }
+    silent = {name for name in theirs - alike if not any(suggestions.of_option(name, known) for known in options.values())}
+    assert len(theirs) > 100 and silent == set()
 
 
 def test_the_file_of_a_run_has_options():

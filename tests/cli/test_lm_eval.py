@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -159,6 +161,33 @@ def test_chats_examples_and_quantised_bases_without_merging(judged, tiny, tasks,
     assert tune("lm-eval", "--model", tiny.untied, "--quant", "nf4", *asked, "nf4.json").code == 0
     rough = json.loads((tmp_path / "nf4.json").read_text())
     assert rough["samples"]["choices"] != ours["samples"]["choices"] and rough["config"]["model_args"]["quant"] == "nf4"
+
+
+@installed
+def test_git_is_silent_where_the_folder_is_no_repository(here, capfd):
+    command._harness()
+    from lm_eval import evaluator
+
+    assert evaluator.get_git_commit_hash() is None and capfd.readouterr().err == ""
+    subprocess.run(["git", "init", "-q"], check=True)
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"]
+    subprocess.run(commit, check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", evaluator.get_git_commit_hash() or "")
+
+
+@installed
+def test_requests_are_counted_before_they_are_done(tiny, kit):
+    from lm_eval.api.instance import Instance
+
+    from treetune.cli import lm_eval_model
+    from treetune.models import policy
+
+    start, told = policy.load(str(tiny.model), adapter=None), []
+    lm = lm_eval_model.PolicyLM(policy.current(start)[0], kit.tokenizer(), progress=lambda more, expected=0: told.append((more, expected)))
+    asked = [Instance("loglikelihood", {}, ("a b", text), 0) for text in (" a", " b", " a b")]
+    lm.loglikelihood(asked)
+    lm.generate_until([Instance("generate_until", {}, ("a b", {"max_gen_toks": 2}), 0)])
+    assert told[0] == (0, 3) and (0, 1) in told and sum(more for more, _ in told) == 4 == sum(expected for _, expected in told)
 
 
 @installed

@@ -1,5 +1,7 @@
 """Suggestions: names of other tools first, then what differs in a letter or two; never a coincidence."""
 
+from pathlib import Path
+
 import pytest
 
 from treetune.cli import main
@@ -93,3 +95,25 @@ def test_flags_are_suggested_as_flags(kit, tune):
     kit.refused(tune("sft", "--bf16"), "did you mean --dtype bfloat16")
     kit.refused(tune("sft", "--no-shufle"), "did you mean --shuffle")
     kit.refused(tune("train"), "needs a config file", "treetune sft")
+
+
+def test_unknown_flags_come_in_one_line(kit, tune):
+    done = tune("sft", "--use_peft", "--eval_strategy", "no", "--report_to", "none", "--use_peft")
+    kit.refused(
+        done, "unknown options --use_peft .did you mean --adapter lora .the default. or none.., --eval_strategy .did you mean --eval-steps"
+    )
+    assert "--evals-per-epoch 0 for no" in done.err and "--use-tensorboard" in done.err and done.err.count("--use_peft") == 1
+
+
+@pytest.mark.parametrize(("name", "ours"), suggestions.PARTS.items())
+def test_a_part_of_the_run_is_another_option(name, ours, kit, tune, here):
+    kit.refused(tune("sft", f"--{name}", 0.1), f"got '0.1' .did you mean --{ours.replace('_', '-')}")
+    Path("run.yaml").write_text(f"{name}: .5\n")
+    kit.refused(tune("sft", "run.yaml"), f"did you mean {ours}")
+    assert suggestions.of_part(name, "1.5") == "" == suggestions.of_part("max_steps", "0.5")
+
+
+@pytest.mark.parametrize(("kind", "words"), [("q4_k_m", "-f16.gguf MODEL.gguf Q4_K_M"), ("IQ4_XS", "IQ4_XS"), ("q9", "q8_0")])
+def test_a_type_of_llama_cpp_names_its_tool(kind, words, tune):
+    done = tune("export", "a", "b", "--gguf", kind)
+    assert done.code == 2 and words in done.err and ("llama-quantize" in done.err) == (kind != "q9")

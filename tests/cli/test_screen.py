@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from treetune.cli import bar as bar_module
-from treetune.cli import screen
+from treetune.cli import counter, screen
 from treetune.core.run import lines
 
 ITEMS = ["loss 0.4598", "margins 0.539", "accuracies 1.000", "grad 2.62", "lr 5.0e-05", "7027 tok/s", "0.4 GiB"]
@@ -195,3 +195,20 @@ def test_a_run_on_a_terminal_draws_its_curve():
         one.step({"step": step, "train/loss": 3.0 - step, "grad_norm": 1.0, "learning_rate": 1e-4, "step_seconds": 1.0, "memory_gib": 0.1})
     assert "".join(drawn(100, one.bar)).count("loss █▅▁ 0") == 1
     one.stop()
+
+
+def test_a_count_without_a_terminal_is_a_line_that_comes_ever_more_rarely():
+    times, said = iter([0, 0, 9, 10, 15, 19, 200, 219, 250]), []
+    count = counter.by_lines(said.append, "requests", lambda: next(times))
+    count(0, 40)
+    for _ in range(7):
+        count(5)
+    assert said == ["10 of 40 requests", "25 of 40 requests", "35 of 40 requests"]
+
+
+def test_a_count_on_a_terminal_says_of_how_many():
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    with counter.on_terminal(console, "requests") as count:
+        count(0, 30)
+        count(12)
+    assert "12 of 30 requests" in console.file.getvalue()
