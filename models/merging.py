@@ -1,5 +1,6 @@
 """An adapter folded into its model, and how far that moves what the model computes."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ PROBE = (
     "def area(width, height):\n    return width * height\n"
     "The quick brown fox jumps over the lazy dog, and nobody asks why."
 )
+LARGEST, LARGEST_KL = 0.05, 0.01  # difference of an output; mean KL (nats) of weights in bfloat16, as of a GGUF file of them
 
 
 class Difference(NamedTuple):
@@ -96,13 +98,23 @@ def describe(merged: Merged) -> str:
     return f"probe of {merged.probe_tokens} tokens: {largest_of}, mean {mean:.2e}, KL {kl:.2e} nats"
 
 
-def check(merged: Merged, bound: float) -> None:
-    """Errors: ValueError where an output on the probe differs by more than the bound."""
-    if not merged.difference.largest <= bound:
-        raise ValueError(
-            f"the merged {_output(merged)}s differ by up to {merged.difference.largest:.3g}, more than max_logit_diff {bound}: not saved; "
-            "keep the adapter apart, save in float32, or raise the bound"
-        )
+def check(merged: Merged, bound: float | None, dtype: str) -> None:
+    """Errors: ValueError where the outputs on the probe are not those of model and adapter.
+
+    bound: of the largest difference. If None it is LARGEST, but of logits of weights that are rounded to bfloat16 the mean KL may be
+    LARGEST_KL: rounding moves single logits by some tenths, and what the model says by far less.
+    """
+    largest, _, kl = merged.difference
+    by_kl = bound is None and dtype == "bfloat16" and merged.head is None
+    bound = LARGEST_KL if by_kl else LARGEST if bound is None else bound
+    if (kl if by_kl else largest) <= bound:
+        return
+    kind = _output(merged)
+    said = f"{kind}s are off by a mean KL of {kl:.3g} nats" if by_kl else f"{kind}s differ by up to {largest:.3g}"
+    raise ValueError(
+        f"the merged {said}, more than {bound}: not saved; keep the adapter apart, save in float32, or raise the bound of single {kind}s: "
+        f"--max-logit-diff {math.ceil(largest * 10) / 10 if math.isfinite(largest) else 'N'}"
+    )
 
 
 def _output(merged: Merged) -> str:

@@ -35,7 +35,7 @@ def run(config: Merge, given: frozenset[str]) -> int:
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         plan = (_by_layers if config.merge_method == "memory_efficient" else _whole)(config, chosen, tokenizer, screen)
         screen.line(merging.describe(plan.merged))
-        merging.check(plan.merged, config.max_logit_diff)
+        merging.check(plan.merged, config.max_logit_diff, config.save_dtype)
         if (other := plan.unquantised()) is not None:
             screen.line(f"against the adapter on the unquantised base: {merging.describe(other)}")
         plan.save()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from treetune.core import quant
-from treetune.models import hf
+from treetune.models import hf, merging
 
 
 @pytest.fixture
@@ -21,6 +21,33 @@ def adapter(sft, here):
 def differences(out):
     """The largest logit differences that were printed."""
     return [float(difference) for difference in re.findall(r"largest logit difference (\S+),", out)]
+
+
+def merged(largest, kl, head=None):
+    return merging.Merged(None, merging.Difference(largest, largest / 10, kl), 100, head)
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "dtype"), [(merged(0.8, 9e-3), None, "bfloat16"), (merged(0.04, 1), None, "float32"), (merged(0.8, 1), 0.9, "nf4")]
+)
+def test_logits_that_stay_the_same_are_kept(found, bound, dtype):
+    assert merging.check(found, bound, dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "dtype", "said"),
+    [
+        (merged(0.8, 0.02), None, "bfloat16", "off by a mean KL of 0.02 nats, more than 0.01: .*--max-logit-diff 0.8$"),
+        (merged(0.71, 9e-3), 0.5, "bfloat16", "logits differ by up to 0.71, more than 0.5: .*--max-logit-diff 0.8$"),
+        (merged(0.06, 0), None, "float32", "logits differ by up to 0.06, more than 0.05"),
+        (merged(0.06, 0, head={}), None, "bfloat16", "scores differ by up to 0.06, more than 0.05"),
+        (merged(0.8, 0), None, "nf4", "logits differ by up to 0.8, more than 0.05"),
+        (merged(float("nan"), float("nan")), None, "bfloat16", "a mean KL of nan nats"),
+    ],
+)
+def test_logits_that_change_are_refused(found, bound, dtype, said):
+    with pytest.raises(ValueError, match=said):
+        merging.check(found, bound, dtype)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp4", "int8"))])
