@@ -62,7 +62,7 @@ class AnyRows:
 
     datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets with options of their own."""
-    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ, unused_if("datasets", reason="datasets is given")] = (SAMPLES["sft"],)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Row format: chat, alpaca, completion, input_output, pretokenised, jeopardy, ...; auto goes by the columns and prints it."""
@@ -142,7 +142,7 @@ class DataOptions(Stream, HeldOut, RowOptions):
 class PairData(HeldOut, AnyRows):
     """Data. A config file may have `datasets` (and `test_datasets` to evaluate on), lists of mappings with `path`, `type` and options."""
 
-    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["dpo"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ, unused_if("datasets", reason="datasets is given")] = (SAMPLES["dpo"],)
     format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Row format: passthrough, chat_template.default, chatml.intel, llama3.ultra, ...; auto goes by the columns and prints it."""
     sequence_len: Annotated[int, TOKENS, ROWS_AND_ORDER] = 512
@@ -155,7 +155,7 @@ class PromptRows:
 
     datasets: Annotated[Listed, ROWS_READ] = ()
     """Data sets with options of their own: path, split, limit, field_prompt, type, name."""
-    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ, unused_if("datasets", reason="datasets is given")] = (SAMPLES["sft"],)
     """Files (.jsonl, .json, .parquet, .csv) or Hugging Face data set ids."""
     split: Annotated[str, ROWS_READ] = "train"
     """Split of a Hugging Face data set."""

@@ -28,6 +28,7 @@ from treetune.core.config.marks import (
     Unused,
     Values,
     refused,
+    unused_if,
     unused_unless,
 )
 from treetune.core.config.ranges import NOT_NEGATIVE, PART, POSITIVE, SMALL, TEMPERATURE, TOKENS, TOKENS_MAX, Range, whole
@@ -63,7 +64,7 @@ def one_rollout(values: Values) -> str:
 class EbftData(HeldOut, AnyRows):
     """Data. A config file may have `datasets`, a list of mappings with `path`, `type` and options, instead of `data`."""
 
-    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ] = (SAMPLES["sft"],)
+    data: Annotated[tuple[str, ...], ROW_FILES, ROWS_READ, unused_if("datasets", reason="datasets is given")] = (SAMPLES["sft"],)
     format: Annotated[str, FUNCTION_PATH, ROWS_READ] = "auto"
     """Transform of the rows: ebft_opencode.transform, ebft_chat_multiturn.transform, ebft_pretrain.transform, ..., or an import path of
     your own; auto goes by mode and columns and prints it. docs/ebft.md lists them."""

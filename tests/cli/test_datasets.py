@@ -93,6 +93,7 @@ def test_options_that_the_list_replaces_are_refused(tune, tiny, config):
     file = config(model=str(tiny.model), datasets=[{"path": str(tiny.chat)}])
     done = tune("preprocess", "--config", file, "--data", tiny.chat)
     assert done.code == 2 and "--data would be ignored: datasets is given" in done.err
+    assert tune("sft", "--config", file, "--data", tiny.chat, "--dry-run").err == done.err
     done = tune("preprocess", "--datasets", "x")
     assert done.code == 2 and "write it in a file" in done.err
 
