@@ -203,3 +203,9 @@ def words():
     backend.train_from_iterator(["abc bca cab abc ab bc 12 345"] * 3, trainer)
     template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=template, model_max_length=77)
+
+
+@pytest.fixture
+def float32_products(monkeypatch):
+    """bitsandbytes multiplies 4-bit weights in bfloat16 where the processor can, whatever the dtype of the model: not here."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)

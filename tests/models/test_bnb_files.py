@@ -18,6 +18,8 @@ from treetune.models import certificate, describe, families, fetch, hf, loading
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 MODELS = {
     "llama": ("Llama", dict()),
     "odd": ("Llama", dict(intermediate_size=90, hidden_size=44, head_dim=6, tie_word_embeddings=True)),

@@ -14,6 +14,8 @@ from treetune.models import bridge, families, hf, loading, merging, quantised, q
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the oracle of quantised files")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 MODELS = {
     "llama": ("Llama", dict(tie_word_embeddings=True)),
     "qwen2": ("Qwen2", dict()),
