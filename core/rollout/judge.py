@@ -30,7 +30,9 @@ Reply with the number alone."""
 NO_REFERENCE = "(none is known)"
 REFERENCES = ("ground_truth", "answer", "solution", "reference")  # columns that may hold a good answer
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-SCORE = re.compile(rf"(?:score|rating|grade)\W{{0,9}}(?:is\s+|of\s+)?({NUMBER})", re.IGNORECASE)
+SCALE = r"(?:\s*\([^()\n]*(?:[0-9]\s*(?:-|–|to)|/|out of)\s*[0-9]+[^()\n]*\))?"  # Score (0-10): 7
+# As few blanks and signs as can be before the number, which keeps its own minus and point; a hyphen right behind the word is neither.
+SCORE = re.compile(rf"(?:score|rating|grade){SCALE}-?\W{{0,9}}?(?:is\s+|of\s+)?({NUMBER})", re.IGNORECASE)
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOGETHER = 8  # requests at a time
 TRIES = 4
@@ -66,7 +68,7 @@ def llm_judge(
 def number(reply: str) -> float | None:
     """The number that a reply gives: the whole of it, the last after the word score, rating or grade, else the only one.
 
-    What is thought before it (up to </think>), and `/10` behind it, aside. None where no number is meant.
+    What is thought before it (up to </think>), `/10` behind it, and the scale in brackets before it, aside. None where no number is meant.
     """
     reply = reply.rpartition("</think>")[2]
     if "<think>" in reply:  # cut off before it said anything

@@ -45,7 +45,9 @@ def endpoint():
     [
         ("7", 7), (" 8.5\n", 8.5), ("-1", -1), ("7/10", 7), ("9 out of 10", 9), ("**Score:** 6/10, as 2 + 2 is 4", 6),
         ("Of 3 criteria 2 hold. Rating: 5", 5), ("<think>maybe 3, or 4</think>\n8", 8), ("I give it a 4.", 4),
-        ("Score: 2 ... final score is 3", 3),
+        ("Score: 2 ... final score is 3", 3), ("Score: -3", -3), ("**Score:** -0.5", -0.5), ("score = .5", 0.5), ("Score - 7", 7),
+        ("Score-7", 7), ("Score (0-10): 7", 7), ("Rating (from 1 to 5): 4", 4), ("Grade (out of 10): 8", 8), ("Score (/10): 9", 9),
+        ("Score (8): good", 8), ("Score (8/10)", 8), ("Score is -1", -1), ('{"score": -2}', -2),
         ("no", None), ("", None), ("either 3 or 4", None), ("version v2", None), ("<think>3", None),
     ],
 )  # fmt: skip
