@@ -19,7 +19,7 @@ from treetune.core import hub_repos, option_pairs, owned
 from treetune.core.config import checks
 from treetune.core.data import corpus, dataset, document_rows, kinds, overview, passages
 from treetune.core.hub_repos import Repo, Unsent
-from treetune.core.run import guard, page
+from treetune.core.run import guard, page, published
 from treetune.core.run.errors import RunFailed, checking_input
 from treetune.models import loading
 from treetune.models.tokenizer import set_up_tokenizer
@@ -62,7 +62,7 @@ def _push(repo: Repo, config: Preprocess, encoded: corpus.EncodedRows, rows: dic
     with tempfile.TemporaryDirectory(prefix="treetune-push-") as made:
         document_rows.write(Path(made) / "train.jsonl", encoded.docs)
         about = {"method": config.method, "tokenizer of": loading.base_name(str(config.model.model))} | rows
-        (Path(made) / "README.md").write_text(document_rows.card(repo.id, about), encoding="utf-8")
+        (Path(made) / "README.md").write_text(document_rows.card(repo.id, published.cleared(about)), encoding="utf-8")
         try:
             return hub_repos.upload(repo, Path(made), f"Upload {len(encoded.docs)} documents")
         except Unsent as error:

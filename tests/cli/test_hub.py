@@ -217,7 +217,9 @@ def test_documents_of_preprocess_are_uploaded_and_read_again(hub, tune, here, ti
     (here / "back.jsonl").write_bytes(hub.files("me/rows")["train.jsonl"])
     found = [json.loads(line) for line in (here / "back.jsonl").read_text().splitlines()]
     assert all(set(row) == {"input_ids", "labels"} for row in found)
-    assert matter(hub.files("me/rows")["README.md"].decode())["configs"][0]["data_files"][0]["path"] == "train.jsonl"
+    card = hub.files("me/rows")["README.md"].decode()
+    assert matter(card)["configs"][0]["data_files"][0]["path"] == "train.jsonl"
+    assert f"- tokenizer of: {tiny.model.name}\n" in card and str(tiny.model.parent) not in card
     told = [
         tune("preprocess", "--model", tiny.model, "--data", file).out.split("documents")[1].split("time")[0]
         for file in (rows, here / "back.jsonl")
