@@ -6,10 +6,13 @@ hub is asked, and retries single requests by itself.
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from treetune.core import manifest
 
 WAITS = (2.0, 8.0)  # seconds before a whole upload is tried again
 BUSY = (408, 409, 412, 425, 429)  # somebody else commits just now, or too much is asked of the hub: what passes
@@ -58,7 +61,10 @@ def prepare(repo: Repo, flag: str) -> Repo:
 
 
 def upload(repo: Repo, folder: Path, message: str) -> str:
-    """Commit the files of a folder, those that are there already excepted. The address of the repository. Errors: Unsent."""
+    """Commit the files of a folder, those that are there already excepted. The address of the repository. Errors: Unsent.
+
+    What an earlier upload has listed in a manifest that is replaced, and the folder has not, goes: it would be loaded with the new files.
+    """
     import tenacity
 
     tries = tenacity.Retrying(
@@ -84,11 +90,25 @@ def _upload(repo: Repo, folder: Path, message: str) -> str:
     disable_progress_bars()  # the screen is that of the run
     try:
         options = {"repo_type": repo.kind, "revision": repo.revision, "commit_message": message}
-        api.upload_folder(repo_id=repo.id, folder_path=folder, **options)
+        api.upload_folder(repo_id=repo.id, folder_path=folder, delete_patterns=_replaced(api, repo, folder) or None, **options)
     finally:
         if not quiet:
             enable_progress_bars()
     return address(repo)
+
+
+def _replaced(api: Any, repo: Repo, folder: Path) -> list[str]:
+    """The files of earlier uploads that a folder's manifests no longer list, by their paths in the repository."""
+    of_repo, replaced = {"repo_type": repo.kind, "revision": repo.revision}, []
+    there = set(api.list_repo_files(repo.id, **of_repo))
+    for name in (path.relative_to(folder).as_posix() for path in folder.rglob(manifest.NAME)):
+        if name not in there:
+            continue
+        with tempfile.TemporaryDirectory(prefix="treetune-hub-") as made:
+            older = Path(api.hf_hub_download(repo.id, name, local_dir=made, **of_repo)).parent
+            gone = manifest.read(older).keys() - manifest.read((folder / name).parent).keys() - {manifest.CARD}
+        replaced += sorted({(Path(name).parent / one).as_posix() for one in gone} & there)
+    return replaced
 
 
 def address(repo: Repo) -> str:

@@ -1,6 +1,7 @@
 """A fake of the Hugging Face hub's HTTP API on 127.0.0.1, which keeps what is committed."""
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -60,10 +61,26 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/api/whoami-v2"):
             good = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             return self.answer(200, {"type": "user", "name": "me", "orgs": []}) if good else self.answer(401, {"error": "bad"})
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/?]+).*", self.path):
+            files = self.hub.files(match[1], match[2])
+            return self.answer(200, [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files])
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", self.path):
+            return self.file(self.hub.files(match[1], match[2])[match[3]])
         if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/.*)?", self.path):
             known = match[1] in self.hub.repos
             return self.answer(200, {"id": match[1], "sha": "0" * 40, "siblings": []}) if known else self.answer(404, {"error": "none"})
         return self.answer(404, {"error": self.path})
+
+    do_HEAD = do_GET
+
+    def file(self, data):
+        self.send_response(200)
+        headers = {"Content-Length": len(data), "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
 
     def handle_one_request(self):
         if self.hub.gone:  # a connection that was kept open is of no use, either
@@ -125,6 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
                 value = line["value"]
                 if line["key"] == "header":
                     summary = value["summary"]
+                    continue
+                if line["key"] == "deletedFile":
+                    del files[value["path"]]
                     continue
                 assert line["key"] in ("file", "lfsFile"), line
                 files[value["path"]] = base64.b64decode(value["content"]) if line["key"] == "file" else hub.blobs[value["oid"]]

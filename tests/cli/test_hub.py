@@ -34,6 +34,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", one.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{one.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
     monkeypatch.setattr(hub_repos, "WAITS", (0.01,))
     monkeypatch.setenv("HF_ENDPOINT", one.url)
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
@@ -198,6 +199,26 @@ def test_a_merged_model_is_uploaded_with_its_measured_error(hub, sft, tune, here
     kit.refused(tune("push", "other", "sums", "--merged", "merged"), "is not the merged model of other/adapter")
     kit.refused(tune("push", "run", "sums", "--merged", "run/adapter"), "no measured merge error")
     kit.refused(tune("push", here, "sums"), "holds no adapter and no model")
+
+
+def test_an_upload_takes_the_place_of_the_one_before(hub, here):
+    """Files of an adapter beside a merged model would be loaded; what somebody else has put there stays."""
+    repo = hub_repos.prepare(hub_repos.Repo("sums"), "REPO")
+    for name, files in {"adapter": ("adapter_config.json", "adapter_model.safetensors", "README.md"), "model": ("config.json",)}.items():
+        for part in (here / name, here / name / "last-checkpoint"):
+            part.mkdir()
+            for file in files:
+                (part / file).write_text(name)
+            manifest.write(part)
+    hub_repos.upload(repo, here / "adapter", "adapter")
+    hub.files("me/sums")["notes.txt"] = hub.files("me/sums")["last-checkpoint/notes.txt"] = b"mine"
+    hub_repos.upload(repo, here / "model", "model")
+    kept = {"config.json", manifest.NAME, "README.md", "notes.txt"}
+    assert set(hub.files("me/sums")) == kept | {f"last-checkpoint/{name}" for name in kept}
+    for path, data in hub.files("me/sums").items():
+        (here / "back" / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / "back" / path).write_bytes(data)
+    assert manifest.check(here / "back/last-checkpoint")
 
 
 def test_a_card_may_be_edited(hub, sft, tune, here, tiny):

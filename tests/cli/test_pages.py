@@ -96,7 +96,10 @@ def scene(here, home, monkeypatch):
     from treetune.core import hub_repos
 
     hub = hub_server.Hub()
-    for name, value in (("HF_HUB_CACHE", str(home / "hub")), ("ENDPOINT", hub.url), ("HF_HUB_DISABLE_XET", True)):
+    url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "HF_HUB_CACHE": str(home / "hub"), "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hub_repos, "WAITS", (0.01,))
     monkeypatch.setattr(requirements, "complete", _shortened)
