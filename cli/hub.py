@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from treetune.cli import invocation
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods.method import Method
 from treetune.cli.options.hub import HubOptions
@@ -86,8 +87,8 @@ def leave(path: Path, save: Callable[[Path], None], described: dict[str, Any]) -
 
 def by_hand(saved: Path, repo: Repo) -> str:
     """The command that uploads what a run has left."""
-    branch = f" --revision {repo.revision}" if repo.revision else ""
-    return f"treetune push {saved.parent} {repo.id}{branch}" + ("" if repo.private else " --no-private")
+    branch = ("--revision", repo.revision) if repo.revision else ()
+    return invocation.command("push", saved.parent, repo.id, *branch, *(() if repo.private else ("--no-private",)))
 
 
 def facts(this: TrainRun, parts: Assembly) -> dict[str, Any]:

@@ -49,8 +49,10 @@ def prepare(repo: Repo, flag: str) -> Repo:
     if not (api.token or _token()):
         raise ValueError(f"{flag} {repo.id} needs a token of the hub, and there is none: {TOKEN}")
     try:
-        name = api.whoami()["name"]
-        whole = repo._replace(id=repo.id if "/" in repo.id else f"{name}/{repo.id}")
+        who = api.whoami()
+        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":  # a repository that is there could be asked for with it
+            raise ValueError(f"the token may only read: {TOKEN}")
+        whole = repo._replace(id=repo.id if "/" in repo.id else f"{who['name']}/{repo.id}")
         api.create_repo(whole.id, private=whole.private, repo_type=whole.kind, exist_ok=True)
         if whole.revision is not None:
             api.create_branch(whole.id, branch=whole.revision, repo_type=whole.kind, exist_ok=True)
@@ -155,4 +157,6 @@ def _reason(error: Exception) -> str:
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set, so nothing is sent: unset it, or leave the hub out"
     said = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
-    return f"the hub answered {code}: {said}" if code is not None else f"the hub at {_api().endpoint} is not reached or failed: {said}"
+    if code is not None:
+        return f"the hub answered {code}: {said}"
+    return said if type(error) is ValueError else f"the hub at {_api().endpoint} is not reached or failed: {said}"

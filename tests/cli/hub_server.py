@@ -7,7 +7,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TOKEN = "hf_good"
+TOKEN, READER = "hf_good", "hf_reader"
 LFS = re.compile(r".*\.(safetensors|model|jsonl)")
 
 
@@ -59,8 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.startswith("/api/whoami-v2"):
-            good = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            return self.answer(200, {"type": "user", "name": "me", "orgs": []}) if good else self.answer(401, {"error": "bad"})
+            role = {f"Bearer {TOKEN}": "write", f"Bearer {READER}": "read"}.get(self.headers.get("Authorization"))
+            user = {"type": "user", "name": "me", "orgs": [], "auth": {"type": "access_token", "accessToken": {"role": role}}}
+            return self.answer(200, user) if role else self.answer(401, {"error": "bad"})
         if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/?]+).*", self.path):
             files = self.hub.files(match[1], match[2])
             return self.answer(200, [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files])
@@ -126,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, asked):
         owner = asked.get("organization") or "me"
         name = f"{owner}/{asked['name']}"
-        if owner != "me":
+        if owner != "me" or self.headers.get("Authorization") == f"Bearer {READER}":
             return self.answer(403, {"error": "no right"})
         with self.hub.lock:
             there = name in self.hub.repos

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from treetune.cli import hub as cli_hub
 from treetune.core import hub_repos, manifest
 from treetune.core.run import cards, published
 from treetune.models import adapter as adapters
@@ -199,6 +200,18 @@ def test_a_merged_model_is_uploaded_with_its_measured_error(hub, sft, tune, here
     kit.refused(tune("push", "other", "sums", "--merged", "merged"), "is not the merged model of other/adapter")
     kit.refused(tune("push", "run", "sums", "--merged", "run/adapter"), "no measured merge error")
     kit.refused(tune("push", here, "sums"), "holds no adapter and no model")
+
+
+def test_the_command_that_uploads_by_hand_is_quoted_for_a_shell():
+    repo = hub_repos.Repo("me/sums", "try", private=False)
+    assert cli_hub.by_hand(Path("my runs/first/adapter"), repo) == "treetune push 'my runs/first' me/sums --revision try --no-private"
+
+
+def test_a_token_that_may_only_read_is_refused_where_the_repository_is_there(hub, monkeypatch):
+    hub_repos.prepare(hub_repos.Repo("sums"), "REPO")
+    monkeypatch.setenv("HF_TOKEN", hub_server.READER)
+    with pytest.raises(ValueError, match=r"^REPO sums: the token may only read: make one that may write"):
+        hub_repos.prepare(hub_repos.Repo("sums"), "REPO")
 
 
 def test_an_upload_takes_the_place_of_the_one_before(hub, here):
