@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports
 from lm_eval.models import utils as model_utils  # pyright: ignore[reportMissingImports]
 
 from treetune.cli.counter import Count
-from treetune.core.data import pack, shared_prefixes
+from treetune.core.data import pack, questions, shared_prefixes
 from treetune.core.data.shared_prefixes import Scored, SharedDoc
 from treetune.core.lora import Lora
 from treetune.models import Model, batches, bridge, decode, policy
@@ -194,7 +194,7 @@ class PolicyLM(TemplateLM):
             tell=stops, stop=stop, **drawing.draw,
         )  # fmt: skip
         rows = zip(samples.tokens.tolist(), samples.lens.tolist(), strict=True)
-        texts = [self.tokenizer.decode(tokens[:length], skip_special_tokens=True) for tokens, length in rows]
+        texts = [questions.decode(tokens[:length], self.tokenizer, stop) for tokens, length in rows]
         return [model_utils.postprocess_generated_text(text, drawing.until, None) for text in texts]
 
 

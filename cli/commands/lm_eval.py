@@ -20,6 +20,7 @@ from treetune.models import Model, loading, target
 from treetune.models.target import Target
 
 MISSING = "lm-eval needs the package lm_eval: pip install 'treetune[eval]'"
+PROBE = "Qx7vZkWe"  # a text that no chat template has of itself
 
 
 def run(config: LmEval, given: frozenset[str]) -> int:
@@ -32,6 +33,8 @@ def run(config: LmEval, given: frozenset[str]) -> int:
         tokenizer = target.load_tokenizer(chosen, say=screen.line)
         if config.apply_chat_template and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: leave out --apply-chat-template, or take a chat model")
+        if config.system_instruction is not None:
+            _check_system(tokenizer)
         model, lora = target.load_model(chosen, say=screen.line)
     start = time.perf_counter()
     with screen.counting("requests") as progress, checking_input("a task of lm-eval"):
@@ -71,6 +74,17 @@ def after_training(saved: Path, tasks: Sequence[str], batch_size: int, model: Mo
     chosen = ModelOptions(device=model.device) if adapter else ModelOptions(model=str(saved), device=model.device)
     asked = LmEval(chosen, AdapterPath(adapter), tasks=tuple(tasks), batch_size=batch_size, output_path=str(output))
     return run(asked, frozenset() if adapter else frozenset({"model"}))
+
+
+def _check_system(tokenizer: Any) -> None:
+    """Raise ValueError where the chat template does not write a system message, which chats would be asked without."""
+    from jinja2.exceptions import TemplateError
+
+    messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+    with contextlib.suppress(TemplateError):
+        if PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True):
+            return
+    raise ValueError("the chat template writes no system message: leave out --system-instruction, or take another model")
 
 
 def _harness() -> Callable[..., Any]:

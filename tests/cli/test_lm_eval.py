@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from treetune.cli.commands import lm_eval as command
 
@@ -191,6 +192,37 @@ def test_requests_are_counted_before_they_are_done(tiny, kit):
 
 
 @installed
+def test_an_answer_ends_before_any_token_that_ends_it(tiny, kit):
+    """Also where that is a plain token, whose text decoding keeps."""
+    from types import SimpleNamespace
+
+    from treetune.cli.lm_eval_model import PolicyLM
+    from treetune.models import decode, hf
+
+    tokenizer = kit.tokenizer()
+    ids = tokenizer.encode("yes!", add_special_tokens=False)
+    lm = PolicyLM(hf.load(tiny.model), tokenizer, stop=[ids[-1]])
+    request = SimpleNamespace(args=("a", {"until": ["zz"], "max_gen_toks": 8}))
+    with pytest.MonkeyPatch.context() as patch:
+        samples = SimpleNamespace(tokens=torch.tensor([ids]), lens=torch.tensor([len(ids)]))
+        patch.setattr(decode, "sample", lambda *args, **options: samples)
+        assert lm.generate_until([request]) == ["yes"]
+
+
+@installed
+def test_a_system_message_that_no_chat_would_have_is_refused(kit):
+    tokenizer = kit.tokenizer()
+    chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = chat
+    command._check_system(tokenizer)
+    silent = chat.replace("messages %}{{", "messages if m.role != 'system' %}{{")
+    for template in (silent, "{{ raise_exception('no system role') }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="writes no system message: leave out --system-instruction"):
+            command._check_system(tokenizer)
+
+
+@installed
 @pytest.mark.slow  # reads lm-eval's index of all tasks
 def test_unknown_tasks_are_named(tune, tiny, tasks):
     done = tune("lm-eval", "--model", tiny.model, "--include-path", tasks, "--tasks", "choises")
@@ -199,8 +231,6 @@ def test_unknown_tasks_are_named(tune, tiny, tasks):
 
 @installed
 def test_texts_stop_where_a_stop_text_is_written(kit):
-    import torch
-
     from treetune.cli.lm_eval_model import StopTexts
 
     tokenizer = kit.tokenizer()
