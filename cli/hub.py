@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treetune.cli import invocation
+from treetune.cli import invocation, row_settings
 from treetune.cli.assembly import Assembly
 from treetune.cli.methods.method import Method
 from treetune.cli.options.hub import HubOptions
@@ -134,15 +134,8 @@ def _datasets(options: Any) -> list[dict[str, Any]]:
     datasets = []
     for use, names in uses.items():
         entries = next((value for name in names if (value := getattr(options, name, ()))), ())
-        datasets += [_described(name, use) for entry in entries for name in _names(entry)]
+        datasets += [_described(name, use) for name in row_settings.names(entries)]
     return datasets
-
-
-def _names(entry: Any) -> list[str]:
-    """What a data set is called by: its path, or the files that it names instead, one, several or by split."""
-    if isinstance(entry, dict):
-        return _names(next((entry[key] for key in ("path", "data_files") if key in entry), list(entry.values())))
-    return [name for one in entry for name in _names(one)] if isinstance(entry, list | tuple) else [str(entry)]
 
 
 def _described(path: str, use: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def parse(
 ) -> Parsed:
     """The config, and the names of the options that the user set. `--help` prints and exits.
 
-    A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option.
+    A key of the file counts as set where it differs from the default: the config.yaml of a run holds every option. An empty list of what
+    another option stands for (`data` beside `datasets`) is not set, either.
     ignored(config) -> {option: why nothing would look at it}: of a file of another tool such options are left out. say takes lines about
     what the file of another tool means.
     """
@@ -45,7 +46,8 @@ def parse(
         from_file = {key: value for key, value in from_file.items() if key not in idle}
         parsed = _fill(command, config, from_file, argv)
     values = table.flatten(parsed)
-    return parsed, frozenset(given | {key for key in from_file if values[key] != options[key].default})
+    empty = {key for key in from_file if values[key] == [] and (place := options[key].place) and values.get(place.instead)}
+    return parsed, frozenset(given | {key for key in from_file.keys() - empty if values[key] != options[key].default})
 
 
 def config_file(argv: list[str]) -> str | None:

@@ -37,6 +37,7 @@ def complete(config: Config, method: Method | None, options: frozenset[str] = fr
     if (tracking := getattr(config, "tracking", None)) is not None:
         trackers.check_packages(tracking)
     places.check(config, MODELS)
+    config = _without_samples(config)
     adapter = getattr(getattr(config, "adapter", None), "lora_model_dir", None)
     if adapter is not None:
         config = _on_base(config, adapter, named="model" in options)
@@ -53,7 +54,16 @@ def plan(config: Config, method: Method, options: frozenset[str], config_file: s
         _check_outputs(config, config_file)
     except ValueError as error:
         missing.append(str(error))
-    return method.complete(config), missing
+    return method.complete(_without_samples(config)), missing
+
+
+def _without_samples(config: Config) -> Config:
+    """The config without the sample rows of its default where `datasets` stands for them, so that no record names rows that nobody read."""
+    data = getattr(config, "data", None)
+    if not getattr(data, "datasets", ()) or not getattr(data, "data", ()):
+        return config
+    changed: dict[str, Any] = {"data": dataclasses.replace(cast(Any, data), data=())}
+    return dataclasses.replace(config, **changed)
 
 
 def _spelled_out(config: Config) -> Config:

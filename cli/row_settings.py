@@ -14,6 +14,13 @@ TEMPLATE = ("chat_template", "chat_template_kwargs")
 NAMES = {"drop_duplicates": "dataset_exact_deduplication", "prepared_folder": "dataset_prepared_path"}
 
 
+def names(entry: Any) -> list[str]:
+    """What a data set is called by: its path, or the files that it names instead, one, several or by split; of a list those of each."""
+    if isinstance(entry, dict):
+        return names(next((entry[key] for key in ("path", "data_files") if key in entry), list(entry.values())))
+    return [name for one in entry for name in names(one)] if isinstance(entry, list | tuple) else [str(entry)]
+
+
 def documents(options: Any) -> RowSettings:
     """The settings of rows that become documents."""
     others = {name: getattr(options, option) for name, option in NAMES.items() if hasattr(options, option)}

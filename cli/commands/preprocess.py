@@ -33,7 +33,7 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
     kind = kinds.KINDS[METHODS[config.method]]
     with checking_input():
         checks.refuse_unused(given, unused_options(config))
-        if "data" not in given:
+        if "data" not in given and not config.data.datasets:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=(SAMPLES[config.method],)))
         tokenizer = _tokenizer(config, screen)
         repo = None
@@ -44,7 +44,13 @@ def run(config: Preprocess, given: frozenset[str]) -> int:
         if config.html:
             guard.require_own(Path(config.html), owned.PAGE, "--html")
             shown = page.documents(encoded.docs[: config.html_rows], tokenizer, kind.read)
-            page.write_documents(Path(config.html), shown, name=" ".join(config.data.data), rows=rows, histogram=histogram)
+            page.write_documents(
+                Path(config.html),
+                shown,
+                name=" ".join(row_settings.names(config.data.datasets or config.data.data)),
+                rows=rows,
+                histogram=histogram,
+            )
     for line in encoded.lines:
         screen.line(line)
     screen.table("", rows | {"time": f"{time.perf_counter() - start:.1f} s"})

@@ -19,7 +19,7 @@ def load(
     """
     if isinstance(kind, str) and kind in PROMPTS:
         return PROMPTS[kind](settings, tokenizer, seed=seed)
-    if not settings.data:
+    if not settings.training_entries():
         raise ValueError("no training data: give --data at least one file or data set")
     spec = kinds.KINDS[kind] if isinstance(kind, str) else kind
     if settings.stream_buffer is not None:

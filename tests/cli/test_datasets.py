@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from treetune.core import manifest
 from treetune.core.data import dataset
 
 PAIRS = [{"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 5}, or so"} for i in range(8)]
@@ -41,11 +42,20 @@ def test_a_run_trains_on_the_list_and_its_config_reads_back(tune, tiny, config, 
     file = config(**base(tiny), datasets=sets, test_datasets=[{"path": str(tiny.chat), "limit": 3}], max_steps=2, sample_prompt="")
     done = tune("sft", "--config", file, "--output-dir", "one")
     assert done.code == 0, done.err
-    assert yaml.safe_load((here / "one" / "config.yaml").read_text())["datasets"] == sets
+    written = yaml.safe_load((here / "one" / "config.yaml").read_text())
+    assert written["datasets"] == sets and written["data"] == []  # not the sample rows of the default, which nobody has read
     again = tune("sft", "--config", "one/config.yaml", "--output-dir", "two")
     assert again.code == 0, again.err
     losses = [[json.loads(x).get("train/loss") for x in (here / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two")]
     assert losses[0] == losses[1] and len(losses[0]) >= 3
+    # A checkpoint of a version that named the sample goes on.
+    (checkpoint,) = (here / "one" / "checkpoints").glob("step_*")
+    record = checkpoint / "state.json"
+    assert '"data": []' in record.read_text()
+    record.write_text(record.read_text().replace('"data": []', '"data": ["sample.jsonl"]'))
+    manifest.write(checkpoint)
+    done = tune("sft", "--config", file, "--max-steps", "3", "--resume", "auto", "--output-dir", "one")
+    assert done.code == 0, done.err
 
 
 OWN = (
