@@ -11,9 +11,10 @@ import numpy as np
 from treetune.core.data.prompts import Prompt
 from treetune.core.data.trees import TreeDoc
 from treetune.core.protocols import Tokenizer
+from treetune.core.rollout import judge
 
 OPENING = 16  # words or tokens of a text without a prompt, to go on from
-REFERENCES = ("ground_truth", "answer", "solution", "reference")  # columns of prompts that hold a good answer, the first that is a text
+REFERENCES = judge.REFERENCES  # columns of prompts that hold a good answer, see `judge.good_answer`
 
 
 class Question(NamedTuple):
@@ -45,9 +46,7 @@ def held_out(rows: Sequence[Any], count: int, tokenizer: Tokenizer, stop_ids: Se
 
 
 def _of_prompt(prompt: Prompt) -> list[Question]:
-    values = (prompt.columns.get(name) for name in REFERENCES)
-    reference = next((value for value in values if isinstance(value, str)), None)
-    return [Question(prompt.text, prompt.tokens.tolist(), reference, prompt.row, prompt)]
+    return [Question(prompt.text, prompt.tokens.tolist(), judge.good_answer(prompt.columns), prompt.row, prompt)]
 
 
 def _of_document(doc: Any, tokenizer: Tokenizer, stop_ids: Sequence[int], length: int) -> list[Question]:

@@ -95,10 +95,19 @@ def _checked(url: str, model: str, file: str, columns: Mapping[str, Any]) -> str
     return text
 
 
+def good_answer(row: Mapping[str, Any]) -> str | None:
+    """The good answer among the columns of a row: the first that is a text, else the first that is a number."""
+    values = [row.get(name) for name in REFERENCES]
+    texts = [value for value in values if isinstance(value, str)]
+    numbers = [str(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool) and value == value]
+    return next(iter((*texts, *numbers)), None)
+
+
 def _fields(i: int, completions: Sequence[Any], prompts: Sequence[Any], columns: Mapping[str, Any]) -> dict[str, str]:
     """What a template may name of a row."""
     row = {name: values[i] for name, values in columns.items()}
-    reference = next((row[name] for name in REFERENCES if isinstance(row.get(name), str)), NO_REFERENCE)
+    known = good_answer(row)
+    reference = NO_REFERENCE if known is None else known
     own = {"prompt": _text(row.get("readable_prompt") or prompts[i]), "completion": _text(completions[i]), "reference": reference}
     return {name: str(value) for name, value in row.items() if value is not None} | own
 

@@ -56,5 +56,6 @@ def test_rows_without_an_answer_are_left_out_and_the_first_others_are_asked():
 
 
 def test_the_reference_of_a_prompt_is_in_a_column_if_anywhere():
-    prompts = [Prompt(np.array([1]), "1", None, columns, 2) for columns in ({"answer": 4, "solution": "four"}, {"other": "x"})]
-    assert [one.reference for one in questions.held_out(prompts, 9, Digits(), [END], 4)] == ["four", None]
+    rows = ({"answer": 4, "solution": "four"}, {"other": "x"}, {"answer": 4}, {"reference": True})
+    prompts = [Prompt(np.array([1]), "1", None, columns, 2) for columns in rows]
+    assert [one.reference for one in questions.held_out(prompts, 9, Digits(), [END], 4)] == ["four", None, "4", None]
