@@ -72,7 +72,7 @@ def test_a_judge_is_asked_of_each_completion_with_prompt_and_reference(endpoint,
 
 def test_a_number_is_a_good_answer(endpoint):
     url, seen, _ = endpoint
-    judge.llm_judge(["x"] * 4, ["p"] * 4, url=url, model="m", answer=[42, 0.5, True, float("nan")], solution=[None, "no", "yes", None])
+    judge.llm_judge(["x"] * 4, ["p"] * 4, url=url, model="m", answer=[42, 0.5, True, float("nan")], solution=[None, None, "yes", None])
     texts = sorted(body["messages"][0]["content"].partition("<good_answer>\n")[2].partition("\n")[0] for _, body, _ in seen)
     assert texts == [judge.NO_REFERENCE, "0.5", "42", "yes"]
 
