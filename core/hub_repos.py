@@ -107,7 +107,10 @@ def _replaced(api: Any, repo: Repo, folder: Path) -> list[str]:
         if name not in there:
             continue
         with tempfile.TemporaryDirectory(prefix="treetune-hub-") as made:
-            older = Path(api.hf_hub_download(repo.id, name, local_dir=made, **of_repo)).parent
+            try:
+                older = Path(api.hf_hub_download(repo.id, name, local_dir=made, **of_repo)).parent
+            except FileNotFoundError as error:  # the file is listed, so it is the network that failed, and that may pass
+                raise ConnectionError(str(error)) from error
             gone = manifest.read(older).keys() - manifest.read((folder / name).parent).keys() - {manifest.CARD}
         replaced += sorted({(Path(name).parent / one).as_posix() for one in gone} & there)
     return replaced

@@ -214,8 +214,15 @@ def test_a_token_that_may_only_read_is_refused_where_the_repository_is_there(hub
         hub_repos.prepare(hub_repos.Repo("sums"), "REPO")
 
 
-def test_an_upload_takes_the_place_of_the_one_before(hub, here):
+def _raise(error):
+    raise error
+
+
+def test_an_upload_takes_the_place_of_the_one_before(hub, here, monkeypatch):
     """Files of an adapter beside a merged model would be loaded; what somebody else has put there stays."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     repo = hub_repos.prepare(hub_repos.Repo("sums"), "REPO")
     for name, files in {"adapter": ("adapter_config.json", "adapter_model.safetensors", "README.md"), "model": ("config.json",)}.items():
         for part in (here / name, here / name / "last-checkpoint"):
@@ -225,6 +232,8 @@ def test_an_upload_takes_the_place_of_the_one_before(hub, here):
             manifest.write(part)
     hub_repos.upload(repo, here / "adapter", "adapter")
     hub.files("me/sums")["notes.txt"] = hub.files("me/sums")["last-checkpoint/notes.txt"] = b"mine"
+    real, failures = HfApi.hf_hub_download, [LocalEntryNotFoundError("no network for a moment")]
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda *args, **options: _raise(failures.pop()) if failures else real(*args, **options))
     hub_repos.upload(repo, here / "model", "model")
     kept = {"config.json", manifest.NAME, "README.md", "notes.txt"}
     assert set(hub.files("me/sums")) == kept | {f"last-checkpoint/{name}" for name in kept}
