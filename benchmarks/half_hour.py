@@ -20,7 +20,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m-instruct"
 UNITS = {"kilograms": ("grams", 1000), "metres": ("centimetres", 100), "hours": ("minutes", 60), "litres": ("millilitres", 1000)}
-EPOCHS = "--num-epochs 2 --micro-batch-size 1 --gradient-accumulation-steps 1"
+EPOCHS = "--num-epochs 10 --micro-batch-size 1 --gradient-accumulation-steps 1"
 QUESTION = "How many grams are 14 kilograms?"
 
 
@@ -73,7 +73,8 @@ def run(commands: tuple[str, ...], folder: Path, env: dict[str, str]) -> dict[st
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise SystemExit(f"{command} failed:\n{said[-3000:]}")
-    return {"commands": commands, "wall_s": wall, "cpu_s": cpu, "said": said.splitlines()[-12:]}
+    lines = [line for line in said.splitlines() if not line.startswith("WARNING: Location")]  # pip's, of the index of this machine
+    return {"commands": [command.replace(str(ROOT), "treetune") for command in commands], "wall_s": wall, "cpu_s": cpu, "said": lines[-12:]}
 
 
 def serve(folder: Path, env: dict[str, str]) -> dict[str, Any]:

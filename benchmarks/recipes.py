@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import harness
 
 ROOT = Path(__file__).resolve().parents[1]
-QUIET = "--sample-prompt '' --evals-per-epoch 1"
+UNSAMPLED = "--sample-prompt ''"
+QUIET = f"{UNSAMPLED} --evals-per-epoch 1"
 FEW = f"{QUIET} --val-set-size 8"
 COMPUTES = ("core", "ops", "models", "losses", "cli/methods", "cli/options", "examples")  # code whose changes the JSON tells of
 MEAN = 2  # training steps that are averaged where nothing is held out
@@ -48,21 +49,21 @@ RECIPES = {
     "pretrain_text": Recipe("pretrain", LOSS, QUIET),
     "dpo_lora": Recipe("dpo", PAIRS, f"{FEW} --max-steps 6"),
     "dpo_mixture": Recipe("dpo", PAIRS, f"{FEW} --max-steps 3"),
-    "kto_lora": Recipe("kto", PAIRS, f"{FEW} --max-steps 6"),
+    "kto_lora": Recipe("kto", PAIRS, f"{QUIET} --val-set-size 24"),
     "orpo_lora": Recipe("orpo", PAIRS, f"{FEW} --max-steps 4"),
     "simpo_lora": Recipe("simpo", PAIRS, f"{FEW} --max-steps 4"),
     "reward_lora": Recipe("reward", {"eval/loss": False, "eval/accuracy": True}, "--evals-per-epoch 1 --val-set-size 8 --max-steps 5"),
-    "prm_lora": Recipe("prm", {"eval/loss": False, "eval/accuracy": True}, "--evals-per-epoch 1 --val-set-size 12 --max-steps 8"),
-    "grpo": Recipe("grpo", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 2"),
-    "dapo": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 2"),
-    "guess": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 5"),
+    "prm_lora": Recipe("prm", {"eval/loss": False, "eval/accuracy": True}, "--evals-per-epoch 1 --val-set-size 40 --num-epochs 3"),
+    "grpo": Recipe("grpo", REWARDED, f"{UNSAMPLED} --val-set-size 4 --max-steps 5"),
+    "dapo": Recipe("grpo", REWARDED, f"{UNSAMPLED} --max-steps 2"),
+    "guess": Recipe("grpo", REWARDED, f"{UNSAMPLED} --max-steps 5"),
     "ebft_strided": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 3"),
     "ebft_strided_full": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 2"),
     "ebft_strided_structured": Recipe("ebft", STRIDED, f"{QUIET} --val-set-size 4 --max-steps 3"),
-    "ebft_structured": Recipe("ebft", REWARDED, f"{QUIET} --val-set-size 0 --max-steps 2"),
-    "grpo_vllm": Recipe("grpo", REWARDED, f"{QUIET} --max-steps 4", "serve"),
-    "ebft_structured_vllm": Recipe("ebft", REWARDED, f"{QUIET} --max-steps 3", "serve"),
-    "ebft_structured_async": Recipe("ebft", REWARDED, f"{QUIET} --max-steps 3", "serve"),
+    "ebft_structured": Recipe("ebft", REWARDED, f"{UNSAMPLED} --max-steps 3"),
+    "grpo_vllm": Recipe("grpo", REWARDED, f"{UNSAMPLED} --max-steps 4", "serve"),
+    "ebft_structured_vllm": Recipe("ebft", REWARDED, f"{UNSAMPLED} --max-steps 3", "serve"),
+    "ebft_structured_async": Recipe("ebft", REWARDED, f"{UNSAMPLED} --max-steps 3", "serve"),
 }
 
 
